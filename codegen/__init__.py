@@ -1,0 +1,1 @@
+"""Graph -> code: lowering to TVM Relax, and the CPU kernels."""

@@ -1,0 +1,1 @@
+"""CPU kernels: TVM TIR generated from a description of the target."""

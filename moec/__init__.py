@@ -1,0 +1,1 @@
+"""moec: the compiler for mixture-of-experts models."""

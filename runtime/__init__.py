@@ -1,0 +1,1 @@
+"""Artifact -> numbers: reading, checking and running; needs no PyTorch."""
