@@ -1,0 +1,176 @@
+"""Sizes: ints, or expressions over named sizes (T, 2*T, B*S), as sympy expressions.
+
+Sympy does the algebra; this file fixes which expressions are allowed, how they are written,
+and how they are read back without evaluating anybody's text.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+
+from moec.errors import IRError
+
+Dim: TypeAlias = int | sympy.Expr
+
+_FUNCTIONS = {
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Mod": sympy.Mod,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "Abs": sympy.Abs,
+}
+_TORCH_FUNCTIONS = {
+    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "CeilDiv": lambda a, b: sympy.ceiling(a / b),
+    "CleanDiv": lambda a, b: a / b,
+    "IntTrueDiv": lambda a, b: a / b,
+    "PythonMod": sympy.Mod,
+    "TruncToInt": sympy.floor,
+    "FloorToInt": sympy.floor,
+    "ToFloat": lambda a: a,
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The least and greatest value of a named size; `high` is None where there is no bound."""
+
+    low: int = 0
+    high: int | None = None
+
+
+def symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def normal(dim: Any) -> Dim:
+    """The one form of a size: an int where it is known, else an expression."""
+    if isinstance(dim, int):
+        return dim
+    if not isinstance(dim, sympy.Expr):
+        raise IRError(f"{dim!r} is not a size")
+    return int(dim) if dim.is_Integer else dim
+
+
+def product(dims: tuple[Dim, ...]) -> Dim:
+    return normal(sympy.Mul(*dims)) if dims else 1
+
+
+def from_torch(size: Any, rename: Mapping[str, str] | None = None) -> Dim:
+    """A torch.SymInt or sympy expression of torch.export as a size of the IR.
+
+    `rename` maps torch's symbols (s0, u0) to the names of the IR.
+    """
+    if isinstance(size, int):
+        return size
+    return normal(_convert(getattr(size, "node", size), rename or {}))
+
+
+def _convert(node: Any, rename: Mapping[str, str]) -> sympy.Expr:
+    expr = getattr(node, "expr", node)
+    if isinstance(expr, sympy.Symbol):
+        return symbol(rename.get(expr.name, expr.name))
+    if expr.is_number:
+        return expr
+    arguments = [_convert(a, rename) for a in expr.args]
+    function = _TORCH_FUNCTIONS.get(type(expr).__name__)
+    return function(*arguments) if function else expr.func(*arguments)
+
+
+def symbols(dim: Dim) -> set[str]:
+    return set() if isinstance(dim, int) else {s.name for s in dim.free_symbols}
+
+
+def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
+    """The value of a size once its names are bound.
+
+    Raises IRError for a name that is not bound, or a value that is not whole.
+    """
+    if isinstance(dim, int):
+        return dim
+    missing = symbols(dim) - env.keys()
+    if missing:
+        raise IRError(f"size {dim} needs {sorted(missing)}, which nothing has bound")
+    value = dim.subs({symbol(name): env[name] for name in symbols(dim)})
+    if not value.is_Integer:
+        raise IRError(f"size {dim} is {value}, not a whole number")
+    return int(value)
+
+
+def bind(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, int]) -> None:
+    """Learn the names in `shape` from the sizes of a tensor, adding them to `env`.
+
+    Only names that stand alone are learned. Raises IRError where a known size differs.
+    """
+    if len(shape) != len(actual):
+        raise IRError(f"rank {len(actual)}, expected {len(shape)}")
+    for axis, (dim, size) in enumerate(zip(shape, actual, strict=True)):
+        if isinstance(dim, sympy.Symbol) and dim.name not in env:
+            env[dim.name] = size
+        elif symbols(dim) <= env.keys() and evaluate_dim(dim, env) != size:
+            raise IRError(f"axis {axis} is {size}, expected {dim} = {evaluate_dim(dim, env)}")
+
+
+def upper_bound(dim: Dim, bounds: Mapping[str, Bounds]) -> int | None:
+    """The greatest value of `dim`, supposing that it grows with each of its names."""
+    highs = {name: bounds.get(name, Bounds()).high for name in symbols(dim)}
+    if any(high is None for high in highs.values()):
+        return None
+    return evaluate_dim(dim, {name: high for name, high in highs.items() if high is not None})
+
+
+def show_dim(dim: Dim) -> str:
+    return str(dim)
+
+
+def parse_dim(text: str) -> Dim:
+    """The size that `show_dim` wrote. Reads names, whole numbers, + - * / ** and a few functions.
+
+    Raises IRError for anything else: the text may come from a stranger's artifact.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise IRError(f"{text!r} is not a size") from error
+    return normal(_build(tree, text))
+
+
+def _build(node: ast.expr, text: str) -> sympy.Expr:
+    match node:
+        case ast.Constant(value=int(value)):
+            return sympy.Integer(value)
+        case ast.Name(id=name):
+            return symbol(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_build(operand, text)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _build(left, text), _build(right, text)
+            match op:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+                case ast.Div() if b != 0:
+                    return a / b
+                case ast.Pow() if b.is_Integer and 0 <= b <= 8:
+                    return a**b
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_build(a, text) for a in args))
+    raise IRError(f"{text!r} is not a size")
+
+
+def show_bounds(bounds: Bounds) -> str:
+    return f"[{bounds.low}, {'inf' if bounds.high is None else bounds.high}]"
+
+
+def is_unbounded(value: float) -> bool:
+    return math.isinf(value)

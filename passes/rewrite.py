@@ -1,0 +1,128 @@
+"""How a rule turns one graph into the next: a walk in order, re-emitting every op.
+
+A rule sees an op whose inputs already belong to the new graph, looks up producers in the
+`Builder`, emits what shall stand for the op, and answers with the values that replace its
+outputs, or None. Rules never delete: ops left without readers are dropped at the end, so a
+match whose inner values have other readers stays correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from moec.errors import NoMatch
+from moec.ir import Attr, Graph, Op, State, TensorType, Value
+from moec.ops import OPS
+from moec.passes.runner import Log
+
+Rule = Callable[[Op, "Builder"], Sequence[Value] | None]
+
+
+class Builder:
+    """The next graph while it grows."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.params = list(graph.params)
+        self.ops: list[Op] = []
+        self.producers: dict[Value, Op] = {}
+        self.names = {value.name for value in graph.values()}
+
+    def fresh(self, name: str) -> str:
+        """`name`, or `name_2`, `name_3` … where that is taken."""
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def append(self, op: Op) -> tuple[Value, ...]:
+        self.ops.append(op)
+        self.producers |= dict.fromkeys(op.outputs, op)
+        return op.outputs
+
+    def param(self, name: str, type: TensorType) -> Value:
+        value = Value(self.fresh(name), type)
+        self.params.append(value)
+        return value
+
+    def emit(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        types: Sequence[TensorType] | None = None,
+        *,
+        like: Op,
+        attrs: Mapping[str, Attr] | None = None,
+        body: Graph | None = None,
+        named: str | None = None,
+    ) -> tuple[Value, ...]:
+        """Append an op that stands for `like`: its origin, and names made from its names.
+
+        `types` may be left out for moec's own ops, whose type rule gives them.
+        """
+        draft = Op(name, tuple(inputs), (), dict(attrs or {}), body, like.origin)
+        if types is None:
+            types = OPS[name].infer(draft)
+        stem = named or like.outputs[0].name
+        outputs = tuple(Value(self.fresh(stem), type) for type in types)
+        return self.append(replace(draft, outputs=outputs))
+
+
+def rewrite(graph: Graph, rule: Rule, log: Log) -> Graph:
+    """Apply `rule` at every op, in order, as far as fuel goes.
+
+    A rule that raises NoMatch declines: its reason goes into the log.
+    """
+    builder = Builder(graph)
+    new: dict[Value, Value] = {value: value for value in (*graph.inputs, *graph.params)}
+    for old in graph.ops:
+        op = replace(old, inputs=tuple(new[v] for v in old.inputs))
+        mark = len(builder.ops)
+        made: Sequence[Value] | None = None
+        try:
+            made = rule(op, builder)
+        except NoMatch as why:
+            log.decline(op.origin or op.outputs[0].name, str(why))
+        if made is not None and not log.spend(str(op)):
+            made = None
+        if made is None:
+            del builder.ops[mark:]
+            made = builder.append(op)
+        new |= dict(zip(old.outputs, made, strict=True))
+    return rebuild(graph, builder.ops, new, params=builder.params)
+
+
+def rebuild(
+    graph: Graph,
+    ops: Sequence[Op],
+    new: Mapping[Value, Value],
+    *,
+    params: Sequence[Value] | None = None,
+) -> Graph:
+    """`graph` with other ops, results mapped by `new`, and what nobody reads left out."""
+    outputs = tuple(new.get(v, v) for v in graph.outputs)
+    states = tuple(State(s.before, new.get(s.after, s.after)) for s in graph.states)
+    return drop_dead(
+        replace(
+            graph,
+            ops=tuple(ops),
+            outputs=outputs,
+            states=states,
+            params=graph.params if params is None else tuple(params),
+        )
+    )
+
+
+def drop_dead(graph: Graph) -> Graph:
+    """Without the ops and params that no result needs. Inputs stay: they are the interface."""
+    needed = set(graph.results)
+    kept: list[Op] = []
+    for op in reversed(graph.ops):
+        if needed.intersection(op.outputs):
+            kept.append(op)
+            needed.update(op.inputs)
+    params = tuple(p for p in graph.params if p in needed)
+    return replace(graph, ops=tuple(reversed(kept)), params=params)
