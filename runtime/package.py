@@ -1,0 +1,70 @@
+"""What codegen hands to the runtime: data only, importable without TVM and without torch.
+
+The library holds one VM function, `main(inputs..., states..., params...)`, which gives the
+tuple (outputs..., new contents of the states...) in the order of the ports below. A port of
+dtype c64 crosses as f32 with a last axis of 2: real part, imaginary part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Size: TypeAlias = int | str  # a number, or an expression over named sizes that sizes.parse_dim reads
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor that crosses the border of the compiled function."""
+
+    name: str
+    dtype: str  # as in the IR: f32 f16 bf16 f64 i64 i32 i16 i8 u8 bool c64
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class StatePort(Port):
+    """A buffer that lives between calls; `initial` names the array that it starts from."""
+
+    initial: str = ""  # empty: zeros
+
+
+@dataclass(frozen=True)
+class CpuNeeds:
+    """Which CPU the library was compiled for."""
+
+    name: str
+    mcpu: str = ""
+    mattr: tuple[str, ...] = ()
+    mtriple: str = ""
+    features: tuple[str, ...] = ()  # LLVM's names of what the code may use
+
+
+@dataclass(frozen=True)
+class Package:
+    """A compiled model.
+
+    `params` are the ports of the VM's weight arguments, in order, and `arrays` what they are
+    bound to, by name: packed, bf16 as ml_dtypes.bfloat16, memory-mapped where that can be.
+    `sizes` are the bounds of the named sizes (low, high or None). `index_ranges` are the
+    values that an input may hold (low, high inclusive) because they look up rows of a table.
+    `kernels` pairs the place of an op in the model with the kernel that does it; `notes` are
+    sentences for the report.
+    """
+
+    target: CpuNeeds
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    states: tuple[StatePort, ...]
+    sizes: Mapping[str, tuple[int, int | None]]
+    params: tuple[Port, ...]
+    arrays: Mapping[str, Any]
+    library: Path | bytes
+    index_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kernels: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
