@@ -1,0 +1,242 @@
+"""The vectors that CPU kernels compute with: float32 lanes of one target, as TIR expressions.
+
+    v = Vector(target)
+    with T.prim_func():
+        ...
+        with v.functions(), T.parallel(0, t) as i:
+            x = v.load(X, [i, d * v.lanes])         # X: float32, bfloat16 or float16
+            v.store(Y, [i, d * v.lanes], v.fma(x, x, v.splat(1.0)))
+
+TIR expressions are trees: a value used twice is computed (and, nested, visited) twice unless
+it is bound. `load` and every function here bind their results; bind others with `v.bind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.target import Target
+
+# tanh(x) = x p(x^2) / q(x^2) for |x| < 7.9053, and erf(x) likewise for |x| < 4: the minimax
+# coefficients that Eigen, XLA and TOPI use, highest power first.
+_TANH_LIMIT = 7.90531110763549805
+_TANH_P = (
+    -2.76076847742355e-16,
+    2.00018790482477e-13,
+    -8.60467152213735e-11,
+    5.12229709037114e-08,
+    1.48572235717979e-05,
+    6.37261928875436e-04,
+    4.89352455891786e-03,
+)
+_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+# erfc(z) = t exp(p(t) - z^2) with t = 1 / (1 + z/2): Numerical Recipes, erfcc.
+_ERFC = (
+    0.17087277,
+    -0.82215223,
+    1.48851587,
+    -1.13520398,
+    0.27886807,
+    -0.18628806,
+    0.09678418,
+    0.37409196,
+    1.00002368,
+    -1.26551223,
+)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Float32 vectors of `target.vector_lanes` lanes. All methods need an open prim_func."""
+
+    target: Target
+
+    @property
+    def lanes(self) -> int:
+        return self.target.vector_lanes
+
+    @property
+    def dtype(self) -> str:
+        return f"float32x{self.lanes}"
+
+    def functions(self) -> AbstractContextManager[object]:
+        """The frame that makes the LLVM functions known: all other calls belong inside it."""
+        text = llvm_functions(self.target)
+        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)
+
+    def bind(self, value: Expr) -> Expr:
+        """The value as a variable, computed here and once."""
+        return T.bind(value)
+
+    def splat(self, value: float | Expr) -> Expr:
+        """One float32 in all lanes."""
+        scalar = T.float32(value) if isinstance(value, int | float) else value
+        return T.broadcast(scalar, self.lanes)
+
+    # Memory: buffers of float32, bfloat16 or float16, `index` the first of `lanes` elements.
+
+    def load(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
+        return self._call(f"load_{buffer.dtype}", T.address_of(buffer[tuple(index)]))
+
+    def load_tail(self, buffer: Buffer, index: Sequence[Expr | int], count: Expr) -> Expr:
+        """The first `count` (int32) elements, 0 in the other lanes; those are not touched."""
+        where = T.address_of(buffer[tuple(index)])
+        return self._call(f"load_tail_{buffer.dtype}", where, T.cast(count, "int32"))
+
+    def store(self, buffer: Buffer, index: Sequence[Expr | int], value: Expr) -> None:
+        """Rounds to the buffer's type, to nearest and ties to even."""
+        where = T.address_of(buffer[tuple(index)])
+        T.evaluate(self._raw("int32", f"store_{buffer.dtype}", where, value))
+
+    def store_tail(
+        self,
+        buffer: Buffer,
+        index: Sequence[Expr | int],
+        value: Expr,
+        count: Expr,
+    ) -> None:
+        """Stores the first `count` (int32) lanes; memory behind them is not touched."""
+        where, some = T.address_of(buffer[tuple(index)]), T.cast(count, "int32")
+        T.evaluate(self._raw("int32", f"store_tail_{buffer.dtype}", where, value, some))
+
+    def scalar(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
+        """One element of a float buffer as a float32 scalar."""
+        where = T.address_of(buffer[tuple(index)])
+        return T.bind(self._raw("float32", f"scalar_{buffer.dtype}", where))
+
+    def prefetch(self, buffer: Buffer, index: Sequence[Expr | int]) -> None:
+        """Asks for a cache line; any address is harmless."""
+        T.evaluate(self._raw("int32", "prefetch", T.address_of(buffer[tuple(index)])))
+
+    # Pairs: two neighbouring 16-bit elements as one int32, the first in the low half.
+
+    def pair(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
+        return T.bind(self._raw("int32", "pair", T.address_of(buffer[tuple(index)])))
+
+    def last(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
+        """The pair of the last element and 0, where a row has an odd number of them."""
+        return T.bind(self._raw("int32", "last", T.address_of(buffer[tuple(index)])))
+
+    def low(self, pairs: Expr) -> Expr:
+        """int32 lanes of bf16 pairs -> the first of each pair as float32."""
+        return self._call("low", pairs)
+
+    def high(self, pairs: Expr) -> Expr:
+        """int32 lanes of bf16 pairs -> the second of each pair as float32."""
+        return self._call("high", pairs)
+
+    def dot2(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """acc + the dot products of bf16 pairs (int32 lanes); needs `target.bf16_dot`."""
+        return self._raw(self.dtype, "dot2", acc, a, b)
+
+    # Arithmetic on float32 lanes. NaN in, NaN out.
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c, rounded once where the target can."""
+        return self._raw(self.dtype, "fma", a, b, c)
+
+    def sqrt(self, x: Expr) -> Expr:
+        return self._call("sqrt", x)
+
+    def abs(self, x: Expr) -> Expr:
+        return self._call("fabs", x)
+
+    def clamp(self, x: Expr, low: float, high: float) -> Expr:
+        """min(max(x, low), high); NaN stays NaN, as in torch."""
+        return self.at_most(self.at_least(x, low), high)
+
+    def at_least(self, x: Expr, low: float) -> Expr:
+        """max(x, low); NaN stays NaN."""
+        x = T.bind(x)
+        return T.bind(T.Select(x < self.splat(low), self.splat(low), x))
+
+    def at_most(self, x: Expr, high: float) -> Expr:
+        """min(x, high); NaN stays NaN."""
+        x = T.bind(x)
+        return T.bind(T.Select(x > self.splat(high), self.splat(high), x))
+
+    def exp(self, x: Expr) -> Expr:
+        """About 1 ulp; 0 below -104 and infinity above 88.8."""
+        return self._call("exp", x)
+
+    def sigmoid(self, x: Expr) -> Expr:
+        return T.bind(self.splat(1.0) / (self.splat(1.0) + self.exp(self.splat(0.0) - x)))
+
+    def silu(self, x: Expr) -> Expr:
+        x = T.bind(x)
+        return T.bind(x / (self.splat(1.0) + self.exp(self.splat(0.0) - x)))
+
+    def tanh(self, x: Expr) -> Expr:
+        x = self.clamp(x, -_TANH_LIMIT, _TANH_LIMIT)
+        square = T.bind(x * x)
+        return T.bind(x * self._poly(_TANH_P, square) / self._poly(_TANH_Q, square))
+
+    def erf(self, x: Expr) -> Expr:
+        x = self.clamp(x, -4.0, 4.0)
+        square = T.bind(x * x)
+        return T.bind(x * self._poly(_ERF_P, square) / self._poly(_ERF_Q, square))
+
+    def gelu(self, x: Expr) -> Expr:
+        """x * Phi(x), by erfc, so that small results keep their digits; infinity gives NaN."""
+        x = T.bind(x)
+        z = T.bind(self.abs(x) * self.splat(0.7071067811865476))
+        t = T.bind(self.splat(1.0) / self.fma(z, self.splat(0.5), self.splat(1.0)))
+        tail = self.exp(self._poly(_ERFC, t) - z * z)
+        half = T.bind(x * self.splat(0.5) * t * tail)  # x * Phi(-|x|)
+        return T.bind(T.Select(x > self.splat(0.0), x - half, half))
+
+    def gelu_tanh(self, x: Expr) -> Expr:
+        """The tanh approximation of gelu: x (1 + tanh u) / 2, which is x sigmoid(2 u)."""
+        x = T.bind(x)
+        cubic = self.fma(self.splat(0.044715) * x, x, self.splat(1.0))
+        u = T.bind(self.splat(-2 * 0.7978845608028654) * x * cubic)
+        return T.bind(x / (self.splat(1.0) + self.exp(u)))
+
+    def relu(self, x: Expr) -> Expr:
+        return self.at_least(x, 0.0)
+
+    # Across the lanes.
+
+    def sum(self, x: Expr) -> Expr:
+        """The sum of the lanes as a scalar, added as a tree."""
+        return T.bind(self._raw("float32", "sum", x))
+
+    def max(self, x: Expr) -> Expr:
+        """The greatest lane as a scalar; NaN only if all are."""
+        return T.bind(self._raw("float32", "max", x))
+
+    def _poly(self, coefficients: Sequence[float], x: Expr) -> Expr:
+        value = self.splat(coefficients[0])
+        for c in coefficients[1:]:
+            value = self.fma(value, x, self.splat(c))
+        return T.bind(value)
+
+    def _call(self, name: str, *args: Expr) -> Expr:
+        return T.bind(self._raw(self.dtype, name, *args))
+
+    def _raw(self, dtype: str, name: str, *args: Expr) -> Expr:
+        return T.call_extern(dtype, f"moec_{name}_{self.lanes}", *args)
