@@ -1,0 +1,332 @@
+"""torch.export program -> Graph in stage ATEN.
+
+Sizes are folded away: a node that computes a SymInt becomes an expression over named sizes,
+and never an op. Guards and assertions of the export are dropped; what they allow is kept in
+the bounds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import sympy
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from moec.aten import IR_DTYPES
+from moec.errors import CaptureError
+from moec.ir import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
+from moec.sizes import Bounds, from_torch
+
+KEPT = frozenset(
+    {
+        "aten.linear.default",
+        "aten.scaled_dot_product_attention.default",
+        "aten.silu.default",
+        "aten.gelu.default",
+        "aten.layer_norm.default",
+        "aten.softmax.int",
+        "aten.log_softmax.int",
+        "aten.matmul.default",
+    }
+)
+"""Composite operators that have kernels of their own: left whole."""
+
+_DROPPED = ("_assert", "sym_constrain", "sym_size", "sym_numel", "sym_stride", "_guard")
+_IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Core ATen, with the operators in `KEPT` left whole."""
+    table = torch.export.default_decompositions()
+    for overload in list(table):
+        if str(overload) in KEPT:
+            del table[overload]
+    return program.run_decompositions(table)
+
+
+@dataclass
+class _Converter:
+    """The state of one conversion: what each node of the export became."""
+
+    rename: Mapping[str, str]
+    root: torch.nn.Module
+    ops: list[Op] = field(default_factory=list)
+    made: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def fresh(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def type(self, tensor: torch.Tensor, where: str) -> TensorType:
+        if tensor.dtype not in IR_DTYPES:
+            raise CaptureError(
+                f"{where}: moec has no dtype {tensor.dtype}; cast it to one of "
+                f"{', '.join(str(d) for d in IR_DTYPES)}"
+            )
+        return TensorType(
+            IR_DTYPES[tensor.dtype], tuple(from_torch(s, self.rename) for s in tensor.shape)
+        )
+
+    def node(self, node: torch.fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            source, index = cast(torch.fx.Node, node.args[0]), cast(int, node.args[1])
+            self.made[node] = self.made[source][index]
+        elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            self.made[node] = from_torch(value, self.rename)
+        elif isinstance(value, torch.SymFloat | float):
+            self.made[node] = self.number(value, node)
+        elif value is None or isinstance(value, torch.SymBool | bool):
+            self.made[node] = None
+        else:
+            self.call(node, value)
+
+    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float:
+        """A float that does not depend on sizes or data; others cannot stand in a graph."""
+        if isinstance(value, float):
+            return value
+        expr = value.node.expr
+        if expr.is_number:
+            return float(expr)
+        raise CaptureError(
+            f"{origin(node) or node.name}: the float {expr} depends on a size or on data; "
+            "compute it as a tensor"
+        )
+
+    def call(self, node: torch.fx.Node, value: Any) -> None:
+        target = str(node.target)
+        if any(name in target for name in _INLINED):
+            self.inline(node)
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"{origin(node) or node.name}: control flow ({target}) cannot be compiled; "
+                "write it with torch.where, or fix the branch before the export"
+            )
+        inputs: list[Value] = []
+        attrs = self.attributes(node, inputs)
+        results = list(value) if isinstance(value, tuple | list) else [value]
+        where = origin(node)
+        outputs = tuple(
+            Value(self.fresh(node.name), self.type(result, where or node.name))
+            for result in results
+            if isinstance(result, torch.Tensor)
+        )
+        if target in _VIEWS:  # a graph has no strides: every view is a reshape
+            target, attrs = "aten.reshape.default", {"shape": attrs["size"]}
+        self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
+        self.made[node] = outputs if isinstance(value, tuple | list) else outputs[0]
+
+    def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
+        """The arguments that are not plain tensors; plain tensors are added to `inputs`."""
+        attrs: dict[str, Attr] = {}
+        schema = cast(Any, node.target)._schema.arguments
+        for index, argument in enumerate(schema):
+            if index < len(node.args) and not argument.kwarg_only:
+                given = node.args[index]
+            elif argument.name in node.kwargs:
+                given = node.kwargs[argument.name]
+            else:
+                continue
+            if argument.name in _IGNORED_ARGUMENTS:
+                continue
+            made = self.argument(given)
+            if isinstance(made, Value):
+                inputs.append(made)
+            elif argument.has_default_value() and made == argument.default_value:
+                # None would end the row of plain tensors early: later ones need its place.
+                if made is None and "Tensor" in str(argument.type):
+                    attrs[argument.name] = None
+            else:
+                attrs[argument.name] = self.attribute(made, inputs)
+        return attrs
+
+    def argument(self, given: Any) -> Any:
+        if isinstance(given, torch.fx.Node):
+            return self.made[given]
+        if isinstance(given, list | tuple):
+            return tuple(self.argument(item) for item in given)
+        if isinstance(given, torch.SymInt):
+            return from_torch(given, self.rename)
+        return given
+
+    def attribute(self, made: Any, inputs: list[Value]) -> Attr:
+        if isinstance(made, Value):
+            inputs.append(made)
+            return Ref(len(inputs) - 1)
+        if isinstance(made, tuple):
+            return tuple(self.attribute(item, inputs) for item in made)
+        if isinstance(made, torch.dtype):
+            return DType(IR_DTYPES[made])
+        if made is None or isinstance(made, bool | int | float | str | sympy.Expr):
+            return made
+        raise CaptureError(f"an argument of type {type(made).__name__} cannot stand in a graph")
+
+    def inline(self, node: torch.fx.Node) -> None:
+        """A region under no_grad or without autocast: its ops stand where the region stood."""
+        position = next(
+            i
+            for i, a in enumerate(node.args)
+            if isinstance(a, torch.fx.Node) and a.op == "get_attr"
+        )
+        module = self.root.get_submodule(str(cast(torch.fx.Node, node.args[position]).target))
+        arguments = [self.argument(a) for a in node.args[position + 1 :]]
+        graph = cast(torch.fx.GraphModule, module).graph
+        holders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.made |= dict(zip(holders, arguments, strict=True))
+        for inner in graph.nodes:
+            if inner.op == "call_function" and not dropped(inner):
+                self.node(inner)
+            elif inner.op == "output":
+                self.made[node] = self.argument(inner.args[0])
+
+
+def dropped(node: torch.fx.Node) -> bool:
+    return any(part in str(node.target) for part in _DROPPED) and not isinstance(
+        node.meta.get("val"), torch.SymInt | int
+    )
+
+
+def origin(node: torch.fx.Node) -> str:
+    """The path of the module that the user wrote, such as "model.layers.0.mlp"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
+    return str(paths[-1]).replace("L__self___", "").strip(".") if paths else ""
+
+
+def to_program(
+    exported: ExportedProgram,
+    *,
+    rename: Mapping[str, str] | None = None,
+    bounds: Mapping[str, Bounds] | None = None,
+    output_names: Sequence[str] = (),
+) -> Program:
+    """The graph and weights of a decomposed export.
+
+    `rename` maps torch's symbols to the names of the IR, `bounds` overrides what the export
+    found. Weights keep their names and their memory. Raises CaptureError, naming the place,
+    for what a graph cannot hold.
+    """
+    rename = rename or {}
+    converter = _Converter(rename, exported.graph_module)
+    signature = exported.graph_signature
+    holders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    mutated = dict(signature.buffers_to_mutate)
+    inputs: list[Value] = []
+    params: dict[str, Value] = {}
+    states: dict[str, Value] = {}
+    weights: dict[str, torch.Tensor] = {}
+    shared: dict[tuple[Any, ...], Value] = {}
+    for spec, node in zip(signature.input_specs, holders, strict=True):
+        if not isinstance(spec.arg, TensorArgument):
+            converter.made[node] = getattr(spec.arg, "value", None)
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                raise CaptureError(
+                    f"input {node.name} is a Python number that may vary; pass it as a tensor"
+                )
+            continue
+        tensor = node.meta["val"]
+        if spec.kind is InputKind.USER_INPUT:
+            name = converter.fresh(node.name)
+            value = Value(name, converter.type(tensor, f"input {name}"))
+            inputs.append(value)
+        else:
+            target = cast(str, spec.target)
+            data = _weight(exported, spec.kind, target)
+            value = Value(converter.fresh(target), converter.type(tensor, target))
+            if spec.kind is InputKind.BUFFER and target in mutated.values():
+                states[target] = value
+                weights[value.name] = data
+            else:
+                key = (data.data_ptr(), data.shape, data.stride(), data.dtype)
+                if data.numel() and key in shared:
+                    value = shared[key]
+                else:
+                    shared[key] = params[target] = value
+                    weights[value.name] = data
+        converter.made[node] = value
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and not dropped(node):
+            converter.node(node)
+    outputs, after = _outputs(exported, converter, output_names)
+    ordered = tuple(State(states[name], after[name]) for name in states)
+    used = {name for value in (*inputs, *states.values()) for name in _symbols(value)}
+    found = {
+        rename.get(str(name), str(name)): Bounds(int(limits.lower), _whole(limits.upper))
+        for name, limits in exported.range_constraints.items()
+    }
+    limits = {name: (bounds or {}).get(name, found.get(name, Bounds())) for name in sorted(used)}
+    graph = Graph(
+        (*inputs, *states.values()),
+        tuple(params.values()),
+        tuple(converter.ops),
+        outputs,
+        ordered,
+        limits,
+    )
+    return Program(graph, weights)
+
+
+def _symbols(value: Value) -> set[str]:
+    from moec.sizes import symbols
+
+    return {name for dim in value.shape for name in symbols(dim)}
+
+
+def _whole(limit: Any) -> int | None:
+    if not getattr(limit, "is_Integer", isinstance(limit, int)):
+        return None
+    return None if int(limit) >= 2**62 else int(limit)
+
+
+def _weight(exported: ExportedProgram, kind: InputKind, target: str) -> torch.Tensor:
+    stores: list[Mapping[str, Any]] = [exported.state_dict, exported.constants]
+    for store in stores if kind is not InputKind.CONSTANT_TENSOR else reversed(stores):
+        if target in store:
+            return cast(torch.Tensor, store[target]).detach()
+    raise CaptureError(f"the export names the weight {target} but does not hold it")
+
+
+def _outputs(
+    exported: ExportedProgram, converter: _Converter, names: Sequence[str]
+) -> tuple[tuple[Value, ...], dict[str, Value]]:
+    """The user's outputs and the new contents of each mutated buffer.
+
+    Results that are not computed (an input or a weight returned as it is) pass through an
+    alias, and so do outputs, so that each has the name that its reader knows.
+    """
+    (node,) = [n for n in exported.graph.nodes if n.op == "output"]
+    results = converter.argument(node.args[0])
+    outputs: list[Value] = []
+    after: dict[str, Value] = {}
+    for spec, result in zip(exported.graph_signature.output_specs, results, strict=True):
+        if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(
+                f"the model writes into its input {spec.target}; copy the input first, or make "
+                "it a buffer"
+            )
+        if not isinstance(result, Value):
+            if spec.kind is OutputKind.USER_OUTPUT and result is not None:
+                raise CaptureError(f"output {result!r} is not a tensor; return tensors only")
+            continue
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            after[cast(str, spec.target)] = result
+            continue
+        index = len(outputs)
+        stem = names[index] if index < len(names) else f"output_{index}"
+        alias = Value(converter.fresh(stem), result.type)
+        converter.ops.append(Op("aten.alias.default", (result,), (alias,)))
+        outputs.append(alias)
+    return tuple(outputs), after

@@ -1,0 +1,193 @@
+"""Hugging Face experts: one opaque op per MoE layer, carrying the body of one expert as text.
+
+transformers looks its experts up by name; moec registers its own implementation, which calls
+`moec::experts(x[T, D], top_k_index[T, k], top_k_weights[T, k], params stacked over E, E, body)
+-> y[T, D]`. The body is made before the export by tracing what the module itself does to the
+rows of one expert (its `_apply_gate`, activation, biases, norm), so that an unknown activation
+needs no case here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import Dim as TorchDim
+
+from moec.capture.exported import decompose, to_program
+from moec.errors import CaptureError
+from moec.evaluate import run_graph
+from moec.ir import Graph
+from moec.text import parse, print_graph
+
+NAME = "moec"
+
+
+@torch.library.custom_op("moec::experts", mutates_args=())
+def experts_op(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    params: list[torch.Tensor],
+    num_experts: int,
+    body: str,
+) -> torch.Tensor:
+    """y[t] = sum over s of top_k_weights[t, s] * body(hidden[t]; params of expert [t, s]).
+
+    An id of `num_experts` or more is the sentinel of expert parallelism: it adds nothing.
+    """
+    graph = parse(body)
+    total = torch.zeros_like(hidden)
+    for expert in range(num_experts):
+        token, slot = torch.where(top_k_index == expert)
+        rows = run_graph(graph, [hidden[token], *(p[expert] for p in params)])[0]
+        weighted = rows * top_k_weights[token, slot, None]
+        total.index_add_(0, token, weighted.to(total.dtype))
+    return total
+
+
+@experts_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    params: list[torch.Tensor],
+    num_experts: int,
+    body: str,
+) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
+class _OneExpert(torch.nn.Module):
+    """What an experts module does to the rows of one expert, given that expert's slices."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = [experts]  # in a list: not a submodule, its weights are not captured
+
+    def forward(self, x: torch.Tensor, params: list[torch.Tensor]) -> torch.Tensor:
+        (module,) = self.experts
+        rest = list(params)
+
+        def linear(rows: torch.Tensor) -> torch.Tensor:
+            weight = rest.pop(0)
+            bias = rest.pop(0) if module.has_bias else None
+            weight = weight.t() if module.is_transposed else weight
+            return torch.nn.functional.linear(rows, weight, bias)
+
+        rows = linear(x)
+        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        rows = linear(rows)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        return rows
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether transformers decorated the module's class with `use_experts_implementation`."""
+    return all(
+        hasattr(module, name)
+        for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    )
+
+
+def stacked(experts: Any) -> list[torch.Tensor]:
+    """The params of an experts module in the order in which `_OneExpert` takes them."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = [first, "down_proj"]
+    if experts.has_bias:
+        names = [first, f"{first}_bias", "down_proj", "down_proj_bias"]
+    return [getattr(experts, name) for name in names]
+
+
+def body_of(experts: Any, name: str) -> Graph:
+    """The graph of one expert: body(x[R, D]; its slices of the stacked params) -> [R, D]."""
+    params = stacked(experts)
+    width = params[0].shape[1 if experts.is_transposed else 2]
+    rows = torch.empty(5, width, dtype=params[0].dtype)
+    slices = [p.detach()[0] for p in params]
+    try:
+        exported = torch.export.export(
+            _OneExpert(experts),
+            (rows, slices),
+            dynamic_shapes=({0: TorchDim.AUTO}, [None] * len(slices)),
+            strict=False,
+        )
+        program = to_program(decompose(exported), rename=_rows(exported), output_names=("y",))
+    except Exception as error:
+        raise CaptureError(
+            f"{name}: one expert cannot be traced: {error}; if the class changes its experts' "
+            "forward, register it without use_experts_implementation"
+        ) from error
+    graph = program.graph
+    if graph.params:
+        raise CaptureError(
+            f"{name}: an expert reads {graph.params[0].name}, which is not stacked over the experts"
+        )
+    return Graph(graph.inputs[:1], graph.inputs[1:], graph.ops, graph.outputs, name="body")
+
+
+def _rows(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """The one free size of a body is called R."""
+    return {str(name): "R" for name in exported.range_constraints}
+
+
+@contextmanager
+def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
+    """While open, every decorated experts module of the model is one `moec::experts` call.
+
+    Raises CaptureError for experts that cannot be traced.
+    """
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if not found:
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    bodies = _bodies(found)
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        return experts_op(
+            hidden_states,
+            top_k_index,
+            top_k_weights.reshape(top_k_index.shape),
+            stacked(self),
+            self.num_experts,
+            bodies[id(self)],
+        )
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+    configs = {id(module.config): module.config for module in found.values()}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
+def _bodies(found: dict[str, Any]) -> dict[int, str]:
+    """The body text of each experts module; modules of one kind and shape share one trace."""
+    texts: dict[tuple[Any, ...], str] = {}
+    bodies: dict[int, str] = {}
+    for name, module in found.items():
+        shapes = tuple((p.shape, p.dtype, p.stride()) for p in stacked(module))
+        plain = tuple(
+            sorted(
+                (k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str)
+            )
+        )
+        key = (type(module), shapes, plain, repr(getattr(module, "act_fn", None)))
+        if key not in texts:
+            texts[key] = print_graph(body_of(module, name))
+        bodies[id(module)] = texts[key]
+    return bodies
