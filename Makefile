@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target that needs it makes.
+# Needed: Python 3.11 or later, make, a package index. `make demo PYTHON=python3.12` picks another.
+
+PYTHON ?= python3
+JOBS ?= 2
+TESTS ?= tests
+
+venv := .venv
+python := $(venv)/bin/python
+installed := $(venv)/.installed
+
+.PHONY: demo test lint format golden clean
+
+demo: $(installed)
+	$(python) examples/demo.py
+
+test: $(installed)
+	$(python) -m pytest -n $(JOBS) $(TESTS)
+
+lint: $(installed)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy -p moec
+
+format: $(installed)
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+golden: $(installed)
+	$(python) -m pytest --update-golden $(TESTS)
+
+# A venv whose Python has gone (an upgrade, a moved clone) is made anew.
+$(installed): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"moec needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
+	@$(python) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(venv)
+	$(python) -m pip install --quiet --editable '.[hf,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(venv) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

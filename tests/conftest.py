@@ -1,0 +1,69 @@
+"""One thread, a fixed random stream in CI, and text compared with the files of tests/golden."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports tvm or torch: tests run side by side, and each is small enough that
+# threads cost more than they bring. A test of threading sets its own count.
+os.environ.setdefault("TVM_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# No deadline: the first call of a torch or TVM function takes as long as a thousand others.
+settings.register_profile("moec", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("moec")
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the golden files instead of comparing with them",
+    )
+
+
+def golden_file(request: pytest.FixtureRequest) -> Path:
+    """tests/golden/<folder and module of the test>/<name of the test>.txt"""
+    module = request.path.relative_to(TESTS).with_suffix("")
+    name = request.node.name.replace("/", "_")
+    return GOLDEN / module / f"{name}.txt"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Call it with text once in a test; the text must be that of the test's golden file."""
+    path = golden_file(request)
+
+    def check(text: str) -> None:
+        __tracebackhide__ = True
+        text = text.rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        where = path.relative_to(TESTS.parent)
+        if not path.exists():
+            pytest.fail(f"{where} is missing: run with --update-golden, then read what it wrote")
+        expected = path.read_text(encoding="utf-8")
+        assert text == expected, f"differs from {where}; if it should, run with --update-golden"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    """The trained checkpoint: folder of examples/tiny_moe."""
+    return TESTS.parent / "examples" / "tiny_moe" / "checkpoint"
