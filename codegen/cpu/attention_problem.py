@@ -1,0 +1,240 @@
+"""One attention: what the compiler knows of it, its arguments, and what both ways of doing it share.
+
+    q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  ->  out[B, Hq, S, Dv]
+
+Query heads that share a key head are rows of one problem: row s*g + j is position s of the
+j-th of the g heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.softmax import Softmax
+from moec.codegen.cpu.vector import Vector
+from moec.target import Target
+
+TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """A mask that broadcasts to [B, Hq, S, L]; `full` says which of the four dims are not 1.
+
+    A bool mask is True where a query attends; any other is added to the scaled scores.
+    """
+
+    dtype: str
+    full: tuple[bool, bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is known when compiling; B, S and L are sizes of the call, 0 allowed.
+
+    `is_causal` lets position s see keys 0 to s, whatever L (torch's meaning). `layout` BSHD
+    takes and gives [B, S, H, D]: what a linear layer produces, before any transpose. `sinks`
+    adds one logit per head that only the denominator sees (GPT-OSS).
+    """
+
+    dtype: str
+    q_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    is_causal: bool = False
+    mask: MaskSpec | None = None
+    sinks: bool = False
+    layout: Literal["BHSD", "BSHD"] = "BHSD"
+
+    def __post_init__(self) -> None:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"attention: {self.q_heads} query heads cannot share {self.kv_heads} key heads: "
+                "the first must be a multiple of the second"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments inside an open prim_func. All sizes and indices are int64."""
+
+    spec: AttentionSpec
+    vector: Vector
+    soft: Softmax
+    batch: Expr
+    queries: Expr
+    keys: Expr
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    mask: Buffer | None
+    sinks: Buffer | None
+    out: Buffer
+
+    @property
+    def heads(self) -> Expr:
+        """Key heads of the whole batch: the problems that have nothing in common."""
+        return self.batch * self.spec.kv_heads
+
+    @property
+    def rows(self) -> Expr:
+        """Query rows of one key head."""
+        return self.queries * self.spec.group
+
+    @property
+    def width(self) -> int:
+        """The value's features, as whole vectors."""
+        return round_up(self.spec.value_dim, self.vector.lanes)
+
+    def at(self, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
+        """The index of one feature in q, k, v or out."""
+        return (b, head, n, d) if self.spec.layout == "BHSD" else (b, n, head, d)
+
+    def split(self, head: Expr) -> tuple[Expr, Expr]:
+        """batch, key head <- one of `heads`"""
+        kv = self.spec.kv_heads
+        return T.bind(T.floordiv(head, kv)), T.bind(T.floormod(head, kv))
+
+    def query_at(self, head: Expr, row: Expr) -> tuple[Expr, Expr, Expr]:
+        """batch, query head, position <- a key head and its row"""
+        b, kv = self.split(head)
+        group = self.spec.group
+        return b, kv * group + T.floormod(row, group), T.floordiv(row, group)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:
+    """task // parts, task % parts. Where `parts` is 0 there is no task, but LLVM may divide
+    before it knows."""
+    parts = T.max(parts, 1)
+    return T.bind(T.floordiv(task, parts)), T.bind(T.floormod(task, parts))
+
+
+def arguments(spec: AttentionSpec, target: Target) -> Problem:
+    """Declare the arguments: q, k, v, mask?, sinks?, out."""
+    batch, queries, keys = T.int64(), T.int64(), T.int64()
+    dtype = TVM_DTYPES[spec.dtype]
+
+    def argument(name: str, heads: int, n: Expr, width: int) -> Buffer:
+        shape = (batch, heads, n, width) if spec.layout == "BHSD" else (batch, n, heads, width)
+        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+    q = argument("q", spec.q_heads, queries, spec.key_dim)
+    k = argument("k", spec.kv_heads, keys, spec.key_dim)
+    v = argument("v", spec.kv_heads, keys, spec.value_dim)
+    mask = sinks = None
+    if spec.mask is not None:
+        whole = (batch, spec.q_heads, queries, keys)
+        shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
+        mask_dtype = TVM_DTYPES.get(spec.mask.dtype, "bool")
+        mask = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
+    if spec.sinks:
+        sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)
+    out = argument("out", spec.q_heads, queries, spec.value_dim)
+    if mask is not None and mask.dtype == "bool":
+        mask = T.decl_buffer(mask.shape, "int8", data=mask.data)
+    vector = Vector(target)
+    soft = Softmax(vector)
+    return Problem(spec, vector, soft, batch, queries, keys, q, k, v, mask, sinks, out)
+
+
+def reach(p: Problem, position: Expr) -> Expr:
+    """How many keys a position may see at most."""
+    return T.min(p.keys, position + 1) if p.spec.is_causal else p.keys
+
+
+def scaled(p: Problem, dots: Expr, seen: Expr, bias: Expr | None) -> Expr:
+    """Scores of neighbouring keys, -inf for all after the first `seen` (int32, any value)."""
+    v = p.vector
+    x = dots * v.splat(p.spec.scale)
+    if bias is not None:
+        x = x + bias
+    attend = T.ramp(T.int32(0), 1, v.lanes) < T.broadcast(seen, v.lanes)
+    return T.bind(T.Select(attend, x, v.splat(MINUS_INFINITY)))
+
+
+def load_mask(
+    p: Problem, where: Sequence[Expr], bias: Buffer, row: Sequence[Expr], vectors: int
+) -> None:
+    """bias[row] = what the mask adds to the scores of neighbouring keys; False adds -inf.
+
+    where: batch, query head, position, first key. Lanes after the last key hold anything.
+    """
+    v, mask = p.vector, p.spec.mask
+    b, h, s, first = where
+    b, h, s = (x if full else 0 for x, full in zip((b, h, s), mask.full[:3], strict=True))
+    with T.serial(0, vectors) as j:
+        place = (*row, T.ramp(j * v.lanes, 1, v.lanes))
+        if not mask.full[3]:
+            T.buffer_store(bias, T.broadcast(_added(p, p.mask[b, h, s, 0]), v.lanes), place)
+            return
+        key = T.bind(first + j * v.lanes)
+        with T.If(key + v.lanes <= p.keys):
+            with T.Then():
+                if mask.dtype == "bool":
+                    allowed = p.mask[b, h, s, T.ramp(key, 1, v.lanes)]
+                    allowed = allowed != T.broadcast(T.int8(0), v.lanes)
+                    x = T.Select(allowed, v.splat(0.0), v.splat(MINUS_INFINITY))
+                else:
+                    x = v.load(p.mask, (b, h, s, key))
+                T.buffer_store(bias, x, place)
+            with T.Else(), T.serial(0, T.max(p.keys - key, 0)) as i:
+                one = _added(p, p.mask[b, h, s, key + i])
+                T.buffer_store(bias, one, (*row, j * v.lanes + i))
+
+
+def _added(p: Problem, element: Expr) -> Expr:
+    """One element of the mask as what it adds."""
+    if p.spec.mask.dtype == "bool":
+        return T.Select(element != T.int8(0), T.float32(0), T.float32(MINUS_INFINITY))
+    return p.vector.scalar(element.source, element.indices)
+
+
+def finite(top: Expr) -> Expr:
+    """What to subtract from scores whose greatest is `top`: -inf - -inf would be NaN."""
+    return T.bind(T.Select(top == T.float32(MINUS_INFINITY), T.float32(0), top))
+
+
+def factor(p: Problem, top: Expr, total: Expr, query_head: Expr) -> Expr:
+    """What a row's weighted values are multiplied with at the end.
+
+    top: the greatest score, total: the sum of exp(score - top). A row that sees nothing gives
+    zeros, as torch's scaled_dot_product_attention does.
+    """
+    zero, one = T.float32(0), T.float32(1)
+    if p.sinks is None:
+        return T.bind(T.Select(total == zero, zero, one / total))
+    sink = p.vector.scalar(p.sinks, (query_head,))
+    base = finite(T.bind(T.max(sink, top)))
+    share = T.bind(T.exp(top - base))
+    whole = T.bind(total * share + T.exp(sink - base))
+    return T.bind(T.Select(total == zero, zero, share / whole))
+
+
+def write_row(p: Problem, where: Sequence[Expr], sums: Buffer, row: Sequence[Expr]) -> None:
+    """out[where] = sums[row], rounded; where: batch, query head, position; sums already scaled."""
+    v = p.vector
+    whole, rest = divmod(p.spec.value_dim, v.lanes)
+    with T.serial(0, whole) as d:
+        x = sums[(*row, T.ramp(d * v.lanes, 1, v.lanes))]
+        v.store(p.out, p.at(*where, d * v.lanes), x)
+    if rest:
+        d = whole * v.lanes
+        v.store_tail(p.out, p.at(*where, d), sums[(*row, T.ramp(d, 1, v.lanes))], T.int32(rest))

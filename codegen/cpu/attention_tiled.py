@@ -1,0 +1,266 @@
+"""Attention for many query rows: pack keys and values once, then tiles of rows over blocks.
+
+Keys are transposed while they are packed, so that a vector holds one feature of many keys, and
+both are padded to whole blocks. A task owns some rows of one key head (all query heads that
+share it, so that a block is read once for them), walks over the blocks, and keeps for each row
+the greatest score, the sum, and the weighted values so far.
+
+On a CPU with bf16 dot products, bf16 inputs stay bf16: two features of a key, or two keys of a
+feature, share one int32 lane. Otherwise everything is widened to float32 while it is packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.attention_problem import (
+    MINUS_INFINITY,
+    Problem,
+    divide,
+    factor,
+    finite,
+    load_mask,
+    reach,
+    scaled,
+    write_row,
+)
+
+TILE = 96  # rows of a task: a multiple of a register tile; their queries and sums stay in L2
+
+
+@dataclass(frozen=True)
+class Packed:
+    """keys[head, block, unit, key] and values[head, block, unit, feature], units of `dtype`."""
+
+    problem: Problem
+    pairs: bool
+    keys: Buffer
+    values: Buffer
+    blocks: Expr
+
+    @property
+    def dtype(self) -> str:
+        return "int32" if self.pairs else "float32"
+
+    @property
+    def per_unit(self) -> int:
+        return 2 if self.pairs else 1
+
+    @property
+    def block(self) -> int:
+        """Keys of a block: what one register tile covers, so that scores stay in registers."""
+        return block_size(self.problem)
+
+    @property
+    def key_units(self) -> int:
+        return self.problem.spec.key_dim // self.per_unit
+
+    def multiply_add(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        v = self.problem.vector
+        return v.dot2(acc, a, b) if self.pairs else v.fma(a, b, acc)
+
+
+def block_size(p: Problem) -> int:
+    return p.vector.target.tile_vectors * p.vector.lanes
+
+
+def tiled(p: Problem) -> None:
+    """Fill p.out."""
+    spec, v = p.spec, p.vector
+    pairs = v.target.bf16_dot and spec.dtype == "bf16" and spec.key_dim % 2 == 0
+    per_unit, dtype = (2, "int32") if pairs else (1, "float32")
+    block = block_size(p)
+    blocks = T.bind(T.ceildiv(p.keys, block))
+    keys = T.alloc_buffer((p.heads, blocks, spec.key_dim // per_unit, block), dtype)
+    values = T.alloc_buffer((p.heads, blocks, block // per_unit, p.width), dtype)
+    packed = Packed(p, pairs, keys, values, blocks)
+    with T.parallel(0, p.heads * blocks) as task:
+        head, n = divide(task, blocks)
+        _pack_keys(packed, head, n)
+        with T.If((n + 1) * block <= p.keys):
+            with T.Then():
+                _pack_values(packed, head, n, whole=True)
+            with T.Else():
+                _pack_values(packed, head, n, whole=False)
+
+    tiles = T.bind(T.ceildiv(p.rows, TILE))
+    with T.parallel(0, p.heads * tiles) as task:
+        head, n = divide(task, tiles)
+        if spec.is_causal:  # late tiles see more keys: take turns, so that threads get alike
+            half = T.floordiv(n, 2)
+            n = T.bind(T.Select(T.floormod(n, 2) == 0, half, tiles - 1 - half))
+        _tile(packed, head, n * TILE)
+
+
+def _pack_keys(c: Packed, head: Expr, n: Expr) -> None:
+    """Keys after the last are copies of it: they are masked later."""
+    p = c.problem
+    b, kv = p.split(head)
+    with T.serial(0, c.block) as j:
+        key = T.bind(T.min(n * c.block + j, p.keys - 1))
+        with T.serial(0, c.key_units) as d:
+            index = p.at(b, kv, key, d * c.per_unit)
+            x = p.vector.pair(p.k, index) if c.pairs else p.vector.scalar(p.k, index)
+            T.buffer_store(c.keys, x, [head, n, d, j])
+
+
+def _pack_values(c: Packed, head: Expr, n: Expr, whole: bool) -> None:
+    """Keys after the last are zeros: their weight is 0, but 0 times NaN is not."""
+    p, v = c.problem, c.problem.vector
+    b, kv = p.split(head)
+    with T.serial(0, c.block // c.per_unit) as unit:
+        for d in range(0, p.width, v.lanes):
+            features = min(v.lanes, p.spec.value_dim - d)
+
+            def read(i: int, d: int = d, features: int = features) -> Expr:
+                key = n * c.block + unit * c.per_unit + i
+                index = p.at(b, kv, key, d)
+                if whole and features == v.lanes:
+                    return v.load(p.v, index)
+                count = T.Select(key < p.keys, T.int32(features), T.int32(0))
+                return v.load_tail(p.v, index, count)
+
+            x = read(0)
+            if c.pairs:
+                # A bf16 is the upper half of its float32.
+                low = T.reinterpret(f"uint32x{v.lanes}", x)
+                high = T.reinterpret(f"uint32x{v.lanes}", read(1))
+                sixteen = T.broadcast(T.uint32(16), v.lanes)
+                both = T.bitwise_or(high, T.shift_right(low, sixteen))
+                x = T.reinterpret(f"int32x{v.lanes}", both)
+            T.buffer_store(c.values, x, [head, n, unit, T.ramp(d, 1, v.lanes)])
+
+
+def _tile(c: Packed, head: Expr, first: Expr) -> None:
+    """Rows first .. first + TILE of one key head against all of its keys."""
+    p, v, height = c.problem, c.problem.vector, c.problem.vector.target.tile_rows
+    lane = T.ramp(0, 1, v.lanes)
+    mine = T.bind(T.min(p.rows - first, TILE))
+    groups = T.bind(T.ceildiv(mine, height))
+    query = T.alloc_buffer((TILE, c.key_units), c.dtype)
+    sums = T.alloc_buffer((TILE, p.width), "float32")
+    tops = T.alloc_buffer((TILE,), "float32")
+    totals = T.alloc_buffer((TILE, v.lanes), "float32")
+    reaches = T.alloc_buffer((TILE,), "int64")
+    bias = T.alloc_buffer((height, c.block), "float32") if p.spec.mask is not None else None
+    with T.serial(0, groups * height) as r:
+        # Rows after the last are copies of it: computed, never written out.
+        b, h, s = p.query_at(head, T.bind(T.min(first + r, p.rows - 1)))
+        with T.serial(0, c.key_units) as d:
+            index = p.at(b, h, s, d * c.per_unit)
+            x = v.pair(p.q, index) if c.pairs else v.scalar(p.q, index)
+            T.buffer_store(query, x, [r, d])
+        with T.serial(0, p.width // v.lanes) as d:
+            T.buffer_store(sums, v.splat(0.0), [r, T.ramp(d * v.lanes, 1, v.lanes)])
+        T.buffer_store(tops, T.float32(MINUS_INFINITY), [r])
+        T.buffer_store(totals, v.splat(0.0), [r, lane])
+        T.buffer_store(reaches, reach(p, s), [r])
+
+    last = reaches[mine - 1]  # the furthest: rows are ordered by position
+    with T.serial(0, T.ceildiv(last, c.block)) as n, T.serial(0, groups) as group:
+        r = T.bind(group * height)
+        if bias is not None:
+            with T.serial(0, height) as i:
+                row = T.bind(T.min(first + r + i, p.rows - 1))
+                where = (*p.query_at(head, row), n * c.block)
+                load_mask(p, where, bias, (i,), c.block // v.lanes)
+        scores = _scores(c, query, (head, n), r)
+        scales, weights = [], []
+        for i in range(height):
+            seen = T.bind(T.cast(reaches[r + i] - n * c.block, "int32"))
+            lanes = []
+            for j, x in enumerate(scores[i]):
+                added = None if bias is None else bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
+                lanes.append(scaled(p, x[lane], seen - j * v.lanes, added))
+            scale, weight = _soften(c, lanes, tops, totals, r + i)
+            scales.append(scale)
+            weights.append(weight)
+        _accumulate(c, sums, (head, n), r, scales, weights)
+
+    with T.serial(0, mine) as r:
+        where = p.query_at(head, first + r)
+        f = v.splat(factor(p, tops[r], v.sum(totals[r, lane]), where[1]))
+        with T.serial(0, p.width // v.lanes) as d:
+            place = T.ramp(d * v.lanes, 1, v.lanes)
+            T.buffer_store(sums, sums[r, place] * f, [r, place])
+        write_row(p, where, sums, (r,))
+
+
+def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[list[Buffer]]:
+    """q @ k.T of a register tile, left in its accumulators."""
+    v = c.problem.vector
+    lane = T.ramp(0, 1, v.lanes)
+    height, vectors = v.target.tile_rows, c.block // v.lanes
+    acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in range(vectors)] for _ in range(height)]
+    for a in sum(acc, []):
+        T.buffer_store(a, v.splat(0.0), [lane])
+    with T.serial(0, c.key_units) as d:
+        keys = [
+            T.bind(c.keys[(*block, d, T.ramp(j * v.lanes, 1, v.lanes))]) for j in range(vectors)
+        ]
+        for i in range(height):
+            q = T.bind(T.broadcast(query[r + i, d], v.lanes))
+            for a, k in zip(acc[i], keys, strict=True):
+                T.buffer_store(a, c.multiply_add(a[lane], q, k), [lane])
+    return acc
+
+
+def _soften(
+    c: Packed, scores: list[Expr], tops: Buffer, totals: Buffer, r: Expr
+) -> tuple[Expr, Buffer]:
+    """Update a row's greatest score and sum; give the factor for all sums so far, and the
+    weights of these keys as units."""
+    v, soft = c.problem.vector, c.problem.soft
+    lane = T.ramp(0, 1, v.lanes)
+    top = scores[0]
+    for x in scores[1:]:
+        top = T.max(top, x)
+    old = T.bind(tops[r])
+    new = T.bind(T.max(soft.top(top), old))
+    T.buffer_store(tops, new, [r])
+    base = finite(new)
+    scale = soft.exp(v.splat(old - base))
+    total = totals[r, lane] * scale
+    weights = T.alloc_buffer((c.block // c.per_unit,), c.dtype)
+    units = v.lanes // c.per_unit
+    for j, x in enumerate(scores):
+        weight = soft.exp(x - v.splat(base))
+        total = total + weight
+        unit = soft.round_pairs(weight) if c.pairs else weight
+        T.buffer_store(weights, unit, [T.ramp(j * units, 1, units)])
+    T.buffer_store(totals, total, [r, lane])
+    return scale, weights
+
+
+def _accumulate(
+    c: Packed,
+    sums: Buffer,
+    block: tuple[Expr, ...],
+    r: Expr,
+    scales: list[Expr],
+    weights: list[Buffer],
+) -> None:
+    """sums = sums * scale + weights @ values"""
+    v = c.problem.vector
+    lane = T.ramp(0, 1, v.lanes)
+    step = v.target.tile_vectors * v.lanes
+    for first in range(0, c.problem.width, step):
+        stop = min(first + step, c.problem.width)
+        places = [T.ramp(d, 1, v.lanes) for d in range(first, stop, v.lanes)]
+        acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in places] for _ in scales]
+        for i, scale in enumerate(scales):
+            for a, place in zip(acc[i], places, strict=True):
+                T.buffer_store(a, sums[r + i, place] * scale, [lane])
+        with T.serial(0, c.block // c.per_unit) as unit:
+            values = [T.bind(c.values[(*block, unit, place)]) for place in places]
+            for i, weight in enumerate(weights):
+                w = T.bind(T.broadcast(weight[unit], v.lanes))
+                for a, x in zip(acc[i], values, strict=True):
+                    T.buffer_store(a, c.multiply_add(a[lane], w, x), [lane])
+        for i in range(len(scales)):
+            for a, place in zip(acc[i], places, strict=True):
+                T.buffer_store(sums, a[lane], [r + i, place])

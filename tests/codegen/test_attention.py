@@ -1,0 +1,211 @@
+"""The attention kernel against softmax(q k.T) v in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moec.codegen.cpu.attention import AttentionSpec, MaskSpec, attention
+from moec.target import TARGETS, host
+
+TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# Relative to attention over |v|. bf16: a weight and the result are rounded, 2^-8 each, and
+# f16 rounds the result by 2^-11; f32: sums of D and of L terms, L + 2 D < 1024 roundings in
+# the worst case, of which a sum in lanes and random signs leave an eighth.
+TOLERANCE = {"f32": 2.0**-17, "bf16": 2.0**-7, "f16": 2.0**-10}
+
+
+@cache
+def kernel(spec: AttentionSpec) -> tvm.runtime.Module:
+    module = tvm.IRModule({"attention": attention(spec, host())})
+    return tvm.compile(module, target=tvm.target.Target(host().tvm()))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.q, self.k, self.v, self.mask, self.sinks) if t is not None]
+
+
+def random_inputs(spec: AttentionSpec, batch: int, queries: int, keys: int) -> Inputs:
+    dtype = TORCH[spec.dtype]
+    q = torch.randn(batch, spec.q_heads, queries, spec.key_dim).to(dtype)
+    k = torch.randn(batch, spec.kv_heads, keys, spec.key_dim).to(dtype)
+    v = torch.randn(batch, spec.kv_heads, keys, spec.value_dim).to(dtype)
+    mask = sinks = None
+    if spec.mask is not None:
+        whole = (batch, spec.q_heads, queries, keys)
+        shape = [d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True)]
+        mask = torch.rand(shape) < 0.7
+        if spec.mask.dtype != "bool":
+            mask = torch.where(mask, torch.randn(shape), -torch.inf).to(TORCH[spec.mask.dtype])
+    if spec.sinks:
+        sinks = torch.randn(spec.q_heads).to(dtype)
+    return Inputs(q, k, v, mask, sinks)
+
+
+def shared(t: Tensor) -> tvm.runtime.Tensor:
+    """The same memory; torch gives empty tensors strides that TVM takes for a gap."""
+    if t.numel():
+        return tvm.runtime.from_dlpack(t)
+    return tvm.runtime.empty(t.shape, str(t.dtype).removeprefix("torch."))
+
+
+def run(spec: AttentionSpec, x: Inputs) -> Tensor:
+    out = torch.full((*x.q.shape[:3], spec.value_dim), torch.nan, dtype=x.q.dtype)
+    tensors = [*x.tensors(), out]
+    if spec.layout == "BSHD":
+        moved = (t.transpose(1, 2).contiguous() for t in (x.q, x.k, x.v))
+        tensors[:3] = moved
+        tensors[-1] = out = out.transpose(1, 2).contiguous()
+    kernel(spec)["attention"](*map(shared, tensors))
+    return out.transpose(1, 2) if spec.layout == "BSHD" else out
+
+
+def expected(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    """The result, and the same with |v|: the scale of its error."""
+    q, k, v = (t.double() for t in (x.q, x.k, x.v))
+    k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
+    scores = q @ k.mT * spec.scale
+    if spec.is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
+    if x.mask is not None:
+        if x.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~x.mask, -torch.inf)
+        else:
+            scores = scores + x.mask.double()
+    if x.sinks is not None:
+        sinks = x.sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1).nan_to_num(0)
+    return weights @ v, weights @ v.abs()
+
+
+def check(spec: AttentionSpec, batch: int, queries: int, keys: int) -> None:
+    x = random_inputs(spec, batch, queries, keys)
+    want, scale = expected(spec, x)
+    error = (run(spec, x).double() - want).abs()
+    assert (error <= TOLERANCE[spec.dtype] * scale + 1e-7).all(), error.max()
+
+
+ALL = (True, True, True, True)
+SPECS = {
+    "plain": AttentionSpec("f32", 4, 4, 32, 32, 0.2),
+    "causal": AttentionSpec("f32", 2, 2, 64, 64, 0.125, is_causal=True),
+    "grouped-bf16": AttentionSpec("bf16", 6, 2, 64, 64, 0.125, is_causal=True),
+    "mla-bf16": AttentionSpec("bf16", 2, 2, 48, 32, 0.15, is_causal=True),
+    "uneven-bf16": AttentionSpec("bf16", 2, 1, 33, 41, 0.2),
+    "uneven-f16": AttentionSpec("f16", 3, 1, 20, 24, 0.2, is_causal=True),
+    "bool-mask": AttentionSpec("f32", 4, 2, 16, 16, 0.25, mask=MaskSpec("bool", ALL)),
+    "f32-mask-bf16": AttentionSpec(
+        "bf16", 4, 2, 32, 16, 0.2, mask=MaskSpec("f32", (True, False, True, True))
+    ),
+    "bf16-mask": AttentionSpec(
+        "bf16", 4, 1, 64, 64, 0.2, mask=MaskSpec("bf16", (False, False, True, True))
+    ),
+    "row-mask": AttentionSpec(
+        "f32", 4, 1, 16, 20, 0.2, mask=MaskSpec("bool", (True, True, True, False))
+    ),
+    "key-mask": AttentionSpec(
+        "f32", 2, 1, 16, 16, 0.2, True, mask=MaskSpec("f32", (True, False, False, True))
+    ),
+    "sinks": AttentionSpec("f32", 4, 2, 16, 16, 0.25, sinks=True, is_causal=True),
+    "sinks-bf16-mask": AttentionSpec(
+        "bf16", 8, 1, 64, 64, 0.125, sinks=True, mask=MaskSpec("bf16", (True, False, True, True))
+    ),
+    "positions-first": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, layout="BSHD"),
+    "positions-first-bf16": AttentionSpec("bf16", 4, 2, 64, 32, 0.25, layout="BSHD"),
+}
+SIZES = [(1, 1, 1), (2, 1, 70), (1, 5, 300), (2, 7, 3), (1, 130, 130), (2, 65, 128)]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_matches_eager(name: str) -> None:
+    torch.manual_seed(0)
+    for sizes in SIZES:
+        check(SPECS[name], *sizes)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2), st.integers(0, 40), st.integers(0, 90), st.sampled_from(list(SPECS)))
+def test_any_size(batch: int, queries: int, keys: int, name: str) -> None:
+    check(SPECS[name], batch, queries, keys)
+
+
+@pytest.mark.parametrize("queries", [2, 90])
+def test_rows_that_see_nothing_are_zero_as_in_torch(queries: int) -> None:
+    spec = SPECS["bool-mask"]
+    x = random_inputs(spec, 1, queries, 70)
+    assert x.mask is not None
+    x.mask[:, :, 1] = False
+    got = run(spec, x)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        x.q, x.k, x.v, attn_mask=x.mask, scale=spec.scale, enable_gqa=True
+    )
+    assert (got[:, :, 1] == 0).all()
+    assert (want[:, :, 1] == 0).all()
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 90])
+def test_the_least_finite_mask_gives_the_mean(queries: int) -> None:
+    """Models mask with the least float; a row of it is a softmax over equal scores."""
+    spec = SPECS["f32-mask-bf16"]
+    x = random_inputs(spec, 1, queries, 200)
+    assert x.mask is not None
+    x.mask[:] = torch.finfo(torch.float32).min
+    mean = x.v.double().mean(2, keepdim=True).repeat_interleave(2, 1).expand(-1, -1, queries, -1)
+    torch.testing.assert_close(run(spec, x).double(), mean, rtol=2.0**-7, atol=2.0**-9)
+
+
+@pytest.mark.parametrize("queries", [1, 90])
+def test_nan_stays_in_its_row(queries: int) -> None:
+    spec = SPECS["causal"]
+    x = random_inputs(spec, 1, queries, queries)
+    x.q[0, 1, 0, 3] = torch.nan
+    got = run(spec, x)
+    assert got[0, 1, 0].isnan().all()
+    assert got.isnan().sum() == spec.value_dim
+
+
+@pytest.mark.parametrize("queries", [3, 70])
+def test_great_scores_do_not_overflow(queries: int) -> None:
+    spec = SPECS["plain"]
+    x = random_inputs(spec, 1, queries, 80)
+    x = Inputs(x.q * 100, x.k * 100, x.v)
+    want, _ = expected(spec, x)
+    # Scores near 10^4 are known to 2^-10: the weights are as good as that.
+    torch.testing.assert_close(run(spec, x).double(), want, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["bf16-mask", "uneven-f16"])
+def test_compiles_for_every_target(name: str, target: str) -> None:
+    module = tvm.IRModule({"attention": attention(SPECS[name], TARGETS[target])})
+    lib = tvm.compile(module, target=tvm.target.Target(TARGETS[target].tvm()))
+    wide = "zmm" in lib.mod.inspect_source("asm")
+    assert wide == target.startswith("avx512")
+
+
+def test_compiles_for_haswell() -> None:
+    module = tvm.IRModule({"attention": attention(SPECS["sinks"], TARGETS["avx2"])})
+    tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
+
+
+def test_heads_must_divide() -> None:
+    with pytest.raises(ValueError, match="5 query heads cannot share 2 key heads"):
+        AttentionSpec("f32", 5, 2, 8, 8, 1.0)
