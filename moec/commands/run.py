@@ -1,0 +1,185 @@
+"""`moec run ARTIFACT`: numbers or text from a compiled model, without torch and the compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moec.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from moec.runtime.artifact import Artifact
+    from moec.runtime.executor import Executor
+
+
+@click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "-i", "--input", "source", type=click.Path(path_type=Path), metavar="FILE",
+    help="The inputs by name: .npz, .safetensors, or .npy for the only one.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write the outputs: .npz (bf16 as float32), .safetensors, or .npy for the only one.",
+)  # fmt: skip
+@click.option("--prompt", metavar="TEXT", help="Continue this text, with the likeliest tokens.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
+)
+@click.option("--rebuild", is_flag=True, help="Compile the stored graph here; use no stored code.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of the kernels; default: cores."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
+def command(
+    artifact: Path,
+    source: Path | None,
+    output: Path | None,
+    prompt: str | None,
+    max_new_tokens: int,
+    check: bool,
+    rebuild: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run ARTIFACT on the tensors in a file, or let it continue a prompt.
+
+    The outputs are described on stdout, or written with --output; a prompt's continuation
+    goes to stdout as it comes. Exit code 2 means that --check found a difference.
+    """
+    if source is None and prompt is None and not check:
+        raise UsageError("say what to run: --input FILE, --prompt TEXT or --check")
+    if source is not None and prompt is not None:
+        raise UsageError("--input and --prompt exclude each other")
+    if output is not None and source is None:
+        raise UsageError("--output needs --input")
+    if threads is not None:
+        os.environ["TVM_NUM_THREADS"] = str(threads)  # read when the first kernel starts
+
+    from moec.runtime import artifact as artifacts
+    from moec.runtime.tensor_files import check_suffix
+
+    for path in (source, output):
+        if path is not None:
+            check_suffix(path)
+    started = time.perf_counter()
+    opened = artifacts.read(artifact)
+    executor = _executor(opened, rebuild)
+    said: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
+    if check:
+        said["check"] = _check(opened, executor, quiet or as_json)
+    if source is not None:
+        said["outputs"] = _run(executor, source, output, said)
+        if not (quiet or as_json):
+            for name, port in said["outputs"].items():
+                click.echo(f"{name}: {port['dtype']}{port['shape']}")
+    if prompt is not None:
+        said["prompt"] = prompt
+        said |= _generate(opened, executor, prompt, max_new_tokens, not as_json, quiet)
+    if as_json:
+        click.echo(json.dumps(said, indent=1))
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 4)
+
+
+def _executor(opened: Artifact, rebuild: bool) -> Executor:
+    from moec.runtime import executor
+
+    if rebuild:
+        raise UsageError("--rebuild is not there yet")
+    return executor.start(opened)
+
+
+def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
+    """Raises VerificationError naming the output that differs most."""
+    from moec.runtime.compare import difference
+
+    if not opened.samples:
+        raise UsageError(f"{opened.path} holds no samples to check against; use --input")
+    tolerance, worst = opened.manifest.tolerance, (0.0, "", 0)
+    for index, sample in enumerate(opened.samples):
+        executor.reset()
+        outputs = executor(sample.inputs)
+        for name, expected in sample.outputs.items():
+            worst = max(worst, (difference(outputs[name], expected), name, index))
+    executor.reset()
+    apart, name, index = worst
+    if not apart <= tolerance:
+        raise VerificationError(
+            f"output {name!r} of sample {index} differs by {apart:.2e}, "
+            f"and the artifact's tolerance is {tolerance:.2e}"
+        )
+    count = len(opened.samples)
+    if not quiet:
+        samples = "sample agrees" if count == 1 else "samples agree"
+        click.echo(f"{count} {samples}: greatest difference {apart:.2e}, allowed {tolerance:.2e}")
+    return {"samples": count, "difference": apart, "tolerance": tolerance}
+
+
+def _run(
+    executor: Executor, source: Path, output: Path | None, said: dict[str, Any]
+) -> dict[str, Any]:
+    from moec.runtime.checks import check_no_nan
+    from moec.runtime.tensor_files import read_tensors, write_tensors
+
+    inputs = read_tensors(source, executor.package.inputs)
+    check_no_nan("input", inputs)
+    started = time.perf_counter()
+    outputs = executor(inputs)
+    said["run_seconds"] = _since(started)
+    check_no_nan("output", outputs)
+    if output is not None:
+        write_tensors(output, outputs)
+    dtypes = {port.name: port.dtype for port in executor.package.outputs}
+    return {n: {"dtype": dtypes[n], "shape": list(a.shape)} for n, a in outputs.items()}
+
+
+def _generate(
+    opened: Artifact, executor: Executor, prompt: str, most: int, stream: bool, quiet: bool
+) -> dict[str, Any]:
+    from moec.runtime.generate import causal_lm, generate
+    from moec.runtime.prompt import load_tokenizer
+
+    lm = causal_lm(executor.package)
+    tokenizer = load_tokenizer(opened.files)
+    tokens = tokenizer.encode(prompt)
+    made: list[int] = []
+    text = ""
+    started = time.perf_counter()
+
+    def counted() -> Any:
+        for token in generate(executor, tokens, most, tokenizer.stop):
+            made.append(token)
+            yield token
+
+    for piece in tokenizer.stream(tokens, counted()):
+        text += piece
+        if stream:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - started
+    if stream:
+        click.echo()
+    speed = len(made) / seconds
+    full = lm.longest is not None and len(tokens) + len(made) > lm.longest
+    if stream and not quiet:
+        why = f"; the model takes no more than {lm.longest} tokens" if full else ""
+        click.echo(f"{len(made)} tokens in {seconds:.2f} s, {speed:.1f} tokens/s{why}", err=True)
+    return {
+        "text": text,
+        "tokens": made,
+        "prompt_tokens": len(tokens),
+        "generate_seconds": round(seconds, 4),
+        "tokens_per_second": round(speed, 2),
+    }

@@ -1,0 +1,278 @@
+"""The artifact: a compiled model on disk, and back.
+
+    manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
+    graph.moec       the graph that was compiled, as text
+    kernels/lib.so   native code; may be left out and rebuilt from the graph
+    weights/N.bin    one packed array each, little-endian, mapped where it lies
+    samples/N.bin    inputs and expected outputs for `moec run --check`
+    tokenizer/*      the tokenizer's files, where the model came with one
+
+`read` checks the format, the versions, the CPU, and the size and SHA-256 of every part but the
+weights before it answers. Weights can be gigabytes, and SHA-256 does about 1 GB/s a core, so
+they are hashed on all cores, one plain digest an array, when the first of them is asked for;
+`runtime.executor.load` starts that while TVM's runtime loads. No array is handed out before
+all of them are verified, so nothing ever runs on unverified bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec import target
+from moec.errors import ArtifactError, TargetError
+from moec.runtime import manifest as manifests
+from moec.runtime.container import ALIGNMENT, Buffer, open_container, replacing
+from moec.runtime.dtypes import NUMPY, Array, name_of
+from moec.runtime.manifest import Manifest, Part, Sample, Stored
+from moec.runtime.package import CpuNeeds, Package
+
+GRAPH = "graph.moec"
+LIBRARY = "kernels/lib.so"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose parts have been verified; its weights are verified on first use.
+
+    `package.library` is empty where the native code was left out. `files` are the parts that
+    were added by name, such as `tokenizer/tokenizer.json`.
+    """
+
+    path: Path
+    package: Package
+    manifest: Manifest
+    graph_text: str
+    samples: tuple[Sample, ...]
+    files: Mapping[str, bytes]
+
+    def verify(self) -> None:
+        """Hash the weights now. Raises ArtifactError where one is altered."""
+        if isinstance(self.package.arrays, MappedArrays):
+            self.package.arrays.verify()
+
+
+class MappedArrays(Mapping[str, Array]):
+    """The arrays of an artifact, mapped; the first access waits until all are verified."""
+
+    def __init__(self, path: Path, parts: Mapping[str, memoryview], manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+        self._parts = {a.part: parts[a.part] for a in manifest.arrays.values()}
+        self._lock, self._verified = threading.Lock(), False
+
+    def verify(self) -> None:
+        with self._lock:
+            if not self._verified:
+                _verify(self._path, self._parts, self._manifest.parts)
+                self._verified = True
+
+    def __getitem__(self, name: str) -> Array:
+        stored = self._manifest.arrays[name]
+        self.verify()
+        return _array(stored, self._parts[stored.part])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.arrays)
+
+    def __len__(self) -> int:
+        return len(self._manifest.arrays)
+
+
+def write(
+    package: Package,
+    path: Path | str,
+    *,
+    graph_text: str,
+    samples: Sequence[Sample] = (),
+    tolerance: float = 0.0,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, Buffer] | None = None,
+    native: bool = True,
+    folder: bool | None = None,
+) -> None:
+    """Write `package` as one file, or as a folder (by default where `path` is a folder already).
+
+    `files` are further parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the
+    manifest and must be plain JSON. `native=False` leaves the compiled code out.
+    Raises UsageError where `path` holds something that is not an artifact, or is not writable.
+    """
+    path = Path(path)
+    parts: dict[str, Buffer] = {GRAPH: graph_text.encode(), **(files or {})}
+    if native:
+        library = package.library
+        parts[LIBRARY] = library if isinstance(library, bytes) else library.read_bytes()
+
+    def store(folder: str, array: Any) -> Stored:
+        array = np.asarray(array)
+        part = f"{folder}/{len(parts):05}.bin"
+        parts[part] = _bytes(array)
+        return Stored(part, name_of(array.dtype), array.shape)
+
+    stored_samples = tuple(
+        Sample(
+            {name: store("samples", a) for name, a in sample.inputs.items()},
+            {name: store("samples", a) for name, a in sample.outputs.items()},
+        )
+        for sample in samples
+    )
+    used = {p.name for p in package.params} | {s.initial for s in package.states if s.initial}
+    arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
+    versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
+    manifest = Manifest(
+        replace(package, arrays={}, library=b"", versions=versions),
+        {
+            name: Part(memoryview(content).nbytes, digest)
+            for (name, content), digest in zip(parts.items(), _digests(parts.values()), strict=True)
+        },
+        arrays,
+        package.target.mtriple.partition("-")[0] or platform.machine(),
+        stored_samples,
+        tolerance,
+        dict(extra or {}),
+    )
+    as_folder = path.is_dir() if folder is None else folder
+    with replacing(path, folder=as_folder) as writer:
+        writer.add(manifests.NAME, manifests.dump(manifest))
+        for name, content in parts.items():
+            writer.add(name, content)
+
+
+def read(path: Path | str) -> Artifact:
+    """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
+
+    Raises ArtifactError where it is missing, truncated, altered, of another version, or for
+    another CPU.
+    """
+    path = Path(path)
+    container = open_container(path)
+    content = container.get(manifests.NAME)
+    if content is None:
+        raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifests.NAME}")
+    try:
+        manifest = manifests.load(content)
+        check_machine(manifest.machine, manifest.package.target)
+        check_versions(manifest.package.versions)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+    parts = {name: container.get(name) for name in manifest.parts}
+    found = {name: part for name, part in parts.items() if part is not None}
+    for name, part in manifest.parts.items():
+        if name not in found:
+            raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
+        if found[name].nbytes != part.size:
+            raise ArtifactError(
+                f"{path}: {name} has {found[name].nbytes} bytes where the manifest says "
+                f"{part.size}; compile or copy the artifact again"
+            )
+    arrays = MappedArrays(path, found, manifest)
+    weights = {stored.part for stored in manifest.arrays.values()}
+    small = {name: part for name, part in found.items() if name not in weights}
+    _verify(path, small, manifest.parts)
+
+    if GRAPH not in small:
+        raise ArtifactError(f"{path} holds no {GRAPH}")
+    library = bytes(small.get(LIBRARY, b""))
+    _check_library(path, library, manifest.machine)
+    sampled = tuple(
+        Sample(
+            {name: _array(stored, found[stored.part]) for name, stored in s.inputs.items()},
+            {name: _array(stored, found[stored.part]) for name, stored in s.outputs.items()},
+        )
+        for s in manifest.samples
+    )
+    named = {name for name in small if not name.startswith(("samples/", "kernels/"))} - {GRAPH}
+    return Artifact(
+        path,
+        replace(manifest.package, arrays=arrays, library=library),
+        manifest,
+        bytes(small[GRAPH]).decode(errors="replace"),
+        sampled,
+        {name: bytes(small[name]) for name in sorted(named)},
+    )
+
+
+def check_machine(machine: str, needs: CpuNeeds) -> None:
+    """Raise ArtifactError unless this machine can run code made for `needs`."""
+    if machine != platform.machine():
+        raise ArtifactError(
+            f"it was compiled for {machine}, and this machine is {platform.machine()}; "
+            "compile it for this machine, or run it with --rebuild"
+        )
+    wanted = target.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
+    try:
+        target.require(wanted)
+    except TargetError as error:
+        raise ArtifactError(str(error)) from error
+
+
+def check_versions(versions: Mapping[str, str]) -> None:
+    """Raise ArtifactError unless the TVM here runs what the artifact's TVM compiled."""
+    here, there = _version("apache-tvm"), versions.get("tvm", "none")
+    if here.split(".")[:2] != there.split(".")[:2]:
+        raise ArtifactError(
+            f"it was compiled with TVM {there}, and TVM {here} is installed here; "
+            f"install apache-tvm {there}, or compile the model again"
+        )
+
+
+def _check_library(path: Path, library: bytes, machine: str) -> None:
+    """The dynamic loader can crash on a file that is not a library of this machine."""
+    if not library or not sys.platform.startswith("linux"):
+        return
+    known = _ELF_MACHINES.get(machine)
+    if library[:5] != b"\x7fELF\2" or known not in (None, int.from_bytes(library[18:20], "little")):
+        raise ArtifactError(f"{path}: {LIBRARY} is not a library for {machine}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _bytes(array: Array) -> memoryview:
+    contiguous = array if array.flags.c_contiguous else array.copy(order="C")
+    return contiguous.reshape(-1).view(np.uint8).data
+
+
+def _array(stored: Stored, part: memoryview) -> Array:
+    array: Array = np.frombuffer(part, NUMPY[stored.dtype]).reshape(stored.shape)
+    return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
+
+
+def _verify(path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, Part]) -> None:
+    for name, digest in zip(contents, _digests(contents.values()), strict=True):
+        if digest != parts[name].sha256:
+            raise ArtifactError(
+                f"{path}: {name} was altered: its SHA-256 differs; "
+                "compile or copy the artifact again"
+            )
+
+
+def _digests(contents: Iterable[Buffer]) -> list[str]:
+    """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
+    buffers = list(contents)
+    order = sorted(range(len(buffers)), key=lambda i: -memoryview(buffers[i]).nbytes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores or 1) as pool:
+        # The largest first, so that no core is left alone with it at the end.
+        made = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
+    return [made[i] for i in range(len(buffers))]
+
+
+def _digest(content: Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()

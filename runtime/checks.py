@@ -1,0 +1,134 @@
+"""Whether a call's inputs are what the model takes: one sentence for the first that is not.
+
+Tensors of numpy and of torch are looked at alike, through `dtype`, `shape` and `min`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moec.errors import InputError
+from moec.runtime import sizes
+from moec.runtime.dtypes import Array, name_of
+from moec.runtime.package import Package, Port, Size
+
+
+def show_port(port: Port) -> str:
+    return f"{port.name}: {port.dtype}{show_shape(port.shape)}"
+
+
+def show_shape(shape: Iterable[Size]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def check_inputs(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The values of the named sizes in this call.
+
+    Raises InputError, naming the input, what was given and what is expected: for names, dtypes,
+    ranks, sizes that disagree or lie beyond the bounds, and indices beyond their table.
+    """
+    _check_names(package, inputs)
+    for port in package.inputs:
+        _check_type(port, inputs[port.name])
+    env = _bind(package, inputs)
+    for port in package.inputs:
+        if port.name in package.index_ranges:
+            _check_range(port, inputs[port.name], *package.index_ranges[port.name])
+    return env
+
+
+def _check_names(package: Package, inputs: Mapping[str, Any]) -> None:
+    taken = "; ".join(map(show_port, package.inputs)) or "nothing"
+    known = [port.name for port in package.inputs]
+    unknown = [name for name in inputs if name not in known]
+    missing = [name for name in known if name not in inputs]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], missing or known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no input {unknown[0]!r}{hint} (the model takes {taken})")
+    if missing:
+        raise InputError(f"input {missing[0]!r} is missing (the model takes {taken})")
+
+
+def _check_type(port: Port, value: Any) -> None:
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise InputError(
+            f"input {port.name!r} is a {type(value).__name__}, expected a tensor "
+            f"{port.dtype}{show_shape(port.shape)}"
+        )
+    given = name_of(value.dtype)
+    if given != port.dtype:
+        raise InputError(f"input {port.name!r} is {given}, expected {port.dtype}; convert it")
+    device = getattr(value, "device", "cpu")
+    if str(device) != "cpu":
+        raise InputError(f"input {port.name!r} is on {device}, and the model runs on the CPU")
+    if len(value.shape) != len(port.shape):
+        raise InputError(
+            f"input {port.name!r} has {len(value.shape)} axes {show_shape(value.shape)}, "
+            f"expected {len(port.shape)}: {show_shape(port.shape)}"
+        )
+
+
+def _bind(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
+    env: dict[str, int] = {}
+    learned: dict[str, tuple[str, int]] = {}  # where each size was first seen
+    axes = [
+        (port, axis, size, int(inputs[port.name].shape[axis]))
+        for port in package.inputs
+        for axis, size in enumerate(port.shape)
+    ]
+    for port, axis, size, given in axes:
+        if isinstance(size, str) and sizes.names(size) == {size} and size not in env:
+            env[size], learned[size] = given, (port.name, axis)
+            low, high = package.sizes.get(size, (0, None))
+            if given < low or (high is not None and given > high):
+                limits = f"from {low} to {high}" if high is not None else f"at least {low}"
+                zero = " (it has no tokens)" if given == 0 else ""
+                raise InputError(
+                    f"axis {axis} of input {port.name!r} is {given}{zero}, "
+                    f"and the model was compiled for {size} {limits}"
+                )
+    for port, axis, size, given in axes:
+        expected = sizes.evaluate(size, env)
+        if expected is None or expected == given:
+            # A name that no axis shows alone is left to the compiled code's own check.
+            continue
+        reason = f" ({size})" if isinstance(size, str) else ""
+        if size in learned:
+            other, other_axis = learned[str(size)]
+            reason = f", because axis {other_axis} of {other!r} gives {size} = {expected}"
+        raise InputError(
+            f"axis {axis} of input {port.name!r} is {given}, expected {expected}{reason}"
+        )
+    return env
+
+
+def _check_range(port: Port, value: Any, low: int, high: int) -> None:
+    array = np.asarray(value)
+    if array.size == 0 or (array.min() >= low and array.max() <= high):
+        return
+    at = np.argwhere((array < low) | (array > high))[0]
+    raise InputError(
+        f"input {port.name!r} holds {array[tuple(at)]} at {show_shape(at)}, "
+        f"and its values must lie from {low} to {high}"
+    )
+
+
+def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:
+    """Raise InputError where a float array holds NaN; `kind` is "input" or "output"."""
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fcV" or array.size == 0:
+            continue
+        found = np.isnan(array)
+        if found.any():
+            at = np.argwhere(found)[0]
+            why = (
+                "no expert can be chosen for a token with it"
+                if kind == "input"
+                else "the inputs led the model to it, or its weights hold it"
+            )
+            raise InputError(f"{kind} {name!r} holds NaN, first at {show_shape(at)}: {why}")

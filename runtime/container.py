@@ -1,0 +1,219 @@
+"""A named set of byte strings on disk: a zip whose members can be mapped, or a folder.
+
+In the zip, members are stored, not compressed, and each starts on a page boundary: padding sits
+in the extra field of its local header. So the whole file is mapped once and a weight is a
+slice of the mapping; nothing is copied and nothing is ever extracted by name. Mappings are
+private: writing to a weight does not reach the file.
+
+Both forms are written beside their destination and renamed when whole; a failure leaves what
+was there. (A file is swapped in one step; between an old folder and a new one is a short gap.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from moec.errors import ArtifactError, UsageError
+
+Buffer: TypeAlias = bytes | memoryview
+
+PAGE = 4096
+ALIGNMENT = 64  # what kernels may assume of a weight's address
+_NAME = re.compile(r"(?!.*(^|/)\.\.?(/|$))[\w.-]+(/[\w.-]+)*", re.ASCII)
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
+_CHUNK = 1 << 24
+
+
+class Writer(Protocol):
+    def add(self, name: str, content: Buffer) -> None: ...
+
+
+def open_container(path: Path) -> Mapping[str, memoryview]:
+    """The parts of the artifact at `path` by name, mapped and not yet verified.
+
+    Raises ArtifactError where it is missing, truncated, or not of the form that moec writes.
+    """
+    if path.is_dir():
+        return _Folder(path)
+    if not path.exists():
+        raise ArtifactError(f"{path}: there is no such file")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a regular file")
+    try:
+        return _read_zip(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _map(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+class _Folder(Mapping[str, memoryview]):
+    """Files are mapped when asked for; a name never leads out of the folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    def __getitem__(self, name: str) -> memoryview:
+        path = self._root / name
+        if not _NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
+            raise KeyError(name)
+        return _map(path)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in sorted(self._root.rglob("*")):
+            if path.is_file():
+                yield path.relative_to(self._root).as_posix()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read_zip(path: Path) -> Mapping[str, memoryview]:
+    whole = _map(path)
+    if bytes(whole[:2]) != b"PK":
+        raise ArtifactError(f"{path} is not a moec artifact; `moec compile -o` makes one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members, directory = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as error:
+        raise ArtifactError(
+            f"{path} is truncated or damaged: {_sentence(error)}; compile or copy it again"
+        ) from error
+
+    parts: dict[str, memoryview] = {}
+    end = 0
+    for member in sorted(members, key=lambda m: m.header_offset):
+        name = member.filename
+        if member.is_dir() and member.file_size == 0:
+            continue
+        if not _NAME.fullmatch(name):
+            raise ArtifactError(f"{path}: {name!r} is not a name that a part may have")
+        if name in parts:
+            raise ArtifactError(f"{path} holds {name!r} twice; no artifact of moec does")
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise ArtifactError(
+                f"{path}: {name!r} is compressed or encrypted, so it cannot be mapped; "
+                "unpack the file and run the folder"
+            )
+        start = _start(whole, member, directory)
+        if start is None or member.header_offset < end:
+            raise ArtifactError(f"{path}: {name!r} does not lie where the zip directory says")
+        end = start + member.file_size
+        parts[name] = whole[start:end]
+    return parts
+
+
+def _start(whole: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
+    """Where the bytes of a member begin, if its local header agrees with the directory."""
+    at = member.header_offset
+    if not 0 <= at <= directory - _LOCAL_HEADER.size:
+        return None
+    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(whole, at)
+    name_at = at + _LOCAL_HEADER.size
+    start: int = name_at + name_size + extra_size
+    if magic != b"PK\3\4" or whole[name_at : name_at + name_size] != member.filename.encode():
+        return None
+    fits = member.file_size == member.compress_size and start + member.file_size <= directory
+    return start if fits else None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return text[0].lower() + text[1:]
+
+
+@contextmanager
+def replacing(path: Path, *, folder: bool) -> Iterator[Writer]:
+    """Write the artifact at `path` anew: it appears whole when the block ends without an error.
+
+    Raises UsageError where `path` holds something that is not an artifact, or cannot be written.
+    """
+    if path.exists() and not _replaceable(path):
+        raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        new = made / "new"
+        if folder:
+            new.mkdir()
+            yield _FolderWriter(new)
+        else:
+            with zipfile.ZipFile(new, "w") as archive:
+                yield _ZipWriter(archive)
+        if path.is_dir() or (folder and path.exists()):
+            path.rename(made / "old")
+        new.rename(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _replaceable(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "manifest.json").is_file() or not any(path.iterdir())
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return os.fstat(file.fileno()).st_size == 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "manifest.json" in archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return False
+
+
+class _FolderWriter:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def add(self, name: str, content: Buffer) -> None:
+        _check_name(name)
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+class _ZipWriter:
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+
+    def add(self, name: str, content: Buffer) -> None:
+        _check_name(name)
+        view = memoryview(content).cast("B")
+        info = zipfile.ZipInfo(name)  # dated 1980: the same model gives the same bytes
+        info.external_attr = 0o644 << 16
+        info.file_size = view.nbytes
+        large = view.nbytes > 1 << 30  # well below where zipfile would decide by itself
+        assert self._archive.fp is not None
+        header = _LOCAL_HEADER.size + len(name) + 20 * large + 4  # 20: sizes of 64 bits
+        at = self._archive.fp.tell() + header
+        info.extra = struct.pack("<HH", _PADDING_ID, -at % PAGE) + bytes(-at % PAGE)
+        with self._archive.open(info, "w", force_zip64=large) as file:
+            for i in range(0, view.nbytes, _CHUNK):
+                file.write(view[i : i + _CHUNK])
+        info.extra = b""  # the directory at the end needs no padding
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} cannot name a part of an artifact: use letters, digits . _ - /")

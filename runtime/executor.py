@@ -1,0 +1,159 @@
+"""Runs a compiled model: weights bound once, states kept between calls.
+
+Torch tensors in, torch tensors out; else numpy. Neither is copied where its memory is as the
+kernels need it: contiguous, and aligned to 64 bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.runtime import artifact
+from moec.runtime.artifact import Artifact
+from moec.runtime.checks import check_inputs
+from moec.runtime.container import ALIGNMENT
+from moec.runtime.dtypes import NUMPY, Array
+from moec.runtime.library import open_library, tvm_ffi
+from moec.runtime.package import MAIN, Package, Port
+
+
+def load(path: Path | str) -> Executor:
+    """The model in the artifact at `path`, ready to run.
+
+    Raises ArtifactError where any part of it is damaged, or this machine cannot run it.
+    """
+    return start(artifact.read(path))
+
+
+def start(opened: Artifact) -> Executor:
+    """As `load`, for an artifact that was read before."""
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(opened.verify)  # while TVM's runtime loads
+        tvm_ffi()
+        verified.result()
+    return Executor(opened.package)
+
+
+class Executor:
+    """A model ready to run. Safe to call from several threads: calls take turns."""
+
+    def __init__(self, package: Package) -> None:
+        """Open the library and bind the weights. Raises ArtifactError where they do not fit."""
+        self.package = package
+        self._vm = open_library(package.library)
+        self._main = self._vm[MAIN]
+        self._arrays = [package.arrays[port.name] for port in package.params]  # owns the memory
+        self._params = [_from_numpy(array) for array in self._arrays]
+        self._lock = threading.Lock()
+        self._states: list[Any] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Put every state back to what it starts from."""
+        states = []
+        for port in self.package.states:
+            if port.initial:
+                states.append(_from_numpy(_aligned_copy(self.package.arrays[port.initial])))
+            else:
+                shape = tuple(int(size) for size in port.shape)
+                states.append(_from_numpy(_aligned_copy(np.zeros(shape, NUMPY[port.dtype]))))
+        with self._lock:
+            self._states = states
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs by name, of the kind of the inputs.
+
+        Raises InputError, before anything runs, where an input is not what the model takes.
+        """
+        check_inputs(self.package, inputs)
+        torch = sys.modules.get("torch")
+        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs.values())
+        taken = [_take(inputs[port.name], torch) for port in self.package.inputs]
+        with self._lock:
+            made = self._main(*taken, *self._states, *self._params)
+            results = [made] if hasattr(made, "data_ptr") else list(made)
+            count = len(self.package.outputs)
+            # An output that is also an input, a weight or a state must not share its memory.
+            shared = {
+                t.data_ptr() for t in (*taken, *self._params, *self._states, *results[count:])
+            }
+            self._states = results[count:]
+            outputs = {
+                port.name: _give(value, port, torch if as_torch else None, shared)
+                for port, value in zip(self.package.outputs, results[:count], strict=True)
+            }
+        return outputs
+
+    def states(self) -> dict[str, Array]:
+        """Copies of what the states hold now, by name."""
+        with self._lock:
+            pairs = zip(self.package.states, self._states, strict=True)
+            return {port.name: _to_numpy(value, port).copy() for port, value in pairs}
+
+
+def _take(value: Any, torch: Any) -> Any:
+    """An input as a tensor of TVM, sharing its memory where it can."""
+    if torch is None or not isinstance(value, torch.Tensor):
+        return _from_numpy(np.asarray(value))
+    tensor = value.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.contiguous()
+    if tensor.data_ptr() % ALIGNMENT:
+        tensor = tensor.clone()
+    return _view(tvm_ffi().from_dlpack(tensor))
+
+
+def _from_numpy(array: Array) -> Any:
+    if array.dtype == NUMPY["c64"]:
+        array = array[..., None].view(np.float32)
+    aligned = array.ctypes.data % ALIGNMENT == 0 or array.size == 0
+    if not (aligned and array.flags.c_contiguous and array.flags.writeable):
+        array = _aligned_copy(array)  # DLPack has no way to say that memory is read-only
+    if array.dtype == NUMPY["bf16"]:  # numpy exports it as nothing at all
+        return _view(tvm_ffi().from_dlpack(array.view(np.uint16)), "bfloat16")
+    return _view(tvm_ffi().from_dlpack(array))
+
+
+def _aligned_copy(array: Array) -> Array:
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    made: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    made[...] = array
+    return made
+
+
+def _view(tensor: Any, dtype: str | None = None) -> Any:
+    """The same memory with the strides that compiled code insists on.
+
+    numpy and torch give axes of an empty tensor, or of size 1, whatever strides they like.
+    """
+    ffi = tvm_ffi()
+    view = ffi.get_global_func("runtime.TVMTensorCreateView")
+    return view(tensor, ffi.Shape(tensor.shape), ffi.dtype(dtype or tensor.dtype), 0)
+
+
+def _to_numpy(tensor: Any, port: Port) -> Array:
+    bf16 = port.dtype == "bf16"
+    array: Array = np.from_dlpack(_view(tensor, "uint16") if bf16 else tensor)
+    if port.dtype == "c64":
+        return array.view(np.complex64)[..., 0]
+    return array.view(NUMPY["bf16"]) if bf16 else array
+
+
+def _give(tensor: Any, port: Port, torch: Any, shared: set[int]) -> Any:
+    copied = tensor.data_ptr() in shared
+    if torch is None:
+        array = _to_numpy(tensor, port)
+        return array.copy() if copied or not array.flags.writeable else array
+    made = torch.from_dlpack(tensor)
+    if port.dtype == "c64":
+        made = torch.view_as_complex(made)
+    return made.clone() if copied else made

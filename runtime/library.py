@@ -1,0 +1,76 @@
+"""TVM's runtime without TVM's compiler, and native code opened with it.
+
+Only `tvm_ffi` and two small libraries are loaded: importing `tvm` itself would read 260 MB
+and take a second. `tvm_ffi` imports torch wherever it is installed, which takes another; so
+torch is kept out of that import, unless the process has it already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moec.errors import ArtifactError
+from moec.runtime.package import MAIN
+
+_CPU = 1  # DLPack's device type
+_POOLED = 2  # freed memory is kept for the next call
+
+
+@cache
+def tvm_ffi() -> ModuleType:
+    """The module `tvm_ffi`, with TVM's runtime loaded into the process."""
+    keep_out = "torch" not in sys.modules
+    if keep_out:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
+    try:
+        import tvm_ffi as ffi
+    finally:
+        if keep_out:
+            del sys.modules["torch"]
+    if "tvm" not in sys.modules:
+        found = importlib.util.find_spec("tvm")
+        if found is None or not found.submodule_search_locations:
+            raise ArtifactError("TVM's runtime is missing; install apache-tvm")
+        folder = Path(found.submodule_search_locations[0]) / "lib"
+        # Global: compiled code finds the thread pool by its symbol, and crashes without it.
+        ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libtvm_runtime_extra.so"), ctypes.RTLD_LOCAL)  # sort, for topk
+    module: ModuleType = ffi
+    return module
+
+
+def open_library(library: Path | bytes) -> Any:
+    """The VM module of a compiled model: `vm["main"](...)` runs it.
+
+    Bytes pass through a private file that is gone when this returns. Raises ArtifactError
+    where the library does not load or is not a model.
+    """
+    if isinstance(library, Path):
+        return _open(library)
+    if not library:
+        raise ArtifactError("the artifact holds no native code; run it with --rebuild")
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:  # readable by this user only
+        path = Path(folder) / "lib.so"
+        path.write_bytes(library)
+        return _open(path)
+
+
+def _open(path: Path) -> Any:
+    try:
+        module = tvm_ffi().load_module(str(path))
+        vm = module["vm_load_executable"]()
+        vm["vm_initialization"](_CPU, 0, _POOLED)
+        vm[MAIN]
+    except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ArtifactError(
+            f"the native code does not load: {line}; compile the model again"
+        ) from error
+    return vm

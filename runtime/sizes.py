@@ -1,0 +1,97 @@
+"""Sizes as text (T, 2*T, floor(B*S/4)) and their values, without sympy and without eval.
+
+The grammar is that of `moec.sizes.parse_dim`, which wrote the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import lru_cache
+
+from moec.errors import ArtifactError
+from moec.runtime.package import Size
+
+_FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
+    "floor": (range(1, 2), lambda a: Fraction(math.floor(a))),
+    "ceiling": (range(1, 2), lambda a: Fraction(math.ceil(a))),
+    "Abs": (range(1, 2), abs),
+    "Mod": (range(2, 3), lambda a, b: a % b),
+    "Max": (range(1, 17), max),
+    "Min": (range(1, 17), min),
+}
+_LONGEST = 1000  # characters; what a stranger writes may nest no deeper than that
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> ast.expr:
+    if len(text) > _LONGEST:
+        raise ArtifactError(f"a size of {len(text)} characters is not a size of moec")
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{text!r} is not a size") from error
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=int()) | ast.Name() | ast.operator() | ast.Load():
+                continue
+            case ast.UnaryOp(op=ast.USub()) | ast.USub():
+                continue
+            case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=int(power))) if 0 <= power <= 8:
+                continue
+            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
+                continue
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if (
+                name in _FUNCTIONS and len(arguments) in _FUNCTIONS[name][0]
+            ):
+                continue
+        raise ArtifactError(f"{text!r} is not a size")
+    return tree
+
+
+def names(size: Size) -> frozenset[str]:
+    """The named sizes that `size` depends on. Raises ArtifactError if it is not a size."""
+    if isinstance(size, int):
+        return frozenset()
+    found = {node.id for node in ast.walk(_parse(size)) if isinstance(node, ast.Name)}
+    return frozenset(found - _FUNCTIONS.keys())
+
+
+def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
+    """The value of `size`, or None where a name is not in `env` or the value is not whole."""
+    if isinstance(size, int):
+        return size
+    if size in env:
+        return env[size]
+    try:
+        value = _value(_parse(size), env)
+    except (KeyError, ZeroDivisionError):
+        return None
+    return int(value) if value.denominator == 1 else None
+
+
+def _value(node: ast.expr, env: Mapping[str, int]) -> Fraction:
+    match node:
+        case ast.Constant(value=int(value)):
+            return Fraction(value)
+        case ast.Name(id=name):
+            return Fraction(env[name])
+        case ast.UnaryOp(operand=operand):
+            return -_value(operand, env)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _value(left, env), _value(right, env)
+            match op:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+                case ast.Div():
+                    return a / b
+            return Fraction(a ** int(b))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return _FUNCTIONS[name][1](*(_value(a, env) for a in arguments))
+    raise ArtifactError(f"{ast.unparse(node)!r} is not a size")

@@ -1,0 +1,107 @@
+"""Tensors in files: .npz, .npy and .safetensors, read for a model's inputs, written from outputs.
+
+numpy's formats have no bf16. One that was saved from ml_dtypes reads as two raw bytes and is
+taken as bf16 where the model expects that; bf16 outputs are widened to float32 in them.
+Nothing pickled is ever read.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.errors import InputError, UsageError
+from moec.runtime.dtypes import NUMPY, Array
+from moec.runtime.package import Port
+
+SUFFIXES = (".npz", ".npy", ".safetensors")
+_RAW = np.dtype("V2")
+
+
+def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
+    """The arrays in the file by name; the one array of a .npy is for the only port.
+
+    Raises InputError where the file is missing, damaged, or not of one of the three formats.
+    """
+    check_suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        arrays = _read(path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as {path.suffix}: {line}") from error
+    if path.suffix == ".npy":
+        if len(ports) != 1:
+            names = ", ".join(port.name for port in ports)
+            raise InputError(
+                f"{path} holds one array without a name, and the model takes {len(ports)}; "
+                f"save them as .npz, named {names}"
+            )
+        arrays = {ports[0].name: arrays[""]}
+    bf16 = {port.name for port in ports if port.dtype == "bf16"}
+    return {
+        name: array.view(NUMPY["bf16"]) if name in bf16 and array.dtype == _RAW else array
+        for name, array in arrays.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Array]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    loaded: Any = np.load(path, allow_pickle=False)
+    if path.suffix == ".npz":
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    return {"": loaded}
+
+
+def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write the arrays; the file appears whole or, where that fails, not at all.
+
+    Raises UsageError where the path cannot be written or the format cannot hold them.
+    """
+    check_suffix(path)
+    if path.suffix == ".npy" and len(arrays) != 1:
+        raise UsageError(f"{path}: a .npy holds one array, and there are {len(arrays)}; use .npz")
+    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with made.open("xb") as file:
+            _write(file, path.suffix, arrays)
+        made.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:
+    if suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        file.write(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+        return
+    wide = {
+        name: a.astype(np.float32) if a.dtype == NUMPY["bf16"] else a for name, a in arrays.items()
+    }
+    if suffix == ".npz":
+        np.savez(file, **wide)  # type: ignore[arg-type]
+    else:
+        np.save(file, next(iter(wide.values())), allow_pickle=False)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UsageError unless the file's name tells one of the three formats."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: tensors are kept in {', '.join(SUFFIXES)}")

@@ -1,0 +1,100 @@
+"""A package made by hand: y = x @ w + b and top = the two greatest of y, count = count + 1.
+
+x f32[T, 4]   ids i64[T]   w bf16[4, 3]   b f32[3]   table f32[5, 3]   state count f32[1]
+y = x @ w + b + table[ids]
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from moec.runtime.dtypes import Array
+from moec.runtime.manifest import Sample
+from moec.runtime.package import CpuNeeds, Package, Port, StatePort
+
+GRAPH = "graph main(x: f32[T, 4]) {\n  return x\n}\n"
+
+
+@cache
+def library() -> bytes:
+    import tempfile
+
+    import tvm
+    from tvm import relax
+    from tvm.script import relax as R
+
+    rows = tvm.tirx.Var("T", "int64")
+    x = relax.Var("x", R.Tensor((rows, 4), "float32"))
+    ids = relax.Var("ids", R.Tensor((rows,), "int64"))
+    count = relax.Var("count", R.Tensor((1,), "float32"))
+    w = relax.Var("w", R.Tensor((4, 3), "bfloat16"))
+    b = relax.Var("b", R.Tensor((3,), "float32"))
+    table = relax.Var("table", R.Tensor((5, 3), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, ids, count, w, b, table]):
+        with builder.dataflow():
+            product = relax.op.matmul(x, relax.op.astype(w, "float32"))
+            shifted = relax.op.add(product, b)
+            y = builder.emit(relax.op.add(shifted, relax.op.take(table, ids, axis=0)))
+            top = builder.emit(relax.op.topk(y, 2, ret_type="values"))
+            low = builder.emit(relax.op.astype(y, "bfloat16"))
+            more = builder.emit(relax.op.add(count, relax.const(np.float32([1]))))
+            made = builder.emit_output(relax.Tuple([y, top, low, more]))
+        builder.emit_func_output(made)
+    built = tvm.compile(builder.get(), tvm.target.Target({"kind": "llvm"}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lib.so"
+        built.export_library(str(path))
+        return path.read_bytes()
+
+
+def package() -> Package:
+    rng = np.random.default_rng(0)
+    return Package(
+        target=CpuNeeds("generic"),
+        inputs=(Port("x", "f32", ("T", 4)), Port("ids", "i64", ("T",))),
+        outputs=(
+            Port("y", "f32", ("T", 3)),
+            Port("top", "f32", ("T", 2)),
+            Port("low", "bf16", ("T", 3)),
+        ),
+        states=(StatePort("count", "f32", (1,), initial="zero"),),
+        sizes={"T": (0, 64)},
+        params=(Port("w", "bf16", (4, 3)), Port("b", "f32", (3,)), Port("table", "f32", (5, 3))),
+        arrays={
+            "w": rng.standard_normal((4, 3)).astype(ml_dtypes.bfloat16),
+            "b": rng.standard_normal(3).astype(np.float32),
+            "table": rng.standard_normal((5, 3)).astype(np.float32),
+            "zero": np.zeros(1, np.float32),
+        },
+        library=library(),
+        index_ranges={"ids": (0, 4)},
+        kernels=(("layer", "matmul"),),
+        notes=("made by hand",),
+    )
+
+
+def inputs(rows: int = 3, seed: int = 1) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.standard_normal((rows, 4)).astype(np.float32),
+        "ids": rng.integers(0, 5, rows),
+    }
+
+
+def expected(package: Package, given: dict[str, Array]) -> Array:
+    arrays = package.arrays
+    product = given["x"] @ arrays["w"].astype(np.float32)
+    made: Array = product + arrays["b"] + arrays["table"][given["ids"]]
+    return made
+
+
+def sample(package: Package, rows: int = 3) -> Sample:
+    given = inputs(rows)
+    y = expected(package, given)
+    top = -np.sort(-y, axis=1)[:, :2]
+    return Sample(given, {"y": y, "top": top, "low": y.astype(ml_dtypes.bfloat16)})
