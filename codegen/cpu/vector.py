@@ -86,7 +86,10 @@ class Vector:
     def functions(self) -> AbstractContextManager[object]:
         """The frame that makes the LLVM functions known: all other calls belong inside it."""
         text = llvm_functions(self.target)
-        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)
+        frame: AbstractContextManager[object] = T.attr(
+            tirx.const(0, "int32"), "pragma_import_llvm", text
+        )
+        return frame
 
     def bind(self, value: Expr) -> Expr:
         """The value as a variable, computed here and once."""

@@ -1,0 +1,96 @@
+"""The layout that matrix kernels stream: tiles of columns, stored depth by depth.
+
+    w[E, N, K]  ->  packed[E, tiles, depth, columns]
+
+A tile is as wide as the register tile of the kernel, so that each step of the inner loop reads
+`columns` neighbours and a whole tile is one contiguous stream. bf16 is stored as pairs along K
+(one int32 holds w[n, 2i] and w[n, 2i+1]), which is what the dot-product instruction wants and
+what costs nothing to take apart elsewhere. Where two products share a kernel (gate and up), the
+left half of each tile is gate and the right half up. Missing columns and the partner of an
+odd last element are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.target import Target
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """y[rows, n] = f(x[rows, k] @ w[e]^T + bias[e]) for the rows of each of `groups` experts.
+
+    Gated: y = f(x @ gate[e]^T + gate_bias[e], x @ up[e]^T + up_bias[e]).
+    `dtype` is that of x and of the weights before packing: float32, bfloat16 or float16.
+    """
+
+    n: int
+    k: int
+    dtype: str
+    out_dtype: str = ""  # empty: as dtype
+    groups: int = 1
+    gated: bool = False
+    bias: bool = False
+
+    @property
+    def y_dtype(self) -> str:
+        return self.out_dtype or self.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of `spec` lie in memory on `target`."""
+
+    spec: LinearSpec
+    target: Target
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in a tile: all that fit the registers, fewer where n is small."""
+        halves = 2 if self.spec.gated else 1
+        needed = -(-self.spec.n // self.target.vector_lanes)
+        return halves * min(self.target.tile_vectors // halves, needed)
+
+    @property
+    def columns(self) -> int:
+        """Columns of products in a tile."""
+        return self.vectors * self.target.vector_lanes
+
+    @property
+    def width(self) -> int:
+        """Columns of y that a tile makes."""
+        return self.columns // 2 if self.spec.gated else self.columns
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.spec.n // self.width)
+
+    @property
+    def pairs(self) -> bool:
+        return self.spec.dtype == "bfloat16"
+
+    @property
+    def depth(self) -> int:
+        """Steps of the inner loop over all of K."""
+        return -(-self.spec.k // 2) if self.pairs else self.spec.k
+
+    @property
+    def depth_block(self) -> int:
+        """Steps whose weights fill half of the second-level cache: rows are blocked over them."""
+        step = self.columns * (2 if self.spec.dtype == "float16" else 4)
+        return min(self.depth, max(64, self.target.l2 // 2 // step))
+
+    @property
+    def dtype(self) -> str:
+        """The type of the packed array."""
+        return "int32" if self.pairs else self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.spec.groups, self.tiles, self.depth, self.columns)
+
+    @property
+    def bias_shape(self) -> tuple[int, int, int]:
+        """The bias, always float32, lies like one step of the weights."""
+        return (self.spec.groups, self.tiles, self.columns)
