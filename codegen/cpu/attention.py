@@ -11,6 +11,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from moec.codegen.cpu import tasks
+from moec.codegen.cpu.attention_few import FEW, few
 from moec.codegen.cpu.attention_problem import AttentionSpec, MaskSpec, arguments
 from moec.codegen.cpu.attention_tiled import tiled
 from moec.target import Target
@@ -28,6 +30,10 @@ def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> P
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             p = arguments(spec, target)
-            with p.vector.functions(), p.soft.functions():
-                tiled(p)
+            with p.vector.functions(), p.soft.functions(), tasks.functions():
+                with T.If(p.rows <= FEW):
+                    with T.Then():
+                        few(p)
+                    with T.Else():
+                        tiled(p)
     return ib.get()

@@ -1,4 +1,4 @@
-"""One attention: what the compiler knows of it, its arguments, and what both ways of doing it share.
+"""One attention: what is known of it, its arguments, and what both ways of doing it share.
 
     q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  ->  out[B, Hq, S, Dv]
 
@@ -69,6 +69,12 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class Mask:
+    spec: MaskSpec
+    values: Buffer  # int8 where the spec says bool
+
+
+@dataclass(frozen=True)
 class Problem:
     """The arguments inside an open prim_func. All sizes and indices are int64."""
 
@@ -81,7 +87,7 @@ class Problem:
     q: Buffer
     k: Buffer
     v: Buffer
-    mask: Buffer | None
+    mask: Mask | None
     sinks: Buffer | None
     out: Buffer
 
@@ -120,13 +126,6 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:
-    """task // parts, task % parts. Where `parts` is 0 there is no task, but LLVM may divide
-    before it knows."""
-    parts = T.max(parts, 1)
-    return T.bind(T.floordiv(task, parts)), T.bind(T.floormod(task, parts))
-
-
 def arguments(spec: AttentionSpec, target: Target) -> Problem:
     """Declare the arguments: q, k, v, mask?, sinks?, out."""
     batch, queries, keys = T.int64(), T.int64(), T.int64()
@@ -139,17 +138,20 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     q = argument("q", spec.q_heads, queries, spec.key_dim)
     k = argument("k", spec.kv_heads, keys, spec.key_dim)
     v = argument("v", spec.kv_heads, keys, spec.value_dim)
-    mask = sinks = None
+    values = sinks = None
     if spec.mask is not None:
         whole = (batch, spec.q_heads, queries, keys)
         shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
         mask_dtype = TVM_DTYPES.get(spec.mask.dtype, "bool")
-        mask = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
+        values = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
     if spec.sinks:
         sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)
     out = argument("out", spec.q_heads, queries, spec.value_dim)
-    if mask is not None and mask.dtype == "bool":
-        mask = T.decl_buffer(mask.shape, "int8", data=mask.data)
+    mask = None
+    if spec.mask is not None and values is not None:
+        if spec.mask.dtype == "bool":
+            values = T.decl_buffer(values.shape, "int8", data=values.data)
+        mask = Mask(spec.mask, values)
     vector = Vector(target)
     soft = Softmax(vector)
     return Problem(spec, vector, soft, batch, queries, keys, q, k, v, mask, sinks, out)
@@ -170,41 +172,40 @@ def scaled(p: Problem, dots: Expr, seen: Expr, bias: Expr | None) -> Expr:
     return T.bind(T.Select(attend, x, v.splat(MINUS_INFINITY)))
 
 
-def load_mask(
-    p: Problem, where: Sequence[Expr], bias: Buffer, row: Sequence[Expr], vectors: int
-) -> None:
+def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vectors: Expr) -> None:
     """bias[row] = what the mask adds to the scores of neighbouring keys; False adds -inf.
 
     where: batch, query head, position, first key. Lanes after the last key hold anything.
     """
-    v, mask = p.vector, p.spec.mask
-    b, h, s, first = where
-    b, h, s = (x if full else 0 for x, full in zip((b, h, s), mask.full[:3], strict=True))
+    assert p.mask is not None
+    v, mask, full = p.vector, p.mask.values, p.mask.spec.full
+    b, h, s = (x if varies else 0 for x, varies in zip(where[:3], full[:3], strict=True))
     with T.serial(0, vectors) as j:
-        place = (*row, T.ramp(j * v.lanes, 1, v.lanes))
-        if not mask.full[3]:
-            T.buffer_store(bias, T.broadcast(_added(p, p.mask[b, h, s, 0]), v.lanes), place)
+        place = T.ramp(j * v.lanes, 1, v.lanes)
+        if not full[3]:
+            x = v.splat(_added(p.vector, mask, (b, h, s, 0)))
+            T.buffer_store(bias, x, [row, place])
             return
-        key = T.bind(first + j * v.lanes)
+        key = T.bind(where[3] + j * v.lanes)
         with T.If(key + v.lanes <= p.keys):
             with T.Then():
-                if mask.dtype == "bool":
-                    allowed = p.mask[b, h, s, T.ramp(key, 1, v.lanes)]
+                if p.mask.spec.dtype == "bool":
+                    allowed = mask[b, h, s, T.ramp(key, 1, v.lanes)]
                     allowed = allowed != T.broadcast(T.int8(0), v.lanes)
                     x = T.Select(allowed, v.splat(0.0), v.splat(MINUS_INFINITY))
                 else:
-                    x = v.load(p.mask, (b, h, s, key))
-                T.buffer_store(bias, x, place)
+                    x = v.load(mask, (b, h, s, key))
+                T.buffer_store(bias, x, [row, place])
             with T.Else(), T.serial(0, T.max(p.keys - key, 0)) as i:
-                one = _added(p, p.mask[b, h, s, key + i])
-                T.buffer_store(bias, one, (*row, j * v.lanes + i))
+                T.buffer_store(bias, _added(v, mask, (b, h, s, key + i)), [row, j * v.lanes + i])
 
 
-def _added(p: Problem, element: Expr) -> Expr:
+def _added(v: Vector, mask: Buffer, index: Sequence[Expr | int]) -> Expr:
     """One element of the mask as what it adds."""
-    if p.spec.mask.dtype == "bool":
-        return T.Select(element != T.int8(0), T.float32(0), T.float32(MINUS_INFINITY))
-    return p.vector.scalar(element.source, element.indices)
+    if mask.dtype == "int8":
+        allowed = mask[tuple(index)] != T.int8(0)
+        return T.Select(allowed, T.float32(0), T.float32(MINUS_INFINITY))
+    return v.scalar(mask, index)
 
 
 def finite(top: Expr) -> Expr:
@@ -228,13 +229,13 @@ def factor(p: Problem, top: Expr, total: Expr, query_head: Expr) -> Expr:
     return T.bind(T.Select(total == zero, zero, share / whole))
 
 
-def write_row(p: Problem, where: Sequence[Expr], sums: Buffer, row: Sequence[Expr]) -> None:
+def write_row(p: Problem, where: tuple[Expr, Expr, Expr], sums: Buffer, row: Expr) -> None:
     """out[where] = sums[row], rounded; where: batch, query head, position; sums already scaled."""
     v = p.vector
     whole, rest = divmod(p.spec.value_dim, v.lanes)
     with T.serial(0, whole) as d:
-        x = sums[(*row, T.ramp(d * v.lanes, 1, v.lanes))]
+        x = sums[row, T.ramp(d * v.lanes, 1, v.lanes)]
         v.store(p.out, p.at(*where, d * v.lanes), x)
     if rest:
         d = whole * v.lanes
-        v.store_tail(p.out, p.at(*where, d), sums[(*row, T.ramp(d, 1, v.lanes))], T.int32(rest))
+        v.store_tail(p.out, p.at(*where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))

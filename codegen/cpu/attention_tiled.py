@@ -20,7 +20,6 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu.attention_problem import (
     MINUS_INFINITY,
     Problem,
-    divide,
     factor,
     finite,
     load_mask,
@@ -28,6 +27,7 @@ from moec.codegen.cpu.attention_problem import (
     scaled,
     write_row,
 )
+from moec.codegen.cpu.tasks import divide
 
 TILE = 96  # rows of a task: a multiple of a register tile; their queries and sums stay in L2
 
@@ -146,7 +146,7 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
     tops = T.alloc_buffer((TILE,), "float32")
     totals = T.alloc_buffer((TILE, v.lanes), "float32")
     reaches = T.alloc_buffer((TILE,), "int64")
-    bias = T.alloc_buffer((height, c.block), "float32") if p.spec.mask is not None else None
+    bias = T.alloc_buffer((height, c.block), "float32") if p.mask is not None else None
     with T.serial(0, groups * height) as r:
         # Rows after the last are copies of it: computed, never written out.
         b, h, s = p.query_at(head, T.bind(T.min(first + r, p.rows - 1)))
@@ -167,7 +167,7 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
             with T.serial(0, height) as i:
                 row = T.bind(T.min(first + r + i, p.rows - 1))
                 where = (*p.query_at(head, row), n * c.block)
-                load_mask(p, where, bias, (i,), c.block // v.lanes)
+                load_mask(p, where, bias, i, c.block // v.lanes)
         scores = _scores(c, query, (head, n), r)
         scales, weights = [], []
         for i in range(height):
@@ -182,12 +182,12 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         _accumulate(c, sums, (head, n), r, scales, weights)
 
     with T.serial(0, mine) as r:
-        where = p.query_at(head, first + r)
-        f = v.splat(factor(p, tops[r], v.sum(totals[r, lane]), where[1]))
+        at = p.query_at(head, first + r)
+        f = v.splat(factor(p, tops[r], v.sum(totals[r, lane]), at[1]))
         with T.serial(0, p.width // v.lanes) as d:
             place = T.ramp(d * v.lanes, 1, v.lanes)
             T.buffer_store(sums, sums[r, place] * f, [r, place])
-        write_row(p, where, sums, (r,))
+        write_row(p, at, sums, r)
 
 
 def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[list[Buffer]]:
@@ -196,7 +196,7 @@ def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[
     lane = T.ramp(0, 1, v.lanes)
     height, vectors = v.target.tile_rows, c.block // v.lanes
     acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in range(vectors)] for _ in range(height)]
-    for a in sum(acc, []):
+    for a in (a for row in acc for a in row):
         T.buffer_store(a, v.splat(0.0), [lane])
     with T.serial(0, c.key_units) as d:
         keys = [

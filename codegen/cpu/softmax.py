@@ -48,7 +48,7 @@ class Softmax:
         text = _exp(n) + _top(n) + _sums(n)
         if self.v.target.bf16_dot:
             text += _ROUND_PAIRS
-        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)
+        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
 
     def exp(self, x: Expr) -> Expr:
         """exp(x) for x <= 0, within 1e-7 (absolute); 0 below -88; NaN stays NaN."""
