@@ -1,0 +1,89 @@
+"""The layout that design and packaging rest on: three links, one import path, a whole wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("passes", "codegen", "runtime")
+NOT_OURS = (".*", "build", "dist", "*.egg-info", "__pycache__")
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_link(name):
+    link = ROOT / "moec" / name
+    assert link.is_symlink(), f"{link} must be a link: git on Windows needs core.symlinks"
+    assert os.readlink(link) == f"../{name}"
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+def test_no_bare_imports():
+    """`import passes` would work from the root, and make a second copy of every class."""
+    bare = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("moec", *LINKED, "tests", "examples", "benchmarks")
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in LINKED
+    ]
+    assert bare == []
+
+
+def test_every_folder_of_code_is_a_package():
+    """The wheel holds packages only: a folder without __init__.py would be left out of it."""
+    folders = {path.parent for path in sources("moec", *LINKED)}
+    assert [
+        str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").exists()
+    ] == []
+
+
+def test_wheel_holds_every_module(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*NOT_OURS, "tests"))
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import setuptools.build_meta as b; b.build_sdist('..'); print(b.build_wheel('..'))",
+        ],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    expected = {
+        f"moec/{path.relative_to(ROOT)}".replace("moec/moec/", "moec/", 1)
+        for path in sources("moec", *LINKED)
+    }
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert expected - packed == set()
+    assert "moec/py.typed" in packed
+    assert not {name.split("/")[0] for name in packed} & {*LINKED, "tests", "examples"}
+    # What pip makes of the source distribution is the same wheel.
+    [archive] = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    missing = {name for name in expected if not (unpacked / name).exists()}
+    assert missing == set()
