@@ -1,0 +1,315 @@
+"""Proof by running: a region and what shall replace it must agree on random inputs.
+
+Two graphs over the same input and param values are evaluated in eager PyTorch: several token
+counts; routings with ties, experts that nobody chose, everything on one expert, overflowing
+capacities. Low-precision floats are widened to float32 in both graphs, so that a difference
+is one of structure and not of rounding. Weights are random and of the real shapes; large ones
+are overlapping windows of a small random pool, so that they cost no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from moec.aten import TORCH_DTYPES
+from moec.errors import IRError, NoMatch
+from moec.evaluate import run_graph
+from moec.ir import FLOATS, Attr, DType, Graph, Op, TensorType, Value
+from moec.sizes import Bounds, evaluate_dim, symbols
+from moec.text import print_graph
+
+TOLERANCE = 2e-4
+"""Of the largest result: float32 sums in another order, over widths of a few thousand."""
+_POOL = 1 << 22
+_COUNTS = (1, 5, 13)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The input holds expert ids [.., k], distinct within a token; `absent` allows id E."""
+
+    num_experts: int
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The input holds scores [.., E] before any softmax."""
+
+
+@dataclass(frozen=True)
+class Positive:
+    """The input holds routing weights."""
+
+
+Feed = Ids | Logits | Positive | None
+"""What a random input looks like; None is any float."""
+
+Results = Sequence[torch.Tensor]
+Given = Mapping[Value, torch.Tensor]
+Compare = Callable[[Results, Results, Given], str]
+"""Why two results differ, or an empty string."""
+
+Bind = Callable[[Given], Mapping[str, int]]
+"""The sizes that depend on the data, for the inputs of a case."""
+
+
+@dataclass
+class Prover:
+    """Proves pairs of graphs, equal pairs once. `weights` are the program's real ones."""
+
+    weights: Mapping[str, torch.Tensor]
+    known: dict[str, str] = field(default_factory=dict)
+
+    def prove(
+        self,
+        before: Graph,
+        after: Graph,
+        feeds: Mapping[Value, Feed],
+        *,
+        counts: Sequence[int] = _COUNTS,
+        compare: Compare | None = None,
+        bind: Bind | None = None,
+    ) -> None:
+        """Raises NoMatch, saying on which case they differ, or why they cannot be run."""
+        order = [repr(feeds.get(value)) for value in before.inputs]
+        texts = [print_graph(without_origins(g)) for g in (before, _aligned(before, after))]
+        key = "\n".join([*texts, *order, repr(tuple(counts)), self._constants(before)])
+        if key not in self.known:
+            try:
+                self._run(before, after, feeds, counts, compare or close, bind)
+                self.known[key] = ""
+            except NoMatch as why:
+                self.known[key] = str(why)
+        if self.known[key]:
+            raise NoMatch(self.known[key])
+
+    def _constants(self, graph: Graph) -> str:
+        fixed = (self.weights.get(p.name) for p in graph.params if _is_constant(p))
+        return repr([t.tolist() if t is not None and t.numel() < 4096 else None for t in fixed])
+
+    def _run(
+        self,
+        before: Graph,
+        after: Graph,
+        feeds: Mapping[Value, Feed],
+        counts: Sequence[int],
+        compare: Compare,
+        bind: Bind | None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(20)
+        pool = torch.randn(_POOL, generator=generator)
+        params = {
+            value: self._param(value, pool, index)
+            for index, value in enumerate(dict.fromkeys((*before.params, *after.params)))
+        }
+        wide = widen(before), widen(after)
+        for sizes in _sizes(before, counts):
+            for pattern in ("random", "tied", "one expert", "few experts"):
+                given = {
+                    value: _input(value, feeds.get(value), pattern, sizes, generator)
+                    for value in before.inputs
+                }
+                env = dict(sizes) | dict(bind(given) if bind else {})
+                results = []
+                for which, graph, source in zip(
+                    ("it", "its replacement"), wide, (before, after), strict=True
+                ):
+                    tensors = [given[v] for v in source.inputs] + [params[p] for p in source.params]
+                    try:
+                        results.append(run_graph(graph, tensors, env))
+                    except (RuntimeError, IRError, IndexError, ValueError, TypeError) as error:
+                        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                        raise NoMatch(f"{which} cannot be run on random inputs: {reason}") from None
+                wrong = compare(results[0], results[1], given)
+                if wrong:
+                    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+                    raise NoMatch(f"{wrong} ({pattern}{'; ' + shown if shown else ''})")
+
+    def _param(self, value: Value, pool: torch.Tensor, index: int) -> torch.Tensor:
+        shape = tuple(evaluate_dim(d, {}) for d in value.shape)
+        if _is_constant(value):
+            real = self.weights.get(value.name)
+            if real is None:
+                raise NoMatch(f"the constant {value.name} has no known content")
+            return real.float() if value.dtype in FLOATS and real.dtype != torch.float64 else real
+        dtype = torch.float64 if value.dtype == "f64" else torch.float32
+        scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
+        return (window(pool, shape, 7919 * index) * scale).to(dtype)
+
+
+def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tensor:
+    """A random tensor: distinct elements where it is small, overlapping windows where not."""
+    count = 1
+    for size in shape:
+        count *= size
+    if count <= 1 << 20:
+        start %= len(pool) - count
+        return pool[start : start + count].reshape(shape)
+    # Odd strides: no window is symmetric, and no two experts or rows are equal.
+    strides, reach = [], 1
+    for axis, size in enumerate(reversed(shape)):
+        strides.append((1, 7, 10007, 1000003)[min(axis, 3)])
+        reach += strides[-1] * (size - 1)
+    source = pool.repeat(-(-(reach + 8192) // len(pool))) if reach + 8192 > len(pool) else pool
+    return source.as_strided(shape, tuple(reversed(strides)), start % 8192)
+
+
+def _is_constant(value: Value) -> bool:
+    """Ids, masks and scalars mean what they hold; other weights may be anything."""
+    return value.dtype not in FLOATS or not value.shape
+
+
+def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
+    names = sorted({n for v in graph.inputs for d in v.shape for n in symbols(d)})
+    if not names:
+        yield {}
+        return
+    for index in range(len(counts)):
+        sizes = {}
+        for place, name in enumerate(names):
+            limits = graph.bounds.get(name, Bounds())
+            wanted = counts[(index + place) % len(counts)] if place else counts[index]
+            wanted = max(wanted, limits.low, 1)
+            sizes[name] = wanted if limits.high is None else min(wanted, limits.high)
+        yield sizes
+
+
+def _input(
+    value: Value, feed: Feed, pattern: str, sizes: Mapping[str, int], generator: torch.Generator
+) -> torch.Tensor:
+    shape = tuple(evaluate_dim(d, sizes) for d in value.shape)
+    dtype = TORCH_DTYPES[value.dtype]
+    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    match feed:
+        case Ids(count, absent):
+            return _ids(shape, count, absent, pattern, generator).to(dtype)
+        case Logits():
+            return _logits(shape, pattern, generator).to(dtype)
+        case Positive():
+            return torch.rand(shape, generator=generator).add(0.1).to(dtype)
+    if value.dtype not in FLOATS:
+        raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _ids(
+    shape: tuple[int, ...], count: int, absent: bool, pattern: str, generator: torch.Generator
+) -> torch.Tensor:
+    scores = torch.rand(*shape[:-1], count, generator=generator)
+    if pattern == "one expert":
+        scores[..., count // 2] += 2
+    elif pattern == "few experts":
+        scores[..., : shape[-1]] += 2
+    ids = scores.topk(shape[-1]).indices
+    if absent and pattern == "tied":
+        ids = torch.where(torch.rand(shape, generator=generator) < 0.3, count, ids)
+    return ids
+
+
+def _logits(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> torch.Tensor:
+    logits = torch.randn(shape, generator=generator)
+    if pattern == "tied":
+        return logits.round()
+    if pattern == "one expert":
+        logits[..., shape[-1] // 2] += 6
+    elif pattern == "few experts":
+        logits[..., : (shape[-1] + 1) // 2] += 3
+    return logits
+
+
+def close(
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    given: Mapping[Value, torch.Tensor],
+) -> str:
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape:
+            return f"its shape is {tuple(a.shape)}, its replacement's {tuple(b.shape)}"
+        if not a.numel():
+            continue
+        a, b = a.double(), b.double()
+        if not bool(a.isfinite().all()):
+            return "it is not finite on random inputs"
+        error = float((a - b).abs().max())
+        if not error <= TOLERANCE * max(float(a.abs().max()), 1e-3):
+            return f"the numbers differ by {error:.2g} of {float(a.abs().max()):.2g}"
+    return ""
+
+
+def _aligned(before: Graph, after: Graph) -> Graph:
+    """`after` with the inputs and params of `before` first: the key tells which is which."""
+    both = dict.fromkeys((*before.inputs, *before.params))
+    return replace(after, inputs=(*both,), params=tuple(p for p in after.params if p not in both))
+
+
+def widen(graph: Graph) -> Graph:
+    """The same graph with every bf16 and f16 in types and attributes as f32."""
+    new: dict[Value, Value] = {}
+
+    def wide(value: Value) -> Value:
+        if value not in new:
+            type = TensorType(_wide_name(value.dtype), value.shape)
+            new[value] = value if type == value.type else Value(value.name, type)
+        return new[value]
+
+    ops = tuple(
+        Op(
+            op.name,
+            tuple(map(wide, op.inputs)),
+            tuple(map(wide, op.outputs)),
+            {name: _wide_attr(name, value) for name, value in op.attrs.items()},
+            widen(op.body) if op.body is not None else None,
+            op.origin,
+        )
+        for op in graph.ops
+    )
+    return Graph(
+        tuple(map(wide, graph.inputs)),
+        tuple(map(wide, graph.params)),
+        ops,
+        tuple(map(wide, graph.outputs)),
+        (),
+        graph.bounds,
+        graph.name,
+    )
+
+
+def _wide_name(dtype: str) -> str:
+    return "f32" if dtype in ("bf16", "f16") else dtype
+
+
+def _wide_attr(name: str, value: Attr) -> Attr:
+    match value:
+        case DType(dtype):
+            return DType(_wide_name(dtype))
+        case str() if name == "body":
+            return re.sub(r"\b(bf16|f16)\b", "f32", value)
+        case str() if name == "dtype":  # Routing keeps its dtype by name
+            return _wide_name(value)
+        case _:
+            return value
+
+
+def without_origins(graph: Graph) -> Graph:
+    """The graph under canonical names: equal text means equal computation."""
+    new: dict[Value, Value] = {}
+
+    def name(value: Value) -> Value:
+        return new.setdefault(value, Value(f"v{len(new)}", value.type))
+
+    inputs = tuple(map(name, graph.inputs))
+    params = tuple(map(name, graph.params))
+    ops = []
+    for op in graph.ops:
+        read = tuple(map(name, op.inputs))
+        body = without_origins(op.body) if op.body is not None else None
+        ops.append(
+            replace(op, inputs=read, outputs=tuple(map(name, op.outputs)), body=body, origin="")
+        )
+    outputs = tuple(map(name, graph.outputs))
+    return Graph(inputs, params, tuple(ops), outputs, (), graph.bounds)

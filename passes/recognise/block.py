@@ -1,0 +1,94 @@
+"""A proposal: this region is an MoE block. What it consists of, and the ops that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from moec.ir import Attr, DType, Graph, TensorType, Value
+from moec.passes.prove import Feed
+from moec.passes.recognise.body import Prepared, canonical
+from moec.passes.recognise.region import Emitter
+from moec.sizes import Dim, product
+
+Recipe = Callable[[Emitter], Value]
+"""How a value of the next graph is made from values of the old one."""
+
+
+def same(value: Value) -> Recipe:
+    return lambda emit: emit.old(value)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    size: Dim
+    order: str  # "slot" or "token", as in moe.capacity
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """`output` is what `body` of the chosen experts makes of `x`, weighted and summed.
+
+    `experts` and `weights` give [T, k]; weights of None mean 1. `stacks` are [E, ..], in the
+    order of the body's params. `cut` and `feeds` say where the region begins and how to feed
+    it in the proof. `tokens` replaces T where a token's choices leave the block unsummed.
+    """
+
+    form: str
+    output: Value
+    x: Value
+    experts: Recipe
+    weights: Recipe | None
+    top_k: int
+    num_experts: int
+    stacks: tuple[Recipe, ...]
+    body: Graph
+    cut: tuple[Value, ...]
+    feeds: Mapping[Value, Feed] = field(default_factory=dict)
+    input_side: bool = False
+    capacity: Capacity | None = None
+    origin: str = ""
+
+
+def emit_block(block: Proposal, emit: Emitter) -> Value:
+    """The ops of the block; answers with what stands for `block.output`."""
+    x = emit.rows(emit.old(block.x))
+    choice = block.experts(emit)
+    if block.capacity:
+        attrs: dict[str, Attr] = {
+            "num_experts": block.num_experts,
+            "capacity": block.capacity.size,
+            "order": block.capacity.order,
+        }
+        (choice,) = emit("moe.capacity", [choice], attrs=attrs, named=choice.name)
+    weights = block.weights(emit) if block.weights else None
+    body, prepared = canonical(block.body, block.num_experts)
+    stacks = [_stack(block.stacks[p.source](emit), p, emit) for p in prepared]
+    dispatched = [x, choice]
+    if block.input_side and weights is not None:
+        dispatched.append(weights)
+    attrs = {"num_experts": block.num_experts}
+    stem = block.output.name
+    rows, order, ends = emit("moe.dispatch", dispatched, attrs=attrs, named=f"{stem}_rows")
+    (made,) = emit(
+        "moe.experts",
+        [rows, ends, *stacks],
+        attrs={"form": block.form},
+        body=body,
+        named=f"{stem}_out",
+    )
+    combined = [made, order]
+    k = block.top_k
+    tokens = product(block.output.shape[:-1])
+    attrs = {"k": k, "tokens": tokens, "dtype": DType(block.output.dtype)}
+    if weights is not None and not block.input_side:
+        combined.append(weights)
+        attrs["weighted"] = True
+    (y,) = emit("moe.combine", combined, attrs=attrs, named=stem)
+    return emit.reshape(y, block.output.shape)
+
+
+def _stack(value: Value, prepared: Prepared, emit: Emitter) -> Value:
+    for name, attrs, shape, dtype in prepared.steps:
+        (value,) = emit(name, [value], [TensorType(dtype, shape)], attrs=attrs, named=value.name)
+    return value

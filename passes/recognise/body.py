@@ -1,0 +1,167 @@
+"""One expert's body in its canonical form: linear layers with [N, K] weights.
+
+Whatever an op of the body does to a param alone (transpose, slice, cast) is the same for every
+expert, so it is done once to the stack outside: `w.t()` of a [K, N] slice becomes a permute of
+the [E, K, N] stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moec.errors import NoMatch
+from moec.ir import Attr, Graph, Op, TensorType, Value
+from moec.sizes import Dim, symbol
+
+ROWS = symbol("R")
+
+Shift = Callable[[Mapping[str, Attr]], dict[str, Attr]]
+"""An op's attributes when its tensor gets one more axis in front."""
+
+
+def _shifted(*names: str) -> Shift:
+    """Axes counted from the front move up by one; those counted from the end stay."""
+
+    def shift(attrs: Mapping[str, Attr]) -> dict[str, Attr]:
+        def up(axis: Attr) -> Attr:
+            if isinstance(axis, tuple):
+                return tuple(map(up, axis))
+            return axis + 1 if isinstance(axis, int) and axis >= 0 else axis
+
+        found = {name: up(value) for name, value in attrs.items() if name in names}
+        if "dim" in names and "dim" not in attrs:
+            found["dim"] = 1
+        return {**attrs, **found}
+
+    return shift
+
+
+def _permuted(attrs: Mapping[str, Attr]) -> dict[str, Attr]:
+    dims = attrs["dims"]
+    assert isinstance(dims, tuple)
+    rank = len(dims)
+    return {"dims": (0, *(int(d) % rank + 1 for d in dims))}
+
+
+_KEEP: Shift = dict
+_HOISTED: dict[str, Shift] = {
+    "aten.permute.default": _permuted,
+    "aten.unsqueeze.default": _shifted("dim"),
+    "aten.squeeze.dims": _shifted("dim"),
+    "aten.slice.Tensor": _shifted("dim"),
+    "aten._to_copy.default": _KEEP,
+    "aten.clone.default": _KEEP,
+    "aten.alias.default": _KEEP,
+    "aten.t.default": lambda attrs: {"dims": (0, 2, 1)},
+    "aten.transpose.int": _shifted("dim0", "dim1"),
+}
+_RENAMED = {"aten.t.default": "aten.permute.default"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A value stacked over the experts: `source`, then ops done to the whole stack.
+
+    `source` is an index into the stacks that the block was given.
+    """
+
+    source: int
+    steps: tuple[tuple[str, Mapping[str, Attr], tuple[Dim, ...], str], ...] = ()
+
+
+def canonical(body: Graph, experts: int) -> tuple[Graph, tuple[Prepared, ...]]:
+    """`body` with what concerns params alone moved out, and products as linear layers.
+
+    The second result says, for each param of the new body, how its stack is made. Raises
+    NoMatch for a product of params that no linear layer expresses.
+    """
+    state = _Canonical(body, experts)
+    for op in body.ops:
+        state.op(op)
+    params = tuple(state.made)
+    outputs = tuple(state.new.get(v, v) for v in body.outputs)
+    graph = Graph(body.inputs, params, tuple(state.ops), outputs, (), body.bounds, "body")
+    needed = {v for op in state.ops for v in op.inputs} | set(outputs)
+    kept = sorted((p for p in params if p in needed), key=lambda p: state.made[p].source)
+    return replace(graph, params=tuple(kept)), tuple(state.made[p] for p in kept)
+
+
+class _Canonical:
+    def __init__(self, body: Graph, experts: int) -> None:
+        self.experts = experts
+        self.new: dict[Value, Value] = {}
+        self.made: dict[Value, Prepared] = {p: Prepared(i) for i, p in enumerate(body.params)}
+        self.ops: list[Op] = []
+
+    def op(self, old: Op) -> None:
+        inputs = tuple(self.new.get(v, v) for v in old.inputs)
+        op = replace(old, inputs=inputs)
+        if len(inputs) == 1 and inputs[0] in self.made:
+            self.hoist(op)
+        elif op.name in ("aten.mm.default", "aten.matmul.default") and self.is_weight(inputs[1]):
+            self.linear(op, inputs[0], inputs[1], None)
+        elif op.name == "aten.addmm.default" and self.is_weight(inputs[2]):
+            if set(op.attrs) & {"alpha", "beta"} or len(inputs[0].shape) != 1:
+                raise NoMatch("addmm with factors is not a linear layer")
+            self.linear(op, inputs[1], inputs[2], inputs[0])
+        else:
+            self.ops.append(op)
+
+    def is_weight(self, value: Value) -> bool:
+        return value in self.made and len(value.shape) == 2
+
+    def linear(self, op: Op, x: Value, weight: Value, bias: Value | None) -> None:
+        turned = self.then(
+            weight, "aten.permute.default", {"dims": (0, 2, 1)}, (weight.shape[1], weight.shape[0])
+        )
+        inputs = (x, turned) if bias is None else (x, turned, bias)
+        self.ops.append(Op("aten.linear.default", inputs, op.outputs))
+
+    def hoist(self, op: Op) -> None:
+        shift = _HOISTED.get(op.name)
+        if shift is None:
+            self.ops.append(op)
+            return
+        name, attrs = _RENAMED.get(op.name, op.name), shift(op.attrs)
+        output = op.outputs[0]
+        self.new[output] = self.then(op.inputs[0], name, attrs, output.shape, output.dtype)
+
+    def then(
+        self,
+        value: Value,
+        name: str,
+        attrs: Mapping[str, Attr],
+        shape: Sequence[Dim],
+        dtype: str | None = None,
+    ) -> Value:
+        before = self.made[value]
+        if name in ("aten.clone.default", "aten.alias.default"):
+            return value
+        dtype = dtype or value.dtype
+        steps = (*before.steps, (name, dict(attrs), (self.experts, *shape), dtype))
+        steps = _without_double_turns(steps)
+        for known, made in self.made.items():
+            if made.source == before.source and made.steps == steps:
+                return known
+        turned = Value(_fresh(value.name, self.made), TensorType(dtype, tuple(shape)))
+        self.made[turned] = Prepared(before.source, steps)
+        return turned
+
+
+def _without_double_turns(
+    steps: tuple[tuple[str, Mapping[str, Attr], tuple[Dim, ...], str], ...],
+) -> tuple[tuple[str, Mapping[str, Attr], tuple[Dim, ...], str], ...]:
+    """A transpose of a transpose is neither."""
+    turn = "aten.permute.default", {"dims": (0, 2, 1)}
+    if len(steps) > 1 and all((s[0], dict(s[1])) == turn for s in steps[-2:]):
+        return steps[:-2]
+    return steps
+
+
+def _fresh(name: str, taken: Mapping[Value, Prepared]) -> str:
+    names = {v.name for v in taken}
+    count = 2
+    while f"{name}_{count}" in names:
+        count += 1
+    return f"{name}_{count}"

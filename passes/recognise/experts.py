@@ -1,0 +1,117 @@
+"""Experts in all their forms become moe.dispatch, moe.experts and moe.combine.
+
+Each form proposes blocks at its anchors; a proposal counts only once its region and its
+replacement agree on random inputs (moec.passes.prove). What was looked at and refused is
+logged with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moec.errors import IRError, NoMatch
+from moec.ir import Graph, Op, Program, Stage, Value
+from moec.passes.prove import Prover
+from moec.passes.recognise import hf
+from moec.passes.recognise.block import Proposal, emit_block
+from moec.passes.recognise.region import Emitter, Scope
+from moec.passes.rewrite import Builder, rebuild
+from moec.passes.runner import Log
+
+Anchors = Callable[[Scope], Iterator[Op]]
+Propose = Callable[[Scope, Op], Iterator[Proposal]]
+
+FORMS: tuple[tuple[Anchors, Propose], ...] = ((hf.anchors, hf.propose),)
+
+
+@dataclass(frozen=True)
+class RecogniseExperts:
+    """Experts written in any known form become moe.dispatch, moe.experts, moe.combine."""
+
+    name: ClassVar[str] = "recognise-experts"
+    takes: ClassVar[Stage] = Stage.ATEN
+    gives: ClassVar[Stage] = Stage.MOE
+
+    def run(self, program: Program, log: Log) -> Program:
+        scope = Scope(program.graph)
+        prover = Prover(program.weights)
+        found: dict[Op, Proposal] = {}
+        for anchors, propose in FORMS:
+            for anchor in anchors(scope):
+                block = first_proved(scope, anchor, propose, prover, log)
+                if block is None:
+                    continue
+                at = scope.graph.producers[block.output]
+                if at not in found and log.spend(f"{block.form} {at}"):
+                    found[at] = block
+        return replace(program, graph=splice(scope.graph, found))
+
+
+def first_proved(
+    scope: Scope, anchor: Op, propose: Propose, prover: Prover, log: Log
+) -> Proposal | None:
+    """The first proposal that holds. If there were some and none does, the first one's reason
+    is logged: later ones are variations of it."""
+    reasons: list[str] = []
+    try:
+        for proposal in propose(scope, anchor):
+            try:
+                check(scope, proposal, prover)
+                return proposal
+            except NoMatch as why:
+                reasons.append(f"{proposal.form}: {why}")
+    except NoMatch as why:
+        reasons.append(str(why))
+    if reasons:
+        log.decline(anchor.origin or anchor.outputs[0].name, reasons[0])
+    return None
+
+
+def check(scope: Scope, block: Proposal, prover: Prover) -> None:
+    """Raises NoMatch unless the block does what its region does."""
+    region = scope.cut([block.output], block.cut)
+    counts: tuple[int, ...] = (1, 5, 13)
+    if block.capacity is not None and isinstance(block.capacity.size, int):
+        counts = (1, 5, min(block.capacity.size + 9, 600))
+    prover.prove(region, alone(scope, block), block.feeds, counts=counts)
+
+
+def alone(scope: Scope, block: Proposal) -> Graph:
+    """The replacement as a graph of its own, over the cut's values and params.
+
+    What the recipes read of the old graph is computed from the cut as before.
+    """
+    at = scope.graph.producers[block.output]
+    empty = Graph(block.cut, scope.graph.params, (), (), (), scope.graph.bounds)
+    builder = Builder(empty)
+    builder.names |= {value.name for value in scope.graph.values()}
+    try:
+        y = emit_block(block, Emitter(builder, {}, at))
+    except IRError as error:
+        raise NoMatch(f"the block cannot be built: {error}") from None
+    fresh = {value for op in builder.ops for value in op.outputs}
+    read = [v for op in builder.ops for v in op.inputs if v not in fresh]
+    before = scope.upstream([v for v in read if v not in block.cut], block.cut)
+    ops = (*before, *builder.ops)
+    others = [v for v in scope.leaves(ops, block.cut) if v not in scope.params]
+    if others:
+        raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")
+    params = tuple(v for v in scope.leaves(ops, block.cut))
+    return Graph(block.cut, params, ops, (y,), (), scope.graph.bounds)
+
+
+def splice(graph: Graph, found: Mapping[Op, Proposal]) -> Graph:
+    """The graph with each block in place of the op that made its output."""
+    builder = Builder(graph)
+    new: dict[Value, Value] = {}
+    for old in graph.ops:
+        block = found.get(old)
+        if block is None:
+            op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
+            builder.append(op)
+            continue
+        emit = Emitter(builder, new, replace(old, origin=block.origin or old.origin))
+        new[block.output] = emit_block(block, emit)
+    return rebuild(graph, builder.ops, new)

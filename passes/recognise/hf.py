@@ -1,0 +1,48 @@
+"""Form 1: the opaque op that stands for a Hugging Face experts module.
+
+    y = moec.experts(x[T, D], ids[T, k], weights[T, k], stacks…) <num_experts, body>
+
+The body came with the op, so nothing is guessed; ids of num_experts and more mean no expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from moec.errors import NoMatch
+from moec.ir import Op, Ref
+from moec.passes.prove import Ids, Positive
+from moec.passes.recognise.block import Proposal, same
+from moec.passes.recognise.region import Scope
+from moec.text import parse
+
+NAME = "moec.experts.default"
+FORM = "hf experts op"
+
+
+def anchors(scope: Scope) -> Iterator[Op]:
+    yield from (op for op in scope.graph.ops if op.name == NAME)
+
+
+def propose(scope: Scope, op: Op) -> Iterator[Proposal]:
+    refs = cast("tuple[Ref, ...]", op.attrs["params"])
+    stacks = [op.inputs[ref.index] for ref in refs]
+    x, ids, weights = op.inputs[:3]
+    body = parse(cast(str, op.attrs["body"]))
+    count = cast(int, op.attrs["num_experts"])
+    if len(x.shape) != 2 or len(ids.shape) != 2:
+        raise NoMatch(f"its input is {x.type} and its ids {ids.type}, expected [T, D] and [T, k]")
+    yield Proposal(
+        form=FORM,
+        output=op.outputs[0],
+        x=x,
+        experts=same(ids),
+        weights=same(weights),
+        top_k=cast(int, ids.shape[1]),
+        num_experts=count,
+        stacks=tuple(map(same, stacks)),
+        body=body,
+        cut=(x, ids, weights),
+        feeds={ids: Ids(count, absent=True), weights: Positive()},
+    )

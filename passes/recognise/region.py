@@ -1,0 +1,162 @@
+"""Regions of a graph: what lies between a cut and a result, and how its replacement is emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moec.errors import NoMatch
+from moec.ir import Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.rewrite import Builder
+from moec.sizes import Dim, product
+
+VIEWS = frozenset(
+    {
+        "aten.reshape.default",
+        "aten.view.default",
+        "aten._unsafe_view.default",
+        "aten.squeeze.dims",
+        "aten.squeeze.dim",
+        "aten.squeeze.default",
+        "aten.unsqueeze.default",
+        "aten.clone.default",
+        "aten.alias.default",
+        "aten.detach.default",
+    }
+)
+"""Ops that keep the elements and their row-major order."""
+
+CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A graph as a recogniser sees it."""
+
+    graph: Graph
+
+    @cached_property
+    def position(self) -> Mapping[Op, int]:
+        return {op: index for index, op in enumerate(self.graph.ops)}
+
+    @cached_property
+    def params(self) -> frozenset[Value]:
+        return frozenset(self.graph.params)
+
+    def maker(self, value: Value) -> Op | None:
+        return self.graph.producers.get(value)
+
+    def made_by(self, value: Value, *names: str) -> Op | None:
+        op = self.maker(value)
+        return op if op is not None and op.name in names else None
+
+    def behind(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
+        """What `value` is made from, seen through ops that only rename its elements."""
+        op = self.maker(value)
+        while op is not None and op.name in names:
+            value = op.inputs[0]
+            op = self.maker(value)
+        return value
+
+    def behind_casts(self, value: Value) -> Value:
+        return self.behind(value, VIEWS | CASTS)
+
+    def upstream(self, results: Iterable[Value], stops: Iterable[Value] = ()) -> tuple[Op, ...]:
+        """The ops that `results` need, down to `stops`, in the order of the graph."""
+        seen, found = set(stops), set()
+        stack = list(results)
+        while stack:
+            value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            op = self.maker(value)
+            if op is not None and op not in found:
+                found.add(op)
+                stack.extend(op.inputs)
+        return tuple(sorted(found, key=self.position.__getitem__))
+
+    def leaves(self, ops: Sequence[Op], stops: Iterable[Value] = ()) -> Iterator[Value]:
+        """What `ops` read and none of them makes, `stops` left out, each once."""
+        made = {value for op in ops for value in op.outputs} - set(stops)
+        seen = set(stops)
+        for op in ops:
+            for value in op.inputs:
+                if value not in made and value not in seen:
+                    seen.add(value)
+                    yield value
+
+    def cut(self, results: Sequence[Value], stops: Sequence[Value]) -> Graph:
+        """The graph from `stops` (its inputs) and params to `results`.
+
+        Raises NoMatch where it reads anything else.
+        """
+        ops = self.upstream(results, stops)
+        others = [v for v in self.leaves(ops, stops) if v not in self.params]
+        if others:
+            raise NoMatch(f"it also reads {', '.join(v.name for v in others[:3])}")
+        params = tuple(v for v in self.leaves(ops, stops) if v in self.params)
+        return Graph(
+            tuple(dict.fromkeys(stops)), params, ops, tuple(results), (), self.graph.bounds
+        )
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Emits what stands for a region. `new` maps values of the old graph to the next one."""
+
+    builder: Builder
+    new: Mapping[Value, Value]
+    like: Op
+
+    def old(self, value: Value) -> Value:
+        return self.new.get(value, value)
+
+    def __call__(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        types: Sequence[TensorType] | None = None,
+        *,
+        attrs: Mapping[str, Attr] | None = None,
+        body: Graph | None = None,
+        named: str | None = None,
+    ) -> tuple[Value, ...]:
+        return self.builder.emit(
+            name, inputs, types, like=self.like, attrs=attrs, body=body, named=named
+        )
+
+    def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
+        wanted = TensorType(value.dtype, tuple(shape))
+        if wanted == value.type:
+            return value
+        return self("aten.reshape.default", [value], [wanted], attrs={"shape": wanted.shape})[0]
+
+    def rows(self, value: Value) -> Value:
+        """[.., D] as [T, D]."""
+        return self.reshape(value, (product(value.shape[:-1]), value.shape[-1]))
+
+    def cast(self, value: Value, dtype: str) -> Value:
+        if value.dtype == dtype:
+            return value
+        wanted = TensorType(dtype, value.shape)
+        return self("aten._to_copy.default", [value], [wanted], attrs={"dtype": DType(dtype)})[0]
+
+    def permute(self, value: Value, dims: Sequence[int]) -> Value:
+        if list(dims) == list(range(len(value.shape))):
+            return value
+        wanted = TensorType(value.dtype, tuple(value.shape[d] for d in dims))
+        return self("aten.permute.default", [value], [wanted], attrs={"dims": tuple(dims)})[0]
+
+    def stack(self, values: Sequence[Value], axis: int) -> Value:
+        from moec.ir import Ref
+
+        first = values[0]
+        shape = list(first.shape)
+        shape.insert(axis, len(values))
+        wanted = TensorType(first.dtype, tuple(shape))
+        attrs: dict[str, Attr] = {"tensors": tuple(Ref(i) for i in range(len(values)))}
+        if axis:
+            attrs["dim"] = axis
+        return self("aten.stack.default", values, [wanted], attrs=attrs)[0]

@@ -1,0 +1,345 @@
+"""Routers become moe.route: how logits[T, E] turn into weights[T, k] and experts[T, k].
+
+The region between the logits and a block's choices is cut out; what it holds (a softmax, a
+sigmoid, a division, constants, groups) limits the hypotheses, and each is run against it on
+random logits. Spelling does not matter, only the numbers do.
+
+    w, i = topk(softmax(logits), 2); w = w / w.sum(-1)  ->  moe.route(logits) <k=2, renormalize>
+
+torch leaves the order of equal scores open, and so two routers agree where they choose experts
+of the same scores with the same weights; the order of a token's slots is nobody's business,
+as blocks sum over it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+
+from moec.errors import IRError, NoMatch
+from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
+from moec.ops import Routing
+from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
+from moec.passes.recognise.region import Emitter, Scope
+from moec.passes.rewrite import Builder, rebuild
+from moec.passes.runner import Log
+
+_ROUTING = frozenset(
+    {
+        "aten.arange.default",
+        "aten.arange.start",
+        "aten.arange.start_step",
+        "aten.argmax.default",
+        "aten.cat.default",
+        "aten.clone.default",
+        "aten.cumsum.default",
+        "aten.empty_like.default",
+        "aten.expand.default",
+        "aten.full.default",
+        "aten.full_like.default",
+        "aten.gather.default",
+        "aten.index.Tensor",
+        "aten.linalg_vector_norm.default",
+        "aten.max.dim",
+        "aten.amax.default",
+        "aten.ones_like.default",
+        "aten.permute.default",
+        "aten.scalar_tensor.default",
+        "aten.scatter.src",
+        "aten.scatter.value",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.softmax.int",
+        "aten._softmax.default",
+        "aten.sort.default",
+        "aten.sort.stable",
+        "aten.stack.default",
+        "aten.sum.dim_IntList",
+        "aten.topk.default",
+        "aten.zeros_like.default",
+        "aten.reshape.default",
+        "aten.squeeze.dims",
+        "aten.squeeze.dim",
+        "aten.unsqueeze.default",
+        "aten.alias.default",
+        "aten._to_copy.default",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RecogniseRouters:
+    """The routing of each recognised block becomes moe.route."""
+
+    name: ClassVar[str] = "recognise-routers"
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.MOE
+
+    def run(self, program: Program, log: Log) -> Program:
+        scope, prover = Scope(program.graph), Prover(program.weights)
+        found: dict[tuple[Value | None, Value], Router] = {}
+        for block in blocks(scope):
+            key = (block.weights, block.experts)
+            if key in found:
+                continue
+            where = block.dispatch.origin or block.dispatch.outputs[0].name
+            try:
+                router = recognise(scope, block, prover)
+            except NoMatch as why:
+                log.decline(where, f"router: custom: {why}")
+                continue
+            if log.spend(f"router of {where}"):
+                found[key] = router
+        return replace(program, graph=splice(scope, found))
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A recognised block as its router sees it."""
+
+    dispatch: Op
+    weigher: Op | None  # the op that reads the weights: the dispatch itself or the combine
+    experts: Value  # [T, k], before any capacity
+    weights: Value | None  # [T, k]
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Router:
+    logits: Value
+    correction: Value | None
+    routing: Routing
+
+
+def blocks(scope: Scope) -> Iterator[Routed]:
+    for op in scope.graph.ops:
+        if op.name != "moe.dispatch":
+            continue
+        experts = op.inputs[1]
+        drop = scope.made_by(experts, "moe.capacity")
+        experts = drop.inputs[0] if drop is not None else experts
+        weigher, weights = None, None
+        if len(op.inputs) > 2:
+            weigher, weights = op, op.inputs[2]
+        for reader in scope.graph.readers.get(op.outputs[1], ()):
+            if reader.name == "moe.combine" and reader.attrs.get("weighted"):
+                weigher, weights = reader, reader.inputs[2]
+        yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]))
+
+
+def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
+    """Raises NoMatch, saying why no `Routing` describes the block's router."""
+    maker = scope.maker(block.experts)
+    if maker is not None and maker.name == "moe.route":
+        raise NoMatch("it is moe.route already")
+    results = [v for v in (block.weights, block.experts) if v is not None]
+    reasons: list[str] = []
+    for logits in cuts(scope, results, block.num_experts):
+        try:
+            return _hypothesise(scope, block, results, logits, prover)
+        except NoMatch as why:
+            reasons.append(str(why))
+    raise NoMatch(reasons[0] if reasons else "no logits [.., E] lie behind its choices")
+
+
+def cuts(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:
+    """Values that may be the logits: [.., E] floats behind every choice, farthest first."""
+    stack, seen = list(results), set(results)
+    found: list[Value] = []
+    while stack:
+        value = stack.pop()
+        if value.dtype in FLOATS and value.shape and value.shape[-1] == experts:
+            if value not in scope.params and len(value.shape) > 1:
+                found.append(value)
+        op = scope.maker(value)
+        if op is None or not is_routing(op):
+            continue
+        for source in op.inputs:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    found.sort(key=lambda v: scope.position.get(cast(Op, scope.maker(v)), -1))
+    yield from found[:8]
+
+
+def is_routing(op: Op) -> bool:
+    from moec.aten import overload
+
+    if op.name in _ROUTING:
+        return True
+    return op.name.startswith("aten.") and torch.Tag.pointwise in overload(op.name).tags
+
+
+def _hypothesise(
+    scope: Scope, block: Routed, results: Sequence[Value], logits: Value, prover: Prover
+) -> Router:
+    region = scope.cut(results, [logits])
+    if any(not is_routing(op) for op in region.ops):
+        other = next(op for op in region.ops if not is_routing(op))
+        raise NoMatch(f"{other.name} stands between {logits.name} and the choices")
+    corrections = [p for p in region.params if p.dtype in FLOATS and p.shape]
+    if len(corrections) > 1 or any(p.shape != (block.num_experts,) for p in corrections):
+        raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")
+    correction = corrections[0] if corrections else None
+    k = cast(int, block.experts.shape[-1])
+    dtype = block.weights.dtype if block.weights is not None else "f32"
+    count, reason = 0, ""
+    for routing in hypotheses(region, k, dtype, block.num_experts):
+        count += 1
+        router = Router(logits, correction, routing)
+        after = _alone(region, router, block)
+        try:
+            prover.prove(region, after, {logits: Logits()}, compare=_agree(block, router))
+            return router
+        except NoMatch as why:
+            reason = str(why)
+    raise NoMatch(f"{count} routings were tried from {logits.name}; the last: {reason}")
+
+
+def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
+    """What the region's ops and constants allow; what they suggest comes first.
+
+    Groups come last: two groups of which two are kept, say, limit nothing for k = 2.
+    """
+    names = {op.name.split(".")[1] for op in region.ops}
+    constants = _constants(region)
+    soft = bool(names & {"softmax", "_softmax", "exp"})
+    scores = [*(["softmax"] if soft else []), *(["sigmoid"] if "sigmoid" in names else []), "none"]
+    divides = bool(names & {"div", "reciprocal"})
+    renorms = (True, False) if divides else (False,)
+    epsilons = [*(c for c in constants["add"] if 0 < c < 1e-2), 0.0]
+    scales = [c for c in constants["mul"] if c != 1.0]
+    if len(constants["mul"]) > 1:
+        scales.append(math.prod(constants["mul"]))
+    scales += [*(1.0 / c for c in constants["div"] if c), 1.0]
+    groupings = [(1, 1)]
+    for groups in _group_counts(region, experts):
+        groupings += [(groups, kept) for kept in _top_ks(region) if kept <= groups]
+    jitters = [c / 2 for c in constants["gt"] if c > 0]
+    for score, after, renorm in itertools.product(scores, ("none", *scores[:-1]), renorms):
+        for (groups, kept), scale in itertools.product(groupings, scales):
+            for kind in ("max", "top2sum") if groups > 1 else ("max",):
+                for epsilon in epsilons if renorm else (0.0,):
+                    yield Routing(
+                        k, score, after, renorm, epsilon, scale, groups, kept, kind, dtype=dtype
+                    )
+    for jitter in jitters:
+        yield Routing(k, "sparsemixer", jitter=jitter, dtype=dtype)
+
+
+def _constants(region: Graph) -> Mapping[str, list[float]]:
+    found: dict[str, list[float]] = {"add": [], "mul": [], "div": [], "gt": []}
+    for op in region.ops:
+        kind = op.name.split(".")[1]
+        kind = "gt" if kind in ("ge", "lt", "le") else "add" if kind == "clamp" else kind
+        for name in ("other", "min"):
+            value = op.attrs.get(name)
+            if kind in found and isinstance(value, int | float) and value not in found[kind]:
+                found[kind].append(float(value))
+    return found
+
+
+def _group_counts(region: Graph, experts: int) -> list[int]:
+    found: dict[int, None] = {}
+    for op in region.ops:
+        for value in op.outputs:
+            if len(value.shape) >= 3 and isinstance(value.shape[-2], int):
+                groups = value.shape[-2]
+                if 1 < groups < experts and groups * cast(int, value.shape[-1]) == experts:
+                    found[groups] = None
+    return list(found)
+
+
+def _top_ks(region: Graph) -> list[int]:
+    found = [op.attrs["k"] for op in region.ops if op.name == "aten.topk.default"]
+    return sorted({k for k in found if isinstance(k, int)} | {1})
+
+
+def _emit(emit: Emitter, router: Router) -> tuple[Value, ...]:
+    inputs = [emit.rows(emit.old(router.logits))]
+    if router.correction is not None:
+        inputs.append(emit.old(router.correction))
+    stem = f"{router.logits.name}_weights"
+    return emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
+
+
+def _alone(region: Graph, router: Router, block: Routed) -> Graph:
+    builder = Builder(replace(region, ops=(), outputs=()))
+    like = Op("moe.route", (), (router.logits,))
+    try:
+        weights, experts = _emit(Emitter(builder, {}, like), router)
+    except IRError as error:
+        raise NoMatch(str(error)) from None
+    outputs = (experts,) if block.weights is None else (weights, experts)
+    return Graph(region.inputs, region.params, tuple(builder.ops), outputs, (), region.bounds)
+
+
+def _agree(block: Routed, router: Router) -> Compare:
+    """Equal choices and weights whatever the order of slots; ties may go to any equal score.
+
+    Which of equal groups is kept is as open, but then the scores differ too: no comparison.
+    """
+
+    def compare(
+        before: Sequence[torch.Tensor],
+        after: Sequence[torch.Tensor],
+        given: Mapping[Value, torch.Tensor],
+    ) -> str:
+        scores = given[router.logits].reshape(-1, block.num_experts).float()
+        columns = []
+        for result in (before, after):
+            ids = result[-1].long()
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < block.num_experts:
+                return "it chooses ids that are no experts"
+            parts = [scores.gather(1, ids)]
+            if len(result) > 1:
+                parts.insert(0, result[0].float())
+            order = torch.arange(ids.shape[1]).expand_as(ids)
+            tied = bool((scores.sort(-1).values.diff(dim=-1) == 0).any())
+            if tied and router.routing.groups > 1:
+                return ""
+            for part in [*parts] if tied else [ids.float()]:
+                picked = part.gather(1, order).sort(dim=-1, stable=True).indices
+                order = order.gather(1, picked)
+            ordered = [part.gather(1, order) for part in parts]
+            columns.append([*ordered, *([] if tied else [ids.gather(1, order).float()])])
+        for a, b in zip(*columns, strict=True):
+            if a.shape != b.shape:
+                return f"its shape is {tuple(a.shape)}, not {tuple(b.shape)}"
+            if a.numel() and not float((a - b).abs().max()) <= TOLERANCE * max(
+                float(a.abs().max()), 1e-3
+            ):
+                return "weights or choices differ"
+        return ""
+
+    return compare
+
+
+def splice(scope: Scope, found: Mapping[tuple[Value | None, Value], Router]) -> Graph:
+    """Blocks read the route's results; whoever else reads the old ones keeps them."""
+    wanted: dict[Op, list[tuple[int, tuple[Value | None, Value], int]]] = {}
+    for block in blocks(scope):
+        key = (block.weights, block.experts)
+        if key not in found:
+            continue
+        drop = scope.made_by(block.dispatch.inputs[1], "moe.capacity")
+        chooser, place = (block.dispatch, 1) if drop is None else (drop, 0)
+        wanted.setdefault(chooser, []).append((place, key, 1))
+        if block.weigher is not None:
+            wanted.setdefault(block.weigher, []).append((2, key, 0))
+    builder = Builder(scope.graph)
+    made: dict[tuple[Value | None, Value], tuple[Value, ...]] = {}
+    for op in scope.graph.ops:
+        inputs = list(op.inputs)
+        for place, key, which in wanted.get(op, ()):
+            if key not in made:
+                origin = cast(Op, scope.maker(key[1])).origin or op.origin
+                made[key] = _emit(Emitter(builder, {}, replace(op, origin=origin)), found[key])
+            inputs[place] = made[key][which]
+        builder.append(replace(op, inputs=tuple(inputs)))
+    return rebuild(scope.graph, builder.ops, {})
