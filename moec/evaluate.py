@@ -50,6 +50,8 @@ def run_graph(
         for value, tensor in zip(op.outputs, results, strict=True):
             _learn(str(op), value, tensor, sizes)
             values[value] = tensor
+        if op.name == "moec.size":
+            sizes[str(op.attrs["name"])] = int(results[0])
         for value in last.get(index, ()):
             values.pop(value, None)
     return tuple(values[v] for v in graph.results)

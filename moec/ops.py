@@ -57,6 +57,20 @@ def integer(op: Op, name: str) -> int:
     return cast(int, value)
 
 
+# ---- sizes that are read from data -----------------------------------------------------
+
+
+def _infer_size(op: Op) -> tuple[TensorType, ...]:
+    require(op, op.inputs[0].shape in ((), (1,)), f"{op.inputs[0]} is not one number")
+    return (op.inputs[0].type,)
+
+
+@defop("moec.size", _infer_size)
+def size(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """One integer -> itself; from here on the size `name` has that value."""
+    return tensors[0]
+
+
 # ---- routing ---------------------------------------------------------------------------
 
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import sympy
+
 from moec.errors import NoMatch
 from moec.ir import Attr, Graph, Op, State, TensorType, Value
 from moec.ops import OPS
 from moec.passes.runner import Log
+from moec.sizes import symbols
 
 Rule = Callable[[Op, "Builder"], Sequence[Value] | None]
 
@@ -116,13 +119,33 @@ def rebuild(
     )
 
 
+def mentioned(op: Op) -> set[str]:
+    """The named sizes in an op's results and attributes."""
+    found = {name for value in op.outputs for dim in value.shape for name in symbols(dim)}
+
+    def visit(attr: Attr) -> None:
+        if isinstance(attr, tuple):
+            for item in attr:
+                visit(item)
+        elif isinstance(attr, sympy.Expr):
+            found.update(symbols(attr))
+
+    for attr in op.attrs.values():
+        visit(attr)
+    return found
+
+
 def drop_dead(graph: Graph) -> Graph:
     """Without the ops and params that no result needs. Inputs stay: they are the interface."""
     needed = set(graph.results)
+    reads_sizes = any(op.name == "moec.size" for op in graph.ops)
+    sizes: set[str] = set()
     kept: list[Op] = []
     for op in reversed(graph.ops):
-        if needed.intersection(op.outputs):
+        if needed.intersection(op.outputs) or op.attrs.get("name") in sizes:
             kept.append(op)
             needed.update(op.inputs)
+            if reads_sizes:
+                sizes |= mentioned(op)
     params = tuple(p for p in graph.params if p in needed)
     return replace(graph, ops=tuple(reversed(kept)), params=params)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,33 +14,32 @@ import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.exported import decompose, to_program
 from moec.capture.huggingface import experts_as_ops
-from moec.capture.shapes import (
-    default_shapes,
-    name_symbols,
-    wished_bounds,
-    wished_names,
-)
+from moec.capture.loops import every_expert_hit
+from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
 from moec.errors import CaptureError, IRError
 from moec.evaluate import evaluate
 from moec.ir import Program
 from moec.sizes import Bounds
+
+Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Captured:
     """A program as captured, and what ties it to the module it came from.
 
-    `eager(*tensors)` runs the module on the graph's inputs in their order and gives the graph's
-    outputs as tensors; `structure` rebuilds the module's own output from them. `fixed` names
-    the axes that the user may have expected to vary, but which the model fixes.
+    `eager(*tensors)` runs the source on the graph's own inputs in their order (states left
+    out) and gives the graph's outputs; `structure` rebuilds the source's own result from them.
+    `fixed` names axes that the caller may have expected to vary, but which the model fixes.
     """
 
     program: Program
-    eager: Callable[..., tuple[torch.Tensor, ...]] | None
+    eager: Eager
     example: tuple[torch.Tensor, ...]
-    structure: pytree.TreeSpec | None
+    structure: pytree.TreeSpec
     fixed: tuple[str, ...] = ()
 
 
@@ -57,107 +58,140 @@ def capture(
     cannot be exported, with torch's reason.
     """
     if isinstance(model, ExportedProgram):
-        return _convert(model, None, (), {}, None, bounds)
+        return _from_export(model, bounds)
     kwargs = dict(kwargs or {})
     model.eval()
-    for leaf in pytree.tree_leaves((tuple(args), kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu":
-            raise CaptureError(f"an input is on {leaf.device}; move the inputs to the CPU")
+    arguments = named_arguments(model, args, kwargs)
+    call = Call(model, args, kwargs)
+    for name, tensor in zip(tensor_names(arguments), call.tensors, strict=True):
+        if tensor.device.type != "cpu":
+            raise CaptureError(f"input {name} is on {tensor.device}; move it to the CPU")
     if dynamic_shapes is None:
-        positional, named = default_shapes(tuple(args)), default_shapes(kwargs)
-        names: list[tuple[str | None, ...]] = []
+        wishes: list[Axes] = [default_axes(tensor) for tensor in call.tensors]
     else:
-        positional, named = _split(model, args, kwargs, dynamic_shapes)
-        names = wished_names((positional, named), (tuple(args), kwargs))
-    shapes = positional if not kwargs else _by_name(model, args, positional, named)
+        wishes = wished_axes(arguments, dynamic_shapes)
+    exported, unrolled = _export(call, wishes)
+    program, structure = _convert(
+        exported, tensor_names(arguments), wishes, wished_bounds(wishes) | dict(bounds or {})
+    )
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return _tensors(call(*tensors))
+
+    if unrolled and not _agree(program, eager, call.tensors):
+        raise CaptureError(
+            f"{type(model).__name__} loops over what nonzero() finds, and running the loop for "
+            "every index changes the result; write the loop over range(num_experts)"
+        )
+    if not program.graph.states:
+        program = _allow_one(program, eager, call.tensors)
+    return Captured(program, eager, call.tensors, structure, _fixed(program))
+
+
+def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
+    """torch.export, and what helps it where a module casts itself or loops over hit experts.
+
+    The second result says whether such loops were run for every expert.
+    """
+    name = type(call.module).__name__
+
+    def attempt() -> ExportedProgram:
+        return torch.export.export(
+            call, call.tensors, dynamic_shapes=(tuple(wishes),), strict=False
+        )
+
     try:
         with (
             torch.no_grad(),
-            experts_as_ops(model),
-            symbolic_config.patch(backed_size_oblivious=True, use_duck_shape=False),
+            experts_as_ops(call.module),
+            casts_done(),
+            symbolic_config.patch(  # type: ignore[attr-defined]
+                backed_size_oblivious=True, use_duck_shape=False
+            ),
             warnings.catch_warnings(),
+            _quiet(),
         ):
             warnings.simplefilter("ignore", FutureWarning)
-            exported = torch.export.export(
-                model, tuple(args), kwargs, dynamic_shapes=shapes, strict=False
-            )
+            try:
+                return attempt(), False
+            except RuntimeError as error:
+                if "Couldn't swap" in str(error):
+                    call(*call.tensors)  # a module casts a submodule: let it, then export
+                    return _unrolled(attempt)
+                if "data-dependent" in str(error):
+                    return _unrolled(attempt)
+                raise
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {error}"
+            f"{name} cannot be exported: {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    limits = wished_bounds(dynamic_shapes) | dict(bounds or {})
-    return _convert(exported, model, tuple(args), kwargs, names, limits)
 
 
-def _split(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any
-) -> tuple[Any, Any]:
-    """`shapes` (a tuple for the arguments, or a dict by parameter name) for args and kwargs."""
-    if isinstance(shapes, list | tuple):
-        if len(shapes) != len(args) + len(kwargs):
-            raise CaptureError(
-                f"dynamic_shapes has {len(shapes)} entries for {len(args) + len(kwargs)} arguments"
-            )
-        return tuple(shapes[: len(args)]), dict(zip(kwargs, shapes[len(args) :], strict=True))
-    import inspect
-
-    names = list(inspect.signature(model.forward).parameters)[: len(args)]
-    unknown = set(shapes) - set(names) - set(kwargs)
-    if unknown:
-        raise CaptureError(
-            f"dynamic_shapes names {', '.join(sorted(unknown))}, but the arguments are "
-            f"{', '.join([*names, *kwargs])}"
-        )
-    return tuple(shapes.get(n) for n in names), {n: shapes.get(n) for n in kwargs}
+def _unrolled(attempt: Callable[[], ExportedProgram]) -> tuple[ExportedProgram, bool]:
+    with every_expert_hit() as met:
+        return attempt(), bool(met)
 
 
-def _by_name(
-    model: torch.nn.Module, args: Sequence[Any], positional: Sequence[Any], named: Any
-) -> dict[str, Any]:
-    import inspect
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
 
-    names = list(inspect.signature(model.forward).parameters)[: len(args)]
-    return dict(zip(names, positional, strict=True)) | dict(named)
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the whole graph where it fails; the reason is in its exception."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _from_export(exported: ExportedProgram, bounds: Mapping[str, Bounds] | None) -> Captured:
+    """A program that somebody else exported: its own example, sizes and meaning hold."""
+    args, kwargs = exported.example_inputs or ((), {})
+    example = _tensors((args, kwargs))
+    spec = pytree.tree_flatten((args, kwargs))[1]
+    module = exported.module(check_guards=False)
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        positional, named = pytree.tree_unflatten(list(tensors), spec)
+        with torch.no_grad():
+            return _tensors(module(*positional, **named))
+
+    names = [str(name) for name in exported.graph_signature.user_inputs]
+    program, structure = _convert(exported, names, [{} for _ in names], bounds or {})
+    return Captured(program, eager, example, structure, _fixed(program))
 
 
 def _convert(
     exported: ExportedProgram,
-    model: torch.nn.Module | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    names: Sequence[tuple[str | None, ...]] | None,
-    bounds: Mapping[str, Bounds] | None,
-) -> Captured:
-    example_args, example_kwargs = exported.example_inputs or ((), {})
-    example = tuple(
-        leaf
-        for leaf in pytree.tree_leaves((example_args, example_kwargs))
-        if isinstance(leaf, torch.Tensor)
-    )
+    names: Sequence[str],
+    wishes: Sequence[Axes],
+    bounds: Mapping[str, Bounds],
+) -> tuple[Program, pytree.TreeSpec]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         exported = decompose(exported)
-    wanted = [
-        node.meta["val"]
-        for node in exported.graph.nodes
-        if node.op == "placeholder" and node.name in exported.graph_signature.user_inputs
-    ]
-    tensors = [value for value in wanted if isinstance(value, torch.Tensor)]
-    wishes = list(names) if names else [() for _ in tensors]
-    rename = name_symbols(
-        [(t.shape, w) for t, w in zip(tensors, wishes, strict=True)]  # type: ignore[misc]
-    )
+    own = exported.graph_signature.user_inputs
+    held = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in own]
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
     structure = exported.call_spec.out_spec
-    program = to_program(exported, rename=rename, bounds=bounds, output_names=_names(structure))
-    eager = None if model is None else _eager(model, args, kwargs)
-    if eager is not None and not program.graph.states:
-        program = _allow_one(program, eager, example)
-    return Captured(program, eager, example, structure, _fixed(program))
+    program = to_program(
+        exported,
+        rename=name_symbols(tensors, wishes),
+        bounds=bounds,
+        input_names=names,
+        output_names=_output_names(structure),
+        prefix=PREFIX,
+    )
+    return program, structure
 
 
-def _names(structure: pytree.TreeSpec) -> tuple[str, ...]:
+def _tensors(tree: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _output_names(structure: pytree.TreeSpec) -> tuple[str, ...]:
     """Names for the outputs: keys where the module returns a mapping, else output_0, …"""
     count = structure.num_leaves
     whole = pytree.tree_unflatten([_Leaf(i) for i in range(count)], structure)
@@ -176,29 +210,7 @@ class _Leaf:
     index: int
 
 
-def _eager(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        filled = list(leaves)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        positional, named = pytree.tree_unflatten(filled, spec)
-        with torch.no_grad():
-            result = model(*positional, **named)
-        return tuple(t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
-
-    return run
-
-
-def _allow_one(
-    program: Program,
-    eager: Callable[..., tuple[torch.Tensor, ...]],
-    example: Sequence[torch.Tensor],
-) -> Program:
+def _allow_one(program: Program, eager: Eager, example: Sequence[torch.Tensor]) -> Program:
     """Lower bounds of 2 that only torch.export's habit of treating 1 apart has set.
 
     Where the graph, run at size 1, agrees with the module at size 1, the bound becomes 1.
@@ -213,16 +225,20 @@ def _allow_one(
             for value, tensor in zip(graph.inputs, example, strict=True)
         ]
         try:
-            ours, theirs = evaluate(graph, tensors, program.weights), eager(*tensors)
-            agree = all(
-                torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
-                for a, b in zip(ours, theirs, strict=True)
-            )
+            if _agree(program, eager, tensors):
+                bounds[name] = Bounds(1, limits.high)
         except (RuntimeError, IRError, IndexError, ValueError):
-            agree = False  # the model itself cannot run at this size: the bound stands
-        if agree:
-            bounds[name] = Bounds(1, limits.high)
+            pass  # the model itself cannot run at this size: the bound stands
     return Program(replace(graph, bounds=bounds), program.weights)
+
+
+def _agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
+    """The same ops on the same numbers: equal up to the kernels' order of summation."""
+    ours, theirs = evaluate(program.graph, tensors, program.weights), eager(*tensors)
+    return all(
+        torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=False)
+    )
 
 
 def _cut(tensor: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:

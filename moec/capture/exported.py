@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from moec.aten import IR_DTYPES
 from moec.errors import CaptureError
 from moec.ir import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
-from moec.sizes import Bounds, from_torch
+from moec.sizes import Bounds, Dim, from_torch
 
 KEPT = frozenset(
     {
@@ -48,7 +48,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     for overload in list(table):
         if str(overload) in KEPT:
             del table[overload]
-    return program.run_decompositions(table)
+    decomposed: ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
 @dataclass
@@ -57,9 +58,13 @@ class _Converter:
 
     rename: Mapping[str, str]
     root: torch.nn.Module
+    prefix: str = ""
     ops: list[Op] = field(default_factory=list)
     made: dict[torch.fx.Node, Any] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+
+    def where(self, node: torch.fx.Node) -> str:
+        return without(self.prefix, origin(node))
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 1
@@ -86,12 +91,23 @@ class _Converter:
             self.made[node] = self.made[source][index]
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             self.made[node] = from_torch(value, self.rename)
+            if "_local_scalar_dense" in str(node.target):
+                self.size(node, self.made[node])
         elif isinstance(value, torch.SymFloat | float):
             self.made[node] = self.number(value, node)
         elif value is None or isinstance(value, torch.SymBool | bool):
             self.made[node] = None
         else:
             self.call(node, value)
+
+    def size(self, node: torch.fx.Node, dim: Dim) -> None:
+        """A size that is read from data (`.item()`, `.tolist()`): an op binds its name."""
+        if isinstance(dim, sympy.Symbol):
+            source = self.made[cast(torch.fx.Node, node.args[0])]
+            output = Value(self.fresh(node.name), source.type)
+            self.ops.append(
+                Op("moec.size", (source,), (output,), {"name": dim.name}, None, self.where(node))
+            )
 
     def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float:
         """A float that does not depend on sizes or data; others cannot stand in a graph."""
@@ -101,7 +117,7 @@ class _Converter:
         if expr.is_number:
             return float(expr)
         raise CaptureError(
-            f"{origin(node) or node.name}: the float {expr} depends on a size or on data; "
+            f"{self.where(node) or node.name}: the float {expr} depends on a size or on data; "
             "compute it as a tensor"
         )
 
@@ -112,13 +128,13 @@ class _Converter:
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                f"{origin(node) or node.name}: control flow ({target}) cannot be compiled; "
+                f"{self.where(node) or node.name}: control flow ({target}) cannot be compiled; "
                 "write it with torch.where, or fix the branch before the export"
             )
         inputs: list[Value] = []
         attrs = self.attributes(node, inputs)
         results = list(value) if isinstance(value, tuple | list) else [value]
-        where = origin(node)
+        where = self.where(node)
         outputs = tuple(
             Value(self.fresh(node.name), self.type(result, where or node.name))
             for result in results
@@ -199,6 +215,10 @@ def dropped(node: torch.fx.Node) -> bool:
     )
 
 
+def without(prefix: str, path: str) -> str:
+    return path if not prefix else path.removeprefix(prefix).removeprefix(".")
+
+
 def origin(node: torch.fx.Node) -> str:
     """The path of the module that the user wrote, such as "model.layers.0.mlp"."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -211,16 +231,18 @@ def to_program(
     *,
     rename: Mapping[str, str] | None = None,
     bounds: Mapping[str, Bounds] | None = None,
+    input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
+    prefix: str = "",
 ) -> Program:
     """The graph and weights of a decomposed export.
 
     `rename` maps torch's symbols to the names of the IR, `bounds` overrides what the export
-    found. Weights keep their names and their memory. Raises CaptureError, naming the place,
-    for what a graph cannot hold.
+    found. Weights keep their names and their memory; a path loses `prefix`. Raises
+    CaptureError, naming the place, for what a graph cannot hold.
     """
     rename = rename or {}
-    converter = _Converter(rename, exported.graph_module)
+    converter = _Converter(rename, exported.graph_module, prefix)
     signature = exported.graph_signature
     holders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     mutated = dict(signature.buffers_to_mutate)
@@ -239,13 +261,16 @@ def to_program(
             continue
         tensor = node.meta["val"]
         if spec.kind is InputKind.USER_INPUT:
-            name = converter.fresh(node.name)
+            place = len(inputs)
+            wish = input_names[place] if place < len(input_names) else node.name
+            name = converter.fresh(wish)
             value = Value(name, converter.type(tensor, f"input {name}"))
             inputs.append(value)
         else:
             target = cast(str, spec.target)
             data = _weight(exported, spec.kind, target)
-            value = Value(converter.fresh(target), converter.type(tensor, target))
+            name = without(prefix, target)
+            value = Value(converter.fresh(name), converter.type(tensor, name))
             if spec.kind is InputKind.BUFFER and target in mutated.values():
                 states[target] = value
                 weights[value.name] = data

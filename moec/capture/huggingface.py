@@ -154,7 +154,7 @@ def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        return experts_op(
+        result: torch.Tensor = experts_op(
             hidden_states,
             top_k_index,
             top_k_weights.reshape(top_k_index.shape),
@@ -162,6 +162,7 @@ def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
             self.num_experts,
             bodies[id(self)],
         )
+        return result
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
     configs = {id(module.config): module.config for module in found.values()}

@@ -1,108 +1,123 @@
 """Which sizes of the inputs may vary, and what they are called.
 
 Without a wish of the user's every axis of an integer input and every axis but the last of a
-float input may vary. Names: B and S for two free axes, T for one, else B, S, S1, S2 …; inputs
-whose free axes have the same name must agree in size.
+float input may vary. Names: T for one free axis, B and S for two, then S1, S2 …
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import Dim as TorchDim
 
+from moec.errors import CaptureError
 from moec.sizes import Bounds
 
-
-def default_shapes(args: Any) -> Any:
-    """`dynamic_shapes` for torch.export: the free axes of each tensor in the tree `args`."""
-
-    def shape(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        free = leaf.ndim - 1 if leaf.is_floating_point() else leaf.ndim
-        return {axis: TorchDim.AUTO for axis in range(free)}
-
-    return torch.utils._pytree.tree_map(shape, args)
+Axes = Mapping[int, Any]
+"""For each axis that may vary, a torch.export Dim or hint."""
 
 
-def name_symbols(
-    shapes: Iterable[tuple[torch.Size, tuple[str | None, ...]]],
-) -> dict[str, str]:
-    """torch's symbols (s0, s72) -> names of the IR, from each input's shape and its wished names.
+def default_axes(tensor: torch.Tensor) -> Axes:
+    free = tensor.ndim - 1 if tensor.is_floating_point() else tensor.ndim
+    return {axis: TorchDim.AUTO for axis in range(free)}
 
-    A symbol that stands alone on an axis takes the wished name, or the next of T or B, S, S1 …
+
+def wished_axes(arguments: Mapping[str, Any], shapes: Any) -> list[Axes]:
+    """The user's `dynamic_shapes` for each tensor in `arguments`, in order.
+
+    `shapes` is a dict by argument name, or a sequence in the order of the arguments; an entry
+    is None (nothing varies), a dict axis -> Dim, or a sequence with one Dim or None an axis.
+    Raises CaptureError where it names what is not there.
+    """
+    if not isinstance(shapes, Mapping):
+        tensors = [name for name, value in arguments.items() if _tensors(value)]
+        names = list(arguments) if len(shapes) == len(arguments) else tensors
+        if len(shapes) != len(names):
+            raise CaptureError(
+                f"dynamic_shapes has {len(shapes)} entries for the arguments "
+                f"{', '.join(arguments)}; give one entry for each, or a dict by name"
+            )
+        shapes = dict(zip(names, shapes, strict=True))
+    unknown = set(shapes) - set(arguments)
+    if unknown:
+        raise CaptureError(
+            f"dynamic_shapes names {', '.join(sorted(unknown))}, but the arguments are "
+            f"{', '.join(arguments)}"
+        )
+    return [
+        axes
+        for name, value in arguments.items()
+        for axes in _entries(name, value, shapes.get(name))
+    ]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _entries(name: str, value: Any, shape: Any) -> list[Axes]:
+    if isinstance(value, torch.Tensor):
+        given = dict(enumerate(shape)) if isinstance(shape, list | tuple) else dict(shape or {})
+        beyond = [axis for axis in given if not -value.ndim <= axis < value.ndim]
+        if beyond:
+            raise CaptureError(
+                f"dynamic_shapes: {name} has {value.ndim} axes, but axis {beyond[0]} is named"
+            )
+        return [{axis % value.ndim: dim for axis, dim in given.items() if dim is not None}]
+    if isinstance(value, Mapping):
+        shape = shape or {}
+        return [e for key in value for e in _entries(name, value[key], shape.get(key))]
+    if isinstance(value, list | tuple):
+        parts = shape or [None] * len(value)
+        return [e for v, s in zip(value, parts, strict=True) for e in _entries(name, v, s)]
+    return []
+
+
+def name_symbols(tensors: Sequence[torch.Tensor], wishes: Sequence[Axes]) -> dict[str, str]:
+    """torch's symbols (s0, s72) in the inputs' shapes -> names of the IR.
+
+    A symbol that stands alone on an axis takes the name of the user's Dim, or the next free one.
     """
     names: dict[str, str] = {}
-    for shape, wished in shapes:
-        free = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    for tensor, wish in zip(tensors, wishes, strict=True):
+        free = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt)]
         for place, axis in enumerate(free):
-            expr = shape[axis].node.expr  # type: ignore[attr-defined]
-            if not getattr(expr, "is_Symbol", False) or expr.name in names:
-                continue
-            wish = wished[axis] if axis < len(wished) else None
-            names[expr.name] = wish or _next_name(place, len(free), set(names.values()))
+            expr = tensor.shape[axis].node.expr  # type: ignore[attr-defined]
+            if expr.is_Symbol and expr.name not in names:
+                name = dim_name(wish.get(axis)) or _next_name(place, len(free))
+                names[expr.name] = _distinct(name, set(names.values()))
     return names
 
 
-def _next_name(place: int, count: int, taken: set[str]) -> str:
-    first = "T" if count == 1 else ("B", "S")[place] if place < 2 else f"S{place - 1}"
-    candidate, number = first, 1
+def _next_name(place: int, count: int) -> str:
+    if count == 1:
+        return "T"
+    return ("B", "S")[place] if place < 2 else f"S{place - 1}"
+
+
+def _distinct(name: str, taken: set[str]) -> str:
+    candidate, number = name, 1
     while candidate in taken:
         number += 1
-        candidate = f"{first}{number}"
+        candidate = f"{name}{number}"
     return candidate
 
 
-def wished_names(dynamic_shapes: Any, args: Any) -> list[tuple[str | None, ...]]:
-    """For each tensor in `args`, in order, the name that the user gave to each axis."""
-    leaves, _ = torch.utils._pytree.tree_flatten(args)
-    if dynamic_shapes is None:
-        return [() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    wishes = _flatten_like(dynamic_shapes, args)
-    names = []
-    for leaf, wish in zip(leaves, wishes, strict=True):
-        if isinstance(leaf, torch.Tensor):
-            given = dict(enumerate(wish)) if isinstance(wish, list | tuple) else (wish or {})
-            names.append(tuple(_dim_name(given.get(axis)) for axis in range(leaf.ndim)))
-    return names
-
-
-def _flatten_like(shapes: Any, args: Any) -> list[Any]:
-    """The entry of `shapes` for each leaf of `args`; a leaf's entry may itself be a dict."""
-    if not isinstance(args, dict | list | tuple):
-        return [shapes]
-    if shapes is None:
-        return [None] * len(torch.utils._pytree.tree_leaves(args))
-    if isinstance(args, Mapping):
-        return [w for key in args for w in _flatten_like(shapes.get(key), args[key])]
-    return [w for s, a in zip(shapes, args, strict=True) for w in _flatten_like(s, a)]
-
-
-def _dim_name(wish: Any) -> str | None:
+def dim_name(wish: Any) -> str | None:
+    """The name of a torch.export.Dim("name"); None for hints such as Dim.AUTO."""
     name = getattr(wish, "__name__", None)
-    return name if isinstance(name, str) and name.isidentifier() and wish is not None else None
+    return name if isinstance(name, str) and name.isidentifier() else None
 
 
-def wished_bounds(dynamic_shapes: Any) -> dict[str, Bounds]:
-    """The bounds that the user's own torch.export.Dim objects carry."""
+def wished_bounds(wishes: Sequence[Axes]) -> dict[str, Bounds]:
+    """The limits that the user's named Dims carry."""
     found: dict[str, Bounds] = {}
-
-    def visit(node: Any) -> None:
-        if isinstance(node, Mapping):
-            for item in node.values():
-                visit(item)
-        elif isinstance(node, list | tuple):
-            for item in node:
-                visit(item)
-        else:
-            name = _dim_name(node)
-            low, high = getattr(node, "min", None), getattr(node, "max", None)
+    for wish in wishes:
+        for dim in wish.values():
+            name, low, high = dim_name(dim), getattr(dim, "min", None), getattr(dim, "max", None)
             if name and isinstance(low, int):
-                whole = high if isinstance(high, int) and high < 2**62 else None
-                found[name] = Bounds(low, whole)
-
-    visit(dynamic_shapes)
+                found[name] = Bounds(low, high if isinstance(high, int) and high < 2**62 else None)
     return found
