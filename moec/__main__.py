@@ -1,0 +1,125 @@
+"""The command line: `moec COMMAND`. A command's module is imported when it is asked for.
+
+Exit codes: 0 done, 1 a mistake that the user can mend, 2 verification failed, 70 a defect of
+moec, 130 interrupted. MOEC_DEBUG=1 shows the traceback of whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import threading
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+from moec.errors import MoecError
+
+# What each command is, so that `moec --help` and completion import none of them.
+COMMANDS = {
+    "compile": ("moec.commands.compile", "Compile a model into an artifact."),
+    "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
+    "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
+    "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
+    "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
+    "list": ("moec.commands.list", "List passes, targets or models."),
+}
+_USERS_OWN = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on first use, and whose errors are one sentence."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, doc) for name, (_, doc) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        names = [
+            CompletionItem(name, help=doc)
+            for name, (_, doc) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
+
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """As click's, with moec's exit codes."""
+        if not extra.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except Exception as error:
+            if os.environ.get("MOEC_DEBUG") == "1":
+                raise
+            code, message = verdict(error)
+            if message:
+                click.echo(message, err=True)
+        except KeyboardInterrupt:
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def verdict(error: Exception) -> tuple[int, str]:
+    """The exit code and the one line that stand for an error."""
+    match error:
+        case MoecError():
+            return error.exit_code, f"error: {error}"
+        case click.UsageError():
+            hint = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+            return 1, f"error: {error.format_message().rstrip('.')}{hint}"
+        case click.ClickException():
+            return 1, f"error: {error.format_message()}"
+        case click.Abort():
+            return 130, "interrupted"
+        case MemoryError():
+            return 1, "error: this machine has too little free memory for the model"
+        case OSError() if error.errno in _USERS_OWN:
+            return 1, f"error: {error.filename or 'output'}: {error.strerror}"
+    name = type(error).__name__
+    line = " ".join(str(error).split())
+    return 70, (f"{name}: {line}\nthis is a defect of moec; MOEC_DEBUG=1 shows the traceback")
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog='Completion: eval "$(_MOEC_COMPLETE=bash_source moec)" in ~/.bashrc '
+    "(zsh_source, fish_source likewise).",
+)
+@click.version_option(version("moec"), "-V", "--version", message="moec %(version)s")
+def cli() -> None:
+    """The compiler for mixture-of-experts models."""
+
+
+def main() -> None:
+    if threading.current_thread() is threading.main_thread():
+        # A polite kill unwinds like Ctrl-C does, so that nothing is left half-written.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cli(prog_name="moec")
+
+
+if __name__ == "__main__":
+    main()

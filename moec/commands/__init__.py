@@ -1,0 +1,1 @@
+"""The commands, one a file. Each imports what is heavy only when it runs."""

@@ -1,0 +1,63 @@
+"""`moec bisect MODEL`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from moec.commands.options import Tolerance, model_options
+
+
+@click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
+@click.argument("model")
+@click.option(
+    "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: by dtype."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@model_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    tolerance: float | None,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+    shapes: tuple[str, ...],
+    dtype: str | None,
+    opt_level: int,
+    passes: str,
+) -> None:
+    """Find the first rewrite of the passes that changes what MODEL computes.
+
+    Every graph between capture and code is run in eager PyTorch on random inputs. Exits with
+    0 where all agree with the captured graph, and with 2 where one does not.
+    """
+    from dataclasses import asdict
+
+    from moec.commands.shapes import dynamic_shapes, parse
+    from moec.progress import Progress
+
+    wanted = parse(shapes)
+    with Progress(quiet=quiet or as_json) as progress:
+        progress.phase("capture")
+        from moec.bisect import bisect
+
+        found = bisect(
+            model,
+            dynamic_shapes=dynamic_shapes(wanted),
+            dtype=dtype,
+            opt_level=opt_level,
+            passes=passes,
+            tolerance=tolerance or None,
+            seed=seed,
+            progress=progress.phase,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    else:
+        click.echo(str(found))
+    ctx.exit(2 if found.culprit else 0)

@@ -1,0 +1,143 @@
+"""`moec compile MODEL -o out.moec`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moec.commands.options import Tolerance, model_options
+from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.passes.runner import Step
+
+
+@click.command("compile", short_help="Compile a model into an artifact.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write.")
+@click.option("--target", default="cpu", show_default=True, help="See `moec list targets`.")
+@model_options
+@click.option(
+    "--verify", type=Tolerance(), default="on", show_default=True,
+    help="Greatest relative error against eager, or off.",
+)  # fmt: skip
+@click.option(
+    "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Write the graph after every pass: 00-capture.moe, 01-…",
+)  # fmt: skip
+@click.option(
+    "--stop-after", metavar="PASS", help="Print the graph after this pass; build nothing."
+)
+@click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
+@click.option("--force", is_flag=True, help="Replace the output where it exists.")
+def command(
+    model: str,
+    output: Path | None,
+    target: str,
+    shapes: tuple[str, ...],
+    dtype: str | None,
+    opt_level: int,
+    passes: str,
+    verify: float | bool,
+    dump_ir: Path | None,
+    stop_after: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+) -> None:
+    """Compile MODEL into an artifact that runs without PyTorch.
+
+    MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
+    FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments,
+    dynamic_shapes).
+
+    The result is compared with eager PyTorch on random inputs; where they differ, nothing is
+    written and the exit code is 2.
+    """
+    from moec.commands.shapes import dynamic_shapes, parse
+
+    builds = not (dry_run or stop_after)
+    _check_output(output, builds, force)
+    wanted = parse(shapes)
+
+    from moec.progress import Progress
+
+    with Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
+        progress.phase("capture")  # torch itself takes a moment to load
+        from moec.api import compile as compile_model
+
+        compiled = compile_model(
+            model,
+            dynamic_shapes=dynamic_shapes(wanted),
+            target=target,
+            dtype=dtype,
+            opt_level=opt_level,
+            passes=passes,
+            verify=verify if builds else False,
+            stop_after=stop_after,
+            build=builds,
+            watch=None if dump_ir is None else Dump(dump_ir),
+            progress=progress.phase,
+        )
+        if builds and output is not None:
+            progress.phase("save")
+            compiled.save(output)
+    report: Any = compiled.report()
+    if as_json:
+        click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
+    elif stop_after and not dump_ir:
+        from moec.text import print_graph
+
+        click.echo(print_graph(compiled.steps[-1].program.graph), nl=False)
+    elif not quiet:
+        from moec.report_text import render
+
+        click.echo(render(report, color=_stdout_is_terminal()), nl=False)
+        if builds:
+            click.echo(f"wrote {output}")
+
+
+class Dump:
+    """Writes each step's graph as text into a folder, numbered in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written = 0
+
+    def __call__(self, step: Step) -> None:
+        from moec.text import print_graph
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.written:02d}-{step.name}.moe"
+        path.write_text(print_graph(step.program.graph))
+        self.written += 1
+
+
+def _check_output(output: Path | None, builds: bool, force: bool) -> None:
+    """What is wrong with the output is said before the minutes of work, not after."""
+    if not builds:
+        return
+    if output is None:
+        raise UsageError("give the artifact a name with -o OUT.moec, or ask for --dry-run")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; --force replaces it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: the folder {output.parent} does not exist")
+
+
+def _on_terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def _stdout_is_terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()

@@ -1,0 +1,37 @@
+"""`moec doctor`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("doctor", short_help="Check this machine and say how to mend what is wrong.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """Check the CPU, the packages, the linker, threads and memory.
+
+    Exits with 1 where something that moec needs is missing.
+    """
+    from moec import doctor
+
+    checks = doctor.examine()
+    bad = [check for check in checks if check.state == doctor.BAD]
+    if as_json:
+        click.echo(doctor.as_json(checks))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            mark, color = _MARKS[check.state]
+            click.echo(f"{click.style(mark, fg=color)} {check.name:{width}}  {check.says}")
+            if check.mend:
+                click.echo(f"  {'':{width}}  -> {check.mend}")
+        click.echo(_verdict([check.name for check in bad]))
+    ctx.exit(1 if bad else 0)
+
+
+_MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "bad": ("✗", "red")}
+
+
+def _verdict(bad: list[str]) -> str:
+    return f"moec cannot work here: mend {', '.join(bad)}" if bad else "moec can work here"

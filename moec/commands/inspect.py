@@ -1,0 +1,129 @@
+"""`moec inspect MODEL_OR_ARTIFACT`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moec.commands.options import model_options
+from moec.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from moec.ir import Graph
+    from moec.report import Report
+
+
+@click.command("inspect", short_help="Show the MoE blocks of a model or an artifact.")
+@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.option(
+    "--graph", "picture", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Draw the model: FILE ends in .svg, .html or .dot.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@model_options
+def command(
+    model: str,
+    picture: Path | None,
+    as_json: bool,
+    quiet: bool,
+    shapes: tuple[str, ...],
+    dtype: str | None,
+    opt_level: int,
+    passes: str,
+) -> None:
+    """Show what moec recognises in a model, or what an artifact holds.
+
+    Every MoE block with its router, experts and parameters; the sizes of inputs and outputs;
+    and every place that looked like an MoE block and was left alone, with the reason.
+    """
+    if picture and picture.suffix not in (".svg", ".html", ".dot"):
+        raise UsageError(f"--graph {picture}: the name must end in .svg, .html or .dot")
+    if is_artifact(Path(model)):
+        report, graph = of_artifact(Path(model))
+    else:
+        report, graph = of_model(model, shapes, dtype, passes, quiet or as_json)
+    if picture:
+        from moec.picture import save, scene
+
+        save(scene(report.model, graph, report.blocks, report.declined), picture)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=1))
+        return
+    import sys
+
+    from moec.report_text import render
+
+    click.echo(render(report, color=sys.stdout.isatty()), nl=False)
+    if picture:
+        click.echo(f"\ndrew {picture}")
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether moec wrote it: a folder with a manifest, or a file that is neither code nor .pt2."""
+    if path.is_dir():
+        return (path / "manifest.json").is_file()
+    return path.is_file() and path.suffix == ".moec"
+
+
+def of_artifact(path: Path) -> tuple[Report, Graph]:
+    """What was recorded when it was compiled. Artifacts for other machines can be read too.
+
+    Raises ArtifactError where the parts that are read here are missing or altered.
+    """
+    from moec.report import Report
+    from moec.runtime import manifest as manifests
+    from moec.runtime.container import open_container
+    from moec.text import parse
+
+    container = open_container(path)
+    manifest = manifests.load(_verified(path, container, manifests.NAME, None))
+    recorded = manifest.extra.get("report")
+    if not isinstance(recorded, Mapping):
+        raise ArtifactError(f"{path} holds no report; compile it again with this version of moec")
+    text = _verified(path, container, "graph.moec", manifest.parts["graph.moec"].sha256)
+    graph = parse(bytes(text).decode())
+    report = Report.of_dict(recorded)
+    packed = sum(part.size for name, part in manifest.parts.items() if name.startswith("weights/"))
+    return replace(report, bytes_out=packed, phases={}), graph
+
+
+def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str | None) -> Any:
+    import hashlib
+
+    content = container.get(name)
+    if content is None:
+        raise ArtifactError(f"{path} is not a moec artifact: it holds no {name}")
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise ArtifactError(f"{path}: {name} is altered; compile or copy the artifact again")
+    return content
+
+
+def of_model(
+    model: str, shapes: tuple[str, ...], dtype: str | None, passes: str, quiet: bool
+) -> tuple[Report, Graph]:
+    """Capture and recognise; no code is generated."""
+    from moec.commands.shapes import dynamic_shapes, parse
+    from moec.progress import Progress
+
+    wanted = parse(shapes)
+    with Progress(quiet=quiet) as progress:
+        progress.phase("capture")
+        from moec.api import compile as compile_model
+
+        compiled = compile_model(
+            model,
+            dynamic_shapes=dynamic_shapes(wanted),
+            dtype=dtype,
+            passes=passes,
+            verify=False,
+            stop_after="recognise",
+            progress=progress.phase,
+        )
+    report = compiled.report()
+    return replace(report, phases={}, target=""), compiled.steps[-1].program.graph

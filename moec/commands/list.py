@@ -1,0 +1,88 @@
+"""`moec list passes|targets|models`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import click
+
+
+@click.command("list", short_help="List passes, targets or models.")
+@click.argument("what", type=click.Choice(["passes", "targets", "models"]))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(what: str, as_json: bool) -> None:
+    """List the passes in their order, the targets, or the models known to work."""
+    rows = {"passes": passes, "targets": targets, "models": models}[what]()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    Console(highlight=False, emoji=False, soft_wrap=False).print(table)
+
+
+def passes() -> list[dict[str, Any]]:
+    """One row a pass: the first line of its class, its stages, what may be set."""
+    from moec.pipeline import PASSES
+
+    return [
+        {
+            "pass": p.name,
+            "stages": f"{p.takes.name} -> {p.gives.name}",
+            "kind": "exact" if getattr(p, "exact", True) else "approximate",
+            "what_it_does": first_line(p),
+            "options": ", ".join(f"{f.name}={f.default}" for f in fields(p)) or "-",
+        }
+        for p in PASSES
+    ]
+
+
+def first_line(thing: Any) -> str:
+    said = getattr(thing, "doc", None) or type(thing).__doc__ or ""
+    return str(said).strip().partition("\n")[0].rstrip(".")
+
+
+def targets() -> list[dict[str, Any]]:
+    from moec import target
+
+    host = target.host()
+    rows = [
+        {
+            "target": "cpu",
+            "here": f"{host.name}, this machine's",
+            "lanes": host.vector_lanes,
+            "needs": "what this machine has",
+        }
+    ]
+    for t in target.TARGETS.values():
+        lacking = target.missing(t)
+        here = f"lacks {' '.join(lacking)}" if lacking else "runs"
+        needs = " ".join(t.features) or "nothing"
+        rows.append({"target": t.name, "here": here, "lanes": t.vector_lanes, "needs": needs})
+    rows.append(
+        {
+            "target": "llvm:-mcpu=...",
+            "here": "by its CPU",
+            "lanes": "by its CPU",
+            "needs": "what LLVM knows of that CPU",
+        }
+    )
+    return rows
+
+
+def models() -> list[dict[str, Any]]:
+    from moec.families import FAMILIES, FORMS
+
+    return [
+        *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),
+        *({"model": "any module", "class": form, "what": says} for form, says in FORMS.items()),
+    ]

@@ -1,0 +1,70 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SHORT = {
+    "f32": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "fp16": "float16",
+}
+
+
+class Tolerance(click.ParamType[Any]):
+    """A positive number, `on` or `off`."""
+
+    name = "TOL|off"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | bool:
+        if value in ("on", "off"):
+            return bool(value == "on")
+        if isinstance(value, bool | float):
+            return value
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value!r} is not a tolerance: give a number such as 1e-4, or off")
+        return number
+
+
+class DTypeName(click.ParamType[Any]):
+    """A float dtype by torch's name, or a short one."""
+
+    name = "dtype"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = _SHORT.get(value, value)
+        if name not in DTYPES:
+            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}")
+        return str(name)
+
+
+def model_options(command: F) -> F:
+    """What every command that captures a model takes."""
+    for decorator in (
+        click.option("--passes", default="", metavar="+a,-b", help="Add and leave out passes."),
+        click.option(
+            "-O", "--opt-level", type=click.IntRange(0, 3), default=2, show_default=True,
+            help="0: as captured; 1: recognise; 2: every exact pass; 3: spend longer.",
+        ),
+        click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
+        click.option(
+            "--shapes", multiple=True, metavar="INPUT=SIZES",
+            help="What may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and sequence.",
+        ),
+    ):  # fmt: skip
+        command = decorator(command)
+    return command

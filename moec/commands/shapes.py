@@ -1,0 +1,113 @@
+"""`--shapes`: which axes of which inputs may vary, and how far.
+
+    input_ids=B[1..8]xS[1..4096]     two named sizes with bounds
+    x=Tx64                           T of any size, then exactly 64
+    a=BxS,b=BxS                      one name is one size, wherever it stands
+    x=?x64                           an axis that torch.export may name itself
+
+A name is capital letters, digits and underscores; the small x stands between axes. A bound
+may be left out: S[1..] has no upper one, S[..4096] starts at 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moec.errors import UsageError
+
+_AXIS = re.compile(
+    r"(?P<size>\d+)|(?P<any>\?)|(?P<name>[A-Z][A-Z0-9_]*)(?:\[(?P<low>\d*)\.\.(?P<high>\d*)\])?"
+)
+_HOW = "write it like input_ids=B[1..8]xS[1..4096] or x=Tx64"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A fixed size, or a size that varies: named and bounded, or unnamed."""
+
+    size: int | None = None
+    name: str = ""
+    low: int = 1
+    high: int | None = None
+
+
+def parse(texts: tuple[str, ...]) -> dict[str, tuple[Axis, ...]]:
+    """The axes of each input that the texts name.
+
+    Raises UsageError where a text is not of the form above, an input is named twice, or one
+    name has two bounds.
+    """
+    found: dict[str, tuple[Axis, ...]] = {}
+    for spec in (part.strip() for text in texts for part in text.split(",")):
+        name, equals, axes = spec.partition("=")
+        if not equals or not name.strip() or not axes.strip():
+            raise UsageError(f"--shapes {spec!r} is not INPUT=SIZES; {_HOW}")
+        if name.strip() in found:
+            raise UsageError(f"--shapes gives {name.strip()} twice")
+        found[name.strip()] = _axes(spec, axes.strip())
+    return _with_common_bounds(found)
+
+
+def _axes(spec: str, text: str) -> tuple[Axis, ...]:
+    axes: list[Axis] = []
+    at = 0
+    while True:
+        match = _AXIS.match(text, at)
+        if match is None:
+            raise UsageError(f"--shapes {spec!r}: cannot read a size at {text[at:]!r}; {_HOW}")
+        axes.append(_axis(spec, match))
+        at = match.end()
+        if at == len(text):
+            return tuple(axes)
+        if text[at] != "x":
+            raise UsageError(f"--shapes {spec!r}: cannot read a size at {text[at:]!r}; {_HOW}")
+        at += 1
+
+
+def _axis(spec: str, match: re.Match[str]) -> Axis:
+    if match["size"]:
+        return Axis(size=int(match["size"]))
+    if match["any"]:
+        return Axis()
+    low = int(match["low"]) if match["low"] else 1
+    high = int(match["high"]) if match["high"] else None
+    if high is not None and high < low:
+        raise UsageError(f"--shapes {spec!r}: {match['name']} ends at {high}, before {low}")
+    return Axis(name=match["name"], low=low, high=high)
+
+
+def _with_common_bounds(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, tuple[Axis, ...]]:
+    """Bounds may be written once: every axis of that name gets them."""
+    bounds: dict[str, Axis] = {}
+    for axis in (axis for axes in shapes.values() for axis in axes if axis.name):
+        known = bounds.get(axis.name)
+        unbounded = axis == Axis(name=axis.name)
+        if known is None or known == Axis(name=axis.name):
+            bounds[axis.name] = axis
+        elif not unbounded and axis != known:
+            shown = [f"{a.low}..{'' if a.high is None else a.high}" for a in (known, axis)]
+            raise UsageError(f"--shapes gives {axis.name} two bounds: {shown[0]} and {shown[1]}")
+    return {
+        name: tuple(bounds.get(axis.name, axis) for axis in axes) for name, axes in shapes.items()
+    }
+
+
+def dynamic_shapes(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, dict[int, Any]] | None:
+    """As torch.export takes them: by input, by axis; None where nothing was asked."""
+    if not shapes:
+        return None
+    from torch.export import Dim
+
+    dims = {
+        axis.name: Dim(axis.name, min=axis.low, max=axis.high)
+        for axes in shapes.values()
+        for axis in axes
+        if axis.name
+    }
+
+    def dim(axis: Axis) -> Any:
+        return dims[axis.name] if axis.name else Dim.AUTO if axis.size is None else axis.size
+
+    return {name: {i: dim(a) for i, a in enumerate(axes)} for name, axes in shapes.items()}

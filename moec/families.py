@@ -1,0 +1,43 @@
+"""Which models moec is tested with: the one table behind `moec list models` and the README."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of transformers. `what` says what is particular about its MoE blocks."""
+
+    model_type: str
+    architecture: str
+    what: str
+
+
+FAMILIES = (
+    Family("mixtral", "MixtralForCausalLM", "softmax of the chosen logits"),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", "a shared expert with a sigmoid gate"),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", "renormalised softmax"),
+    Family("olmoe", "OlmoeForCausalLM", "softmax before top-k"),
+    Family("deepseek_v2", "DeepseekV2ForCausalLM", "groups of experts, shared experts, MLA"),
+    Family("deepseek_v3", "DeepseekV3ForCausalLM", "sigmoid with correction bias, groups, MLA"),
+    Family("gpt_oss", "GptOssForCausalLM", "interleaved gate and up with clamp, biases, sinks"),
+    Family("granitemoe", "GraniteMoeForCausalLM", "softmax after top-k"),
+    Family("phimoe", "PhimoeForCausalLM", "sparsemixer"),
+    Family(
+        "switch_transformers",
+        "SwitchTransformersForConditionalGeneration",
+        "top-1 with capacity, encoder and decoder",
+    ),
+    Family("jetmoe", "JetMoeForCausalLM", "attention made of experts too"),
+    Family("llama4_text", "Llama4ForCausalLM", "sigmoid top-1, weights on the input side"),
+)
+
+FORMS = {
+    "hf": "experts that transformers decorates with use_experts_implementation",
+    "loop": "a loop over the experts: torch.where and index_add_, or masks",
+    "gathered": "each token's expert weights gathered, then bmm",
+    "grouped": "rows sorted by expert, then grouped_mm",
+    "capacity": "einsum with a dispatch mask, tokens dropped beyond capacity (GShard)",
+    "select": "every expert evaluated, then selected or masked",
+}

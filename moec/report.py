@@ -1,0 +1,187 @@
+"""What a compilation made, as data and as text: the words behind `report()` and `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moec.sizes import show_dim
+
+if TYPE_CHECKING:
+    import torch
+
+    from moec.ir import Graph, Value
+    from moec.passes.runner import Step
+
+
+@dataclass(frozen=True)
+class BlockLine:
+    """One MoE block. `kernel` is empty until code is generated."""
+
+    name: str
+    experts: int
+    top_k: int
+    router: str
+    activation: str
+    form: str
+    parameters: int
+    active_parameters: int
+    shared: str = ""
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class DeclinedLine:
+    where: str
+    reason: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class PassLine:
+    name: str
+    stage: str
+    rewrites: int
+    ops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PortLine:
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+    @staticmethod
+    def of_dict(recorded: Mapping[str, Any]) -> PortLine:
+        return PortLine(recorded["name"], recorded["dtype"], tuple(recorded["shape"]))
+
+
+@dataclass(frozen=True)
+class ErrorLine:
+    """How far one output is from eager's: the greatest error relative to the greatest value."""
+
+    output: str
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
+
+    model: str
+    target: str = ""
+    parameters: int = 0
+    active_parameters: int = 0
+    bytes_by_dtype: Mapping[str, int] = field(default_factory=dict)
+    bytes_out: int | None = None
+    inputs: tuple[PortLine, ...] = ()
+    outputs: tuple[PortLine, ...] = ()
+    states: tuple[PortLine, ...] = ()
+    sizes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    blocks: tuple[BlockLine, ...] = ()
+    declined: tuple[DeclinedLine, ...] = ()
+    passes: tuple[PassLine, ...] = ()
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    verification: tuple[ErrorLine, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As one JSON document holds it: plain dicts, lists and numbers."""
+        return asdict(self)
+
+    @staticmethod
+    def of_dict(recorded: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote; fields that this version does not know are left out."""
+        lines: dict[str, Callable[[Any], Any]] = {
+            "inputs": PortLine.of_dict,
+            "outputs": PortLine.of_dict,
+            "states": PortLine.of_dict,
+            "blocks": lambda d: BlockLine(**d),
+            "declined": lambda d: DeclinedLine(**d),
+            "passes": lambda d: PassLine(**d),
+            "verification": lambda d: ErrorLine(**d),
+        }
+        known = {k: v for k, v in recorded.items() if k in Report.__dataclass_fields__}
+        for name, make in lines.items():
+            known[name] = tuple(make(dict(line)) for line in known.get(name, ()))
+        known["sizes"] = {name: (low, high) for name, (low, high) in known.get("sizes", {}).items()}
+        known["notes"] = tuple(known.get("notes", ()))
+        return Report(**known)
+
+    def __str__(self) -> str:
+        from moec.report_text import render
+
+        return render(self)
+
+    __repr__ = __str__  # so that `m.report()` at a prompt shows it
+
+
+def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The fields of a Report that a graph and its weights answer: sizes, ports, parameters.
+
+    Parameters that share storage (tied embeddings) count once.
+    """
+    bytes_by_dtype: dict[str, int] = {}
+    parameters = 0
+    seen: set[tuple[int, int]] = set()
+    dtypes = {param.name: param.dtype for param in graph.params}
+    for name, dtype in dtypes.items():
+        tensor = weights.get(name)
+        if tensor is None:
+            continue
+        place = (tensor.data_ptr(), tensor.numel())
+        if place[0] and place in seen:
+            continue
+        seen.add(place)
+        parameters += tensor.numel()
+        size = tensor.numel() * tensor.element_size()
+        bytes_by_dtype[dtype] = bytes_by_dtype.get(dtype, 0) + size
+    before = [state.before for state in graph.states]
+    return {
+        "parameters": parameters,
+        "bytes_by_dtype": bytes_by_dtype,
+        "inputs": tuple(port(v) for v in graph.inputs if v not in before),
+        "outputs": tuple(port(v) for v in graph.outputs),
+        "states": tuple(port(v) for v in before),
+        "sizes": {name: (b.low, b.high) for name, b in graph.bounds.items()},
+    }
+
+
+def port(value: Value) -> PortLine:
+    return PortLine(value.name, value.dtype, tuple(show_dim(dim) for dim in value.shape))
+
+
+def pass_lines(steps: Iterable[Step]) -> tuple[PassLine, ...]:
+    return tuple(
+        PassLine(s.name, s.stage.name, s.rewrites, len(s.program.graph.ops), s.seconds)
+        for s in steps
+    )
+
+
+def block_lines(
+    blocks: Iterable[Any], kernels: Sequence[tuple[str, str]] = ()
+) -> tuple[BlockLine, ...]:
+    """Lines for recognised blocks; `kernels` pairs places in the model with what runs there."""
+    return tuple(
+        BlockLine(
+            block.name,
+            block.experts,
+            block.top_k,
+            str(block.router),
+            block.activation,
+            block.form,
+            block.parameters,
+            block.active_parameters,
+            "" if block.shared is None or block.shared is False else str(block.shared),
+            ", ".join(dict.fromkeys(k for where, k in kernels if inside(where, block.name))),
+        )
+        for block in blocks
+    )
+
+
+def inside(where: str, path: str) -> bool:
+    return where == path or where.startswith(path + ".")

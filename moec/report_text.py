@@ -1,0 +1,210 @@
+"""The words and tables of a report."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moec.report import BlockLine, DeclinedLine, ErrorLine, PassLine, PortLine, Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def fold(names: Sequence[str]) -> str:
+    """Names that differ in one number as one: model.layers.{0..23}.mlp."""
+    if len(names) == 1:
+        return names[0]
+    split = [re.split(r"(?<![^.])(\d+)(?![^.])", name) for name in names]
+    width = len(split[0])
+    if all(len(parts) == width for parts in split):
+        differing = [i for i in range(width) if len({parts[i] for parts in split}) > 1]
+        if len(differing) == 1 and differing[0] % 2 == 1:
+            at = differing[0]
+            parts = list(split[0])
+            parts[at] = "{" + spans([int(p[at]) for p in split]) + "}"
+            return "".join(parts)
+    return f"{names[0]} and {len(names) - 1} more"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """0..3,5 for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
+
+
+def count(number: float) -> str:
+    """1.2 M for 1234567."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return (
+                f"{number / size:.3g} {unit}"
+                if number < 999 * size
+                else f"{number / size:.0f} {unit}"
+            )
+    return str(int(number))
+
+
+def size(number: float) -> str:
+    """1.2 MB for 1234567 bytes."""
+    for unit, unit_size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= unit_size:
+            return f"{number / unit_size:.1f} {unit}"
+    return f"{int(number)} bytes"
+
+
+def seconds(number: float) -> str:
+    return f"{number:.2f} s" if number < 9.995 else f"{number:.0f} s"
+
+
+def shape(line: PortLine) -> str:
+    return f"{line.dtype}[{', '.join(line.shape)}]"
+
+
+def render(report: Report, width: int | None = None, color: bool = False) -> str:
+    """The report as text: at most `width` columns, or as wide as the terminal."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=color,
+        no_color=not color,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+    for part in _parts(report):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _parts(report: Report) -> Iterable[RenderableType]:
+    from rich.text import Text
+
+    title = f"{report.model} for {report.target}" if report.target else report.model
+    yield Text(title, style="bold")
+    yield _facts(report)
+    yield ""
+    if report.blocks:
+        yield _blocks(report.blocks)
+    else:
+        yield Text("No MoE block was recognised: the model is compiled as it is.")
+    if report.declined:
+        yield ""
+        yield _declined(report.declined)
+    if report.passes:
+        yield ""
+        yield _passes(report.passes)
+    if report.verification:
+        yield ""
+        yield _verification(report.verification)
+    for note in report.notes:
+        yield Text(f"note: {note}")
+
+
+def _grid(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        right = column in ("experts", "top-k", "parameters", "active", "rewrites", "ops", "seconds")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _facts(report: Report) -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    total, active = report.parameters, report.active_parameters
+    if total:
+        share = f", {count(active)} active per token ({active / total:.0%})"
+        table.add_row("parameters", f"{count(total)} total" + (share if report.blocks else ""))
+    if report.bytes_by_dtype:
+        parts = " + ".join(f"{size(n)} {dtype}" for dtype, n in report.bytes_by_dtype.items())
+        packed = "" if report.bytes_out is None else f", {size(report.bytes_out)} packed"
+        table.add_row("weights", parts + packed)
+    for label, ports in (
+        ("inputs", report.inputs),
+        ("outputs", report.outputs),
+        ("states", report.states),
+    ):
+        for i, line in enumerate(ports):
+            table.add_row(label if i == 0 else "", f"{line.name}: {shape(line)}")
+    if report.sizes:
+        table.add_row("sizes", ", ".join(_bounds(n, *b) for n, b in report.sizes.items()))
+    if report.kernels:
+        shown = ", ".join(f"{n} x {name}" for name, n in report.kernels.items())
+        table.add_row("kernels", shown)
+    if report.phases:
+        table.add_row("took", ", ".join(f"{n} {seconds(s)}" for n, s in report.phases.items()))
+    return table
+
+
+def _bounds(name: str, low: int, high: int | None) -> str:
+    return f"{name} from {low}" if high is None else f"{name} {low} to {high}"
+
+
+def _blocks(blocks: Sequence[BlockLine]) -> Any:
+    plural = "block" if len(blocks) == 1 else "blocks"
+    extra = [c for c in ("shared", "kernel") if any(getattr(b, c) for b in blocks)]
+    table = _grid(
+        f"{len(blocks)} MoE {plural}", "experts", "top-k", "router", "activation", "form", *extra,
+        "parameters", "active",
+    )  # fmt: skip
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for block in blocks:
+        key = tuple(v for k, v in asdict(block).items() if k != "name")
+        groups.setdefault(key, []).append(block.name)
+    by_name = {block.name: block for block in blocks}
+    for names in groups.values():
+        block = by_name[names[0]]
+        times = len(names)
+        table.add_row(
+            fold(names), str(block.experts), str(block.top_k), block.router, block.activation,
+            block.form, *(getattr(block, c) or "-" for c in extra),
+            count(block.parameters * times), count(block.active_parameters * times),
+        )  # fmt: skip
+    return table
+
+
+def _declined(declined: Sequence[DeclinedLine]) -> Any:
+    table = _grid("Looked at and left alone", "rule", "why")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in declined:
+        groups.setdefault((line.rule, line.reason), []).append(line.where)
+    for (rule, reason), places in groups.items():
+        table.add_row(fold(places), rule, reason)
+    return table
+
+
+def _passes(passes: Sequence[PassLine]) -> Any:
+    table = _grid("Pass", "stage", "rewrites", "ops", "seconds")
+    for line in passes:
+        table.add_row(
+            line.name, line.stage, str(line.rewrites or "-"), str(line.ops), f"{line.seconds:.2f}"
+        )
+    return table
+
+
+def _verification(lines: Sequence[ErrorLine]) -> Any:
+    table = _grid("Checked against eager", "error", "allowed", "")
+    for line in lines:
+        good = line.error <= line.tolerance
+        table.add_row(
+            line.output, f"{line.error:.1e}", f"{line.tolerance:.0e}", "ok" if good else "differs"
+        )
+    return table
