@@ -189,7 +189,8 @@ def route_logits(
     }[routing.score]()
     choice = scores if correction is None else scores + correction.float()
     if routing.groups > 1:
-        grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
+        size = choice.shape[-1] // routing.groups
+        grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
         ranked = grouped.sort(-1, descending=True).values
         group_scores = ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
         kept = torch.zeros_like(group_scores, dtype=torch.bool)
