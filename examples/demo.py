@@ -1,0 +1,109 @@
+"""The whole way with a trained model: compile, verify, report, generate, time.
+
+    make demo
+
+Everything is measured here and now. The times are medians of interleaved rounds, so that a busy
+machine slows both sides alike; the model and its dtype are the same on both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoModelForCausalLM
+
+import moec
+
+CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
+PROMPT = "def read_lines(path):\n"
+SHAPES = ((1, 1), (1, 16), (1, 128), (4, 128))  # (batch, sequence)
+
+
+def median_times(
+    rivals: dict[str, Callable[[], object]], rounds: int, seconds: float
+) -> dict[str, float]:
+    """Median seconds of a call. Each round calls one after the other for `seconds` each."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for call in rivals.values():
+        call()
+    for _ in range(rounds):
+        for name, call in rivals.items():
+            call()  # the threads of the one before have gone to sleep after this
+            stop = time.perf_counter() + seconds
+            while (start := time.perf_counter()) < stop:
+                call()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def race(compiled: Callable[..., object], rounds: int, seconds: float) -> None:
+    eager = AutoModelForCausalLM.from_pretrained(CHECKPOINT).eval()
+    click.echo(f"milliseconds a forward pass, {eager.dtype}, {torch.get_num_threads()} threads")
+    click.echo(f"{'batch x sequence':>17} {'eager':>9} {'grouped_mm':>11} {'moec':>9}  speed-up")
+
+    def with_experts(implementation: str, ids: torch.Tensor) -> Callable[[], object]:
+        def call() -> object:
+            eager.set_experts_implementation(implementation)
+            return eager(ids, use_cache=False).logits
+
+        return call
+
+    for batch, sequence in SHAPES:
+        torch.manual_seed(0)
+        ids = torch.randint(eager.config.vocab_size, (batch, sequence))
+        rivals = {name: with_experts(name, ids) for name in ("eager", "grouped_mm")}
+        with torch.inference_mode():
+            took = median_times({**rivals, "moec": lambda ids=ids: compiled(ids)}, rounds, seconds)
+        ms = {name: 1e3 * value for name, value in took.items()}
+        best = min(ms["eager"], ms["grouped_mm"])
+        click.echo(
+            f"{f'{batch} x {sequence}':>17} {ms['eager']:9.2f} {ms['grouped_mm']:11.2f} "
+            f"{ms['moec']:9.2f}  {best / ms['moec']:.1f} times the better one"
+        )
+
+
+def title(text: str) -> None:
+    click.echo(f"\n== {text}")
+
+
+@click.command(help="Compile the trained model of this repository, let it write, and time it.")
+@click.option("--prompt", default=PROMPT, help="What the model continues.")
+@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Rounds of timing; 0 leaves it out.")
+@click.option("--seconds", default=0.3, show_default=True, help="Time for each call in a round.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the artifact here.")
+def main(
+    prompt: str, max_new_tokens: int, rounds: int, seconds: float, output: Path | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = output or Path(folder) / "tiny_moe.moec"
+
+        title("compile, and verify against eager PyTorch")
+        start = time.perf_counter()
+        compiled = moec.compile(CHECKPOINT)
+        click.echo(compiled.report())
+        click.echo(f"compiled and verified in {time.perf_counter() - start:.1f} s")
+
+        compiled.save(artifact)
+        click.echo(f"saved {artifact.name}, {artifact.stat().st_size / 1e6:.1f} MB")
+
+        title(f"generate with the artifact, in a process without torch: moec run {artifact.name}")
+        click.echo(prompt, nl=False)
+        run = [sys.executable, "-m", "moec", "run", str(artifact), "--prompt", prompt]
+        subprocess.run([*run, "--max-new-tokens", str(max_new_tokens)], check=True)
+
+        if rounds:
+            title("time against eager")
+            race(compiled, rounds, seconds)
+
+
+if __name__ == "__main__":
+    main()
