@@ -172,6 +172,8 @@ def _replaceable(path: Path) -> bool:
         return (path / "manifest.json").is_file() or not any(path.iterdir())
     if not path.is_file():
         return False
+    if path.suffix == ".moec":  # a damaged one too
+        return True
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return os.fstat(file.fileno()).st_size == 0

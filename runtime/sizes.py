@@ -35,6 +35,8 @@ def _parse(text: str) -> ast.expr:
         raise ArtifactError(f"{text!r} is not a size") from error
     for node in ast.walk(tree):
         match node:
+            case ast.Constant(value=bool()):
+                pass  # Python counts True as an int
             case ast.Constant(value=int()) | ast.Name() | ast.operator() | ast.Load():
                 continue
             case ast.UnaryOp(op=ast.USub()) | ast.USub():

@@ -60,11 +60,13 @@ def _read(path: Path) -> dict[str, Array]:
             return dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    loaded: Any = np.load(path, allow_pickle=False)
-    if path.suffix == ".npz":
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    return {"": loaded}
+    with path.open("rb") as file:
+        loaded: Any = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray) is (path.suffix == ".npz"):
+            raise ValueError("it is of another format than its name says")
+        if path.suffix == ".npy":
+            return {"": loaded}
+        return {name: loaded[name] for name in loaded.files}
 
 
 def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:

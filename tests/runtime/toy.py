@@ -6,8 +6,11 @@ y = x @ w + b + table[ids]
 
 from __future__ import annotations
 
+import json
+import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +24,6 @@ GRAPH = "graph main(x: f32[T, 4]) {\n  return x\n}\n"
 
 @cache
 def library() -> bytes:
-    import tempfile
-
     import tvm
     from tvm import relax
     from tvm.script import relax as R
@@ -45,7 +46,13 @@ def library() -> bytes:
             more = builder.emit(relax.op.add(count, relax.const(np.float32([1]))))
             made = builder.emit_output(relax.Tuple([y, top, low, more]))
         builder.emit_func_output(made)
-    built = tvm.compile(builder.get(), tvm.target.Target({"kind": "llvm"}))
+    return export(builder.get())
+
+
+def export(module: Any) -> bytes:
+    import tvm
+
+    built = tvm.compile(module, tvm.target.Target({"kind": "llvm"}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lib.so"
         built.export_library(str(path))
@@ -98,3 +105,52 @@ def sample(package: Package, rows: int = 3) -> Sample:
     y = expected(package, given)
     top = -np.sort(-y, axis=1)[:, :2]
     return Sample(given, {"y": y, "top": top, "low": y.astype(ml_dtypes.bfloat16)})
+
+
+@cache
+def language_model_library(name: str = "main") -> bytes:
+    """logits = table[ids], which makes the token after t the greatest of row t."""
+    import tvm
+    from tvm import relax
+    from tvm.script import relax as R
+
+    batch, length = tvm.tirx.Var("B", "int64"), tvm.tirx.Var("S", "int64")
+    ids = relax.Var("input_ids", R.Tensor((batch, length), "int64"))
+    mask = relax.Var("attention_mask", R.Tensor((batch, length), "int64"))
+    table = relax.Var("table", R.Tensor((8, 8), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function(name, [ids, mask, table]):
+        with builder.dataflow():
+            made = builder.emit_output(relax.op.take(table, ids, axis=0))
+        builder.emit_func_output(made)
+    return export(builder.get())
+
+
+def language_model(longest: int | None = 16) -> Package:
+    """Token t is followed by t + 1, and 7 by 0."""
+    return Package(
+        target=CpuNeeds("generic"),
+        inputs=(
+            Port("input_ids", "i64", ("B", "S")),
+            Port("attention_mask", "i64", ("B", "S")),
+        ),
+        outputs=(Port("logits", "f32", ("B", "S", 8)),),
+        states=(),
+        sizes={"B": (1, 4), "S": (1, longest)},
+        params=(Port("table", "f32", (8, 8)),),
+        arrays={"table": np.roll(np.eye(8, dtype=np.float32), 1, axis=1)},
+        library=language_model_library(),
+        index_ranges={"input_ids": (0, 7)},
+    )
+
+
+def tokenizer_files(stop: int | None = 7) -> dict[str, bytes]:
+    """Words a to h, split at spaces; the token `stop` ends the text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefgh")}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return {
+        "tokenizer/tokenizer.json": made.to_str().encode(),
+        "tokenizer/generation_config.json": json.dumps({"eos_token_id": stop}).encode(),
+    }

@@ -1,0 +1,153 @@
+"""Greedy generation: which models it takes, which tokens it gives, and where it stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moec.errors import ArtifactError, InputError, UsageError
+from moec.runtime.checks import check_inputs
+from moec.runtime.executor import Executor
+from moec.runtime.generate import causal_lm, generate
+from moec.runtime.package import Package, Port, StatePort
+from moec.runtime.prompt import load_tokenizer
+from tests.runtime import toy
+
+
+def speak(
+    most: int, prompt: list[int], stop: frozenset[int] = frozenset(), **how: Any
+) -> list[int]:
+    return list(generate(Executor(toy.language_model(**how)), prompt, most, stop))
+
+
+def test_tokens_until_there_are_enough() -> None:
+    assert speak(4, [1, 5]) == [6, 7, 0, 1]
+
+
+def test_tokens_until_one_that_stops() -> None:
+    assert speak(99, [4], stop=frozenset([7, 3])) == [5, 6]
+
+
+def test_tokens_until_the_model_takes_no_more() -> None:
+    assert speak(99, [0, 1], longest=4) == [2, 3, 4]
+    assert speak(1, [0, 1, 2, 3], longest=4) == [4]
+    with pytest.raises(InputError, match="has 5 tokens, and the model takes at most 4"):
+        speak(1, [0, 1, 2, 3, 4], longest=4)
+
+
+class Cached:
+    """Stands for an executor whose model keeps what it saw: each token is seen once."""
+
+    def __init__(self, package: Package) -> None:
+        self.package = package
+        self.seen: list[int] = []
+        self.calls: list[int] = []
+
+    def reset(self) -> None:
+        self.seen = []
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        check_inputs(self.package, inputs)
+        tokens, places = inputs["input_ids"][0], inputs["cache_position"]
+        assert places.tolist() == list(range(len(self.seen), len(self.seen) + len(tokens)))
+        self.seen += tokens.tolist()
+        self.calls.append(len(tokens))
+        return {"logits": np.eye(8, dtype=np.float32)[(tokens + 1) % 8][None]}
+
+
+def test_with_a_cache_each_token_goes_in_once() -> None:
+    package = replace(
+        toy.language_model(),
+        inputs=(Port("input_ids", "i64", ("B", "S")), Port("cache_position", "i64", ("S",))),
+        states=(StatePort("keys", "f32", (1, 2, 6, 4)),),
+        index_ranges={"cache_position": (0, 5)},
+    )
+    model: Any = Cached(package)
+    assert list(generate(model, [1, 2, 3], 99, frozenset())) == [4, 5, 6, 7]
+    assert model.calls == [3, 1, 1, 1]
+    assert model.seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inputs": (Port("x", "f32", ("T", 4)),)}, "and this one takes x: f32[T, 4] and gives"),
+        ({"outputs": (Port("y", "f32", ("B", 8)),)}, "gives y: f32[B, 8]; use --input"),
+        (
+            {"inputs": (Port("a", "i64", ("B", "S")), Port("b", "i64", ("B", "S")))},
+            "needs a model from tokens",
+        ),
+        (
+            {"inputs": (Port("input_ids", "i64", ("B", "S")), Port("pixels", "f32", (3,)))},
+            "does not know what to give for input pixels: f32[3]",
+        ),
+        (
+            {"inputs": (Port("input_ids", "i64", ("B", 9)),)},
+            "was compiled for exactly 9 tokens; compile it with a dynamic sequence",
+        ),
+    ],
+)
+def test_models_that_do_not_continue_text(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        causal_lm(replace(toy.language_model(), **changes))
+    assert words in str(caught.value)
+
+
+def test_text_and_back() -> None:
+    tokenizer = load_tokenizer(toy.tokenizer_files())
+    assert tokenizer.encode("b c") == [1, 2]
+    assert tokenizer.stop == {7}
+    assert "".join(tokenizer.stream([1], [2, 3])) == " c d"
+    with pytest.raises(UsageError, match="the prompt gives no tokens"):
+        tokenizer.encode("  ")
+
+
+def test_characters_come_when_they_are_whole() -> None:
+    """A byte-level tokenizer gives the two bytes of an accented letter as two tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = load_tokenizer({"tokenizer/tokenizer.json": made.to_str().encode()})
+    tokens = tokenizer.encode("né!")
+    assert len(tokens) == 4
+    assert list(tokenizer.stream(tokenizer.encode("a"), tokens)) == ["n", "é", "!"]
+
+
+@pytest.mark.parametrize(
+    ("files", "stop"),
+    [
+        ({"generation_config.json": {"eos_token_id": [3, 4]}}, {3, 4}),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 2}}, {2}),
+        ({"generation_config.json": {}, "tokenizer_config.json": {"eos_token": "c"}}, {2}),
+        (
+            {
+                "generation_config.json": {},
+                "tokenizer_config.json": {"eos_token": {"content": "d"}},
+            },
+            {3},
+        ),
+        ({"generation_config.json": {}}, set()),
+    ],
+)
+def test_where_the_end_of_a_text_is_written(files: dict[str, Any], stop: set[int]) -> None:
+    given = toy.tokenizer_files()
+    given |= {f"tokenizer/{name}": json.dumps(text).encode() for name, text in files.items()}
+    assert load_tokenizer(given).stop == stop
+
+
+def test_no_tokenizer_or_a_bad_one() -> None:
+    with pytest.raises(ArtifactError, match="carries no tokenizer; compile a Hugging Face"):
+        load_tokenizer({})
+    with pytest.raises(ArtifactError, match=r"tokenizer/tokenizer\.json is malformed"):
+        load_tokenizer({"tokenizer/tokenizer.json": b"{}"})
+    files = toy.tokenizer_files() | {"tokenizer/generation_config.json": b"{"}
+    with pytest.raises(ArtifactError, match=r"tokenizer/generation_config\.json is malformed"):
+        load_tokenizer(files)
