@@ -1,0 +1,174 @@
+"""Positions inside tensors: int64 expressions that know when they are equal, and their range.
+
+`key` identifies the position (equal keys, equal values), so that an element that several ops
+read is computed once; `low` and `high` decide, where they can, which piece of a
+concatenation a position falls into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.script.ir_builder import tirx as T
+
+from moec.sizes import Dim, symbols
+
+
+@dataclass(frozen=True)
+class Index:
+    """A position (never negative unless it says so) between low and high, both inclusive."""
+
+    expr: Expr
+    key: Hashable
+    low: int | None = 0
+    high: int | None = None
+
+    @property
+    def known(self) -> int | None:
+        return self.low if self.low is not None and self.low == self.high else None
+
+
+Position: TypeAlias = tuple[Index, ...]
+
+
+def const(value: int) -> Index:
+    return Index(tirx.const(value, "int64"), value, value, value)
+
+
+def loop(var: Expr, name: str, stop: Dim, start: int = 0) -> Index:
+    return Index(var, name, start, stop - 1 if isinstance(stop, int) else None)
+
+
+def add(a: Index, b: Index) -> Index:
+    if a.known == 0:
+        return b
+    if b.known == 0:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known + b.known)
+    return Index(a.expr + b.expr, ("+", a.key, b.key), _plus(a.low, b.low), _plus(a.high, b.high))
+
+
+def sub(a: Index, b: Index) -> Index:
+    if b.known == 0:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known - b.known)
+    low = _plus(a.low, None if b.high is None else -b.high)
+    high = _plus(a.high, None if b.low is None else -b.low)
+    return Index(a.expr - b.expr, ("-", a.key, b.key), low, high)
+
+
+def mul(a: Index, b: Index) -> Index:
+    """Of two positions that are not negative."""
+    if a.known == 1:
+        return b
+    if b.known == 1:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known * b.known)
+    high = a.high * b.high if a.high is not None and b.high is not None else None
+    low = (a.low or 0) * (b.low or 0)
+    return Index(a.expr * b.expr, ("*", a.key, b.key), low, high)
+
+
+def div(a: Index, b: Index) -> Index:
+    """a // b of a >= 0 and b > 0."""
+    if b.known == 1:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known // b.known)
+    high = a.high // b.known if a.high is not None and b.known else a.high
+    return Index(tirx.truncdiv(a.expr, b.expr), ("/", a.key, b.key), 0, high)
+
+
+def mod(a: Index, b: Index) -> Index:
+    """a % b of a >= 0 and b > 0."""
+    if a.known is not None and b.known is not None:
+        return const(a.known % b.known)
+    if a.high is not None and b.low is not None and a.high < b.low:
+        return a
+    high = None if b.high is None else b.high - 1
+    return Index(tirx.truncmod(a.expr, b.expr), ("%", a.key, b.key), 0, high)
+
+
+def bounded(a: Index, size: Index) -> Index:
+    """The nearest position inside an axis of that size."""
+    if size.low is not None and None not in (a.low, a.high) and a.low >= 0 and a.high < size.low:
+        return a
+    zero = tirx.const(0, "int64")
+    expr = tirx.max(tirx.min(a.expr, size.expr - 1), zero)
+    return Index(expr, ("bounded", a.key, size.key), 0, _plus(size.high, -1))
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+class Sizes:
+    """Sizes of the IR as int64 expressions over one function's variables."""
+
+    def __init__(self, variables: Mapping[str, Var]) -> None:
+        self.variables = variables
+        self.made: dict[Dim, Expr] = {}
+
+    def expr(self, dim: Dim) -> Expr:
+        if isinstance(dim, int):
+            return tirx.const(dim, "int64")
+        if dim not in self.made:
+            self.made[dim] = self._expr(sympy.sympify(dim))
+        return self.made[dim]
+
+    def index(self, dim: Dim) -> Index:
+        if isinstance(dim, int):
+            return const(dim)
+        return Index(self.expr(dim), ("size", str(dim)))
+
+    def _expr(self, dim: sympy.Expr) -> Expr:
+        numerator, denominator = sympy.fraction(sympy.together(dim))
+        if denominator != 1:
+            return tirx.floordiv(self._expr(numerator), self._expr(denominator))
+        if dim.is_Integer:
+            return tirx.const(int(dim), "int64")
+        if isinstance(dim, sympy.Symbol):
+            return self.variables[dim.name]
+        arguments = [self._expr(a) for a in dim.args]
+        match dim:
+            case sympy.Add():
+                return _fold(lambda a, b: a + b, arguments)
+            case sympy.Mul():
+                return _fold(lambda a, b: a * b, arguments)
+            case sympy.Pow():
+                return _fold(lambda a, b: a * b, [arguments[0]] * int(dim.args[1]))
+            case sympy.floor():
+                return arguments[0]
+            case sympy.ceiling():
+                top, bottom = sympy.fraction(sympy.together(dim.args[0]))
+                return tirx.floordiv(
+                    self._expr(top) + self._expr(bottom) - 1, self._expr(bottom)
+                )
+            case sympy.Mod():
+                return tirx.floormod(*arguments)
+            case sympy.Max():
+                return _fold(tirx.max, arguments)
+            case sympy.Min():
+                return _fold(tirx.min, arguments)
+            case sympy.Abs():
+                return T.Select(arguments[0] < 0, 0 - arguments[0], arguments[0])
+        raise NotImplementedError(f"size {dim}")
+
+
+def _fold(combine: object, values: list[Expr]) -> Expr:
+    result = values[0]
+    for value in values[1:]:
+        result = combine(result, value)  # type: ignore[operator]
+    return result
+
+
+def names(*dims: Dim) -> set[str]:
+    return {name for dim in dims for name in symbols(dim)}

@@ -1,0 +1,429 @@
+"""Ops that make one element of many: sums, extremes, softmax, norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.generic import index as ix
+from moec.codegen.generic import scalars as sc
+from moec.codegen.generic.arithmetic import larger, plus, times
+from moec.codegen.generic.emission import Emission
+from moec.codegen.generic.functions import exp
+from moec.codegen.generic.index import Position
+from moec.codegen.generic.rules import kernel
+from moec.codegen.generic.scalars import FLOATS, HALVES, Scalar
+from moec.codegen.generic.shape import wrap
+from moec.ir import Op, Value
+from moec.sizes import Dim, product
+
+
+class Cell:
+    """A variable of a loop, in a dtype of the IR (half types: float32, bool: int8)."""
+
+    def __init__(self, first: Scalar) -> None:
+        self.dtype = "f32" if first.dtype in HALVES else first.dtype
+        stored = "int8" if self.dtype == "bool" else sc.COMPUTE[self.dtype]
+        self.buffer = T.alloc_buffer((1,), stored, scope="global")
+        self.set(Scalar(self.dtype, first.expr))
+
+    def get(self) -> Scalar:
+        return sc.load(self.buffer, [tirx.const(0, "int64")], self.dtype)
+
+    def set(self, x: Scalar) -> None:
+        sc.store(self.buffer, [tirx.const(0, "int64")], sc.cast(x, self.dtype))
+
+
+def axes_of(dims: Any, rank: int) -> tuple[int, ...]:
+    if dims is None or dims == ():
+        return tuple(range(rank))
+    listed = dims if isinstance(dims, tuple) else (dims,)
+    return tuple(sorted(wrap(d, rank) for d in listed)) if rank else ()
+
+
+def kept_shape(shape: Sequence[Dim], axes: Sequence[int]) -> tuple[Dim, ...]:
+    return tuple(1 if a in axes else d for a, d in enumerate(shape))
+
+
+def count(shape: Sequence[Dim], axes: Sequence[int]) -> Dim:
+    return product(tuple(shape[a] for a in axes))
+
+
+def target(value: Value, at: Position, axes: Sequence[int]) -> Position:
+    """Where the output holds what was reduced: with the reduced axes, or without them."""
+    if len(value.shape) == len(at):
+        return at
+    return tuple(i for a, i in enumerate(at) if a not in axes)
+
+
+def over(
+    e: Emission,
+    shape: Sequence[Dim],
+    at: Position,
+    axes: Sequence[int],
+    body: Callable[[Position], None],
+) -> None:
+    """`body` at every position of `axes`, the others as in `at`."""
+
+    def at_reduced(inner: Position) -> None:
+        full = list(at)
+        for place, axis in enumerate(axes):
+            full[axis] = inner[place]
+        body(tuple(full))
+
+    e.serially([shape[a] for a in axes], at_reduced, "reduced")
+
+
+def reduce(
+    e: Emission,
+    op: Op,
+    dims: Any,
+    first: Scalar,
+    step: Callable[[Scalar, Scalar], Scalar],
+    last: Callable[[Scalar, Dim], Scalar] = lambda total, number: total,
+    *,
+    read_as: str,
+) -> None:
+    """out = last(step(step(first, x0), x1)...)."""
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(dims, len(x.shape))
+    number = count(x.shape, axes)
+
+    def row(at: Position) -> None:
+        total = Cell(first)
+        over(
+            e,
+            x.shape,
+            at,
+            axes,
+            lambda full: total.set(step(total.get(), sc.cast(e.read(x, full), read_as))),
+        )
+        found = last(total.get(), number)
+        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, number)
+
+
+def _accumulator(dtype: str) -> str:
+    return "f32" if dtype in HALVES else dtype
+
+
+def _in_any_order(a: Scalar, b: Scalar) -> Scalar:
+    if a.dtype in FLOATS:
+        return Scalar(a.dtype, sc.add_in_any_order(a.expr, b.expr))
+    return plus(a, b)
+
+
+@kernel("sum", "sum.dim_IntList", fuses=("self",))
+def sum_(e: Emission, op: Op) -> None:
+    kind = _accumulator(op.outputs[0].dtype)
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, sc.constant(0, kind), _in_any_order, read_as=kind)
+
+
+@kernel("mean", "mean.dim", fuses=("self",))
+def mean(e: Emission, op: Op) -> None:
+    kind = _accumulator(op.outputs[0].dtype)
+
+    def share(total: Scalar, number: Dim) -> Scalar:
+        many = sc.cast(Scalar("i64", e.sizes.expr(number)), kind)
+        return Scalar(kind, tirx.div(total.expr, many.expr))
+
+    reduce(e, op, e.named(op).get("dim"), sc.constant(0, kind), _in_any_order, share, read_as=kind)
+
+
+@kernel("prod", "prod.dim_int", fuses=("self",))
+def prod(e: Emission, op: Op) -> None:
+    kind = _accumulator(op.outputs[0].dtype)
+    reduce(e, op, e.named(op).get("dim"), sc.constant(1, kind), times, read_as=kind)
+
+
+def _extreme(e: Emission, op: Op, sign: int) -> None:
+    kind = _accumulator(op.inputs[0].dtype)
+    first = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, first, lambda a, b: larger(a, b, sign), read_as=kind)
+
+
+@kernel("amax", "max", fuses=("self",))
+def amax(e: Emission, op: Op) -> None:
+    _extreme(e, op, 1)
+
+
+@kernel("amin", "min", fuses=("self",))
+def amin(e: Emission, op: Op) -> None:
+    _extreme(e, op, -1)
+
+
+@kernel("any", "any.dim", "any.dims", fuses=("self",))
+def any_(e: Emission, op: Op) -> None:
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, sc.constant(False, "bool"), larger, read_as="bool")
+
+
+@kernel("all", "all.dim", "all.dims", fuses=("self",))
+def all_(e: Emission, op: Op) -> None:
+    dims = e.named(op).get("dim")
+    first = sc.constant(True, "bool")
+    reduce(e, op, dims, first, lambda a, b: larger(a, b, -1), read_as="bool")
+
+
+def better(a: Scalar, b: Scalar, sign: int) -> Expr:
+    """Whether a comes before b in falling (sign 1) or rising order; NaN is the greatest."""
+    if a.dtype == "bool":
+        a, b = sc.cast(a, "i8"), sc.cast(b, "i8")
+    ahead = tirx.GT(a.expr, b.expr) if sign > 0 else tirx.LT(a.expr, b.expr)
+    if a.dtype not in FLOATS:
+        return ahead
+    mine, other = (a, b) if sign > 0 else (b, a)
+    return tirx.Or(ahead, tirx.And(sc.is_nan(mine), tirx.Not(sc.is_nan(other))))
+
+
+def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> None:
+    """The extreme and its place; the first of equals, a NaN before all."""
+    x = op.inputs[0]
+    axes = axes_of(dims, len(x.shape))
+    indices = op.outputs[-1]
+
+    def row(at: Position) -> None:
+        kind = x.dtype
+        start = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
+        best, place = Cell(start), Cell(sc.constant(-1, "i64"))
+
+        def visit(full: Position) -> None:
+            here = ix.const(0)
+            for axis in axes:
+                here = ix.add(ix.mul(here, e.sizes.index(x.shape[axis])), full[axis])
+            found = e.read(x, full)
+            found = Scalar(best.dtype, found.expr)
+            # A minimum stays at the first NaN; a maximum likewise.
+            now = best.get()
+            nan_first = tirx.And(sc.is_nan(found), tirx.Not(sc.is_nan(now)))
+            wins = tirx.Or(better(found, now, 1) if sign > 0 else _below(found, now), nan_first)
+            wins = tirx.Or(wins, tirx.LT(place.get().expr, tirx.const(0, "int64")))
+            with T.If(wins), T.Then():
+                best.set(found)
+                place.set(Scalar("i64", here.expr))
+
+        over(e, x.shape, at, axes, visit)
+        last = tirx.max(place.get().expr, tirx.const(0, "int64"))
+        e.store(indices, target(indices, at, axes), Scalar("i64", last))
+        if values:
+            out = op.outputs[0]
+            e.store(out, target(out, at, axes), Scalar(out.dtype, best.get().expr))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
+
+
+def _below(a: Scalar, b: Scalar) -> Expr:
+    if a.dtype == "bool":
+        a, b = sc.cast(a, "i8"), sc.cast(b, "i8")
+    return tirx.LT(a.expr, b.expr)
+
+
+@kernel("argmax", "argmin", fuses=("self",))
+def argmax(e: Emission, op: Op) -> None:
+    sign = 1 if op.name == "aten.argmax.default" else -1
+    _first_extreme(e, op, e.named(op)["dim"], sign, values=False)
+
+
+@kernel("max.dim", "min.dim", fuses=("self",))
+def max_dim(e: Emission, op: Op) -> None:
+    sign = 1 if op.name == "aten.max.dim" else -1
+    _first_extreme(e, op, e.named(op)["dim"], sign, values=True)
+
+
+# ---- softmax ---------------------------------------------------------------------------
+
+
+def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(e.named(op)["dim"], len(x.shape))
+    kind = "f64" if out.dtype == "f64" else "f32"
+
+    def element(full: Position) -> Scalar:
+        return Scalar(kind, sc.cast(e.read(x, full), kind).expr)
+
+    def row(at: Position) -> None:
+        top = Cell(sc.lowest(kind))
+        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
+        most = e.bind(top.get())
+        if safe:  # a row of -inf becomes zeros
+            none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
+            most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
+        total = Cell(sc.constant(0.0, kind))
+
+        def share(full: Position) -> Scalar:
+            return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
+
+        over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), share(f))))
+        whole = e.bind(total.get())
+        if safe:
+            empty = tirx.EQ(whole.expr, sc.constant(0.0, kind).expr)
+            whole = e.bind(Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, whole.expr)))
+        if log:
+            shift = e.bind_expr(most.expr + T.log(whole.expr))
+            result = lambda f: Scalar(kind, element(f).expr - shift)  # noqa: E731
+        else:
+            result = lambda f: Scalar(kind, tirx.div(share(f).expr, whole.expr))  # noqa: E731
+        over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
+
+    if not x.shape:
+        e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
+        return
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
+
+
+@kernel("_softmax", "softmax.int", "_safe_softmax")
+def softmax(e: Emission, op: Op) -> None:
+    _softmax(e, op, log=False, safe=op.name == "aten._safe_softmax.default")
+
+
+@kernel("_log_softmax", "log_softmax.int")
+def log_softmax(e: Emission, op: Op) -> None:
+    _softmax(e, op, log=True)
+
+
+@kernel("logsumexp")
+def logsumexp(e: Emission, op: Op) -> None:
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(e.named(op)["dim"], len(x.shape))
+    kind = "f64" if out.dtype == "f64" else "f32"
+
+    def row(at: Position) -> None:
+        top, total = Cell(sc.lowest(kind)), Cell(sc.constant(0.0, kind))
+        read = lambda f: sc.cast(e.read(x, f), kind)  # noqa: E731
+        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
+        inf = sc.constant(math.inf, kind)
+        whole = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
+        zero = sc.constant(0.0, kind).expr
+        most = e.bind(Scalar(kind, T.Select(whole, zero, top.get().expr)))
+        share = lambda f: Scalar(kind, exp(e.bind(plus(read(f), most, -1))))  # noqa: E731
+        over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), share(f))))
+        found = Scalar(kind, most.expr + T.log(total.get().expr))
+        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
+
+
+# ---- moments and norms -----------------------------------------------------------------
+
+
+def moments(
+    e: Emission, x: Value, at: Position, axes: Sequence[int], kind: str
+) -> tuple[Scalar, Scalar, Scalar]:
+    """The mean, the sum of squared distances from it, and how many there are."""
+    total, squares = Cell(sc.constant(0.0, kind)), Cell(sc.constant(0.0, kind))
+    read = lambda f: sc.cast(e.read(x, f), kind)  # noqa: E731
+    over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), read(f))))
+    number = sc.cast(Scalar("i64", e.sizes.expr(count(x.shape, axes))), kind)
+    middle = e.bind(Scalar(kind, tirx.div(total.get().expr, number.expr)))
+
+    def square(full: Position) -> None:
+        away = e.bind(plus(read(full), middle, -1))
+        squares.set(_in_any_order(squares.get(), times(away, away)))
+
+    over(e, x.shape, at, axes, square)
+    return middle, e.bind(squares.get()), number
+
+
+def _variance(e: Emission, op: Op, root: bool, with_mean: bool) -> None:
+    x = op.inputs[0]
+    named = e.named(op)
+    axes = axes_of(named.get("dim"), len(x.shape))
+    kind = _accumulator(x.dtype)
+    correction = named.get("correction")
+    if correction is None:
+        correction = 1 if named.get("unbiased", True) else 0
+
+    def row(at: Position) -> None:
+        middle, squares, number = moments(e, x, at, axes, kind)
+        zero = sc.constant(0.0, kind)
+        freedom = larger(plus(number, sc.constant(correction, kind), -1), zero)
+        expr = tirx.div(squares.expr, freedom.expr)
+        found = Scalar(kind, T.sqrt(expr) if root else expr)
+        out = op.outputs[0]
+        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+        if with_mean:
+            out = op.outputs[1]
+            e.store(out, target(out, at, axes), sc.cast(middle, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
+
+
+@kernel("var.correction", "var", "var.dim", "std.correction", "std", "std.dim")
+def variance(e: Emission, op: Op) -> None:
+    _variance(e, op, op.name.startswith("aten.std"), False)
+
+
+@kernel("var_mean.correction", "std_mean.correction", "var_mean", "var_mean.dim")
+def var_mean(e: Emission, op: Op) -> None:
+    _variance(e, op, op.name.startswith("aten.std"), True)
+
+
+@kernel("native_layer_norm", "layer_norm")
+def layer_norm(e: Emission, op: Op) -> None:
+    named = e.named(op)
+    x = named["input"]
+    axes = tuple(range(len(x.shape) - len(named["normalized_shape"]), len(x.shape)))
+    kind = _accumulator(x.dtype)
+
+    def row(at: Position) -> None:
+        middle, squares, number = moments(e, x, at, axes, kind)
+        spread = tirx.div(squares.expr, number.expr) + sc.constant(float(named["eps"]), kind).expr
+        inverse = e.bind_expr(tirx.div(sc.constant(1.0, kind).expr, T.sqrt(spread)))
+
+        def write(full: Position) -> None:
+            away = plus(sc.cast(e.read(x, full), kind), middle, -1)
+            y = Scalar(kind, away.expr * inverse)
+            inner = full[axes[0] :]
+            if named["weight"] is not None:
+                y = times(y, sc.cast(e.read(named["weight"], inner), kind))
+            if named["bias"] is not None:
+                y = plus(y, sc.cast(e.read(named["bias"], inner), kind))
+            e.store(op.outputs[0], full, sc.cast(y, op.outputs[0].dtype))
+
+        over(e, x.shape, at, axes, write)
+        for out, found in zip(op.outputs[1:], (middle, Scalar(kind, inverse)), strict=False):
+            e.store(out, at, sc.cast(found, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=4)
+
+
+@kernel("linalg_vector_norm", fuses=("self",))
+def vector_norm(e: Emission, op: Op) -> None:
+    named = e.named(op)
+    kind = _accumulator(op.outputs[0].dtype)
+    order = float(named["ord"])
+    if order == 2:
+        reduce(
+            e,
+            op,
+            named["dim"],
+            sc.constant(0.0, kind),
+            lambda a, b: _in_any_order(a, times(b, b)),
+            lambda total, number: Scalar(kind, T.sqrt(total.expr)),
+            read_as=kind,
+        )
+    elif math.isinf(order):
+        sign = 1 if order > 0 else -1
+        first = sc.constant(0.0 if sign > 0 else math.inf, kind)
+        step = lambda a, b: larger(a, sc.absolute(b), sign)  # noqa: E731
+        reduce(e, op, named["dim"], first, step, read_as=kind)
+    else:
+        power = sc.constant(order, kind).expr
+        root = sc.constant(1 / order, kind).expr if order else None
+        reduce(
+            e,
+            op,
+            named["dim"],
+            sc.constant(0.0, kind),
+            lambda a, b: _in_any_order(a, Scalar(kind, T.pow(sc.absolute(b).expr, power))),
+            lambda total, number: total if root is None else Scalar(kind, T.pow(total.expr, root)),
+            read_as=kind,
+        )

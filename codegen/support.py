@@ -1,0 +1,79 @@
+"""What cannot be compiled, found before anything is: all of it in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import sympy
+
+from moec.codegen.generic.emit import EMIT
+from moec.codegen.generic.index import names
+from moec.codegen.generic.rules import takes_complex
+from moec.errors import UnsupportedError
+from moec.ir import Graph, Op, Value
+
+
+def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
+    """Raise UnsupportedError unless every op and every size of the graph can be compiled."""
+    problems: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        reason = _refusal(op, own_kernel)
+        if reason:
+            problems.setdefault(reason, []).append(op)
+    lines = [_line(reason, ops) for reason, ops in problems.items()]
+    lines += _sizes(graph)
+    if lines:
+        raise UnsupportedError(
+            "the model cannot be compiled:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nreplace these operations in the model, or run the part that holds them outside "
+            "of the compiled module"
+        )
+
+
+def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
+    if own_kernel(op):
+        return ""
+    if op.name not in EMIT:
+        return f"operator {op.name} has no kernel"
+    tensors = (*op.inputs, *op.outputs)
+    if any(v.dtype == "c64" for v in tensors) and not takes_complex(op.name):
+        return f"operator {op.name} has no kernel for complex numbers"
+    if op.name in ("aten.index.Tensor", "aten.index_put.default"):
+        indices = op.inputs[1:] if op.name == "aten.index.Tensor" else op.inputs[1:-1]
+        if any(v.dtype in ("bool", "u8") for v in indices):
+            return f"operator {op.name} with a mask makes a size that depends on the data"
+    if op.name == "aten.convolution.default" and op.attrs.get("transposed"):
+        return "operator aten.convolution.default has no kernel for a transposed convolution"
+    return ""
+
+
+def _line(reason: str, ops: list[Op]) -> str:
+    places = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
+    shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
+
+
+def _sizes(graph: Graph) -> Iterable[str]:
+    """A size is known when the function is called, or it is not: then nobody can compile for it."""
+    known = {
+        dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)
+    }
+    reported: set[str] = set()
+    for op in graph.ops:
+        for value in op.outputs:
+            unknown = names(*value.shape) - known - reported
+            for name in sorted(unknown):
+                yield (
+                    f"size {name} of {value.name} depends on the data "
+                    f"(made by {op.name} at {op.origin or op.outputs[0].name})"
+                )
+            reported |= unknown
+    for value in graph.inputs:
+        for name in sorted(_hidden(value) - known - reported):
+            yield f"size {name} stands in no input alone, only in {value}"
+            reported.add(name)
+
+
+def _hidden(value: Value) -> set[str]:
+    return names(*value.shape)
