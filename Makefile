@@ -34,7 +34,8 @@ $(installed): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"moec needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
 	@$(python) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(venv)
-	$(python) -m pip install --quiet --editable '.[hf,dev]'
+	@echo 'installing moec and what it needs into $(venv): a minute or two'
+	@$(python) -m pip install --quiet --disable-pip-version-check --editable '.[hf,dev]'
 	@touch $@
 
 clean:

@@ -1,0 +1,81 @@
+"""A module of your own: what moec recognises in it, and what it declines, with the reason.
+
+The first layer is mixture-of-experts code as people write it: a router, and a loop that gives every
+expert the tokens that chose it. The second mixes all of its experts for every token, which looks
+similar and is not routing: it stays what it is, and the compiler says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moec
+
+
+def feed_forward(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class Routed(nn.Module):
+    """Each token goes to the two experts that its router likes best."""
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(feed_forward(width, hidden) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        weights, chosen = F.softmax(self.router(x), dim=-1).topk(2, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == index)
+            y = y.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+class Mixed(nn.Module):
+    """Every token takes a little of every expert."""
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(feed_forward(width, hidden) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        weights = F.softmax(self.router(x), dim=-1)
+        each = torch.stack([expert(x) for expert in self.experts], dim=1)  # [T, E, D]
+        return (weights[:, :, None] * each).sum(dim=1)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = Routed(width=64, hidden=128, experts=8)
+        self.mixed = Mixed(width=64, hidden=128, experts=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.routed(x)
+        return x + self.mixed(x)
+
+
+torch.manual_seed(0)
+model = Model().eval()
+x = torch.randn(33, 64)
+compiled = moec.compile(model, (x,))
+
+print("recognised:")
+for block in compiled.blocks:
+    print(f"  {block.name}: {block.experts} experts, top-{block.top_k}, {block.router}")
+    print(f"    experts {block.activation}, written as {block.form}, run by {block.kernel}")
+print("declined:")
+for candidate in compiled.declined:
+    print(f"  {candidate.where}: {candidate.reason}")
+
+with torch.inference_mode():
+    for tokens in (0, 1, 33, 500):  # the number of tokens is free
+        x = torch.randn(tokens, 64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+print("equal to eager for 0, 1, 33 and 500 tokens")
