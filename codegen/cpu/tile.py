@@ -201,11 +201,11 @@ class Tile:
                 for i, r in enumerate(x_rows):
                     add(i, v.splat(v.scalar(x, [r, k])), b, fma)
             else:
-                halves = [[v.low(c) for c in b], [v.high(c) for c in b]] if lay.pairs else [b]
-                for h, half in enumerate(halves):
+                halves = (v.low, v.high) if lay.pairs else (v.bind,)
+                for h, take in enumerate(halves):
+                    half = [take(c) for c in b]
                     for i in range(len(x_rows)):
-                        at = step * len(halves) + h
-                        add(i, v.splat(panel[i, at]), half, fma)
+                        add(i, v.splat(panel[i, step * len(halves) + h]), half, fma)
         if odd:
             with T.If(stop == lay.depth), T.Then():
                 b = weights(lay.depth - 1)
