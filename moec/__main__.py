@@ -6,6 +6,7 @@ moec, 130 interrupted. MOEC_DEBUG=1 shows the traceback of whatever went wrong.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import click
 
-from moec.errors import MoecError
+from moec.errors import MoecError, UsageError
 
 # What each command is, so that `moec --help` and completion import none of them.
 COMMANDS = {
@@ -51,6 +52,11 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise UsageError(f"no such command {args[0]!r}; {_nearest(args[0])}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, doc) for name, (_, doc) in COMMANDS.items()])
@@ -82,11 +88,18 @@ class LazyGroup(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _nearest(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, 1)
+    return f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+
+
 def verdict(error: Exception) -> tuple[int, str]:
     """The exit code and the one line that stand for an error."""
     match error:
         case MoecError():
             return error.exit_code, f"error: {error}"
+        case click.exceptions.NoArgsIsHelpError():
+            return 1, error.format_message()
         case click.UsageError():
             hint = f"; see {error.ctx.command_path} --help" if error.ctx else ""
             return 1, f"error: {error.format_message().rstrip('.')}{hint}"

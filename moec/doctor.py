@@ -177,7 +177,9 @@ def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
             continue
         if process.returncode:
             lines = said.strip().splitlines()
-            faults[name] = lines[-1] if lines else f"ended with {process.returncode}"
+            code = process.returncode
+            how = f"ended with signal {-code}" if code < 0 else f"ended with {code}"
+            faults[name] = lines[-1] if lines else how
     return faults
 
 
@@ -186,11 +188,12 @@ def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
 
 def linker(env: Mapping[str, str], which: Callable[[str], str | None]) -> Check:
     """The compiler driver that links kernels into a library: CXX, CC or the first found."""
-    named = env.get("CXX") or env.get("CC")
-    if named:
+    variable = "CXX" if env.get("CXX") else "CC"
+    if named := env.get(variable):
         if which(named):
-            return Check("linker", OK, f"{named} (from {'CXX' if env.get('CXX') else 'CC'})")
-        return Check("linker", BAD, f"{named} is named by CXX or CC but not found", "unset it")
+            return Check("linker", OK, f"{named} (from {variable})")
+        says = f"{variable} names {named}, which is not there"
+        return Check("linker", BAD, says, f"unset {variable}, or install {named}")
     for name in ("g++", "gcc", "clang++", "clang", "c++", "cc"):
         if path := which(name):
             return Check("linker", OK, path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moec.report import BlockLine, DeclinedLine, ErrorLine, PassLine, PortLine, Report
@@ -69,8 +70,8 @@ def shape(line: PortLine) -> str:
     return f"{line.dtype}[{', '.join(line.shape)}]"
 
 
-def render(report: Report, width: int | None = None, color: bool = False) -> str:
-    """The report as text: at most `width` columns, or as wide as the terminal."""
+def render(report: Report, width: int = 100, color: bool = False) -> str:
+    """The report as text, at most `width` columns wide."""
     from rich.console import Console
 
     out = io.StringIO()
@@ -88,6 +89,11 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
+def terminal_width() -> int:
+    """How wide to print: as the terminal, within reason; 100 where there is none."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 140)
+
+
 def _parts(report: Report) -> Iterable[RenderableType]:
     from rich.text import Text
 
@@ -96,7 +102,7 @@ def _parts(report: Report) -> Iterable[RenderableType]:
     yield _facts(report)
     yield ""
     if report.blocks:
-        yield _blocks(report.blocks)
+        yield from _blocks(report.blocks)
     else:
         yield Text("No MoE block was recognised: the model is compiled as it is.")
     if report.declined:
@@ -118,17 +124,13 @@ def _grid(*columns: str) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
-        right = column in ("experts", "top-k", "parameters", "active", "rewrites", "ops", "seconds")
+        right = column in ("rewrites", "ops", "seconds")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
 
 def _facts(report: Report) -> Any:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+    table = _facts_grid()
     total, active = report.parameters, report.active_parameters
     if total:
         share = f", {count(active)} active per token ({active / total:.0%})"
@@ -158,26 +160,40 @@ def _bounds(name: str, low: int, high: int | None) -> str:
     return f"{name} from {low}" if high is None else f"{name} {low} to {high}"
 
 
-def _blocks(blocks: Sequence[BlockLine]) -> Any:
+def _blocks(blocks: Sequence[BlockLine]) -> Iterable[RenderableType]:
+    """Blocks that differ in nothing but their name are described once."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     plural = "block" if len(blocks) == 1 else "blocks"
-    extra = [c for c in ("shared", "kernel") if any(getattr(b, c) for b in blocks)]
-    table = _grid(
-        f"{len(blocks)} MoE {plural}", "experts", "top-k", "router", "activation", "form", *extra,
-        "parameters", "active",
-    )  # fmt: skip
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    yield Text(f"{len(blocks)} MoE {plural}", style="bold")
+    groups: dict[BlockLine, list[str]] = {}
     for block in blocks:
-        key = tuple(v for k, v in asdict(block).items() if k != "name")
-        groups.setdefault(key, []).append(block.name)
-    by_name = {block.name: block for block in blocks}
-    for names in groups.values():
-        block = by_name[names[0]]
-        times = len(names)
+        groups.setdefault(replace(block, name=""), []).append(block.name)
+    for block, names in groups.items():
+        yield Text(fold(names))
+        table = _facts_grid()
+        each = " each" if len(names) > 1 else ""
+        table.add_row("experts", f"{block.top_k} of {block.experts} per token, {block.activation}")
+        table.add_row("router", block.router)
+        if block.shared:
+            table.add_row("shared", block.shared)
         table.add_row(
-            fold(names), str(block.experts), str(block.top_k), block.router, block.activation,
-            block.form, *(getattr(block, c) or "-" for c in extra),
-            count(block.parameters * times), count(block.active_parameters * times),
-        )  # fmt: skip
+            "parameters",
+            f"{count(block.parameters)}{each}, {count(block.active_parameters)} active per token",
+        )
+        table.add_row("written as", block.form)
+        if block.kernel:
+            table.add_row("kernel", block.kernel)
+        yield Padding(table, (0, 0, 0, 2))
+
+
+def _facts_grid() -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=10)
+    table.add_column(overflow="fold")
     return table
 
 

@@ -96,9 +96,9 @@ def command(
 
         click.echo(print_graph(compiled.steps[-1].program.graph), nl=False)
     elif not quiet:
-        from moec.report_text import render
+        from moec.report_text import render, terminal_width
 
-        click.echo(render(report, color=_stdout_is_terminal()), nl=False)
+        click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
         if builds:
             click.echo(f"wrote {output}")
 

@@ -57,9 +57,9 @@ def command(
         return
     import sys
 
-    from moec.report_text import render
+    from moec.report_text import render, terminal_width
 
-    click.echo(render(report, color=sys.stdout.isatty()), nl=False)
+    click.echo(render(report, terminal_width(), color=sys.stdout.isatty()), nl=False)
     if picture:
         click.echo(f"\ndrew {picture}")
 

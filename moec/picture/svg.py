@@ -7,7 +7,7 @@ to fetch. Sizes are pixels; text is measured by a guess of its width and cut to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import quoteattr
 
 from moec.picture.marks import (
     DARK,
@@ -68,7 +68,7 @@ def svg(scene: Scene, *, standalone: bool = True) -> tuple[str, list[Part]]:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {num(width)} {num(height)}" '
         f'width="{num(width)}" height="{num(height)}" role="img" '
-        f'aria-label="{escape(scene.title)}">'
+        f"aria-label={quoteattr(scene.title)}>"
     )
     body = "\n".join(canvas.marks)
     paper = f'<rect class="paper" width="{num(width)}" height="{num(height)}" rx="12"/>'
@@ -230,7 +230,7 @@ def _moe(canvas: Canvas, part: Part, block: BlockLine, middle: float, y: float) 
         rect(x, y, width, height, "k-moe tint", 12), rect(x, y, width, height, "edge s-moe", 12)
     )
     canvas.add(text(x + 18, y + 26, part.label, "ink name", 26))
-    chip(canvas, x + 28 + 7.6 * min(len(part.label), 26), y + 12, "MoE", "moe")
+    chip(canvas, x + 32 + 8 * min(len(part.label), 26), y + 12, "MoE", "moe")
     share = f"{count(part.parameters)}, {count(part.active)} active"
     canvas.add(text(x + width - 18, y + 26, share, "soft small", 34, "end"))
     top = y + 42

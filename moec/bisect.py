@@ -1,0 +1,195 @@
+"""Which rewrite changed the numbers: passes are run with less and less fuel until it is found.
+
+Graphs are compared in eager PyTorch with every bf16 and f16 widened to float32, so that a
+difference is one of meaning and not of rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moec.errors import InputError
+from moec.evaluate import evaluate
+from moec.ir import FLOATS, Graph, Program, Value
+from moec.passes.prove import widen
+from moec.passes.runner import Pass, run
+
+TOLERANCE = 2e-4
+_PASS_ON = (
+    "aten.alias.default",
+    "aten.reshape.default",
+    "aten.clone.default",
+    "aten._to_copy.default",
+)
+
+Inputs = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first rewrite after which the results differ. `rewrite` counts from 1 in the pass."""
+
+    pass_name: str
+    rewrite: int
+    of: int
+    what: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """`errors` are those after each pass, as far as it went."""
+
+    tolerance: float
+    rewrites: int
+    errors: tuple[tuple[str, float], ...]
+    culprit: Culprit | None = None
+
+    def __str__(self) -> str:
+        if self.culprit is None:
+            worst = max((error for _, error in self.errors), default=0.0)
+            return (
+                f"{self.rewrites} rewrites in {len(self.errors)} passes, and none changes the "
+                f"numbers: the greatest error is {worst:.1e}, allowed are {self.tolerance:.0e}"
+            )
+        c = self.culprit
+        which = f"{c.rewrite} of {c.of}, {c.what}" if c.of else "the pass as a whole"
+        return (
+            "The first rewrite that changes the numbers:\n"
+            f"  pass     {c.pass_name}\n"
+            f"  rewrite  {which}\n"
+            f"  error    {c.before:.1e} before, {c.after:.1e} after "
+            f"(allowed {self.tolerance:.0e})\n"
+            f"Leave the pass out with --passes -{c.pass_name}, and report it."
+        )
+
+
+def bisect(
+    program: Program,
+    passes: Sequence[Pass],
+    cases: Sequence[Inputs],
+    *,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Bisection:
+    """The first rewrite of `passes` after which some case differs by more than `tolerance`.
+
+    `cases` are inputs of the program's graph (states' contents last). The search halves the
+    rewrites of the first pass that breaks, so it finds a rewrite with the numbers right before
+    it and wrong after it.
+    """
+    expected = [_results(program, case) for case in cases]
+
+    def error(made: Program) -> float:
+        return max(
+            (distance(_results(made, c), e) for c, e in zip(cases, expected, strict=True)),
+            default=0.0,
+        )
+
+    steps = run(program, passes)
+    rewrites = sum(step.rewrites for step in steps)
+    errors: list[tuple[str, float]] = []
+    before, spent = 0.0, 0
+    for index, (last, step) in enumerate(zip(steps, steps[1:], strict=False)):
+        progress(f"compare after {step.name}")
+        after = before if step.program is last.program else error(step.program)
+        errors.append((step.name, after))
+        if not after <= tolerance:
+            low, high = spent, spent + step.rewrites  # fuel: right with low, wrong with high
+            what = step.last
+            while high - low > 1:
+                middle = (low + high) // 2
+                progress(f"halve {step.name}, {high - low} rewrites left")
+                made = run(program, passes[: index + 1], fuel=middle)[-1]
+                found = error(made.program)
+                if found <= tolerance:
+                    low, before = middle, found
+                else:
+                    high, after, what = middle, found, made.last
+            culprit = Culprit(step.name, high - spent, step.rewrites, what, before, after)
+            return Bisection(tolerance, rewrites, tuple(errors), culprit)
+        before, spent = after, spent + step.rewrites
+    return Bisection(tolerance, rewrites, tuple(errors))
+
+
+def _results(program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    graph = replace(program.graph, outputs=program.graph.results, states=())
+    weights = {param.name: _wide(program.weights[param.name]) for param in graph.params}
+    with torch.no_grad():
+        return evaluate(widen(graph), [_wide(tensor) for tensor in inputs], weights)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    low = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if low else tensor
+
+
+def distance(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The greatest difference over the greatest magnitude of each tensor, of them all.
+
+    Infinite where shapes differ, or infinities and NaN do not stand in the same places.
+    """
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        if not a.numel():
+            continue
+        a, b = a.double(), b.double()
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            return math.inf
+        if bool(finite.any()):
+            scale = float(b[finite].abs().max()) or 1.0
+            worst = max(worst, float((a[finite] - b[finite]).abs().max()) / scale)
+    return worst
+
+
+def random_like(
+    program: Program, example: Inputs, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Inputs of the example's sizes: floats at random, ids at random within their table.
+
+    Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
+    what they start with.
+    """
+    made: list[torch.Tensor] = []
+    for value, tensor in zip(program.graph.inputs, example, strict=False):
+        rows = table_rows(program.graph, value)
+        if value.dtype in FLOATS:
+            made.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+        elif rows:
+            made.append(torch.randint(rows, tensor.shape, generator=generator, dtype=tensor.dtype))
+        else:
+            made.append(tensor)
+    return made + [program.weights[state.before.name] for state in program.graph.states]
+
+
+def table_rows(graph: Graph, value: Value) -> int:
+    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
+    rows: list[int] = []
+    for op in graph.readers.get(value, ()):
+        if op.name == "aten.embedding.default" and op.inputs[1] is value:
+            size = op.inputs[0].shape[0]
+            rows += [size] if isinstance(size, int) else []
+        elif op.name in _PASS_ON:
+            rows += [r] if (r := table_rows(graph, op.outputs[0])) else []
+    return min(rows, default=0)
+
+
+def random_cases(
+    program: Program, example: Inputs, *, count: int = 2, seed: int = 0
+) -> list[list[torch.Tensor]]:
+    """Random inputs for a captured program, made from the inputs that it was captured with.
+
+    Raises InputError where there are none.
+    """
+    if not example and program.graph.inputs:
+        raise InputError("the model was captured without example inputs; give some to bisect it")
+    generator = torch.Generator().manual_seed(seed)
+    return [random_like(program, example, generator) for _ in range(count)]

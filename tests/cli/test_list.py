@@ -1,0 +1,39 @@
+"""moec list: passes, targets and models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec import target
+from moec.families import FAMILIES, FORMS
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(front.cli, ["list", *arguments], prog_name="moec")
+
+
+def test_targets() -> None:
+    rows = json.loads(run("targets", "--json").stdout)
+    assert [row["target"] for row in rows] == ["cpu", *target.TARGETS, "llvm:-mcpu=..."]
+    assert rows[0]["here"] == f"{target.host().name}, this machine's"
+    assert all(name in run("targets").stdout for name in target.TARGETS)
+
+
+def test_models() -> None:
+    shown = run("models").stdout
+    for family in FAMILIES:
+        assert family.model_type in shown
+    for form in FORMS:
+        assert form in shown
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_families_exist(family: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, family.architecture)
+    assert model.config_class.model_type in (family.model_type, "llama4", "gpt_oss")

@@ -1,0 +1,155 @@
+"""The front door: help without imports, exit codes, one sentence for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.errors import UsageError, VerificationError
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> Any:
+    return CliRunner().invoke(front.cli, arguments, env=env, prog_name="moec")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """`moec doctor` raises `error`."""
+
+    @click.command("doctor")
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(front.LazyGroup, "get_command", lambda self, ctx, name: command)
+
+
+def test_help_lists_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in front.COMMANDS:
+        assert f"  {name} " in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(front.COMMANDS))
+def test_every_command_has_help_and_its_line(name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0, result.stderr
+    assert f"Usage: moec {name}" in result.stdout
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.stdout.startswith("moec 0.")
+
+
+def test_no_command_shows_the_help() -> None:
+    result = run()
+    assert result.exit_code == 1
+    assert "Usage: moec" in result.stderr
+    assert "error" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compil"], "error: no such command 'compil'; did you mean compile?"),
+        (["frobnicate"], "error: no such command 'frobnicate'; the commands are compile, run"),
+        (["compile"], "error: Missing argument 'MODEL'; see moec compile --help"),
+        (["compile", "m", "--verify", "soon"], "'soon' is not a tolerance"),
+        (["compile", "m", "--verify", "-1"], "'-1' is not a tolerance"),
+        (["compile", "m", "--verify", "nan"], "'nan' is not a tolerance"),
+        (["compile", "m", "--dtype", "int8"], "'int8' is not one of float32, bfloat16, float16"),
+        (["compile", "m", "-O", "4"], "4 is not in the range 0<=x<=3"),
+        (["compile", "m", "--fast"], "error: No such option"),
+        (["list", "cats"], "'cats' is not one of 'passes', 'targets', 'models'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
+
+
+def test_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, UsageError("the model is missing"))
+    result = run("doctor")
+    assert (result.exit_code, result.stderr) == (1, "error: the model is missing\n")
+
+
+def test_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, VerificationError("fuse-gate changes the numbers"))
+    result = run("doctor")
+    assert (result.exit_code, result.stderr) == (2, "error: fuse-gate changes the numbers\n")
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "out.moec"))
+    result = run("doctor")
+    assert (result.exit_code, result.stderr) == (1, "error: out.moec: No space left on device\n")
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, MemoryError())
+    assert run("doctor").stderr == "error: this machine has too little free memory for the model\n"
+
+
+def test_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, ZeroDivisionError("division\nby zero"))
+    result = run("doctor")
+    assert result.exit_code == 70
+    assert result.stderr == (
+        "ZeroDivisionError: division by zero\n"
+        "this is a defect of moec; MOEC_DEBUG=1 shows the traceback\n"
+    )
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, UsageError("the model is missing"))
+    result = run("doctor", env={"MOEC_DEBUG": "1"})
+    assert isinstance(result.exception, UsageError)
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    result = run("doctor")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+
+
+def test_completion_offers_the_commands() -> None:
+    result = run(
+        env={"_MOEC_COMPLETE": "bash_complete", "COMP_WORDS": "moec co", "COMP_CWORD": "1"}
+    )
+    assert result.stdout == "plain,compile\n"
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from moec.__main__ import cli\n"
+        "try: cli(sys.argv[1:], prog_name='moec')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'tvm', 'sympy', 'numpy', 'rich', 'transformers', 'numba'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["--version"], ["compile", "--help"], ["inspect", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+        )
+        assert done.stderr == "[]\n", arguments
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moec", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no such command 'nonsense'")
