@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -95,7 +96,7 @@ def bisect(
     rewrites = sum(step.rewrites for step in steps)
     errors: list[tuple[str, float]] = []
     before, spent = 0.0, 0
-    for index, (last, step) in enumerate(zip(steps, steps[1:], strict=False)):
+    for index, (last, step) in enumerate(pairwise(steps)):
         progress(f"compare after {step.name}")
         after = before if step.program is last.program else error(step.program)
         errors.append((step.name, after))

@@ -15,25 +15,28 @@ from moec.report import (
 )
 from moec.text import parse
 
+LAYER = """
+  n#: f32[T, 8] = aten.mul.Tensor(IN, layers.#.norm.weight) @ layers.#.norm
+  a#: f32[T, 8] = aten.linear.default(n#, layers.#.attn.weight) @ layers.#.attn
+  r#: f32[T, 8] = aten.add.Tensor(IN, a#) @ layers.#
+  g#: f32[T, 4] = aten.linear.default(r#, layers.#.moe.router.weight) @ layers.#.moe.router
+  w#: f32[T, 2], e#: i64[T, 2] = moe.route(g#) <k=2> @ layers.#.moe
+  d#: f32[2*T, 8], o#: i32[2*T], s#: i32[4] = moe.dispatch(r#, e#) <num_experts=4> @ layers.#.moe
+  m#: f32[2*T, 8] = moe.experts(d#, s#, layers.#.moe.up) @ layers.#.moe {
+    graph body(x: f32[R, 8]; up: f32[8, 8]) {
+      y: f32[R, 8] = aten.linear.default(x, up)
+      return y
+    }
+  }
+  c#: f32[T, 8] = moe.combine(m#, o#, w#)
+    <k=2, tokens={T}, dtype=f32, weighted=true> @ layers.#.moe
+  x#: f32[T, 8] = aten.add.Tensor(r#, c#) @ layers.#
+"""
 
-def layer(i: int, x: str, experts: int = 4) -> str:
-    """A norm, a linear "attention" and an MoE block of ATen ops, each with a residual."""
-    at = f"layers.{i}"
-    return f"""
-      n{i}: f32[T, 8] = aten.mul.Tensor({x}, {at}.norm.weight) @ {at}.norm
-      a{i}: f32[T, 8] = aten.linear.default(n{i}, {at}.attn.weight) @ {at}.attn
-      r{i}: f32[T, 8] = aten.add.Tensor({x}, a{i}) @ {at}
-      g{i}: f32[T, {experts}] = aten.linear.default(r{i}, {at}.moe.router.weight) @ {at}.moe.router
-      w{i}: f32[T, 2], e{i}: i64[T, 2] = moe.route(g{i}) <k=2> @ {at}.moe
-      d{i}: f32[2*T, 8], o{i}: i32[2*T], s{i}: i32[{experts}] = moe.dispatch(r{i}, e{i}) <num_experts={experts}> @ {at}.moe
-      m{i}: f32[2*T, 8] = moe.experts(d{i}, s{i}, {at}.moe.up) @ {at}.moe {{
-        graph body(x: f32[R, 8]; up: f32[8, 8]) {{
-          y: f32[R, 8] = aten.linear.default(x, up)
-          return y
-        }}
-      }}
-      c{i}: f32[T, 8] = moe.combine(m{i}, o{i}, w{i}) <k=2, tokens={{T}}, dtype=f32, weighted=true> @ {at}.moe
-      x{i}: f32[T, 8] = aten.add.Tensor(r{i}, c{i}) @ {at}"""
+
+def layer(i: int, x: str) -> str:
+    """A norm, a linear "attention" and an MoE block, each with its residual."""
+    return LAYER.replace("#", str(i)).replace("IN", x)
 
 
 def graph(layers: int = 3) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -173,8 +174,6 @@ def test_as_many_experts_are_picked_as_are_chosen(sizes: tuple[int, int]) -> Non
 @given(st.lists(st.tuples(st.integers(-1, 9), st.integers(1, 9)).map(sorted), max_size=8))
 def test_skips_that_overlap_have_lanes_of_their_own(pairs: list[list[int]]) -> None:
     edges = sorted({(a, b + 1) for a, b in pairs})
-    found = lanes(edges)
-    for (a, lane_a), (b, lane_b) in (
-        (x, y) for x in zip(edges, found) for y in zip(edges, found) if x[0] < y[0]
-    ):
+    placed = list(zip(edges, lanes(edges), strict=True))
+    for (a, lane_a), (b, lane_b) in itertools.combinations(placed, 2):
         assert lane_a != lane_b or a[1] <= b[0] or b[1] <= a[0]

@@ -40,12 +40,14 @@ def test_plain_lines_are_written_as_phases_start() -> None:
 
 def test_a_failure_names_its_phase() -> None:
     out, times = io.StringIO(), ticking()
-    with (
-        pytest.raises(ValueError, match="broken"),
-        Progress(stream=out, clock=lambda: next(times)) as progress,
-    ):
-        progress.phase("pack")
-        raise ValueError("broken")
+
+    def work() -> None:
+        with Progress(stream=out, clock=lambda: next(times)) as progress:
+            progress.phase("pack")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        work()
     assert out.getvalue().splitlines()[-1] == "[    3.0 s] failed in pack"
 
 
