@@ -7,6 +7,7 @@ the [E, K, N] stack.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,6 +94,7 @@ class _Canonical:
         self.new: dict[Value, Value] = {}
         self.made: dict[Value, Prepared] = {p: Prepared(i) for i, p in enumerate(body.params)}
         self.ops: list[Op] = []
+        self.reads = Counter(v for op in body.ops for v in op.inputs)
 
     def op(self, old: Op) -> None:
         inputs = tuple(self.new.get(v, v) for v in old.inputs)
@@ -105,8 +107,27 @@ class _Canonical:
             if set(op.attrs) & {"alpha", "beta"} or len(inputs[0].shape) != 1:
                 raise NoMatch("addmm with factors is not a linear layer")
             self.linear(op, inputs[1], inputs[2], inputs[0])
-        else:
+        elif not self.bias(op):
             self.ops.append(op)
+
+    def bias(self, op: Op) -> bool:
+        """linear(x, w) + b becomes linear(x, w, b) where nothing else stands between."""
+        if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs or not self.ops:
+            return False
+        last = self.ops[-1]
+        for product, bias in (op.inputs, op.inputs[::-1]):
+            if (
+                last.name == "aten.linear.default"
+                and last.outputs == (product,)
+                and len(last.inputs) == 2
+                and bias in self.made
+                and bias.shape == product.shape[-1:]
+                and op.outputs[0].type == product.type
+                and self.reads[product] == 1
+            ):
+                self.ops[-1] = Op(last.name, (*last.inputs, bias), op.outputs)
+                return True
+        return False
 
     def is_weight(self, value: Value) -> bool:
         return value in self.made and len(value.shape) == 2

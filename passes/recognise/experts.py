@@ -14,7 +14,7 @@ from typing import ClassVar
 from moec.errors import IRError, NoMatch
 from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.prove import Prover
-from moec.passes.recognise import hf
+from moec.passes.recognise import batched, hf
 from moec.passes.recognise.block import Proposal, emit_block
 from moec.passes.recognise.region import Emitter, Scope
 from moec.passes.rewrite import Builder, rebuild
@@ -23,7 +23,10 @@ from moec.passes.runner import Log
 Anchors = Callable[[Scope], Iterator[Op]]
 Propose = Callable[[Scope, Op], Iterator[Proposal]]
 
-FORMS: tuple[tuple[Anchors, Propose], ...] = ((hf.anchors, hf.propose),)
+FORMS: tuple[tuple[Anchors, Propose], ...] = (
+    (hf.anchors, hf.propose),
+    (batched.anchors, batched.propose),
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,16 @@ class RecogniseExperts:
         scope = Scope(program.graph)
         prover = Prover(program.weights)
         found: dict[Op, Proposal] = {}
+        covered: set[Op] = set()
         for anchors, propose in FORMS:
             for anchor in anchors(scope):
+                if anchor in covered:
+                    continue
                 block = first_proved(scope, anchor, propose, prover, log)
                 if block is None:
                     continue
                 at = scope.graph.producers[block.output]
+                covered.update(scope.upstream([block.output], block.cut))
                 if at not in found and log.spend(f"{block.form} {at}"):
                     found[at] = block
         return replace(program, graph=splice(scope.graph, found))

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
+from moec.aten import overload
 from moec.errors import NoMatch
 from moec.ir import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.rewrite import Builder
@@ -43,6 +46,15 @@ class Scope:
     @cached_property
     def params(self) -> frozenset[Value]:
         return frozenset(self.graph.params)
+
+    @cached_property
+    def constants(self) -> frozenset[Value]:
+        """Params, and what is made of params alone."""
+        found = set(self.graph.params)
+        for op in self.graph.ops:
+            if op.inputs and op.name.startswith("aten.") and found.issuperset(op.inputs):
+                found.update(op.outputs)
+        return frozenset(found)
 
     def maker(self, value: Value) -> Op | None:
         return self.graph.producers.get(value)
@@ -160,3 +172,82 @@ class Emitter:
         if axis:
             attrs["dim"] = axis
         return self("aten.stack.default", values, [wanted], attrs=attrs)[0]
+
+
+ROUTING = frozenset(
+    {
+        "aten.arange.default",
+        "aten.arange.start",
+        "aten.arange.start_step",
+        "aten.argmax.default",
+        "aten.amax.default",
+        "aten.bmm.default",
+        "aten.cat.default",
+        "aten.cumsum.default",
+        "aten.empty_like.default",
+        "aten.expand.default",
+        "aten.full.default",
+        "aten.full_like.default",
+        "aten.gather.default",
+        "aten.index.Tensor",
+        "aten.linalg_vector_norm.default",
+        "aten.max.dim",
+        "aten.nonzero.default",
+        "aten.ones_like.default",
+        "aten.permute.default",
+        "aten.scalar_tensor.default",
+        "aten.scatter.src",
+        "aten.scatter.value",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.softmax.int",
+        "aten._softmax.default",
+        "aten.sort.default",
+        "aten.sort.stable",
+        "aten.split_with_sizes.default",
+        "aten.stack.default",
+        "aten.sum.dim_IntList",
+        "aten.topk.default",
+        "aten.zeros_like.default",
+        *VIEWS,
+        *CASTS,
+    }
+)
+"""What routers are made of, besides element-wise ops."""
+
+CHOICES = frozenset(
+    {
+        "aten.topk.default",
+        "aten.argmax.default",
+        "aten.max.dim",
+        "aten.sort.default",
+        "aten.sort.stable",
+    }
+)
+
+
+def is_routing(op: Op) -> bool:
+    if op.name in ROUTING:
+        return True
+    return op.name.startswith("aten.") and torch.Tag.pointwise in overload(op.name).tags
+
+
+def choices(scope: Scope, values: Iterable[Value], limit: int = 400) -> tuple[Op, ...]:
+    """The ops that choose experts for `values`, seen through routing alone, in order."""
+    stack, seen = list(values), set(values)
+    found: dict[Op, None] = {}
+    while stack and len(seen) < limit:
+        op = scope.maker(stack.pop())
+        if op is None or not is_routing(op):
+            continue
+        if op.name in CHOICES:
+            found[op] = None
+        for value in op.inputs:
+            if value not in seen:
+                seen.add(value)
+                stack.append(value)
+    return tuple(sorted(found, key=scope.position.__getitem__))
+
+
+def chooses(scope: Scope, value: Value) -> bool:
+    return bool(choices(scope, [value]))

@@ -1,0 +1,143 @@
+"""Forms 3 to 6: products of rows with stacks of expert weights.
+
+    3. weights picked per row, w[ids] -> [T, k, H, D], and a batched product
+    4. rows sorted by expert, and a grouped product over the stack
+    5. rows put into [E, C, D] by a product with a dispatch mask, then a batched product
+    6. every expert for every token, then weights that are zero for the others, or a gather
+
+From the first such product the rows are followed forward until they are tokens again.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from moec.errors import NoMatch
+from moec.ir import Op, Value
+from moec.passes.recognise.block import Proposal
+from moec.passes.recognise.layout import Layout, divide
+from moec.passes.recognise.region import CASTS, VIEWS, Scope
+from moec.passes.recognise.routing import Evidence, hypotheses
+from moec.passes.recognise.rows import PRODUCTS, Reader
+from moec.sizes import Dim, product
+
+_AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
+"""What may follow the sum over a token's choices."""
+
+
+def anchors(scope: Scope) -> Iterator[Op]:
+    for op in scope.graph.ops:
+        if op.name in PRODUCTS and any(stacked(scope, v) for v in op.inputs):
+            yield op
+
+
+def stacked(scope: Scope, value: Value) -> bool:
+    """Whether `value` is a stack of matrices, or picked from one."""
+    while True:
+        source = scope.behind(value, VIEWS | {"aten.permute.default", "aten.expand.default"})
+        if source in scope.constants:
+            return len(source.shape) == 3
+        op = scope.made_by(source, "aten.index.Tensor", "aten.index_select.default")
+        if op is None:
+            return False
+        value = op.inputs[0]
+
+
+def propose(scope: Scope, anchor: Op) -> Iterator[Proposal]:
+    reader = Reader(scope)
+    layout = reader.product(anchor)
+    if layout is None:
+        raise NoMatch(f"{anchor.name} is no product of rows with a stack")
+    reader.memo[anchor.outputs[0]] = layout
+    yield from follow(reader, anchor)
+
+
+def follow(reader: Reader, anchor: Op) -> Iterator[Proposal]:
+    ends = walk(reader, anchor)
+    reasons = reader.why.get(anchor.outputs[0], "")
+    if not ends:
+        raise NoMatch(reasons or "the rows never become tokens again")
+    for value, layout in ends:
+        yield from at_end(reader, value, layout)
+
+
+def walk(reader: Reader, anchor: Op) -> list[tuple[Value, Layout]]:
+    """Where the rows are tokens again, the likeliest first."""
+    scope = reader.scope
+    heap: list[tuple[int, Op]] = []
+    seen: set[Op] = set()
+
+    def push(value: Value) -> None:
+        for op in scope.graph.readers.get(value, ()):
+            if op not in seen:
+                seen.add(op)
+                heapq.heappush(heap, (scope.position[op], op))
+
+    tokens = rows_of(reader)
+    summed: list[tuple[Value, Layout]] = []
+    plain: list[tuple[Value, Layout]] = []
+    unsummed: list[tuple[Value, Layout]] = []
+    push(anchor.outputs[0])
+    last = ""
+    while heap and len(seen) < 3000:
+        _, op = heapq.heappop(heap)
+        sources = [reader.memo[v] for v in op.inputs if v in reader.memo]
+        if any(s.reduced for s in sources) and op.name not in _AFTER:
+            continue
+        try:
+            layouts = reader.apply(op)
+        except NoMatch as why:
+            last = str(why)
+            reader.opaque_values.update(op.outputs)
+            continue
+        reader.keep(op, layouts)
+        for value, layout in zip(op.outputs, layouts, strict=True):
+            if layout is None or not layout.applied:
+                continue
+            push(value)
+            if layout.rows == tokens:
+                (summed if layout.reduced else plain).append((value, layout))
+            elif layout.reduced and divide(layout.rows, tokens) is not None:
+                unsummed.append((value, layout))
+    if last:
+        reader.why[anchor.outputs[0]] = last
+    return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2]]
+
+
+def rows_of(reader: Reader) -> Dim:
+    assert reader.x is not None
+    return product(reader.x.shape[:-1])
+
+
+def form_of(reader: Reader) -> str:
+    if "ends" in reader.uses:
+        return "sort + grouped_mm"
+    if "dispatch" in reader.uses:
+        return "dense dispatch with capacity"
+    if "ids" in reader.uses:
+        return "gathered weights"
+    return "evaluate all, then select"
+
+
+def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
+    assert reader.x is not None
+    assert reader.experts is not None
+    body, stacks = reader.body(layout)
+    evidence = Evidence(reader.uses, reader.experts, rows_of(reader), product(value.shape[:-1]))
+    for choice in hypotheses(reader.scope, evidence):
+        yield Proposal(
+            form=form_of(reader),
+            output=value,
+            x=reader.x,
+            experts=choice.experts,
+            weights=choice.weights,
+            top_k=choice.top_k,
+            num_experts=reader.experts,
+            stacks=stacks,
+            body=body,
+            cut=tuple(dict.fromkeys((reader.x, *choice.cut))),
+            feeds=choice.feeds,
+            input_side=reader.input_side,
+            capacity=choice.capacity,
+        )
