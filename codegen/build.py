@@ -8,9 +8,14 @@ from tvm import relax
 from moec.target import Target
 
 
-def compile_module(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+def compile_module(
+    module: tvm.IRModule, target: Target, opt_level: int = 2
+) -> relax.VMExecutable:
     """The executable of a module that `lower` made."""
-    made = tvm.target.Target(target.tvm())
+    options = target.tvm()
+    if opt_level == 0:
+        options["opt-level"] = 0
+    made = tvm.target.Target(options)
     # Shapes are checked where tensors enter `main`; kernels need not check them again.
     with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
         return relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline="default")

@@ -39,7 +39,7 @@ class Param:
 
 @dataclass
 class Lowered:
-    """`module` takes the graph's inputs (states after the caller's own), then `params`."""
+    """`module` takes the caller's inputs, the states, then `params`."""
 
     module: tvm.IRModule
     params: tuple[Param, ...]
@@ -58,6 +58,7 @@ class Lowering:
     params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
     functions: dict[object, Any] = field(default_factory=dict)
     kernels: list[tuple[str, str]] = field(default_factory=list)
+    sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
 
     def type(self, of: Value | TensorType) -> relax.TensorType:
@@ -77,6 +78,10 @@ class Lowering:
         if key not in self.params:
             self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
         return self.params[key][1]
+
+    def note(self, op: Op, kernel: str) -> None:
+        """For the report: which kernel does an op."""
+        self.kernels.append((op.origin or op.outputs[0].name, kernel))
 
     def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
         """The kernel of that key, made once."""
@@ -110,22 +115,25 @@ def lower(graph: Graph, target: Target) -> Lowered:
     """Raises UnsupportedError, listing every op that has no kernel and every unknown size."""
     from moec.codegen.kernels import KERNELS, has_kernel
 
-    check(graph, lambda op: has_kernel(op, graph, target))
+    check(graph, lambda op: has_kernel(op, graph))
     known = sorted({name for v in graph.values() for name in names(*v.shape)})
     sizes = Sizes({name: tirx.Var(name, "int64") for name in known})
     builder = relax.BlockBuilder()
     low = Lowering(graph, target, builder, sizes)
-    inputs = [relax.Var(v.name, low.type(v)) for v in graph.inputs]
-    low.values |= dict(zip(graph.inputs, inputs, strict=True))
+    # The caller's own inputs, then the states in their order.
+    before = [state.before for state in graph.states]
+    ordered = [*(v for v in graph.inputs if v not in before), *before]
+    inputs = [relax.Var(v.name, low.type(v)) for v in ordered]
+    low.values |= dict(zip(ordered, inputs, strict=True))
     with builder.function(MAIN):
         with builder.dataflow():
-            for group in partition(graph, lambda op: has_kernel(op, graph, target)):
-                if has_kernel(group.root, graph, target):
+            for group in partition(graph, lambda op: has_kernel(op, graph)):
+                if has_kernel(group.root, graph):
                     made = KERNELS[group.root.name].call(low, group.root)
                 else:
-                    made = _call_group(low, group)
+                    made = call_group(low, group)
                 low.values |= dict(zip(group.root.outputs, made, strict=True))
-            results = [builder.emit_output(_result(low, v)) for v in graph.results]
+            results = [builder.emit_output(low.value(v)) for v in graph.results]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *params])
     module = builder.finalize()
@@ -134,11 +142,13 @@ def lower(graph: Graph, target: Target) -> Lowered:
     )
 
 
-def _call_group(low: Lowering, group: Group) -> list[relax.Expr]:
+def call_group(low: Lowering, group: Group) -> list[relax.Expr]:
     root = group.root
     rule = EMIT[root.name]
     if rule.view and len(group.ops) == 1:
-        return [low.reshaped(low.value(root.inputs[0]), root.outputs[0].type)]
+        source, out = low.value(root.inputs[0]), root.outputs[0]
+        same = root.inputs[0].shape == out.shape
+        return [source if same else low.reshaped(source, out.type)]
     text, order = describe(group)
     written = low.functions.get(text)
     if written is None:
@@ -161,16 +171,6 @@ def _name(group: Group) -> str:
         words
     )
     return "fused_" + "_".join(heavy[-3:])
-
-
-def _result(low: Lowering, value: Value) -> relax.Expr:
-    """A result never shares memory with an argument: the caller owns it."""
-    found = low.value(value)
-    passed = value in low.graph.inputs or value in low.graph.params
-    if not passed:
-        return found
-    clone = Op("aten.clone.default", (value,), (Value(f"{value.name}_out", value.type),))
-    return _call_group(low, Group(clone, [clone], (value,)))[0]
 
 
 __all__ = ["Lowered", "Lowering", "Param", "lower"]

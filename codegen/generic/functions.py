@@ -215,11 +215,6 @@ def to_copy(p: Point) -> Scalar:
     return p.get(p["self"], p.dtype)
 
 
-@point("clone", "alias", "detach", "lift_fresh_copy", "contiguous", cost=0, exact=True)
-def clone(p: Point) -> Scalar:
-    return p.get(p["self"])
-
-
 @point("copy", cost=0, exact=True)
 def copy(p: Point) -> Scalar:
     return p.get(p["src"], p.dtype)

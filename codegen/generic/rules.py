@@ -94,11 +94,6 @@ def kernel(
     return register
 
 
-def views(*names: str) -> None:
-    for name in names:
-        EMIT[_full(name)] = Rule(view=True, cost=0)
-
-
 def _full(name: str) -> str:
     """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"."""
     return f"aten.{name}" if "." in name else f"aten.{name}.default"

@@ -15,7 +15,7 @@ from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.arithmetic import choose
 from moec.codegen.generic.emission import Emission, Point
 from moec.codegen.generic.index import Index, Position
-from moec.codegen.generic.rules import EMIT, Rule, kernel, moves, point, views
+from moec.codegen.generic.rules import EMIT, Rule, moves, point
 from moec.codegen.generic.scalars import Scalar
 from moec.ir import Op, Value
 from moec.sizes import Dim, product
@@ -84,7 +84,7 @@ def only_splits(op: Op) -> bool:
 
 def reshaped(p: Point) -> Scalar:
     value = p.op.inputs[0]
-    if p.emission.flat:
+    if p.emission.flat or value.shape == p.value.shape:
         return p.read(value, p.at)
     at: list[Index] = [ix.const(0)] * len(value.shape)
     for own, new in _parts(value.shape, p.value.shape):
@@ -111,8 +111,12 @@ for _name in (
     "squeeze.dims",
     "view_copy",
     "unsqueeze_copy",
+    "clone",
+    "alias",
+    "detach",
+    "lift_fresh_copy",
+    "contiguous",
 ):
-    views(_name)
     _full = f"aten.{_name}" if "." in _name else f"aten.{_name}.default"
     EMIT[_full] = Rule(point=reshaped, view=True, cost=0, same_position=False, exact=True)
 

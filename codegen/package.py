@@ -1,0 +1,177 @@
+"""Program -> Package: the library, and the weights as its kernels want them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from tvm import relax
+
+from moec.codegen.build import compile_module
+from moec.codegen.generic.rules import EMIT, named
+from moec.codegen.lower import Lowered, Param, lower
+from moec.errors import TargetError
+from moec.ir import Graph, Program, Value
+from moec.runtime.dtypes import Array
+from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort
+from moec.target import Target
+
+__all__ = ["build"]
+
+
+def build(program: Program, target: Target, opt_level: int = 2) -> Package:
+    """Compile a program of any stage that `lower` takes for a CPU.
+
+    Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
+    leaves LLVM's optimisation out. Raises UnsupportedError (everything that has no kernel at
+    once) and TargetError (no linker).
+    """
+    lowered = lower(program.graph, target)
+    library = export(compile_module(lowered.module, target, opt_level))
+    return package(program, target, lowered, library)
+
+
+def package(program: Program, target: Target, lowered: Lowered, library: bytes) -> Package:
+    """What `build` gives, for a module that was lowered and compiled before."""
+    graph = program.graph
+    before = [state.before for state in graph.states]
+    arrays = dict(_arrays(lowered.params, program.weights))
+    states = []
+    for value in before:
+        initial = f"{value.name}.initial" if value.name in program.weights else ""
+        if initial:
+            arrays[initial] = as_array(program.weights[value.name])
+        states.append(StatePort(value.name, value.dtype, _shape(value), initial))
+    return Package(
+        target=CpuNeeds(
+            target.name, target.mcpu, target.mattr, target.mtriple, target.features
+        ),
+        inputs=tuple(_port(v) for v in graph.inputs if v not in before),
+        outputs=tuple(_port(v) for v in graph.outputs),
+        states=tuple(states),
+        sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
+        params=tuple(
+            Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape))
+            for p in lowered.params
+        ),
+        arrays=arrays,
+        library=library,
+        index_ranges=index_ranges(graph),
+        kernels=lowered.kernels,
+        notes=tuple(_notes(lowered.params)),
+        versions={"moec": version("moec"), "tvm": version("apache-tvm"), "torch": torch.__version__},
+    )
+
+
+def _port(value: Value) -> Port:
+    return Port(value.name, value.dtype, _shape(value))
+
+
+def _shape(value: Value) -> tuple[Size, ...]:
+    return tuple(_size(d) for d in value.shape)
+
+
+def _size(dim: object) -> Size:
+    return dim if isinstance(dim, int) else str(dim)
+
+
+# ---- weights ---------------------------------------------------------------------------
+
+
+def _arrays(
+    params: tuple[Param, ...], weights: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, Array]]:
+    for param in params:
+        tensors = [weights[value.name].detach() for value in param.values]
+        made = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
+        yield param.name, made
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The same memory as a numpy array, where the tensor is contiguous."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.resolve_conj().numpy())
+
+
+def _notes(params: tuple[Param, ...]) -> Iterator[str]:
+    """Weights that two kernels read in two layouts take their memory twice."""
+    forms: dict[Value, list[str]] = {}
+    for param in params:
+        for value in param.values:
+            forms.setdefault(value, []).append(param.name)
+    for value, names in forms.items():
+        if len(names) > 1:
+            yield f"weight {value.name} is stored {len(names)} times: {', '.join(names)}"
+
+
+# ---- inputs that look up rows ----------------------------------------------------------
+
+_LOOKUPS = {
+    "aten.embedding.default": ("indices", "weight"),
+    "aten.index_select.default": ("index", "self"),
+}
+
+
+def index_ranges(graph: Graph) -> dict[str, tuple[int, int]]:
+    """The values that an integer input may hold because it looks up rows of a table.
+
+    Followed through ops that only move or copy elements.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for value in graph.inputs:
+        if value.dtype not in ("i64", "i32"):
+            continue
+        waiting, seen = [value], {value}
+        while waiting:
+            for op in graph.readers.get(waiting.pop(), ()):
+                if op.name in _LOOKUPS:
+                    ids, table = (named(op)[name] for name in _LOOKUPS[op.name])
+                    rows = table.shape[0] if op.name == "aten.embedding.default" else None
+                    if ids in seen and isinstance(rows, int):
+                        _, high = found.get(value.name, (0, rows - 1))
+                        found[value.name] = (0, min(high, rows - 1))
+                    continue
+                rule = EMIT.get(op.name)
+                moves = rule is not None and rule.point is not None and rule.cost == 0
+                if moves and len(op.inputs) == 1 and op.outputs[0] not in seen:
+                    seen.update(op.outputs)
+                    waiting += op.outputs
+    return found
+
+
+# ---- the library -----------------------------------------------------------------------
+
+
+def export(executable: relax.VMExecutable) -> bytes:
+    """A shared library, linked by the C compiler that is there.
+
+    Raises TargetError where there is none.
+    """
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        path = Path(folder) / "lib.so"
+        executable.export_library(str(path), cc=_linker(Path(folder)))
+        return path.read_bytes()
+
+
+def _linker(folder: Path) -> str:
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return found
+    if importlib.util.find_spec("ziglang") is not None:
+        script = folder / "cc"
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang cc "$@"\n')
+        script.chmod(0o700)
+        return str(script)
+    raise TargetError(
+        "no C compiler to link with: install one of cc, gcc and clang, or `pip install ziglang`"
+    )
