@@ -282,15 +282,15 @@ def _sparsemixer(c: Router) -> None:
             x = T.bind(c.scores[c.place(j)])
             top = v.splat(greatest)
             size = v.abs(x)
-            # Comparisons with NaN are false, here as in torch: such a logit is not far.
+            # Comparisons with NaN are false, as in torch: such a logit is not far. (TVM would
+            # turn a `not >` into a `<=`, which is false too.)
             far = (top - x) / T.Select(size < top, top, size) > v.splat(2 * c.routing.jitter)
-            near = T.And(T.Not(far), c.is_one_of(j, n))
-            one = v.exp(T.Select(near, left[c.place(j)], v.splat(float("-inf"))) - top)
+            one = v.exp(T.Select(far, v.splat(float("-inf")), left[c.place(j)]) - top)
             # A lane after the last must not add the NaN of -inf - -inf.
             one = T.Select(c.is_one_of(j, n), one, v.splat(0.0))
             T.buffer_store(state, state[lane] + one, [lane])
         total = v.sum(state[lane])
         T.buffer_store(c.chosen, expert, [s])
-        T.buffer_store(c.weights, T.exp(greatest - greatest) / total, [s])
+        T.buffer_store(c.weights, T.float32(1) / total, [s])
         T.buffer_store(left, T.float32(float("-inf")), [expert])
         T.buffer_store(c.ranks, T.int32(LOWEST), [expert])

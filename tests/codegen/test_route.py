@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec, route
 from moec.ops import Routing, route_logits
-from moec.target import TARGETS, host
+from moec.target import TARGETS, Target, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
@@ -178,3 +179,72 @@ def test_refuses_what_cannot_be() -> None:
         RouteSpec(Routing(5), 4, "f32")
     with pytest.raises(ValueError, match="10 experts are not 4 equal groups"):
         RouteSpec(Routing(2, groups=4), 10, "f32")
+
+
+GATES: dict[str, GateSpec] = {
+    "mixtral-bf16": GateSpec(RouteSpec(ROUTINGS["mixtral"][0], 8, "bf16"), 64, "bf16", "bf16"),
+    "qwen-f32": GateSpec(RouteSpec(ROUTINGS["qwen"][0], 60, "f32"), 37, "f32", "f32"),
+    "gpt-oss": GateSpec(RouteSpec(ROUTINGS["gpt-oss"][0], 32, "bf16"), 50, "bf16", "bf16", "bf16"),
+    "deepseek-v3": GateSpec(
+        RouteSpec(ROUTINGS["deepseek-v3"][0], 256, "f32", "f32"), 96, "bf16", "f32"
+    ),
+    "f16": GateSpec(RouteSpec(ROUTINGS["all"][0], 5, "f16"), 24, "f16", "f16", "f32"),
+}
+
+
+@cache
+def gate_kernel(spec: GateSpec, target: Target) -> tvm.runtime.Module:
+    module = tvm.IRModule({"gate": gate(spec, target)})
+    return tvm.compile(module, target=tvm.target.Target(target.tvm()))
+
+
+def check_gate(spec: GateSpec, target: Target, tokens: int) -> None:
+    """Weights against those of the experts that the kernel chose: near a tie, either is right."""
+    routing, count = spec.route.routing, spec.route.num_experts
+    x = torch.randn(tokens, spec.width).to(TORCH[spec.x])
+    weight = torch.randn(count, spec.width).to(TORCH[spec.weight])
+    bias = torch.randn(count).to(TORCH[spec.bias]) if spec.bias else None
+    correction = random_correction(spec.route)
+    weights = torch.zeros(tokens, routing.k, dtype=TORCH[routing.dtype])
+    experts = torch.full((tokens, routing.k), -7)
+    inputs = [t for t in (x, weight, bias, correction) if t is not None]
+    gate_kernel(spec, target)["gate"](*map(shared, [*inputs, weights, experts]))
+
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    # One rounding to the logits' dtype, and sums of D: few near the boundary of two floats.
+    unit = {"f32": 2.0**-20, "bf16": 2.0**-8, "f16": 2.0**-11}[spec.route.logits]
+    slack = unit * (exact.abs().max() if tokens else 0.0)
+    want_weights, want = route_logits(routing, exact.to(TORCH[spec.route.logits]), correction)
+    same = (experts == want).all(-1)
+    rtol = min(0.9, 4 * float(slack) + 1e-5)
+    torch.testing.assert_close(weights[same], want_weights[same], rtol=rtol, atol=1e-6)
+    if routing.groups == 1 and correction is None:
+        score = exact.gather(-1, experts)
+        assert (score - exact.gather(-1, want)).abs().le(2 * slack).all()
+    assert same.float().mean() >= 0.8 or not tokens
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gate_matches_eager(name: str) -> None:
+    torch.manual_seed(0)
+    for tokens in (0, 1, 6, 71):
+        check_gate(GATES[name], host(), tokens)
+
+
+@pytest.mark.parametrize("target", ["generic", "avx2"])
+def test_gate_on_narrower_targets(target: str) -> None:
+    torch.manual_seed(0)
+    check_gate(GATES["gpt-oss"], TARGETS[target], 35)
+    check_gate(GATES["f16"], TARGETS[target], 3)
+
+
+def test_gate_keeps_ties_and_nan_apart() -> None:
+    """Equal logits: lower ids first; a NaN token does not touch its neighbours."""
+    spec = GATES["qwen-f32"]
+    x, weight = torch.ones(9, 37), torch.ones(60, 37)
+    x[4] = torch.nan
+    weights, experts = torch.zeros(9, 8), torch.zeros(9, 8, dtype=torch.int64)
+    gate_kernel(spec, host())["gate"](*map(shared, [x, weight, weights, experts]))
+    assert torch.equal(experts, torch.arange(8).expand(9, 8))
+    assert weights[4].isnan().all()
+    assert weights.isnan().sum() == 8
