@@ -25,6 +25,7 @@ from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.vector import Vector
 
 # Rows that pass over a block of K before the next block: their partial sums stay in the cache.
+# A multiple of every tile's rows.
 ROW_CHUNK = 96
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
@@ -67,7 +68,6 @@ class Tile:
         """Makes y[first : first + count, columns of tile]; first and count are int64."""
         lay = self.layout
         blocks = -(-lay.depth // lay.depth_block)
-        chunk = ROW_CHUNK - ROW_CHUNK % lay.target.tile_rows
         panel = None
         if self.widened:
             elements = lay.depth_block * (2 if lay.pairs else 1)
@@ -75,10 +75,10 @@ class Tile:
         if blocks == 1:
             self._row_blocks(group, tile, first, count, 0, None, first, panel)
             return
-        partial = T.alloc_buffer((chunk, lay.columns), "float32")
-        with T.serial(0, _ceildiv(count, chunk)) as c:
-            base = T.bind(first + c * chunk)
-            n = T.bind(T.min(count - c * chunk, T.int64(chunk)))
+        partial = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
+        with T.serial(0, _ceildiv(count, ROW_CHUNK)) as c:
+            base = T.bind(first + c * ROW_CHUNK)
+            n = T.bind(T.min(count - c * ROW_CHUNK, T.int64(ROW_CHUNK)))
             with T.serial(0, blocks) as b:
                 self._row_blocks(group, tile, base, n, b, partial, base, panel)
 
