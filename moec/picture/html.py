@@ -8,7 +8,6 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from moec.picture.marks import DARK
 from moec.picture.part import Part, Scene
 from moec.picture.svg import svg
 from moec.report_text import count, shape
@@ -20,7 +19,7 @@ _PAGE = """<!doctype html>
 :root{color-scheme:light dark;--paper:#fff;--side:#f5f7fa;--ink:#1a2029;--soft:#5d6876;
 --line:#d5dbe3;--mark:#7c3aed}
 @media (prefers-color-scheme:dark){:root{--paper:#0f141b;--side:#161d27;--ink:#e8edf4;
---soft:#9aa7b8;--line:#344051;--mark:#a78bfa}%(dark)s}
+--soft:#9aa7b8;--line:#344051;--mark:#a78bfa}}
 *{box-sizing:border-box}
 body{margin:0;display:flex;min-height:100vh;background:var(--paper);color:var(--ink);
 font:14px/1.5 ui-sans-serif,system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
@@ -78,10 +77,9 @@ show(home);
 
 
 def html(scene: Scene) -> str:
-    picture, parts = svg(scene, standalone=False)
+    picture, parts = svg(scene)
     return _PAGE % {
         "title": escape(scene.title),
-        "dark": DARK,
         "svg": picture,
         "parts": _data([details(part) for part in parts]),
         "home": _data(_home(scene)),

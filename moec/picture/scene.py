@@ -189,14 +189,21 @@ def _inlined(module: _Module, reader: _Reader) -> Iterable[_Module]:
     def first(child: _Module) -> int:
         return min((order[id(op)] for op in child.all_ops()), default=len(order))
 
+    stacks = [c for c in module.children.values() if any(map(is_list, c.children.values()))]
     for child in sorted(module.children.values(), key=first):
-        if not any(True for _ in child.all_ops()) and not any(True for _ in child.all_params()):
-            continue
-        stacked = any(map(is_list, child.children.values())) and len(module.children) <= 3
-        if reader.opens(child) and not child.name.isdigit() and (is_list(child) or stacked):
+        wraps = stacks == [child] and not child.name.isdigit()
+        if is_list(child) or (wraps and reader.opens(child)):
             yield from _inlined(child, reader)
-        else:
+        elif not is_silent(child):
             yield child
+
+
+def is_silent(module: _Module) -> bool:
+    """Nothing happens there: dropout in a model that does not train, a holder of nothing."""
+    passing = all(
+        op.name in ("aten.alias.default", "aten.clone.default") for op in module.all_ops()
+    )
+    return passing and not any(True for _ in module.all_params())
 
 
 def is_position(module: _Module) -> bool:

@@ -48,11 +48,8 @@ def hover(part: Part) -> str:
     return "\n".join(lines)
 
 
-def svg(scene: Scene, *, standalone: bool = True) -> tuple[str, list[Part]]:
-    """The picture, and the part behind each `data-part` number.
-
-    `standalone` pictures carry both color themes; others take them from the page around.
-    """
+def svg(scene: Scene) -> tuple[str, list[Part]]:
+    """The picture, and the part behind each `data-part` number."""
     canvas = Canvas(total=max(scene.parameters, 1))
     width = max(measure(scene.whole)[0] + 2 * PAD, MOE + 120)
     middle = width / 2
@@ -64,7 +61,7 @@ def svg(scene: Scene, *, standalone: bool = True) -> tuple[str, list[Part]]:
     y = _ports(canvas, scene.outputs, middle, y + GAP)
     y = _left_alone(canvas, scene, width, y + 18)
     height = y + PAD - 8
-    style = STYLE + (f"@media (prefers-color-scheme:dark){{{DARK}}}" if standalone else "")
+    style = f"{STYLE}@media (prefers-color-scheme:dark){{{DARK}}}"
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {num(width)} {num(height)}" '
         f'width="{num(width)}" height="{num(height)}" role="img" '
