@@ -1,0 +1,159 @@
+"""Normalisation of rows on the CPU, with the addition of a residual where there is one.
+
+    rms_norm    x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]            -> out[T, D]
+    layer_norm  x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]  bias?[D]  -> out[T, D]
+
+Each row is read once from memory: the second look at it finds it in the nearest cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import rounding
+from moec.codegen.cpu.vector import Vector
+from moec.target import Target
+
+TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """One normalisation; dtypes of x (and residual and sum), weight, bias and out.
+
+    kind rms: y = x / sqrt(mean(x^2) + eps). kind layer: y = (x - mean) / sqrt(variance + eps).
+    out = y * weight + bias, in float32 and rounded once; `plus_one` multiplies with 1 + weight
+    (Gemma); `round_first` rounds y to x's dtype before the product (Llama and most of its kin).
+    The statistics of a sum are those of the sum as stored.
+    """
+
+    kind: Literal["rms", "layer"]
+    width: int
+    eps: float
+    x: str
+    out: str
+    weight: str | None
+    bias: str | None = None
+    residual: bool = False
+    plus_one: bool = False
+    round_first: bool = False
+
+
+@dataclass(frozen=True)
+class _Rows:
+    spec: NormSpec
+    v: Vector
+    x: Buffer
+    residual: Buffer | None
+    total: Buffer | None
+    weight: Buffer | None
+    bias: Buffer | None
+    out: Buffer
+
+    def load(self, buffer: Buffer, index: tuple[Expr, ...], count: Expr | None) -> Expr:
+        if count is None:
+            return self.v.load(buffer, index)
+        return self.v.load_tail(buffer, index, count)
+
+    def store(self, buffer: Buffer, t: Expr, d: Expr, x: Expr, count: Expr | None) -> None:
+        if count is None:
+            self.v.store(buffer, (t, d), x)
+        else:
+            self.v.store_tail(buffer, (t, d), x, count)
+
+
+def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
+    """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
+    v = Vector(target)
+    with IRBuilder() as ib:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            rows = T.int64()
+
+            def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+                return T.match_buffer(T.arg(name, T.handle()), shape, TVM_DTYPES[dtype])
+
+            whole = (rows, spec.width)
+            x = argument("x", whole, spec.x)
+            residual = argument("residual", whole, spec.x) if spec.residual else None
+            weight = argument("weight", (spec.width,), spec.weight) if spec.weight else None
+            bias = argument("bias", (spec.width,), spec.bias) if spec.bias else None
+            total = argument("sum", whole, spec.x) if spec.residual else None
+            out = argument("out", whole, spec.out)
+            with v.functions(), rounding.functions(v), T.parallel(0, rows) as t:
+                _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
+    return ib.get()
+
+
+def _row(c: _Rows, t: Expr) -> None:
+    v, spec = c.v, c.spec
+    source = c.x
+    if c.residual is not None and c.total is not None:
+        residual, source = c.residual, c.total
+
+        def add(d: Expr, count: Expr | None) -> None:
+            x = c.load(c.x, (t, d), count) + c.load(residual, (t, d), count)
+            c.store(source, t, d, x, count)
+
+        _sweep(c, add)
+
+    mean = v.splat(0.0)
+    if spec.kind == "layer":
+        mean = v.bind(v.splat(_sum(c, source, t, lambda x: x) / T.float32(spec.width)))
+    squares = _sum(c, source, t, lambda x: (x - mean) * (x - mean))
+    variance = v.splat(squares / T.float32(spec.width) + T.float32(spec.eps))
+    scale = v.bind(v.splat(1.0) / v.sqrt(variance))
+
+    def finish(d: Expr, count: Expr | None) -> None:
+        y = (c.load(source, (t, d), count) - mean) * scale
+        if spec.round_first:
+            y = rounding.rounded(v, y, TVM_DTYPES[spec.x])
+        if c.weight is not None:
+            weight = c.load(c.weight, (d,), count)
+            y = y * (weight + v.splat(1.0) if spec.plus_one else weight)
+        if c.bias is not None:
+            y = y + c.load(c.bias, (d,), count)
+        c.store(c.out, t, d, y, count)
+
+    _sweep(c, finish)
+
+
+def _sweep(c: _Rows, body: Callable[[Expr, Expr | None], None]) -> None:
+    """body(first column, how many of a vector) over a row; None: the whole vector."""
+    whole, rest = divmod(c.spec.width, c.v.lanes)
+    with T.serial(0, whole) as j:
+        body(j * c.v.lanes, None)
+    if rest:
+        body(whole * c.v.lanes, T.int32(rest))
+
+
+def _sum(c: _Rows, source: Buffer, t: Expr, of: Callable[[Expr], Expr]) -> Expr:
+    """The sum of of(x) over row t."""
+    v = c.v
+    lane = T.ramp(0, 1, v.lanes)
+    acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(_SIDE_BY_SIDE)]
+    for a in acc:
+        T.buffer_store(a, v.splat(0.0), [lane])
+    whole, rest = divmod(c.spec.width, v.lanes)
+    rounds, left = divmod(whole, len(acc))
+    with T.serial(0, rounds) as j:
+        for i, a in enumerate(acc):
+            x = v.load(source, (t, (j * len(acc) + i) * v.lanes))
+            T.buffer_store(a, a[lane] + of(x), [lane])
+    for i in range(left):
+        x = v.load(source, (t, (rounds * len(acc) + i) * v.lanes))
+        T.buffer_store(acc[i], acc[i][lane] + of(x), [lane])
+    if rest:
+        x = v.load_tail(source, (t, whole * v.lanes), T.int32(rest))
+        inside = lane < T.broadcast(rest, v.lanes)
+        T.buffer_store(acc[0], acc[0][lane] + T.Select(inside, of(x), v.splat(0.0)), [lane])
+    return v.sum((acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]))

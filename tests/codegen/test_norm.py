@@ -1,0 +1,190 @@
+"""rms_norm, layer_norm and rotary kernels against eager PyTorch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import tvm
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from moec.codegen.cpu.norm import NormSpec, norm
+from moec.codegen.cpu.rotary import RotarySpec, rotary
+from moec.target import TARGETS, Target, host
+
+TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# One rounding of the result, twice where a rounded value is rounded again and the first may
+# fall on the other side; f32: a sum of D squares in another order, and a root.
+TOLERANCE = {"f32": 2.0**-20, "bf16": 2.0**-7, "f16": 2.0**-10}
+
+
+def build(function: Any, target: Target) -> tvm.runtime.Module:
+    return tvm.compile(tvm.IRModule({"f": function}), target=tvm.target.Target(target.tvm()))
+
+
+@cache
+def norm_kernel(spec: NormSpec, target: Target) -> tvm.runtime.Module:
+    return build(norm(spec, target, "f"), target)
+
+
+@cache
+def rotary_kernel(spec: RotarySpec, target: Target) -> tvm.runtime.Module:
+    return build(rotary(spec, target, "f"), target)
+
+
+def shared(t: Tensor) -> Any:
+    """The same memory; torch gives empty tensors strides that TVM takes for a gap."""
+    if t.numel():
+        return tvm.runtime.from_dlpack(t)
+    return tvm.runtime.empty(t.shape, str(t.dtype).removeprefix("torch."))
+
+
+def eager_norm(
+    spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result in float64 and the scale of its error: a bias may cancel the rest of it."""
+    if spec.kind == "layer":
+        y = layer_norm(x.double(), (spec.width,), eps=spec.eps)
+    else:
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + spec.eps)
+    if spec.round_first:
+        y = y.to(x.dtype)
+    y = y.double()
+    if weight is not None:
+        y = y * (weight.double() + (1 if spec.plus_one else 0))
+    scale = y.abs()
+    return (y, scale) if bias is None else (y + bias.double(), scale + bias.double().abs())
+
+
+def check_norm(spec: NormSpec, target: Target, rows: int) -> None:
+    dtype = TORCH[spec.x]
+    x = (torch.randn(rows, spec.width) * 3 + 1).to(dtype)
+    residual = torch.randn(rows, spec.width).to(dtype) if spec.residual else None
+    weight = torch.randn(spec.width).to(TORCH[spec.weight]) if spec.weight else None
+    bias = torch.randn(spec.width).to(TORCH[spec.bias]) if spec.bias else None
+    total = torch.full_like(x, torch.nan) if spec.residual else None
+    out = torch.full((rows, spec.width), torch.nan, dtype=TORCH[spec.out])
+    tensors = [t for t in (x, residual, weight, bias, total, out) if t is not None]
+    norm_kernel(spec, target)["f"](*map(shared, tensors))
+    if residual is not None and total is not None:
+        x = x + residual
+        assert torch.equal(total, x)
+    want, scale = eager_norm(spec, x, weight, bias)
+    # (x - mean) loses what x and mean share.
+    unit = TOLERANCE[spec.out] * (2 if spec.round_first else 1)
+    assert ((out.double() - want).abs() <= unit * scale + 1e-6).all()
+
+
+NORMS = {
+    "llama": NormSpec("rms", 64, 1e-6, "f32", "f32", "f32", round_first=True),
+    "llama-bf16": NormSpec("rms", 96, 1e-5, "bf16", "bf16", "bf16", round_first=True),
+    "gpt-oss": NormSpec("rms", 80, 1e-5, "bf16", "bf16", "f32"),
+    "gemma": NormSpec("rms", 48, 1e-6, "bf16", "bf16", "bf16", plus_one=True),
+    "no-weight-f16": NormSpec("rms", 33, 1e-6, "f16", "f16", None),
+    "residual": NormSpec("rms", 160, 1e-6, "bf16", "bf16", "bf16", None, True, False, True),
+    "narrow": NormSpec("rms", 7, 1e-6, "f32", "f32", "f32"),
+    "layer": NormSpec("layer", 65, 1e-5, "f32", "f32", "f32", "f32"),
+    "layer-bf16": NormSpec("layer", 128, 1e-5, "bf16", "bf16", "bf16", "bf16", residual=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_matches_eager(name: str) -> None:
+    torch.manual_seed(0)
+    for rows in (0, 1, 5, 40):
+        check_norm(NORMS[name], host(), rows)
+
+
+@pytest.mark.parametrize("target", ["generic", "avx2"])
+@pytest.mark.parametrize("name", ["no-weight-f16", "residual", "layer"])
+def test_norm_on_narrower_targets(name: str, target: str) -> None:
+    torch.manual_seed(0)
+    check_norm(NORMS[name], TARGETS[target], 3)
+
+
+def test_rounding_first_is_what_llama_does() -> None:
+    """Bit for bit, but for the rare value that the sum's order puts on a boundary."""
+    torch.manual_seed(0)
+    spec = NORMS["llama-bf16"]
+    x, weight = torch.randn(50, 96).bfloat16(), torch.randn(96).bfloat16()
+    out = torch.zeros_like(x)
+    norm_kernel(spec, host())["f"](*map(shared, [x, weight, out]))
+    root = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + spec.eps)
+    want = weight * (x.float() * root).bfloat16()
+    assert (out == want).float().mean() > 0.99
+
+
+def test_norm_of_zeros_and_of_nan() -> None:
+    x = torch.zeros(3, 64)
+    x[1, 5] = torch.nan
+    out = torch.ones_like(x)
+    norm_kernel(NORMS["llama"], host())["f"](*map(shared, [x, torch.ones(64), out]))
+    assert (out[[0, 2]] == 0).all()
+    assert out[1].isnan().all()
+
+
+ROTARIES = {
+    "halves": RotarySpec("f32", 3, 64, 64, "f32", 64),
+    "halves-bf16": RotarySpec("bf16", 2, 128, 128, "bf16", 128, table_batch=True),
+    "one-angle-bf16": RotarySpec("bf16", 2, 64, 64, "f32", 32, table_batch=True),
+    "partial": RotarySpec("f32", 2, 40, 20, "f32", 20),
+    "transposes": RotarySpec("bf16", 4, 64, 64, "f32", 64, layout="BSHD"),
+    "stays": RotarySpec("f16", 4, 32, 32, "f16", 32, layout="BSHD", out_layout="BSHD"),
+    "interleaved": RotarySpec("f32", 2, 64, 64, "f32", 64, interleaved=True),
+    "interleaved-bf16": RotarySpec("bf16", 2, 24, 20, "f32", 10, True, True),
+}
+
+
+def eager_rotary(spec: RotarySpec, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = x.double(), cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    turned, rest = x[..., : spec.rotated], x[..., spec.rotated :]
+    half = spec.rotated // 2
+    if spec.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        cos, sin = cos[..., :half], sin[..., :half]
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+    if spec.table_width == half or spec.interleaved:
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    turned = torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, rest], -1)
+
+
+def check_rotary(spec: RotarySpec, target: Target, batch: int, n: int) -> None:
+    dtype, table = TORCH[spec.dtype], TORCH[spec.table_dtype]
+    x = torch.randn(batch, spec.heads, n, spec.width).to(dtype)
+    angles = torch.randn(batch if spec.table_batch else 1, n, spec.table_width)
+    cos, sin = angles.cos().to(table), angles.sin().to(table)
+    given = x.transpose(1, 2).contiguous() if spec.layout == "BSHD" else x
+    out = torch.full_like(x.transpose(1, 2) if spec.out_layout == "BSHD" else x, torch.nan)
+    out = out.contiguous()
+    rotary_kernel(spec, target)["f"](*map(shared, [given, cos, sin, out]))
+    got = out.transpose(1, 2) if spec.out_layout == "BSHD" else out
+    want = eager_rotary(spec, x, cos, sin)
+    # Two products may cancel: their size is what one rounding to float32 is relative to.
+    bound = TOLERANCE[spec.dtype] * want.abs() + 2.0**-22 * x.double().abs().max() if n else 0
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_rotary_matches_eager(name: str) -> None:
+    torch.manual_seed(0)
+    for batch, n in ((1, 1), (2, 9), (1, 0)):
+        check_rotary(ROTARIES[name], host(), batch, n)
+
+
+@pytest.mark.parametrize("target", ["generic", "avx2"])
+def test_rotary_on_narrower_targets(target: str) -> None:
+    torch.manual_seed(0)
+    check_rotary(ROTARIES["partial"], TARGETS[target], 2, 3)
+    check_rotary(ROTARIES["interleaved-bf16"], TARGETS[target], 2, 3)
+
+
+def test_rotary_refuses_odd_widths() -> None:
+    with pytest.raises(ValueError, match="7 of 8 features are no pairs"):
+        RotarySpec("f32", 1, 8, 7, "f32", 7)
+    with pytest.raises(ValueError, match="tables of 3 for 8 rotated features"):
+        RotarySpec("f32", 1, 8, 8, "f32", 3)
