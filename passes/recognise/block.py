@@ -31,7 +31,7 @@ class Proposal:
 
     `experts` and `weights` give [T, k]; weights of None mean 1. `stacks` are [E, ..], in the
     order of the body's params. `cut` and `feeds` say where the region begins and how to feed
-    it in the proof. `tokens` replaces T where a token's choices leave the block unsummed.
+    it in the proof. `addend` is what the sum starts from, where that is not zero.
     """
 
     form: str
@@ -47,7 +47,7 @@ class Proposal:
     feeds: Mapping[Value, Feed] = field(default_factory=dict)
     input_side: bool = False
     capacity: Capacity | None = None
-    origin: str = ""
+    addend: Value | None = None
 
 
 def emit_block(block: Proposal, emit: Emitter) -> Value:
@@ -85,7 +85,11 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
         combined.append(weights)
         attrs["weighted"] = True
     (y,) = emit("moe.combine", combined, attrs=attrs, named=stem)
-    return emit.reshape(y, block.output.shape)
+    y = emit.reshape(y, block.output.shape)
+    if block.addend is None:
+        return y
+    inputs = [emit.old(block.addend), y]
+    return emit("aten.add.Tensor", inputs, [block.output.type], named=stem)[0]
 
 
 def _stack(value: Value, prepared: Prepared, emit: Emitter) -> Value:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from moec.errors import IRError, NoMatch
 from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.prove import Prover
-from moec.passes.recognise import batched, hf
+from moec.passes.recognise import batched, hf, loop
 from moec.passes.recognise.block import Proposal, emit_block
 from moec.passes.recognise.region import Emitter, Scope
 from moec.passes.rewrite import Builder, rebuild
@@ -25,6 +25,7 @@ Propose = Callable[[Scope, Op], Iterator[Proposal]]
 
 FORMS: tuple[tuple[Anchors, Propose], ...] = (
     (hf.anchors, hf.propose),
+    (loop.anchors, loop.propose),
     (batched.anchors, batched.propose),
 )
 
@@ -38,7 +39,7 @@ class RecogniseExperts:
     gives: ClassVar[Stage] = Stage.MOE
 
     def run(self, program: Program, log: Log) -> Program:
-        scope = Scope(program.graph)
+        scope = Scope(program.graph, program.weights)
         prover = Prover(program.weights)
         found: dict[Op, Proposal] = {}
         covered: set[Op] = set()
@@ -119,6 +120,5 @@ def splice(graph: Graph, found: Mapping[Op, Proposal]) -> Graph:
             op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
             builder.append(op)
             continue
-        emit = Emitter(builder, new, replace(old, origin=block.origin or old.origin))
-        new[block.output] = emit_block(block, emit)
+        new[block.output] = emit_block(block, Emitter(builder, new, old))
     return rebuild(graph, builder.ops, new)

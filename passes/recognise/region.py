@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -35,9 +35,10 @@ CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph as a recogniser sees it."""
+    """A graph as a recogniser sees it. `weights` tell what integer constants hold."""
 
     graph: Graph
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def position(self) -> Mapping[Op, int]:
@@ -46,6 +47,15 @@ class Scope:
     @cached_property
     def params(self) -> frozenset[Value]:
         return frozenset(self.graph.params)
+
+    @cached_property
+    def results(self) -> frozenset[Value]:
+        return frozenset(self.graph.results)
+
+    def content(self, value: Value) -> torch.Tensor | None:
+        """What an integer param holds."""
+        fixed = value in self.params and value.dtype in ("i64", "i32")
+        return self.weights.get(value.name) if fixed else None
 
     @cached_property
     def constants(self) -> frozenset[Value]:

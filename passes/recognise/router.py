@@ -25,51 +25,10 @@ from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops import Routing
 from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
-from moec.passes.recognise.region import Emitter, Scope
+from moec.passes.recognise.region import Emitter, Scope, is_routing
+from moec.passes.recognise.routing import logits_behind
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
-
-_ROUTING = frozenset(
-    {
-        "aten.arange.default",
-        "aten.arange.start",
-        "aten.arange.start_step",
-        "aten.argmax.default",
-        "aten.cat.default",
-        "aten.clone.default",
-        "aten.cumsum.default",
-        "aten.empty_like.default",
-        "aten.expand.default",
-        "aten.full.default",
-        "aten.full_like.default",
-        "aten.gather.default",
-        "aten.index.Tensor",
-        "aten.linalg_vector_norm.default",
-        "aten.max.dim",
-        "aten.amax.default",
-        "aten.ones_like.default",
-        "aten.permute.default",
-        "aten.scalar_tensor.default",
-        "aten.scatter.src",
-        "aten.scatter.value",
-        "aten.select.int",
-        "aten.slice.Tensor",
-        "aten.softmax.int",
-        "aten._softmax.default",
-        "aten.sort.default",
-        "aten.sort.stable",
-        "aten.stack.default",
-        "aten.sum.dim_IntList",
-        "aten.topk.default",
-        "aten.zeros_like.default",
-        "aten.reshape.default",
-        "aten.squeeze.dims",
-        "aten.squeeze.dim",
-        "aten.unsqueeze.default",
-        "aten.alias.default",
-        "aten._to_copy.default",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +40,7 @@ class RecogniseRouters:
     gives: ClassVar[Stage] = Stage.MOE
 
     def run(self, program: Program, log: Log) -> Program:
-        scope, prover = Scope(program.graph), Prover(program.weights)
+        scope, prover = Scope(program.graph, program.weights), Prover(program.weights)
         found: dict[tuple[Value | None, Value], Router] = {}
         for block in blocks(scope):
             key = (block.weights, block.experts)
@@ -139,40 +98,12 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
         raise NoMatch("it is moe.route already")
     results = [v for v in (block.weights, block.experts) if v is not None]
     reasons: list[str] = []
-    for logits in cuts(scope, results, block.num_experts):
+    for logits in logits_behind(scope, results, block.num_experts):
         try:
             return _hypothesise(scope, block, results, logits, prover)
         except NoMatch as why:
             reasons.append(str(why))
     raise NoMatch(reasons[0] if reasons else "no logits [.., E] lie behind its choices")
-
-
-def cuts(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:
-    """Values that may be the logits: [.., E] floats behind every choice, farthest first."""
-    stack, seen = list(results), set(results)
-    found: list[Value] = []
-    while stack:
-        value = stack.pop()
-        if value.dtype in FLOATS and value.shape and value.shape[-1] == experts:
-            if value not in scope.params and len(value.shape) > 1:
-                found.append(value)
-        op = scope.maker(value)
-        if op is None or not is_routing(op):
-            continue
-        for source in op.inputs:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    found.sort(key=lambda v: scope.position.get(cast(Op, scope.maker(v)), -1))
-    yield from found[:8]
-
-
-def is_routing(op: Op) -> bool:
-    from moec.aten import overload
-
-    if op.name in _ROUTING:
-        return True
-    return op.name.startswith("aten.") and torch.Tag.pointwise in overload(op.name).tags
 
 
 def _hypothesise(

@@ -77,8 +77,6 @@ def chosen(
     """Values that hold the ids, nearest first; several stand side by side as slots."""
     seen: set[tuple[Value, ...]] = set()
     direct = [source_of_ids(scope, v) for v in evidence.values("ids")]
-    for op in scope.upstream(evidence.values("order", "ends"), ()) if False else ():
-        direct.append(op.outputs[0])
     for op in choices(scope, everything):
         if op.inputs[0].dtype not in FLOATS and op.name in (
             "aten.sort.default",

@@ -75,6 +75,15 @@ _ACROSS = {
 }
 
 
+@dataclass(frozen=True)
+class Pick:
+    """A body's param: the axes `places` of a weight, in this order, grouped to `sizes`."""
+
+    base: Value
+    places: tuple[int, ...]
+    sizes: tuple[Dim, ...]
+
+
 @dataclass
 class Reader:
     """Reads one block. `alone`: weights are one expert's own, not stacks over experts."""
@@ -92,6 +101,7 @@ class Reader:
     uses: dict[str, list[Value]] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
     known: dict[tuple[object, ...], Value] = field(default_factory=dict)
+    picks: dict[Value, Pick] = field(default_factory=dict)
     input_side: bool = False
 
     # ---- values --------------------------------------------------------------------------
@@ -775,6 +785,7 @@ class Reader:
 
         param = Value(self.fresh(f"p{len(self.known)}"), TensorType(weight.base.dtype, sizes))
         self.known[key] = param
+        self.picks[param] = Pick(weight.base, places, sizes)
         self.stacks[param] = make
         self.leaves.append(param)
         return param

@@ -1,0 +1,182 @@
+"""Experts written out one by one: equal branches of a graph that differ in their weights.
+
+A branch is what only one expert's result needs. Each is read on its own; where all bodies are
+the same, the weights at each place of the body are stacked over the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import sympy
+
+from moec.errors import NoMatch
+from moec.ir import Attr, Graph, Op, Ref, Value
+from moec.passes.prove import without_origins
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.layout import Layout
+from moec.passes.recognise.region import VIEWS, Emitter, Scope
+from moec.passes.recognise.rows import PRODUCTS, Reader
+from moec.text import print_graph
+
+_LIMIT = 300
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One expert's part: `ops` are its own, `layout` is `result` as the rows of `reader.x`."""
+
+    result: Value
+    ops: tuple[Op, ...]
+    reader: Reader
+    layout: Layout
+    body: Graph
+    number: int | None  # the expert that its mask asks for
+
+    @property
+    def text(self) -> str:
+        return print_graph(without_origins(self.body))
+
+
+def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
+    """The ops that nothing but `value` needs, in order."""
+    first = scope.maker(value)
+    if first is None:
+        return ()
+    kept: set[Op] = {first}
+    pending = [first]
+    while pending and len(kept) < _LIMIT:
+        for source in pending.pop().inputs:
+            op = scope.maker(source)
+            if op is None or op in kept or op.name == "aten.split_with_sizes.default":
+                continue
+            if all(r in kept for v in op.outputs for r in scope.graph.readers.get(v, ())):
+                if not any(v in scope.results for v in op.outputs):
+                    kept.add(op)
+                    pending.append(op)
+    return tuple(sorted(kept, key=scope.position.__getitem__))
+
+
+def signature(scope: Scope, ops: Sequence[Op]) -> tuple[str, ...] | None:
+    """What kind of branch this is; None where no weights are multiplied in."""
+    if not any(first_product(scope, op) for op in ops):
+        return None
+    return tuple(op.name for op in ops)
+
+
+def first_product(scope: Scope, op: Op) -> bool:
+    if op.name not in PRODUCTS:
+        return False
+    fixed = [v in scope.constants for v in op.inputs[:2]]
+    return any(fixed) and not all(fixed)
+
+
+def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
+    """Raises NoMatch where one expert's body cannot be read from the branch."""
+    reader = Reader(scope, alone=True)
+    start = next((op for op in ops if first_product(scope, op)), None)
+    if start is None:
+        raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
+    made = reader.product(start)
+    reader.keep(start, [made])
+    layout = reader.read(value)
+    if layout is None or not layout.applied:
+        why = reader.why.get(value) or next(iter(reader.why.values()), "it joins other values")
+        raise NoMatch(f"the branch of {value.name} is not one expert's: {why}")
+    body, _ = reader.body(layout)
+    return Branch(value, tuple(ops), reader, layout, body, number_of(scope, ops))
+
+
+def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
+    """The expert id that the branch's mask compares with, or picks from a stack of masks."""
+    for op in ops:
+        if op.inputs and op.inputs[0] in scope.constants and op.name != "aten.index.Tensor":
+            continue
+        if op.name == "aten.eq.Scalar" and isinstance(op.attrs["other"], int):
+            return op.attrs["other"]
+        if op.name == "aten.select.int" and op.inputs[0] not in scope.constants:
+            return cast(int, op.attrs["index"])
+        if op.name in ("aten.index.Tensor", "aten.eq.Tensor"):
+            for value in op.inputs[1:]:
+                content = scope.content(scope.behind(value))
+                if content is not None and content.numel() == 1:
+                    return int(content)
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Branches of all experts, in the order of the experts."""
+
+    branches: tuple[Branch, ...]
+    stacks: tuple[Recipe, ...]
+
+    @property
+    def first(self) -> Branch:
+        return self.branches[0]
+
+
+def family(scope: Scope, branches: Sequence[Branch]) -> Family:
+    """Raises NoMatch where the branches are not the experts 0 … n-1 of one kind."""
+    numbers = [b.number for b in branches]
+    ordered = list(branches)
+    if all(n is not None for n in numbers):
+        if sorted(cast("list[int]", numbers)) != list(range(len(branches))):
+            raise NoMatch(
+                f"its branches are the experts {numbers}, expected 0 to {len(branches) - 1}"
+            )
+        ordered.sort(key=lambda b: cast(int, b.number))
+    first = ordered[0]
+    for branch in ordered[1:]:
+        if branch.text != first.text:
+            raise NoMatch("its experts differ in more than their weights")
+    stacks = []
+    for place, param in enumerate(first.body.params):
+        picks = [b.reader.picks[b.body.params[place]] for b in ordered]
+        if any((p.places, p.sizes) != (picks[0].places, picks[0].sizes) for p in picks):
+            raise NoMatch(f"its experts arrange the weight {param.name} differently")
+        stacks.append(stacked(scope, [p.base for p in picks], picks[0].places, picks[0].sizes))
+    return Family(tuple(ordered), tuple(stacks))
+
+
+def stacked(
+    scope: Scope, bases: Sequence[Value], places: tuple[int, ...], sizes: tuple[object, ...]
+) -> Recipe:
+    """[E, ..] of one weight per expert: the stack that all were cut from, or a new one."""
+    root = common_root(scope, bases)
+
+    def make(emit: Emitter) -> Value:
+        value = emit.old(root) if root else emit.stack([emit.old(b) for b in bases], 0)
+        units = [i for i in range(len(value.shape) - 1) if i not in places]
+        value = emit.permute(value, (0, *(p + 1 for p in places), *(u + 1 for u in units)))
+        return emit.reshape(value, (len(bases), *sizes))  # type: ignore[arg-type]
+
+    return make
+
+
+def common_root(scope: Scope, bases: Sequence[Value]) -> Value | None:
+    """W where the bases are W[0], W[1], …"""
+    roots = set()
+    for number, base in enumerate(bases):
+        op = scope.maker(scope.behind(base, VIEWS))
+        if op is None:
+            return None
+        if op.name == "aten.select.int":
+            picked: Attr = op.attrs["index"] if op.attrs.get("dim", 0) == 0 else None
+        elif op.name == "aten.index.Tensor" and op.attrs["indices"] == (Ref(1),):
+            content = scope.content(scope.behind(op.inputs[1]))
+            picked = int(content) if content is not None and content.numel() == 1 else None
+        else:
+            return None
+        if picked != number or op.inputs[0].shape[0] != len(bases):
+            return None
+        if op.inputs[0].shape[1:] != tuple(d for d in base.shape):
+            return None
+        roots.add(op.inputs[0])
+    return roots.pop() if len(roots) == 1 else None
+
+
+def unbacked(value: Value) -> bool:
+    return any(isinstance(d, sympy.Expr) for d in value.shape)

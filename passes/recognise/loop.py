@@ -1,0 +1,137 @@
+"""Form 2: a loop over the experts, written out.
+
+    out = out + (weights * (ids == e)).sum(-1)[:, None] * expert_e(x)            every token
+    t, s = where(ids == e); out.index_add_(0, t, expert_e(x[t]) * weights[t, s]) its own rows
+
+The links of the chain are found by their likeness; what they start from is added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moec.errors import NoMatch
+from moec.ir import Op, Value
+from moec.passes.recognise.block import Proposal
+from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
+from moec.passes.recognise.region import Scope
+from moec.passes.recognise.routing import Evidence, hypotheses
+from moec.passes.recognise.rows import Reader
+from moec.sizes import product
+
+FORM = "static loop"
+_ADDS = {"aten.index_put.default", "aten.index_add.default", "aten.scatter_add.default"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    start: Value | None  # None: zero
+    links: tuple[tuple[Op, Value], ...]
+    kind: tuple[str, ...] | None
+
+
+def chains(scope: Scope) -> dict[Op, Chain]:
+    """Sums of at least two branches of one kind, by their last op."""
+    tails: dict[Value, Chain] = {}
+    kinds: dict[Value, tuple[str, ...] | None] = {}
+    reader = Reader(scope)
+
+    def kind(value: Value) -> tuple[str, ...] | None:
+        if value not in kinds:
+            kinds[value] = signature(scope, cone(scope, value))
+        return kinds[value]
+
+    ended: dict[Op, Chain] = {}
+    for op in scope.graph.ops:
+        if op.name in _ADDS:
+            if op.name == "aten.index_put.default" and not op.attrs.get("accumulate"):
+                continue
+            pairs = [(op.inputs[0], op.inputs[-1])]
+        elif op.name == "aten.add.Tensor" and "alpha" not in op.attrs:
+            if len(op.inputs) == 1:
+                pairs = []
+                if op.attrs.get("other") in (0, 0.0) and kind(op.inputs[0]):
+                    link = ((op, op.inputs[0]),)
+                    tails[op.outputs[0]] = Chain(None, link, kind(op.inputs[0]))
+            else:
+                a, b = op.inputs
+                pairs = [(a, b), (b, a)]
+        else:
+            continue
+        for before, added in pairs:
+            chain = tails.get(before)
+            if chain is not None and chain.kind == kind(added):
+                grown = Chain(chain.start, (*chain.links, (op, added)), chain.kind)
+                tails[op.outputs[0]] = ended[op] = grown
+                ended.pop(chain.links[-1][0], None)
+                break
+        else:
+            if not pairs:
+                continue
+            before, added = pairs[0]
+            if op.name == "aten.add.Tensor" and kind(before) and kind(before) == kind(added):
+                both = ((op, before), (op, added))
+                tails[op.outputs[0]] = ended[op] = Chain(None, both, kind(added))
+                continue
+            for before, added in pairs:
+                if kind(added):
+                    start = None if reader.is_zeros(before) else before
+                    tails[op.outputs[0]] = Chain(start, ((op, added),), kind(added))
+                    break
+    return ended
+
+
+def anchors(scope: Scope) -> Iterator[Op]:
+    yield from chains(scope)
+
+
+def propose(scope: Scope, anchor: Op) -> Iterator[Proposal]:
+    chain = chains(scope)[anchor]
+    branches: list[Branch] = []
+    for op, value in chain.links:
+        branch = read_branch(scope, value, cone(scope, value))
+        for index in op.inputs[1:-1] if op.name in _ADDS else ():
+            branch.reader.use("order", index)
+        branches.append(branch)
+    sources = {b.reader.x for b in branches}
+    if len(sources) > 1:
+        names = ", ".join(sorted(v.name for v in sources if v is not None)[:3])
+        raise NoMatch(f"its branches read different rows: {names}")
+    found = family(scope, branches)
+    first = found.first
+    x = first.reader.x
+    assert x is not None
+    uses: dict[str, list[Value]] = {}
+    for branch in found.branches:
+        for role, values in branch.reader.uses.items():
+            uses.setdefault(role, []).extend(values)
+        for op in branch.ops:
+            if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
+                uses.setdefault("ids", []).append(op.inputs[0])
+    count = len(branches)
+    output = anchor.outputs[0]
+    evidence = Evidence(
+        {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
+        count,
+        product(x.shape[:-1]),
+        product(output.shape[:-1]),
+    )
+    for choice in hypotheses(scope, evidence):
+        start = () if chain.start is None else (chain.start,)
+        yield Proposal(
+            form=FORM,
+            output=output,
+            x=x,
+            experts=choice.experts,
+            weights=choice.weights,
+            top_k=choice.top_k,
+            num_experts=count,
+            stacks=found.stacks,
+            body=first.body,
+            cut=tuple(dict.fromkeys((x, *choice.cut, *start))),
+            feeds=choice.feeds,
+            input_side=first.reader.input_side,
+            capacity=choice.capacity,
+            addend=chain.start,
+        )
