@@ -68,7 +68,8 @@ class Progress:
             self._failed = failed
             self._live.stop()
         elif not self.quiet and self.phases:
-            self._line(now, f"failed in {self.phases[-1].name}" if failed else "done")
+            how = "failed in" if isinstance(error, Exception) else "stopped in"
+            self._line(now, f"{how} {self.phases[-1].name}" if failed else "done")
 
     _failed: bool = False
 

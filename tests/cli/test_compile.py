@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,4 +137,35 @@ def test_failures_leave_nothing_behind(
     result = run("-o", tmp_path / "out.moec", "--quiet")
     assert result.exit_code == code
     assert result.stderr.strip().splitlines()[0] == words
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW = """
+import sys, time, types
+api = types.ModuleType("moec.api")
+def compile(model, progress, **options):
+    progress("kernels")
+    time.sleep(60)
+api.compile = compile
+sys.modules["moec.api"] = api
+from moec.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle(tmp_path: Path, sent: int, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "compile", "model", "-o", tmp_path / "out.moec"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr
+        while "kernels" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(sent)
+        said = process.stderr.read()
+    assert process.returncode == code
+    assert "stopped in kernels" in said
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
