@@ -45,9 +45,9 @@ Attr: TypeAlias = "None | bool | int | float | str | sympy.Expr | Ref | DType | 
 class Stage(Enum):
     """Which ops a graph may hold: the value is the prefixes of their names."""
 
-    ATEN = ("aten.", "moec.")
-    MOE = ("aten.", "moec.", "moe.")
-    GROUPED = ("aten.", "moec.", "moe.", "grouped.", "nn.")
+    ATEN = ("aten.", "moec.", "nn.")
+    MOE = ("aten.", "moec.", "nn.", "moe.")
+    GROUPED = ("aten.", "moec.", "nn.", "moe.", "grouped.")
 
 
 @dataclass(frozen=True)

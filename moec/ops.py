@@ -458,7 +458,10 @@ def expert_of(
 
 
 def _infer_rms_norm(op: Op) -> tuple[TensorType, ...]:
-    return (op.inputs[0].type,)
+    x, *weight = op.inputs
+    require(op, len(x.shape) >= 1 and len(weight) <= 1, "takes x[.., D] and weight[D]?")
+    require(op, not weight or weight[0].shape == x.shape[-1:], f"{weight} is not for {x}")
+    return (x.type,)
 
 
 @defop("nn.rms_norm", _infer_rms_norm)
@@ -475,3 +478,7 @@ def rms_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], 
     if len(tensors) > 1:
         full = full * (tensors[1] if attrs.get("round_first") else tensors[1].float())
     return full.to(x.dtype)
+
+
+# The rest of the model's ops have files of their own, which register into OPS.
+from moec import attention_op, rotary_op  # noqa: E402, F401

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -61,6 +61,13 @@ def normal(dim: Any) -> Dim:
 
 def product(dims: tuple[Dim, ...]) -> Dim:
     return normal(sympy.Mul(*dims)) if dims else 1
+
+
+def broadcasts(shape: Sequence[Dim], whole: Sequence[Dim]) -> bool:
+    """Whether each of as many axes is 1 or that of `whole`."""
+    return len(shape) == len(whole) and all(
+        size in (1, full) for size, full in zip(shape, whole, strict=True)
+    )
 
 
 def from_torch(size: Any, rename: Mapping[str, str] | None = None) -> Dim:

@@ -1,0 +1,150 @@
+"""nn.attention: softmax(q @ k.T * scale + mask) @ v as one op.
+
+B batch, Hq query heads, Hkv key heads (Hq is a multiple of Hkv: query head h reads key head
+h // (Hq/Hkv)), S queries, L keys, Dk features of queries and keys, Dv of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.ir import FLOATS, Op, TensorType, Value
+from moec.ops import Runner, defop, require
+from moec.sizes import Dim, broadcasts
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The inputs and attributes of nn.attention by name.
+
+    Query s sees key l where all of these hold: l <= s if `causal`; l > s - window if `window`
+    is set; l // chunk == s // chunk if `chunk` is set; the mask allows it. Queries and keys
+    both count from 0, whatever S and L (torch's meaning of is_causal).
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    mask: Value | None
+    sinks: Value | None
+    scale: float
+    causal: bool
+    window: int | None
+    chunk: int | None
+
+    @staticmethod
+    def of(op: Op) -> Attention:
+        """Raises IRError where inputs and attributes do not go together."""
+        require(op, len(op.inputs) >= 3, "needs q, k and v")
+        q, k, v, *rest = op.inputs
+        mask = rest.pop(0) if op.attrs.get("masked") and rest else None
+        sinks = rest.pop(0) if op.attrs.get("sinked") and rest else None
+        require(op, not rest, "has inputs that no attribute names")
+        require(op, (mask is not None) == bool(op.attrs.get("masked")), "the mask is missing")
+        require(op, (sinks is not None) == bool(op.attrs.get("sinked")), "the sinks are missing")
+        scale = op.attrs.get("scale")
+        require(op, isinstance(scale, float), "scale is not a float")
+        limits: dict[str, int | None] = {}
+        for name in ("window", "chunk"):
+            limit = op.attrs.get(name)
+            whole = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+            require(op, limit is None or whole, f"{name} is not a positive int")
+            limits[name] = cast("int | None", limit)
+        causal = bool(op.attrs.get("causal", False))
+        return Attention(q, k, v, mask, sinks, cast(float, scale), causal, **limits)
+
+    def attrs(self) -> dict[str, Any]:
+        """As attributes of an op: scale, and those that are not their defaults."""
+        found: dict[str, Any] = {"scale": self.scale}
+        if self.causal:
+            found["causal"] = True
+        if self.window is not None:
+            found["window"] = self.window
+        if self.chunk is not None:
+            found["chunk"] = self.chunk
+        if self.mask is not None:
+            found["masked"] = True
+        if self.sinks is not None:
+            found["sinked"] = True
+        return found
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        optional = tuple(value for value in (self.mask, self.sinks) if value is not None)
+        return (self.q, self.k, self.v, *optional)
+
+
+def _infer_attention(op: Op) -> tuple[TensorType, ...]:
+    a = Attention.of(op)
+    for name, value in (("q", a.q), ("k", a.k), ("v", a.v)):
+        require(op, len(value.shape) == 4, f"{name} is {value.type}, expected four axes")
+        require(op, value.dtype in FLOATS, f"{name} is {value.type}, expected floats")
+        require(op, value.dtype == a.q.dtype, f"{name} is {value.type}, q is {a.q.type}")
+        require(op, value.shape[0] == a.q.shape[0], f"{name} has another batch than q")
+    batch, heads, queries, width = a.q.shape
+    _, shared, keys, _ = a.k.shape
+    require(op, a.k.shape[3] == width, f"q {a.q.type} by k {a.k.type}")
+    require(op, a.v.shape[1:3] == (shared, keys), f"k is {a.k.type}, v is {a.v.type}")
+    require(op, divides(shared, heads), f"{heads} query heads share {shared} key heads")
+    if a.mask is not None:
+        whole = (batch, heads, queries, keys)
+        require(op, a.mask.dtype in ("bool", *FLOATS), f"the mask is {a.mask.type}")
+        require(op, broadcasts(a.mask.shape, whole), f"the mask {a.mask.type} is not for {whole}")
+    if a.sinks is not None:
+        require(op, a.sinks.type == TensorType(a.q.dtype, (heads,)), "sinks are not one per head")
+    return (TensorType(a.q.dtype, (batch, heads, queries, a.v.shape[3])),)
+
+
+def divides(shared: Dim, heads: Dim) -> bool:
+    if isinstance(shared, int) and isinstance(heads, int):
+        return shared > 0 and heads % shared == 0
+    return shared == heads
+
+
+@defop("nn.attention", _infer_attention)
+def attention(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """q[B,Hq,S,Dk], k[B,Hkv,L,Dk], v[B,Hkv,L,Dv], mask?, sinks[Hq]? -> y[B,Hq,S,Dv].
+
+    Attributes: `scale`, `causal`, `window`, `chunk` (see `Attention`), `masked`, `sinked`. A
+    bool mask is True where a query sees a key; any other is added to the scaled scores; it
+    broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the denominator
+    sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the end; a query
+    that sees no key gives zeros.
+    """
+    a = Attention.of(op)
+    q, k, v, *rest = tensors
+    full = torch.float64 if q.dtype == torch.float64 else torch.float32
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.to(full).repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = q.to(full) @ k.mT * a.scale
+    if a.mask is not None:
+        mask = rest.pop(0)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        else:
+            scores = scores + mask.to(full)
+    seen = visible(torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2]), a)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if a.sinks is not None:
+        sinks = rest.pop(0).to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = torch.ops.aten._safe_softmax(scores, -1)
+    return (shares[..., : k.shape[2]] @ v).to(q.dtype)
+
+
+def visible(query: torch.Tensor, key: torch.Tensor, a: Attention) -> torch.Tensor:
+    """Which keys the attributes of `a` let queries see; positions broadcast."""
+    seen = (query >= 0) & (key >= 0)
+    if a.causal:
+        seen = seen & (key <= query)
+    if a.window is not None:
+        seen = seen & (key > query - a.window)
+    if a.chunk is not None:
+        seen = seen & (key // a.chunk == query // a.chunk)
+    return seen

@@ -1,0 +1,55 @@
+"""nn.rotary: rotary position embedding (arXiv 2104.09864) of queries or keys as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moec.ir import FLOATS, Op, TensorType
+from moec.ops import Runner, defop, require
+from moec.sizes import broadcasts
+
+PAIRINGS = ("halves", "neighbours")
+
+
+def _infer_rotary(op: Op) -> tuple[TensorType, ...]:
+    require(op, len(op.inputs) == 3, "needs x, cos and sin")
+    x, cos, sin = op.inputs
+    width = x.shape[-1] if x.shape else 0
+    require(op, isinstance(width, int) and width % 2 == 0, f"{x} has no even number of features")
+    assert isinstance(width, int)
+    for value in (cos, sin):
+        require(op, value.dtype in FLOATS and x.dtype in FLOATS, f"{value} is not of floats")
+        fits = broadcasts(value.shape[:-1], x.shape[:-1]) and len(value.shape) == len(x.shape)
+        require(op, fits and value.shape[-1] in (width, width // 2), f"{value} is not for {x}")
+    require(op, cos.shape[-1] == sin.shape[-1], f"{cos} and {sin}")
+    for name in ("pairs", "gives"):
+        require(op, op.attrs.get(name, "halves") in PAIRINGS, f"{name} is not one of {PAIRINGS}")
+    return (x.type,)
+
+
+@defop("nn.rotary", _infer_rotary)
+def rotary(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """x[.., D], cos, sin [.., D or D/2] -> each pair (a, b) of x turned by its angle.
+
+    a' = a * cos - b * sin, b' = b * cos + a * sin, in float32 (float64 where x is), rounded to
+    x's dtype at the end. `pairs` says where x holds the pairs: "halves" (a in the first half
+    of the features, b in the second) or "neighbours" (2i and 2i+1); `gives` says it of the
+    result. Both are "halves" if left out. cos and sin broadcast over all axes but the last;
+    where they have D features, the first half is for a' and the second for b'.
+    """
+    x, cos, sin = tensors
+    full = torch.float64 if x.dtype == torch.float64 else torch.float32
+    half = x.shape[-1] // 2
+    if attrs.get("pairs", "halves") == "halves":
+        a, b = x[..., :half].to(full), x[..., half:].to(full)
+    else:
+        a, b = x[..., 0::2].to(full), x[..., 1::2].to(full)
+    cos, sin = cos.to(full), sin.to(full)
+    first = a * cos[..., :half] - b * sin[..., :half]
+    second = b * cos[..., -half:] + a * sin[..., -half:]
+    if attrs.get("gives", "halves") == "halves":
+        return torch.cat([first, second], -1).to(x.dtype)
+    return torch.stack([first, second], -1).flatten(-2).to(x.dtype)
