@@ -64,6 +64,20 @@ class Packed:
         return v.dot2(acc, a, b) if self.pairs else v.fma(a, b, acc)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows of one key head from `first` on, and what is known of each so far."""
+
+    head: Expr
+    first: Expr
+    query: Buffer  # [row, unit]
+    sums: Buffer  # [row, feature]: weights @ values
+    tops: Buffer  # [row]: the greatest score
+    totals: Buffer  # [row, lane]: the sum of the weights
+    reaches: Buffer  # [row]: keys that it may see
+    bias: Buffer | None  # [row of a register tile, key of a block]: its mask
+
+
 def block_size(p: Problem) -> int:
     return p.vector.target.tile_vectors * p.vector.lanes
 
@@ -160,26 +174,16 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         T.buffer_store(totals, v.splat(0.0), [r, lane])
         T.buffer_store(reaches, reach(p, s), [r])
 
+    tile = Tile(head, first, query, sums, tops, totals, reaches, bias)
     last = reaches[mine - 1]  # the furthest: rows are ordered by position
     with T.serial(0, T.ceildiv(last, c.block)) as n, T.serial(0, groups) as group:
         r = T.bind(group * height)
-        if bias is not None:
-            with T.serial(0, height) as i:
-                row = T.bind(T.min(first + r + i, p.rows - 1))
-                where = (*p.query_at(head, row), n * c.block)
-                load_mask(p, where, bias, i, c.block // v.lanes)
-        scores = _scores(c, query, (head, n), r)
-        scales, weights = [], []
-        for i in range(height):
-            seen = T.bind(T.cast(reaches[r + i] - n * c.block, "int32"))
-            lanes = []
-            for j, x in enumerate(scores[i]):
-                added = None if bias is None else bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
-                lanes.append(scaled(p, x[lane], seen - j * v.lanes, added))
-            scale, weight = _soften(c, lanes, tops, totals, r + i)
-            scales.append(scale)
-            weights.append(weight)
-        _accumulate(c, sums, (head, n), r, scales, weights)
+        with T.If(reaches[r + height - 1] > n * c.block), T.Then():
+            if bias is None:
+                _group(c, tile, n, r)
+            else:
+                with T.If(_open(c, tile, bias, n, r)), T.Then():
+                    _group(c, tile, n, r)
 
     with T.serial(0, mine) as r:
         at = p.query_at(head, first + r)
@@ -188,6 +192,41 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
             place = T.ramp(d * v.lanes, 1, v.lanes)
             T.buffer_store(sums, sums[r, place] * f, [r, place])
         write_row(p, at, sums, r)
+
+
+def _open(c: Packed, tile: Tile, bias: Buffer, n: Expr, r: Expr) -> Expr:
+    """Load the mask of a register tile; whether any of its rows may see any of the block's keys."""
+    p, v = c.problem, c.problem.vector
+    lane, vectors = T.ramp(0, 1, v.lanes), c.block // v.lanes
+    greatest = T.alloc_buffer((v.lanes,), "float32")
+    T.buffer_store(greatest, v.splat(MINUS_INFINITY), [lane])
+    with T.serial(0, v.target.tile_rows) as i:
+        row = T.bind(T.min(tile.first + r + i, p.rows - 1))
+        load_mask(p, (*p.query_at(tile.head, row), n * c.block), bias, i, vectors)
+        with T.serial(0, vectors) as j:
+            x = bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
+            T.buffer_store(greatest, T.max(x, greatest[lane]), [lane])
+    return p.soft.top(greatest[lane]) > T.float32(MINUS_INFINITY)
+
+
+def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
+    """One register tile of rows, from r, against one block of keys."""
+    p, v = c.problem, c.problem.vector
+    lane = T.ramp(0, 1, v.lanes)
+    scores = _scores(c, tile.query, (tile.head, n), r)
+    scales, weights = [], []
+    for i, row in enumerate(scores):
+        seen = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
+        lanes = []
+        for j, x in enumerate(row):
+            added = None
+            if tile.bias is not None:
+                added = tile.bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
+            lanes.append(scaled(p, x[lane], seen - j * v.lanes, added))
+        scale, weight = _soften(c, lanes, tile.tops, tile.totals, r + i)
+        scales.append(scale)
+        weights.append(weight)
+    _accumulate(c, tile.sums, (tile.head, n), r, scales, weights)
 
 
 def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[list[Buffer]]:
