@@ -12,7 +12,7 @@ from moec.commands.options import Tolerance, model_options
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
 @click.argument("model")
 @click.option(
-    "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: by dtype."
+    "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: 2e-4."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -44,16 +44,24 @@ def command(
     wanted = parse(shapes)
     with Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
-        from moec.bisect import bisect
+        from moec.api import compile as compile_model
+        from moec.bisect import TOLERANCE, bisect, random_cases
+        from moec.pipeline import choose
 
-        found = bisect(
+        chosen = choose(opt_level, passes)
+        captured = compile_model(
             model,
             dynamic_shapes=dynamic_shapes(wanted),
             dtype=dtype,
-            opt_level=opt_level,
-            passes=passes,
-            tolerance=tolerance or None,
-            seed=seed,
+            stop_after="capture",
+            progress=progress.phase,
+        ).captured
+        progress.phase("passes")
+        found = bisect(
+            captured.program,
+            chosen,
+            random_cases(captured.program, captured.example, seed=seed),
+            tolerance=tolerance or TOLERANCE,
             progress=progress.phase,
         )
     if as_json:

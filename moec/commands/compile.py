@@ -68,6 +68,13 @@ def command(
 
     from moec.progress import Progress
 
+    dump = None if dump_ir is None else Dump(dump_ir)
+
+    def watch(step: Step) -> None:
+        progress.phase(f"passes {step.name}")
+        if dump:
+            dump(step)
+
     with Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
         progress.phase("capture")  # torch itself takes a moment to load
         from moec.api import compile as compile_model
@@ -82,7 +89,7 @@ def command(
             verify=verify if builds else False,
             stop_after=stop_after,
             build=builds,
-            watch=None if dump_ir is None else Dump(dump_ir),
+            watch=watch,
             progress=progress.phase,
         )
         if builds and output is not None:

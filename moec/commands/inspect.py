@@ -47,7 +47,7 @@ def command(
     if is_artifact(Path(model)):
         report, graph = of_artifact(Path(model))
     else:
-        report, graph = of_model(model, shapes, dtype, passes, quiet or as_json)
+        report, graph = of_model(model, shapes, dtype, opt_level, passes, quiet or as_json)
     if picture:
         from moec.picture import save, scene
 
@@ -105,7 +105,12 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
 
 
 def of_model(
-    model: str, shapes: tuple[str, ...], dtype: str | None, passes: str, quiet: bool
+    model: str,
+    shapes: tuple[str, ...],
+    dtype: str | None,
+    opt_level: int,
+    passes: str,
+    quiet: bool,
 ) -> tuple[Report, Graph]:
     """Capture and recognise; no code is generated."""
     from moec.commands.shapes import dynamic_shapes, parse
@@ -120,6 +125,7 @@ def of_model(
             model,
             dynamic_shapes=dynamic_shapes(wanted),
             dtype=dtype,
+            opt_level=opt_level,
             passes=passes,
             verify=False,
             stop_after="recognise",

@@ -22,27 +22,33 @@ def command(what: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moec.report_text import terminal_width
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    Console(highlight=False, emoji=False, soft_wrap=False).print(table)
+    Console(width=terminal_width(), highlight=False, emoji=False).print(table)
 
 
 def passes() -> list[dict[str, Any]]:
-    """One row a pass: the first line of its class, its stages, what may be set."""
-    from moec.pipeline import PASSES
+    """One row a pass: the first line of its class, what may be set."""
+    from moec.pipeline import ORDER
 
+    level: dict[str, int] = {}
+    for at, p in ORDER:
+        level[p.name] = min(at, level.get(p.name, at))
     return [
         {
             "pass": p.name,
-            "stages": f"{p.takes.name} -> {p.gives.name}",
+            "gives": p.gives.name,
+            "from": f"-O{level[p.name]}",
             "kind": "exact" if getattr(p, "exact", True) else "approximate",
             "what_it_does": first_line(p),
-            "options": ", ".join(f"{f.name}={f.default}" for f in fields(p)) or "-",
+            "options": ", ".join(f"{f.name}={getattr(p, f.name)}" for f in fields(p)) or "-",  # type: ignore[arg-type]
         }
-        for p in PASSES
+        for p in {p.name: p for _, p in ORDER}.values()
     ]
 
 

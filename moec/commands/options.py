@@ -57,8 +57,8 @@ def model_options(command: F) -> F:
     for decorator in (
         click.option("--passes", default="", metavar="+a,-b", help="Add and leave out passes."),
         click.option(
-            "-O", "--opt-level", type=click.IntRange(0, 3), default=2, show_default=True,
-            help="0: as captured; 1: recognise; 2: every exact pass; 3: spend longer.",
+            "-O", "--opt-level", type=click.IntRange(0, 2), default=2, show_default=True,
+            help="0: what code needs; 1: fuse MoE blocks; 2: fuse the rest too.",
         ),
         click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
         click.option(

@@ -31,13 +31,13 @@ class FakeCompiler:
             Step("capture", program, Stage.ATEN, 0.0, 0, ()),
             Step("recognise", program, Stage.MOE, 0.25, 3, ()),
         ]
-        for phase in ("capture", "recognise", "kernels", "verify"):
+        for phase in ("capture", "passes", "kernels", "verify"):
             options["progress"](phase)
             if self.error and phase == self.fails_in:
                 raise self.error
-        if watch := options.get("watch"):
-            for step in steps:
-                watch(step)
+            if phase == "passes" and (watch := options.get("watch")):
+                for step in steps:
+                    watch(step)
         return FakeCompiled(steps)
 
 

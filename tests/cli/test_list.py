@@ -37,3 +37,17 @@ def test_families_exist(family: Any) -> None:
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, family.architecture)
     assert model.config_class.model_type in (family.model_type, "llama4", "gpt_oss")
+
+
+def test_passes_in_their_order() -> None:
+    rows = json.loads(run("passes", "--json").stdout)
+    names = [row["pass"] for row in rows]
+    assert len(names) == len(set(names))
+    assert names.index("canonicalise") < names.index("recognise-experts")
+    assert names.index("recognise-experts") < names.index("expand-experts")
+    for row in rows:
+        assert row["what_it_does"], row
+        assert row["kind"] == "exact", row
+        assert row["from"] in ("-O0", "-O1", "-O2")
+    assert "limit=" in rows[names.index("fold-constants")]["options"]
+    assert "fold-constants" in run("passes").stdout
