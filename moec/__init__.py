@@ -1,1 +1,33 @@
-"""moec: the compiler for mixture-of-experts models."""
+"""moec: the compiler for mixture-of-experts models.
+
+    model = moec.compile(module, (inputs,))
+    model(inputs); model.report(); model.save("model.moec"); moec.load("model.moec")
+
+Names are imported when they are first used: `moec run` needs neither torch nor TVM's compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moec.api import CompiledModel, compile
+    from moec.errors import MoecError
+    from moec.loading import LoadedModel, load
+
+__all__ = ["CompiledModel", "LoadedModel", "MoecError", "compile", "load"]
+
+_WHERE = {
+    "CompiledModel": "moec.api",
+    "LoadedModel": "moec.loading",
+    "MoecError": "moec.errors",
+    "compile": "moec.api",
+    "load": "moec.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'moec' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

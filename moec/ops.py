@@ -156,15 +156,13 @@ def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run:
     rest = list(tensors[2:])
     bias = rest.pop(0) if attrs.get("biased") else None
     correction = rest.pop(0) if attrs.get("corrected") else None
-    from moec.aten import TORCH_DTYPES
-
-    compute = TORCH_DTYPES[attrs["compute"]]
+    compute = attrs["compute"]
     logits = torch.nn.functional.linear(
         tensors[0].to(compute),
         tensors[1].to(compute),
         None if bias is None else bias.to(compute),
     )
-    return route_logits(Routing.of(op), logits.to(TORCH_DTYPES[attrs["logits"]]), correction)
+    return route_logits(Routing.of(op), logits.to(attrs["logits"]), correction)
 
 
 def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -36,10 +36,9 @@ _ROWWISE = frozenset(
         "aten.slice.Tensor",
         "aten.cat.default",
         "aten.where.self",
-        "aten.clone.default",
-        "aten.alias.default",
     }
 )
+_IDENTITIES = ("aten.alias.default", "aten.clone.default")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,11 @@ class _Expansion:
 
     def outputs(self) -> tuple[Value, ...]:
         for inner in self.body.ops:
-            if all(v in self.stacks for v in inner.inputs) and inner.inputs:
+            if inner.name in _IDENTITIES:
+                (source,), (made,) = inner.inputs, inner.outputs
+                known = self.rows if source in self.rows else self.stacks
+                known[made] = known[source]
+            elif all(v in self.stacks for v in inner.inputs) and inner.inputs:
                 self.stack_op(inner)
             elif inner.name == "aten.linear.default":
                 self.linear(inner)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Op, Program, Stage, TensorType, Value
+from moec.ir import Attr, DType, Op, Program, Stage, TensorType, Value
 from moec.ops import Routing
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
@@ -51,8 +51,8 @@ def fuse_gate(op: Op, b: Builder) -> Sequence[Value] | None:
     x = _flat(x, op, b)
     attrs: dict[str, Attr] = {
         **Routing.of(op).attrs(),
-        "compute": compute,
-        "logits": rounded,
+        "compute": DType(compute),
+        "logits": DType(rounded),
     }
     if bias:
         attrs["biased"] = True

@@ -1,0 +1,204 @@
+"""What a user may hand to moec: a module, an export, or the path of a checkpoint, .pt2 or factory.
+
+Whatever it is becomes a module with example arguments, or an export.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moec.errors import CaptureError, UsageError
+from moec.sizes import Bounds
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with what is needed to call it. `files` travel with the artifact."""
+
+    model: torch.nn.Module | ExportedProgram
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    name: str = ""
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+def open_source(
+    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Source:
+    """The source behind any door.
+
+    Raises UsageError where `model` is none of the things that moec takes, CaptureError where
+    it is but cannot be loaded.
+    """
+    if isinstance(model, torch.nn.Module):
+        return _module(model, tuple(args), dict(kwargs or {}))
+    if isinstance(model, ExportedProgram):
+        return Source(model, name="an exported program")
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"a {type(model).__name__} is not a model: give a torch module, an exported program, "
+            "the folder of a checkpoint, a .pt2 file, or file.py:factory"
+        )
+    text = str(model)
+    path = Path(text)
+    file, colon, factory = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _factory(Path(file), factory)
+    if path.is_dir():
+        return _checkpoint(path)
+    if path.suffix == ".pt2" and path.is_file():
+        return _export(path)
+    if path.suffix == ".py":
+        raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
+    if not path.exists():
+        raise UsageError(
+            f"{text} does not exist: give the folder of a checkpoint, a .pt2 file, or "
+            "file.py:factory (models are not downloaded)"
+        )
+    raise UsageError(
+        f"{text} is not a model that moec can read: give the folder of a checkpoint, a .pt2 "
+        "file, or file.py:factory"
+    )
+
+
+def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+    """A cache that nobody asked for is left out: it would be an output of dozens of tensors."""
+    name = type(model).__name__
+    if not args and not kwargs and inspect.signature(model.forward).parameters:
+        raise UsageError(f"{name} needs example inputs: moec.compile(model, (input, ...))")
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", None) and hasattr(model, "set_experts_implementation"):
+        kwargs = {"use_cache": False} | kwargs
+    return Source(model, args, kwargs, name=name)
+
+
+def _export(path: Path) -> Source:
+    try:
+        return Source(torch.export.load(str(path)), name=path.name)
+    except Exception as error:
+        raise CaptureError(
+            f"{path} cannot be read as a torch.export program: {error}; save it anew with "
+            "torch.export.save, with this version of torch"
+        ) from error
+
+
+def _factory(path: Path, name: str) -> Source:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CaptureError(f"{path} fails as it is loaded: {_shown(error)}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise UsageError(f"{path} has no function {name}")
+    try:
+        made = factory()
+    except Exception as error:
+        raise CaptureError(f"{path}:{name}() fails: {_shown(error)}") from error
+    if not (
+        isinstance(made, tuple)
+        and len(made) in (2, 3)
+        and isinstance(made[0], torch.nn.Module)
+        and isinstance(made[1], tuple | dict)
+    ):
+        raise UsageError(
+            f"{path}:{name}() must return (module, arguments) or (module, arguments, "
+            "dynamic_shapes), with the arguments in a tuple or a dict"
+        )
+    model, arguments, *shapes = made
+    args = arguments if isinstance(arguments, tuple) else ()
+    kwargs = arguments if isinstance(arguments, dict) else {}
+    source = _module(model, args, dict(kwargs))
+    return Source(
+        source.model, source.args, source.kwargs, shapes[0] if shapes else None, name=name
+    )
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _checkpoint(folder: Path) -> Source:
+    """A Hugging Face folder: config.json, safetensors, and a tokenizer where there is one."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{folder} is not a checkpoint: it has no config.json") from None
+    except ValueError as error:
+        raise CaptureError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(
+            f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
+        ) from None
+    if config.get("auto_map"):
+        raise UsageError(
+            f"{folder} brings its own code (auto_map), which moec does not run; load the model "
+            "yourself and give it to moec.compile, or write file.py:factory"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise CaptureError(f"{folder} has no .safetensors; save the model with save_pretrained")
+    seq2seq = bool(config.get("is_encoder_decoder"))
+    auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except Exception as error:
+        raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
+    model.eval()
+    files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
+    kwargs = example_tokens(model, seq2seq)
+    return Source(model, (), kwargs, None, _limits(model.config), str(folder), files)
+
+
+def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:
+    """Arguments of a language model: two sequences of seven tokens, no cache."""
+    count = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens() -> torch.Tensor:
+        return torch.randint(count, (2, 7), generator=generator)
+
+    if not seq2seq:
+        return {"input_ids": tokens(), "use_cache": False}
+    ones = torch.ones(2, 7, dtype=torch.int64)
+    return {
+        "input_ids": tokens(),
+        "attention_mask": ones,
+        "decoder_input_ids": tokens(),
+        "decoder_attention_mask": ones.clone(),
+        "use_cache": False,
+    }
+
+
+def _limits(config: Any) -> dict[str, Bounds]:
+    """The sequence may be as long as the model has positions for."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    return {"S": Bounds(1, longest)} if isinstance(longest, int) else {}

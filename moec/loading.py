@@ -1,0 +1,47 @@
+"""`moec.load`: an artifact as a model to call. Needs neither torch nor the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.calling import call
+from moec.runtime.artifact import Artifact, read
+from moec.runtime.executor import Executor, start
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A compiled model from its artifact. Called as `moec.compile`'s result is."""
+
+    path: Path
+    artifact: Artifact
+    executor: Executor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises InputError where an input does not fit."""
+        names = [port.name for port in self.artifact.package.inputs]
+        return call(self.executor, names, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.path.name}: {len(self.artifact.package.inputs)} inputs>"
+
+    def reset(self) -> None:
+        """Put the state (a static cache) back to what it starts from."""
+        self.executor.reset()
+
+    def report(self) -> Any:
+        """What was recognised, declined, made and measured when the model was compiled."""
+        from moec.report import Report
+
+        return Report.of_dict(self.artifact.manifest.extra["report"])
+
+
+def load(path: Path | str) -> LoadedModel:
+    """The model in the artifact at `path`.
+
+    Raises ArtifactError where any part of it is damaged, or this machine cannot run it.
+    """
+    opened = read(path)
+    return LoadedModel(Path(path), opened, start(opened))
