@@ -17,7 +17,6 @@ all of them are verified, so nothing ever runs on unverified bytes.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
 import threading
@@ -35,6 +34,7 @@ from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import ALIGNMENT, Buffer, open_container, replacing
 from moec.runtime.dtypes import NUMPY, Array, name_of
+from moec.runtime.library import processors
 from moec.runtime.manifest import Manifest, Part, Sample, Stored
 from moec.runtime.package import CpuNeeds, Package
 
@@ -149,9 +149,10 @@ def write(
             writer.add(name, content)
 
 
-def read(path: Path | str) -> Artifact:
+def read(path: Path | str, *, native: bool = True) -> Artifact:
     """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
 
+    `native=False` leaves out its code, and so accepts code for another machine or TVM.
     Raises ArtifactError where it is missing, truncated, altered, of another version, or for
     another CPU.
     """
@@ -162,8 +163,10 @@ def read(path: Path | str) -> Artifact:
         raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifests.NAME}")
     try:
         manifest = manifests.load(content)
-        check_machine(manifest.machine, manifest.package.target)
-        check_versions(manifest.package.versions)
+        if native:
+            check_machine(manifest.machine)
+            check_versions(manifest.package.versions)
+        check_features(manifest.package.target)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -184,7 +187,7 @@ def read(path: Path | str) -> Artifact:
 
     if GRAPH not in small:
         raise ArtifactError(f"{path} holds no {GRAPH}")
-    library = bytes(small.get(LIBRARY, b""))
+    library = bytes(small.get(LIBRARY, b"")) if native else b""
     _check_library(path, library, manifest.machine)
     sampled = tuple(
         Sample(
@@ -204,13 +207,17 @@ def read(path: Path | str) -> Artifact:
     )
 
 
-def check_machine(machine: str, needs: CpuNeeds) -> None:
-    """Raise ArtifactError unless this machine can run code made for `needs`."""
+def check_machine(machine: str) -> None:
+    """Raise ArtifactError unless code made for `machine` runs here."""
     if machine != platform.machine():
         raise ArtifactError(
             f"it was compiled for {machine}, and this machine is {platform.machine()}; "
             "compile it for this machine, or run it with --rebuild"
         )
+
+
+def check_features(needs: CpuNeeds) -> None:
+    """Raise ArtifactError unless this CPU has the features that the kernels use."""
     wanted = target.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
     try:
         target.require(wanted)
@@ -224,7 +231,7 @@ def check_versions(versions: Mapping[str, str]) -> None:
     if here.split(".")[:2] != there.split(".")[:2]:
         raise ArtifactError(
             f"it was compiled with TVM {there}, and TVM {here} is installed here; "
-            f"install apache-tvm {there}, or compile the model again"
+            f"install apache-tvm {there}, compile the model again, or run it with --rebuild"
         )
 
 
@@ -267,8 +274,7 @@ def _digests(contents: Iterable[Buffer]) -> list[str]:
     """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
     buffers = list(contents)
     order = sorted(range(len(buffers)), key=lambda i: -memoryview(buffers[i]).nbytes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores or 1) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         # The largest first, so that no core is left alone with it at the end.
         made = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
     return [made[i] for i in range(len(buffers))]

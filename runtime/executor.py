@@ -32,13 +32,20 @@ def load(path: Path | str) -> Executor:
     return start(artifact.read(path))
 
 
-def start(opened: Artifact) -> Executor:
-    """As `load`, for an artifact that was read before."""
+def start(opened: Artifact, *, rebuilt: bool = False) -> Executor:
+    """As `load`, for an artifact that was read before.
+
+    `rebuilt` compiles its graph anew instead of using the code in it.
+    """
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(opened.verify)  # while TVM's runtime loads
         tvm_ffi()
         verified.result()
-    return Executor(opened.package)
+    if not rebuilt:
+        return Executor(opened.package)
+    from moec.runtime.rebuild import rebuild  # the compiler: slow to import, and seldom needed
+
+    return Executor(rebuild(opened))
 
 
 class Executor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -211,3 +212,18 @@ import torch
     made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert made.stdout.splitlines() == ["[]", "False True"]
+
+
+def test_every_processor_works_unless_told_otherwise() -> None:
+    script = """
+from moec.runtime.library import processors, tvm_ffi
+print(tvm_ffi().get_global_func("runtime.NumThreads")(), processors())
+"""
+    names = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+    for told in ({}, *({name: "1"} for name in names)):
+        made = subprocess.run(
+            [sys.executable, "-c", script], env=plain | told, capture_output=True, text=True
+        )
+        threads, processors = made.stdout.split()
+        assert threads == ("1" if told else processors)
