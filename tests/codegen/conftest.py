@@ -1,0 +1,36 @@
+"""Building one kernel for one target, and calling it on torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import tvm
+from torch import Tensor
+
+from moec.target import Target
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]]:
+    """(target, kernel) -> a function that takes torch tensors, the results last."""
+
+    def make(target: Target, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
+        name = str(kernel.attrs["global_symbol"])
+        library = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(target.tvm()))
+        function = library[name]
+
+        def call(*tensors: Tensor) -> None:
+            assert all(t.is_contiguous() for t in tensors)
+            function(*(tvm.runtime.from_dlpack(t) for t in tensors))
+
+        return call
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rounding() -> dict[torch.dtype, float]:
+    """The greatest relative error of rounding to a type: half a unit in the last place."""
+    return {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
