@@ -85,15 +85,15 @@ def run(
     program: Program,
     passes: Sequence[Pass],
     *,
+    stage: Stage = Stage.ATEN,
     fuel: int | None = None,
     watch: Callable[[Step], None] | None = None,
 ) -> list[Step]:
     """Run passes in order. `steps[0]` is the program as given, `steps[-1]` the result.
 
-    `fuel` caps the rewrites of the whole run; `watch` sees every step as it is made. Raises
+    `stage` is the program's own; `fuel` caps the rewrites of the whole run; `watch` sees every step as it is made. Raises
     IRError where stages do not meet, or a pass breaks a rule of the graph (naming the pass).
     """
-    stage = Stage.ATEN
     verify(program.graph, stage)
     steps = [Step("capture", program, stage, 0.0, 0, ())]
     if watch:
