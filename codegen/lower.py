@@ -59,6 +59,7 @@ class Lowering:
     functions: dict[object, Any] = field(default_factory=dict)
     kernels: list[tuple[str, str]] = field(default_factory=list)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
+    masks: dict[object, Value] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
 
     def type(self, of: Value | TensorType) -> relax.TensorType:

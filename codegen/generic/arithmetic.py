@@ -107,14 +107,18 @@ def _safe(p: Point, b: Scalar) -> Expr:
     return p.emission.bind_expr(T.Select(tirx.EQ(b.expr, one - one), one, b.expr))
 
 
+def _differ(a: Expr, b: Expr) -> Expr:
+    return tirx.NE(T.cast(a, "int8"), T.cast(b, "int8"))
+
+
 def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
     if a.dtype in INTS:
         return Scalar(a.dtype, tirx.floordiv(a.expr, _safe(p, b)))
     bind = p.emission.bind_expr
-    rest = bind(T.fmod(a.expr, b.expr))
+    rest = bind(sc.fmod(a, b))
     zero = sc.constant(0.0, a.dtype).expr
     exact = bind(tirx.div(a.expr - rest, b.expr))
-    wrong = tirx.And(tirx.NE(rest, zero), tirx.NE(rest < zero, b.expr < zero))
+    wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
     down = bind(T.Select(wrong, exact - 1, exact))
     whole = bind(T.floor(down))
     near = T.Select(down - whole > sc.constant(0.5, a.dtype).expr, whole + 1, whole)
@@ -126,8 +130,8 @@ def remainder_of(p: Point, a: Scalar, b: Scalar) -> Scalar:
     if a.dtype in INTS:
         return Scalar(a.dtype, tirx.floormod(a.expr, _safe(p, b)))
     zero = sc.constant(0.0, a.dtype).expr
-    rest = p.emission.bind_expr(T.fmod(a.expr, b.expr))
-    wrong = tirx.And(tirx.NE(rest, zero), tirx.NE(rest < zero, b.expr < zero))
+    rest = p.emission.bind_expr(sc.fmod(a, b))
+    wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
     return Scalar(a.dtype, T.Select(wrong, rest + b.expr, rest))
 
 
@@ -167,7 +171,7 @@ def fmod(p: Point) -> Scalar:
     a, b = operands(p)
     if a.dtype in INTS:
         return result(p, Scalar(a.dtype, tirx.truncmod(a.expr, _safe(p, b))))
-    return result(p, Scalar(a.dtype, T.fmod(a.expr, b.expr)))
+    return result(p, Scalar(a.dtype, sc.fmod(a, b)))
 
 
 # ---- powers ----------------------------------------------------------------------------
@@ -225,22 +229,11 @@ def atan2(p: Point) -> Scalar:
 # ---- comparison and choice -------------------------------------------------------------
 
 
-def _compare(*names: str, by: Callable[[Any, Any], Any]) -> None:
-    @point(*(f"{name}.{kind}" for name in names for kind in ("Tensor", "Scalar")), exact=True)
-    def compare(p: Point) -> Scalar:
-        dtype = common_dtype(p["self"], p["other"])
-        a, b = p.get(p["self"], dtype), p.get(p["other"], dtype)
-        if dtype == "bool":
-            a, b = sc.cast(a, "i8"), sc.cast(b, "i8")
-        return Scalar("bool", by(a.expr, b.expr))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 
-
-_compare("eq", by=tirx.EQ)
-_compare("ne", by=tirx.NE)
-_compare("lt", by=tirx.LT)
-_compare("le", by=tirx.LE)
-_compare("gt", by=tirx.GT)
-_compare("ge", by=tirx.GE)
+    @point(f"{_name}.Tensor", f"{_name}.Scalar", exact=True)
+    def compare(p: Point, how: str = _name) -> Scalar:
+        return Scalar("bool", sc.compare(how, *operands(p)))
 
 
 def larger(a: Scalar, b: Scalar, sign: int = 1) -> Scalar:
@@ -305,10 +298,6 @@ def masked_fill(p: Point) -> Scalar:
 # ---- logic and bits --------------------------------------------------------------------
 
 
-def _differ(a: Expr, b: Expr) -> Expr:
-    return tirx.NE(T.cast(a, "int8"), T.cast(b, "int8"))
-
-
 def _logic(name: str, by: Callable[[Any, Any], Any]) -> None:
     @point(f"logical_{name}", exact=True)
     def logical(p: Point) -> Scalar:
@@ -332,7 +321,13 @@ _bits("or", tirx.Or, tirx.bitwise_or)
 _bits("xor", _differ, tirx.bitwise_xor)
 
 def _shift(name: str, by: Callable[[Any, Any], Any]) -> None:
-    @point(f"bitwise_{name}_shift.Tensor", f"bitwise_{name}_shift.Tensor_Scalar", exact=True)
+    @point(
+        f"bitwise_{name}_shift.Tensor",
+        f"bitwise_{name}_shift.Tensor_Scalar",
+        f"__{name[0]}shift__.Tensor",
+        f"__{name[0]}shift__.Scalar",
+        exact=True,
+    )
     def shift(p: Point) -> Scalar:
         a, b = operands(p)
         return result(p, Scalar(a.dtype, by(a.expr, b.expr)))

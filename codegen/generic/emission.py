@@ -203,8 +203,8 @@ class Emission:
                         expr = left
                     else:
                         size = self.sizes.expr(shape[axis])
-                        expr = T.bind(tirx.truncmod(left, size))
-                        left = T.bind(tirx.truncdiv(left, size))
+                        expr = T.bind(ix.rest(left, size))
+                        left = T.bind(ix.quotient(left, size))
                     at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
                 row(at)
 

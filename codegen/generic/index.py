@@ -84,7 +84,7 @@ def div(a: Index, b: Index) -> Index:
     if a.known is not None and b.known is not None:
         return const(a.known // b.known)
     high = a.high // b.known if a.high is not None and b.known else a.high
-    return Index(tirx.truncdiv(a.expr, b.expr), ("/", a.key, b.key), 0, high)
+    return Index(quotient(a.expr, b.expr), ("/", a.key, b.key), 0, high)
 
 
 def mod(a: Index, b: Index) -> Index:
@@ -94,7 +94,25 @@ def mod(a: Index, b: Index) -> Index:
     if a.high is not None and b.low is not None and a.high < b.low:
         return a
     high = None if b.high is None else b.high - 1
-    return Index(tirx.truncmod(a.expr, b.expr), ("%", a.key, b.key), 0, high)
+    return Index(rest(a.expr, b.expr), ("%", a.key, b.key), 0, high)
+
+
+def quotient(a: Expr, b: Expr) -> Expr:
+    """a // b of a >= 0.
+
+    Where b is a size that may be 0 nothing is ever divided, but TVM would conclude from the
+    division that it is not 0 and move it to where it is: so TVM does not see the division.
+    """
+    if isinstance(b, tirx.IntImm):
+        return tirx.truncdiv(a, b)
+    return T.call_extern("int64", "moec_quotient_i64", a, b)
+
+
+def rest(a: Expr, b: Expr) -> Expr:
+    """a % b of a >= 0; as `quotient`."""
+    if isinstance(b, tirx.IntImm):
+        return tirx.truncmod(a, b)
+    return T.call_extern("int64", "moec_rest_i64", a, b)
 
 
 def bounded(a: Index, size: Index) -> Index:
@@ -113,8 +131,9 @@ def _plus(a: int | None, b: int | None) -> int | None:
 class Sizes:
     """Sizes of the IR as int64 expressions over one function's variables."""
 
-    def __init__(self, variables: Mapping[str, Var]) -> None:
+    def __init__(self, variables: Mapping[str, Var], inside_kernel: bool = False) -> None:
         self.variables = variables
+        self.inside_kernel = inside_kernel
         self.made: dict[Dim, Expr] = {}
 
     def expr(self, dim: Dim) -> Expr:
@@ -124,6 +143,13 @@ class Sizes:
             self.made[dim] = self._expr(sympy.sympify(dim))
         return self.made[dim]
 
+    def _divisor(self, dim: sympy.Expr) -> Expr:
+        """A size to divide by: 1 where it is 0, which only LLVM may know (see `quotient`)."""
+        expr = self._expr(dim)
+        if not self.inside_kernel or isinstance(expr, tirx.IntImm):
+            return expr
+        return T.call_extern("int64", "moec_divisor_i64", expr)
+
     def index(self, dim: Dim) -> Index:
         if isinstance(dim, int):
             return const(dim)
@@ -132,33 +158,33 @@ class Sizes:
     def _expr(self, dim: sympy.Expr) -> Expr:
         numerator, denominator = sympy.fraction(sympy.together(dim))
         if denominator != 1:
-            return tirx.floordiv(self._expr(numerator), self._expr(denominator))
+            return tirx.floordiv(self._expr(numerator), self._divisor(denominator))
         if dim.is_Integer:
             return tirx.const(int(dim), "int64")
         if isinstance(dim, sympy.Symbol):
             return self.variables[dim.name]
         arguments = [self._expr(a) for a in dim.args]
-        match dim:
-            case sympy.Add():
+        # By name: torch has classes of its own for some of them.
+        match type(dim).__name__:
+            case "Add":
                 return _fold(lambda a, b: a + b, arguments)
-            case sympy.Mul():
+            case "Mul":
                 return _fold(lambda a, b: a * b, arguments)
-            case sympy.Pow():
+            case "Pow":
                 return _fold(lambda a, b: a * b, [arguments[0]] * int(dim.args[1]))
-            case sympy.floor():
+            case "floor":
                 return arguments[0]
-            case sympy.ceiling():
+            case "ceiling":
                 top, bottom = sympy.fraction(sympy.together(dim.args[0]))
-                return tirx.floordiv(
-                    self._expr(top) + self._expr(bottom) - 1, self._expr(bottom)
-                )
-            case sympy.Mod():
-                return tirx.floormod(*arguments)
-            case sympy.Max():
+                below = self._divisor(bottom)
+                return tirx.floordiv(self._expr(top) + below - 1, below)
+            case "Mod":
+                return tirx.floormod(arguments[0], self._divisor(dim.args[1]))
+            case "Max":
                 return _fold(tirx.max, arguments)
-            case sympy.Min():
+            case "Min":
                 return _fold(tirx.min, arguments)
-            case sympy.Abs():
+            case "Abs":
                 return T.Select(arguments[0] < 0, 0 - arguments[0], arguments[0])
         raise NotImplementedError(f"size {dim}")
 

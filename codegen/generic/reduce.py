@@ -175,9 +175,7 @@ def all_(e: Emission, op: Op) -> None:
 
 def better(a: Scalar, b: Scalar, sign: int) -> Expr:
     """Whether a comes before b in falling (sign 1) or rising order; NaN is the greatest."""
-    if a.dtype == "bool":
-        a, b = sc.cast(a, "i8"), sc.cast(b, "i8")
-    ahead = tirx.GT(a.expr, b.expr) if sign > 0 else tirx.LT(a.expr, b.expr)
+    ahead = sc.compare("gt" if sign > 0 else "lt", a, b)
     if a.dtype not in FLOATS:
         return ahead
     mine, other = (a, b) if sign > 0 else (b, a)
@@ -204,7 +202,7 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
             # A minimum stays at the first NaN; a maximum likewise.
             now = best.get()
             nan_first = tirx.And(sc.is_nan(found), tirx.Not(sc.is_nan(now)))
-            wins = tirx.Or(better(found, now, 1) if sign > 0 else _below(found, now), nan_first)
+            wins = tirx.Or(better(found, now, 1) if sign > 0 else sc.compare("lt", found, now), nan_first)
             wins = tirx.Or(wins, tirx.LT(place.get().expr, tirx.const(0, "int64")))
             with T.If(wins), T.Then():
                 best.set(found)
@@ -218,12 +216,6 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
             e.store(out, target(out, at, axes), Scalar(out.dtype, best.get().expr))
 
     e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
-
-
-def _below(a: Scalar, b: Scalar) -> Expr:
-    if a.dtype == "bool":
-        a, b = sc.cast(a, "i8"), sc.cast(b, "i8")
-    return tirx.LT(a.expr, b.expr)
 
 
 @kernel("argmax", "argmin", fuses=("self",))

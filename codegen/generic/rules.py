@@ -95,7 +95,9 @@ def kernel(
 
 
 def _full(name: str) -> str:
-    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"."""
+    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; nn ops are whole."""
+    if name.startswith("nn."):
+        return name
     return f"aten.{name}" if "." in name else f"aten.{name}.default"
 
 

@@ -98,12 +98,17 @@ def cast(x: Scalar, dtype: str) -> Scalar:
     if x.dtype == "c64":
         return cast(Scalar("f32", x.expr), dtype)
     if dtype == "bool":
-        return Scalar(dtype, tirx.NE(x.expr, tirx.const(0, COMPUTE[x.dtype])))
+        return Scalar(dtype, compare("ne", x, constant(0, x.dtype)))
     expr = x.expr
     if dtype in INTS and x.dtype in FLOATS:
         expr = T.cast(expr, "int64")
     elif dtype == "f32" and x.dtype == "f64":
         expr = T.cast(expr, "float32")
+    elif dtype in FLOATS and x.dtype not in FLOATS:
+        # TVM's bounds analysis takes a cast from a whole number for a whole number.
+        wide = expr if x.dtype == "i64" else T.cast(expr, "int64")
+        width = "64" if dtype == "f64" else "32"
+        expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", wide)
     if expr.ty.dtype != COMPUTE[dtype]:
         expr = T.cast(expr, COMPUTE[dtype])
     return rounded(Scalar(dtype, expr))
@@ -146,6 +151,29 @@ def is_nan(x: Scalar) -> Expr:
     return tirx.NE(T.call_extern("int32", f"moec_isnan_{width}", x.expr), tirx.const(0, "int32"))
 
 
+_COMPARE = {
+    "eq": tirx.EQ,
+    "ne": tirx.NE,
+    "lt": tirx.LT,
+    "le": tirx.LE,
+    "gt": tirx.GT,
+    "ge": tirx.GE,
+}
+
+
+def compare(how: str, a: Scalar, b: Scalar) -> Expr:
+    """eq, ne, lt, le, gt or ge of two elements of one dtype; NaN is not equal to anything.
+
+    Floats are compared by LLVM: TIR would turn "not a < b" into "a >= b".
+    """
+    if a.dtype == "bool":
+        a, b = cast(a, "i8"), cast(b, "i8")
+    if a.dtype not in FLOATS:
+        return _COMPARE[how](a.expr, b.expr)
+    width = "64" if a.dtype == "f64" else "32"
+    return tirx.NE(T.call_extern("int32", f"moec_{how}_{width}", a.expr, b.expr), T.int32(0))
+
+
 def absolute(x: Scalar) -> Scalar:
     if x.dtype in ("u8", "bool"):
         return x
@@ -160,6 +188,12 @@ def absolute(x: Scalar) -> Scalar:
 def f32(name: str, *args: Expr) -> Expr:
     """One of the float32 functions below."""
     return T.call_extern("float32", f"moec_{name}_f32", *args)
+
+
+def fmod(a: Scalar, b: Scalar) -> Expr:
+    """The rest of a division, with the sign of a."""
+    width = "64" if a.dtype == "f64" else "32"
+    return T.call_extern(COMPUTE[a.dtype], f"moec_fmod_{width}", a.expr, b.expr)
 
 
 def add_in_any_order(a: Expr, b: Expr) -> Expr:
@@ -307,9 +341,38 @@ define linkonce_odr i32 @moec_isnan_{width}({kind} %a) alwaysinline {{
   %r = zext i1 %n to i32
   ret i32 %r
 }}
+define linkonce_odr {kind} @moec_from_i64_{width}(i64 %a) alwaysinline {{
+  %r = sitofp i64 %a to {kind}
+  ret {kind} %r
+}}
+define linkonce_odr {kind} @moec_fmod_{width}({kind} %a, {kind} %b) alwaysinline {{
+  %r = frem {kind} %a, %b
+  ret {kind} %r
+}}
 define linkonce_odr {kind} @moec_mul_{width}({kind} %a, {kind} %b) alwaysinline {{
   %r = fmul {kind} %a, %b
   ret {kind} %r
+}}""")
+        for how in ("oeq", "une", "olt", "ole", "ogt", "oge"):
+            parts.append(f"""
+define linkonce_odr i32 @moec_{how[1:]}_{width}({kind} %a, {kind} %b) alwaysinline {{
+  %c = fcmp {how} {kind} %a, %b
+  %r = zext i1 %c to i32
+  ret i32 %r
+}}""")
+    parts.append("""
+define linkonce_odr i64 @moec_divisor_i64(i64 %b) alwaysinline {
+  %none = icmp slt i64 %b, 1
+  %c = select i1 %none, i64 1, i64 %b
+  ret i64 %c
+}""")
+    for name, how in (("quotient", "sdiv"), ("rest", "srem")):
+        parts.append(f"""
+define linkonce_odr i64 @moec_{name}_i64(i64 %a, i64 %b) alwaysinline {{
+  %none = icmp slt i64 %b, 1
+  %c = select i1 %none, i64 1, i64 %b
+  %r = {how} i64 %a, %c
+  ret i64 %r
 }}""")
     return "".join(parts)
 

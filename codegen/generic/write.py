@@ -23,7 +23,7 @@ from moec.target import Target
 
 import sympy
 
-_CUTTING = ("aten.cat.default", "aten.stack.default")
+_CUTTING = ("aten.cat.default", "aten.stack.default", "nn.rotary")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def write(group: Group, name: str, target: Target) -> Written:
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             variables = {size: T.int64() for size in order}
-            sizes = Sizes(variables)
+            sizes = Sizes(variables, inside_kernel=True)
             flat = is_flat(group)
             inputs = {v: _argument(f"a{i}", v, sizes) for i, v in enumerate(group.inputs)}
             bound = {d.name for v in group.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
