@@ -22,6 +22,8 @@ from moec.ops import GroupedLinear
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
 
+_SORTED = ("order", "slots", "ends")
+
 
 @dataclass(frozen=True)
 class FuseDispatch:
@@ -42,7 +44,7 @@ def sort_choices(op: Op, b: Builder) -> Sequence[Value] | None:
     if op.name != "moe.dispatch" or "sorted" in op.attrs:
         return None
     count = {"num_experts": op.attrs["num_experts"]}
-    order, _, ends = b.emit("moe.sort", [op.inputs[1]], like=op, attrs=count, named="order")
+    order, _, ends = b.emit("moe.sort", [op.inputs[1]], like=op, attrs=count, named=_SORTED)
     attrs = {**op.attrs, "sorted": True}
     rows, _, _ = b.emit("moe.dispatch", op.inputs, like=op, attrs=attrs)
     return rows, order, ends

@@ -58,7 +58,8 @@ def fuse_gate(op: Op, b: Builder) -> Sequence[Value] | None:
         attrs["biased"] = True
     if correction:
         attrs["corrected"] = True
-    return b.emit("moe.gate", [x, weight, *bias, *correction], like=op, attrs=attrs)
+    inputs = [x, weight, *bias, *correction]
+    return b.emit("moe.gate", inputs, like=op, attrs=attrs, named=("weights", "experts"))
 
 
 def _linear_behind(logits: Value, b: Builder) -> tuple[Op, str]:

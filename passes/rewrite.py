@@ -8,6 +8,7 @@ match whose inner values have other readers stays correct.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from moec.ir import Attr, Graph, Op, State, TensorType, Value
 from moec.ops import OPS
 from moec.passes.runner import Log
 from moec.sizes import symbols
+
+_NUMBER = re.compile(r"(_\d+)+$")
 
 Rule = Callable[[Op, "Builder"], Sequence[Value] | None]
 
@@ -31,15 +34,19 @@ class Builder:
         self.ops: list[Op] = []
         self.producers: dict[Value, Op] = {}
         self.names = {value.name for value in graph.values()}
+        self.counts: dict[str, int] = {}
 
     def fresh(self, name: str) -> str:
-        """`name`, or `name_2`, `name_3` … where that is taken."""
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
+        """`name`, or where that is taken its stem with the first free number: `name_2` …"""
+        if name in self.names:
+            stem = _NUMBER.sub("", name)
+            count = self.counts.get(stem, 1) + 1
+            while f"{stem}_{count}" in self.names:
+                count += 1
+            self.counts[stem] = count
+            name = f"{stem}_{count}"
+        self.names.add(name)
+        return name
 
     def append(self, op: Op) -> tuple[Value, ...]:
         self.ops.append(op)
@@ -60,17 +67,19 @@ class Builder:
         like: Op,
         attrs: Mapping[str, Attr] | None = None,
         body: Graph | None = None,
-        named: str | None = None,
+        named: str | Sequence[str] | None = None,
     ) -> tuple[Value, ...]:
         """Append an op that stands for `like`: its origin, and names made from its names.
 
-        `types` may be left out for moec's own ops, whose type rule gives them.
+        `types` may be left out for moec's own ops, whose type rule gives them; `named` is one
+        name, or one for each output.
         """
         draft = Op(name, tuple(inputs), (), dict(attrs or {}), body, like.origin)
         if types is None:
             types = OPS[name].infer(draft)
         stem = named or like.outputs[0].name
-        outputs = tuple(Value(self.fresh(stem), type) for type in types)
+        names = [stem] * len(types) if isinstance(stem, str) else stem
+        outputs = tuple(Value(self.fresh(n), t) for n, t in zip(names, types, strict=True))
         return self.append(replace(draft, outputs=outputs))
 
 
