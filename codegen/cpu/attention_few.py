@@ -27,7 +27,7 @@ from moec.codegen.cpu.attention_problem import (
 )
 from moec.codegen.cpu.tasks import divide
 
-FEW = 16  # rows of one key head for which packing does not pay; a multiple of 4
+FEW = 24  # rows of one key head for which packing does not pay; a multiple of 4
 CHUNK = 256  # keys of a task
 
 

@@ -110,9 +110,11 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
 def _linear(c: _Linear) -> None:
     """Fill c.logits, one block of experts and some tokens a task."""
     v = c.v
-    blocks = -(-c.spec.route.num_experts // v.lanes)
+    count = c.spec.route.num_experts
+    blocks = -(-count // v.lanes)
     parts = T.bind(T.ceildiv(c.tokens, TOKENS_OF_A_PRODUCT))
     rows = {16: 4, 8: 2, 4: 2}[v.lanes]
+    columns = v.lanes // rows
     with T.parallel(0, parts * blocks) as task:
         block, part = tasks.divide(task, parts)
         first = T.bind(part * TOKENS_OF_A_PRODUCT)
@@ -121,8 +123,8 @@ def _linear(c: _Linear) -> None:
         several = T.bind(T.floordiv(mine, rows))
         with T.serial(0, several) as i:
             t = T.bind(first + i * rows)
-            with T.serial(0, rows) as j:
-                _products(c, t, rows, expert, j * (v.lanes // rows))
+            with T.serial(0, T.min(T.ceildiv(count - expert, columns), rows)) as j:
+                _products(c, t, rows, expert, j * columns)
             with T.serial(0, rows) as j:
                 _finish(c, t + j, expert)
         with T.serial(0, mine - several * rows) as i:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -209,3 +212,44 @@ def test_compiles_for_haswell() -> None:
 def test_heads_must_divide() -> None:
     with pytest.raises(ValueError, match="5 query heads cannot share 2 key heads"):
         AttentionSpec("f32", 5, 2, 8, 8, 1.0)
+
+
+SCRIPT = """
+import os, torch, tvm
+from moec.codegen.cpu.attention import AttentionSpec, attention
+from moec.codegen.cpu.gate import GateSpec, gate
+from moec.codegen.cpu.route import RouteSpec
+from moec.ops import Routing
+from moec.target import host
+
+def build(f, name):
+    return tvm.compile(tvm.IRModule({name: f}), tvm.target.Target(host().tvm()))[name]
+
+torch.manual_seed(0)
+kernel = build(attention(AttentionSpec("f32", 4, 2, 32, 32, 0.2, True), host()), "attention")
+for queries, keys in ((3, 700), (150, 150)):
+    q, out = torch.randn(1, 4, queries, 32), torch.empty(1, 4, queries, 32)
+    k, v = torch.randn(2, 1, 2, keys, 32)
+    kernel(*map(tvm.runtime.from_dlpack, (q, k, v, out)))
+    print(out.numpy().tobytes().hex())
+kernel = build(gate(GateSpec(RouteSpec(Routing(4), 40, "f32"), 50, "f32", "f32"), host()), "gate")
+x, weight = torch.randn(90, 50), torch.randn(40, 50)
+weights, experts = torch.empty(90, 4), torch.empty(90, 4, dtype=torch.int64)
+kernel(*map(tvm.runtime.from_dlpack, (x, weight, weights, experts)))
+print(weights.numpy().tobytes().hex(), experts.tolist())
+assert tvm.get_global_func("runtime.NumThreads")() == min(THREADS, os.cpu_count())
+"""
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT.replace("THREADS", str(threads))],
+            env=os.environ | {"TVM_NUM_THREADS": str(threads)},
+            check=True,
+            capture_output=True,
+            timeout=120,
+        ).stdout
+        for threads in (1, 2)
+    ]
+    assert made[0] == made[1]
