@@ -10,6 +10,7 @@ import ast
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -105,7 +106,12 @@ def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
     missing = symbols(dim) - env.keys()
     if missing:
         raise IRError(f"size {dim} needs {sorted(missing)}, which nothing has bound")
-    value = dim.subs({symbol(name): env[name] for name in symbols(dim)})
+    return _value(dim, tuple((name, env[name]) for name in sorted(symbols(dim))))
+
+
+@lru_cache(maxsize=1 << 14)
+def _value(dim: sympy.Expr, env: tuple[tuple[str, int], ...]) -> int:
+    value = dim.subs({symbol(name): size for name, size in env})
     if not value.is_Integer:
         raise IRError(f"size {dim} is {value}, not a whole number")
     return int(value)

@@ -11,11 +11,13 @@ From the first such product the rows are followed forward until they are tokens 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir import Op, Value
-from moec.passes.recognise.block import Proposal
+from moec.passes.recognise.block import Candidate, Proposal
+from moec.passes.recognise.fans import Fan, fan
 from moec.passes.recognise.layout import Layout, divide
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
 from moec.passes.recognise.routing import Evidence, hypotheses
@@ -26,10 +28,25 @@ _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
 """What may follow the sum over a token's choices."""
 
 
-def anchors(scope: Scope) -> Iterator[Op]:
+def candidates(scope: Scope) -> Iterator[Candidate]:
+    fans: dict[Op, Fan] = {}
     for op in scope.graph.ops:
         if op.name in PRODUCTS and any(stacked(scope, v) for v in op.inputs):
-            yield op
+            yield Candidate(op, partial(propose, scope, op, fans))
+        elif op.name == "aten.cat.default":
+            try:
+                found = fan(scope, op)
+            except NoMatch as why:
+                yield Candidate(op, partial(refuse, why))
+                continue
+            if found is not None:
+                fans[op] = found
+    for op in fans:
+        yield Candidate(op, partial(propose, scope, op, fans))
+
+
+def refuse(why: NoMatch) -> Iterator[Proposal]:
+    raise why
 
 
 def stacked(scope: Scope, value: Value) -> bool:
@@ -44,26 +61,26 @@ def stacked(scope: Scope, value: Value) -> bool:
         value = op.inputs[0]
 
 
-def propose(scope: Scope, anchor: Op) -> Iterator[Proposal]:
-    reader = Reader(scope)
-    layout = reader.product(anchor)
-    if layout is None:
+def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:
+    reader = Reader(scope, fans=fans.get)
+    made = reader.apply(anchor)
+    if made[0] is None:
         raise NoMatch(f"{anchor.name} is no product of rows with a stack")
-    reader.memo[anchor.outputs[0]] = layout
-    yield from follow(reader, anchor)
-
-
-def follow(reader: Reader, anchor: Op) -> Iterator[Proposal]:
-    ends = walk(reader, anchor)
-    reasons = reader.why.get(anchor.outputs[0], "")
+    reader.keep(anchor, made)
+    splits = {fan.split: op for op, fan in fans.items() if fan.split is not None}
+    ends = walk(reader, anchor, splits)
     if not ends:
-        raise NoMatch(reasons or "the rows never become tokens again")
+        reason = reader.why.get(anchor.outputs[0], "")
+        raise NoMatch(reason or "the rows never become tokens again")
     for value, layout in ends:
         yield from at_end(reader, value, layout)
 
 
-def walk(reader: Reader, anchor: Op) -> list[tuple[Value, Layout]]:
-    """Where the rows are tokens again, the likeliest first."""
+def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, Layout]]:
+    """Where the rows are tokens again, the likeliest first.
+
+    `splits` gives the concatenation at the other side of each split of rows by expert.
+    """
     scope = reader.scope
     heap: list[tuple[int, Op]] = []
     seen: set[Op] = set()
@@ -82,6 +99,9 @@ def walk(reader: Reader, anchor: Op) -> list[tuple[Value, Layout]]:
     last = ""
     while heap and len(seen) < 3000:
         _, op = heapq.heappop(heap)
+        if op in splits:
+            heapq.heappush(heap, (scope.position[splits[op]], splits[op]))
+            continue
         sources = [reader.memo[v] for v in op.inputs if v in reader.memo]
         if any(s.reduced for s in sources) and op.name not in _AFTER:
             continue
@@ -98,11 +118,15 @@ def walk(reader: Reader, anchor: Op) -> list[tuple[Value, Layout]]:
             push(value)
             if layout.rows == tokens:
                 (summed if layout.reduced else plain).append((value, layout))
-            elif layout.reduced and divide(layout.rows, tokens) is not None:
+            elif layout.reduced and multiples(layout.rows, tokens):
                 unsummed.append((value, layout))
     if last:
         reader.why[anchor.outputs[0]] = last
     return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2]]
+
+
+def multiples(a: Dim, b: Dim) -> bool:
+    return divide(a, b) is not None or divide(b, a) is not None
 
 
 def rows_of(reader: Reader) -> Dim:
@@ -111,7 +135,7 @@ def rows_of(reader: Reader) -> Dim:
 
 
 def form_of(reader: Reader) -> str:
-    if "ends" in reader.uses:
+    if "ends" in reader.uses or "split" in reader.uses:
         return "sort + grouped_mm"
     if "dispatch" in reader.uses:
         return "dense dispatch with capacity"
@@ -124,7 +148,14 @@ def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
     assert reader.x is not None
     assert reader.experts is not None
     body, stacks = reader.body(layout)
-    evidence = Evidence(reader.uses, reader.experts, rows_of(reader), product(value.shape[:-1]))
+    evidence = Evidence(
+        reader.uses,
+        reader.experts,
+        rows_of(reader),
+        product(value.shape[:-1]),
+        value,
+        (reader.x,),
+    )
     for choice in hypotheses(reader.scope, evidence):
         yield Proposal(
             form=form_of(reader),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moec.ir import Attr, DType, Graph, TensorType, Value
+from moec.ir import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.prove import Feed
 from moec.passes.recognise.body import Prepared, canonical
 from moec.passes.recognise.region import Emitter
@@ -17,6 +17,14 @@ Recipe = Callable[[Emitter], Value]
 
 def same(value: Value) -> Recipe:
     return lambda emit: emit.old(value)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place that looks like a block; `propose` says what it might be, or why it is none."""
+
+    at: Op
+    propose: Callable[[], Iterator[Proposal]]
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,16 @@ from moec.errors import IRError, NoMatch
 from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.prove import Prover
 from moec.passes.recognise import batched, hf, loop
-from moec.passes.recognise.block import Proposal, emit_block
+from moec.passes.recognise.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.region import Emitter, Scope
+from moec.passes.recognise.routing import Unlike
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
 
-Anchors = Callable[[Scope], Iterator[Op]]
-Propose = Callable[[Scope, Op], Iterator[Proposal]]
-
-FORMS: tuple[tuple[Anchors, Propose], ...] = (
-    (hf.anchors, hf.propose),
-    (loop.anchors, loop.propose),
-    (batched.anchors, batched.propose),
+FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
+    hf.candidates,
+    loop.candidates,
+    batched.candidates,
 )
 
 
@@ -43,11 +41,11 @@ class RecogniseExperts:
         prover = Prover(program.weights)
         found: dict[Op, Proposal] = {}
         covered: set[Op] = set()
-        for anchors, propose in FORMS:
-            for anchor in anchors(scope):
-                if anchor in covered:
+        for candidates in FORMS:
+            for candidate in candidates(scope):
+                if candidate.at in covered:
                     continue
-                block = first_proved(scope, anchor, propose, prover, log)
+                block = first_proved(scope, candidate, prover, log)
                 if block is None:
                     continue
                 at = scope.graph.producers[block.output]
@@ -57,23 +55,24 @@ class RecogniseExperts:
         return replace(program, graph=splice(scope.graph, found))
 
 
-def first_proved(
-    scope: Scope, anchor: Op, propose: Propose, prover: Prover, log: Log
-) -> Proposal | None:
+def first_proved(scope: Scope, candidate: Candidate, prover: Prover, log: Log) -> Proposal | None:
     """The first proposal that holds. If there were some and none does, the first one's reason
     is logged: later ones are variations of it."""
     reasons: list[str] = []
     try:
-        for proposal in propose(scope, anchor):
+        for proposal in candidate.propose():
             try:
                 check(scope, proposal, prover)
                 return proposal
             except NoMatch as why:
                 reasons.append(f"{proposal.form}: {why}")
+    except Unlike:
+        pass
     except NoMatch as why:
         reasons.append(str(why))
     if reasons:
-        log.decline(anchor.origin or anchor.outputs[0].name, reasons[0])
+        at = candidate.at
+        log.decline(at.origin or at.outputs[0].name, reasons[0])
     return None
 
 

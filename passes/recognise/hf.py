@@ -8,12 +8,13 @@ The body came with the op, so nothing is guessed; ids of num_experts and more me
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir import Op, Ref
 from moec.passes.prove import Ids, Positive
-from moec.passes.recognise.block import Proposal, same
+from moec.passes.recognise.block import Candidate, Proposal, same
 from moec.passes.recognise.region import Scope
 from moec.text import parse
 
@@ -21,11 +22,13 @@ NAME = "moec.experts.default"
 FORM = "hf experts op"
 
 
-def anchors(scope: Scope) -> Iterator[Op]:
-    yield from (op for op in scope.graph.ops if op.name == NAME)
+def candidates(scope: Scope) -> Iterator[Candidate]:
+    for op in scope.graph.ops:
+        if op.name == NAME:
+            yield Candidate(op, partial(propose, op))
 
 
-def propose(scope: Scope, op: Op) -> Iterator[Proposal]:
+def propose(op: Op) -> Iterator[Proposal]:
     refs = cast("tuple[Ref, ...]", op.attrs["params"])
     stacks = [op.inputs[ref.index] for ref in refs]
     x, ids, weights = op.inputs[:3]
@@ -44,5 +47,5 @@ def propose(scope: Scope, op: Op) -> Iterator[Proposal]:
         stacks=tuple(map(same, stacks)),
         body=body,
         cut=(x, ids, weights),
-        feeds={ids: Ids(count, absent=True), weights: Positive()},
+        feeds={ids: Ids(count, cast(int, ids.shape[1]), absent=True), weights: Positive()},
     )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir import Op, Value
-from moec.passes.recognise.block import Proposal
+from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
-from moec.passes.recognise.region import Scope
+from moec.passes.recognise.region import Scope, chooses
 from moec.passes.recognise.routing import Evidence, hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.sizes import product
@@ -79,15 +80,24 @@ def chains(scope: Scope) -> dict[Op, Chain]:
                     start = None if reader.is_zeros(before) else before
                     tails[op.outputs[0]] = Chain(start, ((op, added),), kind(added))
                     break
-    return ended
+    return {op: chain for op, chain in ended.items() if weighed(scope, chain)}
 
 
-def anchors(scope: Scope) -> Iterator[Op]:
-    yield from chains(scope)
+def weighed(scope: Scope, chain: Chain) -> bool:
+    """Whether the links look like choices of experts; other sums of layers are none."""
+    op, value = chain.links[-1]
+    if op.name in _ADDS or chooses(scope, value):
+        return True
+    product = scope.made_by(scope.behind_casts(value), "aten.mul.Tensor")
+    return product is not None and any(v.shape[-1:] == (1,) for v in product.inputs)
 
 
-def propose(scope: Scope, anchor: Op) -> Iterator[Proposal]:
-    chain = chains(scope)[anchor]
+def candidates(scope: Scope) -> Iterator[Candidate]:
+    for op, chain in chains(scope).items():
+        yield Candidate(op, partial(propose, scope, op, chain))
+
+
+def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     branches: list[Branch] = []
     for op, value in chain.links:
         branch = read_branch(scope, value, cone(scope, value))
@@ -110,15 +120,17 @@ def propose(scope: Scope, anchor: Op) -> Iterator[Proposal]:
             if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
                 uses.setdefault("ids", []).append(op.inputs[0])
     count = len(branches)
+    start = () if chain.start is None else (chain.start,)
     output = anchor.outputs[0]
     evidence = Evidence(
         {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
         count,
         product(x.shape[:-1]),
         product(output.shape[:-1]),
+        output,
+        (x, *start),
     )
     for choice in hypotheses(scope, evidence):
-        start = () if chain.start is None else (chain.start,)
         yield Proposal(
             form=FORM,
             output=output,

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import sympy
 import torch
 
 from moec.aten import overload
 from moec.errors import NoMatch
 from moec.ir import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.rewrite import Builder
-from moec.sizes import Dim, product
+from moec.sizes import Dim, product, symbols
 
 VIEWS = frozenset(
     {
@@ -66,6 +67,13 @@ class Scope:
                 found.update(op.outputs)
         return frozenset(found)
 
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[Value, ...]]:
+        """The values that bind sizes which depend on data."""
+        return {
+            str(op.attrs["name"]): op.outputs for op in self.graph.ops if op.name == "moec.size"
+        }
+
     def maker(self, value: Value) -> Op | None:
         return self.graph.producers.get(value)
 
@@ -97,6 +105,8 @@ class Scope:
             if op is not None and op not in found:
                 found.add(op)
                 stack.extend(op.inputs)
+                if self.sizes:
+                    stack.extend(v for n in names_in(op) for v in self.sizes.get(n, ()))
         return tuple(sorted(found, key=self.position.__getitem__))
 
     def leaves(self, ops: Sequence[Op], stops: Iterable[Value] = ()) -> Iterator[Value]:
@@ -122,6 +132,19 @@ class Scope:
         return Graph(
             tuple(dict.fromkeys(stops)), params, ops, tuple(results), (), self.graph.bounds
         )
+
+
+def names_in(op: Op) -> set[str]:
+    """The named sizes of an op's attributes."""
+    found: set[str] = set()
+    pending: list[Attr] = list(op.attrs.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, tuple):
+            pending.extend(value)
+        elif isinstance(value, sympy.Expr):
+            found |= symbols(value)
+    return found
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,11 @@ class RecogniseRouters:
 
     def run(self, program: Program, log: Log) -> Program:
         scope, prover = Scope(program.graph, program.weights), Prover(program.weights)
-        found: dict[tuple[Value | None, Value], Router] = {}
-        for block in blocks(scope):
+        found: dict[Key, Router] = {}
+        ordered = sorted(blocks(scope), key=lambda block: block.weights is None)
+        for block in ordered:
             key = (block.weights, block.experts)
-            if key in found:
+            if key in found or shared(found, block) is not None:
                 continue
             where = block.dispatch.origin or block.dispatch.outputs[0].name
             try:
@@ -55,6 +56,16 @@ class RecogniseRouters:
             if log.spend(f"router of {where}"):
                 found[key] = router
         return replace(program, graph=splice(scope, found))
+
+
+Key = tuple[Value | None, Value]
+
+
+def shared(found: Mapping[Key, Router], block: Routed) -> Key | None:
+    """The router of another block with the same choices, for one that weighs none."""
+    if block.weights is not None:
+        return None
+    return next((key for key in found if key[1] is block.experts), None)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,9 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         for reader in scope.graph.readers.get(op.outputs[1], ()):
             if reader.name == "moe.combine" and reader.attrs.get("weighted"):
                 weigher, weights = reader, reader.inputs[2]
+        source = scope.behind(experts, {"aten.reshape.default"})
+        if len(source.shape) == 2 and (weights is None or source.shape == weights.shape):
+            experts = source  # another number of slots a row: the same choices
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]))
 
 
@@ -251,12 +265,13 @@ def _agree(block: Routed, router: Router) -> Compare:
     return compare
 
 
-def splice(scope: Scope, found: Mapping[tuple[Value | None, Value], Router]) -> Graph:
+def splice(scope: Scope, found: Mapping[Key, Router]) -> Graph:
     """Blocks read the route's results; whoever else reads the old ones keeps them."""
-    wanted: dict[Op, list[tuple[int, tuple[Value | None, Value], int]]] = {}
+    wanted: dict[Op, list[tuple[int, Key, int]]] = {}
     for block in blocks(scope):
-        key = (block.weights, block.experts)
-        if key not in found:
+        key: Key | None = (block.weights, block.experts)
+        key = key if key in found else shared(found, block)
+        if key is None or key not in found:
             continue
         drop = scope.made_by(block.dispatch.inputs[1], "moe.capacity")
         chooser, place = (block.dispatch, 1) if drop is None else (drop, 0)
@@ -264,13 +279,14 @@ def splice(scope: Scope, found: Mapping[tuple[Value | None, Value], Router]) -> 
         if block.weigher is not None:
             wanted.setdefault(block.weigher, []).append((2, key, 0))
     builder = Builder(scope.graph)
-    made: dict[tuple[Value | None, Value], tuple[Value, ...]] = {}
+    made: dict[Key, tuple[Value, ...]] = {}
     for op in scope.graph.ops:
         inputs = list(op.inputs)
         for place, key, which in wanted.get(op, ()):
             if key not in made:
                 origin = cast(Op, scope.maker(key[1])).origin or op.origin
                 made[key] = _emit(Emitter(builder, {}, replace(op, origin=origin)), found[key])
-            inputs[place] = made[key][which]
+            value = made[key][which]
+            inputs[place] = Emitter(builder, {}, op).reshape(value, op.inputs[place].shape)
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})

@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from moec.errors import NoMatch
-from moec.ir import FLOATS, Op, TensorType, Value
-from moec.passes.prove import Feed, Ids, Logits, Positive
+from moec.ir import FLOATS, Attr, DType, Op, TensorType, Value
+from moec.passes.prove import Feed, Ids, Logits, OneHot, Positive
 from moec.passes.recognise.block import Capacity, Recipe
 from moec.passes.recognise.layout import divide
-from moec.passes.recognise.region import CASTS, VIEWS, Emitter, Scope, choices, is_routing
+from moec.passes.recognise.region import CASTS, CHOICES, VIEWS, Emitter, Scope, choices, is_routing
 from moec.sizes import Dim, product
 
 _THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
+
+
+class Unlike(NoMatch):
+    """Not like a block at all: no reason to report."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Evidence:
     experts: int
     rows_in: Dim
     rows_out: Dim
+    output: Value
+    reads: tuple[Value, ...]  # the tokens, and what the sum starts from
 
     def values(self, *roles: str) -> list[Value]:
         return [v for role in roles for v in self.uses.get(role, ())]
@@ -49,21 +55,86 @@ class Evidence:
 def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
     """Raises NoMatch where nothing in the region chooses experts."""
     everything = evidence.values("ids", "order", "ends", "dispatch", "weights", "mask", "mix")
-    ids = list(chosen(scope, evidence, everything))
-    if not ids:
+    found = [
+        *(Chosen.of(parts, evidence) for parts in chosen(scope, evidence, everything)),
+        *(Chosen.mask(value, evidence) for value in masks(scope, evidence, everything)),
+    ]
+    if not found and not everything:
+        raise Unlike(f"nothing weighs or chooses among {evidence.experts} results")
+    if not found:
         raise NoMatch(
             f"every token uses all {evidence.experts} experts: nothing chooses among them"
         )
-    for parts in ids[:4]:
-        total = sum(cast(int, _per(parts_value, evidence.rows_in)) for parts_value in parts)
-        slots = divide(product((total, evidence.rows_in)), evidence.rows_out)
+    for ids in found[:6]:
+        slots = divide(product((ids.per_row, evidence.rows_in)), evidence.rows_out)
         if not isinstance(slots, int):
             continue
-        experts = _ids_recipe(parts, evidence.rows_in)
-        for base, weights in weightings(scope, evidence, everything, parts, total, slots):
-            for capacity in capacities(scope, evidence, total):
-                for cut, feeds in cuts(scope, evidence, parts, base):
-                    yield Choice(experts, weights, slots, cut, feeds, capacity)
+        for base, weights in weightings(scope, evidence, ids, slots):
+            for capacity in capacities(scope, evidence, ids.per_row):
+                for cut, feeds in cuts(scope, evidence, ids, base):
+                    yield Choice(ids.recipe, weights, slots, cut, feeds, capacity)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A hypothesis about the ids: the values that hold them, and the recipe for [T, k]."""
+
+    values: tuple[Value, ...]
+    per_row: int
+    recipe: Recipe
+    feed: Feed
+
+    @staticmethod
+    def of(parts: tuple[Value, ...], evidence: Evidence) -> Chosen:
+        per_row = sum(cast(int, _per(v, evidence.rows_in)) for v in parts)
+        recipe = _ids_recipe(parts, evidence.rows_in)
+        slots = per_row // len(parts)
+        last = parts[0].shape[-1]
+        if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
+            slots = max(slots, last)  # distinct before they were flattened
+        return Chosen(parts, per_row, recipe, Ids(evidence.experts, slots))
+
+    @staticmethod
+    def mask(value: Value, evidence: Evidence) -> Chosen:
+        per_row = cast(int, _per(value, evidence.rows_in)) // evidence.experts
+        recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
+        return Chosen((value,), per_row, recipe, OneHot())
+
+
+def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
+    """One-hot masks [.., E], nearest first: the ids of choices of which some were dropped."""
+    stack, visited = list(everything), set(everything)
+    found: list[Value] = []
+    while stack and len(visited) < 200:
+        value = stack.pop(0)
+        per_row = _per(value, evidence.rows_in)
+        if value.shape[-1:] == (evidence.experts,) and per_row and not value.dtype.startswith("f"):
+            if per_row % evidence.experts == 0 and value not in scope.constants:
+                found.append(value)
+        op = scope.maker(value)
+        if op is None or not is_routing(op) or op.name in CHOICES:
+            continue
+        for source in op.inputs:
+            if source not in visited:
+                visited.add(source)
+                stack.append(source)
+    yield from found[:3]
+
+
+def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
+    """The sum over e of mask[e] * (e - E), plus E: the expert that is set, or E for none."""
+
+    def make(emit: Emitter) -> Value:
+        hot = emit.reshape(emit.cast(emit.old(mask), "i64"), (*shape, experts))
+        wanted = TensorType("i64", (experts,))
+        attrs: dict[str, Attr] = {"start": -experts, "end": 0, "dtype": DType("i64")}
+        (table,) = emit("aten.arange.start_step", [], [wanted], attrs=attrs)
+        (named,) = emit("aten.mul.Tensor", [hot, table], [hot.type])
+        wanted = TensorType("i64", shape)
+        (total,) = emit("aten.sum.dim_IntList", [named], [wanted], attrs={"dim": (-1,)})
+        return emit("aten.add.Tensor", [total], [wanted], attrs={"other": experts})[0]
+
+    return make
 
 
 def _per(value: Value, rows: Dim) -> int | None:
@@ -139,28 +210,23 @@ def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
 
 
 def weightings(
-    scope: Scope,
-    evidence: Evidence,
-    everything: Sequence[Value],
-    ids: Sequence[Value],
-    total: int,
-    slots: int,
+    scope: Scope, evidence: Evidence, ids: Chosen, slots: int
 ) -> Iterator[tuple[Value | None, Recipe | None]]:
     """Ways to weigh the choices: a value that the region holds, and the recipe for [T, k]."""
     used = evidence.values("weights", "mix")
     if not used:
         yield None, None
         return
-    count = product((total, evidence.rows_in))
     shape = (evidence.rows_out, slots)
-    for value in candidates(scope, used, count):
+    for value in candidates(scope, used, product((ids.per_row, evidence.rows_in))):
         yield value, _reshaped(value, shape)
-    if len(ids) > 1:
+    if len(ids.values) > 1:
         singles = list(candidates(scope, used, evidence.rows_in))
-        for group in _runs(singles, len(ids)):
+        for group in _runs(singles, len(ids.values)):
             yield None, _side_by_side(group, evidence.rows_in)
-    for dense in dense_weights(scope, used, evidence):
-        yield None, _at_ids(dense, ids, evidence, shape)
+    if isinstance(ids.feed, Ids):
+        for dense in dense_weights(scope, used, evidence):
+            yield None, _at_ids(dense, ids, evidence, shape)
     yield None, None  # a weight of one, or a mask that the region calls a weight
 
 
@@ -251,16 +317,14 @@ def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> It
     yield from list(found)[:4]
 
 
-def _at_ids(
-    dense: Value, ids: Sequence[Value], evidence: Evidence, shape: tuple[Dim, ...]
-) -> Recipe:
+def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...]) -> Recipe:
     def make(emit: Emitter) -> Value:
         value = emit.old(dense)
         if len(value.shape) == 3 and value.shape[-1] != evidence.experts:
             wanted = TensorType(value.dtype, value.shape[:2])
             (value,) = emit("aten.sum.dim_IntList", [value], [wanted], attrs={"dim": (2,)})
         value = emit.reshape(value, (evidence.rows_in, evidence.experts))
-        index = _ids_recipe(ids, evidence.rows_in)(emit)
+        index = ids.recipe(emit)
         wanted = TensorType(value.dtype, index.shape)
         (value,) = emit("aten.gather.default", [value, index], [wanted], attrs={"dim": 1})
         return emit.reshape(value, shape)
@@ -291,16 +355,26 @@ def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Capacit
 
 
 def cuts(
-    scope: Scope, evidence: Evidence, ids: Sequence[Value], weights: Value | None
+    scope: Scope, evidence: Evidence, ids: Chosen, weights: Value | None
 ) -> Iterator[tuple[tuple[Value, ...], dict[Value, Feed]]]:
-    """Where the region may begin: at the choices, or at the logits behind them."""
-    near: dict[Value, Feed] = {v: Ids(evidence.experts) for v in ids}
+    """Where the region may begin: at the choices or, where it reads more, at logits."""
+    near: dict[Value, Feed] = dict.fromkeys(ids.values, ids.feed)
     if weights is not None:
         near[weights] = Positive()
-    if len(ids) == 1:
+    if len(ids.values) == 1 and closes(scope, evidence, tuple(near)):
         yield tuple(near), near
-    for value in logits_behind(scope, ids, evidence.experts):
-        yield (value,), {value: Logits()}
+        return
+    for value in logits_behind(scope, ids.values, evidence.experts):
+        if closes(scope, evidence, (value,)):
+            yield (value,), {value: Logits()}
+            return
+    yield tuple(near), near
+
+
+def closes(scope: Scope, evidence: Evidence, cut: tuple[Value, ...]) -> bool:
+    stops = (*evidence.reads, *cut)
+    ops = scope.upstream([evidence.output], stops)
+    return all(v in scope.params for v in scope.leaves(ops, stops))
 
 
 def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:

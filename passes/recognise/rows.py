@@ -8,9 +8,9 @@ the block is one: the proof does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -31,6 +31,9 @@ from moec.passes.recognise.layout import (
 )
 from moec.passes.recognise.region import CASTS, VIEWS, Emitter, Scope, chooses
 from moec.sizes import Dim, product
+
+if TYPE_CHECKING:
+    from moec.passes.recognise.fans import Fan
 
 PRODUCTS = {
     "aten.bmm.default",
@@ -102,6 +105,7 @@ class Reader:
     names: dict[str, int] = field(default_factory=dict)
     known: dict[tuple[object, ...], Value] = field(default_factory=dict)
     picks: dict[Value, Pick] = field(default_factory=dict)
+    fans: Callable[[Op], Fan | None] = lambda op: None
     input_side: bool = False
 
     # ---- values --------------------------------------------------------------------------
@@ -193,19 +197,9 @@ class Reader:
         return self.memo[value]
 
     def spreads(self, op: Op) -> bool:
-        """Whether the op's result are the tokens' copies rather than tokens."""
-        if op.name in CASTS:
-            maker = self.scope.maker(op.inputs[0])
-            return maker is not None and self.spreads(maker)
-        if op.name in VIEWS or op.name == "aten.permute.default":
-            source = op.inputs[0]
-            if len(op.outputs[0].shape) == 2 and op.name == "aten.reshape.default":
-                maker = self.scope.maker(source)
-                return maker is not None and self.spreads(maker)
-            if len(op.outputs[0].shape) == len(source.shape) == 3 and op.name in VIEWS:
-                maker = self.scope.maker(source)
-                return maker is not None and self.spreads(maker)
-            return True
+        """Whether the op's result is made of the tokens' copies rather than the tokens."""
+        if op.name in _REARRANGE or op.name in CASTS:
+            return self.only_moves(op)
         if op.name in _MULTIPLY and len(op.inputs) == 2:
             return any(v.shape[-1:] == (1,) and chooses(self.scope, v) for v in op.inputs)
         if op.name in PRODUCTS:
@@ -213,6 +207,20 @@ class Reader:
         if op.name == "aten.index_put.default":
             return self.is_zeros(op.inputs[0])
         return op.name in _SPREAD
+
+    def only_moves(self, op: Op) -> bool:
+        """Whether copies, or [T, D] itself, lie behind what is seen here in other axes."""
+        value = op.outputs[0]
+        flat = len(value.shape) == 2 and op.name not in CASTS
+        maker: Op | None = op
+        while maker is not None and (maker.name in _REARRANGE or maker.name in CASTS):
+            source = maker.inputs[0]
+            if product(maker.outputs[0].shape) != product(source.shape):
+                return True
+            if len(source.shape) == 2 and not flat and source.shape[-1] in value.shape:
+                return True
+            maker = self.scope.maker(source)
+        return maker is not None and self.spreads(maker)
 
     def carrier(self, op: Op) -> int:
         """Which input holds the tokens."""
@@ -241,7 +249,8 @@ class Reader:
         if name == "aten.index_put.default":
             return [self.put(op)]
         if name == "aten.cat.default":
-            return [self.cat(op)]
+            fan = self.fans(op)
+            return [self.cat(op) if fan is None else self.fan(op, fan)]
         if not op.inputs:
             return [None] * len(op.outputs)
         first = self.read(op.inputs[0])
@@ -263,6 +272,24 @@ class Reader:
         if any(layout is not None and not layout.param for layout in layouts):
             raise NoMatch(f"rows go through {name}, which is no work of one expert")
         return [None] * len(op.outputs)
+
+    def fan(self, op: Op, fan: Fan) -> Layout:
+        """Every expert's branch over the same rows, or over the rows split by expert."""
+        if self.experts not in (None, fan.experts):
+            raise NoMatch(f"it has {self.experts} experts, and then {fan.experts}")
+        self.experts = fan.experts
+        source = self.tokens(fan.x)
+        for role, values in fan.uses.items():
+            for value in values:
+                self.use(role, value)
+        axes = list(fan.axes)
+        if fan.split is None:
+            dim = cast(int, op.attrs.get("dim", 0)) % len(op.outputs[0].shape)
+            axes[dim] = (Atom(fan.experts, True), *axes[dim])
+        else:
+            self.use("split", fan.split.outputs[0])
+            axes[:1] = [source.axes[0]]
+        return self.inline(source, fan.body, fan.stacks, tuple(axes))
 
     def move(self, op: Op, source: Layout) -> Layout:
         """Reshape, permute, expand, repeat."""
@@ -812,7 +839,6 @@ class Reader:
         source: Layout,
         body: Graph,
         stacks: Sequence[Recipe],
-        result: Value,
         axes: tuple[Axis, ...],
     ) -> Layout:
         """The rows after a body that was read on its own; `axes` hold one feature axis."""
