@@ -32,7 +32,7 @@ import numpy as np
 from moec import target
 from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
-from moec.runtime.container import ALIGNMENT, Buffer, open_container, replacing
+from moec.runtime.container import Buffer, open_container, replacing
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.library import processors
 from moec.runtime.manifest import Manifest, Part, Sample, Stored
@@ -258,7 +258,7 @@ def _bytes(array: Array) -> memoryview:
 
 def _array(stored: Stored, part: memoryview) -> Array:
     array: Array = np.frombuffer(part, NUMPY[stored.dtype]).reshape(stored.shape)
-    return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
+    return array
 
 
 def _verify(path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, Part]) -> None:

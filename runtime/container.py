@@ -28,7 +28,6 @@ from moec.errors import ArtifactError, UsageError
 Buffer: TypeAlias = bytes | memoryview
 
 PAGE = 4096
-ALIGNMENT = 64  # what kernels may assume of a weight's address
 _NAME = re.compile(r"(?!.*(^|/)\.\.?(/|$))[\w.-]+(/[\w.-]+)*", re.ASCII)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with

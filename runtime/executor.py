@@ -18,10 +18,11 @@ import numpy as np
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact
 from moec.runtime.checks import check_inputs
-from moec.runtime.container import ALIGNMENT
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
 from moec.runtime.package import MAIN, Package, Port
+
+ALIGNMENT = 64  # bytes: what kernels assume of every address
 
 
 def load(path: Path | str) -> Executor:

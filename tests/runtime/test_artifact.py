@@ -178,6 +178,23 @@ def test_a_changed_byte_anywhere_in_the_file_is_found_or_harmless(saved: Path) -
         same(read.package.arrays, whole.package.arrays)
 
 
+def test_no_array_is_handed_out_unverified(saved: Path) -> None:
+    folder = unpacked(saved)
+    path = folder / "weights/00007.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    arrays = artifact.read(folder).package.arrays
+    for name in arrays:
+        with pytest.raises(ArtifactError, match=r"weights/00007\.bin was altered"):
+            arrays[name]
+
+
+def test_a_manifest_that_still_reads_but_was_changed(saved: Path) -> None:
+    folder = unpacked(saved)
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"tolerance": 1e-05', b'"tolerance": 9e+05'))
+    assert "manifest.json was altered: its SHA-256 differs" in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["graph.moec", "kernels/lib.so", "weights/00007.bin"])
 def test_a_missing_or_short_part(saved: Path, name: str) -> None:
     folder = unpacked(saved)
@@ -275,8 +292,21 @@ def test_compressed_members(saved: Path) -> None:
     assert "is compressed or encrypted, so it cannot be mapped; unpack" in refused(saved)
 
 
-def test_members_that_overlap(saved: Path) -> None:
-    """Two entries of the zip directory that name the same bytes."""
+def test_members_that_overlap(tmp_path: Path) -> None:
+    """One member's bytes hold another's header, and the zip directory points to it."""
+    path = tmp_path / "model.moec"
+    header = struct.pack("<4s22xHH", b"PK\3\4", len("inner"), 0) + b"inner"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("outer", header + b"12345678")
+        archive.writestr("inner", b"abcd")
+        inner = archive.start_dir + 46 + len("outer")
+    content = bytearray(path.read_bytes())
+    content[inner + 42 : inner + 46] = struct.pack("<I", 30 + len("outer"))
+    path.write_bytes(content)
+    assert "'inner' does not lie where the zip directory says" in refused(path)
+
+
+def test_a_directory_that_points_to_another_member(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     with zipfile.ZipFile(saved) as archive:
         first, at = archive.infolist()[0], archive.start_dir
@@ -284,6 +314,18 @@ def test_members_that_overlap(saved: Path) -> None:
     content[second + 42 : second + 46] = struct.pack("<I", first.header_offset)
     saved.write_bytes(content)
     assert "does not lie where the zip directory says" in refused(saved)
+
+
+def test_packed_again_by_another_program(saved: Path) -> None:
+    """Stored but not aligned: the weights are copied to where kernels can read them."""
+    given = toy.inputs()
+    y = executor.load(saved)(given)["y"]
+    folder = unpacked(saved)
+    again = saved.with_name("again.moec")
+    with zipfile.ZipFile(again, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    np.testing.assert_array_equal(executor.load(again)(given)["y"], y)
 
 
 def test_a_folder_never_follows_a_link(saved: Path) -> None:
