@@ -1,0 +1,242 @@
+"""Masks that depend on sizes only become attributes; all others stay, with a reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from moec.evaluate import evaluate
+from moec.ir import Op, Program
+from moec.passes.fold_mask import FoldMask
+from moec.passes.runner import Step, run
+from moec.text import parse, print_graph
+
+HEAD = """\
+graph main(q: f32[B, 4, S, 8], k: f32[B, 2, S, 8], pad: bool[B, S]; table: bool[1, 1, 64, 64]) {{
+  size B in {batch}
+  size S in {bounds}
+  positions: i64[S] = aten.arange.start_step() <start=0, end={{S}}>
+  s: i64[1, 1, S, 1] = aten.reshape.default(positions) <shape=(1, 1, {{S}}, 1)>
+  l: i64[1, 1, 1, S] = aten.reshape.default(positions) <shape=(1, 1, 1, {{S}})>
+"""
+TAIL = """\
+  y: f32[B, 4, S, 8] = nn.attention(q, k, k, mask) <scale=0.5, masked=true>
+  return y
+}
+"""
+CAUSAL = "causal: bool[1, 1, S, S] = aten.le.Tensor(l, s)\n"
+
+
+def near(width: int, name: str = "near") -> str:
+    return (
+        f"  {name}_from: i64[1, 1, S, 1] = aten.sub.Tensor(s) <other={width}>\n"
+        f"  {name}: bool[1, 1, S, S] = aten.gt.Tensor(l, {name}_from)\n"
+    )
+
+
+def chunks(size: int) -> str:
+    return (
+        f"  s_chunk: i64[1, 1, S, 1] = aten.div.Tensor_mode(s) <other={size}, "
+        'rounding_mode="floor">\n'
+        f"  l_chunk: i64[1, 1, 1, S] = aten.div.Tensor_mode(l) <other={size}, "
+        'rounding_mode="floor">\n'
+        "  same: bool[1, 1, S, S] = aten.eq.Tensor(l_chunk, s_chunk)\n"
+    )
+
+
+def both(a: str, b: str, name: str = "mask", batch: str = "1") -> str:
+    return f"  {name}: bool[{batch}, 1, S, S] = aten.bitwise_and.Tensor({a}, {b})\n"
+
+
+PAD = (
+    "  seen: bool[B, 1, 1, S] = aten.reshape.default(pad) <shape=({B}, 1, 1, {S})>\n"
+    "  part: bool[B, 1, S, S] = aten.bitwise_and.Tensor(causal, seen)\n"
+    "  mask: bool[B, 1, S, S] = aten.expand.default(part) <size=({B}, -1, {S}, {S})>\n"
+)
+MASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "everything": (
+        "  mask: f32[1, 1, S, S] = aten.full.default() <size=(1, 1, {S}, {S}), fill_value=0.0, "
+        "dtype=f32>\n",
+        {},
+    ),
+    "causal": ("  " + CAUSAL.replace("causal", "mask"), {"causal": True}),
+    "window": ("  " + CAUSAL + near(5) + both("causal", "near"), {"causal": True, "window": 5}),
+    "chunks": ("  " + CAUSAL + chunks(6) + both("causal", "same"), {"causal": True, "chunk": 6}),
+    "chunks_alone": (chunks(6).replace("same:", "mask:"), {"chunk": 6}),
+    "added": (
+        "  " + CAUSAL + "  zero: f32[] = aten.full.default() <size=(), fill_value=0, dtype=f32>\n"
+        "  least: f32[] = aten.scalar_tensor.default() <s=-3.4028234663852886e+38, dtype=f32>\n"
+        "  mask: f32[1, 1, S, S] = aten.where.self(causal, zero, least)\n",
+        {"causal": True},
+    ),
+    "triangle": (
+        "  ones: bool[S, S] = aten.full.default() <size=({S}, {S}), fill_value=true, dtype=bool>\n"
+        "  lower: bool[S, S] = aten.tril.default(ones)\n"
+        "  mask: bool[1, 1, S, S] = aten.reshape.default(lower) <shape=(1, 1, {S}, {S})>\n",
+        {"causal": True},
+    ),
+    "table": (
+        "  rows: bool[1, 1, S, 64] = aten.slice.Tensor(table) <dim=2, start=0, end={S}>\n"
+        "  mask: bool[1, 1, S, S] = aten.slice.Tensor(rows) <dim=3, start=0, end={S}>\n",
+        {"causal": True},
+    ),
+    "padding_stays": ("  " + CAUSAL + PAD, {"causal": True, "masked": True}),
+    "documents": (  # what transformers writes to find packed sequences, of which there are none
+        "  " + CAUSAL + "  before: i64[S] = aten.sub.Tensor(positions) <other=1>\n"
+        "  steps: i64[S] = aten.sub.Tensor(positions, before)\n"
+        "  jump: bool[S] = aten.ne.Scalar(steps) <other=1>\n"
+        "  document: i64[S] = aten.cumsum.default(jump) <dim=-1>\n"
+        "  of_s: i64[1, 1, S, 1] = aten.index.Tensor(document, s) <indices=($1)>\n"
+        "  of_l: i64[1, 1, 1, S] = aten.index.Tensor(document, l) <indices=($1)>\n"
+        "  equal: bool[1, 1, S, S] = aten.eq.Tensor(of_l, of_s)\n" + both("causal", "equal"),
+        {"causal": True},
+    ),
+}
+
+
+def text(mask: str, bounds: str = "[1, inf]", batch: str = "[0, inf]") -> str:
+    return HEAD.format(bounds=bounds, batch=batch) + mask + TAIL
+
+
+def folded(source: str) -> Step:
+    table = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
+    return run(Program(parse(source), {"table": table}), [FoldMask()])[-1]
+
+
+def attention(step: Step) -> Op:
+    (op,) = [op for op in step.program.graph.ops if op.name == "nn.attention"]
+    return op
+
+
+def bounds_of(name: str) -> str:
+    return "[1, 64]" if name == "table" else "[1, inf]"
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_golden(name: str, golden: Callable[[str], None]) -> None:
+    golden(print_graph(folded(text(MASKS[name][0], bounds_of(name))).program.graph))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_same_numbers(name: str) -> None:
+    mask, attrs = MASKS[name]
+    source = text(mask, bounds_of(name))
+    step = folded(source)
+    found = dict(attention(step).attrs)
+    assert found.pop("scale") == 0.5
+    assert found == attrs
+    table = {"table": torch.ones(64, 64, dtype=torch.bool).tril()[None, None]}
+    torch.manual_seed(0)
+    for batch, length in ((1, 1), (2, 4), (3, 13), (1, 40)):
+        q, k = torch.randn(batch, 4, length, 8), torch.randn(batch, 2, length, 8)
+        pad = torch.rand(batch, length) < 0.7
+        before = evaluate(parse(source), [q, k, pad], table)
+        assert torch.equal(evaluate(step.program.graph, [q, k, pad], table)[0], before[0])
+
+
+@pytest.mark.parametrize("limit", [8192, 100_000])
+@pytest.mark.parametrize("kind", ["window", "chunk"])
+def test_large_limits(kind: str, limit: int) -> None:
+    """A mask of S by S at 2*limit + 3 would not fit in memory."""
+    mask = "  " + CAUSAL
+    mask += near(limit) + both("causal", "near") if kind == "window" else ""
+    mask += chunks(limit) + both("causal", "same") if kind == "chunk" else ""
+    start = time.perf_counter()
+    assert attention(folded(text(mask))).attrs[kind] == limit
+    assert time.perf_counter() - start < 20
+
+
+def test_within_bounds_a_window_may_be_no_limit() -> None:
+    mask = "  " + CAUSAL + near(64) + both("causal", "near")
+    assert "window" not in attention(folded(text(mask, "[1, 64]"))).attrs
+    assert attention(folded(text(mask, "[1, 65]"))).attrs["window"] == 64
+
+
+def test_one_batch_item_differs() -> None:
+    """Batch 0 sees everything, the others are causal: no form, though batch 1 alone has one."""
+    mask = (
+        "  " + CAUSAL + "  items: i64[B] = aten.arange.start_step() <start=0, end={B}>\n"
+        "  item: i64[B, 1, 1, 1] = aten.reshape.default(items) <shape=({B}, 1, 1, 1)>\n"
+        "  first: bool[B, 1, 1, 1] = aten.eq.Scalar(item) <other=0>\n"
+        "  mask: bool[B, 1, S, S] = aten.bitwise_or.Tensor(causal, first)\n"
+    )
+    assert "neither causal" in folded(text(mask)).declined[0].reason
+    assert attention(folded(text(mask, batch="[1, 1]"))).attrs == {"scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (
+            "  mask: bool[B, 1, 1, S] = aten.reshape.default(pad) <shape=({B}, 1, 1, {S})>\n",
+            "the mask depends on what is in pad, not on sizes only",
+        ),
+        (
+            "  mask: bool[1, 1, S, S] = aten.lt.Tensor(l, s)\n",
+            "the mask is neither causal nor a window, nor chunks, nor all True (at B=1, S=1)",
+        ),
+        (
+            "  " + CAUSAL + near(20) + "  far: bool[1, 1, S, S] = aten.logical_not.default(near)\n"
+            "  mask: bool[1, 1, S, S] = aten.bitwise_and.Tensor(causal, far)\n",
+            "the mask is neither causal nor a window, nor chunks, nor all True (at B=1, S=1)",
+        ),
+        (
+            "  far: i64[1, 1, S, S] = aten.sub.Tensor(l, s)\n"
+            "  mask: f32[1, 1, S, S] = aten._to_copy.default(far) <dtype=f32>\n",
+            "the mask adds other numbers than 0 and -inf to the scores",
+        ),
+        (
+            "  square: i64[1, 1, S, 1] = aten.mul.Tensor(s, s)\n"
+            "  mask: bool[1, 1, S, S] = aten.le.Tensor(l, square)\n",
+            "the mask is computed with aten.mul.Tensor, whose values are not studied",
+        ),
+        (
+            "  sine: f32[1, 1, S, 1] = aten.sin.default(s)\n"
+            "  mask: bool[1, 1, S, S] = aten.le.Tensor(l, sine)\n",
+            "the mask is computed with aten.sin.default, whose values are not studied",
+        ),
+        (
+            "  rows: bool[1, 1, S, 64] = aten.slice.Tensor(table) <dim=2, start=0, end={S}>\n"
+            "  mask: bool[1, 1, S, S] = aten.slice.Tensor(rows) <dim=3, start=0, end={S}>\n",
+            "the mask is read from table, and S has no small bound",
+        ),
+        (
+            "  " + CAUSAL + near(10**6) + both("causal", "near"),
+            "the mask has a constant of 1000000, too large to study",
+        ),
+        (
+            "  number: i64[] = aten.sum.default(pad)\n"
+            '  count: i64[] = moec.size(number) <name="u0">\n'
+            "  some: i64[u0] = aten.arange.start_step() <start=0, end={u0}>\n"
+            "  back: i64[S] = aten.slice.Tensor(some) <dim=0, start=0, end={S}>\n"
+            "  l2: i64[1, 1, 1, S] = aten.reshape.default(back) <shape=(1, 1, 1, {S})>\n"
+            "  mask: bool[1, 1, S, S] = aten.le.Tensor(l2, s)\n",
+            "the mask depends on the size u0, which is read from data",
+        ),
+    ],
+    ids=["padding", "strict", "far", "distance", "square", "sine", "table", "huge", "data"],
+)
+def test_declined(mask: str, reason: str) -> None:
+    step = folded(text(mask))
+    assert [d.reason for d in step.declined] == [reason]
+    assert attention(step).attrs["masked"]
+
+
+def test_declined_beside_a_window() -> None:
+    source = text(MASKS["causal"][0]).replace("<scale", "<window=3, scale")
+    reason = "the attention has a window or chunks besides its mask"
+    assert [d.reason for d in folded(source).declined] == [reason]
+
+
+def test_a_rule_that_starts_late() -> None:
+    """Causal up to query 300, everything after: sizes around the constant show it."""
+    mask = (
+        "  " + CAUSAL + "  late: bool[1, 1, S, 1] = aten.gt.Scalar(s) <other=300>\n"
+        "  mask: bool[1, 1, S, S] = aten.bitwise_or.Tensor(causal, late)\n"
+    )
+    assert "(at B=1, S=601)" in folded(text(mask)).declined[0].reason
+    assert attention(folded(text(mask, "[1, 300]"))).attrs["causal"]
