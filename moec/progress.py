@@ -5,8 +5,11 @@ All of it goes to stderr, so that stdout holds only what was asked for.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +17,17 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+
+def hush() -> None:
+    """Keep the bars and warnings of other libraries out of the list; MOEC_DEBUG=1 lets them by."""
+    if os.environ.get("MOEC_DEBUG") == "1":
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 @dataclass

@@ -39,9 +39,10 @@ def command(
     from dataclasses import asdict
 
     from moec.commands.shapes import dynamic_shapes, parse
-    from moec.progress import Progress
+    from moec.progress import Progress, hush
 
     wanted = parse(shapes)
+    hush()
     with Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model

@@ -66,7 +66,7 @@ def command(
     _check_output(output, builds, force)
     wanted = parse(shapes)
 
-    from moec.progress import Progress
+    from moec.progress import Progress, hush
 
     dump = None if dump_ir is None else Dump(dump_ir)
 
@@ -75,6 +75,7 @@ def command(
         if dump:
             dump(step)
 
+    hush()
     with Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
         progress.phase("capture")  # torch itself takes a moment to load
         from moec.api import compile as compile_model
