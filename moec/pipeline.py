@@ -23,7 +23,6 @@ from moec.passes.split_packed import SplitPacked
 ORDER: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
     (0, Canonicalise()),
-    (0, FoldConstants()),
     (0, ShareCommon()),
     # MOE: whose routing and experts these are
     *((0, recogniser) for recogniser in RECOGNISERS),

@@ -154,7 +154,7 @@ def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
         rows_of(reader),
         product(value.shape[:-1]),
         value,
-        (reader.x,),
+        (reader.root,),
     )
     for choice in hypotheses(reader.scope, evidence):
         yield Proposal(
@@ -167,7 +167,7 @@ def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
             num_experts=reader.experts,
             stacks=stacks,
             body=body,
-            cut=tuple(dict.fromkeys((reader.x, *choice.cut))),
+            cut=tuple(dict.fromkeys((reader.root, *choice.cut))),
             feeds=choice.feeds,
             input_side=reader.input_side,
             capacity=choice.capacity,

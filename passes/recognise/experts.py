@@ -16,7 +16,7 @@ from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.prove import Prover
 from moec.passes.recognise import batched, hf, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
-from moec.passes.recognise.region import Emitter, Scope
+from moec.passes.recognise.region import Emitter, Scope, unlike
 from moec.passes.recognise.routing import Unlike
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
@@ -101,7 +101,7 @@ def alone(scope: Scope, block: Proposal) -> Graph:
     fresh = {value for op in builder.ops for value in op.outputs}
     read = [v for op in builder.ops for v in op.inputs if v not in fresh]
     before = scope.upstream([v for v in read if v not in block.cut], block.cut)
-    ops = (*before, *builder.ops)
+    ops = (*map(unlike, before), *builder.ops)
     others = [v for v in scope.leaves(ops, block.cut) if v not in scope.params]
     if others:
         raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")

@@ -52,7 +52,7 @@ def fan(scope: Scope, op: Op) -> Fan | None:
     found = family(scope, branches)
     if split is not None and split.outputs == tuple(sources):
         x = split.inputs[0]
-    elif len(set(sources)) == 1:
+    elif len({b.reader.root for b in branches}) == 1:
         x, split = sources[0], None
     elif split is None:
         return None

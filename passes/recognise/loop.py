@@ -104,9 +104,9 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         for index in op.inputs[1:-1] if op.name in _ADDS else ():
             branch.reader.use("order", index)
         branches.append(branch)
-    sources = {b.reader.x for b in branches}
+    sources = {b.reader.root for b in branches}
     if len(sources) > 1:
-        names = ", ".join(sorted(v.name for v in sources if v is not None)[:3])
+        names = ", ".join(sorted(v.name for v in sources)[:3])
         raise NoMatch(f"its branches read different rows: {names}")
     found = family(scope, branches)
     first = found.first
@@ -128,7 +128,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         product(x.shape[:-1]),
         product(output.shape[:-1]),
         output,
-        (x, *start),
+        (first.reader.root, *start),
     )
     for choice in hypotheses(scope, evidence):
         yield Proposal(
@@ -141,7 +141,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             num_experts=count,
             stacks=found.stacks,
             body=first.body,
-            cut=tuple(dict.fromkeys((x, *choice.cut, *start))),
+            cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
             feeds=choice.feeds,
             input_side=first.reader.input_side,
             capacity=choice.capacity,

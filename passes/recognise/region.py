@@ -34,6 +34,25 @@ VIEWS = frozenset(
 CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
 
 
+SHAPED = {
+    "aten.full_like.default": None,
+    "aten.zeros_like.default": 0,
+    "aten.ones_like.default": 1,
+    "aten.empty_like.default": 0,
+}
+"""Ops that take no more than a shape from their input, and what they fill it with."""
+
+
+def unlike(op: Op) -> Op:
+    """The op without its input where it reads nothing but the shape."""
+    if op.name not in SHAPED:
+        return op
+    (made,) = op.outputs
+    fill = SHAPED[op.name] if SHAPED[op.name] is not None else op.attrs["fill_value"]
+    attrs: dict[str, Attr] = {"size": made.shape, "fill_value": fill, "dtype": DType(made.dtype)}
+    return Op("aten.full.default", (), op.outputs, attrs, None, op.origin)
+
+
 @dataclass(frozen=True)
 class Scope:
     """A graph as a recogniser sees it. `weights` tell what integer constants hold."""
@@ -104,7 +123,7 @@ class Scope:
             op = self.maker(value)
             if op is not None and op not in found:
                 found.add(op)
-                stack.extend(op.inputs)
+                stack.extend(() if op.name in SHAPED else op.inputs)
                 if self.sizes:
                     stack.extend(v for n in names_in(op) for v in self.sizes.get(n, ()))
         return tuple(sorted(found, key=self.position.__getitem__))
@@ -114,7 +133,7 @@ class Scope:
         made = {value for op in ops for value in op.outputs} - set(stops)
         seen = set(stops)
         for op in ops:
-            for value in op.inputs:
+            for value in () if op.name in SHAPED else op.inputs:
                 if value not in made and value not in seen:
                     seen.add(value)
                     yield value
@@ -130,7 +149,12 @@ class Scope:
             raise NoMatch(f"it also reads {', '.join(v.name for v in others[:3])}")
         params = tuple(v for v in self.leaves(ops, stops) if v in self.params)
         return Graph(
-            tuple(dict.fromkeys(stops)), params, ops, tuple(results), (), self.graph.bounds
+            tuple(dict.fromkeys(stops)),
+            params,
+            tuple(map(unlike, ops)),
+            tuple(results),
+            (),
+            self.graph.bounds,
         )
 
 

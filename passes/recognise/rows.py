@@ -183,10 +183,9 @@ class Reader:
             found = self.memo.get(value)
             if found is not None:
                 return found
-        if self.x is None:
-            self.x = value
-        if self.x is not value:
-            raise NoMatch(f"experts read both {self.x.name} and {value.name}")
+        if self.x is not None:
+            return self.again(value)
+        self.x = value
         if len(value.shape) < 2:
             raise NoMatch(f"{value} holds no rows of features")
         axes = [(Atom(d, True),) if d != 1 else () for d in value.shape[:-1]]
@@ -194,6 +193,23 @@ class Reader:
         base = Value("x", TensorType(value.dtype, (ROWS, value.shape[-1])))
         self.memo[value] = Layout(base, (feature,), (*axes, (feature,)))
         self.opaque_values.clear()  # what was read before the tokens were known
+        return self.memo[value]
+
+    @property
+    def root(self) -> Value:
+        """The tokens before any reshape: the region's cut."""
+        assert self.x is not None
+        return self.scope.behind(self.x)
+
+    def again(self, value: Value) -> Layout:
+        """The tokens in another shape."""
+        assert self.x is not None
+        if self.scope.behind(value) is not self.root:
+            raise NoMatch(f"experts read both {self.x.name} and {value.name}")
+        axes, splits = regroup(self.memo[self.x].axes, value.shape)
+        if splits and any(not atom.rows for atom in splits):
+            raise NoMatch(f"{value.name} cuts the features of {self.x.name}")
+        self.memo[value] = replace(self.memo[self.x], axes=axes)
         return self.memo[value]
 
     def spreads(self, op: Op) -> bool:
