@@ -75,35 +75,40 @@ def _check_type(port: Port, value: Any) -> None:
 
 def _bind(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
     env: dict[str, int] = {}
-    learned: dict[str, tuple[str, int]] = {}  # where each size was first seen
+    learned: dict[str, str] = {}  # where each size was first seen
     axes = [
         (port, axis, size, int(inputs[port.name].shape[axis]))
         for port in package.inputs
         for axis, size in enumerate(port.shape)
     ]
-    for port, axis, size, given in axes:
-        if isinstance(size, str) and sizes.names(size) == {size} and size not in env:
-            env[size], learned[size] = given, (port.name, axis)
-            low, high = package.sizes.get(size, (0, None))
-            if given < low or (high is not None and given > high):
+    # A name that stands alone tells its value best; else 2*T does.
+    for port, axis, size, given in sorted(axes, key=lambda a: sizes.names(a[2]) != {a[2]}):
+        solved = sizes.solve(size, given)
+        if solved is not None and solved[0] not in env:
+            name, value = solved
+            env[name], learned[name] = value, f"axis {axis} of {port.name!r}"
+            low, high = package.sizes.get(name, (0, None))
+            if value < low or (high is not None and value > high):
                 limits = f"from {low} to {high}" if high is not None else f"at least {low}"
+                what = f", so {name} is {value}" if size != name else ""
                 zero = " (it has no tokens)" if given == 0 else ""
                 raise InputError(
-                    f"axis {axis} of input {port.name!r} is {given}{zero}, "
-                    f"and the model was compiled for {size} {limits}"
+                    f"axis {axis} of input {port.name!r} is {given}{zero}{what}, "
+                    f"and the model was compiled for {name} {limits}"
                 )
     for port, axis, size, given in axes:
         expected = sizes.evaluate(size, env)
-        if expected is None or expected == given:
-            # A name that no axis shows alone is left to the compiled code's own check.
+        if expected == given:
             continue
-        reason = f" ({size})" if isinstance(size, str) else ""
-        if size in learned:
-            other, other_axis = learned[str(size)]
-            reason = f", because axis {other_axis} of {other!r} gives {size} = {expected}"
-        raise InputError(
-            f"axis {axis} of input {port.name!r} is {given}, expected {expected}{reason}"
-        )
+        where = f"axis {axis} of input {port.name!r} is {given}, expected"
+        if expected is not None:
+            names = sorted(sizes.names(size))
+            known = ", ".join(f"{learned[n]} gives {n} = {env[n]}" for n in names)
+            reason = f" ({size}), because {known}" if names else ""
+            raise InputError(f"{where} {expected}{reason}")
+        if len(sizes.names(size)) == 1:
+            raise InputError(f"{where} a size of the form {size}")
+        # What depends on several sizes that no axis tells is left to the compiled code's check.
     return env
 
 

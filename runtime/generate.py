@@ -91,7 +91,10 @@ def generate(
             return
         logits = executor(_inputs(lm, text, done))[lm.logits.name]
         done = len(text) if lm.cached else 0
-        token = int(np.argmax(logits[0, -1].astype(np.float32)))
+        last = logits[0, -1].astype(np.float32)
+        if np.isnan(last).any():
+            raise InputError(f"the logits hold NaN after {len(text)} tokens: no token is likeliest")
+        token = int(np.argmax(last))
         if token in stop:
             return
         yield token

@@ -74,6 +74,19 @@ def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
     return int(value) if value.denominator == 1 else None
 
 
+def solve(size: Size, value: int) -> tuple[str, int] | None:
+    """(name, n) where `size` is a*name + b alone and equals `value` at n; else None."""
+    found = names(size)
+    if len(found) != 1:
+        return None
+    (name,) = found
+    first, second = evaluate(size, {name: 0}), evaluate(size, {name: 1})
+    if first is None or second is None or first == second:
+        return None
+    n = (value - first) // (second - first)
+    return (name, n) if n >= 0 and evaluate(size, {name: n}) == value else None
+
+
 def _value(node: ast.expr, env: Mapping[str, int]) -> Fraction:
     match node:
         case ast.Constant(value=int(value)):

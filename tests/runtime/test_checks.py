@@ -70,9 +70,14 @@ TAKES = (
         ({"scale": np.ones(4, np.float32)}, "axis 0 of input 'scale' is 4, expected 3"),
         (
             {"mask": np.ones((1, 4), bool)},
-            "axis 0 of input 'mask' is 1, expected 2, because axis 0 of 'input_ids' gives B = 2",
+            "axis 0 of input 'mask' is 1, expected 2 (B), "
+            "because axis 0 of 'input_ids' gives B = 2",
         ),
-        ({"mask": np.ones((2, 3), bool)}, "axis 1 of input 'mask' is 3, expected 4 (1 + S)"),
+        (
+            {"mask": np.ones((2, 3), bool)},
+            "axis 1 of input 'mask' is 3, expected 4 (1 + S), "
+            "because axis 1 of 'input_ids' gives S = 3",
+        ),
         (
             {"input_ids": np.zeros((2, 129), int)},
             "axis 1 of input 'input_ids' is 129, and the model was compiled for S from 1 to 128",
@@ -104,7 +109,7 @@ def test_accepts(batch: int, length: int, pairs: int) -> None:
         mask=np.ones((batch, length + 1), bool),
         low=np.ones(2 * pairs, ml_dtypes.bfloat16),
     )
-    assert check_inputs(PACKAGE, made) == {"B": batch, "S": length}
+    assert check_inputs(PACKAGE, made) == {"B": batch, "S": length, "N": pairs}
 
 
 def test_a_size_is_learned_from_any_input() -> None:
@@ -112,8 +117,24 @@ def test_a_size_is_learned_from_any_input() -> None:
     package = replace(PACKAGE, inputs=ports, sizes={"T": (0, 9)}, index_ranges={})
     arrays = {"double": np.ones(6, np.float32), "single": np.ones(3, np.float32)}
     assert check_inputs(package, arrays) == {"T": 3}
-    with pytest.raises(InputError, match=r"axis 0 of input 'double' is 6, expected 4 \(2\*T\)"):
+    with pytest.raises(
+        InputError, match=r"'double' is 6, expected 4 \(2\*T\), because axis 0 of 'single'"
+    ):
         check_inputs(package, arrays | {"single": np.ones(2, np.float32)})
+
+
+def test_a_size_that_only_shows_in_an_expression() -> None:
+    ports = (Port("x", "f32", ("8*N + 1",)), Port("y", "f32", ("N + M",)))
+    package = replace(PACKAGE, inputs=ports, sizes={"N": (1, 3)}, index_ranges={})
+
+    def check(x: int) -> dict[str, int]:
+        return check_inputs(package, {"x": np.ones(x, "f4"), "y": np.ones(9, "f4")})
+
+    assert check(17) == {"N": 2}
+    with pytest.raises(InputError, match=r"axis 0 of input 'x' is 16, expected a size of the form"):
+        check(16)
+    with pytest.raises(InputError, match="'x' is 33, so N is 4, and the model was compiled for N"):
+        check(33)
 
 
 def test_an_unbounded_size_with_a_least_value() -> None:

@@ -40,6 +40,15 @@ def test_tokens_until_the_model_takes_no_more() -> None:
         speak(1, [0, 1, 2, 3, 4], longest=4)
 
 
+def test_nan_is_no_likeliest_token() -> None:
+    package = toy.language_model()
+    table = package.arrays["table"].copy()
+    table[3, 5] = np.nan
+    model = Executor(replace(package, arrays={"table": table}))
+    with pytest.raises(InputError, match="the logits hold NaN after 3 tokens"):
+        list(generate(model, [1, 2], 9, frozenset()))
+
+
 class Cached:
     """Stands for an executor whose model keeps what it saw: each token is seen once."""
 

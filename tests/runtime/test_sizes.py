@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import ArtifactError
-from moec.runtime.sizes import evaluate, names
+from moec.runtime.sizes import evaluate, names, solve
 from moec.sizes import Dim, evaluate_dim, parse_dim, show_dim, symbol
 
 T, B = symbol("T"), symbol("B")
@@ -48,6 +48,18 @@ def test_what_cannot_be_known() -> None:
     assert evaluate("T/B", {"T": 3, "B": 0}) is None
     assert evaluate(7, {}) == 7
     assert names(7) == frozenset()
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 50))
+def test_solves_what_is_affine(a: int, b: int, n: int) -> None:
+    assert solve(f"{a}*T + {b}", a * n + b) == ("T", n)
+    if a > 1:
+        assert solve(f"{a}*T + {b}", a * n + b + 1) is None
+
+
+@pytest.mark.parametrize("size", [4, "T*B", "floor(T/2)", "Max(T, 4)", "3", "T/2", "T - 9"])
+def test_solves_nothing_else(size: int | str) -> None:
+    assert solve(size, 3 if size != "T - 9" else -10) is None
 
 
 @pytest.mark.parametrize(
