@@ -16,11 +16,11 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
-TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 MINUS_INFINITY = float("-inf")
 
 

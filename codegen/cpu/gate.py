@@ -17,10 +17,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import rounding, tasks
+from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.route import (
     TOKENS,
-    TVM_DTYPES,
     RouteSpec,
     correction_argument,
     route_token,

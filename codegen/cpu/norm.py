@@ -18,10 +18,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import rounding
+from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
-TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
 
 

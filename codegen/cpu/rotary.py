@@ -20,10 +20,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import tasks
+from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
-TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 Layout = Literal["BHSD", "BSHD"]
 
 

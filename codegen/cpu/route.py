@@ -19,12 +19,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.ranking import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
 from moec.ops import Routing
 from moec.target import Target
 
-TVM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 TOKENS = 16  # of a task
 
 

@@ -153,6 +153,14 @@ def test_any_nan_chooses_valid_experts(name: str) -> None:
     assert (experts.sort(-1).values.diff(dim=-1) > 0).all()
 
 
+def test_minus_zero_equals_zero() -> None:
+    spec = spec_of("gpt-oss")
+    logits = torch.zeros(1, 32)
+    logits[0, ::2] = -0.0
+    _, experts = run(spec, logits, None)
+    assert experts.tolist() == [[0, 1, 2, 3]]
+
+
 def test_a_correction_chooses_but_does_not_weigh() -> None:
     spec = RouteSpec(Routing(1, score="sigmoid"), 4, "f32", "f32")
     weights, experts = run(spec, torch.zeros(1, 4), torch.tensor([0.0, 0.0, 9.0, 0.0]))
