@@ -446,8 +446,10 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _sorting(places: Value, graph: Graph) -> Op | None:
-    """The op that ordered the choices by expert."""
+    """The op that ordered the choices by expert, through a reshape of its places."""
     source = graph.producers.get(places)
+    if source is not None and source.name == "aten.reshape.default":
+        source = graph.producers.get(source.inputs[0])
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
         return None
     return source
@@ -467,6 +469,8 @@ def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
     addend = rest.pop(0) if op.attrs.get("added") else None
     count, k, width = cast(int, source.attrs["num_experts"]), cast(int, op.attrs["k"]), out.shape[1]
     assert isinstance(width, int)
+    if len(places.shape) == 2:
+        slots = low.value(places)
     kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
     key = ("combine", count, k, width, out.dtype, rows.dtype, *kinds)
     function = low.function(

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import DType, Op, Program, Stage, Value
-from moec.ops import GroupedLinear
+from moec.ir import DType, Op, Program, Stage, TensorType, Value
+from moec.ops import GroupedLinear, integer
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
+from moec.sizes import normal
 
 _SORTED = ("order", "slots", "ends")
 
@@ -79,7 +80,12 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
         attrs = {**last.attrs, "dtype": DType("f32")}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
-    return b.emit("moe.combine", [rows, sort.outputs[1], *rest], like=op, attrs=op.attrs)
+    slots = sort.outputs[1]
+    shape = (normal(op.attrs["tokens"]), integer(op, "k"))
+    if slots.shape != shape:  # each choice is a token of its own: rows put back, not summed
+        types = [TensorType(slots.dtype, shape)]
+        (slots,) = b.emit("aten.reshape.default", [slots], types, like=op, attrs={"shape": shape})
+    return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)
 
 
 def _sort_of(value: Value, b: Builder) -> Op | None:

@@ -91,8 +91,9 @@ def run(
 ) -> list[Step]:
     """Run passes in order. `steps[0]` is the program as given, `steps[-1]` the result.
 
-    `stage` is the program's own; `fuel` caps the rewrites of the whole run; `watch` sees every step as it is made. Raises
-    IRError where stages do not meet, or a pass breaks a rule of the graph (naming the pass).
+    `stage` is the program's own, `fuel` caps the rewrites of the whole run, `watch` sees every
+    step as it is made. Raises IRError where stages do not meet, or a pass breaks a rule of the
+    graph (naming the pass).
     """
     verify(program.graph, stage)
     steps = [Step("capture", program, stage, 0.0, 0, ())]
