@@ -1,0 +1,77 @@
+"""A language model that keeps its keys between calls: generated token by token as eager does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.runtime import artifact
+from moec.runtime.executor import load
+from moec.runtime.generate import causal_lm, generate
+
+LONGEST, WIDTH, VOCABULARY = 12, 8, 11
+
+
+class Remembers(nn.Module):
+    """One head of attention over the cache `keys` [1, 1, LONGEST, WIDTH]."""
+
+    keys: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.out = nn.Linear(WIDTH, VOCABULARY)
+        self.register_buffer("keys", torch.zeros(1, 1, LONGEST, WIDTH))
+
+    def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        self.keys.index_copy_(2, cache_position, x[:, None])
+        seen = torch.arange(LONGEST)[None, :] <= cache_position[:, None]
+        scores = (x @ self.keys[0, 0].T).masked_fill(~seen, float("-inf"))
+        return self.out(scores.softmax(-1) @ self.keys[0, 0] + x)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Remembers]:
+    torch.manual_seed(3)
+    model = Remembers().eval()
+    length = torch.export.Dim("S", min=1, max=LONGEST)
+    compiled = moec.compile(
+        model,
+        (torch.tensor([[1, 2, 3]]), torch.arange(3)),
+        dynamic_shapes=({1: length}, {0: length}),
+    )
+    path = tmp_path_factory.mktemp("cached") / "cached.moec"
+    compiled.save(path)
+    model.keys.zero_()
+    return path, model
+
+
+def test_generates_as_eager_does(saved: tuple[Path, Remembers]) -> None:
+    path, model = saved
+    prompt = [4, 1, 9]
+    text, done = list(prompt), 0
+    with torch.no_grad():
+        while len(text) <= LONGEST:
+            logits = model(torch.tensor([text[done:]]), torch.arange(done, len(text)))
+            done = len(text)
+            text.append(int(logits[0, -1].argmax()))
+    executor = load(path)
+    for _ in range(2):  # each generation starts from an empty cache
+        assert list(generate(executor, prompt, 99, frozenset())) == text[len(prompt) :]
+    assert len(set(text)) > 3  # it does not just repeat itself
+    assert causal_lm(executor.package).longest == LONGEST
+
+
+def test_the_stored_sample_starts_from_the_first_state(saved: tuple[Path, Remembers]) -> None:
+    sample = artifact.read(saved[0]).samples[0]
+    executor = load(saved[0])
+    for _ in range(2):
+        executor.reset()
+        made = executor(sample.inputs)
+        for name, expected in sample.outputs.items():
+            assert (made[name] == expected).all()
