@@ -64,9 +64,9 @@ def last(part: Part, name: str) -> str:
 
 def _label(part: Part) -> str:
     lines = [part.label]
-    if part.block:
-        lines.append(f"MoE: {part.block.top_k} of {part.block.experts} experts")
-        lines.append(f"{part.block.router}; {part.block.activation}")
+    for block in part.blocks:
+        lines.append(f"MoE: {block.top_k} of {block.experts} experts")
+        lines.append(f"{block.router}; {block.activation}")
     if part.parameters:
         lines.append(f"{count(part.parameters)} parameters")
     return "\n".join(lines)

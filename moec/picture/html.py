@@ -91,6 +91,9 @@ def _data(value: Any) -> str:
     return json.dumps(value).replace("<", "\\u003c")
 
 
+_TOLD = ("name", "parameters", "active_parameters")
+
+
 def details(part: Part) -> Mapping[str, Any]:
     """What the panel says about a part: its name, facts as pairs, tables as rows."""
     facts = [["path", part.path]]
@@ -100,12 +103,10 @@ def details(part: Part) -> Mapping[str, Any]:
         facts.append(["parameters", f"{part.parameters:,}"])
     if part.active != part.parameters:
         facts.append(["active per token", f"{part.active:,}"])
-    if part.block:
-        block = {k: v for k, v in asdict(part.block).items() if v not in ("", None)}
-        for hidden in ("name", "parameters", "active_parameters"):
-            block.pop(hidden)
-        facts += [[key.replace("_", "-"), str(value)] for key, value in block.items()]
-    says = "Residual addition." if part.kind == "sum" else "One MoE block." if part.block else ""
+    for block in part.blocks:
+        known = {k: str(v) for k, v in asdict(block).items() if v != "" and k not in _TOLD}
+        facts += [[key.replace("_", "-"), value] for key, value in known.items()]
+    says = {"sum": "Residual addition.", "moe": "A mixture of experts."}.get(part.kind, "")
     return {
         "name": part.label if part.kind != "sum" else part.path,
         "says": says,

@@ -26,7 +26,7 @@ class Part:
     ops: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[tuple[str, str], ...] = ()
     times: int = 1
-    block: BlockLine | None = None
+    blocks: tuple[BlockLine, ...] = ()  # of an MoE card; nearly always one
     split: Mapping[str, int] = field(default_factory=dict)  # parameters by kind
     declined: tuple[DeclinedLine, ...] = ()
     parts: tuple[Part, ...] = ()

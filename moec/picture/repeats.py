@@ -55,6 +55,9 @@ def _within(edges: Edges, at: int, length: int) -> Edges:
     return tuple((a - at if a >= at else ENTRY, b - at) for a, b in edges if at <= b < at + length)
 
 
+HEAVY = ("moe.", "grouped.", "nn.", "moec.", "aten.linear", "aten.embedding", "aten.scaled_dot")
+
+
 def is_numbered(part: Part) -> bool:
     return part.path.rpartition(".")[2].isdigit()
 
@@ -90,14 +93,13 @@ def signature(part: Part) -> object:
     """What two parts must share to be drawn as one."""
     if part.kind == "sum":
         return "sum"
-    block = None if part.block is None else replace(part.block, name="")
     return (
         part.label if not part.label.isdigit() else "",
         part.kind,
         part.parameters,
-        tuple(sorted(part.ops.items())),
+        tuple(sorted((n, c) for n, c in part.ops.items() if n.startswith(HEAVY))),
         tuple(kind for _, kind in part.weights),
-        block,
+        tuple(replace(block, name="") for block in part.blocks),
         tuple((d.reason, d.rule) for d in part.declined),
         tuple(map(signature, part.parts)),
         part.edges,

@@ -15,6 +15,8 @@ from moec.picture.part import ENTRY, Part, Scene
 from moec.picture.repeats import collapse
 from moec.report import BlockLine, DeclinedLine, inside, port
 
+WHOLE = "(whole model)"  # the name of a block that is no module of its own
+
 
 @dataclass
 class _Module:
@@ -59,7 +61,11 @@ def scene(
         root.at(_module_path(op.origin)).ops.append(op)
     for param in graph.params:
         _home(root, param, graph).params.append(param)
-    whole = _Reader(graph, tuple(blocks), tuple(declined)).opened(root)
+    reader = _Reader(graph, tuple(blocks), tuple(declined))
+    whole = reader.opened(root)
+    if any(block.name == WHOLE for block in blocks):
+        card = reader.closed(root)
+        whole = replace(card, kind="frame", blocks=(), parts=(replace(card, label="model"),))
     states = {state.before for state in graph.states}
     return Scene(
         title,
@@ -72,6 +78,10 @@ def scene(
 def _module_path(origin: str) -> str:
     """Without what an origin may say beyond the module: 'layers.0.mlp (3 ops)'."""
     return origin.split(" ")[0].split("(")[0].strip(".")
+
+
+def _path(block: BlockLine) -> str:
+    return "" if block.name == WHOLE else block.name
 
 
 def _home(root: _Module, param: Value, graph: Graph) -> _Module:
@@ -99,25 +109,27 @@ class _Reader:
     blocks: tuple[BlockLine, ...]
     declined: tuple[DeclinedLine, ...]
 
-    def block(self, module: _Module) -> BlockLine | None:
-        """The MoE block that this module is, or wraps with nothing but its router beside it."""
-        found = [b for b in self.blocks if inside(b.name, module.path)]
-        if len(found) != 1 or not module.path:
-            return None
-        if found[0].name == module.path:
-            return found[0]
-        kinds = {_kind(c) for c in module.children.values() if not inside(found[0].name, c.path)}
-        return found[0] if "attention" not in kinds and "norm" not in kinds else None
+    def blocks_of(self, module: _Module) -> tuple[BlockLine, ...]:
+        """The MoE blocks of a module that is one, or wraps one with only its router beside it."""
+        found = tuple(b for b in self.blocks if inside(_path(b), module.path))
+        places = {_path(b) for b in found}
+        if len(places) != 1 or not module.path:
+            return ()
+        (place,) = places
+        if place == module.path:
+            return found
+        kinds = {_kind(c) for c in module.children.values() if not inside(place, c.path)}
+        return () if kinds & {"attention", "norm"} else found
 
     def opens(self, module: _Module) -> bool:
         """Whether the inside is drawn: a block or a declined place lies there, or layers do."""
         if not module.path:
             return bool(module.children)
-        if self.block(module) or not module.children:
+        if self.blocks_of(module) or not module.children:
             return False
         if any(_module_path(d.where) == module.path for d in self.declined):
             return False
-        names = [*(b.name for b in self.blocks), *(_module_path(d.where) for d in self.declined)]
+        names = [*(_path(b) for b in self.blocks), *(_module_path(d.where) for d in self.declined)]
         if any(inside(n, module.path) for n in names):
             return True
         layer = module.name.isdigit() and len(module.children) > 1
@@ -128,24 +140,19 @@ class _Reader:
 
     def closed(self, module: _Module) -> Part:
         params = list(module.all_params())
-        block = self.block(module)
+        found = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
         total = sum(map(numel, params))
-        idle = block.parameters - block.active_parameters if block else 0
-        split: dict[str, int] = {}
-        if block:
-            for param in params:
-                kind = _block_kind(param, block)
-                split[kind] = split.get(kind, 0) + numel(param)
+        idle = sum(b.parameters - b.active_parameters for b in found)
         return Part(
             module.path,
             module.name,
-            "moe" if block else _kind(module),
+            "moe" if found else _kind(module),
             total,
             max(total - idle, 0),
             dict(Counter(op.name for op in module.all_ops())),
             tuple((p.name, str(p.type)) for p in params),
-            block=block,
-            split=split or {_kind(module): total},
+            blocks=found,
+            split=_split(module, found) if found else {_kind(module): total},
             declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
         )
 
@@ -222,31 +229,42 @@ def _flow(
     mine = {op for op in module.all_ops()}
     made: list[Part] = []
     place: dict[int, int] = {}
-    sources: dict[Value, frozenset[int]] = {}
+    ends: dict[int, int] = {}  # of each child: the part that its results come out of
+    sources: dict[Value, int] = {}
     edges: list[tuple[int, int]] = []
     for op in graph.ops:
         if op not in mine:
             continue
         if op in owner:
-            if owner[op] not in place:
-                place[owner[op]] = len(made)
-                made.append(parts[owner[op]])
-            sources |= dict.fromkeys(op.outputs, frozenset({place[owner[op]]}))
+            at = owner[op]
+            if at not in place:
+                place[at] = ends[at] = len(made)
+                made.append(parts[at])
+            if (addend := folded_addend(op)) is not None:
+                source = sources.get(addend, ENTRY)
+                if source != place[at]:  # a residual that is added inside the combine
+                    ends[at] = len(made)
+                    made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
+                    edges += [(source, ends[at])] if source < ends[at] - 1 else []
+            sources |= dict.fromkeys(op.outputs, ends[at])
             continue
-        found = [sources.get(v, frozenset({ENTRY})) for v in op.inputs if v not in graph.params]
-        if is_sum(op) and len(found) == 2 and found[0] != found[1]:
+        found = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]
+        if is_sum(op) and len(set(found)) == 2:
             here = len(made)
             made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
-            edges += [(s, here) for s in sorted(found[0] | found[1]) if s < here - 1]
-            sources |= dict.fromkeys(op.outputs, frozenset({here}))
+            edges += [(s, here) for s in sorted(set(found)) if s < here - 1]
+            sources |= dict.fromkeys(op.outputs, here)
         else:
-            merged = frozenset().union(*found) if found else frozenset({ENTRY})
-            newest = frozenset({max(merged)})
-            sources |= dict.fromkeys(op.outputs, newest)
+            sources |= dict.fromkeys(op.outputs, max(found, default=ENTRY))
     for i, part in enumerate(parts):
         if i not in place:
             made.append(part)
     return made, tuple(edges)
+
+
+def folded_addend(op: Op) -> Value | None:
+    """What a combine adds to the sum of its experts."""
+    return op.inputs[-1] if op.name == "moe.combine" and op.attrs.get("added") else None
 
 
 def is_sum(op: Op) -> bool:
@@ -259,16 +277,25 @@ def is_sum(op: Op) -> bool:
     )
 
 
-def _block_kind(param: Value, block: BlockLine) -> str:
-    """Which share of an MoE block a weight belongs to."""
-    name = param.name[len(block.name) :]
-    if "shared" in name:
-        return "shared"
-    if len(param.shape) and param.shape[0] == block.experts and len(param.shape) >= 3:
-        return "moe"
-    if param.shape and param.shape[0] == block.experts and "experts." not in name:
-        return "router"
-    return "moe"
+def _split(module: _Module, blocks: Sequence[BlockLine]) -> dict[str, int]:
+    """The parameters of an MoE card by what they do: the experts' are known, the rest is told
+    by its shape and name."""
+    split: Counter[str] = Counter()
+    experts = blocks[0].experts
+    for param in module.all_params():
+        own = param.name[len(module.path) :]
+        if "shared" in own:
+            split["shared"] += numel(param)
+        elif "expert" not in own and len(param.shape) <= 2 and param.shape[:1] == (experts,):
+            split["router"] += numel(param)
+        else:
+            split["moe"] += numel(param)
+    beyond = split["moe"] - sum(b.parameters for b in blocks)
+    if beyond > 0:
+        split["moe"] -= beyond
+        other = "attention" if _kind(module) == "attention" else "other"
+        split["shared" if blocks[0].shared and not split["shared"] else other] += beyond
+    return dict(split)
 
 
 def _kind(module: _Module) -> str:

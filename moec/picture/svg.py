@@ -23,7 +23,7 @@ from moec.picture.marks import (
     wrapped,
 )
 from moec.picture.part import ENTRY, Part, Scene
-from moec.report import BlockLine, PortLine
+from moec.report import PortLine
 from moec.report_text import count, shape
 
 CARD, MOE, GAP, PAD, LANE = 340, 520, 26, 26, 22
@@ -79,8 +79,8 @@ def measure(part: Part) -> tuple[float, float]:
     """Width and height, with the lanes of skip connections and the edge of a stack."""
     if part.kind == "sum":
         return 24, 24
-    if part.block:
-        return MOE, _moe_height(part.block)
+    if part.blocks:
+        return MOE, _moe_height(part)
     if not part.parts:
         return CARD, 34 if part.kind in ("norm", "other") else 50
     sizes = [measure(p) for p in part.parts]
@@ -115,9 +115,24 @@ def _cells(experts: int) -> tuple[int, int, float]:
     return columns, rows, min(26.0, (MOE - 60) / columns)
 
 
-def _moe_height(block: BlockLine) -> float:
+def _moe_height(part: Part) -> float:
+    block = part.blocks[0]
     _, rows, pitch = _cells(block.experts)
-    return 42 + 30 + 28 + rows * pitch + 22 + 30 + (34 if block.shared else 0) + 30
+    shared = 34 if block.shared else 0
+    return 42 + 30 + 28 + rows * pitch + 22 + 30 + shared + 14 + 16 * len(foot(part))
+
+
+def _shared_words(shared: str) -> str:
+    return "+ shared expert" + (f", {shared}" if shared not in ("", "added") else "")
+
+
+def foot(part: Part) -> list[str]:
+    """What an MoE card says at its end, line by line."""
+    block = part.blocks[0]
+    said = f"{block.activation} experts, written as {block.form}"
+    if len(part.blocks) > 1:
+        said += f"; first of {len(part.blocks)} MoE blocks here"
+    return [said, *wrapped(f"kernels: {block.kernel}", 80)] if block.kernel else [said]
 
 
 # ---- parts -----------------------------------------------------------------------------
@@ -130,8 +145,8 @@ def _part(canvas: Canvas, part: Part, middle: float, y: float) -> None:
             f'<circle class="card" cx="{num(middle)}" cy="{num(y + 12)}" r="11"/>',
             f'<path class="wire" d="M{num(middle - 5)} {num(y + 12)}h10m-5 -5v10"/>',
         )
-    elif part.block:
-        _moe(canvas, part, part.block, middle, y)
+    elif part.blocks:
+        _moe(canvas, part, middle, y)
     elif part.parts:
         _frame(canvas, part, middle, y)
     else:
@@ -219,7 +234,8 @@ def _column(canvas: Canvas, part: Part, middle: float, y: float, first: float) -
     return y
 
 
-def _moe(canvas: Canvas, part: Part, block: BlockLine, middle: float, y: float) -> None:
+def _moe(canvas: Canvas, part: Part, middle: float, y: float) -> None:
+    block = part.blocks[0]
     width, height = measure(part)
     x = middle - width / 2
     canvas.add(rect(x, y, width, height, "card", 12))
@@ -262,10 +278,9 @@ def _moe(canvas: Canvas, part: Part, block: BlockLine, middle: float, y: float) 
     )
     if block.shared:
         total += 34
-        pill(canvas, middle, total, 300, f"+ shared: {block.shared}", "shared")
-    foot = f"{block.activation} experts, recognised as {block.form}"
-    foot += f", kernel {block.kernel}" if block.kernel else ""
-    canvas.add(text(middle, total + 48, foot, "soft small", 74, "middle"))
+        pill(canvas, middle, total, 300, _shared_words(block.shared), "shared")
+    for i, line in enumerate(foot(part)):
+        canvas.add(text(middle, total + 46 + 16 * i, line, "soft small", 84, "middle"))
 
 
 def picked(experts: int, top_k: int) -> list[int]:
@@ -313,7 +328,7 @@ def _header(canvas: Canvas, scene: Scene, width: float) -> float:
 
 
 def _count_blocks(part: Part) -> int:
-    return (part.block is not None) + sum(_count_blocks(p) * p.times for p in part.parts)
+    return len(part.blocks) + sum(_count_blocks(p) * p.times for p in part.parts)
 
 
 def _ports(canvas: Canvas, ports: Sequence[PortLine], middle: float, y: float) -> float:
