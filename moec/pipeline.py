@@ -12,9 +12,13 @@ from moec.passes.canonicalise import Canonicalise
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fold_addend import FoldAddend
 from moec.passes.fold_constants import FoldConstants
+from moec.passes.fold_mask import FoldMask
 from moec.passes.fuse_activation import FuseActivation
+from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
+from moec.passes.fuse_norm import FuseNorm
+from moec.passes.fuse_rotary import FuseRotary
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.runner import Pass
 from moec.passes.share_common import ShareCommon
@@ -24,6 +28,11 @@ ORDER: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
     (0, Canonicalise()),
     (0, ShareCommon()),
+    # the dense part of a transformer
+    (2, FuseNorm()),
+    (2, FuseAttention()),
+    (2, FoldMask()),
+    (2, FuseRotary()),
     # MOE: whose routing and experts these are
     *((0, recogniser) for recogniser in RECOGNISERS),
     (0, Canonicalise()),
