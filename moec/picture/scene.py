@@ -218,6 +218,9 @@ def is_position(module: _Module) -> bool:
     return "rotary" in module.name.lower() and not module.children
 
 
+MOVES = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
+
+
 def _flow(
     graph: Graph, module: _Module, children: Sequence[_Module], parts: Sequence[Part]
 ) -> tuple[list[Part], tuple[tuple[int, int], ...]]:
@@ -246,10 +249,13 @@ def _flow(
                     ends[at] = len(made)
                     made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
                     edges += [(source, ends[at])] if source < ends[at] - 1 else []
-            sources |= dict.fromkeys(op.outputs, ends[at])
+            moves = op.name in MOVES and op.inputs[0] in sources
+            sources |= dict.fromkeys(op.outputs, sources[op.inputs[0]] if moves else ends[at])
             continue
         found = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]
-        if is_sum(op) and len(set(found)) == 2:
+        if folded_addend(op) is not None:
+            found = [max(found[:-1], default=ENTRY), found[-1]]
+        if (is_sum(op) or folded_addend(op)) and len(set(found)) == 2:
             here = len(made)
             made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
             edges += [(s, here) for s in sorted(set(found)) if s < here - 1]

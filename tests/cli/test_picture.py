@@ -92,13 +92,16 @@ def test_blocks_in_a_row_with_residuals_between_them_are_one_layer() -> None:
     ]
 
 
-def test_a_residual_folded_into_the_combine_is_drawn() -> None:
+@pytest.mark.parametrize("origin", [".moe", ""])
+def test_a_residual_folded_into_the_combine_is_drawn(origin: str) -> None:
+    """Whether the combine says that it comes from the block or, as the addition, from the layer."""
     text = print_graph(models.graph()).replace("weighted=true", "weighted=true, added=true")
     for i in range(3):
         text = text.replace(
             f"moe.combine(m{i}, o{i}, w{i})", f"moe.combine(m{i}, o{i}, w{i}, r{i})"
         )
         text = text.replace(f"aten.add.Tensor(r{i}, c{i})", f"aten.clone.default(c{i})")
+        text = text.replace(f"added=true> @ layers.{i}.moe", f"added=true> @ layers.{i}{origin}")
     drawn = scene("folded", parse(text), models.report().blocks)
     assert outline(drawn.whole)[1:8] == outline(tiny().whole)[1:8]
 
