@@ -209,7 +209,7 @@ def compare(dtype: str, tokens: list[int], rounds: int, inductor: bool) -> None:
                 times[c.name].append(timed(partial(c.run, *problem)))
         median = {name: statistics.median(some) for name, some in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
-        used = len(problem[1].unique())
+        used = len(set(problem[1].flatten().tolist()))
         weights = used * 3 * D * H * problem[0].element_size()
         limit = max(t * K * 6 * D * H / top, weights / stream)
         cells = "".join(
