@@ -34,9 +34,9 @@ from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing
 from moec.runtime.dtypes import NUMPY, Array, name_of
-from moec.runtime.library import processors
 from moec.runtime.manifest import Manifest, Part, Sample, Stored
 from moec.runtime.package import CpuNeeds, Package
+from moec.runtime.threads import available
 
 GRAPH = "graph.moec"
 LIBRARY = "kernels/lib.so"
@@ -274,7 +274,7 @@ def _digests(contents: Iterable[Buffer]) -> list[str]:
     """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
     buffers = list(contents)
     order = sorted(range(len(buffers)), key=lambda i: -memoryview(buffers[i]).nbytes)
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(available()) as pool:
         # The largest first, so that no core is left alone with it at the end.
         made = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
     return [made[i] for i in range(len(buffers))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import sys
 import tempfile
 from functools import cache
@@ -19,6 +18,7 @@ from typing import Any
 
 from moec.errors import ArtifactError
 from moec.runtime.package import MAIN
+from moec.runtime.threads import set_threads
 
 _CPU = 1  # DLPack's device type
 _POOLED = 2  # freed memory is kept for the next call
@@ -27,10 +27,7 @@ _POOLED = 2  # freed memory is kept for the next call
 @cache
 def tvm_ffi() -> ModuleType:
     """The module `tvm_ffi`, with TVM's runtime loaded into the process."""
-    if not {"TVM_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
-        # TVM would take half of the processors. Every thread that calls a model has a pool of its
-        # own, made at its first call, so only the environment reaches them all.
-        os.environ["TVM_NUM_THREADS"] = str(processors())
+    set_threads()
     keep_out = "torch" not in sys.modules
     if keep_out:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
@@ -49,13 +46,6 @@ def tvm_ffi() -> ModuleType:
         ctypes.CDLL(str(folder / "libtvm_runtime_extra.so"), ctypes.RTLD_LOCAL)  # sort, for topk
     module: ModuleType = ffi
     return module
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def open_library(library: Path | bytes) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Size: TypeAlias = int | str  # a number, or an expression over named sizes that sizes.parse_dim reads
+Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
 MAIN = "main"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -62,13 +61,12 @@ def command(
         raise UsageError("--input and --prompt exclude each other")
     if output is not None and source is None:
         raise UsageError("--output needs --input")
-    if threads is not None:
-        os.environ["TVM_NUM_THREADS"] = str(threads)  # read when the first kernel starts
-
     from moec.runtime import artifact as artifacts
     from moec.runtime.executor import start
     from moec.runtime.tensor_files import check_suffix
+    from moec.runtime.threads import set_threads
 
+    set_threads(threads)
     for path in (source, output):
         if path is not None:
             check_suffix(path)
