@@ -23,6 +23,7 @@ from moec.codegen.cpu.attention_problem import (
     load_mask,
     reach,
     scaled,
+    start,
     write_row,
 )
 from moec.codegen.cpu.tasks import divide
@@ -75,7 +76,9 @@ def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr) -> None:
         place = T.ramp(group * v.lanes, 1, v.lanes)
         seen = T.cast(reaches[r] - key, "int32")
         added = None if bias is None else bias[r, place]
-        T.buffer_store(scores, scaled(p, dots(r, key), seen, added), [r, place])
+        first_seen = start(p, p.query_at(head, r)[2])
+        unseen = None if first_seen is None else T.cast(first_seen - key, "int32")
+        T.buffer_store(scores, scaled(p, dots(r, key), unseen, seen, added), [r, place])
 
     with T.serial(0, p.rows) as r:
         state = T.alloc_buffer((v.lanes,), "float32")

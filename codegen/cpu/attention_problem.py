@@ -39,9 +39,10 @@ class MaskSpec:
 class AttentionSpec:
     """What is known when compiling; B, S and L are sizes of the call, 0 allowed.
 
-    `is_causal` lets position s see keys 0 to s, whatever L (torch's meaning). `layout` BSHD
-    takes and gives [B, S, H, D]: what a linear layer produces, before any transpose. `sinks`
-    adds one logit per head that only the denominator sees (GPT-OSS).
+    Position s sees key l where l <= s if `is_causal`, l > s - `window`, and l // `chunk` is
+    s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
+    `layout` BSHD takes and gives [B, S, H, D]: what a linear layer produces, before any
+    transpose. `sinks` adds one logit per head that only the denominator sees (GPT-OSS).
     """
 
     dtype: str
@@ -54,6 +55,8 @@ class AttentionSpec:
     mask: MaskSpec | None = None
     sinks: bool = False
     layout: Literal["BHSD", "BSHD"] = "BHSD"
+    window: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
@@ -158,17 +161,36 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
 
 
 def reach(p: Problem, position: Expr) -> Expr:
-    """How many keys a position may see at most."""
-    return T.min(p.keys, position + 1) if p.spec.is_causal else p.keys
+    """The end of the keys that a position may see at most; it grows with the position."""
+    end = p.keys
+    if p.spec.is_causal:
+        end = T.min(end, position + 1)
+    if p.spec.chunk is not None:
+        end = T.min(end, (T.floordiv(position, p.spec.chunk) + 1) * p.spec.chunk)
+    return T.bind(end)
 
 
-def scaled(p: Problem, dots: Expr, seen: Expr, bias: Expr | None) -> Expr:
-    """Scores of neighbouring keys, -inf for all after the first `seen` (int32, any value)."""
+def start(p: Problem, position: Expr) -> Expr | None:
+    """The first key that a position may see; it grows with the position. None: always 0."""
+    first = None
+    if p.spec.window is not None:
+        first = T.max(position - (p.spec.window - 1), 0)
+    if p.spec.chunk is not None:
+        piece = T.floordiv(position, p.spec.chunk) * p.spec.chunk
+        first = piece if first is None else T.max(first, piece)
+    return None if first is None else T.bind(first)
+
+
+def scaled(p: Problem, dots: Expr, unseen: Expr | None, seen: Expr, bias: Expr | None) -> Expr:
+    """Scores of neighbouring keys; -inf for those before `unseen` and from `seen` on (int32)."""
     v = p.vector
+    lane = T.ramp(T.int32(0), 1, v.lanes)
     x = dots * v.splat(p.spec.scale)
     if bias is not None:
         x = x + bias
-    attend = T.ramp(T.int32(0), 1, v.lanes) < T.broadcast(seen, v.lanes)
+    attend = lane < T.broadcast(seen, v.lanes)
+    if unseen is not None:
+        attend = T.And(attend, lane >= T.broadcast(unseen, v.lanes))
     return T.bind(T.Select(attend, x, v.splat(MINUS_INFINITY)))
 
 

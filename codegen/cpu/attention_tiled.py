@@ -25,6 +25,7 @@ from moec.codegen.cpu.attention_problem import (
     load_mask,
     reach,
     scaled,
+    start,
     write_row,
 )
 from moec.codegen.cpu.tasks import divide
@@ -74,7 +75,8 @@ class Tile:
     sums: Buffer  # [row, feature]: weights @ values
     tops: Buffer  # [row]: the greatest score
     totals: Buffer  # [row, lane]: the sum of the weights
-    reaches: Buffer  # [row]: keys that it may see
+    starts: Buffer | None  # [row]: the first key that it may see; None: 0
+    reaches: Buffer  # [row]: the end of the keys that it may see
     bias: Buffer | None  # [row of a register tile, key of a block]: its mask
 
 
@@ -160,6 +162,8 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
     tops = T.alloc_buffer((TILE,), "float32")
     totals = T.alloc_buffer((TILE, v.lanes), "float32")
     reaches = T.alloc_buffer((TILE,), "int64")
+    limited = p.spec.window is not None or p.spec.chunk is not None
+    starts = T.alloc_buffer((TILE,), "int64") if limited else None
     bias = T.alloc_buffer((height, c.block), "float32") if p.mask is not None else None
     with T.serial(0, groups * height) as r:
         # Rows after the last are copies of it: computed, never written out.
@@ -173,12 +177,19 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         T.buffer_store(tops, T.float32(MINUS_INFINITY), [r])
         T.buffer_store(totals, v.splat(0.0), [r, lane])
         T.buffer_store(reaches, reach(p, s), [r])
+        if starts is not None:
+            T.buffer_store(starts, start(p, s), [r])
 
-    tile = Tile(head, first, query, sums, tops, totals, reaches, bias)
-    last = reaches[mine - 1]  # the furthest: rows are ordered by position
-    with T.serial(0, T.ceildiv(last, c.block)) as n, T.serial(0, groups) as group:
+    tile = Tile(head, first, query, sums, tops, totals, starts, reaches, bias)
+    # Rows are ordered by position: the last reaches furthest. (Blocks before the first start are
+    # passed over one by one: a loop from there takes TVM a minute to analyse.)
+    stop = T.ceildiv(reaches[mine - 1], c.block)
+    with T.serial(0, stop) as n, T.serial(0, groups) as group:
         r = T.bind(group * height)
-        with T.If(reaches[r + height - 1] > n * c.block), T.Then():
+        near = reaches[r + height - 1] > n * c.block
+        if starts is not None:
+            near = T.And(near, starts[r] < (n + 1) * c.block)
+        with T.If(near), T.Then():
             if bias is None:
                 _group(c, tile, n, r)
             else:
@@ -217,12 +228,16 @@ def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
     scales, weights = [], []
     for i, row in enumerate(scores):
         seen = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
+        unseen = None
+        if tile.starts is not None:
+            unseen = T.bind(T.cast(T.max(tile.starts[r + i] - n * c.block, 0), "int32"))
         lanes = []
         for j, x in enumerate(row):
             added = None
             if tile.bias is not None:
                 added = tile.bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
-            lanes.append(scaled(p, x[lane], seen - j * v.lanes, added))
+            before = None if unseen is None else unseen - j * v.lanes
+            lanes.append(scaled(p, x[lane], before, seen - j * v.lanes, added))
         scale, weight = _soften(c, lanes, tile.tops, tile.totals, r + i)
         scales.append(scale)
         weights.append(weight)

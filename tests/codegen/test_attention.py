@@ -85,6 +85,11 @@ def expected(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     scores = q @ k.mT * spec.scale
     if spec.is_causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
+    query, key = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+    if spec.window is not None:
+        scores = scores.masked_fill(key <= query - spec.window, -torch.inf)
+    if spec.chunk is not None:
+        scores = scores.masked_fill(key // spec.chunk != query // spec.chunk, -torch.inf)
     if x.mask is not None:
         if x.mask.dtype == torch.bool:
             scores = scores.masked_fill(~x.mask, -torch.inf)
@@ -129,6 +134,11 @@ SPECS = {
     "sinks": AttentionSpec("f32", 4, 2, 16, 16, 0.25, sinks=True, is_causal=True),
     "sinks-bf16-mask": AttentionSpec(
         "bf16", 8, 1, 64, 64, 0.125, sinks=True, mask=MaskSpec("bf16", (True, False, True, True))
+    ),
+    "window": AttentionSpec("bf16", 4, 2, 32, 32, 0.2, True, window=37),
+    "chunk-sinks": AttentionSpec("f32", 2, 1, 16, 16, 0.2, sinks=True, chunk=50),
+    "window-chunk-mask": AttentionSpec(
+        "f32", 2, 2, 16, 16, 0.2, mask=MaskSpec("bool", ALL), window=3, chunk=70
     ),
     "positions-first": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, layout="BSHD"),
     "positions-first-bf16": AttentionSpec("bf16", 4, 2, 64, 32, 0.25, layout="BSHD"),
