@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -28,5 +29,7 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tiny_moe.moec"
     model.save(path)
     loaded = moec.load(path)
-    ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(torch.from_numpy(loaded(ids.numpy())), model(ids).float())
+    ids = np.array([[1, 2, 3]])
+    logits = loaded(ids)
+    assert np.array_equal(logits.astype(np.float32), model(torch.from_numpy(ids)).float())
+    print(f"loaded {path.name}: {logits.dtype}{list(logits.shape)}, the same numbers")

@@ -69,7 +69,7 @@ compiled = moec.compile(model, (x,))
 print("recognised:")
 for block in compiled.blocks:
     print(f"  {block.name}: {block.experts} experts, top-{block.top_k}, {block.router}")
-    print(f"    experts {block.activation}, written as {block.form}, run by {block.kernel}")
+    print(f"    experts {block.activation}, written as: {block.form}")
 print("declined:")
 for candidate in compiled.declined:
     print(f"  {candidate.where}: {candidate.reason}")
