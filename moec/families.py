@@ -34,10 +34,10 @@ FAMILIES = (
 )
 
 FORMS = {
-    "hf": "experts that transformers decorates with use_experts_implementation",
-    "loop": "a loop over the experts: torch.where and index_add_, or masks",
-    "gathered": "each token's expert weights gathered, then bmm",
-    "grouped": "rows sorted by expert, then grouped_mm",
-    "capacity": "einsum with a dispatch mask, tokens dropped beyond capacity (GShard)",
-    "select": "every expert evaluated, then selected or masked",
+    "hf experts op": "experts that transformers decorates with use_experts_implementation",
+    "static loop": "a loop over the experts: torch.where and index_add_, or masks",
+    "gathered weights": "each token's expert weights gathered, then bmm",
+    "sort + grouped_mm": "rows sorted by expert, then grouped_mm",
+    "dense dispatch with capacity": "einsum with a dispatch mask, tokens dropped (GShard)",
+    "evaluate all, then select": "every expert evaluated, then selected or masked",
 }

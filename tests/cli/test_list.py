@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec import target
 from moec.families import FAMILIES, FORMS
+from moec.passes import recognise
+from tests.models import families
 
 
 def run(*arguments: str) -> Any:
@@ -30,6 +33,19 @@ def test_models() -> None:
         assert family.model_type in shown
     for form in FORMS:
         assert form in shown
+
+
+def test_forms_are_called_what_reports_call_them() -> None:
+    folder = Path(recognise.__file__).parent
+    source = "\n".join(file.read_text() for file in folder.glob("*.py"))
+    for form in FORMS:
+        assert f'"{form}"' in source
+
+
+def test_families_are_tested() -> None:
+    assert {
+        family.model_type.removesuffix("_text") for family in FAMILIES
+    } <= families.FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
