@@ -16,6 +16,7 @@ from moec.blocks import Block, blocks
 from moec.calling import call
 from moec.capture import Captured, capture
 from moec.capture.doors import Source, open_source
+from moec.closeness import default_tolerance
 from moec.errors import UsageError
 from moec.ir import Stage
 from moec.passes.runner import Declined, Step, run
@@ -67,7 +68,9 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
-        return f"<{self.source.name}, {built} for {self.target.name}: {len(self.blocks)} MoE blocks>"
+        return (
+            f"<{self.source.name}, {built} for {self.target.name}: {len(self.blocks)} MoE blocks>"
+        )
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""
@@ -122,7 +125,7 @@ class CompiledModel:
             path,
             graph_text=print_graph(self.steps[-1].program.graph),
             samples=[manifest.Sample(_arrays(example), _arrays(outputs))],
-            tolerance=checked.tolerance if checked else checking.default_tolerance(self.graph),
+            tolerance=checked.tolerance if checked else default_tolerance(self.graph),
             extra={"report": self.report().to_dict()},
             files={name: file.read_bytes() for name, file in self.source.files.items()},
             native=native,

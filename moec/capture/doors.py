@@ -174,7 +174,8 @@ def _checkpoint(folder: Path) -> Source:
     model.eval()
     files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     kwargs = example_tokens(model, seq2seq)
-    return Source(model, (), kwargs, None, _limits(model.config), str(folder), files)
+    name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
+    return Source(model, (), kwargs, None, _limits(model.config), name, files)
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""How far two results are apart, and how far they may be."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.ir import FLOATS, Graph
+
+TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
+"""Greatest error allowed, as a share of the greatest value of the output.
+
+Sums are reordered, so f32 may lose a few of its 24 bits; bf16 has 8 and f16 has 11, and eager
+rounds to them after every op where a fused kernel does not.
+"""
+
+
+def default_tolerance(graph: Graph) -> float:
+    """The loosest tolerance among the dtypes in which the model computes."""
+    used = {value.dtype for value in graph.values() if value.dtype in FLOATS}
+    return max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
+
+
+STRAYS = {"f16": 0.05, "bf16": 0.05}
+"""Share of the rows (tokens) that may be farther off, up to `FAR`, in 16 bits: two experts with
+nearly equal scores are told apart by rounding, and a token that went to the other one is not
+wrong, though its numbers differ. A float32 copy of the model differs from eager in the same way.
+"""
+FAR = 0.5
+
+
+def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
+    """How many rows (all axes but the last) are farther apart than `limit`, and of how many."""
+    width = expected.shape[-1] if expected.ndim else 1
+    if not expected.numel():
+        return 0, 0
+    a, b = (t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (got, expected))
+    scale = float(b.abs().max()) or 1.0
+    return int(((a - b).abs().amax(-1) / scale > limit).sum()), len(b)
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Greatest difference, as a share of the greatest expected value; inf where NaNs differ."""
+    if got.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(got, expected) else float("inf")
+    a, b = got.double(), expected.double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    finite = b.isfinite()
+    if not finite.any():
+        return 0.0
+    scale = float(b[finite].abs().max())
+    return float((a[finite] - b[finite]).abs().max()) / (scale or 1.0)
