@@ -6,26 +6,19 @@ difference is one of meaning and not of rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-from moec.errors import InputError
+from moec.closeness import distance
 from moec.evaluate import evaluate
-from moec.ir import FLOATS, Graph, Program, Value
+from moec.ir import Program
 from moec.passes.prove import widen
 from moec.passes.runner import Pass, run
 
 TOLERANCE = 2e-4
-_PASS_ON = (
-    "aten.alias.default",
-    "aten.reshape.default",
-    "aten.clone.default",
-    "aten._to_copy.default",
-)
 
 Inputs = Sequence[torch.Tensor]
 
@@ -88,7 +81,11 @@ def bisect(
 
     def error(made: Program) -> float:
         return max(
-            (distance(_results(made, c), e) for c, e in zip(cases, expected, strict=True)),
+            (
+                distance(got, wanted)
+                for case, results in zip(cases, expected, strict=True)
+                for got, wanted in zip(_results(made, case), results, strict=True)
+            ),
             default=0.0,
         )
 
@@ -128,69 +125,3 @@ def _results(program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     low = tensor.dtype in (torch.bfloat16, torch.float16)
     return tensor.float() if low else tensor
-
-
-def distance(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The greatest difference over the greatest magnitude of each tensor, of them all.
-
-    Infinite where shapes differ, or infinities and NaN do not stand in the same places.
-    """
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if a.shape != b.shape:
-            return math.inf
-        if not a.numel():
-            continue
-        a, b = a.double(), b.double()
-        finite = b.isfinite()
-        if not torch.equal(finite, a.isfinite()):
-            return math.inf
-        if bool(finite.any()):
-            scale = float(b[finite].abs().max()) or 1.0
-            worst = max(worst, float((a[finite] - b[finite]).abs().max()) / scale)
-    return worst
-
-
-def random_like(
-    program: Program, example: Inputs, generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Inputs of the example's sizes: floats at random, ids at random within their table.
-
-    Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
-    what they start with.
-    """
-    made: list[torch.Tensor] = []
-    for value, tensor in zip(program.graph.inputs, example, strict=False):
-        rows = table_rows(program.graph, value)
-        if value.dtype in FLOATS:
-            made.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
-        elif rows:
-            made.append(torch.randint(rows, tensor.shape, generator=generator, dtype=tensor.dtype))
-        else:
-            made.append(tensor)
-    return made + [program.weights[state.before.name] for state in program.graph.states]
-
-
-def table_rows(graph: Graph, value: Value) -> int:
-    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
-    rows: list[int] = []
-    for op in graph.readers.get(value, ()):
-        if op.name == "aten.embedding.default" and op.inputs[1] is value:
-            size = op.inputs[0].shape[0]
-            rows += [size] if isinstance(size, int) else []
-        elif op.name in _PASS_ON:
-            rows += [r] if (r := table_rows(graph, op.outputs[0])) else []
-    return min(rows, default=0)
-
-
-def random_cases(
-    program: Program, example: Inputs, *, count: int = 2, seed: int = 0
-) -> list[list[torch.Tensor]]:
-    """Random inputs for a captured program, made from the inputs that it was captured with.
-
-    Raises InputError where there are none.
-    """
-    if not example and program.graph.inputs:
-        raise InputError("the model was captured without example inputs; give some to bisect it")
-    generator = torch.Generator().manual_seed(seed)
-    return [random_like(program, example, generator) for _ in range(count)]

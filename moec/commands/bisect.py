@@ -46,8 +46,9 @@ def command(
     with Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model
-        from moec.bisect import TOLERANCE, bisect, random_cases
+        from moec.bisect import TOLERANCE, bisect
         from moec.pipeline import choose
+        from moec.random_inputs import random_cases
 
         chosen = choose(opt_level, passes)
         captured = compile_model(

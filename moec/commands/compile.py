@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,7 @@ from moec.commands.options import Tolerance, model_options
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
+    from moec.ir import Program
     from moec.passes.runner import Step
 
 
@@ -96,7 +98,10 @@ def command(
         if builds and output is not None:
             progress.phase("save")
             compiled.save(output)
-    report: Any = compiled.report()
+    report = compiled.report()
+    if dry_run:
+        size = weight_bytes(compiled.steps[-1].program)
+        report = replace(report, bytes_out=size, notes=(*report.notes, _NOT_BUILT))
     if as_json:
         click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
     elif stop_after and not dump_ir:
@@ -109,6 +114,15 @@ def command(
         click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
         if builds:
             click.echo(f"wrote {output}")
+
+
+_NOT_BUILT = "nothing was built; the packed size is an estimate, without padding and copies"
+
+
+def weight_bytes(program: Program) -> int:
+    """What the weights that a program reads take, as they are."""
+    read = (program.weights[param.name] for param in program.graph.params)
+    return sum(tensor.numel() * tensor.element_size() for tensor in read)
 
 
 class Dump:

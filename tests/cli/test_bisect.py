@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from moec.bisect import bisect, distance, random_cases, table_rows
+from moec.bisect import bisect
 from moec.errors import InputError
 from moec.ir import Op, Program, Stage, Value
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
+from moec.random_inputs import random_cases, table_rows
 from moec.text import parse
 
 CHAIN = 9
@@ -99,17 +99,6 @@ def test_rounding_is_no_culprit() -> None:
     inputs = [[INPUTS[0][0].bfloat16()]]
     assert bisect(program("bf16"), [Swap("clean")], inputs).culprit is None
     assert bisect(program("bf16"), [Swap("broken", at=2)], inputs).culprit is not None
-
-
-def test_distance() -> None:
-    one = torch.ones(3)
-    nan = torch.tensor([1.0, math.nan, 1.0])
-    assert distance([one], [one]) == 0.0
-    assert distance([one * 1.5], [one * 2]) == 0.25
-    assert distance([nan], [nan]) == 0.0
-    assert distance([nan], [one]) == math.inf
-    assert distance([torch.ones(2)], [one]) == math.inf
-    assert distance([torch.ones(0)], [torch.ones(0)]) == 0.0
 
 
 def test_ids_stay_within_their_table() -> None:

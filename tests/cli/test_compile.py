@@ -79,6 +79,8 @@ def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "wrote" not in result.stdout
     assert "3 MoE blocks" in result.stdout
+    assert "7.5 kB f32, 7.5 kB packed" in result.stdout
+    assert "note: nothing was built; the packed size is an estimate" in result.stdout
     assert compiler.asked["build"] is False
 
 

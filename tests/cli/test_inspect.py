@@ -86,7 +86,7 @@ def test_an_artifact_for_any_machine(artifact: Path, tmp_path: Path) -> None:
     assert "grouped" in run(artifact).stdout
     drawn = tmp_path / "out.svg"
     assert run(artifact, "--graph", drawn).exit_code == 0
-    assert "kernel grouped" in drawn.read_text()
+    assert "kernels: grouped" in drawn.read_text()
 
 
 def _manifest(path: Path) -> manifest.Manifest:
