@@ -64,7 +64,9 @@ def _canonical(body: Graph) -> str:
     lines = [str([v.dtype for v in body.inputs])]
     for op in body.ops:
         inputs = [numbers[v] for v in op.inputs]
-        lines.append(f"{op.name} {inputs} {sorted(map(str, op.attrs.items()))} {op.outputs[0].dtype}")
+        lines.append(
+            f"{op.name} {inputs} {sorted(map(str, op.attrs.items()))} {op.outputs[0].dtype}"
+        )
     return "\n".join([*lines, str([numbers[v] for v in body.outputs])])
 
 
@@ -199,4 +201,3 @@ def _clamp_min(c: _Call) -> Expr:
 @_vector("clamp_max")
 def _clamp_max(c: _Call) -> Expr:
     return c.v.at_most(c.get("self"), float(c["max"]))
-

@@ -8,9 +8,7 @@ from tvm import relax
 from moec.target import Target
 
 
-def compile_module(
-    module: tvm.IRModule, target: Target, opt_level: int = 2
-) -> relax.VMExecutable:
+def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> relax.VMExecutable:
     """The executable of a module that `lower` made."""
     options = target.tvm()
     if opt_level == 0:

@@ -1,40 +1,25 @@
 """Graph -> TVM Relax: one function `main`, every group of ops a call to one kernel.
 
-Ops with a kernel of our own (kernels.py) are called as they are; all others are fused into
-loops (codegen/generic). Kernels that compute the same thing are made once, whatever layer they
-stand in, and work for every size within the bounds.
+Ops with a kernel of our own (kernels/) are called as they are; all others are fused into
+loops (generic/). Kernels that compute the same thing are made once, whatever layer they stand
+in, and work for every size within the bounds.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax, tirx
-from tvm.tirx import PrimFunc
 
-from moec.codegen.generic import scalars as sc
-from moec.codegen.generic.emit import EMIT
-from moec.codegen.generic.groups import Group, partition
+from moec.codegen.generic.groups import partition
 from moec.codegen.generic.index import Sizes, names
-from moec.codegen.generic.write import describe, write
+from moec.codegen.kernels import KERNELS, has_kernel
+from moec.codegen.lowering import Lowering, Param
 from moec.codegen.support import check
-from moec.ir import Graph, Op, TensorType, Value
+from moec.ir import Graph
 from moec.runtime.package import MAIN
 from moec.target import Target
-
-
-@dataclass(frozen=True)
-class Param:
-    """A weight argument of `main`: what `pack` makes of values of the graph (None: the value)."""
-
-    name: str
-    type: TensorType
-    values: tuple[Value, ...]
-    pack: Callable[..., Any] | None = None
 
 
 @dataclass
@@ -46,77 +31,10 @@ class Lowered:
     kernels: tuple[tuple[str, str], ...]
 
 
-@dataclass
-class Lowering:
-    """The Relax function while it is built; kernels.py adds calls of kernels of our own."""
-
-    graph: Graph
-    target: Target
-    builder: relax.BlockBuilder
-    sizes: Sizes
-    values: dict[Value, relax.Expr] = field(default_factory=dict)
-    params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
-    functions: dict[object, Any] = field(default_factory=dict)
-    kernels: list[tuple[str, str]] = field(default_factory=list)
-    sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
-    masks: dict[object, Value] = field(default_factory=dict)
-    taken: Counter[str] = field(default_factory=Counter)
-
-    def type(self, of: Value | TensorType) -> relax.TensorType:
-        shape = [self.sizes.expr(d) for d in of.shape]
-        if of.dtype == "c64":
-            shape.append(tirx.const(2, "int64"))
-        return relax.TensorType(shape, sc.STORED[of.dtype])
-
-    def value(self, value: Value) -> relax.Expr:
-        """What the graph's value became; a param becomes an argument when it is first read."""
-        if value not in self.values:
-            self.values[value] = self.param(value, Param(value.name, value.type, (value,)))
-        return self.values[value]
-
-    def param(self, key: object, param: Param) -> relax.Var:
-        """The weight argument of that key, made once."""
-        if key not in self.params:
-            self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
-        return self.params[key][1]
-
-    def note(self, op: Op, kernel: str) -> None:
-        """For the report: which kernel does an op."""
-        self.kernels.append((op.origin or op.outputs[0].name, kernel))
-
-    def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
-        """The kernel of that key, made once."""
-        if key not in self.functions:
-            unique = self.unique(name)
-            self.functions[key] = self.builder.add_func(make(unique), unique)
-        return self.functions[key]
-
-    def unique(self, name: str) -> str:
-        self.taken[name] += 1
-        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
-
-    def call(
-        self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
-    ) -> list[relax.Expr]:
-        """The outputs of one kernel; more than one come out of a tuple."""
-        types = [self.type(t) for t in outputs]
-        made = relax.call_tir(function, list(arguments), types if len(types) > 1 else types[0])
-        result = self.builder.emit(made)
-        if len(types) == 1:
-            return [result]
-        return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
-
-    def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
-        """The same memory in another shape."""
-        shape = relax.ShapeExpr(self.type(to).shape.values)
-        return self.builder.emit(relax.op.reshape(value, shape))
-
-
 def lower(graph: Graph, target: Target) -> Lowered:
     """Raises UnsupportedError, listing every op that has no kernel and every unknown size."""
-    from moec.codegen.kernels import KERNELS, has_kernel
-
-    check(graph, lambda op: has_kernel(op, graph))
+    own = {op for op in graph.ops if has_kernel(op, graph)}
+    check(graph, own.__contains__)
     known = sorted({name for v in graph.values() for name in names(*v.shape)})
     sizes = Sizes({name: tirx.Var(name, "int64") for name in known})
     builder = relax.BlockBuilder()
@@ -128,50 +46,14 @@ def lower(graph: Graph, target: Target) -> Lowered:
     low.values |= dict(zip(ordered, inputs, strict=True))
     with builder.function(MAIN):
         with builder.dataflow():
-            for group in partition(graph, lambda op: has_kernel(op, graph)):
-                if has_kernel(group.root, graph):
+            for group in partition(graph, own.__contains__):
+                if group.root in own:
                     made = KERNELS[group.root.name].call(low, group.root)
                 else:
-                    made = call_group(low, group)
+                    made = low.group(group)
                 low.values |= dict(zip(group.root.outputs, made, strict=True))
             results = [builder.emit_output(low.value(v)) for v in graph.results]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *params])
     module = builder.finalize()
-    return Lowered(
-        module, tuple(param for param, _ in low.params.values()), tuple(low.kernels)
-    )
-
-
-def call_group(low: Lowering, group: Group) -> list[relax.Expr]:
-    root = group.root
-    rule = EMIT[root.name]
-    if rule.view and len(group.ops) == 1:
-        source, out = low.value(root.inputs[0]), root.outputs[0]
-        same = root.inputs[0].shape == out.shape
-        return [source if same else low.reshaped(source, out.type)]
-    text, order = describe(group)
-    written = low.functions.get(text)
-    if written is None:
-        name = low.unique(_name(group))
-        made = write(group, name, low.target)
-        written = (low.builder.add_func(made.function, name), made.sizes, order)
-        low.functions[text] = written
-    function, free, first_order = written
-    # The kernel may have been made for sizes of other names.
-    now = dict(zip(first_order, order, strict=True))
-    arguments = [low.value(v) for v in group.inputs]
-    arguments += [low.sizes.variables[now[size]] for size in free]
-    return low.call(function, arguments, [v.type for v in root.outputs])
-
-
-def _name(group: Group) -> str:
-    """Named after what it does, for profiles: at most three different ops of the group."""
-    words = dict.fromkeys(op.name.split(".")[1].strip("_") for op in group.ops)
-    heavy = [w for w in words if EMIT.get(f"aten.{w}.default", EMIT[group.root.name]).cost] or list(
-        words
-    )
-    return "fused_" + "_".join(heavy[-3:])
-
-
-__all__ = ["Lowered", "Lowering", "Param", "lower"]
+    return Lowered(module, tuple(param for param, _ in low.params.values()), tuple(low.kernels))

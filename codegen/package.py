@@ -17,7 +17,8 @@ from tvm import relax
 
 from moec.codegen.build import compile_module
 from moec.codegen.generic.rules import EMIT, named
-from moec.codegen.lower import Lowered, Param, lower
+from moec.codegen.lower import Lowered, lower
+from moec.codegen.lowering import Param
 from moec.errors import TargetError
 from moec.ir import Graph, Program, Value
 from moec.runtime.dtypes import Array
@@ -51,9 +52,7 @@ def package(program: Program, target: Target, lowered: Lowered, library: bytes) 
             arrays[initial] = as_array(program.weights[value.name])
         states.append(StatePort(value.name, value.dtype, _shape(value), initial))
     return Package(
-        target=CpuNeeds(
-            target.name, target.mcpu, target.mattr, target.mtriple, target.features
-        ),
+        target=CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features),
         inputs=tuple(_port(v) for v in graph.inputs if v not in before),
         outputs=tuple(_port(v) for v in graph.outputs),
         states=tuple(states),
@@ -67,7 +66,11 @@ def package(program: Program, target: Target, lowered: Lowered, library: bytes) 
         index_ranges=index_ranges(graph),
         kernels=lowered.kernels,
         notes=tuple(_notes(lowered.params)),
-        versions={"moec": version("moec"), "tvm": version("apache-tvm"), "torch": torch.__version__},
+        versions={
+            "moec": version("moec"),
+            "tvm": version("apache-tvm"),
+            "torch": torch.__version__,
+        },
     )
 
 

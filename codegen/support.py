@@ -56,9 +56,8 @@ def _line(reason: str, ops: list[Op]) -> str:
 
 def _sizes(graph: Graph) -> Iterable[str]:
     """A size is known when the function is called, or it is not: then nobody can compile for it."""
-    known = {
-        dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)
-    }
+    known = {dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
+    known |= {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     reported: set[str] = set()
     for op in graph.ops:
         for value in op.outputs:

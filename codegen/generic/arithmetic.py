@@ -27,7 +27,8 @@ def result(p: Point, x: Scalar) -> Scalar:
 
 def times(a: Scalar, b: Scalar) -> Scalar:
     if a.dtype == "c64":
-        assert a.imag is not None and b.imag is not None
+        assert a.imag is not None
+        assert b.imag is not None
         real = a.expr * b.expr - a.imag * b.imag
         return Scalar("c64", real, a.expr * b.imag + a.imag * b.expr)
     if a.dtype == "bool":
@@ -93,7 +94,9 @@ def lerp(p: Point) -> Scalar:
     a, b, w = (p.get(p[name], p.dtype) for name in ("self", "end", "weight"))
     near = a.expr + w.expr * (b.expr - a.expr)
     far = b.expr - (b.expr - a.expr) * (1 - w.expr)
-    return Scalar(p.dtype, T.Select(sc.absolute(w).expr < sc.constant(0.5, p.dtype).expr, near, far))
+    return Scalar(
+        p.dtype, T.Select(sc.absolute(w).expr < sc.constant(0.5, p.dtype).expr, near, far)
+    )
 
 
 # ---- division --------------------------------------------------------------------------
@@ -153,7 +156,8 @@ def div_mode(p: Point) -> Scalar:
         return result(p, floor_quotient(p, a, b))
     if a.dtype in INTS:
         return result(p, Scalar(a.dtype, tirx.truncdiv(a.expr, _safe(p, b))))
-    return result(p, Scalar(a.dtype, T.trunc(tirx.div(a.expr, b.expr))))
+    whole = sc.rounded(Scalar(a.dtype, tirx.div(a.expr, b.expr)))
+    return result(p, Scalar(a.dtype, T.trunc(whole.expr)))
 
 
 @point("floor_divide", "floor_divide.Scalar", cost=4)
@@ -319,6 +323,7 @@ def _bits(name: str, bools: Callable[[Any, Any], Any], ints: Callable[[Any, Any]
 _bits("and", tirx.And, tirx.bitwise_and)
 _bits("or", tirx.Or, tirx.bitwise_or)
 _bits("xor", _differ, tirx.bitwise_xor)
+
 
 def _shift(name: str, by: Callable[[Any, Any], Any]) -> None:
     @point(

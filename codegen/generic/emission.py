@@ -49,7 +49,7 @@ class Emission:
         self.sizes = sizes
         self.target = target
         self.flat = flat
-        self.memos: list[dict[Any, Scalar]] = [{}]
+        self.memos: list[dict[object, Scalar]] = [{}]
         self.binds = True
         self.splits: dict[str, set[int]] = {}
         self.arguments: dict[Op, Mapping[str, Any]] = {}
@@ -124,9 +124,7 @@ class Emission:
         """Where `value` is read when it is broadcast to `shape` and that is read at `at`."""
         own = self.shape(value)
         lead = len(shape) - len(own)
-        return tuple(
-            ix.const(0) if dim == 1 else at[lead + axis] for axis, dim in enumerate(own)
-        )
+        return tuple(ix.const(0) if dim == 1 else at[lead + axis] for axis, dim in enumerate(own))
 
     # ---- loops -------------------------------------------------------------------------
 

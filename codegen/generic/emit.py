@@ -7,6 +7,7 @@ from moec.codegen.generic import (
     functions,
     lookup,
     matrix,
+    moe,
     order,
     reduce,
     scatter,
@@ -14,6 +15,6 @@ from moec.codegen.generic import (
 )
 from moec.codegen.generic.rules import EMIT
 
-FILLED_BY = (arithmetic, functions, lookup, matrix, order, reduce, scatter, shape)
+FILLED_BY = (arithmetic, functions, lookup, matrix, moe, order, reduce, scatter, shape)
 
 __all__ = ["EMIT"]

@@ -192,9 +192,7 @@ def softplus(p: Point) -> Scalar:
     scaled = p.emission.bind(Scalar(x.dtype, x.expr * beta))
     grown = p.emission.bind(Scalar(x.dtype, exp(scaled)))
     soft = tirx.div(log1p(p, grown), beta)
-    return Scalar(
-        x.dtype, T.Select(scaled.expr > number(float(p["threshold"]), x), x.expr, soft)
-    )
+    return Scalar(x.dtype, T.Select(scaled.expr > number(float(p["threshold"]), x), x.expr, soft))
 
 
 @point("hardsigmoid", "hardswish")

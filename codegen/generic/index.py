@@ -117,7 +117,8 @@ def rest(a: Expr, b: Expr) -> Expr:
 
 def bounded(a: Index, size: Index) -> Index:
     """The nearest position inside an axis of that size."""
-    if size.low is not None and None not in (a.low, a.high) and a.low >= 0 and a.high < size.low:
+    low, high, least = a.low, a.high, size.low
+    if low is not None and high is not None and least is not None and 0 <= low <= high < least:
         return a
     zero = tirx.const(0, "int64")
     expr = tirx.max(tirx.min(a.expr, size.expr - 1), zero)

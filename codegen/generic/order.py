@@ -68,9 +68,7 @@ def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
                 T.buffer_store(spot, tirx.min(j, _int(k - 1)), [zero])
                 # Equal ones stay behind those that came first.
                 above = tirx.max(spot[zero] - 1, zero)
-                with T.While(
-                    tirx.And(spot[zero] > 0, better(found, _get(values, x, above), sign))
-                ):
+                with T.While(tirx.And(spot[zero] > 0, better(found, _get(values, x, above), sign))):
                     here = spot[zero]
                     _set(values, here, _get(values, x, here - 1))
                     T.buffer_store(places, places[here - 1], [here])

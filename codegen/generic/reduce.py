@@ -202,7 +202,9 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
             # A minimum stays at the first NaN; a maximum likewise.
             now = best.get()
             nan_first = tirx.And(sc.is_nan(found), tirx.Not(sc.is_nan(now)))
-            wins = tirx.Or(better(found, now, 1) if sign > 0 else sc.compare("lt", found, now), nan_first)
+            wins = tirx.Or(
+                better(found, now, 1) if sign > 0 else sc.compare("lt", found, now), nan_first
+            )
             wins = tirx.Or(wins, tirx.LT(place.get().expr, tirx.const(0, "int64")))
             with T.If(wins), T.Then():
                 best.set(found)

@@ -95,8 +95,8 @@ def kernel(
 
 
 def _full(name: str) -> str:
-    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; nn ops are whole."""
-    if name.startswith("nn."):
+    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; moec's own are whole."""
+    if name.startswith(("nn.", "moe.", "grouped.")):
         return name
     return f"aten.{name}" if "." in name else f"aten.{name}.default"
 

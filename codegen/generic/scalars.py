@@ -178,6 +178,7 @@ def absolute(x: Scalar) -> Scalar:
     if x.dtype in ("u8", "bool"):
         return x
     if x.dtype == "c64":
+        assert x.imag is not None
         return Scalar("f32", T.sqrt(x.expr * x.expr + x.imag * x.imag))
     if COMPUTE[x.dtype] == "float32":
         return Scalar(x.dtype, f32("fabs", x.expr))

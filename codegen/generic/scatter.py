@@ -7,6 +7,7 @@ run the same way. A position outside the output is not written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -80,7 +81,7 @@ def scatter(e: Emission, op: Op) -> None:
     join = _joining(op, named)
     _copied(e, op)
     if not out.shape:
-        source = named.get("src", named.get("value"))
+        source: Any = named.get("src", named.get("value"))
         x = e.read(source, ()) if isinstance(source, Value) else sc.constant(source, out.dtype)
         _write(e, out, (), tirx.const(True, "bool"), x, join)
         return
@@ -88,7 +89,7 @@ def scatter(e: Emission, op: Op) -> None:
 
     def body(at: Position) -> None:
         place, inside = _place(e, ids, at, out.shape[axis])
-        source = named.get("src", named.get("value"))
+        source: Any = named.get("src", named.get("value"))
         if isinstance(source, Value):
             x = sc.cast(e.read(source, at if source.shape else ()), out.dtype)
         else:
@@ -132,14 +133,15 @@ def index_put(e: Emission, op: Op) -> None:
     e.serially(shape, body, "write")
 
 
-@kernel("index_add", "index_copy", "index_fill.int_Scalar", "index_fill.int_Tensor",
-        fuses=("self",))
+@kernel(
+    "index_add", "index_copy", "index_fill.int_Scalar", "index_fill.int_Tensor", fuses=("self",)
+)
 def index_add(e: Emission, op: Op) -> None:
     named = e.named(op)
     out, ids = op.outputs[0], named["index"]
     axis = wrap(named["dim"], len(out.shape))
     join = plus if op.name == "aten.index_add.default" else _replace
-    source = named.get("source", named.get("value"))
+    source: Any = named.get("source", named.get("value"))
     _copied(e, op)
     number = ids.shape[0] if ids.shape else 1
     shape = (*out.shape[:axis], number, *out.shape[axis + 1 :])

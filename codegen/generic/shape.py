@@ -77,9 +77,7 @@ def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int],
 def only_splits(op: Op) -> bool:
     """Whether each axis before becomes whole axes after: positions then need no division."""
     before, after = op.inputs[0].shape, op.outputs[0].shape
-    return all(
-        sum(before[a] != 1 for a in own) <= 1 for own, _ in _parts(before, after)
-    )
+    return all(sum(before[a] != 1 for a in own) <= 1 for own, _ in _parts(before, after))
 
 
 def reshaped(p: Point) -> Scalar:
@@ -218,8 +216,10 @@ def repeat(p: Point) -> Scalar:
     value = p["self"]
     lead = len(p.at) - len(value.shape)
     at = tuple(
-        ix.const(0) if dim == 1
-        else p.at[lead + axis] if dim == p.shape[lead + axis]
+        ix.const(0)
+        if dim == 1
+        else p.at[lead + axis]
+        if dim == p.shape[lead + axis]
         else ix.mod(p.at[lead + axis], p.size(dim))
         for axis, dim in enumerate(value.shape)
     )
@@ -445,9 +445,7 @@ def rotary(p: Point) -> Scalar:
     if at.low is not None and at.low >= middle:
         return turned(second, False)
     p.emission.split(at, middle)
-    return branch(
-        p, at.expr < half.expr, lambda: turned(at, True), lambda: turned(second, False)
-    )
+    return branch(p, at.expr < half.expr, lambda: turned(at, True), lambda: turned(second, False))
 
 
 # ---- complex pairs ---------------------------------------------------------------------
@@ -484,8 +482,18 @@ def _constant(*names: str, value: float | None = None, argument: str = "") -> No
         return sc.rounded(p.get(p[argument], p.dtype))
 
 
-_constant("zeros", "zeros_like", "new_zeros", "empty.memory_format", "empty_like", "new_empty",
-          "empty_permuted", "new_empty_strided", "empty_strided", value=0)
+_constant(
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "empty.memory_format",
+    "empty_like",
+    "new_empty",
+    "empty_permuted",
+    "new_empty_strided",
+    "empty_strided",
+    value=0,
+)
 _constant("ones", "ones_like", "new_ones", value=1)
 _constant("full", "full_like", "new_full", argument="fill_value")
 _constant("scalar_tensor", argument="s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import sympy
 from tvm import tirx
 from tvm.ir import Var
 from tvm.script.ir_builder import IRBuilder
@@ -20,8 +21,6 @@ from moec.codegen.generic.rules import EMIT
 from moec.ir import Attr, Op, Ref, Value
 from moec.sizes import Dim, product
 from moec.target import Target
-
-import sympy
 
 _CUTTING = ("aten.cat.default", "aten.stack.default", "nn.rotary")
 
@@ -167,7 +166,9 @@ def _find_cuts(e: Emission, out: Value, shape: tuple[Dim, ...]) -> None:
     from moec.codegen.generic import index as ix
 
     at = tuple(
-        ix.const(0) if dim == 1 else ix.loop(Var(f"i{axis}", tirx.Var("i", "int64").ty), f"axis{axis}", dim)
+        ix.const(0)
+        if dim == 1
+        else ix.loop(Var(f"i{axis}", tirx.Var("i", "int64").ty), f"axis{axis}", dim)
         for axis, dim in enumerate(shape)
     )
     with e.lazily():

@@ -1,0 +1,184 @@
+"""Choices sorted by expert, each expert's products, and rows brought back to their tokens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.bodies import vector_body
+from moec.codegen.cpu.combine import combine
+from moec.codegen.cpu.dispatch import dispatch
+from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
+from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.generic import scalars as sc
+from moec.codegen.generic.groups import Group
+from moec.codegen.kernels.dense import packed, packed_bias
+from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
+from moec.codegen.lowering import Lowering
+from moec.ir import DType, Graph, Op, TensorType, Value
+from moec.ops import GroupedLinear
+
+
+@kernel("moe.sort")
+def _sort(low: Lowering, op: Op) -> list[relax.Expr]:
+    return _sorted(low, op, op.inputs[0])
+
+
+def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
+    """order, slots, ends of the choices; the same for all that ask about these experts."""
+    count, k = op.attrs["num_experts"], experts.shape[1]
+    key = (experts, count)
+    if key not in low.sorted:
+        assert isinstance(count, int)
+        assert isinstance(k, int)
+        function = low.function(
+            ("dispatch", count, k), "dispatch", lambda name: dispatch(count, k, name)
+        )
+        tokens = experts.shape[0]
+        types = [
+            TensorType("i32", (k * tokens,)),
+            TensorType("i32", (tokens, k)),
+            TensorType("i32", (count,)),
+        ]
+        low.sorted[key] = low.call(function, [low.value(experts)], types)
+        low.note(op, "dispatch")
+    return low.sorted[key]
+
+
+def linears_fit(op: Op, graph: Graph) -> bool:
+    """Whether the stacks are params of one dtype and the body is one that vectors can do."""
+    parts = GroupedLinear.of(op)
+    params = set(graph.params)
+    return (
+        1 <= len(parts.matrices) <= 2
+        and all(m in params and m.dtype == parts.x.dtype for m in parts.matrices)
+        and all(b in params for b in parts.biases)
+        and len({m.shape for m in parts.matrices}) == 1
+        and parts.x.dtype in VECTOR_DTYPES
+        and (op.body is None or vector_body(op.body) is not None)
+    )
+
+
+@kernel("grouped.linear", takes=linears_fit)
+def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
+    parts = GroupedLinear.of(op)
+    out = op.outputs[0]
+    count, n, k = parts.matrices[0].shape
+    assert isinstance(n, int)
+    assert isinstance(k, int)
+    assert isinstance(count, int)
+    spec = LinearSpec(
+        n,
+        k,
+        sc.STORED[parts.x.dtype],
+        sc.STORED[out.dtype],
+        groups=count,
+        gated=len(parts.matrices) == 2,
+        bias=bool(parts.biases),
+    )
+    layout = Layout(spec, low.target)
+    top_k = cast(int, op.attrs.get("gather", 0))
+    scale = sc.STORED[parts.scale.dtype] if parts.scale is not None else None
+    body = None if op.body is None else vector_body(op.body)
+    key = (spec, top_k, scale, None if body is None else body.text)
+
+    def make(name: str) -> PrimFunc:
+        after = None if body is None else body.epilogue(low.target)
+        if top_k:
+            return gathered_linear(low.target, spec, top_k, after, scale, name)
+        return grouped_linear(low.target, spec, after, name)
+
+    name = "gathered" if top_k else "grouped"
+    function = low.function(key, name if body is None else f"{name}_{body.name}", make)
+    arguments = [low.value(parts.x)]
+    if top_k and parts.order is not None:
+        arguments.append(low.value(parts.order))
+    arguments.append(low.value(parts.ends))
+    arguments.append(low.param(*packed(layout, parts.matrices)))
+    if parts.biases:
+        arguments.append(low.param(*packed_bias(layout, parts.biases)))
+    if parts.scale is not None:
+        arguments.append(low.value(parts.scale))
+    low.note(op, name if body is None else f"{name} with {body.name}")
+    return low.call(function, arguments, [out.type])
+
+
+def _sorting(places: Value, graph: Graph) -> Op | None:
+    """The op that ordered the choices by expert, through a reshape of its places."""
+    source = graph.producers.get(places)
+    if source is not None and source.name == "aten.reshape.default":
+        source = graph.producers.get(source.inputs[0])
+    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+        return None
+    return source
+
+
+@kernel(
+    "moe.combine",
+    takes=lambda op, graph: _sorting(op.inputs[1], graph) is not None,
+)
+def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
+    rows, places, *rest = op.inputs
+    out = op.outputs[0]
+    source = cast(Op, _sorting(places, low.graph))
+    experts = source.inputs[1 if source.name == "moe.dispatch" else 0]
+    _, slots, ends = _sorted(low, source, experts)
+    weights = rest.pop(0) if op.attrs.get("weighted") else None
+    addend = rest.pop(0) if op.attrs.get("added") else None
+    count, k, width = cast(int, source.attrs["num_experts"]), cast(int, op.attrs["k"]), out.shape[1]
+    assert isinstance(width, int)
+    if len(places.shape) == 2:
+        slots = low.value(places)
+    kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
+    key = ("combine", count, k, width, out.dtype, rows.dtype, *kinds)
+    function = low.function(
+        key,
+        "combine",
+        lambda name: combine(
+            low.target,
+            count,
+            k,
+            width,
+            sc.STORED[out.dtype],
+            sc.STORED[rows.dtype],
+            kinds[0],
+            kinds[1],
+            name,
+        ),
+    )
+    more = [low.value(v) for v in (weights, addend) if v is not None]
+    low.note(op, "combine")
+    return low.call(function, [low.value(rows), slots, ends, *more], [out.type])
+
+
+@kernel("moe.dispatch")
+def _dispatch(low: Lowering, op: Op) -> list[relax.Expr]:
+    """The sort, then rows gathered (and scaled) by generic ops."""
+    x, experts, *weights = op.inputs
+    rows, order, _ends = op.outputs
+    sorted_ = _sorted(low, op, experts)
+    low.values[order] = sorted_[0]
+    k = experts.shape[1]
+    many = rows.shape[0]
+    token = Value(f"{rows.name}_token", TensorType("i32", (many,)))
+    ops = [Op("aten.floor_divide.default", (order,), (token,), {"other": k})]
+    picked = rows if not weights else Value(f"{rows.name}_picked", rows.type)
+    ops.append(Op("aten.index_select.default", (x, token), (picked,), {"dim": 0}))
+    inputs = [order, x]
+    if weights:
+        flat = Value(f"{rows.name}_weights", TensorType(weights[0].dtype, (many,)))
+        low.values[flat] = low.reshaped(low.value(weights[0]), flat.type)
+        scale = Value(f"{rows.name}_scale", flat.type)
+        wide = Value(f"{rows.name}_wide", TensorType(flat.dtype, (many, 1)))
+        same = Value(f"{rows.name}_same", TensorType(rows.dtype, (many, 1)))
+        ops += [
+            Op("aten.index_select.default", (flat, order), (scale,), {"dim": 0}),
+            Op("aten.unsqueeze.default", (scale,), (wide,), {"dim": 1}),
+            Op("aten._to_copy.default", (wide,), (same,), {"dtype": DType(rows.dtype)}),
+            Op("aten.mul.Tensor", (picked, same), (rows,)),
+        ]
+        inputs.append(flat)
+    made = low.group(Group(ops[-1], ops, tuple(inputs)))
+    return [made[0], sorted_[0], sorted_[2]]

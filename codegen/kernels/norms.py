@@ -1,0 +1,68 @@
+"""Normalisation of rows."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+
+from moec.codegen.cpu.norm import NormSpec, norm
+from moec.codegen.generic.rules import named
+from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
+from moec.codegen.lowering import Lowering
+from moec.ir import Op, TensorType, Value
+from moec.sizes import Dim, product
+
+
+@kernel("nn.rms_norm", takes=lambda op, graph: norm_fits(op.inputs[0], *op.inputs[1:]))
+def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    x, *weights = op.inputs
+    spec = NormSpec(
+        "rms",
+        cast(int, x.shape[-1]),
+        cast(float, op.attrs["epsilon"]),
+        x.dtype,
+        op.outputs[0].dtype,
+        weights[0].dtype if weights else None,
+        round_first=bool(op.attrs.get("round_first")),
+    )
+    return _normed(low, op, spec, x, weights)
+
+
+@kernel(
+    "aten.layer_norm.default",
+    takes=lambda op, graph: (
+        len(cast(tuple[Dim, ...], named(op)["normalized_shape"])) == 1
+        and norm_fits(*(v for v in op.inputs if v is not None))
+    ),
+)
+def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    given = named(op)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    spec = NormSpec(
+        "layer",
+        x.shape[-1],
+        float(given["eps"]),
+        x.dtype,
+        op.outputs[0].dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
+    return _normed(low, op, spec, x, [v for v in (weight, bias) if v is not None])
+
+
+def norm_fits(x: Value, *others: Value) -> bool:
+    return isinstance(x.shape[-1], int) and all(v.dtype in VECTOR_DTYPES for v in (x, *others))
+
+
+def _normed(
+    low: Lowering, op: Op, spec: NormSpec, x: Value, weights: list[Value]
+) -> list[relax.Expr]:
+    out = op.outputs[0]
+    rows = TensorType(x.dtype, (product(x.shape[:-1]), spec.width))
+    name = f"{spec.kind}_norm"
+    function = low.function(spec, name, lambda name: norm(spec, low.target, name))
+    low.note(op, name)
+    arguments = [low.shaped(x, rows), *(low.value(v) for v in weights)]
+    made = low.call(function, arguments, [TensorType(out.dtype, rows.shape)])
+    return [made[0] if out.shape == rows.shape else low.reshaped(made[0], out.type)]

@@ -1,0 +1,131 @@
+"""The Relax function while it is built: its values, its kernels, its weight arguments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+
+from moec.codegen.generic import scalars as sc
+from moec.codegen.generic.emit import EMIT
+from moec.codegen.generic.groups import Group
+from moec.codegen.generic.index import Sizes
+from moec.codegen.generic.write import describe, write
+from moec.ir import Graph, Op, TensorType, Value
+from moec.target import Target
+
+
+@dataclass(frozen=True)
+class Param:
+    """A weight argument of `main`: what `pack` makes of values of the graph (None: the value)."""
+
+    name: str
+    type: TensorType
+    values: tuple[Value, ...]
+    pack: Callable[..., Any] | None = None
+
+
+@dataclass
+class Lowering:
+    """The Relax function while it is built; kernels.py adds calls of kernels of our own."""
+
+    graph: Graph
+    target: Target
+    builder: relax.BlockBuilder
+    sizes: Sizes
+    values: dict[Value, relax.Expr] = field(default_factory=dict)
+    params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
+    functions: dict[object, Any] = field(default_factory=dict)
+    kernels: list[tuple[str, str]] = field(default_factory=list)
+    sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
+    masks: dict[object, Value] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
+
+    def type(self, of: Value | TensorType) -> relax.TensorType:
+        shape = [self.sizes.expr(d) for d in of.shape]
+        if of.dtype == "c64":
+            shape.append(tirx.const(2, "int64"))
+        return relax.TensorType(shape, sc.STORED[of.dtype])
+
+    def value(self, value: Value) -> relax.Expr:
+        """What the graph's value became; a param becomes an argument when it is first read."""
+        if value not in self.values:
+            self.values[value] = self.param(value, Param(value.name, value.type, (value,)))
+        return self.values[value]
+
+    def param(self, key: object, param: Param) -> relax.Var:
+        """The weight argument of that key, made once."""
+        if key not in self.params:
+            self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
+        return self.params[key][1]
+
+    def note(self, op: Op, kernel: str) -> None:
+        """For the report: which kernel does an op."""
+        self.kernels.append((op.origin or op.outputs[0].name, kernel))
+
+    def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
+        """The kernel of that key, made once."""
+        if key not in self.functions:
+            unique = self.unique(name)
+            self.functions[key] = self.builder.add_func(make(unique), unique)
+        return self.functions[key]
+
+    def unique(self, name: str) -> str:
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+
+    def call(
+        self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
+    ) -> list[relax.Expr]:
+        """The outputs of one kernel; more than one come out of a tuple."""
+        types = [self.type(t) for t in outputs]
+        made = relax.call_tir(function, list(arguments), types if len(types) > 1 else types[0])
+        result = self.builder.emit(made)
+        if len(types) == 1:
+            return [result]
+        return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def shaped(self, value: Value, to: TensorType) -> relax.Expr:
+        """A value of the graph in another shape."""
+        found = self.value(value)
+        return found if value.type == to else self.reshaped(found, to)
+
+    def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
+        """The same memory in another shape."""
+        shape = relax.ShapeExpr(self.type(to).shape.values)
+        return self.builder.emit(relax.op.reshape(value, shape))
+
+    def group(self, group: Group) -> list[relax.Expr]:
+        """The outputs of a group's root: one kernel, or a view."""
+        root = group.root
+        rule = EMIT[root.name]
+        if rule.view and len(group.ops) == 1:
+            source, out = self.value(root.inputs[0]), root.outputs[0]
+            same = root.inputs[0].shape == out.shape
+            return [source if same else self.reshaped(source, out.type)]
+        text, order = describe(group)
+        written = self.functions.get(text)
+        if written is None:
+            name = self.unique(_name(group))
+            made = write(group, name, self.target)
+            written = (self.builder.add_func(made.function, name), made.sizes, order)
+            self.functions[text] = written
+        function, free, first_order = written
+        # The kernel may have been made for sizes of other names.
+        now = dict(zip(first_order, order, strict=True))
+        arguments = [self.value(v) for v in group.inputs]
+        arguments += [self.sizes.variables[now[size]] for size in free]
+        return self.call(function, arguments, [v.type for v in root.outputs])
+
+
+def _name(group: Group) -> str:
+    """Named after what it does, for profiles: at most three different ops of the group."""
+    words = dict.fromkeys(op.name.split(".")[1].strip("_") for op in group.ops)
+    heavy = [w for w in words if EMIT.get(f"aten.{w}.default", EMIT[group.root.name]).cost] or list(
+        words
+    )
+    return "fused_" + "_".join(heavy[-3:])
