@@ -38,12 +38,12 @@ def command(
     """
     from dataclasses import asdict
 
-    from moec.commands.shapes import dynamic_shapes, parse
+    from moec.commands.shapes import dynamic_shapes, explained, parse
     from moec.progress import Progress, hush
 
     wanted = parse(shapes)
     hush()
-    with Progress(quiet=quiet or as_json) as progress:
+    with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model
         from moec.bisect import TOLERANCE, bisect

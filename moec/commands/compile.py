@@ -62,7 +62,7 @@ def command(
     The result is compared with eager PyTorch on random inputs; where they differ, nothing is
     written and the exit code is 2.
     """
-    from moec.commands.shapes import dynamic_shapes, parse
+    from moec.commands.shapes import dynamic_shapes, explained, parse
 
     builds = not (dry_run or stop_after)
     _check_output(output, builds, force)
@@ -78,7 +78,7 @@ def command(
             dump(step)
 
     hush()
-    with Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
+    with explained(), Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
         progress.phase("capture")  # torch itself takes a moment to load
         from moec.api import compile as compile_model
 

@@ -113,12 +113,12 @@ def of_model(
     quiet: bool,
 ) -> tuple[Report, Graph]:
     """Capture and recognise; no code is generated."""
-    from moec.commands.shapes import dynamic_shapes, parse
+    from moec.commands.shapes import dynamic_shapes, explained, parse
     from moec.progress import Progress, hush
 
     wanted = parse(shapes)
     hush()
-    with Progress(quiet=quiet) as progress:
+    with explained(), Progress(quiet=quiet) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model
 

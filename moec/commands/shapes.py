@@ -12,10 +12,12 @@ may be left out: S[1..] has no upper one, S[..4096] starts at 1.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moec.errors import UsageError
+from moec.errors import CaptureError, UsageError
 
 _AXIS = re.compile(
     r"(?P<size>\d+)|(?P<any>\?)|(?P<name>[A-Z][A-Z0-9_]*)(?:\[(?P<low>\d*)\.\.(?P<high>\d*)\])?"
@@ -111,3 +113,31 @@ def dynamic_shapes(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, dict[int, A
         return dims[axis.name] if axis.name else Dim.AUTO if axis.size is None else axis.size
 
     return {name: {i: dim(a) for i, a in enumerate(axes)} for name, axes in shapes.items()}
+
+
+_EXPLAINED = (
+    (
+        r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)",
+        "--shapes: the model fixes {0} at {1}; write {1} in its place",
+    ),
+    (
+        r"Static shape constraint of (\d+) does not match input size of (\d+)",
+        "--shapes gives an axis the size {0} where the example input has {1}; write {1}, or a name",
+    ),
+    (
+        r"(\d+) not in range \[(\d+), (\w+)\]",
+        "--shapes: the example input has an axis of size {0}, which is not within {1}..{2}",
+    ),
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What torch.export says of the sizes that were asked for, in the words of `--shapes`."""
+    try:
+        yield
+    except CaptureError as error:
+        for pattern, words in _EXPLAINED:
+            if match := re.search(pattern, str(error)):
+                raise UsageError(words.format(*match.groups())) from error
+        raise

@@ -197,6 +197,9 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
         (["MODEL:make", "--passes=-expand-experts"], "cannot be generated without expand-experts"),
         (["MODEL:make", "--stop-after", "lunch"], "--stop-after lunch: no such pass"),
         (["MODEL:make", "--shapes", "y=Tx8"], "names y, but the arguments are x"),
+        (["MODEL:make", "--shapes", "x=TxD"], "--shapes: the model fixes D at 8; write 8 in its"),
+        (["MODEL:make", "--shapes", "x=Tx9"], "the size 9 where the example input has 8; write 8"),
+        (["MODEL:make", "--shapes", "x=T[100..200]x8"], "size 5, which is not within 100..200"),
         (["MODEL:make", "--shapes", "x=TxSxU"], "x has 2 axes, but axis 2 is named"),
     ],
 )
