@@ -68,9 +68,8 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
-        return (
-            f"<{self.source.name}, {built} for {self.target.name}: {len(self.blocks)} MoE blocks>"
-        )
+        made = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
+        return f"<{self.source.name}, {made}>"
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""
@@ -87,6 +86,11 @@ class CompiledModel:
             kernels[kernel] = kernels.get(kernel, 0) + 1
         notes = (*self.captured.fixed, *(package.notes if package else ()))
         checked = self.checked
+        if checked and checked.strays:
+            notes += (
+                f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
+                "in 16 bits nearly equal router scores may choose other experts than eager's",
+            )
         return Report(
             model=self.source.name,
             target=self.target.name,

@@ -39,7 +39,7 @@ class DType:
     name: str
 
 
-Attr: TypeAlias = "None | bool | int | float | str | sympy.Expr | Ref | DType | tuple[Attr, ...]"
+Attr: TypeAlias = "bool | int | float | str | sympy.Expr | Ref | DType | tuple[Attr, ...] | None"
 
 
 class Stage(Enum):
