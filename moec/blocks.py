@@ -113,8 +113,9 @@ def activation(body: Graph) -> str:
     kinds: dict[str, Op] = {}
     for op in body.ops:
         kind = op.name.split(".")[1]
-        if kind in _SILENT or (kind in _SCALING and len(op.inputs) < 2):
-            continue
+        weights = [v for v in op.inputs if v in body.params]
+        if kind in _SILENT or (kind in _SCALING and (len(op.inputs) < 2 or weights)):
+            continue  # biases, gains and constant factors are no activation
         kinds[kind] = op
     names = set(kinds)
     if not names:

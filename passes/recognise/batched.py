@@ -110,6 +110,7 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
         except NoMatch as why:
             last = str(why)
             reader.opaque_values.update(op.outputs)
+            reader.why |= dict.fromkeys(op.outputs, last)
             continue
         reader.keep(op, layouts)
         for value, layout in zip(op.outputs, layouts, strict=True):
@@ -118,15 +119,13 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
             push(value)
             if layout.rows == tokens:
                 (summed if layout.reduced else plain).append((value, layout))
-            elif layout.reduced and multiples(layout.rows, tokens):
+            elif layout.reduced and divide(tokens, layout.rows) is not None:
+                summed.append((value, layout))  # each choice came as a row of its own
+            elif layout.reduced and divide(layout.rows, tokens) is not None:
                 unsummed.append((value, layout))
     if last:
         reader.why[anchor.outputs[0]] = last
     return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2]]
-
-
-def multiples(a: Dim, b: Dim) -> bool:
-    return divide(a, b) is not None or divide(b, a) is not None
 
 
 def rows_of(reader: Reader) -> Dim:

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import sympy
-
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Ref, Value
+from moec.ir import FLOATS, Attr, Graph, Op, Ref, Value
 from moec.passes.prove import without_origins
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.layout import Layout
-from moec.passes.recognise.region import VIEWS, Emitter, Scope
+from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
 from moec.passes.recognise.rows import PRODUCTS, Reader
 from moec.text import print_graph
 
@@ -50,13 +48,18 @@ def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
     while pending and len(kept) < _LIMIT:
         for source in pending.pop().inputs:
             op = scope.maker(source)
-            if op is None or op in kept or op.name == "aten.split_with_sizes.default":
+            if op is None or op in kept or splits_rows(op):
                 continue
             if all(r in kept for v in op.outputs for r in scope.graph.readers.get(v, ())):
                 if not any(v in scope.results for v in op.outputs):
                     kept.add(op)
                     pending.append(op)
     return tuple(sorted(kept, key=scope.position.__getitem__))
+
+
+def splits_rows(op: Op) -> bool:
+    """Whether the op cuts rows by expert: its parts are the experts' rows."""
+    return op.name == "aten.split_with_sizes.default" and bool(names_in(op))
 
 
 def signature(scope: Scope, ops: Sequence[Op]) -> tuple[str, ...] | None:
@@ -75,18 +78,30 @@ def first_product(scope: Scope, op: Op) -> bool:
 
 def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
     """Raises NoMatch where one expert's body cannot be read from the branch."""
-    reader = Reader(scope, alone=True)
     start = next((op for op in ops if first_product(scope, op)), None)
     if start is None:
         raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
-    made = reader.product(start)
-    reader.keep(start, [made])
+    reader = Reader(scope, alone=True, only=frozenset(ops))
+    reader.tokens(rows_behind(scope, start, ops))
     layout = reader.read(value)
     if layout is None or not layout.applied:
         why = reader.why.get(value) or next(iter(reader.why.values()), "it joins other values")
         raise NoMatch(f"the branch of {value.name} is not one expert's: {why}")
     body, _ = reader.body(layout)
     return Branch(value, tuple(ops), reader, layout, body, number_of(scope, ops))
+
+
+def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
+    """What the branch reads, on the way to its first weights, that is as wide as rows are."""
+    activation = next(v for v in start.inputs[:2] if v not in scope.constants)
+    own = set(ops)
+    outside = [v for op in ops for v in op.inputs if scope.maker(v) not in own]
+    path = scope.upstream([activation], outside)
+    leaves = [activation] if scope.maker(activation) not in own else scope.leaves(path, ())
+    floats = [v for v in leaves if v.dtype in FLOATS and v not in scope.constants]
+    if not floats:
+        raise NoMatch(f"{activation.name} is made of no rows")
+    return max(floats, key=lambda v: v.shape[-1] if isinstance(v.shape[-1], int) else 0)
 
 
 def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
@@ -176,7 +191,3 @@ def common_root(scope: Scope, bases: Sequence[Value]) -> Value | None:
             return None
         roots.add(op.inputs[0])
     return roots.pop() if len(roots) == 1 else None
-
-
-def unbacked(value: Value) -> bool:
-    return any(isinstance(d, sympy.Expr) for d in value.shape)

@@ -9,7 +9,7 @@ The links of the chain are found by their likeness; what they start from is adde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from moec.errors import NoMatch
@@ -17,7 +17,7 @@ from moec.ir import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
 from moec.passes.recognise.region import Scope, chooses
-from moec.passes.recognise.routing import Evidence, hypotheses
+from moec.passes.recognise.routing import Evidence, chosen_among, hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.sizes import product
 
@@ -112,13 +112,10 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     first = found.first
     x = first.reader.x
     assert x is not None
-    uses: dict[str, list[Value]] = {}
-    for branch in found.branches:
-        for role, values in branch.reader.uses.items():
-            uses.setdefault(role, []).extend(values)
-        for op in branch.ops:
-            if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
-                uses.setdefault("ids", []).append(op.inputs[0])
+    uses = {role: list(values) for role, values in first.reader.uses.items()}
+    for op in first.ops:
+        if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
+            uses.setdefault("ids", []).append(op.inputs[0])
     count = len(branches)
     start = () if chain.start is None else (chain.start,)
     output = anchor.outputs[0]
@@ -130,6 +127,10 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         output,
         (first.reader.root, *start),
     )
+    among = chosen_among(scope, evidence)
+    evidence = replace(evidence, open=among is None)
+    if among is not None and among > count:
+        raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
     for choice in hypotheses(scope, evidence):
         yield Proposal(
             form=FORM,

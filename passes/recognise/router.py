@@ -235,6 +235,9 @@ def _agree(block: Routed, router: Router) -> Compare:
         after: Sequence[torch.Tensor],
         given: Mapping[Value, torch.Tensor],
     ) -> str:
+        shapes = [[tuple(t.shape) for t in result] for result in (before, after)]
+        if shapes[0] != shapes[1]:
+            return f"its choices are {shapes[0]}, not {shapes[1]}"
         scores = given[router.logits].reshape(-1, block.num_experts).float()
         columns = []
         for result in (before, after):
@@ -254,8 +257,6 @@ def _agree(block: Routed, router: Router) -> Compare:
             ordered = [part.gather(1, order) for part in parts]
             columns.append([*ordered, *([] if tied else [ids.gather(1, order).float()])])
         for a, b in zip(*columns, strict=True):
-            if a.shape != b.shape:
-                return f"its shape is {tuple(a.shape)}, not {tuple(b.shape)}"
             if a.numel() and not float((a - b).abs().max()) <= TOLERANCE * max(
                 float(a.abs().max()), 1e-3
             ):

@@ -47,6 +47,7 @@ class Evidence:
     rows_out: Dim
     output: Value
     reads: tuple[Value, ...]  # the tokens, and what the sum starts from
+    open: bool = False  # ids beyond the experts are allowed and add nothing
 
     def values(self, *roles: str) -> list[Value]:
         return [v for role in roles for v in self.uses.get(role, ())]
@@ -92,7 +93,8 @@ class Chosen:
         last = parts[0].shape[-1]
         if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
             slots = max(slots, last)  # distinct before they were flattened
-        return Chosen(parts, per_row, recipe, Ids(evidence.experts, slots))
+        feed = Ids(evidence.experts, slots, absent=evidence.open)
+        return Chosen(parts, per_row, recipe, feed)
 
     @staticmethod
     def mask(value: Value, evidence: Evidence) -> Chosen:
@@ -170,6 +172,18 @@ def chosen(
         if parts not in seen and whole and all(v.dtype.startswith("i") for v in parts):
             seen.add(parts)
             yield parts
+
+
+def chosen_among(scope: Scope, evidence: Evidence) -> int | None:
+    """How many experts the choices are among, where the scores tell."""
+    everything = evidence.values("ids", "order", "weights", "mask", "mix")
+    counts = [
+        op.inputs[0].shape[-1]
+        for op in choices(scope, everything)
+        if op.inputs[0].dtype in FLOATS and op.inputs[0].shape
+    ]
+    whole = [c for c in counts if isinstance(c, int)]
+    return max(whole, default=None)
 
 
 def source_of_ids(scope: Scope, value: Value) -> Value:

@@ -16,7 +16,7 @@ import torch
 
 from moec.aten import overload
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Ref, TensorType, Value
+from moec.ir import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.layout import (
@@ -89,10 +89,13 @@ class Pick:
 
 @dataclass
 class Reader:
-    """Reads one block. `alone`: weights are one expert's own, not stacks over experts."""
+    """Reads one block. `alone`: weights are one expert's own, not stacks over experts. `only`
+    limits the reading to some ops, so that what they read is tokens or opaque.
+    """
 
     scope: Scope
     alone: bool = False
+    only: frozenset[Op] | None = None
     experts: int | None = None
     x: Value | None = None
     memo: dict[Value, Layout] = field(default_factory=dict)
@@ -140,6 +143,8 @@ class Reader:
 
     def within(self, op: Op) -> bool:
         """Whether the op may belong to the block: it follows the tokens, or picks weights."""
+        if self.only is not None:
+            return op in self.only
         if self.x is None:
             source = op.inputs[0] if op.inputs else None
             while source is not None and source not in self.scope.constants:
@@ -175,7 +180,7 @@ class Reader:
         if layout is not None:
             return layout
         op = self.scope.maker(value)
-        if op is not None and self.spreads(op):
+        if op is not None and self.only is None and self.spreads(op):
             which = self.carrier(op)
             self.tokens(op.inputs[which])
             layouts = self.apply(op)
@@ -274,6 +279,8 @@ class Reader:
             return [None if first is None else self.move(op, first)]
         if name in _PICKS:
             return [None if first is None else self.index(op, first)]
+        if name == "nn.rms_norm":
+            return [None if first is None else self.norm(op, first)]
         if name == "aten.gather.default":
             return [None if first is None else self.gather(op, first)]
         if name in ("aten.slice.Tensor", "aten.select.int", "aten.split_with_sizes.default"):
@@ -506,6 +513,43 @@ class Reader:
         types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
         (base,) = self.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
         return replace(plain, base=base, atoms=atoms, axes=tuple(kept))
+
+    def norm(self, op: Op, source: Layout) -> Layout | None:
+        """nn.rms_norm over the last axis, in element-wise ops: its gain is an expert's own."""
+        if source.param:
+            return None
+        if not source.axes[-1] or not only_features(source.axes[-1]):
+            raise NoMatch("a norm goes over rows")
+        plain = self.ordered(source, [source.axes[-1]], last=True)
+        shape, dtype = plain.base.shape, op.outputs[0].dtype
+        full, narrow = TensorType("f32", shape), TensorType("f32", (*shape[:-1], 1))
+
+        def step(name: str, inputs: Sequence[Value], type: TensorType, **attrs: Attr) -> Value:
+            return self.add(name, inputs, [type], attrs, op.outputs[0].name)[0]
+
+        def as_dtype(value: Value, to: str) -> Value:
+            wanted = TensorType(to, value.shape)
+            same = value.dtype == to
+            return (
+                value if same else step("aten._to_copy.default", [value], wanted, dtype=DType(to))
+            )
+
+        x = as_dtype(plain.base, "f32")
+        square = step("aten.mul.Tensor", [x, x], full)
+        mean = step("aten.mean.dim", [square], narrow, dim=(len(shape) - 1,), keepdim=True)
+        shifted = step("aten.add.Tensor", [mean], narrow, other=op.attrs["epsilon"])
+        scale = step("aten.rsqrt.default", [shifted], narrow)
+        y = step("aten.mul.Tensor", [x, scale], full)
+        gain = self.read(op.inputs[1]) if len(op.inputs) > 1 else None
+        if len(op.inputs) > 1 and (gain is None or not gain.param):
+            raise NoMatch(f"{op.inputs[1].name} scales a norm and is no weight")
+        if op.attrs.get("round_first"):
+            y = as_dtype(y, dtype)
+        if gain is not None:
+            weight = self.slice_of(gain, [gain.axes[-1]], [0], [0])
+            weight = weight if op.attrs.get("round_first") else as_dtype(weight, "f32")
+            y = step("aten.mul.Tensor", [y, weight], TensorType(y.dtype, shape))
+        return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
 
     def cat(self, op: Op) -> Layout | None:
         layouts = [self.read(v) for v in op.inputs]
