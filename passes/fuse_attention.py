@@ -30,7 +30,7 @@ from moec.ir import FLOATS, Op, Program, Stage, TensorType, Value
 from moec.passes.eager_attention import constant, eager_attention
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
-from moec.sizes import Dim, product
+from moec.sizes import Dim
 
 _SDPA = "aten.scaled_dot_product_attention.default"
 
@@ -102,7 +102,7 @@ def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
     """[B, Hkv, L, D] where `value` repeats each of its heads g times in a row, else itself."""
     if len(value.shape) != 4:
         return value
-    batch, heads, keys, width = value.shape
+    batch, _, keys, width = value.shape
     source = b.producers.get(value)
     if source is not None and source.name == "aten.expand.default":
         one = source.inputs[0]
@@ -114,12 +114,9 @@ def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
         return value
     one, many = expand.inputs[0], expand.outputs[0]
     shared, repeats = many.shape[1:3]
-    fits = (
-        one.shape == (batch, shared, 1, keys, width)
-        and many.shape == (batch, shared, repeats, keys, width)
-        and product((shared, repeats)) == heads
-    )
-    if not fits:
+    if one.shape != (batch, shared, 1, keys, width):
+        return value
+    if many.shape != (batch, shared, repeats, keys, width):
         return value
     whole = TensorType(value.dtype, (batch, shared, keys, width))
     inner = b.producers.get(one)

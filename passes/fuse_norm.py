@@ -108,8 +108,6 @@ def _weighted(op: Op, weight: Value, norm: Op, b: Builder) -> Sequence[Value] | 
     if weight.shape != x.shape[-1:] or op.outputs[0].type != x.type:
         return None
     rounded = x.dtype in _HALVES
-    if rounded and weight.dtype != x.dtype:
-        return None  # a 0-dim weight of another dtype would not have changed the result's
     attrs = dict(norm.attrs) | ({"round_first": True} if rounded else {})
     return b.emit("nn.rms_norm", [x, weight], like=op, attrs=attrs)
 

@@ -158,7 +158,7 @@ def test_neighbours_are_complex_numbers(length: int, seed: int) -> None:
     x, angle = torch.randn(2, length, 8), torch.rand(1, length, 4) * 9
     graph = rotary(' <pairs="neighbours", gives="neighbours">')
     verify(graph, Stage.ATEN)
-    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(
+    turned = torch.view_as_complex(x.reshape(2, length, 4, 2)) * torch.polar(
         torch.ones_like(angle), angle
     )
     want = torch.view_as_real(turned).flatten(-2)

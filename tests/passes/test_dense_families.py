@@ -13,7 +13,7 @@ import torch
 from moec.attention_op import Attention
 from moec.capture import Captured, capture
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program
+from moec.ir import Graph, Op, Program
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_mask import FoldMask
@@ -97,7 +97,7 @@ def test_found(name: str) -> None:
     assert len(grouped) == (2 if shares_keys else 0)
 
 
-def _attentions(graph: Graph) -> list[object]:
+def _attentions(graph: Graph) -> list[Op]:
     return [op for op in graph.ops if op.name == "nn.attention"]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moec.evaluate import evaluate
 from moec.ir import Op, Program
+from moec.passes import mask_values
 from moec.passes.fold_mask import FoldMask
 from moec.passes.runner import Step, run
 from moec.text import parse, print_graph
@@ -65,6 +66,25 @@ MASKS: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "causal": ("  " + CAUSAL.replace("causal", "mask"), {"causal": True}),
     "window": ("  " + CAUSAL + near(5) + both("causal", "near"), {"causal": True, "window": 5}),
+    "window_by_distance": (
+        "  " + CAUSAL + "  back: i64[1, 1, S, S] = aten.sub.Tensor(s, l)\n"
+        "  near: bool[1, 1, S, S] = aten.le.Scalar(back) <other=4>\n" + both("causal", "near"),
+        {"causal": True, "window": 5},
+    ),
+    "like_an_input": (  # whose sizes it has, and whose data it does not read
+        "  ones: bool[B, S] = aten.full_like.default(pad) <fill_value=true>\n"
+        "  mask: bool[B, 1, 1, S] = aten.reshape.default(ones) <shape=({B}, 1, 1, {S})>\n",
+        {},
+    ),
+    "sliced": (
+        "  longer: i64[S + 1] = aten.arange.start_step() <start=0, end={S + 1}>\n"
+        "  m: i64[1, 1, 1, S + 1] = aten.reshape.default(longer) <shape=(1, 1, 1, {S + 1})>\n"
+        "  wide: bool[1, 1, S, S + 1] = aten.le.Tensor(m, s)\n"
+        "  back: i64[1, 1, S, 1] = aten.add.Tensor(s) <other=1>\n"
+        "  wider: bool[1, 1, S, S + 1] = aten.le.Tensor(m, back)\n"
+        "  mask: bool[1, 1, S, S] = aten.slice.Tensor(wider) <dim=3, start=1, end={S + 1}>\n",
+        {"causal": True},
+    ),
     "chunks": ("  " + CAUSAL + chunks(6) + both("causal", "same"), {"causal": True, "chunk": 6}),
     "chunks_alone": (chunks(6).replace("same:", "mask:"), {"chunk": 6}),
     "added": (
@@ -136,6 +156,84 @@ def test_same_numbers(name: str) -> None:
         pad = torch.rand(batch, length) < 0.7
         before = evaluate(parse(source), [q, k, pad], table)
         assert torch.equal(evaluate(step.program.graph, [q, k, pad], table)[0], before[0])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_single_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mask that is not computed whole, each element is what the whole has there."""
+    graph = parse(text(MASKS[name][0], bounds_of(name)))
+    mask = graph.ops[-1].inputs[3]
+    weights = {"table": torch.ones(64, 64, dtype=torch.bool).tril()[None, None]}
+    made = {value: op for op in graph.ops for value in op.outputs}
+    if name == "padding_stays":
+        mask = next(value for value in made if value.name == "causal")
+    source = mask_values.cut([mask], graph, weights, made)
+    monkeypatch.setattr(mask_values, "SMALL", 30)
+    by_element = mask_values.Elements(source, {"B": 2, "S": 12})
+    assert (mask in by_element.whole) == (name == "like_an_input")
+    monkeypatch.setattr(mask_values, "SMALL", 10**6)
+    whole = mask_values.Elements(source, {"B": 2, "S": 12}).whole[mask]
+    grids = torch.meshgrid(*map(torch.arange, whole.shape), indexing="ij")
+    places = tuple(grid.reshape(-1) for grid in grids)
+    assert torch.equal(by_element.at(mask, places), whole.reshape(-1))
+
+
+def test_single_elements_at_negative_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = parse(
+        text(
+            "  back: i64[1, 1, S, S] = aten.sub.Tensor(l, s)\n"
+            "  turned: i64[1, 1, S, S] = aten.permute.default(back) <dims=(0, 1, 3, 2)>\n"
+            "  mask: i64[1, 1, S, S] = aten.index.Tensor(positions, turned) <indices=($1)>\n"
+        ).replace("mask)", "pad)")
+    )
+    (op,) = [op for op in graph.ops if op.name == "aten.index.Tensor"]
+    made = {value: o for o in graph.ops for value in o.outputs}
+    source = mask_values.cut(op.outputs, graph, {}, made)
+    monkeypatch.setattr(mask_values, "SMALL", 30)
+    at = torch.arange(12)
+    zero = torch.zeros(144, dtype=torch.int64)
+    places = (zero, zero, at.repeat_interleave(12), at.repeat(12))
+    found = mask_values.Elements(source, {"B": 1, "S": 12}).at(op.outputs[0], places)
+    assert torch.equal(found, (places[2] - places[3]) % 12)
+
+
+def test_a_large_table_is_compared_whole() -> None:
+    """One wrong element among a million is found."""
+    table = torch.ones(1100, 1100, dtype=torch.bool).tril()[None, None]
+    source = text(MASKS["table"][0], "[1, 1100]").replace("64]", "1100]")
+    source = source.replace("64, 1100]", "1100, 1100]")
+    program = Program(parse(source), {"table": table})
+    assert attention(run(program, [FoldMask()])[-1]).attrs["causal"]
+    table[0, 0, 777, 333] = False
+    assert "neither causal" in run(program, [FoldMask()])[-1].declined[0].reason
+
+
+def test_a_window_where_keys_are_not_queries() -> None:
+    """A query beyond the keys would see none of them, which a mask that is added softens."""
+    source = text("  " + CAUSAL + near(5) + both("causal", "near"))
+    source = source.replace("k: f32[B, 2, S", "k: f32[B, 2, L").replace(
+        "  size B", "  size L in [1, inf]\n  size B"
+    )
+    source = source.replace("bool[1, 1, S, S]", "bool[1, 1, S, L]").replace(
+        "l: i64[1, 1, 1, S] = aten.reshape.default(positions) <shape=(1, 1, 1, {S})>",
+        "far: i64[L] = aten.arange.start_step() <start=0, end={L}>\n"
+        "  l: i64[1, 1, 1, L] = aten.reshape.default(far) <shape=(1, 1, 1, {L})>",
+    )
+    assert "neither causal" in folded(source).declined[0].reason
+    causal = source.replace("aten.bitwise_and.Tensor(causal, near)", "aten.clone.default(causal)")
+    causal = causal.replace("k, k, mask", "k, k, causal")
+    assert attention(folded(causal)).attrs == {"scale": 0.5, "causal": True}
+
+
+def test_large_chunks_that_start_elsewhere() -> None:
+    shifted = (
+        "  s1: i64[1, 1, S, 1] = aten.add.Tensor(s) <other=1>\n"
+        "  l1: i64[1, 1, 1, S] = aten.add.Tensor(l) <other=1>\n"
+    )
+    parts = chunks(8192).replace("Tensor_mode(s)", "Tensor_mode(s1)")
+    parts = parts.replace("Tensor_mode(l)", "Tensor_mode(l1)")
+    mask = "  " + CAUSAL + shifted + parts + both("causal", "same")
+    assert "neither causal" in folded(text(mask)).declined[0].reason
 
 
 @pytest.mark.parametrize("limit", [8192, 100_000])

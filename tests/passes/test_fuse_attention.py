@@ -162,19 +162,36 @@ def test_one_key_head_for_all() -> None:
     assert [v.name for v in graph.ops[-1].inputs] == ["q", "k", "k"]
 
 
-def test_heads_repeated_in_another_order_stay_repeated() -> None:
-    """repeat gives heads 0 1 0 1, not the 0 0 1 1 of groups (JetMoE)."""
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        "  k4: f32[B, 4, S, 8] = aten.repeat.default(k) <repeats=(1, 2, 1, 1)>\n",
+        "  k5: f32[B, 1, 2, S, 8] = aten.reshape.default(k) <shape=({B}, 1, 2, {S}, 8)>\n"
+        "  kx: f32[B, 2, 2, S, 8] = aten.expand.default(k5) <size=({B}, 2, 2, {S}, 8)>\n"
+        "  k4: f32[B, 4, S, 8] = aten.reshape.default(kx) <shape=({B}, 4, {S}, 8)>\n",
+    ],
+)
+def test_heads_repeated_in_another_order_stay_repeated(repeat: str) -> None:
+    """Heads 0 1 0 1, not the 0 0 1 1 of groups (JetMoE)."""
     source = (
         "graph main(q: f32[B, 4, S, 8], k: f32[B, 2, S, 8]) {\n"
         "  size B in [0, inf]\n  size S in [0, inf]\n"
-        "  k4: f32[B, 4, S, 8] = aten.repeat.default(k) <repeats=(1, 2, 1, 1)>\n"
-        "  y: f32[B, 4, S, 8] = aten.scaled_dot_product_attention.default(q, k4, k4)\n"
+        + repeat
+        + "  y: f32[B, 4, S, 8] = aten.scaled_dot_product_attention.default(q, k4, k4)\n"
         "  return y\n}\n"
     )
     graph = fused(source).program.graph
-    assert names(graph) == ["aten.repeat.default", "nn.attention"]
+    assert graph.ops[-1].inputs[1].shape[1] == 4
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
     torch.testing.assert_close(evaluate(graph, [q, k]), evaluate(parse(source), [q, k]))
+
+
+def test_values_with_heads_of_their_own() -> None:
+    """Keys are shared by two heads, values by none: both stay as they are."""
+    source = HEAD.replace("v: f32[B, 2,", "v4: f32[B, 4,") + REPEAT.split("  v5")[0]
+    step = fused(source + SDPA.format("", "scale=0.25") + TAIL)
+    assert not step.declined
+    assert step.program.graph.ops[-1].inputs[1].name == "k4"
 
 
 EAGER = PRODUCT + SCALED + ADDED + SOFTMAX.format("m") + VALUES

@@ -183,6 +183,10 @@ def test_declined_by_the_type_rule() -> None:
         (8, LLAMA.replace("aten.neg.default(b)", "aten.abs.default(b)")),
         (8, LLAMA.replace("aten.neg.default(b)", "aten.neg.default(a)")),  # both the first half
         (8, LLAMA.replace("start=0, end=4", "start=1, end=5")),
+        (8, LLAMA.replace("(x) <dim=3, start=4", "(z) <dim=3, start=4")),  # halves of two values
+        (8, LLAMA.replace("(x) <dim=3, start=0", "(z) <dim=3, start=0").replace("(x, c", "(z, c")),
+        (4, SPLIT.replace(", b:", ", c:") + NEIGHBOURS.split("\n")[1] + "\n" + CROSS),
+        (4, HALVES.replace("(x) <dim=3, start=4", "(z) <dim=3, start=4") + CROSS),
         (4, SPLIT + CROSS.replace("cat.default(first, second)", "cat.default(second, first)")),
         (4, SPLIT + CROSS.replace("sub.Tensor(ac, bs)", "sub.Tensor(bs, ac)")),
         (4, SPLIT + CROSS.replace("<tensors=($0, $1), dim=-1>", "<tensors=($0, $1), dim=2>")),
