@@ -19,9 +19,10 @@ from moec.ir import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.fans import Fan, fan
 from moec.passes.recognise.layout import Layout, divide
+from moec.passes.recognise.opnames import PRODUCTS
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
 from moec.passes.recognise.routing import Evidence, hypotheses
-from moec.passes.recognise.rows import PRODUCTS, Reader
+from moec.passes.recognise.rows import Reader
 from moec.sizes import Dim, product
 
 _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}

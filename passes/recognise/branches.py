@@ -15,8 +15,10 @@ from moec.ir import FLOATS, Attr, Graph, Op, Ref, Value
 from moec.passes.prove import without_origins
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.layout import Layout
+from moec.passes.recognise.opnames import PRODUCTS
 from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
-from moec.passes.recognise.rows import PRODUCTS, Reader
+from moec.passes.recognise.rows import Reader
+from moec.sizes import Dim
 from moec.text import print_graph
 
 _LIMIT = 300
@@ -157,7 +159,7 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
 
 
 def stacked(
-    scope: Scope, bases: Sequence[Value], places: tuple[int, ...], sizes: tuple[object, ...]
+    scope: Scope, bases: Sequence[Value], places: tuple[int, ...], sizes: tuple[Dim, ...]
 ) -> Recipe:
     """[E, ..] of one weight per expert: the stack that all were cut from, or a new one."""
     root = common_root(scope, bases)
@@ -166,7 +168,7 @@ def stacked(
         value = emit.old(root) if root else emit.stack([emit.old(b) for b in bases], 0)
         units = [i for i in range(len(value.shape) - 1) if i not in places]
         value = emit.permute(value, (0, *(p + 1 for p in places), *(u + 1 for u in units)))
-        return emit.reshape(value, (len(bases), *sizes))  # type: ignore[arg-type]
+        return emit.reshape(value, (len(bases), *sizes))
 
     return make
 

@@ -1,0 +1,219 @@
+"""Element-wise ops, norms and reductions of rows; routing weights and masks on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from moec.errors import NoMatch
+from moec.ir import Attr, DType, Op, Ref, TensorType, Value
+from moec.passes.recognise.body import ROWS
+from moec.passes.recognise.layout import (
+    Atom,
+    Axis,
+    Layout,
+    fused,
+    only_features,
+    only_rows,
+    size_of,
+)
+from moec.passes.recognise.opnames import MULTIPLY
+from moec.sizes import Dim
+
+if TYPE_CHECKING:
+    from moec.passes.recognise.rows import Reader
+
+
+def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
+    """Sums, means and softmax: over features in the body, over rows as part of combine."""
+    if source.param:
+        return None
+    given = op.attrs.get("dim")
+    rank = len(source.axes)
+    dims = given if isinstance(given, tuple) else (given,)
+    if given is None or not dims:
+        raise NoMatch(f"{op.name} goes over all axes")
+    places = sorted(cast(int, d) % rank for d in dims)
+    picked = [source.axes[p] for p in places]
+    keep = bool(op.attrs.get("keepdim")) or "softmax" in op.name
+    softmax = "softmax" in op.name
+    if all(map(only_rows, picked)) and any(picked):
+        if op.name != "aten.sum.dim_IntList":
+            raise NoMatch(f"{op.name} goes over rows")
+        axes = [
+            () if i in places else axis
+            for i, axis in enumerate(source.axes)
+            if keep or i not in places
+        ]
+        return replace(source, axes=tuple(axes), reduced=True)
+    if not all(a and only_features(a) for a in picked):
+        raise NoMatch(f"{op.name} goes over rows and features at once")
+    plain = reader.ordered(source, picked)
+    gone = [plain.axes[p][0] for p in places]
+    at = tuple(plain.atoms.index(a) + 1 for a in gone)
+    atoms = plain.atoms if softmax else tuple(a for a in plain.atoms if a not in gone)
+    kept = [
+        (() if i in places and not softmax else axis)
+        for i, axis in enumerate(plain.axes)
+        if keep or i not in places
+    ]
+    attrs: dict[str, Attr] = {k: v for k, v in op.attrs.items() if k != "keepdim"}
+    attrs["dim"] = at if isinstance(given, tuple) else at[0]
+    types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
+    (base,) = reader.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
+    return replace(plain, base=base, atoms=atoms, axes=tuple(kept))
+
+
+def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
+    """nn.rms_norm over the last axis, in element-wise ops: its gain is an expert's own."""
+    if source.param:
+        return None
+    if not source.axes[-1] or not only_features(source.axes[-1]):
+        raise NoMatch("a norm goes over rows")
+    plain = reader.ordered(source, [source.axes[-1]], last=True)
+    shape, dtype = plain.base.shape, op.outputs[0].dtype
+    full, narrow = TensorType("f32", shape), TensorType("f32", (*shape[:-1], 1))
+
+    def step(name: str, inputs: Sequence[Value], type: TensorType, **attrs: Attr) -> Value:
+        return reader.add(name, inputs, [type], attrs, op.outputs[0].name)[0]
+
+    def as_dtype(value: Value, to: str) -> Value:
+        wanted = TensorType(to, value.shape)
+        same = value.dtype == to
+        return value if same else step("aten._to_copy.default", [value], wanted, dtype=DType(to))
+
+    x = as_dtype(plain.base, "f32")
+    square = step("aten.mul.Tensor", [x, x], full)
+    mean = step("aten.mean.dim", [square], narrow, dim=(len(shape) - 1,), keepdim=True)
+    shifted = step("aten.add.Tensor", [mean], narrow, other=op.attrs["epsilon"])
+    scale = step("aten.rsqrt.default", [shifted], narrow)
+    y = step("aten.mul.Tensor", [x, scale], full)
+    gain = reader.read(op.inputs[1]) if len(op.inputs) > 1 else None
+    if len(op.inputs) > 1 and (gain is None or not gain.param):
+        raise NoMatch(f"{op.inputs[1].name} scales a norm and is no weight")
+    if op.attrs.get("round_first"):
+        y = as_dtype(y, dtype)
+    if gain is not None:
+        weight = reader.slice_of(gain, [gain.axes[-1]], [0], [0])
+        weight = weight if op.attrs.get("round_first") else as_dtype(weight, "f32")
+        y = step("aten.mul.Tensor", [y, weight], TensorType(y.dtype, shape))
+    return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
+
+
+def cat(reader: Reader, op: Op) -> Layout | None:
+    layouts = [reader.read(v) for v in op.inputs]
+    rows = [la for la in layouts if la is not None and not la.param]
+    if not rows:
+        return None
+    if len(rows) < len(layouts):
+        raise NoMatch("rows are concatenated with something else")
+    dim = cast(int, op.attrs.get("dim", 0)) % len(rows[0].axes)
+    if not all(la.axes[dim] and only_features(la.axes[dim]) for la in rows):
+        raise NoMatch("rows of several kinds are concatenated")
+    ready = [reader.in_order(la) for la in rows]
+    atom = Atom(op.outputs[0].shape[dim], False)
+    place = ready[0].features.index(ready[0].axes[dim][0])
+    atoms = tuple(atom if i == place else a for i, a in enumerate(ready[0].atoms))
+    axes = tuple((atom,) if i == dim else a for i, a in enumerate(ready[0].axes))
+    types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
+    attrs: dict[str, Attr] = {
+        "tensors": tuple(Ref(i) for i in range(len(ready))),
+        "dim": place + 1,
+    }
+    (base,) = reader.add(op.name, [la.base for la in ready], types, attrs, op.outputs[0].name)
+    return replace(ready[0], base=base, atoms=atoms, axes=axes)
+
+
+def pointwise(reader: Reader, op: Op) -> Layout | None:
+    layouts = [reader.read(v) for v in op.inputs]
+    rows = [la for la in layouts if la is not None and not la.param]
+    if not rows:
+        return None
+    shape = op.outputs[0].shape
+    if any(la is None for la in layouts):
+        return weighting(reader, op, layouts, rows)
+    if len(layouts) == 1:
+        source = rows[0]
+        types = [TensorType(op.outputs[0].dtype, source.base.shape)]
+        (base,) = reader.add(op.name, [source.base], types, op.attrs, op.outputs[0].name)
+        return replace(source, base=base)
+    if any(la.reduced for la in rows):
+        raise NoMatch(f"{op.name} joins summed rows with something else")
+    return together(reader, op.name, op.attrs, [cast(Layout, la) for la in layouts], shape, op)
+
+
+def together(
+    reader: Reader,
+    name: str,
+    attrs: Mapping[str, Attr],
+    layouts: Sequence[Layout],
+    shape: Sequence[Dim],
+    op: Op,
+) -> Layout:
+    """An element-wise op on rows and weights, broadcast to `shape`."""
+    rank = len(shape)
+    padded = [((),) * (rank - len(la.axes)) + la.axes for la in layouts]
+    axes: list[Axis] = []
+    for place in range(rank):
+        here = [p[place] for p in padded if p[place]]
+        features = [a for a in here if not only_rows(a)]
+        if any(not only_features(a) for a in features):
+            raise NoMatch("an axis mixes rows and features")
+        if features and len(features) < len(here):
+            raise NoMatch("rows are broadcast against features")
+        chosen = features or here
+        axes.append((fused(chosen[0]),) if features else chosen[0] if here else ())
+    wide = [place for place in range(rank) if axes[place] and not only_rows(axes[place])]
+    inputs = []
+    for layout, mine in zip(layouts, padded, strict=True):
+        plain = reader.in_order(replace(layout, axes=mine), param_units=False)
+        have = [place for place in wide if mine[place]]
+        if layout.param:
+            inputs.append(reader.slice_of(plain, [mine[p] for p in have], wide, have))
+        else:
+            sizes = [size_of(mine[p]) if p in have else 1 for p in wide]
+            inputs.append(reader.reshape(plain.base, sizes))
+    atoms = tuple(axes[p][0] for p in wide)
+    types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
+    (base,) = reader.add(name, inputs, types, attrs, op.outputs[0].name)
+    first = next(la for la in layouts if not la.param)
+    return Layout(
+        base,
+        atoms,
+        tuple(axes),
+        weighted=any(la.weighted for la in layouts),
+        applied=any(la.applied or la.param for la in layouts),
+        reduced=first.reduced,
+    )
+
+
+def weighting(
+    reader: Reader, op: Op, layouts: Sequence[Layout | None], rows: Sequence[Layout]
+) -> Layout:
+    """Rows times routing weights, or rows where a mask is set."""
+    if len(rows) != 1 or any(la is not None and la.param for la in layouts):
+        raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
+    source = rows[0]
+    others = [v for v, la in zip(op.inputs, layouts, strict=True) if la is None]
+    rank = len(op.outputs[0].shape)
+    padded = ((),) * (rank - len(source.axes)) + source.axes
+    if op.name == "aten.where.reader" and len(others) == 2 and reader.is_zeros(others[1]):
+        others = others[:1]
+    elif op.name not in (*MULTIPLY, "aten.masked_fill.Scalar") or len(others) != 1:
+        raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
+    axes = list(padded)
+    for place, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
+        shift = len(others[0].shape) - rank
+        theirs = others[0].shape[place + shift] if place + shift >= 0 else 1
+        if theirs == 1:
+            continue
+        if mine and not only_rows(mine):
+            raise NoMatch(f"{others[0].name} weighs features, not rows")
+        if not mine:
+            axes[place] = (Atom(size, True),)
+    masks = op.name == "aten.where.reader" or op.name == "aten.masked_fill.Scalar"
+    reader.use("mask" if masks else "weights", others[0])
+    if not masks and not source.applied:
+        reader.input_side = True
+    return replace(source, axes=tuple(axes), weighted=source.weighted or not masks)

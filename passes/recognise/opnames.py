@@ -1,0 +1,47 @@
+"""Names of ATen ops by what they are to a reader of rows."""
+
+from __future__ import annotations
+
+from moec.passes.recognise.region import VIEWS
+
+PRODUCTS = {
+    "aten.bmm.default",
+    "aten.mm.default",
+    "aten.matmul.default",
+    "aten.linear.default",
+    "aten.addmm.default",
+    "aten.baddbmm.default",
+    "aten._grouped_mm.default",
+    "transformers.grouped_mm_fallback.default",
+}
+GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+MULTIPLY = {"aten.mul.Tensor", "aten.div.Tensor"}
+SPREAD = {
+    "aten.expand.default",
+    "aten.repeat.default",
+    "aten.index.Tensor",
+    "aten.index_select.default",
+    "aten.index_put.default",
+    "aten.gather.default",
+    "aten.bmm.default",
+    "aten.mm.default",
+    "aten.matmul.default",
+}
+"""What may lie between a token and its routed copies, and is then part of the block."""
+REARRANGE = VIEWS | {"aten.permute.default", "aten.expand.default"}
+PICKS = {"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"}
+ZEROS = {
+    "aten.full.default",
+    "aten.full_like.default",
+    "aten.zeros_like.default",
+    "aten.zeros.default",
+}
+ACROSS = {
+    "aten.mean.dim",
+    "aten.sum.dim_IntList",
+    "aten.amax.default",
+    "aten.softmax.int",
+    "aten._softmax.default",
+    "aten.var.correction",
+    "aten.linalg_vector_norm.default",
+}

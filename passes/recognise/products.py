@@ -1,0 +1,144 @@
+"""Products: of rows with expert weights, in the body; with masks, between tokens and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from moec.errors import NoMatch
+from moec.ir import Op, TensorType, Value
+from moec.passes.recognise import elementwise
+from moec.passes.recognise.layout import (
+    Atom,
+    Axis,
+    Layout,
+    only_features,
+    only_rows,
+)
+from moec.passes.recognise.opnames import GROUPED
+from moec.sizes import product as total
+
+if TYPE_CHECKING:
+    from moec.passes.recognise.rows import Reader
+
+
+def product(reader: Reader, op: Op) -> Layout | None:
+    name = op.name
+    bias: Value | None = None
+    left, right = op.inputs[0], op.inputs[1]
+    if name in ("aten.addmm.default", "aten.baddbmm.default"):
+        if set(op.attrs) & {"alpha", "beta"}:
+            raise NoMatch(f"{name} with factors is not a linear layer")
+        bias, left, right = op.inputs[:3]
+    elif name == "aten.linear.default" and len(op.inputs) > 2:
+        bias = op.inputs[2]
+    sides = [reader.read(left), reader.read(right)]
+    stacks = [i for i, side in enumerate(sides) if side is not None and side.param]
+    rows = [i for i, side in enumerate(sides) if side is not None and not side.param]
+    if len(stacks) == 2 or (not stacks and not rows):
+        return None
+    if len(rows) == 2:
+        raise NoMatch(f"{name} multiplies rows with rows")
+    if not stacks:
+        return mix(reader, op, sides, (left, right))
+    which = stacks[0]
+    weight = cast(Layout, sides[which])
+    if not reader.alone and (weight.expert is None or len(weight.atoms) < 3):
+        return None  # one matrix for all: not an expert's
+    if name in GROUPED:
+        reader.use("ends", op.inputs[2])
+    source = sides[1 - which] or reader.tokens((left, right)[1 - which])
+    if source.reduced:
+        raise NoMatch("summed rows go through another product")
+    made = linear(reader, op, source, weight, rows_left=which == 1)
+    if bias is None:
+        return made
+    shift = reader.read(bias)
+    if shift is None or not shift.param:
+        raise NoMatch(f"{bias.name} is added to a product and is no weight")
+    base = reader.ops[-1] if reader.ops else None
+    if base is not None and base.outputs[0] is made.base and shift.features == shift.atoms[-1:]:
+        only = reader.slice_of(shift, [shift.axes[-1]], [0], [0])
+        if only.shape == made.base.shape[-1:]:
+            reader.ops[-1] = replace(base, inputs=(*base.inputs, only))
+            return made
+    return elementwise.together(
+        reader, "aten.add.Tensor", {}, [made, shift], op.outputs[0].shape, op
+    )
+
+
+def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bool) -> Layout:
+    a, w = source.axes, weight.axes
+    turned = op.name == "aten.linear.default"
+    if rows_left:
+        inner, outer = (w[-1], w[-2]) if turned else (w[-2], w[-1])
+        mine, free = a[-1], a[-2] if len(a) > 1 else ()
+    else:
+        inner, outer = w[-1], w[-2]
+        mine, free = a[-2], a[-1]
+    if not (only_features(mine) and only_features(inner)):
+        raise NoMatch(f"{op.name} sums over {mine or 'nothing'} and {inner or 'nothing'}")
+    grouped = op.name in GROUPED
+    columns = tuple(atom for atom in outer if not atom.rows)
+    plain = reader.ordered(source, [mine], last=True)
+    count = total(tuple(atom.size for atom in columns))
+    matrix = reader.matrix(weight, columns, inner)
+    shape = (*plain.base.shape[:-1], count)
+    (base,) = reader.add(
+        "aten.linear.default",
+        [plain.base, matrix],
+        [TensorType(op.outputs[0].dtype, shape)],
+        {},
+        op.outputs[0].name,
+    )
+    rest = tuple(x for x in plain.atoms if x is not plain.atoms[-1])
+    result = Atom(count, False)
+    new_outer = (
+        tuple(
+            result if atom is columns[0] else atom
+            for atom in outer
+            if atom.rows or atom is columns[0]
+        )
+        if columns
+        else outer
+    )
+    if not columns and count == 1:
+        rest_atoms = rest
+        base = reader.reshape(base, tuple(x.size for x in rest))
+    else:
+        rest_atoms = (*rest, result)
+    if turned or grouped:
+        axes = (*a[:-1], new_outer)
+    else:
+        rank = len(op.outputs[0].shape)
+        mine_batch = ((),) * (rank - len(a)) + a[:-2]
+        their_batch = ((),) * (rank - len(w)) + w[:-2]
+        batch = tuple(p or q for p, q in zip(mine_batch, their_batch, strict=True))
+        axes = (*batch, free, new_outer) if rows_left else (*batch, new_outer, free)
+    return replace(plain, base=base, atoms=rest_atoms, axes=axes, applied=True)
+
+
+def mix(reader: Reader, op: Op, sides: Sequence[Layout | None], values: Sequence[Value]) -> Layout:
+    """Rows gathered by a product with masks or routing weights."""
+    which = 0 if sides[0] is not None else 1
+    source, other = cast(Layout, sides[which]), values[1 - which]
+    if op.name not in ("aten.bmm.default", "aten.mm.default", "aten.matmul.default"):
+        raise NoMatch(f"{op.name} multiplies rows with {other.name}")
+    summed = source.axes[-1] if which == 0 else source.axes[-2]
+    if not summed or not only_rows(summed):
+        raise NoMatch(f"{op.name} multiplies features with {other.name}, which is no weight")
+    rank = len(op.outputs[0].shape)
+    free = other.shape[-1] if which == 0 else other.shape[-2]
+    mine = ((),) * (rank - len(source.axes)) + source.axes
+    batch = list(mine[:-2])
+    for place in range(rank - 2):
+        shift = place + len(other.shape) - rank
+        if not batch[place] and shift >= 0 and other.shape[shift] != 1:
+            batch[place] = (Atom(other.shape[shift], True),)
+    new: Axis = (Atom(free, True),) if free != 1 else ()
+    axes = (*batch, mine[-2], new) if which == 0 else (*batch, new, mine[-1])
+    reader.use("mix" if source.applied else "dispatch", other)
+    if source.applied:
+        return replace(source, axes=axes, reduced=True, weighted=True)
+    return replace(source, axes=axes)
