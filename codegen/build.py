@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import tvm
 from tvm import relax
 
+from moec.errors import IRError
 from moec.target import Target
 
 
@@ -16,7 +19,18 @@ def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> 
     made = tvm.target.Target(options)
     # Shapes are checked where tensors enter `main`; kernels need not check them again.
     with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
-        return relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline="default")
+        built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline="default")
+    for part in (built.mod, *built.mod.imports):
+        if part.kind == "llvm":
+            _all_defined(part.inspect_source("ll"))
+    return built
+
+
+def _all_defined(text: str) -> None:
+    """A function of ours that is only declared would end the process that loads the library."""
+    lost = sorted(set(re.findall(r"^declare .*@(moec_\w+)", text, re.MULTILINE)))
+    if lost:
+        raise IRError(f"kernels call {', '.join(lost)}, which nothing defines")
 
 
 def _pipeline() -> tvm.transform.Pass:

@@ -106,11 +106,13 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
     if rule is None or own_kernel(reader):
         return False
     if rule.kernel is not None:
+        if not rule.fuses:
+            return False
         taken: list[object] = []
         for name, argument in named(reader).items():
             if name not in rule.fuses:
                 taken += argument if isinstance(argument, tuple) else [argument]
-        return bool(rule.fuses) and not any(value is a for a in taken)
+        return not any(value is a for a in taken)
     return rule.point is not None
 
 

@@ -97,6 +97,12 @@ def mod(a: Index, b: Index) -> Index:
     return Index(rest(a.expr, b.expr), ("%", a.key, b.key), 0, high)
 
 
+def wide(x: Expr) -> Expr:
+    """x as an argument of an int64 function: TVM makes arguments narrower where it knows that
+    they are small, but not what is added to a number that it knows nothing about (it is 0)."""
+    return x + T.call_extern("int64", "moec_zero_i64")
+
+
 def quotient(a: Expr, b: Expr) -> Expr:
     """a // b of a >= 0.
 
@@ -105,14 +111,14 @@ def quotient(a: Expr, b: Expr) -> Expr:
     """
     if isinstance(b, tirx.IntImm):
         return tirx.truncdiv(a, b)
-    return T.call_extern("int64", "moec_quotient_i64", a, b)
+    return T.call_extern("int64", "moec_quotient_i64", wide(a), wide(b))
 
 
 def rest(a: Expr, b: Expr) -> Expr:
     """a % b of a >= 0; as `quotient`."""
     if isinstance(b, tirx.IntImm):
         return tirx.truncmod(a, b)
-    return T.call_extern("int64", "moec_rest_i64", a, b)
+    return T.call_extern("int64", "moec_rest_i64", wide(a), wide(b))
 
 
 def bounded(a: Index, size: Index) -> Index:
@@ -149,7 +155,7 @@ class Sizes:
         expr = self._expr(dim)
         if not self.inside_kernel or isinstance(expr, tirx.IntImm):
             return expr
-        return T.call_extern("int64", "moec_divisor_i64", expr)
+        return T.call_extern("int64", "moec_divisor_i64", wide(expr))
 
     def index(self, dim: Dim) -> Index:
         if isinstance(dim, int):

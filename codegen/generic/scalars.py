@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.generic import index as ix
 from moec.target import Target
 
 COMPUTE = {
@@ -106,9 +107,9 @@ def cast(x: Scalar, dtype: str) -> Scalar:
         expr = T.cast(expr, "float32")
     elif dtype in FLOATS and x.dtype not in FLOATS:
         # TVM's bounds analysis takes a cast from a whole number for a whole number.
-        wide = expr if x.dtype == "i64" else T.cast(expr, "int64")
+        whole = ix.wide(expr if x.dtype == "i64" else T.cast(expr, "int64"))
         width = "64" if dtype == "f64" else "32"
-        expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", wide)
+        expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", whole)
     if expr.ty.dtype != COMPUTE[dtype]:
         expr = T.cast(expr, COMPUTE[dtype])
     return rounded(Scalar(dtype, expr))
@@ -362,6 +363,9 @@ define linkonce_odr i32 @moec_{how[1:]}_{width}({kind} %a, {kind} %b) alwaysinli
   ret i32 %r
 }}""")
     parts.append("""
+define linkonce_odr i64 @moec_zero_i64() alwaysinline {
+  ret i64 0
+}
 define linkonce_odr i64 @moec_divisor_i64(i64 %b) alwaysinline {
   %none = icmp slt i64 %b, 1
   %c = select i1 %none, i64 1, i64 %b

@@ -1,0 +1,202 @@
+"""Lowering: fusion, sharing of kernels, errors that name everything, positions out of range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.codegen.generic.groups import partition
+from moec.codegen.lower import lower
+from moec.codegen.package import build, index_ranges
+from moec.errors import UnsupportedError
+from moec.evaluate import evaluate
+from moec.ir import Graph, Program
+from moec.runtime.executor import Executor
+from moec.target import host
+from moec.text import parse
+
+
+def run(graph: Graph, tensors: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list:
+    executor = Executor(build(Program(graph, weights), host()))
+    return list(executor(tensors).values())
+
+
+def roots(text: str) -> list[str]:
+    return [group.root.name for group in partition(parse(text), lambda op: False)]
+
+
+def test_a_chain_is_one_kernel() -> None:
+    assert roots("""
+    graph main(x: f32[T, 8]) {
+      a: f32[T, 8] = aten.exp.default(x)
+      b: f32[T, 8] = aten.add.Tensor(a, x)
+      c: f32[T, 8] = aten.mul.Tensor(b, a)
+      return c
+    }""") == ["aten.mul.Tensor"]
+
+
+def test_what_two_kernels_need_is_stored_once() -> None:
+    assert roots("""
+    graph main(x: f32[T, 8]) {
+      a: f32[T, 8] = aten.exp.default(x)
+      b: f32[T] = aten.sum.dim_IntList(a) <dim=(1)>
+      c: f32[8] = aten.sum.dim_IntList(a) <dim=(0)>
+      return b, c
+    }""") == ["aten.exp.default", "aten.sum.dim_IntList", "aten.sum.dim_IntList"]
+
+
+def test_an_expensive_value_is_not_computed_again_for_every_row() -> None:
+    assert roots("""
+    graph main(x: f32[8], y: f32[T, 8]) {
+      a: f32[8] = aten.exp.default(x)
+      b: f32[T, 8] = aten.mul.Tensor(y, a)
+      return b
+    }""") == ["aten.exp.default", "aten.mul.Tensor"]
+
+
+def test_layers_share_kernels_whatever_their_sizes_are_called() -> None:
+    lowered = lower(
+        parse("""
+        graph main(x: f32[S, 8], y: f32[T, 8]) {
+          a: f32[S, 8] = aten.silu.default(x)
+          b: f32[T, 8] = aten.silu.default(y)
+          c: f32[T, 8] = aten.relu.default(y)
+          return a, b, c
+        }"""),
+        host(),
+    )
+    kernels = [g.name_hint for g in lowered.module.get_global_vars() if g.name_hint != "main"]
+    assert sorted(kernels) == ["fused_relu", "fused_silu"]
+
+
+def test_everything_unsupported_is_listed_at_once() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 8]) {
+      a: i64[u0, 2] = aten.nonzero.default(x) @ model.router
+      b: f32[T, 8] = aten.bernoulli.default(x) @ model.dropout
+      c: f32[T, 8] = aten.bernoulli.default(b) @ model.noise
+      return c
+    }""")
+    with pytest.raises(UnsupportedError) as error:
+        lower(graph, host())
+    text = str(error.value)
+    assert "operator aten.nonzero.default has no kernel (1 time: at model.router)" in text
+    assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
+    assert "size u0 of a depends on the data (made by aten.nonzero.default at model.router)" in text
+    assert "replace these operations" in text
+
+
+def test_positions_out_of_range_read_the_nearest_row() -> None:
+    graph = parse("""
+    graph main(x: f32[4, 2], i: i64[T]; w: f32[5, 3]) {
+      a: f32[T, 3] = aten.embedding.default(w, i)
+      b: f32[T, 2] = aten.index.Tensor(x, i) <indices=($1)>
+      return a, b
+    }""")
+    w, x = torch.arange(15.0).view(5, 3), torch.arange(8.0).view(4, 2)
+    ids = torch.tensor([2**62, -(2**62), 3, -1])
+    package = build(Program(graph, {"w": w}), host())
+    assert package.index_ranges == {"i": (0, 4)}
+    unchecked = type(package)(**{**vars(package), "index_ranges": {}})
+    a, b = Executor(unchecked)({"x": x, "i": ids}).values()
+    assert torch.equal(a, w[[4, 0, 3, 4]])
+    assert torch.equal(b, x[[3, 0, 3, 3]])
+
+
+def test_writes_out_of_range_are_left_out() -> None:
+    graph = parse("""
+    graph main(x: f32[4, 2], i: i64[T, 2]) {
+      a: f32[4, 2] = aten.scatter.value(x, i) <dim=0, value=9.0>
+      return a
+    }""")
+    x = torch.zeros(4, 2)
+    (found,) = run(graph, {"x": x, "i": torch.tensor([[2**40, 1], [-1, -(2**40)]])}, {})
+    assert torch.equal(found, torch.tensor([[0.0, 0], [0, 9], [0, 0], [9, 0]]))
+
+
+def test_ranges_are_found_through_reshapes() -> None:
+    graph = parse("""
+    graph main(i: i64[B, S]; w: f32[5, 3]) {
+      a: i64[B*S] = aten.view.default(i) <size=({B*S})>
+      b: f32[B*S, 3] = aten.embedding.default(w, a)
+      return b
+    }""")
+    assert index_ranges(graph) == {"i": (0, 4)}
+
+
+def test_greatest_come_in_order_with_the_lower_id_first() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 8]) {
+      v: f32[T, 3], i: i64[T, 3] = aten.topk.default(x) <k=3>
+      w: f32[T, 3], j: i64[T, 3] = aten.topk.default(x) <k=3, largest=false>
+      return v, i, w, j
+    }""")
+    nan = float("nan")
+    x = torch.tensor([[1.0, 2, 2, 1, 2, 0, 0, 0], [nan, 3, nan, 4, 0, 0, 0, 0]])
+    _, i, _, j = run(graph, {"x": x}, {})
+    assert i.tolist() == [[1, 2, 4], [0, 2, 3]]
+    assert j.tolist() == [[5, 6, 7], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("order", ["token", "slot"])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_capacity(order: str, tokens: int) -> None:
+    graph = parse(f"""
+    graph main(e: i64[T, 2]) {{
+      kept: i64[T, 2] = moe.capacity(e) <num_experts=3, capacity=2, order="{order}">
+      return kept
+    }}""")
+    torch.manual_seed(0)
+    experts = torch.randint(0, 4, (tokens, 2))
+    (found,) = run(graph, {"e": experts}, {})
+    assert torch.equal(found, evaluate(graph, [experts])[0])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [3, 0, 2], [0, 5, 0]])
+def test_grouped_products_without_a_fast_kernel(counts: list[int]) -> None:
+    graph = parse("""
+    graph main(x: f32[R, 4], ends: i32[3], scale: f32[3, 5, 4]; w: f32[3, 5, 4]) {
+      s: f32[3, 5, 4] = aten.mul.Tensor(w, scale)
+      h: f32[R, 5] = grouped.linear(x, ends, s) <matrices=1, dtype=f32> {
+        graph body(a: f32[N, 5]) {
+          c: f32[N, 5] = aten.atan2.default(a, a)
+          return c
+        }
+      }
+      return h
+    }""")
+    torch.manual_seed(0)
+    ends = torch.tensor(counts).cumsum(0).int()
+    x, w = torch.randn(int(sum(counts)) + 2, 4), torch.randn(3, 5, 4)
+    scale = torch.randn(3, 5, 4)
+    (found,) = run(graph, {"x": x, "ends": ends, "scale": scale}, {"w": w})
+    (expected,) = evaluate(graph, [x, ends, scale], {"w": w})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_is_kept_between_calls() -> None:
+    graph = parse("""
+    graph main(x: f32[T], total: f32[1]) {
+      s: f32[1] = aten.sum.dim_IntList(x) <dim=(0), keepdim=true>
+      next: f32[1] = aten.add.Tensor(total, s)
+      twice: f32[1] = aten.mul.Scalar(next) <other=2>
+      state total -> next
+      return twice
+    }""")
+    run = Executor(build(Program(graph, {"total": torch.tensor([1.0])}), host()))
+    assert run({"x": torch.tensor([1.0, 2])})["twice"].tolist() == [8.0]
+    assert run({"x": torch.tensor([])})["twice"].tolist() == [8.0]
+    run.reset()
+    assert run({"x": torch.tensor([5.0])})["twice"].tolist() == [12.0]
+
+
+def test_a_weight_in_two_layouts_is_noted() -> None:
+    graph = parse("""
+    graph main(i: i64[T]; w: f32[8, 4]) {
+      x: f32[T, 4] = aten.embedding.default(w, i)
+      y: f32[T, 8] = aten.linear.default(x, w)
+      return y
+    }""")
+    package = build(Program(graph, {"w": torch.randn(8, 4)}), host())
+    assert package.notes == ("weight w is stored 2 times: w, w.packed",)
+    assert package.kernels == (("y", "linear"),)
