@@ -36,6 +36,8 @@ STORED = COMPUTE | {"bf16": "bfloat16", "f16": "float16", "c64": "float32"}
 FLOATS = ("f32", "bf16", "f16", "f64")
 INTS = ("i64", "i32", "i16", "i8", "u8")
 HALVES = ("bf16", "f16")
+_MOST = 3.4028234663852886e38  # of float32; from halfway to the next power on it is infinity
+_INFINITE = 3.4028235677973366e38
 _LIMITS = {"i64": 63, "i32": 31, "i16": 15, "i8": 7}
 
 
@@ -65,7 +67,9 @@ def constant(value: bool | int | float, dtype: str) -> Scalar:
 
 def real(value: float, dtype: str = "float32") -> Expr:
     """A constant; those that have no decimal form are made from their bits."""
-    if math.isfinite(value) and (dtype == "float64" or abs(value) <= 3.4028234e38):
+    if dtype == "float32" and _MOST < abs(value) < _INFINITE:
+        value = math.copysign(_MOST, value)
+    if math.isfinite(value) and (dtype == "float64" or abs(value) <= _MOST):
         return tirx.const(value, dtype)
     if dtype == "float64":
         bits = struct.unpack("<q", struct.pack("<d", value))[0]
