@@ -576,3 +576,10 @@ class Dense(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+class Ensemble(Dense):
+    """Branches side by side that nothing weighs or chooses among."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers], 1).sum(1)

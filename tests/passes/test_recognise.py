@@ -20,6 +20,7 @@ from moec.passes import runner
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.prove import Prover
 from moec.passes.recognise import RECOGNISERS
+from moec.passes.recognise.body import canonical
 from moec.passes.runner import Declined
 from moec.passes.share_common import ShareCommon
 from moec.text import parse, print_graph
@@ -246,8 +247,9 @@ def test_what_one_expert_cannot_do() -> None:
     ]
 
 
-def test_dense_models_are_left_alone_silently() -> None:
-    _, found, declined = recognised(forms.Dense())
+@pytest.mark.parametrize("form", [forms.Dense, forms.Ensemble])
+def test_dense_models_are_left_alone_silently(form: type[nn.Module]) -> None:
+    _, found, declined = recognised(form())
     assert (found, declined) == ((), ())
 
 
@@ -282,12 +284,12 @@ def test_any_routing(looped: Program, tokens: int, kind: str, seed: int) -> None
 
 def test_equal_layers_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    cases = Prover._cases
-    monkeypatch.setattr(Prover, "_cases", lambda *args: ran.append(args) or cases(*args))
+    compare = Prover._compare
+    monkeypatch.setattr(Prover, "_compare", lambda *args: ran.append(args[2]) or compare(*args))
     layers = nn.Sequential(forms.Gathered(), forms.Gathered(), forms.Gathered())
     _, found, _ = recognised(layers)
     assert len(found) == 3
-    assert len(ran) == 2  # one region, one router
+    assert len({id(before) for before in ran}) == 2  # one region, one router
     assert [block.name for block in found] == ["0", "1", "2"]
 
 
@@ -295,3 +297,19 @@ def test_fuel_limits_recognition() -> None:
     captured = capture(nn.Sequential(forms.Gathered(), forms.Gathered()), (torch.randn(6, D),))
     program = runner.run(captured.program, RECOGNISERS, fuel=1)[-1].program
     assert len(blocks(program.graph)) == 1
+
+
+def test_transposes_move_to_the_stack_and_cancel() -> None:
+    body = parse("""
+    graph body(x: f32[R, 8]; w: f32[16, 8], v: f32[16, 8]) {
+      t: f32[8, 16] = aten.permute.default(w) <dims=(1, 0)>
+      h: f32[R, 16] = aten.mm.default(x, t)
+      y: f32[R, 8] = aten.mm.default(h, v)
+      return y
+    }""")
+    graph, (first, second) = canonical(body, 4)
+    assert [op.name for op in graph.ops] == ["aten.linear.default"] * 2
+    assert first.steps == ()
+    assert [(name, dict(attrs)) for name, attrs, _, _ in second.steps] == [
+        ("aten.permute.default", {"dims": (0, 2, 1)})
+    ]
