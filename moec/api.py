@@ -27,6 +27,7 @@ from moec.report import (
     Report,
     block_lines,
     describe_graph,
+    kernels_of,
     pass_lines,
 )
 from moec.target import missing as missing_features
@@ -212,6 +213,8 @@ def _build(
         from moec.codegen.package import build as generate
 
         package = generate(compiled.steps[-1].program, compiled.target, opt_level)
+        named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
+        compiled = replace(compiled, blocks=tuple(named))
     if missing := missing_features(compiled.target):
         if verify is not False:
             raise UsageError(

@@ -31,7 +31,8 @@ class Block:
 
     `router` and `activation` are phrases, such as "softmax, top-2, renormalised" and "swiglu",
     or "custom"; `form` is how the source wrote the experts. `shared` says how a dense branch is
-    added to the block's result, and is empty where none is.
+    added to the block's result, and is empty where none is; `kernel` names what runs the block,
+    and is empty until code is generated.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Block:
     parameters: int
     active_parameters: int
     shared: str = ""
+    kernel: str = ""
 
 
 def blocks(graph: Graph) -> tuple[Block, ...]:

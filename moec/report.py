@@ -177,10 +177,15 @@ def block_lines(
             block.parameters,
             block.active_parameters,
             "" if block.shared is None or block.shared is False else str(block.shared),
-            ", ".join(dict.fromkeys(k for where, k in kernels if inside(where, block.name))),
+            kernels_of(block.name, kernels),
         )
         for block in blocks
     )
+
+
+def kernels_of(path: str, kernels: Sequence[tuple[str, str]]) -> str:
+    """The kernels that run what stands at `path` in the model, each once, in order."""
+    return ", ".join(dict.fromkeys(kernel for where, kernel in kernels if inside(where, path)))
 
 
 def inside(where: str, path: str) -> bool:

@@ -101,7 +101,7 @@ def _permute(op: Op, b: Builder) -> Sequence[Value] | None:
     if source is not None and source.name == "aten.permute.default":
         inner = source.attrs["dims"]
         assert isinstance(inner, tuple)
-        order = tuple(int(inner[axis]) for axis in order)  # type: ignore[arg-type]
+        order = tuple(int(inner[axis]) for axis in order)
         x = source.inputs[0]
     if order == tuple(range(rank)):
         return (x,)
@@ -114,7 +114,7 @@ def _order(op: Op, rank: int) -> tuple[int, ...]:
     if op.name == "aten.permute.default":
         dims = op.attrs["dims"]
         assert isinstance(dims, tuple)
-        return tuple(int(d) % rank for d in dims)  # type: ignore[arg-type]
+        return tuple(int(d) % rank for d in dims)
     order = list(range(rank))
     if op.name == "aten.transpose.int":
         a, c = (int(op.attrs[name]) % rank for name in ("dim0", "dim1"))  # type: ignore[arg-type]

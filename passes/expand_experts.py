@@ -120,7 +120,7 @@ class _Expansion:
             dims = inner.attrs["dims"]
             assert isinstance(dims, tuple)
             rank = len(dims)
-            moved: Attr = (0, *(int(d) % rank + 1 for d in dims))  # type: ignore[arg-type]
+            moved: Attr = (0, *(int(d) % rank + 1 for d in dims))
             attrs: dict[str, Attr] = {"dims": moved}
         elif inner.name == "aten.slice.Tensor":
             axis = inner.attrs.get("dim", 0)

@@ -89,9 +89,9 @@ def _cuts(linear: Op, body: Graph) -> dict[Value, _Cut] | None:
 
 def _slice(op: Op, width: int) -> _Cut:
     start, end, step = (op.attrs.get(name) for name in ("start", "end", "step"))
-    low = min(start % width if isinstance(start, int) and start < 0 else start or 0, width)  # type: ignore[operator, type-var]
+    low = min(start % width if isinstance(start, int) and start < 0 else start or 0, width)  # type: ignore[type-var]
     high = width if end is None else end
-    high = min(high % width if isinstance(high, int) and high < 0 else high, width)  # type: ignore[operator, type-var]
+    high = min(high % width if isinstance(high, int) and high < 0 else high, width)  # type: ignore[type-var]
     return _Cut(int(low), int(high), step if isinstance(step, int) else 1)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ def capacity(e: Emission, op: Op) -> None:
     experts, out = op.inputs[0], op.outputs[0]
     tokens, k = experts.shape
     count = integer(op, "num_experts")
-    limit = e.sizes.expr(op.attrs["capacity"])  # type: ignore[arg-type]
+    limit = e.sizes.expr(op.attrs["capacity"])
     seen = T.alloc_buffer((count + 1,), "int64", scope="global")
     with T.serial(0, count + 1) as i:
         T.buffer_store(seen, tirx.const(0, "int64"), [i])
@@ -68,7 +68,7 @@ def expert_of(e: Emission, op: Op) -> None:
 def grouped_linear(e: Emission, op: Op) -> None:
     """Element by element: for stacks that are computed, types and bodies without a kernel."""
     parts, out = GroupedLinear.of(op), op.outputs[0]
-    experts, width, depth = parts.matrices[0].shape
+    experts = parts.matrices[0].shape[0]
     top_k = integer(op, "gather") if op.attrs.get("gather") else 0
     assert isinstance(experts, int)
     kind = "f64" if parts.x.dtype == "f64" else "f32"

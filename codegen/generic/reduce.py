@@ -262,9 +262,14 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
             whole = e.bind(Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, whole.expr)))
         if log:
             shift = e.bind_expr(most.expr + T.log(whole.expr))
-            result = lambda f: Scalar(kind, element(f).expr - shift)  # noqa: E731
+
+            def result(full: Position) -> Scalar:
+                return Scalar(kind, element(full).expr - shift)
         else:
-            result = lambda f: Scalar(kind, tirx.div(share(f).expr, whole.expr))  # noqa: E731
+
+            def result(full: Position) -> Scalar:
+                return Scalar(kind, tirx.div(share(full).expr, whole.expr))
+
         over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
 
     if not x.shape:
@@ -291,13 +296,19 @@ def logsumexp(e: Emission, op: Op) -> None:
 
     def row(at: Position) -> None:
         top, total = Cell(sc.lowest(kind)), Cell(sc.constant(0.0, kind))
-        read = lambda f: sc.cast(e.read(x, f), kind)  # noqa: E731
+
+        def read(full: Position) -> Scalar:
+            return sc.cast(e.read(x, full), kind)
+
         over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
         inf = sc.constant(math.inf, kind)
         whole = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
         zero = sc.constant(0.0, kind).expr
         most = e.bind(Scalar(kind, T.Select(whole, zero, top.get().expr)))
-        share = lambda f: Scalar(kind, exp(e.bind(plus(read(f), most, -1))))  # noqa: E731
+
+        def share(full: Position) -> Scalar:
+            return Scalar(kind, exp(e.bind(plus(read(full), most, -1))))
+
         over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), share(f))))
         found = Scalar(kind, most.expr + T.log(total.get().expr))
         e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
@@ -313,7 +324,10 @@ def moments(
 ) -> tuple[Scalar, Scalar, Scalar]:
     """The mean, the sum of squared distances from it, and how many there are."""
     total, squares = Cell(sc.constant(0.0, kind)), Cell(sc.constant(0.0, kind))
-    read = lambda f: sc.cast(e.read(x, f), kind)  # noqa: E731
+
+    def read(full: Position) -> Scalar:
+        return sc.cast(e.read(x, full), kind)
+
     over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), read(f))))
     number = sc.cast(Scalar("i64", e.sizes.expr(count(x.shape, axes))), kind)
     middle = e.bind(Scalar(kind, tirx.div(total.get().expr, number.expr)))

@@ -29,6 +29,7 @@ from moec.passes.recognise.region import Emitter, Scope, is_routing
 from moec.passes.recognise.routing import logits_behind
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
+from moec.sizes import product
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _hypothesise(
         other = next(op for op in region.ops if not is_routing(op))
         raise NoMatch(f"{other.name} stands between {logits.name} and the choices")
     corrections = [p for p in region.params if p.dtype in FLOATS and p.shape]
-    if len(corrections) > 1 or any(p.shape != (block.num_experts,) for p in corrections):
+    if len(corrections) > 1 or any(product(p.shape) != block.num_experts for p in corrections):
         raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")
     correction = corrections[0] if corrections else None
     k = cast(int, block.experts.shape[-1])
@@ -208,7 +209,7 @@ def _top_ks(region: Graph) -> list[int]:
 def _emit(emit: Emitter, router: Router) -> tuple[Value, ...]:
     inputs = [emit.rows(emit.old(router.logits))]
     if router.correction is not None:
-        inputs.append(emit.old(router.correction))
+        inputs.append(emit.reshape(emit.old(router.correction), router.logits.shape[-1:]))
     stem = f"{router.logits.name}_weights"
     return emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
 

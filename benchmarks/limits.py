@@ -1,0 +1,89 @@
+"""What this machine can do: arithmetic on registers, and reading of memory, on all threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.cpu.vector import Vector
+from moec.runtime.threads import available
+from moec.target import host
+
+THREADS = available()
+
+
+def _tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
+    return tvm.runtime.from_dlpack(tensor)
+
+
+def peak(dtype: str) -> float:
+    """FLOP/s of all threads on sums of products that never leave the registers."""
+    target, steps, sums = host(), 400_000, 24
+    v = Vector(target)
+    pairs = dtype == "bfloat16" and target.bf16_dot
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name("peak")
+            T.func_attr({"global_symbol": "peak", "tir.noalias": True})
+            x = T.match_buffer(T.arg("x", T.handle()), (1,), "int32")
+            y = T.match_buffer(T.arg("y", T.handle()), (THREADS, sums * v.lanes), "float32")
+            with v.functions(), T.parallel(0, THREADS) as thread:
+                lanes = T.ramp(0, 1, v.lanes)
+                acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(sums)]
+                for a in acc:
+                    T.buffer_store(a, v.splat(0.0), [lanes])
+                whole = T.bind(T.broadcast(x[0], v.lanes))
+                real = T.bind(T.broadcast(T.cast(x[0], "float32"), v.lanes))
+                with T.serial(0, steps):
+                    for a in acc:
+                        old = a[lanes]
+                        new = v.dot2(old, whole, whole) if pairs else v.fma(real, real, old)
+                        T.buffer_store(a, new, [lanes])
+                for j, a in enumerate(acc):
+                    v.store(y, [thread, j * v.lanes], a[lanes])
+    function = tvm.compile(builder.get(), tvm.target.Target(target.tvm()))["peak"]
+    x, y = torch.zeros(1, dtype=torch.int32), torch.empty(THREADS, sums * v.lanes)
+    seconds = best(lambda: function(_tvm(x), _tvm(y)))
+    return THREADS * steps * sums * v.lanes * (4 if pairs else 2) / seconds
+
+
+def bandwidth() -> float:
+    """Bytes/s of all threads that read 512 MiB in turn and keep a sum."""
+    target, parts = host(), 64
+    v = Vector(target)
+    each = (1 << 27) // parts
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name("read")
+            T.func_attr({"global_symbol": "read", "tir.noalias": True})
+            x = T.match_buffer(T.arg("x", T.handle()), (parts, each), "float32")
+            y = T.match_buffer(T.arg("y", T.handle()), (parts, 8 * v.lanes), "float32")
+            with v.functions(), T.parallel(0, parts) as part:
+                lanes = T.ramp(0, 1, v.lanes)
+                acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(8)]
+                for a in acc:
+                    T.buffer_store(a, v.splat(0.0), [lanes])
+                with T.serial(0, each // (8 * v.lanes)) as i:
+                    for j, a in enumerate(acc):
+                        new = a[lanes] + v.load(x, [part, (i * 8 + j) * v.lanes])
+                        T.buffer_store(a, new, [lanes])
+                for j, a in enumerate(acc):
+                    v.store(y, [part, j * v.lanes], a[lanes])
+    function = tvm.compile(builder.get(), tvm.target.Target(target.tvm()))["read"]
+    x, y = torch.zeros(parts, each), torch.empty(parts, 8 * v.lanes)
+    return x.numel() * 4 / best(lambda: function(_tvm(x), _tvm(y)))
+
+
+def best(action: Callable[[], object], rounds: int = 7) -> float:
+    return min(timed(action) for _ in range(rounds))
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
