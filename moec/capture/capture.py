@@ -132,8 +132,17 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
 
 
 def _unrolled(attempt: Callable[[], ExportedProgram]) -> tuple[ExportedProgram, bool]:
-    with every_expert_hit() as met:
-        return attempt(), bool(met)
+    """Masks may have a place more than there are experts, for tokens of no expert. Where the
+    loop's body has nothing at that place, the module cannot hold such tokens: it is left out."""
+    last: set[int] = set()
+    while True:
+        with every_expert_hit(last) as met:
+            try:
+                return attempt(), bool(met)
+            except IndexError:
+                if not met.lengths or met.lengths[-1] in last:
+                    raise
+                last.add(met.lengths[-1])
 
 
 def _first_lines(error: Exception) -> str:

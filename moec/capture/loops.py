@@ -6,12 +6,17 @@
 How often such a loop runs depends on data. Running it for every expert instead changes
 nothing where an expert without tokens adds nothing, as it does in the loops people write; the
 capture is compared with the module afterwards, because they could have written something else.
+For the same reason an expert may be taken to have tokens where a loop skips those without:
+
+    rows = torch.where(expert_mask[expert_idx])[0]
+    if rows.numel() == 0: continue
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -23,6 +28,13 @@ class _Hits(list[Any]):
 
     def tolist(self) -> list[Any]:
         return list(self)
+
+    def item(self) -> Any:
+        (value,) = self
+        return value
+
+    def __int__(self) -> int:
+        return int(self.item())
 
     def flatten(self, *_: Any) -> _Hits:
         return _Hits(hit[0] if isinstance(hit, list) else hit for hit in self)
@@ -45,21 +57,51 @@ class _Hits(list[Any]):
         return len(self)
 
 
+@dataclass
+class Met:
+    """What a capture met: the lengths of masks whose loops were run for every index, and
+    whether rows were taken to be there."""
+
+    lengths: list[int] = field(default_factory=list)
+    rows: bool = False
+
+    def __bool__(self) -> bool:
+        return self.rows or bool(self.lengths)
+
+
 @contextmanager
-def every_expert_hit() -> Iterator[list[int]]:
-    """While open, `nonzero` of a mask over a known number of things finds all of them.
+def every_expert_hit(last: Collection[int] = ()) -> Iterator[Met]:
+    """While open, `nonzero` of a mask over a known number of things finds all of them, and
+    finds at least one row where the number depends on data.
 
-    The list that is given fills with the length of each mask that was met.
+    Of masks whose length is in `last`, the last index is left out: nothing can be there.
     """
-    original = torch.Tensor.nonzero
-    met: list[int] = []
+    nonzero, where = torch.Tensor.nonzero, torch.where
+    met = Met()
 
-    def nonzero(self: torch.Tensor, **options: Any) -> Any:
+    def found(rows: torch.Tensor) -> None:
+        if isinstance(rows.shape[0], torch.SymInt):
+            torch._check(rows.shape[0] >= 1)
+            met.rows = True
+
+    def hits(self: torch.Tensor, *, as_tuple: bool = False) -> Any:
         known = self.ndim == 1 and type(self.shape[0]) is int
-        if options or not known or self.dtype is not torch.bool:
-            return original(self, **options)
-        met.append(self.shape[0])
-        return _Hits(_Hits([index]) for index in range(self.shape[0]))
+        if not as_tuple and known and self.dtype is torch.bool:
+            length = self.shape[0]
+            met.lengths.append(length)
+            return _Hits(_Hits([index]) for index in range(length - (length in last)))
+        result = nonzero(self, as_tuple=as_tuple)
+        found(result[0] if as_tuple else result)
+        return result
 
-    with mock.patch.object(torch.Tensor, "nonzero", nonzero):
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        result = where(*args, **kwargs)
+        if isinstance(result, tuple):
+            found(result[0])
+        return result
+
+    with (
+        mock.patch.object(torch.Tensor, "nonzero", hits),
+        mock.patch.object(torch, "where", chosen),
+    ):
         yield met
