@@ -25,8 +25,8 @@ def command(what: str, as_json: bool) -> None:
     from moec.report_text import terminal_width
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), overflow="fold")
+    for place, column in enumerate(rows[0]):  # names stay whole: people copy and search them
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
     Console(width=terminal_width(), highlight=False, emoji=False).print(table)
