@@ -38,6 +38,7 @@ def _pipeline() -> tvm.transform.Pass:
     t = relax.transform
     return tvm.transform.Sequential(
         [
+            t.DeadCodeElimination(),
             t.ToNonDataflow(),
             t.RemovePurityChecking(),
             t.CallTIRRewrite(),

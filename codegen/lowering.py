@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
@@ -43,6 +44,8 @@ class Lowering:
     kernels: list[tuple[str, str]] = field(default_factory=list)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
     masks: dict[object, Value] = field(default_factory=dict)
+    bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
+    views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
 
     def type(self, of: Value | TensorType) -> relax.TensorType:
@@ -95,9 +98,15 @@ class Lowering:
         return found if value.type == to else self.reshaped(found, to)
 
     def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
-        """The same memory in another shape."""
-        shape = relax.ShapeExpr(self.type(to).shape.values)
-        return self.builder.emit(relax.op.reshape(value, shape))
+        """The same memory in another shape; a shape that it had before is not made again."""
+        base = self.bases.get(value, value)
+        key = (base, to)
+        if key not in self.views:
+            shape = relax.ShapeExpr(self.type(to).shape.values)
+            made = base if _same_shape(base, shape) else self.builder.emit(_reshape(base, shape))
+            self.views[key] = made
+            self.bases[made] = base
+        return self.views[key]
 
     def group(self, group: Group) -> list[relax.Expr]:
         """The outputs of a group's root: one kernel, or a view."""
@@ -120,6 +129,14 @@ class Lowering:
         arguments = [self.value(v) for v in group.inputs]
         arguments += [self.sizes.variables[now[size]] for size in free]
         return self.call(function, arguments, [v.type for v in root.outputs])
+
+
+def _reshape(value: relax.Expr, shape: relax.ShapeExpr) -> relax.Expr:
+    return relax.op.reshape(value, shape)
+
+
+def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:
+    return bool(tvm_ffi.structural_equal(value.ty.shape, shape))
 
 
 def _name(group: Group) -> str:

@@ -105,6 +105,8 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
     rule = EMIT.get(reader.name)
     if rule is None or own_kernel(reader):
         return False
+    if rule.view and not only_splits(reader):
+        return False  # it costs nothing if what it reads is stored
     if rule.kernel is not None:
         if not rule.fuses:
             return False
