@@ -81,7 +81,9 @@ class _OneExpert(torch.nn.Module):
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
         rows = linear(rows)
         if module.has_post_expert_norm:
-            rows = module.post_expert_norm(rows)
+            names = [name for name, _ in module.post_expert_norm.named_parameters()]
+            shared = dict(zip(names, rest, strict=True))
+            rows = torch.func.functional_call(module.post_expert_norm, shared, (rows,))
         return rows
 
 
@@ -99,7 +101,11 @@ def stacked(experts: Any) -> list[torch.Tensor]:
     names = [first, "down_proj"]
     if experts.has_bias:
         names = [first, f"{first}_bias", "down_proj", "down_proj_bias"]
-    return [getattr(experts, name) for name in names]
+    params = [getattr(experts, name) for name in names]
+    if experts.has_post_expert_norm:  # every expert reads the same norm
+        own = experts.post_expert_norm.parameters()
+        params += [p.expand(experts.num_experts, *p.shape) for p in own]
+    return params
 
 
 def body_of(experts: Any, name: str) -> Graph:

@@ -90,7 +90,7 @@ def every_expert_hit(last: Collection[int] = ()) -> Iterator[Met]:
             length = self.shape[0]
             met.lengths.append(length)
             return _Hits(_Hits([index]) for index in range(length - (length in last)))
-        result = nonzero(self, as_tuple=as_tuple)
+        result: Any = nonzero(self, as_tuple=True) if as_tuple else nonzero(self)
         found(result[0] if as_tuple else result)
         return result
 
