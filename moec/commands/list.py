@@ -26,7 +26,7 @@ def command(what: str, as_json: bool) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for place, column in enumerate(rows[0]):  # names stay whole: people copy and search them
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=place == 0)
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=place < 2)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
     Console(width=terminal_width(), highlight=False, emoji=False).print(table)
