@@ -17,7 +17,9 @@ from tests.models import families
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(front.cli, ["list", *arguments], prog_name="moec")
+    return CliRunner(env={"COLUMNS": "80"}).invoke(
+        front.cli, ["list", *arguments], prog_name="moec"
+    )
 
 
 def test_targets() -> None:
