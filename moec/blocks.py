@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from moec.ir import Graph, Op, Value
-from moec.ops import Routing
+from moec.ops.routing import Routing
 from moec.sizes import product
 
 _ROUTERS = ("moe.route", "moe.gate")

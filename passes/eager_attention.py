@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from moec.attention_op import Attention
 from moec.errors import NoMatch
 from moec.ir import FLOATS, Op, Ref, TensorType, Value
+from moec.ops.attention import Attention
 from moec.passes.rewrite import Builder
 
 _SOFTMAX = (

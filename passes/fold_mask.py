@@ -21,9 +21,9 @@ from typing import ClassVar
 
 import torch
 
-from moec.attention_op import Attention
 from moec.errors import NoMatch
 from moec.ir import Graph, Op, Program, Stage, TensorType, Value
+from moec.ops.attention import Attention
 from moec.passes.mask_forms import Form, study
 from moec.passes.mask_values import FILLED, cut
 from moec.passes.rewrite import Builder, rewrite

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir import Attr, DType, Graph, Op, Program, Stage, TensorType, Value
-from moec.ops import GroupedLinear
+from moec.ops.grouped import GroupedLinear
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
 from moec.pointwise import is_pointwise

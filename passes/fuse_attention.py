@@ -24,9 +24,9 @@ from typing import ClassVar
 import torch
 
 from moec.aten import IR_DTYPES, TORCH_DTYPES
-from moec.attention_op import Attention
 from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Op, Program, Stage, TensorType, Value
+from moec.ops.attention import Attention
 from moec.passes.eager_attention import constant, eager_attention
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log

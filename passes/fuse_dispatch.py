@@ -18,7 +18,8 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir import DType, Op, Program, Stage, TensorType, Value
-from moec.ops import GroupedLinear, integer
+from moec.ops.definition import integer
+from moec.ops.grouped import GroupedLinear
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
 from moec.sizes import normal

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir import Attr, DType, Op, Program, Stage, TensorType, Value
-from moec.ops import Routing
+from moec.ops.routing import Routing
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
 from moec.sizes import product

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from moec.attention_op import Attention, visible
 from moec.errors import NoMatch
 from moec.ir import FLOATS, Attr, Op, Value
+from moec.ops.attention import Attention, visible
 from moec.passes.eager_attention import HIDDEN
 from moec.passes.mask_values import SMALL, Cut, Elements, Places
 from moec.passes.rewrite import mentioned

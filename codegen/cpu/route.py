@@ -2,7 +2,7 @@
 
     logits[T, E]  correction?[E]  ->  weights[T, k]  experts[T, k] int64
 
-Everything is computed in float32. Equal scores: the lower id wins, as in `moec.ops.route_logits`
+Everything is computed in float32. Equal scores: the lower id wins, as in `moec.ops.routing`
 (torch.topk keeps no order among equals on the CPU: of [0, 0, 0, 0, 0, 0, 0, 0] its best three
 are 6, 5 and 4). NaN is the greatest, as in torch; whatever the logits hold, the experts of a
 token are k different ids below E, except that a sparsemixer may choose twice among -infinities.
@@ -22,7 +22,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.ranking import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
-from moec.ops import Routing
+from moec.ops.routing import Routing
 from moec.target import Target
 
 TOKENS = 16  # of a task

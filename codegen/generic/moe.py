@@ -14,7 +14,8 @@ from moec.codegen.generic.reduce import Cell
 from moec.codegen.generic.rules import kernel
 from moec.codegen.generic.scalars import HALVES, Scalar
 from moec.ir import Op, Value
-from moec.ops import GroupedLinear, integer
+from moec.ops.definition import integer
+from moec.ops.grouped import GroupedLinear
 
 
 @kernel("moe.capacity")

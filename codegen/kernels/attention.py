@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from tvm import relax
 
-from moec.attention_op import Attention
 from moec.codegen.cpu.attention import AttentionSpec, MaskSpec, attention
 from moec.codegen.generic.groups import Group
 from moec.codegen.generic.rules import named
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
 from moec.codegen.lowering import Lowering
 from moec.ir import Op, TensorType, Value
+from moec.ops.attention import Attention
 from moec.sizes import Dim
 
 

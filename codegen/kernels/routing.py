@@ -11,7 +11,7 @@ from moec.codegen.cpu.route import RouteSpec, route
 from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering
 from moec.ir import DType, Op
-from moec.ops import Routing
+from moec.ops.routing import Routing
 
 
 @kernel("moe.route")

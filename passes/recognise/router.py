@@ -23,7 +23,7 @@ import torch
 
 from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
-from moec.ops import Routing
+from moec.ops.routing import Routing
 from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
 from moec.passes.recognise.region import Emitter, Scope, is_routing
 from moec.passes.recognise.routing import logits_behind

@@ -230,7 +230,7 @@ import os, torch, tvm
 from moec.codegen.cpu.attention import AttentionSpec, attention
 from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec
-from moec.ops import Routing
+from moec.ops.routing import Routing
 from moec.target import host
 
 def build(f, name):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec, route
-from moec.ops import Routing, route_logits
+from moec.ops.routing import Routing, route_logits
 from moec.target import TARGETS, Target, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

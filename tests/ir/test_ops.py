@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.evaluate import evaluate
-from moec.ops import Routing, route_logits, sort_choices, top_k
+from moec.ops.dispatch import sort_choices
+from moec.ops.routing import Routing, route_logits, top_k
 from moec.text import parse
 
 

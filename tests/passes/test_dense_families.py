@@ -10,10 +10,10 @@ from functools import cache
 import pytest
 import torch
 
-from moec.attention_op import Attention
 from moec.capture import Captured, capture
 from moec.evaluate import evaluate
 from moec.ir import Graph, Op, Program
+from moec.ops.attention import Attention
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_mask import FoldMask

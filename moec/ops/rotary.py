@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moec.ir import FLOATS, Op, TensorType
-from moec.ops import Runner, defop, require
+from moec.ops.definition import Runner, defop, require
 from moec.sizes import broadcasts
 
 PAIRINGS = ("halves", "neighbours")

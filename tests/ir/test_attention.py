@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.attention_op import Attention
 from moec.errors import IRError
 from moec.evaluate import evaluate
 from moec.ir import Graph, Stage
+from moec.ops.attention import Attention
 from moec.text import parse, print_graph
 from moec.verify import verify
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from moec.ir import FLOATS, Op, TensorType, Value
-from moec.ops import Runner, defop, require
+from moec.ops.definition import Runner, defop, require
 from moec.sizes import Dim, broadcasts
 
 

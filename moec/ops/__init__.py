@@ -1,0 +1,14 @@
+"""The operators of moec: what each takes and gives, and what it means in eager PyTorch.
+
+T tokens, E experts, k choices a token, D model width, H hidden width, R = k*T routed rows.
+Rows are the T*k choices sorted by expert (stable): row r is choice order[r] = t*k + s of
+token t, and expert e owns rows ends[e-1]..ends[e]. An id of E stands for "no expert": its
+rows come after ends[E-1], hold zeros, and add nothing.
+"""
+
+from __future__ import annotations
+
+from moec.ops import attention, dispatch, gate, grouped, norm, rotary, size
+from moec.ops.definition import OPS, OpDef
+
+__all__ = ["OPS", "OpDef", "attention", "dispatch", "gate", "grouped", "norm", "rotary", "size"]

@@ -1,0 +1,90 @@
+"""moe.route, moe.gate, moe.capacity: logits [T, E] -> weights and experts [T, k]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moec.ir import Op, TensorType
+from moec.ops.definition import Runner, defop, require
+from moec.ops.routing import Routing, route_logits
+from moec.sizes import Dim
+
+
+def _route_types(op: Op, tokens: Dim, experts: Dim) -> tuple[TensorType, ...]:
+    routing = Routing.of(op)
+    require(op, routing.score in ("softmax", "sigmoid", "none", "sparsemixer"), "unknown score")
+    require(op, routing.after in ("none", "softmax", "sigmoid"), "unknown after")
+    require(op, routing.group_score in ("max", "top2sum"), "unknown group_score")
+    if isinstance(experts, int):
+        require(op, 1 <= routing.k <= experts, f"k={routing.k} of {experts} experts")
+        require(op, experts % routing.groups == 0, f"{routing.groups} groups of {experts} experts")
+    return (
+        TensorType(routing.dtype, (tokens, routing.k)),
+        TensorType("i64", (tokens, routing.k)),
+    )
+
+
+def _infer_route(op: Op) -> tuple[TensorType, ...]:
+    logits = op.inputs[0]
+    require(op, len(logits.shape) == 2, f"logits are {logits.type}, expected [T, E]")
+    for correction in op.inputs[1:]:
+        require(op, correction.shape == logits.shape[1:], "the correction is not [E]")
+    return _route_types(op, *logits.shape)
+
+
+@defop("moe.route", _infer_route)
+def route(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """logits[T, E], correction[E]? -> weights[T, k], experts[T, k]; attributes: `Routing`."""
+    return route_logits(Routing.of(op), tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+
+def _infer_gate(op: Op) -> tuple[TensorType, ...]:
+    x, weight = op.inputs[:2]
+    require(op, len(x.shape) == 2 and x.shape[1:] == weight.shape[1:], f"{x} by {weight}")
+    return _route_types(op, x.shape[0], weight.shape[0])
+
+
+@defop("moe.gate", _infer_gate)
+def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """x[T, D], weight[E, D], bias[E]?, correction[E]? -> weights[T, k], experts[T, k].
+
+    Attributes: those of `Routing`, `biased` (a bias is there), `corrected` (a correction is
+    there), `logits` (the dtype to which the linear layer's result is rounded), `compute` (the
+    dtype in which it runs).
+    """
+    rest = list(tensors[2:])
+    bias = rest.pop(0) if attrs.get("biased") else None
+    correction = rest.pop(0) if attrs.get("corrected") else None
+    compute = attrs["compute"]
+    logits = torch.nn.functional.linear(
+        tensors[0].to(compute),
+        tensors[1].to(compute),
+        None if bias is None else bias.to(compute),
+    )
+    return route_logits(Routing.of(op), logits.to(attrs["logits"]), correction)
+
+
+def _infer_capacity(op: Op) -> tuple[TensorType, ...]:
+    require(op, len(op.inputs[0].shape) == 2, "experts are not [T, k]")
+    return (op.inputs[0].type,)
+
+
+@defop("moe.capacity", _infer_capacity)
+def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """experts[T, k] -> the same with choices beyond `capacity` per expert set to E.
+
+    Attributes: `num_experts`, `capacity` (a size), `order`: "token" counts choices token by
+    token (slots within a token in order), "slot" counts all first choices before any second
+    one (GShard, arXiv 2006.16668, algorithm 1).
+    """
+    (experts,), count = tensors, attrs["num_experts"]
+    by_slot = attrs.get("order", "slot") == "slot"
+    flat = (experts.t() if by_slot else experts).reshape(-1)
+    hot = torch.nn.functional.one_hot(flat, count + 1)
+    place = (hot.cumsum(0) - hot).gather(1, flat[:, None])[:, 0]
+    kept = torch.where(place < attrs["capacity"], flat, count)
+    tokens, k = experts.shape
+    return kept.reshape(k, tokens).t().contiguous() if by_slot else kept.reshape(tokens, k)

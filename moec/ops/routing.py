@@ -1,0 +1,101 @@
+"""How a router turns logits into choices: what moe.route and moe.gate compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.aten import TORCH_DTYPES
+from moec.ir import Op
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router turns logits into choices.
+
+    scores = score(logits); the k best of scores + correction are chosen, within the best
+    `top_groups` of `groups` groups where these are set; weights = after(scores of the chosen),
+    divided by their sum + epsilon where `renormalize`, times `scale`. Ties: the lower id wins.
+    `score="sparsemixer"` is PhiMoE's sampler at inference (arXiv 2310.00811) with `jitter`.
+    """
+
+    k: int
+    score: str = "softmax"  # softmax, sigmoid, none, sparsemixer
+    after: str = "none"  # none, softmax, sigmoid
+    renormalize: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"  # max, top2sum
+    jitter: float = 0.0
+    dtype: str = "f32"  # of the weights
+
+    @staticmethod
+    def of(op: Op) -> Routing:
+        known = {name: op.attrs[name] for name in Routing.__dataclass_fields__ if name in op.attrs}
+        return Routing(**known)  # type: ignore[arg-type]
+
+    def attrs(self) -> dict[str, Any]:
+        """As attributes of an op: k, and the fields that differ from their defaults."""
+        fields = Routing.__dataclass_fields__
+        return {
+            name: getattr(self, name)
+            for name in fields
+            if name == "k" or getattr(self, name) != fields[name].default
+        }
+
+
+def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The ids of the k greatest, in falling order, lower id first among equals; NaN is greatest."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def route_logits(
+    routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = TORCH_DTYPES[routing.dtype]
+    logits = logits.float()
+    if routing.score == "sparsemixer":
+        weights, experts = _sparsemixer(logits, routing)
+        return weights.to(dtype), experts
+    scores = {
+        "softmax": lambda: logits.softmax(-1),
+        "sigmoid": lambda: logits.sigmoid(),
+        "none": lambda: logits,
+    }[routing.score]()
+    choice = scores if correction is None else scores + correction.float()
+    if routing.groups > 1:
+        size = choice.shape[-1] // routing.groups
+        grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
+        ranked = grouped.sort(-1, descending=True).values
+        group_scores = ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
+        kept = torch.zeros_like(group_scores, dtype=torch.bool)
+        kept.scatter_(-1, top_k(group_scores, routing.top_groups), True)
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+    experts = top_k(choice, routing.k)
+    weights = scores.gather(-1, experts)
+    if routing.after == "softmax":
+        weights = weights.softmax(-1)
+    elif routing.after == "sigmoid":
+        weights = weights.sigmoid()
+    if routing.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + routing.epsilon)
+    return (weights * routing.scale).to(dtype), experts
+
+
+def _sparsemixer(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each choice: softmax over the logits within `2*jitter` (relative) of the greatest left."""
+    left = logits
+    weights, experts = [], []
+    for _ in range(routing.k):
+        greatest = left.max(-1, keepdim=True).values
+        chosen = top_k(left, 1)
+        factor = logits.abs().clamp(min=greatest)
+        far = (greatest - logits) / factor > 2 * routing.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, chosen))
+        experts.append(chosen)
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(experts, -1)
