@@ -9,8 +9,9 @@ import sympy
 from moec.codegen.generic.emit import EMIT
 from moec.codegen.generic.index import names
 from moec.codegen.generic.rules import takes_complex
-from moec.errors import UnsupportedError
+from moec.errors import IRError, UnsupportedError
 from moec.ir import Graph, Op, Value
+from moec.sizes import Bounds, Dim, evaluate_dim, product
 
 
 def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
@@ -22,6 +23,7 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
             problems.setdefault(reason, []).append(op)
     lines = [_line(reason, ops) for reason, ops in problems.items()]
     lines += _sizes(graph)
+    lines += _fixed(graph)
     if lines:
         raise UnsupportedError(
             "the model cannot be compiled:\n"
@@ -72,6 +74,61 @@ def _sizes(graph: Graph) -> Iterable[str]:
         for name in sorted(_hidden(value) - known - reported):
             yield f"size {name} stands in no input alone, only in {value}"
             reported.add(name)
+
+
+def _fixed(graph: Graph) -> Iterable[str]:
+    """Sizes that an export took for constants though they vary: code made from such a graph
+    would read and write outside of its tensors."""
+    environments = _environments(graph)
+    for op in graph.ops:
+        rule = EMIT.get(op.name)
+        if rule is None or rule.point is None:
+            continue
+        out = op.outputs[0]
+        for value in op.inputs:
+            pairs: list[tuple[Dim, Dim]] = []
+            if rule.view:
+                pairs = [(product(value.shape), product(out.shape))]
+            elif rule.same_position and len(value.shape) <= len(out.shape):
+                pairs = list(zip(reversed(value.shape), reversed(out.shape), strict=False))
+            for own, whole in pairs:
+                if _differ(own, whole, environments, broadcast=not rule.view):
+                    yield (
+                        f"operator {op.name} at {op.origin or out.name} gives {out.type} of "
+                        f"{value.type}: the export fixed a size that varies; "
+                        "limit that size in dynamic_shapes or bounds"
+                    )
+                    return
+
+
+def _environments(graph: Graph) -> list[dict[str, int]]:
+    """Some values of every size within its bounds."""
+    known = sorted({name for v in graph.values() for name in names(*v.shape)})
+    made = []
+    for turn in range(len(_TRIED)):
+        env = {}
+        for place, name in enumerate(known):
+            bounds = graph.bounds.get(name, Bounds())
+            wish = max(_TRIED[(turn + place) % len(_TRIED)], bounds.low)
+            env[name] = wish if bounds.high is None else min(wish, bounds.high)
+        made.append(env)
+    return made
+
+
+_TRIED = (1, 2, 7, 33, 129, 1000)
+
+
+def _differ(own: Dim, whole: Dim, environments: list[dict[str, int]], broadcast: bool) -> bool:
+    if own == whole or (broadcast and own == 1):
+        return False
+    for env in environments:
+        try:
+            a, b = evaluate_dim(own, env), evaluate_dim(whole, env)
+        except IRError:  # a size that is only whole for some values
+            continue
+        if a != b and not (broadcast and a == 1):
+            return True
+    return False
 
 
 def _hidden(value: Value) -> set[str]:

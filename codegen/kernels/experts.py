@@ -18,7 +18,8 @@ from moec.codegen.kernels.dense import packed, packed_bias
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
 from moec.codegen.lowering import Lowering
 from moec.ir import DType, Graph, Op, TensorType, Value
-from moec.ops import GroupedLinear
+from moec.ops.grouped import GroupedLinear
+from moec.sizes import Dim
 
 
 @kernel("moe.sort")
@@ -131,6 +132,8 @@ def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
     assert isinstance(width, int)
     if len(places.shape) == 2:
         slots = low.value(places)
+    else:  # k need not be the sort's: each choice may be a token of its own
+        slots = low.reshaped(slots, TensorType("i32", (cast(Dim, op.attrs["tokens"]), k)))
     kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
     key = ("combine", count, k, width, out.dtype, rows.dtype, *kinds)
     function = low.function(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from moec.errors import UnsupportedError
 from moec.evaluate import evaluate
 from moec.ir import Graph, Program
 from moec.runtime.executor import Executor
+from moec.sizes import Bounds
 from moec.target import host
 from moec.text import parse
 
@@ -84,6 +87,18 @@ def test_everything_unsupported_is_listed_at_once() -> None:
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
     assert "size u0 of a depends on the data (made by aten.nonzero.default at model.router)" in text
     assert "replace these operations" in text
+
+
+def test_a_size_that_the_export_fixed_is_refused() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 4]) {
+      a: f32[ceiling(T/64), 4] = aten.slice.Tensor(x) <dim=0, step=64>
+      b: f32[1, 4] = aten.exp.default(a) @ model.chunks
+      return b
+    }""")
+    with pytest.raises(UnsupportedError, match=r"at model.chunks .* fixed a size that varies"):
+        lower(graph, host())
+    lower(replace(graph, bounds={"T": Bounds(1, 64)}), host())
 
 
 def test_positions_out_of_range_read_the_nearest_row() -> None:
