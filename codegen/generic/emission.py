@@ -144,10 +144,17 @@ class Emission:
 
         def row(at: dict[int, Index]) -> None:
             name = f"axis{inner}"
-            cuts = sorted(self.splits.get(name, ()))
-            stops: list[Dim] = [*cuts, shape[inner]]
+            size = shape[inner]
+            # Axes of one name may differ in size (the pieces of a cat): a cut may lie beyond.
+            cuts = [
+                c
+                for c in sorted(self.splits.get(name, ()))
+                if not isinstance(size, int) or c < size
+            ]
+            stops: list[Dim] = [*cuts, size]
             for start, stop in zip([0, *cuts], stops, strict=True):
-                with T.serial(self.sizes.expr(start), self.sizes.expr(stop)) as j, self.scope():
+                end = tirx.min(self.sizes.expr(stop), self.sizes.expr(size))
+                with T.serial(self.sizes.expr(start), end) as j, self.scope():
                     at[inner] = ix.loop(j, f"{name}:{start}" if cuts else name, stop, start)
                     body(self._full(shape, at))
 
