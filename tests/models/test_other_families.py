@@ -1,0 +1,58 @@
+"""Families that nothing was written for: recognised, and equal to eager after every pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moec
+from moec.check import cases
+from moec.closeness import distance
+from moec.evaluate import evaluate
+from tests.models.other_families import OTHER_FAMILIES
+
+# One of each kind: groups, MLA, biases of two shapes, norms of all heads at once, shared
+# experts, windows, convolutions, norms after experts, own loops, text parts of larger models.
+TRIED = (
+    "glm4_moe",
+    "glm4_moe_lite",
+    "granitemoeshared",
+    "gemma4",
+    "mimo_v2_flash",
+    "cohere2_moe",
+    "muse_spark",
+    "aria_text",
+    "qwen3_vl_moe",
+)
+COMPILED = ("minimax_m2", "lfm2_moe", "ernie4_5_moe")
+CUSTOM = {
+    "gemma4": "weights or choices differ",  # each expert has a factor of its own
+}
+"""Routers that stay as they are, and why."""
+TOLERANCE = 1e-5  # sums are reordered in float32, over two layers
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_is_recognised_and_equals_eager(name: str) -> None:
+    family = OTHER_FAMILIES[name]
+    compiled = moec.compile(family.build(), (), family.inputs(2, 7), build=False)
+    assert compiled.blocks
+    routers = [block.router for block in compiled.blocks]
+    reasons = [d.reason for d in compiled.declined if d.rule == "recognise-routers"]
+    assert [r for r in routers if r == "custom"] == ["custom"] * len(reasons)
+    assert all(name in CUSTOM and CUSTOM[name] in reason for reason in reasons)
+    program = compiled.steps[-1].program
+    more = tuple(torch.randint(3, 160, (2, 40)) for _ in compiled.captured.example)
+    for case in [*cases(compiled.captured), more]:
+        got = evaluate(program.graph, case, program.weights)
+        for ours, theirs in zip(got, compiled.captured.eager(*case), strict=True):
+            assert distance(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles(name: str) -> None:
+    family = OTHER_FAMILIES[name]
+    compiled = moec.compile(family.build(), (), family.inputs(2, 7), verify=TOLERANCE)
+    assert compiled.checked is not None
+    assert compiled.blocks
+    assert all(block.router != "custom" for block in compiled.blocks)
