@@ -27,6 +27,8 @@ TOLERANCE = 2e-4
 """Of the largest result: float32 sums in another order, over widths of a few thousand."""
 _POOL = 1 << 22
 _COUNTS = (1, 5, 13)
+_MOST = 1 << 11
+_ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
 _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
 
 
@@ -102,11 +104,15 @@ class Prover:
         after: Graph,
         feeds: Mapping[Value, Feed],
         *,
-        counts: Sequence[int] = _COUNTS,
+        limits: Sequence[int] = (),
         compare: Compare | None = None,
         bind: Bind | None = None,
     ) -> None:
-        """Raises NoMatch, saying on which case they differ, or why they cannot be run."""
+        """Raises NoMatch, saying on which case they differ, or why they cannot be run.
+
+        `limits` are counts (capacities) that some case must exceed.
+        """
+        counts = _counts([*limits, *_limits(before), *_limits(after)])
         order = [repr(feeds.get(value)) for value in before.inputs]
         fixed = [*order, repr(tuple(counts)), self._constants(before)]
         left = "\n".join([print_graph(without_origins(before)), *fixed])
@@ -194,6 +200,25 @@ def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tens
         reach += strides[-1] * (size - 1)
     source = pool.repeat(-(-(reach + 8192) // len(pool))) if reach + 8192 > len(pool) else pool
     return source.as_strided(shape, tuple(reversed(strides)), start % 8192)
+
+
+def _limits(graph: Graph) -> Iterator[int]:
+    """The fixed numbers that whole numbers are compared with, as places with a capacity are."""
+    for op in graph.ops:
+        other = op.attrs.get("other")
+        if op.name in _ORDERINGS and type(other) is int and op.inputs[0].dtype.startswith("i"):
+            yield other
+
+
+def _counts(limits: Sequence[int]) -> tuple[int, ...]:
+    """Token counts to try; the last is beyond every limit, or no case would see it bind."""
+    most = max((limit + 9 for limit in limits), default=0)
+    if most > _MOST:
+        raise NoMatch(
+            f"it counts up to {most - 9}, and the proof goes up to {_MOST} tokens: what happens "
+            "beyond that count would not be seen"
+        )
+    return (*_COUNTS[:-1], max(_COUNTS[-1], most))
 
 
 def _is_constant(value: Value) -> bool:

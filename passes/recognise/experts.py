@@ -79,10 +79,9 @@ def first_proved(scope: Scope, candidate: Candidate, prover: Prover, log: Log) -
 def check(scope: Scope, block: Proposal, prover: Prover) -> None:
     """Raises NoMatch unless the block does what its region does."""
     region = scope.cut([block.output], block.cut)
-    counts: tuple[int, ...] = (1, 5, 13)
-    if block.capacity is not None and isinstance(block.capacity.size, int):
-        counts = (1, 5, min(block.capacity.size + 9, 600))
-    prover.prove(region, alone(scope, block), block.feeds, counts=counts)
+    capacity = block.capacity.size if block.capacity is not None else None
+    limits = (capacity,) if isinstance(capacity, int) else ()
+    prover.prove(region, alone(scope, block), block.feeds, limits=limits)
 
 
 def alone(scope: Scope, block: Proposal) -> Graph:
