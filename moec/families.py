@@ -31,6 +31,16 @@ FAMILIES = (
     ),
     Family("jetmoe", "JetMoeForCausalLM", "attention made of experts too"),
     Family("llama4_text", "Llama4ForCausalLM", "sigmoid top-1, weights on the input side"),
+    Family("glm4_moe", "Glm4MoeForCausalLM", "sigmoid with correction bias, groups"),
+    Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "sigmoid with correction bias, MLA"),
+    Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "softmax with correction bias"),
+    Family("minimax_m2", "MiniMaxM2ForCausalLM", "sigmoid with correction bias"),
+    Family("granitemoeshared", "GraniteMoeSharedForCausalLM", "a shared expert without a gate"),
+    Family("gemma4_text", "Gemma4ForCausalLM", "a factor for each expert, beside a dense MLP"),
+    Family("lfm2_moe", "Lfm2MoeForCausalLM", "short convolutions between the blocks"),
+    Family("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
+    Family("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),
+    Family("aria_text", "AriaTextForCausalLM", "transposed weights"),
 )
 
 FORMS = {
