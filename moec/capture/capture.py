@@ -19,6 +19,7 @@ from moec.capture.exported import decompose, to_program
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.loops import every_expert_hit
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
+from moec.capture.states import States, detached
 from moec.closeness import default_tolerance, distance
 from moec.errors import CaptureError, IRError
 from moec.evaluate import evaluate
@@ -76,18 +77,26 @@ def capture(
         exported, tensor_names(arguments), wishes, wished_bounds(wishes) | dict(bounds or {})
     )
 
-    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            return _tensors(call(*tensors))
-
+    program, states = detached(program)
+    eager = _from_start(states, call)
     if unrolled and not _agree(program, eager, call.tensors):
         raise CaptureError(
             f"{type(model).__name__} loops over what nonzero() finds, and running the loop for "
             "every index changes the result; write the loop over range(num_experts)"
         )
-    if not program.graph.states:
-        program = _allow_one(program, eager, call.tensors)
+    program = _allow_one(program, eager, call.tensors)
     return Captured(program, eager, call.tensors, structure, _fixed(program))
+
+
+def _from_start(states: States, run: Callable[..., Any]) -> Eager:
+    """`run` without gradients, each time from the first states; its results are not states."""
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad(), states.from_start():
+            made = _tensors(run(*tensors))
+            return tuple(t.clone() for t in made) if states.live else made
+
+    return eager
 
 
 def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
@@ -163,13 +172,14 @@ def _from_export(exported: ExportedProgram, bounds: Mapping[str, Bounds] | None)
     spec = pytree.tree_flatten((args, kwargs))[1]
     module = exported.module(check_guards=False)
 
-    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(*tensors: torch.Tensor) -> Any:
         positional, named = pytree.tree_unflatten(list(tensors), spec)
-        with torch.no_grad():
-            return _tensors(module(*positional, **named))
+        return module(*positional, **named)
 
     names = [str(name) for name in exported.graph_signature.user_inputs]
     program, structure = _convert(exported, names, [{} for _ in names], bounds or {})
+    program, states = detached(program)
+    eager = _from_start(states, run)
     return Captured(program, eager, example, structure, _fixed(program))
 
 
@@ -232,7 +242,7 @@ def _allow_one(program: Program, eager: Eager, example: Sequence[torch.Tensor]) 
             continue
         tensors = [
             _cut(tensor, [axis for axis, dim in enumerate(value.shape) if str(dim) == name])
-            for value, tensor in zip(graph.inputs, example, strict=True)
+            for value, tensor in zip(graph.inputs, example, strict=False)
         ]
         try:
             if any(_agree(program, eager, draw) for draw in _draws(tensors)):
@@ -245,7 +255,9 @@ def _allow_one(program: Program, eager: Eager, example: Sequence[torch.Tensor]) 
 def _agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the graph computes what the module does, up to rounding."""
     limit = default_tolerance(program.graph)
-    ours, theirs = evaluate(program.graph, tensors, program.weights), eager(*tensors)
+    states = [program.weights[state.before.name] for state in program.graph.states]
+    ours = evaluate(program.graph, [*tensors, *states], program.weights)
+    theirs = eager(*tensors)
     return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
 
 

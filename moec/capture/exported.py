@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from moec.aten import IR_DTYPES
+from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 from moec.ir import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
 from moec.sizes import Bounds, Dim, from_torch
@@ -43,12 +44,15 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """Core ATen, with the operators in `KEPT` left whole."""
+    """Core ATen, with the operators in `KEPT` left whole. Raises CaptureError."""
     table = torch.export.default_decompositions()
     for overload in list(table):
         if str(overload) in KEPT:
             del table[overload]
-    decomposed: ExportedProgram = program.run_decompositions(table)
+    try:
+        decomposed: ExportedProgram = as_buffers(program).run_decompositions(table)
+    except Exception as error:
+        raise CaptureError(f"torch cannot decompose the export: {error}") from error
     return decomposed
 
 
