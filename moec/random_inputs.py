@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,9 @@ def random_like(
 ) -> list[torch.Tensor]:
     """Inputs of the example's sizes: floats at random, ids at random within their table.
 
+    Ids whose row is all zero (padding) are left out: every router's scores are equal for such
+    a token, and torch leaves open which of equal scores its top-k chooses.
+
     Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
     what they start with.
     """
@@ -33,22 +36,37 @@ def random_like(
         if value.dtype in FLOATS:
             made.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
         elif rows:
-            made.append(torch.randint(rows, tensor.shape, generator=generator, dtype=tensor.dtype))
+            known = _telling(program, value, rows)
+            place = torch.randint(len(known), tensor.shape, generator=generator)
+            made.append(known[place].to(tensor.dtype))
         else:
             made.append(tensor)
     return made + [program.weights[state.before.name] for state in program.graph.states]
 
 
-def table_rows(graph: Graph, value: Value) -> int:
-    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
-    rows: list[int] = []
+def _telling(program: Program, value: Value, rows: int) -> torch.Tensor:
+    """The ids below `rows` whose row in the table is not all zero; all, where that is all."""
+    table = next(iter(_tables(program.graph, value)), None)
+    weight = None if table is None else program.weights.get(table.name)
+    known = torch.arange(rows)
+    if weight is not None:
+        telling = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
+        known = telling if len(telling) else known
+    return known
+
+
+def _tables(graph: Graph, value: Value) -> Iterator[Value]:
     for op in graph.readers.get(value, ()):
         if op.name == "aten.embedding.default" and op.inputs[1] is value:
-            size = op.inputs[0].shape[0]
-            rows += [size] if isinstance(size, int) else []
+            yield op.inputs[0]
         elif op.name in _PASS_ON:
-            rows += [r] if (r := table_rows(graph, op.outputs[0])) else []
-    return min(rows, default=0)
+            yield from _tables(graph, op.outputs[0])
+
+
+def table_rows(graph: Graph, value: Value) -> int:
+    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
+    sizes = [table.shape[0] for table in _tables(graph, value)]
+    return min((size for size in sizes if isinstance(size, int)), default=0)
 
 
 def random_cases(

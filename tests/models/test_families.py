@@ -1,0 +1,92 @@
+"""One compiled model of each family equals eager at every size, and names its blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.closeness import FAR, STRAYS, TOLERANCES, distance, strays
+from tests.models.families import FAMILIES
+
+SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
+BLOCKS = {
+    "mixtral": (2, 4, 2, "softmax, top-2, renormalised", "swiglu"),
+    "qwen2_moe": (2, 8, 2, "softmax, top-2", "swiglu"),
+    "qwen3_moe": (2, 8, 2, "softmax, top-2, renormalised", "swiglu"),
+    "olmoe": (2, 8, 2, "softmax, top-2", "swiglu"),
+    "deepseek_v2": (1, 8, 2, "softmax, top-2", "swiglu"),
+    "deepseek_v3": (1, 8, 2, "sigmoid, correction bias, best 2 of 4 groups", "swiglu"),
+    "gpt_oss": (2, 4, 2, "top-2, softmax", "clamped swiglu"),
+    "granitemoe": (2, 8, 2, "top-2, softmax", "swiglu"),
+    "phimoe": (2, 4, 2, "sparsemixer, top-2", "swiglu"),
+    "switch_transformers": (2, 4, 1, "", "relu"),
+    "jetmoe": (6, 4, 2, "top-2, softmax", ""),
+    "llama4": (2, 4, 1, "sigmoid, top-1, weights on the input", "swiglu"),
+}
+"""Blocks, experts, top_k, how the router's description starts, activation."""
+
+
+def tensors(inputs: dict[str, object]) -> list[torch.Tensor]:
+    return [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+
+
+def compiled(name: str, dtype: torch.dtype) -> moec.CompiledModel:
+    family = FAMILIES[name]
+    return moec.compile(family.build(dtype), (), family.inputs(2, 7))
+
+
+def results(model: object, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    made = model(*given)  # type: ignore[operator]
+    return list(made.values()) if isinstance(made, dict) else [made]
+
+
+def same_choice(got: torch.Tensor, expected: torch.Tensor, limit: float) -> torch.Tensor:
+    """For each row, whether the arg-max agrees, or eager's two best are too near to tell."""
+    best = expected.double().topk(2, dim=-1)
+    near = best.values[..., 0] - best.values[..., 1] <= limit * expected.double().abs().max()
+    return near | (got.argmax(-1) == best.indices[..., 0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32(name: str, tmp_path: Path) -> None:
+    model = compiled(name, torch.float32)
+    limit = TOLERANCES["f32"]
+    count, experts, top_k, router, activation = BLOCKS[name]
+    assert len(model.blocks) == count
+    for block in model.blocks:
+        assert (block.experts, block.top_k) == (experts, top_k)
+        assert block.router.startswith(router)
+        assert not activation or block.activation == activation
+        assert block.kernel
+    model.save(tmp_path / "model.moec")
+    loaded = moec.load(tmp_path / "model.moec")
+    for batch, sequence in SIZES:
+        given = tensors(FAMILIES[name].inputs(batch, sequence))
+        expected = model.captured.eager(*given)
+        for got, again, value in zip(
+            results(model, given), results(loaded, given), expected, strict=True
+        ):
+            assert distance(got, value) <= limit
+            assert same_choice(got, value, limit).all()
+            assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16(name: str) -> None:
+    """Rows beyond the tolerance are those that a near tie sent to other experts: few, and of
+    the right size."""
+    model = compiled(name, torch.bfloat16)
+    limit = TOLERANCES["bf16"]
+    found, rows = 0, 0
+    for batch, sequence in SIZES:
+        given = tensors(FAMILIES[name].inputs(batch, sequence))
+        expected = model.captured.eager(*given)
+        for got, value in zip(results(model, given), expected, strict=True):
+            few, many = strays(got, value, limit)
+            found, rows = found + few, rows + many
+            assert distance(got, value) <= FAR
+            assert (~same_choice(got, value, limit)).sum() <= few
+    assert found <= STRAYS["bf16"] * rows
