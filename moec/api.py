@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec import check as checking
+from moec.arguments import cast, example_inputs, target_of, text, tolerance
 from moec.blocks import Block, blocks
 from moec.calling import call
 from moec.capture import Captured, capture
 from moec.capture.doors import Source, open_source
 from moec.closeness import default_tolerance
 from moec.errors import UsageError
-from moec.ir import Stage
+from moec.ir import Graph, Stage
 from moec.passes.runner import Declined, Step, run
 from moec.pipeline import choose, until
 from moec.report import (
@@ -30,16 +31,14 @@ from moec.report import (
     kernels_of,
     pass_lines,
 )
-from moec.target import missing as missing_features
-from moec.target import parse as parse_target
+from moec.target import missing
 from moec.text import print_graph
 
 if TYPE_CHECKING:
     from moec.runtime.executor import Executor
+    from moec.runtime.manifest import Sample
     from moec.runtime.package import Package
     from moec.target import Target
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +47,8 @@ class CompiledModel:
 
     torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
     as it is, several come as a dict by name. `package` and `executor` are None where nothing
-    was built (`stop_after`, `build=False`).
+    was built (`stop_after`, `build=False`), `executor` also where this machine lacks what the
+    target needs: such a model can be saved and not called.
     """
 
     source: Source
@@ -80,13 +80,20 @@ class CompiledModel:
         """What was recognised, declined, made and measured."""
         program = self.captured.program
         package = self.package
-        active = sum(block.parameters - block.active_parameters for block in self.blocks)
+        idle = sum(block.parameters - block.active_parameters for block in self.blocks)
         described = describe_graph(program.graph, program.weights)
         kernels: dict[str, int] = {}
         for _, kernel in package.kernels if package else ():
             kernels[kernel] = kernels.get(kernel, 0) + 1
         notes = (*self.captured.fixed, *(package.notes if package else ()))
         checked = self.checked
+        if package and missing(self.target):
+            notes += (
+                f"made for {self.target.name}, which this machine cannot run: not verified, and "
+                "saved without samples",
+            )
+        if checked:
+            notes += checked.skipped
         if checked and checked.strays:
             notes += (
                 f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
@@ -95,7 +102,7 @@ class CompiledModel:
         return Report(
             model=self.source.name,
             target=self.target.name,
-            active_parameters=described["parameters"] - active,
+            active_parameters=described["parameters"] - idle,
             bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
             blocks=block_lines(self.blocks, package.kernels if package else ()),
             declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
@@ -112,39 +119,56 @@ class CompiledModel:
         )
 
     def save(self, path: Path | str, *, native: bool = True) -> None:
-        """Write the artifact. `native=False` leaves the compiled code out (see `moec run
-        --rebuild`). Raises UsageError where `path` holds something that is not an artifact."""
-        from moec.runtime import artifact, manifest
+        """Write the artifact, with the example inputs and their outputs as a sample.
 
-        package, executor = self._built()
-        example = {
-            port.name: tensor
-            for port, tensor in zip(package.inputs, self.captured.example, strict=True)
-        }
-        executor.reset()
-        outputs = executor(example)
-        executor.reset()
+        `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
+        where `path` holds something that is not an artifact.
+        """
+        from moec.runtime import artifact
+
+        package = self._package()
         checked = self.checked
         artifact.write(
             package,
             path,
-            graph_text=print_graph(self.steps[-1].program.graph),
-            samples=[manifest.Sample(_arrays(example), _arrays(outputs))],
+            graph_text=print_graph(self.graph),
+            samples=self._samples(package),
             tolerance=checked.tolerance if checked else default_tolerance(self.graph),
             extra={"report": self.report().to_dict()},
             files={name: file.read_bytes() for name, file in self.source.files.items()},
             native=native,
         )
 
+    def _samples(self, package: Package) -> list[Sample]:
+        """The example and its outputs; none where there is no example, or it cannot run here."""
+        from moec.runtime.executor import Executor
+        from moec.runtime.manifest import Sample
+
+        example = dict(zip((p.name for p in package.inputs), self.captured.example, strict=False))
+        if self.executor is None or len(example) < len(package.inputs):
+            return []
+        # One's own executor may be in the middle of a text: its states stay as they are.
+        executor = Executor(package) if package.states else self.executor
+        return [Sample(_arrays(example), _arrays(executor(example)))]
+
     @property
-    def graph(self) -> Any:
+    def graph(self) -> Graph:
         """The graph that code was generated from."""
         return self.steps[-1].program.graph
 
-    def _built(self) -> tuple[Package, Executor]:
-        if self.package is None or self.executor is None:
+    def _package(self) -> Package:
+        if self.package is None:
             raise UsageError("the model was not built: leave out stop_after and build=False")
-        return self.package, self.executor
+        return self.package
+
+    def _built(self) -> tuple[Package, Executor]:
+        package = self._package()
+        if self.executor is None:
+            raise UsageError(
+                f"this machine lacks {', '.join(missing(self.target))} and cannot run code for "
+                f"{self.target.name}: save the model, and load it on a machine that has them"
+            )
+        return package, self.executor
 
 
 def compile(
@@ -169,26 +193,31 @@ def compile(
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the
     folder of a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence
     vary unless `dynamic_shapes` (torch.export's) says otherwise. `dtype` converts the weights
-    first, in place. `passes` changes the passes of `opt_level` ("+a,-b"). `verify` compares the
-    result with eager; a float is the greatest error allowed. `fuel` caps the rewrites.
-    `stop_after` names the last pass to run; `build=False` stops before code generation.
+    first, in place; the module is left in eval mode. `passes` changes the passes of `opt_level`
+    ("+a,-b"). `verify` compares the result with eager; a float is the greatest error allowed, as
+    a share of the greatest value of an output. `fuel` caps the rewrites. `stop_after` names the
+    last pass to run; `build=False` stops before code generation.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError and VerificationError, all
     of them MoecError.
     """
     clock = _Clock(progress)
     with clock.phase("capture"):
-        chosen = until(choose(opt_level, passes), stop_after)
-        made_for = parse_target(target) if isinstance(target, str) else target
-        tensors = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-        source = open_source(model, tensors, kwargs)
-        source = _cast(source, dtype)
+        chosen = until(choose(opt_level, text("passes", passes)), stop_after)
+        builds = build and stop_after is None
+        made_for = target_of(target, run=builds and verify is not False)
+        limit = tolerance(verify)
+        source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
         captured = capture(
             source.model,
             source.args,
             source.kwargs,
             dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
             bounds=source.bounds if dynamic_shapes is None else None,
+        )
+    if builds and verify is not False and not captured.example and captured.program.graph.inputs:
+        raise UsageError(
+            f"{source.name} holds no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
         steps = tuple(run(captured.program, chosen, fuel=fuel, watch=watch))
@@ -201,69 +230,46 @@ def compile(
         target=made_for,
         phases=clock.seconds,
     )
-    if stop_after is not None or not build:
+    if not builds:
         return compiled
-    return _build(compiled, opt_level, verify, clock)
+    built = _build(compiled, opt_level, clock)
+    return built if verify is False else _verify(built, limit, clock)
 
 
-def _build(
-    compiled: CompiledModel, opt_level: int, verify: bool | float, clock: _Clock
-) -> CompiledModel:
+def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledModel:
+    """With code, and ready to run where this machine can run it."""
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
         package = generate(compiled.steps[-1].program, compiled.target, opt_level)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
-    if missing := missing_features(compiled.target):
-        if verify is not False:
-            raise UsageError(
-                f"this machine lacks {', '.join(missing)}, so the result for "
-                f"{compiled.target.name} cannot be verified here: switch verification off"
-            )
+    if missing(compiled.target):
         return replace(compiled, package=package)
     with clock.phase("load"):
         from moec.runtime.executor import Executor
 
         executor = Executor(package)
-    built = replace(compiled, package=package, executor=executor)
-    if verify is False:
-        return built
-    with clock.phase("verify"):
-        tolerance = None if verify is True else float(verify)
+    return replace(compiled, package=package, executor=executor)
 
-        def fresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-            executor.reset()
-            return executor(inputs)
 
-        checked = checking.check(built.captured, fresh, built.steps, tolerance)
+def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> CompiledModel:
+    _, executor = compiled._built()
+
+    def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         executor.reset()
-    return replace(built, checked=checked)
+        return executor(inputs)
+
+    with clock.phase("verify"):
+        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit)
+        executor.reset()
+    return replace(compiled, checked=checked)
 
 
 def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
     """The blocks of the last graph that still has bodies of experts in it."""
     last = [step for step in steps if step.stage in (Stage.ATEN, Stage.MOE)][-1]
     return blocks(last.program.graph)
-
-
-def _cast(source: Source, dtype: str | torch.dtype | None) -> Source:
-    if dtype is None:
-        return source
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted is None:
-        raise UsageError(f"dtype {dtype}: models are float32, bfloat16 or float16")
-    if not isinstance(source.model, torch.nn.Module):
-        raise UsageError("the weights of an exported program cannot be converted: export it anew")
-    model = source.model.to(wanted)
-
-    def cast(value: Any) -> Any:
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(wanted) if floating else value
-
-    args = torch.utils._pytree.tree_map(cast, source.args)
-    kwargs = torch.utils._pytree.tree_map(cast, dict(source.kwargs))
-    return replace(source, model=model, args=args, kwargs=kwargs)
 
 
 def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,5 +289,7 @@ class _Clock:
     def phase(self, name: str) -> Iterator[None]:
         self.progress(name)
         start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start

@@ -39,17 +39,20 @@ def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Greatest difference, as a share of the greatest expected value; inf where NaNs differ."""
-    if got.shape != expected.shape:
+    """Greatest difference, as a share of the greatest finite value that is expected; inf where
+    shapes or dtypes differ, whole numbers differ at all, or NaNs and infinities do."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():
         return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(got, expected) else float("inf")
     a, b = got.double(), expected.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
     finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        return float("inf")
+    if not torch.allclose(a[~finite], b[~finite], rtol=0, atol=0, equal_nan=True):
+        return float("inf")
     if not finite.any():
         return 0.0
     scale = float(b[finite].abs().max())

@@ -59,15 +59,18 @@ def capture(
     (`moec.capture.shapes`). `bounds` limits named sizes. Raises CaptureError where the model
     cannot be exported, with torch's reason.
     """
-    if isinstance(model, ExportedProgram):
-        return _from_export(model, bounds)
     kwargs = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        if dynamic_shapes is not None:
+            raise CaptureError("the sizes of an exported program are fixed: export it anew")
+        return _from_export(model, args, kwargs, bounds)
     model.eval()
     arguments = named_arguments(model, args, kwargs)
     call = Call(model, args, kwargs)
     for name, tensor in zip(tensor_names(arguments), call.tensors, strict=True):
-        if tensor.device.type != "cpu":
-            raise CaptureError(f"input {name} is on {tensor.device}; move it to the CPU")
+        _check_device(f"input {name}", tensor)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _check_device(name, tensor)
     if dynamic_shapes is None:
         wishes: list[Axes] = [default_axes(tensor) for tensor in call.tensors]
     else:
@@ -86,6 +89,13 @@ def capture(
         )
     program = _allow_one(program, eager, call.tensors)
     return Captured(program, eager, call.tensors, structure, _fixed(program))
+
+
+def _check_device(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise CaptureError(f"{name} has no data (it is on the meta device); load the weights first")
+    if tensor.device.type != "cpu":
+        raise CaptureError(f"{name} is on {tensor.device}; move it to the CPU")
 
 
 def _from_start(states: States, run: Callable[..., Any]) -> Eager:
@@ -165,11 +175,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _from_export(exported: ExportedProgram, bounds: Mapping[str, Bounds] | None) -> Captured:
-    """A program that somebody else exported: its own example, sizes and meaning hold."""
-    args, kwargs = exported.example_inputs or ((), {})
-    example = _tensors((args, kwargs))
-    spec = pytree.tree_flatten((args, kwargs))[1]
+def _from_export(
+    exported: ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    bounds: Mapping[str, Bounds] | None,
+) -> Captured:
+    """A program that somebody else exported: its own sizes and meaning hold, and its example
+    where none is given. The example is empty where there is none at all."""
+    spec = exported.call_spec.in_spec
+    if args or kwargs:
+        given = (tuple(args), dict(kwargs))
+        if pytree.tree_structure(given) != spec:
+            raise CaptureError(
+                "the exported program was not exported with arguments such as these: it takes "
+                f"{', '.join(map(str, exported.graph_signature.user_inputs))}"
+            )
+    else:
+        given = exported.example_inputs or ((), {})
+    example = _tensors(given)
     module = exported.module(check_guards=False)
 
     def run(*tensors: torch.Tensor) -> Any:

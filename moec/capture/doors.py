@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,17 @@ class Source:
 def open_source(
     model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Source:
-    """The source behind any door.
+    """The source behind any door. Example inputs take the place of those that a checkpoint or
+    an export brings along.
 
     Raises UsageError where `model` is none of the things that moec takes, CaptureError where
     it is but cannot be loaded.
     """
+    args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(model, torch.nn.Module):
-        return _module(model, tuple(args), dict(kwargs or {}))
+        return _module(model, args, kwargs)
     if isinstance(model, ExportedProgram):
-        return Source(model, name="an exported program")
+        return Source(model, args, kwargs, name="an exported program")
     if not isinstance(model, str | Path):
         raise UsageError(
             f"a {type(model).__name__} is not a model: give a torch module, an exported program, "
@@ -63,11 +65,13 @@ def open_source(
     path = Path(text)
     file, colon, factory = text.rpartition(":")
     if colon and file.endswith(".py"):
+        if args or kwargs:
+            raise UsageError(f"{text}: the factory gives the example inputs: leave yours out")
         return _factory(Path(file), factory)
     if path.is_dir():
-        return _checkpoint(path)
+        return _checkpoint(path, args, kwargs)
     if path.suffix == ".pt2" and path.is_file():
-        return _export(path)
+        return replace(_export(path), args=args, kwargs=kwargs)
     if path.suffix == ".py":
         raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
     if not path.exists():
@@ -144,7 +148,7 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _checkpoint(folder: Path) -> Source:
+def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     """A Hugging Face folder: config.json, safetensors, and a tokenizer where there is one."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -173,9 +177,11 @@ def _checkpoint(folder: Path) -> Source:
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
     model.eval()
     files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
-    kwargs = example_tokens(model, seq2seq)
+    if not args and not kwargs:
+        kwargs = example_tokens(model, seq2seq)
+    source = _module(model, args, kwargs)
     name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
-    return Source(model, (), kwargs, None, _limits(model.config), name, files)
+    return replace(source, bounds=_limits(model.config), name=name, files=files)
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:

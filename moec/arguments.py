@@ -1,0 +1,102 @@
+"""What `moec.compile` is asked for, checked before anything that takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from moec.capture.doors import Source
+from moec.errors import UsageError
+from moec.target import Target, missing, parse
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the named example inputs; one tensor may stand for a tuple of one.
+
+    Raises UsageError for anything but a tuple or list, a mapping by name, and torch tensors.
+    """
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, tuple | list):
+        raise UsageError(
+            f"args is a {type(args).__name__}: give the example inputs as a tuple, or by name "
+            "in kwargs"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise UsageError(
+            f"kwargs is a {type(kwargs).__name__}: give the example inputs by name, in a dict"
+        )
+    named = dict(kwargs or {})
+    for leaf in pytree.tree_leaves((tuple(args), named)):
+        if isinstance(leaf, np.ndarray):
+            raise UsageError(
+                "an example input is a numpy array: give torch tensors (torch.from_numpy); the "
+                "compiled model takes either"
+            )
+    return tuple(args), named
+
+
+def text(name: str, value: Any) -> str:
+    """`value`, where it is text. Raises UsageError where it is not."""
+    if not isinstance(value, str):
+        raise UsageError(f'{name} is a {type(value).__name__}: give text such as "+a,-b"')
+    return value
+
+
+def tolerance(verify: Any) -> float | None:
+    """The greatest error that `verify` allows; None where the dtype decides.
+
+    Raises UsageError for anything but True, False and a number that is not negative.
+    """
+    if isinstance(verify, bool):
+        return None
+    if not isinstance(verify, int | float) or not verify >= 0:
+        raise UsageError(
+            f"verify is {verify!r}: give True, False or the greatest error allowed, such as 1e-4"
+        )
+    return float(verify)
+
+
+def target_of(target: Any, *, run: bool) -> Target:
+    """The target by name. `run` says that its code is to be run here, as verification does.
+
+    Raises TargetError for an unknown name, UsageError where this machine cannot run the code.
+    """
+    if not isinstance(target, str | Target):
+        raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
+    made = parse(target) if isinstance(target, str) else target
+    lacking = missing(made)
+    if run and lacking:
+        raise UsageError(
+            f"this machine lacks {', '.join(lacking)}, so the result for {made.name} cannot be "
+            "verified here: switch verification off (verify=False)"
+        )
+    return made
+
+
+def cast(source: Source, dtype: Any) -> Source:
+    """The source with the weights and the float inputs converted, the weights in place.
+
+    Raises UsageError for a dtype that models are not computed in.
+    """
+    if dtype is None:
+        return source
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise UsageError(f"dtype {dtype}: models are {', '.join(DTYPES)}")
+    if not isinstance(source.model, torch.nn.Module):
+        raise UsageError("the weights of an exported program cannot be converted: export it anew")
+
+    def converted(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(wanted) if floating else value
+
+    args, kwargs = pytree.tree_map(converted, (source.args, dict(source.kwargs)))
+    return replace(source, model=source.model.to(wanted), args=args, kwargs=kwargs)
