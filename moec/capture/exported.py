@@ -78,15 +78,17 @@ class _Converter:
         self.names.add(candidate)
         return candidate
 
-    def type(self, tensor: torch.Tensor, where: str) -> TensorType:
-        if tensor.dtype not in IR_DTYPES:
+    def dtype(self, dtype: torch.dtype, where: str) -> str:
+        if dtype not in IR_DTYPES:
             raise CaptureError(
-                f"{where}: moec has no dtype {tensor.dtype}; cast it to one of "
+                f"{where}: moec has no dtype {dtype}; cast to one of "
                 f"{', '.join(str(d) for d in IR_DTYPES)}"
             )
-        return TensorType(
-            IR_DTYPES[tensor.dtype], tuple(from_torch(s, self.rename) for s in tensor.shape)
-        )
+        return IR_DTYPES[dtype]
+
+    def type(self, tensor: torch.Tensor, where: str) -> TensorType:
+        shape = tuple(from_torch(size, self.rename) for size in tensor.shape)
+        return TensorType(self.dtype(tensor.dtype, where), shape)
 
     def node(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -170,7 +172,7 @@ class _Converter:
                 if made is None and "Tensor" in str(argument.type):
                     attrs[argument.name] = None
             else:
-                attrs[argument.name] = self.attribute(made, inputs)
+                attrs[argument.name] = self.attribute(made, inputs, self.where(node) or node.name)
         return attrs
 
     def argument(self, given: Any) -> Any:
@@ -182,17 +184,19 @@ class _Converter:
             return from_torch(given, self.rename)
         return given
 
-    def attribute(self, made: Any, inputs: list[Value]) -> Attr:
+    def attribute(self, made: Any, inputs: list[Value], where: str) -> Attr:
         if isinstance(made, Value):
             inputs.append(made)
             return Ref(len(inputs) - 1)
         if isinstance(made, tuple):
-            return tuple(self.attribute(item, inputs) for item in made)
+            return tuple(self.attribute(item, inputs, where) for item in made)
         if isinstance(made, torch.dtype):
-            return DType(IR_DTYPES[made])
+            return DType(self.dtype(made, where))
         if made is None or isinstance(made, bool | int | float | str | sympy.Expr):
             return made
-        raise CaptureError(f"an argument of type {type(made).__name__} cannot stand in a graph")
+        raise CaptureError(
+            f"{where}: an argument of type {type(made).__name__} cannot stand in a graph"
+        )
 
     def inline(self, node: torch.fx.Node) -> None:
         """A region under no_grad or without autocast: its ops stand where the region stood."""
@@ -342,8 +346,9 @@ def _outputs(
     after: dict[str, Value] = {}
     for spec, result in zip(exported.graph_signature.output_specs, results, strict=True):
         if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            written = next(v for n, v in converter.made.items() if n.name == spec.target)
             raise CaptureError(
-                f"the model writes into its input {spec.target}; copy the input first, or make "
+                f"the model writes into its input {written.name}; copy the input first, or make "
                 "it a buffer"
             )
         if not isinstance(result, Value):

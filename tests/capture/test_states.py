@@ -1,0 +1,126 @@
+"""Modules that write into their buffers: their program has states, and they keep their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.capture import capture
+from tests.capture.modules import WIDTH, Cached, Counts, Shifts
+
+TOLERANCE = 1e-5  # float32, a handful of sums
+
+
+def compare(model: nn.Module, compiled: moec.CompiledModel, calls: list[tuple[Any, ...]]) -> None:
+    for given in calls:
+        with torch.no_grad():
+            assert torch.allclose(compiled(*given), model(*given), rtol=0, atol=TOLERANCE)
+
+
+def test_a_capture_leaves_the_module_as_it_was() -> None:
+    model = Counts()
+    captured = capture(model, (torch.ones(2, WIDTH),))
+    (state,) = captured.program.graph.states
+    assert state.before.name == "seen"
+    first, second = (captured.eager(torch.ones(2, WIDTH))[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(model.seen, torch.full((WIDTH,), 0.5))
+    model.seen.zero_()
+    assert torch.equal(captured.program.weights["seen"], torch.full((WIDTH,), 0.5))
+    assert torch.equal(captured.eager(torch.ones(2, WIDTH))[0], first)
+
+
+def test_a_buffer_that_grows() -> None:
+    model = Counts()
+    compiled = moec.compile(model, (torch.randn(2, WIDTH),))
+    calls = [(torch.randn(n, WIDTH),) for n in (1, 3, 2)]
+    compare(model, compiled, calls)
+    compiled.reset()
+    model.seen.fill_(0.5)
+    compare(model, compiled, calls)
+
+
+def test_saving_does_not_disturb_a_state(tmp_path: Any) -> None:
+    model = Counts()
+    compiled = moec.compile(model, (torch.randn(2, WIDTH),))
+    compare(model, compiled, [(torch.randn(2, WIDTH),)])
+    compiled.save(tmp_path / "counts.moec")
+    compare(model, compiled, [(torch.randn(2, WIDTH),)])
+    loaded = moec.load(tmp_path / "counts.moec")
+    given = torch.ones(1, WIDTH)
+    assert torch.allclose(loaded(given), given + given.sum(0) + 0.5)
+
+
+def test_a_window_moved_by_slices() -> None:
+    model = Shifts()
+    compiled = moec.compile(model, (torch.randn(1, WIDTH),), dynamic_shapes={"x": None})
+    compare(model, compiled, [(torch.randn(1, WIDTH),) for _ in range(5)])
+
+
+def test_a_cache_that_is_reached_around_the_module() -> None:
+    """The trace finds it as a constant of its own: it is the buffer, and one state."""
+    model = Cached()
+    compiled = moec.compile(model, (torch.randn(2, WIDTH), torch.tensor([0, 1])))
+    (state,) = compiled.captured.program.graph.states
+    assert state.before.name == "keys"
+    calls = [(torch.randn(1, WIDTH), torch.tensor([at])) for at in range(6)]
+    compare(model, compiled, calls)
+
+
+def test_a_cache_that_is_no_buffer_at_all() -> None:
+    class Free(Cached):
+        def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            (keys,) = self.cache
+            keys.index_copy_(0, at, x)
+            return x @ keys.T
+
+    model = Free()
+    del model.keys
+    compiled = moec.compile(model, (torch.randn(2, WIDTH), torch.tensor([0, 1])))
+    assert len(compiled.captured.program.graph.states) == 1
+    compare(model, compiled, [(torch.randn(1, WIDTH), torch.tensor([at])) for at in range(3)])
+
+
+def test_a_program_that_somebody_exported_is_not_changed() -> None:
+    exported = torch.export.export(Cached(), (torch.randn(1, WIDTH), torch.tensor([0])))
+    before = str(exported.graph), list(exported.constants)
+    capture(exported)
+    assert (str(exported.graph), list(exported.constants)) == before
+
+
+def test_the_static_cache_of_transformers(tiny_moe: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+    model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.cache_config = {
+        "batch_size": 1,
+        "max_cache_len": 16,
+        "device": "cpu",
+    }
+    module = TorchExportableModuleWithStaticCache(
+        model, batch_size=1, max_cache_len=16, device="cpu"
+    )
+    length = torch.export.Dim("S", min=1, max=16)
+    ids, places = torch.tensor([[40, 41, 42, 43]]), torch.arange(4)
+    compiled = moec.compile(
+        module,
+        (),
+        {"input_ids": ids, "cache_position": places},
+        dynamic_shapes={"input_ids": {1: length}, "cache_position": {0: length}},
+    )
+    layers = model.config.num_hidden_layers
+    assert len(compiled.blocks) == layers
+    assert len(compiled.captured.program.graph.states) == 3 * layers  # keys, values, length
+    with torch.no_grad():
+        one_by_one = [(torch.tensor([[50 + at]]), torch.tensor([at])) for at in range(4, 8)]
+        for given in [(ids, places), *one_by_one]:
+            expected = module(input_ids=given[0], cache_position=given[1])
+            got = compiled(*given)
+            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
