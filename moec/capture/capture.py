@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,9 +76,8 @@ def capture(
     else:
         wishes = wished_axes(arguments, dynamic_shapes)
     exported, unrolled = _export(call, wishes)
-    program, structure = _convert(
-        exported, tensor_names(arguments), wishes, wished_bounds(wishes) | dict(bounds or {})
-    )
+    asked = wished_bounds(wishes) | dict(bounds or {})
+    program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
 
     program, states = detached(program)
     eager = _from_start(states, call)
@@ -87,7 +86,7 @@ def capture(
             f"{type(model).__name__} loops over what nonzero() finds, and running the loop for "
             "every index changes the result; write the loop over range(num_experts)"
         )
-    program = _allow_one(program, eager, call.tensors)
+    program = _allow_one(program, asked, eager, call.tensors)
     return Captured(program, eager, call.tensors, structure, _fixed(program))
 
 
@@ -254,15 +253,18 @@ class _Leaf:
     index: int
 
 
-def _allow_one(program: Program, eager: Eager, example: Sequence[torch.Tensor]) -> Program:
-    """Lower bounds of 2 that only torch.export's habit of treating 1 apart has set.
+def _allow_one(
+    program: Program, asked: Collection[str], eager: Eager, example: Sequence[torch.Tensor]
+) -> Program:
+    """Lower bounds of 2 that only torch.export's habit of treating 1 apart has set, or a branch
+    of the model's own (`if length > 1`); those that were asked for stand.
 
     Where the graph, run at size 1, agrees with the module at size 1, the bound becomes 1.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
     for name, limits in graph.bounds.items():
-        if limits.low != 2:
+        if limits.low != 2 or name in asked:
             continue
         tensors = [
             _cut(tensor, [axis for axis, dim in enumerate(value.shape) if str(dim) == name])

@@ -69,16 +69,29 @@ def test_a_size_that_the_model_fixes_is_said() -> None:
     assert captured.fixed == ("x axis 0 is always 5",)
 
 
+def causal(x: torch.Tensor) -> torch.Tensor:
+    """As transformers does: no mask for one row, which leads the export to two at least."""
+    scores = x @ x.T
+    if x.shape[0] > 1:
+        scores = scores + torch.full_like(scores, -1e4).triu(1)
+    return scores.softmax(-1) @ x
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lower_bound_of_two_is_lowered_where_one_works(dtype: torch.dtype) -> None:
-    """A comparison with 1 in broadcasting makes torch.export start at 2."""
-    captured = capture(Function(lambda x: x[1:] + x[:-1]), (x.to(dtype),))
-    graph = captured.program.graph
-    low = graph.bounds["T"].low
-    assert low <= 1
-    one = torch.ones(1, WIDTH, dtype=dtype)
-    (made,) = evaluate(graph, (one,), captured.program.weights)
-    assert made.shape == (0, WIDTH)
+    captured = capture(Function(causal), (x.to(dtype),))
+    assert captured.program.graph.bounds == {"T": Bounds(1)}
+
+
+def test_a_lower_bound_that_was_asked_for_stands() -> None:
+    rows = Dim("rows", min=2)
+    captured = capture(Function(causal), (x,), dynamic_shapes=({0: rows},))
+    assert captured.program.graph.bounds == {"rows": Bounds(2)}
+
+
+def test_a_lower_bound_stands_where_one_row_gives_something_else() -> None:
+    captured = capture(Function(lambda x: x * 2 if x.shape[0] > 1 else x * 3), (x,))
+    assert captured.program.graph.bounds == {"T": Bounds(2)}
 
 
 def test_a_lower_bound_that_the_model_needs_stands() -> None:

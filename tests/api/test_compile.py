@@ -1,0 +1,246 @@
+"""moec.compile: what it is asked, what it gives back, and how both can be wrong."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec import target as targets
+from moec.errors import (
+    CaptureError,
+    InputError,
+    MoecError,
+    TargetError,
+    UnsupportedError,
+    UsageError,
+)
+from moec.runtime import artifact
+from moec.target import TARGETS
+from tests.capture.modules import WIDTH, Function, Moe
+
+x = torch.randn(5, WIDTH)
+TOLERANCE = 1e-5  # float32, sums of eight
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=TOLERANCE, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Moe:
+    return Moe()
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Moe) -> moec.CompiledModel:
+    rows = torch.export.Dim("rows", max=64)
+    return moec.compile(model, x, dynamic_shapes={"x": {0: rows}})
+
+
+def test_torch_gives_torch_and_numpy_gives_numpy(model: Moe, compiled: moec.CompiledModel) -> None:
+    made = compiled(x=x.numpy())
+    assert isinstance(made, np.ndarray)
+    assert close(torch.from_numpy(made), model(x))
+    assert close(compiled(x), model(x))
+    assert repr(compiled).startswith("<Moe, compiled for ")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64])
+def test_every_number_of_rows_within_the_bounds(
+    model: Moe, compiled: moec.CompiledModel, rows: int
+) -> None:
+    given = torch.randn(rows, WIDTH)
+    made = compiled(given)
+    assert made.shape == (rows, WIDTH)
+    assert close(made, model(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.randn(65, WIDTH), "axis 0 of input 'x' is 65, and the model was compiled for rows"),
+        (torch.randn(5, 9), "axis 1 of input 'x' is 9, expected 8"),
+        (torch.randn(5), "input 'x' has 1 axes [5], expected 2: [rows, 8]"),
+        (x.double(), "input 'x' is f64, expected f32; convert it"),
+        ([1.0], "input 'x' is a list, expected a tensor f32[rows, 8]"),
+    ],
+)
+def test_inputs_that_do_not_fit(compiled: moec.CompiledModel, given: Any, words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        compiled(given)
+    assert words in str(raised.value)
+
+
+def test_too_many_inputs_and_wrong_names(compiled: moec.CompiledModel) -> None:
+    with pytest.raises(InputError, match=r"takes 1 inputs \(x\), but 2 were given"):
+        compiled(x, x)
+    with pytest.raises(InputError, match="input x was given twice, by place and by name"):
+        compiled(x, x=x)
+    with pytest.raises(InputError, match="there is no input 'y'"):
+        compiled(y=x)
+    with pytest.raises(InputError, match="input 'x' is missing"):
+        compiled()
+
+
+def test_rows_of_nan_stay_where_they_are(model: Moe, compiled: moec.CompiledModel) -> None:
+    """A row of NaN is eager's NaN row, and its neighbours do not notice."""
+    given = x.clone()
+    given[2] = float("nan")
+    made, expected = compiled(given), model(given)
+    assert torch.equal(made.isnan(), expected.isnan())
+    assert close(made, expected)
+
+
+def test_two_threads_and_two_models(model: Moe, compiled: moec.CompiledModel) -> None:
+    """Calls from several threads, on two models side by side, each give their own result."""
+    other_model = nn.Sequential(nn.Linear(WIDTH, 3), nn.ReLU())
+    other = moec.compile(other_model, (x,))
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for rows in range(1, 30):
+            given = torch.randn(rows, WIDTH, generator=generator)
+            with torch.no_grad():
+                if not close(compiled(given), model(given)):
+                    wrong.append(f"moe at {rows} rows")
+                if not close(other(given), other_model(given)):
+                    wrong.append(f"dense at {rows} rows")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_model_without_moe_says_so() -> None:
+    dense = moec.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()), (x,))
+    assert dense.blocks == ()
+    assert "No MoE block was recognised" in str(dense.report())
+
+
+def test_several_outputs_are_a_dict() -> None:
+    made = moec.compile(Function(lambda x: {"a": x + 1, "b": (x * 2, x * 3)}), (x,))(x)
+    assert list(made) == ["a", "b_0", "b_1"]
+    assert close(made["b_1"], x * 3)
+
+
+class Odd(nn.Module):
+    """Two operators that no compiler of models has a rule for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x) + torch.linalg.svdvals(x).sum()
+
+
+class Holds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Odd()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(x) * 2
+
+
+def test_unsupported_operators_are_all_listed_with_their_place() -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        moec.compile(Holds(), (x,))
+    words = str(raised.value)
+    assert "special_bessel_j0" in words
+    assert "linalg_svd" in words
+    assert words.count("odd") >= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "words"),
+    [
+        ({"args": 5}, UsageError, "args is a int: give the example inputs as a tuple"),
+        ({"args": x.numpy()}, UsageError, "args is a ndarray: give the example inputs as a tuple"),
+        ({"args": (x.numpy(),)}, UsageError, "an example input is a numpy array: give torch ten"),
+        ({"args": (), "kwargs": [x]}, UsageError, "kwargs is a list: give the example inputs by"),
+        ({"args": ()}, UsageError, "Moe needs example inputs"),
+        ({"opt_level": 7}, UsageError, "there is no optimisation level 7; levels are 0, 1 and 2"),
+        ({"opt_level": "2"}, UsageError, "there is no optimisation level 2"),
+        ({"passes": "+magic"}, UsageError, "write +name or -name, where name is one of "),
+        ({"passes": ["+magic"]}, UsageError, "passes is a list: give text such as"),
+        ({"stop_after": "lunch"}, UsageError, "lunch: no such pass; there are capture, "),
+        ({"target": "z80"}, TargetError, "unknown target 'z80'; the known targets are cpu"),
+        ({"target": 3}, UsageError, "target is a int: give the name of a target"),
+        ({"dtype": "int8"}, UsageError, "dtype int8: models are float32, bfloat16, float16"),
+        ({"dtype": torch.int64}, UsageError, "dtype torch.int64: models are float32, bfloat16"),
+        ({"verify": "yes"}, UsageError, "verify is 'yes': give True, False or the greatest error"),
+        ({"verify": -1.0}, UsageError, "verify is -1.0: give True, False or the greatest error"),
+        ({"verify": float("nan")}, UsageError, "verify is nan: give True, False or the greatest"),
+        ({"dynamic_shapes": {"q": None}}, CaptureError, "dynamic_shapes names q, but the argum"),
+    ],
+)
+def test_what_cannot_be_asked(
+    model: Moe, asked: dict[str, Any], kind: type[MoecError], words: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        moec.compile(model, **{"args": (x,), **asked})
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_is_built_where_passes_stop(tmp_path: Path, model: Moe) -> None:
+    seen: list[str] = []
+    stopped = moec.compile(model, (x,), stop_after="canonicalise", progress=seen.append)
+    assert (stopped.package, stopped.executor, stopped.checked) == (None, None, None)
+    assert seen == ["capture", "passes"]
+    assert list(stopped.phases) == seen
+    for use in (lambda: stopped(x), lambda: stopped.save(tmp_path / "x.moec"), stopped.reset):
+        with pytest.raises(UsageError, match="not built: leave out stop_after and build=False"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtype_converts_weights_and_float_inputs() -> None:
+    converted = moec.compile(Moe(), (x,), dtype="bfloat16")
+    assert converted(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_a_pt2_without_examples(tmp_path: Path) -> None:
+    exported = torch.export.export(Moe(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    exported._example_inputs = None
+    path = tmp_path / "bare.pt2"
+    torch.export.save(exported, path)
+    with pytest.raises(UsageError, match=r"bare.pt2 holds no example inputs to verify with"):
+        moec.compile(path)
+    bare = moec.compile(path, verify=False)
+    assert close(bare(x), Moe()(x))
+    bare.save(tmp_path / "bare.moec")
+    assert artifact.read(tmp_path / "bare.moec").samples == ()
+    assert moec.compile(path, (x,)).checked is not None
+    with pytest.raises(CaptureError, match="sizes of an exported program are fixed"):
+        moec.compile(path, (x,), dynamic_shapes={"x": None})
+
+
+def test_code_for_another_machine(
+    tmp_path: Path, model: Moe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine without AVX2: the code is made and saved, never run."""
+    monkeypatch.setattr(targets, "host_features", lambda: frozenset({"sse4.2"}))
+    assert targets.missing(TARGETS["avx2"])
+    with pytest.raises(UsageError, match="cannot be verified here: switch verification off"):
+        moec.compile(model, (x,), target="avx2")
+    made = moec.compile(model, (x,), target="avx2", verify=False)
+    assert made.package is not None
+    assert made.executor is None
+    assert "which this machine cannot run: not verified, and saved without" in str(made.report())
+    with pytest.raises(UsageError, match="cannot run code for avx2: save the model, and load it"):
+        made(x)
+    made.save(tmp_path / "far.moec")
+    monkeypatch.undo()
+    loaded = moec.load(tmp_path / "far.moec")
+    assert loaded.artifact.samples == ()
+    if not targets.missing(TARGETS["avx2"]):
+        assert close(loaded(x), model(x))
