@@ -28,13 +28,13 @@ x = torch.randn(5, WIDTH)
 
 @pytest.fixture
 def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fuse-gate renormalises where the model does not."""
+    """fuse-gate makes the weights a fifth greater than they are."""
     right = FuseGate.run
 
     def wrong(self: FuseGate, program: Program, log: Log) -> Program:
         made = right(self, program, log)
         ops = tuple(
-            replace(op, attrs={**op.attrs, "renormalize": True}) if op.name == "moe.gate" else op
+            replace(op, attrs={**op.attrs, "scale": 1.2}) if op.name == "moe.gate" else op
             for op in made.graph.ops
         )
         assert ops != made.graph.ops
@@ -84,6 +84,35 @@ def test_zero_allows_nothing() -> None:
     exact = moec.compile(Function(lambda x: x * 2), (x,), verify=0)
     assert exact.checked is not None
     assert exact.checked.errors == {"output": 0.0}
+
+
+def off(rows: slice) -> Any:
+    """A run of Moe in bf16 in which some rows are farther off than rounding, and not by much."""
+    captured = capture(Moe(torch.bfloat16), (torch.randn(40, WIDTH).bfloat16(),))
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        (made,) = captured.eager(inputs["x"])
+        made[rows] += 0.2 * made.abs().max()
+        return {"output": made}
+
+    return captured, run
+
+
+def test_in_16_bits_a_few_rows_may_have_gone_to_other_experts() -> None:
+    checked = check(*off(slice(30, 31)), ())
+    assert (checked.strays, checked.rows) == (2, 40 + 40 + 1 + 19)
+    assert checked.errors["output"] > checked.tolerance
+
+
+def test_in_16_bits_many_rows_may_not() -> None:
+    with pytest.raises(VerificationError, match="the generated code is wrong"):
+        check(*off(slice(0, 9)), ())
+
+
+@pytest.mark.usefixtures("broken_gate")
+def test_a_wrong_pass_is_named_in_16_bits() -> None:
+    with pytest.raises(VerificationError, match="the graph differs is fuse-gate"):
+        moec.compile(Moe(torch.bfloat16), (x.bfloat16(),))
 
 
 def test_cases_have_the_sizes_that_belong_together() -> None:
