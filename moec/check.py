@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from moec.random_inputs import random_like
 from moec.sizes import Bounds, evaluate_dim, symbols
 
 Case = tuple[torch.Tensor, ...]
+Answer = tuple[Case, tuple[torch.Tensor, ...]]
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
 
@@ -88,28 +89,35 @@ def check(
     worst = dict.fromkeys(names, 0.0)
     found, rows = 0, 0
     farthest: tuple[float, str, Case] = (0.0, "", ())
+    known, skipped = _answers(captured)
+    for case, expected in known:
+        got = run(dict(zip(inputs, case, strict=True)))
+        for name, value in zip(names, expected, strict=True):
+            error = distance(got[name], value)
+            worst[name] = max(worst[name], error)
+            farthest = max(farthest, (error, name, case), key=lambda found: found[0])
+            if not error <= rule.greatest:
+                raise _differs(name, error, case, rule, captured, known, steps)
+            few, many = strays(got[name], value, rule.limit)
+            found, rows = found + few, rows + many
+    if found > rule.share * rows:
+        error, name, case = farthest
+        raise _differs(name, error, case, rule, captured, known, steps)
+    return Checked(worst, rule.limit, found, rows, skipped)
+
+
+def _answers(captured: Captured) -> tuple[list[Answer], tuple[str, ...]]:
+    """What eager gives in each case, and in words the cases in which it fails."""
+    known: list[Answer] = []
     skipped: list[str] = []
     for case in cases(captured):
         try:
-            expected = captured.eager(*case)
+            known.append((case, captured.eager(*case)))
         except Exception as error:
             if case is captured.example:
                 raise CaptureError(f"the model fails on its example inputs: {error}") from error
             skipped.append(f"inputs {_shapes(case)} were not compared: the model fails: {error}")
-            continue
-        got = run(dict(zip(inputs, case, strict=True)))
-        for name, value in zip(names, expected, strict=True):
-            error_of = distance(got[name], value)
-            worst[name] = max(worst[name], error_of)
-            farthest = max(farthest, (error_of, name, case), key=lambda found: found[0])
-            if not error_of <= rule.greatest:
-                raise _differs(name, error_of, rule, captured, case, steps)
-            few, many = strays(got[name], value, rule.limit)
-            found, rows = found + few, rows + many
-    if found > rule.share * rows:
-        worst_error, name, case = farthest
-        raise _differs(name, worst_error, rule, captured, case, steps)
-    return Checked(worst, rule.limit, found, rows, tuple(dict.fromkeys(skipped)))
+    return known, tuple(dict.fromkeys(skipped))
 
 
 @dataclass(frozen=True)
@@ -126,24 +134,28 @@ class _Rule:
         share = max((STRAYS.get(value.dtype, 0.0) for value in graph.values()), default=0.0)
         return _Rule(limit, max(limit, FAR) if share else limit, share)
 
-    def allows(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
-        if not distance(got, expected) <= self.greatest:
-            return False
-        few, rows = strays(got, expected, self.limit)
-        return few <= self.share * rows
+    def allows(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        found, rows = 0, 0
+        for got, expected in pairs:
+            if not distance(got, expected) <= self.greatest:
+                return False
+            few, many = strays(got, expected, self.limit)
+            found, rows = found + few, rows + many
+        return found <= self.share * rows
 
 
 def _differs(
     name: str,
     error: float,
+    case: Case,
     rule: _Rule,
     captured: Captured,
-    case: Case,
+    known: Sequence[Answer],
     steps: Sequence[Step],
 ) -> VerificationError:
     return VerificationError(
         f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
-        f"{rule.limit:.0e} (inputs {_shapes(case)}); {_blame(captured, case, steps, rule)}"
+        f"{rule.limit:.0e} (inputs {_shapes(case)}); {_blame(rule, captured, known, steps)}"
     )
 
 
@@ -151,15 +163,19 @@ def _shapes(case: Case) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in case)
 
 
-def _blame(captured: Captured, case: Case, steps: Sequence[Step], rule: _Rule) -> str:
+def _blame(rule: _Rule, captured: Captured, known: Sequence[Answer], steps: Sequence[Step]) -> str:
     """Which pass first made a graph that differs, or that it was none of them."""
-    expected = captured.eager(*case)
     states = [captured.program.weights[s.before.name] for s in captured.program.graph.states]
+
+    def pairs(step: Step) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for case, expected in known:
+            got = evaluate(step.program.graph, [*case, *states], step.program.weights)
+            yield from zip(got, expected, strict=False)  # the states that follow are not compared
+
     for step in steps:
         try:
-            got = evaluate(step.program.graph, [*case, *states], step.program.weights)
+            if not rule.allows(pairs(step)):
+                return f"the first pass after which the graph differs is {step.name}"
         except (IRError, RuntimeError) as error:
             return f"the graph after {step.name} does not run: {error}"
-        if not all(rule.allows(a, b) for a, b in zip(got, expected, strict=False)):  # then states
-            return f"the first pass after which the graph differs is {step.name}"
     return "the graph is right after every pass: the generated code is wrong"
