@@ -23,37 +23,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.codegen.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
 from moec.target import Target
 
-# tanh(x) = x p(x^2) / q(x^2) for |x| < 7.9053, and erf(x) likewise for |x| < 4: the minimax
-# coefficients that Eigen, XLA and TOPI use, highest power first.
 _TANH_LIMIT = 7.90531110763549805
-_TANH_P = (
-    -2.76076847742355e-16,
-    2.00018790482477e-13,
-    -8.60467152213735e-11,
-    5.12229709037114e-08,
-    1.48572235717979e-05,
-    6.37261928875436e-04,
-    4.89352455891786e-03,
-)
-_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-_ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-_ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
 # erfc(z) = t exp(p(t) - z^2) with t = 1 / (1 + z/2): Numerical Recipes, erfcc.
 _ERFC = (
     0.17087277,
@@ -196,12 +169,12 @@ class Vector:
     def tanh(self, x: Expr) -> Expr:
         x = self.clamp(x, -_TANH_LIMIT, _TANH_LIMIT)
         square = T.bind(x * x)
-        return T.bind(x * self._poly(_TANH_P, square) / self._poly(_TANH_Q, square))
+        return T.bind(x * self._poly(TANH_P, square) / self._poly(TANH_Q, square))
 
     def erf(self, x: Expr) -> Expr:
         x = self.clamp(x, -4.0, 4.0)
         square = T.bind(x * x)
-        return T.bind(x * self._poly(_ERF_P, square) / self._poly(_ERF_Q, square))
+        return T.bind(x * self._poly(ERF_P, square) / self._poly(ERF_Q, square))
 
     def gelu(self, x: Expr) -> Expr:
         """x * Phi(x), by erfc, so that small results keep their digits; infinity gives NaN."""

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.script.ir_builder import tirx as T
 
+from moec.errors import UnsupportedError
 from moec.sizes import Dim, symbols
 
 
@@ -193,7 +194,7 @@ class Sizes:
                 return _fold(tirx.min, arguments)
             case "Abs":
                 return T.Select(arguments[0] < 0, 0 - arguments[0], arguments[0])
-        raise NotImplementedError(f"size {dim}")
+        raise UnsupportedError(f"the size {dim} cannot be computed: it uses {dim.func.__name__}")
 
 
 def _fold(combine: object, values: list[Expr]) -> Expr:

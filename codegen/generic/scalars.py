@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.generic import index as ix
+from moec.codegen.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
 from moec.target import Target
 
 COMPUTE = {
@@ -386,35 +387,8 @@ define linkonce_odr i64 @moec_{name}_i64(i64 %a, i64 %b) alwaysinline {{
     return "".join(parts)
 
 
-# exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c). tanh(x) = x p(x^2)/q(x^2)
-# for |x| < 7.9053, erf likewise for |x| < 4: the minimax coefficients of Eigen and XLA.
+# exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-_TANH_P = (
-    -2.76076847742355e-16,
-    2.00018790482477e-13,
-    -8.60467152213735e-11,
-    5.12229709037114e-08,
-    1.48572235717979e-05,
-    6.37261928875436e-04,
-    4.89352455891786e-03,
-)
-_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-_ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-_ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
 
 
 def _horner(name: str, coefficients: tuple[float, ...], x: str) -> str:
@@ -479,8 +453,8 @@ define linkonce_odr float @moec_{name}_f32(float %x0) alwaysinline {{
 
 
 def _tanh() -> str:
-    return _rational("tanh", 7.90531110763549805, _TANH_P, _TANH_Q)
+    return _rational("tanh", 7.90531110763549805, TANH_P, TANH_Q)
 
 
 def _erf() -> str:
-    return _rational("erf", 4.0, _ERF_P, _ERF_Q)
+    return _rational("erf", 4.0, ERF_P, ERF_Q)

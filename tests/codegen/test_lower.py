@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
+from tvm import tirx
 
 from moec.codegen.generic.groups import partition
+from moec.codegen.generic.index import Sizes
 from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
 from moec.errors import UnsupportedError
 from moec.evaluate import evaluate
 from moec.ir import Graph, Program
 from moec.runtime.executor import Executor
-from moec.sizes import Bounds
+from moec.sizes import Bounds, symbol
 from moec.target import host
 from moec.text import parse
 
@@ -215,3 +218,9 @@ def test_a_weight_in_two_layouts_is_noted() -> None:
     package = build(Program(graph, {"w": torch.randn(8, 4)}), host())
     assert package.notes == ("weight w is stored 2 times: w, w.packed",)
     assert package.kernels == (("y", "linear"),)
+
+
+def test_a_size_that_no_kernel_computes_is_named() -> None:
+    size = sympy.log(symbol("T"))
+    with pytest.raises(UnsupportedError, match=r"size log\(T\) cannot be computed: it uses log"):
+        Sizes({"T": tirx.Var("T", "int64")}).expr(size)
