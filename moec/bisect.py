@@ -7,18 +7,15 @@ difference is one of meaning and not of rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from moec.closeness import distance
-from moec.evaluate import evaluate
 from moec.ir import Program
-from moec.passes.prove import widen
 from moec.passes.runner import Pass, run
-
-TOLERANCE = 2e-4
+from moec.widened import MEANING, in_float32
 
 Inputs = Sequence[torch.Tensor]
 
@@ -68,7 +65,7 @@ def bisect(
     passes: Sequence[Pass],
     cases: Sequence[Inputs],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = MEANING,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Bisection:
     """The first rewrite of `passes` after which some case differs by more than `tolerance`.
@@ -77,14 +74,15 @@ def bisect(
     rewrites of the first pass that breaks, so it finds a rewrite with the numbers right before
     it and wrong after it.
     """
-    expected = [_results(program, case) for case in cases]
+    expected = list(map(in_float32(program), cases))
 
     def error(made: Program) -> float:
+        widened = in_float32(made)
         return max(
             (
                 distance(got, wanted)
                 for case, results in zip(cases, expected, strict=True)
-                for got, wanted in zip(_results(made, case), results, strict=True)
+                for got, wanted in zip(widened(case), results, strict=True)
             ),
             default=0.0,
         )
@@ -113,15 +111,3 @@ def bisect(
             return Bisection(tolerance, rewrites, tuple(errors), culprit)
         before, spent = after, spent + step.rewrites
     return Bisection(tolerance, rewrites, tuple(errors))
-
-
-def _results(program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    graph = replace(program.graph, outputs=program.graph.results, states=())
-    weights = {param.name: _wide(program.weights[param.name]) for param in graph.params}
-    with torch.no_grad():
-        return evaluate(widen(graph), [_wide(tensor) for tensor in inputs], weights)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    low = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.float() if low else tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from moec.ir import FLOATS, Graph
@@ -28,14 +30,28 @@ wrong, though its numbers differ. A float32 copy of the model differs from eager
 FAR = 0.5
 
 
-def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
-    """How many rows (all axes but the last) are farther apart than `limit`, and of how many."""
+def row_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """For each row (all axes but the last) its greatest difference, as a share of the greatest
+    value that is expected of all rows."""
     width = expected.shape[-1] if expected.ndim else 1
     if not expected.numel():
-        return 0, 0
+        return torch.zeros(0, dtype=torch.float64)
     a, b = (t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (got, expected))
-    scale = float(b.abs().max()) or 1.0
-    return int(((a - b).abs().amax(-1) / scale > limit).sum()), len(b)
+    return (a - b).abs().amax(-1) / (float(b.abs().max()) or 1.0)
+
+
+def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
+    """How many rows are farther apart than `limit`, and of how many."""
+    errors = row_errors(got, expected)
+    return int((errors > limit).sum()), len(errors)
+
+
+def allowed_strays(share: float, rows: int) -> float:
+    """The most strays among `rows` of which each may be one with a chance of `share`: three
+    standard deviations above the mean, so that chance alone goes beyond it in one of 700 checks.
+    """
+    mean = share * rows
+    return mean + 3 * math.sqrt(mean)
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:

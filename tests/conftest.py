@@ -18,6 +18,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+torch.manual_seed(
+    int(os.environ.get("MOEC_TEST_SEED", "0"))
+)  # what test modules draw while they are imported
 
 # No deadline: the first call of a torch or TVM function takes as long as a thousand others.
 settings.register_profile("moec", deadline=None, derandomize="CI" in os.environ, print_blob=True)
@@ -33,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files instead of comparing with them",
     )
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run, whatever ran before; other ones: MOEC_TEST_SEED."""
+    torch.manual_seed(int(os.environ.get("MOEC_TEST_SEED", "0")))
 
 
 def golden_file(request: pytest.FixtureRequest) -> Path:

@@ -46,9 +46,10 @@ def command(
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model
-        from moec.bisect import TOLERANCE, bisect
+        from moec.bisect import bisect
         from moec.pipeline import choose
         from moec.random_inputs import random_cases
+        from moec.widened import MEANING
 
         chosen = choose(opt_level, passes)
         captured = compile_model(
@@ -63,7 +64,7 @@ def command(
             captured.program,
             chosen,
             random_cases(captured.program, captured.example, seed=seed),
-            tolerance=tolerance or TOLERANCE,
+            tolerance=MEANING if tolerance is None else tolerance,
             progress=progress.phase,
         )
     if as_json:
