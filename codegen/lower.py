@@ -1,8 +1,8 @@
-"""Graph -> TVM Relax: one function `main`, every group of ops a call to one kernel.
+"""Graph -> TVM Relax: one function, every group of ops a call to one kernel.
 
 Ops with a kernel of our own (kernels/) are called as they are; all others are fused into
 loops (generic/). Kernels that compute the same thing are made once, whatever layer they stand
-in, and work for every size within the bounds.
+in and whichever function calls them, and work for every size within the bounds.
 """
 
 from __future__ import annotations
@@ -15,36 +15,49 @@ from tvm import relax, tirx
 from moec.codegen.generic.groups import partition
 from moec.codegen.generic.index import Sizes, names
 from moec.codegen.kernels import KERNELS, has_kernel
-from moec.codegen.lowering import Lowering, Param
+from moec.codegen.lowering import Kernels, Lowering, Param
 from moec.codegen.support import check
 from moec.ir import Graph
-from moec.runtime.package import MAIN
+from moec.runtime.package import MAIN, STEP
 from moec.target import Target
 
 
 @dataclass
 class Lowered:
-    """`module` takes the caller's inputs, the states, then `params`."""
+    """`module` has a function for the model, and one for its `step` where there is one.
+
+    Each takes the caller's inputs, the states, then its params.
+    """
 
     module: tvm.IRModule
     params: tuple[Param, ...]
     kernels: tuple[tuple[str, str], ...]
+    step: tuple[Param, ...] = ()
 
 
-def lower(graph: Graph, target: Target) -> Lowered:
+def lower(graph: Graph, target: Target, step: Graph | None = None) -> Lowered:
     """Raises UnsupportedError, listing every op that has no kernel and every unknown size."""
+    kernels = Kernels(relax.BlockBuilder())
+    params = _function(MAIN, graph, target, kernels)
+    places = tuple(kernels.places)
+    more = () if step is None else _function(STEP, step, target, kernels)
+    return Lowered(kernels.builder.finalize(), params, places, more)
+
+
+def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:
+    """Add the function of a graph; its params in their order."""
     own = {op for op in graph.ops if has_kernel(op, graph)}
     check(graph, own.__contains__)
     known = sorted({name for v in graph.values() for name in names(*v.shape)})
     sizes = Sizes({name: tirx.Var(name, "int64") for name in known})
-    builder = relax.BlockBuilder()
-    low = Lowering(graph, target, builder, sizes)
+    low = Lowering(graph, target, kernels, sizes)
     # The caller's own inputs, then the states in their order.
     before = [state.before for state in graph.states]
     ordered = [*(v for v in graph.inputs if v not in before), *before]
     inputs = [relax.Var(v.name, low.type(v)) for v in ordered]
     low.values |= dict(zip(ordered, inputs, strict=True))
-    with builder.function(MAIN):
+    builder = kernels.builder
+    with builder.function(name):
         with builder.dataflow():
             for group in partition(graph, own.__contains__):
                 if group.root in own:
@@ -55,5 +68,4 @@ def lower(graph: Graph, target: Target) -> Lowered:
             results = [builder.emit_output(low.value(v)) for v in graph.results]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *params])
-    module = builder.finalize()
-    return Lowered(module, tuple(param for param, _ in low.params.values()), tuple(low.kernels))
+    return tuple(param for param, _ in low.params.values())

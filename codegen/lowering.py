@@ -31,22 +31,37 @@ class Param:
 
 
 @dataclass
+class Kernels:
+    """The kernels of a module, each made once, whichever function calls it."""
+
+    builder: relax.BlockBuilder
+    made: dict[object, Any] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
+    places: list[tuple[str, str]] = field(default_factory=list)
+
+    def unique(self, name: str) -> str:
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+
+
+@dataclass
 class Lowering:
-    """The Relax function while it is built; kernels.py adds calls of kernels of our own."""
+    """One Relax function while it is built; kernels/ adds calls of kernels of our own."""
 
     graph: Graph
     target: Target
-    builder: relax.BlockBuilder
+    kernels: Kernels
     sizes: Sizes
     values: dict[Value, relax.Expr] = field(default_factory=dict)
     params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
-    functions: dict[object, Any] = field(default_factory=dict)
-    kernels: list[tuple[str, str]] = field(default_factory=list)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
     masks: dict[object, Value] = field(default_factory=dict)
     bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)
-    taken: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def builder(self) -> relax.BlockBuilder:
+        return self.kernels.builder
 
     def type(self, of: Value | TensorType) -> relax.TensorType:
         shape = [self.sizes.expr(d) for d in of.shape]
@@ -68,18 +83,15 @@ class Lowering:
 
     def note(self, op: Op, kernel: str) -> None:
         """For the report: which kernel does an op."""
-        self.kernels.append((op.origin or op.outputs[0].name, kernel))
+        self.kernels.places.append((op.origin or op.outputs[0].name, kernel))
 
     def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
         """The kernel of that key, made once."""
-        if key not in self.functions:
-            unique = self.unique(name)
-            self.functions[key] = self.builder.add_func(make(unique), unique)
-        return self.functions[key]
-
-    def unique(self, name: str) -> str:
-        self.taken[name] += 1
-        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+        made = self.kernels.made
+        if key not in made:
+            unique = self.kernels.unique(name)
+            made[key] = self.builder.add_func(make(unique), unique)
+        return made[key]
 
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
@@ -91,6 +103,13 @@ class Lowering:
         if len(types) == 1:
             return [result]
         return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def in_place(
+        self, function: Any, arguments: Sequence[relax.Expr], output: TensorType
+    ) -> relax.Expr:
+        """The first argument after a kernel wrote into it. Nobody may read it as it was."""
+        made = relax.op.call_tir_inplace(function, relax.Tuple(arguments), 0, self.type(output))
+        return self.builder.emit(made)
 
     def shaped(self, value: Value, to: TensorType) -> relax.Expr:
         """A value of the graph in another shape."""
@@ -117,12 +136,12 @@ class Lowering:
             same = root.inputs[0].shape == out.shape
             return [source if same else self.reshaped(source, out.type)]
         text, order = describe(group)
-        written = self.functions.get(text)
+        written = self.kernels.made.get(text)
         if written is None:
-            name = self.unique(_name(group))
+            name = self.kernels.unique(_name(group))
             made = write(group, name, self.target)
             written = (self.builder.add_func(made.function, name), made.sizes, order)
-            self.functions[text] = written
+            self.kernels.made[text] = written
         function, free, first_order = written
         # The kernel may have been made for sizes of other names.
         now = dict(zip(first_order, order, strict=True))

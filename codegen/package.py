@@ -22,29 +22,41 @@ from moec.codegen.lowering import Param
 from moec.errors import TargetError
 from moec.ir import Graph, Program, Value
 from moec.runtime.dtypes import Array
-from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort
+from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step
 from moec.target import Target
 
 __all__ = ["build"]
 
 
-def build(program: Program, target: Target, opt_level: int = 2) -> Package:
-    """Compile a program of any stage that `lower` takes for a CPU.
+def build(
+    program: Program, target: Target, opt_level: int = 2, step: Program | None = None
+) -> Package:
+    """Compile a program of any stage that `lower` takes for a CPU, with the same for tokens that
+    come in pieces (`moec.passes.incremental`), where they can.
 
     Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
     leaves LLVM's optimisation out. Raises UnsupportedError (everything that has no kernel at
     once) and TargetError (no linker).
     """
-    lowered = lower(program.graph, target)
+    lowered = lower(program.graph, target, None if step is None else step.graph)
     library = export(compile_module(lowered.module, target, opt_level))
-    return package(program, target, lowered, library)
+    return package(program, target, lowered, library, step)
 
 
-def package(program: Program, target: Target, lowered: Lowered, library: bytes) -> Package:
+def package(
+    program: Program,
+    target: Target,
+    lowered: Lowered,
+    library: bytes,
+    step: Program | None = None,
+) -> Package:
     """What `build` gives, for a module that was lowered and compiled before."""
     graph = program.graph
     before = [state.before for state in graph.states]
     arrays = dict(_arrays(lowered.params, program.weights))
+    if step is not None:
+        more = tuple(param for param in lowered.step if param.name not in arrays)
+        arrays |= dict(_arrays(more, step.weights))
     states = []
     for value in before:
         initial = f"{value.name}.initial" if value.name in program.weights else ""
@@ -57,10 +69,7 @@ def package(program: Program, target: Target, lowered: Lowered, library: bytes) 
         outputs=tuple(_port(v) for v in graph.outputs),
         states=tuple(states),
         sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
-        params=tuple(
-            Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape))
-            for p in lowered.params
-        ),
+        params=ports(lowered.params),
         arrays=arrays,
         library=library,
         index_ranges=index_ranges(graph),
@@ -71,7 +80,23 @@ def package(program: Program, target: Target, lowered: Lowered, library: bytes) 
             "tvm": version("apache-tvm"),
             "torch": torch.__version__,
         },
+        step=None if step is None else _step(step.graph, lowered),
     )
+
+
+def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
+    return tuple(Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape)) for p in params)
+
+
+def _step(graph: Graph, lowered: Lowered) -> Step:
+    tokens, (logits,) = graph.inputs[0], graph.outputs
+    sequence = str(tokens.shape[1])
+    ids = index_ranges(graph).get(tokens.name)
+    vocabulary = logits.shape[-1] if ids is None else ids[1] + 1
+    assert isinstance(vocabulary, int)
+    longest = graph.bounds[sequence].high if sequence in graph.bounds else None
+    caches = tuple(_port(state.before) for state in graph.states)
+    return Step(caches, _port(logits), ports(lowered.step), vocabulary, longest)
 
 
 def _port(value: Value) -> Port:

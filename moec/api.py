@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from moec.arguments import cast, example_inputs, target_of, text, tolerance
 from moec.blocks import Block, blocks
 from moec.calling import call
 from moec.capture import Captured, capture
-from moec.capture.doors import Source, open_source
+from moec.capture.doors import Source, open_source, stop_tokens
 from moec.closeness import default_tolerance
-from moec.errors import UsageError
-from moec.ir import Graph, Stage
+from moec.errors import NoMatch, UsageError
+from moec.generation import Prompts, continued, stream
+from moec.ir import Graph, Program, Stage
+from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
+from moec.pieces import in_pieces
 from moec.pipeline import choose, until
 from moec.report import (
     DeclinedLine,
@@ -57,6 +61,7 @@ class CompiledModel:
     blocks: tuple[Block, ...]
     declined: tuple[Declined, ...]
     target: Target
+    step: Program | None = None
     package: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
@@ -66,6 +71,21 @@ class CompiledModel:
         """Run the model. Raises InputError where an input does not fit."""
         package, executor = self._built()
         return call(executor, [port.name for port in package.inputs], args, kwargs)
+
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """Continue texts: `prompts` are token ids [B, S], or a list of lists of any lengths.
+
+        Gives the prompts with their new tokens, of the kind that was given; a row that ended
+        early is filled up with its last token. Options: `max_new_tokens` (64), `temperature`
+        (0: the likeliest token), `top_p`, `top_k`, `seed`, and `stop`, the tokens that end a
+        text (those of the model's configuration). Raises InputError where the model does not
+        continue text, or an option or a prompt is out of range.
+        """
+        return continued(self._built()[1], prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
+        """As `generate`: the next token of each text as it comes; None where a text has ended."""
+        return stream(self._built()[1], prompts, **options)
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
@@ -135,9 +155,15 @@ class CompiledModel:
             samples=self._samples(package),
             tolerance=checked.tolerance if checked else default_tolerance(self.graph),
             extra={"report": self.report().to_dict()},
-            files={name: file.read_bytes() for name, file in self.source.files.items()},
+            files=self._files(),
             native=native,
         )
+
+    def _files(self) -> dict[str, bytes]:
+        from moec.runtime.artifact import STEP
+
+        made = {name: file.read_bytes() for name, file in self.source.files.items()}
+        return made | ({STEP: print_graph(self.step.graph).encode()} if self.step else {})
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; none where there is no example, or it cannot run here."""
@@ -185,6 +211,7 @@ def compile(
     fuel: int | None = None,
     stop_after: str | None = None,
     build: bool = True,
+    kv_cache: bool = True,
     watch: Callable[[Step], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> CompiledModel:
@@ -196,7 +223,8 @@ def compile(
     first, in place; the module is left in eval mode. `passes` changes the passes of `opt_level`
     ("+a,-b"). `verify` compares the result with eager; a float is the greatest error allowed, as
     a share of the greatest value of an output. `fuel` caps the rewrites. `stop_after` names the
-    last pass to run; `build=False` stops before code generation.
+    last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
+    the code that `generate` runs for one token after the other.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError and VerificationError, all
     of them MoecError.
@@ -232,8 +260,23 @@ def compile(
     )
     if not builds:
         return compiled
+    if kv_cache:
+        with clock.phase("generation"):
+            compiled = _with_step(compiled)
     built = _build(compiled, opt_level, clock)
     return built if verify is False else _verify(built, limit, clock)
+
+
+def _with_step(compiled: CompiledModel) -> CompiledModel:
+    """With a program for tokens that come in pieces, or why there is none."""
+    program = compiled.steps[-1].program
+    if not continues_text(program.graph):
+        return compiled
+    try:
+        return replace(compiled, step=incremental(program))
+    except NoMatch as why:
+        declined = Declined("text generation", str(why), "incremental")
+        return replace(compiled, declined=(*compiled.declined, declined))
 
 
 def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledModel:
@@ -241,7 +284,14 @@ def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledMo
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
-        package = generate(compiled.steps[-1].program, compiled.target, opt_level)
+        program, step = compiled.steps[-1].program, compiled.step
+        package = generate(program, compiled.target, opt_level, step)
+        if package.step is not None:
+            stop = stop_tokens(compiled.source.model)
+            package = replace(package, step=replace(package.step, stop=stop))
+        for declined in compiled.declined:
+            if declined.rule == "incremental":
+                package = replace(package, no_step=declined.reason)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
     if missing(compiled.target):
@@ -261,7 +311,10 @@ def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> Comp
         return executor(inputs)
 
     with clock.phase("verify"):
-        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit)
+        pieces = None
+        if compiled.step is not None:
+            pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
+        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
         executor.reset()
     return replace(compiled, checked=checked)
 

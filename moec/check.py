@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from moec.widened import MEANING, in_float32
 
 Case = tuple[torch.Tensor, ...]
 Answer = tuple[Case, tuple[torch.Tensor, ...]]
-Compared = tuple[torch.Tensor, list[torch.Tensor]]
-"""A result, and those that would be right: eager's first."""
+Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
+"""The output that holds the logits, and a function that feeds token ids [B, S] in pieces: it
+gives the end of each piece and the logits [B, V] after it."""
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
 
@@ -43,6 +44,21 @@ class Checked:
     strays: int = 0
     rows: int = 0
     skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A result, and those that would be right: eager's first. It is output number `output`, or
+    its token before `stop`."""
+
+    got: torch.Tensor
+    right: tuple[torch.Tensor, ...]
+    output: int
+    stop: int | None = None
+
+    def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = results[self.output]
+        return whole if self.stop is None else whole[:, self.stop - 1]
 
 
 def cases(captured: Captured) -> list[Case]:
@@ -85,9 +101,13 @@ def _resize(tensor: torch.Tensor, shape: Sequence[Any], sizes: Mapping[str, int]
 
 
 def check(
-    captured: Captured, run: Run, steps: Sequence[Step], tolerance: float | None = None
+    captured: Captured,
+    run: Run,
+    steps: Sequence[Step],
+    tolerance: float | None = None,
+    pieces: Pieces | None = None,
 ) -> Checked:
-    """Compare `run` with eager on every case.
+    """Compare `run` with eager on every case, and where a model continues text also `pieces`.
 
     Raises VerificationError, naming the first pass that changed the numbers, where an output
     is farther off than `tolerance`.
@@ -96,20 +116,28 @@ def check(
     rule = _Rule.of(graph, tolerance)
     names = [value.name for value in graph.outputs]
     inputs = [value.name for value in graph.inputs][: len(captured.example)]
-    worst = dict.fromkeys(names, 0.0)
+    worst: dict[str, float] = {}
     farthest: tuple[float, str, Case] = (-1.0, "", ())
     compared: list[Compared] = []
+    owners: list[int] = []  # which case each is of
     known, skipped = _answers(captured)
-    for case, expected in known:
+    for number, (case, expected) in enumerate(known):
         got = run(dict(zip(inputs, case, strict=True)))
-        for name, value in zip(names, expected, strict=True):
-            error = distance(got[name], value)
-            worst[name] = max(worst[name], error)
+        found = [Compared(got[name], (), i) for i, name in enumerate(names)]
+        if pieces is not None:
+            name, fed = pieces
+            found += [Compared(made, (), names.index(name), stop) for stop, made in fed(case[0])]
+        for item in found:
+            name = names[item.output] + (" in pieces" if item.stop is not None else "")
+            right = item.of(expected)
+            error = distance(item.got, right)
+            worst[name] = max(worst.get(name, 0.0), error)
             farthest = max(farthest, (error, name, case), key=lambda found: found[0])
-            compared.append((got[name], [value]))
+            compared.append(replace(item, right=(right,)))
+            owners.append(number)
     allowed = rule.allows(compared)
     if not allowed and rule.share:
-        allowed = rule.allows(_beside_float32(captured, known, compared))
+        allowed = rule.allows(_beside_float32(captured, known, compared, owners))
     if not allowed:
         error, name, case = farthest
         raise VerificationError(
@@ -120,17 +148,19 @@ def check(
 
 
 def _beside_float32(
-    captured: Captured, known: Sequence[Answer], compared: Sequence[Compared]
+    captured: Captured,
+    known: Sequence[Answer],
+    compared: Sequence[Compared],
+    owners: Sequence[int],
 ) -> list[Compared]:
     """Each result beside eager's and beside what the module gives in float32: a token that
     either sends to the same experts is right, however near its scores are to a tie."""
     exact = in_float32(captured.program)
-    results = (
-        value.to(wanted.dtype)
-        for case, expected in known
-        for value, wanted in _pairs(exact(_with_states(captured.program, case)), expected)
-    )
-    return [(got, [*wanted, other]) for (got, wanted), other in zip(compared, results, strict=True)]
+    results = [exact(_with_states(captured.program, case)) for case, _ in known]
+    return [
+        replace(item, right=(*item.right, item.of(results[owner]).to(item.right[0].dtype)))
+        for item, owner in zip(compared, owners, strict=True)
+    ]
 
 
 def _answers(captured: Captured) -> tuple[list[Answer], tuple[str, ...]]:
@@ -163,23 +193,23 @@ class _Rule:
 
     def strays(self, compared: Iterable[Compared]) -> tuple[int, int]:
         """How many rows are farther than the limit from every result that would be right."""
-        errors = [_nearest(got, wanted) for got, wanted in compared]
+        errors = list(map(_nearest, compared))
         return sum(int((e > self.limit).sum()) for e in errors), sum(map(len, errors))
 
     def allows(self, compared: Sequence[Compared]) -> bool:
-        for got, wanted in compared:
-            error = distance(got, wanted[0])
+        for item in compared:
+            error = distance(item.got, item.right[0])
             if error == float("inf") or not (self.share or error <= self.limit):
                 return False
-            nearest = _nearest(got, wanted)
+            nearest = _nearest(item)
             if len(nearest) and not nearest.max() <= self.greatest:
                 return False
         found, rows = self.strays(compared)
         return not self.share or found <= allowed_strays(self.share, rows)
 
 
-def _nearest(got: torch.Tensor, wanted: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([row_errors(got, value) for value in wanted]).amin(0)
+def _nearest(item: Compared) -> torch.Tensor:
+    return torch.stack([row_errors(item.got, value) for value in item.right]).amin(0)
 
 
 def _shapes(case: Case) -> str:
@@ -197,7 +227,7 @@ def _blame(rule: _Rule, known: Sequence[Answer], steps: Sequence[Step]) -> str:
     try:
         start = steps[0].program
         compared = [
-            (got, [value])
+            Compared(got, (value,), 0)
             for case, expected in known
             for got, value in _pairs(
                 evaluate(start.graph, _with_states(start, case), start.weights), expected

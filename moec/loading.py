@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moec.calling import call
+from moec.generation import Prompts, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.executor import Executor, start
 
@@ -23,6 +25,14 @@ class LoadedModel:
         """Run the model. Raises InputError where an input does not fit."""
         names = [port.name for port in self.artifact.package.inputs]
         return call(self.executor, names, args, kwargs)
+
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """See `CompiledModel.generate`."""
+        return continued(self.executor, prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
+        """See `CompiledModel.stream`."""
+        return stream(self.executor, prompts, **options)
 
     def __repr__(self) -> str:
         return f"<{self.path.name}: {len(self.artifact.package.inputs)} inputs>"

@@ -2,6 +2,7 @@
 
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
     graph.moec       the graph that was compiled, as text
+    step.moec        the same for tokens that come in pieces, where they can
     kernels/lib.so   native code; may be left out and rebuilt from the graph
     weights/N.bin    one packed array each, little-endian, mapped where it lies
     samples/N.bin    inputs and expected outputs for `moec run --check`
@@ -38,7 +39,7 @@ from moec.runtime.manifest import Manifest, Part, Sample, Stored
 from moec.runtime.package import CpuNeeds, Package
 from moec.runtime.threads import available
 
-GRAPH = "graph.moec"
+GRAPH, STEP = "graph.moec", "step.moec"
 LIBRARY = "kernels/lib.so"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -128,6 +129,7 @@ def write(
         for sample in samples
     )
     used = {p.name for p in package.params} | {s.initial for s in package.states if s.initial}
+    used |= {p.name for p in package.step.params} if package.step else set()
     arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(

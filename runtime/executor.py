@@ -6,9 +6,10 @@ kernels need it: contiguous, and aligned to 64 bytes.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.checks import check_inputs
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
-from moec.runtime.package import MAIN, Package, Port
+from moec.runtime.package import MAIN, STEP, Package, Port
 
 ALIGNMENT = 64  # bytes: what kernels assume of every address
 
@@ -59,6 +60,15 @@ class Executor:
         self._main = self._vm[MAIN]
         self._arrays = [package.arrays[port.name] for port in package.params]  # owns the memory
         self._params = [_from_numpy(array) for array in self._arrays]
+        self._step: Any = None
+        if package.step is not None:
+            self._step = self._vm[STEP]
+            bound = dict(zip((p.name for p in package.params), self._params, strict=True))
+            for port in package.step.params:
+                if port.name not in bound:
+                    self._arrays.append(package.arrays[port.name])
+                    bound[port.name] = _from_numpy(self._arrays[-1])
+            self._step_params = [bound[port.name] for port in package.step.params]
         self._lock = threading.Lock()
         self._states: list[Any] = []
         self.reset()
@@ -99,6 +109,20 @@ class Executor:
             }
         return outputs
 
+    def step(self, counts: Sequence[Array], caches: Sequence[Array]) -> Array:
+        """Logits f32[B, V] of `Step`, which writes into `caches`: aligned, as `empty` makes them.
+
+        `counts` are input_ids, first, rows and last, all i64 and within their bounds: the
+        caller has seen to that.
+        """
+        step = self.package.step
+        assert step is not None
+        taken = [_from_numpy(array) for array in (*counts, *caches)]
+        with self._lock:
+            logits, *_ = self._step(*taken, *self._step_params)
+            made = _to_numpy(logits, step.logits)
+        return made[:, 0].astype(np.float32)
+
     def states(self) -> dict[str, Array]:
         """Copies of what the states hold now, by name."""
         with self._lock:
@@ -131,10 +155,17 @@ def _from_numpy(array: Array) -> Any:
 
 
 def _aligned_copy(array: Array) -> Array:
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    made: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    made = empty(array.shape, array.dtype)
     made[...] = array
+    return made
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array of anything, at an address that kernels take as it is."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    made: Array = room[start : start + nbytes].view(dtype).reshape(shape)
     return made
 
 

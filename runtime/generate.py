@@ -1,119 +1,125 @@
-"""Greedy generation with a compiled causal language model.
+"""Text generation with a compiled causal language model.
 
-Without states, each token runs the whole text again, exactly as the model was compiled. With
-states (a key-value cache that the model updates), the prompt goes in once and then one token
-at a time, and `cache_position` says where.
+Where tokens can come in pieces (`Package.step`), a prompt goes in once and then one token at a
+time. A model that keeps a cache of its own, as it was captured, is fed through it. Any other
+runs the whole text again for each token; `slow` says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.checks import show_port
+from moec.runtime.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.dtypes import Array
 from moec.runtime.executor import Executor
-from moec.runtime.package import Package, Port
+from moec.runtime.sampling import GREEDY, Sampling, choose
+from moec.runtime.texts import Texts
+
+Feed = Callable[[Sequence[Sequence[int]]], Array]
+"""Adds tokens to each text, and gives the logits f32[texts, V] after the last of each."""
 
 
 @dataclass(frozen=True)
-class CausalLM:
-    """Which ports of a package are the tokens [B, S] and the logits [B, S, V].
+class Request:
+    """What to generate: at most `most` new tokens a text, until one of `stop` is drawn."""
 
-    `longest` is the greatest number of tokens that one text may have, None without a limit.
-    """
+    most: int = 64
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] = frozenset()
 
-    tokens: Port
-    logits: Port
-    extras: tuple[Port, ...]
-    cached: bool
-    longest: int | None
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
 
 
-def causal_lm(package: Package) -> CausalLM:
-    """Find the ports. Raises InputError, saying why, where the model is not a causal LM."""
-    tokens = [p for p in package.inputs if p.name == "input_ids"] or [
-        p for p in package.inputs if p.dtype in ("i64", "i32") and len(p.shape) == 2
-    ]
-    logits = [
-        p
-        for p in package.outputs
-        if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
-    ]
-    logits = [p for p in logits if p.name == "logits"] or logits[:1]
-    if len(tokens) != 1 or not logits or len(tokens[0].shape) != 2:
-        ports = "; ".join(map(show_port, package.inputs))
-        made = "; ".join(map(show_port, package.outputs))
-        raise InputError(
-            "--prompt needs a model from tokens i64[B, S] to logits f32[B, S, vocabulary], and "
-            f"this one takes {ports} and gives {made}; use --input"
-        )
-    cached = bool(package.states)
-    known = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
-    extras = tuple(p for p in package.inputs if p is not tokens[0])
-    strange = [p for p in extras if p.name not in known or p.dtype not in ("i64", "i32", "bool")]
-    if strange:
-        raise InputError(
-            f"--prompt does not know what to give for input {show_port(strange[0])}; use --input"
-        )
-    length = tokens[0].shape[1]
-    if isinstance(length, int):
-        raise InputError(
-            f"--prompt needs a model whose sequence may grow, and this one was compiled for "
-            f"exactly {length} tokens; compile it with a dynamic sequence"
-        )
-    longest = package.sizes.get(length, (0, None))[1]
-    if cached:  # a cache [B, heads, length, width] is full when it is full
-        lengths = [p.shape[2] for p in package.states if len(p.shape) == 4]
-        longest = min((n for n in (longest, *lengths) if isinstance(n, int)), default=None)
-    return CausalLM(tokens[0], logits[0], extras, cached, longest)
+def slow(executor: Executor) -> str:
+    """Why each token takes a run over the whole text; empty where it does not."""
+    package = executor.package
+    return "" if package.step is not None or package.states else package.no_step
+
+
+def longest_of(executor: Executor) -> int | None:
+    """How many tokens a text may have; None where there is no limit."""
+    step = executor.package.step
+    return step.longest if step is not None else causal_lm(executor.package).longest
 
 
 def generate(
-    executor: Executor, prompt: list[int], most: int, stop: frozenset[int]
-) -> Iterator[int]:
-    """At most `most` new tokens, each the likeliest, until one of `stop` or the model's limit.
+    executor: Executor, prompts: Sequence[Sequence[int]], request: Request
+) -> Iterator[tuple[int | None, ...]]:
+    """The next token of each text, again and again; None for a text that has ended.
 
-    Raises InputError where the prompt is longer than the model takes.
+    A text ends with a token of `stop`, after `most` tokens, or where the model takes no more.
+    Raises InputError where a prompt is empty or longer than the model takes.
     """
+    _check(executor, prompts)
+    limit = longest_of(executor)
+    room = max(len(prompt) + request.most for prompt in prompts)
+    feed = _feed(executor, prompts, room if limit is None else min(room, limit))
+    generators = request.sampling.generators(len(prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    fresh: list[Sequence[int]] = list(prompts)
+    open_ = [True] * len(prompts)
+    for _ in range(request.most):
+        open_ = [o and (limit is None or n <= limit) for o, n in zip(open_, lengths, strict=True)]
+        if not any(open_):
+            return
+        logits = feed([own if o else () for own, o in zip(fresh, open_, strict=True)])
+        for text, row in enumerate(logits):
+            if open_[text] and np.isnan(row).any():
+                raise InputError(
+                    f"the logits hold NaN after {lengths[text]} tokens: no token is likeliest"
+                )
+        tokens = choose(logits, request.sampling, generators)
+        yield tuple(token if o else None for o, token in zip(open_, tokens, strict=True))
+        fresh = [[token] for token in tokens]
+        lengths = [n + o for n, o in zip(lengths, open_, strict=True)]
+        open_ = [o and token not in request.stop for o, token in zip(open_, tokens, strict=True)]
+
+
+def _check(executor: Executor, prompts: Sequence[Sequence[int]]) -> None:
+    longest = longest_of(executor)
+    if not prompts:
+        raise InputError("there is no prompt: give at least one")
+    for number, prompt in enumerate(prompts):
+        which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+        if not len(prompt):
+            raise InputError(f"{which} has no tokens; give at least one")
+        if longest is not None and len(prompt) > longest:
+            raise InputError(
+                f"{which} has {len(prompt)} tokens, and the model takes at most {longest}"
+            )
+
+
+def _feed(executor: Executor, prompts: Sequence[Sequence[int]], room: int) -> Feed:
+    if executor.package.step is not None:
+        return Texts(executor, len(prompts), room).feed
     lm = causal_lm(executor.package)
-    if lm.longest is not None and len(prompt) > lm.longest:
+    if lm.cached and len(prompts) > 1:
         raise InputError(
-            f"the prompt has {len(prompt)} tokens, and the model takes at most {lm.longest}"
+            f"{len(prompts)} prompts, and the model keeps one cache of its own: give one at a time"
         )
     executor.reset()
-    text, done = list(prompt), 0
-    for _ in range(most):
-        if lm.longest is not None and len(text) > lm.longest:
-            return
-        logits = executor(_inputs(lm, text, done))[lm.logits.name]
-        done = len(text) if lm.cached else 0
-        last = logits[0, -1].astype(np.float32)
-        if np.isnan(last).any():
-            raise InputError(f"the logits hold NaN after {len(text)} tokens: no token is likeliest")
-        token = int(np.argmax(last))
-        if token in stop:
-            return
-        yield token
-        text.append(token)
+    return partial(_whole, executor, lm, [[] for _ in prompts])
 
 
-def _inputs(lm: CausalLM, text: list[int], start: int) -> dict[str, Array]:
-    """Tokens `start` and after, as one batch, with the inputs that follow from their places."""
-    places = np.arange(start, len(text))
-    made: dict[str, Array] = {}
-    for port in (lm.tokens, *lm.extras):
-        if port is lm.tokens:
-            array = np.array(text[start:])
-        elif port.name == "attention_mask":
-            array = np.ones(len(text), np.int64)
+def _whole(
+    executor: Executor, lm: CausalLM, texts: list[list[int]], tokens: Sequence[Sequence[int]]
+) -> Array:
+    """Runs each text from its start, or from where the model's own cache ends."""
+    rows: list[Array] = []
+    for text, own in zip(texts, tokens, strict=True):
+        start = len(text) if lm.cached else 0
+        text += own
+        if own:
+            logits = executor(inputs(lm, text, start))[lm.logits.name]
+            rows.append(logits[0, -1].astype(np.float32))
         else:
-            array = places
-        shaped = array if len(port.shape) == 1 else array[None]
-        made[port.name] = shaped.astype(
-            {"i64": np.int64, "i32": np.int32, "bool": np.bool_}[port.dtype]
-        )
-    return made
+            rows.append(np.zeros(0, np.float32))
+    width = max(row.size for row in rows)
+    return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])

@@ -17,9 +17,9 @@ from typing import Any
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort
+from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 _LARGEST = 64 << 20  # bytes
 
@@ -157,6 +157,8 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         kernels=tuple((str(a), str(b)) for a, b in raw["kernels"]),
         notes=tuple(map(str, raw["notes"])),
         versions={str(name): str(version) for name, version in raw["versions"].items()},
+        step=None if raw["step"] is None else _step(raw["step"]),
+        no_step=str(raw["no_step"]),
     )
     return Manifest(
         package,
@@ -166,6 +168,18 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         tuple(Sample(_stored(s["inputs"]), _stored(s["outputs"])) for s in body["samples"]),
         float(body["tolerance"]),
         dict(body["extra"]),
+    )
+
+
+def _step(raw: Mapping[str, Any]) -> Step:
+    longest = raw["longest"]
+    return Step(
+        _ports(raw["caches"]),
+        Port(**_port(raw["logits"])),
+        _ports(raw["params"]),
+        int(raw["vocabulary"]),
+        None if longest is None else int(longest),
+        tuple(map(int, raw["stop"])),
     )
 
 
@@ -186,8 +200,9 @@ def _ports(raw: list[Any]) -> tuple[Port, ...]:
 
 def _check(manifest: Manifest) -> None:
     """The rules that the rest of the runtime relies on, kept even by a forged manifest."""
-    package = manifest.package
-    for port in (*package.inputs, *package.outputs, *package.states, *package.params):
+    package, step = manifest.package, manifest.package.step
+    held = (*step.caches, step.logits, *step.params) if step else ()
+    for port in (*package.inputs, *package.outputs, *package.states, *package.params, *held):
         if port.dtype not in NUMPY:
             raise ValueError(f"{port.name} has the dtype {port.dtype!r}")
         for size in port.shape:
@@ -203,8 +218,11 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
         if stored.nbytes != manifest.parts[stored.part].size:
             raise ValueError(f"{stored.part} is not of the size that its shape needs")
-    for port in package.params:
+    for port in (*package.params, *(step.params if step else ())):
         _check_bound(port.name, port, port.shape, manifest.arrays)
+    for cache in step.caches if step else ():
+        if [isinstance(size, int) for size in cache.shape] != [False, True, False, True]:
+            raise ValueError(f"{cache.name} is no cache for any number of texts and places")
     for state in package.states:
         if not all(isinstance(size, int) for size in state.shape):
             raise ValueError(f"state {state.name} has no fixed size")

@@ -1,8 +1,9 @@
 """What codegen hands to the runtime: data only, importable without TVM and without torch.
 
-The library holds one VM function, `main(inputs..., states..., params...)`, which gives the
+The library holds a VM function, `main(inputs..., states..., params...)`, which gives the
 tuple (outputs..., new contents of the states...) in the order of the ports below. A port of
-dtype c64 crosses as f32 with a last axis of 2: real part, imaginary part.
+dtype c64 crosses as f32 with a last axis of 2: real part, imaginary part. Where tokens can come
+in pieces it holds a second one, `step` (see `Step`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
-MAIN = "main"
+MAIN, STEP = "main", "step"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,25 @@ class CpuNeeds:
 
 
 @dataclass(frozen=True)
+class Step:
+    """`step(input_ids[B, S], first[B], rows[B], last[B], caches..., params...)` of the library.
+
+    The next S tokens of B texts, of which first[b] tokens came before; it writes into the
+    caches [B, heads, L, width] and gives (logits[B, 1, V], caches...): those of the token in
+    row rows[b] of the B*S, which is token last[b] of its text. Nothing is checked inside:
+    first[b] + S must be at most L and at most `longest`, None meaning no limit. `stop` are the
+    tokens that end a text, as the model's own configuration has them.
+    """
+
+    caches: tuple[Port, ...]
+    logits: Port
+    params: tuple[Port, ...]
+    vocabulary: int  # ids below it are looked up
+    longest: int | None = None
+    stop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Package:
     """A compiled model.
 
@@ -53,7 +73,8 @@ class Package:
     `sizes` are the bounds of the named sizes (low, high or None). `index_ranges` are the
     values that an input may hold (low, high inclusive) because they look up rows of a table.
     `kernels` pairs the place of an op in the model with the kernel that does it; `notes` are
-    sentences for the report.
+    sentences for the report. `step` is None where tokens cannot come in pieces, and `no_step`
+    says why.
     """
 
     target: CpuNeeds
@@ -68,3 +89,5 @@ class Package:
     kernels: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    step: Step | None = None
+    no_step: str = "the model was compiled without a cache"

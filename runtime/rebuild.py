@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import ArtifactError, IRError
-from moec.runtime.artifact import Artifact
-from moec.runtime.package import CpuNeeds, Package, Port
+from moec.runtime.artifact import GRAPH, STEP, Artifact
+from moec.runtime.package import CpuNeeds, Package
 
 
 def rebuild(opened: Artifact) -> Package:
@@ -23,8 +23,8 @@ def rebuild(opened: Artifact) -> Package:
     from moec import target as targets
     from moec.codegen.build import compile_module
     from moec.codegen.lower import lower
-    from moec.codegen.package import export
-    from moec.ir import Stage
+    from moec.codegen.package import export, ports
+    from moec.ir import Graph, Stage
     from moec.text import parse
     from moec.verify import verify
 
@@ -38,17 +38,25 @@ def rebuild(opened: Artifact) -> Package:
         )
     if needs.name == targets.host().name:
         target = targets.host()  # the same code, blocked for this machine's cache
-    try:
-        graph = parse(opened.graph_text)
-        verify(graph, Stage.GROUPED)
-    except IRError as error:
-        raise ArtifactError(f"{opened.path}: graph.moec is malformed: {error}") from error
-    lowered = lower(graph, target)
-    params = tuple(
-        Port(p.name, p.type.dtype, tuple(d if isinstance(d, int) else str(d) for d in p.type.shape))
-        for p in lowered.params
-    )
-    if params != opened.package.params:
+
+    def read(name: str, text: str) -> Graph:
+        try:
+            graph = parse(text)
+            verify(graph, Stage.GROUPED)
+        except IRError as error:
+            raise ArtifactError(f"{opened.path}: {name} is malformed: {error}") from error
+        return graph
+
+    kept = opened.package.step
+    text = opened.files.get(STEP)
+    if kept is not None and text is None:
+        raise ArtifactError(f"{opened.path} holds no {STEP}: compile the model again")
+    step = None if kept is None or text is None else read(STEP, text.decode(errors="replace"))
+    lowered = lower(read(GRAPH, opened.graph_text), target, step)
+    if (ports(lowered.params), ports(lowered.step)) != (
+        opened.package.params,
+        kept.params if kept else (),
+    ):
         raise ArtifactError(
             f"{opened.path} packs its weights as this moec does not; compile the model again"
         )

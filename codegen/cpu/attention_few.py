@@ -51,23 +51,25 @@ def few(p: Problem) -> None:
     )
     with T.parallel(0, p.heads * chunks) as task:
         head, n = divide(task, chunks)
-        _chunk(p, parts, head, n)
+        end = p.end(head)
+        with T.If(n * CHUNK < end), T.Then():
+            _chunk(p, parts, head, n, end)
     with T.parallel(0, p.heads * p.rows) as task:
         head, row = divide(task, p.rows)
-        _join(p, parts, head, row, chunks)
+        _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
 
 
-def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr) -> None:
+def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr, end: Expr) -> None:
     v, soft = p.vector, p.soft
     first = T.bind(n * CHUNK)
-    left = T.bind(T.min(p.keys - first, CHUNK))
+    left = T.bind(T.min(end - first, CHUNK))
     groups = T.bind(T.ceildiv(left, v.lanes))
     scores = T.alloc_buffer((FEW, CHUNK), "float32")
     reaches = T.alloc_buffer((FEW,), "int64")
     bias = T.alloc_buffer((FEW, CHUNK), "float32") if p.mask is not None else None
     with T.serial(0, p.rows) as r:
         where = p.query_at(head, r)
-        T.buffer_store(reaches, reach(p, where[2]), [r])
+        T.buffer_store(reaches, reach(p, where[0], where[2]), [r])
         if bias is not None:
             load_mask(p, (*where, first), bias, r, groups)
     dots = _dots(p, head)
@@ -76,7 +78,8 @@ def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr) -> None:
         place = T.ramp(group * v.lanes, 1, v.lanes)
         seen = T.cast(reaches[r] - key, "int32")
         added = None if bias is None else bias[r, place]
-        first_seen = start(p, p.query_at(head, r)[2])
+        batch, _, position = p.query_at(head, r)
+        first_seen = start(p, batch, position)
         unseen = None if first_seen is None else T.cast(first_seen - key, "int32")
         T.buffer_store(scores, scaled(p, dots(r, key), unseen, seen, added), [r, place])
 

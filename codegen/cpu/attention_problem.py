@@ -1,6 +1,7 @@
 """One attention: what is known of it, its arguments, and what both ways of doing it share.
 
-    q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  ->  out[B, Hq, S, Dv]
+    q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
+    ->  out[B, Hq, S, Dv]
 
 Query heads that share a key head are rows of one problem: row s*g + j is position s of the
 j-th of the g heads.
@@ -43,6 +44,7 @@ class AttentionSpec:
     s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
     `layout` BSHD takes and gives [B, S, H, D]: what a linear layer produces, before any
     transpose. `sinks` adds one logit per head that only the denominator sees (GPT-OSS).
+    `placed` queries count from first[b] instead: k and v are a cache of L places.
     """
 
     dtype: str
@@ -57,6 +59,7 @@ class AttentionSpec:
     layout: Literal["BHSD", "BSHD"] = "BHSD"
     window: int | None = None
     chunk: int | None = None
+    placed: bool = False
 
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
@@ -92,6 +95,7 @@ class Problem:
     v: Buffer
     mask: Mask | None
     sinks: Buffer | None
+    first: Buffer | None
     out: Buffer
 
     @property
@@ -118,6 +122,17 @@ class Problem:
         kv = self.spec.kv_heads
         return T.bind(T.floordiv(head, kv)), T.bind(T.floormod(head, kv))
 
+    def place(self, batch: Expr, position: Expr) -> Expr:
+        """Where a query stands among the keys."""
+        return position if self.first is None else position + self.first[batch]
+
+    def end(self, head: Expr) -> Expr:
+        """The end of the keys that any query of a key head may see."""
+        if self.first is None or not self.spec.is_causal:
+            return self.keys
+        b, _ = self.split(head)
+        return T.bind(T.min(self.keys, self.first[b] + self.queries))
+
     def query_at(self, head: Expr, row: Expr) -> tuple[Expr, Expr, Expr]:
         """batch, query head, position <- a key head and its row"""
         b, kv = self.split(head)
@@ -130,7 +145,7 @@ def round_up(n: int, step: int) -> int:
 
 
 def arguments(spec: AttentionSpec, target: Target) -> Problem:
-    """Declare the arguments: q, k, v, mask?, sinks?, out."""
+    """Declare the arguments: q, k, v, mask?, sinks?, first?, out."""
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = TVM_DTYPES[spec.dtype]
 
@@ -141,7 +156,7 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     q = argument("q", spec.q_heads, queries, spec.key_dim)
     k = argument("k", spec.kv_heads, keys, spec.key_dim)
     v = argument("v", spec.kv_heads, keys, spec.value_dim)
-    values = sinks = None
+    values = sinks = first = None
     if spec.mask is not None:
         whole = (batch, spec.q_heads, queries, keys)
         shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
@@ -149,6 +164,8 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
         values = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
     if spec.sinks:
         sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)
+    if spec.placed:
+        first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
     out = argument("out", spec.q_heads, queries, spec.value_dim)
     mask = None
     if spec.mask is not None and values is not None:
@@ -157,12 +174,12 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
         mask = Mask(spec.mask, values)
     vector = Vector(target)
     soft = Softmax(vector)
-    return Problem(spec, vector, soft, batch, queries, keys, q, k, v, mask, sinks, out)
+    return Problem(spec, vector, soft, batch, queries, keys, q, k, v, mask, sinks, first, out)
 
 
-def reach(p: Problem, position: Expr) -> Expr:
+def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
     """The end of the keys that a position may see at most; it grows with the position."""
-    end = p.keys
+    end, position = p.keys, p.place(batch, position)
     if p.spec.is_causal:
         end = T.min(end, position + 1)
     if p.spec.chunk is not None:
@@ -170,9 +187,9 @@ def reach(p: Problem, position: Expr) -> Expr:
     return T.bind(end)
 
 
-def start(p: Problem, position: Expr) -> Expr | None:
+def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
     """The first key that a position may see; it grows with the position. None: always 0."""
-    first = None
+    first, position = None, p.place(batch, position)
     if p.spec.window is not None:
         first = T.max(position - (p.spec.window - 1), 0)
     if p.spec.chunk is not None:

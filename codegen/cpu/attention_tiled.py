@@ -96,12 +96,14 @@ def tiled(p: Problem) -> None:
     packed = Packed(p, pairs, keys, values, blocks)
     with T.parallel(0, p.heads * blocks) as task:
         head, n = divide(task, blocks)
-        _pack_keys(packed, head, n)
-        with T.If((n + 1) * block <= p.keys):
-            with T.Then():
-                _pack_values(packed, head, n, whole=True)
-            with T.Else():
-                _pack_values(packed, head, n, whole=False)
+        end = p.end(head)
+        with T.If(n * block < end), T.Then():
+            _pack_keys(packed, head, n, end)
+            with T.If((n + 1) * block <= end):
+                with T.Then():
+                    _pack_values(packed, head, n, end, whole=True)
+                with T.Else():
+                    _pack_values(packed, head, n, end, whole=False)
 
     tiles = T.bind(T.ceildiv(p.rows, TILE))
     with T.parallel(0, p.heads * tiles) as task:
@@ -112,19 +114,19 @@ def tiled(p: Problem) -> None:
         _tile(packed, head, n * TILE)
 
 
-def _pack_keys(c: Packed, head: Expr, n: Expr) -> None:
+def _pack_keys(c: Packed, head: Expr, n: Expr, end: Expr) -> None:
     """Keys after the last are copies of it: they are masked later."""
     p = c.problem
     b, kv = p.split(head)
     with T.serial(0, c.block) as j:
-        key = T.bind(T.min(n * c.block + j, p.keys - 1))
+        key = T.bind(T.min(n * c.block + j, end - 1))
         with T.serial(0, c.key_units) as d:
             index = p.at(b, kv, key, d * c.per_unit)
             x = p.vector.pair(p.k, index) if c.pairs else p.vector.scalar(p.k, index)
             T.buffer_store(c.keys, x, [head, n, d, j])
 
 
-def _pack_values(c: Packed, head: Expr, n: Expr, whole: bool) -> None:
+def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, whole: bool) -> None:
     """Keys after the last are zeros: their weight is 0, but 0 times NaN is not."""
     p, v = c.problem, c.problem.vector
     b, kv = p.split(head)
@@ -137,7 +139,7 @@ def _pack_values(c: Packed, head: Expr, n: Expr, whole: bool) -> None:
                 index = p.at(b, kv, key, d)
                 if whole and features == v.lanes:
                     return v.load(p.v, index)
-                count = T.Select(key < p.keys, T.int32(features), T.int32(0))
+                count = T.Select(key < end, T.int32(features), T.int32(0))
                 return v.load_tail(p.v, index, count)
 
             x = read(0)
@@ -176,9 +178,9 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
             T.buffer_store(sums, v.splat(0.0), [r, T.ramp(d * v.lanes, 1, v.lanes)])
         T.buffer_store(tops, T.float32(MINUS_INFINITY), [r])
         T.buffer_store(totals, v.splat(0.0), [r, lane])
-        T.buffer_store(reaches, reach(p, s), [r])
+        T.buffer_store(reaches, reach(p, b, s), [r])
         if starts is not None:
-            T.buffer_store(starts, start(p, s), [r])
+            T.buffer_store(starts, start(p, b, s), [r])
 
     tile = Tile(head, first, query, sums, tops, totals, starts, reaches, bias)
     # Rows are ordered by position: the last reaches furthest. (Blocks before the first start are

@@ -51,9 +51,10 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
     a = cast(Attention, _attention_inputs(op))
     batch, heads, _queries, width = a.q.shape
     keys = a.k.shape[2]
-    mask, causal = a.mask, a.causal
-    if a.window is not None or a.chunk is not None:
-        mask, causal = visible_mask(low, op, a), False
+    mask, causal, window, chunk = a.mask, a.causal, a.window, a.chunk
+    # Beside a cache, a mask would be as long as the cache.
+    if a.first is None and (window is not None or chunk is not None):
+        mask, causal, window, chunk = visible_mask(low, op, a), False, None, None
     shape = () if mask is None else (*(1,) * (4 - len(mask.shape)), *mask.shape)
     spec = AttentionSpec(
         a.q.dtype,
@@ -65,6 +66,9 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
         causal,
         None if mask is None else MaskSpec(mask.dtype, cast(Any, tuple(d != 1 for d in shape))),
         a.sinks is not None,
+        window=window,
+        chunk=chunk,
+        placed=a.first is not None,
     )
     function = low.function(spec, "attention", lambda name: attention(spec, low.target, name))
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
@@ -72,6 +76,8 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
         arguments.append(low.shaped(mask, TensorType(mask.dtype, shape)))
     if a.sinks is not None:
         arguments.append(low.value(a.sinks))
+    if a.first is not None:
+        arguments.append(low.value(a.first))
     low.note(op, "attention")
     assert batch == a.k.shape[0]
     assert keys == a.v.shape[2]

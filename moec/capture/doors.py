@@ -204,6 +204,15 @@ def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:
     }
 
 
+def stop_tokens(model: Any) -> tuple[int, ...]:
+    """The tokens that end a text, as the configuration of a Hugging Face model has them."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(map(int, found))
+    return ()
+
+
 def _limits(config: Any) -> dict[str, Bounds]:
     """The sequence may be as long as the model has positions for."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

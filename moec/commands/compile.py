@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 @click.option(
     "--stop-after", metavar="PASS", help="Print the graph after this pass; build nothing."
 )
+@click.option(
+    "--kv-cache/--no-kv-cache", default=True, show_default=True,
+    help="With code that generates text token by token, where the model continues text.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
@@ -48,6 +52,7 @@ def command(
     verify: float | bool,
     dump_ir: Path | None,
     stop_after: str | None,
+    kv_cache: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -92,6 +97,7 @@ def command(
             verify=verify if builds else False,
             stop_after=stop_after,
             build=builds,
+            kv_cache=kv_cache,
             watch=watch,
             progress=progress.phase,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from moec.errors import UsageError, VerificationError
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
     from moec.runtime.executor import Executor
+    from moec.runtime.sampling import Sampling
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -27,8 +29,15 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="Write the outputs: .npz (bf16 as float32), .safetensors, or .npy for the only one.",
 )  # fmt: skip
-@click.option("--prompt", metavar="TEXT", help="Continue this text, with the likeliest tokens.")
+@click.option("--prompt", metavar="TEXT", help="Continue this text.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True,
+    help="0 takes the likeliest token; above it tokens are drawn.",
+)  # fmt: skip
+@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest of this share.")
+@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens.")
+@click.option("--seed", type=int, help="The same seed draws the same tokens.")
 @click.option(
     "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
 )
@@ -44,6 +53,10 @@ def command(
     output: Path | None,
     prompt: str | None,
     max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int | None,
     check: bool,
     rebuild: bool,
     threads: int | None,
@@ -63,10 +76,12 @@ def command(
         raise UsageError("--output needs --input")
     from moec.runtime import artifact as artifacts
     from moec.runtime.executor import start
+    from moec.runtime.sampling import Sampling
     from moec.runtime.tensor_files import check_suffix
     from moec.runtime.threads import set_threads
 
     set_threads(threads)
+    sampling = Sampling(temperature, top_p, top_k, seed)
     for path in (source, output):
         if path is not None:
             check_suffix(path)
@@ -83,7 +98,8 @@ def command(
                 click.echo(f"{name}: {port['dtype']}{port['shape']}")
     if prompt is not None:
         said["prompt"] = prompt
-        said |= _generate(opened, executor, prompt, max_new_tokens, not as_json, quiet)
+        request = (max_new_tokens, sampling)
+        said |= _generate(opened, executor, prompt, request, not as_json, quiet)
     if as_json:
         click.echo(json.dumps(said, indent=1))
 
@@ -137,20 +153,33 @@ def _run(
 
 
 def _generate(
-    opened: Artifact, executor: Executor, prompt: str, most: int, stream: bool, quiet: bool
+    opened: Artifact,
+    executor: Executor,
+    prompt: str,
+    wanted: tuple[int, Sampling],
+    stream: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
-    from moec.runtime.generate import causal_lm, generate
+    from moec.runtime.generate import Request, generate, longest_of, slow
     from moec.runtime.prompt import load_tokenizer
 
-    lm = causal_lm(executor.package)
+    longest, why = longest_of(executor), slow(executor)
+    if why and not quiet:
+        click.echo(f"each token runs the whole text again: {why}", err=True)
     tokenizer = load_tokenizer(opened.files)
+    step = executor.package.step
+    stop = frozenset(step.stop) if step and step.stop else tokenizer.stop
     tokens = tokenizer.encode(prompt)
     made: list[int] = []
-    text = ""
+    text, first = "", 0.0
     started = time.perf_counter()
 
-    def counted() -> Any:
-        for token in generate(executor, tokens, most, tokenizer.stop):
+    def counted() -> Iterator[int]:
+        nonlocal first
+        for (token,) in generate(executor, [tokens], Request(*wanted, stop)):
+            first = first or time.perf_counter() - started
+            if token is None or token in stop:
+                return
             made.append(token)
             yield token
 
@@ -162,15 +191,20 @@ def _generate(
     seconds = time.perf_counter() - started
     if stream:
         click.echo()
-    speed = len(made) / seconds
-    full = lm.longest is not None and len(tokens) + len(made) > lm.longest
+    speed = (len(made) - 1) / (seconds - first) if len(made) > 1 else 0.0
+    full = longest is not None and len(tokens) + len(made) > longest
     if stream and not quiet:
-        why = f"; the model takes no more than {lm.longest} tokens" if full else ""
-        click.echo(f"{len(made)} tokens in {seconds:.2f} s, {speed:.1f} tokens/s{why}", err=True)
+        limit = f"; the model takes no more than {longest} tokens" if full else ""
+        click.echo(
+            f"{len(tokens)} tokens read in {first:.2f} s, then {len(made)} tokens at "
+            f"{speed:.1f} tokens/s{limit}",
+            err=True,
+        )
     return {
         "text": text,
         "tokens": made,
         "prompt_tokens": len(tokens),
+        "first_token_seconds": round(first, 4),
         "generate_seconds": round(seconds, 4),
         "tokens_per_second": round(speed, 2),
     }

@@ -8,7 +8,18 @@ rows come after ends[E-1], hold zeros, and add nothing.
 
 from __future__ import annotations
 
-from moec.ops import attention, dispatch, gate, grouped, norm, rotary, size
+from moec.ops import attention, cache, dispatch, gate, grouped, norm, rotary, size
 from moec.ops.definition import OPS, OpDef
 
-__all__ = ["OPS", "OpDef", "attention", "dispatch", "gate", "grouped", "norm", "rotary", "size"]
+__all__ = [
+    "OPS",
+    "OpDef",
+    "attention",
+    "cache",
+    "dispatch",
+    "gate",
+    "grouped",
+    "norm",
+    "rotary",
+    "size",
+]

@@ -23,7 +23,8 @@ class Attention:
 
     Query s sees key l where all of these hold: l <= s if `causal`; l > s - window if `window`
     is set; l // chunk == s // chunk if `chunk` is set; the mask allows it. Queries and keys
-    both count from 0, whatever S and L (torch's meaning of is_causal).
+    both count from 0, whatever S and L (torch's meaning of is_causal), unless `first` says at
+    which place the queries of each sequence begin.
     """
 
     q: Value
@@ -35,6 +36,7 @@ class Attention:
     causal: bool
     window: int | None
     chunk: int | None
+    first: Value | None = None
 
     @staticmethod
     def of(op: Op) -> Attention:
@@ -43,9 +45,11 @@ class Attention:
         q, k, v, *rest = op.inputs
         mask = rest.pop(0) if op.attrs.get("masked") and rest else None
         sinks = rest.pop(0) if op.attrs.get("sinked") and rest else None
+        first = rest.pop(0) if op.attrs.get("placed") and rest else None
         require(op, not rest, "has inputs that no attribute names")
         require(op, (mask is not None) == bool(op.attrs.get("masked")), "the mask is missing")
         require(op, (sinks is not None) == bool(op.attrs.get("sinked")), "the sinks are missing")
+        require(op, (first is not None) == bool(op.attrs.get("placed")), "the places are missing")
         scale = op.attrs.get("scale")
         require(op, isinstance(scale, float), "scale is not a float")
         limits: dict[str, int | None] = {}
@@ -55,7 +59,7 @@ class Attention:
             require(op, limit is None or whole, f"{name} is not a positive int")
             limits[name] = cast("int | None", limit)
         causal = bool(op.attrs.get("causal", False))
-        return Attention(q, k, v, mask, sinks, cast(float, scale), causal, **limits)
+        return Attention(q, k, v, mask, sinks, cast(float, scale), causal, **limits, first=first)
 
     def attrs(self) -> dict[str, Any]:
         """As attributes of an op: scale, and those that are not their defaults."""
@@ -70,12 +74,14 @@ class Attention:
             found["masked"] = True
         if self.sinks is not None:
             found["sinked"] = True
+        if self.first is not None:
+            found["placed"] = True
         return found
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        optional = tuple(value for value in (self.mask, self.sinks) if value is not None)
-        return (self.q, self.k, self.v, *optional)
+        optional = (self.mask, self.sinks, self.first)
+        return (self.q, self.k, self.v, *(value for value in optional if value is not None))
 
 
 def _infer_attention(op: Op) -> tuple[TensorType, ...]:
@@ -96,6 +102,8 @@ def _infer_attention(op: Op) -> tuple[TensorType, ...]:
         require(op, broadcasts(a.mask.shape, whole), f"the mask {a.mask.type} is not for {whole}")
     if a.sinks is not None:
         require(op, a.sinks.type == TensorType(a.q.dtype, (heads,)), "sinks are not one per head")
+    if a.first is not None:
+        require(op, a.first.type == TensorType("i64", (batch,)), f"{a.first} is not one place each")
     return (TensorType(a.q.dtype, (batch, heads, queries, a.v.shape[3])),)
 
 
@@ -109,13 +117,14 @@ def divides(shared: Dim, heads: Dim) -> bool:
 def attention(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
-    """q[B,Hq,S,Dk], k[B,Hkv,L,Dk], v[B,Hkv,L,Dv], mask?, sinks[Hq]? -> y[B,Hq,S,Dv].
+    """q[B,Hq,S,Dk], k[B,Hkv,L,Dk], v[B,Hkv,L,Dv], mask?, sinks[Hq]?, first i64[B]?
+    -> y[B,Hq,S,Dv].
 
-    Attributes: `scale`, `causal`, `window`, `chunk` (see `Attention`), `masked`, `sinked`. A
-    bool mask is True where a query sees a key; any other is added to the scaled scores; it
-    broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the denominator
-    sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the end; a query
-    that sees no key gives zeros.
+    Attributes: `scale`, `causal`, `window`, `chunk` (see `Attention`), `masked`, `sinked`,
+    `placed`. A bool mask is True where a query sees a key; any other is added to the scaled
+    scores; it broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the
+    denominator sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the
+    end; a query that sees no key gives zeros.
     """
     a = Attention.of(op)
     q, k, v, *rest = tensors
@@ -129,7 +138,10 @@ def attention(
             scores = scores.masked_fill(~mask, -torch.inf)
         else:
             scores = scores + mask.to(full)
-    seen = visible(torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2]), a)
+    places = torch.arange(q.shape[2])[:, None]
+    if a.first is not None:
+        places = rest.pop()[:, None, None, None] + places
+    seen = visible(places, torch.arange(k.shape[2]), a)
     scores = scores.masked_fill(~seen, -torch.inf)
     if a.sinks is not None:
         sinks = rest.pop(0).to(full)[None, :, None, None].expand(*scores.shape[:3], 1)

@@ -38,9 +38,11 @@ class Inputs:
     v: Tensor
     mask: Tensor | None = None
     sinks: Tensor | None = None
+    first: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.q, self.k, self.v, self.mask, self.sinks) if t is not None]
+        optional = (self.mask, self.sinks, self.first)
+        return [self.q, self.k, self.v, *(t for t in optional if t is not None)]
 
 
 def random_inputs(spec: AttentionSpec, batch: int, queries: int, keys: int) -> Inputs:
@@ -48,7 +50,7 @@ def random_inputs(spec: AttentionSpec, batch: int, queries: int, keys: int) -> I
     q = torch.randn(batch, spec.q_heads, queries, spec.key_dim).to(dtype)
     k = torch.randn(batch, spec.kv_heads, keys, spec.key_dim).to(dtype)
     v = torch.randn(batch, spec.kv_heads, keys, spec.value_dim).to(dtype)
-    mask = sinks = None
+    mask = sinks = first = None
     if spec.mask is not None:
         whole = (batch, spec.q_heads, queries, keys)
         shape = [d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True)]
@@ -57,7 +59,12 @@ def random_inputs(spec: AttentionSpec, batch: int, queries: int, keys: int) -> I
             mask = torch.where(mask, torch.randn(shape), -torch.inf).to(TORCH[spec.mask.dtype])
     if spec.sinks:
         sinks = torch.randn(spec.q_heads).to(dtype)
-    return Inputs(q, k, v, mask, sinks)
+    if spec.placed:
+        first = torch.randint(max(keys - queries, 0) + 1, (batch,))
+        for sequence, begin in enumerate(first.tolist()):  # a cache holds anything after its end
+            k[sequence, :, begin + queries :] = torch.nan
+            v[sequence, :, begin + queries :] = torch.nan
+    return Inputs(q, k, v, mask, sinks, first)
 
 
 def shared(t: Tensor) -> tvm.runtime.Tensor:
@@ -81,11 +88,15 @@ def run(spec: AttentionSpec, x: Inputs) -> Tensor:
 def expected(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     """The result, and the same with |v|: the scale of its error."""
     q, k, v = (t.double() for t in (x.q, x.k, x.v))
+    if x.first is not None:
+        k, v = k.nan_to_num(), v.nan_to_num()
     k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
     scores = q @ k.mT * spec.scale
-    if spec.is_causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf)
     query, key = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+    if x.first is not None:
+        query = x.first[:, None, None, None] + query
+    if spec.is_causal:
+        scores = scores.masked_fill(key > query, -torch.inf)
     if spec.window is not None:
         scores = scores.masked_fill(key <= query - spec.window, -torch.inf)
     if spec.chunk is not None:
@@ -140,6 +151,12 @@ SPECS = {
     "window-chunk-mask": AttentionSpec(
         "f32", 2, 2, 16, 16, 0.2, mask=MaskSpec("bool", ALL), window=3, chunk=70
     ),
+    "placed": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, placed=True),
+    "placed-bf16": AttentionSpec("bf16", 8, 2, 64, 64, 0.2, True, placed=True),
+    "placed-window-sinks": AttentionSpec(
+        "bf16", 4, 1, 32, 32, 0.2, True, sinks=True, window=37, placed=True
+    ),
+    "placed-chunk": AttentionSpec("f32", 2, 2, 16, 16, 0.2, True, chunk=50, placed=True),
     "positions-first": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, layout="BSHD"),
     "positions-first-bf16": AttentionSpec("bf16", 4, 2, 64, 32, 0.25, layout="BSHD"),
 }

@@ -211,7 +211,9 @@ def test_a_missing_or_short_part(saved: Path, name: str) -> None:
 def test_another_format_version(saved: Path, version: int, word: str) -> None:
     folder = unpacked(saved)
     edit_manifest(folder, lambda text: text.update(moec=version))
-    assert f"has format {version}, which is {word} than the format 1" in refused(folder)
+    assert f"has format {version}, which is {word} than the format {manifest.FORMAT}" in refused(
+        folder
+    )
 
 
 def test_another_version_of_tvm(saved: Path) -> None:

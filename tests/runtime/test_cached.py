@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import moec
+from moec.errors import InputError
 from moec.runtime import artifact
+from moec.runtime.causal_lm import causal_lm
 from moec.runtime.executor import load
-from moec.runtime.generate import causal_lm, generate
+from moec.runtime.generate import Request, generate, slow
 
 LONGEST, WIDTH, VOCABULARY = 12, 8, 11
 
@@ -62,9 +64,13 @@ def test_generates_as_eager_does(saved: tuple[Path, Remembers]) -> None:
             text.append(int(logits[0, -1].argmax()))
     executor = load(path)
     for _ in range(2):  # each generation starts from an empty cache
-        assert list(generate(executor, prompt, 99, frozenset())) == text[len(prompt) :]
+        made = [token for (token,) in generate(executor, [prompt], Request(99))]
+        assert made == text[len(prompt) :]
     assert len(set(text)) > 3  # it does not just repeat itself
     assert causal_lm(executor.package).longest == LONGEST
+    assert slow(executor) == ""
+    with pytest.raises(InputError, match="2 prompts, and the model keeps one cache of its own"):
+        list(generate(executor, [prompt, prompt], Request(9)))
 
 
 def test_the_stored_sample_starts_from_the_first_state(saved: tuple[Path, Remembers]) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.runtime.causal_lm import causal_lm
 from moec.runtime.checks import check_inputs
 from moec.runtime.executor import Executor
-from moec.runtime.generate import causal_lm, generate
+from moec.runtime.generate import Request, generate
 from moec.runtime.package import Package, Port, StatePort
 from moec.runtime.prompt import load_tokenizer
 from tests.runtime import toy
@@ -22,7 +23,8 @@ from tests.runtime import toy
 def speak(
     most: int, prompt: list[int], stop: frozenset[int] = frozenset(), **how: Any
 ) -> list[int]:
-    return list(generate(Executor(toy.language_model(**how)), prompt, most, stop))
+    made = generate(Executor(toy.language_model(**how)), [prompt], Request(most, stop=stop))
+    return [token for (token,) in made if token is not None]
 
 
 def test_tokens_until_there_are_enough() -> None:
@@ -30,7 +32,30 @@ def test_tokens_until_there_are_enough() -> None:
 
 
 def test_tokens_until_one_that_stops() -> None:
-    assert speak(99, [4], stop=frozenset([7, 3])) == [5, 6]
+    assert speak(99, [4], stop=frozenset([7, 3])) == [5, 6, 7]
+
+
+def test_texts_of_unequal_lengths_that_end_at_different_times() -> None:
+    model = Executor(toy.language_model())
+    made = list(generate(model, [[1, 2, 3], [4]], Request(99, stop=frozenset([6]))))
+    assert made == [(4, 5), (5, 6), (6, None)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "most", "words"),
+    [
+        ([], 1, "there is no prompt"),
+        ([[]], 1, "the prompt has no tokens"),
+        ([[1], []], 1, "prompt 1 has no tokens"),
+        ([[1]], 0, "max_new_tokens is 0; it must be at least 1"),
+        ([[1], [2] * 5], 1, "prompt 1 has 5 tokens, and the model takes at most 4"),
+        ([[1, 8]], 1, r"'input_ids' holds 8 at \[0, 1\], and its values must lie from 0 to 7"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(prompts: list[list[int]], most: int, words: str) -> None:
+    model = Executor(toy.language_model(longest=4))
+    with pytest.raises(InputError, match=words):
+        list(generate(model, prompts, Request(most)))
 
 
 def test_tokens_until_the_model_takes_no_more() -> None:
@@ -46,7 +71,7 @@ def test_nan_is_no_likeliest_token() -> None:
     table[3, 5] = np.nan
     model = Executor(replace(package, arrays={"table": table}))
     with pytest.raises(InputError, match="the logits hold NaN after 3 tokens"):
-        list(generate(model, [1, 2], 9, frozenset()))
+        list(generate(model, [[1, 2]], Request(9)))
 
 
 class Cached:
@@ -77,7 +102,7 @@ def test_with_a_cache_each_token_goes_in_once() -> None:
         index_ranges={"cache_position": (0, 5)},
     )
     model: Any = Cached(package)
-    assert list(generate(model, [1, 2, 3], 99, frozenset())) == [4, 5, 6, 7]
+    assert list(generate(model, [[1, 2, 3]], Request(99))) == [(4,), (5,), (6,), (7,)]
     assert model.calls == [3, 1, 1, 1]
     assert model.seen == [1, 2, 3, 4, 5, 6]
 
@@ -86,14 +111,17 @@ def test_with_a_cache_each_token_goes_in_once() -> None:
     ("changes", "words"),
     [
         ({"inputs": (Port("x", "f32", ("T", 4)),)}, "and this one takes x: f32[T, 4] and gives"),
-        ({"outputs": (Port("y", "f32", ("B", 8)),)}, "gives y: f32[B, 8]; use --input"),
+        (
+            {"outputs": (Port("y", "f32", ("B", 8)),)},
+            "gives y: f32[B, 8]; give it inputs instead of a prompt",
+        ),
         (
             {"inputs": (Port("a", "i64", ("B", "S")), Port("b", "i64", ("B", "S")))},
-            "needs a model from tokens",
+            "is continued by a model from tokens",
         ),
         (
             {"inputs": (Port("input_ids", "i64", ("B", "S")), Port("pixels", "f32", (3,)))},
-            "does not know what to give for input pixels: f32[3]",
+            "does not tell what input pixels: f32[3] is",
         ),
         (
             {"inputs": (Port("input_ids", "i64", ("B", 9)),)},

@@ -124,8 +124,21 @@ def test_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(speaker, "--prompt", "b c", "--max-new-tokens", "3")
     out, err = capsys.readouterr()
     assert out == " d e f\n"
-    assert err.startswith("3 tokens in ")
-    assert " tokens/s" in err
+    slow, speed = err.splitlines()
+    assert slow == "each token runs the whole text again: the model was compiled without a cache"
+    assert speed.startswith("2 tokens read in ")
+    assert speed.endswith(" tokens/s")
+
+
+def test_options_of_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ("--prompt", "b c", "--temperature", "30", "--seed", "1", "--quiet")
+    run(speaker, *drawn)
+    first = capsys.readouterr()
+    run(speaker, *drawn)
+    assert capsys.readouterr() == first
+    assert first.err == ""
+    with pytest.raises(InputError, match=r"temperature is -1\.0; it must be 0 or more"):
+        run(speaker, "--prompt", "b c", "--temperature", "-1")
 
 
 def test_a_prompt_as_json(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""New keys or values into a cache, in place: cache[b, h, first[b] + s] = rows[b, h, s].
+
+cache[B, H, L, D]  rows[B, H, S, D]  first[B]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu import tasks
+from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.tasks import divide
+from moec.target import Target
+
+_WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
+"""As what elements are moved, and how many of them take the room of a float32."""
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    dtype: str
+    heads: int
+    width: int
+
+
+def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
+    """The kernel (cache, rows, first), all contiguous; first[b] + S is at most L."""
+    with IRBuilder() as ib:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            batch, room, tokens = T.int64(), T.int64(), T.int64()
+            dtype, (word, many) = TVM_DTYPES[spec.dtype], _WORDS[spec.dtype]
+
+            def shape(length: Expr) -> tuple[Expr | int, ...]:
+                return (batch, spec.heads, length, spec.width)
+
+            given = T.match_buffer(T.arg("cache", T.handle()), shape(room), dtype)
+            fresh = T.match_buffer(T.arg("rows", T.handle()), shape(tokens), dtype)
+            first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
+            cache = T.decl_buffer(shape(room), word, data=given.data)
+            rows = T.decl_buffer(shape(tokens), word, data=fresh.data)
+            lanes = target.vector_lanes * many
+            whole, rest = divmod(spec.width, lanes)
+            with tasks.functions(), T.parallel(0, batch * spec.heads * tokens) as task:
+                head, s = divide(task, tokens)
+                b = T.bind(T.floordiv(head, spec.heads))
+                h = T.bind(T.floormod(head, spec.heads))
+                to = T.bind(first[b] + s)
+                for j in range(whole):
+                    place = T.ramp(j * lanes, 1, lanes)
+                    T.buffer_store(cache, rows[b, h, s, place], [b, h, to, place])
+                for j in range(whole * lanes, whole * lanes + rest):
+                    T.buffer_store(cache, rows[b, h, s, j], [b, h, to, j])
+    return ib.get()

@@ -1,0 +1,52 @@
+"""The ATen ops that the step needs beside those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moec.ir import Attr, Op, TensorType, Value
+from moec.passes.rewrite import Builder
+from moec.sizes import Dim
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Emits ops that stand for the op `like`."""
+
+    builder: Builder
+    like: Op
+
+    def op(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        dtype: str,
+        shape: tuple[Dim, ...],
+        attrs: Mapping[str, Attr],
+    ) -> Value:
+        (made,) = self.builder.emit(
+            f"aten.{name}",
+            inputs,
+            [TensorType(dtype, shape)],
+            like=self.like,
+            attrs=attrs,
+            named=inputs[0].name if inputs else None,
+        )
+        return made
+
+    def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
+        if x.shape == shape:
+            return x
+        return self.op("reshape.default", [x], x.dtype, shape, {"shape": shape})
+
+    def permute(self, x: Value, axes: tuple[int, ...]) -> Value:
+        if axes == tuple(range(len(axes))):
+            return x
+        shape = tuple(x.shape[axis] for axis in axes)
+        return self.op("permute.default", [x], x.dtype, shape, {"dims": axes})
+
+    def rows(self, x: Value, index: Value) -> Value:
+        """The rows of x that index i64[N] names."""
+        shape = (*index.shape, *x.shape[1:])
+        return self.op("index_select.default", [x, index], x.dtype, shape, {"dim": 0})

@@ -1,0 +1,83 @@
+"""Which ports of a package make it a causal language model, and what to give for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.errors import InputError
+from moec.runtime.checks import show_port
+from moec.runtime.dtypes import Array
+from moec.runtime.package import Package, Port
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Which ports of a package are the tokens [B, S] and the logits [B, S, V].
+
+    `longest` is the greatest number of tokens that one text may have, None without a limit.
+    """
+
+    tokens: Port
+    logits: Port
+    extras: tuple[Port, ...]
+    cached: bool
+    longest: int | None
+
+
+def causal_lm(package: Package) -> CausalLM:
+    """Find the ports. Raises InputError, saying why, where the model is not a causal LM."""
+    tokens = [p for p in package.inputs if p.name == "input_ids"] or [
+        p for p in package.inputs if p.dtype in ("i64", "i32") and len(p.shape) == 2
+    ]
+    logits = [
+        p
+        for p in package.outputs
+        if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
+    ]
+    logits = [p for p in logits if p.name == "logits"] or logits[:1]
+    if len(tokens) != 1 or not logits or len(tokens[0].shape) != 2:
+        ports = "; ".join(map(show_port, package.inputs))
+        made = "; ".join(map(show_port, package.outputs))
+        raise InputError(
+            "text is continued by a model from tokens i64[B, S] to logits f32[B, S, vocabulary], "
+            f"and this one takes {ports} and gives {made}; give it inputs instead of a prompt"
+        )
+    cached = bool(package.states)
+    known = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
+    extras = tuple(p for p in package.inputs if p is not tokens[0])
+    strange = [p for p in extras if p.name not in known or p.dtype not in ("i64", "i32", "bool")]
+    if strange:
+        raise InputError(
+            f"a prompt does not tell what input {show_port(strange[0])} is; give all inputs instead"
+        )
+    length = tokens[0].shape[1]
+    if isinstance(length, int):
+        raise InputError(
+            "text is continued by a model whose sequence may grow, and this one was compiled for "
+            f"exactly {length} tokens; compile it with a dynamic sequence"
+        )
+    longest = package.sizes.get(length, (0, None))[1]
+    if cached:  # a cache [B, heads, length, width] is full when it is full
+        lengths = [p.shape[2] for p in package.states if len(p.shape) == 4]
+        longest = min((n for n in (longest, *lengths) if isinstance(n, int)), default=None)
+    return CausalLM(tokens[0], logits[0], extras, cached, longest)
+
+
+def inputs(lm: CausalLM, text: list[int], start: int) -> dict[str, Array]:
+    """Tokens `start` and after, as one batch, with the inputs that follow from their places."""
+    places = np.arange(start, len(text))
+    made: dict[str, Array] = {}
+    for port in (lm.tokens, *lm.extras):
+        if port is lm.tokens:
+            array = np.array(text[start:])
+        elif port.name == "attention_mask":
+            array = np.ones(len(text), np.int64)
+        else:
+            array = places
+        shaped = array if len(port.shape) == 1 else array[None]
+        made[port.name] = shaped.astype(
+            {"i64": np.int64, "i32": np.int32, "bool": np.bool_}[port.dtype]
+        )
+    return made

@@ -1,0 +1,75 @@
+"""From logits to the next token of each text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.errors import InputError
+from moec.runtime.dtypes import Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    `temperature` 0 takes the likeliest token (of equals the lowest id). Otherwise logits are
+    divided by it; `top_k` keeps the k likeliest tokens, then `top_p` the fewest whose
+    probabilities reach p (nucleus sampling, arXiv 1904.09751). The same `seed` gives the same
+    texts, whatever they are batched with; None takes a new one each time.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; it must be at least 1, or be left out")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+            raise InputError(
+                "top_p and top_k say which tokens are drawn from, and at temperature 0 none is "
+                "drawn: set a temperature, such as 1"
+            )
+
+    def generators(self, texts: int) -> list[np.random.Generator]:
+        """A stream of random numbers for each text."""
+        sequence = np.random.SeedSequence(self.seed)
+        if self.seed is not None:
+            return [np.random.default_rng([self.seed, text]) for text in range(texts)]
+        return [np.random.default_rng(child) for child in sequence.spawn(texts)]
+
+
+GREEDY = Sampling()
+
+
+def choose(
+    logits: Array, sampling: Sampling, generators: Sequence[np.random.Generator]
+) -> list[int]:
+    """The next token of each row of logits f32[B, V]."""
+    if sampling.temperature == 0:
+        return [int(token) for token in logits.argmax(-1)]
+    return [_draw(row, sampling, g) for row, g in zip(logits, generators, strict=True)]
+
+
+def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
+    scores = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scores, kind="stable")
+    if sampling.top_k is not None:
+        order = order[: sampling.top_k]
+    shares = np.exp(scores[order] - scores[order[0]])
+    shares /= shares.sum()
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1
+        order, shares = order[:kept], shares[:kept]
+    ends = np.cumsum(shares)
+    place = np.searchsorted(ends, generator.random() * ends[-1], side="right")
+    return int(order[min(int(place), len(order) - 1)])

@@ -1,0 +1,78 @@
+"""Texts that a model continues, with the keys and values of all tokens that came before.
+
+Each set of texts has caches of its own, so that many can be open at one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moec.errors import InputError
+from moec.runtime.dtypes import NUMPY, Array
+from moec.runtime.executor import Executor, empty
+from moec.runtime.package import Step
+
+PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
+
+
+class Texts:
+    """Some texts of at most `room` tokens each."""
+
+    def __init__(self, executor: Executor, texts: int, room: int) -> None:
+        step = executor.package.step
+        assert step is not None
+        self._executor, self._step, self._room = executor, step, room
+        self._first = np.zeros(texts, np.int64)
+        self._caches = [_cache(step, index, texts, room) for index in range(len(step.caches))]
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """Add tokens to each text, some to all; the logits f32[texts, V] after the last of each.
+
+        Texts of unequal lengths end together: the short ones begin later, and what the padding
+        of a piece wrote into a cache is overwritten by the tokens that come.
+        """
+        most, room = max(map(len, tokens)), int((self._room - self._first).min())
+        piece = max(1, min(most, PIECE // len(tokens), room))
+        logits: Array | None = None
+        for left in reversed(range(0, most, piece)):  # tokens that come after this piece
+            padded = np.zeros((len(tokens), piece), np.int64)
+            given = np.zeros(len(tokens), np.int64)
+            for text, own in enumerate(tokens):
+                stop = max(0, len(own) - left)
+                part = own[max(0, stop - piece) : stop]
+                padded[text, : len(part)] = part
+                given[text] = len(part)
+            logits = self._run(padded, given)
+        assert logits is not None
+        return logits
+
+    def _run(self, padded: Array, given: Array) -> Array:
+        """One piece; text b has given[b] tokens in it, then padding."""
+        texts, piece = padded.shape
+        self._check(padded, given)
+        first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle
+        last = np.maximum(given - 1, 0)
+        rows = np.arange(texts) * piece + last
+        logits = self._executor.step([padded, first, rows, first + last], self._caches)
+        self._first += given
+        return logits
+
+    def _check(self, padded: Array, given: Array) -> None:
+        low, high = int(padded.min()), int(padded.max())
+        if low < 0 or high >= self._step.vocabulary:
+            raise InputError(
+                f"token {low if low < 0 else high} is not one of the model's "
+                f"{self._step.vocabulary} tokens"
+            )
+        if int((self._first + given).max()) > self._room:
+            raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
+
+
+def _cache(step: Step, index: int, texts: int, room: int) -> Array:
+    port = step.caches[index]
+    _, heads, _, width = port.shape
+    assert isinstance(heads, int)
+    assert isinstance(width, int)
+    return empty((texts, heads, room, width), NUMPY[port.dtype])

@@ -1,0 +1,223 @@
+"""Text from a compiled model, as a user asks for it: the tokens of Hugging Face, and more."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import inspect
+import json
+import random
+import socket
+import string
+import textwrap
+import threading
+import typing
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import moec
+from moec.errors import InputError, VerificationError
+from moec.runtime.texts import PIECE, Texts
+from tests.capture.modules import WIDTH, Moe
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_moe: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_moe).eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_moe: Path) -> moec.CompiledModel:
+    return moec.compile(tiny_moe)
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    compiled: moec.CompiledModel, tmp_path_factory: pytest.TempPathFactory
+) -> moec.LoadedModel:
+    path = tmp_path_factory.mktemp("generation") / "tiny.moec"
+    compiled.save(path)
+    return moec.load(path)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_moe: Path) -> list[list[int]]:
+    """Twenty pieces of Python's own library, of 40 to 170 tokens: what the model was trained on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe)
+    modules = (json, textwrap, argparse, ast, csv, random, socket, string, typing, zipfile)
+    return [
+        tokenizer(inspect.getsource(module)[200 * n : 200 * n + 120 + 7 * n]).input_ids
+        for n, module in enumerate(modules * 2, 1)
+    ]
+
+
+def test_the_tokens_of_hugging_face(tiny_moe: Path, prompts: list[list[int]]) -> None:
+    """In float32; in bf16 eager and moec round otherwise, and a near tie goes either way."""
+    eager = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+    model = moec.compile(tiny_moe, dtype="float32", verify=False)
+    with torch.no_grad():
+        expected = [
+            eager.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0].tolist()
+            for prompt in prompts
+        ]
+    assert [model.generate([prompt], max_new_tokens=NEW)[0] for prompt in prompts] == expected
+    assert model.generate(prompts, max_new_tokens=NEW) == expected
+
+
+def test_a_batch_in_bf16(loaded: moec.LoadedModel, prompts: list[list[int]]) -> None:
+    alone = [loaded.generate([prompt], max_new_tokens=NEW)[0] for prompt in prompts[:6]]
+    assert loaded.generate(prompts[:6], max_new_tokens=NEW) == alone
+
+
+def test_a_tensor_gives_a_tensor(compiled: moec.CompiledModel) -> None:
+    ids = torch.randint(3, 1024, (2, 5))
+    made = compiled.generate(ids, max_new_tokens=4)
+    assert made.dtype == torch.int64
+    assert made.shape == (2, 9)
+    assert torch.equal(made[:, :5], ids)
+    as_numpy = compiled.generate(ids.numpy(), max_new_tokens=4)
+    assert isinstance(as_numpy, np.ndarray)
+    assert as_numpy.tolist() == made.tolist()
+    streamed = list(compiled.stream(ids, max_new_tokens=4))
+    assert torch.tensor(streamed).T.tolist() == made[:, 5:].tolist()
+
+
+def test_a_text_that_ends_early_is_filled_up(compiled: moec.CompiledModel) -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 300]])
+    free = compiled.generate(ids, max_new_tokens=8, stop=())
+    last = int(free[0, 5])
+    assert last not in free[1, 4:].tolist()
+    made = compiled.generate(ids, max_new_tokens=8, stop=last)
+    assert made[0].tolist() == [*free[0, :6].tolist(), *[last] * 6]
+    assert made[1].tolist() == free[1].tolist()
+    lists = compiled.generate(ids.tolist(), max_new_tokens=8, stop=[last])
+    assert [len(text) for text in lists] == [6, 12]
+
+
+def test_draws_are_repeated_by_their_seed(compiled: moec.CompiledModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 200, "stop": ()}
+    first = compiled.generate([[5, 6]], seed=1, **options)
+    assert compiled.generate([[5, 6]], seed=1, **options) == first
+    assert compiled.generate([[5, 6]], seed=2, **options) != first
+
+
+def test_a_long_prompt_goes_through_in_pieces(
+    compiled: moec.CompiledModel, eager: PreTrainedModel
+) -> None:
+    """Tolerance: that of verification in bf16, against the model over all tokens at once."""
+    ids = torch.randint(3, 1024, (1, PIECE + 200))
+    texts = Texts(compiled.executor, 1, ids.shape[1])  # type: ignore[arg-type]
+    made = torch.from_numpy(texts.feed(ids.tolist()))
+    with torch.no_grad():
+        expected = eager(ids).logits[:, -1].float()
+    assert (made - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_up_to_the_last_place(compiled: moec.CompiledModel) -> None:
+    """The model has 1024 places; texts that are full stay while others go on."""
+    full, other = [7] * 1022, [8] * 3
+    made = compiled.generate([full, other], max_new_tokens=6, stop=())
+    assert [len(text) for text in made] == [1025, 9]
+    assert made[1] == compiled.generate([other], max_new_tokens=6, stop=())[0]
+    with pytest.raises(InputError, match="the prompt has 1025 tokens, and the model takes at most"):
+        compiled.generate([[7] * 1025])
+
+
+def test_many_threads_at_one_model(loaded: moec.LoadedModel, prompts: list[list[int]]) -> None:
+    texts = prompts[:8]
+    alone = [loaded.generate([text], max_new_tokens=8) for text in texts]
+    made: list[Any] = [None] * len(texts)
+
+    def speak(place: int) -> None:
+        made[place] = loaded.generate([texts[place]], max_new_tokens=8)
+
+    threads = [threading.Thread(target=speak, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == alone
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "words"),
+    [
+        ([1, 2], {}, "the prompts are one list of token ids: give a list of such lists"),
+        ("text", {}, "the prompts are a 'text', expected token ids"),
+        (torch.tensor([1, 2]), {}, r"the prompts are a Tensor \[2\], expected token ids \[B, S\]"),
+        ([[1, 2.5]], {}, r"prompt 0 is \[1, 2.5\], expected a list of token ids"),
+        ([[1, 1024]], {}, "token 1024 is not one of the model's 1024 tokens"),
+        ([[1, -1]], {}, "token -1 is not one of the model's 1024 tokens"),
+        ([[1]], {"temperature": -1}, "temperature is -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_what_cannot_be_continued(
+    compiled: moec.CompiledModel, given: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        compiled.generate(given, **options)
+
+
+def test_an_unknown_option(compiled: moec.CompiledModel) -> None:
+    with pytest.raises(TypeError, match="max_length"):
+        compiled.generate([[1]], max_length=3)
+
+
+class Bag(nn.Module):
+    """A language model whose tokens meet in a mean: they cannot come in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, WIDTH)
+        self.moe = Moe()
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        x = x + x.mean(1, keepdim=True)
+        return self.head(self.moe(x.reshape(-1, WIDTH)).reshape(x.shape))  # type: ignore[no-any-return]
+
+
+def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    compiled = moec.compile(Bag(), (ids,))
+    assert compiled.step is None
+    (declined,) = [d for d in compiled.declined if d.rule == "incremental"]
+    assert declined.reason == "aten.mean.dim at mean mixes tokens"
+    with pytest.warns(UserWarning, match="each token runs the whole text again: aten.mean"):
+        made = compiled.generate([[1, 2, 3], [4]], max_new_tokens=3)
+    text = [1, 2, 3]
+    for _ in range(3):
+        text.append(int(compiled(torch.tensor([text]))[0, -1].argmax()))
+    assert made[0] == text
+
+
+def test_the_cache_can_be_left_out(tiny_moe: Path) -> None:
+    compiled = moec.compile(tiny_moe, kv_cache=False, verify=False)
+    assert compiled.step is None
+    with pytest.warns(UserWarning, match="again: the model was compiled without a cache"):
+        compiled.generate([[5]], max_new_tokens=1)
+
+
+def test_wrong_code_for_pieces_is_found(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Texts.feed
+
+    def wrong(self: Texts, tokens: Any) -> Any:
+        return right(self, tokens) * 1.3
+
+    monkeypatch.setattr(Texts, "feed", wrong)
+    with pytest.raises(VerificationError, match="logits in pieces differs from eager by"):
+        moec.compile(tiny_moe)
