@@ -27,12 +27,12 @@ from moec.runtime.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from limits import bandwidth, peak, timed  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OlmoeConfig  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
 
 import moec  # noqa: E402
+from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 
 D, H, E, K = 2048, 1024, 64, 8

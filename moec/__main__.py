@@ -26,6 +26,7 @@ COMMANDS = {
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
+    "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
     "list": ("moec.commands.list", "List passes, targets or models."),
 }

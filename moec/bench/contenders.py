@@ -1,0 +1,84 @@
+"""Those who race: each reads the same prompts, then writes the same tokens, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moec.errors import UsageError
+from moec.runtime.executor import Executor
+from moec.runtime.texts import Texts
+
+TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
+BASELINES = (*TRANSFORMERS, "inductor")
+Tokens = Sequence[Sequence[int]]
+
+
+class Session(Protocol):
+    """Texts in the middle of being read and written."""
+
+    def feed(self, tokens: Tokens) -> Any:
+        """Add tokens to each text; the logits [texts, V] after the last of each."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    open: Callable[[int, int], Session]  # texts, room for how many tokens each
+
+
+def compiled(executor: Executor) -> Contender:
+    """Raises UsageError for a model that cannot take tokens in pieces."""
+    if executor.package.step is None:
+        raise UsageError(f"the model runs no tokens in pieces: {executor.package.no_step}")
+    return Contender("moec", lambda texts, room: Texts(executor, texts, room))
+
+
+@dataclass
+class _Transformers:
+    """transformers' own forward with its own dynamic cache, in inference mode."""
+
+    forward: Any
+    cache: Any = None
+
+    def feed(self, tokens: Tokens) -> torch.Tensor:
+        with torch.inference_mode():
+            made = self.forward(
+                input_ids=torch.tensor(tokens),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache = made.past_key_values
+        logits: torch.Tensor = made.logits[:, -1]
+        return logits
+
+
+def transformers(names: Sequence[str], load: Callable[[], Any]) -> list[Contender]:
+    """One contender for each name; all share the weights of one model that `load` gives.
+
+    Raises UsageError for a name that is none of BASELINES.
+    """
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise UsageError(
+            f"--baseline {unknown[0]}: there is no such baseline; there are {', '.join(BASELINES)}"
+        )
+    if not names:
+        return []
+    model = load().eval()
+    return [_transformer(name, model) for name in names]
+
+
+def _transformer(name: str, model: Any) -> Contender:
+    experts = name if name in TRANSFORMERS else "grouped_mm"
+    run = torch.compile(model, dynamic=True) if name == "inductor" else model
+
+    def forward(**inputs: Any) -> Any:
+        model.set_experts_implementation(experts)
+        return run(**inputs)
+
+    return Contender(name, lambda texts, room: _Transformers(forward))

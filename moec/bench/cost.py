@@ -1,0 +1,86 @@
+"""What a call of a graph costs at least: the arithmetic of its products, and the bytes it reads.
+
+Counted are linear layers, experts and attention. An expert is read where some token chose it; of
+the T*k choices each falls on any expert alike, so E * (1 - (1 - k/E)^T) of E are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.ir import Graph, Op, Value
+from moec.ops.attention import Attention
+from moec.runtime.dtypes import NUMPY
+from moec.sizes import evaluate_dim
+
+Env = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def cost(graph: Graph, env: Env, seen: int) -> Cost:
+    """The cost of one call whose sizes are `env`, when `seen` keys of each cache are read."""
+    params = set(graph.params)
+    total = Cost()
+    for op in graph.ops:
+        if op.name == "grouped.linear":
+            total += _experts(op, env, params)
+        elif op.name == "nn.attention":
+            total += _attention(op, env, seen)
+        elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
+            total += _product(op, env, params)
+        elif op.name == "moe.gate":
+            x, weight = op.inputs[:2]
+            flops = 2.0 * _count(x, env) * evaluate_dim(weight.shape[0], env)
+            total += Cost(flops, _bytes(weight, env))
+    return total
+
+
+def _count(value: Value, env: Env) -> int:
+    return math.prod(evaluate_dim(dim, env) for dim in value.shape)
+
+
+def _bytes(value: Value, env: Env) -> float:
+    return float(_count(value, env) * NUMPY[value.dtype].itemsize)
+
+
+def _product(op: Op, env: Env, params: set[Value]) -> Cost:
+    weights = [value for value in op.inputs if value in params]
+    out = op.outputs[0]
+    width = max((evaluate_dim(v.shape[-1], env) for v in op.inputs if v not in params), default=0)
+    return Cost(2.0 * _count(out, env) * width, sum(_bytes(value, env) for value in weights))
+
+
+def _experts(op: Op, env: Env, params: set[Value]) -> Cost:
+    """Rows R = k*T by the matrices of their experts; params are stacked over E."""
+    rows = evaluate_dim(op.outputs[0].shape[0], env)
+    stacked = [value for value in op.inputs if value in params and len(value.shape) == 3]
+    flops = sum(2.0 * rows * _count(v, env) / evaluate_dim(v.shape[0], env) for v in stacked)
+    share = 0.0
+    if stacked:
+        experts = evaluate_dim(stacked[0].shape[0], env)
+        share = 1 - (1 - 1 / experts) ** rows
+    held = sum(_bytes(v, env) for v in op.inputs if v in params)
+    return Cost(flops, held * share)
+
+
+def _attention(op: Op, env: Env, seen: int) -> Cost:
+    """Query s of S sees the keys up to its own place: on average seen - S/2 of them."""
+    a = Attention.of(op)
+    queries = evaluate_dim(a.q.shape[2], env)
+    keys = seen if a.first is not None else queries
+    per_row = keys - (queries - 1) / 2
+    widths = evaluate_dim(a.q.shape[3], env) + evaluate_dim(a.v.shape[3], env)
+    rows = _count(a.q, env) / evaluate_dim(a.q.shape[3], env)
+    heads = evaluate_dim(a.k.shape[0], env) * evaluate_dim(a.k.shape[1], env)
+    size = NUMPY[a.k.dtype].itemsize
+    return Cost(2.0 * rows * per_row * widths, float(heads * keys * widths * size))

@@ -1,0 +1,150 @@
+"""What a race gave, as numbers, as text and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.bench.race import Figure, Load, Times, ratio
+from moec.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured in the same run: FLOP/s of all threads, bytes/s of all threads; and the seconds
+    that a prefill and a step take at least at those rates."""
+
+    peak: float
+    bandwidth: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender; `ahead` is how many times as long it takes as moec does."""
+
+    name: str
+    prefill: Figure
+    decode: Figure
+    prefill_ahead: float
+    decode_ahead: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """`prefill_share` and `decode_share` are moec's shares of the limits."""
+
+    model: str
+    dtype: str
+    machine: str
+    threads: int
+    versions: Mapping[str, str]
+    load: Load
+    limits: Limits
+    lines: tuple[Line, ...]
+    prefill_share: float
+    decode_share: float
+    load_average: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        load, limits = self.load, self.limits
+        rows = [
+            f"{self.model}, {self.dtype}, {self.threads} threads, {self.machine}",
+            f"measured peak {limits.peak / 1e9:.0f} GFLOP/s, bandwidth "
+            f"{limits.bandwidth / 1e9:.1f} GB/s, load average {self.load_average:.1f} before",
+            f"{load.batch} x {load.prompt} tokens read, then {load.batch} x {load.new} written one "
+            "by one; medians, and the middle half of all measurements",
+            "",
+            f"{'':12} {'prefill, tokens/s':>30} {'':>7} {'decode, tokens/s':>30} {'':>7}",
+        ]
+        for line in self.lines:
+            rows.append(
+                f"{line.name:12} {_shown(line.prefill):>30} {_times(line.prefill_ahead):>7} "
+                f"{_shown(line.decode):>30} {_times(line.decode_ahead):>7}"
+            )
+        rows += [
+            "",
+            f"moec's prefill is at {self.prefill_share:.0%} of the limit, its decode at "
+            f"{self.decode_share:.0%}. The last columns: how many times as long as moec.",
+        ]
+        return "\n".join(rows)
+
+
+def result(
+    model: str,
+    dtype: str,
+    machine: str,
+    threads: int,
+    versions: Mapping[str, str],
+    load: Load,
+    limits: Limits,
+    times: list[Times],
+    load_average: float,
+) -> Result:
+    """`times` begin with moec's."""
+    ours = times[0]
+    lines = tuple(
+        Line(
+            t.name,
+            Figure.of(t.prefill, load.batch * load.prompt),
+            Figure.of(t.decode, load.batch),
+            ratio(ours.prefill, t.prefill),
+            ratio(ours.decode, t.decode),
+        )
+        for t in times
+    )
+    tokens = load.batch * load.prompt
+    return Result(
+        model,
+        dtype,
+        machine,
+        threads,
+        versions,
+        load,
+        limits,
+        lines,
+        limits.prefill * lines[0].prefill.median / tokens,
+        limits.decode * lines[0].decode.median / load.batch,
+        load_average,
+    )
+
+
+def _shown(figure: Figure) -> str:
+    return f"{figure.median:.1f} ({figure.low:.1f} to {figure.high:.1f})"
+
+
+def _times(ahead: float) -> str:
+    return f"{ahead:.2f}x"
+
+
+def plot(made: Result, path: Path) -> None:
+    """Bars of both rates, with the limit. Raises UsageError where matplotlib is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'moec[bench]'") from None
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    tokens = {"prefill": made.load.batch * made.load.prompt, "decode": made.load.batch}
+    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
+        figures: list[Figure] = [getattr(line, phase) for line in made.lines]
+        names = [line.name for line in made.lines]
+        low = [f.median - f.low for f in figures]
+        high = [f.high - f.median for f in figures]
+        colours = ["#0b6e4f"] + ["#9aa5a1"] * (len(names) - 1)
+        axis.bar(names, [f.median for f in figures], yerr=[low, high], color=colours, capsize=3)
+        axis.axhline(tokens[phase] / getattr(made.limits, phase), color="#b23a48", linestyle="--")
+        axis.set_title(f"{phase}, tokens a second (dashed: the machine's limit)", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{made.model}, {made.dtype}, {made.threads} threads", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,193 @@
+"""`moec bench MODEL`: tokens a second, beside others and beside what the machine can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moec.commands.inspect import is_artifact
+from moec.commands.options import DTypeName
+from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.runtime.artifact import Artifact
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+@click.command("bench", short_help="Time reading and writing text, beside others.")
+@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.option(
+    "--artifact", type=click.Path(path_type=Path), metavar="FILE",
+    help="Time this artifact of MODEL, and do not compile it anew.",
+)  # fmt: skip
+@click.option(
+    "--baseline", default="", metavar="NAMES",
+    help="Race against eager, grouped_mm, batched_mm, inductor (of a checkpoint folder).",
+)  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16.")
+@click.option("--threads", type=click.IntRange(min=1), help="For all; default: cores.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    model: str,
+    artifact: Path | None,
+    baseline: str,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    dtype: str | None,
+    threads: int | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time prefill and decode of MODEL_OR_ARTIFACT.
+
+    All contenders run in one process on the same tokens, one after the other in every round,
+    so that whatever else the machine does falls on all. The peak and the bandwidth are
+    measured in the same run.
+    """
+    if plot and plot.suffix not in _PLOTS:
+        raise UsageError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    names = [name.strip() for name in baseline.split(",") if name.strip()]
+    path = Path(model)
+    of_artifact = is_artifact(path)
+    if of_artifact and (names or artifact):
+        raise UsageError(
+            f"{model} is an artifact: name the checkpoint that it was made of, then "
+            f"--artifact {model}"
+        )
+    from moec.runtime.threads import set_threads
+
+    count = set_threads(threads)
+    from moec.progress import Progress, hush
+
+    hush()
+    with Progress(quiet=quiet or as_json) as progress:
+        opened = path if of_artifact else artifact
+        made = _bench(
+            model,
+            opened,
+            names,
+            (batch, prompt_tokens, new_tokens, rounds),
+            dtype,
+            count,
+            progress.phase,
+        )
+    if plot:
+        from moec.bench.result import plot as draw
+
+        draw(made, plot)
+    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+    if plot and not as_json:
+        click.echo(f"drew {plot}")
+
+
+def _bench(
+    model: str,
+    artifact: Path | None,
+    names: list[str],
+    numbers: tuple[int, int, int, int],
+    dtype: str | None,
+    threads: int,
+    progress: Any,
+) -> Any:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from moec.bench import contenders, limits
+    from moec.bench.cost import cost
+    from moec.bench.race import Load, race
+    from moec.bench.result import Limits, result
+    from moec.text import parse
+
+    torch.set_num_threads(threads)
+    before = os.getloadavg()[0]
+    progress("open the model")
+    package, executor, text = _open(model, artifact, dtype, progress)
+    step = package.step
+    ours = contenders.compiled(executor)
+    batch, prompt, new, rounds = numbers
+    if step.longest is not None and prompt + new > step.longest:
+        raise UsageError(
+            f"{prompt} + {new} tokens are asked for, and the model takes at most {step.longest}"
+        )
+    load = Load(batch, prompt, new, step.vocabulary)
+    others = contenders.transformers(names, lambda: _eager(model, dtype))
+    times = race([ours, *others], load, rounds, progress)
+    progress("measure the machine")
+    graph = parse(text)
+    kind = "bfloat16" if step.logits.dtype == "bf16" else "float32"
+    peak, stream = limits.peak(kind), limits.bandwidth()
+    sizes = {"B": batch, "L": prompt + new}
+
+    def least(tokens: int, seen: int) -> float:
+        wanted = cost(graph, sizes | {"S": tokens}, seen)
+        return max(wanted.flops / peak, wanted.bytes / stream)
+
+    packages = ("moec", "torch", "apache-tvm", "transformers")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return result(
+        Path(model).resolve().name,
+        step.logits.dtype,
+        f"{_processor()}, {platform.machine()}",
+        threads,
+        versions,
+        load,
+        Limits(peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
+        times,
+        before,
+    )
+
+
+def _open(model: str, artifact: Path | None, dtype: str | None, progress: Any) -> Any:
+    from moec.text import print_graph
+
+    if artifact is None:
+        from moec.api import compile as compile_model
+
+        compiled = compile_model(model, dtype=dtype, verify=False, progress=progress)
+        text = "" if compiled.step is None else print_graph(compiled.step.graph)
+        return compiled.package, compiled.executor, text
+    from moec.runtime.artifact import STEP, read
+    from moec.runtime.executor import start
+
+    opened: Artifact = read(artifact)
+    return opened.package, start(opened), opened.files.get(STEP, b"").decode()
+
+
+def _eager(model: str, dtype: str | None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype) if dtype else "auto"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=kind, local_files_only=True)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.processor())
+    except OSError:
+        return platform.processor()

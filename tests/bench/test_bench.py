@@ -1,0 +1,161 @@
+"""What a call costs at least, who is raced, and how the figures are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moec
+from moec.bench.contenders import Contender, compiled, transformers
+from moec.bench.cost import Cost, cost
+from moec.bench.race import Figure, Load, race
+from moec.bench.result import Limits, plot, result
+from moec.commands.bench import command
+from moec.errors import UsageError
+from moec.text import parse
+
+GRAPH = """\
+graph step(x: bf16[B*S, 8], ends: i32[4], q: f32[B, 4, S, 2], k: f32[B, 2, L, 2], first: i64[B]; \
+w: bf16[16, 8], gate: bf16[4, 8], up: bf16[4, 6, 8], down: bf16[4, 8, 6]) {
+  size B in [0, inf]
+  size S in [1, inf]
+  size L in [1, inf]
+  y: bf16[B*S, 16] = aten.linear.default(x, w)
+  weights: bf16[B*S, 2], experts: i64[B*S, 2] = moe.gate(x, gate) <k=2, compute=bf16, logits=bf16>
+  order: i32[2*B*S], slots: i32[B*S, 2], found: i32[4] = moe.sort(experts) <num_experts=4>
+  h: bf16[2*B*S, 6] = grouped.linear(x, found, up, order) <matrices=1, dtype=bf16, gather=2>
+  o: f32[2*B*S, 8] = grouped.linear(h, found, down) <matrices=1, dtype=f32>
+  a: f32[B, 4, S, 2] = nn.attention(q, k, k, first) <scale=1.0, causal=true, placed=true>
+  return y, o, a
+}
+"""
+
+
+def test_the_least_that_a_call_costs() -> None:
+    """One token of two texts: 4 rows of experts; all counted by hand."""
+    made = cost(parse(GRAPH), {"B": 2, "S": 1, "L": 32}, seen=10)
+    linear, gate = 2 * 2 * 16 * 8, 2 * 2 * 4 * 8
+    experts = 2 * 4 * (6 * 8 + 8 * 6)
+    attention = 2 * (2 * 4) * 10 * (2 + 2)
+    assert made.flops == linear + gate + experts + attention
+    share = 1 - (1 - 1 / 4) ** 4
+    weights = 2 * 16 * 8 + 2 * 4 * 8 + share * 2 * 4 * (6 * 8 + 8 * 6)
+    caches = 2 * 2 * 10 * (2 + 2) * 4
+    assert made.bytes == pytest.approx(weights + caches)
+
+
+def test_a_prompt_sees_half_of_itself() -> None:
+    prompt = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=10)
+    without = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=0)
+    assert prompt.flops - without.flops == 2 * (4 * 10) * 10 * 4
+    assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
+
+
+@dataclass
+class Fake:
+    """Remembers what it was fed."""
+
+    fed: list[list[list[int]]] = field(default_factory=list)
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+        self.fed.append([list(text) for text in tokens])
+
+
+def test_all_are_fed_the_same_in_turn() -> None:
+    sessions: dict[str, list[Fake]] = {"a": [], "b": []}
+    order: list[str] = []
+
+    def contender(name: str) -> Contender:
+        def start(texts: int, room: int) -> Fake:
+            assert (texts, room) == (2, 5)
+            order.append(name)
+            sessions[name].append(Fake())
+            return sessions[name][-1]
+
+        return Contender(name, start)
+
+    times = race([contender("a"), contender("b")], Load(2, 3, 2, 9), rounds=2)
+    assert order == ["a", "b"] * 3  # the first round is not measured
+    assert [(t.name, len(t.prefill), len(t.decode)) for t in times] == [("a", 2, 4), ("b", 2, 4)]
+    assert all(s.fed == sessions["a"][0].fed for own in sessions.values() for s in own)
+    assert [[len(text) for text in fed] for fed in sessions["a"][0].fed] == [[3, 3], [1, 1], [1, 1]]
+
+
+def test_figures() -> None:
+    figure = Figure.of([1.0, 2.0, 4.0, 8.0, 16.0], tokens=8)
+    assert (figure.low, figure.median, figure.high) == (1.0, 2.0, 4.0)
+
+
+def test_baselines_that_do_not_exist() -> None:
+    with pytest.raises(UsageError, match="--baseline vllm: there is no such baseline; there are"):
+        transformers(["eager", "vllm"], lambda: None)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "tiny.moec"
+    moec.compile(tiny_moe, verify=False).save(path)
+    return path
+
+
+def test_a_race_with_transformers(
+    saved: Path, tiny_moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--artifact", str(saved), "--baseline", "eager", "--prompt-tokens", "5"]
+    words += ["--new-tokens", "2", "--rounds", "1", "--json", "--plot", str(tmp_path / "b.svg")]
+    pytest.importorskip("matplotlib")
+    threads = torch.get_num_threads()
+    command.main([str(tiny_moe), *words], standalone_mode=False)
+    torch.set_num_threads(threads)
+    said = json.loads(capsys.readouterr().out)
+    ours, eager = said["lines"]
+    assert (ours["name"], eager["name"]) == ("moec", "eager")
+    assert ours["decode_ahead"] == 1.0
+    assert eager["decode"]["median"] > 0
+    assert said["limits"]["peak"] > 1e9
+    assert 0 < said["decode_share"] < 2
+    assert "<svg" in (tmp_path / "b.svg").read_text()
+
+
+def test_moec_and_eager_compute_the_same(saved: Path, tiny_moe: Path) -> None:
+    """What is timed is the same work. Four layers in bf16, each rounded otherwise, and a near tie
+    of router scores in one: another token or place would differ by a half and more."""
+    from transformers import AutoModelForCausalLM
+
+    (eager,) = transformers(["grouped_mm"], lambda: AutoModelForCausalLM.from_pretrained(tiny_moe))
+    sessions = [c.open(2, 8) for c in (compiled(moec.load(saved).executor), eager)]
+    for tokens in ([[5, 6, 7], [8, 9, 10]], [[4], [300]]):
+        a, b = (torch.as_tensor(session.feed(tokens)).float() for session in sessions)
+        assert (a - b).abs().max() <= 5e-2 * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--plot", "x.jpg"], "--plot x.jpg: the name must end in .png, .svg or .pdf"),
+        (["--baseline", "eager"], "name the checkpoint that it was made of, then --artifact"),
+        (["--prompt-tokens", "1020"], r"1020 \+ 32 tokens are asked for, and the model takes"),
+    ],
+)
+def test_what_cannot_be_raced(saved: Path, words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        command.main([str(saved), *words, "-q"], standalone_mode=False)
+
+
+def test_the_text() -> None:
+    times: Any = race([Contender("moec", lambda texts, room: Fake())], Load(1, 4, 2, 9), 1)
+    made = result(
+        "toy", "f32", "a machine", 2, {}, Load(1, 4, 2, 9), Limits(1e9, 2e9, 1e-9, 1e-9), times, 0.5
+    )
+    lines = str(made).splitlines()
+    assert lines[0] == "toy, f32, 2 threads, a machine"
+    assert lines[1] == "measured peak 1 GFLOP/s, bandwidth 2.0 GB/s, load average 0.5 before"
+    assert lines[5].startswith("moec ")
+    with pytest.raises((UsageError, ValueError)):
+        plot(made, Path("x.unknown"))
