@@ -41,6 +41,11 @@ FAMILIES = (
     Family("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
     Family("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),
     Family("aria_text", "AriaTextForCausalLM", "transposed weights"),
+    Family("qwen3_next", "Qwen3NextForCausalLM", "gated delta rule, a shared expert with a gate"),
+    Family("kimi_linear", "KimiLinearForCausalLM", "delta rule with a decay per channel, MLA"),
+    Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
+    Family("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
+    Family("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
 )
 
 FORMS = {

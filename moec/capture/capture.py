@@ -18,6 +18,7 @@ from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_
 from moec.capture.exported import decompose, to_program
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.loops import every_expert_hit
+from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
 from moec.closeness import default_tolerance, distance
@@ -124,6 +125,7 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
         with (
             torch.no_grad(),
             experts_as_ops(call.module),
+            scans_as_ops(call.module),
             casts_done(),
             symbolic_config.patch(  # type: ignore[attr-defined]
                 backed_size_oblivious=True, use_duck_shape=False

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from moec.aten import IR_DTYPES
+from moec.capture.scans import OWN
 from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 from moec.ir import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
@@ -148,6 +149,9 @@ class _Converter:
         )
         if target in _VIEWS:  # a graph has no strides: every view is a reshape
             target, attrs = "aten.reshape.default", {"shape": attrs["size"]}
+        if target in OWN:  # its inputs stand in the order of the op's own
+            target = OWN[target]
+            attrs = {name: attr for name, attr in attrs.items() if attr is True}
         self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
         self.made[node] = outputs if isinstance(value, tuple | list) else outputs[0]
 

@@ -8,7 +8,17 @@ rows come after ends[E-1], hold zeros, and add nothing.
 
 from __future__ import annotations
 
-from moec.ops import attention, cache, dispatch, gate, grouped, norm, rotary, size
+from moec.ops import (
+    attention,
+    cache,
+    dispatch,
+    gate,
+    grouped,
+    linear_attention,
+    norm,
+    rotary,
+    size,
+)
 from moec.ops.definition import OPS, OpDef
 
 __all__ = [
@@ -19,6 +29,7 @@ __all__ = [
     "dispatch",
     "gate",
     "grouped",
+    "linear_attention",
     "norm",
     "rotary",
     "size",

@@ -23,6 +23,14 @@ _EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
 _LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _WIDTHS: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 32}
 _DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+_HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA_RULE: dict[str, Any] = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+}
 
 OTHER_FAMILIES: dict[str, Family] = {
     "glm4_moe": Family(
@@ -420,6 +428,104 @@ OTHER_FAMILIES: dict[str, Family] = {
             "head_dim": 16,
             "sliding_window": 8,
             "router_hidden_size": 16,
+        },
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {**_EXPERTS, **_WIDTHS, **_DELTA_RULE, **_HYBRID, "shared_expert_intermediate_size": 48},
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        {
+            **_EXPERTS,
+            **_DELTA_RULE,
+            **_HYBRID,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
+    "lara_mini": Family(
+        "LaraMiniForCausalLM",
+        "LaraMiniConfig",
+        {
+            **_EXPERTS,
+            **_DELTA_RULE,
+            "layer_types": ["linear_attention", "sliding_attention"],
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "sliding_window": 8,
+        },
+    ),
+    "kimi_linear": Family(
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {
+            **_LOCAL,
+            **_WIDTHS,
+            **_MLA,
+            **_HYBRID,
+            **_DENSE_FIRST,
+            "q_lora_rank": None,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+        },
+    ),
+    "bailing_hybrid": Family(
+        "BailingHybridForCausalLM",
+        "BailingHybridConfig",
+        {
+            **_LOCAL,
+            **_WIDTHS,
+            **_MLA,
+            **_GROUPS,
+            **_HYBRID,
+            **_DENSE_FIRST,
+            "q_lora_rank": None,
+            "head_dim": 16,
+        },
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            **_LOCAL,
+            "intermediate_size": 96,
+            "shared_intermediate_size": 48,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "nemotron_h": Family(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **_ROUTED,
+            "layers_block_type": ["mamba", "moe", "attention"],
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+        },
+    ),
+    "jamba": Family(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_EXPERTS,
+            "intermediate_size": 96,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
         },
     ),
 }

@@ -12,7 +12,8 @@ from moec.evaluate import evaluate
 from tests.models.other_families import OTHER_FAMILIES
 
 # One of each kind: groups, MLA, biases of two shapes, norms of all heads at once, shared
-# experts, windows, convolutions, norms after experts, own loops, text parts of larger models.
+# experts, windows, convolutions, norms after experts, own loops, text parts of larger models,
+# and each kind of linear attention.
 TRIED = (
     "glm4_moe",
     "glm4_moe_lite",
@@ -23,8 +24,10 @@ TRIED = (
     "muse_spark",
     "aria_text",
     "qwen3_vl_moe",
+    "kimi_linear",
+    "nemotron_h",
 )
-COMPILED = ("minimax_m2", "lfm2_moe", "ernie4_5_moe")
+COMPILED = ("minimax_m2", "lfm2_moe", "ernie4_5_moe", "qwen3_next", "granitemoehybrid", "jamba")
 CUSTOM = {
     "gemma4": "weights or choices differ",  # each expert has a factor of its own
 }

@@ -1,0 +1,247 @@
+"""Linear attention of transformers: one op for all lengths, in place of an unrolled loop.
+
+The loops over chunks or positions that transformers falls back to run as often as the example
+is long, and a graph holds what they ran. transformers decorates these functions with the name
+of the kernel that stands for them where there is one (`use_kernel_func_from_hub_with_fallback`);
+while a model is exported, moec is such a kernel: each is spelled with `moec::linear_attention`.
+What has such a name is compared with what moec takes it for before it is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+from moec.errors import CaptureError
+from moec.ops.linear_attention import carried
+
+OWN = {"moec.linear_attention.default": "nn.linear_attention"}
+"""Operators that the export holds, and the ops of the IR that they are."""
+
+
+@torch.library.custom_op("moec::linear_attention", mutates_args=())
+def linear_attention_op(
+    tensors: list[torch.Tensor],
+    rest: list[torch.Tensor],
+    rated: bool,
+    delta: bool,
+    started: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nn.linear_attention: q, k, v, decay and the rest that the flags name."""
+    return carried(tensors, rest, rated, delta, started)
+
+
+@linear_attention_op.register_fake
+def _(
+    tensors: list[torch.Tensor],
+    rest: list[torch.Tensor],
+    rated: bool,
+    delta: bool,
+    started: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _, k, v, _ = tensors
+    return torch.empty_like(v), v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+
+
+Given = Mapping[str, Any]
+Scan = Callable[[Given], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _carry(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    rates: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    optional = (rates, beta, start)
+    rest = [x.float() for x in optional if x is not None]
+    given = [x.float() for x in (q, k, v, decay)]
+    y, end = linear_attention_op(given, rest, *(x is not None for x in optional))
+    return y, end
+
+
+def _delta_rule(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k [B, S, G, Dk], v [B, S, H, Dv], g [B, S, H] or [B, S, H, Dk], beta [B, S, H]."""
+    q, k = a["query"].float(), a["key"].float()
+    if a["use_qk_l2norm_in_kernel"]:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    y, end = _carry(q, k, a["value"], a["g"], beta=a["beta"], start=a["initial_state"])
+    return y.to(a["query"].dtype), end
+
+
+def _mamba2(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [B, S, H, P], dt [B, S, H], A [H], B and C [B, S, G, N]; states [B, H, P, N]."""
+    x, dt, start = a["hidden_states"].float(), a["dt"], a["initial_states"]
+    if a["dt_bias"] is not None:
+        dt = dt + a["dt_bias"].to(dt.dtype)
+    if a["dt_softplus"]:
+        dt = functional.softplus(dt)
+    dt = dt.clamp(*a["dt_limit"]).float()
+    start = None if start is None else start.transpose(2, 3)
+    y, end = _carry(a["C"], a["B"], x * dt[..., None], a["A"].float() * dt, start=start)
+    if a["D"] is not None:
+        y = y + a["D"][:, None] * x
+    return y, end.transpose(2, 3)
+
+
+def _mamba(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, dt, z [B, D, S], A [D, N], B and C [B, N, S]; states [B, D, N]."""
+    x, dt, dtype = a["hidden_states"], a["dt"], a["hidden_states"].dtype
+    if a["delta_bias"] is not None:
+        dt = dt + a["delta_bias"].to(dt.dtype)[:, None]
+    if a["delta_softplus"]:
+        dt = functional.softplus(dt)
+    q, k, v, decay = (x.float().mT[:, :, None] for x in (a["C"], a["B"], dt * x.float(), dt))
+    y, end = _carry(q, k, v, decay, rates=a["A"].mT[None])
+    y = y[:, :, 0].mT.to(dtype)
+    if a["D"] is not None:
+        y = y + x * a["D"][:, None]
+    if a["z"] is not None:
+        y = y * functional.silu(a["z"])
+    return y, end[:, 0].mT
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a kernel computes, the arguments that this reads, and the one that asks for the
+    last state. `sizes` are those of the tensors of `example`, where one letter is one size."""
+
+    scan: Scan
+    state: str
+    example: Mapping[str, str]
+    options: Mapping[str, Any]
+
+
+_RULE = {"query": "bsgk", "key": "bsgk", "value": "bshv", "beta": "bsh", "initial_state": "bhkv"}
+_NORMED = {"use_qk_l2norm_in_kernel": True}
+_GATED = _Known(_delta_rule, "output_final_state", {**_RULE, "g": "bsh"}, _NORMED)
+_CHANNELS = {**{name: axes.replace("g", "h") for name, axes in _RULE.items()}, "g": "bshk"}
+_KIMI = _Known(_delta_rule, "output_final_state", _CHANNELS, _NORMED)
+_MAMBA2 = _Known(
+    _mamba2,
+    "return_final_states",
+    {
+        "hidden_states": "bshv",
+        "dt": "bsh",
+        "A": "h",
+        "B": "bsgk",
+        "C": "bsgk",
+        "D": "h",
+        "dt_bias": "h",
+        "initial_states": "bhvk",
+    },
+    {"dt_softplus": True, "dt_limit": (0.1, 2.0), "chunk_size": 8},
+)
+_MAMBA = _Known(
+    _mamba,
+    "return_last_state",
+    {
+        "hidden_states": "bvs",
+        "dt": "bvs",
+        "A": "vk",
+        "B": "bks",
+        "C": "bks",
+        "D": "v",
+        "z": "bvs",
+        "delta_bias": "v",
+    },
+    {"delta_softplus": True},
+)
+_KNOWN = {
+    "chunk_gated_delta_rule": _GATED,
+    "fused_recurrent_gated_delta_rule": _GATED,
+    "chunk_kda": _KIMI,
+    "fused_recurrent_kda": _KIMI,
+    "mamba_chunk_scan_combined": _MAMBA2,
+    "selective_scan_fn": _MAMBA,
+}
+_IGNORED = {"chunk_size", "use_mambapy", "use_associative_scan"}
+"""Arguments that say how to compute, not what."""
+_PACKED = ("cu_seqlens", "seq_idx")
+"""Where sequences are packed into one; other arguments without a parameter are not read."""
+_SIZES = {"b": 2, "s": 19, "g": 2, "h": 4, "k": 5, "v": 3}
+_LOGARITHMS = {"g", "A"}
+_DECORATED = {"torch_function", "func_name"}
+"""What a function decorated with a kernel's name holds."""
+
+
+def kernel_name(function: Any) -> str | None:
+    """The name of the kernel that transformers would use in the place of a function."""
+    while function is not None:
+        if inspect.isfunction(function) and _DECORATED <= {*function.__code__.co_freevars}:
+            return str(inspect.getclosurevars(function).nonlocals["func_name"])
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _spelled(function: Any, known: _Known) -> Callable[..., Any]:
+    """The function with its loop as one op. Raises CaptureError where an argument is given
+    that this does not know."""
+    signature = inspect.signature(function)
+    taken = {*known.example, *known.options, known.state, *_IGNORED, "kwargs"}
+
+    @wraps(function)
+    def scan(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        for name, value in (*given.items(), *given.get("kwargs", {}).items()):
+            default = signature.parameters[name].default if name in given else None
+            unread = name in _PACKED or (name in given and name not in taken)
+            if unread and value is not default:
+                raise CaptureError(
+                    f"{function.__name__} is called with {name}, which moec does not know: call "
+                    "the model without it"
+                )
+        y, end = known.scan(given)
+        if known.scan is _delta_rule:
+            return y, end if given[known.state] else None
+        return (y, end) if given[known.state] else y
+
+    return scan
+
+
+def _agrees(function: Any, known: _Known) -> bool:
+    """Whether a function computes what is known of its name, on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {known.state: True, **known.options}
+    for name, axes in known.example.items():
+        x = torch.randn([_SIZES[axis] for axis in axes], generator=generator) * 0.5
+        given[name] = -x.abs() if name in _LOGARITHMS else x
+    taken = inspect.signature(function).parameters
+    given = {name: x for name, x in given.items() if name in taken}
+    try:
+        pairs = zip(function(**given), _spelled(function, known)(**given), strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)
+    except (RuntimeError, TypeError, KeyError, ValueError):
+        return False
+
+
+@contextmanager
+def scans_as_ops(model: torch.nn.Module) -> Iterator[None]:
+    """While open, the linear attention of the model's classes is `moec::linear_attention`.
+
+    A function that does not compute what its kernel's name stands for stays as it is.
+    """
+    files = {c.__module__ for module in model.modules() for c in type(module).__mro__}
+    with ExitStack() as stack:
+        for file in files:
+            place = sys.modules.get(file)
+            for name, value in list(vars(place).items()) if place else ():
+                known = _KNOWN.get(kernel_name(value) or "") if inspect.isfunction(value) else None
+                if known is not None and _agrees(value, known):
+                    stack.enter_context(mock.patch.object(place, name, _spelled(value, known)))
+        yield
