@@ -119,6 +119,12 @@ class CompiledModel:
                 f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
                 "in 16 bits nearly equal router scores may choose other experts than eager's",
             )
+        if checked and checked.ties:
+            notes += (
+                f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's and are "
+                "right: they choose among exactly equal values, where torch promises no order "
+                "and moec takes the first",
+            )
         return Report(
             model=self.source.name,
             target=self.target.name,

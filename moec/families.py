@@ -45,6 +45,7 @@ FAMILIES = (
     Family("kimi_linear", "KimiLinearForCausalLM", "delta rule with a decay per channel, MLA"),
     Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
     Family("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
+    Family("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
     Family("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
 )
 

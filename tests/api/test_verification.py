@@ -189,3 +189,32 @@ def test_what_is_not_finite_must_be_the_same(values: torch.Tensor, place: int, o
 @pytest.mark.parametrize("other", [torch.ones(2, 2), torch.ones(2, dtype=torch.float64)])
 def test_shapes_and_dtypes_must_be_the_same(other: torch.Tensor) -> None:
     assert distance(other, torch.ones(2)) == float("inf")
+
+
+class Sparse(nn.Module):
+    """Keeps the four greatest of scores that are mostly equal: what torch keeps is its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.relu(x - 1.5)
+        kept = torch.zeros_like(x).scatter(1, scores.topk(4).indices, 1.0)
+        return x * kept
+
+
+def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:
+    model, x = Sparse(), torch.randn(40, 90)
+    compiled = moec.compile(model, (x,))
+    checked = compiled.checked
+    assert checked is not None
+    assert checked.ties > 0
+    assert checked.strays == 0
+    assert checked.errors["output"] <= checked.tolerance
+    (note,) = [n for n in compiled.report().notes if "exactly equal" in n]
+    assert note.startswith(f"{checked.ties} of {checked.rows} rows of the outputs differ from")
+    first = torch.relu(x - 1.5).sort(descending=True, stable=True).indices[:, :4]
+    assert torch.equal(compiled(x) != 0, torch.zeros_like(x).scatter(1, first, 1.0) != 0)
+
+
+@pytest.mark.usefixtures("broken_code")
+def test_equal_values_excuse_nothing_else() -> None:
+    with pytest.raises(VerificationError, match="the generated code is wrong"):
+        moec.compile(Sparse(), (torch.randn(40, 90),))

@@ -23,6 +23,7 @@ _EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
 _LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _WIDTHS: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 32}
 _DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+_INDEXER: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
 _HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 _DELTA_RULE: dict[str, Any] = {
     "linear_key_head_dim": 16,
@@ -527,5 +528,66 @@ OTHER_FAMILIES: dict[str, Family] = {
             "attn_layer_offset": 1,
             "mamba_d_state": 8,
         },
+    ),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**_MLA, **_GROUPS, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
+    ),
+    "glm_moe_dsa": Family(
+        "GlmMoeDsaForCausalLM",
+        "GlmMoeDsaConfig",
+        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
+    ),
+    "axk2": Family(
+        "AXK2ForCausalLM",
+        "AXK2Config",
+        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER, "gated_norm_rank": 8},
+    ),
+    "hy_v4": Family(
+        "HYV4ForCausalLM",
+        "HYV4Config",
+        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
+    ),
+    "dots3_note": Family(
+        "Dots3NoteForCausalLM",
+        "Dots3NoteTextConfig",
+        {
+            **_MLA,
+            **_ROUTED,
+            **_WIDTHS,
+            **_DENSE_FIRST,
+            **_INDEXER,
+            "shared_experts_intermediate_size": 48,
+            "sliding_window": 8,
+        },
+    ),
+    "mistral_large4": Family(
+        "MistralLarge4TextModel",
+        "MistralLarge4TextConfig",
+        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
+    ),
+    "inkling": Family(
+        "InklingForCausalLM",
+        "InklingTextConfig",
+        {
+            **_ROUTED,
+            **_WIDTHS,
+            **_DENSE_FIRST,
+            "head_dim": 16,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "sliding_window_size": 8,
+            "d_rel": 8,
+            "rel_extent": 32,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "unpadded_vocab_size": 150,
+        },
+    ),
+    "openai_privacy_filter": Family(
+        "OpenAIPrivacyFilterForTokenClassification",
+        "OpenAIPrivacyFilterConfig",
+        {**_LOCAL, "intermediate_size": 32, "head_dim": 16, "sliding_window": 8},
     ),
 }

@@ -27,7 +27,15 @@ TRIED = (
     "kimi_linear",
     "nemotron_h",
 )
-COMPILED = ("minimax_m2", "lfm2_moe", "ernie4_5_moe", "qwen3_next", "granitemoehybrid", "jamba")
+COMPILED = (
+    "minimax_m2",
+    "lfm2_moe",
+    "ernie4_5_moe",
+    "qwen3_next",
+    "granitemoehybrid",
+    "jamba",
+    "deepseek_v32",
+)
 CUSTOM = {
     "gemma4": "weights or choices differ",  # each expert has a factor of its own
 }
