@@ -70,6 +70,9 @@ def fuse_attention(op: Op, b: Builder, numbers: Mapping[Value, float]) -> Sequen
     k, v = _ungrouped(found.k, op, b), _ungrouped(found.v, op, b)
     if k.shape[1] == v.shape[1]:
         found = replace(found, k=k, v=v)
+    for value in (found.q, found.k, found.v):
+        if len(value.shape) == 4 and not all(isinstance(value.shape[axis], int) for axis in (1, 3)):
+            raise NoMatch(f"{value.type} has heads or features whose number varies")
     try:
         made = b.emit("nn.attention", found.inputs, like=op, attrs=found.attrs())
     except IRError as error:

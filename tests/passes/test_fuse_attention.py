@@ -278,6 +278,12 @@ def test_declined(body: str, reason: str) -> None:
             "nn.attention: k has another batch than q",
         ),
         (
+            "graph main(q: f32[B, S, 4, 8]) {\n  size B in [0, inf]\n  size S in [0, inf]\n"
+            "  y: f32[B, S, 4, 8] = aten.scaled_dot_product_attention.default(q, q, q)\n"
+            "  return y\n}\n",
+            "f32[B, S, 4, 8] has heads or features whose number varies",
+        ),
+        (
             HEAD.replace("bias: f32[1,", "bias: f32[B2,").replace("  size B ", "  size B2 ", 1)
             + PRODUCT
             + "  s: f32[B, 4, S, L] = aten.add.Tensor(dots, bias)\n"
@@ -292,7 +298,7 @@ def test_declined(body: str, reason: str) -> None:
             "gives f64[B, 4, S, 6] of queries f32[B, 4, S, 8]",
         ),
     ],
-    ids=["rank", "scale", "batch", "broadcast", "dtype"],
+    ids=["rank", "scale", "batch", "heads", "broadcast", "dtype"],
 )
 def test_declined_types(source: str, reason: str) -> None:
     step = fused(source)
