@@ -46,6 +46,7 @@ FAMILIES = (
     Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
     Family("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
     Family("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
+    Family("minimax", "MiniMaxForCausalLM", "lightning attention, renormalised softmax"),
     Family("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
 )
 

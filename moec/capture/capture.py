@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.exported import decompose, to_program
 from moec.capture.huggingface import experts_as_ops
+from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import every_expert_hit
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
@@ -126,6 +127,7 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
             torch.no_grad(),
             experts_as_ops(call.module),
             scans_as_ops(call.module),
+            lightning_as_ops(call.module),
             casts_done(),
             symbolic_config.patch(  # type: ignore[attr-defined]
                 backed_size_oblivious=True, use_duck_shape=False

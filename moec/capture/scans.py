@@ -56,7 +56,7 @@ Given = Mapping[str, Any]
 Scan = Callable[[Given], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _carry(
+def carry(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -65,6 +65,7 @@ def _carry(
     beta: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """nn.linear_attention in float32, as an operator that an export holds: y, the last state."""
     optional = (rates, beta, start)
     rest = [x.float() for x in optional if x is not None]
     given = [x.float() for x in (q, k, v, decay)]
@@ -78,7 +79,7 @@ def _delta_rule(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
     if a["use_qk_l2norm_in_kernel"]:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
-    y, end = _carry(q, k, a["value"], a["g"], beta=a["beta"], start=a["initial_state"])
+    y, end = carry(q, k, a["value"], a["g"], beta=a["beta"], start=a["initial_state"])
     return y.to(a["query"].dtype), end
 
 
@@ -91,7 +92,7 @@ def _mamba2(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
         dt = functional.softplus(dt)
     dt = dt.clamp(*a["dt_limit"]).float()
     start = None if start is None else start.transpose(2, 3)
-    y, end = _carry(a["C"], a["B"], x * dt[..., None], a["A"].float() * dt, start=start)
+    y, end = carry(a["C"], a["B"], x * dt[..., None], a["A"].float() * dt, start=start)
     if a["D"] is not None:
         y = y + a["D"][:, None] * x
     return y, end.transpose(2, 3)
@@ -105,7 +106,7 @@ def _mamba(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
     if a["delta_softplus"]:
         dt = functional.softplus(dt)
     q, k, v, decay = (x.float().mT[:, :, None] for x in (a["C"], a["B"], dt * x.float(), dt))
-    y, end = _carry(q, k, v, decay, rates=a["A"].mT[None])
+    y, end = carry(q, k, v, decay, rates=a["A"].mT[None])
     y = y[:, :, 0].mT.to(dtype)
     if a["D"] is not None:
         y = y + x * a["D"][:, None]

@@ -529,6 +529,11 @@ OTHER_FAMILIES: dict[str, Family] = {
             "mamba_d_state": 8,
         },
     ),
+    "minimax": Family(
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        {**_LOCAL, **_HYBRID, "intermediate_size": 96, "head_dim": 16, "block_size": 16},
+    ),
     "deepseek_v32": Family(
         "DeepseekV32ForCausalLM",
         "DeepseekV32Config",

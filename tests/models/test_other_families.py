@@ -26,6 +26,7 @@ TRIED = (
     "qwen3_vl_moe",
     "kimi_linear",
     "nemotron_h",
+    "minimax",
 )
 COMPILED = (
     "minimax_m2",

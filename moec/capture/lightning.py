@@ -1,0 +1,90 @@
+"""Lightning attention of transformers: one op for all lengths, in place of an unrolled loop.
+
+Its loop over blocks (arXiv 2401.04658) stands in the forward of a module, under no name that
+could be looked up. A class that holds what such a module is made of gets, while a model is
+exported, a forward with `moec::linear_attention`, if both agree on random rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from moec.capture.scans import carry
+
+_BUFFERS = {"slope_rate", "query_decay", "key_decay", "diagonal_decay"}
+_PARTS = {"qkv_proj", "norm", "output_gate", "out_proj", "act_fn"}
+_NUMBERS = {"block_size", "head_dim", "num_attention_heads"}
+
+
+def is_lightning(module: torch.nn.Module) -> bool:
+    """Whether the module holds what lightning attention is made of."""
+    return (
+        _BUFFERS == {name for name, _ in module.named_buffers(recurse=False)}
+        and _PARTS <= {name for name, _ in module.named_children()}
+        and all(isinstance(getattr(module, name, None), int) for name in _NUMBERS)
+    )
+
+
+def _spelled(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward with its loop as one op; with a cache it stays as it is."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """hidden_states [B, S, D], attention_mask [B, S] of the tokens that count."""
+        if cache is not None:
+            return original(
+                self, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
+            )
+        rows = self.act_fn(self.qkv_proj(hidden_states))
+        if attention_mask is not None:
+            rows = (rows * attention_mask[:, :, None]).to(rows.dtype)
+        heads, width = self.num_attention_heads, self.head_dim
+        q, k, v = rows.unflatten(-1, (heads, 3 * width)).split(width, dim=3)
+        decay = -self.slope_rate.reshape(heads).expand(*rows.shape[:2], heads)
+        y, state = carry(q, k, v, decay)
+        y = self.norm(y.flatten(2).to(rows.dtype))
+        y = torch.sigmoid(self.output_gate(hidden_states)) * y
+        return self.out_proj(y), state.to(rows.dtype)
+
+    return forward
+
+
+def _agrees(module: Any) -> bool:
+    """Whether the class's own forward does the same, over more than one block."""
+    weight = module.qkv_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, module.block_size + 3, weight.shape[1], generator=generator)
+    own = type(module).forward
+    try:
+        with torch.no_grad():
+            x = x.to(weight.dtype)
+            wanted, made = (
+                call(module, x, None, None)[0].double() for call in (own, _spelled(own))
+            )
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    limit = 1e-4 if weight.dtype == torch.float32 else 5e-2
+    return bool((made - wanted).abs().max() <= limit * wanted.abs().max())
+
+
+@contextmanager
+def lightning_as_ops(model: torch.nn.Module) -> Iterator[None]:
+    """While open, the model's lightning attention is `moec::linear_attention`. A class whose
+    forward does something else stays as it is."""
+    found = {type(module): module for module in model.modules() if is_lightning(module)}
+    with ExitStack() as stack:
+        for kind, module in found.items():
+            if _agrees(module):
+                stack.enter_context(mock.patch.object(kind, "forward", _spelled(kind.forward)))
+        yield
