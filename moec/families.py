@@ -47,6 +47,7 @@ FAMILIES = (
     Family("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
     Family("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
     Family("minimax", "MiniMaxForCausalLM", "lightning attention, renormalised softmax"),
+    Family("longcat_flash", "LongcatFlashForCausalLM", "experts that copy their rows"),
     Family("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
 )
 

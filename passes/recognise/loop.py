@@ -2,7 +2,9 @@
 
     out = out + (weights * (ids == e)).sum(-1)[:, None] * expert_e(x)            every token
     t, s = where(ids == e); out.index_add_(0, t, expert_e(x[t]) * weights[t, s]) its own rows
+    t, s = where(ids == e); out.index_add_(0, t, x[t] * weights[t, s])           a copy of them
 
+Experts that copy their rows (zero-computation experts, arXiv 2410.07348) come after the others.
 The links of the chain are found by their likeness; what they start from is added afterwards.
 """
 
@@ -30,6 +32,11 @@ class Chain:
     start: Value | None  # None: zero
     links: tuple[tuple[Op, Value], ...]
     kind: tuple[str, ...] | None
+    copies: tuple[tuple[Op, Value], ...] = ()
+
+    @property
+    def last(self) -> Op:
+        return (*self.links, *self.copies)[-1][0]
 
 
 def chains(scope: Scope) -> dict[Op, Chain]:
@@ -63,10 +70,14 @@ def chains(scope: Scope) -> dict[Op, Chain]:
         for before, added in pairs:
             chain = tails.get(before)
             if chain is not None and chain.kind == kind(added):
-                grown = Chain(chain.start, (*chain.links, (op, added)), chain.kind)
-                tails[op.outputs[0]] = ended[op] = grown
-                ended.pop(chain.links[-1][0], None)
-                break
+                grown = replace(chain, links=(*chain.links, (op, added)))
+            elif chain is not None and chain.kind and len(chain.links) > 1 and copies(scope, op):
+                grown = replace(chain, copies=(*chain.copies, (op, added)))
+            else:
+                continue
+            tails[op.outputs[0]] = ended[op] = grown
+            ended.pop(chain.last, None)
+            break
         else:
             if not pairs:
                 continue
@@ -81,6 +92,16 @@ def chains(scope: Scope) -> dict[Op, Chain]:
                     tails[op.outputs[0]] = Chain(start, ((op, added),), kind(added))
                     break
     return {op: chain for op, chain in ended.items() if weighed(scope, chain)}
+
+
+def copies(scope: Scope, op: Op) -> bool:
+    """Whether rows that were picked are added back, with a weight and nothing else."""
+    value = scope.behind_casts(op.inputs[-1])
+    weighted = scope.made_by(value, "aten.mul.Tensor")
+    if op.name not in _ADDS or weighted is None:
+        return False
+    picked = [scope.made_by(scope.behind_casts(v), "aten.index.Tensor") for v in weighted.inputs]
+    return any(rows is not None and rows.outputs[0].shape == value.shape for rows in picked)
 
 
 def weighed(scope: Scope, chain: Chain) -> bool:
@@ -121,7 +142,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     output = anchor.outputs[0]
     evidence = Evidence(
         {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
-        count,
+        count + len(chain.copies),
         product(x.shape[:-1]),
         product(output.shape[:-1]),
         output,
@@ -129,9 +150,11 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     )
     among = chosen_among(scope, evidence)
     evidence = replace(evidence, open=among is None)
-    if among is not None and among > count:
+    if among is not None and among > evidence.experts:
         raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
     for choice in hypotheses(scope, evidence):
+        if chain.copies and choice.capacity is not None:
+            continue
         yield Proposal(
             form=FORM,
             output=output,
@@ -147,4 +170,5 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             input_side=first.reader.input_side,
             capacity=choice.capacity,
             addend=chain.start,
+            copies=bool(chain.copies),
         )

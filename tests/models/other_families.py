@@ -534,6 +534,19 @@ OTHER_FAMILIES: dict[str, Family] = {
         "MiniMaxConfig",
         {**_LOCAL, **_HYBRID, "intermediate_size": 96, "head_dim": 16, "block_size": 16},
     ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        {
+            **_MLA,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 6,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "head_dim": 8,
+        },
+    ),
     "deepseek_v32": Family(
         "DeepseekV32ForCausalLM",
         "DeepseekV32Config",

@@ -182,6 +182,14 @@ def test_unknown_router_leaves_the_block() -> None:
     )
 
 
+def test_experts_that_copy_their_rows(golden: Golden) -> None:
+    program, (block,), declined = recognised(forms.Copies())
+    check_text(program, golden)
+    assert (block.form, block.experts, block.top_k) == ("static loop", E - 2, 2)
+    (why,) = declined
+    assert why.reason.startswith("router: custom: ")  # it also chooses among the copies
+
+
 def test_input_side(golden: Golden) -> None:
     program, (block,), declined = recognised(forms.InputSide())
     check_text(program, golden)
