@@ -35,6 +35,7 @@ _TORCH_FUNCTIONS = {
     "PythonMod": sympy.Mod,
     "TruncToInt": sympy.floor,
     "FloorToInt": sympy.floor,
+    "CeilToInt": sympy.ceiling,
     "ToFloat": lambda a: a,
 }
 
@@ -86,7 +87,7 @@ def _convert(node: Any, rename: Mapping[str, str]) -> sympy.Expr:
     if isinstance(expr, sympy.Symbol):
         return symbol(rename.get(expr.name, expr.name))
     if expr.is_number:
-        return expr
+        return sympy.Rational(expr) if expr.is_Float else expr
     arguments = [_convert(a, rename) for a in expr.args]
     function = _TORCH_FUNCTIONS.get(type(expr).__name__)
     return function(*arguments) if function else expr.func(*arguments)

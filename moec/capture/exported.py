@@ -57,6 +57,14 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     return decomposed
 
 
+@dataclass(frozen=True)
+class _Unknown:
+    """A float that depends on sizes or data."""
+
+    where: str
+    expr: str
+
+
 @dataclass
 class _Converter:
     """The state of one conversion: what each node of the export became."""
@@ -116,17 +124,13 @@ class _Converter:
                 Op("moec.size", (source,), (output,), {"name": dim.name}, None, self.where(node))
             )
 
-    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float:
-        """A float that does not depend on sizes or data; others cannot stand in a graph."""
+    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
+        """A float; one that depends on sizes or data cannot stand in a graph, though a size
+        may be made from it (math.ceil)."""
         if isinstance(value, float):
             return value
         expr = value.node.expr
-        if expr.is_number:
-            return float(expr)
-        raise CaptureError(
-            f"{self.where(node) or node.name}: the float {expr} depends on a size or on data; "
-            "compute it as a tensor"
-        )
+        return float(expr) if expr.is_number else _Unknown(self.where(node) or node.name, str(expr))
 
     def call(self, node: torch.fx.Node, value: Any) -> None:
         target = str(node.target)
@@ -198,6 +202,11 @@ class _Converter:
             return DType(self.dtype(made, where))
         if made is None or isinstance(made, bool | int | float | str | sympy.Expr):
             return made
+        if isinstance(made, _Unknown):
+            raise CaptureError(
+                f"{made.where}: the float {made.expr} depends on a size or on data; "
+                "compute it as a tensor"
+            )
         raise CaptureError(
             f"{where}: an argument of type {type(made).__name__} cannot stand in a graph"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,17 @@ def test_refusals(function: Callable[..., Any], given: Any, words: str) -> None:
     with pytest.raises(CaptureError) as raised:
         capture(Function(function), (given,))
     assert words in str(raised.value)
+
+
+def test_a_size_may_be_made_from_a_float() -> None:
+    model = Function(lambda x: (x.cumsum(0) < math.ceil(0.75 * x.shape[0])) * x)
+    captured = capture(model, (x,))
+    (op,) = [op for op in captured.program.graph.ops if op.name == "aten.lt.Scalar"]
+    assert str(op.attrs["other"]) == "ceiling(3*T/4)"
+    for rows in (1, 3, 8):
+        given = torch.rand(rows, WIDTH)
+        (got,) = evaluate(captured.program.graph, [given], captured.program.weights)
+        assert torch.equal(got, model(given))
 
 
 def test_weights_without_data_are_refused() -> None:
