@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import sympy
 
@@ -22,7 +22,8 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
         if reason:
             problems.setdefault(reason, []).append(op)
     lines = [_line(reason, ops) for reason, ops in problems.items()]
-    lines += _sizes(graph)
+    refused = {op for ops in problems.values() for op in ops}
+    lines += _sizes(graph, refused)
     lines += _fixed(graph)
     if lines:
         raise UnsupportedError(
@@ -36,6 +37,8 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
 def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
     if own_kernel(op):
         return ""
+    if op.name == "aten.nonzero.default":
+        return "operator aten.nonzero.default makes a size that depends on the data"
     if op.name not in EMIT:
         return f"operator {op.name} has no kernel"
     tensors = (*op.inputs, *op.outputs)
@@ -56,15 +59,18 @@ def _line(reason: str, ops: list[Op]) -> str:
     return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
 
 
-def _sizes(graph: Graph) -> Iterable[str]:
-    """A size is known when the function is called, or it is not: then nobody can compile for it."""
+def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
+    """A size is known when the function is called, or it is not: then nobody can compile for it.
+
+    Sizes that a `refused` op makes are no news.
+    """
     known = {dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
     known |= {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     reported: set[str] = set()
     for op in graph.ops:
         for value in op.outputs:
             unknown = names(*value.shape) - known - reported
-            for name in sorted(unknown):
+            for name in sorted(unknown) if op not in refused else ():
                 yield (
                     f"size {name} of {value.name} depends on the data "
                     f"(made by {op.name} at {op.origin or op.outputs[0].name})"

@@ -19,7 +19,7 @@ from moec.calling import call
 from moec.capture import Captured, capture
 from moec.capture.doors import Source, open_source, stop_tokens
 from moec.closeness import default_tolerance
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.generation import Prompts, continued, stream
 from moec.ir import Graph, Program, Stage
 from moec.passes.incremental import continues_text, incremental, logits_of
@@ -291,7 +291,10 @@ def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledMo
         from moec.codegen.package import build as generate
 
         program, step = compiled.steps[-1].program, compiled.step
-        package = generate(program, compiled.target, opt_level, step)
+        try:
+            package = generate(program, compiled.target, opt_level, step)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
         if package.step is not None:
             stop = stop_tokens(compiled.source.model)
             package = replace(package, step=replace(package.step, stop=stop))
@@ -307,6 +310,13 @@ def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledMo
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)
+
+
+def _not_recognised(declined: Sequence[Declined]) -> str:
+    """Experts that were not recognised: what they are written with may have no kernel."""
+    experts = [d for d in declined if d.rule == "recognise-experts"]
+    lines = dict.fromkeys(f"\n  {d.where}: {d.reason}" for d in experts)
+    return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
 
 
 def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> CompiledModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,31 @@ def test_unsupported_operators_are_all_listed_with_their_place() -> None:
     assert "special_bessel_j0" in words
     assert "linalg_svd" in words
     assert words.count("odd") >= 2
+
+
+class Squared(nn.Module):
+    """A loop over experts that weighs its rows with a square: none of the known blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            out.index_add_(0, token, expert(x[token]) * weights[token, 1 - slot, None] ** 2)
+        return out
+
+
+def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        moec.compile(Squared(), (x,))
+    first, rest = str(raised.value).split("\nexperts were not recognised, which would compile:\n")
+    assert "aten.nonzero.default makes a size that depends on the data (3 times" in first
+    assert re.fullmatch(r"  .*static loop: the numbers differ by .*", rest)
 
 
 @pytest.mark.parametrize(

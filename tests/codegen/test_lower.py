@@ -86,9 +86,9 @@ def test_everything_unsupported_is_listed_at_once() -> None:
     with pytest.raises(UnsupportedError) as error:
         lower(graph, host())
     text = str(error.value)
-    assert "operator aten.nonzero.default has no kernel (1 time: at model.router)" in text
+    assert "aten.nonzero.default makes a size that depends on the data (1 time: at model" in text
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
-    assert "size u0 of a depends on the data (made by aten.nonzero.default at model.router)" in text
+    assert "size u0" not in text  # said already
     assert "replace these operations" in text
 
 
