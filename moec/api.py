@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec import check as checking
-from moec.arguments import cast, example_inputs, target_of, text, tolerance
+from moec.approximate import Approximate, Frame
+from moec.arguments import cast, changes, example_inputs, target_of, text, tolerance
 from moec.blocks import Block, blocks
+from moec.budget import Budget
+from moec.budget import budget as budget_of
+from moec.calibration import check as check_calibration
 from moec.calling import call
 from moec.capture import Captured, capture
 from moec.capture.doors import Source, open_source, stop_tokens
@@ -25,7 +29,7 @@ from moec.ir import Graph, Program, Stage
 from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
 from moec.pieces import in_pieces
-from moec.pipeline import choose, until
+from moec.pipeline import Changes, Chosen, choose, measured, until
 from moec.report import (
     DeclinedLine,
     ErrorLine,
@@ -98,7 +102,9 @@ class CompiledModel:
 
     def report(self) -> Report:
         """What was recognised, declined, made and measured."""
-        program = self.captured.program
+        program = next(
+            (step.program for step in reversed(self.steps) if step.damage), self.captured.program
+        )
         package = self.package
         idle = sum(block.parameters - block.active_parameters for block in self.blocks)
         described = describe_graph(program.graph, program.weights)
@@ -114,6 +120,11 @@ class CompiledModel:
             )
         if checked:
             notes += checked.skipped
+        if checked and any(step.damage for step in self.steps):
+            notes += (
+                "checked against the graph as the passes changed it, and the graph before them "
+                "against eager; the distance to the original model is above",
+            )
         if checked and checked.strays:
             notes += (
                 f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
@@ -141,6 +152,7 @@ class CompiledModel:
             else (),
             phases=dict(self.phases),
             notes=notes,
+            damage=tuple(step.damage for step in self.steps if step.damage),
             **described,
         )
 
@@ -212,7 +224,10 @@ def compile(
     target: str | Target = "cpu",
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
-    passes: str = "",
+    passes: Changes = "",
+    calib: Any = None,
+    budget: str = "",
+    strict: bool = False,
     verify: bool | float = True,
     fuel: int | None = None,
     stop_after: str | None = None,
@@ -232,12 +247,19 @@ def compile(
     last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
     the code that `generate` runs for one token after the other.
 
-    Raises CaptureError, UnsupportedError, TargetError, UsageError and VerificationError, all
-    of them MoecError.
+    Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
+    `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
+    ("kl<=0.02") bounds the damage that is measured there; what goes beyond it is undone layer by
+    layer or, where `strict`, fails. `verify` then compares with the changed graph.
+
+    Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
+    VerificationError, all of them MoecError.
     """
     clock = _Clock(progress)
     with clock.phase("capture"):
-        chosen = until(choose(opt_level, text("passes", passes)), stop_after)
+        asked = choose(opt_level, changes(passes))
+        chosen = until(asked, stop_after)
+        allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
         builds = build and stop_after is None
         made_for = target_of(target, run=builds and verify is not False)
         limit = tolerance(verify)
@@ -254,7 +276,8 @@ def compile(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
-        steps = tuple(run(captured.program, chosen, fuel=fuel, watch=watch))
+        frame = Frame(calib, source.files, allowed, strict)
+        steps = tuple(run(captured.program, measured(chosen, frame), fuel=fuel, watch=watch))
     compiled = CompiledModel(
         source=source,
         captured=captured,
@@ -283,6 +306,28 @@ def _with_step(compiled: CompiledModel) -> CompiledModel:
     except NoMatch as why:
         declined = Declined("text generation", str(why), "incremental")
         return replace(compiled, declined=(*compiled.declined, declined))
+
+
+def _allowed(
+    asked: Sequence[Chosen], chosen: Sequence[Chosen], calib: Any, budget: str, strict: bool
+) -> Budget:
+    """The budget, once it is known that the passes have what they need, and need what there is."""
+    for pass_ in chosen:
+        if isinstance(pass_, Approximate) and calib is None:
+            raise UsageError(
+                f"{pass_.name} needs calibration data: give --calib FILE (calib=... in Python)"
+            )
+    if strict and not budget:
+        raise UsageError("--strict fails where the budget is exceeded: give --budget too")
+    given = [n for n, v in (("calib", calib is not None), ("budget", budget)) if v]
+    if given and not any(isinstance(pass_, Approximate) for pass_ in asked):
+        raise UsageError(
+            f"--{given[0]} is for passes that change the model, and none was asked for; see "
+            "moec list passes"
+        )
+    if calib is not None:
+        check_calibration(calib)
+    return budget_of(budget)
 
 
 def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledModel:

@@ -50,6 +50,11 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def changes(value: Any) -> Any:
+    """Changes of the passes: text, or a list of texts and passes. Raises UsageError otherwise."""
+    return list(value) if isinstance(value, list | tuple) else text("passes", value)
+
+
 def tolerance(verify: Any) -> float | None:
     """The greatest error that `verify` allows; None where the dtype decides.
 

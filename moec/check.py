@@ -111,6 +111,46 @@ def check(
     tolerance: float | None = None,
     pieces: Pieces | None = None,
 ) -> Checked:
+    """Compare `run` with eager on every case, and `pieces` where a model continues text.
+
+    Where passes changed the model on purpose, the graph before the first of them is compared
+    with eager, and `run` with the graph after the last. Raises as `_check` does.
+    """
+    places = [i for i, step in enumerate(steps) if step.damage and step.damage.applied]
+    if not places:
+        return _check(captured, run, steps, tolerance, pieces)
+    before = steps[: places[0]]
+    _check(captured, _in_eager(before[-1].program), before, tolerance, None)
+    meant = steps[places[-1]].program
+
+    def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = evaluate(meant.graph, _with_states(meant, case), meant.weights)
+        return results[: len(meant.graph.outputs)]
+
+    changed = replace(captured, program=meant, eager=eager)
+    return _check(changed, run, steps[places[-1] :], tolerance, pieces)
+
+
+def _in_eager(program: Program) -> Run:
+    """The program run op by op, by name as an executor is."""
+    names = [value.name for value in program.graph.inputs]
+    states = {state.before.name for state in program.graph.states}
+
+    def run(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        case = [inputs[name] for name in names if name not in states]
+        results = evaluate(program.graph, _with_states(program, case), program.weights)
+        return {v.name: t for v, t in zip(program.graph.outputs, results, strict=False)}
+
+    return run
+
+
+def _check(
+    captured: Captured,
+    run: Run,
+    steps: Sequence[Step],
+    tolerance: float | None,
+    pieces: Pieces | None,
+) -> Checked:
     """Compare `run` with eager on every case, and where a model continues text also `pieces`.
 
     Raises VerificationError, naming the first pass that changed the numbers, where an output
@@ -299,5 +339,5 @@ def _pairs(
     return zip(results, expected, strict=False)
 
 
-def _with_states(program: Program, case: Case) -> list[torch.Tensor]:
+def _with_states(program: Program, case: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [*case, *(program.weights[state.before.name] for state in program.graph.states)]

@@ -1,12 +1,15 @@
 """The ordered passes from a captured graph to one that code is generated from: read this first.
 
 Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2 those of the rest.
+Passes that change what a model computes (APPROXIMATE) run where they are asked for alone, between
+the two halves: blocks are recognised and not fused yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moec.approximate import Approximate, Frame, Measured
 from moec.errors import UsageError
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.expand_experts import ExpandExperts
@@ -19,12 +22,14 @@ from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rotary import FuseRotary
+from moec.passes.options import made_from, split
+from moec.passes.prune_experts import PruneExperts
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.runner import Pass
 from moec.passes.share_common import ShareCommon
 from moec.passes.split_packed import SplitPacked
 
-ORDER: tuple[tuple[int, Pass], ...] = (
+RECOGNISED: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
     (0, Canonicalise()),
     (0, ShareCommon()),
@@ -36,8 +41,10 @@ ORDER: tuple[tuple[int, Pass], ...] = (
     # MOE: whose routing and experts these are
     *((0, recogniser) for recogniser in RECOGNISERS),
     (0, Canonicalise()),
-    (1, FuseGate()),
     (0, SplitPacked()),
+)
+LOWERED: tuple[tuple[int, Pass], ...] = (
+    (1, FuseGate()),
     (1, FoldAddend()),
     (0, FoldConstants()),
     # GROUPED: all rows at once, in as few kernels as possible
@@ -47,6 +54,8 @@ ORDER: tuple[tuple[int, Pass], ...] = (
     (0, ShareCommon()),
     (0, FoldConstants()),
 )
+ORDER = (*RECOGNISED, *LOWERED)
+APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts,)
 LEVELS = (0, 1, 2)
 
 
@@ -58,39 +67,85 @@ def distinct() -> tuple[Pass, ...]:
 PASSES = distinct()
 
 
-def choose(opt_level: int = 2, changes: str = "") -> tuple[Pass, ...]:
-    """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend".
+Chosen = Pass | Approximate
+Changes = str | Sequence[str | Approximate]
 
-    Raises UsageError for a pass or a level that does not exist, or one that cannot be left out.
+
+def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
+    """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend" or a list of such
+    texts and of approximate passes. The latter come in the order in which they are given.
+
+    Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
+    options that a pass does not have.
     """
     if opt_level not in LEVELS:
         raise UsageError(f"there is no optimisation level {opt_level}; levels are 0, 1 and 2")
-    added, removed = _changes(changes)
-    return tuple(
-        pass_
-        for level, pass_ in ORDER
-        if pass_.name not in removed and (level <= opt_level or pass_.name in added)
-    )
+    added, removed, approximate = _changes(changes)
+
+    def those(half: Sequence[tuple[int, Pass]]) -> list[Pass]:
+        return [
+            pass_
+            for level, pass_ in half
+            if pass_.name not in removed and (level <= opt_level or pass_.name in added)
+        ]
+
+    return (*those(RECOGNISED), *approximate, *those(LOWERED))
 
 
-def _changes(changes: str) -> tuple[set[str], set[str]]:
+def _changes(changes: Changes) -> tuple[set[str], set[str], list[Approximate]]:
     names = [pass_.name for pass_ in PASSES]
+    kinds = {str(kind.name): kind for kind in APPROXIMATE}
     needed = {pass_.name for level, pass_ in ORDER if level == 0}
     added: set[str] = set()
     removed: set[str] = set()
-    for change in filter(None, (part.strip() for part in changes.split(","))):
-        sign, name = change[0], change[1:]
-        if sign not in "+-" or name not in names:
+    approximate: list[Approximate] = []
+    items = [changes] if isinstance(changes, str) else changes
+    for item in (part for one in items for part in (split(one) if isinstance(one, str) else [one])):
+        if isinstance(item, Approximate):
+            approximate.append(item)
+            continue
+        if not isinstance(item, str):
+            raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
+        sign, name, bracket, options = *_head(item), *item.partition("(")[1:]
+        if sign not in ("+", "-") or name not in (*names, *kinds):
             raise UsageError(
-                f"--passes {change}: write +name or -name, where name is one of {', '.join(names)}"
+                f"--passes {item}: write +name or -name, where name is one of "
+                f"{', '.join((*names, *kinds))}"
             )
         if sign == "-" and name in needed:
-            raise UsageError(f"--passes {change}: code cannot be generated without {name}")
-        (added if sign == "+" else removed).add(name)
-    return added, removed
+            raise UsageError(f"--passes {item}: code cannot be generated without {name}")
+        if sign == "-" and name in kinds:
+            raise UsageError(f"--passes {item}: {name} runs only where it is asked for")
+        if bracket and (not options.endswith(")") or name not in kinds):
+            why = f"{name} has no options" if name not in kinds else "the list ends with )"
+            raise UsageError(f"--passes {item}: {why}")
+        if name in kinds:
+            approximate.append(
+                made_from(kinds[name], options.removesuffix(")"), f"--passes {item}")
+            )
+        else:
+            (added if sign == "+" else removed).add(name)
+    return added, removed, approximate
 
 
-def until(passes: Sequence[Pass], stop_after: str | None) -> tuple[Pass, ...]:
+def _head(item: str) -> tuple[str, str]:
+    return item[:1], item[1:].partition("(")[0].strip()
+
+
+def exact(passes: Sequence[Chosen], why: str) -> tuple[Pass, ...]:
+    """The passes, none of which changes the model. Raises UsageError, with `why`, for one."""
+    for pass_ in passes:
+        if isinstance(pass_, Approximate):
+            raise UsageError(f"{pass_.name} changes what the model computes: {why}")
+    return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
+
+
+def measured(passes: Sequence[Chosen], frame: Frame) -> tuple[Pass, ...]:
+    """The passes as they run, the approximate ones measured and kept within the budget."""
+    return tuple(Measured(p, frame) if isinstance(p, Approximate) else p for p in passes)
+
+
+def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...]:
     """The passes up to the last one called `stop_after`, or `stop_after-…`.
 
     Raises UsageError where there is none.

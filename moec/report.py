@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moec.damage import Damage
 from moec.sizes import show_dim
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Report:
     verification: tuple[ErrorLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    damage: tuple[Damage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON document holds it: plain dicts, lists and numbers."""
@@ -104,6 +106,7 @@ class Report:
             "declined": lambda d: DeclinedLine(**d),
             "passes": lambda d: PassLine(**d),
             "verification": lambda d: ErrorLine(**d),
+            "damage": Damage.of_dict,
         }
         known = {k: v for k, v in recorded.items() if k in Report.__dataclass_fields__}
         for name, make in lines.items():

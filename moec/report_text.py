@@ -111,6 +111,11 @@ def _parts(report: Report) -> Iterable[RenderableType]:
     if report.passes:
         yield ""
         yield _passes(report.passes)
+    for damage in report.damage:
+        from moec.damage_text import parts
+
+        yield ""
+        yield from parts(damage)
     if report.verification:
         yield ""
         yield _verification(report.verification)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from moec.errors import IRError
 from moec.ir import Program, Stage
 from moec.verify import verify
+
+if TYPE_CHECKING:
+    from moec.damage import Damage
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class Declined:
 
 @dataclass
 class Log:
-    """What happens while passes run. `spend` is asked before each rewrite; fuel caps them."""
+    """What happens while passes run. `spend` is asked before each rewrite; fuel caps them.
+    `damage` is what an approximate pass did to the numbers."""
 
     fuel: int | None = None
     rewrites: int = 0
     declined: list[Declined] = field(default_factory=list)
     rule: str = ""
+    damage: Damage | None = None
 
     def spend(self, what: str) -> bool:
         """Whether one more rewrite is allowed; `what` names it for `moec bisect`."""
@@ -73,6 +78,7 @@ class Step:
     rewrites: int
     declined: tuple[Declined, ...]
     last: str = ""
+    damage: Damage | None = None
 
     def __str__(self) -> str:
         return (
@@ -114,8 +120,9 @@ def run(
             raise IRError(f"after {pass_.name} (after {before}): {error}") from error
         spent += log.rewrites
         seconds = time.perf_counter() - start
+        declined = tuple(log.declined)
         step = Step(
-            pass_.name, program, stage, seconds, log.rewrites, tuple(log.declined), log.last
+            pass_.name, program, stage, seconds, log.rewrites, declined, log.last, log.damage
         )
         steps.append(step)
         if watch:

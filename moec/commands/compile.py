@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     help="Greatest relative error against eager, or off.",
 )  # fmt: skip
 @click.option(
+    "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), on which "
+    "approximate passes choose and are measured.",
+)  # fmt: skip
+@click.option(
+    "--budget", default="", metavar="METRIC<=N,…",
+    help="How much damage approximate passes may do; beyond it a layer is left as it is. METRIC: "
+    "kl, perplexity, error or changed.",
+)  # fmt: skip
+@click.option("--strict", is_flag=True, help="Fail where a pass goes beyond the budget.")
+@click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Write the graph after every pass: 00-capture.moe, 01-…",
 )  # fmt: skip
@@ -50,6 +61,9 @@ def command(
     opt_level: int,
     passes: str,
     verify: float | bool,
+    calib: Path | None,
+    budget: str,
+    strict: bool,
     dump_ir: Path | None,
     stop_after: str | None,
     kv_cache: bool,
@@ -94,6 +108,9 @@ def command(
             dtype=dtype,
             opt_level=opt_level,
             passes=passes,
+            calib=calib,
+            budget=budget,
+            strict=strict,
             verify=verify if builds else False,
             stop_after=stop_after,
             build=builds,

@@ -15,8 +15,9 @@ import click
 def command(what: str, as_json: bool) -> None:
     """List the passes in their order, the targets, or the models known to work."""
     rows = {"passes": passes, "targets": targets, "models": models}[what]()
+    asked_for = approximate() if what == "passes" else []
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps(rows + asked_for, indent=1))
         return
     from rich import box
     from rich.console import Console
@@ -29,7 +30,41 @@ def command(what: str, as_json: bool) -> None:
         table.add_column(column.replace("_", " "), overflow="fold", no_wrap=place < 2)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    Console(width=terminal_width(), highlight=False, emoji=False).print(table)
+    console = Console(width=terminal_width(), highlight=False, emoji=False)
+    console.print(table)
+    if asked_for:
+        from rich.padding import Padding
+
+        console.print("\nThose that change the model run only where they are asked for, such as")
+        console.print('--passes "+prune-experts(keep=0.5,by=usage)" --calib FILE:')
+    for row in asked_for:
+        console.print(f"\n[bold]{row['pass']}[/bold]  {row['kind']}")
+        lines = [row["what_it_does"], *row["fields"], f"source: {row['source']}"]
+        for line in lines:
+            console.print(Padding(line, (0, 0, 0, 2)), markup=False)
+
+
+def approximate() -> list[dict[str, Any]]:
+    """One row a pass that changes the model: what it does, its options, where it is from."""
+    from moec.passes.options import expected
+    from moec.pipeline import APPROXIMATE
+
+    return [
+        {
+            "pass": kind.name,
+            "gives": "MOE",
+            "from": "asked for",
+            "kind": "exact" if kind.exact else "approximate",
+            "what_it_does": first_line(kind()),
+            "options": ", ".join(f"{f.name}={f.default}" for f in fields(kind)) or "-",  # type: ignore[arg-type]
+            "fields": [
+                f"{f.name}={f.default}: {f.metadata['says']} ({expected(f, kind)})"
+                for f in fields(kind)  # type: ignore[arg-type]
+            ],
+            "source": kind.source,
+        }
+        for kind in APPROXIMATE
+    ]
 
 
 def passes() -> list[dict[str, Any]]:

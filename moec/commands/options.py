@@ -55,7 +55,9 @@ class DTypeName(click.ParamType[Any]):
 def model_options(command: F) -> F:
     """What every command that captures a model takes."""
     for decorator in (
-        click.option("--passes", default="", metavar="+a,-b", help="Add and leave out passes."),
+        click.option(
+            "--passes", default="", metavar="+a,-b", help="Add and leave out passes: +a(option=1)."
+        ),
         click.option(
             "-O", "--opt-level", type=click.IntRange(0, 2), default=2, show_default=True,
             help="0: what code needs; 1: fuse MoE blocks; 2: fuse the rest too.",

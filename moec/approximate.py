@@ -1,0 +1,209 @@
+"""How passes run that change a model: layer by layer, each change measured, within a budget.
+
+Such a pass is a frozen dataclass whose fields are its options, as every pass; in the place of
+`run` it has `change`, which makes the next program from one layer and what that layer saw on the
+calibration data. Here it becomes a pass of the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from moec.budget import Budget, BudgetError
+from moec.calibration import Calibration, calibration
+from moec.cost import product_flops, stored_bytes
+from moec.damage import Damage, Distance, LayerDamage
+from moec.errors import NoMatch, UsageError
+from moec.ir import Program, Stage, Value
+from moec.meter import Members, Meter, Seen, Tracked, enough
+from moec.passes.layer import Layer, layer_of, name_of
+from moec.passes.options import show
+from moec.passes.runner import Log
+from moec.sizes import bind
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a pass makes of one layer: the next program, which of the layer's experts each new
+    expert stands for (None where no router is left), and what was done, in words."""
+
+    program: Program
+    members: Members | None
+    says: str
+
+
+@runtime_checkable
+class Approximate(Protocol):
+    """A pass that changes what a model computes. Never run unless asked for."""
+
+    exact: ClassVar[bool]
+    source: ClassVar[str]
+
+    @property
+    def name(self) -> str: ...
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        """Raises NoMatch where the layer is none that the pass can change."""
+        ...
+
+
+@dataclass(eq=False)
+class Frame:
+    """What the approximate passes of one compilation share: the data, the budget, the distance
+    so far. The model before the first of them is the one that all are measured against."""
+
+    calib: Any
+    files: Mapping[str, Path]
+    budget: Budget = field(default_factory=Budget)
+    strict: bool = False
+    meter: Meter | None = None
+    tracked: dict[Value, Tracked] = field(default_factory=dict)
+    choices: dict[Value, torch.Tensor] = field(default_factory=dict)
+    origin: Distance | None = None
+    distance: Distance | None = None
+
+    def start(self, program: Program) -> Meter:
+        """Measure the program as it is, once."""
+        if self.meter is not None:
+            return self.meter
+        data = calibration(self.calib, program, self.files)
+        layers = _layers(program, Log())
+        enough(data, layers)
+        self.meter = meter = Meter(program, data)
+        self.tracked = {
+            layer.output: Tracked(layer, tuple((e,) for e in range(layer.count)))
+            for layer in layers
+        }
+        found = meter.choices(layers) if layers else []
+        self.choices = {layer.output: ids for layer, ids in zip(layers, found, strict=True)}
+        self.distance, _, _ = meter.measure(program, self.tracked, self.choices)
+        self.origin = self.distance
+        self._check_budget(meter)
+        return meter
+
+    def _check_budget(self, meter: Meter) -> None:
+        assert self.distance is not None
+        for metric, _ in self.budget.limits:
+            if getattr(self.distance, metric) is None:
+                raise UsageError(
+                    f"--budget {self.budget}: {metric} is that of a causal language model, which "
+                    "this one is not; limit error or changed"
+                )
+        if breach := self.budget.breach(self.distance):
+            raise UsageError(f"--budget {self.budget}: {breach} before any pass has run")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """An approximate pass in the pipeline."""
+
+    inner: Approximate
+    frame: Frame
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.MOE
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def run(self, program: Program, log: Log) -> Program:
+        """Change layer after layer. Raises BudgetError for a breach where the frame is strict."""
+        frame = self.frame
+        meter = frame.start(program)
+        before = program
+        done: list[LayerDamage] = []
+        layers = _layers(program, log)
+        held: dict[Value, torch.Tensor] = {}  # what layers give in the program as it stands
+        for layer, following, seen in zip(
+            layers, [*layers[1:], None][: len(layers)], meter.seen(before, layers), strict=True
+        ):
+            try:
+                change = self.inner.change(program, layer, seen)
+            except NoMatch as why:
+                log.decline(layer.name, str(why))
+                continue
+            if not log.spend(f"{layer.name}: {change.says}"):
+                break
+            tracked = dict(frame.tracked)
+            tracked[layer.output] = _composed(change, tracked[layer.output])
+            outputs = [layer.output] + ([following.output] if following else [])
+            distance, shares, made = meter.measure(change.program, tracked, frame.choices, outputs)
+            right = held.pop(layer.output, None)
+            if right is None:
+                right = meter.held(program, layer.output)
+            breach = frame.budget.breach(distance)
+            if breach and frame.strict:
+                raise BudgetError(
+                    f"{show(self.inner)} at {layer.name}: {breach}; leave out --strict to keep "
+                    "this layer as it is"
+                )
+            line = LayerDamage(
+                layer.name,
+                f"undone: {breach}" if breach else change.says,
+                bool(breach),
+                0 if breach else stored_bytes(program) - stored_bytes(change.program),
+                0.0 if breach else self._flops(program) - self._flops(change.program),
+                float((made[0] - right).norm() / right.norm().clamp(min=1e-30)),
+                shares[layer.output],
+                distance,
+            )
+            done.append(line)
+            if breach:
+                log.decline(layer.name, line.says)
+                continue
+            program, frame.tracked, frame.distance = change.program, tracked, distance
+            held = dict(zip(outputs[1:], made[1:], strict=True))
+        assert frame.origin is not None
+        assert frame.distance is not None
+        log.damage = Damage(
+            show(self.inner),
+            meter.calibration.tokens,
+            str(frame.budget),
+            stored_bytes(before),
+            stored_bytes(program),
+            self._flops(before),
+            self._flops(program),
+            frame.origin,
+            frame.distance,
+            tuple(done),
+        )
+        return program
+
+    def _flops(self, program: Program) -> float:
+        """A token's, in the first case of the data."""
+        meter = self.frame.meter
+        assert meter is not None
+        return flops_per_token(program, meter.calibration)
+
+
+def flops_per_token(program: Program, data: Calibration) -> float:
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(program.graph.inputs, data.cases[0], strict=False):
+        bind(value.shape, tuple(tensor.shape), sizes)
+    tokens = data.tokens * len(data.cases[0][0]) / sum(len(case[0]) for case in data.cases)
+    return product_flops(program.graph, sizes) / tokens
+
+
+def _layers(program: Program, log: Log) -> list[Layer]:
+    found = []
+    for op in program.graph.ops:
+        if op.name == "moe.experts":
+            try:
+                found.append(layer_of(program.graph, op))
+            except NoMatch as why:
+                log.decline(name_of(op), str(why))
+    return found
+
+
+def _composed(change: Change, before: Tracked) -> Tracked:
+    """Whom the new experts stand for among the original's."""
+    if change.members is None or before.members is None:
+        return Tracked(before.layer, None)
+    known = before.members
+    members = tuple(tuple(o for e in own for o in known[e]) for own in change.members)
+    return Tracked(before.layer, members)

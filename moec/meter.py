@@ -1,0 +1,264 @@
+"""Runs programs on calibration data: what a layer sees there, and how far a change takes a model.
+
+Every program runs in eager PyTorch, with bf16 and f16 widened to float32, so that what is
+measured is a change of meaning. Weights that programs share are widened once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from moec.calibration import Calibration, Inputs
+from moec.damage import Distance
+from moec.errors import UsageError
+from moec.evaluate import evaluate
+from moec.ir import FLOATS, Program, Value
+from moec.passes.layer import Layer
+from moec.passes.prove import widen
+from moec.random_inputs import table_rows
+
+LAYERS_A_RUN = 8  # whose rows are held at once
+
+Tensors = tuple[torch.Tensor, ...]
+Members = tuple[tuple[int, ...], ...]
+"""For each expert of a changed layer, which of the original's it stands for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a layer does on the calibration data, T tokens: `x` [T, D] that enters its experts,
+    `experts` i64[T, k] and `weights` f32[T, k] that the router chose, and `norms` f32[T, k] of
+    what each chosen expert gave, times its weight."""
+
+    x: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+    norms: torch.Tensor
+
+    def usage(self, count: int) -> torch.Tensor:
+        """How many choices fell on each of `count` experts: i64[E]."""
+        return torch.bincount(self.experts.flatten(), minlength=count)[:count]
+
+    def saliency(self, count: int) -> torch.Tensor:
+        """The mean norm of what each expert adds to the tokens that chose it: f64[E]; 0 where
+        none did. (Router-weighted expert activation pruning, arXiv 2510.13999.)"""
+        flat = self.experts.flatten()
+        total = torch.zeros(count + 1, dtype=torch.float64)
+        total.scatter_add_(0, flat.clamp(max=count), self.norms.flatten().double())
+        return total[:count] / self.usage(count).clamp(min=1)
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A layer of the original and, as passes go by, which of its experts each expert stands for;
+    `members` is None where no router is left."""
+
+    layer: Layer
+    members: Members | None
+
+
+@dataclass(eq=False)
+class Meter:
+    """`original` is the program before any approximate pass."""
+
+    original: Program
+    calibration: Calibration
+    _wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph = self.original.graph
+        self.outputs = [i for i, v in enumerate(graph.outputs) if v.dtype in FLOATS]
+        self.text = self._language_model()
+        self.results = list(self.run(self.original, ()))
+
+    def run(
+        self, program: Program, probes: Sequence[Value], cases: Sequence[Inputs] | None = None
+    ) -> Iterator[Tensors]:
+        """For each case the float outputs of the program, and after them the probed values."""
+        graph = replace(
+            program.graph,
+            outputs=(*(program.graph.outputs[i] for i in self.outputs), *probes),
+            states=(),
+        )
+        wide = widen(graph)
+        read = {p.name: program.weights[p.name] for p in wide.params}
+        held = {id(t) for t in (*read.values(), *self.original.weights.values())}
+        self._wide = {key: pair for key, pair in self._wide.items() if key in held}
+        weights = {name: self._widened(tensor) for name, tensor in read.items()}
+        states = [program.weights[s.before.name] for s in program.graph.states]
+        for case in self.calibration.cases if cases is None else cases:
+            inputs = [_float32(tensor) for tensor in (*case, *states)]
+            with torch.no_grad():
+                yield evaluate(wide, inputs, weights)
+
+    def _widened(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype not in (torch.bfloat16, torch.float16):
+            return tensor
+        known = self._wide.get(id(tensor))
+        if known is None or known[0] is not tensor:
+            known = self._wide[id(tensor)] = (tensor, tensor.float())
+        return known[1]
+
+    def seen(self, program: Program, layers: Sequence[Layer]) -> Iterator[Seen]:
+        """What each of the layers does on the data in this program, a few layers at a time."""
+        for start in range(0, len(layers), LAYERS_A_RUN):
+            some = layers[start : start + LAYERS_A_RUN]
+            probes = [value for layer in some for value in _observed(layer)]
+            parts: list[list[Tensors]] = [[] for _ in some]
+            for made in self.run(program, probes):
+                found = made[len(self.outputs) :]
+                for place, layer in enumerate(some):
+                    parts[place].append(_reduced(layer, found[5 * place : 5 * place + 5]))
+            for own in parts:
+                yield Seen(*(torch.cat(tensors) for tensors in zip(*own, strict=True)))
+
+    def held(self, program: Program, value: Value) -> torch.Tensor:
+        """What a value of the program holds, all cases joined along the first axis."""
+        return self._probed(program, [value])[0]
+
+    def choices(self, layers: Sequence[Layer]) -> list[torch.Tensor]:
+        """The original's choices of experts, i64[T, k] for each layer."""
+        return self._probed(self.original, [layer.route.outputs[1] for layer in layers])
+
+    def _probed(self, program: Program, probes: Sequence[Value]) -> list[torch.Tensor]:
+        parts = [made[len(self.outputs) :] for made in self.run(program, probes)]
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    def measure(
+        self,
+        program: Program,
+        tracked: Mapping[Value, Tracked],
+        choices: Mapping[Value, torch.Tensor],
+        outputs: Sequence[Value] = (),
+    ) -> tuple[Distance, dict[Value, float], list[torch.Tensor]]:
+        """How far the program is from the original; for each tracked layer the share of tokens
+        whose experts changed; and what `outputs`, those of some layers, hold."""
+        alive = [key for key, t in tracked.items() if t.members is not None]
+        probes = [tracked[key].layer.route.outputs[1] for key in alive]
+        probes += outputs
+        sums = _Sums()
+        ids: list[Tensors] = []
+        rows: list[Tensors] = []
+        for case, made, right in zip(
+            self.calibration.cases, self.run(program, probes), self.results, strict=True
+        ):
+            sums.add(made[: len(self.outputs)], right, self.text, case)
+            found = made[len(self.outputs) :]
+            ids.append(found[: len(alive)])
+            rows.append(found[len(alive) :])
+        shares = dict.fromkeys(tracked, 1.0)
+        for key, parts in zip(alive, zip(*ids, strict=True), strict=True):
+            members = tracked[key].members
+            assert members is not None
+            shares[key] = changed(choices[key], torch.cat(parts), members)
+        distance = sums.distance(sum(shares.values()) / max(len(shares), 1))
+        return distance, shares, [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+    def _language_model(self) -> tuple[int, int] | None:
+        """Which input holds token ids and which of the float outputs the scores of the next
+        token, where the model is a causal language model: changing a text's last token changes
+        no score before it."""
+        graph = self.original.graph
+        for i, value in enumerate(graph.inputs):
+            rows = table_rows(graph, value)
+            for place, o in enumerate(self.outputs):
+                scores = graph.outputs[o]
+                fits = value.shape == scores.shape[:-1] and len(value.shape) > 0
+                width = scores.shape[-1] if scores.shape else 0
+                if rows and fits and isinstance(width, int) and width >= rows:
+                    return (i, place) if self._causal(i, place, rows) else None
+        return None
+
+    def _causal(self, i: int, place: int, rows: int) -> bool:
+        case = self.calibration.cases[0]
+        if case[i].shape[-1] < 2:
+            return False
+        other = tuple(tensor.clone() for tensor in case)
+        other[i][..., -1] = (other[i][..., -1] + 1) % rows
+        made = self.run(self.original, (), (case, other))
+        a, b = (results[place][..., :-1, :] for results in made)
+        return bool((a - b).norm() <= 1e-3 * a.norm())
+
+
+def _observed(layer: Layer) -> tuple[Value, ...]:
+    weights, experts = layer.route.outputs
+    rows, order = layer.experts.outputs[0], layer.dispatch.outputs[1]
+    return layer.dispatch.inputs[0], experts, weights, rows, order
+
+
+def _reduced(layer: Layer, found: Tensors) -> Tensors:
+    x, ids, weights, rows, order = found
+    lengths = torch.zeros(ids.numel())
+    lengths[order.long()] = rows.float().norm(dim=-1)
+    norms = lengths.reshape(ids.shape)
+    weighted = bool(layer.combine.attrs.get("weighted"))
+    return x, ids, weights.float(), norms * weights.float() if weighted else norms
+
+
+@dataclass
+class _Sums:
+    """What the distances add up from, case by case."""
+
+    off: float = 0.0
+    whole: float = 0.0
+    kl: float = 0.0
+    nats: float = 0.0
+    tokens: int = 0
+    predicted: int = 0
+
+    def add(
+        self, made: Tensors, right: Tensors, text: tuple[int, int] | None, case: Tensors
+    ) -> None:
+        for got, wanted in zip(made, right, strict=True):
+            self.off += float((got - wanted).norm()) ** 2
+            self.whole += float(wanted.norm()) ** 2
+        if text is None:
+            return
+        ids = case[text[0]]
+        q, p = (t[text[1]].log_softmax(-1) for t in (made, right))
+        self.kl += float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
+        self.tokens += ids.numel()
+        self.nats -= float(q[..., :-1, :].gather(-1, ids[..., 1:, None].long()).sum())
+        self.predicted += ids[..., 1:].numel()
+
+    def distance(self, share: float) -> Distance:
+        error = math.sqrt(self.off / self.whole) if self.whole else math.sqrt(self.off)
+        if not self.tokens:
+            return Distance(error, share)
+        return Distance(
+            error, share, max(self.kl / self.tokens, 0.0), _exp(self.nats / self.predicted)
+        )
+
+
+def changed(original: torch.Tensor, ids: torch.Tensor, members: Members) -> float:
+    """The share of tokens that are not sent to just the experts that the original sends them to:
+    another one, or one that stands for more than itself."""
+    alone = torch.tensor([own[0] if len(own) == 1 else -1 for own in members] + [-2])
+    now = alone[ids.clamp(max=len(members))]
+    if now.shape != original.shape:
+        return 1.0
+    same = (now.sort(-1).values == original.sort(-1).values).all(-1)
+    return 1.0 - float(same.double().mean())
+
+
+def enough(calibration: Calibration, layers: Sequence[Layer]) -> None:
+    """Raises UsageError where the data are too few to tell the experts apart."""
+    for layer in layers:
+        need = 16 * layer.count // layer.routing.k
+        if calibration.tokens < need:
+            raise UsageError(
+                f"the calibration data hold {calibration.tokens} tokens, too few to tell the "
+                f"{layer.count} experts of {layer.name} apart: give at least {need}"
+            )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,125 @@
+"""The options of a pass: the fields of its dataclass, each with what it says and what it may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import Field, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from moec.errors import UsageError
+
+P = TypeVar("P")
+
+_WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
+
+
+def option(
+    default: Any,
+    says: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of a pass: its default, what it means in a few words, and which values it takes."""
+    limits = {"says": says, "choices": tuple(choices), "low": low, "high": high}
+    return field(default=default, metadata=limits)
+
+
+def validate(made: Any) -> None:
+    """What `__post_init__` of a pass calls. Raises UsageError for a value that a field refuses."""
+    hints = get_type_hints(type(made))
+    for f in fields(made):
+        value = getattr(made, f.name)
+        if not _fits(f, hints[f.name], value):
+            raise UsageError(f"{made.name}: {f.name} is {value!r}, expected {expected(f, made)}")
+
+
+def _fits(f: Field[Any], kind: type, value: Any) -> bool:
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    if not isinstance(value, int | float if kind is float else kind):
+        return False
+    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
+    return (
+        (not choices or value in choices)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+    )
+
+
+def expected(f: Field[Any], of: Any) -> str:
+    """What a field takes: "a number from 0 to 1", "one of usage, random"."""
+    if f.metadata.get("choices"):
+        return f"one of {', '.join(f.metadata['choices'])}"
+    kind = get_type_hints(of if isinstance(of, type) else type(of))[f.name]
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    return (
+        _WORDS[kind]
+        + (f" from {low:g}" if low is not None else "")
+        + (f" to {high:g}" if high is not None else "")
+    )
+
+
+def made_from(kind: type[P], text: str, where: str) -> P:
+    """A pass from its options as text, such as "keep=0.5,by=usage"; `where` is what was written.
+
+    Raises UsageError for an option that does not exist or a value of another type.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name not in known or not equals:
+            have = f"takes {', '.join(known)}" if known else "has no options"
+            what = f"there is no option {name}" if equals else f"write {part} as option=value"
+            raise UsageError(f"{where}: {what}; {_name(kind)} {have}")
+        if name in given:
+            raise UsageError(f"{where}: {name} is given twice")
+        try:
+            given[name] = _read(hints[name], value)
+        except ValueError:
+            wanted = expected(known[name], kind)
+            raise UsageError(f"{where}: {name} is {value!r}, expected {wanted}") from None
+    return kind(**given)
+
+
+def _name(kind: type) -> str:
+    return str(getattr(kind, "name", kind.__name__))
+
+
+def _read(kind: type, text: str) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse()
+    return kind(text)
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def show(made: Any) -> str:
+    """A pass as it is written: "prune-experts(keep=0.5,by=usage,seed=0)"."""
+    options = ",".join(f"{f.name}={getattr(made, f.name)}" for f in fields(made))
+    return f"{made.name}({options})" if options else str(made.name)
+
+
+_ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")
+
+
+def split(text: str) -> list[str]:
+    """The items of "+a(b=1,c=2),-d", split at the commas outside parentheses.
+
+    Raises UsageError where a parenthesis has no partner.
+    """
+    items: list[str] = []
+    at = 0
+    while at < len(text):
+        found = _ITEM.match(text, at)
+        if found is None:
+            raise UsageError(f"--passes {text}: a parenthesis has no partner")
+        items.append(found[1].strip())
+        at = found.end()
+    return [item for item in items if item]

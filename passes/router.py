@@ -1,0 +1,98 @@
+"""The router of a layer with other columns: fewer, more, or sums of them.
+
+    logits = aten.linear(x, w[E, D], b[E]?)        logits = aten.linear(x, w[kept], b[kept]?)
+    weights, ids = moe.route(logits)          ->   weights, ids = moe.route(logits)
+
+Where the logits do not come from a linear layer with a stored weight, their columns are picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir import Op, Program, TensorType, Value
+from moec.passes.layer import MOVES, Layer, Splice, constant
+from moec.sizes import Dim
+
+
+def keep_columns(splice: Splice, layer: Layer, kept: Sequence[int]) -> None:
+    """Route over the columns `kept` alone, in that order: what masking all others to minus
+    infinity chooses, with the same weights."""
+    program = splice.program
+    index = torch.tensor(list(kept))
+    logits, *correction = layer.route.inputs
+    made: list[Op] = []
+    behind = linear_behind(program, logits)
+    if behind is None:
+        logits = _picked(splice, layer, logits, index, 1, made)
+    else:
+        logits = with_weights(
+            splice, behind, [constant(program, v)[index] for v in behind[0].inputs[1:]], made
+        )
+    inputs = [logits]
+    for value in correction:
+        try:
+            inputs.append(splice.weight(value.name, constant(program, value)[index]))
+        except NoMatch:
+            inputs.append(_picked(splice, layer, value, index, 0, made))
+    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+
+
+def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
+    """The linear layer that makes the logits and the moves after it, in order; None where the
+    logits are made otherwise, or from weights that are computed or are one row for all."""
+    chain: list[Op] = []
+    op = program.graph.producers.get(logits)
+    while op is not None and op.name in MOVES:
+        chain.insert(0, op)
+        op = program.graph.producers.get(op.inputs[0])
+    if op is None or op.name != "aten.linear.default":
+        return None
+    if any(v not in program.graph.params for v in op.inputs[1:]):
+        return None
+    if any(v.shape[:1] != logits.shape[1:] for v in op.inputs[1:]):
+        return None
+    if any(move.outputs[0].shape[-1:] != logits.shape[1:] for move in chain):
+        return None
+    return (op, *chain)
+
+
+def with_weights(
+    splice: Splice, behind: Sequence[Op], weights: Sequence[torch.Tensor], made: list[Op]
+) -> Value:
+    """The logits of a linear layer with other weights [E', D] and biases [E'], moved as before;
+    the ops that make them are added to `made`."""
+    linear, *moves = behind
+    count = len(weights[0])
+    params = [
+        splice.weight(value.name, tensor)
+        for value, tensor in zip(linear.inputs[1:], weights, strict=False)
+    ]
+    params += [splice.weight(f"{linear.origin}.bias", t) for t in weights[len(params) :]]
+    value = linear.inputs[0]
+    for op in (linear, *moves):
+        (old,) = op.outputs
+        shape: tuple[Dim, ...] = (*old.shape[:-1], count)
+        new = splice.value(old.name, TensorType(old.dtype, shape))
+        attrs = {**op.attrs, "shape": shape} if "shape" in op.attrs else op.attrs
+        inputs = (value, *params) if op is linear else (value,)
+        made.append(replace(op, inputs=inputs, outputs=(new,), attrs=attrs))
+        value = new
+    return value
+
+
+def _picked(
+    splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, made: list[Op]
+) -> Value:
+    shape = (*value.shape[:axis], len(index))
+    new = splice.value(value.name, TensorType(value.dtype, shape))
+    name = f"{layer.route.origin or layer.name}.kept"
+    inputs = (value, splice.weight(name, index))
+    made.append(
+        Op("aten.index_select.default", inputs, (new,), {"dim": axis}, None, layer.route.origin)
+    )
+    return new

@@ -1,0 +1,100 @@
+"""A small language model of two MoE layers as a graph, for passes that change what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moec.approximate import Approximate, Frame, Measured
+from moec.budget import budget
+from moec.evaluate import evaluate
+from moec.ir import Graph, Program, Stage
+from moec.passes.layer import Layer, layer_of
+from moec.passes.runner import Step, run
+from moec.text import parse
+
+EXPERTS, VOCABULARY = 4, 20
+
+LAYER = """
+  logits#: f32[B*S, 4] = aten.linear.default(IN, layers.#.router) @ layers.#.router
+  w#: f32[B*S, 2], i#: i64[B*S, 2] = moe.route(logits#) <k=2, renormalize=true> @ layers.#.router
+  rows#: f32[2*B*S, 8], order#: i32[2*B*S], ends#: i32[4] =
+    moe.dispatch(IN, i#) <num_experts=4> @ layers.#
+  out#: f32[2*B*S, 8] = moe.experts(rows#, ends#, layers.#.w1, layers.#.w3, layers.#.w2)
+    @ layers.#.experts {
+    graph body(bx: f32[R, 8]; b1: f32[6, 8], b3: f32[6, 8], b2: f32[8, 6]) {
+      g: f32[R, 6] = aten.linear.default(bx, b1)
+      u: f32[R, 6] = aten.linear.default(bx, b3)
+      a: f32[R, 6] = aten.silu.default(g)
+      h: f32[R, 6] = aten.mul.Tensor(a, u)
+      y: f32[R, 8] = aten.linear.default(h, b2)
+      return y
+    }
+  }
+  y#: f32[B*S, 8] = moe.combine(out#, order#, w#)
+    <k=2, tokens={B*S}, dtype=f32, weighted=true> @ layers.#
+  x#: f32[B*S, 8] = aten.add.Tensor(IN, y#)
+"""
+
+
+def graph(layers: int = 2, layer: str = LAYER) -> Graph:
+    params = ["embed: f32[20, 8]"]
+    for i in range(layers):
+        shapes = {"router": "4, 8", "w1": "4, 6, 8", "w3": "4, 6, 8", "w2": "4, 8, 6"}
+        params += [f"layers.{i}.{name}: f32[{shape}]" for name, shape in shapes.items()]
+    body = "".join(
+        layer.replace("#", str(i)).replace("IN", "h" if i == 0 else f"x{i - 1}")
+        for i in range(layers)
+    )
+    return parse(f"""
+    graph main(ids: i64[B, S]; {", ".join(params)}) {{
+      size B in [1, inf]
+      size S in [1, 64]
+      embedded: f32[B, S, 8] = aten.embedding.default(embed, ids)
+      h: f32[B*S, 8] = aten.reshape.default(embedded) <shape=({{B*S}}, 8)>{body}
+      flat: f32[B*S, 20] = aten.linear.default(x{layers - 1}, embed) @ head
+      scores: f32[B, S, 20] = aten.reshape.default(flat) <shape=({{B}}, {{S}}, 20)>
+      return scores
+    }}""")
+
+
+def program(layers: int = 2, layer: str = LAYER) -> Program:
+    made = graph(layers, layer)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        p.name: torch.randn([int(d) for d in p.shape], generator=generator) / 2 for p in made.params
+    }
+    return Program(made, weights)
+
+
+def tokens(count: int = 256, seed: int = 0, limit: int = VOCABULARY) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(limit, (count // 16, 16), generator=generator)
+
+
+def change(
+    given: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
+) -> list[Step]:
+    """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
+    frame = Frame({"ids": tokens()} if calib is None else calib, {}, budget(limit), strict)
+    return run(given, [Measured(p, frame) for p in passes], stage=Stage.MOE)
+
+
+def declined(given: Program, pass_: Approximate) -> str:
+    """Why a pass leaves a program alone, as it must for this to be asked."""
+    step = change(given, pass_)[-1]
+    assert step.program is given
+    assert step.damage is not None
+    assert not step.damage.applied
+    return "; ".join(d.reason for d in step.declined)
+
+
+def layers_of(given: Program) -> list[Layer]:
+    ops = given.graph.ops
+    return [layer_of(given.graph, op) for op in ops if op.name == "moe.experts"]
+
+
+def outputs(given: Program, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+    return evaluate(given.graph, [ids], given.weights)
