@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from moec.approximate import Approximate, Frame, Measured
 from moec.errors import UsageError
+from moec.passes.average_experts import AverageExperts
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fold_addend import FoldAddend
@@ -55,7 +56,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, FoldConstants()),
 )
 ORDER = (*RECOGNISED, *LOWERED)
-APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts,)
+APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts)
 LEVELS = (0, 1, 2)
 
 

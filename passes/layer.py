@@ -21,7 +21,7 @@ import torch
 from moec.aten import IR_DTYPES
 from moec.errors import NoMatch
 from moec.evaluate import run_op
-from moec.ir import Graph, Op, Program, TensorType, Value
+from moec.ir import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ops.routing import Routing
 from moec.passes.rewrite import Builder, drop_dead
 from moec.sizes import symbols
@@ -116,6 +116,27 @@ class Splice:
 
     def value(self, name: str, type: TensorType) -> Value:
         return Value(self.names.fresh(name), type)
+
+    def emit(
+        self,
+        ops: list[Op],
+        name: str,
+        inputs: Sequence[Value],
+        type: TensorType,
+        like: Op,
+        **attrs: Attr,
+    ) -> Value:
+        """Append an op of one result to `ops`, at the place in the model of `like`."""
+        made = self.value(like.outputs[0].name, type)
+        ops.append(Op(name, tuple(inputs), (made,), attrs, None, like.origin))
+        return made
+
+    def cast(self, ops: list[Op], value: Value, dtype: str, like: Op) -> Value:
+        """`value` as another dtype; itself, where it has that."""
+        if value.dtype == dtype:
+            return value
+        type = TensorType(dtype, value.shape)
+        return self.emit(ops, "aten._to_copy.default", (value,), type, like, dtype=DType(dtype))
 
     def put(self, old: Op, new: Sequence[Op]) -> None:
         """`new` stands for `old` from here on; together they make old's outputs, or what reads

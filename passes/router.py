@@ -89,10 +89,6 @@ def _picked(
     splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, made: list[Op]
 ) -> Value:
     shape = (*value.shape[:axis], len(index))
-    new = splice.value(value.name, TensorType(value.dtype, shape))
-    name = f"{layer.route.origin or layer.name}.kept"
-    inputs = (value, splice.weight(name, index))
-    made.append(
-        Op("aten.index_select.default", inputs, (new,), {"dim": axis}, None, layer.route.origin)
-    )
-    return new
+    inputs = (value, splice.weight(f"{layer.route.origin or layer.name}.kept", index))
+    type = TensorType(value.dtype, shape)
+    return splice.emit(made, "aten.index_select.default", inputs, type, layer.route, dim=axis)
