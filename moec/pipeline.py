@@ -23,6 +23,7 @@ from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rotary import FuseRotary
+from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
 from moec.passes.prune_experts import PruneExperts
 from moec.passes.recognise import RECOGNISERS
@@ -56,7 +57,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, FoldConstants()),
 )
 ORDER = (*RECOGNISED, *LOWERED)
-APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts)
+APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts, MergeExperts)
 LEVELS = (0, 1, 2)
 
 

@@ -42,6 +42,30 @@ def keep_columns(splice: Splice, layer: Layer, kept: Sequence[int]) -> None:
     splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
 
 
+def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]]) -> None:
+    """Route over groups of columns, each with the sum of its members' probabilities.
+
+    Raises NoMatch for a router whose scores are not a softmax, or are corrected or grouped.
+    """
+    routing = layer.routing
+    if routing.score != "softmax" and (routing.score, routing.after) != ("none", "softmax"):
+        raise NoMatch(f"the router's scores are {routing.score}, which have no sum to keep")
+    if len(layer.route.inputs) > 1 or routing.groups > 1:
+        raise NoMatch("the router corrects its scores, or chooses among groups of experts")
+    logits, route = layer.route.inputs[0], layer.route
+    members = torch.zeros(len(groups), layer.count)
+    for row, group in enumerate(groups):
+        members[row, list(group)] = 1
+    made: list[Op] = []
+    wide = splice.cast(made, logits, "f32", route)
+    share = splice.emit(made, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
+    type = TensorType("f32", (logits.shape[0], len(groups)))
+    matrix = splice.weight(f"{route.origin or layer.name}.members", members)
+    mass = splice.emit(made, "aten.linear.default", (share, matrix), type, route)
+    score = splice.emit(made, "aten.log.default", (mass,), type, route)
+    splice.put(route, [*made, replace(route, inputs=(score,))])
+
+
 def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
     """The linear layer that makes the logits and the moves after it, in order; None where the
     logits are made otherwise, or from weights that are computed or are one row for all."""
