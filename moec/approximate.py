@@ -63,8 +63,6 @@ class Frame:
     strict: bool = False
     meter: Meter | None = None
     tracked: dict[Value, Tracked] = field(default_factory=dict)
-    choices: dict[Value, torch.Tensor] = field(default_factory=dict)
-    origin: Distance | None = None
     distance: Distance | None = None
 
     def start(self, program: Program) -> Meter:
@@ -74,19 +72,16 @@ class Frame:
         data = calibration(self.calib, program, self.files)
         layers = _layers(program, Log())
         enough(data, layers)
-        self.meter = meter = Meter(program, data)
+        self.meter = meter = Meter(program, data, {layer.output: layer for layer in layers})
         self.tracked = {
             layer.output: Tracked(layer, tuple((e,) for e in range(layer.count)))
             for layer in layers
         }
-        found = meter.choices(layers) if layers else []
-        self.choices = {layer.output: ids for layer, ids in zip(layers, found, strict=True)}
-        self.distance, _, _ = meter.measure(program, self.tracked, self.choices)
-        self.origin = self.distance
-        self._check_budget(meter)
+        self.distance = meter.origin
+        self._check_budget()
         return meter
 
-    def _check_budget(self, meter: Meter) -> None:
+    def _check_budget(self) -> None:
         assert self.distance is not None
         for metric, _ in self.budget.limits:
             if getattr(self.distance, metric) is None:
@@ -132,7 +127,7 @@ class Measured:
             tracked = dict(frame.tracked)
             tracked[layer.output] = _composed(change, tracked[layer.output])
             outputs = [layer.output] + ([following.output] if following else [])
-            distance, shares, made = meter.measure(change.program, tracked, frame.choices, outputs)
+            distance, shares, made = meter.measure(change.program, tracked, outputs)
             right = held.pop(layer.output, None)
             if right is None:
                 right = meter.held(program, layer.output)
@@ -158,7 +153,6 @@ class Measured:
                 continue
             program, frame.tracked, frame.distance = change.program, tracked, distance
             held = dict(zip(outputs[1:], made[1:], strict=True))
-        assert frame.origin is not None
         assert frame.distance is not None
         log.damage = Damage(
             show(self.inner),
@@ -168,7 +162,7 @@ class Measured:
             stored_bytes(program),
             self._flops(before),
             self._flops(program),
-            frame.origin,
+            meter.origin,
             frame.distance,
             tuple(done),
         )

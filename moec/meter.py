@@ -63,17 +63,34 @@ class Tracked:
 
 @dataclass(eq=False)
 class Meter:
-    """`original` is the program before any approximate pass."""
+    """Measures how far programs are from `original`, the one before any approximate pass.
+
+    `layers` are the original's, by the value that each gives. `results` are the original's
+    outputs case by case, `choices` its routers' choices, i64[T, k] by layer.
+    """
 
     original: Program
     calibration: Calibration
+    layers: Mapping[Value, Layer] = field(default_factory=dict)
     _wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         graph = self.original.graph
         self.outputs = [i for i, v in enumerate(graph.outputs) if v.dtype in FLOATS]
         self.text = self._language_model()
-        self.results = list(self.run(self.original, ()))
+        probes = [layer.route.outputs[1] for layer in self.layers.values()]
+        made = list(self.run(self.original, probes))
+        self.results = [parts[: len(self.outputs)] for parts in made]
+        ids = zip(*(parts[len(self.outputs) :] for parts in made), strict=True)
+        self.choices = (
+            {key: torch.cat(parts) for key, parts in zip(self.layers, ids, strict=True)}
+            if self.layers
+            else {}
+        )
+        sums = _Sums()
+        for case, result in zip(self.calibration.cases, self.results, strict=True):
+            sums.add(result, result, self.text, case)
+        self.origin = sums.distance(0.0)
 
     def run(
         self, program: Program, probes: Sequence[Value], cases: Sequence[Inputs] | None = None
@@ -118,25 +135,17 @@ class Meter:
 
     def held(self, program: Program, value: Value) -> torch.Tensor:
         """What a value of the program holds, all cases joined along the first axis."""
-        return self._probed(program, [value])[0]
-
-    def choices(self, layers: Sequence[Layer]) -> list[torch.Tensor]:
-        """The original's choices of experts, i64[T, k] for each layer."""
-        return self._probed(self.original, [layer.route.outputs[1] for layer in layers])
-
-    def _probed(self, program: Program, probes: Sequence[Value]) -> list[torch.Tensor]:
-        parts = [made[len(self.outputs) :] for made in self.run(program, probes)]
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return torch.cat([made[-1] for made in self.run(program, [value])])
 
     def measure(
         self,
         program: Program,
-        tracked: Mapping[Value, Tracked],
-        choices: Mapping[Value, torch.Tensor],
+        tracked: Mapping[Value, Tracked] | None = None,
         outputs: Sequence[Value] = (),
     ) -> tuple[Distance, dict[Value, float], list[torch.Tensor]]:
         """How far the program is from the original; for each tracked layer the share of tokens
         whose experts changed; and what `outputs`, those of some layers, hold."""
+        tracked = tracked or {}
         alive = [key for key, t in tracked.items() if t.members is not None]
         probes = [tracked[key].layer.route.outputs[1] for key in alive]
         probes += outputs
@@ -154,7 +163,7 @@ class Meter:
         for key, parts in zip(alive, zip(*ids, strict=True), strict=True):
             members = tracked[key].members
             assert members is not None
-            shares[key] = changed(choices[key], torch.cat(parts), members)
+            shares[key] = changed(self.choices[key], torch.cat(parts), members)
         distance = sums.distance(sum(shares.values()) / max(len(shares), 1))
         return distance, shares, [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
@@ -174,7 +183,10 @@ class Meter:
         return None
 
     def _causal(self, i: int, place: int, rows: int) -> bool:
+        names = {str(value.shape[:1]) for value in self.original.graph.inputs}
         case = self.calibration.cases[0]
+        if len(names) == 1 and self.original.graph.inputs[i].shape[0] != 1:
+            case = tuple(tensor[:1] for tensor in case)
         if case[i].shape[-1] < 2:
             return False
         other = tuple(tensor.clone() for tensor in case)
