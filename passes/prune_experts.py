@@ -54,19 +54,24 @@ class PruneExperts:
         return Change(splice.done(), tuple((expert,) for expert in kept), says)
 
     def kept(self, layer: Layer, seen: Seen) -> list[int]:
-        """The experts that stay, in rising order; of equals the one with the lower number."""
+        """The experts that stay, in rising order, as many in each of the router's groups; of
+        equals the one with the lower number."""
+        routing, share = layer.routing, f"keep={self.keep:g} of {layer.count} experts is"
         count = round(self.keep * layer.count)
+        each, rest = divmod(count, routing.groups)
         if count == layer.count:
-            raise NoMatch(f"keep={self.keep:g} of {layer.count} experts is all of them")
-        if layer.routing.groups > 1:
-            raise NoMatch(f"the router chooses among {layer.routing.groups} groups of experts")
-        if count < layer.routing.k:
-            raise NoMatch(
-                f"keep={self.keep:g} of {layer.count} experts is {count}, and each token takes "
-                f"{layer.routing.k}"
-            )
-        order = torch.sort(self.worth(layer, seen), descending=True, stable=True).indices
-        return sorted(order[:count].tolist())
+            raise NoMatch(f"{share} all of them")
+        if rest:
+            raise NoMatch(f"{share} {count}, which {routing.groups} groups cannot share evenly")
+        if each * min(routing.top_groups, routing.groups) < routing.k:
+            where = "" if routing.groups == 1 else f" from {routing.top_groups} groups of {each}"
+            raise NoMatch(f"{share} {count}, and each token takes {routing.k}{where}")
+        if routing.groups > 1 and routing.group_score == "top2sum" and each < 2:
+            raise NoMatch(f"{share} one in each group, and groups are scored by their best two")
+        worth = self.worth(layer, seen).reshape(routing.groups, -1)
+        order = torch.sort(worth, descending=True, stable=True).indices[:, :each]
+        first = torch.arange(routing.groups)[:, None] * worth.shape[1]
+        return sorted((order + first).flatten().tolist())
 
     def worth(self, layer: Layer, seen: Seen) -> torch.Tensor:
         """What each expert is worth: [E]."""

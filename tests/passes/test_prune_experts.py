@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,6 +89,34 @@ def test_picked_columns_route_as_masked_ones(logits, kept, score, renormalize):
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
 
 
+@given(
+    logits=st.lists(
+        st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 3.0]), min_size=8, max_size=8), max_size=4
+    ),
+    worth=st.permutations(range(8)),
+    group_score=st.sampled_from(["max", "top2sum"]),
+)
+def test_groups_stay_as_many(logits, worth, group_score):
+    """Eight experts in two groups, four stay: a router that masks the others chooses the same."""
+    routing = Routing(k=2, score="sigmoid", groups=2, top_groups=1, group_score=group_score)
+    attrs = ", ".join(f"{n}={v!r}".replace("'", '"') for n, v in routing.attrs().items())
+    text = LAYER.replace("k=2, renormalize=true", attrs).replace("num_experts=4", "num_experts=8")
+    (op,) = [o for o in graph(1, text.replace("f32[B*S, 4]", "f32[B*S, 8]")).ops
+             if o.name == "moe.route"]  # fmt: skip
+    (layer,) = layers_of(program(1))
+    layer = replace(layer, route=op, dispatch=replace(layer.dispatch, attrs={"num_experts": 8}))
+    usage = torch.tensor([e for e in range(8) for _ in range(worth[e])])
+    seen = Seen(torch.zeros(1, 8), usage[:, None], torch.zeros(1, 1), torch.zeros(1, 1))
+    columns = torch.tensor(HALF.kept(layer, seen))
+    assert sum(columns < 4) == 2
+    scores, mask = torch.tensor(logits).reshape(-1, 8), torch.full((8,), -torch.inf)
+    mask[columns] = 0
+    weights, ids = route_logits(routing, scores[:, columns], None)
+    expected, masked = route_logits(routing, scores, mask)
+    assert torch.equal(columns[ids], masked)
+    assert torch.equal(weights, expected)
+
+
 def test_experts_that_nobody_chooses_cost_nothing():
     """The router's weights favour two experts so much that no token takes the others."""
     original = program()
@@ -145,7 +175,17 @@ def test_norms_are_those_of_what_an_expert_adds():
     [
         (LAYER, 1.0, "keep=1 of 4 experts is all of them"),
         (LAYER, 0.25, "keep=0.25 of 4 experts is 1, and each token takes 2"),
-        (LAYER.replace("renormalize=true", "groups=2, top_groups=1"), 0.5, "2 groups of experts"),
+        (LAYER.replace("renormalize=true", "groups=2, top_groups=1"), 0.75, "is 3, which 2 groups"),
+        (
+            LAYER.replace("renormalize=true", "groups=2, top_groups=1"),
+            0.5,
+            "is 2, and each token takes 2 from 1 groups of 1",
+        ),
+        (
+            LAYER.replace("renormalize=true", 'groups=2, top_groups=2, group_score="top2sum"'),
+            0.5,
+            "one in each group, and groups are scored by their best two",
+        ),
         (
             LAYER.replace("  x#: f32[B*S, 8] =", "  e#: i64[B*S, 2] = aten.neg.default(i#)\n"
                           "  f#: f32[B*S, 2] = aten._to_copy.default(e#) <dtype=f32>\n"
@@ -171,7 +211,8 @@ def test_norms_are_those_of_what_an_expert_adds():
             "rows are read by more than one moe.combine",
         ),
     ],
-    ids=["all", "fewer than k", "groups", "ids read", "no router", "rows read"],
+    ids=["all", "fewer than k", "uneven groups", "small groups", "pairs", "ids read", "no router",
+         "rows read"],
 )  # fmt: skip
 def test_declines(layer, keep, says):
     assert says in declined(program(1, layer), PruneExperts(keep=keep))
