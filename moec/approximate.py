@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from moec.budget import Budget, BudgetError
-from moec.calibration import Calibration, calibration
+from moec.calibration import calibration
 from moec.cost import product_flops, stored_bytes
 from moec.damage import Damage, Distance, LayerDamage
 from moec.errors import NoMatch, UsageError
 from moec.ir import Program, Stage, Value
-from moec.meter import Members, Meter, Seen, Tracked, enough
+from moec.meter import Members, Meter, Seen, Tracked
 from moec.passes.layer import Layer, layer_of, name_of
 from moec.passes.options import show
 from moec.passes.runner import Log
-from moec.sizes import bind
+from moec.sizes import bind, evaluate_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +71,8 @@ class Frame:
             return self.meter
         data = calibration(self.calib, program, self.files)
         layers = _layers(program, Log())
-        enough(data, layers)
         self.meter = meter = Meter(program, data, {layer.output: layer for layer in layers})
+        meter.check_size()
         self.tracked = {
             layer.output: Tracked(layer, tuple((e,) for e in range(layer.count)))
             for layer in layers
@@ -156,7 +156,7 @@ class Measured:
         assert frame.distance is not None
         log.damage = Damage(
             show(self.inner),
-            meter.calibration.tokens,
+            meter.tokens,
             str(frame.budget),
             stored_bytes(before),
             stored_bytes(program),
@@ -169,18 +169,14 @@ class Measured:
         return program
 
     def _flops(self, program: Program) -> float:
-        """A token's, in the first case of the data."""
+        """A token's, in the first case of the data; the whole case's where there is no layer."""
         meter = self.frame.meter
         assert meter is not None
-        return flops_per_token(program, meter.calibration)
-
-
-def flops_per_token(program: Program, data: Calibration) -> float:
-    sizes: dict[str, int] = {}
-    for value, tensor in zip(program.graph.inputs, data.cases[0], strict=False):
-        bind(value.shape, tuple(tensor.shape), sizes)
-    tokens = data.tokens * len(data.cases[0][0]) / sum(len(case[0]) for case in data.cases)
-    return product_flops(program.graph, sizes) / tokens
+        sizes: dict[str, int] = {}
+        for value, tensor in zip(program.graph.inputs, meter.calibration.cases[0], strict=False):
+            bind(value.shape, tuple(tensor.shape), sizes)
+        tokens = [evaluate_dim(output.shape[0], sizes) for output in meter.layers]
+        return product_flops(program.graph, sizes) / max(tokens, default=1)
 
 
 def _layers(program: Program, log: Log) -> list[Layer]:

@@ -20,6 +20,8 @@ def parts(damage: Damage) -> Iterable[RenderableType]:
 
     yield Text(f"{damage.name}, on {damage.tokens} tokens", style="bold")
     if damage.layers:
+        for line in damage.layers:
+            yield Padding(Text(f"{line.layer}: {line.says}"), (0, 0, 0, 2))
         yield _table(damage)
     for sentence in summary(damage):
         yield Padding(Text(sentence), (0, 0, 0, 2))
@@ -29,17 +31,20 @@ def _table(damage: Damage) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    longest = max(len(line.layer) for line in damage.layers)
-    table.add_column("layer", overflow="fold", min_width=min(longest, 18))
-    table.add_column("what it did", overflow="fold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        header_style="bold",
+        show_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("layer", overflow="fold")
     for column in _NUMBERS:
         table.add_column(column, justify="right", no_wrap=True)
     for line in damage.layers:
         after = line.after
         table.add_row(
             line.layer,
-            line.says,
             _bytes(line.bytes_saved),
             _flops(line.flops_saved),
             f"{line.error:.3f}",

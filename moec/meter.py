@@ -92,6 +92,24 @@ class Meter:
             sums.add(result, result, self.text, case)
         self.origin = sums.distance(0.0)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a layer routes, over all cases."""
+        return max((len(ids) for ids in self.choices.values()), default=self.calibration.tokens)
+
+    def check_size(self) -> None:
+        """Raises UsageError where the data are too few to tell the experts apart, or where
+        nothing that the model gives can be compared."""
+        if not self.outputs:
+            raise UsageError("the model gives whole numbers alone: no distance can be measured")
+        for key, layer in self.layers.items():
+            need, found = 16 * layer.count // layer.routing.k, len(self.choices[key])
+            if found < need:
+                raise UsageError(
+                    f"the calibration data hold {found} tokens, too few to tell the {layer.count} "
+                    f"experts of {layer.name} apart: give at least {need}"
+                )
+
     def run(
         self, program: Program, probes: Sequence[Value], cases: Sequence[Inputs] | None = None
     ) -> Iterator[Tensors]:
@@ -255,17 +273,6 @@ def changed(original: torch.Tensor, ids: torch.Tensor, members: Members) -> floa
         return 1.0
     same = (now.sort(-1).values == original.sort(-1).values).all(-1)
     return 1.0 - float(same.double().mean())
-
-
-def enough(calibration: Calibration, layers: Sequence[Layer]) -> None:
-    """Raises UsageError where the data are too few to tell the experts apart."""
-    for layer in layers:
-        need = 16 * layer.count // layer.routing.k
-        if calibration.tokens < need:
-            raise UsageError(
-                f"the calibration data hold {calibration.tokens} tokens, too few to tell the "
-                f"{layer.count} experts of {layer.name} apart: give at least {need}"
-            )
 
 
 def _exp(nats: float) -> float:

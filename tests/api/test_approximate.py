@@ -28,7 +28,7 @@ from moec.passes.split_packed import SplitPacked
 from moec.pipeline import choose
 from moec.report import Report
 from moec.runtime.executor import Executor
-from moec.text import parse
+from moec.text import parse, print_graph
 from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import change, outputs, program, tokens
 
@@ -217,6 +217,16 @@ def test_data_that_do_not_fit(calib: Any, says: str) -> None:
     with pytest.raises(UsageError) as raised:
         change(program(), HALF, calib=calib)
     assert says in str(raised.value)
+
+
+def test_a_model_without_floats_is_refused() -> None:
+    given = program(1)
+    text = print_graph(given.graph).replace(
+        "  return scores",
+        "  best: i64[B, S] = aten.argmax.default(scores) <dim=-1>\n  return best",
+    )
+    with pytest.raises(UsageError, match="whole numbers alone: no distance can be measured"):
+        change(Program(parse(text), given.weights), HALF)
 
 
 def test_data_from_files(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from moec.bisect import bisect
-from moec.errors import InputError
+from moec.errors import InputError, UsageError
 from moec.ir import Op, Program, Stage, Value
+from moec.passes.prune_experts import PruneExperts
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
+from moec.pipeline import choose, exact
 from moec.random_inputs import random_cases, table_rows
 from moec.text import parse
 
@@ -121,3 +123,9 @@ def test_ids_stay_within_their_table() -> None:
     assert torch.equal(cache, torch.ones(2))
     with pytest.raises(InputError, match="without example inputs"):
         random_cases(held, [])
+
+
+def test_passes_that_change_the_model_are_not_looked_at() -> None:
+    assert exact(choose(1), "") == choose(1)
+    with pytest.raises(UsageError, match="prune-experts changes what the model computes: no"):
+        exact(choose(1, [PruneExperts()]), "no")
