@@ -30,7 +30,7 @@ from moec.report import Report
 from moec.runtime.executor import Executor
 from moec.text import parse, print_graph
 from tests.capture.modules import WIDTH, Moe
-from tests.passes.changed import change, outputs, program, tokens
+from tests.passes.changed import change, layers_of, outputs, program, tokens
 
 x = torch.randn(5, WIDTH)
 data = {"x": torch.randn(64, WIDTH)}
@@ -133,6 +133,29 @@ def test_two_passes_share_one_budget() -> None:
     assert "is all of them" in "; ".join(
         d.reason for d in change(original, HALF, PruneExperts(keep=0.9))[-1].declined
     )
+
+
+def test_the_second_pass_counts_from_the_original() -> None:
+    """An expert that was renumbered by the first pass is still the same one."""
+    original = program(1)
+    steps = change(original, PruneExperts(keep=0.75), PruneExperts(keep=2 / 3))
+    kept = torch.arange(4)
+    for step in steps[1:]:
+        assert step.damage is not None
+        (line,) = step.damage.layers
+        numbers = line.says.removeprefix("keeps ").partition(" of")[0].split(", ")
+        kept = kept[torch.tensor([int(n) for n in numbers])]
+    assert len(kept) == 2
+    (layer,) = layers_of(original)
+    ids = layer.route.outputs[1]
+    before, after = (
+        evaluate(replace(p.graph, outputs=(ids,)), [tokens()], p.weights)[0]
+        for p in (original, steps[-1].program)
+    )
+    same = (before.sort(-1).values == kept[after].sort(-1).values).all(-1)
+    assert 0 < same.double().mean() < 1
+    assert steps[-1].damage is not None
+    assert steps[-1].damage.after.changed == pytest.approx(1 - float(same.double().mean()))
 
 
 def test_strict_fails_on_a_breach() -> None:

@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 from moec.evaluate import evaluate
 from moec.ir import Program
 from moec.passes.assignment import assign
-from moec.passes.merge_experts import MergeExperts, clusters
+from moec.passes.merge_experts import MergeExperts, clusters, merge
 from moec.passes.neurons import neuron_axes
 from moec.text import print_graph
 from tests.passes.changed import LAYER, change, declined, graph, outputs, program, tokens
@@ -61,6 +61,24 @@ def test_equal_experts_merge_without_damage_where_one_of_them_is_chosen(score):
     torch.testing.assert_close(
         outputs(step.program, ids), outputs(original, ids), rtol=1e-4, atol=1e-4
     )
+
+
+def test_neurons_are_put_in_one_order_before_they_are_averaged():
+    """Experts 0 and 2 are equal but for their neurons' order: their mean is either of them."""
+    original = pairs()
+    (op, _) = [o for o in original.graph.ops if o.name == "moe.experts"]
+    stacks = {
+        param: original.weights[stack.name]
+        for param, stack in zip(op.body.params, op.inputs[2:], strict=True)
+    }
+    mean = merge(stacks, neuron_axes(op.body), (0, 2), torch.tensor([5, 0, 3, 0]))
+    for param, stack in stacks.items():
+        torch.testing.assert_close(mean[param], stack[0], rtol=1e-6, atol=1e-6)
+    mean = merge(stacks, neuron_axes(op.body), (0, 1), torch.tensor([3, 1, 0, 0]))
+    (first, *_) = stacks
+    kept = 0.75 * stacks[first][0].norm(dim=1) - 0.25 * stacks[first][1].norm(dim=1).max()
+    assert (mean[first].norm(dim=1) > kept).all()  # three quarters of expert 0, in its own order
+    assert not torch.equal(mean[first], stacks[first][0])
 
 
 def test_a_merged_score_is_the_sum_of_its_members():
