@@ -179,7 +179,10 @@ def _check(
             farthest = max(farthest, (error, name, case), key=lambda found: found[0])
             compared.append(replace(item, right=(right,)))
             owners.append(number)
-    right_by = _right(rule, captured.program, known, compared, owners)
+    try:
+        right_by = _right(rule, captured.program, known, compared, owners)
+    except (IRError, RuntimeError):  # the captured graph does not run: the blame says so
+        right_by = None
     if right_by is None:
         error, name, case = farthest
         raise VerificationError(

@@ -218,3 +218,14 @@ def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:
 def test_equal_values_excuse_nothing_else() -> None:
     with pytest.raises(VerificationError, match="the generated code is wrong"):
         moec.compile(Sparse(), (torch.randn(40, 90),))
+
+
+def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("cannot reshape tensor of 0 elements")
+
+    captured = capture(Sparse(), (torch.randn(4, 9),))
+    monkeypatch.setitem(check.__globals__, "evaluate", fails)
+    steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).steps
+    with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
+        check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)
