@@ -21,7 +21,7 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.checks import check_inputs
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
-from moec.runtime.package import MAIN, STEP, Package, Port
+from moec.runtime.package import MAIN, STEP, Package, Port, grows
 
 ALIGNMENT = 64  # bytes: what kernels assume of every address
 
@@ -119,8 +119,11 @@ class Executor:
         assert step is not None
         taken = [_from_numpy(array) for array in (*counts, *caches)]
         with self._lock:
-            logits, *_ = self._step(*taken, *self._step_params)
+            logits, *after = self._step(*taken, *self._step_params)
             made = _to_numpy(logits, step.logits)
+            for port, array, value in zip(step.caches, caches, after, strict=True):
+                if not grows(port):  # the others were written in place
+                    array[...] = _to_numpy(value, port)
         return made[:, 0].astype(np.float32)
 
     def states(self) -> dict[str, Array]:

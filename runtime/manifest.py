@@ -17,7 +17,7 @@ from typing import Any
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step
+from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step, grows
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -221,8 +221,10 @@ def _check(manifest: Manifest) -> None:
     for port in (*package.params, *(step.params if step else ())):
         _check_bound(port.name, port, port.shape, manifest.arrays)
     for cache in step.caches if step else ():
-        if [isinstance(size, int) for size in cache.shape] != [False, True, False, True]:
-            raise ValueError(f"{cache.name} is no cache for any number of texts and places")
+        texts, *rest = cache.shape
+        fixed = [size for place, size in enumerate(rest) if not (grows(cache) and place == 1)]
+        if not isinstance(texts, str) or not all(isinstance(size, int) for size in fixed):
+            raise ValueError(f"{cache.name} is no cache for any number of texts")
     for state in package.states:
         if not all(isinstance(size, int) for size in state.shape):
             raise ValueError(f"state {state.name} has no fixed size")

@@ -49,9 +49,11 @@ class CpuNeeds:
 class Step:
     """`step(input_ids[B, S], first[B], rows[B], last[B], caches..., params...)` of the library.
 
-    The next S tokens of B texts, of which first[b] tokens came before; it writes into the
-    caches [B, heads, L, width] and gives (logits[B, 1, V], caches...): those of the token in
-    row rows[b] of the B*S, which is token last[b] of its text. Nothing is checked inside:
+    The next S tokens of B texts, of which first[b] tokens came before; it gives
+    (logits[B, 1, V], caches...): those of the token in row rows[b] of the B*S, which is token
+    last[b] of its text. Caches [B, heads, L, width] of keys and values are written in place.
+    Others, without the size L, are what the model carries from token to token, zeros at first:
+    then each of the S tokens counts, and none may be padding. Nothing is checked inside:
     first[b] + S must be at most L and at most `longest`, None meaning no limit. `stop` are the
     tokens that end a text, as the model's own configuration has them.
     """
@@ -62,6 +64,15 @@ class Step:
     vocabulary: int  # ids below it are looked up
     longest: int | None = None
     stop: tuple[int, ...] = ()
+
+    @property
+    def carries(self) -> bool:
+        return not all(map(grows, self.caches))
+
+
+def grows(cache: Port) -> bool:
+    """Whether a cache has a place for each token."""
+    return len(cache.shape) == 4 and isinstance(cache.shape[2], str)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.executor import Executor, empty
-from moec.runtime.package import Step
+from moec.runtime.package import Step, grows
 
 PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
 
@@ -33,6 +33,8 @@ class Texts:
         Texts of unequal lengths end together: the short ones begin later, and what the padding
         of a piece wrote into a cache is overwritten by the tokens that come.
         """
+        if self._step.carries:
+            return self._feed_exactly(tokens)
         most, room = max(map(len, tokens)), int((self._room - self._first).min())
         piece = max(1, min(most, PIECE // len(tokens), room))
         logits: Array | None = None
@@ -47,6 +49,36 @@ class Texts:
             logits = self._run(padded, given)
         assert logits is not None
         return logits
+
+    def _feed_exactly(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """Without padding, which would count. Texts that are not fed with the others are over:
+        what they carry goes on with a token that is not theirs."""
+        lengths = {len(own) for own in tokens if len(own)}
+        if len(lengths) > 1:
+            return self._feed_alone(tokens)
+        (most,) = lengths
+        piece = max(1, PIECE // len(tokens))
+        whole = np.array([own if len(own) else [0] * most for own in tokens], np.int64)
+        given = np.array([len(own) > 0 for own in tokens])
+        for start in range(0, most, piece):
+            part = np.ascontiguousarray(whole[:, start : start + piece])
+            logits = self._run(part, given * part.shape[1])
+        return logits
+
+    def _feed_alone(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """Each text in caches of its own, which then become its part of all."""
+        rows: list[Array] = []
+        for text, own in enumerate(tokens):
+            alone = Texts(self._executor, 1, self._room)
+            alone._first[:] = self._first[text]
+            for mine, cache in zip(alone._caches, self._caches, strict=True):
+                mine[0] = cache[text]
+            rows.append(alone.feed([own])[0] if len(own) else np.zeros(0, np.float32))
+            self._first[text] = alone._first[0]
+            for mine, cache in zip(alone._caches, self._caches, strict=True):
+                cache[text] = mine[0]
+        width = max(row.size for row in rows)
+        return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 
     def _run(self, padded: Array, given: Array) -> Array:
         """One piece; text b has given[b] tokens in it, then padding."""
@@ -72,7 +104,8 @@ class Texts:
 
 def _cache(step: Step, index: int, texts: int, room: int) -> Array:
     port = step.caches[index]
-    _, heads, _, width = port.shape
-    assert isinstance(heads, int)
-    assert isinstance(width, int)
-    return empty((texts, heads, room, width), NUMPY[port.dtype])
+    inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
+    made = empty((texts, *inner), NUMPY[port.dtype])
+    if not grows(port):
+        made[...] = 0
+    return made

@@ -5,18 +5,20 @@
 
 first[b] says how many tokens of sequence b came before. Each attention writes its keys and
 values into a cache of L places a sequence (nn.append) and attends to what the cache holds; what
-was computed from the places 0 .. S-1 is computed from first[b] + 0 .. S-1.
+was computed from the places 0 .. S-1 is computed from first[b] + 0 .. S-1. A causal convolution
+keeps its last inputs and linear attention what it carries, in states that start with zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir import Graph, Op, State, TensorType, Value
+from moec.ir import Graph, Op, Ref, State, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.incremental.emit import Emitter
 from moec.passes.incremental.positions import Stretch, beside, is_line, of_places
@@ -83,8 +85,10 @@ def with_caches(graph: Graph) -> Graph:
                 continue
             require_tokenwise(op, sequence.name)
             _emit(c, op, flat)
-        elif op.name == "nn.attention":
-            _attention(c, op)
+        elif op.name in _CARRY:
+            _CARRY[op.name](c, op)
+        elif all(value in c.new for value in op.outputs):
+            continue
         else:
             require_tokenwise(op, sequence.name)
             inputs = [_read(c, op, value) for value in op.inputs]
@@ -92,14 +96,15 @@ def with_caches(graph: Graph) -> Graph:
             c.new |= dict(zip(op.outputs, made, strict=True))
     if not c.caches:
         raise NoMatch("the model has no attention that moec fused")
-    stepped = rebuild(graph, builder.ops, c.new)
-    return replace(
-        stepped,
+    grows = any(symbol(ROOM) in before.shape for before, _ in c.caches)
+    stepped = replace(
+        graph,
         inputs=(tokens, first, *(before for before, _ in c.caches)),
         states=tuple(State(before, after) for before, after in c.caches),
-        bounds={**graph.bounds, ROOM: Bounds(1, None)},
+        bounds={**graph.bounds, ROOM: Bounds(1, None)} if grows else graph.bounds,
         name="step",
     )
+    return rebuild(stepped, builder.ops, c.new)
 
 
 def _line(c: Caching, like: Op) -> Value:
@@ -154,6 +159,67 @@ def _attention(c: Caching, op: Op) -> None:
     c.new |= dict(zip(op.outputs, outputs, strict=True))
 
 
+def _convolution(c: Caching, op: Op) -> None:
+    """Causal: padded by one place less than the kernel is long, and cut at the end. Its state is
+    the last places before, and zeros at first."""
+    x, where = op.inputs[0], op.origin or op.outputs[0].name
+    width = op.inputs[1].shape[-1]
+    wanted = {"stride": (1,), "dilation": (1,), "padding": (width - 1,), "transposed": False}
+    cuts = c.graph.readers.get(op.outputs[0], ())
+    causal = len(x.shape) == 3 and all(op.attrs.get(k) == v for k, v in wanted.items())
+    if not causal or x.shape[2] != c.sequence or not all(map(partial(_cut, c), cuts)):
+        raise NoMatch(f"the convolution at {where} does not end with the token that it is for")
+    assert isinstance(width, int)
+    batch, channels, _ = x.shape
+    before = _state(c, "inputs", TensorType(x.dtype, (batch, channels, width - 1)))
+    e, long = Emitter(c.builder, op), normal(c.sequence + width - 1)
+    shape = (batch, channels, long)
+    joined = e.op(
+        "cat.default", [before, c.new[x]], x.dtype, shape, {"tensors": (Ref(0), Ref(1)), "dim": 2}
+    )
+    after = e.op(
+        "slice.Tensor",
+        [joined],
+        x.dtype,
+        before.shape,
+        {"dim": 2, "start": c.sequence, "end": long},
+    )
+    c.caches.append((before, after))
+    (made,) = c.builder.emit(
+        op.name,
+        [joined, *(c.new[value] for value in op.inputs[1:])],
+        [TensorType(op.outputs[0].dtype, (*op.outputs[0].shape[:2], c.sequence))],
+        like=op,
+        attrs={**op.attrs, "padding": (0,)},
+    )
+    c.new |= {value: made for cut in cuts for value in cut.outputs}
+
+
+def _cut(c: Caching, op: Op) -> bool:
+    """Whether an op takes the first S places."""
+    place = (op.attrs.get("dim"), op.attrs.get("start", 0), op.attrs.get("step", 1))
+    ends = op.attrs.get("end") == c.sequence
+    return op.name == "aten.slice.Tensor" and place == (2, 0, 1) and bool(ends)
+
+
+def _linear_attention(c: Caching, op: Op) -> None:
+    """Its state is what it carries from position to position."""
+    where = op.origin or op.outputs[0].name
+    if op.attrs.get("started"):
+        raise NoMatch(f"the linear attention at {where} starts from a state of the model's own")
+    if op.inputs[0].shape[1] != c.sequence:
+        raise NoMatch(f"the linear attention at {where} is over {op.inputs[0]}")
+    before = _state(c, "carried", op.outputs[1].type)
+    inputs = [c.new[value] for value in op.inputs]
+    made = c.builder.emit(op.name, [*inputs, before], like=op, attrs={**op.attrs, "started": True})
+    c.new |= dict(zip(op.outputs, made, strict=True))
+    c.caches.append((before, made[1]))
+
+
+def _state(c: Caching, name: str, type: TensorType) -> Value:
+    return Value(c.builder.fresh(f"{name}_{len(c.caches)}"), type)
+
+
 def _kept(a: Attention) -> Iterator[tuple[Value, str]]:
     yield a.k, "keys"
     yield a.v, "values"
@@ -168,3 +234,11 @@ def _append(c: Caching, op: Op, value: Value, name: str) -> Value:
     )
     c.caches.append((cache, after))
     return after
+
+
+_CARRY: dict[str, Callable[[Caching, Op], None]] = {
+    "nn.attention": _attention,
+    "aten.convolution.default": _convolution,
+    "nn.linear_attention": _linear_attention,
+}
+"""Where tokens meet, and how they do where they come in pieces."""

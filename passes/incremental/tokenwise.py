@@ -113,12 +113,17 @@ def _token_axes(value: Value, sequence: str) -> list[int]:
 
 
 def _product(op: Op, sequence: str) -> bool:
-    """Rows by a matrix that holds no tokens."""
-    left = (
-        op.inputs[1] if op.name in ("aten.addmm.default", "aten.baddbmm.default") else op.inputs[0]
+    """Of two matrices one holds no tokens, and the other none along the axis that is summed."""
+    added = op.name in ("aten.addmm.default", "aten.baddbmm.default")
+    left, right = op.inputs[1:3] if added else op.inputs[:2]
+    summed = ((left, -1), (right, -1 if op.name == "aten.linear.default" else -2))
+    held = [(value, axis) for value, axis in summed if has_tokens(value, sequence)]
+    others = [value for value in op.inputs if value not in (left, right)]
+    return (
+        len(held) == 1
+        and not any(counts(value, axis, sequence) for value, axis in held)
+        and not any(has_tokens(value, sequence) for value in others)
     )
-    others = [value for value in op.inputs if value is not left]
-    return not any(has_tokens(v, sequence) for v in others) and not counts(left, -1, sequence)
 
 
 def _layer_norm(op: Op, sequence: str) -> bool:

@@ -206,6 +206,71 @@ def test_places_that_are_spread_over_the_batch_behind_another_axis() -> None:
         assert (logits[:, 0] - wanted).abs().max() <= 1e-5 * expected.abs().max()
 
 
+CARRIED = (
+    "  u0: f32[B, 8, S] = aten.permute.default(x) <dims=(0, 2, 1)> @ model.conv\n"
+    "  u1: f32[B, 8, S + 2] = aten.convolution.default(u0, taps) <bias=none, stride=(1), "
+    "padding=(2), dilation=(1), transposed=false, output_padding=(0), groups=8> @ model.conv\n"
+    "  u2: f32[B, 8, S] = aten.slice.Tensor(u1) <dim=2, end={S}> @ model.conv\n"
+    "  u3: f32[B, S, 8] = aten.permute.default(u2) <dims=(0, 2, 1)> @ model\n"
+    "  u: f32[B, S, 2, 4] = aten.reshape.default(u3) <shape=({B}, {S}, 2, 4)> @ model\n"
+    "  decay: f32[B, S, 2] = aten.amin.default(u) <dim=(-1)> @ model\n"
+    "  r: f32[B, S, 2, 4], end: f32[B, 2, 4, 4] = nn.linear_attention(u, u, u, decay) @ model.mix\n"
+    "  y1: f32[B, 2, S, 4] = aten.permute.default(r) <dims=(0, 2, 1, 3)> @ model\n"
+)
+
+
+def carrying(text: str = CARRIED) -> Program:
+    made = program(
+        (HEAD + text + TAIL).replace("head: f32[9, 8]", "head: f32[9, 8], taps: f32[8, 1, 3]")
+    )
+    # Small numbers: what is carried grows with exp(decay).
+    return Program(made.graph, {name: 0.3 * value for name, value in made.weights.items()})
+
+
+def test_what_is_carried(golden: Callable[[str], None]) -> None:
+    golden(print_graph(incremental(carrying()).graph))
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_a_state_goes_on_where_the_piece_before_ended(pieces: list[int]) -> None:
+    """Tolerance: float32 sums in another order; what is carried may grow over 20 tokens."""
+    whole = carrying()
+    step = incremental(whole)
+    ids = torch.arange(2 * sum(pieces)).reshape(2, -1) % 9
+    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    states = [torch.zeros(2, *map(int, state.before.shape[1:])) for state in step.graph.states]
+    done = 0
+    for count in pieces:
+        first = torch.full((2,), done)
+        rows = torch.arange(2) * count + count - 1
+        piece = [ids[:, done : done + count], first, rows, first + count - 1]
+        logits, *states = evaluate(step.graph, [*piece, *states], step.weights)
+        done += count
+        scale = expected.abs().max()
+        assert (logits[:, 0] - expected[:, done - 1]).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("padding=(2)", "padding=(1)", "the convolution at model.conv does not end with the token"),
+        ("<dim=2, end={S}>", "<dim=2, start=2, end={S + 2}>", "the convolution at model.conv does"),
+        (
+            "(u, u, u, decay) @",
+            "(u, u, u, decay, began) <started=true> @",
+            "the linear attention at model.mix starts from a state of the model's own",
+        ),
+    ],
+)
+def test_states_that_are_refused(before: str, after: str, words: str) -> None:
+    text = CARRIED.replace(before, after)
+    if "began" in after:
+        size = "<size=({B}, 2, 4, 4), fill_value=0.0, dtype=f32>"
+        text = f"  began: f32[B, 2, 4, 4] = aten.full.default() {size} @ model\n{text}"
+    with pytest.raises(NoMatch, match=words):
+        incremental(carrying(text))
+
+
 def test_which_graphs_continue_text() -> None:
     assert continues_text(program().graph)
     assert not continues_text(parse("graph main(x: f32[T, 4]) {\n  return x\n}\n"))
