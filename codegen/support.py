@@ -21,7 +21,7 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
         reason = _refusal(op, own_kernel)
         if reason:
             problems.setdefault(reason, []).append(op)
-    lines = [_line(reason, ops) for reason, ops in problems.items()]
+    lines = [line(reason, ops) for reason, ops in problems.items()]
     refused = {op for ops in problems.values() for op in ops}
     lines += _sizes(graph, refused)
     lines += _fixed(graph)
@@ -53,7 +53,8 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
     return ""
 
 
-def _line(reason: str, ops: list[Op]) -> str:
+def line(reason: str, ops: list[Op]) -> str:
+    """What cannot be compiled, how often it stands in the graph, and where."""
     places = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
     shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
     return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"

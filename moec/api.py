@@ -43,6 +43,7 @@ from moec.target import missing
 from moec.text import print_graph
 
 if TYPE_CHECKING:
+    from moec.codegen.onnx.export import Exported
     from moec.runtime.executor import Executor
     from moec.runtime.manifest import Sample
     from moec.runtime.package import Package
@@ -182,6 +183,36 @@ class CompiledModel:
 
         made = {name: file.read_bytes() for name, file in self.source.files.items()}
         return made | ({STEP: print_graph(self.step.graph).encode()} if self.step else {})
+
+    def export_onnx(
+        self,
+        path: Path | str,
+        ep: str = "cpu",
+        opset: int | None = None,
+        *,
+        moe: str = "auto",
+        verify: bool | float = True,
+        progress: Callable[[str], None] = lambda phase: None,
+    ) -> Exported:
+        """Write the whole model as ONNX: `path` (.onnx), and its weights as `path` + ".data".
+
+        `ep` is what it is for: "cpu" and "cuda" (ONNX Runtime), or "portable" (standard operators
+        alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one MatMul per expert
+        and projection), "op" (com.microsoft.MoE) or "auto", what was measured to be faster. The
+        file is run in ONNX Runtime and compared with eager before it gets its name; `verify` is
+        that of `moec.compile`. Nothing needs to be built (`build=False`).
+
+        Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
+        TargetError for an `ep` that is unknown or does not compute in the model's dtype, and
+        UsageError.
+        """
+        from moec.codegen.onnx.export import export
+
+        wanted = verify is not False
+        limit = tolerance(verify)
+        return export(
+            self, path, ep, opset, moe=moe, tolerance=limit, verify=wanted, progress=progress
+        )
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; none where there is no example, or it cannot run here."""

@@ -1,0 +1,127 @@
+"""nn.attention: the standard's Attention where it means the same, else written out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.codegen.onnx.profiles import FUSED
+from moec.codegen.onnx.rules import Call, build
+from moec.codegen.onnx.sizes import reshaped
+from moec.codegen.onnx.writer import Writer
+from moec.ops.attention import Attention
+from moec.sizes import Dim
+
+
+@build("nn.attention")
+def attention(c: Call) -> str:
+    a = Attention.of(c.op)
+    whole = a.causal and a.q.shape[2] == a.k.shape[2]
+    plain = a.sinks is None and a.window is None and a.chunk is None
+    if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (whole or not a.causal):
+        if a.mask is None:
+            return _fused(c, a, "", whole)
+        seen = _seen(c.w, a)
+        made = _fused(c, a, seen.added, False)
+        return c.w("Where", seen.any, made, c.w.constant(0, a.q.dtype))
+    return _written_out(c, a)
+
+
+def _fused(c: Call, a: Attention, mask: str, causal: bool) -> str:
+    inputs = [c.read(v) for v in (a.q, a.k, a.v)] + ([mask] if mask else [])
+    return c.w("Attention", *inputs, scale=a.scale, is_causal=int(causal))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Which keys a query sees: `added` to the scores, minus infinity where it does not; `any`
+    is whether it sees any ([.., S, 1], bool), or empty where each sees one."""
+
+    added: str
+    any: str
+
+
+def _seen(w: Writer, a: Attention) -> _Seen:
+    """Everything that limits what is seen, broadcasting to [B, Hq, S, L]. Equal limits are
+    written once, whatever layer they stand in."""
+    dtype = a.q.dtype
+    low, zero = w.constant(float("-inf"), dtype), w.constant(0, dtype)
+    rule = _rule(w, a)
+    if a.mask is None:
+        certain = a.q.shape[2] == a.k.shape[2] or (a.causal and not (a.window or a.chunk))
+        added = w("Where", rule, zero, low)
+        return _Seen(added, "" if certain else _any(w, rule))
+    name = w.read(a.mask)
+    if a.mask.dtype == "bool":
+        allowed = w("And", name, rule) if rule else name
+        return _Seen(w("Where", allowed, zero, low), _any(w, allowed))
+    added = w.cast(name, a.mask.dtype, dtype)
+    if rule:
+        added = w("Where", rule, added, low)
+    return _Seen(added, _any(w, w("Greater", added, low)))
+
+
+def _rule(w: Writer, a: Attention) -> str:
+    """What causal, window and chunk allow, bool [S, L]; empty where there is none of them."""
+    zero, one = w.constant(0), w.constant(1)
+    queries, keys = a.q.shape[2], a.k.shape[2]
+    query = w("Unsqueeze", w("Range", zero, w.scalar(queries), one), w.constant([1]))
+    key = w("Range", zero, w.scalar(keys), one)
+    rules = []
+    if a.causal:
+        rules.append(w("LessOrEqual", key, query))
+    if a.window is not None:
+        rules.append(w("Greater", key, w("Sub", query, w.constant(a.window))))
+    if a.chunk is not None:
+        size = w.constant(a.chunk)
+        rules.append(w("Equal", w("Div", key, size), w("Div", query, size)))
+    if not rules:
+        return ""
+    made = rules[0]
+    for other in rules[1:]:
+        made = w("And", made, other)
+    return made
+
+
+def _any(w: Writer, allowed: str) -> str:
+    count = w("ReduceMax", w.cast(allowed, "bool", "i32"), w.constant([-1]), keepdims=1)
+    return w.cast(count, "i32", "bool")
+
+
+def _written_out(c: Call, a: Attention) -> str:
+    """softmax(q k.T scale + what is seen) v, with the query heads grouped by their key head:
+    q [B, Hkv, G, S, Dk] by k [B, Hkv, 1, Dk, L], so that no key is copied."""
+    w, dtype = c.w, a.q.dtype
+    full = "f64" if dtype == "f64" else "f32"
+    batch, heads, queries, width = a.q.shape
+    shared, keys = a.k.shape[1], a.k.shape[2]
+    group = heads // shared if isinstance(heads, int) and isinstance(shared, int) else 1
+    limited = a.mask is not None or a.causal or a.window is not None or a.chunk is not None
+    q, k, v = (c.read(value, full) for value in (a.q, a.k, a.v))
+    scores_shape: tuple[Dim, ...] = (batch, heads, queries, keys)
+    if group > 1:
+        q = reshaped(w, q, a.q.shape, (batch, shared, group, queries, width))
+        k, v = (w("Unsqueeze", name, w.constant([2])) for name in (k, v))
+    turned = [0, 1, 2, 4, 3] if group > 1 else [0, 1, 3, 2]
+    scaled = w("Mul", q, w.constant(a.scale, full))
+    scores = w("MatMul", scaled, w("Transpose", k, perm=turned))
+    if group > 1:
+        scores = reshaped(w, scores, (batch, shared, group, queries, keys), scores_shape)
+    seen = _Seen("", "")
+    if limited:
+        seen = _seen(w, a)
+        scores = w("Add", scores, w.cast(seen.added, dtype, full))
+    if a.sinks is None:
+        shares = w("Softmax", scores, axis=-1)
+    else:
+        sinks = reshaped(w, c.read(a.sinks, full), a.sinks.shape, (1, heads, 1, 1))
+        column = w("Expand", sinks, w.shape((batch, 1, queries, 1)))
+        both = w("Softmax", w("Concat", scores, column, axis=-1), axis=-1)
+        shares = w("Slice", both, w.constant([0]), w.dim(keys), w.constant([-1]))
+    if a.sinks is None and seen.any:
+        shares = w("Where", seen.any, shares, w.constant(0, full))
+    if group > 1:
+        shares = reshaped(w, shares, scores_shape, (batch, shared, group, queries, keys))
+    made = w("MatMul", shares, v)
+    if group > 1:
+        made = reshaped(w, made, (batch, shared, group, *c.out.shape[2:]), c.out.shape)
+    return w.cast(made, full, dtype)

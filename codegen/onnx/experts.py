@@ -1,0 +1,222 @@
+"""Rows to their experts and back: sorted rows, one sliced MatMul per expert and projection.
+
+    ids [T, k] -> order [R] -> rows [R, D] = x[order // k] -> Split by expert, E pieces
+    piece_e @ W_e.T for each e -> Concat -> (activation over all rows) -> the next projection
+    y [T, D] = weights [T, 1, k] @ rows[slots] [T, k, D]
+
+An expert multiplies the rows that chose it and no others; a MatMul of no rows costs the call
+alone. The number of nodes depends on the experts, never on the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.codegen.onnx.matrix import matrices_of, rows_of
+from moec.codegen.onnx.rules import BUILD, Call, build
+from moec.codegen.onnx.sizes import reshaped
+from moec.codegen.onnx.writer import Writer
+from moec.errors import NoMatch
+from moec.ir import Graph, Op, Value
+from moec.ops.grouped import GroupedLinear
+from moec.sizes import Dim
+
+_ROUTERS = ("moe.gate", "moe.route")
+_PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
+
+
+def sorted_choices(w: Writer, ids: Value, count: int) -> tuple[str, str]:
+    """order[R] and the rows of each expert, i64[E], or [E+1] where some rows are nobody's.
+
+    TopK is a stable sort: among equals the lower position comes first.
+    """
+    flat = w("Reshape", w.cast(w.read(ids), ids.dtype, "i64"), w.constant([-1]))
+    rows = w("Shape", flat)
+    order = w.many("TopK", [flat, rows], 2, axis=0, largest=0)[1]
+    parts = count if all_chosen(w.graph, ids) else count + 1
+    ones = w("Expand", w.constant([1]), rows)
+    counts = w("ScatterElements", w.constant([0] * parts), flat, ones, axis=0, reduction="add")
+    return order, counts
+
+
+def all_chosen(graph: Graph, ids: Value) -> bool:
+    """Whether no id stands for "no expert": a router's own choice, passed on as it is."""
+    op = graph.producers.get(ids)
+    while op is not None and op.name in _PASS_ON:
+        op = graph.producers.get(op.inputs[0])
+    return op is not None and op.name in _ROUTERS
+
+
+def _positions(w: Writer, values: Sequence[Value], names: Sequence[str]) -> list[str]:
+    """Positions are i32 in the IR and i64 in ONNX: the ops of this file read the i64 form, and
+    the casts are dropped unless something else reads them."""
+    for value, name in zip(values, names, strict=True):
+        w.memo["i64", value] = name
+    return [w.cast(name, "i64", value.dtype) for value, name in zip(values, names, strict=True)]
+
+
+def _read(w: Writer, value: Value) -> str:
+    known = w.memo.get(("i64", value))
+    return known if known is not None else w.cast(w.read(value), value.dtype, "i64")
+
+
+def _ends(w: Writer, ends: Value, counts: str, count: int) -> str:
+    """ends[E], and what is known of them."""
+    w.memo["counts", ends] = counts
+    return w("CumSum", w("Slice", counts, w.constant([0]), w.constant([count])), w.constant(0))
+
+
+def _inverse(w: Writer, order: str) -> str:
+    """The row of each choice: slots[order[r]] = r."""
+    rows = w("Squeeze", w("Shape", order), w.constant([0]))
+    return w(
+        "ScatterElements",
+        order,
+        order,
+        w("Range", w.constant(0), rows, w.constant(1)),
+        axis=0,
+    )
+
+
+@build("moe.sort")
+def sort(c: Call) -> Sequence[str]:
+    (ids,), count = c.op.inputs, _count(c.op)
+    order, counts = sorted_choices(c.w, ids, count)
+    slots = reshaped(c.w, _inverse(c.w, order), c.op.outputs[0].shape, ids.shape)
+    ends = _ends(c.w, c.op.outputs[2], counts, count)
+    return _positions(c.w, c.op.outputs, [order, slots, ends])
+
+
+@build("moe.dispatch")
+def dispatch(c: Call) -> Sequence[str]:
+    w, (x, ids, *weights), count = c.w, c.op.inputs, _count(c.op)
+    order, counts = sorted_choices(w, ids, count)
+    token = w("Div", order, w.constant(ids.shape[1]))
+    rows = w("Gather", w.read(x), token, axis=0)
+    if weights:
+        rows = _weighed(w, rows, weights[0], order, x.dtype)
+    ends = _ends(w, c.op.outputs[2], counts, count)
+    return rows, *_positions(w, c.op.outputs[1:], [order, ends])
+
+
+def _count(op: Op) -> int:
+    count = op.attrs["num_experts"]
+    assert isinstance(count, int)
+    return count
+
+
+def _weighed(w: Writer, rows: str, weights: Value, order: str, dtype: str) -> str:
+    """Each row times the weight of the choice that it is."""
+    flat = w("Reshape", w.read(weights), w.constant([-1]))
+    own = w.cast(w("Gather", flat, order, axis=0), weights.dtype, dtype)
+    return w("Mul", rows, w("Unsqueeze", own, w.constant([1])))
+
+
+@build("grouped.linear")
+def grouped_linear(c: Call) -> str:
+    w, op = c.w, c.op
+    parts = GroupedLinear.of(op)
+    out, rows = c.out, _rows(w, op, parts)
+    sums = [
+        _projected(w, parts, rows, which, int(str(out.shape[1])))
+        for which in range(len(parts.matrices))
+    ]
+    if op.body is None:
+        return w.cast(sums[0], parts.x.dtype, out.dtype)
+    made = inlined(w, op.body, sums, parts.x.dtype, out)
+    return w.cast(made, op.body.outputs[0].dtype, out.dtype)
+
+
+def _rows(w: Writer, op: Op, parts: GroupedLinear) -> str:
+    """The rows in the order of their experts."""
+    x, k = w.read(parts.x), op.attrs.get("gather", 0)
+    if parts.order is None or not isinstance(k, int):
+        return x
+    order = _read(w, parts.order)
+    rows = w("Gather", x, w("Div", order, w.constant(k)), axis=0)
+    if parts.scale is not None:
+        rows = _weighed(w, rows, parts.scale, order, parts.x.dtype)
+    return rows
+
+
+def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
+    """The rows of each expert, and whether the rows that nobody owns are counted last."""
+    found = w.memo.get(("counts", ends))
+    if found is None:
+        raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
+    producer = w.graph.producers[ends]
+    ids = producer.inputs[0] if producer.name == "moe.sort" else producer.inputs[1]
+    return found, not all_chosen(w.graph, ids)
+
+
+def _projected(w: Writer, parts: GroupedLinear, rows: str, which: int, width: int) -> str:
+    """All rows through their experts' matrices number `which`."""
+    counts, rest = _counts(w, parts.ends)
+    matrices = matrices_of(w, parts.matrices[which])
+    experts = len(matrices)
+    pieces = w.many("Split", [rows, counts], experts + rest, axis=0) if experts + rest > 1 else []
+    pieces = pieces or [rows]
+    if parts.biases:
+        biases = rows_of(w, parts.biases[which])
+        made = [w("Gemm", *abc) for abc in zip(pieces, matrices, biases, strict=False)]
+    else:
+        made = [w("MatMul", *ab) for ab in zip(pieces, matrices, strict=False)]
+    if rest:
+        left = w("Slice", counts, w.constant([experts]), w.constant([experts + 1]))
+        shape = w("Concat", left, w.constant([width]), axis=0)
+        zero = w.cast(w.constant([0], "f32"), "f32", parts.x.dtype)
+        made.append(w("Expand", zero, shape))
+    return w("Concat", *made, axis=0) if len(made) > 1 else made[0]
+
+
+def inlined(w: Writer, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:
+    """The ops of a body over all rows: its own size becomes the number of rows."""
+    for value, name in zip(body.inputs, inputs, strict=True):
+        w.names[value] = w.cast(name, dtype, value.dtype)
+    before = w.local
+    size = getattr(body.inputs[0].shape[0], "name", "")
+    w.local = {**before, size: out.shape[0]} if size else before
+    for op in body.ops:
+        builder = BUILD.get(op.name)
+        if builder is None:
+            raise NoMatch(f"operator {op.name} in the body of experts has no ONNX form")
+        made = builder(Call(w, op))
+        names = [made] if isinstance(made, str) else made
+        w.names |= dict(zip(op.outputs, names, strict=True))
+    w.local = before
+    return w.read(body.outputs[0])
+
+
+@build("grouped.expert_of")
+def expert_of(c: Call) -> str:
+    """How many experts end at or before a row; the last one where all do."""
+    w, (ends,) = c.w, c.op.inputs
+    rows: Dim = c.out.shape[0]
+    every = w("Range", w.constant(0), w.scalar(rows), w.constant(1))
+    column = w("Unsqueeze", every, w.constant([1]))
+    passed = w.cast(w("LessOrEqual", _read(w, ends), column), "bool", "i64")
+    found = w("ReduceSum", passed, w.constant([1]), keepdims=0)
+    return w("Min", found, w.constant(int(str(ends.shape[0])) - 1))
+
+
+@build("moe.combine")
+def combine(c: Call) -> str:
+    w, op = c.w, c.op
+    rows, places, *rest = op.inputs
+    k, tokens = op.attrs["k"], c.out.shape[0]
+    assert isinstance(k, int)
+    full = "f64" if rows.dtype == "f64" else "f32"
+    slots = _read(w, places)
+    if len(places.shape) == 1:
+        slots = reshaped(w, _inverse(w, slots), places.shape, (tokens, k))
+    picked = w("Gather", w.cast(w.read(rows), rows.dtype, full), slots, axis=0)
+    if op.attrs.get("weighted"):
+        weights = rest.pop(0)
+        row = w("Unsqueeze", w.cast(w.read(weights), weights.dtype, full), w.constant([1]))
+        total = w("Squeeze", w("MatMul", row, picked), w.constant([1]))
+    else:
+        total = w("ReduceSum", picked, w.constant([1]), keepdims=0)
+    if op.attrs.get("added"):
+        addend = rest.pop(0)
+        total = w("Add", total, w.cast(w.read(addend), addend.dtype, full))
+    return w.cast(total, full, c.out.dtype)

@@ -1,0 +1,170 @@
+"""A compiled model's graph as an ONNX file that was run and compared before it has its name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+
+from moec import check as checking
+from moec.codegen.onnx import file
+from moec.codegen.onnx.lower import MOE_FORMS, Lowered, lower
+from moec.codegen.onnx.parity import routing_parity
+from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
+from moec.codegen.onnx.session import open_session, runner
+from moec.errors import UsageError, VerificationError
+from moec.ir import Stage
+
+if TYPE_CHECKING:
+    from moec.api import CompiledModel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how it was checked.
+
+    `forms` says by block whether it is "rows" (sorted rows, one MatMul per expert and projection)
+    or "op" (com.microsoft.MoE). `errors` are those of each output against eager, `parity` the
+    share of tokens by block that chose the same experts; both are empty where the file was not
+    run, and `notes` say why.
+    """
+
+    path: str
+    ep: str
+    opset: int
+    nodes: int
+    moe_nodes: int
+    bytes: int
+    forms: Mapping[str, str]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
+    parity: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(
+    compiled: CompiledModel,
+    path: Path | str,
+    ep: str = "cpu",
+    opset: int | None = None,
+    *,
+    moe: str = "auto",
+    tolerance: float | None = None,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Exported:
+    """See `CompiledModel.export_onnx`."""
+    profile, number, path = profile_of(ep), opset_of(opset), _path(path)
+    if moe not in MOE_FORMS:
+        raise UsageError(f"moe is {moe!r}: choose {', '.join(MOE_FORMS)}")
+    if moe == "op" and not profile.contrib:
+        raise UsageError(
+            f'com.microsoft.MoE is no standard operator: with ep="{ep}" leave out moe="op"'
+        )
+    step = compiled.steps[-1]
+    if step.stage is not Stage.GROUPED:
+        raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
+    _check_example(compiled, verify)
+    check_dtypes(step.program.graph, profile)
+    progress("lower")
+    lowered = lower(step.program.graph, profile, number, moe)
+    about = {
+        "ep": ep,
+        "version": version("moec"),
+        "torch": torch.__version__,
+        "model": compiled.source.name,
+        "passes": list(dict.fromkeys(s.name for s in compiled.steps[1:])),
+        "moe": lowered.forms,
+        "sizes": {n: [b.low, b.high] for n, b in step.program.graph.bounds.items()},
+    }
+    with tempfile.TemporaryDirectory(prefix=".moec-", dir=path.parent) as folder:
+        # Under its final name, since the model holds the name of its data.
+        draft = Path(folder) / path.name
+        progress("write")
+        written = file.write(lowered, step.program.weights, draft, about)
+        progress("check")
+        onnx.checker.check_model(str(draft), full_check=True)
+        made = Exported(str(path), ep, number, **asdict(written), forms=lowered.forms)
+        if verify:
+            progress("run")
+            made = _compared(compiled, lowered, profile, draft, about, made, tolerance)
+        _publish(draft, path)
+    return made
+
+
+def _path(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path}: give the file a name that ends in .onnx")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    return path
+
+
+def _check_example(compiled: CompiledModel, verify: bool) -> None:
+    captured = compiled.captured
+    if verify and not captured.example and captured.program.graph.inputs:
+        raise UsageError(
+            f"{compiled.source.name} holds no example inputs to compare with: give args, or "
+            "verify=False"
+        )
+
+
+def _compared(
+    compiled: CompiledModel,
+    lowered: Lowered,
+    profile: Profile,
+    draft: Path,
+    about: Mapping[str, Any],
+    made: Exported,
+    tolerance: float | None,
+) -> Exported:
+    """Run on the CPU and compared with eager, whatever it was made for, where its kernels can.
+
+    Raises VerificationError where a number differs.
+    """
+    from dataclasses import replace
+
+    graph = lowered.graph
+    if any(value.dtype == "bf16" for value in graph.values()):
+        note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
+        return replace(made, notes=(note,))
+    try:
+        checked = checking.check(
+            compiled.captured, runner(open_session(draft)), compiled.steps, tolerance
+        )
+    except VerificationError as error:
+        raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
+    parity: dict[str, float] = {}
+    if lowered.choices:
+        traced = runner(open_session(draft, file.debug(lowered, draft, about)))
+        cases = checking.cases(compiled.captured)
+        parity = routing_parity(lowered, compiled.steps[-1].program, traced, cases)
+    notes = checked.skipped
+    if profile.name == "cuda":
+        notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
+    return replace(
+        made, errors=checked.errors, tolerance=checked.tolerance, parity=parity, notes=notes
+    )
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """The data first: a model without its data is worse than data without a model."""
+    data = draft.with_name(f"{draft.name}.data")
+    target = path.with_name(data.name)
+    if data.exists():
+        data.replace(target)
+    else:
+        target.unlink(missing_ok=True)
+    draft.replace(path)

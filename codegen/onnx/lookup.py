@@ -1,0 +1,128 @@
+"""Ops that read and write at positions that data holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.codegen.onnx.rules import Call, axis, build
+from moec.errors import NoMatch
+from moec.ir import Value
+
+
+def positions(c: Call, value: Value) -> str:
+    if value.dtype in ("bool", "u8"):
+        raise NoMatch(f"operator {c.op.name} with a mask makes a size that depends on the data")
+    return c.read(value, "i64")
+
+
+@build("embedding")
+def embedding(c: Call) -> str:
+    return c.w("Gather", c.read(c["weight"]), positions(c, c["indices"]), axis=0)
+
+
+@build("index_select")
+def index_select(c: Call) -> str:
+    value: Value = c["self"]
+    dim = axis(c["dim"], len(value.shape))
+    made = c.w("Gather", c.read(value), positions(c, c["index"]), axis=dim)
+    return made if c["index"].shape else c.w("Unsqueeze", made, c.w.constant([dim]))
+
+
+@build("gather", "take_along_dim")
+def gather(c: Call) -> str:
+    value: Value = c["self"]
+    index = c["index"] if "gather" in c.op.name else c["indices"]
+    dim = axis(c["dim"], len(value.shape))
+    kept = [a for i, a in enumerate(value.shape) if i != dim]
+    if "take" in c.op.name and kept != [a for i, a in enumerate(index.shape) if i != dim]:
+        raise NoMatch(f"operator {c.op.name} of shapes that broadcast has no ONNX form")
+    return c.w("GatherElements", c.read(value), positions(c, index), axis=dim)
+
+
+@build("index.Tensor", "_unsafe_index.Tensor")
+def index(c: Call) -> str:
+    value: Value = c["self"]
+    axes, ids = indexed(c)
+    x = c.read(value)
+    if len(axes) == 1:
+        return c.w("Gather", x, positions(c, ids[0]), axis=axes[0])
+    rest = [a for a in range(len(value.shape)) if a not in axes]
+    if axes != list(range(len(axes))):
+        x = c.w("Transpose", x, perm=[*axes, *rest])
+    made = c.w("GatherND", x, together(c, ids))
+    width = max(len(v.shape) for v in ids)
+    place = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
+    if place == 0:
+        return made
+    own = list(range(width, width + len(rest)))
+    return c.w("Transpose", made, perm=[*own[:place], *range(width), *own[place:]])
+
+
+def indexed(c: Call) -> tuple[list[int], list[Value]]:
+    """The axes that indices stand for, and the indices."""
+    found = [(place, v) for place, v in enumerate(c["indices"]) if v is not None]
+    return [place for place, _ in found], [v for _, v in found]
+
+
+def together(c: Call, ids: Sequence[Value]) -> str:
+    """Positions that broadcast, side by side along a last axis."""
+    names = [positions(c, v) for v in ids]
+    whole = names[0]
+    for name in names[1:]:  # the shape that all of them broadcast to
+        whole = c.w("Add", whole, name)
+    shape = c.w("Shape", whole)
+    last = c.w.constant([-1])
+    parts = [c.w("Unsqueeze", c.w("Expand", name, shape), last) for name in names]
+    return parts[0] if len(parts) == 1 else c.w("Concat", *parts, axis=-1)
+
+
+@build("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(c: Call) -> str:
+    value, values = c["self"], c["values"]
+    axes, ids = indexed(c)
+    if axes != list(range(len(axes))):
+        raise NoMatch(f"operator {c.op.name} behind a whole axis has no ONNX form")
+    at = together(c, ids)
+    rest = value.shape[len(axes) :]
+    leading = c.w("Shape", at, end=-1)
+    shape = c.w("Concat", leading, c.w.shape(rest), axis=0) if rest else leading
+    updates = c.w("Expand", c.read(values, c.out.dtype), shape)
+    how = {"reduction": "add"} if c["accumulate"] else {}
+    return c.w("ScatterND", c.read(value), at, updates, **how)
+
+
+@build("index_add")
+def index_add(c: Call) -> str:
+    value, source = c["self"], c["source"]
+    if axis(c["dim"], len(value.shape)) != 0 or c["alpha"] != 1:
+        raise NoMatch("operator aten.index_add.default not along the first axis has no ONNX form")
+    at = c.w("Unsqueeze", positions(c, c["index"]), c.w.constant([-1]))
+    return c.w("ScatterND", c.read(value), at, c.read(source, c.out.dtype), reduction="add")
+
+
+REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul"}
+REDUCTIONS |= {"amax": "max", "amin": "min"}
+
+
+@build("scatter.src", "scatter.value", "scatter_add", "scatter.reduce", "scatter_reduce.two")
+def scatter(c: Call) -> str:
+    """ONNX takes as many updates as positions; torch ignores the rest."""
+    value, ids = c["self"], c["index"]
+    dim = axis(c["dim"], len(value.shape))
+    how = {}
+    if "scatter_add" in c.op.name:
+        how = {"reduction": "add"}
+    elif "reduce" in c.op.name:
+        if c["reduce"] not in REDUCTIONS or ("two" in c.op.name and not c["include_self"]):
+            raise NoMatch(f"operator {c.op.name} by {c['reduce']} has no ONNX form")
+        how = {"reduction": REDUCTIONS[c["reduce"]]}
+    at = positions(c, ids)
+    if "scatter.value" in c.op.name:
+        updates = c.w("Expand", c.w.constant(c["value"], c.out.dtype), c.w("Shape", at))
+    else:
+        source: Value = c["src"]
+        updates = c.read(source, c.out.dtype)
+        if source.shape != ids.shape:
+            zeros, every = c.w.constant([0] * len(ids.shape)), list(range(len(ids.shape)))
+            updates = c.w("Slice", updates, zeros, c.w("Shape", at), c.w.constant(every))
+    return c.w("ScatterElements", c.read(value), at, updates, axis=dim, **how)

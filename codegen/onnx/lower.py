@@ -1,0 +1,158 @@
+"""Graph[GROUPED] -> the nodes of an ONNX graph, op by op by the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.codegen.onnx import (  # noqa: F401  (they fill the table)
+    attention,
+    experts,
+    lookup,
+    matrix,
+    moe_op,
+    norm,
+    pointwise,
+    reduce,
+    routing,
+    shape,
+)
+from moec.codegen.onnx.profiles import Profile
+from moec.codegen.onnx.rules import BUILD, Call
+from moec.codegen.onnx.writer import Node, Writer
+from moec.codegen.support import line
+from moec.errors import NoMatch, UnsupportedError
+from moec.ir import Graph, Op, Value
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`choices` are the ids of the experts, one value of the graph a block, and what they became.
+    `forms` says of each block (by the origin of its experts) whether it is "op" or "rows"."""
+
+    graph: Graph
+    writer: Writer
+    outputs: tuple[str, ...]
+    choices: tuple[tuple[Value, str], ...]
+    forms: dict[str, str]
+
+    def nodes(self, extra: tuple[str, ...] = ()) -> list[Node]:
+        return self.writer.live([*self.outputs, *extra])
+
+
+MOE_FORMS = ("auto", "op", "rows")
+
+
+def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowered:
+    """Raises UnsupportedError, listing everything that has no ONNX form at once."""
+    w = Writer(graph, opset)
+    problems: dict[str, list[Op]] = {}
+    if graph.states:
+        names = ", ".join(state.before.name for state in graph.states[:3])
+        raise UnsupportedError(
+            f"the model keeps {len(graph.states)} buffers between calls ({names}), and an ONNX "
+            "file keeps nothing: export it without a cache (use_cache=False)"
+        )
+    for value in graph.inputs:
+        w.names[value] = w.reserve(value.name)
+    for value in graph.inputs:
+        w.learn(value)
+    outputs = [w.reserve(value.name) for value in graph.outputs]
+    blocks, refused = _blocks(graph, profile, moe)
+    for op, reason in refused:
+        problems.setdefault(reason, []).append(op)
+    for op in graph.ops:
+        reason = _write(w, op, blocks)
+        if reason:
+            problems.setdefault(reason, []).append(op)
+    if problems:
+        raise UnsupportedError(_message(problems))
+    _name_outputs(w, graph, outputs)
+    choices = tuple((v, w.names[v]) for v in _choices(graph))
+    forms = {op.origin: "op" if op in blocks else "rows" for op in graph.ops if _combines(op)}
+    return Lowered(graph, w, tuple(outputs), choices, forms)
+
+
+def _write(w: Writer, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
+    """Writes one op; what cannot be written gets a name all the same, and the reason is given."""
+    w.where, w.by = op.origin, op.name
+    reason = ""
+    try:
+        if op in blocks:
+            made: object = moe_op.write(w, op, blocks[op])
+        else:
+            reason = _refusal(op)
+            made = "" if reason else BUILD[op.name](Call(w, op))
+    except NoMatch as refused:
+        reason, made = str(refused), ""
+    if reason:
+        names = [w.reserve(value.name) for value in op.outputs]
+        if op.name in ("moe.sort", "moe.dispatch"):
+            w.memo["counts", op.outputs[2]] = names[2]
+    else:
+        names = [made] if isinstance(made, str) else list(made)  # type: ignore[call-overload]
+    w.names |= dict(zip(op.outputs, names, strict=True))
+    return reason
+
+
+def _refusal(op: Op) -> str:
+    if op.name not in BUILD:
+        return f"operator {op.name} has no ONNX form"
+    if any(v.dtype == "c64" for v in (*op.inputs, *op.outputs)):
+        return f"operator {op.name} has no ONNX form for complex numbers"
+    return ""
+
+
+def _message(problems: dict[str, list[Op]]) -> str:
+    lines = "\n".join(f"  {line(reason, ops)}" for reason, ops in problems.items())
+    return (
+        f"the model cannot be exported to ONNX:\n{lines}\n"
+        "replace these operations in the model, or export the part that does without them"
+    )
+
+
+def _combines(op: Op) -> bool:
+    return op.name == "moe.combine"
+
+
+def _choices(graph: Graph) -> list[Value]:
+    """The ids by which rows are sorted."""
+    found = [op.inputs[0] for op in graph.ops if op.name == "moe.sort"]
+    return found + [op.inputs[1] for op in graph.ops if op.name == "moe.dispatch"]
+
+
+def _blocks(
+    graph: Graph, profile: Profile, moe: str
+) -> tuple[dict[Op, moe_op.Fused], list[tuple[Op, str]]]:
+    """The blocks that become com.microsoft.MoE, by the op that ends them; and with moe="op"
+    those that cannot, with the reason."""
+    wanted = moe == "op" or (moe == "auto" and profile.op_by_default)
+    if not wanted or not profile.contrib:
+        return {}, []
+    found: dict[Op, moe_op.Fused] = {}
+    refused: list[tuple[Op, str]] = []
+    for op in filter(_combines, graph.ops):
+        try:
+            found[op] = moe_op.match(graph, op)
+        except NoMatch as reason:
+            said = f'com.microsoft.MoE cannot express the block: {reason}; leave out moe="op"'
+            refused.append((op, said))
+    return found, refused if moe == "op" else []
+
+
+def _name_outputs(w: Writer, graph: Graph, outputs: list[str]) -> None:
+    """A result that is an input, a weight or another result is passed on by an Identity; any
+    other takes the output's name where it is made."""
+    made = {name: node for node in w.nodes for name in node.outputs}
+    given: dict[str, str] = {}
+    w.where = w.by = ""
+    for value, wanted in zip(graph.outputs, outputs, strict=True):
+        name = w.read(value)
+        if name in made and name not in given:
+            given[name] = wanted
+        else:
+            w.nodes.append(Node("Identity", [name], [wanted], wanted, {}))
+    for node in w.nodes:
+        node.inputs[:] = [given.get(name, name) for name in node.inputs]
+        node.outputs[:] = [given.get(name, name) for name in node.outputs]
+    for value, name in w.names.items():
+        w.names[value] = given.get(name, name)

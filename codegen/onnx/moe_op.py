@@ -1,0 +1,219 @@
+"""com.microsoft.MoE: one node for a whole block, where ONNX Runtime's CPU kernel computes it.
+
+    weights, experts = moe.gate(x, …)
+    order, slots, ends = moe.sort(experts)                 y = MoE(x, logits, fc1, b1, fc2, b2)
+    h = grouped.linear(x, ends, gate, up, order) {…}  ->
+    d = grouped.linear(h, ends, down)
+    y = moe.combine(d, slots, weights)
+
+The kernel takes gate and up interleaved (swiglu_fusion=1), ranks softmax(router_probs) itself and
+divides by the sum of the chosen (normalize_routing_weights=1). Any other router is brought to that
+form: router_probs = log(weights) at the chosen experts and minus infinity elsewhere, and the result
+times the sum of the weights. normalize_routing_weights=0 is never written: with it, the CPU kernel
+of ONNX Runtime 1.31 gives wrong numbers between two other nodes (microsoft/onnxruntime#33866);
+nor is use_sparse_mixer, which it ignores. What there is no attribute for is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moec.codegen.onnx.profiles import MICROSOFT
+from moec.codegen.onnx.routing import logits_of
+from moec.codegen.onnx.writer import Weight, Writer
+from moec.errors import NoMatch
+from moec.evaluate import run_graph
+from moec.ir import Graph, Op, Value
+from moec.ops.grouped import GroupedLinear
+from moec.ops.routing import Routing
+from moec.passes.prove import widen
+
+SMALLEST = 1e-30  # a weight of zero has no logarithm
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`kind` is activation_type; alpha, beta and limit are those of swiglu:
+    g * sigmoid(alpha g) * (u + beta), with g at most limit and u within plus and minus limit."""
+
+    kind: str
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.kind != "swiglu":
+            return _FUNCTIONS[self.kind](gate)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
+
+
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A block that one MoE node computes. `swapped` says that the second matrix is the gate,
+    `normal` that the router is softmax, top-k, division by the sum."""
+
+    router: Op
+    x: Value
+    up: GroupedLinear
+    down: GroupedLinear
+    activation: Activation
+    swapped: bool
+    normal: bool
+    k: int
+    addend: Value | None
+
+
+def match(graph: Graph, combine: Op) -> Fused:
+    """The block that ends in `combine`.
+
+    Raises NoMatch, naming the attribute or input that the operator lacks.
+    """
+    last = graph.producers.get(combine.inputs[0])
+    if last is None or last.name != "grouped.linear":
+        raise NoMatch("the result of the experts is not that of a linear layer")
+    first = graph.producers.get(last.inputs[0])
+    if first is None or first.name != "grouped.linear":
+        raise NoMatch("the experts are not two linear layers with an activation_type between them")
+    up, down = GroupedLinear.of(first), GroupedLinear.of(last)
+    router, normal = _router(graph, combine, up)
+    if up.order is None:
+        raise NoMatch("the rows are not gathered by the first linear layer (fuse-dispatch is off)")
+    if down.order is not None or len(down.matrices) != 1 or last.body is not None:
+        raise NoMatch("something follows the second linear layer, which has no activation_type")
+    if up.x is not router.inputs[0] and router.name == "moe.gate":
+        raise NoMatch("the router reads other values than the experts: the operator has one input")
+    activation, swapped = _activation(first, up)
+    added = combine.inputs[-1] if combine.attrs.get("added") else None
+    routing = Routing.of(router)
+    return Fused(router, up.x, up, down, activation, swapped, normal, routing.k, added)
+
+
+def _router(graph: Graph, combine: Op, up: GroupedLinear) -> tuple[Op, bool]:
+    """The router, and whether it is the kernel's own."""
+    if not combine.attrs.get("weighted"):
+        raise NoMatch("the weights multiply the experts' input, for which there is no attribute")
+    router = graph.producers.get(combine.inputs[2])
+    sort = graph.producers[up.ends]
+    if router is None or router.name not in ("moe.gate", "moe.route"):
+        raise NoMatch("the router is not a score and a top-k, and router_weights is of QMoE alone")
+    if sort.inputs[0] is not router.outputs[1]:
+        raise NoMatch("what each expert takes is limited (capacity), which has no attribute")
+    routing = Routing.of(router)
+    if routing.scale <= 0 or (routing.score, routing.after) == ("none", "none"):
+        raise NoMatch("the weights may be negative, and those of the operator are a softmax")
+    corrected = len(router.inputs) > 1 if router.name == "moe.route" else False
+    corrected = corrected or bool(router.attrs.get("corrected"))
+    once = (routing.score, routing.after) in (("softmax", "none"), ("none", "softmax"))
+    divided = routing.renormalize or routing.after == "softmax"
+    plain = not corrected and routing.groups == 1 and routing.scale == 1.0 and not routing.epsilon
+    return router, once and divided and plain
+
+
+def _activation(first: Op, up: GroupedLinear) -> tuple[Activation, bool]:
+    """Found by trying: the body on random numbers against each function that the kernel has.
+    The bool says that the second matrix is the gate."""
+    count = len(up.matrices)
+    if count > 2:
+        raise NoMatch(f"{count} matrices feed the activation: the operator has fc1, or gate and up")
+    generator = torch.Generator().manual_seed(0)
+    shape = (97, int(str(first.outputs[0].shape[1])))
+    given = [6 * torch.randn(shape, generator=generator) for _ in range(count)]
+    wanted = given[0] if first.body is None else run_graph(widen(first.body), given)[0]
+    for turned in (False, True)[:count]:
+        gate, other = (given[-1], given[0]) if turned else (given[0], given[-1])
+        for candidate in _candidates(first.body, count):
+            if torch.allclose(candidate(gate, other), wanted, rtol=1e-5, atol=1e-5):
+                return candidate, turned
+    raise NoMatch("no activation_type of the CPU kernel is what the experts compute")
+
+
+def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
+    """Those of the kernel, with the numbers that stand in the body."""
+    if matrices == 1:
+        yield from (Activation(kind) for kind in _FUNCTIONS)
+        return
+    numbers = {
+        float(attr)
+        for op in (body.ops if body else ())
+        for attr in op.attrs.values()
+        if isinstance(attr, int | float) and not isinstance(attr, bool)
+    }
+    for limit in (None, *(n for n in sorted(numbers) if n > 0)):
+        for alpha in (1.0, *sorted(numbers)):
+            for beta in (0.0, 1.0):
+                yield Activation("swiglu", alpha, beta, limit)
+
+
+def write(w: Writer, op: Op, block: Fused) -> str:
+    """The node, and the addend after it."""
+    x = w.read(block.x)
+    logits, total = _router_probs(w, block)
+    gates = block.up.matrices[::-1] if block.swapped else block.up.matrices
+    biases = block.up.biases[::-1] if block.swapped else block.up.biases
+    inputs = [x, logits, _interleaved(w, gates), _interleaved(w, biases) if biases else ""]
+    inputs += [w.read(block.down.matrices[0])]
+    inputs += [w.read(block.down.biases[0])] if block.down.biases else []
+    swiglu = block.activation.kind == "swiglu"
+    attrs: dict[str, object] = {
+        "k": block.k,
+        "activation_type": block.activation.kind,
+        "normalize_routing_weights": 1,
+    }
+    if swiglu:
+        attrs |= {"swiglu_fusion": 1, "activation_alpha": block.activation.alpha}
+        attrs |= {"activation_beta": block.activation.beta}
+    if block.activation.limit is not None:
+        attrs["swiglu_limit"] = block.activation.limit
+    made = w("MoE", *inputs, domain=MICROSOFT, **attrs)
+    if total:
+        made = w("Mul", made, total)
+    made = w.cast(made, block.x.dtype, op.outputs[0].dtype)
+    if block.addend is not None:
+        addend = w.cast(w.read(block.addend), block.addend.dtype, op.outputs[0].dtype)
+        made = w("Add", made, addend)
+    return made
+
+
+def _router_probs(w: Writer, block: Fused) -> tuple[str, str]:
+    """What the kernel ranks, and what its result is to be multiplied by (empty: nothing)."""
+    dtype = block.x.dtype
+    if block.normal:
+        return w.cast(logits_of(w, block.router)[0], "f32", dtype), ""
+    weights, ids = block.router.outputs
+    own = w.cast(w.read(weights), weights.dtype, "f32")
+    experts = block.up.matrices[0].shape[0]
+    none = w("Expand", w.constant(float("-inf"), "f32"), w.shape((weights.shape[0], experts)))
+    logs = w("Log", w("Max", own, w.constant(SMALLEST, "f32")))
+    probs = w("ScatterElements", none, w.read(ids), logs, axis=-1)
+    total = w("ReduceSum", own, w.constant([-1]), keepdims=1)
+    return w.cast(probs, "f32", dtype), w.cast(total, "f32", dtype)
+
+
+def _interleaved(w: Writer, stacks: Sequence[Value]) -> str:
+    """Rows of gate and up in turn, [E, 2H, D] of two [E, H, D]; one stack as it is."""
+    if len(stacks) == 1:
+        return w.read(stacks[0])
+    for stack in stacks:
+        if not w.is_param(stack):
+            raise NoMatch(f"the weight {stack.name} is computed, so it cannot be interleaved")
+    experts, hidden, *rest = (int(str(d)) for d in stacks[0].shape)
+
+    def make(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.stack(tensors, dim=2).flatten(1, 2)
+
+    names = tuple(stack.name for stack in stacks)
+    stored = Weight(names, stacks[0].dtype, (experts, 2 * hidden, *rest), make)
+    return w.weight(f"{names[0]}.interleaved", stored)

@@ -1,0 +1,73 @@
+"""What a file is made for: which operators and dtypes it may hold, and whether it runs here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.errors import TargetError, UsageError
+from moec.ir import FLOATS, Graph
+
+OPSETS = range(18, 26)
+"""From the first in which every reduction takes its axes as an input to the last that ONNX
+Runtime 1.31 runs whole models of."""
+FUSED = 23
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding."""
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`contrib`: whether ONNX Runtime's own operators are allowed besides the standard's.
+
+    `floats` are the dtypes that its kernels compute in, `op_by_default` says that an MoE block
+    becomes one com.microsoft.MoE wherever that can express it.
+    """
+
+    name: str
+    contrib: bool
+    floats: tuple[str, ...]
+    op_by_default: bool
+    doc: str
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("cpu", True, ("f32", "f16", "f64"), False, "ONNX Runtime's CPU kernels"),
+        Profile("cuda", True, ("f32", "f16", "bf16"), True, "ONNX Runtime's CUDA kernels"),
+        Profile(
+            "portable", False, ("f32", "f16", "f64"), False, "standard operators in ONNX Runtime"
+        ),
+    )
+}
+
+
+def profile_of(ep: str) -> Profile:
+    """Raises TargetError where there is none of that name."""
+    if ep not in PROFILES:
+        raise TargetError(f"there is no execution provider {ep!r}: choose {', '.join(PROFILES)}")
+    return PROFILES[ep]
+
+
+def opset_of(opset: int | None) -> int:
+    """The opset that is asked for, or the first with the fused operators.
+
+    Raises UsageError for one that cannot be written.
+    """
+    if opset is None:
+        return FUSED
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset!r} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}, or none"
+        )
+    return opset
+
+
+def check_dtypes(graph: Graph, profile: Profile) -> None:
+    """Raises TargetError where the model computes in floats that the profile has no kernels for."""
+    used = {value.dtype for value in graph.values() if value.dtype in FLOATS}
+    for dtype in sorted(used - set(profile.floats)):
+        raise TargetError(
+            f"the model computes in {dtype}, in which {profile.doc} do not compute (ep="
+            f'"{profile.name}"): convert it to float32 (dtype), or choose another ep'
+        )

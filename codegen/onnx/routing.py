@@ -1,0 +1,136 @@
+"""moe.gate, moe.route, moe.capacity: logits -> weights and experts [T, k]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.codegen.onnx.matrix import transposed
+from moec.codegen.onnx.rules import Call, build
+from moec.codegen.onnx.sizes import reshaped
+from moec.codegen.onnx.writer import Writer
+from moec.ir import DType, Op, Value
+from moec.ops.routing import Routing
+from moec.sizes import Dim
+
+LOW = float("-inf")
+
+
+def logits_of(w: Writer, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
+    """What a router ranks, in f32; the correction that its choice alone sees; [T, E]."""
+    if op.name == "moe.route":
+        value, *rest = op.inputs
+        tokens, experts = value.shape
+        logits = w.cast(w.read(value), value.dtype, "f32")
+        return logits, rest[0] if rest else None, (tokens, experts)
+    x, weight, *rest = op.inputs
+    compute, rounded = (_dtype(op, name) for name in ("compute", "logits"))
+    bias = rest.pop(0) if op.attrs.get("biased") else None
+    turned = w.cast(transposed(w, weight), weight.dtype, compute)
+    made = w("MatMul", w.cast(w.read(x), x.dtype, compute), turned)
+    if bias is not None:
+        made = w("Add", made, w.cast(w.read(bias), bias.dtype, compute))
+    logits = w.cast(w.cast(made, compute, rounded), rounded, "f32")
+    return logits, rest[0] if rest else None, (x.shape[0], weight.shape[0])
+
+
+def _dtype(op: Op, name: str) -> str:
+    attr = op.attrs[name]
+    assert isinstance(attr, DType)
+    return attr.name
+
+
+@build("moe.gate", "moe.route")
+def route(c: Call) -> Sequence[str]:
+    """TopK prefers the lower id among equals, as the IR does."""
+    w, routing = c.w, Routing.of(c.op)
+    logits, correction, shape = logits_of(w, c.op)
+    if routing.score == "sparsemixer":
+        return _sparsemixer(w, routing, logits)
+    scores = {"softmax": lambda: w("Softmax", logits, axis=-1), "none": lambda: logits}.get(
+        routing.score, lambda: w("Sigmoid", logits)
+    )()
+    choice = scores
+    if correction is not None:
+        choice = w("Add", choice, w.cast(w.read(correction), correction.dtype, "f32"))
+    if routing.groups > 1:
+        choice = _best_groups(w, routing, choice, shape)
+    weights, experts = w.many("TopK", [choice, w.constant([routing.k])], 2, axis=-1)
+    if choice != scores:
+        weights = w("GatherElements", scores, experts, axis=-1)
+    if routing.after == "softmax":
+        weights = w("Softmax", weights, axis=-1)
+    elif routing.after == "sigmoid":
+        weights = w("Sigmoid", weights)
+    if routing.renormalize:
+        total = w("ReduceSum", weights, w.constant([-1]), keepdims=1)
+        if routing.epsilon:
+            total = w("Add", total, w.constant(routing.epsilon, "f32"))
+        weights = w("Div", weights, total)
+    if routing.scale != 1.0:
+        weights = w("Mul", weights, w.constant(routing.scale, "f32"))
+    return w.cast(weights, "f32", routing.dtype), experts
+
+
+def _best_groups(w: Writer, routing: Routing, choice: str, shape: tuple[Dim, Dim]) -> str:
+    """The choice with minus infinity outside of each token's best groups."""
+    tokens, experts = shape
+    assert isinstance(experts, int)
+    grouped_shape = (tokens, routing.groups, experts // routing.groups)
+    grouped = reshaped(w, choice, shape, grouped_shape)
+    last = w.constant([-1])
+    if routing.group_score == "max":
+        scores = w("ReduceMax", grouped, last, keepdims=0)
+    else:
+        two = w.constant([min(2, experts // routing.groups)])
+        scores = w("ReduceSum", w.many("TopK", [grouped, two], 2, axis=-1)[0], last, keepdims=0)
+    kept = w.many("TopK", [scores, w.constant([routing.top_groups])], 2, axis=-1)[1]
+    size = w("Shape", kept)
+    ones = w("Expand", w.constant(1, "f32"), size)
+    none = w("Expand", w.constant(0, "f32"), w("Shape", scores))
+    marks = w("ScatterElements", none, kept, ones, axis=-1)
+    mask = w("Unsqueeze", w.cast(marks, "f32", "bool"), last)
+    best = w("Where", mask, grouped, w.constant(LOW, "f32"))
+    return reshaped(w, best, grouped_shape, shape)
+
+
+def _sparsemixer(w: Writer, routing: Routing, logits: str) -> Sequence[str]:
+    """See `moec.ops.routing`: one choice after the other, each from what the others left."""
+    left, weights, experts = logits, [], []
+    one = w.constant([1])
+    size, low = w.constant(2 * routing.jitter, "f32"), w.constant(LOW, "f32")
+    for turn in range(routing.k):
+        greatest, chosen = w.many("TopK", [left, one], 2, axis=-1)
+        factor = w("Max", w("Abs", logits), greatest)
+        far = w("Greater", w("Div", w("Sub", greatest, logits), factor), size)
+        shares = w("Softmax", w("Where", far, low, left), axis=-1)
+        weights.append(w("GatherElements", shares, chosen, axis=-1))
+        experts.append(chosen)
+        if turn + 1 < routing.k:
+            gone = w("Expand", low, w("Shape", chosen))
+            left = w("ScatterElements", left, chosen, gone, axis=-1)
+    made = w("Concat", *weights, axis=-1)
+    return w.cast(made, "f32", routing.dtype), w("Concat", *experts, axis=-1)
+
+
+@build("moe.capacity")
+def capacity(c: Call) -> str:
+    """The place of each choice among those of its expert is a running count."""
+    w, ids = c.w, c.op.inputs[0]
+    count = c.op.attrs["num_experts"]
+    assert isinstance(count, int)
+    by_slot = c.op.attrs.get("order", "slot") == "slot"
+    tokens, k = ids.shape
+    experts = c.read(ids)
+    flat_shape = (tokens, k)
+    if by_slot:
+        experts, flat_shape = w("Transpose", experts, perm=[1, 0]), (k, tokens)
+    flat = w("Reshape", experts, w.constant([-1]))
+    column = w("Unsqueeze", flat, w.constant([1]))
+    every = w.constant(list(range(count + 1)))
+    hot = w.cast(w("Equal", column, every), "bool", "i64")
+    before = w("CumSum", hot, w.constant(0), exclusive=1)
+    place = w("ReduceSum", w("Mul", before, hot), w.constant([1]), keepdims=0)
+    fits = w("Less", place, w.dim(c.op.attrs["capacity"]))
+    kept = w("Where", fits, flat, w.constant(count))
+    shaped = reshaped(w, kept, (tokens * k,), flat_shape)
+    return w("Transpose", shaped, perm=[1, 0]) if by_slot else shaped

@@ -1,0 +1,48 @@
+"""The file in ONNX Runtime: torch tensors in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Results = Mapping[str, torch.Tensor]
+
+
+def open_session(path: Path, model: ModelProto | None = None) -> Any:
+    """A session on the CPU of the file, or of `model`, whose weights lie beside the file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    source: Any = str(path)
+    if model is not None:
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.parent))
+        source = model.SerializeToString()
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
+    """Takes inputs by name, and leaves out those that the file does not read."""
+    inputs = {given.name for given in session.get_inputs()}
+    outputs = [made.name for made in session.get_outputs()]
+
+    def run(given: Mapping[str, Any]) -> Results:
+        feeds = {k: np.ascontiguousarray(_array(v)) for k, v in given.items() if k in inputs}
+        made = session.run(None, feeds)
+        return {
+            name: torch.from_numpy(np.asarray(m)) for name, m in zip(outputs, made, strict=True)
+        }
+
+    return run
+
+
+def _array(value: Any) -> Any:
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else value

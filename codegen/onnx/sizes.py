@@ -1,0 +1,81 @@
+"""Sizes and shapes as tensors: expressions over named sizes, and reshapes that need none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from moec.errors import NoMatch
+from moec.sizes import Bounds, Dim, symbols
+
+if TYPE_CHECKING:
+    from moec.codegen.onnx.writer import Writer
+
+
+def written(w: Writer, dim: Any) -> str:
+    """A size as i64[1].
+
+    Raises NoMatch for a size that no input gives, or a function that is not written.
+    """
+    if isinstance(dim, int) or dim.is_Integer:
+        return w.constant([int(dim)])
+    match dim:
+        case sympy.Symbol():
+            if dim.name not in w.sizes:
+                raise NoMatch(f"size {dim.name} stands in no input alone")
+            return w.sizes[dim.name]
+        case sympy.floor():
+            return _quotient(w, dim.args[0])
+        case sympy.ceiling():
+            top, bottom = sympy.fraction(sympy.together(dim.args[0]))
+            return _quotient(w, (top + bottom - 1) / bottom)
+        case sympy.Mod():
+            return w("Mod", *(written(w, a) for a in dim.args))
+        case sympy.Max() | sympy.Min():
+            return w(type(dim).__name__, *(written(w, a) for a in dim.args))
+        case sympy.Add():
+            return _folded(w, "Add", dim.args)
+        case sympy.Pow() if dim.exp.is_Integer and dim.exp > 0:
+            return _folded(w, "Mul", [dim.base] * int(dim.exp))
+        case sympy.Mul():
+            top, bottom = sympy.fraction(dim)
+            return _folded(w, "Mul", dim.args) if bottom == 1 else _quotient(w, dim)
+    raise NoMatch(f"size {dim} cannot be written")
+
+
+def _folded(w: Writer, kind: str, parts: Sequence[Any]) -> str:
+    return reduce(lambda a, b: w(kind, a, b), (written(w, part) for part in parts))
+
+
+def _quotient(w: Writer, ratio: Any) -> str:
+    """Rounded down; sizes are not negative."""
+    top, bottom = sympy.fraction(sympy.together(ratio))
+    top, bottom = sympy.expand(top), sympy.expand(bottom)
+    return w("Div", written(w, top), written(w, bottom)) if bottom != 1 else written(w, top)
+
+
+def reshaped(w: Writer, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:
+    """`x` in another shape. One size that varies is left to Reshape (-1), one that stays where
+    it was is copied (0); only where that is not enough is the shape computed."""
+    have, want = [w.bound(d) for d in have], [w.bound(d) for d in want]
+    if have == want:
+        return x
+    shape: list[int] = []
+    for axis, dim in enumerate(want):
+        if isinstance(dim, int):
+            shape.append(dim)
+        elif axis < len(have) and have[axis] == dim and not _may_be_zero(w, dim):
+            shape.append(0)
+        else:
+            shape.append(-1)
+    if shape.count(-1) <= 1 and 0 not in want:
+        return w("Reshape", x, w.constant(shape))
+    return w("Reshape", x, w.shape(want), allowzero=1)
+
+
+def _may_be_zero(w: Writer, dim: Any) -> bool:
+    """A size of which a copy would leave -1 with nothing to divide."""
+    return any(w.graph.bounds.get(name, Bounds()).low < 1 for name in symbols(dim))

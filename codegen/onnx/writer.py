@@ -1,0 +1,215 @@
+"""The ONNX graph while it is written: nodes, constants, weights, and the name of each value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from moec.codegen.onnx.sizes import written
+from moec.ir import Graph, Value
+from moec.sizes import Dim, symbols
+
+NUMPY = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "f64": np.float64,
+    "i64": np.int64,
+    "i32": np.int32,
+    "i16": np.int16,
+    "i8": np.int8,
+    "u8": np.uint8,
+    "bool": np.bool_,
+}
+
+
+@dataclass
+class Node:
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+    name: str
+    attrs: Mapping[str, Any]
+    domain: str = ""
+    by: str = ""  # the op of the IR that it was written for
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer, made when the file is written: pieces of params of the graph.
+
+    `make` takes the tensors of `params` and gives the contents.
+    """
+
+    params: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    make: Make
+
+
+class Make(Protocol):
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass
+class Writer:
+    """`names` says what a value of the graph became. Results of nodes are named after the module
+    that they come from: "model.layers.0.mlp/MatMul"."""
+
+    graph: Graph
+    opset: int
+    nodes: list[Node] = field(default_factory=list)
+    names: dict[Value, str] = field(default_factory=dict)
+    constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    memo: dict[object, Any] = field(default_factory=dict)
+    sizes: dict[str, str] = field(default_factory=dict)
+    local: dict[str, Dim] = field(default_factory=dict)
+    where: str = ""
+    by: str = ""
+    _taken: Counter[str] = field(default_factory=Counter)
+
+    def reserve(self, name: str) -> str:
+        """A name that nothing else has, `name` itself where it is free."""
+        self._taken[name] += 1
+        count = self._taken[name]
+        return name if count == 1 else self.reserve(f"{name}_{count}")
+
+    def __call__(self, kind: str, *inputs: str, domain: str = "", **attrs: Any) -> str:
+        """A node with one output, whose name is returned."""
+        return self.many(kind, inputs, 1, domain=domain, **attrs)[0]
+
+    def many(
+        self, kind: str, inputs: Sequence[str], count: int, domain: str = "", **attrs: Any
+    ) -> list[str]:
+        """A node with `count` outputs. A node that was written before is not written again."""
+        key = ("node", kind, tuple(inputs), count, domain, repr(sorted(attrs.items())))
+        if key not in self.memo:
+            name = self.reserve(f"{self.where}/{kind}" if self.where else kind)
+            parts = [name] if count == 1 else [self.reserve(f"{name}.{i}") for i in range(count)]
+            self.nodes.append(Node(kind, list(inputs), parts, name, attrs, domain, self.by))
+            self.memo[key] = parts
+        return list(self.memo[key])
+
+    def constant(self, value: Any, dtype: str = "i64") -> str:
+        """A small tensor; equal ones are one."""
+        array: np.ndarray[Any, Any] = np.asarray(
+            value, dtype=NUMPY[dtype] if dtype != "bf16" else np.float32
+        )
+        key = ("constant", dtype, array.shape, array.tobytes())
+        if key not in self.memo:
+            shown = str(array) if array.size == 1 else "x".join(map(str, array.shape))
+            name = self.reserve(f"constant/{dtype}/{shown}")
+            self.constants[name] = array
+            if dtype == "bf16":
+                name = self("Cast", name, to=onnx_type("bf16"))
+            self.memo[key] = name
+        return str(self.memo[key])
+
+    def weight(self, name: str, weight: Weight) -> str:
+        """The initializer of that name, made once."""
+        key = ("weight", name)
+        if key not in self.memo:
+            self.memo[key] = self.reserve(name)
+            self.weights[self.memo[key]] = weight
+        return str(self.memo[key])
+
+    def read(self, value: Value) -> str:
+        """The name of a value; a param becomes an initializer when it is first read."""
+        if value not in self.names:
+            shape = tuple(int(d) for d in value.shape)
+            weight = Weight((value.name,), value.dtype, shape, lambda *tensors: tensors[0])
+            self.names[value] = self.weight(value.name, weight)
+        return self.names[value]
+
+    def is_param(self, value: Value) -> bool:
+        return value in self._params
+
+    @property
+    def _params(self) -> frozenset[Value]:
+        if "params" not in self.memo:
+            self.memo["params"] = frozenset(self.graph.params)
+        found: frozenset[Value] = self.memo["params"]
+        return found
+
+    def cast(self, name: str, have: str, want: str) -> str:
+        return name if have == want else self("Cast", name, to=onnx_type(want))
+
+    # ---- sizes -------------------------------------------------------------------------
+
+    def learn(self, value: Value) -> None:
+        """Sizes that stand alone in an input are read off it."""
+        for axis, dim in enumerate(value.shape):
+            name = getattr(dim, "name", "")
+            if name and name not in self.sizes:
+                read = self("Shape", self.names[value], start=axis, end=axis + 1)
+                self.sizes[name] = read
+
+    def dim(self, dim: Any) -> str:
+        """A size as i64[1]."""
+        return written(self, self.bound(dim))
+
+    def bound(self, dim: Any) -> Any:
+        """`dim` with the sizes of a body replaced by what they are where it is called."""
+        if isinstance(dim, int) or not symbols(dim) & self.local.keys():
+            return dim
+        return dim.subs({s: self.local[s.name] for s in dim.free_symbols if s.name in self.local})
+
+    def scalar(self, dim: Any) -> str:
+        """A size as i64[]."""
+        if isinstance(self.bound(dim), int):
+            return self.constant(int(self.bound(dim)))
+        return self("Squeeze", self.dim(dim), self.constant([0]))
+
+    def shape(self, dims: Sequence[Any]) -> str:
+        """Sizes as i64[n]; runs of known ones are one constant."""
+        dims = [self.bound(d) for d in dims]
+        if all(isinstance(d, int) for d in dims):
+            return self.constant(np.array(dims, dtype=np.int64))
+        parts: list[str] = []
+        known: list[int] = []
+        for dim in dims:
+            if isinstance(dim, int):
+                known.append(dim)
+                continue
+            if known:
+                parts.append(self.constant(known))
+                known = []
+            parts.append(self.dim(dim))
+        if known:
+            parts.append(self.constant(known))
+        return parts[0] if len(parts) == 1 else self("Concat", *parts, axis=0)
+
+    # ---- the end -----------------------------------------------------------------------
+
+    def live(self, outputs: Sequence[str]) -> list[Node]:
+        """The nodes that `outputs` depend on, in order."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed & set(node.outputs):
+                kept.append(node)
+                needed.update(node.inputs)
+        return kept[::-1]
+
+
+def onnx_type(dtype: str) -> int:
+    """ONNX's number for a dtype of the IR."""
+    from onnx import TensorProto
+
+    known = {
+        "f32": "FLOAT",
+        "f16": "FLOAT16",
+        "bf16": "BFLOAT16",
+        "f64": "DOUBLE",
+        "i64": "INT64",
+        "i32": "INT32",
+        "i16": "INT16",
+        "i8": "INT8",
+        "u8": "UINT8",
+        "bool": "BOOL",
+    }
+    return int(getattr(TensorProto, known[dtype]))

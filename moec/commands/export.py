@@ -1,0 +1,127 @@
+"""`moec export MODEL -o out.onnx`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moec.commands.options import Tolerance, model_options
+from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.codegen.onnx.export import Exported
+
+
+@click.command("export", short_help="Write a model as an ONNX file.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The .onnx file to write.")
+@click.option(
+    "--ep", type=click.Choice(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
+    help="What it is for: ONNX Runtime on a CPU or GPU, or standard operators alone.",
+)  # fmt: skip
+@click.option(
+    "--moe", type=click.Choice(["auto", "op", "rows"]), default="auto", show_default=True,
+    help="MoE blocks as com.microsoft.MoE, as sorted rows with one MatMul per expert, or as "
+    "was measured to be faster.",
+)  # fmt: skip
+@click.option("--opset", type=int, help="18 to 25; default: the first with Attention, 23.")
+@model_options
+@click.option(
+    "--verify", type=Tolerance(), default="on", show_default=True,
+    help="Greatest relative error against eager, or off.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
+@click.option("--force", is_flag=True, help="Replace the output where it exists.")
+def command(
+    model: str,
+    output: Path | None,
+    ep: str,
+    moe: str,
+    opset: int | None,
+    shapes: tuple[str, ...],
+    dtype: str | None,
+    opt_level: int,
+    passes: str,
+    verify: float | bool,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+) -> None:
+    """Write MODEL as an ONNX file, whole, with its weights beside it.
+
+    MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
+    FILE.py:FACTORY, as for `moec compile`.
+
+    The file is run in ONNX Runtime and compared with eager PyTorch on random inputs; where they
+    differ, nothing is written and the exit code is 2.
+    """
+    from moec.commands.shapes import dynamic_shapes, explained, parse
+
+    path = _output(output, force)
+    wanted = parse(shapes)
+
+    from moec.progress import Progress, hush
+
+    hush()
+    with explained(), Progress(quiet=quiet or as_json) as progress:
+        progress.phase("capture")
+        from moec.api import compile as compile_model
+
+        compiled = compile_model(
+            model,
+            dynamic_shapes=dynamic_shapes(wanted),
+            dtype=dtype,
+            opt_level=opt_level,
+            passes=passes,
+            verify=False,
+            build=False,
+            watch=lambda step: progress.phase(f"passes {step.name}"),
+            progress=progress.phase,
+        )
+        made = compiled.export_onnx(
+            path, ep, opset, moe=moe, verify=verify, progress=progress.phase
+        )
+    if as_json:
+        click.echo(json.dumps(made.to_dict(), indent=1))
+    elif not quiet:
+        click.echo(render(made))
+
+
+def render(made: Exported) -> str:
+    """What was written, in a few lines."""
+    forms = list(made.forms.values())
+    blocks = len(forms)
+    rows = [("for", f"{made.ep}, opset {made.opset}")]
+    each = f", {made.moe_nodes / blocks:.0f} for an MoE block" if blocks else ""
+    rows.append(("nodes", f"{made.nodes}{each}"))
+    for form, words in (
+        ("rows", "as sorted rows, one MatMul per expert and projection"),
+        ("op", "as com.microsoft.MoE"),
+    ):
+        if form in forms:
+            rows.append(("MoE blocks", f"{forms.count(form)} {words}"))
+    for name, error in made.errors.items():
+        rows.append(("error", f"{name} {error:.1e}, allowed {made.tolerance:.0e}"))
+    if made.parity:
+        share = min(made.parity.values())
+        rows.append(("routing", f"{share:.2%} of the tokens chose eager's experts in each block"))
+    rows += [("note", note) for note in made.notes]
+    lines = [f"{name:<10}  {text}" for name, text in rows]
+    return "\n".join([*lines, f"wrote {made.path} ({made.bytes / 1e6:.1f} MB with its weights)"])
+
+
+def _output(output: Path | None, force: bool) -> Path:
+    """What is wrong with the output is said before the minutes of work, not after."""
+    if output is None:
+        raise UsageError("give the file a name with -o OUT.onnx")
+    if output.suffix != ".onnx":
+        raise UsageError(f"{output}: give the file a name that ends in .onnx")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; --force replaces it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: the folder {output.parent} does not exist")
+    return output

@@ -1,0 +1,88 @@
+"""ATen ops in ONNX Runtime against torch: the cases of the CPU kernels, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.capture import capture
+from moec.codegen.onnx.lower import lower
+from moec.codegen.onnx.profiles import PROFILES
+from moec.errors import UnsupportedError
+from tests.codegen.onnx.running import running
+from tests.codegen.test_lower_ops import GROUPS, Many, inputs
+
+ABSENT = {
+    "shift": "operator aten.__lshift__.Scalar has no ONNX form",
+    "windows": "operator aten.unfold.default has no ONNX form",
+    "diagonal": "operator aten.diagonal.default has no ONNX form",
+    "complex": "operator aten.mul.Tensor has no ONNX form for complex numbers",
+    "variance": "operator aten.var.correction has no ONNX form",
+    "norm": "operator aten.linalg_vector_norm.default has no ONNX form",
+    "cumulative maximum": "operator aten.cummax.default has no ONNX form",
+    "add at": "operator aten.index_put.default behind a whole axis has no ONNX form",
+    "copy at": "operator aten.index_put.default behind a whole axis has no ONNX form",
+    "slice scatter": "operator aten.slice_scatter.default with a step has no ONNX form",
+    "histogram": "operator aten.histc.default has no ONNX form",
+    "convolution": "operator aten.convolution.default has no ONNX form",
+}
+NOT_OF_NAN = {"floor", "sort", "sort falling", "sort rows"}  # ONNX leaves open where a NaN sorts
+NOT_IN_NUMPY = {"to bfloat16"}
+
+
+def captured(names: list[str], group: str):  # type: ignore[no-untyped-def]
+    rows = {0: torch.export.Dim("T")}
+    module = Many([GROUPS[group][name] for name in names])
+    example = tuple(inputs(6, torch.float32).values())
+    return capture(module, example, dynamic_shapes={"x": rows, "y": rows, "i": rows})
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("group", GROUPS)
+def test_equals_torch(group: str, opset: int, tmp_path: Path) -> None:
+    names = [n for n in GROUPS[group] if n not in ABSENT and n not in NOT_IN_NUMPY]
+    made = captured(names, group)
+    run = running(made.program, tmp_path, opset=opset)
+    low = max((b.low for b in made.program.graph.bounds.values()), default=0)
+    for rows in (0, 1, 2, 5, 12):
+        if rows < low:
+            continue
+        given = inputs(rows, torch.float32)
+        results = list(run(given).values())
+        for name in names:
+            expected = GROUPS[group][name](*given.values())
+            for part in expected if isinstance(expected, tuple) else (expected,):
+                found = results.pop(0)
+                assert found.dtype == part.dtype, name
+                if rows > 4 and name in NOT_OF_NAN:
+                    continue
+                torch.testing.assert_close(
+                    found,
+                    part.contiguous(),
+                    rtol=2e-5,
+                    atol=2e-5,
+                    equal_nan=True,
+                    msg=lambda text, name=name, rows=rows: f"{name} at {rows}: {text}",
+                )
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_refused(name: str) -> None:
+    (group,) = [group for group, cases in GROUPS.items() if name in cases]
+    program = captured([name], group).program
+    with pytest.raises(UnsupportedError) as error:
+        lower(program.graph, PROFILES["portable"], 23)
+    assert ABSENT[name] in str(error.value)
+    assert str(error.value).startswith("the model cannot be exported to ONNX:\n")
+
+
+def test_everything_is_refused_at_once() -> None:
+    program = captured(["cumulative maximum", "variance"], "reductions").program
+    with pytest.raises(UnsupportedError) as error:
+        lower(program.graph, PROFILES["portable"], 23)
+    said = str(error.value)
+    assert "aten.cummax.default" in said
+    assert "aten.var.correction" in said
+    assert "(1 time: at " in said
