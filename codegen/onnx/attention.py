@@ -8,6 +8,7 @@ from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
+from moec.errors import NoMatch
 from moec.ops.attention import Attention
 from moec.sizes import Dim
 
@@ -15,6 +16,8 @@ from moec.sizes import Dim
 @build("nn.attention")
 def attention(c: Call) -> str:
     a = Attention.of(c.op)
+    if a.first is not None:
+        raise NoMatch("queries that begin at a place of their own (a cache) have no ONNX form")
     whole = a.causal and a.q.shape[2] == a.k.shape[2]
     plain = a.sinks is None and a.window is None and a.chunk is None
     if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (whole or not a.causal):

@@ -1,7 +1,8 @@
-"""Rows to their experts and back: sorted rows, one sliced MatMul per expert and projection.
+"""Rows to their experts and back: sorted rows, one MatMul per expert and projection.
 
     ids [T, k] -> order [R] -> rows [R, D] = x[order // k] -> Split by expert, E pieces
-    piece_e @ W_e.T for each e -> Concat -> (activation over all rows) -> the next projection
+    piece_e @ W_e.T for each e -> Concat -> (activation over all rows) -> the next projection,
+    with gate and up side by side in one W_e
     y [T, D] = weights [T, 1, k] @ rows[slots] [T, k, D]
 
 An expert multiplies the rows that chose it and no others; a MatMul of no rows costs the call
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.codegen.onnx.matrix import matrices_of, rows_of
+from moec.codegen.onnx.matrix import of_experts
 from moec.codegen.onnx.rules import BUILD, Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
@@ -117,10 +118,7 @@ def grouped_linear(c: Call) -> str:
     w, op = c.w, c.op
     parts = GroupedLinear.of(op)
     out, rows = c.out, _rows(w, op, parts)
-    sums = [
-        _projected(w, parts, rows, which, int(str(out.shape[1])))
-        for which in range(len(parts.matrices))
-    ]
+    sums = _projected(w, parts, rows)
     if op.body is None:
         return w.cast(sums[0], parts.x.dtype, out.dtype)
     made = inlined(w, op.body, sums, parts.x.dtype, out)
@@ -149,24 +147,27 @@ def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
     return found, not all_chosen(w.graph, ids)
 
 
-def _projected(w: Writer, parts: GroupedLinear, rows: str, which: int, width: int) -> str:
-    """All rows through their experts' matrices number `which`."""
+def _projected(w: Writer, parts: GroupedLinear, rows: str) -> list[str]:
+    """All rows through each of their experts' matrices, which are one for the MatMul."""
     counts, rest = _counts(w, parts.ends)
-    matrices = matrices_of(w, parts.matrices[which])
-    experts = len(matrices)
+    matrices = of_experts(w, parts.matrices)
+    experts, widths = len(matrices), [int(str(m.shape[1])) for m in parts.matrices]
     pieces = w.many("Split", [rows, counts], experts + rest, axis=0) if experts + rest > 1 else []
     pieces = pieces or [rows]
     if parts.biases:
-        biases = rows_of(w, parts.biases[which])
+        biases = of_experts(w, parts.biases)
         made = [w("Gemm", *abc) for abc in zip(pieces, matrices, biases, strict=False)]
     else:
         made = [w("MatMul", *ab) for ab in zip(pieces, matrices, strict=False)]
     if rest:
         left = w("Slice", counts, w.constant([experts]), w.constant([experts + 1]))
-        shape = w("Concat", left, w.constant([width]), axis=0)
+        shape = w("Concat", left, w.constant([sum(widths)]), axis=0)
         zero = w.cast(w.constant([0], "f32"), "f32", parts.x.dtype)
         made.append(w("Expand", zero, shape))
-    return w("Concat", *made, axis=0) if len(made) > 1 else made[0]
+    whole = w("Concat", *made, axis=0) if len(made) > 1 else made[0]
+    if len(widths) == 1:
+        return [whole]
+    return w.many("Split", [whole, w.constant(widths)], len(widths), axis=1)
 
 
 def inlined(w: Writer, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -25,28 +26,29 @@ def transposed(w: Writer, weight: Value) -> str:
     return w.weight(f"{weight.name}.T", stored)
 
 
-def matrices_of(w: Writer, stack: Value) -> list[str]:
-    """stack[e].T of a stack [E, N, K], one for each expert."""
-    experts = int(stack.shape[0])
-    return [_slice(w, stack, e, turned=True) for e in range(experts)]
+def of_experts(w: Writer, stacks: Sequence[Value]) -> list[str]:
+    """For each expert e, the rows of all stack[e] one below the other: [sum of N, K].T of stacks
+    [E, N, K] for a MatMul, [sum of N] of stacks [E, N]."""
+    return [_joined(w, stacks, e) for e in range(int(str(stacks[0].shape[0])))]
 
 
-def rows_of(w: Writer, stack: Value) -> list[str]:
-    """stack[e] of a stack [E, N], one for each expert."""
-    return [_slice(w, stack, e, turned=False) for e in range(int(stack.shape[0]))]
-
-
-def _slice(w: Writer, stack: Value, expert: int, turned: bool) -> str:
-    if not w.is_param(stack):
-        row = w("Gather", w.read(stack), w.constant(expert), axis=0)
+def _joined(w: Writer, stacks: Sequence[Value], expert: int) -> str:
+    turned = len(stacks[0].shape) == 3
+    if not all(w.is_param(stack) for stack in stacks):
+        rows = [w("Gather", w.read(stack), w.constant(expert), axis=0) for stack in stacks]
+        row = rows[0] if len(rows) == 1 else w("Concat", *rows, axis=0)
         return w("Transpose", row, perm=[1, 0]) if turned else row
-    shape = tuple(int(d) for d in stack.shape[1:])
+    names = [stack.name for stack in stacks]
+    prefix = commonprefix(names).rstrip("._") or names[0]  # noqa: RUF071 - names, not paths
+    size = sum(int(str(stack.shape[1])) for stack in stacks)
+    shape = (int(str(stacks[0].shape[2])), size) if turned else (size,)
 
     def make(*tensors: torch.Tensor) -> torch.Tensor:
-        return tensors[0][expert].T if turned else tensors[0][expert]
+        rows = torch.cat([tensor[expert] for tensor in tensors])
+        return rows.T if turned else rows
 
-    stored = Weight((stack.name,), stack.dtype, shape[::-1] if turned else shape, make)
-    return w.weight(f"{stack.name}.{expert}{'.T' if turned else ''}", stored)
+    stored = Weight(tuple(names), stacks[0].dtype, shape, make)
+    return w.weight(f"{prefix}.{expert}{'.T' if turned else ''}", stored)
 
 
 @build("linear")

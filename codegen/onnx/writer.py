@@ -111,8 +111,8 @@ class Writer:
         return str(self.memo[key])
 
     def weight(self, name: str, weight: Weight) -> str:
-        """The initializer of that name, made once."""
-        key = ("weight", name)
+        """The initializer of that name and those params, made once."""
+        key = ("weight", name, weight.params)
         if key not in self.memo:
             self.memo[key] = self.reserve(name)
             self.weights[self.memo[key]] = weight
