@@ -23,8 +23,8 @@ from moec.errors import MoecError, UsageError
 # What each command is, so that `moec --help` and completion import none of them.
 COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
-    "export": ("moec.commands.export", "Write a model as an ONNX file."),
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
+    "export": ("moec.commands.export", "Write a model as an ONNX file."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),

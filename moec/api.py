@@ -198,9 +198,10 @@ class CompiledModel:
 
         `ep` is what it is for: "cpu" and "cuda" (ONNX Runtime), or "portable" (standard operators
         alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one MatMul per expert
-        and projection), "op" (com.microsoft.MoE) or "auto", what was measured to be faster. The
-        file is run in ONNX Runtime and compared with eager before it gets its name; `verify` is
-        that of `moec.compile`. Nothing needs to be built (`build=False`).
+        and projection), "op" (com.microsoft.MoE) or "auto": the operator for "cuda" where it can
+        express the block, else rows, which were measured to be faster on a CPU. The file is run
+        in ONNX Runtime and compared with eager before it gets its name; `verify` is that of
+        `moec.compile`. Nothing needs to be built (`build=False`).
 
         Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
         TargetError for an `ep` that is unknown or does not compute in the model's dtype, and

@@ -27,7 +27,7 @@ from moec.ir import Graph, Op, Value
 @dataclass(frozen=True)
 class Lowered:
     """`choices` are the ids of the experts, one value of the graph a block, and what they became.
-    `forms` says of each block (by the origin of its experts) whether it is "op" or "rows"."""
+    `forms` says of each block, by its module, whether it is "op" or "rows"."""
 
     graph: Graph
     writer: Writer
@@ -68,7 +68,9 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowe
         raise UnsupportedError(_message(problems))
     _name_outputs(w, graph, outputs)
     choices = tuple((v, w.names[v]) for v in _choices(graph))
-    forms = {op.origin: "op" if op in blocks else "rows" for op in graph.ops if _combines(op)}
+    forms = {
+        block_of(graph, op): "op" if op in blocks else "rows" for op in graph.ops if _combines(op)
+    }
     return Lowered(graph, w, tuple(outputs), choices, forms)
 
 
@@ -112,6 +114,15 @@ def _message(problems: dict[str, list[Op]]) -> str:
 
 def _combines(op: Op) -> bool:
     return op.name == "moe.combine"
+
+
+def block_of(graph: Graph, op: Op) -> str:
+    """The module of the block that an op belongs to, which is that of its sorted rows."""
+    found: Op | None = op
+    while found is not None and found.name not in ("moe.sort", "moe.dispatch"):
+        place = 1 if found.name == "moe.combine" else 0
+        found = graph.producers.get(found.inputs[place]) if len(found.inputs) > place else None
+    return (found or op).origin.removesuffix(".experts") or "(whole model)"
 
 
 def _choices(graph: Graph) -> list[Value]:

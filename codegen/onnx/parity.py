@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moec.codegen.onnx.lower import Lowered
+from moec.codegen.onnx.lower import Lowered, block_of
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program, Value
+from moec.ir import Program
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
@@ -35,13 +35,10 @@ def routing_parity(
             equal = (got.sort(-1).values == expected.sort(-1).values).all(-1)
             same[value] += int(equal.sum())
             tokens[value] += equal.numel()
-    return {
-        block_of(graph, value): same[value] / tokens[value] if tokens[value] else 1.0
-        for value in ids
-    }
-
-
-def block_of(graph: Graph, ids: Value) -> str:
-    """The module of the experts that are chosen."""
-    op = next(op for op in graph.readers[ids] if op.name in ("moe.sort", "moe.dispatch"))
-    return op.origin.removesuffix(".experts") or "(whole model)"
+    shares: dict[str, float] = {}
+    for value in ids:
+        sort = next(op for op in graph.readers[value] if op.name in ("moe.sort", "moe.dispatch"))
+        block = block_of(graph, sort)
+        share = same[value] / tokens[value] if tokens[value] else 1.0
+        shares[block] = min(share, shares.get(block, 1.0))
+    return shares

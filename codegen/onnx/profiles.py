@@ -19,8 +19,10 @@ MICROSOFT = "com.microsoft"
 class Profile:
     """`contrib`: whether ONNX Runtime's own operators are allowed besides the standard's.
 
-    `floats` are the dtypes that its kernels compute in, `op_by_default` says that an MoE block
-    becomes one com.microsoft.MoE wherever that can express it.
+    `floats` are the dtypes that its kernels compute in. `op_by_default` says that an MoE block
+    becomes one com.microsoft.MoE wherever that can express it: not on a CPU, where sorted rows
+    were as fast or faster at 8, 64 and 512 tokens for experts of 128x64 and 1024x512, and within
+    0.1 ms a layer at one token.
     """
 
     name: str

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--moe", type=click.Choice(["auto", "op", "rows"]), default="auto", show_default=True,
-    help="MoE blocks as com.microsoft.MoE, as sorted rows with one MatMul per expert, or as "
-    "was measured to be faster.",
+    help="MoE blocks as com.microsoft.MoE, as sorted rows with one MatMul per expert, or: "
+    "op for cuda where it fits, else rows, which are faster on a CPU.",
 )  # fmt: skip
 @click.option("--opset", type=int, help="18 to 25; default: the first with Attention, 23.")
 @model_options

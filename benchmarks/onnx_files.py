@@ -1,0 +1,62 @@
+"""ONNX files of one model side by side in ONNX Runtime, one call of each in turn.
+
+    python benchmarks/onnx_files.py A.onnx B.onnx --tokens 1 8 64 512 --threads 2
+
+Every file takes `input_ids` [B, S]; further integer inputs get ones. Prints the median of each,
+and the first file's median as a multiple of it. Threads do not spin between calls, where they
+would take the time of the next file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each count of tokens")
+    parser.add_argument("--vocabulary", type=int, default=1000)
+    options = parser.parse_args()
+    sessions = {name: session(name, options.threads) for name in options.files}
+    random = np.random.default_rng(0)
+    for tokens in options.tokens:
+        times: dict[str, list[float]] = {name: [] for name in sessions}
+        start = time.perf_counter()
+        while time.perf_counter() - start < options.seconds or len(times[options.files[0]]) < 4:
+            ids = random.integers(3, options.vocabulary, (1, tokens))
+            for name, made in sessions.items():
+                times[name].append(seconds(made, ids))
+        medians = {name: median(taken[1:]) for name, taken in times.items()}  # the first warms up
+        first = medians[options.files[0]]
+        print(f"{tokens} tokens, {len(times[options.files[0]]) - 1} calls of each")
+        for name, taken in medians.items():
+            print(f"  {taken * 1e3:9.2f} ms  {first / taken:5.2f}x  {name}")
+
+
+def session(name: str, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+
+
+def seconds(made: Any, ids: Any) -> float:
+    names = [given.name for given in made.get_inputs()]
+    feeds = {name: ids if name == "input_ids" else np.ones_like(ids) for name in names}
+    start = time.perf_counter()
+    made.run(None, feeds)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
