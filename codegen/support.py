@@ -24,7 +24,7 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
     lines = [line(reason, ops) for reason, ops in problems.items()]
     refused = {op for ops in problems.values() for op in ops}
     lines += _sizes(graph, refused)
-    lines += _fixed(graph)
+    lines += fixed(graph)
     if lines:
         raise UnsupportedError(
             "the model cannot be compiled:\n"
@@ -83,7 +83,7 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
             reported.add(name)
 
 
-def _fixed(graph: Graph) -> Iterable[str]:
+def fixed(graph: Graph) -> Iterable[str]:
     """Sizes that an export took for constants though they vary: code made from such a graph
     would read and write outside of its tensors."""
     environments = _environments(graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,8 +134,6 @@ def _compared(
 
     Raises VerificationError where a number differs.
     """
-    from dataclasses import replace
-
     graph = lowered.graph
     if any(value.dtype == "bf16" for value in graph.values()):
         note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"

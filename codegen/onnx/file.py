@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moec.codegen.onnx.lower import Lowered
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.writer import Node, Weight, onnx_type
-from moec.ir import TensorType, Value
+from moec.ir import TensorType
 from moec.sizes import show_dim
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def write(
     size = data.stat().st_size
     if not size:
         data.unlink()
-    proto = model(lowered, nodes, stored, lowered.graph.outputs, about)
+    proto = model(lowered, nodes, stored, about)
     onnx.save_model(proto, path)
     moe = sum(node.by.startswith(("moe.", "grouped.")) for node in nodes)
     return Written(len(nodes), moe, size + path.stat().st_size)
@@ -67,7 +67,7 @@ def debug(lowered: Lowered, path: Path, about: Mapping[str, Any]) -> ModelProto:
     names = tuple(dict.fromkeys(name for _, name in lowered.choices))
     nodes = lowered.nodes(names)
     stored = onnx.load_model(path, load_external_data=False).graph.initializer
-    made = model(lowered, nodes, stored, lowered.graph.outputs, about)
+    made = model(lowered, nodes, stored, about)
     known = {output.name for output in made.graph.output}
     types = {name: value for value, name in lowered.choices}
     made.graph.output.extend(_info(name, types[name].type) for name in names if name not in known)
@@ -78,7 +78,6 @@ def model(
     lowered: Lowered,
     nodes: Sequence[Node],
     stored: Sequence[Any],
-    outputs: Sequence[Value],
     about: Mapping[str, Any],
 ) -> ModelProto:
     w, graph = lowered.writer, lowered.graph
@@ -98,7 +97,7 @@ def model(
         [_node(node) for node in nodes],
         graph.name,
         [_info(value.name, value.type) for value in graph.inputs],
-        [_info(n, v.type) for n, v in zip(lowered.outputs, outputs, strict=True)],
+        [_info(n, v.type) for n, v in zip(lowered.outputs, graph.outputs, strict=True)],
         [*stored, *constants],
         value_info=list(infos.values()),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.onnx import (  # noqa: F401  (they fill the table)
+from moec.codegen.onnx import (
     attention,
     experts,
     lookup,
@@ -19,9 +19,13 @@ from moec.codegen.onnx import (  # noqa: F401  (they fill the table)
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
 from moec.codegen.onnx.writer import Node, Writer
-from moec.codegen.support import line
+from moec.codegen.support import fixed, line
 from moec.errors import NoMatch, UnsupportedError
 from moec.ir import Graph, Op, Value
+
+FILLED_BY = (attention, experts, lookup, matrix, norm, pointwise, reduce, routing, shape)
+"""What fills the table of builders when it is imported."""
+MOE_FORMS = ("auto", "op", "rows")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,6 @@ class Lowered:
 
     def nodes(self, extra: tuple[str, ...] = ()) -> list[Node]:
         return self.writer.live([*self.outputs, *extra])
-
-
-MOE_FORMS = ("auto", "op", "rows")
 
 
 def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowered:
@@ -64,8 +65,10 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowe
         reason = _write(w, op, blocks)
         if reason:
             problems.setdefault(reason, []).append(op)
-    if problems:
-        raise UnsupportedError(_message(problems))
+    lines = [line(reason, ops) for reason, ops in problems.items()]
+    lines += fixed(graph)
+    if lines:
+        raise UnsupportedError(_message(lines))
     _name_outputs(w, graph, outputs)
     choices = tuple((v, w.names[v]) for v in _choices(graph))
     forms = {
@@ -104,11 +107,11 @@ def _refusal(op: Op) -> str:
     return ""
 
 
-def _message(problems: dict[str, list[Op]]) -> str:
-    lines = "\n".join(f"  {line(reason, ops)}" for reason, ops in problems.items())
+def _message(lines: list[str]) -> str:
     return (
-        f"the model cannot be exported to ONNX:\n{lines}\n"
-        "replace these operations in the model, or export the part that does without them"
+        "the model cannot be exported to ONNX:\n"
+        + "\n".join(f"  {text}" for text in lines)
+        + "\nreplace these operations in the model, or export the part that does without them"
     )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime
 import torch
 
+from moec.errors import VerificationError
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
@@ -17,7 +19,10 @@ Results = Mapping[str, torch.Tensor]
 
 
 def open_session(path: Path, model: ModelProto | None = None) -> Any:
-    """A session on the CPU of the file, or of `model`, whose weights lie beside the file."""
+    """A session on the CPU of the file, or of `model`, whose weights lie beside the file.
+
+    Raises VerificationError where ONNX Runtime does not take it.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -26,22 +31,36 @@ def open_session(path: Path, model: ModelProto | None = None) -> Any:
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(path.parent))
         source = model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise VerificationError(f"the file is not taken: {_said(error)}") from error
 
 
 def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
-    """Takes inputs by name, and leaves out those that the file does not read."""
+    """Takes inputs by name, and leaves out those that the file does not have.
+
+    Raises VerificationError where ONNX Runtime fails.
+    """
     inputs = {given.name for given in session.get_inputs()}
     outputs = [made.name for made in session.get_outputs()]
 
     def run(given: Mapping[str, Any]) -> Results:
         feeds = {k: np.ascontiguousarray(_array(v)) for k, v in given.items() if k in inputs}
-        made = session.run(None, feeds)
+        try:
+            made = session.run(None, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {feed.shape}" for name, feed in feeds.items())
+            raise VerificationError(f"the file fails for {shapes}: {_said(error)}") from error
         return {
             name: torch.from_numpy(np.asarray(m)) for name, m in zip(outputs, made, strict=True)
         }
 
     return run
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _array(value: Any) -> Any:

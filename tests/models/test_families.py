@@ -9,6 +9,7 @@ import torch
 
 import moec
 from moec.closeness import FAR, STRAYS, TOLERANCES, distance, strays
+from moec.codegen.onnx.session import open_session, runner
 from tests.models.families import FAMILIES
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
@@ -72,6 +73,28 @@ def test_float32(name: str, tmp_path: Path) -> None:
             assert distance(got, value) <= limit
             assert same_choice(got, value, limit).all()
             assert torch.equal(got, again)
+    exported(name, model, tmp_path)
+
+
+OPERATOR = ("mixtral", "qwen2_moe", "deepseek_v3", "phimoe")
+
+
+def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
+    """An ONNX file for each ep, some with com.microsoft.MoE, gives eager's numbers too."""
+    kinds = [("cpu", "auto"), ("portable", "auto")] + [("cpu", "op")] * (name in OPERATOR)
+    for ep, moe in kinds:
+        path = folder / f"{ep}-{moe}.onnx"
+        made = model.export_onnx(path, ep, moe=moe)
+        assert set(made.parity.values()) == {1.0}
+        if name != "jetmoe":  # there a block is two: its rows are sorted once
+            assert list(made.forms.values()) == ["op" if moe == "op" else "rows"] * BLOCKS[name][0]
+        run = runner(open_session(path))
+        names = [value.name for value in model.graph.inputs]
+        for batch, sequence in SIZES:
+            given = tensors(FAMILIES[name].inputs(batch, sequence))
+            results = run(dict(zip(names, given, strict=True))).values()
+            for got, value in zip(results, model.captured.eager(*given), strict=True):
+                assert distance(got, value) <= TOLERANCES["f32"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

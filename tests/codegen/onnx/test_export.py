@@ -126,6 +126,21 @@ def test_a_wrong_number_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_fails_leaves_no_file(
+    block: moec.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every case but the example's size."""
+    right = BUILD["moe.combine"]
+
+    def fixed(c):  # type: ignore[no-untyped-def]
+        return c.w("Reshape", str(right(c)), c.w.constant([5, D]))
+
+    monkeypatch.setitem(BUILD, "moe.combine", fixed)
+    with pytest.raises(VerificationError, match=r"in ONNX Runtime the file fails for x \(1, 8\)"):
+        block.export_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_parity_sees_other_choices(
     block: moec.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
