@@ -89,6 +89,10 @@ def match(graph: Graph, combine: Op) -> Fused:
         raise NoMatch("the experts are not two linear layers with an activation_type between them")
     up, down = GroupedLinear.of(first), GroupedLinear.of(last)
     router, normal = _router(graph, combine, up)
+    if not normal and up.x.dtype == "bf16":
+        raise NoMatch("router_probs would round the logarithms of the weights to bf16")
+    if up.scale is not None:
+        raise NoMatch("the weights multiply the experts' input, for which there is no attribute")
     if up.order is None:
         raise NoMatch("the rows are not gathered by the first linear layer (fuse-dispatch is off)")
     if down.order is not None or len(down.matrices) != 1 or last.body is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.onnx.rules import BUILD
 from moec.errors import MoecError, TargetError, UnsupportedError, UsageError, VerificationError
-from tests.passes.forms import D, Gathered, InputSide, Loop, SharedExpert
+from tests.passes.forms import D, Gathered, InputSide, Loop, SharedExpert, softmax_topk
 
 ROWS = ({0: torch.export.Dim("T", min=0)},)
 
@@ -21,9 +22,9 @@ ROWS = ({0: torch.export.Dim("T", min=0)},)
 class Block(nn.Module):
     """A residual block with a loop over experts, as people write it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.moe = Loop()
+        self.moe = Loop(**options)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.moe(x)
@@ -183,6 +184,10 @@ def test_bfloat16(tmp_path: Path) -> None:
         "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16",
     )
     assert not made.errors
+    assert made.forms == {"moe": "op"}
+    other = compiled(Block(rule=softmax_topk), dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="round the logarithms of the weights to bf16"):
+        other.export_onnx(tmp_path / "model.onnx", "cuda", moe="op")
     proto = onnx.load(tmp_path / "model.onnx")
     onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
 
