@@ -29,10 +29,13 @@ from moec.ir import Graph, Program, Stage
 from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
 from moec.pieces import in_pieces
-from moec.pipeline import Changes, Chosen, choose, measured, until
+from moec.pipeline import Changes, Chosen, choose, measured, quantising, until
+from moec.quantisation import parse as parse_quant
+from moec.quantised import left_wide, quantised_lines
 from moec.report import (
     DeclinedLine,
     ErrorLine,
+    QuantisedLine,
     Report,
     block_lines,
     describe_graph,
@@ -70,6 +73,7 @@ class CompiledModel:
     package: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
+    quantised: tuple[QuantisedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,6 +123,7 @@ class CompiledModel:
                 f"made for {self.target.name}, which this machine cannot run: not verified, and "
                 "saved without samples",
             )
+        notes += left_wide(self.steps)
         if checked:
             notes += checked.skipped
         if checked and any(step.damage for step in self.steps):
@@ -151,6 +156,8 @@ class CompiledModel:
             )
             if checked
             else (),
+            quantised=self.quantised,
+            moved=checked.moved if checked else (),
             phases=dict(self.phases),
             notes=notes,
             damage=tuple(step.damage for step in self.steps if step.damage),
@@ -257,6 +264,7 @@ def compile(
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
     passes: Changes = "",
+    quant: str | None = None,
     calib: Any = None,
     budget: str = "",
     strict: bool = False,
@@ -279,6 +287,9 @@ def compile(
     last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
     the code that `generate` runs for one token after the other.
 
+    `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
+    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all.
+
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
     ("kl<=0.02") bounds the damage that is measured there; what goes beyond it is undone layer by
@@ -289,7 +300,8 @@ def compile(
     """
     clock = _Clock(progress)
     with clock.phase("capture"):
-        asked = choose(opt_level, changes(passes))
+        format = None if quant is None else parse_quant(quant)
+        asked = (*choose(opt_level, changes(passes)), *quantising(format))
         chosen = until(asked, stop_after)
         allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
         builds = build and stop_after is None
@@ -310,6 +322,7 @@ def compile(
     with clock.phase("passes"):
         frame = Frame(calib, source.files, allowed, strict)
         steps = tuple(run(captured.program, measured(chosen, frame), fuel=fuel, watch=watch))
+        quantised = quantised_lines(steps)
     compiled = CompiledModel(
         source=source,
         captured=captured,
@@ -317,6 +330,7 @@ def compile(
         blocks=_blocks(steps),
         declined=tuple(dict.fromkeys(d for step in steps for d in step.declined)),
         target=made_for,
+        quantised=quantised,
         phases=clock.seconds,
     )
     if not builds:

@@ -11,17 +11,22 @@ import torch
 from moec.capture import Captured
 from moec.closeness import (
     FAR,
+    QUANTISED_STRAYS,
     STRAYS,
     allowed_strays,
+    computed_dtypes,
     default_tolerance,
     distance,
+    is_quantised,
     row_errors,
 )
 from moec.errors import CaptureError, IRError, VerificationError
 from moec.evaluate import evaluate
 from moec.ir import Graph, Program
 from moec.passes.runner import Step
+from moec.quantised import moved_lines, unquantised_steps
 from moec.random_inputs import random_like
+from moec.report import MovedLine
 from moec.sizes import Bounds, evaluate_dim, symbols
 from moec.ties import first_of_equals
 from moec.widened import MEANING, in_float32
@@ -40,7 +45,8 @@ class Checked:
     """The greatest error of each output over all cases, what was allowed, and how many of the
     rows were farther off (allowed in 16 bits alone, see `moec.closeness.STRAYS`). `ties` are rows
     that are right and not eager's: equal values were chosen among (see `moec.ties`). `skipped`
-    says which sizes the module itself does not run at."""
+    says which sizes the module itself does not run at. `moved` says how far quantisation took the
+    outputs from what they were: `errors` are then those against the quantised graph."""
 
     errors: Mapping[str, float]
     tolerance: float
@@ -48,6 +54,7 @@ class Checked:
     rows: int = 0
     ties: int = 0
     skipped: tuple[str, ...] = ()
+    moved: tuple[MovedLine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,9 @@ def check(
     Where passes changed the model on purpose, the graph before the first of them is compared
     with eager, and `run` with the graph after the last. Raises as `_check` does.
     """
-    places = [i for i, step in enumerate(steps) if step.damage and step.damage.applied]
+    places = [
+        i for i, step in enumerate(steps) if step.quantises or (step.damage and step.damage.applied)
+    ]
     if not places:
         return _check(captured, run, steps, tolerance, pieces)
     before = steps[: places[0]]
@@ -128,7 +137,19 @@ def check(
         return results[: len(meant.graph.outputs)]
 
     changed = replace(captured, program=meant, eager=eager)
-    return _check(changed, run, steps[places[-1] :], tolerance, pieces)
+    checked = _check(changed, run, steps[places[-1] :], tolerance, pieces)
+    exact = unquantised_steps(steps)
+    if len(exact) == len(steps):
+        return checked
+    known, _ = _answers(changed)
+    original = _in_eager(exact[-1].program)
+    inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
+    names = [value.name for value in meant.graph.outputs]
+    found = [original(dict(zip(inputs, case, strict=True))) for case, _ in known]
+    return replace(
+        checked,
+        moved=moved_lines(names, [[f[n] for n in names] for f in found], [e for _, e in known]),
+    )
 
 
 def _in_eager(program: Program) -> Run:
@@ -271,7 +292,8 @@ class _Rule:
     @staticmethod
     def of(graph: Graph, tolerance: float | None) -> _Rule:
         limit = default_tolerance(graph) if tolerance is None else tolerance
-        share = max((STRAYS.get(value.dtype, 0.0) for value in graph.values()), default=0.0)
+        share = max((STRAYS.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
+        share = max(share, QUANTISED_STRAYS if is_quantised(graph) else 0.0)
         return _Rule(limit, max(limit, FAR) if share else limit, share)
 
     def strays(self, compared: Iterable[Compared]) -> tuple[int, int]:

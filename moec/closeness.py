@@ -7,6 +7,7 @@ import math
 import torch
 
 from moec.ir import FLOATS, Graph
+from moec.ops.quantised import GroupedQuantised
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """Greatest error allowed, as a share of the greatest value of the output.
@@ -16,10 +17,32 @@ rounds to them after every op where a fused kernel does not.
 """
 
 
+QUANTISED = 4e-3
+"""The tolerance of a model whose rows are rounded to 8 bits: half of a 127th. A row that differs
+in its last bit may round to another code, which moves a result by a 127th of one of its terms,
+of which there are dozens to thousands; and does so again in every layer."""
+
+
 def default_tolerance(graph: Graph) -> float:
     """The loosest tolerance among the dtypes in which the model computes."""
-    used = {value.dtype for value in graph.values() if value.dtype in FLOATS}
-    return max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
+    used = computed_dtypes(graph)
+    found = max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
+    return max(found, QUANTISED) if is_quantised(graph) else found
+
+
+def computed_dtypes(graph: Graph) -> set[str]:
+    """The dtypes of floats that hold more than the scales of quantised weights."""
+    scales = {
+        matrix.scales
+        for op in graph.ops
+        if op.name == "grouped.quantised"
+        for matrix in GroupedQuantised.of(op).matrices
+    }
+    return {v.dtype for v in graph.values() if v.dtype in FLOATS and v not in scales}
+
+
+def is_quantised(graph: Graph) -> bool:
+    return any(op.name == "grouped.quantised" for op in graph.ops)
 
 
 STRAYS = {"f16": 0.05, "bf16": 0.05}
@@ -27,6 +50,8 @@ STRAYS = {"f16": 0.05, "bf16": 0.05}
 nearly equal scores are told apart by rounding, and a token that went to the other one is not
 wrong, though its numbers differ. A float32 copy of the model differs from eager in the same way.
 """
+QUANTISED_STRAYS = 0.05
+"""The same share where rows are rounded to 8 bits, for the same reason."""
 FAR = 0.5
 
 

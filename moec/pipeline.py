@@ -26,10 +26,12 @@ from moec.passes.fuse_rotary import FuseRotary
 from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
 from moec.passes.prune_experts import PruneExperts
+from moec.passes.quantise_experts import QuantiseExperts
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.runner import Pass
 from moec.passes.share_common import ShareCommon
 from moec.passes.split_packed import SplitPacked
+from moec.quantisation import Format
 
 RECOGNISED: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
@@ -59,6 +61,14 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
 ORDER = (*RECOGNISED, *LOWERED)
 APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts, MergeExperts)
 LEVELS = (0, 1, 2)
+
+# What options of their own ask for; these run after all others.
+ON_REQUEST: tuple[tuple[str, Pass], ...] = (("--quant", QuantiseExperts(Format("int8"))),)
+
+
+def quantising(format: Format | None) -> tuple[Pass, ...]:
+    """The passes that store weights in `format`."""
+    return () if format is None else (QuantiseExperts(format),)
 
 
 def distinct() -> tuple[Pass, ...]:

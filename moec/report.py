@@ -68,6 +68,33 @@ class ErrorLine:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class QuantisedLine:
+    """The experts of one place, in fewer bits. `covered` of `experts` are really quantised; errors
+    are those of the weights, as a share of their norm: over all, and of the worst expert."""
+
+    name: str
+    format: str
+    experts: int
+    covered: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    worst_expert: float
+
+
+@dataclass(frozen=True)
+class MovedLine:
+    """How far an output of the quantised model is from the unquantised one's over the cases of
+    the verification: the difference as a share of the norm, and in how many of the rows (tokens)
+    the greatest value stands elsewhere."""
+
+    output: str
+    error: float
+    moved: int
+    rows: int
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
@@ -87,6 +114,8 @@ class Report:
     passes: tuple[PassLine, ...] = ()
     kernels: Mapping[str, int] = field(default_factory=dict)
     verification: tuple[ErrorLine, ...] = ()
+    quantised: tuple[QuantisedLine, ...] = ()
+    moved: tuple[MovedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()
@@ -107,6 +136,8 @@ class Report:
             "passes": lambda d: PassLine(**d),
             "verification": lambda d: ErrorLine(**d),
             "damage": Damage.of_dict,
+            "quantised": lambda d: QuantisedLine(**d),
+            "moved": lambda d: MovedLine(**d),
         }
         known = {k: v for k, v in recorded.items() if k in Report.__dataclass_fields__}
         for name, make in lines.items():

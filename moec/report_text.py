@@ -9,7 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moec.report import BlockLine, DeclinedLine, ErrorLine, PassLine, PortLine, Report
+from moec.report import (
+    BlockLine,
+    DeclinedLine,
+    ErrorLine,
+    MovedLine,
+    PassLine,
+    PortLine,
+    QuantisedLine,
+    Report,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -116,9 +125,15 @@ def _parts(report: Report) -> Iterable[RenderableType]:
 
         yield ""
         yield from parts(damage)
+    if report.quantised:
+        yield ""
+        yield _quantised(report.quantised)
     if report.verification:
         yield ""
-        yield _verification(report.verification)
+        yield _verification(report.verification, bool(report.quantised))
+    if report.moved:
+        yield ""
+        yield _moved(report.moved)
     for note in report.notes:
         yield Text(f"note: {note}")
 
@@ -221,8 +236,43 @@ def _passes(passes: Sequence[PassLine]) -> Any:
     return table
 
 
-def _verification(lines: Sequence[ErrorLine]) -> Any:
-    table = _grid("Checked against eager", "error", "allowed", "")
+def _quantised(lines: Sequence[QuantisedLine]) -> Any:
+    """A line for each place, and one for all of them."""
+    table = _grid("Quantised", "format", "experts", "bytes", "error", "worst expert")
+    for line in lines:
+        table.add_row(
+            line.name,
+            line.format,
+            f"{line.covered} of {line.experts}",
+            f"{size(line.bytes_before)} to {size(line.bytes_after)}",
+            f"{line.error:.1e}",
+            f"{line.worst_expert:.1e}",
+        )
+    if len(lines) > 1:
+        before, after = (
+            sum(getattr(line, name) for line in lines) for name in ("bytes_before", "bytes_after")
+        )
+        table.add_row(
+            "in all",
+            "",
+            f"{sum(line.covered for line in lines)} of {sum(line.experts for line in lines)}",
+            f"{size(before)} to {size(after)}",
+            f"{(sum(line.error**2 for line in lines) / len(lines)) ** 0.5:.1e}",
+            f"{max(line.worst_expert for line in lines):.1e}",
+        )
+    return table
+
+
+def _moved(lines: Sequence[MovedLine]) -> Any:
+    table = _grid("Against the unquantised model", "error", "rows with another greatest value")
+    for line in lines:
+        table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")
+    return table
+
+
+def _verification(lines: Sequence[ErrorLine], quantised: bool) -> Any:
+    against = "the quantised graph" if quantised else "eager"
+    table = _grid(f"Checked against {against}", "error", "allowed", "")
     for line in lines:
         good = line.error <= line.tolerance
         table.add_row(

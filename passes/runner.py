@@ -79,6 +79,7 @@ class Step:
     declined: tuple[Declined, ...]
     last: str = ""
     damage: Damage | None = None
+    quantises: bool = False
 
     def __str__(self) -> str:
         return (
@@ -122,7 +123,15 @@ def run(
         seconds = time.perf_counter() - start
         declined = tuple(log.declined)
         step = Step(
-            pass_.name, program, stage, seconds, log.rewrites, declined, log.last, log.damage
+            pass_.name,
+            program,
+            stage,
+            seconds,
+            log.rewrites,
+            declined,
+            log.last,
+            log.damage,
+            quantises=getattr(pass_, "quantises", False),
         )
         steps.append(step)
         if watch:

@@ -1,8 +1,28 @@
 """Ops with kernels of our own: which of them a kernel takes, and how it is called."""
 
-from moec.codegen.kernels import attention, caches, dense, experts, norms, routing, scans, sizes
+from moec.codegen.kernels import (
+    attention,
+    caches,
+    dense,
+    experts,
+    norms,
+    quantised,
+    routing,
+    scans,
+    sizes,
+)
 from moec.codegen.kernels.table import KERNELS, has_kernel
 
-FILLED_BY = (attention, caches, dense, experts, norms, routing, scans, sizes)
+FILLED_BY = (
+    attention,
+    caches,
+    dense,
+    experts,
+    norms,
+    quantised,
+    routing,
+    scans,
+    sizes,
+)
 
 __all__ = ["KERNELS", "has_kernel"]

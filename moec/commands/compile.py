@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 @click.option("--target", default="cpu", show_default=True, help="See `moec list targets`.")
 @model_options
 @click.option(
+    "--quant", metavar="FORMAT",
+    help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; see above.",
+)  # fmt: skip
+@click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
     help="Greatest relative error against eager, or off.",
 )  # fmt: skip
@@ -60,6 +64,7 @@ def command(
     dtype: str | None,
     opt_level: int,
     passes: str,
+    quant: str | None,
     verify: float | bool,
     calib: Path | None,
     budget: str,
@@ -80,6 +85,10 @@ def command(
 
     The result is compared with eager PyTorch on random inputs; where they differ, nothing is
     written and the exit code is 2.
+
+    --quant changes the model: the weights of its experts are rounded to int8 or int4, with one
+    scale a row or, as in int4:64, a block of it, :asymmetric with a zero of their own; or to
+    mxfp4. Rows are rounded to 8 bits as they meet such weights. The report says what it costs.
     """
     from moec.commands.shapes import dynamic_shapes, explained, parse
 
@@ -108,6 +117,7 @@ def command(
             dtype=dtype,
             opt_level=opt_level,
             passes=passes,
+            quant=quant,
             calib=calib,
             budget=budget,
             strict=strict,

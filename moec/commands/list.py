@@ -69,21 +69,22 @@ def approximate() -> list[dict[str, Any]]:
 
 def passes() -> list[dict[str, Any]]:
     """One row a pass: the first line of its class, what may be set."""
-    from moec.pipeline import ORDER
+    from moec.pipeline import ON_REQUEST, ORDER
 
-    level: dict[str, int] = {}
+    level: dict[str, str] = {p.name: option for option, p in ON_REQUEST}
     for at, p in ORDER:
-        level[p.name] = min(at, level.get(p.name, at))
+        level[p.name] = min(f"-O{at}", level.get(p.name, f"-O{at}"))
+    every = (*(p for _, p in ORDER), *(p for _, p in ON_REQUEST))
     return [
         {
             "pass": p.name,
             "gives": p.gives.name,
-            "from": f"-O{level[p.name]}",
+            "from": level[p.name],
             "kind": "exact" if getattr(p, "exact", True) else "approximate",
             "what_it_does": first_line(p),
             "options": ", ".join(f"{f.name}={getattr(p, f.name)}" for f in fields(p)) or "-",  # type: ignore[arg-type]
         }
-        for p in {p.name: p for _, p in ORDER}.values()
+        for p in {p.name: p for p in every}.values()
     ]
 
 

@@ -16,6 +16,7 @@ from moec.ops import (
     grouped,
     linear_attention,
     norm,
+    quantised,
     rotary,
     size,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "grouped",
     "linear_attention",
     "norm",
+    "quantised",
     "rotary",
     "size",
 ]

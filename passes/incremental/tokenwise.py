@@ -47,6 +47,7 @@ _ROWS = frozenset(
         "moe.combine",
         "moe.scale",
         "grouped.linear",
+        "grouped.quantised",
         "grouped.rows",
         "aten.embedding.default",
     }

@@ -68,7 +68,8 @@ def test_passes_in_their_order() -> None:
     for row in rows:
         assert row["what_it_does"], row
         approximate = row["kind"] == "approximate"
-        assert row["from"] in (["asked for"] if approximate else ["-O0", "-O1", "-O2"])
+        asked = ["asked for", "--quant"]
+        assert row["from"] in (asked if approximate else ["-O0", "-O1", "-O2"])
     assert "limit=" in rows[names.index("fold-constants")]["options"]
     assert "fold-constants" in run("passes").stdout
 

@@ -1,0 +1,189 @@
+"""Vectors of int32 lanes, and the bytes in them: rows to codes, dot products of quadruples.
+
+A lane holds four neighbours along K, the first in the lowest byte; of codes of four bits it
+holds eight, the first four in the low halves of the bytes. Codes of weights are unsigned and
+those of activations signed, which is what the dot products of x86 multiply. Where a target has
+none, four multiplications in lanes of 16 bits give the same integers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import cache
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.codegen.cpu.vector import Vector
+from moec.quantisation import E2M1_TWICE
+from moec.target import Target
+
+E2M1_ZERO = max(E2M1_TWICE)
+"""What the codes of `e2m1` are shifted by, so that they are unsigned."""
+_ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and its bits
+
+
+def functions(v: Vector) -> AbstractContextManager[object]:
+    """The frame that everything here, and all of `Vector`, must be called in."""
+    text = llvm_functions(v.target) + _functions(v.target)
+    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+
+
+def round_into(v: Vector, buffer: Buffer, index: list[Expr], x: Expr, inverse: Expr) -> Expr:
+    """x * inverse, rounded to the nearest integer, as bytes into the int32 `buffer` from `index`
+    on; also the integers, int32 lanes. For NaN they are some integers."""
+    where = T.address_of(buffer[tuple(index)])
+    return T.bind(_call(v, f"int32x{v.lanes}", "round_into", where, x, v.splat(inverse)))
+
+
+def total(v: Vector, x: Expr) -> Expr:
+    """The sum of int32 lanes."""
+    return T.bind(_call(v, "int32", "total", x))
+
+
+def dot4(v: Vector, acc: Expr, codes: Expr, x: Expr) -> Expr:
+    """acc + the dot products of unsigned bytes of `codes` with signed ones of `x`."""
+    return _call(v, f"int32x{v.lanes}", "dot4", acc, codes, x)
+
+
+def low4(v: Vector, words: Expr) -> Expr:
+    """The first four codes of each lane, as bytes."""
+    return T.bind(T.bitwise_and(words, T.broadcast(T.int32(0x0F0F0F0F), v.lanes)))
+
+
+def high4(v: Vector, words: Expr) -> Expr:
+    """The last four codes of each lane, as bytes."""
+    return low4(v, T.shift_right(words, T.broadcast(T.int32(4), v.lanes)))
+
+
+def e2m1(v: Vector, codes: Expr) -> Expr:
+    """Bytes with codes of e2m1 -> twice their values, plus `E2M1_ZERO`."""
+    return T.bind(_call(v, f"int32x{v.lanes}", "e2m1", codes))
+
+
+def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
+    return T.call_extern(dtype, f"moec_{name}_{v.lanes}", *args)
+
+
+@cache
+def _functions(target: Target) -> str:
+    n = target.vector_lanes
+    return _rounding(n) + _dot4(target) + _e2m1(target)
+
+
+def _splat(n: int, kind: str, value: str) -> str:
+    return "<" + ", ".join([f"{kind} {value}"] * n) + ">"
+
+
+def _rounding(n: int) -> str:
+    f, i = f"<{n} x float>", f"<{n} x i32>"
+    return f"""
+declare i32 @llvm.vector.reduce.add.v{n}i32({i})
+define linkonce_odr {i} @moec_round_into_{n}(ptr %p, {f} %x, {f} %inverse) alwaysinline {{
+  %m = fmul {f} %x, %inverse
+  %t = fadd {f} %m, {_splat(n, "float", _ROUNDER)}
+  %b = bitcast {f} %t to {i}
+  %q = sub {i} %b, {_splat(n, "i32", _ROUNDER_BITS)}
+  %e = trunc {i} %q to <{n} x i8>
+  store <{n} x i8> %e, ptr %p, align 4
+  ret {i} %q
+}}
+define linkonce_odr i32 @moec_total_{n}({i} %a) alwaysinline {{
+  %r = call i32 @llvm.vector.reduce.add.v{n}i32({i} %a)
+  ret i32 %r
+}}
+"""
+
+
+def _dot4(target: Target) -> str:
+    n = target.vector_lanes
+    i = f"<{n} x i32>"
+    head = f"define linkonce_odr {i} @moec_dot4_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{"
+    if target.int8_dot:
+        bits, bytes_ = 32 * n, f"<{4 * n} x i8>"
+        dot = f"@llvm.x86.avx512.vpdpbusd.{bits}"
+        return f"""
+declare {i} {dot}({i}, {bytes_}, {bytes_})
+{head}
+  %x = bitcast {i} %a to {bytes_}
+  %y = bitcast {i} %b to {bytes_}
+  %r = call {i} {dot}({i} %acc, {bytes_} %x, {bytes_} %y)
+  ret {i} %r
+}}
+"""
+    h, w = f"<{2 * n} x i16>", f"<{2 * n} x i32>"
+    eight, mask = _splat(2 * n, "i16", "8"), _splat(2 * n, "i16", "255")
+    even = "<" + ", ".join(f"i32 {2 * j}" for j in range(n)) + ">"
+    odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(n)) + ">"
+
+    def pairs(name: str, a: str, b: str) -> str:
+        """Sums of two products of 16 bits, in the form that LLVM finds an instruction for."""
+        return f"""
+  %{name}a = sext {h} {a} to {w}
+  %{name}b = sext {h} {b} to {w}
+  %{name}p = mul {w} %{name}a, %{name}b
+  %{name}e = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {even}
+  %{name}o = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {odd}
+  %{name} = add {i} %{name}e, %{name}o"""
+
+    return f"""
+{head}
+  %x = bitcast {i} %a to {h}
+  %y = bitcast {i} %b to {h}
+  %xl = and {h} %x, {mask}
+  %xh = lshr {h} %x, {eight}
+  %ys = shl {h} %y, {eight}
+  %yl = ashr {h} %ys, {eight}
+  %yh = ashr {h} %y, {eight}{pairs("l", "%xl", "%yl")}{pairs("h", "%xh", "%yh")}
+  %s = add {i} %l, %h
+  %r = add {i} %acc, %s
+  ret {i} %r
+}}
+"""
+
+
+def _e2m1(target: Target) -> str:
+    n = target.vector_lanes
+    i, c = f"<{n} x i32>", f"<{4 * n} x i8>"
+    head = f"""define linkonce_odr {i} @moec_e2m1_{n}({i} %codes) alwaysinline {{
+  %c = bitcast {i} %codes to {c}"""
+    tail = f"""
+  %r = bitcast {c} %v to {i}
+  ret {i} %r
+}}
+"""
+    shuffle = {
+        8: ("avx2", "@llvm.x86.avx2.pshuf.b"),
+        16: ("avx512bw", "@llvm.x86.avx512.pshuf.b.512"),
+    }.get(n)
+    if shuffle is not None and shuffle[0] in target.features:
+        values = [E2M1_ZERO + s * value for s in (1, -1) for value in E2M1_TWICE]
+        table = "<" + ", ".join(f"i8 {value}" for value in values * (n // 4)) + ">"
+        return f"""
+declare {c} {shuffle[1]}({c}, {c})
+{head}
+  %v = call {c} {shuffle[1]}({c} {table}, {c} %c){tail}"""
+    b = f"<{4 * n} x i1>"
+
+    def const(value: int) -> str:
+        return _splat(4 * n, "i8", str(value))
+
+    # Magnitudes 0 1 2 3 4 6 8 12: m below 4, then 2m - 4, then 4m - 16.
+    return f"""
+{head}
+  %m = and {c} %c, {const(7)}
+  %m2 = add {c} %m, %m
+  %m4 = add {c} %m2, %m2
+  %two = sub {c} %m2, {const(4)}
+  %four = sub {c} %m4, {const(16)}
+  %small = icmp ult {c} %m, {const(4)}
+  %middle = icmp ult {c} %m, {const(6)}
+  %upper = select {b} %middle, {c} %two, {c} %four
+  %size = select {b} %small, {c} %m, {c} %upper
+  %negative = icmp ugt {c} %c, {const(7)}
+  %minus = sub {c} zeroinitializer, %size
+  %signed = select {b} %negative, {c} %minus, {c} %size
+  %v = add {c} %signed, {const(E2M1_ZERO)}{tail}"""

@@ -1,0 +1,223 @@
+"""Products of each expert's rows, as codes of 8 bits, with that expert's weights of few bits.
+
+    y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
+
+Inside a block all is integers, four products of bytes an instruction, and exact. The blocks'
+sums are added in one order, by one thread: results depend neither on the number of threads nor
+on the rows beside them.
+
+The register tile is that of float32 (tile.py): some rows times the columns of a tile. Where a
+row has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float
+and is added to a second set of registers, which leaves room for half as many columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import integers
+from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.vector import Vector
+from moec.target import Target
+
+
+@dataclass(frozen=True)
+class QuantisedOperands(Operands):
+    """`x` holds the codes of rows (round_rows.py), `w` those of weights."""
+
+    x_scales: Buffer
+    sums: Buffer
+    w_scales: Buffer
+    zeros: Buffer | None
+
+
+@dataclass(frozen=True)
+class QuantisedTile(Tile):
+    """Emits the loops over rows and K for one tile of columns."""
+
+    layout: QuantisedLayout
+    operands: QuantisedOperands
+
+    def rows(self, group: Expr, tile: Expr, first: Expr, count: Expr) -> None:
+        most = self.layout.tile_rows
+        with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
+            self._some(group, tile, first + i * most, most)
+        left = T.bind(T.truncmod(count, T.int64(most)))
+        for m in range(1, most):
+            with T.If(left == m), T.Then():
+                self._some(group, tile, T.bind(first + count - m), m)
+
+    def _some(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
+        """`m` rows from `row` on."""
+        v, lay = self.vector, self.layout
+        lanes = T.ramp(0, 1, v.lanes)
+        rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
+
+        def registers(dtype: str) -> list[list[Buffer]]:
+            return [
+                [T.alloc_buffer((v.lanes,), dtype) for _ in range(lay.vectors)] for _ in range(m)
+            ]
+
+        whole, acc = registers("int32"), registers("float32")
+        if lay.blocks == 1:
+            self._integers(whole, rows, group, tile, 0)
+            scales = self._scales(group, tile, 0)
+            for i, r in enumerate(rows):
+                factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
+                for j, scale in enumerate(scales):
+                    T.buffer_store(acc[i][j], self._float(whole[i][j]) * (scale * factor), [lanes])
+        else:
+            for each in acc:
+                for a in each:
+                    T.buffer_store(a, v.splat(0.0), [lanes])
+            with T.serial(0, lay.blocks) as block:
+                self._integers(whole, rows, group, tile, block)
+                scales = self._scales(group, tile, block)
+                for i, r in enumerate(rows):
+                    factor = v.splat(T.bind(self.operands.x_scales[r, block]))
+                    for j, scale in enumerate(scales):
+                        scaled = T.bind(self._float(whole[i][j]) * factor)
+                        added = v.fma(scaled, scale, acc[i][j][lanes])
+                        T.buffer_store(acc[i][j], added, [lanes])
+        self._finish(acc, row, m, group, tile)
+
+    def _float(self, sums: Buffer) -> Expr:
+        v = self.vector
+        return T.bind(T.cast(sums[T.ramp(0, 1, v.lanes)], v.dtype))
+
+    def _integers(
+        self,
+        acc: list[list[Buffer]],
+        rows: list[Expr],
+        group: Expr,
+        tile: Expr,
+        block: Expr | int,
+    ) -> None:
+        """acc[i][j] = the integer sums of one block."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        lanes = T.ramp(0, 1, v.lanes)
+        zeros = self._zeros(group, tile, block)
+        for i, r in enumerate(rows):
+            total = T.bind(ops.sums[r, block])
+            for j in range(lay.vectors):
+                start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
+                T.buffer_store(acc[i][j], start, [lanes])
+        quads = lay.per_word // 4
+        with T.serial(0, lay.depth_block) as step:
+            word = T.bind(block * lay.depth_block + step)
+            at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
+            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
+            for q in range(quads):
+                for i, r in enumerate(rows):
+                    x = T.bind(T.broadcast(ops.x[r, word * quads + q], v.lanes))
+                    for j in range(lay.vectors):
+                        made = integers.dot4(v, acc[i][j][lanes], codes[j][q], x)
+                        T.buffer_store(acc[i][j], made, [lanes])
+
+    def _codes(self, words: Expr) -> list[Expr]:
+        """Unsigned bytes, four to a lane, for each four codes of a word."""
+        v, kind = self.vector, self.layout.spec.format.kind
+        if kind == "int8":
+            return [words]
+        halves = [integers.low4(v, words), integers.high4(v, words)]
+        return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
+
+    def _scales(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
+        v, lay, scales = self.vector, self.layout, self.operands.w_scales
+        starts = [j * v.lanes for j in range(lay.vectors)]
+        if lay.scale_dtype == "bfloat16":
+            return [v.load(scales, [group, tile, block, start]) for start in starts]
+        # An exponent is the upper bits of a float32; e2m1's codes are twice their values.
+        half = T.broadcast(T.float32(0.5), v.lanes)
+        exponents = [
+            T.cast(scales[group, tile, block, T.ramp(start, 1, v.lanes)], f"int32x{v.lanes}")
+            for start in starts
+        ]
+        bits = [T.shift_left(e, T.broadcast(T.int32(23), v.lanes)) for e in exponents]
+        return [T.bind(T.reinterpret(v.dtype, b) * half) for b in bits]
+
+    def _zeros(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
+        v, lay, zeros = self.vector, self.layout, self.operands.zeros
+        if zeros is None:
+            format = lay.spec.format
+            zero = integers.E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
+            return [T.broadcast(T.int32(zero), v.lanes)] * lay.vectors
+        return [
+            T.bind(
+                T.cast(
+                    zeros[group, tile, block, T.ramp(j * v.lanes, 1, v.lanes)], f"int32x{v.lanes}"
+                )
+            )
+            for j in range(lay.vectors)
+        ]
+
+
+def quantised_linear(
+    target: Target,
+    spec: QuantisedSpec,
+    top_k: int = 0,
+    epilogue: Epilogue | None = None,
+    scale_dtype: str | None = None,
+    name: str = "quantised",
+) -> PrimFunc:
+    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
+    zeros][, bias packed][, scale[T, top_k]], y[R, n]).
+
+    With `top_k`, row r of y is made of row order[r] // top_k of x; with 0, R is T.
+    """
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    lay, v, experts = QuantisedLayout(spec, target), Vector(target), spec.groups
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            t, r = T.int64(), T.int64()
+            x_rows = t if top_k else r
+
+            def buffer(name: str, shape: tuple[object, ...], dtype: str) -> Buffer:
+                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+            x = buffer("x", (x_rows, lay.x_words), "int32")
+            x_scales = buffer("x_scales", (x_rows, lay.blocks), "float32")
+            sums = buffer("sums", (x_rows, lay.blocks), "int32")
+            order = buffer("order", (r,), "int32") if top_k else None
+            ends = buffer("ends", (experts,), "int32")
+            w = buffer("w", lay.shape, lay.dtype)
+            w_scales = buffer("w_scales", lay.scale_shape, lay.scale_dtype)
+            asymmetric = spec.format.asymmetric
+            zeros = buffer("zeros", lay.scale_shape, "uint8") if asymmetric else None
+            bias = buffer("bias", lay.bias_shape, "float32") if spec.bias else None
+            scale = buffer("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
+            y = buffer("y", (r, spec.n), spec.y_dtype)
+
+            def token(row: Expr) -> Expr:
+                return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
+
+            def row_scale(row: Expr) -> Expr:
+                assert order is not None
+                slot = T.cast(T.truncmod(order[row], top_k), "int64")
+                return v.scalar(scale, [token(row), slot])
+
+            operands = QuantisedOperands(
+                x, w, y, bias, token, None if scale is None else row_scale,
+                x_scales, sums, w_scales, zeros,
+            )  # fmt: skip
+            tile = QuantisedTile(lay, operands, epilogue)
+            with integers.functions(v), T.parallel(0, lay.tiles * experts) as unit:
+                column = T.bind(T.truncdiv(unit, experts))
+                e = T.bind(T.truncmod(unit, experts))
+                before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
+                first = T.bind(T.cast(before, "int64"))
+                end = T.bind(T.cast(ends[e], "int64"))
+                with T.If(first < end), T.Then():
+                    tile.rows(e, column, first, end - first)
+                with T.If(e == experts - 1), T.Then():
+                    tile.zero_rows(column, end, r - end)
+    return builder.get()

@@ -1,0 +1,95 @@
+"""Rows of activations as integers of 8 bits: `moec.quantisation.round_rows` as a kernel.
+
+    x[R, K]  ->  codes int32[R, words] (four to a word, 0 behind K),
+                 scales float32[R, blocks], sums int32[R, blocks] of the codes of each block
+
+The sums are what the zeros of weights are multiplied by: sum (c - z) x = sum c x - z sum x.
+"""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import integers
+from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.vector import Vector
+from moec.quantisation import MOST, TINY
+from moec.target import Target
+
+
+def round_rows(
+    target: Target, width: int, blocks: int, dtype: str, name: str = "round_rows"
+) -> PrimFunc:
+    """A kernel (x[R, width], codes, scales, sums); `blocks` divides `width`."""
+    words = row_words(width)
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            rows = T.int64()
+            x = T.match_buffer(T.arg("x", T.handle()), (rows, width), dtype)
+            codes = T.match_buffer(T.arg("codes", T.handle()), (rows, words), "int32")
+            scales = T.match_buffer(T.arg("scales", T.handle()), (rows, blocks), "float32")
+            sums = T.match_buffer(T.arg("sums", T.handle()), (rows, blocks), "int32")
+            v = Vector(target)
+            with integers.functions(v), T.parallel(0, rows) as row:
+                for word in range(-(-width // v.lanes) * v.lanes // 4, words):
+                    T.buffer_store(codes, T.int32(0), [row, word])
+                with T.serial(0, blocks) as block:
+                    _Block(v, x, codes, row, block, width // blocks).run(scales, sums)
+    return builder.get()
+
+
+class _Block:
+    """One block of one row."""
+
+    def __init__(
+        self, v: Vector, x: Buffer, codes: Buffer, row: Expr, block: Expr, size: int
+    ) -> None:
+        self.v, self.x, self.codes, self.row, self.size = v, x, codes, row, size
+        self.start = T.bind(block * size)
+        self.block = block
+
+    def run(self, scales: Buffer, sums: Buffer) -> None:
+        v = self.v
+        lanes = T.ramp(0, 1, v.lanes)
+        greatest = T.alloc_buffer((v.lanes,), "float32")
+        strange = T.alloc_buffer((v.lanes,), "float32")
+        added = T.alloc_buffer((v.lanes,), "int32")
+        for buffer in (greatest, strange):
+            T.buffer_store(buffer, v.splat(0.0), [lanes])
+        T.buffer_store(added, T.broadcast(T.int32(0), v.lanes), [lanes])
+
+        def look(x: Expr, at: Expr) -> None:
+            size, most = v.abs(x), T.bind(greatest[lanes])
+            T.buffer_store(greatest, T.Select(size > most, size, most), [lanes])
+            # x * 0 is 0 for every number, and NaN for infinities and NaN.
+            T.buffer_store(strange, v.fma(x, v.splat(0.0), strange[lanes]), [lanes])
+
+        self.each(look)
+        most = T.bind(v.max(greatest[lanes]))
+        scale = most * T.float32(1 / MOST) + v.sum(strange[lanes])
+        T.buffer_store(scales, scale, [self.row, self.block])
+        inverse = T.bind(T.Select(most > T.float32(TINY), T.float32(MOST) / most, T.float32(0.0)))
+
+        def write(x: Expr, at: Expr) -> None:
+            place = [self.row, T.truncdiv(at, 4)]
+            made = integers.round_into(v, self.codes, place, x, inverse)
+            T.buffer_store(added, added[lanes] + made, [lanes])
+
+        self.each(write)
+        T.buffer_store(sums, integers.total(v, added[lanes]), [self.row, self.block])
+
+    def each(self, action: object) -> None:
+        """`action(x, where)` for all vectors of the block; lanes behind its end are 0."""
+        v, whole = self.v, self.size // self.v.lanes
+        assert callable(action)
+        with T.serial(0, whole) as c:
+            at = T.bind(self.start + c * v.lanes)
+            action(v.load(self.x, [self.row, at]), at)
+        if left := self.size % v.lanes:
+            at = T.bind(self.start + whole * v.lanes)
+            action(v.load_tail(self.x, [self.row, at], T.int32(left)), at)

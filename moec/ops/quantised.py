@@ -1,0 +1,134 @@
+"""grouped.quantised: grouped.linear with weights of few bits and rows of eight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.aten import TORCH_DTYPES
+from moec.ir import DType, Op, TensorType, Value
+from moec.ops.definition import Runner, defop, integer, require
+from moec.quantisation import KINDS, MXFP4_BLOCK, Format, dequantise, round_rows
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """codes u8[E, N, K], scales [E, N, blocks], zeros u8[E, N, blocks] or None."""
+
+    codes: Value
+    scales: Value
+    zeros: Value | None
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return tuple(v for v in (self.codes, self.scales, self.zeros) if v is not None)
+
+
+@dataclass(frozen=True)
+class GroupedQuantised:
+    """The inputs of grouped.quantised by name."""
+
+    x: Value
+    ends: Value
+    matrices: tuple[Matrix, ...]
+    biases: tuple[Value, ...]
+    order: Value | None
+    scale: Value | None
+    format: Format
+
+    @staticmethod
+    def of(op: Op) -> GroupedQuantised:
+        x, ends, *rest = op.inputs
+        count, zeros = integer(op, "matrices"), bool(op.attrs.get("zeros"))
+        kind = op.attrs.get("kind")
+        require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
+        each = 2 + zeros
+        require(op, count >= 1 and len(rest) >= count * each, "lacks codes or scales")
+        matrices = tuple(
+            Matrix(rest[i], rest[i + 1], rest[i + 2] if zeros else None)
+            for i in range(0, count * each, each)
+        )
+        rest = rest[count * each :]
+        biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
+        rest = rest[len(biases) :]
+        order = rest.pop(0) if op.attrs.get("gather") else None
+        scale = rest.pop(0) if op.attrs.get("scaled") else None
+        require(op, not rest, "has inputs that no attribute names")
+        width, blocks = matrices[0].codes.shape[-1], matrices[0].scales.shape[-1]
+        require(op, isinstance(width, int) and isinstance(blocks, int), "has symbolic weights")
+        assert isinstance(width, int)
+        assert isinstance(blocks, int)
+        require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
+        block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
+        return GroupedQuantised(
+            x, ends, matrices, biases, order, scale, Format(cast(str, kind), block, zeros)
+        )
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = GroupedQuantised.of(op)
+    if parts.format.kind == "mxfp4":
+        require(op, parts.format.block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
+        require(op, not parts.format.asymmetric, "mxfp4 has no zeros")
+    first = parts.matrices[0]
+    for matrix in parts.matrices:
+        codes, scales = matrix.codes, matrix.scales
+        require(op, codes.dtype == "u8" and len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
+        require(op, codes.shape[2] == parts.x.shape[1], f"{parts.x} by {codes}")
+        require(op, codes.shape[:1] == parts.ends.shape, f"{codes} for {parts.ends}")
+        require(op, scales.shape[:2] == codes.shape[:2], f"{scales} for {codes}")
+        require(op, scales.dtype == parts.format.scale_dtype, f"{scales} of {parts.format}")
+        require(op, scales.shape == first.scales.shape, f"{scales} beside {first.scales}")
+        if matrix.zeros is not None:
+            wanted = TensorType("u8", scales.shape)
+            require(op, matrix.zeros.type == wanted, f"{matrix.zeros} is not {wanted}")
+    for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
+        require(op, bias.shape == matrix.codes.shape[:2], f"{bias} for {matrix.codes}")
+    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
+    dtype = cast(DType, op.attrs["dtype"]).name
+    return (TensorType(dtype, (rows, first.codes.shape[1])),)
+
+
+@defop("grouped.quantised", _infer)
+def grouped_quantised(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """x, ends[E], (codes[E, N, K], scales[E, N, b], zeros[E, N, b]?)…, biases[E, N]…,
+    order[R]?, scale[T, k]? -> h[R, N].
+
+    As grouped.linear, where matrix j of expert e is `quantisation.dequantise` of codes, scales
+    and zeros, the row is `quantisation.round_rows` of x, and products are in float32. `kind` is
+    int8, int4 or mxfp4; `zeros` says that zeros are there. `scaled` multiplies the product.
+    """
+    kind, each = attrs["kind"], 2 + bool(attrs.get("zeros"))
+    x, ends, *rest = tensors
+    count, k = attrs["matrices"], attrs.get("gather", 0)
+    matrices = [rest[i : i + each] for i in range(0, count * each, each)]
+    rest = rest[count * each :]
+    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
+    rows, scale = round_rows(x, matrices[0][1].shape[-1]), None
+    if k:
+        order = rest.pop(0).long()
+        rows = rows[order // k]
+        if attrs.get("scaled"):
+            scale = rest.pop(0).reshape(-1)[order][:, None].float()
+    result = x.new_zeros(len(rows), matrices[0][0].shape[1], dtype=attrs["dtype"])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if start == end:
+            continue
+        parts = []
+        for matrix, bias in zip(matrices, biases, strict=True):
+            product = rows[start:end] @ dequantise(kind, *(t[expert] for t in matrix)).mT
+            product = product if scale is None else product * scale[start:end]
+            product = product if bias is None else product + bias[expert].float()
+            parts.append(product)
+        if op.body is not None:
+            sums = [p.to(TORCH_DTYPES[v.dtype]) for p, v in zip(parts, op.body.inputs, strict=True)]
+            parts = list(run(op.body, sums))
+        result[start:end] = parts[0].to(attrs["dtype"])
+        start = end
+    return result

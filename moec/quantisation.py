@@ -1,0 +1,184 @@
+"""Numbers of few bits: how weights and rows become codes with scales, and what those mean.
+
+    int8, int4    w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
+    mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
+
+A scale (and a zero) belongs to a row of a weight [.., N, K], or to each block of a row. Rows of
+activations are quantised while the model runs, to whole numbers of -127 .. 127 with one scale
+for each block of the weights that they meet: products are then sums of integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.errors import UsageError
+
+KINDS = ("int8", "int4", "mxfp4")
+BLOCKS = (32, 64, 128)
+BITS = {"int8": 8, "int4": 4, "mxfp4": 4}
+MXFP4_BLOCK = 32
+# e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
+E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
+TINY = 1e-30
+"""A block of activations without a greater magnitude is 0: its scale could not be inverted."""
+MOST = 127.0
+
+SPELLING = "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, or mxfp4"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored. `block` 0: one scale a row."""
+
+    kind: str
+    block: int = 0
+    asymmetric: bool = False
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.kind]
+
+    @property
+    def scale_dtype(self) -> str:
+        """bf16 has the range of float32 and half of its bytes; mxfp4's scales are exponents."""
+        return "u8" if self.kind == "mxfp4" else "bf16"
+
+    def blocks(self, width: int) -> int:
+        """Scales in a row of `width` weights."""
+        return width // self.block if self.block else 1
+
+    def nbytes(self, rows: int, width: int) -> int:
+        """Bytes of `rows` rows of codes, scales and zeros, without padding."""
+        each = self.blocks(width) * (1 if self.kind == "mxfp4" else 2 + self.asymmetric)
+        return rows * (-(-width * self.bits // 8) + each)
+
+    def __str__(self) -> str:
+        block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
+        return self.kind + block + (":asymmetric" if self.asymmetric else "")
+
+
+def parse(text: str) -> Format:
+    """The format that a text such as "int4:64:asymmetric" spells.
+
+    Raises UsageError, naming the part that is wrong, for any other text.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
+    kind, *options = text.split(":")
+    if kind not in KINDS:
+        raise UsageError(f"quant {text!r}: {kind!r} is no format; {SPELLING}")
+    block, asymmetric = 0, False
+    for option in options:
+        if kind == "mxfp4":
+            raise UsageError(
+                f"quant {text!r}: mxfp4 is symmetric, in blocks of 32: it takes no :{option}"
+            )
+        if option == "asymmetric" and not asymmetric:
+            asymmetric = True
+        elif option in map(str, BLOCKS) and not block:
+            block = int(option)
+        else:
+            raise UsageError(
+                f"quant {text!r}: :{option} is no block and no option, or comes twice; {SPELLING}"
+            )
+    return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """codes u8[E, N, K], scales bf16 or u8[E, N, blocks], zeros u8[E, N, blocks] or None."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def quantise(format: Format, weight: Tensor) -> Quantised:
+    """Each weight [E, N, K] rounded to the nearest code.
+
+    Symmetric scales map the value of greatest magnitude of a row or block to -2^(bits-1), so
+    that all codes are used; asymmetric ones map its range, widened to hold 0. Codes are found
+    with the scale as it is stored. Raises ValueError where a block does not divide K.
+    """
+    width = weight.shape[-1]
+    if format.block and width % format.block:
+        raise ValueError(f"blocks of {format.block} do not divide {width}")
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    shape = (*weight.shape[:-1], format.blocks(width))
+    scale_dtype = torch.uint8 if format.scale_dtype == "u8" else torch.bfloat16
+    scales = torch.empty(shape, dtype=scale_dtype)
+    zeros = torch.empty(shape, dtype=torch.uint8) if format.asymmetric else None
+    # One matrix at a time: a float32 copy of a whole stack would be larger than the stack.
+    for e, matrix in enumerate(weight):
+        full = matrix.float().reshape(-1, shape[-1], width // shape[-1])
+        made = _mxfp4(full) if format.kind == "mxfp4" else _integers(format, full)
+        codes[e], scales[e] = made[0].flatten(-2), made[1]
+        if zeros is not None and made[2] is not None:
+            zeros[e] = made[2]
+    return Quantised(codes, scales, zeros)
+
+
+def _integers(format: Format, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, scales, zeros of w[N, blocks, block]."""
+    levels = 2**format.bits
+    low, high = torch.aminmax(w, dim=-1)
+    if format.asymmetric:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = _stored((high - low) / (levels - 1))
+        zero = (-low / scale.float()).round().clamp(0, levels - 1)
+    else:
+        greatest = torch.where(high > -low, high, low)
+        scale = _stored(greatest / -(levels // 2))
+        zero = torch.full_like(greatest, levels // 2)
+    codes = (w / scale.float()[..., None]).round_().add_(zero[..., None])
+    return codes.clamp_(0, levels - 1).byte(), scale, zero.byte()
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """The scale as it is stored; 1 where all weights are 0 or too small for a scale."""
+    stored = scale.bfloat16()
+    return torch.where(stored.float().abs() > TINY, stored, torch.ones_like(stored))
+
+
+def _mxfp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The conversion of the OCP specification (section 6.3): the shared exponent is that of the
+    greatest magnitude less e2m1's own greatest exponent, 2; magnitudes beyond 6 become 6."""
+    greatest = w.abs().amax(-1)
+    _, exponent = torch.frexp(greatest)  # greatest = m * 2^exponent with 0.5 <= m < 1
+    shared = torch.where(greatest > 0, exponent - 1 - 2, 0).clamp(-126, 127)
+    scaled = torch.ldexp(w, -shared[..., None]).abs()
+    # Codes are as far apart as 1/2 up to 2, as 1 up to 4, and as 2 beyond; halfway between two
+    # codes the even one wins, and half of a code is the even one's own spacing.
+    code = (scaled * 2).round_()
+    code = torch.where(scaled > 2, scaled.round() + 2, code)
+    code = torch.where(scaled > 4, (scaled / 2).round_() + 4, code).clamp_(max=7)
+    return torch.where(w < 0, code + 8, code).byte(), (shared + 127).byte(), None
+
+
+def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """The weights [.., N, K] in float32 that codes, scales and zeros stand for."""
+    by_block = (*scales.shape, codes.shape[-1] // scales.shape[-1])
+    if kind == "mxfp4":
+        table = torch.tensor([*E2M1_TWICE, *(-v for v in E2M1_TWICE)]) / 2
+        values = table[codes.int()].reshape(by_block)
+        return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+    values = codes.float().reshape(by_block)
+    zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
+    return ((values - zero) * scales.float()[..., None]).flatten(-2)
+
+
+def round_rows(x: Tensor, blocks: int) -> Tensor:
+    """x[R, K] in float32 as rows are rounded to integers of 8 bits, a scale for each block.
+
+    A block that holds an infinity or a NaN is NaN.
+    """
+    full = x.float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
+    greatest = full.abs().amax(-1, keepdim=True)
+    inverse = torch.where(greatest > TINY, MOST / greatest, torch.zeros_like(greatest))
+    scale = greatest * torch.tensor(1 / MOST)
+    scale = torch.where(greatest.isfinite(), scale, torch.full_like(scale, torch.nan))
+    return ((full * inverse).round() * scale).flatten(-2)
