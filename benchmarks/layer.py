@@ -1,12 +1,16 @@
 """One MoE layer of OLMoE's shape, by moec and by the ways that transformers has to run it.
 
     python benchmarks/layer.py [--tokens 1,8,64,512] [--dtypes float32,bfloat16] [--rounds 15]
+    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …]
 
 The layer is the whole block, router included, compiled by `moec.compile` as any module is. All
 contenders run in one process, one after the other in every round, on the same weights and
 inputs, so that whatever else the machine does falls on all of them. Printed are medians in
 milliseconds, how many times moec's median the best other one takes, and moec's share of what
 the machine can do: measured arithmetic peak or bandwidth, whichever binds (benchmarks/limits.py).
+
+With --quant, moec's experts in few bits run beside its own in bfloat16 and beside ONNX Runtime's
+QMoE with the same codes (which is given the router's logits). Errors are shares of the norm.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from transformers import OlmoeConfig  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
 
 import moec  # noqa: E402
+from moec import quantisation  # noqa: E402
 from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 
@@ -50,8 +55,14 @@ class Contender:
     most_tokens: int = 1 << 30
 
 
-def block(dtype: torch.dtype) -> OlmoeSparseMoeBlock:
-    config = OlmoeConfig(hidden_size=D, intermediate_size=H, num_experts=E, num_experts_per_tok=K)
+def block(dtype: torch.dtype, normalised: bool = False) -> OlmoeSparseMoeBlock:
+    config = OlmoeConfig(
+        hidden_size=D,
+        intermediate_size=H,
+        num_experts=E,
+        num_experts_per_tok=K,
+        norm_topk_prob=normalised,
+    )
     made = OlmoeSparseMoeBlock(config).to(dtype).requires_grad_(False).eval()
     for weight in made.parameters():
         weight.normal_(std=0.03)
@@ -117,12 +128,45 @@ def compare(dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
     return ahead
 
 
+def compare_quantised(text: str, tokens: list[int], rounds: int) -> None:
+    """Print the table of one format: times, and errors against eager."""
+    from qmoe import qmoe
+
+    layer, format = block(torch.bfloat16, normalised=True), quantisation.parse(text)
+    example = torch.randn(1, 7, D).bfloat16()
+    compiled = moec.compile(layer, (example,), quant=text, verify=False)
+    ways = [
+        Contender("quantised", compiled),
+        Contender("moec bf16", moec.compile(layer, (example,), verify=False)),
+    ]
+    if format.kind != "mxfp4" and not format.asymmetric:
+        ways.append(Contender("QMoE", qmoe(layer, format, THREADS)))
+    stream, stored = bandwidth(), sum(line.bytes_after for line in compiled.quantised)
+    print(f"\n{text}: {THREADS} threads, {stream / 1e9:.1f} GB/s")
+    print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   % of bandwidth   errors")
+    for t in tokens:
+        x = torch.randn(1, t, D).bfloat16()
+        wanted = layer(x).float()
+        errors = [float((c.run(x).float() - wanted).norm() / wanted.norm()) for c in ways]
+        times: dict[str, list[float]] = {c.name: [] for c in ways}
+        for _ in range(rounds):
+            for c in ways:
+                c.run(x)  # the threads of the one before go to sleep meanwhile
+                times[c.name].append(timed(partial(c.run, x)))
+        median = {name: statistics.median(some) for name, some in times.items()}
+        used = len(set(layer.gate(x.view(-1, D))[2].flatten().tolist()))
+        share = stored * used / E / stream / median["quantised"]
+        cells = "".join(f"{median[c.name] * 1e3:12.2f}" for c in ways)
+        print(f"{t:6}{cells}{share:17.0%}   " + ", ".join(f"{e:.1e}" for e in errors), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", default="1,8,64,512")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-inductor", action="store_true", help="it takes minutes to compile")
+    parser.add_argument("--quant", help="a format of moec compile --quant, beside QMoE")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\._dynamo")
     torch.set_num_threads(THREADS)
@@ -130,6 +174,10 @@ def main() -> int:
     print(f"{Path(__file__).name}: D={D} H={H} E={E} k={K}, torch {torch.__version__}")
     print(f"load average before: {os.getloadavg()[0]:.1f}")
     tokens = [int(t) for t in options.tokens.split(",")]
+    if options.quant:
+        with torch.inference_mode():
+            compare_quantised(options.quant, tokens, options.rounds)
+        return 0
     with torch.inference_mode():
         results = [
             compare(dtype, tokens, options.rounds, not options.no_inductor)

@@ -132,9 +132,12 @@ class CompiledModel:
                 "against eager; the distance to the original model is above",
             )
         if checked and checked.strays:
+            why = "in 16 bits nearly equal router scores may choose other experts than eager's"
+            if self.quantised:
+                why = "nearly equal router scores may choose other experts than the graph's"
             notes += (
                 f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
-                "in 16 bits nearly equal router scores may choose other experts than eager's",
+                f"{why}",
             )
         if checked and checked.ties:
             notes += (
