@@ -20,6 +20,7 @@ import copy
 import os
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def compare_quantised(text: str, tokens: list[int], rounds: int) -> None:
         times: dict[str, list[float]] = {c.name: [] for c in ways}
         for _ in range(rounds):
             for c in ways:
-                c.run(x)  # the threads of the one before go to sleep meanwhile
+                time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
+                c.run(x)
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         used = len(set(layer.gate(x.view(-1, D))[2].flatten().tolist()))
