@@ -49,14 +49,19 @@ def package(
     lowered: Lowered,
     library: bytes,
     step: Program | None = None,
+    *,
+    weights: bool = True,
 ) -> Package:
-    """What `build` gives, for a module that was lowered and compiled before."""
+    """What `build` gives, for a module that was lowered and compiled before.
+
+    `weights=False` leaves the arrays to be bound later (`Executor.bind`).
+    """
     graph = program.graph
     before = [state.before for state in graph.states]
-    arrays = dict(_arrays(lowered.params, program.weights))
+    arrays = packed_arrays(lowered.params, program.weights) if weights else {}
     if step is not None:
         more = tuple(param for param in lowered.step if param.name not in arrays)
-        arrays |= dict(_arrays(more, step.weights))
+        arrays |= packed_arrays(more, step.weights)
     states = []
     for value in before:
         initial = f"{value.name}.initial" if value.name in program.weights else ""
@@ -114,13 +119,16 @@ def _size(dim: object) -> Size:
 # ---- weights ---------------------------------------------------------------------------
 
 
-def _arrays(
+def packed_arrays(
     params: tuple[Param, ...], weights: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, Array]]:
+) -> dict[str, Array]:
+    """The arrays of a package: weights by name, as the kernels want them."""
+    arrays = {}
     for param in params:
         tensors = [weights[value.name].detach() for value in param.values]
         made = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
-        yield param.name, made
+        arrays[param.name] = made
+    return arrays
 
 
 def as_array(tensor: torch.Tensor) -> Array:

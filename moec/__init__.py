@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moec.api import CompiledModel, compile
+    from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.loading import LoadedModel, load
 
-__all__ = ["CompiledModel", "LoadedModel", "MoecError", "compile", "load"]
+__all__ = ["CompiledModel", "LoadedModel", "MoecError", "compile", "load", "prepare", "stats"]
 
 _WHERE = {
     "CompiledModel": "moec.api",
@@ -24,6 +25,8 @@ _WHERE = {
     "MoecError": "moec.errors",
     "compile": "moec.api",
     "load": "moec.loading",
+    "prepare": "moec.dynamo",
+    "stats": "moec.dynamo",
 }
 
 

@@ -58,20 +58,23 @@ class Executor:
         self.package = package
         self._vm = open_library(package.library)
         self._main = self._vm[MAIN]
-        self._arrays = [package.arrays[port.name] for port in package.params]  # owns the memory
-        self._params = [_from_numpy(array) for array in self._arrays]
-        self._step: Any = None
-        if package.step is not None:
-            self._step = self._vm[STEP]
-            bound = dict(zip((p.name for p in package.params), self._params, strict=True))
-            for port in package.step.params:
-                if port.name not in bound:
-                    self._arrays.append(package.arrays[port.name])
-                    bound[port.name] = _from_numpy(self._arrays[-1])
-            self._step_params = [bound[port.name] for port in package.step.params]
+        self._step = self._vm[STEP] if package.step is not None else None
         self._lock = threading.Lock()
+        self.bind(package.arrays)
         self._states: list[Any] = []
         self.reset()
+
+    def bind(self, arrays: Mapping[str, Any]) -> None:
+        """Run with these weights, by name and packed as the package's are, from now on."""
+        ports = list(self.package.params)
+        if self.package.step is not None:
+            ports += self.package.step.params
+        with self._lock:
+            self._arrays = {port.name: arrays[port.name] for port in ports}  # own the memory
+            bound = {name: _from_numpy(array) for name, array in self._arrays.items()}
+            self._params = [bound[port.name] for port in self.package.params]
+            if self.package.step is not None:
+                self._step_params = [bound[port.name] for port in self.package.step.params]
 
     def reset(self) -> None:
         """Put every state back to what it starts from."""

@@ -8,7 +8,7 @@ the bounds.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -44,14 +44,19 @@ _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
-def decompose(program: ExportedProgram) -> ExportedProgram:
-    """Core ATen, with the operators in `KEPT` left whole. Raises CaptureError."""
-    table = torch.export.default_decompositions()
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """To core ATen, with the operators in `KEPT` left whole."""
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
     for overload in list(table):
         if str(overload) in KEPT:
             del table[overload]
+    return table
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Core ATen, with the operators in `KEPT` left whole. Raises CaptureError."""
     try:
-        decomposed: ExportedProgram = as_buffers(program).run_decompositions(table)
+        decomposed: ExportedProgram = as_buffers(program).run_decompositions(decompositions())
     except Exception as error:
         raise CaptureError(f"torch cannot decompose the export: {error}") from error
     return decomposed
@@ -66,7 +71,7 @@ class _Unknown:
 
 
 @dataclass
-class _Converter:
+class Converter:
     """The state of one conversion: what each node of the export became."""
 
     rename: Mapping[str, str]
@@ -263,7 +268,7 @@ def to_program(
     CaptureError, naming the place, for what a graph cannot hold.
     """
     rename = rename or {}
-    converter = _Converter(rename, exported.graph_module, prefix)
+    converter = Converter(rename, exported.graph_module, prefix)
     signature = exported.graph_signature
     holders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     mutated = dict(signature.buffers_to_mutate)
@@ -346,7 +351,7 @@ def _weight(exported: ExportedProgram, kind: InputKind, target: str) -> torch.Te
 
 
 def _outputs(
-    exported: ExportedProgram, converter: _Converter, names: Sequence[str]
+    exported: ExportedProgram, converter: Converter, names: Sequence[str]
 ) -> tuple[tuple[Value, ...], dict[str, Value]]:
     """The user's outputs and the new contents of each mutated buffer.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.export import Dim as TorchDim
 
+from moec.autograd import autograd_inside
 from moec.capture.exported import decompose, to_program
 from moec.errors import CaptureError
 from moec.evaluate import run_graph
@@ -38,6 +39,17 @@ def experts_op(
 
     An id of `num_experts` or more is the sentinel of expert parallelism: it adds nothing.
     """
+    return _experts(hidden, top_k_index, top_k_weights, params, num_experts, body)
+
+
+def _experts(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    params: list[torch.Tensor],
+    num_experts: int,
+    body: str,
+) -> torch.Tensor:
     graph = parse(body)
     total = torch.zeros_like(hidden)
     for expert in range(num_experts):
@@ -58,6 +70,50 @@ def _(
     body: str,
 ) -> torch.Tensor:
     return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("moec::experts_backward", mutates_args=())
+def experts_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    params: list[torch.Tensor],
+    num_experts: int,
+    body: str,
+) -> list[torch.Tensor]:
+    """The gradients of hidden, top_k_weights and each of params."""
+    leaves = [t.detach().requires_grad_() for t in (hidden, top_k_weights, *params)]
+    with autograd_inside():
+        y = _experts(leaves[0], top_k_index, leaves[1], leaves[2:], num_experts, body)
+        return list(torch.autograd.grad(y, leaves, grad, materialize_grads=True))
+
+
+@experts_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    params: list[torch.Tensor],
+    num_experts: int,
+    body: str,
+) -> list[torch.Tensor]:
+    return [torch.empty_like(t) for t in (hidden, top_k_weights, *params)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    hidden, index, weights, params, ctx.num_experts, ctx.body = inputs
+    ctx.save_for_backward(hidden, index, weights, *params)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    hidden, index, weights, *params = ctx.saved_tensors
+    made = experts_backward(grad, hidden, index, weights, params, ctx.num_experts, ctx.body)
+    return made[0], None, made[1], made[2:], None, None
+
+
+experts_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _OneExpert(torch.nn.Module):
@@ -140,46 +196,58 @@ def _rows(exported: torch.export.ExportedProgram) -> dict[str, str]:
     return {str(name): "R" for name in exported.range_constraints}
 
 
-@contextmanager
-def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """While open, every decorated experts module of the model is one `moec::experts` call.
+_BODY = "moec_body"
+"""The attribute of an experts module that holds the text of its body."""
 
+
+def _forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    result: torch.Tensor = experts_op(
+        hidden_states,
+        top_k_index,
+        top_k_weights.reshape(top_k_index.shape),
+        stacked(self),
+        self.num_experts,
+        getattr(self, _BODY),
+    )
+    return result
+
+
+def switch_experts(model: torch.nn.Module) -> dict[int, tuple[Any, Any]]:
+    """Make every decorated experts module of the model one `moec::experts` call.
+
+    Gives the configs that were changed, by id, with the implementation that each named before.
     Raises CaptureError for experts that cannot be traced.
     """
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
-        yield
-        return
+        return {}
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     bodies = _bodies(found)
-
-    def forward(
-        self: Any,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        result: torch.Tensor = experts_op(
-            hidden_states,
-            top_k_index,
-            top_k_weights.reshape(top_k_index.shape),
-            stacked(self),
-            self.num_experts,
-            bodies[id(self)],
-        )
-        return result
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    for module in found.values():
+        setattr(module, _BODY, bodies[id(module)])
     configs = {id(module.config): module.config for module in found.values()}
-    before = {key: config._experts_implementation for key, config in configs.items()}
+    before = {key: (c, c._experts_implementation) for key, c in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = NAME
+    return before
+
+
+@contextmanager
+def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
+    """As `switch_experts`, while open."""
+    before = switch_experts(model)
     try:
-        for config in configs.values():
-            config._experts_implementation = NAME
         yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation = before[key]
+        for config, implementation in before.values():
+            config._experts_implementation = implementation
 
 
 def _bodies(found: dict[str, Any]) -> dict[int, str]:
@@ -190,7 +258,9 @@ def _bodies(found: dict[str, Any]) -> dict[int, str]:
         shapes = tuple((p.shape, p.dtype, p.stride()) for p in stacked(module))
         plain = tuple(
             sorted(
-                (k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str)
+                (k, v)
+                for k, v in vars(module).items()
+                if isinstance(v, bool | int | float | str) and k != _BODY
             )
         )
         key = (type(module), shapes, plain, repr(getattr(module, "act_fn", None)))

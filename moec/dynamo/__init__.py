@@ -1,0 +1,26 @@
+"""`torch.compile(model, backend="moec")`.
+
+torch finds the backend by its entry point. From a checkout that is not installed, importing
+this package registers it.
+"""
+
+from __future__ import annotations
+
+from torch._dynamo import list_backends, register_backend
+
+from moec.dynamo.compiler import backend
+from moec.dynamo.preparation import prepare
+from moec.dynamo.record import Fallback, FallbackError, FallbackWarning, Stats, stats
+
+__all__ = [
+    "Fallback",
+    "FallbackError",
+    "FallbackWarning",
+    "Stats",
+    "backend",
+    "prepare",
+    "stats",
+]
+
+if "moec" not in list_backends(exclude_tags=()):
+    register_backend(backend, name="moec")

@@ -1,0 +1,82 @@
+"""Compiled blocks on disk: an artifact without weights for each key.
+
+The key is the SHA-256 of all that the code depends on: the region's graph with its types, the
+passes, the target and the versions. Reading an entry checks the hashes of its parts, as for
+every artifact; a damaged or foreign one is compiled anew and replaced. The folder is for its
+owner alone, since entries are native code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+from moec.errors import ArtifactError, UsageError
+from moec.runtime import artifact
+from moec.runtime.package import Package
+
+
+def default_folder() -> Path:
+    """$MOEC_CACHE, or moec/blocks in the user's cache."""
+    if given := os.environ.get("MOEC_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "moec" / "blocks"
+
+
+def key_of(*parts: object) -> str:
+    """Of what the code depends on, as text."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def load(folder: Path | None, key: str) -> Package | None:
+    """The package kept under a key, without arrays; None where there is none that can be used."""
+    if folder is None:
+        return None
+    path = folder / f"{key}.moec"
+    if not path.is_file() or not _private(path):
+        return None
+    try:
+        found = artifact.read(path)
+    except ArtifactError:
+        return None
+    if found.manifest.extra.get("key") != key:
+        return None
+    package = found.package
+    count = int(found.manifest.extra["inputs"])
+    return replace(package, inputs=package.inputs[:count], params=package.inputs[count:])
+
+
+def store(folder: Path | None, key: str, package: Package, graph_text: str) -> None:
+    """Keep a package under a key; its weights are the model's, and stay there.
+
+    Raises UsageError where the folder cannot be written, or is not the user's alone.
+    """
+    if folder is None:
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the cache {folder} cannot be made: {error.strerror}") from error
+    if not _private(folder):
+        raise UsageError(
+            f"the cache {folder} is not yours alone, and entries are native code: chmod 700 it, "
+            'or name another with options={"cache": ...}'
+        )
+    # Weights are arguments, as inputs are: an artifact need not hold them.
+    bare = replace(package, inputs=(*package.inputs, *package.params), params=(), arrays={})
+    extra = {"key": key, "inputs": len(package.inputs)}
+    path = folder / f"{key}.moec"
+    artifact.write(bare, path, graph_text=graph_text, extra=extra)
+    path.chmod(0o600)
+
+
+def _private(path: Path) -> bool:
+    """Whether it is the user's, and nobody else may write it."""
+    if not hasattr(os, "geteuid"):
+        return True
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,0 +1,124 @@
+"""A region -> code: the passes behind recognition, kernels, and how weights become arguments.
+
+Code knows no names and no weights of the model: layers with equal regions share it. What the
+passes computed from weights alone is kept as a small graph, so that it can be computed again
+when a weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from moec.codegen.build import compile_module
+from moec.codegen.lower import Lowered, lower
+from moec.codegen.package import export, package, packed_arrays
+from moec.dynamo import cache
+from moec.dynamo.options import Options
+from moec.dynamo.record import RECORDER
+from moec.dynamo.regions import Region
+from moec.errors import NoMatch
+from moec.evaluate import evaluate
+from moec.ir import Graph, Op, Program, Stage, Value
+from moec.passes.prove import without_origins
+from moec.passes.runner import Step, run
+from moec.pipeline import choose
+from moec.runtime.package import Package
+from moec.text import print_graph
+
+
+@dataclass(frozen=True)
+class Code:
+    """`graph` is the region in stage MOE; its inputs and params are the arguments of a call.
+
+    `folded` maps those params to the weights that the kernels read. `package` holds no arrays.
+    """
+
+    key: str
+    graph: Graph
+    folded: Graph
+    lowered: Lowered
+    package: Package
+
+    def arrays(self, weights: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """What the kernels read, packed from tensors in the order of the region's params."""
+        given = {p.name: w for p, w in zip(self.graph.params, weights, strict=True)}
+        made = evaluate(self.folded, [], given)
+        named = {v.name: t for v, t in zip(self.folded.outputs, made, strict=True)}
+        return packed_arrays(self.lowered.params, named)
+
+
+def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Code:
+    """The code of a region: known from an equal one, from the cache, or made.
+
+    Raises MoecError where it cannot be made.
+    """
+    graph = without_origins(region.program.graph)
+    names = zip(graph.params, region.program.graph.params, strict=True)
+    weights = {new.name: region.program.weights[old.name] for new, old in names}
+    key = _key(graph, weights, options)
+    if key in known:
+        RECORDER.add(cache_hits=1)
+        return known[key]
+    passes = choose(options.opt_level, options.passes)
+    last = max(i for i, pass_ in enumerate(passes) if pass_.name.startswith("recognise-"))
+    steps = run(Program(graph, weights), passes[last + 1 :], stage=Stage.MOE)
+    final = steps[-1].program
+    lowered = lower(final.graph, options.target)
+    bare = package(final, options.target, lowered, b"", weights=False)
+    found = cache.load(options.cache, key)
+    if found is not None and (found.params, found.inputs) == (bare.params, bare.inputs):
+        RECORDER.add(disk_hits=1)
+        made = found
+    else:
+        library = export(compile_module(lowered.module, options.target, options.opt_level))
+        made = replace(bare, library=library)
+        RECORDER.add(code_compiled=1)
+        cache.store(options.cache, key, made, print_graph(final.graph))
+    return Code(key, graph, _folded(steps, graph), lowered, made)
+
+
+def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:
+    constants = [
+        (name, tensor.tolist())
+        for name, tensor in weights.items()
+        if is_constant(tensor) and tensor.numel() < 4096
+    ]
+    versions = [version(name) for name in ("moec", "apache-tvm", "torch")]
+    passes = [repr(pass_) for pass_ in choose(options.opt_level, options.passes)]
+    return cache.key_of(
+        print_graph(graph), constants, options.target, options.opt_level, passes, versions
+    )
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether recognition may have relied on what the tensor holds."""
+    return not tensor.is_floating_point() or not tensor.ndim
+
+
+def _folded(steps: Sequence[Step], graph: Graph) -> Graph:
+    """The graph that makes the last step's params from the first one's."""
+    makers: dict[Value, Op] = {}
+    for step in steps:
+        for op in step.program.graph.ops:
+            makers |= dict.fromkeys(op.outputs, op)
+    final = steps[-1].program.graph.params
+    ops: dict[Op, None] = {}
+
+    def make(value: Value) -> None:
+        if value in graph.params:
+            return
+        op = makers.get(value)
+        if op is None:
+            raise NoMatch(f"{value.name} is made of no weight")
+        for source in op.inputs:
+            make(source)
+        ops[op] = None
+
+    for value in final:
+        make(value)
+    return Graph((), graph.params, tuple(ops), final, name="weights")

@@ -1,0 +1,118 @@
+"""The backend: Dynamo's graph -> MoE blocks on kernels of moec, the rest on Inductor or eager.
+
+    Dynamo's graph ─ trace ─▶ ATen ─ convert ─▶ Graph[ATEN] ─ recognise ─▶ Graph[MOE]
+                               │                                              │ regions
+          rest (Inductor) ◀─ moec::block in place of each region ◀─ code ◀────┘
+
+Blocks are replaced before autograd sees the graph, by an operator that has a gradient: the same
+path serves inference and training, and aot_autograd takes care of everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.dynamo.code import Code, generate
+from moec.dynamo.convert import convert
+from moec.dynamo.operators import Site, place
+from moec.dynamo.options import Options, parse
+from moec.dynamo.record import RECORDER, Fallback
+from moec.dynamo.regions import Region, regions
+from moec.dynamo.rest import compile_rest
+from moec.dynamo.trace import static_inputs, trace
+from moec.dynamo.training import needs_gradient, stopped
+from moec.errors import IRError, MoecError, NoMatch
+from moec.passes.runner import run
+from moec.pipeline import choose, until
+
+
+def backend(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="moec", options=...)` calls with each graph.
+
+    Raises UsageError for options that do not exist, FallbackError under `strict`.
+    """
+    asked = parse(options, mode)
+    with torch._dynamo.utils.dynamo_timed("moec_backend"):
+        sites, module, left = _replace_blocks(module, inputs, asked)
+    run_rest = compile_rest(module, inputs, asked.rest)
+    RECORDER.add(compilations=1, blocks=len(sites))
+    RECORDER.fall_back(left, strict=asked.strict)
+
+    def call(*arguments: Any) -> Any:
+        return run_rest(*arguments)
+
+    call.sites = sites  # type: ignore[attr-defined]  # they live as long as the graph
+    return call
+
+
+def _replace_blocks(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> tuple[list[Site], fx.GraphModule, list[Fallback]]:
+    """The sites made, the graph that calls them, and what was left to PyTorch. A graph without
+    blocks stays as it was."""
+    hint = _choice_of_experts(module)
+    try:
+        traced = trace(module, inputs)
+        static = static_inputs(traced, inputs)
+        converted = convert(traced, static)
+        steps = run(converted.program, until(choose(0), "recognise"))
+    except NoMatch as why:
+        return [], module, [Fallback("the graph", str(why))] if hint else []
+    left = [Fallback(d.where, d.reason) for step in steps for d in step.declined]
+    sites: list[Site] = []
+    known: dict[str, Code] = {}
+    training = needs_gradient(inputs)
+    for found in regions(converted, steps[-1].program):
+        if not isinstance(found, Region):
+            left.append(Fallback(found[0], str(found[1])))
+            continue
+        try:
+            if training and (reason := stopped(traced, found)):
+                raise NoMatch(reason)
+            code = generate(found, options, known)
+        except (NoMatch, MoecError, IRError) as why:
+            left.append(Fallback(found.where, str(why)))
+            continue
+        known[code.key] = code
+        sites.append(place(found.where, code))
+        _insert(traced, found, sites[-1])
+    if not sites:
+        if hint and not left:
+            left.append(Fallback("the graph", hint))
+        return [], module, left
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    return sites, traced, left
+
+
+def _insert(traced: fx.GraphModule, region: Region, site: Site) -> None:
+    """A call of the site in place of the node that the region makes."""
+    with traced.graph.inserting_before(region.output):
+        node = traced.graph.call_function(
+            torch.ops.moec.block.default, (list(region.inputs), list(region.params), site.name)
+        )
+    node.meta = dict(region.output.meta)
+    region.output.replace_all_uses_with(node)
+
+
+def _choice_of_experts(module: fx.GraphModule) -> str:
+    """What to say of a graph that chooses the best few of something and has no block."""
+    names = {str(getattr(node.target, "__name__", node.target)) for node in module.graph.nodes}
+    if not any(name.endswith(("topk", "topk.default", "experts")) for name in names):
+        return ""
+    return (
+        "it chooses the best k of something, and no experts were found in it: the graph may break "
+        "between router and experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs "
+        "moec.prepare(model) first"
+    )

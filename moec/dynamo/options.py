@@ -1,0 +1,74 @@
+"""`torch.compile(..., backend="moec", options={...})`: what may be asked for, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.arguments import target_of, text
+from moec.dynamo.cache import default_folder
+from moec.errors import UsageError
+from moec.pipeline import choose
+from moec.target import Target
+
+REST = ("inductor", "eager")
+_ELSEWHERE = {
+    "precision": "the kernels compute in the module's own dtype: cast it with module.to(dtype)",
+    "dtype": "the kernels compute in the module's own dtype: cast it with module.to(dtype)",
+    "dynamic": "pass dynamic=True to torch.compile itself",
+    "fullgraph": "pass fullgraph=True to torch.compile itself",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`rest` compiles what is no MoE block. `target`, `opt_level` and `passes` are those of
+    `moec.compile`. `strict` raises FallbackError instead of leaving a block to `rest`. `cache`
+    is the folder in which compiled blocks are kept; None keeps none.
+    """
+
+    rest: str
+    target: Target
+    opt_level: int
+    passes: str
+    strict: bool
+    cache: Path | None
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """The options with defaults filled in.
+
+    Raises UsageError for an unknown name or value, TargetError for a target that is unknown.
+    """
+    given = dict(options or {})
+    if mode not in (None, "default"):
+        raise UsageError(
+            f"mode={mode!r} is Inductor's: leave it out, or set torch._inductor.config, which "
+            "holds for what moec leaves to Inductor"
+        )
+    for name in given:
+        if name in _ELSEWHERE:
+            raise UsageError(f"options: there is no {name!r}: {_ELSEWHERE[name]}")
+        if name not in Options.__dataclass_fields__:
+            known = ", ".join(Options.__dataclass_fields__)
+            raise UsageError(f"options: there is no {name!r}; there are {known}")
+    rest = given.get("rest", "inductor")
+    if rest not in REST:
+        raise UsageError(f"options: rest is {rest!r}: give one of {', '.join(REST)}")
+    strict = given.get("strict", False)
+    if not isinstance(strict, bool):
+        raise UsageError(f"options: strict is {strict!r}: give True or False")
+    level, passes = given.get("opt_level", 2), text("passes", given.get("passes", ""))
+    choose(level, passes)
+    target = target_of(given.get("target", "cpu"), run=True)
+    return Options(rest, target, level, passes, strict, _folder(given.get("cache", True)))
+
+
+def _folder(cache: Any) -> Path | None:
+    if isinstance(cache, bool):
+        return default_folder() if cache else None
+    if isinstance(cache, str | Path):
+        return Path(cache)
+    raise UsageError(f"options: cache is {cache!r}: give True, False or the path of a folder")

@@ -1,0 +1,194 @@
+"""Graph[MOE] -> the region of each block: what is computed from its input, its router included.
+
+    logits = aten.linear(x, router)                 x ─▶ ┌─────────────────┐
+    weights, experts = moe.route(logits)                 │ one region: the │
+    rows, order, ends = moe.dispatch(x, experts)    ───▶ │ program of one  │ ─▶ y
+    out = moe.experts(rows, ends, stacks...)             │ kernel call     │
+    y = moe.combine(out, order, weights)                 └─────────────────┘
+
+A region holds what lies between x and y, and what is made of weights alone. Anything that y
+needs and that does not come from x (the logits of a router that reads another value) is an
+input too. Inner values that others read, such as logits that the model returns, are computed
+again by their readers: they are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+from torch import fx
+
+from moec.dynamo.convert import Converted
+from moec.errors import NoMatch
+from moec.ir import Attr, Graph, Op, Program, TensorType, Value
+from moec.passes.recognise.region import VIEWS, Scope, unlike
+from moec.sizes import Bounds, Dim, normal, symbol, symbols
+
+
+@dataclass(frozen=True)
+class Region:
+    """`inputs` and `params` are the nodes of the graph's own, `output` the node that it makes."""
+
+    where: str
+    program: Program
+    inputs: tuple[fx.Node, ...]
+    params: tuple[fx.Node, ...]
+    output: fx.Node
+
+
+def regions(converted: Converted, recognised: Program) -> Iterator[Region | tuple[str, NoMatch]]:
+    """For each block its region, or where it is and why it has none."""
+    graph = recognised.graph
+    scope = Scope(graph, recognised.weights)
+    nodes = dict(converted.nodes)
+    for op in graph.ops:
+        if op.name == "moe.combine":
+            where = op.origin.removesuffix(".experts") or "(whole model)"
+            try:
+                y, stood = _result(op, converted.program.graph, graph)
+                if stood not in nodes:
+                    raise NoMatch("its result is no value of the traced graph")
+                nodes[y] = nodes[stood]
+                yield _region(where, op, y, scope, recognised, nodes)
+            except NoMatch as why:
+                yield where, why
+
+
+def _region(
+    where: str,
+    combine: Op,
+    y: Value,
+    scope: Scope,
+    recognised: Program,
+    nodes: Mapping[Value, fx.Node],
+) -> Region:
+    graph = scope.graph
+    x = _source(combine, scope, nodes)
+    ops = tuple(map(unlike, _between(x, y, scope, nodes)))
+    made = {value for op in ops for value in op.outputs}
+    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
+    params = tuple(v for v in read if v in scope.params)
+    inputs = tuple(v for v in read if v not in scope.params)
+    cut = _free_sizes(Graph(inputs, params, ops, (y,), (), graph.bounds))
+    weights = {param.name: recognised.weights[param.name] for param in params}
+    return Region(
+        where,
+        Program(cut, weights),
+        tuple(nodes[v] for v in inputs),
+        tuple(nodes[v] for v in params),
+        nodes[y],
+    )
+
+
+def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
+    """The block's result, and the value of the graph before recognition that it stands for.
+
+    Recognition leaves the readers of a block as they were but for what they read.
+    """
+    readers = {value: op for op in before.ops for value in op.outputs}
+    pending = [combine.outputs[0]]
+    for value in pending:
+        for place, output in enumerate(after.outputs):
+            if output is value:
+                return value, before.outputs[place]
+        for op in after.readers.get(value, ()):
+            old = readers.get(op.outputs[0])
+            if old is None:
+                pending.append(op.outputs[0])
+            elif old.inputs != op.inputs:
+                place = op.inputs.index(value)
+                return value, old.inputs[place]
+    raise NoMatch("nothing reads its result")
+
+
+def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
+    """The block's input, as near to the way it was before it was flattened as there is a node."""
+    experts = scope.graph.producers[combine.inputs[0]]
+    while experts.name != "moe.experts":
+        experts = scope.graph.producers[experts.inputs[0]]
+    value = scope.graph.producers[experts.inputs[0]].inputs[0]
+    found = value if value in nodes else None
+    while (view := scope.made_by(value, *VIEWS)) is not None:
+        value = view.inputs[0]
+        found = value if value in nodes else found
+    if found is None:
+        raise NoMatch("its input is no value of the traced graph")
+    return found
+
+
+def _between(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -> tuple[Op, ...]:
+    """The ops of the region, in order."""
+    above = scope.upstream([y], [x])
+    inside: set[Op] = set()
+    reached = {x}
+    for op in above:
+        fixed = bool(op.inputs) and scope.constants.issuperset(op.inputs)
+        free = not op.inputs
+        if fixed or free or op.name.startswith("moe.") or reached.intersection(op.inputs):
+            inside.add(op)
+            if not (fixed or free):
+                reached.update(op.outputs)
+    # What an op of the block reads from outside must have a node; new ops are taken in.
+    pending = [value for op in inside for value in op.inputs]
+    while pending:
+        value = pending.pop()
+        maker = scope.maker(value)
+        if maker is None or maker in inside or value in nodes or value is x:
+            continue
+        inside.add(maker)
+        pending += maker.inputs
+    return tuple(op for op in above if op in inside)
+
+
+def _free_sizes(graph: Graph) -> Graph:
+    """The region with sizes of its own, each of which an input tells: T0 is B where an input has
+    an axis B, and B*S where none has."""
+    dims = [dim for value in graph.inputs for dim in value.shape if not isinstance(dim, int)]
+    alone = {dim for dim in dims if isinstance(dim, sympy.Symbol)}
+    names = {str(dim) for dim in alone}
+    free = [dim for dim in dict.fromkeys(dims) if dim in alone or not symbols(dim) <= names]
+    new = {dim: symbol(f"T{index}") for index, dim in enumerate(free)}
+    products = sorted(new, key=lambda dim: dim in alone)  # before what they are made of
+    renamed = _substituted(graph, [(dim, new[dim]) for dim in products])
+    known = {str(name) for name in new.values()}
+    for value in renamed.values():
+        for dim in value.shape:
+            if not symbols(dim) <= known:
+                raise NoMatch(f"{value.name} is {value.type}, a size that none of its inputs has")
+    return replace(renamed, bounds={name: Bounds() for name in sorted(known)})
+
+
+def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph:
+    values: dict[Value, Value] = {}
+
+    def size(dim: Dim) -> Dim:
+        return dim if isinstance(dim, int) else normal(dim.subs(new))
+
+    def attr(given: Attr) -> Attr:
+        if isinstance(given, tuple):
+            return tuple(attr(item) for item in given)
+        return size(given) if isinstance(given, sympy.Expr) else given
+
+    def value(old: Value) -> Value:
+        if old not in values:
+            values[old] = Value(old.name, TensorType(old.dtype, tuple(map(size, old.shape))))
+        return values[old]
+
+    ops = tuple(
+        replace(
+            op,
+            inputs=tuple(map(value, op.inputs)),
+            outputs=tuple(map(value, op.outputs)),
+            attrs={name: attr(given) for name, given in op.attrs.items()},
+        )
+        for op in graph.ops
+    )
+    return replace(
+        graph,
+        inputs=tuple(map(value, graph.inputs)),
+        params=tuple(map(value, graph.params)),
+        ops=ops,
+        outputs=tuple(map(value, graph.outputs)),
+    )

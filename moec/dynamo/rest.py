@@ -1,0 +1,45 @@
+"""What is no MoE block: compiled by Inductor, or run operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from moec.errors import UsageError
+
+Callee = Callable[..., Any]
+
+
+def compile_rest(module: fx.GraphModule, inputs: Sequence[Any], how: str) -> Callee:
+    """Raises UsageError where Inductor has no C++ compiler."""
+    if how == "inductor":
+        return _inductor(module, inputs)
+    made: Callee = aot_autograd(
+        fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition
+    )(module, inputs)
+    return made
+
+
+def _as_it_is(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
+    made: Callee = make_boxed_func(module.forward)
+    return made
+
+
+def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
+    from torch._inductor import exc
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise UsageError(
+            "Inductor compiles what is no MoE block, and finds no C++ compiler: install g++ or "
+            'clang++, or run the rest as it is with options={"rest": "eager"}'
+        ) from error
+    return cast(Callee, compile_fx(module, list(inputs)))

@@ -1,0 +1,175 @@
+"""Dynamo's graph -> functional ATen, before autograd: the form that recognisers read.
+
+The operators are those of `moec.capture.exported`, so that a block looks the same behind either
+door. Tracing happens in the fake mode that Dynamo has open: sizes stay symbols, and nothing
+here asks for their values. Switches of the grad mode stay in the graph; writes into inputs
+become one `copy_` each, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from moec.capture.exported import decompositions
+from moec.errors import NoMatch
+
+_torch: Any = torch  # functionalisation has no types
+STATIC = "_dynamo_static_input_type"
+
+
+def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The same computation over the same inputs. Raises NoMatch, with the reason, where PyTorch
+    cannot write it so."""
+    if torch.is_autocast_enabled("cpu") or any(
+        "autocast" in str(node.target) for node in module.graph.nodes
+    ):
+        raise NoMatch("autocast is on, and its casts are not in the graph; cast the model instead")
+    _fix_numbers(module)
+    context = TracingContext.get()
+    mode = context.fake_mode
+    assert mode is not None
+    fake = [_fake(mode, context, given) for given in inputs]
+    try:
+        with mode, enable_python_dispatcher(), fx_traceback.preserve_node_meta():
+            traced = make_fx(
+                _functional(module), decomposition_table=decompositions(), pre_dispatch=True
+            )(*fake)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NoMatch(f"the graph cannot be traced to ATen operators: {first}") from error
+    for old, new in zip(_placeholders(module), _placeholders(traced), strict=True):
+        for key in ("tensor_dict", "grapharg"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    traced.meta.update(module.meta)
+    _plain(traced)
+    return traced
+
+
+def _fix_numbers(module: fx.GraphModule) -> None:
+    """Have Dynamo capture again with the floats that the model itself holds as constants.
+
+    With `dynamic=True` they are symbols, and no recogniser can tell what a router does whose
+    epsilon may be anything. Floats that the caller passes stay symbols.
+    """
+    found = False
+    for node in _placeholders(module):
+        memo = getattr(node.meta.get("example_value"), "item_memo", None)
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if isinstance(memo, torch.SymFloat) and not _passed(source):
+            TensorifyState.specialize(str(memo.node._expr))
+            found = True
+    if found:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _passed(source: Any) -> bool:
+    return isinstance(getattr(source, "base", source), LocalSource)
+
+
+def _plain(traced: fx.GraphModule) -> None:
+    """Casts in one spelling, and no assertions about what the trace itself knows."""
+    for node in list(traced.graph.nodes):
+        name = str(node.target)
+        if "_assert_tensor_metadata" in name:
+            traced.graph.erase_node(node)
+        elif name.startswith("aten.to."):
+            source, wanted = node.args[0], node.meta["val"]
+            given = source.meta["val"]
+            if (given.dtype, given.device) != (wanted.dtype, wanted.device):
+                with traced.graph.inserting_before(node):
+                    made = traced.graph.call_function(
+                        torch.ops.aten._to_copy.default,
+                        (source,),
+                        {"dtype": wanted.dtype, "device": wanted.device},
+                    )
+                made.meta = dict(node.meta)
+                source = made
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _fake(mode: FakeTensorMode, context: TracingContext, given: Any) -> Any:
+    """An input in Dynamo's fake mode, with the symbols that Dynamo gave its sizes, or for a
+    Python float its value."""
+    if not isinstance(given, torch.Tensor):
+        return given
+    known: Any = context.tensor_to_context
+    symbolic = known.get(given)
+    source = symbolic.tensor_source if symbolic else None
+    return mode.from_tensor(given, symbolic_context=symbolic, source=source, trace=False)
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def static_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+    """The parameters and buffers among the inputs, which keep their memory between calls; those
+    that the graph writes into are none."""
+    written = {
+        node.args[0] for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default
+    }
+    return {
+        node: given.detach()
+        for node, given in zip(_placeholders(module), inputs, strict=True)
+        if isinstance(given, torch.Tensor)
+        and node not in written
+        and (STATIC in node.meta.get("tensor_dict", {}) or isinstance(given, torch.nn.Parameter))
+    }
+
+
+def _functional(module: fx.GraphModule) -> Any:
+    def run(*arguments: Any) -> Any:
+        above = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with (
+            torch._C._ExcludeDispatchKeyGuard(above),
+            FunctionalTensorMode(pre_dispatch=True, export=True),
+        ):
+            wrapped = pytree.tree_map_only(
+                torch.Tensor, FunctionalTensor.to_functional, list(arguments)
+            )
+            result = fx.Interpreter(module).run(*wrapped)
+            written = [_written(argument) for argument in wrapped]
+            result = pytree.tree_map_only(FunctionalTensor, _synced, result)
+        for argument, new in zip(arguments, written, strict=True):
+            if new is not None:
+                argument.copy_(new)
+        return result
+
+    return run
+
+
+def _synced(tensor: FunctionalTensor) -> torch.Tensor:
+    _torch._sync(tensor)
+    made: torch.Tensor = _torch._from_functional_tensor(tensor.elem)
+    return made
+
+
+def _written(argument: Any) -> torch.Tensor | None:
+    """What the graph left in an input, where it wrote into it."""
+    if not isinstance(argument, FunctionalTensor):
+        return None
+    after = _synced(argument)
+    if _torch._functionalize_has_metadata_mutation(argument.elem):
+        raise NoMatch("the graph changes the shape or strides of an input in place")
+    changed = _torch._functionalize_has_data_mutation(argument.elem)
+    return after if changed else None

@@ -1,0 +1,55 @@
+"""Whether a block may be replaced where gradients are wanted.
+
+Inside its region a graph may stop gradients (`detach`, `no_grad`). The IR has no words for that:
+it describes values. Such a block is left to PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.dynamo.regions import Region
+
+_SWITCH = torch._C._set_grad_enabled
+
+
+def needs_gradient(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
+    )
+
+
+def stopped(traced: fx.GraphModule, region: Region) -> str:
+    """Why the gradient of a region is not that of its values; empty where it is."""
+    without = _without_gradient(traced)
+    pending, seen = [region.output], {*region.inputs, *region.params}
+    while pending:
+        node = pending.pop()
+        if node in seen or not _floating(node):
+            continue
+        seen.add(node)
+        if node in without:
+            return f"gradients stop at {node.name} inside the block (detach or no_grad)"
+        pending += node.all_input_nodes
+    return ""
+
+
+def _floating(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    parts = val if isinstance(val, tuple | list) else [val]
+    return any(isinstance(part, torch.Tensor) and part.is_floating_point() for part in parts)
+
+
+def _without_gradient(traced: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that autograd does not look behind."""
+    enabled, found = True, set()
+    for node in traced.graph.nodes:
+        if node.target is _SWITCH:
+            enabled = bool(node.args[0])
+        elif not enabled or node.target is torch.ops.aten.detach.default:
+            found.add(node)
+    return found
