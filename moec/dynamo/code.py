@@ -45,8 +45,9 @@ class Code:
     package: Package
 
     def arrays(self, weights: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """What the kernels read, packed from tensors in the order of the region's params."""
-        given = {p.name: w for p, w in zip(self.graph.params, weights, strict=True)}
+        """What the kernels read, packed from tensors in the order of the region's params; ids
+        and masks that the block was recognised by may follow them."""
+        given = {p.name: w for p, w in zip(self.graph.params, weights, strict=False)}
         made = evaluate(self.folded, [], given)
         named = {v.name: t for v, t in zip(self.folded.outputs, made, strict=True)}
         return packed_arrays(self.lowered.params, named)

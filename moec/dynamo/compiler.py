@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.dynamo.code import Code, generate
+from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
 from moec.dynamo.operators import Site, place
 from moec.dynamo.options import Options, parse
@@ -26,6 +26,7 @@ from moec.dynamo.rest import compile_rest
 from moec.dynamo.trace import static_inputs, trace
 from moec.dynamo.training import needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
+from moec.passes.recognise import RecogniseExperts
 from moec.passes.runner import run
 from moec.pipeline import choose, until
 
@@ -68,7 +69,13 @@ def _replace_blocks(
         steps = run(converted.program, until(choose(0), "recognise"))
     except NoMatch as why:
         return [], module, [Fallback("the graph", str(why))] if hint else []
-    left = [Fallback(d.where, d.reason) for step in steps for d in step.declined]
+    # A router of no known form is not left to PyTorch: it becomes part of its block.
+    left = [
+        Fallback(d.where, d.reason)
+        for step in steps
+        for d in step.declined
+        if d.rule == RecogniseExperts.name
+    ]
     sites: list[Site] = []
     known: dict[str, Code] = {}
     training = needs_gradient(inputs)
@@ -85,7 +92,9 @@ def _replace_blocks(
             continue
         known[code.key] = code
         sites.append(place(found.where, code))
-        _insert(traced, found, sites[-1])
+        relied = [node for node in found.inside() if node in static and is_constant(static[node])]
+        fixed = [node for node in relied if node not in found.params]
+        _insert(traced, found, sites[-1], fixed)
     if not sites:
         if hint and not left:
             left.append(Fallback("the graph", hint))
@@ -96,11 +105,13 @@ def _replace_blocks(
     return sites, traced, left
 
 
-def _insert(traced: fx.GraphModule, region: Region, site: Site) -> None:
-    """A call of the site in place of the node that the region makes."""
+def _insert(traced: fx.GraphModule, region: Region, site: Site, fixed: Sequence[fx.Node]) -> None:
+    """A call of the site in place of the node that the region makes. `fixed` are ids and masks
+    that are gone from the block, because it was recognised by what they hold."""
     with traced.graph.inserting_before(region.output):
         node = traced.graph.call_function(
-            torch.ops.moec.block.default, (list(region.inputs), list(region.params), site.name)
+            torch.ops.moec.block.default,
+            (list(region.inputs), [*region.params, *fixed], site.name),
         )
     node.meta = dict(region.output.meta)
     region.output.replace_all_uses_with(node)

@@ -75,7 +75,8 @@ class Site:
 
     def reference(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The block in PyTorch, differentiable: the rows of each expert in turn."""
-        return run_graph(self.code.graph, tensors)[0]
+        graph = self.code.graph
+        return run_graph(graph, tensors[: len(graph.inputs) + len(graph.params)])[0]
 
     def result(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """An empty tensor such as a call gives; the sizes may be symbols."""

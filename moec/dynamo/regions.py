@@ -29,13 +29,23 @@ from moec.sizes import Bounds, Dim, normal, symbol, symbols
 
 @dataclass(frozen=True)
 class Region:
-    """`inputs` and `params` are the nodes of the graph's own, `output` the node that it makes."""
+    """`inputs` and `params` are nodes of the traced graph, `output` is the node that it makes."""
 
     where: str
     program: Program
     inputs: tuple[fx.Node, ...]
     params: tuple[fx.Node, ...]
     output: fx.Node
+
+    def inside(self) -> Iterator[fx.Node]:
+        """The nodes that the output is made of, down to the inputs, params and others included."""
+        pending, seen = [self.output], set(self.inputs)
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                yield node
+                pending += node.all_input_nodes
 
 
 def regions(converted: Converted, recognised: Program) -> Iterator[Region | tuple[str, NoMatch]]:

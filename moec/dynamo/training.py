@@ -27,7 +27,7 @@ def stopped(traced: fx.GraphModule, region: Region) -> str:
     """Why the gradient of a region is not that of its values; empty where it is."""
     without = _without_gradient(traced)
     pending, seen = [region.output], {*region.inputs, *region.params}
-    while pending:
+    while pending:  # along floats: choices carry no gradient
         node = pending.pop()
         if node in seen or not _floating(node):
             continue
