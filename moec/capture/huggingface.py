@@ -86,7 +86,8 @@ def experts_backward(
     leaves = [t.detach().requires_grad_() for t in (hidden, top_k_weights, *params)]
     with autograd_inside():
         y = _experts(leaves[0], top_k_index, leaves[1], leaves[2:], num_experts, body)
-        return list(torch.autograd.grad(y, leaves, grad, materialize_grads=True))
+        grads = torch.autograd.grad(y, leaves, grad, materialize_grads=True)
+    return [g.clone() for g in grads]  # results of an operator share no memory
 
 
 @experts_backward.register_fake

@@ -62,8 +62,9 @@ def _replace_blocks(
     """The sites made, the graph that calls them, and what was left to PyTorch. A graph without
     blocks stays as it was."""
     hint = _choice_of_experts(module)
+    training = needs_gradient(inputs)
     try:
-        traced = trace(module, inputs)
+        traced = trace(module, inputs, training=training)
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
         steps = run(converted.program, until(choose(0), "recognise"))
@@ -78,7 +79,6 @@ def _replace_blocks(
     ]
     sites: list[Site] = []
     known: dict[str, Code] = {}
-    training = needs_gradient(inputs)
     for found in regions(converted, steps[-1].program):
         if not isinstance(found, Region):
             left.append(Fallback(found[0], str(found[1])))

@@ -145,11 +145,13 @@ def block_backward(
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     with autograd_inside():
         y = SITES[site].reference(tensors)
-        grads = torch.autograd.grad(y, wanted, grad, allow_unused=True)
-    return [
-        torch.zeros_like(tensor) if made is None else made.contiguous()
-        for made, tensor in zip(grads, wanted, strict=True)
-    ]
+        grads = torch.autograd.grad(y, wanted, grad, materialize_grads=True)
+    return [_own(made) for made in grads]
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """In memory of its own, as the results of an operator must be."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @block_backward.register_fake

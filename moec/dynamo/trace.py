@@ -28,16 +28,22 @@ from moec.capture.exported import decompositions
 from moec.errors import NoMatch
 
 _torch: Any = torch  # functionalisation has no types
+_DATA = "_get_data_attr"
 STATIC = "_dynamo_static_input_type"
 
 
-def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> fx.GraphModule:
     """The same computation over the same inputs. Raises NoMatch, with the reason, where PyTorch
     cannot write it so."""
     if torch.is_autocast_enabled("cpu") or any(
         "autocast" in str(node.target) for node in module.graph.nodes
     ):
         raise NoMatch("autocast is on, and its casts are not in the graph; cast the model instead")
+    for node in module.graph.nodes:
+        if training and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise NoMatch(f"{node.target} has a backward of its own, which a trace would lose")
+        if _detaches(node) and any(_writes(user) for user in node.users):
+            raise NoMatch(f"the graph writes into {node.name}, a detached tensor")
     _fix_numbers(module)
     context = TracingContext.get()
     mode = context.fake_mode
@@ -84,11 +90,14 @@ def _passed(source: Any) -> bool:
 
 
 def _plain(traced: fx.GraphModule) -> None:
-    """Casts in one spelling, and no assertions about what the trace itself knows."""
+    """Casts in one spelling, `detach` as it was (functionalisation makes an alias of it, through
+    which gradients flow), and no assertions about what the trace itself knows."""
     for node in list(traced.graph.nodes):
         name = str(node.target)
         if "_assert_tensor_metadata" in name:
             traced.graph.erase_node(node)
+        elif name == "aten.alias.default" and _detaches(node):
+            node.target = torch.ops.aten.detach.default
         elif name.startswith("aten.to."):
             source, wanted = node.args[0], node.meta["val"]
             given = source.meta["val"]
@@ -137,6 +146,30 @@ def static_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node
     }
 
 
+def _writes(node: fx.Node) -> bool:
+    name = _name(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+
+
+class _Interpreter(fx.Interpreter):
+    """`x.data` is a `detach`: functionalisation would forget it."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _DATA in _name(target):
+            return torch.detach(args[0])
+        return super().call_function(target, args, kwargs)
+
+
+def _name(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
+
+
+def _detaches(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's, or what was traced from it, stops gradients."""
+    stack = node.meta.get("source_fn_stack") or [("", "")]
+    return any(word in _name(stack[-1][1]) for word in ("detach", _DATA))
+
+
 def _functional(module: fx.GraphModule) -> Any:
     def run(*arguments: Any) -> Any:
         above = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
@@ -147,7 +180,7 @@ def _functional(module: fx.GraphModule) -> Any:
             wrapped = pytree.tree_map_only(
                 torch.Tensor, FunctionalTensor.to_functional, list(arguments)
             )
-            result = fx.Interpreter(module).run(*wrapped)
+            result = _Interpreter(module).run(*wrapped)
             written = [_written(argument) for argument in wrapped]
             result = pytree.tree_map_only(FunctionalTensor, _synced, result)
         for argument, new in zip(arguments, written, strict=True):

@@ -1,0 +1,101 @@
+"""Prepared Hugging Face models: eager's logits, nothing left to PyTorch, one compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.dynamo import FallbackWarning
+from moec.errors import UsageError
+from tests.models.families import FAMILIES
+
+TIER_1 = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+)
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(
+        model, backend="moec", dynamic=True, options={"rest": "eager", "strict": True}
+    )
+
+
+@pytest.mark.parametrize("name", TIER_1)
+def test_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES[name]
+    dense = family.fields.get("first_k_dense_replace", 0)
+    family = replace(family, fields={**family.fields, "num_hidden_layers": dense + 1})
+    eager = family.build()
+    run = compiled(moec.prepare(family.build()))
+    # Otherwise dynamic=True makes symbols of the model's floats, and Dynamo captures twice.
+    whole = name == "mixtral"
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", not whole)
+    sizes = [(2, 7), (2, 9), (3, 5), (2, 2), (4, 16), (5, 3), (2, 31), (3, 11), (6, 4), (2, 12)]
+    with torch.no_grad():
+        for batch, length in sizes:
+            given = family.inputs(batch, length, seed=length)
+            # float32 through a few layers whose sums are in another order
+            torch.testing.assert_close(
+                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+            )
+    found = moec.stats()
+    assert (found.compilations, found.blocks, found.fallbacks) == (1, 1, ())
+
+
+def test_generation(tiny_moe: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompt = torch.tensor([[5, 9, 2, 11, 7]])
+    texts = []
+    for prepared in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+        if prepared:
+            model.forward = compiled(moec.prepare(model).forward)
+        texts.append(model.generate(prompt, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+    assert moec.stats().blocks > 0
+    assert moec.stats().fallbacks == ()
+
+
+def test_an_unprepared_model_says_what_to_do() -> None:
+    family = FAMILIES["mixtral"]
+    model = replace(family, fields={**family.fields, "num_hidden_layers": 1}).build()
+    model.set_experts_implementation("eager")
+    run = torch.compile(model, backend="moec", options={"rest": "eager"})
+    given = family.inputs(2, 7)
+    with torch.no_grad(), pytest.warns(FallbackWarning, match=r"moec.prepare\(model\)"):
+        run(**given)
+
+
+def test_preparing() -> None:
+    model = nn.Linear(4, 4)
+    assert moec.prepare(model) is model
+    with pytest.raises(UsageError, match="a str is not a torch module"):
+        moec.prepare("mixtral")  # type: ignore[type-var]
+
+
+def test_a_prepared_model_runs_and_compiles_as_before() -> None:
+    family = FAMILIES["qwen2_moe"]
+    model, eager = moec.prepare(moec.prepare(family.build())), family.build()
+    given = family.inputs(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+        )
+    assert len(moec.compile(model, kwargs=given, verify=False, build=False).blocks) == 2
+    with torch.no_grad():  # capturing has left it prepared
+        model(**given)

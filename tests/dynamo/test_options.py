@@ -1,0 +1,112 @@
+"""What may be asked of the backend, and how it is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moec.dynamo.options import parse
+from moec.errors import MoecError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_defaults() -> None:
+    found = parse(None, None)
+    assert (found.rest, found.opt_level, found.passes, found.strict) == ("inductor", 2, "", False)
+    assert found.cache == Path(os.environ["MOEC_CACHE"])
+
+
+def test_all_options(tmp_path: Path) -> None:
+    found = parse(
+        {
+            "rest": "eager",
+            "target": "generic",
+            "opt_level": 0,
+            "passes": "+fuse-gate",
+            "strict": True,
+            "cache": tmp_path,
+        },
+        None,
+    )
+    assert (found.rest, found.target.name, found.cache) == ("eager", "generic", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rset": "eager"}, "there is no 'rset'; there are rest, target, opt_level"),
+        ({"rest": "tvm"}, "rest is 'tvm': give one of inductor, eager"),
+        ({"target": "gpu"}, "unknown target 'gpu'"),
+        ({"opt_level": 7}, "there is no optimisation level 7"),
+        ({"passes": "+nothing"}, r"--passes \+nothing: write \+name or -name"),
+        ({"passes": ["a"]}, "passes is a list"),
+        ({"strict": "yes"}, "strict is 'yes': give True or False"),
+        ({"cache": 3}, "cache is 3: give True, False or the path of a folder"),
+        ({"precision": "bf16"}, r"there is no 'precision': .* module.to\(dtype\)"),
+        ({"dynamic": True}, "pass dynamic=True to torch.compile itself"),
+    ],
+)
+def test_refusals(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(MoecError, match=words):
+        parse(options, None)
+
+
+def test_modes_are_inductors() -> None:
+    with pytest.raises(MoecError, match="mode='max-autotune' is Inductor's"):
+        parse(None, "max-autotune")
+
+
+def test_a_wrong_option_reaches_the_caller() -> None:
+    run = torch.compile(nn.Linear(4, 4), backend="moec", options={"rset": 1})
+    with pytest.raises(Exception, match="there is no 'rset'"):
+        run(torch.randn(2, 4))
+
+
+def test_no_compiler_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
+        torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear"
+    ) else None
+    run = torch.compile(nn.Linear(4, 4), backend="moec")
+    with pytest.raises(Exception, match=r'no C\+\+ compiler: install .* "eager"'):
+        run(torch.randn(2, 4))
+
+
+def test_torch_finds_the_backend_by_its_entry_point(tmp_path: Path) -> None:
+    """In a process that does not import moec, beside metadata such as an installation writes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    group = project["entry-points"]["torch_dynamo_backends"]
+    folder = tmp_path / "moec-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moec\nVersion: 0.1.0\n")
+    lines = [f"{name} = {where}\n" for name, where in group.items()]
+    (folder / "entry_points.txt").write_text("[torch_dynamo_backends]\n" + "".join(lines))
+    code = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+assert "moec" in torch._dynamo.list_backends() and "moec" not in sys.modules
+run = torch.compile(model, backend="moec", options={"rest": "eager"})
+x = torch.randn(2, 4)
+torch.testing.assert_close(run(x), model(x))
+import moec
+assert moec.stats().compilations == 1
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,175 @@
+"""Gradients through replaced blocks are eager's, and a model trained so learns the same."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moec
+from moec.dynamo import FallbackWarning
+from tests.dynamo.modules import Gathered, Listed, Masked, Model
+from tests.models.families import FAMILIES
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(
+        model, backend="moec", dynamic=True, options={"rest": "eager", "strict": True, **options}
+    )
+
+
+def gradients(run: Any, model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    run(x).square().mean().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("form", [Masked, Gathered, Listed, Model])
+def test_gradients(form: type[nn.Module]) -> None:
+    model, eager = form(), form()
+    eager.load_state_dict(model.state_dict())
+    run = compiled(model)
+    for tokens in (7, 2, 19):  # 2: experts that nobody chose get zeros
+        x = torch.randn(3, tokens, 16) if form in (Masked, Model) else torch.randn(tokens, 16)
+        for mine, theirs in zip(gradients(run, model, x), gradients(eager, eager, x), strict=True):
+            # A gradient that eager leaves None is one that nothing reached.
+            theirs = torch.zeros_like(mine) if theirs is None else theirs
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert moec.stats().compilations == 1
+    assert moec.stats().blocks > 0
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    model = Masked()
+    model.gate.requires_grad_(False)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    compiled(model)(x).sum().backward()
+    assert model.gate.grad is None
+    assert model.up.grad is not None
+
+
+def test_an_optimiser_repacks_the_weights() -> None:
+    model = Masked()
+    eager = copy.deepcopy(model)
+    run = compiled(model)
+    x = torch.randn(2, 5, 16)
+    for which, forward in ((model, run), (eager, eager)):
+        optimiser = torch.optim.SGD(which.parameters(), lr=0.1)
+        for _ in range(4):
+            forward(x).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    assert moec.stats().packs == 4
+    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Stopped(Masked):
+    """The router learns nothing from the experts."""
+
+    def stop(self, weights: Tensor) -> Tensor:
+        return weights.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 16)
+        weights, chosen = self.router(rows).softmax(-1).topk(2, -1)
+        weights = self.stop(weights)
+        y = torch.zeros_like(rows)
+        for expert in range(len(self.gate)):
+            share = ((chosen == expert) * weights).sum(-1, keepdim=True)
+            y = y + (rows @ self.gate[expert].T).relu() @ self.down[expert].T * share
+        return y
+
+
+class Data(Stopped):
+    def stop(self, weights: Tensor) -> Tensor:
+        return weights.data
+
+
+class NoGrad(Stopped):
+    def stop(self, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            return weights * 1
+
+
+@pytest.mark.parametrize("form", [Stopped, Data, NoGrad])
+def test_a_stopped_gradient_leaves_the_block_to_torch(form: type[nn.Module]) -> None:
+    model, x = form(), torch.randn(2, 5, 16)
+    with pytest.warns(FallbackWarning, match=r"gradients stop at .* inside the block") as seen:
+        compiled(model, strict=False)(x).square().mean().backward()
+    assert len(seen) == 1
+    assert model.router.weight.grad is None
+    torch._dynamo.reset()
+    with torch.no_grad():  # without gradients it is a block like any other
+        torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, whose gradient is twice what it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_a_backward_of_ones_own_is_kept() -> None:
+    class Own(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Doubled.apply(x))
+
+    model = Own()
+    x = torch.randn(2, 5, 16)
+    theirs = gradients(model, model, x)[0]
+    with pytest.warns(FallbackWarning, match="has a backward of its own"):
+        mine = gradients(compiled(model, strict=False), model, x)[0]
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_experts_of_a_prepared_model_learn_without_the_backend() -> None:
+    family = FAMILIES["qwen2_moe"]
+    prepared, eager = moec.prepare(family.build()), family.build()
+    given = family.inputs(2, 7)
+    for model in (prepared, eager):
+        model(**given, labels=given["input_ids"]).loss.backward()
+    for (name, mine), theirs in zip(prepared.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_fine_tuning_follows_eagers_loss(tiny_moe: Path) -> None:
+    """On text: on noise, where loss and gradients are large and the optimiser normalises them,
+    two eager implementations of the experts part as well."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = (tiny_moe.parents[2] / "CONTRIBUTING.md").read_text()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(tiny_moe)(text[:2000])["input_ids"])
+    steps, losses = 50, []
+    for backend in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).train()
+        run = compiled(moec.prepare(model)) if backend else model
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        generator = torch.Generator().manual_seed(1)
+        losses.append([])
+        for step in range(steps):
+            starts = torch.randint(len(ids) - 40, (4,), generator=generator)
+            tokens = torch.stack([ids[start : start + 24 + step % 5] for start in starts])
+            loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    eager, mine = losses
+    assert eager[-1] < eager[0]
+    assert max(abs(a - b) for a, b in zip(eager, mine, strict=True)) < 1e-3
+    found = moec.stats()
+    assert (found.compilations, found.blocks, found.fallbacks) == (1, 4, ())
