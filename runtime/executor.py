@@ -58,7 +58,7 @@ class Executor:
         self.package = package
         self._vm = open_library(package.library)
         self._main = self._vm[MAIN]
-        self._step = self._vm[STEP] if package.step is not None else None
+        self._step: Any = self._vm[STEP] if package.step is not None else None
         self._lock = threading.Lock()
         self.bind(package.arrays)
         self._states: list[Any] = []

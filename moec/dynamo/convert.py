@@ -9,6 +9,7 @@ operator of somebody else's) is an input of the graph.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from moec.aten import IR_DTYPES
-from moec.capture.exported import Converter, dropped
+from moec.capture.exported import Converter, dropped, origin
 from moec.errors import CaptureError
 from moec.ir import Graph, Program, Value
 from moec.passes.canonicalise import Canonicalise
@@ -36,7 +37,7 @@ class Converted:
 
 def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> Converted:
     """`static` holds the inputs that become params, with their contents."""
-    converter = Converter({}, module, "L['self']")
+    converter = Converter({}, module, _prefix(module))
     inputs: list[Value] = []
     params: list[Value] = []
     weights: dict[str, torch.Tensor] = {}
@@ -84,6 +85,12 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
     outside = [v for v, node in zip(spelled.outputs, tied, strict=True) if node in read]
     kept = drop_dead(replace(spelled, outputs=tuple(dict.fromkeys(outside))))
     return Converted(Program(kept, {p.name: weights[p.name] for p in kept.params}), nodes)
+
+
+def _prefix(module: fx.GraphModule) -> str:
+    """What Dynamo calls the module that it was given, such as L['self']."""
+    found = (re.match(r"L\['\w+'\]", origin(node)) for node in module.graph.nodes)
+    return next((match.group() for match in found if match), "")
 
 
 def _known(node: fx.Node, converter: Converter) -> bool:

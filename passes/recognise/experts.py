@@ -41,39 +41,43 @@ class RecogniseExperts:
         prover = Prover(program.weights)
         found: dict[Op, Proposal] = {}
         covered: set[Op] = set()
+        refused: dict[Op, str] = {}
         for candidates in FORMS:
             for candidate in candidates(scope):
                 if candidate.at in covered:
                     continue
-                block = first_proved(scope, candidate, prover, log)
+                block, reason = first_proved(scope, candidate, prover)
                 if block is None:
+                    refused.setdefault(candidate.at, reason)
                     continue
                 at = scope.graph.producers[block.output]
                 covered.update(scope.upstream([block.output], block.cut))
                 if at not in found and log.spend(f"{block.form} {at}"):
                     found[at] = block
+        for op, reason in refused.items():
+            # What adds a block's result to another value looks like more of the same sum.
+            adds = any(scope.maker(scope.behind(value)) in found for value in op.inputs)
+            if reason and not adds and op not in covered:
+                log.decline(op.origin or op.outputs[0].name, reason)
         return replace(program, graph=splice(scope.graph, found))
 
 
-def first_proved(scope: Scope, candidate: Candidate, prover: Prover, log: Log) -> Proposal | None:
-    """The first proposal that holds. If there were some and none does, the first one's reason
-    is logged: later ones are variations of it."""
+def first_proved(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[Proposal | None, str]:
+    """The first proposal that holds. If there were some and none does, the first one's reason:
+    later ones are variations of it."""
     reasons: list[str] = []
     try:
         for proposal in candidate.propose():
             try:
                 check(scope, proposal, prover)
-                return proposal
+                return proposal, ""
             except NoMatch as why:
                 reasons.append(f"{proposal.form}: {why}")
     except Unlike:
         pass
     except NoMatch as why:
         reasons.append(str(why))
-    if reasons:
-        at = candidate.at
-        log.decline(at.origin or at.outputs[0].name, reasons[0])
-    return None
+    return None, reasons[0] if reasons else ""
 
 
 def check(scope: Scope, block: Proposal, prover: Prover) -> None:
