@@ -219,3 +219,22 @@ def test_inductor_takes_the_rest() -> None:
             x = torch.randn(2, tokens, 16)
             torch.testing.assert_close(run(x), model(x), **CLOSE)
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
+
+
+def test_a_loop_over_chosen_tokens_where_dynamo_captures_it() -> None:
+    class Looped(Listed):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+            y = torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                token, slot = torch.where(chosen == index)
+                y = y.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+            return y
+
+    model = Looped().eval()
+    run = compiled(model)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for tokens in (5, 9):
+            x = torch.randn(tokens, 16)
+            torch.testing.assert_close(run(x), model(x), **CLOSE)
+    assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
