@@ -18,7 +18,7 @@ from moec.codegen.build import compile_module
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.package import export, package, packed_arrays
 from moec.dynamo import cache
-from moec.dynamo.options import Options
+from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
 from moec.dynamo.regions import Region
 from moec.errors import NoMatch
@@ -26,7 +26,6 @@ from moec.evaluate import evaluate
 from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.prove import without_origins
 from moec.passes.runner import Step, run
-from moec.pipeline import choose
 from moec.runtime.package import Package
 from moec.text import print_graph
 
@@ -65,7 +64,7 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
     if key in known:
         RECORDER.add(cache_hits=1)
         return known[key]
-    passes = choose(options.opt_level, options.passes)
+    passes = exact(options)
     last = max(i for i, pass_ in enumerate(passes) if pass_.name.startswith("recognise-"))
     steps = run(Program(graph, weights), passes[last + 1 :], stage=Stage.MOE)
     final = steps[-1].program
@@ -90,7 +89,7 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
         if is_constant(tensor) and tensor.numel() < 4096
     ]
     versions = [version(name) for name in ("moec", "apache-tvm", "torch")]
-    passes = [repr(pass_) for pass_ in choose(options.opt_level, options.passes)]
+    passes = [repr(pass_) for pass_ in exact(options)]
     return cache.key_of(
         print_graph(graph), constants, options.target, options.opt_level, passes, versions
     )

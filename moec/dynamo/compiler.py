@@ -26,9 +26,12 @@ from moec.dynamo.rest import compile_rest
 from moec.dynamo.trace import static_inputs, trace
 from moec.dynamo.training import needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
-from moec.passes.recognise import RecogniseExperts
+from moec.passes.canonicalise import Canonicalise
+from moec.passes.recognise import RECOGNISERS, RecogniseExperts
 from moec.passes.runner import run
-from moec.pipeline import choose, until
+from moec.passes.share_common import ShareCommon
+
+RECOGNITION = (Canonicalise(), ShareCommon(), *RECOGNISERS)
 
 
 def backend(
@@ -67,7 +70,7 @@ def _replace_blocks(
         traced = trace(module, inputs, training=training)
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
-        steps = run(converted.program, until(choose(0), "recognise"))
+        steps = run(converted.program, RECOGNITION)
     except NoMatch as why:
         return [], module, [Fallback("the graph", str(why))] if hint else []
     # A router of no known form is not left to PyTorch: it becomes part of its block.

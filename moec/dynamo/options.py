@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.approximate import Approximate
 from moec.arguments import target_of, text
 from moec.dynamo.cache import default_folder
 from moec.errors import UsageError
+from moec.passes.runner import Pass
 from moec.pipeline import choose
 from moec.target import Target
 
@@ -61,9 +63,23 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if not isinstance(strict, bool):
         raise UsageError(f"options: strict is {strict!r}: give True or False")
     level, passes = given.get("opt_level", 2), text("passes", given.get("passes", ""))
-    choose(level, passes)
     target = target_of(given.get("target", "cpu"), run=True)
-    return Options(rest, target, level, passes, strict, _folder(given.get("cache", True)))
+    made = Options(rest, target, level, passes, strict, _folder(given.get("cache", True)))
+    exact(made)
+    return made
+
+
+def exact(options: Options) -> tuple[Pass, ...]:
+    """The passes that are asked for. Raises UsageError for one that changes the model."""
+    found: list[Pass] = []
+    for chosen in choose(options.opt_level, options.passes):
+        if isinstance(chosen, Approximate):
+            raise UsageError(
+                f"options: passes: {chosen.name} changes the model, which needs calibration data: "
+                "apply it with moec.compile"
+            )
+        found.append(chosen)
+    return tuple(found)
 
 
 def _folder(cache: Any) -> Path | None:
