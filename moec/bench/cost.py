@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moec.ir import Graph, Op, Value
 from moec.ops.attention import Attention
+from moec.ops.quantised import GroupedQuantised
 from moec.runtime.dtypes import NUMPY
 from moec.sizes import evaluate_dim
 
@@ -34,6 +35,8 @@ def cost(graph: Graph, env: Env, seen: int) -> Cost:
     for op in graph.ops:
         if op.name == "grouped.linear":
             total += _experts(op, env, params)
+        elif op.name == "grouped.quantised":
+            total += _quantised(op, env)
         elif op.name == "nn.attention":
             total += _attention(op, env, seen)
         elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
@@ -71,6 +74,19 @@ def _experts(op: Op, env: Env, params: set[Value]) -> Cost:
         share = 1 - (1 - 1 / experts) ** rows
     held = sum(_bytes(v, env) for v in op.inputs if v in params)
     return Cost(flops, held * share)
+
+
+def _quantised(op: Op, env: Env) -> Cost:
+    """Codes stand in bytes of their own in the graph, and are packed by the kernel."""
+    parts = GroupedQuantised.of(op)
+    bits = 8 if parts.format.kind == "int8" else 4
+    rows = evaluate_dim(op.outputs[0].shape[0], env)
+    experts = evaluate_dim(parts.ends.shape[0], env)
+    codes = [matrix.codes for matrix in parts.matrices]
+    held = sum(_count(value, env) * bits / 8 for value in codes)
+    held += sum(_bytes(v, env) for m in parts.matrices for v in m.values if v is not m.codes)
+    share = 1 - (1 - 1 / experts) ** rows
+    return Cost(sum(2.0 * rows * _count(v, env) / experts for v in codes), held * share)
 
 
 def _attention(op: Op, env: Env, seen: int) -> Cost:
