@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moec.api import CompiledModel, compile
+    from moec.api import compile
+    from moec.compiled import CompiledModel
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.loading import LoadedModel, load
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CompiledModel", "LoadedModel", "MoecError", "compile", "load", "prepare", "stats"]
 
 _WHERE = {
-    "CompiledModel": "moec.api",
+    "CompiledModel": "moec.compiled",
     "LoadedModel": "moec.loading",
     "MoecError": "moec.errors",
     "compile": "moec.api",

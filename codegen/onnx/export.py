@@ -22,7 +22,7 @@ from moec.errors import UsageError, VerificationError
 from moec.ir import Stage
 
 if TYPE_CHECKING:
-    from moec.api import CompiledModel
+    from moec.compiled import CompiledModel
 
 
 @dataclass(frozen=True)
