@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def section(self, command: str) -> str:
+        """As a section of a Markdown file."""
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        title = f"{self.model}, {self.dtype}, {self.load.batch} x {self.load.prompt} tokens"
+        body = f"    $ {command}\n\n" + textwrap.indent(str(self), "    ")
+        return f"\n## {title}\n\n{date.today()}, {versions}\n\n{body}\n"
 
     def __str__(self) -> str:
         load, limits = self.load, self.limits

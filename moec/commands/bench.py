@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,10 @@ _PLOTS = (".png", ".svg", ".pdf")
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf."
 )
+@click.option(
+    "--append", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Add the result and the command to this Markdown file.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
@@ -52,6 +58,7 @@ def command(
     dtype: str | None,
     threads: int | None,
     plot: Path | None,
+    append: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -92,9 +99,19 @@ def command(
         from moec.bench.result import plot as draw
 
         draw(made, plot)
+    if append:
+        with append.open("a", encoding="utf-8") as file:
+            file.write(made.section(_command()))
     click.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
     if plot and not as_json:
         click.echo(f"drew {plot}")
+
+
+def _command() -> str:
+    """What was typed, with names of files and folders in place of their paths."""
+    words = sys.argv[1:] if Path(sys.argv[0]).stem in ("moec", "__main__") else []
+    named = [Path(word).name if "/" in word else word for word in words]
+    return shlex.join(["moec", *named])
 
 
 def _bench(

@@ -121,6 +121,7 @@ def test_a_race_with_transformers(
 ) -> None:
     words = ["--artifact", str(saved), "--baseline", "eager", "--prompt-tokens", "5"]
     words += ["--new-tokens", "2", "--rounds", "1", "--json", "--plot", str(tmp_path / "b.svg")]
+    words += ["--append", str(tmp_path / "results.md")]
     pytest.importorskip("matplotlib")
     threads = torch.get_num_threads()
     command.main([str(tiny_moe), *words], standalone_mode=False)
@@ -132,6 +133,9 @@ def test_a_race_with_transformers(
     assert eager["decode"]["median"] > 0
     assert said["limits"]["peak"] > 1e9
     assert 0 < said["decode_share"] < 2
+    written = (tmp_path / "results.md").read_text()
+    assert written.startswith("\n## checkpoint, bf16, 1 x 5 tokens\n\n")
+    assert "\n    $ moec" in written
     assert "<svg" in (tmp_path / "b.svg").read_text()
 
 
