@@ -24,16 +24,7 @@ from moec.errors import TargetError
 _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # Linux lists some features under other names than LLVM gives them.
-_LINUX_NAMES = {
-    "abm": "lzcnt",
-    "bmi1": "bmi",
-    "avx512_bf16": "avx512bf16",
-    "avx512_bitalg": "avx512bitalg",
-    "avx512_vbmi2": "avx512vbmi2",
-    "avx512_vnni": "avx512vnni",
-    "avx512_vpopcntdq": "avx512vpopcntdq",
-    "asimd": "neon",
-}
+_LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon"}
 
 
 @dataclass(frozen=True)
@@ -138,11 +129,21 @@ def host_features() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    for line in text.splitlines():
+    return features_of(text)
+
+
+def features_of(cpuinfo: str) -> frozenset[str]:
+    """The features that Linux lists, in LLVM's names."""
+    for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return frozenset(_LINUX_NAMES.get(flag, flag) for flag in value.split())
+            return frozenset(map(_llvm_name, value.split()))
     return frozenset()
+
+
+def _llvm_name(flag: str) -> str:
+    named = _LINUX_NAMES.get(flag, flag)
+    return named.replace("_", "") if named.startswith(("avx512_", "avx_")) else named
 
 
 @cache
