@@ -25,6 +25,10 @@ _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # Linux lists some features under other names than LLVM gives them.
 _LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon"}
+_BEYOND_V4 = (
+    *("avx512bf16", "avx512bitalg", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512vpopcntdq"),
+    *("avx512ifma", "gfni", "vpclmulqdq"),
+)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def _from_llvm(name: str) -> Target:
     features = {str(f) for f in codegen.llvm_get_cpu_features(TvmTarget(plain.tvm()))}
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= features
     # Tuning hints are listed beside the features; an artifact may only ask for what a CPU reports.
-    reported = {*_V4, *_LINUX_NAMES.values(), "avx512vbmi", "avx512ifma", "gfni", "vpclmulqdq"}
+    reported = {*_V4, *_LINUX_NAMES.values(), *_BEYOND_V4}
     return replace(
         plain,
         features=tuple(sorted(features & reported)),
