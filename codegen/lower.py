@@ -60,6 +60,8 @@ def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tupl
     with builder.function(name):
         with builder.dataflow():
             for group in partition(graph, own.__contains__):
+                if all(value in low.values for value in group.root.outputs):
+                    continue  # made beside another op
                 if group.root in own:
                     made = KERNELS[group.root.name].call(low, group.root)
                 else:

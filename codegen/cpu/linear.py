@@ -6,9 +6,12 @@ same weights, which then stay in one core's cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
@@ -28,23 +31,75 @@ def linear(
         raise ValueError(f"{name}: a dense product has one group of weights, not {spec.groups}")
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    layout = Layout(spec, target)
+    return _kernel(target, (spec,), epilogue, name)
+
+
+def linears(target: Target, specs: tuple[LinearSpec, ...], name: str = "linears") -> PrimFunc:
+    """Several products of the same rows as one kernel: (x[T, k], (w packed[, bias packed]) of
+    each, y[T, n] of each).
+
+    One kernel keeps all threads busy over the end of one product and the start of the next,
+    which counts where each is short, as those of queries, keys and values for one token are.
+    """
+    if len({(spec.k, spec.dtype) for spec in specs}) != 1:
+        raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
+    if any(spec.groups != 1 or spec.gated for spec in specs):
+        raise ValueError(f"{name}: the products must be dense, each with one matrix")
+    return _kernel(target, specs, None, name)
+
+
+def _kernel(
+    target: Target, specs: tuple[LinearSpec, ...], epilogue: Epilogue | None, name: str
+) -> PrimFunc:
+    layouts = [Layout(spec, target) for spec in specs]
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             t = T.int64()
-            x = T.match_buffer(T.arg("x", T.handle()), (t, spec.k), spec.dtype)
-            w = T.match_buffer(T.arg("w", T.handle()), layout.shape, layout.dtype)
-            bias = None
-            if spec.bias:
-                bias = T.match_buffer(T.arg("bias", T.handle()), layout.bias_shape, "float32")
-            y = T.match_buffer(T.arg("y", T.handle()), (t, spec.n), spec.y_dtype)
-            tile = Tile(layout, Operands(x, w, y, bias, lambda r: r, None), epilogue)
+
+            def argument(name: str, shape: Sequence[Expr | int], dtype: str) -> Buffer:
+                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+            x = argument("x", (t, specs[0].k), specs[0].dtype)
+            weights: list[tuple[Buffer, Buffer | None]] = []
+            for i, layout in enumerate(layouts):
+                w = argument(f"w{i}", layout.shape, layout.dtype)
+                biased = layout.spec.bias
+                bias = argument(f"bias{i}", layout.bias_shape, "float32") if biased else None
+                weights.append((w, bias))
+            tiles = [
+                Tile(
+                    layout,
+                    Operands(
+                        x,
+                        *(w, argument(f"y{i}", (t, layout.spec.n), layout.spec.y_dtype)),
+                        bias,
+                        lambda r: r,
+                        None,
+                    ),
+                    epilogue,
+                )
+                for i, (layout, (w, bias)) in enumerate(zip(layouts, weights, strict=True))
+            ]
             chunks = T.truncdiv(t + (ROW_CHUNK - 1), T.int64(ROW_CHUNK))
-            with Vector(target).functions(), T.parallel(0, chunks * layout.tiles) as unit:
+            count = sum(layout.tiles for layout in layouts)
+            with Vector(target).functions(), T.parallel(0, chunks * count) as unit:
                 column = T.bind(T.cast(T.truncdiv(unit, chunks), "int32"))
                 first = T.bind(T.truncmod(unit, chunks) * ROW_CHUNK)
-                count = T.bind(T.min(t - first, T.int64(ROW_CHUNK)))
-                tile.rows(T.int32(0), column, first, count)
+                rows = T.bind(T.min(t - first, T.int64(ROW_CHUNK)))
+                _dispatch(tiles, column, first, rows)
     return builder.get()
+
+
+def _dispatch(tiles: Sequence[Tile], column: Expr, first: Expr, rows: Expr) -> None:
+    """The tile that a column of all products stands for."""
+    tile, *rest = tiles
+    if not rest:
+        tile.rows(T.int32(0), column, first, rows)
+        return
+    with T.If(column < tile.layout.tiles):
+        with T.Then():
+            tile.rows(T.int32(0), column, first, rows)
+        with T.Else():
+            _dispatch(rest, T.bind(column - tile.layout.tiles), first, rows)

@@ -11,7 +11,7 @@ from tvm import relax
 
 from moec.codegen.cpu import pack
 from moec.codegen.cpu.layout import Layout, LinearSpec
-from moec.codegen.cpu.linear import linear
+from moec.codegen.cpu.linear import linear, linears
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.rules import named
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
@@ -69,36 +69,62 @@ def dense_of(op: Op, graph: Graph) -> Dense | None:
 _TURNS = ("aten.t.default", "aten.transpose.int", "aten.permute.default")
 
 
+_NAMES = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.matmul.default")
+
+
 @kernel(
-    "aten.linear.default",
-    "aten.mm.default",
-    "aten.addmm.default",
-    "aten.matmul.default",
+    *_NAMES,
     takes=lambda op, graph: dense_of(op, graph) is not None,
 )
 def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
+    """With all that read the same rows: their results are then there when their turn comes."""
+    together = _together(low, op)
+    specs = tuple(_spec(low, one) for one in together)
+    denses = [cast(Dense, dense_of(one, low.graph)) for one in together]
+    rows = product(denses[0].x.shape[:-1])
+    arguments = [low.shaped(denses[0].x, TensorType(denses[0].x.dtype, (rows, specs[0].k)))]
+    for one, spec, dense in zip(together, specs, denses, strict=True):
+        layout = Layout(spec, low.target)
+        arguments.append(low.param(*packed(layout, (dense.weight,), dense.flipped)))
+        if dense.bias is not None:
+            arguments.append(low.param(*packed_bias(layout, (dense.bias,))))
+        low.note(one, "linear")
+    types = [TensorType(one.outputs[0].dtype, (rows, one.outputs[0].shape[-1])) for one in together]
+    if len(specs) == 1:
+        (spec,) = specs
+        function = low.function(spec, "linear", lambda name: linear(low.target, spec, name=name))
+    else:
+        function = low.function(specs, "linears", lambda name: linears(low.target, specs, name))
+    made = low.call(function, arguments, types)
+    for one, value, type in zip(together, made, types, strict=True):
+        out = one.outputs[0]
+        low.values[out] = value if out.type == type else low.reshaped(value, out.type)
+    return [low.values[op.outputs[0]]]
+
+
+_MOST = 4  # products in one kernel
+
+
+def _together(low: Lowering, op: Op) -> list[Op]:
+    """The op, and other dense products of the same rows that nothing has lowered yet."""
     dense = cast(Dense, dense_of(op, low.graph))
-    out = op.outputs[0]
-    n, k = out.shape[-1], dense.x.shape[-1]
+    found = [op]
+    for other in dict.fromkeys(low.graph.readers.get(dense.x, ())):
+        if len(found) == _MOST or other in found or other.outputs[0] in low.values:
+            continue
+        if other.name in _NAMES and (same := dense_of(other, low.graph)) is not None:
+            if same.x is dense.x:
+                found.append(other)
+    return found
+
+
+def _spec(low: Lowering, op: Op) -> LinearSpec:
+    dense = cast(Dense, dense_of(op, low.graph))
+    n, k = op.outputs[0].shape[-1], dense.x.shape[-1]
     assert isinstance(n, int)
     assert isinstance(k, int)
-    spec = LinearSpec(
-        n,
-        k,
-        sc.STORED[dense.x.dtype],
-        sc.STORED[out.dtype],
-        bias=dense.bias is not None,
-    )
-    layout = Layout(spec, low.target)
-    rows = product(dense.x.shape[:-1])
-    x = low.shaped(dense.x, TensorType(dense.x.dtype, (rows, k)))
-    weights = [low.param(*packed(layout, (dense.weight,), dense.flipped))]
-    if dense.bias is not None:
-        weights.append(low.param(*packed_bias(layout, (dense.bias,))))
-    function = low.function(spec, "linear", lambda name: linear(low.target, spec, name=name))
-    low.note(op, "linear")
-    made = low.call(function, [x, *weights], [TensorType(out.dtype, (rows, n))])
-    return [made[0] if out.shape == (rows, n) else low.reshaped(made[0], out.type)]
+    stored = sc.STORED[dense.x.dtype], sc.STORED[op.outputs[0].dtype]
+    return LinearSpec(n, k, *stored, bias=dense.bias is not None)
 
 
 def _as(low: Lowering, value: Value, type: TensorType) -> relax.Expr:

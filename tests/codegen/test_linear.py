@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from moec.codegen.cpu.layout import Layout, LinearSpec
-from moec.codegen.cpu.linear import linear
+from moec.codegen.cpu.linear import linear, linears
 from moec.codegen.cpu.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
 from moec.target import TARGETS, Target, missing
@@ -68,6 +68,36 @@ def test_products(build, rounding, target, dtype):
             kernel(x, *packed, y)
             ((exact, error),) = sums(x, weight, [b[0] for b in biases])
             check(y, exact, error, rounding)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_side_by_side(build, rounding, target, dtype):
+    """Each is to the bit what it is alone, whatever stands beside it."""
+    specs = (
+        LinearSpec(64, 33, dtype),
+        LinearSpec(5, 33, dtype, "float32", bias=True),
+        LinearSpec(71, 33, dtype, bias=True),
+    )
+    own = [operands(target, spec)[2] for spec in specs]
+    together = build(target, linears(target, specs))
+    alone = [build(target, linear(target, spec)) for spec in specs]
+    for t in (0, 1, 13, 101):
+        x = torch.randn(t, 33).to(DTYPES[dtype])
+        made = [torch.full((t, s.n), float("nan"), dtype=DTYPES[s.y_dtype]) for s in specs]
+        wanted = [torch.empty_like(y) for y in made]
+        together(x, *(part for packed in own for part in packed), *made)
+        for kernel, packed, y in zip(alone, own, wanted, strict=True):
+            kernel(x, *packed, y)
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_products_that_cannot_stand_side_by_side():
+    plain = LinearSpec(8, 8, "float32")
+    with pytest.raises(ValueError, match="of rows of other widths or dtypes"):
+        linears(BEST, (plain, LinearSpec(8, 9, "float32")))
+    with pytest.raises(ValueError, match="must be dense, each with one matrix"):
+        linears(BEST, (plain, LinearSpec(8, 8, "float32", gated=True)))
 
 
 @each_target

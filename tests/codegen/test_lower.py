@@ -41,6 +41,28 @@ def test_a_chain_is_one_kernel() -> None:
     }""") == ["aten.mul.Tensor"]
 
 
+def test_products_of_the_same_rows_are_one_kernel() -> None:
+    """Also where an op between them reads the first; and never more than four."""
+    lines = "".join(
+        f"  y{i}: f32[T, {n}] = aten.linear.default(x, w{i})\n"
+        for i, n in enumerate((3, 5, 3, 7, 2))
+    )
+    params = ", ".join(f"w{i}: f32[{n}, 8]" for i, n in enumerate((3, 5, 3, 7, 2)))
+    graph = parse(
+        f"graph main(x: f32[T, 8]; {params}) {{\n  size T in [0, inf]\n"
+        + lines.replace("  y1:", "  z: f32[T, 3] = aten.silu.default(y0)\n  y1:")
+        + "  return z, y0, y1, y2, y3, y4\n}\n"
+    )
+    lowered = lower(graph, host())
+    names = [v.name_hint for v in lowered.module.get_global_vars()]
+    assert sorted(n for n in names if n.startswith("linear")) == ["linear", "linears"]
+    weights = {p.name: torch.randn(*map(int, p.shape)) for p in graph.params}
+    x = torch.randn(6, 8)
+    made = Executor(build(Program(graph, weights), host()))({"x": x})
+    for i in range(5):
+        torch.testing.assert_close(made[f"y{i}"], x @ weights[f"w{i}"].T)
+
+
 def test_what_two_kernels_need_is_stored_once() -> None:
     assert roots("""
     graph main(x: f32[T, 8]) {
