@@ -15,9 +15,10 @@ from moec.errors import UsageError
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured in the same run: FLOP/s of all threads, bytes/s of all threads; and the seconds
-    that a prefill and a step take at least at those rates."""
+    """Measured in the same run: FLOP/s of all threads in `kind`, bytes/s of all threads; and the
+    seconds that a prefill and a step take at least at those rates."""
 
+    kind: str
     peak: float
     bandwidth: float
     prefill: float
@@ -65,7 +66,7 @@ class Result:
         load, limits = self.load, self.limits
         rows = [
             f"{self.model}, {self.dtype}, {self.threads} threads, {self.machine}",
-            f"measured peak {limits.peak / 1e9:.0f} GFLOP/s, bandwidth "
+            f"measured peak {limits.peak / 1e9:.0f} GFLOP/s in {limits.kind}, bandwidth "
             f"{limits.bandwidth / 1e9:.1f} GB/s, load average {self.load_average:.1f} before",
             f"{load.batch} x {load.prompt} tokens read, then {load.batch} x {load.new} written one "
             "by one; medians, and the middle half of all measurements",

@@ -146,11 +146,18 @@ def _bench(
         )
     load = Load(batch, prompt, new, step.vocabulary)
     others = contenders.transformers(names, lambda: _eager(model, dtype))
-    times = race([ours, *others], load, rounds, progress)
-    progress("measure the machine")
     graph = parse(text)
     kind = "bfloat16" if step.logits.dtype == "bf16" else "float32"
-    peak, stream = limits.peak(kind), limits.bandwidth()
+
+    def measure() -> tuple[float, float]:
+        progress("measure the machine")
+        return limits.peak(kind), limits.bandwidth()
+
+    # Shared machines change from minute to minute: the limit is the better of before and after.
+    first = measure()
+    times = race([ours, *others], load, rounds, progress)
+    second = measure()
+    peak, stream = max(first[0], second[0]), max(first[1], second[1])
     sizes = {"B": batch, "L": prompt + new}
 
     def least(tokens: int, seen: int) -> float:
@@ -171,7 +178,7 @@ def _bench(
         threads,
         versions,
         load,
-        Limits(peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
+        Limits(kind, peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
         times,
         before,
     )

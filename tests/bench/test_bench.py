@@ -167,11 +167,22 @@ def test_what_cannot_be_raced(saved: Path, words: list[str], said: str) -> None:
 def test_the_text() -> None:
     times: Any = race([Contender("moec", lambda texts, room: Fake())], Load(1, 4, 2, 9), 1)
     made = result(
-        "toy", "f32", "a machine", 2, {}, Load(1, 4, 2, 9), Limits(1e9, 2e9, 1e-9, 1e-9), times, 0.5
+        "toy",
+        "f32",
+        "a machine",
+        2,
+        {},
+        Load(1, 4, 2, 9),
+        Limits("float32", 1e9, 2e9, 1e-9, 1e-9),
+        times,
+        0.5,
     )
     lines = str(made).splitlines()
     assert lines[0] == "toy, f32, 2 threads, a machine"
-    assert lines[1] == "measured peak 1 GFLOP/s, bandwidth 2.0 GB/s, load average 0.5 before"
+    assert (
+        lines[1]
+        == "measured peak 1 GFLOP/s in float32, bandwidth 2.0 GB/s, load average 0.5 before"
+    )
     assert lines[5].startswith("moec ")
     with pytest.raises((UsageError, ValueError)):
         plot(made, Path("x.unknown"))
