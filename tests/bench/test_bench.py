@@ -132,7 +132,7 @@ def test_a_race_with_transformers(
     assert ours["decode_ahead"] == 1.0
     assert eager["decode"]["median"] > 0
     assert said["limits"]["peak"] > 1e9
-    assert 0 < said["decode_share"] < 2
+    assert said["decode_share"] > 0  # a small model may beat the memory: it stays in the cache
     written = (tmp_path / "results.md").read_text()
     assert written.startswith("\n## checkpoint, bf16, 1 x 5 tokens\n\n")
     assert "\n    $ moec" in written
