@@ -36,7 +36,12 @@ def causal_lm(package: Package) -> CausalLM:
         for p in package.outputs
         if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
     ]
-    logits = [p for p in logits if p.name == "logits"] or logits[:1]
+    known_ids = [
+        package.index_ranges[p.name][1] + 1 for p in tokens if p.name in package.index_ranges
+    ]
+    # Any other output of as many axes, such as the last hidden states, scores no tokens.
+    scoring = [p for p in logits if not known_ids or p.shape[2] in known_ids]
+    logits = [p for p in logits if p.name == "logits"] or scoring[:1]
     if len(tokens) != 1 or not logits or len(tokens[0].shape) != 2:
         ports = "; ".join(map(show_port, package.inputs))
         made = "; ".join(map(show_port, package.outputs))

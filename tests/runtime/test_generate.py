@@ -116,6 +116,10 @@ def test_with_a_cache_each_token_goes_in_once() -> None:
             "gives y: f32[B, 8]; give it inputs instead of a prompt",
         ),
         (
+            {"outputs": (Port("last_hidden_state", "f32", ("B", "S", 64)),)},
+            "gives last_hidden_state: f32[B, S, 64]; give it inputs instead of a prompt",
+        ),
+        (
             {"inputs": (Port("a", "i64", ("B", "S")), Port("b", "i64", ("B", "S")))},
             "is continued by a model from tokens",
         ),
