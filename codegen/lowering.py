@@ -55,6 +55,7 @@ class Lowering:
     values: dict[Value, relax.Expr] = field(default_factory=dict)
     params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
+    rounded: dict[object, list[relax.Expr]] = field(default_factory=dict)
     masks: dict[object, Value] = field(default_factory=dict)
     bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
 from moec.pieces import in_pieces
 from moec.pipeline import Changes, Chosen, choose, measured, quantising, until
-from moec.quantisation import parse as parse_quant
+from moec.quantisation import Quantisation, parse_parts
 from moec.quantised import quantised_lines
 from moec.report import (
     kernels_of,
@@ -72,7 +72,8 @@ def compile(
     the code that `generate` runs for one token after the other.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
-    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all.
+    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. With
+    "int8,linears=int8,head=int8" also other linear layers, and the head.
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
@@ -84,8 +85,8 @@ def compile(
     """
     clock = _Clock(progress)
     with clock.phase("capture"):
-        format = None if quant is None else parse_quant(quant)
-        asked = (*choose(opt_level, changes(passes)), *quantising(format))
+        stored = Quantisation() if quant is None else parse_parts(quant)
+        asked = (*choose(opt_level, changes(passes)), *quantising(stored))
         chosen = until(asked, stop_after)
         allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
         builds = build and stop_after is None

@@ -7,7 +7,7 @@ import math
 import torch
 
 from moec.ir import FLOATS, Graph
-from moec.ops.quantised import GroupedQuantised
+from moec.quantised import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """Greatest error allowed, as a share of the greatest value of the output.
@@ -32,17 +32,12 @@ def default_tolerance(graph: Graph) -> float:
 
 def computed_dtypes(graph: Graph) -> set[str]:
     """The dtypes of floats that hold more than the scales of quantised weights."""
-    scales = {
-        matrix.scales
-        for op in graph.ops
-        if op.name == "grouped.quantised"
-        for matrix in GroupedQuantised.of(op).matrices
-    }
+    scales = {m.scales for op in graph.ops if op.name in QUANTISED_OPS for m in matrices_of(op)}
     return {v.dtype for v in graph.values() if v.dtype in FLOATS and v not in scales}
 
 
 def is_quantised(graph: Graph) -> bool:
-    return any(op.name == "grouped.quantised" for op in graph.ops)
+    return any(op.name in QUANTISED_OPS for op in graph.ops)
 
 
 STRAYS = {"f16": 0.05, "bf16": 0.05}

@@ -27,11 +27,12 @@ from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
 from moec.passes.prune_experts import PruneExperts
 from moec.passes.quantise_experts import QuantiseExperts
+from moec.passes.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.runner import Pass
 from moec.passes.share_common import ShareCommon
 from moec.passes.split_packed import SplitPacked
-from moec.quantisation import Format
+from moec.quantisation import Format, Quantisation
 
 RECOGNISED: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
@@ -63,12 +64,18 @@ APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts, Merg
 LEVELS = (0, 1, 2)
 
 # What options of their own ask for; these run after all others.
-ON_REQUEST: tuple[tuple[str, Pass], ...] = (("--quant", QuantiseExperts(Format("int8"))),)
+ON_REQUEST: tuple[tuple[str, Pass], ...] = (
+    ("--quant", QuantiseExperts(Format("int8"))),
+    ("--quant", QuantiseLinears(Format("int8"))),
+)
 
 
-def quantising(format: Format | None) -> tuple[Pass, ...]:
-    """The passes that store weights in `format`."""
-    return () if format is None else (QuantiseExperts(format),)
+def quantising(wanted: Quantisation) -> tuple[Pass, ...]:
+    """The passes that store weights as `wanted`."""
+    experts = () if wanted.experts is None else (QuantiseExperts(wanted.experts),)
+    if wanted.linears is None and wanted.head is None:
+        return experts
+    return (*experts, QuantiseLinears(wanted.linears, wanted.head))
 
 
 def distinct() -> tuple[Pass, ...]:

@@ -88,6 +88,45 @@ def parse(text: str) -> Format:
     return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric)
 
 
+PARTS = ("experts", "linears", "head")
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the parts of a model are stored; None: as they are. `linears` are all linear layers
+    but routers and the head."""
+
+    experts: Format | None = None
+    linears: Format | None = None
+    head: Format | None = None
+
+    def __str__(self) -> str:
+        given = ((part, getattr(self, part)) for part in PARTS)
+        return ",".join(f"{part}={format}" for part, format in given if format is not None)
+
+
+def parse_parts(text: str) -> Quantisation:
+    """What a text such as "int4:64,linears=int8,head=int8" spells; a format alone is that of
+    the experts.
+
+    Raises UsageError, naming the part that is wrong, for any other text.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
+    found: dict[str, Format] = {}
+    for item in text.split(","):
+        part, equals, format = item.strip().partition("=")
+        if not equals:
+            part, format = "experts", part
+        if part not in PARTS:
+            raise UsageError(f"quant {text!r}: {part!r} is none of {', '.join(PARTS)}")
+        made = parse(format)
+        if part in found:
+            raise UsageError(f"quant {text!r}: {part} comes twice")
+        found[part] = made
+    return Quantisation(**found)
+
+
 @dataclass(frozen=True)
 class Quantised:
     """codes u8[E, N, K], scales bf16 or u8[E, N, blocks], zeros u8[E, N, blocks] or None."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
@@ -9,14 +11,26 @@ import torch
 
 from moec.errors import UnsupportedError
 from moec.ir import Op, Program
-from moec.ops.quantised import GroupedQuantised, Matrix
+from moec.ops.quantised import GroupedQuantised, Matrix, format_of
+from moec.ops.quantised_linear import QuantisedLinear
 from moec.passes.runner import Step
+from moec.places import fold
 from moec.quantisation import Format, dequantise
 from moec.report import MovedLine, QuantisedLine
 
 BROKEN = 0.5
 """An expert whose weights are farther off, as a share of their norm, was not quantised: that of
 an expert that was left out is 1, and four bits a weight give 0.1."""
+
+
+QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")
+
+
+def matrices_of(op: Op) -> tuple[Matrix, ...]:
+    """The weights of one of QUANTISED_OPS."""
+    if op.name == "grouped.quantised":
+        return GroupedQuantised.of(op).matrices
+    return (QuantisedLinear.of(op).matrix,)
 
 
 def unquantised_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -32,10 +46,10 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
     exact, last = unquantised_steps(steps), steps[-1]
     if len(exact) == len(steps):
         return ()
-    places: dict[str, list[GroupedQuantised]] = {}
+    places: dict[str, list[Op]] = {}
     for op in last.program.graph.ops:
-        if op.name == "grouped.quantised":
-            places.setdefault(_place(op), []).append(GroupedQuantised.of(op))
+        if op.name in QUANTISED_OPS:
+            places.setdefault(_numberless(op), []).append(op)
     if not places:
         reasons = dict.fromkeys(d.reason for s in steps[len(exact) :] for d in s.declined)
         raise UnsupportedError(
@@ -43,7 +57,13 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
             + ("; ".join(reasons) or "no experts were recognised in the model")
         )
     before = exact[-1].program
-    return tuple(_line(place, ops, before, last.program) for place, ops in places.items())
+    return tuple(_line(ops, before, last.program) for ops in places.values())
+
+
+def _numberless(op: Op) -> str:
+    """What ops have in common that share a line: the place of experts, the name of linears."""
+    place = _place(op)
+    return place if op.name == "grouped.quantised" else re.sub(r"\d+", "*", place)
 
 
 def left_wide(steps: Sequence[Step]) -> tuple[str, ...]:
@@ -86,39 +106,44 @@ def _place(op: Op) -> str:
     return op.origin or op.outputs[0].name
 
 
-def _line(
-    place: str, ops: Sequence[GroupedQuantised], before: Program, after: Program
-) -> QuantisedLine:
-    seen: dict[str, tuple[Matrix, Format]] = {
-        matrix.codes.name: (matrix, parts.format) for parts in ops for matrix in parts.matrices
-    }
-    experts = len(after.weights[next(iter(seen))])
-    off, size = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
+    matrices = {
+        matrix.codes.name: (matrix, op) for op in ops for matrix in matrices_of(op)
+    }  # each once
     wide = few = 0
-    for name, (matrix, format) in seen.items():
-        original = before.weights[name.removesuffix(".codes")]
+    off: dict[int, float] = {}
+    size: dict[int, float] = {}
+    for number, (matrix, op) in enumerate(matrices.values()):
+        format = format_of(op, matrix)
+        original = before.weights[_ORIGINAL.sub("", matrix.codes.name)]
         wide += original.numel() * original.element_size()
-        few += format.nbytes(original.shape[0] * original.shape[1], original.shape[2])
-        for e, (a, b) in enumerate(_experts(original, matrix, format, after)):
-            off[e] += (a - b).double().pow(2).sum()
-            size[e] += a.double().pow(2).sum()
-    errors = (off / size.clamp(min=1e-300)).sqrt()
+        few += format.nbytes(original.numel() // original.shape[-1], original.shape[-1])
+        for part, a, b in _parts(original, number, matrix, format, after):
+            off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
+            size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
+    errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
     return QuantisedLine(
-        place,
-        str(next(iter(seen.values()))[1]),
-        experts=experts,
-        covered=int((errors < BROKEN).sum()),
+        fold(tuple(dict.fromkeys(_place(op) for op in ops))),
+        str(format_of(op, matrix)),
+        parts=len(errors),
+        covered=sum(error < BROKEN for error in errors),
         bytes_before=wide,
         bytes_after=few,
-        error=float((off.sum() / size.sum().clamp(min=1e-300)).sqrt()),
-        worst_expert=float(errors.max()),
+        error=math.sqrt(sum(off.values()) / max(sum(size.values()), 1e-300)),
+        worst=max(errors),
     )
 
 
-def _experts(
-    original: torch.Tensor, matrix: Matrix, format: Format, after: Program
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each expert's weights before and after, in float32."""
+_ORIGINAL = re.compile(r"\.codes(_\d+)?$")
+
+
+def _parts(
+    original: torch.Tensor, number: int, matrix: Matrix, format: Format, after: Program
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The weights of each expert, or of the one matrix, before and after, in float32."""
     stored = [after.weights[value.name] for value in matrix.values]
+    if original.ndim == 2:
+        yield number, original.float(), dequantise(format.kind, *stored)
+        return
     for e, weight in enumerate(original):
-        yield weight.float(), dequantise(format.kind, *(t[e] for t in stored))
+        yield e, weight.float(), dequantise(format.kind, *(t[e] for t in stored))

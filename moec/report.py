@@ -70,17 +70,18 @@ class ErrorLine:
 
 @dataclass(frozen=True)
 class QuantisedLine:
-    """The experts of one place, in fewer bits. `covered` of `experts` are really quantised; errors
-    are those of the weights, as a share of their norm: over all, and of the worst expert."""
+    """The experts of one place, or the linear layers of one name, in fewer bits. `covered` of
+    these `parts` are really quantised; errors are those of the weights, as a share of their
+    norm: over all, and of the worst part."""
 
     name: str
     format: str
-    experts: int
+    parts: int
     covered: int
     bytes_before: int
     bytes_after: int
     error: float
-    worst_expert: float
+    worst: float
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moec.places import fold
 from moec.report import (
     BlockLine,
     DeclinedLine,
@@ -22,33 +22,6 @@ from moec.report import (
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-def fold(names: Sequence[str]) -> str:
-    """Names that differ in one number as one: model.layers.{0..23}.mlp."""
-    if len(names) == 1:
-        return names[0]
-    split = [re.split(r"(?<![^.])(\d+)(?![^.])", name) for name in names]
-    width = len(split[0])
-    if all(len(parts) == width for parts in split):
-        differing = [i for i in range(width) if len({parts[i] for parts in split}) > 1]
-        if len(differing) == 1 and differing[0] % 2 == 1:
-            at = differing[0]
-            parts = list(split[0])
-            parts[at] = "{" + spans([int(p[at]) for p in split]) + "}"
-            return "".join(parts)
-    return f"{names[0]} and {len(names) - 1} more"
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """0..3,5 for 0, 1, 2, 3, 5."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
 
 
 def count(number: float) -> str:
@@ -238,15 +211,15 @@ def _passes(passes: Sequence[PassLine]) -> Any:
 
 def _quantised(lines: Sequence[QuantisedLine]) -> Any:
     """A line for each place, and one for all of them."""
-    table = _grid("Quantised", "format", "experts", "bytes", "error", "worst expert")
+    table = _grid("Quantised", "format", "covered", "bytes", "error", "worst of them")
     for line in lines:
         table.add_row(
             line.name,
             line.format,
-            f"{line.covered} of {line.experts}",
+            f"{line.covered} of {line.parts}",
             f"{size(line.bytes_before)} to {size(line.bytes_after)}",
             f"{line.error:.1e}",
-            f"{line.worst_expert:.1e}",
+            f"{line.worst:.1e}",
         )
     if len(lines) > 1:
         before, after = (
@@ -255,10 +228,10 @@ def _quantised(lines: Sequence[QuantisedLine]) -> Any:
         table.add_row(
             "in all",
             "",
-            f"{sum(line.covered for line in lines)} of {sum(line.experts for line in lines)}",
+            f"{sum(line.covered for line in lines)} of {sum(line.parts for line in lines)}",
             f"{size(before)} to {size(after)}",
             f"{(sum(line.error**2 for line in lines) / len(lines)) ** 0.5:.1e}",
-            f"{max(line.worst_expert for line in lines):.1e}",
+            f"{max(line.worst for line in lines):.1e}",
         )
     return table
 

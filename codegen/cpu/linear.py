@@ -82,14 +82,20 @@ def _kernel(
                 )
                 for i, (layout, (w, bias)) in enumerate(zip(layouts, weights, strict=True))
             ]
-            chunks = T.truncdiv(t + (ROW_CHUNK - 1), T.int64(ROW_CHUNK))
-            count = sum(layout.tiles for layout in layouts)
-            with Vector(target).functions(), T.parallel(0, chunks * count) as unit:
-                column = T.bind(T.cast(T.truncdiv(unit, chunks), "int32"))
-                first = T.bind(T.truncmod(unit, chunks) * ROW_CHUNK)
-                rows = T.bind(T.min(t - first, T.int64(ROW_CHUNK)))
-                _dispatch(tiles, column, first, rows)
+            with Vector(target).functions():
+                shared_out(tiles, t)
     return builder.get()
+
+
+def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
+    """A parallel loop over all columns of tiles of the products and all chunks of `rows` rows."""
+    chunks = T.truncdiv(rows + (ROW_CHUNK - 1), T.int64(ROW_CHUNK))
+    count = sum(tile.layout.tiles for tile in tiles)
+    with T.parallel(0, chunks * count) as unit:
+        column = T.bind(T.cast(T.truncdiv(unit, chunks), "int32"))
+        first = T.bind(T.truncmod(unit, chunks) * ROW_CHUNK)
+        some = T.bind(T.min(rows - first, T.int64(ROW_CHUNK)))
+        _dispatch(tiles, column, first, some)
 
 
 def _dispatch(tiles: Sequence[Tile], column: Expr, first: Expr, rows: Expr) -> None:

@@ -102,7 +102,8 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
     return [low.values[op.outputs[0]]]
 
 
-_MOST = 4  # products in one kernel
+MOST_TOGETHER = 4
+"""Products in one kernel."""
 
 
 def _together(low: Lowering, op: Op) -> list[Op]:
@@ -110,7 +111,7 @@ def _together(low: Lowering, op: Op) -> list[Op]:
     dense = cast(Dense, dense_of(op, low.graph))
     found = [op]
     for other in dict.fromkeys(low.graph.readers.get(dense.x, ())):
-        if len(found) == _MOST or other in found or other.outputs[0] in low.values:
+        if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
             continue
         if other.name in _NAMES and (same := dense_of(other, low.graph)) is not None:
             if same.x is dense.x:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from moec.ir import Graph, Op, Value
 from moec.ops.attention import Attention
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.quantised import GroupedQuantised, Matrix
+from moec.ops.quantised_linear import QuantisedLinear
+from moec.quantisation import Format
 from moec.runtime.dtypes import NUMPY
 from moec.sizes import evaluate_dim
 
@@ -37,6 +39,8 @@ def cost(graph: Graph, env: Env, seen: int) -> Cost:
             total += _experts(op, env, params)
         elif op.name == "grouped.quantised":
             total += _quantised(op, env)
+        elif op.name == "nn.quantised_linear":
+            total += _quantised_linear(op, env)
         elif op.name == "nn.attention":
             total += _attention(op, env, seen)
         elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
@@ -77,16 +81,26 @@ def _experts(op: Op, env: Env, params: set[Value]) -> Cost:
 
 
 def _quantised(op: Op, env: Env) -> Cost:
-    """Codes stand in bytes of their own in the graph, and are packed by the kernel."""
     parts = GroupedQuantised.of(op)
-    bits = 8 if parts.format.kind == "int8" else 4
     rows = evaluate_dim(op.outputs[0].shape[0], env)
     experts = evaluate_dim(parts.ends.shape[0], env)
-    codes = [matrix.codes for matrix in parts.matrices]
-    held = sum(_count(value, env) * bits / 8 for value in codes)
-    held += sum(_bytes(v, env) for m in parts.matrices for v in m.values if v is not m.codes)
+    held = sum(_stored(matrix, parts.format, env) for matrix in parts.matrices)
     share = 1 - (1 - 1 / experts) ** rows
-    return Cost(sum(2.0 * rows * _count(v, env) / experts for v in codes), held * share)
+    flops = sum(2.0 * rows * _count(m.codes, env) / experts for m in parts.matrices)
+    return Cost(flops, held * share)
+
+
+def _quantised_linear(op: Op, env: Env) -> Cost:
+    parts = QuantisedLinear.of(op)
+    rows = _count(parts.x, env) / evaluate_dim(parts.x.shape[-1], env)
+    flops = 2.0 * rows * _count(parts.matrix.codes, env)
+    return Cost(flops, _stored(parts.matrix, parts.format, env))
+
+
+def _stored(matrix: Matrix, format: Format, env: Env) -> float:
+    """Codes stand in bytes of their own in the graph, and are packed by the kernel."""
+    rest = sum(_bytes(value, env) for value in matrix.values if value is not matrix.codes)
+    return _count(matrix.codes, env) * format.bits / 8 + rest
 
 
 def _attention(op: Op, env: Env, seen: int) -> Cost:

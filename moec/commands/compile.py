@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @model_options
 @click.option(
     "--quant", metavar="FORMAT",
-    help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; see above.",
+    help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; ,linears=… ,head=…; see above.",
 )  # fmt: skip
 @click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
@@ -88,7 +88,8 @@ def command(
 
     --quant changes the model: the weights of its experts are rounded to int8 or int4, with one
     scale a row or, as in int4:64, a block of it, :asymmetric with a zero of their own; or to
-    mxfp4. Rows are rounded to 8 bits as they meet such weights. The report says what it costs.
+    mxfp4. Rows are rounded to 8 bits as they meet such weights. int8,linears=int8,head=int8 does so
+    to other linear layers (but routers) and the head too. The report says what it costs.
     """
     from moec.commands.shapes import dynamic_shapes, explained, parse
 

@@ -17,6 +17,7 @@ from moec.ops import (
     linear_attention,
     norm,
     quantised,
+    quantised_linear,
     rotary,
     size,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "linear_attention",
     "norm",
     "quantised",
+    "quantised_linear",
     "rotary",
     "size",
 ]

@@ -43,8 +43,6 @@ class GroupedQuantised:
     def of(op: Op) -> GroupedQuantised:
         x, ends, *rest = op.inputs
         count, zeros = integer(op, "matrices"), bool(op.attrs.get("zeros"))
-        kind = op.attrs.get("kind")
-        require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
         each = 2 + zeros
         require(op, count >= 1 and len(rest) >= count * each, "lacks codes or scales")
         matrices = tuple(
@@ -57,34 +55,44 @@ class GroupedQuantised:
         order = rest.pop(0) if op.attrs.get("gather") else None
         scale = rest.pop(0) if op.attrs.get("scaled") else None
         require(op, not rest, "has inputs that no attribute names")
-        width, blocks = matrices[0].codes.shape[-1], matrices[0].scales.shape[-1]
-        require(op, isinstance(width, int) and isinstance(blocks, int), "has symbolic weights")
-        assert isinstance(width, int)
-        assert isinstance(blocks, int)
-        require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
-        block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
-        return GroupedQuantised(
-            x, ends, matrices, biases, order, scale, Format(cast(str, kind), block, zeros)
-        )
+        return GroupedQuantised(x, ends, matrices, biases, order, scale, format_of(op, matrices[0]))
+
+
+def format_of(op: Op, matrix: Matrix) -> Format:
+    """The format that the attributes `kind` and `zeros` of an op and the shapes of a matrix of
+    its say. Raises IRError where they do not fit each other."""
+    kind, zeros = op.attrs.get("kind"), matrix.zeros is not None
+    require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
+    codes, scales = matrix.codes, matrix.scales
+    width, blocks = codes.shape[-1], scales.shape[-1]
+    require(op, isinstance(width, int) and isinstance(blocks, int), "has symbolic weights")
+    assert isinstance(width, int)
+    assert isinstance(blocks, int)
+    require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
+    block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
+    format = Format(cast(str, kind), block, zeros)
+    if kind == "mxfp4":
+        require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
+        require(op, not zeros, "mxfp4 has no zeros")
+    require(op, codes.dtype == "u8", f"{codes} is not of u8")
+    require(op, scales.shape[:-1] == codes.shape[:-1], f"{scales} for {codes}")
+    require(op, scales.dtype == format.scale_dtype, f"{scales} of {format}")
+    if matrix.zeros is not None:
+        wanted = TensorType("u8", scales.shape)
+        require(op, matrix.zeros.type == wanted, f"{matrix.zeros} is not {wanted}")
+    return format
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
     parts = GroupedQuantised.of(op)
-    if parts.format.kind == "mxfp4":
-        require(op, parts.format.block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
-        require(op, not parts.format.asymmetric, "mxfp4 has no zeros")
     first = parts.matrices[0]
     for matrix in parts.matrices:
         codes, scales = matrix.codes, matrix.scales
-        require(op, codes.dtype == "u8" and len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
+        format_of(op, matrix)
+        require(op, len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
         require(op, codes.shape[2] == parts.x.shape[1], f"{parts.x} by {codes}")
         require(op, codes.shape[:1] == parts.ends.shape, f"{codes} for {parts.ends}")
-        require(op, scales.shape[:2] == codes.shape[:2], f"{scales} for {codes}")
-        require(op, scales.dtype == parts.format.scale_dtype, f"{scales} of {parts.format}")
         require(op, scales.shape == first.scales.shape, f"{scales} beside {first.scales}")
-        if matrix.zeros is not None:
-            wanted = TensorType("u8", scales.shape)
-            require(op, matrix.zeros.type == wanted, f"{matrix.zeros} is not {wanted}")
     for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
         require(op, bias.shape == matrix.codes.shape[:2], f"{bias} for {matrix.codes}")
     rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]

@@ -38,6 +38,7 @@ _ROWS = frozenset(
     {
         "nn.rms_norm",
         "nn.layer_norm",
+        "nn.quantised_linear",
         "nn.rotary",
         "moe.gate",
         "moe.route",

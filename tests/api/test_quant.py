@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import textwrap
+import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ from torch import nn
 import moec
 from moec.check import check
 from moec.errors import UnsupportedError, UsageError, VerificationError
+from moec.evaluate import evaluate
 from moec.passes.quantise_experts import QuantiseExperts
 from moec.passes.runner import Log
 from moec.report import Report
@@ -31,9 +37,9 @@ def compiled() -> moec.CompiledModel:
 def test_the_report_says_what_it_cost(compiled: moec.CompiledModel) -> None:
     report = compiled.report()
     (line,) = report.quantised
-    assert (line.format, line.covered) == ("int4", line.experts)
+    assert (line.format, line.covered) == ("int4", line.parts)
     assert line.bytes_after < line.bytes_before / 4
-    assert 0.02 < line.error <= line.worst_expert < 0.2
+    assert 0.02 < line.error <= line.worst < 0.2
     (moved,) = report.moved
     assert 0.01 < moved.error < 0.5
     assert moved.rows == sum(len(c) for c in (x, x, x[:1])) + 19
@@ -43,7 +49,7 @@ def test_the_report_says_what_it_cost(compiled: moec.CompiledModel) -> None:
     words = str(report)
     assert "Checked against the quantised graph" in words
     assert "Against the unquantised model" in words
-    assert f"{line.experts} of {line.experts}" in words
+    assert f"{line.parts} of {line.parts}" in words
 
 
 def test_saved_loaded_and_rebuilt(compiled: moec.CompiledModel, tmp_path: Any) -> None:
@@ -110,5 +116,47 @@ def test_an_expert_that_was_left_out_is_counted(monkeypatch: Any) -> None:
     monkeypatch.setattr(QuantiseExperts, "run", wrong)
     made = moec.compile(Moe(), (x,), quant="int4", build=False)
     (line,) = made.quantised
-    assert (line.covered, line.experts - line.covered) == (line.experts - 1, 1)
-    assert line.worst_expert == pytest.approx(1.0)
+    assert (line.covered, line.parts - line.covered) == (line.parts - 1, 1)
+    assert line.worst == pytest.approx(1.0)
+
+
+ALL = "int8,linears=int8,head=int8"
+
+
+def test_the_whole_model_in_eight_bits(tiny_moe: Path) -> None:
+    """Each linear layer but the routers; text is generated token by token from it."""
+    made = moec.compile(tiny_moe, quant=ALL)
+    lines = {line.name: line for line in made.report().quantised}
+    assert lines["lm_head"].parts == 1
+    projections = [line for name, line in lines.items() if name.endswith("_proj")]
+    assert [line.covered for line in projections] == [4, 4, 4, 4]
+    assert projections[0].name == "model.layers.{0..3}.self_attn.q_proj"
+    kernels = made.report().kernels
+    assert kernels["int8 linear"] == 17
+    assert "linear" not in kernels
+    assert made.package is not None
+    assert made.package.step is not None
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    (text,) = made.generate(tokens, max_new_tokens=1)
+    assert text[-1] == int(made(tokens)[0, -1].argmax())
+
+
+def test_text_is_nearly_as_likely_in_few_bits(tiny_moe: Path) -> None:
+    """Sixteen windows of Python's own library. Its perplexity moves by 0.1 % in 8 bits and by
+    0.5 % in 4 when all held-out text is read; no more than 1 % and 5 % are allowed."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe)
+    text = "".join(inspect.getsource(module) for module in (argparse, textwrap, typing))
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    rows = ids[: len(ids) // 256 * 256].view(-1, 256)[:16]
+
+    def perplexity(quant: str | None) -> float:
+        program = moec.compile(tiny_moe, quant=quant, build=False).steps[-1].program
+        (logits,) = evaluate(program.graph, [rows], program.weights)
+        scores = logits.float().log_softmax(-1)
+        return float(torch.exp(-scores[:, :-1].gather(-1, rows[:, 1:, None]).mean()))
+
+    wide = perplexity(None)
+    assert perplexity(ALL) <= 1.01 * wide
+    assert perplexity("int4:32") <= 1.05 * wide

@@ -53,13 +53,22 @@ def test_the_least_that_a_call_costs() -> None:
 def test_codes_of_four_bits() -> None:
     """Two rows by experts of 16 x 32 codes with a scale for each block of 32."""
     text = (
-        "graph step(x: f32[2, 32], ends: i32[4]; codes: u8[4, 16, 32], scales: f32[4, 16, 1]) {\n"
+        "graph step(x: f32[2, 32], ends: i32[4]; codes: u8[4, 16, 32], scales: bf16[4, 16, 1]) {\n"
         "  y: f32[2, 16] = grouped.quantised(x, ends, codes, scales) "
         '<matrices=1, dtype=f32, kind="int4">\n  return y\n}\n'
     )
     made = cost(parse(text), {}, seen=0)
     assert made.flops == 2 * 2 * 16 * 32
-    assert made.bytes == (1 - 0.75**2) * (4 * 16 * 32 / 2 + 4 * 16 * 4)
+    assert made.bytes == (1 - 0.75**2) * (4 * 16 * 32 / 2 + 4 * 16 * 2)
+
+
+def test_a_linear_layer_of_four_bits() -> None:
+    text = (
+        "graph step(x: f32[2, 3, 32]; codes: u8[16, 32], scales: bf16[16, 1]) {\n"
+        '  y: f32[2, 3, 16] = nn.quantised_linear(x, codes, scales) <kind="int4">\n'
+        "  return y\n}\n"
+    )
+    assert cost(parse(text), {}, seen=0) == Cost(2 * 6 * 16 * 32, 16 * 32 / 2 + 16 * 2)
 
 
 def test_a_prompt_sees_half_of_itself() -> None:

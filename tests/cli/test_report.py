@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moec.places import fold, spans
 from moec.report import Report, describe_graph
-from moec.report_text import count, fold, render, seconds, size, spans
+from moec.report_text import count, render, seconds, size
 from moec.text import parse
 from tests.cli import models
 

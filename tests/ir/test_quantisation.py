@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
-from moec.quantisation import E2M1_TWICE, Format, dequantise, parse, quantise, round_rows
+from moec.quantisation import (
+    E2M1_TWICE,
+    Format,
+    Quantisation,
+    dequantise,
+    parse,
+    parse_parts,
+    quantise,
+    round_rows,
+)
 
 FORMATS = (
     "int8",
@@ -141,3 +150,24 @@ def test_rows_are_rounded_block_by_block(numbers: list[float], blocks: int) -> N
         greatest = block.abs().max()
         room = greatest / 127 * 0.5001 if greatest > 1e-30 else greatest
         assert ((got - block).abs() <= room + 1e-38).all()
+
+
+def test_parts_of_a_model_are_spelled_by_name() -> None:
+    made = parse_parts("int4:64, linears=int8,head=int8:32")
+    assert made == Quantisation(parse("int4:64"), parse("int8"), parse("int8:32"))
+    assert str(made) == "experts=int4:64,linears=int8,head=int8:32"
+    assert parse_parts("head=int8") == Quantisation(head=parse("int8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int8,int4", "experts comes twice"),
+        ("int8,tail=int4", "'tail' is none of experts, linears, head"),
+        ("int8,head=int5", "'int5' is no format"),
+        ("int8,", "'' is no format"),
+    ],
+)
+def test_parts_that_are_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_parts(text)

@@ -1,0 +1,65 @@
+"""Stored weights as codes, scales and zeros: what the passes that quantise share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir import Graph, Program, TensorType, Value
+from moec.passes.rewrite import Builder
+from moec.quantisation import Format, quantise
+
+WIDE = ("f32", "bf16", "f16")
+
+
+@dataclass(eq=False)
+class Codes:
+    """The weights of `program` that have been quantised so far: each once, whoever reads it."""
+
+    program: Program
+    made: dict[str, torch.Tensor] = field(default_factory=dict)
+    known: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
+
+    def check(self, matrix: Value, format: Format) -> None:
+        """Raises NoMatch where [.., N, K] are no weights that `format` can hold."""
+        weight, width = self.program.weights.get(matrix.name), matrix.shape[-1]
+        if weight is None:
+            raise NoMatch(f"the weights {matrix.name} are computed while the model runs")
+        if matrix.dtype not in WIDE:
+            raise NoMatch(f"the weights {matrix} are not of {', '.join(WIDE)}")
+        if not isinstance(width, int) or (format.block and width % format.block):
+            raise NoMatch(f"blocks of {format.block} do not divide the {width} weights of a row")
+        parts = weight if weight.ndim == 3 else weight[None]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise NoMatch(f"the weights {matrix.name} hold an infinity or a NaN")
+
+    def params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
+        """Params of the new graph with the codes, scales and, if asymmetric, zeros."""
+        if (matrix, format) not in self.known:
+            self.known[matrix, format] = self._params(matrix, format, b)
+        return self.known[matrix, format]
+
+    def _params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
+        weight = self.program.weights[matrix.name]
+        stacked = weight if weight.ndim == 3 else weight[None]
+        found = quantise(format, stacked)
+        blocks = (*matrix.shape[:-1], found.scales.shape[-1])
+        parts = [
+            ("codes", TensorType("u8", matrix.shape), found.codes),
+            ("scales", TensorType(format.scale_dtype, blocks), found.scales),
+        ]
+        if found.zeros is not None:
+            parts.append(("zeros", TensorType("u8", blocks), found.zeros))
+        values = []
+        for name, type, tensor in parts:
+            values.append(b.param(f"{matrix.name}.{name}", type))
+            self.made[values[-1].name] = tensor.reshape([int(str(d)) for d in type.shape])
+        return tuple(values)
+
+    def program_of(self, graph: Graph) -> Program:
+        """`graph` with the weights that it reads, old and new."""
+        kept = {p.name for p in graph.params} | {s.before.name for s in graph.states}
+        weights = {**self.program.weights, **self.made}
+        return Program(graph, {n: t for n, t in weights.items() if n in kept})
