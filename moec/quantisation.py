@@ -153,28 +153,42 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
     zeros = torch.empty(shape, dtype=torch.uint8) if format.asymmetric else None
     # One matrix at a time: a float32 copy of a whole stack would be larger than the stack.
     for e, matrix in enumerate(weight):
-        full = matrix.float().reshape(-1, shape[-1], width // shape[-1])
-        made = _mxfp4(full) if format.kind == "mxfp4" else _integers(format, full)
-        codes[e], scales[e] = made[0].flatten(-2), made[1]
-        if zeros is not None and made[2] is not None:
-            zeros[e] = made[2]
+        full = matrix.float()
+        scales[e], zero = _scales(format, full.unflatten(-1, (shape[-1], -1)))
+        if zeros is not None and zero is not None:
+            zeros[e] = zero
+        codes[e] = encode(format, full, scales[e], None if zeros is None else zeros[e])
     return Quantised(codes, scales, zeros)
 
 
-def _integers(format: Format, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """codes, scales, zeros of w[N, blocks, block]."""
+def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Codes u8[.., N, K] of float32 weights, rounded to nearest with scales and zeros [.., N, b]."""
+    by_block = weight.unflatten(-1, (scales.shape[-1], -1))
+    if format.kind == "mxfp4":
+        return _e2m1(torch.ldexp(by_block, 127 - scales.int()[..., None])).flatten(-2)
+    levels = 2**format.bits
+    zero = float(levels // 2) if zeros is None else zeros.float()[..., None]
+    codes = (by_block / scales.float()[..., None]).round_().add_(zero)
+    return codes.clamp_(0, levels - 1).byte().flatten(-2)
+
+
+def _scales(format: Format, w: Tensor) -> tuple[Tensor, Tensor | None]:
+    """scales and zeros [N, blocks] of w[N, blocks, block]."""
+    if format.kind == "mxfp4":
+        # OCP, section 6.3: the shared exponent is that of the greatest magnitude less e2m1's
+        # own greatest exponent, 2.
+        greatest = w.abs().amax(-1)
+        _, exponent = torch.frexp(greatest)  # greatest = m * 2^exponent with 0.5 <= m < 1
+        shared = torch.where(greatest > 0, exponent - 1 - 2, 0).clamp(-126, 127)
+        return (shared + 127).byte(), None
     levels = 2**format.bits
     low, high = torch.aminmax(w, dim=-1)
-    if format.asymmetric:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = _stored((high - low) / (levels - 1))
-        zero = (-low / scale.float()).round().clamp(0, levels - 1)
-    else:
+    if not format.asymmetric:
         greatest = torch.where(high > -low, high, low)
-        scale = _stored(greatest / -(levels // 2))
-        zero = torch.full_like(greatest, levels // 2)
-    codes = (w / scale.float()[..., None]).round_().add_(zero[..., None])
-    return codes.clamp_(0, levels - 1).byte(), scale, zero.byte()
+        return _stored(greatest / -(levels // 2)), None
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _stored((high - low) / (levels - 1))
+    return scale, (-low / scale.float()).round().clamp(0, levels - 1).byte()
 
 
 def _stored(scale: Tensor) -> Tensor:
@@ -183,19 +197,15 @@ def _stored(scale: Tensor) -> Tensor:
     return torch.where(stored.float().abs() > TINY, stored, torch.ones_like(stored))
 
 
-def _mxfp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The conversion of the OCP specification (section 6.3): the shared exponent is that of the
-    greatest magnitude less e2m1's own greatest exponent, 2; magnitudes beyond 6 become 6."""
-    greatest = w.abs().amax(-1)
-    _, exponent = torch.frexp(greatest)  # greatest = m * 2^exponent with 0.5 <= m < 1
-    shared = torch.where(greatest > 0, exponent - 1 - 2, 0).clamp(-126, 127)
-    scaled = torch.ldexp(w, -shared[..., None]).abs()
+def _e2m1(w: Tensor) -> Tensor:
+    """Codes of e2m1 nearest to w; magnitudes beyond 6 become 6."""
+    scaled = w.abs()
     # Codes are as far apart as 1/2 up to 2, as 1 up to 4, and as 2 beyond; halfway between two
     # codes the even one wins, and half of a code is the even one's own spacing.
     code = (scaled * 2).round_()
     code = torch.where(scaled > 2, scaled.round() + 2, code)
     code = torch.where(scaled > 4, (scaled / 2).round_() + 4, code).clamp_(max=7)
-    return torch.where(w < 0, code + 8, code).byte(), (shared + 127).byte(), None
+    return torch.where(w < 0, code + 8, code).byte()
 
 
 def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
