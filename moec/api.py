@@ -73,7 +73,8 @@ def compile(
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
     ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. With
-    "int8,linears=int8,head=int8" also other linear layers, and the head.
+    "int8,linears=int8,head=int8" also other linear layers, and the head. Codes are rounded to
+    nearest or, where there is `calib`, chosen on it (GPTQ).
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
@@ -150,11 +151,16 @@ def _allowed(
             )
     if strict and not budget:
         raise UsageError("--strict fails where the budget is exceeded: give --budget too")
-    given = [n for n, v in (("calib", calib is not None), ("budget", budget)) if v]
-    if given and not any(isinstance(pass_, Approximate) for pass_ in asked):
+    changes = any(isinstance(pass_, Approximate) for pass_ in asked)
+    if budget and not changes:
         raise UsageError(
-            f"--{given[0]} is for passes that change the model, and none was asked for; see "
+            "--budget is for passes that change the model, and none was asked for; see "
             "moec list passes"
+        )
+    if calib is not None and not changes and not any(hasattr(p, "quantises") for p in asked):
+        raise UsageError(
+            "--calib is for passes that change the model and for --quant, and none was asked "
+            "for; see moec list passes"
         )
     if calib is not None:
         check_calibration(calib)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.approximate import Approximate, Frame, Measured
+from moec.calibrated import Calibrated
 from moec.errors import UsageError
 from moec.passes.average_experts import AverageExperts
 from moec.passes.canonicalise import Canonicalise
@@ -160,8 +161,17 @@ def exact(passes: Sequence[Chosen], why: str) -> tuple[Pass, ...]:
 
 
 def measured(passes: Sequence[Chosen], frame: Frame) -> tuple[Pass, ...]:
-    """The passes as they run, the approximate ones measured and kept within the budget."""
-    return tuple(Measured(p, frame) if isinstance(p, Approximate) else p for p in passes)
+    """The passes as they run: the approximate ones measured and kept within the budget, those
+    that quantise with codes chosen on the calibration data, where there are any."""
+
+    def one(pass_: Chosen) -> Pass:
+        if isinstance(pass_, Approximate):
+            return Measured(pass_, frame)
+        if isinstance(pass_, QuantiseExperts | QuantiseLinears) and frame.calib is not None:
+            return Calibrated(pass_, frame.calib, frame.files)
+        return pass_
+
+    return tuple(map(one, passes))
 
 
 def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...]:

@@ -154,7 +154,7 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
     # One matrix at a time: a float32 copy of a whole stack would be larger than the stack.
     for e, matrix in enumerate(weight):
         full = matrix.float()
-        scales[e], zero = _scales(format, full.unflatten(-1, (shape[-1], -1)))
+        scales[e], zero = _scales(format, full.reshape(-1, shape[-1], width // shape[-1]))
         if zeros is not None and zero is not None:
             zeros[e] = zero
         codes[e] = encode(format, full, scales[e], None if zeros is None else zeros[e])
@@ -162,13 +162,13 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
 
 
 def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """Codes u8[.., N, K] of float32 weights, rounded to nearest with scales and zeros [.., N, b]."""
-    by_block = weight.unflatten(-1, (scales.shape[-1], -1))
+    """Codes u8[.., N, K] of float32 weights, nearest with the given scales and zeros [.., N, b]."""
+    by_block = weight.reshape(*scales.shape, weight.shape[-1] // scales.shape[-1])
     if format.kind == "mxfp4":
         return _e2m1(torch.ldexp(by_block, 127 - scales.int()[..., None])).flatten(-2)
     levels = 2**format.bits
     zero = float(levels // 2) if zeros is None else zeros.float()[..., None]
-    codes = (by_block / scales.float()[..., None]).round_().add_(zero)
+    codes: Tensor = (by_block / scales.float()[..., None]).round_().add_(zero)
     return codes.clamp_(0, levels - 1).byte().flatten(-2)
 
 

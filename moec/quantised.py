@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
 
 from moec.errors import UnsupportedError
+from moec.fit import Fit
 from moec.ir import Op, Program
 from moec.ops.quantised import GroupedQuantised, Matrix, format_of
 from moec.ops.quantised_linear import QuantisedLinear
@@ -57,7 +59,33 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
             + ("; ".join(reasons) or "no experts were recognised in the model")
         )
     before = exact[-1].program
-    return tuple(_line(ops, before, last.program) for ops in places.values())
+    fits = {fit.place: fit for step in steps for fit in step.fits}
+    return tuple(
+        _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in places.values()
+    )
+
+
+def _fits_of(ops: Sequence[Op], fits: Mapping[str, Fit]) -> list[Fit]:
+    names = dict.fromkeys(_ORIGINAL.sub("", m.codes.name) for op in ops for m in matrices_of(op))
+    return [fits[name] for name in names if name in fits]
+
+
+def _fitted(line: QuantisedLine, fits: Sequence[Fit]) -> QuantisedLine:
+    """With what calibration did, over all matrices of the line."""
+    if not fits:
+        return line
+    return replace(
+        line,
+        fewest=min(rows for fit in fits for rows in fit.seen),
+        few=tuple(sorted({e for fit in fits for e in fit.few})),
+        nearest=_rms(fit.nearest for fit in fits),
+        solved=_rms(fit.solved for fit in fits),
+    )
+
+
+def _rms(errors: Iterable[float]) -> float:
+    found = list(errors)
+    return math.sqrt(sum(e * e for e in found) / len(found))
 
 
 def _numberless(op: Op) -> str:

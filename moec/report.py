@@ -72,7 +72,12 @@ class ErrorLine:
 class QuantisedLine:
     """The experts of one place, or the linear layers of one name, in fewer bits. `covered` of
     these `parts` are really quantised; errors are those of the weights, as a share of their
-    norm: over all, and of the worst part."""
+    norm: over all, and of the worst part.
+
+    With calibration data, `fewest` is how many rows the part that saw fewest saw, `few` are the
+    parts that saw too few and were rounded to nearest; `nearest` and `solved` are the errors of
+    the products on these data, with all codes rounded to nearest and with those that are used.
+    """
 
     name: str
     format: str
@@ -82,6 +87,10 @@ class QuantisedLine:
     bytes_after: int
     error: float
     worst: float
+    fewest: int | None = None
+    few: tuple[int, ...] = ()
+    nearest: float | None = None
+    solved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Report:
             "passes": lambda d: PassLine(**d),
             "verification": lambda d: ErrorLine(**d),
             "damage": Damage.of_dict,
-            "quantised": lambda d: QuantisedLine(**d),
+            "quantised": lambda d: QuantisedLine(**{**d, "few": tuple(d.get("few", ()))}),
             "moved": lambda d: MovedLine(**d),
         }
         known = {k: v for k, v in recorded.items() if k in Report.__dataclass_fields__}

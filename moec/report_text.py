@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moec.places import fold
+from moec.places import fold, spans
 from moec.report import (
     BlockLine,
     DeclinedLine,
@@ -101,6 +101,7 @@ def _parts(report: Report) -> Iterable[RenderableType]:
     if report.quantised:
         yield ""
         yield _quantised(report.quantised)
+        yield from _calibrated(report.quantised)
     if report.verification:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
@@ -234,6 +235,26 @@ def _quantised(lines: Sequence[QuantisedLine]) -> Any:
             f"{max(line.worst for line in lines):.1e}",
         )
     return table
+
+
+def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
+    """What calibration was worth, and whom it did not reach."""
+    from rich.text import Text
+
+    fitted = [line for line in lines if line.solved is not None]
+    if not fitted:
+        return
+    yield ""
+    table = _grid("Calibrated", "fewest rows", "error rounded to nearest", "error as stored")
+    for line in fitted:
+        table.add_row(line.name, str(line.fewest), f"{line.nearest:.1e}", f"{line.solved:.1e}")
+    yield table
+    for line in fitted:
+        if line.few:
+            yield Text(
+                f"note: too few rows for experts {spans(line.few)} of {line.name}: they are "
+                "rounded to nearest"
+            )
 
 
 def _moved(lines: Sequence[MovedLine]) -> Any:

@@ -9,16 +9,21 @@ import torch
 from moec.errors import NoMatch
 from moec.ir import Graph, Program, TensorType, Value
 from moec.passes.rewrite import Builder
-from moec.quantisation import Format, quantise
+from moec.quantisation import Format, Quantised, quantise
 
 WIDE = ("f32", "bf16", "f16")
 
 
 @dataclass(eq=False)
 class Codes:
-    """The weights of `program` that have been quantised so far: each once, whoever reads it."""
+    """The weights of `program` that have been quantised so far: each once, whoever reads it.
+
+    `found` holds codes that were chosen on calibration data, by name and format; all other
+    weights are rounded to nearest.
+    """
 
     program: Program
+    found: dict[tuple[str, Format], Quantised] = field(default_factory=dict)
     made: dict[str, torch.Tensor] = field(default_factory=dict)
     known: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
 
@@ -42,9 +47,10 @@ class Codes:
         return self.known[matrix, format]
 
     def _params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
-        weight = self.program.weights[matrix.name]
-        stacked = weight if weight.ndim == 3 else weight[None]
-        found = quantise(format, stacked)
+        found = self.found.get((matrix.name, format))
+        if found is None:
+            weight = self.program.weights[matrix.name]
+            found = quantise(format, weight if weight.ndim == 3 else weight[None])
         blocks = (*matrix.shape[:-1], found.scales.shape[-1])
         parts = [
             ("codes", TensorType("u8", matrix.shape), found.codes),

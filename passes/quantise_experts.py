@@ -7,9 +7,8 @@
                                                         gate.scales: bf16[E, H, D/block]
 
 Experts are where the bytes of an MoE model are, and decoding reads each chosen one whole: int8
-halves and int4 quarters what bf16 reads. Codes are rounded to nearest, whole stacks at once, so
-an expert is quantised with all others or not at all. Routers, norms and the head stay as they
-are.
+halves and int4 quarters what bf16 reads. Whole stacks are quantised at once, so an expert is
+quantised with all others or not at all. Routers, norms and the head stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Op, Program, Stage, Value
+from moec.ir import Attr, Graph, Op, Program, Stage, Value
 from moec.ops.grouped import GroupedLinear
 from moec.passes.codes import WIDE, Codes
 from moec.passes.rewrite import Builder, rewrite
@@ -39,7 +38,14 @@ class QuantiseExperts:
     quantises: ClassVar[bool] = True
 
     def run(self, program: Program, log: Log) -> Program:
-        codes = Codes(program)
+        return self.rounded(program, log, Codes(program))
+
+    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+        """The ops whose weights are to be quantised, each with its format."""
+        return [(op, self.format) for op in graph.ops if op.name == "grouped.linear"]
+
+    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
+        """The program with `codes` in the place of weights."""
 
         def rule(op: Op, b: Builder) -> Sequence[Value] | None:
             return _quantised(op, b, self.format, codes) if op.name == "grouped.linear" else None

@@ -39,20 +39,28 @@ class QuantiseLinears:
     quantises: ClassVar[bool] = True
 
     def run(self, program: Program, log: Log) -> Program:
-        codes, graph = Codes(program), program.graph
-        routers = _routers(graph)
-        heads = _heads(graph)
-        formats = {
-            op.outputs[0].name: self.head if op in heads else self.linears
-            for op in graph.ops
-            if op.name == LINEAR and op.inputs[1] in graph.params and op not in routers
-        }
+        return self.rounded(program, log, Codes(program))
+
+    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+        """The ops whose weights are to be quantised, each with its format."""
+        routers, heads, params = _routers(graph), _heads(graph), set(graph.params)
+        found = []
+        for op in graph.ops:
+            if op.name == LINEAR and op.inputs[1] in params and op not in routers:
+                format = self.head if op in heads else self.linears
+                if format is not None:
+                    found.append((op, format))
+        return found
+
+    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
+        """The program with `codes` in the place of weights."""
+        formats = {op.outputs[0].name: format for op, format in self.wanted(program.graph)}
 
         def rule(op: Op, b: Builder) -> Sequence[Value] | None:
             format = formats.get(op.outputs[0].name) if op.name == LINEAR else None
             return None if format is None else _quantised(op, b, format, codes)
 
-        return codes.program_of(rewrite(graph, rule, log))
+        return codes.program_of(rewrite(program.graph, rule, log))
 
 
 def _quantised(op: Op, b: Builder, format: Format, codes: Codes) -> tuple[Value, ...]:

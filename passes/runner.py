@@ -13,6 +13,7 @@ from moec.verify import verify
 
 if TYPE_CHECKING:
     from moec.damage import Damage
+    from moec.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Declined:
 @dataclass
 class Log:
     """What happens while passes run. `spend` is asked before each rewrite; fuel caps them.
-    `damage` is what an approximate pass did to the numbers."""
+    `damage` is what an approximate pass did to the numbers, `fits` what calibration did for
+    codes."""
 
     fuel: int | None = None
     rewrites: int = 0
     declined: list[Declined] = field(default_factory=list)
     rule: str = ""
     damage: Damage | None = None
+    fits: list[Fit] = field(default_factory=list)
 
     def spend(self, what: str) -> bool:
         """Whether one more rewrite is allowed; `what` names it for `moec bisect`."""
@@ -80,6 +83,7 @@ class Step:
     last: str = ""
     damage: Damage | None = None
     quantises: bool = False
+    fits: tuple[Fit, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -132,6 +136,7 @@ def run(
             log.last,
             log.damage,
             quantises=getattr(pass_, "quantises", False),
+            fits=tuple(log.fits),
         )
         steps.append(step)
         if watch:

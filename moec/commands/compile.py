@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), on which "
-    "approximate passes choose and are measured.",
+    "approximate passes choose and are measured, and --quant chooses codes.",
 )  # fmt: skip
 @click.option(
     "--budget", default="", metavar="METRIC<=N,…",

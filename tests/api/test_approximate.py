@@ -304,7 +304,7 @@ def compile_with(**options: Any) -> Any:
         ({"passes": [HALF], "calib": data, "budget": "kl<=1,kl<=2"}, "kl is limited twice"),
         ({"passes": [HALF], "calib": data, "budget": "kl<=1"}, "causal language model, which"),
         ({"passes": [HALF], "calib": data, "strict": True}, "give --budget too"),
-        ({"calib": data}, "--calib is for passes that change the model, and none was asked for"),
+        ({"calib": data}, "--calib is for passes that change the model and for --quant, and none"),
         ({"budget": "kl<=1"}, "--budget is for passes that change the model"),
         ({"passes": [3]}, "passes holds a int: give text or passes"),
         ({"passes": "+prune"}, "where name is one of canonicalise, "),
