@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
+from moec.bench.names import BASELINES, PACKAGES, TRANSFORMERS
 from moec.errors import UsageError
 from moec.runtime.executor import Executor
 from moec.runtime.texts import Texts
 
-TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
-BASELINES = (*TRANSFORMERS, "inductor")
 Tokens = Sequence[Sequence[int]]
 
 
@@ -65,7 +64,8 @@ def transformers(names: Sequence[str], load: Callable[[], Any]) -> list[Contende
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise UsageError(
-            f"--baseline {unknown[0]}: there is no such baseline; there are {', '.join(BASELINES)}"
+            f"--baseline {unknown[0]}: there is no such baseline; there are "
+            f"{', '.join((*BASELINES, *PACKAGES))}"
         )
     if not names:
         return []

@@ -7,11 +7,13 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.bench.names import PACKAGES
 from moec.commands.inspect import is_artifact
 from moec.commands.options import DTypeName
 from moec.errors import UsageError
@@ -30,13 +32,19 @@ _PLOTS = (".png", ".svg", ".pdf")
 )  # fmt: skip
 @click.option(
     "--baseline", default="", metavar="NAMES",
-    help="Race against eager, grouped_mm, batched_mm, inductor (of a checkpoint folder).",
+    help="Race against eager, grouped_mm, batched_mm, inductor (of a checkpoint folder); against "
+    "onnxruntime, openvino, llama.cpp (with a --file each).",
+)  # fmt: skip
+@click.option(
+    "--file", "files", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
+    metavar="FILE", help="What such a baseline runs: an .onnx with a cache, or a .gguf.",
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16.")
+@click.option("--quant", metavar="FORMAT", help="As of moec compile; of moec alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="For all; default: cores.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf."
@@ -51,11 +59,13 @@ def command(
     model: str,
     artifact: Path | None,
     baseline: str,
+    files: tuple[Path, ...],
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
     dtype: str | None,
+    quant: str | None,
     threads: int | None,
     plot: Path | None,
     append: Path | None,
@@ -73,7 +83,9 @@ def command(
     names = [name.strip() for name in baseline.split(",") if name.strip()]
     path = Path(model)
     of_artifact = is_artifact(path)
-    if of_artifact and (names or artifact):
+    if quant and (artifact or of_artifact):
+        raise UsageError("--quant is for a model that is compiled here, and not for an artifact")
+    if of_artifact and (artifact or any(name not in PACKAGES for name in names)):
         raise UsageError(
             f"{model} is an artifact: name the checkpoint that it was made of, then "
             f"--artifact {model}"
@@ -90,8 +102,10 @@ def command(
             model,
             opened,
             names,
+            files,
             (batch, prompt_tokens, new_tokens, rounds),
             dtype,
+            quant,
             count,
             progress.phase,
         )
@@ -118,8 +132,10 @@ def _bench(
     model: str,
     artifact: Path | None,
     names: list[str],
+    files: Sequence[Path],
     numbers: tuple[int, int, int, int],
     dtype: str | None,
+    quant: str | None,
     threads: int,
     progress: Any,
 ) -> Any:
@@ -127,7 +143,7 @@ def _bench(
 
     import torch
 
-    from moec.bench import contenders, limits
+    from moec.bench import contenders, limits, of_files
     from moec.bench.cost import cost
     from moec.bench.race import Load, race
     from moec.bench.result import Limits, result
@@ -136,7 +152,7 @@ def _bench(
     torch.set_num_threads(threads)
     before = os.getloadavg()[0]
     progress("open the model")
-    package, executor, text = _open(model, artifact, dtype, progress)
+    package, executor, text = _open(model, artifact, dtype, quant, progress)
     step = package.step
     ours = contenders.compiled(executor)
     batch, prompt, new, rounds = numbers
@@ -145,7 +161,13 @@ def _bench(
             f"{prompt} + {new} tokens are asked for, and the model takes at most {step.longest}"
         )
     load = Load(batch, prompt, new, step.vocabulary)
-    others = contenders.transformers(names, lambda: _eager(model, dtype))
+    with_files = [name for name in names if name in PACKAGES]
+    others = [
+        *contenders.transformers(
+            [name for name in names if name not in PACKAGES], lambda: _eager(model, dtype)
+        ),
+        *of_files.of_files(with_files, files, threads),
+    ]
     graph = parse(text)
     kind = "bfloat16" if step.logits.dtype == "bf16" else "float32"
 
@@ -164,7 +186,8 @@ def _bench(
         wanted = cost(graph, sizes | {"S": tokens}, seen)
         return max(wanted.flops / peak, wanted.bytes / stream)
 
-    packages = ("moec", "torch", "apache-tvm", "transformers")
+    packages = ["moec", "torch", "apache-tvm", "transformers"]
+    packages += [PACKAGES[name] for name in with_files]
     versions = {}
     for name in packages:
         try:
@@ -184,13 +207,15 @@ def _bench(
     )
 
 
-def _open(model: str, artifact: Path | None, dtype: str | None, progress: Any) -> Any:
+def _open(
+    model: str, artifact: Path | None, dtype: str | None, quant: str | None, progress: Any
+) -> Any:
     from moec.text import print_graph
 
     if artifact is None:
         from moec.api import compile as compile_model
 
-        compiled = compile_model(model, dtype=dtype, verify=False, progress=progress)
+        compiled = compile_model(model, dtype=dtype, quant=quant, verify=False, progress=progress)
         text = "" if compiled.step is None else print_graph(compiled.step.graph)
         return compiled.package, compiled.executor, text
     from moec.runtime.artifact import STEP, read

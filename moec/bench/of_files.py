@@ -1,0 +1,189 @@
+"""Those who race with a file of their own: ONNX Runtime and OpenVINO with an ONNX file that takes
+keys and values and gives them back, llama.cpp with a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.bench.contenders import Contender, Tokens
+from moec.bench.names import PACKAGES
+from moec.errors import UsageError
+
+SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "llama.cpp": ".gguf"}
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def of_files(names: Sequence[str], files: Sequence[Path], threads: int) -> list[Contender]:
+    """A contender for each name of PACKAGES, with the one file of the right kind.
+
+    Raises UsageError where a file or a package is missing, or a file is not needed.
+    """
+    found = []
+    for name in names:
+        own = [file for file in files if file.suffix == SUFFIXES[name]]
+        if len(own) != 1:
+            raise UsageError(
+                f"--baseline {name} runs a file that you bring: give one "
+                f"--file FILE{SUFFIXES[name]}"
+            )
+        if not own[0].is_file():
+            raise UsageError(f"--file {own[0]}: there is no such file")
+        found.append(_MAKE[name](own[0], threads))
+    wanted = {SUFFIXES[name] for name in names}
+    for file in files:
+        if file.suffix not in wanted:
+            raise UsageError(
+                f"--file {file}: no --baseline reads a {file.suffix or 'nameless'} file"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What runs an ONNX file: its inputs by name, each with dtype and shape (None: any size)."""
+
+    inputs: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # gives logits and present.*
+    zeros: Callable[[np.ndarray[Any, Any]], Any]  # an array as the engine holds caches
+    logits: Callable[[Any], np.ndarray[Any, Any]]
+
+
+@dataclass
+class _WithPast:
+    """Texts of one length; what the file gives as present is handed back as past, uncopied."""
+
+    engine: _Engine
+    texts: int
+    seen: int = 0
+    past: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, (dtype, shape) in self.engine.inputs.items():
+            if name.startswith(PAST):
+                sizes = [self.texts, shape[1] or 0, 0, shape[3] or 0]
+                self.past[name] = self.engine.zeros(np.zeros(sizes, dtype))
+
+    def feed(self, tokens: Tokens) -> np.ndarray[Any, Any]:
+        ids = np.array(tokens, dtype=np.int64)
+        places = np.arange(self.seen, self.seen + ids.shape[1])[None].repeat(self.texts, 0)
+        self.seen += ids.shape[1]
+        whole = np.ones((self.texts, self.seen), dtype=np.int64)
+        own = {"input_ids": ids, "attention_mask": whole, "position_ids": places}
+        feeds = {n: self.engine.zeros(a) for n, a in own.items() if n in self.engine.inputs}
+        made = self.engine.run({**feeds, **self.past})
+        self.past = {n: made[PRESENT + n.removeprefix(PAST)] for n in self.past}
+        return self.engine.logits(made["logits"])[:, -1]
+
+
+def _check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    pasts = [name for name in inputs if name.startswith(PAST)]
+    presents = {PRESENT + name.removeprefix(PAST) for name in pasts}
+    unknown = set(inputs) - set(pasts) - {"input_ids", "attention_mask", "position_ids"}
+    if not pasts or not presents <= set(outputs) or "logits" not in outputs or unknown:
+        raise UsageError(
+            f"--file {path}: it must take input_ids and past_key_values.*, and give logits and "
+            "present.*, as files with a cache do that moec export or optimum write"
+        )
+
+
+def _onnxruntime(path: Path, threads: int) -> Contender:
+    ort = _imported("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs = [value.name for value in session.get_outputs()]
+    _check(path, [value.name for value in session.get_inputs()], outputs)
+    kinds = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+    inputs = {
+        value.name: (
+            np.dtype(kinds[value.type]),
+            tuple(d if isinstance(d, int) else None for d in value.shape),
+        )
+        for value in session.get_inputs()
+    }
+
+    def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return dict(zip(outputs, session.run_with_ort_values(outputs, dict(feeds)), strict=True))
+
+    engine = _Engine(inputs, run, ort.OrtValue.ortvalue_from_numpy, lambda value: value.numpy())
+    return Contender("onnxruntime", lambda texts, room: _WithPast(engine, texts))
+
+
+def _openvino(path: Path, threads: int) -> Contender:
+    ov = _imported("openvino")
+    model = ov.Core().read_model(str(path))
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = ov.Core().compile_model(model, "CPU", hints)
+    outputs = [port.get_any_name() for port in compiled.outputs]
+    _check(path, [port.get_any_name() for port in compiled.inputs], outputs)
+    inputs = {
+        port.get_any_name(): (
+            np.dtype(port.get_element_type().to_dtype()),
+            tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape()),
+        )
+        for port in compiled.inputs
+    }
+
+    def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        request = compiled.create_infer_request()
+        for name, tensor in feeds.items():
+            request.set_tensor(name, tensor)
+        request.infer()
+        return {name: request.get_tensor(name) for name in outputs}
+
+    engine = _Engine(inputs, run, ov.Tensor, lambda tensor: tensor.data)
+    return Contender("openvino", lambda texts, room: _WithPast(engine, texts))
+
+
+@dataclass
+class _Llama:
+    """llama.cpp's own cache and batching, one text."""
+
+    model: Any
+
+    def feed(self, tokens: Tokens) -> np.ndarray[Any, Any]:
+        self.model.eval(tokens[0])
+        pointer = self.model._ctx.get_logits()
+        return np.ctypeslib.as_array(pointer, (1, self.model.n_vocab()))
+
+
+def _llama_cpp(path: Path, threads: int) -> Contender:
+    library = _imported("llama_cpp", "llama.cpp")
+    held: dict[int, Any] = {}
+
+    def start(texts: int, room: int) -> _Llama:
+        if texts != 1:
+            raise UsageError("--baseline llama.cpp reads one text: leave out --batch")
+        if room not in held:
+            held[room] = library.Llama(
+                str(path),
+                n_ctx=room,
+                n_batch=room,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+        held[room].reset()
+        return _Llama(held[room])
+
+    return Contender("llama.cpp", start)
+
+
+def _imported(module: str, name: str = "") -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError:
+        package = PACKAGES[name or module]
+        raise UsageError(
+            f"--baseline {name or module} needs its package: pip install {package}"
+        ) from None
+
+
+_MAKE = {"onnxruntime": _onnxruntime, "openvino": _openvino, "llama.cpp": _llama_cpp}
