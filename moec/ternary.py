@@ -1,0 +1,139 @@
+"""Ternary weights: each is 0, its row's least or its row's greatest, kept in under one bit.
+
+A matrix of codes (0: zero, 1: least, 2: greatest) becomes a stream of codewords of 16 bits, row
+after row, each row's start, and two bf16 numbers a row. A row of an odd number of weights is
+coded with a 0 behind it. Codewords are greedy longest matches (ternary_dictionary.py), found in
+two passes: how many there are in each row, then which.
+
+    codes u8[R, K]  ->  stream i16[W] (the bits of uint16), starts i32[R + 1]
+
+Source: QMoE, arXiv 2310.16795, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.ternary_dictionary import ROOT, dictionary
+
+MOST_CODEWORDS = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """`stream` i16[W], `starts` i32[R + 1]: row r is stream[starts[r] : starts[r + 1]]."""
+
+    stream: Tensor
+    starts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.stream.numel() + 4 * self.starts.numel()
+
+
+def limits(weight: Tensor) -> Tensor:
+    """The least and the greatest weight of each row of [.., N, K], no greater and no less than
+    0: bf16[.., N, 2]."""
+    low, high = torch.aminmax(weight.detach().float(), dim=-1)
+    return torch.stack([low.clamp(max=0), high.clamp(min=0)], -1).bfloat16()
+
+
+def codes_of(weight: Tensor, limits: Tensor) -> Tensor:
+    """u8[.., N, K]: 2 above half of the greatest, 1 below half of the least, 0 between.
+
+    `limits` [.., N, 2] are those of the rows.
+    """
+    low, high = (half[..., None] for half in (limits.float() / 2).unbind(-1))
+    return (2 * (weight > high).to(torch.uint8)) | (weight < low).to(torch.uint8)
+
+
+def values(codes: Tensor, limits: Tensor) -> Tensor:
+    """f32[.., N, K]: what codes stand for."""
+    low, high = limits.float().unbind(-1)
+    table = torch.stack([torch.zeros_like(low), low, high], -1)
+    return table.gather(-1, codes.long())
+
+
+def encode(codes: Tensor) -> Encoded:
+    """The rows of u8[R, K]. Raises ValueError for other codes than 0, 1 and 2."""
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or (codes.numel() and int(codes.max()) > 2):
+        raise ValueError("ternary codes are u8[R, K] of 0, 1 and 2")
+    children = dictionary().children
+    rows = codes.contiguous().numpy()
+    starts = np.zeros(len(rows) + 1, np.int64)
+    _count(rows, children, starts[1:])
+    np.cumsum(starts, out=starts)
+    if starts[-1] > MOST_CODEWORDS:
+        raise ValueError(f"{starts[-1]} codewords are more than row starts of 32 bits can tell")
+    stream = np.empty(starts[-1], np.uint16)
+    _write(rows, children, starts, stream)
+    return Encoded(torch.from_numpy(stream.view(np.int16)), torch.from_numpy(starts).int())
+
+
+def decode(encoded: Encoded, width: int) -> Tensor:
+    """The codes u8[R, width]. Raises ValueError where a row does not hold `width` weights."""
+    starts = encoded.starts.numpy()
+    made = np.zeros((len(starts) - 1, width), np.uint8)
+    right = np.zeros(len(made), np.bool_)
+    _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, made, right)
+    if not right.all():
+        raise ValueError(f"row {int(right.argmin())} of the stream does not hold {width} weights")
+    return torch.from_numpy(made)
+
+
+def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
+    """The longest codeword from weight `at` on, and where it ends."""
+    width, node, word = len(row), ROOT, -1
+    while at < width:
+        second = row[at + 1] if at + 1 < width else 0
+        node = children[node, 3 * row[at] + second]
+        if node < 0:
+            break
+        word = node
+        at += 2
+    return word, at
+
+
+_longest = cast(Any, numba.njit(_match))
+
+
+def _count_rows(rows: Any, children: Any, counts: Any) -> None:
+    for r in numba.prange(len(rows)):
+        at, count = 0, 0
+        while at < rows.shape[1]:
+            _, at = _longest(rows[r], at, children)
+            count += 1
+        counts[r] = count
+
+
+def _write_rows(rows: Any, children: Any, starts: Any, stream: Any) -> None:
+    for r in numba.prange(len(rows)):
+        at, place = 0, starts[r]
+        while at < rows.shape[1]:
+            word, at = _longest(rows[r], at, children)
+            stream[place] = word
+            place += 1
+
+
+def _read_rows(stream: Any, starts: Any, entries: Any, made: Any, right: Any) -> None:
+    width = made.shape[1]
+    for r in numba.prange(len(made)):
+        at = 0
+        for place in range(starts[r], starts[r + 1]):
+            word = stream[place]
+            weights = 2 * (entries[word, 0] & 15)
+            for i in range(min(weights, width - at)):
+                made[r, at + i] = entries[word, i // 14] >> (4 + 2 * (i % 14)) & 3
+            at += weights
+        right[r] = at == width + width % 2
+
+
+_count = cast(Any, numba.njit(parallel=True)(_count_rows))
+_write = cast(Any, numba.njit(parallel=True)(_write_rows))
+_read = cast(Any, numba.njit(parallel=True)(_read_rows))

@@ -1,0 +1,84 @@
+"""The dictionary of ternary weights: the 2^16 likeliest sequences of 1 to 14 pairs.
+
+A weight is 0, 1 (the row's least) or 2 (its greatest). The source is taken to be independent
+weights with P(0) = 0.885 and the rest shared evenly: 2^16 sequences of pairs, grown from the
+empty one by always expanding the likeliest, so that every prefix of a sequence is one itself and
+the longest match of a row always ends on a codeword. (QMoE, arXiv 2310.16795, section 4.)
+
+A codeword's entry is two words of 32 bits, one for each seven pairs: bits 0 to 3 the number of
+pairs of both, then 14 weights of two bits.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, product
+
+import numpy as np
+import numpy.typing as npt
+
+CODEWORDS = 1 << 16
+MOST_PAIRS = 14
+WEIGHTS = 2 * MOST_PAIRS
+"""Weights of the longest codeword."""
+PAIRS = tuple(product(range(3), repeat=2))
+"""A pair by its symbol, 0 to 8."""
+ZEROS = 0.885
+"""The share of zeros that the one global dictionary is made for."""
+ROOT = CODEWORDS
+"""The empty sequence, in `Dictionary.children`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """`entries` u32[65536, 2] as above, likeliest first; `children` i32[65537, 9]: the codeword
+    that a symbol makes of another one, or of the empty one (65536), and -1 where there is none;
+    `likelihoods` f64[65536]."""
+
+    entries: npt.NDArray[np.uint32]
+    children: npt.NDArray[np.int32]
+    likelihoods: npt.NDArray[np.float64]
+
+
+@cache
+def dictionary(zeros: float = ZEROS) -> Dictionary:
+    """The dictionary for a source with that share of zeros. Equal likelihoods in the order in
+    which they were found, by symbols."""
+    each = {0: zeros, 1: (1 - zeros) / 2, 2: (1 - zeros) / 2}
+    symbols = [each[a] * each[b] for a, b in PAIRS]
+    number = count()
+    waiting: list[tuple[float, int, tuple[int, ...]]]
+    waiting = [(-p, next(number), (s,)) for s, p in enumerate(symbols)]
+    heapq.heapify(waiting)
+    taken: list[tuple[float, tuple[int, ...]]] = []
+    while len(taken) < CODEWORDS:
+        least, _, sequence = heapq.heappop(waiting)
+        taken.append((-least, sequence))
+        if len(sequence) < MOST_PAIRS:
+            for s, p in enumerate(symbols):
+                heapq.heappush(waiting, (least * p, next(number), (*sequence, s)))
+    places = {sequence: place for place, (_, sequence) in enumerate(taken)}
+    entries = np.zeros((CODEWORDS, 2), np.uint32)
+    children = np.full((CODEWORDS + 1, len(PAIRS)), -1, np.int32)
+    for place, (_, sequence) in enumerate(taken):
+        parent = places.get(sequence[:-1], ROOT)
+        children[parent, sequence[-1]] = place
+        words = [len(sequence), len(sequence)]
+        for i, s in enumerate(sequence):
+            a, b = PAIRS[s]
+            words[i // 7] |= (a | b << 2) << 4 + 4 * (i % 7)
+        entries[place] = words
+    return Dictionary(entries, children, np.array([p for p, _ in taken]))
+
+
+def masks(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Entries as a kernel wants them: u64[65536], bits 0 to 27 the weights that are 1, bits 32
+    to 59 those that are 2, and bits 60 to 63 the number of pairs."""
+    made = (entries[:, 0].astype(np.uint64) & np.uint64(15)) << np.uint64(60)
+    for i in range(WEIGHTS):
+        code = entries[:, i // 14] >> np.uint32(4 + 2 * (i % 14)) & np.uint32(3)
+        made |= (code == 1).astype(np.uint64) << np.uint64(i)
+        made |= (code == 2).astype(np.uint64) << np.uint64(32 + i)
+    return made
