@@ -25,7 +25,6 @@ MXFP4_BLOCK = 32
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 TINY = 1e-30
 """A block of activations without a greater magnitude is 0: its scale could not be inverted."""
-MOST = 127.0
 
 SPELLING = "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, or mxfp4"
 
@@ -220,14 +219,20 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
     return ((values - zero) * scales.float()[..., None]).flatten(-2)
 
 
-def round_rows(x: Tensor, blocks: int) -> Tensor:
-    """x[R, K] in float32 as rows are rounded to integers of 8 bits, a scale for each block.
+def most_of(bits: int) -> float:
+    """The greatest code of activations of 8 or 16 bits."""
+    return float(2 ** (bits - 1) - 1)
+
+
+def round_rows(x: Tensor, blocks: int, bits: int = 8) -> Tensor:
+    """x[R, K] in float32 as rows are rounded to integers of 8 or 16 bits, a scale for each block.
 
     A block that holds an infinity or a NaN is NaN.
     """
     full = x.float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
     greatest = full.abs().amax(-1, keepdim=True)
-    inverse = torch.where(greatest > TINY, MOST / greatest, torch.zeros_like(greatest))
-    scale = greatest * torch.tensor(1 / MOST)
+    most = most_of(bits)
+    inverse = torch.where(greatest > TINY, most / greatest, torch.zeros_like(greatest))
+    scale = greatest * torch.tensor(1 / most)
     scale = torch.where(greatest.isfinite(), scale, torch.full_like(scale, torch.nan))
     return ((full * inverse).round() * scale).flatten(-2)

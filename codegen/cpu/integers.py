@@ -32,11 +32,13 @@ def functions(v: Vector) -> AbstractContextManager[object]:
     return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
 
 
-def round_into(v: Vector, buffer: Buffer, index: list[Expr], x: Expr, inverse: Expr) -> Expr:
-    """x * inverse, rounded to the nearest integer, as bytes into the int32 `buffer` from `index`
-    on; also the integers, int32 lanes. For NaN they are some integers."""
+def round_into(
+    v: Vector, buffer: Buffer, index: list[Expr], x: Expr, inverse: Expr, bits: int = 8
+) -> Expr:
+    """x * inverse, rounded to the nearest integer, as integers of `bits` (8 or 16) into the int32
+    `buffer` from `index` on; also the integers, int32 lanes. For NaN they are some integers."""
     where = T.address_of(buffer[tuple(index)])
-    return T.bind(_call(v, f"int32x{v.lanes}", "round_into", where, x, v.splat(inverse)))
+    return T.bind(_call(v, f"int32x{v.lanes}", f"round{bits}_into", where, x, v.splat(inverse)))
 
 
 def total(v: Vector, x: Expr) -> Expr:
@@ -71,26 +73,32 @@ def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
 @cache
 def _functions(target: Target) -> str:
     n = target.vector_lanes
-    return _rounding(n) + _dot4(target) + _e2m1(target)
+    return _rounding(n, 8) + _rounding(n, 16) + _total(n) + _dot4(target) + _e2m1(target)
 
 
 def _splat(n: int, kind: str, value: str) -> str:
     return "<" + ", ".join([f"{kind} {value}"] * n) + ">"
 
 
-def _rounding(n: int) -> str:
+def _rounding(n: int, bits: int) -> str:
     f, i = f"<{n} x float>", f"<{n} x i32>"
     return f"""
-declare i32 @llvm.vector.reduce.add.v{n}i32({i})
-define linkonce_odr {i} @moec_round_into_{n}(ptr %p, {f} %x, {f} %inverse) alwaysinline {{
+define linkonce_odr {i} @moec_round{bits}_into_{n}(ptr %p, {f} %x, {f} %inverse) alwaysinline {{
   %m = fmul {f} %x, %inverse
   %t = fadd {f} %m, {_splat(n, "float", _ROUNDER)}
   %b = bitcast {f} %t to {i}
   %q = sub {i} %b, {_splat(n, "i32", _ROUNDER_BITS)}
-  %e = trunc {i} %q to <{n} x i8>
-  store <{n} x i8> %e, ptr %p, align 4
+  %e = trunc {i} %q to <{n} x i{bits}>
+  store <{n} x i{bits}> %e, ptr %p, align 4
   ret {i} %q
 }}
+"""
+
+
+def _total(n: int) -> str:
+    i = f"<{n} x i32>"
+    return f"""
+declare i32 @llvm.vector.reduce.add.v{n}i32({i})
 define linkonce_odr i32 @moec_total_{n}({i} %a) alwaysinline {{
   %r = call i32 @llvm.vector.reduce.add.v{n}i32({i} %a)
   ret i32 %r

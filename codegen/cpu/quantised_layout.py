@@ -93,8 +93,11 @@ class QuantisedLayout(Layout):
         return row_words(self.spec.k)
 
 
-def row_words(width: int) -> int:
-    return -(-width // ROW_STEP) * ROW_STEP // 4
+def row_words(width: int, bits: int = 8) -> int:
+    """int32 words of a row of `width` codes of 8 or 16 bits, padded. Behind each code of 16 bits
+    are at least 31 more: such rows are read from anywhere on (ternary.py)."""
+    behind = 0 if bits == 8 else 32
+    return -(-(width + behind) // ROW_STEP) * ROW_STEP * bits // 32
 
 
 def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:

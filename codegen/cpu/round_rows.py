@@ -1,6 +1,6 @@
-"""Rows of activations as integers of 8 bits: `moec.quantisation.round_rows` as a kernel.
+"""Rows of activations as integers of 8 or 16 bits: `moec.quantisation.round_rows` as a kernel.
 
-    x[R, K]  ->  codes int32[R, words] (four to a word, 0 behind K),
+    x[R, K]  ->  codes int32[R, words] (four or two to a word, 0 behind K),
                  scales float32[R, blocks], sums int32[R, blocks] of the codes of each block
 
 The sums are what the zeros of weights are multiplied by: sum (c - z) x = sum c x - z sum x.
@@ -16,15 +16,15 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu import integers
 from moec.codegen.cpu.quantised_layout import row_words
 from moec.codegen.cpu.vector import Vector
-from moec.quantisation import MOST, TINY
+from moec.quantisation import TINY, most_of
 from moec.target import Target
 
 
 def round_rows(
-    target: Target, width: int, blocks: int, dtype: str, name: str = "round_rows"
+    target: Target, width: int, blocks: int, dtype: str, name: str = "round_rows", bits: int = 8
 ) -> PrimFunc:
     """A kernel (x[R, width], codes, scales, sums); `blocks` divides `width`."""
-    words = row_words(width)
+    words = row_words(width, bits)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
@@ -36,10 +36,10 @@ def round_rows(
             sums = T.match_buffer(T.arg("sums", T.handle()), (rows, blocks), "int32")
             v = Vector(target)
             with integers.functions(v), T.parallel(0, rows) as row:
-                for word in range(-(-width // v.lanes) * v.lanes // 4, words):
+                for word in range(-(-width // v.lanes) * v.lanes * bits // 32, words):
                     T.buffer_store(codes, T.int32(0), [row, word])
                 with T.serial(0, blocks) as block:
-                    _Block(v, x, codes, row, block, width // blocks).run(scales, sums)
+                    _Block(v, x, codes, row, block, width // blocks, bits).run(scales, sums)
     return builder.get()
 
 
@@ -47,9 +47,10 @@ class _Block:
     """One block of one row."""
 
     def __init__(
-        self, v: Vector, x: Buffer, codes: Buffer, row: Expr, block: Expr, size: int
+        self, v: Vector, x: Buffer, codes: Buffer, row: Expr, block: Expr, size: int, bits: int
     ) -> None:
         self.v, self.x, self.codes, self.row, self.size = v, x, codes, row, size
+        self.bits, self.most = bits, most_of(bits)
         self.start = T.bind(block * size)
         self.block = block
 
@@ -71,13 +72,15 @@ class _Block:
 
         self.each(look)
         most = T.bind(v.max(greatest[lanes]))
-        scale = most * T.float32(1 / MOST) + v.sum(strange[lanes])
+        scale = most * T.float32(1 / self.most) + v.sum(strange[lanes])
         T.buffer_store(scales, scale, [self.row, self.block])
-        inverse = T.bind(T.Select(most > T.float32(TINY), T.float32(MOST) / most, T.float32(0.0)))
+        inverse = T.bind(
+            T.Select(most > T.float32(TINY), T.float32(self.most) / most, T.float32(0.0))
+        )
 
         def write(x: Expr, at: Expr) -> None:
-            place = [self.row, T.truncdiv(at, 4)]
-            made = integers.round_into(v, self.codes, place, x, inverse)
+            place = [self.row, T.truncdiv(at, 32 // self.bits)]
+            made = integers.round_into(v, self.codes, place, x, inverse, self.bits)
             T.buffer_store(added, added[lanes] + made, [lanes])
 
         self.each(write)
