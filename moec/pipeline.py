@@ -14,12 +14,14 @@ from moec.calibrated import Calibrated
 from moec.errors import UsageError
 from moec.passes.average_experts import AverageExperts
 from moec.passes.canonicalise import Canonicalise
+from moec.passes.compress_experts import CompressExperts
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fold_addend import FoldAddend
 from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_mask import FoldMask
 from moec.passes.fuse_activation import FuseActivation
 from moec.passes.fuse_attention import FuseAttention
+from moec.passes.fuse_decompress import FuseDecompress
 from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
@@ -57,11 +59,17 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, ExpandExperts()),
     (1, FuseActivation()),
     (1, FuseDispatch()),
+    (0, FuseDecompress()),
     (0, ShareCommon()),
     (0, FoldConstants()),
 )
 ORDER = (*RECOGNISED, *LOWERED)
-APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts, AverageExperts, MergeExperts)
+APPROXIMATE: tuple[type[Approximate], ...] = (
+    PruneExperts,
+    AverageExperts,
+    MergeExperts,
+    CompressExperts,
+)
 LEVELS = (0, 1, 2)
 
 # What options of their own ask for; these run after all others.

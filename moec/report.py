@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moec.damage import Damage
-from moec.sizes import show_dim
+from moec.sizes import product, show_dim
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,10 @@ def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[st
     parameters = 0
     seen: set[tuple[int, int]] = set()
     dtypes = {param.name: param.dtype for param in graph.params}
+    # What compressed weights stand for are the parameters, not what stores them.
+    stacks = [op for op in graph.ops if op.name == "moe.decompress"]
+    compressed = {value.name for op in stacks for value in op.inputs}
+    parameters += sum(cast(int, product(op.outputs[0].shape)) for op in stacks)
     for name, dtype in dtypes.items():
         tensor = weights.get(name)
         if tensor is None:
@@ -181,7 +185,7 @@ def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[st
         if place[0] and place in seen:
             continue
         seen.add(place)
-        parameters += tensor.numel()
+        parameters += tensor.numel() if name not in compressed else 0
         size = tensor.numel() * tensor.element_size()
         bytes_by_dtype[dtype] = bytes_by_dtype.get(dtype, 0) + size
     before = [state.before for state in graph.states]

@@ -37,25 +37,25 @@ class Encoded:
         return 2 * self.stream.numel() + 4 * self.starts.numel()
 
 
-def limits(weight: Tensor) -> Tensor:
+def grid_of(weight: Tensor) -> Tensor:
     """The least and the greatest weight of each row of [.., N, K], no greater and no less than
     0: bf16[.., N, 2]."""
     low, high = torch.aminmax(weight.detach().float(), dim=-1)
     return torch.stack([low.clamp(max=0), high.clamp(min=0)], -1).bfloat16()
 
 
-def codes_of(weight: Tensor, limits: Tensor) -> Tensor:
+def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
     """u8[.., N, K]: 2 above half of the greatest, 1 below half of the least, 0 between.
 
-    `limits` [.., N, 2] are those of the rows.
+    `grid` [.., N, 2] holds both for each row.
     """
-    low, high = (half[..., None] for half in (limits.float() / 2).unbind(-1))
+    low, high = (half[..., None] for half in (grid.float() / 2).unbind(-1))
     return (2 * (weight > high).to(torch.uint8)) | (weight < low).to(torch.uint8)
 
 
-def values(codes: Tensor, limits: Tensor) -> Tensor:
+def values(codes: Tensor, grid: Tensor) -> Tensor:
     """f32[.., N, K]: what codes stand for."""
-    low, high = limits.float().unbind(-1)
+    low, high = grid.float().unbind(-1)
     table = torch.stack([torch.zeros_like(low), low, high], -1)
     return table.gather(-1, codes.long())
 

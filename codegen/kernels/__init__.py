@@ -3,6 +3,7 @@
 from moec.codegen.kernels import (
     attention,
     caches,
+    compressed,
     dense,
     experts,
     norms,
@@ -17,6 +18,7 @@ from moec.codegen.kernels.table import KERNELS, has_kernel
 FILLED_BY = (
     attention,
     caches,
+    compressed,
     dense,
     experts,
     norms,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moec.ir import Graph, Op, Value
 from moec.ops.attention import Attention
+from moec.ops.compressed import GroupedCompressed
 from moec.ops.quantised import GroupedQuantised, Matrix
 from moec.ops.quantised_linear import QuantisedLinear
 from moec.quantisation import Format
@@ -41,6 +42,8 @@ def cost(graph: Graph, env: Env, seen: int) -> Cost:
             total += _quantised(op, env)
         elif op.name == "nn.quantised_linear":
             total += _quantised_linear(op, env)
+        elif op.name == "grouped.compressed":
+            total += _compressed(op, env)
         elif op.name == "nn.attention":
             total += _attention(op, env, seen)
         elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
@@ -101,6 +104,17 @@ def _stored(matrix: Matrix, format: Format, env: Env) -> float:
     """Codes stand in bytes of their own in the graph, and are packed by the kernel."""
     rest = sum(_bytes(value, env) for value in matrix.values if value is not matrix.codes)
     return _count(matrix.codes, env) * format.bits / 8 + rest
+
+
+def _compressed(op: Op, env: Env) -> Cost:
+    """Parts of stacks, of which experts that got rows are read; the dictionary is in the cache."""
+    parts = GroupedCompressed.of(op)
+    rows = evaluate_dim(op.outputs[0].shape[0], env)
+    experts = evaluate_dim(parts.ends.shape[0], env)
+    width = evaluate_dim(parts.x.shape[1], env)
+    held = sum(_bytes(value, env) for matrix in parts.matrices for value in matrix)
+    share = 1 - (1 - 1 / experts) ** rows
+    return Cost(2.0 * _count(op.outputs[0], env) * width * len(parts.matrices), held * share)
 
 
 def _attention(op: Op, env: Env, seen: int) -> Cost:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from moec.ops import (
     attention,
     cache,
+    compressed,
     dispatch,
     gate,
     grouped,
@@ -28,6 +29,7 @@ __all__ = [
     "OpDef",
     "attention",
     "cache",
+    "compressed",
     "dispatch",
     "gate",
     "grouped",

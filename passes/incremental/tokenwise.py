@@ -49,6 +49,7 @@ _ROWS = frozenset(
         "moe.scale",
         "grouped.linear",
         "grouped.quantised",
+        "grouped.compressed",
         "grouped.rows",
         "aten.embedding.default",
     }

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.ternary import Encoded, codes_of, decode, encode, limits, values
+from moec.ternary import Encoded, codes_of, decode, encode, grid_of, values
 from moec.ternary_dictionary import (
     CODEWORDS,
     MOST_PAIRS,
@@ -114,7 +114,7 @@ def test_other_codes_are_refused():
 
 def test_weights_beyond_half_of_a_limit_take_it():
     weight = torch.tensor([[-1.0, -0.51, -0.5, 0.0, 1.0, 1.01, 2.0], [1, 2, 3, 4, 5, 6, 8]])
-    found = limits(weight)
+    found = grid_of(weight)
     assert found.tolist() == [[-1, 2], [0, 8]]
     codes = codes_of(weight, found)
     assert codes.tolist() == [[1, 1, 0, 0, 0, 2, 2], [0, 0, 0, 0, 2, 2, 2]]

@@ -1,0 +1,47 @@
+"""How a stack of expert weights is compressed: by name, what is stored and what it stands for.
+
+ternary   stream i16[W], starts i32[E * N + 1], grid bf16[E, N, 2] (least, greatest)
+2bit      planes i64[E, N, K / 32], grid bf16[E, N, 2] (step, zero)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from moec import ternary, two_bits
+
+KINDS = ("ternary", "2bit")
+PARTS = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}
+"""The tensors of a compressed stack, the grid last."""
+MOST_WIDTH = 65535
+"""Weights of a row: sums of as many 16-bit integers fit 32 bits."""
+
+
+def grid_module(kind: str) -> ModuleType:
+    """Where `grid_of`, `codes_of` and `values` of a kind are."""
+    return ternary if kind == "ternary" else two_bits
+
+
+def compress(kind: str, codes: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    """codes u8[E, N, K] and their grid as PARTS says. Raises ValueError for other codes."""
+    if kind == "2bit":
+        return two_bits.encode(codes), grid
+    made = ternary.encode(codes.flatten(0, 1))
+    return made.stream, made.starts, grid
+
+
+def decompress(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
+    """The weights f32[E, N, width]. Raises ValueError for a stream that does not hold them."""
+    *stored, grid = parts
+    if kind == "2bit":
+        return two_bits.values(two_bits.decode(stored[0], width), grid)
+    stream, starts = stored
+    codes = ternary.decode(ternary.Encoded(stream, starts), width)
+    return ternary.values(codes.view(*grid.shape[:2], width), grid)
+
+
+def nbytes(parts: Sequence[Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in parts)

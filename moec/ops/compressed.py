@@ -1,0 +1,144 @@
+"""moe.decompress and grouped.compressed: compressed weights, as stacks and in a product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.aten import TORCH_DTYPES
+from moec.compression import KINDS, MOST_WIDTH, PARTS, decompress
+from moec.ir import DType, Op, TensorType, Value
+from moec.ops.definition import Runner, defop, integer, require
+from moec.quantisation import round_rows
+from moec.two_bits import words
+
+X_BITS = 16
+
+
+def _kind(op: Op) -> str:
+    kind = op.attrs.get("kind")
+    require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
+    return cast(str, kind)
+
+
+def _check(op: Op, kind: str, matrix: Sequence[Value], width: object) -> None:
+    """The rules of a compressed stack whose rows hold `width` weights."""
+    require(op, isinstance(width, int) and 1 <= width <= MOST_WIDTH, f"rows of {width} weights")
+    assert isinstance(width, int)
+    grid = matrix[-1]
+    # Widened graphs hold the same numbers in float32.
+    fits = grid.dtype in ("bf16", "f32") and len(grid.shape) == 3 and grid.shape[2] == 2
+    require(op, fits, f"{grid} is not bf16[E, N, 2]")
+    experts, rows, _ = grid.shape
+    if kind == "2bit":
+        wanted = TensorType("i64", (experts, rows, words(width)))
+        require(op, matrix[0].type == wanted, f"{matrix[0]} is not {wanted}")
+        return
+    stream, starts = matrix[:2]
+    wanted = TensorType("i32", (experts * rows + 1,))
+    require(op, stream.dtype == "i16" and len(stream.shape) == 1, f"{stream} is not i16[W]")
+    require(op, starts.type == wanted, f"{starts} is not {wanted}")
+
+
+def _infer_decompress(op: Op) -> tuple[TensorType, ...]:
+    kind, width = _kind(op), integer(op, "width")
+    require(op, len(op.inputs) == len(PARTS[kind]), f"takes {', '.join(PARTS[kind])}")
+    _check(op, kind, op.inputs, width)
+    dtype = cast(DType, op.attrs["dtype"]).name
+    return (TensorType(dtype, (*op.inputs[-1].shape[:2], width)),)
+
+
+@defop("moe.decompress", _infer_decompress)
+def moe_decompress(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """The parts of a compressed stack (`moec.compression`) -> its weights [E, N, width].
+
+    Attributes: `kind`, `width`, `dtype`.
+    """
+    return decompress(attrs["kind"], tensors, attrs["width"]).to(attrs["dtype"])
+
+
+@dataclass(frozen=True)
+class GroupedCompressed:
+    """The inputs of grouped.compressed by name; a matrix is its parts, the grid last."""
+
+    x: Value
+    ends: Value
+    matrices: tuple[tuple[Value, ...], ...]
+    biases: tuple[Value, ...]
+    order: Value | None
+    scale: Value | None
+    kind: str
+
+    @staticmethod
+    def of(op: Op) -> GroupedCompressed:
+        x, ends, *rest = op.inputs
+        kind, count = _kind(op), integer(op, "matrices")
+        each = len(PARTS[kind])
+        require(op, count >= 1 and len(rest) >= count * each, "lacks parts of its matrices")
+        matrices = tuple(tuple(rest[i : i + each]) for i in range(0, count * each, each))
+        rest = rest[count * each :]
+        biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
+        rest = rest[len(biases) :]
+        order = rest.pop(0) if op.attrs.get("gather") else None
+        scale = rest.pop(0) if op.attrs.get("scaled") else None
+        require(op, not rest, "has inputs that no attribute names")
+        return GroupedCompressed(x, ends, matrices, biases, order, scale, kind)
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = GroupedCompressed.of(op)
+    first = parts.matrices[0][-1]
+    for matrix in parts.matrices:
+        _check(op, parts.kind, matrix, parts.x.shape[1])
+        require(op, matrix[-1].shape[:1] == parts.ends.shape, f"{matrix[-1]} for {parts.ends}")
+        require(op, matrix[-1].shape == first.shape, f"{matrix[-1]} beside {first}")
+    for bias in parts.biases:
+        require(op, bias.shape == first.shape[:2], f"{bias} for {first}")
+    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
+    return (TensorType(cast(DType, op.attrs["dtype"]).name, (rows, first.shape[1])),)
+
+
+@defop("grouped.compressed", _infer)
+def grouped_compressed(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """x, ends[E], (parts of a stack)…, biases[E, N]…, order[R]?, scale[T, k]? -> h[R, N].
+
+    As grouped.linear, where each stack is what moe.decompress makes of its parts, the row is
+    `quantisation.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary or
+    2bit. `scaled` multiplies the product.
+    """
+    x, ends, *rest = tensors
+    each, count, k = len(PARTS[attrs["kind"]]), attrs["matrices"], attrs.get("gather", 0)
+    stacks = [
+        decompress(attrs["kind"], rest[i : i + each], x.shape[1])
+        for i in range(0, count * each, each)
+    ]
+    rest = rest[count * each :]
+    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
+    rows, scale = round_rows(x, 1, X_BITS), None
+    if k:
+        order = rest.pop(0).long()
+        rows = rows[order // k]
+        if attrs.get("scaled"):
+            scale = rest.pop(0).reshape(-1)[order][:, None].float()
+    result = x.new_zeros(len(rows), stacks[0].shape[1], dtype=attrs["dtype"])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        parts = []
+        for stack, bias in zip(stacks, biases, strict=True):
+            product = rows[start:end] @ stack[expert].mT
+            product = product if scale is None else product * scale[start:end]
+            product = product if bias is None else product + bias[expert].float()
+            parts.append(product)
+        if op.body is not None:
+            sums = [p.to(TORCH_DTYPES[v.dtype]) for p, v in zip(parts, op.body.inputs, strict=True)]
+            parts = list(run(op.body, sums))
+        result[start:end] = parts[0].to(attrs["dtype"])
+        start = end
+    return result

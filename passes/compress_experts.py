@@ -1,0 +1,216 @@
+"""The weights of experts become ternary, or numbers of two bits, fitted to what experts see.
+
+                                           w = moe.decompress(w1.stream, w1.starts, w1.grid)
+    out = moe.experts(rows, ends, w1)  ->  out = moe.experts(rows, ends, w)
+
+      w1: bf16[E, H, D], 16 bits a weight    w1.stream: i16[W], some 0.8 bits a weight
+                                             w1.starts: i32[E*H+1], w1.grid: bf16[E, H, 2]
+
+Each linear layer of an expert is solved on the rows that the router sends it (GPTQ), with the
+layers before it compressed already. Experts are solved 16 at a time. No expert counts more rows
+than four times the mean, so that a favourite does not hold up the rest; one that saw none has
+nothing to be solved on, and is rounded to nearest. Routers, norms, biases and the head stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from moec.approximate import Change
+from moec.compression import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
+from moec.errors import NoMatch
+from moec.evaluate import run_graph
+from moec.gptq import DAMPING, hessian, solve
+from moec.ir import DType, Graph, Op, Program, TensorType, Value
+from moec.meter import Seen
+from moec.passes.layer import Layer, Splice, constant
+from moec.passes.options import option, validate
+from moec.passes.prove import widen
+from moec.passes.rewrite import drop_dead
+
+GROUP = 16
+"""Experts that are solved at a time."""
+MOST_ROWS = 4
+"""Times the mean number of rows that an expert counts at most."""
+WIDE = ("f32", "bf16", "f16")
+
+Stacks = dict[Value, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CompressExperts:
+    """Store experts in under one bit a weight (ternary, with a dictionary) or in two."""
+
+    kind: str = option(
+        "ternary",
+        "0 and the least and greatest weight of a row, in codewords of a dictionary (ternary), or "
+        "four levels a row (2bit)",
+        choices=KINDS,
+    )
+    by: str = option(
+        "gptq",
+        "weights are fitted to the results on the calibration data (gptq), or each is rounded by "
+        "itself (nearest)",
+        choices=("gptq", "nearest"),
+    )
+    damping: float = option(
+        DAMPING, "share of the mean of the Hessian's diagonal that is added to it", low=0, high=1
+    )
+    name: ClassVar[str] = "compress-experts"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "format, ternary grid: arXiv 2310.16795; GPTQ: arXiv 2210.17323"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        body = layer.experts.body
+        assert body is not None
+        stacks = dict(zip(body.params, layer.stacks, strict=True))
+        linears = _linears(body)
+        before = {param: _weights(program, stack) for param, stack in stacks.items()}
+        for _, param in linears:
+            _check(stacks[param], before[param])
+        rows = [] if self.by == "nearest" else _rows(layer, seen)
+        codes, grids, unseen = self._solve(widen(body), body, linears, before, rows)
+        splice = Splice(program)
+        ops: list[Op] = []
+        made: dict[Value, Value] = {}
+        stored = zeros = weights = 0
+        for param, own in codes.items():
+            stack = stacks[param]
+            parts = compress(self.kind, own, grids[param])
+            values = [
+                splice.weight(f"{stack.name}.{part}", tensor)
+                for part, tensor in zip(PARTS[self.kind], parts, strict=True)
+            ]
+            width, type = own.shape[-1], TensorType(stack.dtype, stack.shape)
+            made[stack] = splice.emit(
+                ops, "moe.decompress", values, type, layer.experts,
+                kind=self.kind, width=width, dtype=DType(stack.dtype),
+            )  # fmt: skip
+            stored += nbytes(parts)
+            zeros += int((own == 0).sum())
+            weights += own.numel()
+        inputs = tuple(made.get(v, v) for v in layer.experts.inputs)
+        splice.put(layer.experts, [*ops, replace(layer.experts, inputs=inputs)])
+        says = f"{self.kind}, {8 * stored / weights:.3f} bits a weight"
+        if self.kind == "ternary":
+            says += f", {zeros / weights:.1%} zeros"
+        if unseen and self.by == "gptq":
+            says += f"; no rows for {', '.join(map(str, unseen))}, rounded to nearest"
+        members = tuple((expert,) for expert in range(layer.count))
+        return Change(splice.done(), members, says)
+
+    def _solve(
+        self,
+        body: Graph,
+        own: Graph,
+        linears: Sequence[tuple[Op, Value]],
+        before: Mapping[Value, torch.Tensor],
+        rows: Sequence[torch.Tensor],
+    ) -> tuple[Stacks, Stacks, list[int]]:
+        """The codes and grids of the linear layers' stacks, and the experts that saw no rows.
+
+        `body` is `own` in float32.
+        """
+        module = grid_module(self.kind)
+        grids = {param: module.grid_of(before[param]) for _, param in linears}
+        codes = {param: torch.empty(before[param].shape, dtype=torch.uint8) for _, param in linears}
+        if not rows:
+            for param, into in codes.items():
+                for e, matrix in enumerate(before[param]):
+                    into[e] = module.codes_of(matrix.float(), grids[param][e])
+            return codes, grids, []
+        reads = {op.outputs[0].name: op.inputs[0] for op in body.ops}
+        for start in range(0, len(rows), GROUP):
+            group = range(start, min(start + GROUP, len(rows)))
+            now = [[before[p][e].float() for p in own.params] for e in group]
+            hessians: dict[Value, torch.Tensor] = {}
+            for op, param in linears:
+                source = reads[op.outputs[0].name]
+                if source not in hessians:
+                    to_here = drop_dead(replace(body, outputs=(source,)))
+                    hessians[source] = torch.stack(
+                        [hessian(_run(to_here, body, rows[e], now[i])) for i, e in enumerate(group)]
+                    )
+                place = own.params.index(param)
+                grid = grids[param][list(group)]
+
+                def nearest(
+                    column: torch.Tensor, k: int, grid: torch.Tensor = grid
+                ) -> torch.Tensor:
+                    column = column[..., None]
+                    result: torch.Tensor = module.values(module.codes_of(column, grid), grid)
+                    return result[..., 0]
+
+                weight = torch.stack([some[place] for some in now])
+                solved = solve(weight, hessians[source], nearest, self.damping).weight
+                found = module.codes_of(solved, grid)
+                codes[param][list(group)] = found
+                for some, matrix in zip(now, module.values(found, grid), strict=True):
+                    some[place] = matrix
+        return codes, grids, [e for e, own_rows in enumerate(rows) if not len(own_rows)]
+
+
+def _run(
+    to_here: Graph, body: Graph, rows: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """What enters a layer of the body: `to_here` computes it and reads some of the weights."""
+    known = dict(zip(body.params, weights, strict=True))
+    with torch.no_grad():
+        return run_graph(to_here, [rows, *(known[p] for p in to_here.params)])[0]
+
+
+def _linears(body: Graph) -> list[tuple[Op, Value]]:
+    """The linear layers of a body with the params that are their weights. Raises NoMatch where
+    there are none, or where a weight is used for something else too."""
+    found = [
+        (op, op.inputs[1])
+        for op in body.ops
+        if op.name == "aten.linear.default" and op.inputs[1] in body.params
+    ]
+    if not found:
+        raise NoMatch("the experts hold no linear layer with a weight of their own")
+    for op in body.ops:
+        if op.name == "aten.linear.default" and op.inputs[1] not in body.params:
+            raise NoMatch(f"the experts' weight {op.inputs[1].name} is computed from others")
+    for op, weight in found:
+        if list(body.readers[weight]) != [op]:
+            raise NoMatch(f"the experts' weight {weight.name} is read more than once")
+        if op.inputs[0] in body.params:
+            raise NoMatch(f"the experts' weight {weight.name} does not multiply rows")
+    return found
+
+
+def _weights(program: Program, stack: Value) -> torch.Tensor:
+    source = program.graph.producers.get(stack)
+    if source is not None and source.name == "moe.decompress":
+        raise NoMatch(f"the weights {stack.name} are compressed already")
+    return constant(program, stack)
+
+
+def _check(stack: Value, weight: torch.Tensor) -> None:
+    if stack.dtype not in WIDE:
+        raise NoMatch(f"the weights {stack} are not of {', '.join(WIDE)}")
+    if not 1 <= weight.shape[-1] <= MOST_WIDTH:
+        raise NoMatch(f"rows of the weights {stack} are not 1 to {MOST_WIDTH} wide")
+    if not all(bool(torch.isfinite(expert).all()) for expert in weight):
+        raise NoMatch(f"the weights {stack.name} hold an infinity or a NaN")
+
+
+def _rows(layer: Layer, seen: Seen) -> list[torch.Tensor]:
+    """The rows [R, D] that each expert is solved on."""
+    scaled = len(layer.dispatch.inputs) > 2
+    tokens, slots = seen.experts.shape
+    most = max(1, MOST_ROWS * tokens * slots // layer.count)
+    rows = []
+    for e in range(layer.count):
+        token, slot = (where[:most] for where in torch.where(seen.experts == e))
+        own = seen.x[token].float()
+        rows.append(own * seen.weights[token, slot, None] if scaled else own)
+    return rows
