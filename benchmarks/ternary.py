@@ -1,0 +1,186 @@
+"""Compressed experts: bytes, encoding, and products with cold weights beside moec's own bf16.
+
+    python benchmarks/ternary.py [--shapes 768x3072,…] [--rounds 15] [--kinds ternary,2bit]
+
+Weights are independent, 88.5 % of them zero, as QMoE's dictionary takes them to be (two-bit codes
+are even). The products are one row by one expert after the other, of more experts than twice the
+last-level cache holds: none is in it, as when text is generated. Both kernels take the row in
+turn, in one process; what is printed are medians and the ratio of each round's. Bytes of ternary
+weights include the start and the two bf16 numbers of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moec.runtime.threads import set_threads
+
+THREADS = set_threads()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tvm  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moec.codegen.cpu.compressed import CompressedSpec, compressed_linear  # noqa: E402
+from moec.codegen.cpu.grouped import grouped_linear  # noqa: E402
+from moec.codegen.cpu.layout import Layout, LinearSpec  # noqa: E402
+from moec.codegen.cpu.pack import pack  # noqa: E402
+from moec.codegen.cpu.quantised_layout import row_words  # noqa: E402
+from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
+from moec.compression import compress, decompress, nbytes  # noqa: E402
+from moec.target import parse  # noqa: E402
+from moec.ternary import decode, encode  # noqa: E402
+from moec.ternary_dictionary import ZEROS, dictionary, masks  # noqa: E402
+
+SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
+COLD = 2  # times the last-level cache
+DISTINCT = 4  # experts whose weights differ
+TARGET = parse("cpu")
+
+
+def cache_bytes() -> int:
+    """The last-level cache of this machine."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(found.read_text().strip().removesuffix("K")) * 1024 if found.exists() else 32 << 20
+
+
+def source(experts: int, n: int, k: int, kind: str) -> Tensor:
+    if kind == "2bit":
+        return torch.randint(4, (experts, n, k), dtype=torch.uint8)
+    rest = (1 - ZEROS) / 2
+    drawn = torch.rand(experts, n, k)
+    return (drawn >= ZEROS).to(torch.uint8) + (drawn >= ZEROS + rest).to(torch.uint8)
+
+
+def built(kernel: Any) -> Callable[..., None]:
+    name = str(kernel.attrs["global_symbol"])
+    made = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(TARGET.tvm()))[name]
+    return lambda *tensors: made(*(tvm.runtime.from_dlpack(t) for t in tensors))
+
+
+def bound(kernel: Any) -> Any:
+    name = str(kernel.attrs["global_symbol"])
+    return tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(TARGET.tvm()))[name]
+
+
+def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
+    """The parts of a stack `times` over: other memory, the same weights."""
+    if kind == "2bit":
+        return [part.repeat(times, 1, 1) for part in parts]
+    stream, starts, grid = parts
+    step, each = int(starts[-1]), starts[:-1]
+    moved = torch.cat([each + step * i for i in range(times)] + [torch.tensor([step * times])])
+    return [stream.repeat(times), moved.int(), grid.repeat(times, 1, 1)]
+
+
+def product(kind: str, n: int, k: int, rounds: int) -> None:
+    """Print the line of one shape."""
+    codes = source(DISTINCT, n, k, kind)
+    grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
+    if kind == "2bit":
+        grid = torch.stack([grid[..., 1], torch.full((DISTINCT, n), 1.0)], -1).bfloat16()
+    parts = compress(kind, codes, grid)
+    size = nbytes(parts) / DISTINCT
+    ratio = 2 * n * k / size
+    experts = -(-COLD * cache_bytes() // (2 * n * k * DISTINCT)) * DISTINCT
+    stack = repeated(parts, kind, experts // DISTINCT)
+    stacks = -(-int(COLD * cache_bytes()) // int(size * experts))
+    few = bound(
+        compressed_linear(TARGET, CompressedSpec(n, k, "", "float32", groups=experts, kind=kind))
+    )
+    dense = bound(grouped_linear(TARGET, LinearSpec(n, k, "bfloat16", "float32", groups=experts)))
+    weight = decompress(kind, parts, k)
+    one = pack(Layout(LinearSpec(n, k, "bfloat16", "float32"), TARGET), weight[:1].bfloat16())
+    packed = torch.from_numpy(one).repeat(experts, 1, 1, 1)
+
+    x = torch.randn(1, k)
+    rows = [torch.zeros(1, row_words(k, 16), dtype=torch.int32), torch.zeros(1, 1)]
+    rows.append(torch.zeros(1, 1, dtype=torch.int32))
+    built(round_rows(TARGET, k, 1, "float32", bits=16))(x, *rows)
+    y, z = torch.zeros(1, n), torch.zeros(1, n)
+    table = [torch.from_numpy(masks(dictionary().entries).view(np.int64)).clone()]
+
+    def bind(*tensors: Tensor) -> list[Any]:
+        return [tvm.runtime.from_dlpack(t) for t in tensors]
+
+    held = bind(*(table if kind == "ternary" else []))
+    first, result = bind(*rows), bind(y)
+    copies = [bind(*(t.clone() for t in stack)) for _ in range(stacks)]
+    wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())
+    ends = bind(*((torch.arange(experts) >= e).int() for e in range(experts)))
+    ways: tuple[tuple[Callable[..., None], list[Any]], ...] = (
+        (
+            lambda end, copy: few(*first, end, *held, *copy, *result),
+            [(end, copy) for copy in copies for end in ends],
+        ),
+        (lambda end: dense(wide_x, end, *wide), [(end,) for end in ends]),
+    )
+    ways[0][0](*ways[0][1][0])
+    wanted = x.double() @ weight[0].double().T
+    off = float((y - wanted).norm() / wanted.norm())
+    if off > 1e-4:
+        raise SystemExit(f"{kind} {n}x{k}: the product is {off:.1e} off")
+    taken: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for way, (run, calls) in enumerate(ways):
+            run(*calls[-1])  # wakes the threads
+            begin = time.perf_counter()
+            for call in calls:
+                run(*call)
+            taken[way].append((time.perf_counter() - begin) / len(calls))
+    a, b = (statistics.median(some) * 1e6 for some in taken)
+    each = statistics.median(p / q for p, q in zip(*taken, strict=True))
+    speed = 2 * n * k / b / 1e3
+    print(
+        f"{kind:8}{n:>5} x {k:<5}{ratio:7.2f}x{a:11.1f}{b:10.1f}{each:8.2f}"
+        f"{size / a / 1e3:10.1f}{speed:10.1f}",
+        flush=True,
+    )
+
+
+def encoding(millions: int = 100) -> None:
+    dictionary()
+    warm = encode(source(1, 64, 64, "ternary")[0])
+    decode(warm, 64)  # numba compiles
+    codes = source(1, millions * 250, 4000, "ternary")[0]
+    begin = time.perf_counter()
+    made = encode(codes)
+    middle = time.perf_counter()
+    back = decode(made, 4000)
+    end = time.perf_counter()
+    exact = "bit-exact" if torch.equal(back, codes) else "WRONG"
+    print(
+        f"{millions} M weights: encoded in {middle - begin:.2f} s, decoded in {end - middle:.2f} s "
+        f"({exact}), {codes.numel() * 2 / (made.nbytes + 4 * len(codes)):.2f} times smaller "
+        f"than bf16, {8 * made.nbytes / codes.numel():.3f} bits a weight\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--kinds", default="ternary")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(
+        f"{Path(__file__).name}: {THREADS} threads, {TARGET.name}, last-level cache "
+        f"{cache_bytes() >> 20} MiB, load average before {os.getloadavg()[0]:.1f}"
+    )
+    encoding()
+    print("kind     rows   wide  smaller  its µs   bf16 µs   ratio      GB/s bf16 GB/s")
+    for kind in options.kinds.split(","):
+        for shape in options.shapes.split(","):
+            n, k = map(int, shape.split("x"))
+            product(kind, n, k, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
