@@ -1,0 +1,93 @@
+"""Experts in under a byte, and under two bits: what they take, and what that costs in perplexity.
+
+    python examples/08_compress.py [FILE.png]     the picture needs matplotlib
+
+Text comes from Python's own standard library: the weights are fitted on files that the model was
+trained on, and perplexity is measured on files that it never saw. The experts of this model are
+256 x 128: a row's start and its two numbers weigh as much as its codewords, and 75 % of its
+weights are zero. In models as large as those of QMoE, whose format this is, rows are longer and
+88 % zero, and a weight takes 0.8 bits (benchmarks/ternary.py).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import moec
+from moec.approximate import Frame, Measured
+from moec.calibration import calibration
+from moec.cost import stored_bytes
+from moec.ir import Program, Stage
+from moec.meter import Meter
+from moec.passes.compress_experts import CompressExperts
+from moec.passes.runner import run
+
+CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
+LENGTH = 256
+SEEN = ("argparse.py", "typing.py", "pathlib.py", "ast.py")
+HELD_OUT = ("http/client.py", "urllib/parse.py")  # as examples/tiny_moe/train.py splits them
+
+tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def windows(files: Sequence[str], count: int) -> dict[str, torch.Tensor]:
+    """i64[count, LENGTH] token ids, evenly spaced over the text of the files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    text = "\n".join((root / name).read_text(encoding="utf-8") for name in files)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    starts = torch.linspace(0, len(ids) - LENGTH, count).long()
+    return {"input_ids": torch.stack([ids[start : start + LENGTH] for start in starts])}
+
+
+# The whole interface: the code runs on the compressed weights, decoded as they are multiplied.
+compiled = moec.compile(CHECKPOINT, passes="+compress-experts", calib=windows(SEEN, 4))
+(damage,) = compiled.report().damage
+for line in damage.layers:
+    print(f"{line.layer}: {line.says}")
+(text,) = compiled.generate([tokenizer("def read_lines(path):")["input_ids"]], max_new_tokens=16)
+print(f"it writes: {tokenizer.decode(text)!r}\n")
+
+# The same pass by itself, with each of its options: no code is generated.
+original = next(step for step in compiled.steps if step.name == "split-packed").program
+meter = Meter(original, calibration(windows(HELD_OUT, 4), original, {}))
+dense = stored_bytes(original)
+stacks = [v for op in original.graph.ops if op.name == "moe.experts" for v in op.inputs[2:]]
+weights = sum(math.prod(int(d) for d in stack.shape) for stack in stacks)
+
+
+def held_out(program: Program) -> float:
+    """Perplexity of the text that the model never saw."""
+    perplexity = meter.measure(program)[0].perplexity
+    assert perplexity is not None
+    return perplexity
+
+
+before = held_out(original)
+print(f"perplexity on {', '.join(HELD_OUT)}: {before:.2f} with 16 bits a weight")
+print(f"{'':18}{'bits a weight':>14}{'perplexity':>12}{'nats lost':>11}")
+points: dict[str, tuple[float, float]] = {"bf16": (16.0, before)}
+for kind in ("2bit", "ternary"):
+    for by in ("nearest", "gptq"):
+        pass_ = Measured(CompressExperts(kind=kind, by=by), Frame(windows(SEEN, 4), {}))
+        program = run(original, [pass_], stage=Stage.MOE)[-1].program
+        bits = 16 - 8 * (dense - stored_bytes(program)) / weights
+        after = held_out(program)
+        points[f"{kind}, {by}"] = (bits, after)
+        print(f"{kind + ', ' + by:18}{bits:14.2f}{after:12.2f}{math.log(after / before):11.3f}")
+
+if len(sys.argv) > 1:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    for name, (bits, perplexity) in points.items():
+        axes.scatter(bits, perplexity)
+        axes.annotate(name, (bits, perplexity), textcoords="offset points", xytext=(6, 4))
+    axes.set(xlabel="bits a weight of the experts", ylabel="perplexity", xscale="log", yscale="log")
+    figure.savefig(sys.argv[1])
