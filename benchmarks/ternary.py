@@ -1,12 +1,12 @@
 """Compressed experts: bytes, encoding, and products with cold weights beside moec's own bf16.
 
-    python benchmarks/ternary.py [--shapes 768x3072,…] [--rounds 15] [--kinds ternary,2bit]
+    python benchmarks/ternary.py [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
 
 Weights are independent, 88.5 % of them zero, as QMoE's dictionary takes them to be (two-bit codes
-are even). The products are one row by one expert after the other, of more experts than twice the
-last-level cache holds: none is in it, as when text is generated. Both kernels take the row in
-turn, in one process; what is printed are medians and the ratio of each round's. Bytes of ternary
-weights include the start and the two bf16 numbers of each row.
+are even). A row (or --tokens rows) meets one expert after the other, of more experts than twice
+the last-level cache holds: none is in it, as when text is generated. Both kernels take turns in one
+process; what is printed are medians, of the ratio too. Bytes of ternary weights include the start
+and the two bf16 numbers of each row.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ import torch  # noqa: E402
 import tvm  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moec.codegen.cpu.compressed import CompressedSpec, compressed_linear  # noqa: E402
+from moec.codegen.cpu.compressed import compressed_linear  # noqa: E402
 from moec.codegen.cpu.grouped import grouped_linear  # noqa: E402
 from moec.codegen.cpu.layout import Layout, LinearSpec  # noqa: E402
+from moec.codegen.cpu.masks import CompressedSpec  # noqa: E402
 from moec.codegen.cpu.pack import pack  # noqa: E402
 from moec.codegen.cpu.quantised_layout import row_words  # noqa: E402
 from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
@@ -80,7 +81,7 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
     return [stream.repeat(times), moved.int(), grid.repeat(times, 1, 1)]
 
 
-def product(kind: str, n: int, k: int, rounds: int) -> None:
+def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     """Print the line of one shape."""
     codes = source(DISTINCT, n, k, kind)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
@@ -100,11 +101,11 @@ def product(kind: str, n: int, k: int, rounds: int) -> None:
     one = pack(Layout(LinearSpec(n, k, "bfloat16", "float32"), TARGET), weight[:1].bfloat16())
     packed = torch.from_numpy(one).repeat(experts, 1, 1, 1)
 
-    x = torch.randn(1, k)
-    rows = [torch.zeros(1, row_words(k, 16), dtype=torch.int32), torch.zeros(1, 1)]
-    rows.append(torch.zeros(1, 1, dtype=torch.int32))
+    x = torch.randn(tokens, k)
+    rows = [torch.zeros(tokens, row_words(k, 16), dtype=torch.int32), torch.zeros(tokens, 1)]
+    rows.append(torch.zeros(tokens, 1, dtype=torch.int32))
     built(round_rows(TARGET, k, 1, "float32", bits=16))(x, *rows)
-    y, z = torch.zeros(1, n), torch.zeros(1, n)
+    y, z = torch.zeros(tokens, n), torch.zeros(tokens, n)
     table = [torch.from_numpy(masks(dictionary().entries).view(np.int64)).clone()]
 
     def bind(*tensors: Tensor) -> list[Any]:
@@ -114,7 +115,7 @@ def product(kind: str, n: int, k: int, rounds: int) -> None:
     first, result = bind(*rows), bind(y)
     copies = [bind(*(t.clone() for t in stack)) for _ in range(stacks)]
     wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())
-    ends = bind(*((torch.arange(experts) >= e).int() for e in range(experts)))
+    ends = bind(*((tokens * (torch.arange(experts) >= e)).int() for e in range(experts)))
     ways: tuple[tuple[Callable[..., None], list[Any]], ...] = (
         (
             lambda end, copy: few(*first, end, *held, *copy, *result),
@@ -167,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--kinds", default="ternary")
+    parser.add_argument("--tokens", type=int, default=1, help="rows that meet each expert")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -179,7 +181,7 @@ def main() -> None:
     for kind in options.kinds.split(","):
         for shape in options.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            product(kind, n, k, options.rounds)
+            product(kind, n, k, options.tokens, options.rounds)
 
 
 if __name__ == "__main__":

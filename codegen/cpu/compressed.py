@@ -4,12 +4,11 @@ decoded where they are multiplied.
     ternary   y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
     2bit      y[r, n] = f(sx[r] * step[n] * (A + 2 B - zero[n] * (sum of x)))
 
-A and B are the sums of x under two masks. A codeword's entry is two masks of up to 28 weights and
-how far they reach (ternary_dictionary.py); a word of two planes is two masks of 32 (two_bits.py).
-As many neighbours of x are one vector of 16-bit integers: each mask lets some of them through,
-and one instruction adds those to a sum. Nothing of the weights is ever written to memory. The
-entries of consecutive codewords do not wait for each other; only where in x they start does, for
-one addition. Sums are of integers, and exact: results depend on neither threads nor other rows.
+A and B are the sums of x under two masks (masks.py). Few rows: nothing of the weights is ever
+written to memory. The entries of consecutive codewords do not wait for each other; only where in x
+they start does, for one addition. Many rows: the masks of some columns become integers 0 and 1 in
+the cache, which all rows then meet. Sums are of integers, and exact: results depend on neither the
+way nor threads nor other rows.
 
 (The kernel of QMoE, arXiv 2310.16795, section 4.3, gives a warp to each row; a core takes turns
 at rows, and the lanes of a vector are the warp.)
@@ -18,124 +17,32 @@ at rows, and the lanes of a vector are the warp.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu.intrinsics import llvm_functions
-from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.cpu import masks
+from moec.codegen.cpu.layout import Layout
+from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Ternary, TwoBits, Weights
 from moec.codegen.cpu.quantised_layout import row_words
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.ops.compressed import X_BITS
 from moec.target import Target
 from moec.ternary_dictionary import CODEWORDS
-from moec.two_bits import NEIGHBOURS, words
 
-LANES = 16
-"""32-bit sums of a row: two of 32 neighbours of x each, on every target."""
 ROWS = 4
 """Rows of x that meet a codeword while it is decoded."""
-UNROLLED = 2
-"""Codewords with sums of their own: an addition to a sum waits for the one before."""
-
-
-@dataclass(frozen=True)
-class CompressedSpec(LinearSpec):
-    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
-
-    kind: str = "ternary"
-
-
-@dataclass(frozen=True)
-class Ternary:
-    """stream int16[W], starts int32[E * n + 1], grid bfloat16[E, n, 2]; `masks` int64[65536]."""
-
-    stream: Buffer
-    starts: Buffer
-    grid: Buffer
-    masks: Buffer
-
-    @staticmethod
-    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int, masks: Buffer) -> Ternary:
-        return Ternary(
-            buffer(f"stream{i}", (T.int64(),), "int16"),
-            buffer(f"starts{i}", (spec.groups * spec.n + 1,), "int32"),
-            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
-            masks,
-        )
-
-    def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
-        """Calls `take` for the codewords of a row of weights."""
-        place = T.bind(group * n + column)
-        start, stop = T.bind(self.starts[place]), T.bind(self.starts[place + 1])
-        at = T.alloc_buffer((1,), "int32")
-        T.buffer_store(at, T.int32(0), [0])
-
-        def one(word: Expr, turn: int) -> None:
-            code = T.bitwise_and(T.cast(self.stream[word], "int32"), T.int32(0xFFFF))
-            entry = T.bind(self.masks[code])
-            here = T.bind(at[0])
-            upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
-            b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
-            take(turn, here, T.bind(T.cast(entry, "int32")), b)
-            pairs = T.bitwise_and(T.shift_right(upper, T.int32(28)), T.int32(15))
-            T.buffer_store(at, here + pairs, [0])
-
-        whole = T.bind(T.truncdiv(stop - start, UNROLLED))
-        with T.serial(0, whole) as step:
-            for turn in range(UNROLLED):
-                one(start + step * UNROLLED + turn, turn)
-        with T.serial(0, stop - start - whole * UNROLLED) as step:
-            one(start + whole * UNROLLED + step, 0)
-
-    @staticmethod
-    def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
-        return least * T.cast(a, "float32") + greatest * T.cast(b, "float32")
-
-
-@dataclass(frozen=True)
-class TwoBits:
-    """planes int64[E, n, words], grid bfloat16[E, n, 2]."""
-
-    planes: Buffer
-    grid: Buffer
-
-    @staticmethod
-    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int) -> TwoBits:
-        return TwoBits(
-            buffer(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
-            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
-        )
-
-    def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
-        count = int(self.planes.shape[2])
-
-        def one(word: Expr, turn: int) -> None:
-            both = T.bind(self.planes[group, column, word])
-            b = T.bind(T.cast(T.shift_right(both, T.int64(32)), "int32"))
-            take(turn, word * (NEIGHBOURS // 2), T.bind(T.cast(both, "int32")), b)
-
-        with T.serial(0, count // UNROLLED) as step:
-            for turn in range(UNROLLED):
-                one(step * UNROLLED + turn, turn)
-        for word in range(count // UNROLLED * UNROLLED, count):
-            one(T.int32(word), 0)
-
-    @staticmethod
-    def value(step: Expr, zero: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
-        codes = T.cast(a, "float32") + T.float32(2) * T.cast(b, "float32")
-        return step * (codes - zero * T.cast(total, "float32"))
-
-
-Take = Callable[[int, Expr, Expr, Expr], None]
-"""(which set of sums, word of x, mask, mask)"""
+MANY = 8
+"""As many rows of x, and more, meet weights that were decoded before."""
+DECODED = 8
+"""Columns that are decoded at a time: their integers stay in the second-level cache."""
+MANY_ROWS, MANY_COLUMNS = 6, 2
+"""Their register tile: two sums for each."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +51,7 @@ class CompressedOperands(Operands):
 
     x_scales: Buffer
     sums: Buffer
-    matrices: tuple[Ternary | TwoBits, ...]
+    matrices: tuple[Weights, ...]
 
 
 @dataclass(frozen=True)
@@ -154,55 +61,91 @@ class CompressedTile(Tile):
     operands: CompressedOperands
 
     def rows(self, group: Expr, tile: Expr, first: Expr, count: Expr) -> None:
-        most = ROWS
+        with T.If(count < MANY):
+            with T.Then():
+                self._groups(first, count, ROWS, lambda row, m: self._few(group, tile, row, m))
+            with T.Else(), T.serial(0, T.truncdiv(count + (ROW_CHUNK - 1), ROW_CHUNK)) as chunk:
+                base = T.bind(first + chunk * ROW_CHUNK)
+                some = T.bind(T.min(first + count - base, T.int64(ROW_CHUNK)))
+                self._many(group, tile, base, some)
+
+    def _groups(
+        self, first: Expr, count: Expr, most: int, action: Callable[[Expr, int], None]
+    ) -> None:
+        """`action(row, m)` for groups of `most` rows, and what is left."""
         with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
-            self._some(group, tile, first + i * most, most)
+            action(T.bind(first + i * most), most)
         left = T.bind(T.truncmod(count, T.int64(most)))
         for m in range(1, most):
             with T.If(left == m), T.Then():
-                self._some(group, tile, T.bind(first + count - m), m)
+                action(T.bind(first + count - m), m)
 
-    def _some(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
-        """`m` rows from `row` on: each codeword is decoded once for all of them."""
-        v, lay, ops = self.vector, self.layout, self.operands
-        rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
-        factors = [T.bind(ops.x_scales[r, 0]) for r in rows]
-        totals = [T.bind(ops.sums[r, 0]) for r in rows]
-        made = T.alloc_buffer((m, lay.columns), "float32")
-        count = T.bind(T.min(lay.spec.n - tile * lay.width, T.int64(lay.width)))
-        for half, matrix in enumerate(ops.matrices):
-            with T.serial(0, count) as c:
-                column = T.bind(tile * lay.width + c)
-                p, q = (v.scalar(matrix.grid, [group, column, side]) for side in range(2))
-                for i, (a, b) in enumerate(self._sums(matrix, group, column, rows)):
-                    value = matrix.value(p, q, a, b, totals[i])
-                    T.buffer_store(made, value * factors[i], [i, half * lay.width + c])
+    def _columns(self, tile: Expr) -> Expr:
+        lay = self.layout
+        return T.bind(T.min(lay.spec.n - tile * lay.width, T.int64(lay.width)))
+
+    def _store_sums(
+        self,
+        matrix: Weights,
+        group: Expr,
+        column: Expr,
+        rows: Sequence[Expr],
+        sums: Sequence[tuple[Expr, Expr]],
+        made: Buffer,
+        places: Sequence[Sequence[Expr | int]],
+    ) -> None:
+        """made[place] = the product of each row, from its two sums."""
+        ops, v = self.operands, self.vector
+        p, q = (v.scalar(matrix.grid, [group, column, side]) for side in range(2))
+        for row, (a, b), place in zip(rows, sums, places, strict=True):
+            value = matrix.value(p, q, a, b, ops.sums[row, 0])
+            T.buffer_store(made, value * ops.x_scales[row, 0], list(place))
+
+    def _finished(
+        self, made: Buffer, offset: Expr | int, row: Expr, m: int, group: Expr, tile: Expr
+    ) -> None:
+        """made[offset + i] is what row + i gives before scale, bias and epilogue."""
+        v, lay = self.vector, self.layout
         lanes = T.ramp(0, 1, v.lanes)
-        acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in range(lay.vectors)] for _ in rows]
+        acc = [
+            [T.alloc_buffer((v.lanes,), "float32") for _ in range(lay.vectors)] for _ in range(m)
+        ]
         for i in range(m):
             for j in range(lay.vectors):
-                T.buffer_store(acc[i][j], made[i, T.ramp(j * v.lanes, 1, v.lanes)], [lanes])
+                at = [offset + i, T.ramp(j * v.lanes, 1, v.lanes)]
+                T.buffer_store(acc[i][j], made[tuple(at)], [lanes])
         self._finish(acc, row, m, group, tile)
 
-    def _sums(
-        self, matrix: Ternary | TwoBits, group: Expr, column: Expr, rows: Sequence[Expr]
+    def _few(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
+        """`m` rows from `row` on: each codeword is decoded once for all of them."""
+        lay, ops = self.layout, self.operands
+        rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
+        made = T.alloc_buffer((m, lay.columns), "float32")
+        for half, matrix in enumerate(ops.matrices):
+            with T.serial(0, self._columns(tile)) as c:
+                column = T.bind(tile * lay.width + c)
+                sums = self._masked(matrix, group, column, rows)
+                places = [(i, half * lay.width + c) for i in range(m)]
+                self._store_sums(matrix, group, column, rows, sums, made, places)
+        self._finished(made, 0, row, m, group, tile)
+
+    def _masked(
+        self, matrix: Weights, group: Expr, column: Expr, rows: Sequence[Expr]
     ) -> list[tuple[Expr, Expr]]:
         """For each row of x its sums under the two masks of a row of weights."""
-        lanes = T.ramp(0, 1, LANES)
+        v, lanes = self.vector, T.ramp(0, 1, LANES)
         acc = [
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
             for _ in range(UNROLLED)
         ]
         for buffer in (b for some in acc for own in some for b in own):
-            T.buffer_store(buffer, T.broadcast(T.int32(0), LANES), [lanes])
+            masks.zero(buffer)
 
-        def take(turn: int, word: Expr, *masks: Expr) -> None:
+        def take(turn: int, word: Expr, *pair: Expr) -> None:
             for i, row in enumerate(rows):
                 where = T.address_of(self.operands.x[row, word])
-                for side, mask in enumerate(masks):
-                    own = acc[turn][i][side]
-                    added = self._call(f"int32x{LANES}", "masked_sum", own[lanes], where, mask)
-                    T.buffer_store(own, added, [lanes])
+                for own, mask in zip(acc[turn][i], pair, strict=True):
+                    T.buffer_store(own, masks.masked_sum(v, own[lanes], where, mask), [lanes])
 
         matrix.each(self.layout.spec.n, group, column, take)
 
@@ -210,54 +153,74 @@ class CompressedTile(Tile):
             added = acc[0][i][side][lanes]
             for turn in range(1, UNROLLED):
                 added = added + acc[turn][i][side][lanes]
-            return T.bind(self._call("int32", "masked_total", T.bind(added)))
+            return masks.total(v, added)
 
         return [(total(i, 0), total(i, 1)) for i in range(len(rows))]
 
-    def _call(self, dtype: str, name: str, *args: Expr) -> Expr:
-        return T.call_extern(dtype, f"moec_{name}_{self.vector.lanes}", *args)
+    def _many(self, group: Expr, tile: Expr, base: Expr, count: Expr) -> None:
+        """At most ROW_CHUNK rows from `base` on: some columns are decoded, then met by all."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        made = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
+        decoded = T.alloc_buffer((2, DECODED, row_words(lay.spec.k, X_BITS)), "int32")
+        last = T.bind(self._columns(tile) - 1)
+        for half, matrix in enumerate(ops.matrices):
+            with T.serial(0, T.truncdiv(last, DECODED) + 1) as block:
 
+                def place(c: Expr, block: Expr = block) -> Expr:
+                    """Behind the last column it comes again, and gives the same."""
+                    return T.bind(T.min(block * DECODED + c, last))
 
-def functions(target: Target) -> AbstractContextManager[object]:
-    """The frame that the kernel must be made in."""
-    text = llvm_functions(target) + _functions(target)
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+                with T.serial(0, DECODED) as c:
 
+                    def write(turn: int, word: Expr, *pair: Expr, c: Expr = c) -> None:
+                        for side, mask in enumerate(pair):
+                            masks.expand(v, T.address_of(decoded[side, c, word]), mask)
 
-@cache
-def _functions(target: Target) -> str:
-    n = target.vector_lanes
-    i, h, w = f"<{LANES} x i32>", f"<{2 * LANES} x i16>", f"<{2 * LANES} x i32>"
-    ones = "<" + ", ".join(["i16 1"] * 2 * LANES) + ">"
-    declare = ""
-    if target.int8_dot:  # avx512vnni holds both
-        dot = "@llvm.x86.avx512.vpdpwssd.512"
-        declare = f"declare {i} {dot}({i}, {h}, {h})"
-        add = f"  %r = call {i} {dot}({i} %acc, {h} %s, {h} {ones})"
-    else:
-        even = "<" + ", ".join(f"i32 {2 * j}" for j in range(LANES)) + ">"
-        odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(LANES)) + ">"
-        add = f"""
-  %w = sext {h} %s to {w}
-  %e = shufflevector {w} %w, {w} poison, <{LANES} x i32> {even}
-  %o = shufflevector {w} %w, {w} poison, <{LANES} x i32> {odd}
-  %both = add {i} %e, %o
-  %r = add {i} %acc, %both"""
-    return f"""
-{declare}
-define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) alwaysinline {{
-  %x = load {h}, ptr %p, align 4
-  %m = bitcast i32 %mask to <{2 * LANES} x i1>
-  %s = select <{2 * LANES} x i1> %m, {h} %x, {h} zeroinitializer
-{add}
-  ret {i} %r
-}}
-declare i32 @llvm.vector.reduce.add.v{LANES}i32({i})
-define linkonce_odr i32 @moec_masked_total_{n}({i} %a) alwaysinline {{
-  %r = call i32 @llvm.vector.reduce.add.v{LANES}i32({i} %a)
-  ret i32 %r
-}}
-"""
+                    matrix.each(lay.spec.n, group, T.bind(tile * lay.width + place(c)), write)
+
+                def meet(
+                    row: Expr,
+                    m: int,
+                    half: int = half,
+                    matrix: Weights = matrix,
+                    place: Any = place,
+                ) -> None:
+                    rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
+                    with T.serial(0, DECODED // MANY_COLUMNS) as q:
+                        all_sums = self._products(rows, decoded, q * MANY_COLUMNS)
+                        for j, sums in enumerate(all_sums):
+                            at = place(q * MANY_COLUMNS + j)
+                            column = T.bind(tile * lay.width + at)
+                            places = [(row - base + i, half * lay.width + at) for i in range(m)]
+                            self._store_sums(matrix, group, column, rows, sums, made, places)
+
+                self._groups(base, count, MANY_ROWS, meet)
+        with T.serial(0, count) as i:
+            self._finished(made, i, T.bind(base + i), 1, group, tile)
+
+    def _products(
+        self, rows: Sequence[Expr], decoded: Buffer, first: Expr
+    ) -> list[list[tuple[Expr, Expr]]]:
+        """For some decoded columns from `first` on, for each row of x, its two sums."""
+        v, lanes, x = self.vector, T.ramp(0, 1, LANES), self.operands.x
+        acc = [
+            [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
+            for _ in range(MANY_COLUMNS)
+        ]
+        for buffer in (b for some in acc for own in some for b in own):
+            masks.zero(buffer)
+        with T.serial(0, -(-self.layout.spec.k // (2 * LANES))) as step:
+            at = T.ramp(step * LANES, 1, LANES)
+            parts = [T.bind(x[row, at]) for row in rows]
+            for j in range(MANY_COLUMNS):
+                for side in range(2):
+                    w = T.bind(decoded[side, first + j, at])
+                    for i, part in enumerate(parts):
+                        own = acc[j][i][side]
+                        T.buffer_store(own, masks.dot_pairs(v, own[lanes], part, w), [lanes])
+        return [
+            [(masks.total(v, a[lanes]), masks.total(v, b[lanes])) for a, b in some] for some in acc
+        ]
 
 
 def compressed_linear(
@@ -293,10 +256,10 @@ def compressed_linear(
             order = buffer("order", (r,), "int32") if top_k else None
             ends = buffer("ends", (experts,), "int32")
             halves = range(1 + spec.gated)
-            matrices: tuple[Ternary | TwoBits, ...]
+            matrices: tuple[Weights, ...]
             if spec.kind == "ternary":
-                masks = buffer("masks", (CODEWORDS,), "int64")
-                matrices = tuple(Ternary.of(spec, buffer, i, masks) for i in halves)
+                table = buffer("masks", (CODEWORDS,), "int64")
+                matrices = tuple(Ternary.of(spec, buffer, i, table) for i in halves)
             else:
                 matrices = tuple(TwoBits.of(spec, buffer, i) for i in halves)
             bias = buffer("bias", lay.bias_shape, "float32") if spec.bias else None
@@ -316,7 +279,7 @@ def compressed_linear(
                 x_scales, sums, matrices,
             )  # fmt: skip
             tile = CompressedTile(lay, operands, epilogue)
-            with functions(target), T.parallel(0, lay.tiles * experts) as unit:
+            with masks.functions(target), T.parallel(0, lay.tiles * experts) as unit:
                 column = T.bind(T.truncdiv(unit, experts))
                 e = T.bind(T.truncmod(unit, experts))
                 before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)

@@ -8,8 +8,9 @@ import numpy as np
 from tvm import relax
 
 from moec.codegen.bodies import vector_body
-from moec.codegen.cpu.compressed import CompressedSpec, compressed_linear
+from moec.codegen.cpu.compressed import compressed_linear
 from moec.codegen.cpu.layout import Layout
+from moec.codegen.cpu.masks import CompressedSpec
 from moec.codegen.cpu.quantised_layout import row_words
 from moec.codegen.cpu.round_rows import round_rows
 from moec.codegen.generic import scalars as sc

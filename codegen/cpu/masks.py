@@ -1,0 +1,209 @@
+"""Compressed weights as a kernel reads them: a row of weights is a walk over pairs of masks.
+
+A codeword's entry is two masks of up to 28 weights and how far they reach (ternary_dictionary.py);
+a word of two planes is two masks of 32 (two_bits.py). As many neighbours of x are one vector of
+16-bit integers: each mask lets some of them through, and one instruction adds those to a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.codegen.cpu.layout import LinearSpec
+from moec.codegen.cpu.vector import Vector
+from moec.target import Target
+from moec.two_bits import NEIGHBOURS, words
+
+LANES = 16
+"""32-bit sums of a row: two of 32 neighbours of x each, on every target."""
+UNROLLED = 2
+"""Codewords with sums of their own: an addition to a sum waits for the one before."""
+
+Take = Callable[[int, Expr, Expr, Expr], None]
+"""(which set of sums, word of x, mask, mask)"""
+
+
+@dataclass(frozen=True)
+class CompressedSpec(LinearSpec):
+    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
+
+    kind: str = "ternary"
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """stream int16[W], starts int32[E * n + 1], grid bfloat16[E, n, 2]; `table` int64[65536]."""
+
+    stream: Buffer
+    starts: Buffer
+    grid: Buffer
+    table: Buffer
+
+    @staticmethod
+    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int, table: Buffer) -> Ternary:
+        return Ternary(
+            buffer(f"stream{i}", (T.int64(),), "int16"),
+            buffer(f"starts{i}", (spec.groups * spec.n + 1,), "int32"),
+            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+            table,
+        )
+
+    def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
+        """Calls `take` for the codewords of a row of weights."""
+        place = T.bind(group * n + column)
+        start, stop = T.bind(self.starts[place]), T.bind(self.starts[place + 1])
+        at = T.alloc_buffer((1,), "int32")
+        T.buffer_store(at, T.int32(0), [0])
+
+        def one(word: Expr, turn: int) -> None:
+            code = T.bitwise_and(T.cast(self.stream[word], "int32"), T.int32(0xFFFF))
+            entry = T.bind(self.table[code])
+            here = T.bind(at[0])
+            upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
+            b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
+            take(turn, here, T.bind(T.cast(entry, "int32")), b)
+            pairs = T.bitwise_and(T.shift_right(upper, T.int32(28)), T.int32(15))
+            T.buffer_store(at, here + pairs, [0])
+
+        whole = T.bind(T.truncdiv(stop - start, UNROLLED))
+        with T.serial(0, whole) as step:
+            for turn in range(UNROLLED):
+                one(start + step * UNROLLED + turn, turn)
+        with T.serial(0, stop - start - whole * UNROLLED) as step:
+            one(start + whole * UNROLLED + step, 0)
+
+    @staticmethod
+    def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
+        return least * T.cast(a, "float32") + greatest * T.cast(b, "float32")
+
+
+@dataclass(frozen=True)
+class TwoBits:
+    """planes int64[E, n, words], grid bfloat16[E, n, 2]."""
+
+    planes: Buffer
+    grid: Buffer
+
+    @staticmethod
+    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int) -> TwoBits:
+        return TwoBits(
+            buffer(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
+            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+        )
+
+    def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
+        count = int(self.planes.shape[2])
+
+        def one(word: Expr, turn: int) -> None:
+            both = T.bind(self.planes[group, column, word])
+            b = T.bind(T.cast(T.shift_right(both, T.int64(32)), "int32"))
+            take(turn, word * (NEIGHBOURS // 2), T.bind(T.cast(both, "int32")), b)
+
+        with T.serial(0, count // UNROLLED) as step:
+            for turn in range(UNROLLED):
+                one(step * UNROLLED + turn, turn)
+        for word in range(count // UNROLLED * UNROLLED, count):
+            one(T.int32(word), 0)
+
+    @staticmethod
+    def value(step: Expr, zero: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
+        codes = T.cast(a, "float32") + T.float32(2) * T.cast(b, "float32")
+        return step * (codes - zero * T.cast(total, "float32"))
+
+
+Weights = Ternary | TwoBits
+
+
+def call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
+    return T.call_extern(dtype, f"moec_{name}_{v.lanes}", *args)
+
+
+def masked_sum(v: Vector, sums: Expr, x: Expr, mask: Expr) -> Expr:
+    """int32x16: `sums` and those of the 32 integers at address `x` that the mask lets through."""
+    return call(v, f"int32x{LANES}", "masked_sum", sums, x, mask)
+
+
+def dot_pairs(v: Vector, sums: Expr, x: Expr, w: Expr) -> Expr:
+    """int32x16: `sums` and the dot products of pairs of 16-bit integers."""
+    return call(v, f"int32x{LANES}", "dot_pairs", sums, x, w)
+
+
+def expand(v: Vector, where: Expr, mask: Expr) -> None:
+    """Write 32 integers of 16 bits: 1 where the mask has a bit, else 0."""
+    T.evaluate(call(v, "int32", "expand", where, mask))
+
+
+def total(v: Vector, sums: Expr) -> Expr:
+    """The sum of the 16 lanes."""
+    return T.bind(call(v, "int32", "lanes_total", T.bind(sums)))
+
+
+def zero(buffer: Buffer) -> None:
+    T.buffer_store(buffer, T.broadcast(T.int32(0), LANES), [T.ramp(0, 1, LANES)])
+
+
+def functions(target: Target) -> AbstractContextManager[object]:
+    """The frame that the kernel must be made in."""
+    text = llvm_functions(target) + _functions(target)
+    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+
+
+@cache
+def _functions(target: Target) -> str:
+    n, two = target.vector_lanes, 2 * LANES
+    i, h, w = f"<{LANES} x i32>", f"<{two} x i16>", f"<{two} x i32>"
+    ones = "<" + ", ".join(["i16 1"] * two) + ">"
+    declare = ""
+    if target.int8_dot:  # avx512vnni holds both
+        dot = "@llvm.x86.avx512.vpdpwssd.512"
+        declare = f"declare {i} {dot}({i}, {h}, {h})"
+        add = f"  %r = call {i} {dot}({i} %acc, {h} %s, {h} %t)"
+    else:
+        even = "<" + ", ".join(f"i32 {2 * j}" for j in range(LANES)) + ">"
+        odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(LANES)) + ">"
+        add = f"""
+  %ws = sext {h} %s to {w}
+  %wt = sext {h} %t to {w}
+  %wp = mul {w} %ws, %wt
+  %e = shufflevector {w} %wp, {w} poison, <{LANES} x i32> {even}
+  %o = shufflevector {w} %wp, {w} poison, <{LANES} x i32> {odd}
+  %both = add {i} %e, %o
+  %r = add {i} %acc, %both"""
+    return f"""
+{declare}
+define linkonce_odr {i} @moec_dot_pairs_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{
+  %s = bitcast {i} %a to {h}
+  %t = bitcast {i} %b to {h}
+{add}
+  ret {i} %r
+}}
+define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) alwaysinline {{
+  %x = load {h}, ptr %p, align 4
+  %m = bitcast i32 %mask to <{two} x i1>
+  %z = select <{two} x i1> %m, {h} %x, {h} zeroinitializer
+  %v = bitcast {h} %z to {i}
+  %u = bitcast {h} {ones} to {i}
+  %r = call {i} @moec_dot_pairs_{n}({i} %acc, {i} %v, {i} %u)
+  ret {i} %r
+}}
+define linkonce_odr i32 @moec_expand_{n}(ptr %p, i32 %mask) alwaysinline {{
+  %m = bitcast i32 %mask to <{two} x i1>
+  %w = zext <{two} x i1> %m to {h}
+  store {h} %w, ptr %p, align 4
+  ret i32 0
+}}
+declare i32 @llvm.vector.reduce.add.v{LANES}i32({i})
+define linkonce_odr i32 @moec_lanes_total_{n}({i} %a) alwaysinline {{
+  %r = call i32 @llvm.vector.reduce.add.v{LANES}i32({i} %a)
+  ret i32 %r
+}}
+"""
