@@ -71,6 +71,18 @@ def test_a_linear_layer_of_four_bits() -> None:
     assert cost(parse(text), {}, seen=0) == Cost(2 * 6 * 16 * 32, 16 * 32 / 2 + 16 * 2)
 
 
+def test_compressed_experts_cost_what_their_parts_hold() -> None:
+    """Two rows by experts of 16 x 32 weights in 40 codewords."""
+    text = (
+        "graph step(x: f32[2, 32], ends: i32[4]; s: i16[40], t: i32[65], g: bf16[4, 16, 2]) {\n"
+        "  y: f32[2, 16] = grouped.compressed(x, ends, s, t, g) "
+        '<matrices=1, dtype=f32, kind="ternary">\n  return y\n}\n'
+    )
+    made = cost(parse(text), {}, seen=0)
+    assert made.flops == 2 * 2 * 16 * 32
+    assert made.bytes == (1 - 0.75**2) * (2 * 40 + 4 * 65 + 2 * 4 * 16 * 2)
+
+
 def test_a_prompt_sees_half_of_itself() -> None:
     prompt = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=10)
     without = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=0)
