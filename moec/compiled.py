@@ -104,7 +104,8 @@ class CompiledModel:
         kernels: dict[str, int] = {}
         for _, kernel in package.kernels if package else ():
             kernels[kernel] = kernels.get(kernel, 0) + 1
-        notes = (*self.captured.fixed, *(package.notes if package else ()))
+        said = (f"{step.name}: {line}" for step in self.steps for line in step.says)
+        notes = (*self.captured.fixed, *said, *(package.notes if package else ()))
         checked = self.checked
         if package and missing(self.target):
             notes += (

@@ -1,8 +1,9 @@
 """The ordered passes from a captured graph to one that code is generated from: read this first.
 
 Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2 those of the rest.
-Passes that change what a model computes (APPROXIMATE) run where they are asked for alone, between
-the two halves: blocks are recognised and not fused yet.
+Passes that change what a model computes (APPROXIMATE), and exact ones that need to be told
+something (ASKED), run where they are asked for alone, between the two halves: blocks are
+recognised and not fused yet.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from moec.passes.prune_experts import PruneExperts
 from moec.passes.quantise_experts import QuantiseExperts
 from moec.passes.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
-from moec.passes.runner import Pass
+from moec.passes.runner import Asked, Pass
 from moec.passes.share_common import ShareCommon
 from moec.passes.split_packed import SplitPacked
 from moec.quantisation import Format, Quantisation
@@ -70,6 +71,8 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     MergeExperts,
     CompressExperts,
 )
+ASKED: tuple[type[Asked], ...] = ()
+WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)
 
 # What options of their own ask for; these run after all others.
@@ -96,19 +99,20 @@ PASSES = distinct()
 
 
 Chosen = Pass | Approximate
-Changes = str | Sequence[str | Approximate]
+Wanted = Approximate | Asked
+Changes = str | Sequence[str | Wanted]
 
 
 def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
     """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend" or a list of such
-    texts and of approximate passes. The latter come in the order in which they are given.
+    texts and of passes that run where they are asked for. Those come in the order given.
 
     Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
     options that a pass does not have.
     """
     if opt_level not in LEVELS:
         raise UsageError(f"there is no optimisation level {opt_level}; levels are 0, 1 and 2")
-    added, removed, approximate = _changes(changes)
+    added, removed, wanted = _changes(changes)
 
     def those(half: Sequence[tuple[int, Pass]]) -> list[Pass]:
         return [
@@ -117,20 +121,20 @@ def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
             if pass_.name not in removed and (level <= opt_level or pass_.name in added)
         ]
 
-    return (*those(RECOGNISED), *approximate, *those(LOWERED))
+    return (*those(RECOGNISED), *wanted, *those(LOWERED))
 
 
-def _changes(changes: Changes) -> tuple[set[str], set[str], list[Approximate]]:
+def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:
     names = [pass_.name for pass_ in PASSES]
-    kinds = {str(kind.name): kind for kind in APPROXIMATE}
+    kinds = {str(kind.name): kind for kind in WANTED}
     needed = {pass_.name for level, pass_ in ORDER if level == 0}
     added: set[str] = set()
     removed: set[str] = set()
-    approximate: list[Approximate] = []
+    wanted: list[Wanted] = []
     items = [changes] if isinstance(changes, str) else changes
     for item in (part for one in items for part in (split(one) if isinstance(one, str) else [one])):
-        if isinstance(item, Approximate):
-            approximate.append(item)
+        if isinstance(item, Approximate | Asked):
+            wanted.append(item)
             continue
         if not isinstance(item, str):
             raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
@@ -148,12 +152,10 @@ def _changes(changes: Changes) -> tuple[set[str], set[str], list[Approximate]]:
             why = f"{name} has no options" if name not in kinds else "the list ends with )"
             raise UsageError(f"--passes {item}: {why}")
         if name in kinds:
-            approximate.append(
-                made_from(kinds[name], options.removesuffix(")"), f"--passes {item}")
-            )
+            wanted.append(made_from(kinds[name], options.removesuffix(")"), f"--passes {item}"))
         else:
             (added if sign == "+" else removed).add(name)
-    return added, removed, approximate
+    return added, removed, wanted
 
 
 def _head(item: str) -> tuple[str, str]:

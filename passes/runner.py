@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from moec.errors import IRError
 from moec.ir import Program, Stage
@@ -29,7 +29,7 @@ class Declined:
 class Log:
     """What happens while passes run. `spend` is asked before each rewrite; fuel caps them.
     `damage` is what an approximate pass did to the numbers, `fits` what calibration did for
-    codes."""
+    codes, `says` what people want to know."""
 
     fuel: int | None = None
     rewrites: int = 0
@@ -37,6 +37,7 @@ class Log:
     rule: str = ""
     damage: Damage | None = None
     fits: list[Fit] = field(default_factory=list)
+    says: list[str] = field(default_factory=list)
 
     def spend(self, what: str) -> bool:
         """Whether one more rewrite is allowed; `what` names it for `moec bisect`."""
@@ -70,6 +71,14 @@ class Pass(Protocol):
     def run(self, program: Program, log: Log) -> Program: ...
 
 
+@runtime_checkable
+class Asked(Pass, Protocol):
+    """An exact pass that runs only where it is asked for; `source` says where it is from."""
+
+    exact: ClassVar[bool]
+    source: ClassVar[str]
+
+
 @dataclass(frozen=True)
 class Step:
     """One line of provenance: what ran, what it made, how long, what it declined."""
@@ -84,6 +93,7 @@ class Step:
     damage: Damage | None = None
     quantises: bool = False
     fits: tuple[Fit, ...] = ()
+    says: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -137,6 +147,7 @@ def run(
             log.damage,
             quantises=getattr(pass_, "quantises", False),
             fits=tuple(log.fits),
+            says=tuple(log.says),
         )
         steps.append(step)
         if watch:

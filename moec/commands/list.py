@@ -15,7 +15,7 @@ import click
 def command(what: str, as_json: bool) -> None:
     """List the passes in their order, the targets, or the models known to work."""
     rows = {"passes": passes, "targets": targets, "models": models}[what]()
-    asked_for = approximate() if what == "passes" else []
+    asked_for = wanted() if what == "passes" else []
     if as_json:
         click.echo(json.dumps(rows + asked_for, indent=1))
         return
@@ -35,8 +35,8 @@ def command(what: str, as_json: bool) -> None:
     if asked_for:
         from rich.padding import Padding
 
-        console.print("\nThose that change the model run only where they are asked for, such as")
-        console.print('--passes "+prune-experts(keep=0.5,by=usage)" --calib FILE:')
+        console.print("\nThese run only where they are asked for. Those that change the model need")
+        console.print('data, as --passes "+prune-experts(keep=0.5,by=usage)" --calib FILE:')
     for row in asked_for:
         console.print(f"\n[bold]{row['pass']}[/bold]  {row['kind']}")
         lines = [row["what_it_does"], *row["fields"], f"source: {row['source']}"]
@@ -44,10 +44,10 @@ def command(what: str, as_json: bool) -> None:
             console.print(Padding(line, (0, 0, 0, 2)), markup=False)
 
 
-def approximate() -> list[dict[str, Any]]:
-    """One row a pass that changes the model: what it does, its options, where it is from."""
+def wanted() -> list[dict[str, Any]]:
+    """One row a pass that runs where it is asked for: what it does, its options, its source."""
     from moec.passes.options import expected
-    from moec.pipeline import APPROXIMATE
+    from moec.pipeline import WANTED
 
     return [
         {
@@ -63,7 +63,7 @@ def approximate() -> list[dict[str, Any]]:
             ],
             "source": kind.source,
         }
-        for kind in APPROXIMATE
+        for kind in WANTED
     ]
 
 

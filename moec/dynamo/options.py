@@ -11,7 +11,7 @@ from moec.approximate import Approximate
 from moec.arguments import target_of, text
 from moec.dynamo.cache import default_folder
 from moec.errors import UsageError
-from moec.passes.runner import Pass
+from moec.passes.runner import Asked, Pass
 from moec.pipeline import choose
 from moec.target import Target
 
@@ -70,13 +70,18 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
 
 
 def exact(options: Options) -> tuple[Pass, ...]:
-    """The passes that are asked for. Raises UsageError for one that changes the model."""
+    """The passes that are asked for. Raises UsageError for one that needs the whole model."""
     found: list[Pass] = []
     for chosen in choose(options.opt_level, options.passes):
         if isinstance(chosen, Approximate):
             raise UsageError(
                 f"options: passes: {chosen.name} changes the model, which needs calibration data: "
                 "apply it with moec.compile"
+            )
+        if isinstance(chosen, Asked):
+            raise UsageError(
+                f"options: passes: {chosen.name} rewrites whole models, and torch.compile gives "
+                "blocks: apply it with moec.compile"
             )
         found.append(chosen)
     return tuple(found)
