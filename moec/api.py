@@ -15,6 +15,7 @@ from moec import check as checking
 from moec.approximate import Approximate, Frame
 from moec.arguments import cast, changes, example_inputs, target_of, text, tolerance
 from moec.blocks import Block, blocks
+from moec.bound import bound
 from moec.budget import Budget
 from moec.budget import budget as budget_of
 from moec.calibration import check as check_calibration
@@ -79,7 +80,8 @@ def compile(
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
     ("kl<=0.02") bounds the damage that is measured there; what goes beyond it is undone layer by
-    layer or, where `strict`, fails. `verify` then compares with the changed graph.
+    layer or, where `strict`, fails. `verify` then compares with the changed graph. Exact passes
+    that are asked for, `[Specialise({"task_id": 3})]`, need neither.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
@@ -101,6 +103,7 @@ def compile(
             dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
             bounds=source.bounds if dynamic_shapes is None else None,
         )
+        captured = bound(captured, asked)
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"

@@ -35,6 +35,7 @@ from moec.passes.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.runner import Asked, Pass
 from moec.passes.share_common import ShareCommon
+from moec.passes.specialise import Specialise
 from moec.passes.split_packed import SplitPacked
 from moec.quantisation import Format, Quantisation
 
@@ -71,7 +72,7 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     MergeExperts,
     CompressExperts,
 )
-ASKED: tuple[type[Asked], ...] = ()
+ASKED: tuple[type[Asked], ...] = (Specialise,)
 WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)
 

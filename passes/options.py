@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import Field, field, fields
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeAlias, TypeVar, get_type_hints
+
+import torch
 
 from moec.errors import UsageError
 
 P = TypeVar("P")
+
+Given: TypeAlias = Mapping[str, Any]
+"""Inputs of the model with what they are bound to: an option for each name that is given."""
+NUMBERS = "a number, or numbers with : between them"
 
 _WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
 
@@ -24,6 +30,8 @@ def option(
 ) -> Any:
     """A field of a pass: its default, what it means in a few words, and which values it takes."""
     limits = {"says": says, "choices": tuple(choices), "low": low, "high": high}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=limits)
     return field(default=default, metadata=limits)
 
 
@@ -32,6 +40,10 @@ def validate(made: Any) -> None:
     hints = get_type_hints(type(made))
     for f in fields(made):
         value = getattr(made, f.name)
+        if hints[f.name] == Given:  # its values are compared with the model's inputs
+            if not isinstance(value, Mapping) or not value:
+                raise UsageError(f"{made.name}: name an input of the model and what it always is")
+            continue
         if not _fits(f, hints[f.name], value):
             raise UsageError(f"{made.name}: {f.name} is {value!r}, expected {expected(f, made)}")
 
@@ -54,12 +66,19 @@ def expected(f: Field[Any], of: Any) -> str:
     if f.metadata.get("choices"):
         return f"one of {', '.join(f.metadata['choices'])}"
     kind = get_type_hints(of if isinstance(of, type) else type(of))[f.name]
+    if kind == Given:
+        return NUMBERS
     low, high = f.metadata.get("low"), f.metadata.get("high")
     return (
         _WORDS[kind]
         + (f" from {low:g}" if low is not None else "")
         + (f" to {high:g}" if high is not None else "")
     )
+
+
+def default(f: Field[Any]) -> str:
+    """A field with its default, as it is written."""
+    return f"{f.name}={f.default}" if f.default is not MISSING else "INPUT=VALUE"
 
 
 def made_from(kind: type[P], text: str, where: str) -> P:
@@ -70,10 +89,18 @@ def made_from(kind: type[P], text: str, where: str) -> P:
     hints = get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     given: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    free = next((name for name, hint in hints.items() if hint == Given), None)
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
+        if free is not None and name not in known and name and equals:
+            if name in inputs:
+                raise UsageError(f"{where}: {name} is given twice")
+            inputs[name] = _numbers(value, name, where)
+            continue
         if name not in known or not equals:
-            have = f"takes {', '.join(known)}" if known else "has no options"
+            names = ", ".join("INPUT=VALUE" if n == free else n for n in known)
+            have = f"takes {names}" if known else "has no options"
             what = f"there is no option {name}" if equals else f"write {part} as option=value"
             raise UsageError(f"{where}: {what}; {_name(kind)} {have}")
         if name in given:
@@ -83,7 +110,15 @@ def made_from(kind: type[P], text: str, where: str) -> P:
         except ValueError:
             wanted = expected(known[name], kind)
             raise UsageError(f"{where}: {name} is {value!r}, expected {wanted}") from None
-    return kind(**given)
+    return kind(**given, **({free: inputs} if free else {}))
+
+
+def _numbers(text: str, name: str, where: str) -> Any:
+    try:
+        made = [float(part) if set(part) & set(".eEnN") else int(part) for part in text.split(":")]
+    except ValueError:
+        raise UsageError(f"{where}: {name} is {text!r}, expected {NUMBERS}") from None
+    return made if len(made) > 1 else made[0]
 
 
 def _name(kind: type) -> str:
@@ -102,8 +137,20 @@ def _refuse() -> Any:
 
 def show(made: Any) -> str:
     """A pass as it is written: "prune-experts(keep=0.5,by=usage,seed=0)"."""
-    options = ",".join(f"{f.name}={getattr(made, f.name)}" for f in fields(made))
+    values: dict[str, Any] = {}
+    for f in fields(made):
+        value = getattr(made, f.name)
+        values |= show_given(value) if isinstance(value, Mapping) else {f.name: value}
+    options = ",".join(f"{name}={value}" for name, value in values.items())
     return f"{made.name}({options})" if options else str(made.name)
+
+
+def show_given(given: Given) -> dict[str, str]:
+    """The values of inputs, as they are written."""
+    return {
+        name: ":".join(map(str, torch.as_tensor(value).flatten().tolist()))
+        for name, value in given.items()
+    }
 
 
 _ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")

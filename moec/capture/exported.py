@@ -315,7 +315,7 @@ def to_program(
     ordered = tuple(State(states[name], after[name]) for name in states)
     used = {name for value in (*inputs, *states.values()) for name in _symbols(value)}
     found = {
-        rename.get(str(name), str(name)): Bounds(int(limits.lower), _whole(limits.upper))
+        rename.get(str(name), str(name)): Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
         for name, limits in exported.range_constraints.items()
     }
     limits = {name: (bounds or {}).get(name, found.get(name, Bounds())) for name in sorted(used)}

@@ -47,6 +47,7 @@ def command(
         progress.phase("capture")
         from moec.api import compile as compile_model
         from moec.bisect import bisect
+        from moec.bound import bound
         from moec.pipeline import choose, exact
         from moec.random_inputs import random_cases
         from moec.widened import MEANING
@@ -60,6 +61,7 @@ def command(
             stop_after="capture",
             progress=progress.phase,
         ).captured
+        captured = bound(captured, chosen)
         progress.phase("passes")
         found = bisect(
             captured.program,

@@ -46,7 +46,7 @@ def command(what: str, as_json: bool) -> None:
 
 def wanted() -> list[dict[str, Any]]:
     """One row a pass that runs where it is asked for: what it does, its options, its source."""
-    from moec.passes.options import expected
+    from moec.passes.options import default, expected
     from moec.pipeline import WANTED
 
     return [
@@ -55,10 +55,10 @@ def wanted() -> list[dict[str, Any]]:
             "gives": "MOE",
             "from": "asked for",
             "kind": "exact" if kind.exact else "approximate",
-            "what_it_does": first_line(kind()),
-            "options": ", ".join(f"{f.name}={f.default}" for f in fields(kind)) or "-",  # type: ignore[arg-type]
+            "what_it_does": first_line(kind),
+            "options": ", ".join(map(default, fields(kind))) or "-",  # type: ignore[arg-type]
             "fields": [
-                f"{f.name}={f.default}: {f.metadata['says']} ({expected(f, kind)})"
+                f"{default(f)}: {f.metadata['says']} ({expected(f, kind)})"
                 for f in fields(kind)  # type: ignore[arg-type]
             ],
             "source": kind.source,
@@ -89,7 +89,7 @@ def passes() -> list[dict[str, Any]]:
 
 
 def first_line(thing: Any) -> str:
-    said = getattr(thing, "doc", None) or type(thing).__doc__ or ""
+    said = getattr(thing, "doc", None) or thing.__doc__ or ""
     return str(said).strip().partition("\n")[0].rstrip(".")
 
 

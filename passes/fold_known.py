@@ -1,0 +1,64 @@
+"""What is known before the model runs stands in it as a constant.
+
+    row = aten.index_select(table, task)     row: a weight
+    all = aten.expand(row) <(B*S, 8)>  ->    all = aten.expand(row) <(B*S, 8)>
+    y = aten.add(x, all)                     y = aten.add(x, all)
+
+Only what somebody reads is kept: the ops before it vanish. A value that would take much more
+memory than what it is made from is left to be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moec.ir import Op, Program, TensorType, Value
+from moec.passes.layer import Splice
+from moec.passes.runner import Log
+from moec.passes.uniform import bytes_of
+from moec.sizes import symbols
+
+LIMIT = 1 << 20  # bytes that a constant may take, whatever it is made from
+
+
+def fold_known(program: Program, known: Mapping[Value, torch.Tensor], log: Log) -> Program:
+    """`program` with constants in the place of what is `known` (see `moec.passes.uniform`)."""
+    graph = program.graph
+    stays = {op for op in graph.ops if not all(value in known for value in op.outputs)}
+    needed = {value for op in stays for value in op.inputs} | set(graph.results)
+    splice = Splice(program)
+    for op in reversed(graph.ops):
+        if op in stays or not needed.intersection(op.outputs):
+            continue
+        if _done(op) or _dear(program, op, known) or not log.spend(str(op)):
+            needed.update(op.inputs)
+            continue
+        splice.put(op, [made for value in op.outputs for made in _constant(splice, op, value, known)])
+    return splice.done()
+
+
+def _constant(
+    splice: Splice, op: Op, value: Value, known: Mapping[Value, torch.Tensor]
+) -> list[Op]:
+    """The ops that make `value` from a constant: none, or one that repeats it."""
+    tensor = known[value].contiguous()
+    if not any(symbols(dim) for dim in value.shape):
+        splice.weights[value] = tensor
+        return []
+    param = splice.weight(value.name, tensor)
+    return [
+        Op("aten.expand.default", (param,), (value,), {"size": value.shape}, None, op.origin)
+    ]
+
+
+def _done(op: Op) -> bool:
+    """Whether an op but repeats a constant, as `fold_known` leaves it."""
+    return op.name == "aten.expand.default"
+
+
+def _dear(program: Program, op: Op, known: Mapping[Value, torch.Tensor]) -> bool:
+    made = sum(bytes_of(known[value]) for value in op.outputs)
+    read = [known.get(v, program.weights.get(v.name)) for v in op.inputs]
+    return made > max(LIMIT, sum(bytes_of(tensor) for tensor in read if tensor is not None))
