@@ -31,7 +31,7 @@ def _bound(captured: Captured, given: Given, who: str) -> Captured:
     whole = captured.program.graph.inputs
     program = bind(captured.program, given, who)
     left = program.graph.inputs
-    constants = {value.name: tensor for value, tensor in seeds(program, given).items()}
+    constants = {value.name: tensor for value, tensor in seeds(program).items()}
     own = [value for value in whole if value not in {s.before for s in program.graph.states}]
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

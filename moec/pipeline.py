@@ -27,6 +27,7 @@ from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rotary import FuseRotary
+from moec.passes.keep_used import KeepUsed
 from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
 from moec.passes.prune_experts import PruneExperts
@@ -66,12 +67,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, FoldConstants()),
 )
 ORDER = (*RECOGNISED, *LOWERED)
-APPROXIMATE: tuple[type[Approximate], ...] = (
-    PruneExperts,
-    AverageExperts,
-    MergeExperts,
-    CompressExperts,
-)
+APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts,)
 ASKED: tuple[type[Asked], ...] = (Specialise,)
 WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)

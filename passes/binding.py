@@ -1,7 +1,10 @@
 """An input of the model becomes a constant, and leaves the signature.
 
-    graph main(x: f32[B, 8], task: i64[B])    graph main(x: f32[B, 8]; task_2: i64[1])
-                                        ->      task = aten.expand.default(task_2) <size=(B)>
+    graph main(x: f32[B, 8], task: i64[B])  ->  graph main(x: f32[B, 8])
+                                                  task = moec.bound() <value=(3), shape=(B), …>
+
+The op keeps the constant from being taken for one of the model's weights while blocks are
+recognised; the pass that asked for it folds it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import torch
 
 from moec.aten import TORCH_DTYPES
 from moec.errors import UsageError
-from moec.ir import Op, Program, TensorType, Value
+from moec.ir import DType, Op, Program, Value
+from moec.ops.bound import place
 from moec.passes.options import Given
-from moec.passes.rewrite import Builder
 from moec.random_inputs import table_rows
 from moec.sizes import Dim, symbols
 
@@ -30,7 +33,7 @@ def bind(program: Program, given: Given, who: str) -> Program:
     graph = program.graph
     before = {state.before for state in graph.states}
     own = {value.name: value for value in graph.inputs if value not in before}
-    bound = _bound(program)
+    bound = {value.name for value in seeds(program)}
     taken = {}
     for name, value in given.items():
         if name in own:
@@ -41,33 +44,25 @@ def bind(program: Program, given: Given, who: str) -> Program:
             )
     left = tuple(value for value in graph.inputs if value not in taken)
     _check_sizes(taken, left, who)
-    names = Builder(graph)
-    params, ops, weights = list(graph.params), list(graph.ops), dict(program.weights)
-    for value, tensor in taken.items():
-        param = value
-        if any(symbols(dim) for dim in value.shape):
-            type = TensorType(value.dtype, tuple(tensor.shape))
-            param = Value(names.fresh(value.name), type)
-            ops.insert(0, Op("aten.expand.default", (param,), (value,), {"size": value.shape}))
-        params.append(param)
-        weights[param.name] = tensor
-    return Program(replace(graph, inputs=left, params=tuple(params), ops=tuple(ops)), weights)
+    ops = [
+        Op(
+            "moec.bound",
+            (),
+            (value,),
+            {
+                "value": tuple(tensor.flatten().tolist()),
+                "shape": value.shape,
+                "dtype": DType(value.dtype),
+            },
+        )
+        for value, tensor in taken.items()
+    ]
+    return replace(program, graph=replace(graph, inputs=left, ops=(*ops, *graph.ops)))
 
 
-def seeds(program: Program, given: Given) -> dict[Value, torch.Tensor]:
+def seeds(program: Program) -> dict[Value, torch.Tensor]:
     """What stands for each bound input of a program (see `moec.passes.uniform`)."""
-    bound = _bound(program)
-    return {bound[name][0]: bound[name][1] for name in given if name in bound}
-
-
-def _bound(program: Program) -> dict[str, tuple[Value, torch.Tensor]]:
-    """The values that `bind` makes, and others like them, by name."""
-    graph = program.graph
-    found = {p.name: (p, program.weights[p.name]) for p in graph.params}
-    for op in graph.ops:
-        if op.name == "aten.expand.default" and op.inputs[0].name in found and not op.origin:
-            found[op.outputs[0].name] = (op.outputs[0], found[op.inputs[0].name][1])
-    return found
+    return {op.outputs[0]: place(op) for op in program.graph.ops if op.name == "moec.bound"}
 
 
 def _stands_for(program: Program, value: Value, given: Any, who: str) -> torch.Tensor:
@@ -79,7 +74,10 @@ def _stands_for(program: Program, value: Value, given: Any, who: str) -> torch.T
         raise UsageError(f"{who}: {value.name} is {given!r}: give numbers") from None
     whole = value.dtype[0] in "iu"
     if tensor.is_floating_point() and (whole or value.dtype == "bool"):
-        raise UsageError(f"{who}: {value.name} is {_show(tensor)}, and the input {value.type}")
+        raise UsageError(
+            f"{who}: {value.name} is {_show(tensor)}, and the input takes whole numbers "
+            f"({value.type})"
+        )
     if tensor.numel() not in (1, torch.Size(shape).numel()):
         raise UsageError(
             f"{who}: {value.name} is given {tensor.numel()} numbers, and the input is {value.type}"
@@ -103,8 +101,8 @@ def _check_sizes(taken: Iterable[Value], left: Iterable[Value], who: str) -> Non
     for value in taken:
         for name in {name for dim in value.shape for name in symbols(dim)} - known:
             raise UsageError(
-                f"{who}: {value.name} is the only input that tells the size {name}: capture the "
-                "model with a fixed size (dynamic_shapes), or bind another input"
+                f"{who}: {value.name} is the only input that tells the size {name}: give its axis "
+                "a number or the name of another input's axis (--shapes, dynamic_shapes)"
             )
 
 

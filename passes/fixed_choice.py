@@ -1,11 +1,11 @@
 """A layer whose choices are known becomes dense; experts that no token can reach are dropped.
 
-    rows, order, ends = moe.dispatch(x, ids)   ids is [2, 0] for every token
-    out = moe.experts(rows, ends, w1, w2) {…}
-    y = moe.combine(out, order, w)         ->  y = w[:, 0] * ffn_2(x) + w[:, 1] * ffn_0(x)
+rows, order, ends = moe.dispatch(x, ids)   ids is [2, 0] for every token
+out = moe.experts(rows, ends, w1, w2) {…}
+y = moe.combine(out, order, w)         ->  y = w[:, 0] * ffn_2(x) + w[:, 1] * ffn_0(x)
 
-    t = aten.add(logits, mask)                 mask is [0, -inf, 0, -inf]
-    w, ids = moe.route(t)                  ->  w, ids = moe.route(t[:, [0, 2]])
+t = aten.add(logits, mask)                 mask is [0, -inf, 0, -inf]
+w, ids = moe.route(t)                  ->  w, ids = moe.route(t[:, [0, 2]])
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from moec.ir import Op, Program, TensorType, Value
+from moec.ir import Op, Program, Value
 from moec.passes.layer import Splice
 from moec.passes.runner import Log
 from moec.passes.uniform import bytes_of
@@ -32,10 +32,13 @@ def fold_known(program: Program, known: Mapping[Value, torch.Tensor], log: Log) 
     for op in reversed(graph.ops):
         if op in stays or not needed.intersection(op.outputs):
             continue
-        if _done(op) or _dear(program, op, known) or not log.spend(str(op)):
+        left = _done(op) or (op.name != "moec.bound" and _dear(program, op, known))
+        if left or not (op.name == "moec.bound" or log.spend(str(op))):
             needed.update(op.inputs)
             continue
-        splice.put(op, [made for value in op.outputs for made in _constant(splice, op, value, known)])
+        splice.put(
+            op, [made for value in op.outputs for made in _constant(splice, op, value, known)]
+        )
     return splice.done()
 
 
@@ -48,14 +51,13 @@ def _constant(
         splice.weights[value] = tensor
         return []
     param = splice.weight(value.name, tensor)
-    return [
-        Op("aten.expand.default", (param,), (value,), {"size": value.shape}, None, op.origin)
-    ]
+    return [Op("aten.expand.default", (param,), (value,), {"size": value.shape}, None, op.origin)]
 
 
 def _done(op: Op) -> bool:
-    """Whether an op but repeats a constant, as `fold_known` leaves it."""
-    return op.name == "aten.expand.default"
+    """Whether an op but repeats a constant, as `fold_known` leaves it, or is a router: those go
+    with their layers."""
+    return op.name in ("aten.expand.default", "moe.route")
 
 
 def _dear(program: Program, op: Op, known: Mapping[Value, torch.Tensor]) -> bool:

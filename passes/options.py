@@ -30,8 +30,6 @@ def option(
 ) -> Any:
     """A field of a pass: its default, what it means in a few words, and which values it takes."""
     limits = {"says": says, "choices": tuple(choices), "low": low, "high": high}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=limits)
     return field(default=default, metadata=limits)
 
 

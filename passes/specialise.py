@@ -15,7 +15,7 @@ of products whose rows stand in another order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 from moec.cost import stored_bytes
@@ -25,7 +25,7 @@ from moec.passes.binding import bind, seeds
 from moec.passes.fixed_choice import Known, kept_alone, made_dense, reachable
 from moec.passes.fold_known import fold_known
 from moec.passes.layer import layer_of, name_of
-from moec.passes.options import Given, option, show_given, validate
+from moec.passes.options import Given, show_given, validate
 from moec.passes.runner import Log
 from moec.passes.uniform import Uniform
 
@@ -34,7 +34,9 @@ from moec.passes.uniform import Uniform
 class Specialise:
     """Bind inputs to constants: fold what depends on them alone, drop experts out of reach."""
 
-    inputs: Given = option({}, "an input of the model, and what it always is")
+    inputs: Given = field(
+        default_factory=dict, metadata={"says": "an input of the model, and what it always is"}
+    )
     name: ClassVar[str] = "specialise"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
@@ -51,7 +53,7 @@ class Specialise:
         """Raises UsageError for an input that the model has not, or that cannot have that value."""
         before = stored_bytes(program)
         program = bind(program, self.inputs, self.name)
-        known = Uniform(program, seeds(program, self.inputs)).known
+        known = Uniform(program, seeds(program)).known
         program = fold_known(program, known, log)
         for experts in [op for op in program.graph.ops if op.name == "moe.experts"]:
             try:
@@ -76,8 +78,8 @@ def _narrowed(program: Program, experts: Op, known: Known, log: Log) -> Program:
     else:
         layer = layer_of(program.graph, experts)
         kept = reachable(program, layer, known)
-        if layer.route.outputs[1] in known:  # and a capacity may drop them
-            kept = sorted({int(expert) for expert in known[layer.route.outputs[1]][0]})
+        if layer.route.outputs[1] in known:
+            raise NoMatch("every token takes the same experts, and a capacity drops some of them")
         if len(kept) == count:
             raise NoMatch("every expert can be chosen, whatever the inputs bound are")
         made = kept_alone(program, layer, kept)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from moec.errors import NoMatch
+from moec.errors import NoMatch, UsageError
 from moec.evaluate import run_op
 from moec.ir import Attr, Op, Program, Value
 from moec.passes.layer import constant
@@ -44,7 +44,9 @@ _SHAPES = ("size", "shape")
 
 @dataclass
 class Uniform:
-    """What is `known` of a program in which `seeds` are: each value by what stands for it."""
+    """What is `known` of a program in which `seeds` are: each value by what stands for it.
+
+    Raises UsageError where an op fails on it."""
 
     program: Program
     seeds: Mapping[Value, torch.Tensor]
@@ -93,7 +95,10 @@ def _run(
     """The results where every other named size is 1; None where one place does not tell of all."""
     if not _acts_on_each(op, tensors, sizes):
         return None
-    made = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
+    try:
+        made = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
+    except (IndexError, RuntimeError) as error:
+        raise UsageError(f"{op} fails on what inputs are bound to: {error}") from None
     fits = all(
         tuple(tensor.shape) == tuple(1 if symbols(dim) else dim for dim in value.shape)
         for value, tensor in zip(op.outputs, made, strict=True)
@@ -155,4 +160,3 @@ def _kind(op: Op) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from moec.ops import (
     attention,
+    bound,
     cache,
     compressed,
     dispatch,
@@ -28,6 +29,7 @@ __all__ = [
     "OPS",
     "OpDef",
     "attention",
+    "bound",
     "cache",
     "compressed",
     "dispatch",

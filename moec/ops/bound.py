@@ -1,0 +1,33 @@
+"""moec.bound: an input that a pass has bound to a constant, until it is folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from moec.aten import TORCH_DTYPES
+from moec.ir import DType, Op, TensorType
+from moec.ops.definition import Runner, defop, require
+from moec.sizes import Dim, product, symbols
+
+
+def place(op: Op) -> torch.Tensor:
+    """The one place of the constant that stands for all: 1 where an axis has a named size."""
+    shape = [1 if symbols(dim) else int(dim) for dim in op.outputs[0].shape]
+    dtype = TORCH_DTYPES[op.outputs[0].dtype]
+    return torch.tensor(op.attrs["value"], dtype=dtype).reshape(shape)
+
+
+def _infer_bound(op: Op) -> tuple[TensorType, ...]:
+    shape, value = cast("tuple[Dim, ...]", op.attrs["shape"]), op.attrs["value"]
+    known = product(tuple(1 if symbols(dim) else dim for dim in shape))
+    require(op, isinstance(value, tuple) and len(value) == known, f"{value} does not fill {shape}")
+    return (TensorType(cast(DType, op.attrs["dtype"]).name, shape),)
+
+
+@defop("moec.bound", _infer_bound)
+def bound(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """-> `value`, numbers in order, repeated along the axes of `shape` whose sizes are named."""
+    return place(op).expand(attrs["shape"])
