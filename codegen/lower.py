@@ -18,13 +18,14 @@ from moec.codegen.kernels import KERNELS, has_kernel
 from moec.codegen.lowering import Kernels, Lowering, Param
 from moec.codegen.support import check
 from moec.ir import Graph
-from moec.runtime.package import MAIN, STEP
+from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP
 from moec.target import Target
 
 
 @dataclass
 class Lowered:
-    """`module` has a function for the model, and one for its `step` where there is one.
+    """`module` has a function for the model, one for its `step` where there is one, and two where
+    its routers stand by themselves.
 
     Each takes the caller's inputs, the states, then its params.
     """
@@ -33,15 +34,24 @@ class Lowered:
     params: tuple[Param, ...]
     kernels: tuple[tuple[str, str], ...]
     step: tuple[Param, ...] = ()
+    route: tuple[Param, ...] = ()
+    routed: tuple[Param, ...] = ()
 
 
-def lower(graph: Graph, target: Target, step: Graph | None = None) -> Lowered:
+def lower(
+    graph: Graph,
+    target: Target,
+    step: Graph | None = None,
+    routers: tuple[Graph, Graph] | None = None,
+) -> Lowered:
     """Raises UnsupportedError, listing every op that has no kernel and every unknown size."""
     kernels = Kernels(relax.BlockBuilder())
     params = _function(MAIN, graph, target, kernels)
     places = tuple(kernels.places)
     more = () if step is None else _function(STEP, step, target, kernels)
-    return Lowered(kernels.builder.finalize(), params, places, more)
+    split = () if routers is None else zip((ROUTE, ROUTED), routers, strict=True)
+    route, routed = [_function(name, own, target, kernels) for name, own in split] or ((), ())
+    return Lowered(kernels.builder.finalize(), params, places, more, route, routed)
 
 
 def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:

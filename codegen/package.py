@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,26 +22,43 @@ from moec.codegen.lower import Lowered, lower
 from moec.codegen.lowering import Param
 from moec.errors import TargetError
 from moec.ir import Graph, Program, Value
+from moec.passes.hoist_routers import Hoisted
 from moec.runtime.dtypes import Array
-from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step
+from moec.runtime.package import (
+    Chosen,
+    CpuNeeds,
+    Package,
+    Port,
+    Routers,
+    Size,
+    StatePort,
+    Step,
+)
 from moec.target import Target
 
 __all__ = ["build"]
 
 
 def build(
-    program: Program, target: Target, opt_level: int = 2, step: Program | None = None
+    program: Program,
+    target: Target,
+    opt_level: int = 2,
+    step: Program | None = None,
+    hoisted: Hoisted | None = None,
 ) -> Package:
     """Compile a program of any stage that `lower` takes for a CPU, with the same for tokens that
-    come in pieces (`moec.passes.incremental`), where they can.
+    come in pieces (`moec.passes.incremental`), where they can, and with its routers by themselves
+    (`moec.passes.hoist_routers`), where they were hoisted.
 
     Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
     leaves LLVM's optimisation out. Raises UnsupportedError (everything that has no kernel at
     once) and TargetError (no linker).
     """
-    lowered = lower(program.graph, target, None if step is None else step.graph)
+    routers = None if hoisted is None else (hoisted.route.graph, hoisted.routed.graph)
+    lowered = lower(program.graph, target, None if step is None else step.graph, routers)
     library = export(compile_module(lowered.module, target, opt_level))
-    return package(program, target, lowered, library, step)
+    made = package(program, target, lowered, library, step)
+    return made if hoisted is None else _with_routers(made, lowered, hoisted)
 
 
 def package(
@@ -86,6 +104,27 @@ def package(
             "torch": torch.__version__,
         },
         step=None if step is None else _step(step.graph, lowered),
+    )
+
+
+def _with_routers(made: Package, lowered: Lowered, hoisted: Hoisted) -> Package:
+    more = (*lowered.route, *lowered.routed)
+    known = {**hoisted.routed.weights, **hoisted.route.weights}
+    arrays = packed_arrays(tuple(p for p in more if p.name not in made.arrays), known)
+    route = hoisted.route.graph
+    return replace(
+        made,
+        arrays={**made.arrays, **arrays},
+        routers=Routers(
+            tuple(map(_port, route.inputs)),
+            tuple(map(_port, route.outputs)),
+            tuple(
+                Chosen(c.layer, c.experts.name, c.weights.name if c.weights else "")
+                for c in hoisted.choices
+            ),
+            ports(lowered.route),
+            ports(lowered.routed),
+        ),
     )
 
 

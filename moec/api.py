@@ -24,6 +24,7 @@ from moec.capture.doors import open_source, stop_tokens
 from moec.compiled import CompiledModel
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.ir import Stage
+from moec.passes.hoist_routers import HoistRouters, split
 from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
 from moec.pieces import in_pieces
@@ -36,6 +37,7 @@ from moec.report import (
 from moec.target import missing
 
 if TYPE_CHECKING:
+    from moec.runtime.executor import Executor
     from moec.target import Target
 
 
@@ -127,6 +129,8 @@ def compile(
     if kv_cache:
         with clock.phase("generation"):
             compiled = _with_step(compiled)
+    if any(pass_.name == HoistRouters.name for pass_ in chosen):
+        compiled = replace(compiled, hoisted=split(compiled.steps[-1].program))
     built = _build(compiled, opt_level, clock)
     return built if verify is False else _verify(built, limit, clock)
 
@@ -177,7 +181,7 @@ def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledMo
 
         program, step = compiled.steps[-1].program, compiled.step
         try:
-            package = generate(program, compiled.target, opt_level, step)
+            package = generate(program, compiled.target, opt_level, step, compiled.hoisted)
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
         if package.step is not None:
@@ -216,8 +220,18 @@ def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> Comp
         if compiled.step is not None:
             pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
         checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
+        if executor.package.routers is not None:
+            checking.check(compiled.captured, partial(_by_parts, executor), compiled.steps, limit)
         executor.reset()
     return replace(compiled, checked=checked)
+
+
+def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model, its hoisted routers first."""
+    executor.reset()
+    routers = executor.package.routers
+    assert routers is not None
+    return executor.routed(inputs, executor.route({p.name: inputs[p.name] for p in routers.inputs}))
 
 
 def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moec.errors import InputError
+
+if TYPE_CHECKING:
+    from moec.runtime.executor import Executor
+
+Choices: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""For each layer, by name: "experts" [T, k], and "weights" [T, k] where they are known."""
 
 
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,3 +40,32 @@ def call(
     """The one output as it is, several as a dict by name."""
     outputs = run(bind(names, args, kwargs))
     return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+
+
+def routers(executor: Executor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choices:
+    """What hoisted routers choose. Raises InputError where there are none."""
+    known = executor.package.routers
+    names = [port.name for port in known.inputs] if known else []
+    made = executor.route(bind(names, args, kwargs) if known else {})
+    assert known is not None
+    return {
+        chosen.layer: {"experts": made[chosen.experts]}
+        | ({"weights": made[chosen.weights]} if chosen.weights else {})
+        for chosen in known.layers
+    }
+
+
+def routed(
+    executor: Executor, choices: Choices, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """The model with the choices of `routers`. Raises InputError where a layer's are missing."""
+    known = executor.package.routers
+    given: dict[str, Any] = {}
+    for chosen in known.layers if known else ():
+        for kind, name in (("experts", chosen.experts), ("weights", chosen.weights)):
+            if name and kind not in choices.get(chosen.layer, {}):
+                raise InputError(f"the {kind} of {chosen.layer} are missing: give those of routers")
+            if name:
+                given[name] = choices[chosen.layer][kind]
+    names = [port.name for port in executor.package.inputs]
+    return call(lambda inputs: executor.routed(inputs, given), names, args, kwargs)

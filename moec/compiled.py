@@ -12,13 +12,14 @@ import torch
 from moec import check as checking
 from moec.arguments import tolerance
 from moec.blocks import Block
-from moec.calling import call
+from moec.calling import Choices, call, routed, routers
 from moec.capture import Captured
 from moec.capture.doors import Source
 from moec.closeness import default_tolerance
 from moec.errors import UsageError
 from moec.generation import Prompts, continued, stream
 from moec.ir import Graph, Program
+from moec.passes.hoist_routers import Hoisted
 from moec.passes.runner import Declined, Step
 from moec.quantised import left_wide
 from moec.report import (
@@ -58,6 +59,7 @@ class CompiledModel:
     declined: tuple[Declined, ...]
     target: Target
     step: Program | None = None
+    hoisted: Hoisted | None = None
     package: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
@@ -83,6 +85,19 @@ class CompiledModel:
     def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
         """As `generate`: the next token of each text as it comes; None where a text has ended."""
         return stream(self.ready()[1], prompts, **options)
+
+    def routers(self, *args: Any, **kwargs: Any) -> Choices:
+        """What routers that read no hidden state choose, before the model runs: for each of their
+        layers, by name, "experts" [T, k] and "weights" [T, k]. Takes the inputs that they read.
+
+        Needs `passes="+hoist-routers"`. Raises InputError where an input does not fit, or no
+        router could be hoisted.
+        """
+        return routers(self.ready()[1], args, kwargs)
+
+    def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the choices that `routers` gave: those routers are left out."""
+        return routed(self.ready()[1], choices, args, kwargs)
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
@@ -178,10 +193,13 @@ class CompiledModel:
         )
 
     def _files(self) -> dict[str, bytes]:
-        from moec.runtime.artifact import STEP
+        from moec.runtime.artifact import ROUTE, ROUTED, STEP
 
         made = {name: file.read_bytes() for name, file in self.source.files.items()}
-        return made | ({STEP: print_graph(self.step.graph).encode()} if self.step else {})
+        graphs = {STEP: self.step} if self.step else {}
+        if self.hoisted:
+            graphs |= {ROUTE: self.hoisted.route, ROUTED: self.hoisted.routed}
+        return made | {name: print_graph(p.graph).encode() for name, p in graphs.items()}
 
     def export_onnx(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.calling import call
+from moec.calling import Choices, call, routed, routers
 from moec.generation import Prompts, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.executor import Executor, start
@@ -33,6 +33,14 @@ class LoadedModel:
     def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
         """See `CompiledModel.stream`."""
         return stream(self.executor, prompts, **options)
+
+    def routers(self, *args: Any, **kwargs: Any) -> Choices:
+        """See `CompiledModel.routers`."""
+        return routers(self.executor, args, kwargs)
+
+    def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
+        """See `CompiledModel.routed`."""
+        return routed(self.executor, choices, args, kwargs)
 
     def __repr__(self) -> str:
         return f"<{self.path.name}: {len(self.artifact.package.inputs)} inputs>"

@@ -27,6 +27,7 @@ from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rotary import FuseRotary
+from moec.passes.hoist_routers import HoistRouters
 from moec.passes.keep_used import KeepUsed
 from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
@@ -67,8 +68,16 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, FoldConstants()),
 )
 ORDER = (*RECOGNISED, *LOWERED)
-APPROXIMATE: tuple[type[Approximate], ...] = (PruneExperts,)
-ASKED: tuple[type[Asked], ...] = (Specialise,)
+APPROXIMATE: tuple[type[Approximate], ...] = (
+    PruneExperts,
+    KeepUsed,
+    AverageExperts,
+    MergeExperts,
+)
+ASKED: tuple[type[Asked], ...] = (
+    Specialise,
+    HoistRouters,
+)
 WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)
 
@@ -102,7 +111,8 @@ Changes = str | Sequence[str | Wanted]
 
 def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
     """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend" or a list of such
-    texts and of passes that run where they are asked for. Those come in the order given.
+    texts and of passes that run where they are asked for. Those come in the order given, those
+    that need the graph that code is generated from at the end.
 
     Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
     options that a pass does not have.
@@ -118,7 +128,9 @@ def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
             if pass_.name not in removed and (level <= opt_level or pass_.name in added)
         ]
 
-    return (*those(RECOGNISED), *wanted, *those(LOWERED))
+    last = [pass_ for pass_ in wanted if getattr(pass_, "last", False)]
+    between = [pass_ for pass_ in wanted if pass_ not in last]
+    return (*those(RECOGNISED), *between, *those(LOWERED), *last)
 
 
 def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:

@@ -3,6 +3,7 @@
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
     graph.moec       the graph that was compiled, as text
     step.moec        the same for tokens that come in pieces, where they can
+    route.moec       the routers alone, and routed.moec the rest, where routers are hoisted
     kernels/lib.so   native code; may be left out and rebuilt from the graph
     weights/N.bin    one packed array each, little-endian, mapped where it lies
     samples/N.bin    inputs and expected outputs for `moec run --check`
@@ -40,6 +41,7 @@ from moec.runtime.package import CpuNeeds, Package
 from moec.runtime.threads import available
 
 GRAPH, STEP = "graph.moec", "step.moec"
+ROUTE, ROUTED = "route.moec", "routed.moec"
 LIBRARY = "kernels/lib.so"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -128,8 +130,7 @@ def write(
         )
         for sample in samples
     )
-    used = {p.name for p in package.params} | {s.initial for s in package.states if s.initial}
-    used |= {p.name for p in package.step.params} if package.step else set()
+    used = {p.name for p in package.every_param} | {s.initial for s in package.states if s.initial}
     arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(

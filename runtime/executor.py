@@ -11,17 +11,19 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moec.errors import InputError
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact
 from moec.runtime.checks import check_inputs
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
-from moec.runtime.package import MAIN, STEP, Package, Port, grows
+from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP, Package, Port, Routers, grows
 
 ALIGNMENT = 64  # bytes: what kernels assume of every address
 
@@ -59,6 +61,9 @@ class Executor:
         self._vm = open_library(package.library)
         self._main = self._vm[MAIN]
         self._step: Any = self._vm[STEP] if package.step is not None else None
+        routers = package.routers
+        self._route: Any = self._vm[ROUTE] if routers is not None else None
+        self._routed: Any = self._vm[ROUTED] if routers is not None else None
         self._lock = threading.Lock()
         self.bind(package.arrays)
         self._states: list[Any] = []
@@ -66,15 +71,16 @@ class Executor:
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
         """Run with these weights, by name and packed as the package's are, from now on."""
-        ports = list(self.package.params)
-        if self.package.step is not None:
-            ports += self.package.step.params
+        ports, routers = self.package.every_param, self.package.routers
         with self._lock:
             self._arrays = {port.name: arrays[port.name] for port in ports}  # own the memory
             bound = {name: _from_numpy(array) for name, array in self._arrays.items()}
             self._params = [bound[port.name] for port in self.package.params]
             if self.package.step is not None:
                 self._step_params = [bound[port.name] for port in self.package.step.params]
+            if routers is not None:
+                self._route_params = [bound[port.name] for port in routers.route]
+                self._routed_params = [bound[port.name] for port in routers.routed]
 
     def reset(self) -> None:
         """Put every state back to what it starts from."""
@@ -93,18 +99,65 @@ class Executor:
 
         Raises InputError, before anything runs, where an input is not what the model takes.
         """
-        check_inputs(self.package, inputs)
+        return self._run(self._main, self._params, inputs)
+
+    def route(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of `Routers.route` by name, of the kind of the inputs.
+
+        Raises InputError, before anything runs, where an input is not what the routers take.
+        """
+        routers = self._routers()
+        own = replace(self.package, inputs=routers.inputs)
+        check_inputs(own, inputs)
         torch = sys.modules.get("torch")
         as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs.values())
-        taken = [_take(inputs[port.name], torch) for port in self.package.inputs]
+        taken = [_take(inputs[port.name], torch) for port in routers.inputs]
         with self._lock:
-            made = self._main(*taken, *self._states, *self._params)
+            made = self._route(*taken, *self._route_params)
+            results = [made] if hasattr(made, "data_ptr") else list(made)
+            shared = {t.data_ptr() for t in (*taken, *self._route_params)}
+            return {
+                port.name: _give(value, port, torch if as_torch else None, shared)
+                for port, value in zip(routers.outputs, results, strict=True)
+            }
+
+    def routed(self, inputs: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+        """As a call with `inputs`, with `choices` of `route` for the routers that it computes.
+
+        Raises InputError, before anything runs, where either does not fit.
+        """
+        self._routers()
+        return self._run(self._routed, self._routed_params, inputs, choices)
+
+    def _routers(self) -> Routers:
+        if self.package.routers is None:
+            raise InputError(
+                "no router of this model is a function of its own: compile it with "
+                "--passes +hoist-routers, and see its report"
+            )
+        return self.package.routers
+
+    def _run(
+        self,
+        function: Any,
+        params: Sequence[Any],
+        inputs: Mapping[str, Any],
+        choices: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        own = self.package
+        if choices is not None:
+            own = replace(own, inputs=(*own.inputs, *self._routers().outputs))
+            inputs = {**inputs, **choices}
+        check_inputs(own, inputs)
+        torch = sys.modules.get("torch")
+        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs.values())
+        taken = [_take(inputs[port.name], torch) for port in own.inputs]
+        with self._lock:
+            made = function(*taken, *self._states, *params)
             results = [made] if hasattr(made, "data_ptr") else list(made)
             count = len(self.package.outputs)
             # An output that is also an input, a weight or a state must not share its memory.
-            shared = {
-                t.data_ptr() for t in (*taken, *self._params, *self._states, *results[count:])
-            }
+            shared = {t.data_ptr() for t in (*taken, *params, *self._states, *results[count:])}
             self._states = results[count:]
             outputs = {
                 port.name: _give(value, port, torch if as_torch else None, shared)

@@ -17,7 +17,17 @@ from typing import Any
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import CpuNeeds, Package, Port, Size, StatePort, Step, grows
+from moec.runtime.package import (
+    Chosen,
+    CpuNeeds,
+    Package,
+    Port,
+    Routers,
+    Size,
+    StatePort,
+    Step,
+    grows,
+)
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -159,6 +169,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         versions={str(name): str(version) for name, version in raw["versions"].items()},
         step=None if raw["step"] is None else _step(raw["step"]),
         no_step=str(raw["no_step"]),
+        routers=_routers(raw["routers"]) if raw.get("routers") else None,
     )
     return Manifest(
         package,
@@ -183,6 +194,16 @@ def _step(raw: Mapping[str, Any]) -> Step:
     )
 
 
+def _routers(raw: Mapping[str, Any]) -> Routers:
+    return Routers(
+        _ports(raw["inputs"]),
+        _ports(raw["outputs"]),
+        tuple(Chosen(*(str(r[n]) for n in ("layer", "experts", "weights"))) for r in raw["layers"]),
+        _ports(raw["route"]),
+        _ports(raw["routed"]),
+    )
+
+
 def _stored(arrays: Mapping[str, Any]) -> dict[str, Stored]:
     return {
         name: Stored(str(a["part"]), str(a["dtype"]), tuple(map(int, a["shape"])))
@@ -201,8 +222,11 @@ def _ports(raw: list[Any]) -> tuple[Port, ...]:
 def _check(manifest: Manifest) -> None:
     """The rules that the rest of the runtime relies on, kept even by a forged manifest."""
     package, step = manifest.package, manifest.package.step
-    held = (*step.caches, step.logits, *step.params) if step else ()
-    for port in (*package.inputs, *package.outputs, *package.states, *package.params, *held):
+    held = (*step.caches, step.logits) if step else ()
+    routers = package.routers
+    chosen = (*routers.inputs, *routers.outputs) if routers else ()
+    ports = (*package.inputs, *package.outputs, *package.states, *held, *chosen)
+    for port in (*ports, *package.every_param):
         if port.dtype not in NUMPY:
             raise ValueError(f"{port.name} has the dtype {port.dtype!r}")
         for size in port.shape:
@@ -218,7 +242,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
         if stored.nbytes != manifest.parts[stored.part].size:
             raise ValueError(f"{stored.part} is not of the size that its shape needs")
-    for port in (*package.params, *(step.params if step else ())):
+    for port in package.every_param:
         _check_bound(port.name, port, port.shape, manifest.arrays)
     for cache in step.caches if step else ():
         texts, *rest = cache.shape

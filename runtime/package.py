@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
-MAIN, STEP = "main", "step"
+MAIN, STEP, ROUTE, ROUTED = "main", "step", "route", "routed"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,31 @@ def grows(cache: Port) -> bool:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A layer with the outputs of `route` that hold its experts [T, k] and weights [T, k]; no
+    name for weights that it has not, or that are known with its rows alone."""
+
+    layer: str
+    experts: str
+    weights: str = ""
+
+
+@dataclass(frozen=True)
+class Routers:
+    """Routers that read no hidden state, as two more functions of the library.
+
+    `route(inputs..., params...)` gives `outputs`, from some of the model's inputs, and
+    `routed(inputs..., outputs..., states..., params...)`, with all of them, what `main` gives.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    layers: tuple[Chosen, ...]
+    route: tuple[Port, ...]  # params
+    routed: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
 class Package:
     """A compiled model.
 
@@ -102,3 +127,11 @@ class Package:
     versions: Mapping[str, str] = field(default_factory=dict)
     step: Step | None = None
     no_step: str = "the model was compiled without a cache"
+    routers: Routers | None = None
+
+    @property
+    def every_param(self) -> tuple[Port, ...]:
+        """The ports of the weights of every function; some may come more than once."""
+        step, routers = self.step, self.routers
+        more = (*routers.route, *routers.routed) if routers else ()
+        return (*self.params, *(step.params if step else ()), *more)

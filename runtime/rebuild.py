@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import ArtifactError, IRError
-from moec.runtime.artifact import GRAPH, STEP, Artifact
+from moec.runtime.artifact import GRAPH, ROUTE, ROUTED, STEP, Artifact
 from moec.runtime.package import CpuNeeds, Package
 
 
@@ -47,17 +47,19 @@ def rebuild(opened: Artifact) -> Package:
             raise ArtifactError(f"{opened.path}: {name} is malformed: {error}") from error
         return graph
 
-    kept = opened.package.step
-    text = opened.files.get(STEP)
-    if kept is not None and text is None:
-        raise ArtifactError(f"{opened.path} holds no {STEP}: compile the model again")
-    step = None if kept is None or text is None else read(STEP, text.decode(errors="replace"))
-    lowered = lower(read(GRAPH, opened.graph_text), target, step)
-    if (ports(lowered.params), ports(lowered.step)) != (
-        opened.package.params,
-        kept.params if kept else (),
-    ):
+    def part(name: str) -> Graph:
+        text = opened.files.get(name)
+        if text is None:
+            raise ArtifactError(f"{opened.path} holds no {name}: compile the model again")
+        return read(name, text.decode(errors="replace"))
+
+    package = opened.package
+    step = part(STEP) if package.step else None
+    routers = (part(ROUTE), part(ROUTED)) if package.routers else None
+    lowered = lower(read(GRAPH, opened.graph_text), target, step, routers)
+    params = (*lowered.params, *lowered.step, *lowered.route, *lowered.routed)
+    if ports(params) != package.every_param:
         raise ArtifactError(
             f"{opened.path} packs its weights as this moec does not; compile the model again"
         )
-    return replace(opened.package, library=export(compile_module(lowered.module, target)))
+    return replace(package, library=export(compile_module(lowered.module, target)))
