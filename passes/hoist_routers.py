@@ -13,7 +13,7 @@ Exact: ops are moved, not changed. Values that several routers read are computed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -41,9 +41,10 @@ class HoistRouters:
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph
         first: set[Op] = set()
+        chosen = _chosen(graph)
         for choice in _choices(graph):
             try:
-                cone = _hoistable(graph, choice)
+                cone = _hoistable(graph, choice, chosen)
             except NoMatch as why:
                 log.decline(choice.layer, str(why))
                 continue
@@ -78,16 +79,16 @@ class Hoisted:
 def split(program: Program) -> Hoisted | None:
     """The two functions of a program whose routers are hoisted; None where no router can be."""
     graph = program.graph
-    found, cut, ops = [], dict[Value, None](), set[Op]()
+    found, cut, ops, chosen = [], dict[Value, None](), set[Op](), _chosen(graph)
     for choice in _choices(graph):
         try:
-            ops |= _hoistable(graph, choice)
+            ops |= _hoistable(graph, choice, chosen)
         except NoMatch:
             continue
         weights = choice.weights
         if weights is not None and weights not in graph.params:
             try:
-                ops |= _hoistable(graph, replace(choice, experts=weights))
+                ops |= _hoistable(graph, replace(choice, experts=weights), chosen)
             except NoMatch:
                 weights = None
         found.append(replace(choice, weights=weights))
@@ -132,16 +133,25 @@ def _choices(graph: Graph) -> Iterator[Choice]:
             yield Choice(name_of(combine), experts, weights, own[0].inputs[0])
 
 
-def _hoistable(graph: Graph, choice: Choice) -> set[Op]:
-    """The ops that a layer's choices need. Raises NoMatch where they need what layers compute."""
-    cone, rows = _cone(graph, choice.experts), _cone(graph, choice.x)
+def _chosen(graph: Graph) -> set[Value]:
+    """All that routers give."""
+    both = (v for choice in _choices(graph) for v in (choice.experts, choice.weights))
+    return {value for value in both if value is not None}
+
+
+def _hoistable(graph: Graph, choice: Choice, chosen: set[Value]) -> set[Op]:
+    """The ops that a layer's choices need. Raises NoMatch where they need what layers compute.
+
+    What a layer's rows are made from is followed up to what routers have `chosen`.
+    """
+    cone, rows = _cone(graph, choice.experts), _cone(graph, choice.x, chosen)
     for op in graph.ops:
         if op in cone and op.name.startswith(("grouped.", "moe.experts", "moe.combine")):
-            raise NoMatch(f"its router reads what the experts of {op.origin or op} give")
+            raise NoMatch(f"its router reads what the experts of {name_of(op)} give")
     if not cone:
         raise NoMatch("its choices are an input or a weight, and need no router")
-    if _leaves(cone) & set(graph.inputs) < _leaves(rows) & set(graph.inputs):
-        return cone
+    if (_leaves(rows) - _leaves(cone)) & set(graph.inputs):
+        return cone  # the rows know more than the router
     for op in graph.ops:
         if op in cone and op in rows and _is_hidden(op):
             raise NoMatch(f"its router reads hidden states: {op} makes its experts' rows too")
@@ -152,8 +162,8 @@ def _is_hidden(op: Op) -> bool:
     return op.name.startswith("nn.") or op.name.split(".")[1] in _HIDDEN
 
 
-def _cone(graph: Graph, value: Value) -> set[Op]:
-    """The ops that a value depends on, those that sizes are read by included."""
+def _cone(graph: Graph, value: Value, stop: Set[Value] = frozenset()) -> set[Op]:
+    """The ops that a value depends on but by `stop`, those that sizes are read by included."""
     sizes = {op.attrs["name"]: op for op in graph.ops if op.name == "moec.size"}
     found: set[Op] = set()
     waiting = [graph.producers[value]] if value in graph.producers else []
@@ -162,7 +172,7 @@ def _cone(graph: Graph, value: Value) -> set[Op]:
         if op in found:
             continue
         found.add(op)
-        waiting += [graph.producers[v] for v in op.inputs if v in graph.producers]
+        waiting += [graph.producers[v] for v in op.inputs if v in graph.producers and v not in stop]
         waiting += [sizes[name] for name in mentioned(op) if name in sizes] if sizes else []
     return found
 

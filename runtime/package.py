@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
-MAIN, STEP, ROUTE, ROUTED = "main", "step", "route", "routed"
+MAIN, STEP = "main", "step"
+ROUTE, ROUTED = "routers", "after_routers"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def grows(cache: Port) -> bool:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A layer with the outputs of `route` that hold its experts [T, k] and weights [T, k]; no
+    """A layer with the outputs of `routers` that hold its experts [T, k] and weights [T, k]; no
     name for weights that it has not, or that are known with its rows alone."""
 
     layer: str
@@ -89,8 +90,9 @@ class Chosen:
 class Routers:
     """Routers that read no hidden state, as two more functions of the library.
 
-    `route(inputs..., params...)` gives `outputs`, from some of the model's inputs, and
-    `routed(inputs..., outputs..., states..., params...)`, with all of them, what `main` gives.
+    `routers(inputs..., params...)` gives `outputs`, from some of the model's inputs, and
+    `after_routers(inputs..., outputs..., states..., params...)`, with all of them, what `main`
+    gives.
     """
 
     inputs: tuple[Port, ...]

@@ -34,11 +34,8 @@ class Layer(nn.Module):
         else:
             logits = self.tasks(task).expand(x.shape[0], E)
         weights, ids = logits.softmax(-1).topk(1, -1)
-        y = torch.zeros_like(x)
-        for e in range(E):
-            own = F.silu(x @ self.w1[e].T) @ self.w2[e].T
-            y = y + own * (weights * (ids == e)).sum(-1, keepdim=True)
-        return x + y
+        hidden = F.silu(torch.einsum("td,tkhd->tkh", x, self.w1[ids]))
+        return x + (torch.einsum("tkh,tkdh->tkd", hidden, self.w2[ids]) * weights[..., None]).sum(1)
 
 
 class Model(nn.Module):

@@ -49,6 +49,7 @@ def test_all_options(tmp_path: Path) -> None:
         ({"opt_level": 7}, "there is no optimisation level 7"),
         ({"passes": "+nothing"}, r"--passes \+nothing: write \+name or -name"),
         ({"passes": "+prune-experts(keep=0.5)"}, "prune-experts changes the model"),
+        ({"passes": "+hoist-routers"}, "hoist-routers rewrites whole models, and torch.compile"),
         ({"passes": ["a"]}, "passes is a list"),
         ({"strict": "yes"}, "strict is 'yes': give True or False"),
         ({"cache": 3}, "cache is 3: give True, False or the path of a folder"),
