@@ -2,8 +2,8 @@
 
 Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2 those of the rest.
 Passes that change what a model computes (APPROXIMATE), and exact ones that need to be told
-something (ASKED), run where they are asked for alone, between the two halves: blocks are
-recognised and not fused yet.
+something (ASKED), run where they are asked for alone: most of them between the two halves, when
+blocks are recognised and not fused yet.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from moec.approximate import Approximate, Frame, Measured
 from moec.calibrated import Calibrated
 from moec.errors import UsageError
+from moec.ir import Stage
 from moec.passes.average_experts import AverageExperts
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.compress_experts import CompressExperts
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fold_addend import FoldAddend
 from moec.passes.fold_constants import FoldConstants
+from moec.passes.fold_lora import FoldLora
 from moec.passes.fold_mask import FoldMask
+from moec.passes.fold_supernet import FoldSupernet
 from moec.passes.fuse_activation import FuseActivation
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_decompress import FuseDecompress
@@ -41,10 +44,12 @@ from moec.passes.specialise import Specialise
 from moec.passes.split_packed import SplitPacked
 from moec.quantisation import Format, Quantisation
 
-RECOGNISED: tuple[tuple[int, Pass], ...] = (
+SPELLED: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea
     (0, Canonicalise()),
     (0, ShareCommon()),
+)
+RECOGNISED: tuple[tuple[int, Pass], ...] = (
     # the dense part of a transformer
     (2, FuseNorm()),
     (2, FuseAttention()),
@@ -67,7 +72,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, ShareCommon()),
     (0, FoldConstants()),
 )
-ORDER = (*RECOGNISED, *LOWERED)
+ORDER = (*SPELLED, *RECOGNISED, *LOWERED)
 APPROXIMATE: tuple[type[Approximate], ...] = (
     PruneExperts,
     KeepUsed,
@@ -77,6 +82,8 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
 ASKED: tuple[type[Asked], ...] = (
     Specialise,
     HoistRouters,
+    FoldLora,
+    FoldSupernet,
 )
 WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)
@@ -111,8 +118,8 @@ Changes = str | Sequence[str | Wanted]
 
 def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
     """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend" or a list of such
-    texts and of passes that run where they are asked for. Those come in the order given, those
-    that need the graph that code is generated from at the end.
+    texts and of passes that run where they are asked for. Those come in the order given, in the
+    stage that they take: before blocks are recognised, after it, or when all else is done.
 
     Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
     options that a pass does not have.
@@ -128,9 +135,11 @@ def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
             if pass_.name not in removed and (level <= opt_level or pass_.name in added)
         ]
 
-    last = [pass_ for pass_ in wanted if getattr(pass_, "last", False)]
-    between = [pass_ for pass_ in wanted if pass_ not in last]
-    return (*those(RECOGNISED), *between, *those(LOWERED), *last)
+    def taking(*stages: Stage) -> list[Wanted]:
+        return [pass_ for pass_ in wanted if getattr(pass_, "takes", Stage.MOE) in stages]
+
+    recognised = (*those(SPELLED), *taking(Stage.ATEN), *those(RECOGNISED))
+    return (*recognised, *taking(Stage.MOE), *those(LOWERED), *taking(Stage.GROUPED))
 
 
 def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:

@@ -35,7 +35,6 @@ class HoistRouters:
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
     exact: ClassVar[bool] = True
-    last: ClassVar[bool] = True  # code is generated from what it makes
     source: ClassVar[str] = "Read-ME, arXiv 2410.19123; RAPHAEL, arXiv 2305.18295"
 
     def run(self, program: Program, log: Log) -> Program:

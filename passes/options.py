@@ -38,10 +38,8 @@ def validate(made: Any) -> None:
     hints = get_type_hints(type(made))
     for f in fields(made):
         value = getattr(made, f.name)
-        if hints[f.name] == Given:  # its values are compared with the model's inputs
-            if not isinstance(value, Mapping) or not value:
-                raise UsageError(f"{made.name}: name an input of the model and what it always is")
-            continue
+        if hints[f.name] == Given:
+            continue  # its values are compared with the model's inputs
         if not _fits(f, hints[f.name], value):
             raise UsageError(f"{made.name}: {f.name} is {value!r}, expected {expected(f, made)}")
 

@@ -15,17 +15,18 @@ of products whose rows stand in another order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 from moec.cost import stored_bytes
-from moec.errors import NoMatch
+from moec.errors import NoMatch, UsageError
 from moec.ir import Op, Program, Stage
 from moec.passes.binding import bind, seeds
 from moec.passes.fixed_choice import Known, kept_alone, made_dense, reachable
 from moec.passes.fold_known import fold_known
 from moec.passes.layer import layer_of, name_of
-from moec.passes.options import Given, show_given, validate
+from moec.passes.options import Given, show_given
 from moec.passes.runner import Log
 from moec.passes.uniform import Uniform
 
@@ -47,7 +48,8 @@ class Specialise:
     )
 
     def __post_init__(self) -> None:
-        validate(self)
+        if not isinstance(self.inputs, Mapping) or not self.inputs:
+            raise UsageError("specialise: name an input of the model and what it always is")
 
     def run(self, program: Program, log: Log) -> Program:
         """Raises UsageError for an input that the model has not, or that cannot have that value."""

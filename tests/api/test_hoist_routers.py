@@ -1,4 +1,4 @@
-"""A denoiser whose routers read the prompt and the timestep, as RAPHAEL's do, in a loop of steps."""
+"""A denoiser whose routers read the prompt and the timestep, as RAPHAEL's do."""
 
 from __future__ import annotations
 
