@@ -124,7 +124,9 @@ def check(
     with eager, and `run` with the graph after the last. Raises as `_check` does.
     """
     places = [
-        i for i, step in enumerate(steps) if step.quantises or (step.damage and step.damage.applied)
+        i
+        for i, step in enumerate(steps)
+        if step.quantises or step.changes or (step.damage and step.damage.applied)
     ]
     if not places:
         return _check(captured, run, steps, tolerance, pieces)

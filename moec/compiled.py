@@ -130,10 +130,11 @@ class CompiledModel:
         notes += left_wide(self.steps)
         if checked:
             notes += checked.skipped
-        if checked and any(step.damage for step in self.steps):
+        if checked and any(step.damage or step.changes for step in self.steps):
+            above = "; the distance to the original model is above"
             notes += (
                 "checked against the graph as the passes changed it, and the graph before them "
-                "against eager; the distance to the original model is above",
+                f"against eager{above if any(step.damage for step in self.steps) else ''}",
             )
         if checked and checked.strays:
             why = "in 16 bits nearly equal router scores may choose other experts than eager's"

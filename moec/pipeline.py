@@ -14,6 +14,7 @@ from moec.approximate import Approximate, Frame, Measured
 from moec.calibrated import Calibrated
 from moec.errors import UsageError
 from moec.ir import Stage
+from moec.passes.aggregate_experts import AggregateExperts
 from moec.passes.average_experts import AverageExperts
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.compress_experts import CompressExperts
@@ -183,7 +184,7 @@ def _head(item: str) -> tuple[str, str]:
 def exact(passes: Sequence[Chosen], why: str) -> tuple[Pass, ...]:
     """The passes, none of which changes the model. Raises UsageError, with `why`, for one."""
     for pass_ in passes:
-        if isinstance(pass_, Approximate):
+        if isinstance(pass_, Approximate) or getattr(pass_, "changes", False):
             raise UsageError(f"{pass_.name} changes what the model computes: {why}")
     return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
 

@@ -15,6 +15,8 @@ P = TypeVar("P")
 
 Given: TypeAlias = Mapping[str, Any]
 """Inputs of the model with what they are bound to: an option for each name that is given."""
+Model: TypeAlias = Any
+"""A model besides the one that is compiled: its path, where it is given as text."""
 NUMBERS = "a number, or numbers with : between them"
 
 _WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
@@ -38,8 +40,8 @@ def validate(made: Any) -> None:
     hints = get_type_hints(type(made))
     for f in fields(made):
         value = getattr(made, f.name)
-        if hints[f.name] == Given:
-            continue  # its values are compared with the model's inputs
+        if hints[f.name] in (Given, Model):
+            continue  # compared with the model as the pass runs
         if not _fits(f, hints[f.name], value):
             raise UsageError(f"{made.name}: {f.name} is {value!r}, expected {expected(f, made)}")
 
@@ -62,8 +64,8 @@ def expected(f: Field[Any], of: Any) -> str:
     if f.metadata.get("choices"):
         return f"one of {', '.join(f.metadata['choices'])}"
     kind = get_type_hints(of if isinstance(of, type) else type(of))[f.name]
-    if kind == Given:
-        return NUMBERS
+    if kind in (Given, Model):
+        return NUMBERS if kind == Given else "a path"
     low, high = f.metadata.get("low"), f.metadata.get("high")
     return (
         _WORDS[kind]
@@ -124,7 +126,7 @@ def _name(kind: type) -> str:
 def _read(kind: type, text: str) -> Any:
     if kind is bool:
         return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse()
-    return kind(text)
+    return text if kind is Model else kind(text)
 
 
 def _refuse() -> Any:

@@ -73,7 +73,9 @@ class Pass(Protocol):
 
 @runtime_checkable
 class Asked(Pass, Protocol):
-    """An exact pass that runs only where it is asked for; `source` says where it is from."""
+    """A pass that runs only where it is asked for, and needs no calibration data; `source` says
+    where it is from. It is exact, or makes another model of two (then it has `changes`, true).
+    """
 
     exact: ClassVar[bool]
     source: ClassVar[str]
@@ -94,6 +96,7 @@ class Step:
     quantises: bool = False
     fits: tuple[Fit, ...] = ()
     says: tuple[str, ...] = ()
+    changes: bool = False
 
     def __str__(self) -> str:
         return (
@@ -148,6 +151,7 @@ def run(
             quantises=getattr(pass_, "quantises", False),
             fits=tuple(log.fits),
             says=tuple(log.says),
+            changes=getattr(pass_, "changes", False) and log.rewrites > 0,
         )
         steps.append(step)
         if watch:
