@@ -79,6 +79,7 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     KeepUsed,
     AverageExperts,
     MergeExperts,
+    CompressExperts,
 )
 ASKED: tuple[type[Asked], ...] = (
     Specialise,

@@ -17,7 +17,7 @@ import torch
 
 from moec.evaluate import run_op
 from moec.ir import Op, Program, Stage, Value
-from moec.passes.rewrite import rebuild
+from moec.passes.rewrite import mentioned, rebuild
 from moec.passes.runner import Log
 from moec.sizes import symbols
 
@@ -75,6 +75,7 @@ def _foldable(op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
     return (
         known
         and sized
+        and not mentioned(op)
         and op.name.startswith("aten.")
         and op.name != "aten.alias.default"
         and not any(word in op.name for word in _RANDOM)
