@@ -86,6 +86,7 @@ ASKED: tuple[type[Asked], ...] = (
     HoistRouters,
     FoldLora,
     FoldSupernet,
+    AggregateExperts,
 )
 WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
 LEVELS = (0, 1, 2)
