@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import Tolerance, model_options
+from moec.commands.options import Tolerance, asked, changing_options, model_options
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,25 +22,11 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write.")
 @click.option("--target", default="cpu", show_default=True, help="See `moec list targets`.")
 @model_options
-@click.option(
-    "--quant", metavar="FORMAT",
-    help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; ,linears=… ,head=…; see above.",
-)  # fmt: skip
+@changing_options
 @click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
     help="Greatest relative error against eager, or off.",
 )  # fmt: skip
-@click.option(
-    "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), on which "
-    "approximate passes choose and are measured, and --quant chooses codes.",
-)  # fmt: skip
-@click.option(
-    "--budget", default="", metavar="METRIC<=N,…",
-    help="How much damage approximate passes may do; beyond it a layer is left as it is. METRIC: "
-    "kl, perplexity, error or changed.",
-)  # fmt: skip
-@click.option("--strict", is_flag=True, help="Fail where a pass goes beyond the budget.")
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Write the graph after every pass: 00-capture.moe, 01-…",
@@ -60,15 +46,7 @@ def command(
     model: str,
     output: Path | None,
     target: str,
-    shapes: tuple[str, ...],
-    dtype: str | None,
-    opt_level: int,
-    passes: str,
-    quant: str | None,
     verify: float | bool,
-    calib: Path | None,
-    budget: str,
-    strict: bool,
     dump_ir: Path | None,
     stop_after: str | None,
     kv_cache: bool,
@@ -76,6 +54,7 @@ def command(
     as_json: bool,
     quiet: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Compile MODEL into an artifact that runs without PyTorch.
 
@@ -91,11 +70,11 @@ def command(
     mxfp4. Rows are rounded to 8 bits as they meet such weights. int8,linears=int8,head=int8 does so
     to other linear layers (but routers) and the head too. The report says what it costs.
     """
-    from moec.commands.shapes import dynamic_shapes, explained, parse
+    from moec.commands.shapes import explained
 
     builds = not (dry_run or stop_after)
     _check_output(output, builds, force)
-    wanted = parse(shapes)
+    arguments = asked(**options)
 
     from moec.progress import Progress, hush
 
@@ -113,15 +92,8 @@ def command(
 
         compiled = compile_model(
             model,
-            dynamic_shapes=dynamic_shapes(wanted),
+            **arguments,
             target=target,
-            dtype=dtype,
-            opt_level=opt_level,
-            passes=passes,
-            quant=quant,
-            calib=calib,
-            budget=budget,
-            strict=strict,
             verify=verify if builds else False,
             stop_after=stop_after,
             build=builds,

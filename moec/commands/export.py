@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import Tolerance, model_options
+from moec.commands.options import Tolerance, asked, model_options
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,14 +42,11 @@ def command(
     ep: str,
     moe: str,
     opset: int | None,
-    shapes: tuple[str, ...],
-    dtype: str | None,
-    opt_level: int,
-    passes: str,
     verify: float | bool,
     as_json: bool,
     quiet: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Write MODEL as an ONNX file, whole, with its weights beside it.
 
@@ -59,10 +56,10 @@ def command(
     The file is run in ONNX Runtime and compared with eager PyTorch on random inputs; where they
     differ, nothing is written and the exit code is 2.
     """
-    from moec.commands.shapes import dynamic_shapes, explained, parse
+    from moec.commands.shapes import explained
 
     path = _output(output, force)
-    wanted = parse(shapes)
+    arguments = asked(**options)
 
     from moec.progress import Progress, hush
 
@@ -73,10 +70,7 @@ def command(
 
         compiled = compile_model(
             model,
-            dynamic_shapes=dynamic_shapes(wanted),
-            dtype=dtype,
-            opt_level=opt_level,
-            passes=passes,
+            **arguments,
             verify=False,
             build=False,
             watch=lambda step: progress.phase(f"passes {step.name}"),

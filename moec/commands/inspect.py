@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import model_options
+from moec.commands.options import asked, model_options
 from moec.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ def command(
     picture: Path | None,
     as_json: bool,
     quiet: bool,
-    shapes: tuple[str, ...],
-    dtype: str | None,
-    opt_level: int,
-    passes: str,
+    **options: Any,
 ) -> None:
     """Show what moec recognises in a model, or what an artifact holds.
 
@@ -47,7 +44,7 @@ def command(
     if is_artifact(Path(model)):
         report, graph = of_artifact(Path(model))
     else:
-        report, graph = of_model(model, shapes, dtype, opt_level, passes, quiet or as_json)
+        report, graph = of_model(model, asked(**options), quiet or as_json)
     if picture:
         from moec.picture import save, scene
 
@@ -104,19 +101,11 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
     return content
 
 
-def of_model(
-    model: str,
-    shapes: tuple[str, ...],
-    dtype: str | None,
-    opt_level: int,
-    passes: str,
-    quiet: bool,
-) -> tuple[Report, Graph]:
-    """Capture and recognise; no code is generated."""
-    from moec.commands.shapes import dynamic_shapes, explained, parse
+def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:
+    """Capture and recognise, `arguments` being those of `moec.compile`; no code is generated."""
+    from moec.commands.shapes import explained
     from moec.progress import Progress, hush
 
-    wanted = parse(shapes)
     hush()
     with explained(), Progress(quiet=quiet) as progress:
         progress.phase("capture")
@@ -124,10 +113,7 @@ def of_model(
 
         compiled = compile_model(
             model,
-            dynamic_shapes=dynamic_shapes(wanted),
-            dtype=dtype,
-            opt_level=opt_level,
-            passes=passes,
+            **arguments,
             verify=False,
             stop_after="recognise",
             progress=progress.phase,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -70,3 +71,38 @@ def model_options(command: F) -> F:
     ):  # fmt: skip
         command = decorator(command)
     return command
+
+
+def changing_options(command: F) -> F:
+    """What every command takes that may write a changed model: see `changing`."""
+    for decorator in (
+        click.option("--strict", is_flag=True, help="Fail where a pass goes beyond the budget."),
+        click.option(
+            "--budget", default="", metavar="METRIC<=N,…",
+            help="How much damage approximate passes may do; beyond it a layer is left as it is. "
+            "METRIC: kl, perplexity, error or changed.",
+        ),
+        click.option(
+            "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+            help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), "
+            "on which approximate passes choose and are measured, and --quant chooses codes.",
+        ),
+        click.option(
+            "--quant", metavar="FORMAT",
+            help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; ,linears=… ,head=…; see "
+            "above.",
+        ),
+    ):  # fmt: skip
+        command = decorator(command)
+    return command
+
+
+def asked(shapes: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """The options of `model_options` and `changing_options` as arguments of `moec.compile`, which
+    has them under the same names.
+
+    Raises UsageError for shapes that cannot be read.
+    """
+    from moec.commands.shapes import dynamic_shapes, parse
+
+    return {"dynamic_shapes": dynamic_shapes(parse(shapes)), **options}
