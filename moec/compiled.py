@@ -215,11 +215,12 @@ class CompiledModel:
         """Write the whole model as ONNX: `path` (.onnx), and its weights as `path` + ".data".
 
         `ep` is what it is for: "cpu" and "cuda" (ONNX Runtime), or "portable" (standard operators
-        alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one MatMul per expert
-        and projection), "op" (com.microsoft.MoE) or "auto": the operator for "cuda" where it can
-        express the block, else rows, which were measured to be faster on a CPU. The file is run
-        in ONNX Runtime and compared with eager before it gets its name; `verify` is that of
-        `moec.compile`. Nothing needs to be built (`build=False`).
+        alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one product per expert
+        and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts) or "auto": what
+        was measured to be faster, the operator for "cuda" and for quantised experts on a CPU,
+        where it can express the block, else rows. The file is run in ONNX Runtime and compared
+        with eager before it gets its name, or with the quantised weights in float32; `verify` is
+        that of `moec.compile`. Nothing needs to be built (`build=False`).
 
         Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
         TargetError for an `ep` that is unknown or does not compute in the model's dtype, and

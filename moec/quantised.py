@@ -12,10 +12,11 @@ import torch
 
 from moec.errors import UnsupportedError
 from moec.fit import Fit
-from moec.ir import Op, Program
+from moec.ir import Attr, Op, Program, Value
 from moec.ops.quantised import GroupedQuantised, Matrix, format_of
 from moec.ops.quantised_linear import QuantisedLinear
-from moec.passes.runner import Step
+from moec.passes.rewrite import Builder, rewrite
+from moec.passes.runner import Log, Step
 from moec.places import fold
 from moec.quantisation import Format, dequantise
 from moec.report import MovedLine, QuantisedLine
@@ -92,6 +93,18 @@ def _numberless(op: Op) -> str:
     """What ops have in common that share a line: the place of experts, the name of linears."""
     place = _place(op)
     return place if op.name == "grouped.quantised" else re.sub(r"\d+", "*", place)
+
+
+def with_exact_rows(program: Program) -> Program:
+    """The same weights of few bits, and rows that are not rounded as they meet them."""
+
+    def rule(op: Op, b: Builder) -> Sequence[Value] | None:
+        if op.name != "grouped.quantised":
+            return None
+        attrs: dict[str, Attr] = {**op.attrs, "exact_rows": True}
+        return b.emit(op.name, op.inputs, like=op, attrs=attrs, body=op.body)
+
+    return replace(program, graph=rewrite(program.graph, rule, Log()))
 
 
 def left_wide(steps: Sequence[Step]) -> tuple[str, ...]:

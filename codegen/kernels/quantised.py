@@ -27,6 +27,7 @@ def quantised_fit(op: Op, graph: Graph) -> bool:
     params = set(graph.params)
     return (
         len(parts.matrices) <= 2
+        and not op.attrs.get("exact_rows")
         and all(v in params for m in parts.matrices for v in m.values)
         and all(b in params for b in parts.biases)
         and len({m.codes.shape for m in parts.matrices}) == 1

@@ -11,7 +11,7 @@ alone. The number of nodes depends on the experts, never on the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moec.codegen.onnx.matrix import of_experts
 from moec.codegen.onnx.rules import BUILD, Call, build
@@ -20,6 +20,7 @@ from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
 from moec.ir import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
+from moec.ops.quantised import GroupedQuantised
 from moec.sizes import Dim
 
 _ROUTERS = ("moe.gate", "moe.route")
@@ -115,19 +116,41 @@ def _weighed(w: Writer, rows: str, weights: Value, order: str, dtype: str) -> st
 
 @build("grouped.linear")
 def grouped_linear(c: Call) -> str:
-    w, op = c.w, c.op
-    parts = GroupedLinear.of(op)
-    out, rows = c.out, _rows(w, op, parts)
-    sums = _projected(w, parts, rows)
+    w, parts = c.w, GroupedLinear.of(c.op)
+    matrices = of_experts(w, parts.matrices)
+    biases = of_experts(w, parts.biases) if parts.biases else ()
+
+    def product(expert: int, rows: str) -> str:
+        if biases:
+            return w("Gemm", rows, matrices[expert], biases[expert])
+        return w("MatMul", rows, matrices[expert])
+
+    widths = [int(str(matrix.shape[1])) for matrix in parts.matrices]
+    return by_expert(c, parts, sorted_rows(c, parts), parts.x.dtype, widths, product)
+
+
+def by_expert(
+    c: Call,
+    parts: GroupedLinear | GroupedQuantised,
+    rows: str,
+    dtype: str,
+    widths: Sequence[int],
+    product: Callable[[int, str], str],
+) -> str:
+    """`rows` in `dtype` through `product` of each row's own expert, and through the body, whose
+    inputs of `widths` stand side by side in a product."""
+    w, op, out = c.w, c.op, c.out
+    sums = _projected(w, parts.ends, rows, dtype, widths, product)
     if op.body is None:
-        return w.cast(sums[0], parts.x.dtype, out.dtype)
-    made = inlined(w, op.body, sums, parts.x.dtype, out)
+        return w.cast(sums[0], dtype, out.dtype)
+    made = inlined(w, op.body, sums, dtype, out)
     return w.cast(made, op.body.outputs[0].dtype, out.dtype)
 
 
-def _rows(w: Writer, op: Op, parts: GroupedLinear) -> str:
-    """The rows in the order of their experts."""
-    x, k = w.read(parts.x), op.attrs.get("gather", 0)
+def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
+    """The rows in the order of their experts, in the dtype of x."""
+    w = c.w
+    x, k = w.read(parts.x), c.op.attrs.get("gather", 0)
     if parts.order is None or not isinstance(k, int):
         return x
     order = _read(w, parts.order)
@@ -147,22 +170,24 @@ def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
     return found, not all_chosen(w.graph, ids)
 
 
-def _projected(w: Writer, parts: GroupedLinear, rows: str) -> list[str]:
-    """All rows through each of their experts' matrices, which are one for the MatMul."""
-    counts, rest = _counts(w, parts.ends)
-    matrices = of_experts(w, parts.matrices)
-    experts, widths = len(matrices), [int(str(m.shape[1])) for m in parts.matrices]
+def _projected(
+    w: Writer,
+    ends: Value,
+    rows: str,
+    dtype: str,
+    widths: Sequence[int],
+    product: Callable[[int, str], str],
+) -> list[str]:
+    """All rows through their experts' products, and those apart by `widths`."""
+    counts, rest = _counts(w, ends)
+    experts = int(str(ends.shape[0]))
     pieces = w.many("Split", [rows, counts], experts + rest, axis=0) if experts + rest > 1 else []
     pieces = pieces or [rows]
-    if parts.biases:
-        biases = of_experts(w, parts.biases)
-        made = [w("Gemm", *abc) for abc in zip(pieces, matrices, biases, strict=False)]
-    else:
-        made = [w("MatMul", *ab) for ab in zip(pieces, matrices, strict=False)]
+    made = [product(expert, piece) for expert, piece in enumerate(pieces[:experts])]
     if rest:
         left = w("Slice", counts, w.constant([experts]), w.constant([experts + 1]))
         shape = w("Concat", left, w.constant([sum(widths)]), axis=0)
-        zero = w.cast(w.constant([0], "f32"), "f32", parts.x.dtype)
+        zero = w.cast(w.constant([0], "f32"), "f32", dtype)
         made.append(w("Expand", zero, shape))
     whole = w("Concat", *made, axis=0) if len(made) > 1 else made[0]
     if len(widths) == 1:

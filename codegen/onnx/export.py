@@ -13,13 +13,16 @@ import onnx
 import torch
 
 from moec import check as checking
+from moec.closeness import computed_dtypes
 from moec.codegen.onnx import file
 from moec.codegen.onnx.lower import MOE_FORMS, Lowered, lower
 from moec.codegen.onnx.parity import routing_parity
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
 from moec.codegen.onnx.session import open_session, runner
-from moec.errors import UsageError, VerificationError
+from moec.errors import TargetError, UsageError, VerificationError
 from moec.ir import Stage
+from moec.quantised import with_exact_rows
+from moec.report import MovedLine
 
 if TYPE_CHECKING:
     from moec.compiled import CompiledModel
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
 class Exported:
     """What was written and how it was checked.
 
-    `forms` says by block whether it is "rows" (sorted rows, one MatMul per expert and projection)
-    or "op" (com.microsoft.MoE). `errors` are those of each output against eager, `parity` the
-    share of tokens by block that chose the same experts; both are empty where the file was not
-    run, and `notes` say why.
+    `forms` says by block whether it is "rows" (sorted rows, one product per expert and
+    projection) or "op" (com.microsoft.MoE, or QMoE for experts in few bits). `errors` are those
+    of each output against eager, and `parity` the share of tokens by block that chose the same
+    experts; both are empty where the file was not run, and `notes` say why. Where `quant` names
+    a format, both compare with the quantised weights in float32, and `moved` says how far each
+    output is from the unquantised model's.
     """
 
     path: str
@@ -46,6 +51,8 @@ class Exported:
     tolerance: float = 0.0
     parity: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quant: str = ""
+    moved: tuple[MovedLine, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +81,10 @@ def export(
     if step.stage is not Stage.GROUPED:
         raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
     _check_example(compiled, verify)
+    quant = compiled.quantised[0].format if compiled.quantised else ""
+    if quant:
+        compiled = _with_exact_rows(compiled, profile)
+        step = compiled.steps[-1]
     check_dtypes(step.program.graph, profile)
     progress("lower")
     lowered = lower(step.program.graph, profile, number, moe)
@@ -93,12 +104,25 @@ def export(
         written = file.write(lowered, step.program.weights, draft, about)
         progress("check")
         onnx.checker.check_model(str(draft), full_check=True)
-        made = Exported(str(path), ep, number, **asdict(written), forms=lowered.forms)
+        made = Exported(str(path), ep, number, **asdict(written), forms=lowered.forms, quant=quant)
         if verify:
             progress("run")
             made = _compared(compiled, lowered, profile, draft, about, made, tolerance)
         _publish(draft, path)
     return made
+
+
+def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
+    """What a file with weights of few bits means: how rows are rounded as they meet them is the
+    business of the runtime that opens it."""
+    if profile.name == "cuda":
+        raise TargetError(
+            'quant: QMoE and MatMulNBits were not tried in CUDA kernels: with ep="cuda" leave out '
+            'quant, or choose ep="cpu" or "portable"'
+        )
+    step = compiled.steps[-1]
+    exact = replace(step, program=with_exact_rows(step.program))
+    return replace(compiled, steps=(*compiled.steps[:-1], exact))
 
 
 def _path(path: Path | str) -> Path:
@@ -134,8 +158,7 @@ def _compared(
 
     Raises VerificationError where a number differs.
     """
-    graph = lowered.graph
-    if any(value.dtype == "bf16" for value in graph.values()):
+    if "bf16" in computed_dtypes(lowered.graph):
         note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
         return replace(made, notes=(note,))
     try:
@@ -153,7 +176,12 @@ def _compared(
     if profile.name == "cuda":
         notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
     return replace(
-        made, errors=checked.errors, tolerance=checked.tolerance, parity=parity, notes=notes
+        made,
+        errors=checked.errors,
+        tolerance=checked.tolerance,
+        parity=parity,
+        notes=notes,
+        moved=checked.moved,
     )
 
 

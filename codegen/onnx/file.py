@@ -140,7 +140,7 @@ def _stored(
     tensors = [weights[param].detach() for param in weight.params]
     tensor = weight.make(*tensors).contiguous()
     raw: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-    proto = TensorProto(name=name, data_type=onnx_type(weight.dtype), dims=list(tensor.shape))
+    proto = TensorProto(name=name, data_type=onnx_type(weight.dtype), dims=weight.shape)
     if len(raw) < INLINE:
         proto.raw_data = bytes(raw)
         return proto

@@ -12,6 +12,8 @@ from moec.codegen.onnx import (
     moe_op,
     norm,
     pointwise,
+    qmoe_op,
+    quantised,
     reduce,
     routing,
     shape,
@@ -23,7 +25,10 @@ from moec.codegen.support import fixed, line
 from moec.errors import NoMatch, UnsupportedError
 from moec.ir import Graph, Op, Value
 
-FILLED_BY = (attention, experts, lookup, matrix, norm, pointwise, reduce, routing, shape)
+FILLED_BY = (
+    *(attention, experts, lookup, matrix, norm, pointwise),
+    *(quantised, reduce, routing, shape),
+)
 """What fills the table of builders when it is imported."""
 MOE_FORMS = ("auto", "op", "rows")
 
@@ -31,7 +36,7 @@ MOE_FORMS = ("auto", "op", "rows")
 @dataclass(frozen=True)
 class Lowered:
     """`choices` are the ids of the experts, one value of the graph a block, and what they became.
-    `forms` says of each block, by its module, whether it is "op" or "rows"."""
+    `forms` says of each block, by its module, whether it is "op" (MoE or QMoE) or "rows"."""
 
     graph: Graph
     writer: Writer
@@ -45,7 +50,7 @@ class Lowered:
 
 def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowered:
     """Raises UnsupportedError, listing everything that has no ONNX form at once."""
-    w = Writer(graph, opset)
+    w = Writer(graph, opset, profile.contrib)
     problems: dict[str, list[Op]] = {}
     if graph.states:
         names = ", ".join(state.before.name for state in graph.states[:3])
@@ -83,7 +88,8 @@ def _write(w: Writer, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
     reason = ""
     try:
         if op in blocks:
-            made: object = moe_op.write(w, op, blocks[op])
+            block = blocks[op]
+            made: object = (qmoe_op if block.quantised else moe_op).write(w, op, block)
         else:
             reason = _refusal(op)
             made = "" if reason else BUILD[op.name](Call(w, op))
@@ -137,18 +143,23 @@ def _choices(graph: Graph) -> list[Value]:
 def _blocks(
     graph: Graph, profile: Profile, moe: str
 ) -> tuple[dict[Op, moe_op.Fused], list[tuple[Op, str]]]:
-    """The blocks that become com.microsoft.MoE, by the op that ends them; and with moe="op"
-    those that cannot, with the reason."""
-    wanted = moe == "op" or (moe == "auto" and profile.op_by_default)
-    if not wanted or not profile.contrib:
-        return {}, []
+    """The blocks that become com.microsoft.MoE or QMoE, by the op that ends them; and with
+    moe="op" those that cannot, with the reason."""
     found: dict[Op, moe_op.Fused] = {}
     refused: list[tuple[Op, str]] = []
     for op in filter(_combines, graph.ops):
+        few = moe_op.is_quantised(graph, op)
+        by_default = few or profile.op_by_default
+        if not profile.contrib or not (moe == "op" or (moe == "auto" and by_default)):
+            continue
         try:
             found[op] = moe_op.match(graph, op)
+            if few:
+                qmoe_op.check(found[op])
         except NoMatch as reason:
-            said = f'com.microsoft.MoE cannot express the block: {reason}; leave out moe="op"'
+            found.pop(op, None)
+            name = "QMoE" if few else "MoE"
+            said = f'com.microsoft.{name} cannot express the block: {reason}; leave out moe="op"'
             refused.append((op, said))
     return found, refused if moe == "op" else []
 

@@ -28,6 +28,7 @@ from moec.errors import NoMatch
 from moec.evaluate import run_graph
 from moec.ir import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
+from moec.ops.quantised import GroupedQuantised
 from moec.ops.routing import Routing
 from moec.passes.prove import widen
 
@@ -67,13 +68,34 @@ class Fused:
 
     router: Op
     x: Value
-    up: GroupedLinear
-    down: GroupedLinear
+    up: GroupedLinear | GroupedQuantised
+    down: GroupedLinear | GroupedQuantised
     activation: Activation
     swapped: bool
     normal: bool
     k: int
     addend: Value | None
+
+    @property
+    def quantised(self) -> bool:
+        return isinstance(self.up, GroupedQuantised)
+
+    @property
+    def experts(self) -> int:
+        return int(str(self.up.ends.shape[0]))
+
+
+Grouped = GroupedLinear | GroupedQuantised
+_KINDS: dict[str, Callable[[Op], Grouped]] = {
+    "grouped.linear": GroupedLinear.of,
+    "grouped.quantised": GroupedQuantised.of,
+}
+
+
+def is_quantised(graph: Graph, combine: Op) -> bool:
+    """Whether the block that ends in `combine` has experts in few bits."""
+    last = graph.producers.get(combine.inputs[0])
+    return last is not None and last.name == "grouped.quantised"
 
 
 def match(graph: Graph, combine: Op) -> Fused:
@@ -82,12 +104,12 @@ def match(graph: Graph, combine: Op) -> Fused:
     Raises NoMatch, naming the attribute or input that the operator lacks.
     """
     last = graph.producers.get(combine.inputs[0])
-    if last is None or last.name != "grouped.linear":
+    if last is None or last.name not in _KINDS:
         raise NoMatch("the result of the experts is not that of a linear layer")
     first = graph.producers.get(last.inputs[0])
-    if first is None or first.name != "grouped.linear":
+    if first is None or first.name != last.name:
         raise NoMatch("the experts are not two linear layers with an activation_type between them")
-    up, down = GroupedLinear.of(first), GroupedLinear.of(last)
+    up, down = _KINDS[first.name](first), _KINDS[last.name](last)
     router, normal = _router(graph, combine, up)
     if not normal and up.x.dtype == "bf16":
         raise NoMatch("router_probs would round the logarithms of the weights to bf16")
@@ -105,14 +127,14 @@ def match(graph: Graph, combine: Op) -> Fused:
     return Fused(router, up.x, up, down, activation, swapped, normal, routing.k, added)
 
 
-def _router(graph: Graph, combine: Op, up: GroupedLinear) -> tuple[Op, bool]:
+def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
     """The router, and whether it is the kernel's own."""
     if not combine.attrs.get("weighted"):
         raise NoMatch("the weights multiply the experts' input, for which there is no attribute")
     router = graph.producers.get(combine.inputs[2])
     sort = graph.producers[up.ends]
     if router is None or router.name not in ("moe.gate", "moe.route"):
-        raise NoMatch("the router is not a score and a top-k, and router_weights is of QMoE alone")
+        raise NoMatch("the router is not a score and a top-k, so its weights may be negative")
     if sort.inputs[0] is not router.outputs[1]:
         raise NoMatch("what each expert takes is limited (capacity), which has no attribute")
     routing = Routing.of(router)
@@ -126,7 +148,7 @@ def _router(graph: Graph, combine: Op, up: GroupedLinear) -> tuple[Op, bool]:
     return router, once and divided and plain
 
 
-def _activation(first: Op, up: GroupedLinear) -> tuple[Activation, bool]:
+def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
     """Found by trying: the body on random numbers against each function that the kernel has.
     The bool says that the second matrix is the gate."""
     count = len(up.matrices)
@@ -163,28 +185,44 @@ def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
 
 def write(w: Writer, op: Op, block: Fused) -> str:
     """The node, and the addend after it."""
+    up, down = block.up, block.down
+    assert isinstance(up, GroupedLinear)
+    assert isinstance(down, GroupedLinear)
     x = w.read(block.x)
     logits, total = _router_probs(w, block)
-    gates = block.up.matrices[::-1] if block.swapped else block.up.matrices
-    biases = block.up.biases[::-1] if block.swapped else block.up.biases
-    inputs = [x, logits, _interleaved(w, gates), _interleaved(w, biases) if biases else ""]
-    inputs += [w.read(block.down.matrices[0])]
-    inputs += [w.read(block.down.biases[0])] if block.down.biases else []
-    swiglu = block.activation.kind == "swiglu"
+    inputs = [x, logits, _interleaved(w, ordered(block, up.matrices))]
+    inputs += [_interleaved(w, ordered(block, up.biases)) if up.biases else ""]
+    inputs += [w.read(down.matrices[0])]
+    inputs += [w.read(down.biases[0])] if down.biases else []
+    made = w("MoE", *inputs, domain=MICROSOFT, **attributes(block, normalize=1))
+    if total:
+        made = w("Mul", made, total)
+    return finished(w, op, block, made, block.x.dtype)
+
+
+def ordered(block: Fused, stacks: Sequence[Value]) -> Sequence[Value]:
+    """Gate first."""
+    return stacks[::-1] if block.swapped else stacks
+
+
+def attributes(block: Fused, normalize: int) -> dict[str, object]:
+    """What MoE and QMoE share."""
     attrs: dict[str, object] = {
         "k": block.k,
         "activation_type": block.activation.kind,
-        "normalize_routing_weights": 1,
+        "normalize_routing_weights": normalize,
     }
-    if swiglu:
+    if block.activation.kind == "swiglu":
         attrs |= {"swiglu_fusion": 1, "activation_alpha": block.activation.alpha}
         attrs |= {"activation_beta": block.activation.beta}
     if block.activation.limit is not None:
         attrs["swiglu_limit"] = block.activation.limit
-    made = w("MoE", *inputs, domain=MICROSOFT, **attrs)
-    if total:
-        made = w("Mul", made, total)
-    made = w.cast(made, block.x.dtype, op.outputs[0].dtype)
+    return attrs
+
+
+def finished(w: Writer, op: Op, block: Fused, made: str, dtype: str) -> str:
+    """The node's result in the dtype of the block's, and the addend."""
+    made = w.cast(made, dtype, op.outputs[0].dtype)
     if block.addend is not None:
         addend = w.cast(w.read(block.addend), block.addend.dtype, op.outputs[0].dtype)
         made = w("Add", made, addend)
@@ -198,8 +236,8 @@ def _router_probs(w: Writer, block: Fused) -> tuple[str, str]:
         return w.cast(logits_of(w, block.router)[0], "f32", dtype), ""
     weights, ids = block.router.outputs
     own = w.cast(w.read(weights), weights.dtype, "f32")
-    experts = block.up.matrices[0].shape[0]
-    none = w("Expand", w.constant(float("-inf"), "f32"), w.shape((weights.shape[0], experts)))
+    shape = w.shape((weights.shape[0], block.experts))
+    none = w("Expand", w.constant(float("-inf"), "f32"), shape)
     logs = w("Log", w("Max", own, w.constant(SMALLEST, "f32")))
     probs = w("ScatterElements", none, w.read(ids), logs, axis=-1)
     total = w("ReduceSum", own, w.constant([-1]), keepdims=1)
@@ -214,10 +252,11 @@ def _interleaved(w: Writer, stacks: Sequence[Value]) -> str:
         if not w.is_param(stack):
             raise NoMatch(f"the weight {stack.name} is computed, so it cannot be interleaved")
     experts, hidden, *rest = (int(str(d)) for d in stacks[0].shape)
-
-    def make(*tensors: torch.Tensor) -> torch.Tensor:
-        return torch.stack(tensors, dim=2).flatten(1, 2)
-
     names = tuple(stack.name for stack in stacks)
-    stored = Weight(names, stacks[0].dtype, (experts, 2 * hidden, *rest), make)
+    stored = Weight(names, stacks[0].dtype, (experts, 2 * hidden, *rest), in_turn)
     return w.weight(f"{names[0]}.interleaved", stored)
+
+
+def in_turn(*tensors: torch.Tensor) -> torch.Tensor:
+    """The rows of each expert in turn, [E, n*H, ..] of n tensors [E, H, ..]."""
+    return torch.stack(tensors, dim=2).flatten(1, 2)

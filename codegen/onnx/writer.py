@@ -42,7 +42,8 @@ class Node:
 class Weight:
     """An initializer, made when the file is written: pieces of params of the graph.
 
-    `make` takes the tensors of `params` and gives the contents.
+    `make` takes the tensors of `params` and gives the contents; those of four bits (i4, u4) two
+    to a byte.
     """
 
     params: tuple[str, ...]
@@ -62,6 +63,7 @@ class Writer:
 
     graph: Graph
     opset: int
+    contrib: bool = False  # whether ONNX Runtime's own operators may stand in the file
     nodes: list[Node] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
@@ -210,6 +212,8 @@ def onnx_type(dtype: str) -> int:
         "i16": "INT16",
         "i8": "INT8",
         "u8": "UINT8",
+        "i4": "INT4",
+        "u4": "UINT4",
         "bool": "BOOL",
     }
     return int(getattr(TensorProto, known[dtype]))

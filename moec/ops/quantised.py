@@ -110,6 +110,7 @@ def grouped_quantised(
     As grouped.linear, where matrix j of expert e is `quantisation.dequantise` of codes, scales
     and zeros, the row is `quantisation.round_rows` of x, and products are in float32. `kind` is
     int8, int4 or mxfp4; `zeros` says that zeros are there. `scaled` multiplies the product.
+    `exact_rows` leaves the rows as they are: the meaning that no kernel of ours computes.
     """
     kind, each = attrs["kind"], 2 + bool(attrs.get("zeros"))
     x, ends, *rest = tensors
@@ -117,7 +118,8 @@ def grouped_quantised(
     matrices = [rest[i : i + each] for i in range(0, count * each, each)]
     rest = rest[count * each :]
     biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
-    rows, scale = round_rows(x, matrices[0][1].shape[-1]), None
+    exact = bool(attrs.get("exact_rows"))
+    rows, scale = x.float() if exact else round_rows(x, matrices[0][1].shape[-1]), None
     if k:
         order = rest.pop(0).long()
         rows = rows[order // k]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import moec
-from moec.closeness import FAR, STRAYS, TOLERANCES, distance, strays
+from moec.closeness import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
 from moec.codegen.onnx.session import open_session, runner
+from moec.ir import Stage
+from moec.passes.runner import run
+from moec.pipeline import quantising
+from moec.quantisation import parse
+from moec.quantised import quantised_lines
 from tests.models.families import FAMILIES
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
@@ -74,8 +80,11 @@ def test_float32(name: str, tmp_path: Path) -> None:
             assert same_choice(got, value, limit).all()
             assert torch.equal(got, again)
     exported(name, model, tmp_path)
+    if name in TIER_1:
+        exported_in_few_bits(name, model, tmp_path)
 
 
+TIER_1 = tuple(name for name in BLOCKS if name not in ("switch_transformers", "jetmoe", "llama4"))
 OPERATOR = ("mixtral", "qwen2_moe", "deepseek_v3", "phimoe")
 
 
@@ -88,13 +97,27 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
         assert set(made.parity.values()) == {1.0}
         if name != "jetmoe":  # there a block is two: its rows are sorted once
             assert list(made.forms.values()) == ["op" if moe == "op" else "rows"] * BLOCKS[name][0]
-        run = runner(open_session(path))
+        open_file = runner(open_session(path))
         names = [value.name for value in model.graph.inputs]
         for batch, sequence in SIZES:
             given = tensors(FAMILIES[name].inputs(batch, sequence))
-            results = run(dict(zip(names, given, strict=True))).values()
+            results = open_file(dict(zip(names, given, strict=True))).values()
             for got, value in zip(results, model.captured.eager(*given), strict=True):
                 assert distance(got, value) <= TOLERANCES["f32"]
+
+
+def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> None:
+    """int8 and int4 for each ep: the door compares with the quantised weights in float32."""
+    for text in ("int8", "int4"):
+        steps = run(model.steps[-1].program, quantising(parse(text)), stage=Stage.GROUPED)
+        few = replace(model, steps=(*model.steps, steps[-1]))
+        few = replace(few, quantised=quantised_lines(few.steps))
+        for ep in ("cpu", "portable"):
+            made = few.export_onnx(folder / "few.onnx", ep)
+            assert made.quant == text
+            assert set(made.forms.values()) == {"op" if ep == "cpu" else "rows"}
+            assert 0 < max(made.errors.values()) <= made.tolerance == EXACT_ROWS
+            assert 0 < made.moved[0].error < (0.03 if text == "int8" else 0.3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,78 @@
+"""Codes, scales and zeros as ONNX Runtime's kernels store them.
+
+    w[n, k] = (code[n, k] - zero[n, k / block]) * scale[n, k / block]     no zero: 2^(bits-1)
+
+Every scale is float32 and belongs to a block: the kernels for a scale a row are many times slower
+(a layer of 64 experts at one token: 13 ms, 0.7 ms in blocks), so a row's one scale is written once
+for each block. There is no kernel for mxfp4 with float32 rows: its values are whole halves, so the
+codes become those of int8, with the same meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.ops.quantised import GroupedQuantised, Matrix
+from moec.quantisation import E2M1_TWICE, Format
+
+ROW_BLOCKS = (128, 64, 32, 16)
+"""For a scale a row: larger blocks than 128 were no faster."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """`bits` of a code, `block` weights to a scale, and the format that it is made from."""
+
+    bits: int
+    block: int
+    format: Format
+
+    @staticmethod
+    def of(parts: Sequence[GroupedQuantised]) -> Encoding:
+        """One for all that stand in one node. A row that no block divides ends in half a block."""
+        format = parts[0].format
+        widths = [_width(part.matrices[0]) for part in parts]
+        fitting = (b for b in ROW_BLOCKS if all(width % b == 0 for width in widths))
+        bits = 8 if format.kind == "mxfp4" else format.bits
+        return Encoding(bits, format.block or next(fitting, ROW_BLOCKS[-1]), format)
+
+    def blocks(self, width: int) -> int:
+        return -(-width // self.block)
+
+    def codes(self, codes: Tensor) -> Tensor:
+        """u8[.., N, K] of codes of `bits`."""
+        if self.format.kind != "mxfp4":
+            return codes
+        magnitudes = torch.tensor(E2M1_TWICE, dtype=torch.int16)
+        return (torch.cat([magnitudes, -magnitudes])[codes.int()] + 128).byte()
+
+    def scales(self, scales: Tensor, width: int) -> Tensor:
+        """f32[.., N, blocks]."""
+        if self.format.kind == "mxfp4":
+            ones = torch.ones(scales.shape)
+            return self._repeated(torch.ldexp(ones, scales.int() - 128), width)
+        return self._repeated(scales.float(), width)
+
+    def zeros(self, zeros: Tensor, width: int) -> Tensor:
+        """u8[.., N, blocks]."""
+        return self._repeated(zeros, width)
+
+    def _repeated(self, values: Tensor, width: int) -> Tensor:
+        return values.repeat_interleave(self.blocks(width) // values.shape[-1], -1)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes along the last axis in bytes, the first of two in the low bits."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _width(matrix: Matrix) -> int:
+    return int(str(matrix.codes.shape[-1]))

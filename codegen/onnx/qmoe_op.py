@@ -1,0 +1,125 @@
+"""com.microsoft.QMoE: one node for a whole block whose experts are in few bits.
+
+    y = QMoE(x, chosen, fc1, scales1, b1, fc2, scales2, b2, zeros1, zeros2, router_weights=chosen)
+
+`chosen` [T, E] holds the weights of a token's experts and 0 elsewhere: the kernel takes its k
+greatest, and weighs with them as they are. So the file chooses as the graph's own router does,
+whatever that is. What the kernel would do wrongly is never written:
+normalize_routing_weights=0 without router_weights, which ONNX Runtime 1.31 divides by the sum all
+the same; weights below zero, which it leaves out; rows without blocks (no block_size), many times
+slower; and swiglu that is not interleaved (swiglu_fusion=1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from moec.codegen.onnx.encoding import Encoding, packed
+from moec.codegen.onnx.moe_op import Fused, attributes, finished, in_turn, ordered
+from moec.codegen.onnx.profiles import MICROSOFT
+from moec.codegen.onnx.quantised import ROUNDED
+from moec.codegen.onnx.writer import Weight, Writer
+from moec.errors import NoMatch
+from moec.ir import Op, Value
+from moec.ops.quantised import GroupedQuantised
+
+
+def check(block: Fused) -> None:
+    """Raises NoMatch for what QMoE lacks and MoE has, naming the attribute."""
+    up, down = _parts(block)
+    code = Encoding.of([up, down])
+    for part in (up, down):
+        width = int(str(part.matrices[0].codes.shape[-1]))
+        if width % code.block:
+            raise NoMatch(f"block_size {code.block} does not divide the {width} weights of a row")
+
+
+def write(w: Writer, op: Op, block: Fused) -> str:
+    """The node, and the addend after it."""
+    up, down = _parts(block)
+    code = Encoding.of([up, down])
+    x = w.cast(w.read(block.x), block.x.dtype, "f32")
+    chosen = _chosen(w, block)
+    made = w(
+        "QMoE",
+        *(x, chosen),
+        *_layer(w, block, code, up),
+        *_layer(w, block, code, down),
+        *("", "", ""),
+        *(_zeros(w, block, code, part) for part in (up, down)),
+        *("", chosen),
+        domain=MICROSOFT,
+        **attributes(block, normalize=0),
+        expert_weight_bits=code.bits,
+        block_size=code.block,
+        accuracy_level=ROUNDED,
+    )
+    return finished(w, op, block, made, "f32")
+
+
+def _parts(block: Fused) -> tuple[GroupedQuantised, GroupedQuantised]:
+    assert isinstance(block.up, GroupedQuantised)
+    assert isinstance(block.down, GroupedQuantised)
+    return block.up, block.down
+
+
+def _chosen(w: Writer, block: Fused) -> str:
+    weights, ids = block.router.outputs
+    own = w.cast(w.read(weights), weights.dtype, "f32")
+    shape = w.shape((weights.shape[0], block.experts))
+    none = w("Expand", w.constant(0.0, "f32"), shape)
+    return w("ScatterElements", none, w.read(ids), own, axis=-1)
+
+
+def _layer(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> Sequence[str]:
+    """Weights u8 [E, N, K * bits / 8], scales f32 [E, N, blocks], biases f32 [E, N] or nothing."""
+    width = int(str(part.matrices[0].codes.shape[-1]))
+    codes = [m.codes for m in part.matrices]
+    scales = [m.scales for m in part.matrices]
+    biases = [
+        _stacked(w, block, part.biases, "f32", 0, lambda whole: whole.float())
+        for _ in part.biases[:1]
+    ]
+    return (
+        _stacked(
+            w, block, codes, "u8", width * code.bits // 8,
+            lambda whole: packed(code.codes(whole), code.bits),
+        ),
+        _stacked(
+            w, block, scales, "f32", code.blocks(width), lambda whole: code.scales(whole, width)
+        ),
+        *(biases or [""]),
+    )  # fmt: skip
+
+
+def _zeros(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> str:
+    stacks = [m.zeros for m in part.matrices if m.zeros is not None]
+    if not stacks:
+        return ""
+    width = int(str(part.matrices[0].codes.shape[-1]))
+    last = -(-code.blocks(width) * code.bits // 8)
+    return _stacked(
+        w, block, stacks, "u8", last, lambda whole: packed(code.zeros(whole, width), code.bits)
+    )
+
+
+def _stacked(
+    w: Writer,
+    block: Fused,
+    stacks: Sequence[Value],
+    dtype: str,
+    last: int,
+    make: Callable[[Tensor], Tensor],
+) -> str:
+    """[E, N, last] of all experts, the rows of gate and up in turn; [E, N] where `last` is 0."""
+    for stack in stacks:
+        if not w.is_param(stack):
+            raise NoMatch(f"the weight {stack.name} is computed, so it cannot be interleaved")
+    stacks = ordered(block, stacks)
+    names = tuple(stack.name for stack in stacks)
+    rows = len(stacks) * int(str(stacks[0].shape[1]))
+    shape = (block.experts, rows, *([last] if last else []))
+    weight = Weight(names, dtype, shape, lambda *tensors: make(in_turn(*tensors)))
+    return w.weight(f"{names[0]}.stacked", weight)

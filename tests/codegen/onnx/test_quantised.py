@@ -1,0 +1,214 @@
+"""Experts in few bits in ONNX Runtime: as QMoE, and as sorted rows with a product an expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import moec
+from moec.closeness import EXACT_ROWS, row_errors
+from moec.codegen.onnx.encoding import Encoding
+from moec.codegen.onnx.lower import lower
+from moec.codegen.onnx.profiles import PROFILES
+from moec.codegen.onnx.session import open_session, runner
+from moec.errors import TargetError, UnsupportedError, VerificationError
+from moec.evaluate import evaluate
+from moec.ir import Program
+from moec.passes.quantise_experts import QuantiseExperts
+from moec.passes.runner import Log
+from moec.quantisation import parse
+from moec.quantised import with_exact_rows
+from tests.codegen.onnx.running import Run, agree, program, running, written
+from tests.passes.forms import D as WIDTH
+from tests.passes.forms import Loop
+
+D, H, E = 64, 32, 4
+FORMATS = ("int8", "int4", "int8:32", "int8:asymmetric", "int4:32:asymmetric", "mxfp4")
+FORMS = {"op": ("cpu", "op"), "rows": ("cpu", "rows"), "portable": ("portable", "rows")}
+SILU = "aten.silu.default(a)"
+GELU = "aten.gelu.default(a)"
+
+
+def block(
+    format: str, act: str = SILU, routing: str = "<k=2>", bias: bool = False, hidden: int = H
+) -> Program:
+    """logits, x -> y, the rows exact."""
+    two = f"gate: f32[{E}, {hidden}, {D}], up: f32[{E}, {hidden}, {D}]"
+    biases = f", gb: f32[{E}, {hidden}], ub: f32[{E}, {hidden}], db: f32[{E}, {D}]" * bias
+    flag = ", biased=true" * bias
+    wide = program(f"""
+    graph main(logits: f32[T, {E}], x: f32[T, {D}]; {two}, down: f32[{E}, {D}, {hidden}]{biases}) {{
+      size T in [0, 64]
+      w: f32[T, 2], e: i64[T, 2] = moe.route(logits) {routing}
+      o: i32[2*T], s: i32[T, 2], n: i32[{E}] = moe.sort(e) <num_experts={E}>
+      h: f32[2*T, {hidden}] = grouped.linear(x, n, gate, up{", gb, ub" * bias}, o)
+        <matrices=2, dtype=f32, gather=2{flag}> {{
+        graph body(a: f32[R, {hidden}], b: f32[R, {hidden}]) {{
+          s: f32[R, {hidden}] = {act}
+          m: f32[R, {hidden}] = aten.mul.Tensor(s, b)
+          return m
+        }}
+      }}
+      d: f32[2*T, {D}] = grouped.linear(h, n, down{", db" * bias}) <matrices=1, dtype=f32{flag}>
+      y: f32[T, {D}] = moe.combine(d, s, w) <k=2, tokens={{T}}, dtype=f32, weighted=true> @ moe
+      return y
+    }}""")
+    return with_exact_rows(QuantiseExperts(parse(format)).run(wide, Log()))
+
+
+def near(made: Program, run: Run, inputs: list[torch.Tensor]) -> None:
+    """Apart from the rounding of rows to 8 bits, of which this block has two."""
+    (expected,) = evaluate(made.graph, inputs, made.weights)
+    got = run({v.name: t for v, t in zip(made.graph.inputs, inputs, strict=True)})["y"]
+    assert got.shape == expected.shape
+    assert float(row_errors(got, expected).amax() if len(got) else 0.0) <= EXACT_ROWS
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(format: str, form: str, tmp_path: Path) -> None:
+    ep, moe = FORMS[form]
+    torch.manual_seed(1)
+    made = block(format, bias=True)
+    lowered, path = written(made, tmp_path, ep=ep, moe=moe)
+    kinds = {node.kind for node in lowered.nodes()}
+    expected = {"op": "QMoE", "rows": "MatMulNBits", "portable": "DequantizeLinear"}
+    assert kinds & set(expected.values()) == {expected[form]}
+    near(made, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)])
+
+
+@pytest.mark.parametrize("form", ["rows", "portable"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("width", [D, 24])
+def test_rows_of_whole_numbers_are_exact(
+    format: str, form: str, width: int, tmp_path: Path
+) -> None:
+    """A block whose greatest is 127 is rounded with a scale of 1: only the encoding is left."""
+    if (width == 24 and ":32" in format) or (width == 24 and format == "mxfp4"):
+        return  # blocks of 32 do not divide 24
+    wide = program(f"""
+    graph main(ids: i64[T, 1], x: f32[T, {width}]; up: f32[{E}, 7, {width}]) {{
+      size T in [0, 64]
+      o: i32[T], s: i32[T, 1], n: i32[{E}] = moe.sort(ids) <num_experts={E}>
+      h: f32[T, 7] = grouped.linear(x, n, up, o) <matrices=1, dtype=f32, gather=1>
+      return h
+    }}""")
+    made = with_exact_rows(QuantiseExperts(parse(format)).run(wide, Log()))
+    x = torch.randint(-127, 128, (19, width)).float()
+    x[:, ::16] = 127
+    run = running(made, tmp_path, ep=FORMS[form][0])
+    agree(made, run, [torch.randint(E, (19, 1)), x], 2e-5)
+
+
+ROUTERS = {
+    "softmax": "<k=2>",
+    "sum of one": "<k=2, renormalize=true>",
+    "sigmoid": '<k=2, score="sigmoid">',
+    "scaled": "<k=2, renormalize=true, epsilon=0.1, scale=2.5>",
+    "groups": "<k=2, groups=2, top_groups=1>",
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_any_router_is_one_of_qmoe(router: str, tmp_path: Path) -> None:
+    """Its weights reach the kernel as router_weights, and choose there too."""
+    made = block("int8:32", routing=ROUTERS[router])
+    run = running(made, tmp_path, ep="cpu", moe="op")
+    for tokens in (1, 33):
+        near(made, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
+
+
+small = st.integers(-1, 1).map(float)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Program, Run]]:
+    folder, made = tmp_path_factory.mktemp("onnx"), block("int4:32")
+    return [(made, running(made, folder, ep=ep, moe=moe)) for ep, moe in FORMS.values()]
+
+
+@settings(max_examples=25)
+@given(rows=st.lists(st.lists(small, min_size=E, max_size=E), max_size=7))
+def test_any_routing(runs: list[tuple[Program, Run]], rows: list[list[float]]) -> None:
+    """Ties, empty experts, all rows on one, no tokens."""
+    logits = torch.tensor(rows).reshape(-1, E)
+    x = torch.linspace(-1, 1, len(rows) * D).reshape(-1, D)
+    for made, run in runs:
+        near(made, run, [logits, x])
+
+
+REFUSED = {
+    "geglu": (
+        {"act": GELU},
+        "no activation_type of the CPU kernel is what the experts compute",
+    ),
+    "narrow": ({"hidden": 24}, "block_size 16 does not divide the 24 weights of a row"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_qmoe_cannot_express(name: str, tmp_path: Path) -> None:
+    """It is named, with the way out; left to itself the block becomes rows."""
+    changes, reason = REFUSED[name]
+    made = block("int8", **changes)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError) as error:
+        lower(made.graph, PROFILES["cpu"], 23, "op")
+    said = f'com.microsoft.QMoE cannot express the block: {reason}; leave out moe="op"'
+    assert said in str(error.value)
+    lowered, path = written(made, tmp_path, ep="cpu", moe="auto")
+    assert set(lowered.forms.values()) == {"rows"}
+    near(made, runner(open_session(path)), [torch.randn(9, E), torch.randn(9, D)])
+
+
+def test_an_opset_without_blocks_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"opset 20 has no .*\(block_size\): choose opset 21"
+    ):
+        lower(block("int4").graph, PROFILES["portable"], 20)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> moec.CompiledModel:
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = Loop()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.moe(x)
+
+    rows = ({0: torch.export.Dim("T", min=0)},)
+    x = torch.randn(5, WIDTH)
+    return moec.compile(Block().eval(), (x,), dynamic_shapes=rows, build=False, quant="int8")
+
+
+def test_the_door(compiled: moec.CompiledModel, tmp_path: Path) -> None:
+    made = compiled.export_onnx(tmp_path / "m.onnx", "portable")
+    assert made.quant == "int8"
+    assert made.errors["output"] <= made.tolerance == EXACT_ROWS
+    assert 0 < made.moved[0].error < 0.02
+    assert made.parity == {"moe": 1.0}
+
+
+def test_cuda_is_refused(compiled: moec.CompiledModel, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match='with ep="cuda" leave out quant, or choose ep="cpu"'):
+        compiled.export_onnx(tmp_path / "m.onnx", "cuda")
+
+
+@pytest.mark.parametrize("ep", ["cpu", "portable"])
+def test_a_wrong_scale_leaves_no_file(
+    compiled: moec.CompiledModel, ep: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    right = Encoding.scales
+    monkeypatch.setattr(Encoding, "scales", lambda *args: right(*args) * 1.1)
+    with pytest.raises(VerificationError, match="nothing was written: in ONNX Runtime output"):
+        compiled.export_onnx(tmp_path / "m.onnx", ep)
+    assert not list(tmp_path.iterdir())
