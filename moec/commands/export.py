@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import Tolerance, asked, model_options
+from moec.commands.options import Tolerance, asked, changing_options, model_options
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--moe", type=click.Choice(["auto", "op", "rows"]), default="auto", show_default=True,
-    help="MoE blocks as com.microsoft.MoE, as sorted rows with one MatMul per expert, or: "
-    "op for cuda where it fits, else rows, which are faster on a CPU.",
+    help="MoE blocks as com.microsoft.MoE (QMoE with --quant), or as sorted rows with one product "
+    "per expert. auto: op for cuda, and for cpu with --quant, where it fits; else rows.",
 )  # fmt: skip
 @click.option("--opset", type=int, help="18 to 25; default: the first with Attention, 23.")
 @model_options
+@changing_options
 @click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
     help="Greatest relative error against eager, or off.",
@@ -55,6 +56,10 @@ def command(
 
     The file is run in ONNX Runtime and compared with eager PyTorch on random inputs; where they
     differ, nothing is written and the exit code is 2.
+
+    --quant changes the model as it does for `moec compile`; the file is then compared with the
+    quantised weights in float32, and the report says how far those took the outputs. Approximate
+    passes (--passes, --calib, --budget) reach the file as they reach an artifact.
     """
     from moec.commands.shapes import explained
 
@@ -93,16 +98,20 @@ def render(made: Exported) -> str:
     each = f", {made.moe_nodes / blocks:.0f} for an MoE block" if blocks else ""
     rows.append(("nodes", f"{made.nodes}{each}"))
     for form, words in (
-        ("rows", "as sorted rows, one MatMul per expert and projection"),
-        ("op", "as com.microsoft.MoE"),
+        ("rows", "as sorted rows, one product per expert and projection"),
+        ("op", f"as com.microsoft.{'QMoE' if made.quant else 'MoE'}"),
     ):
         if form in forms:
             rows.append(("MoE blocks", f"{forms.count(form)} {words}"))
     for name, error in made.errors.items():
-        rows.append(("error", f"{name} {error:.1e}, allowed {made.tolerance:.0e}"))
+        against = f" of {made.quant} in float32" if made.quant else ""
+        rows.append(("error", f"{name} {error:.1e}{against}, allowed {made.tolerance:.0e}"))
+    for line in made.moved:
+        rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {made.quant}"))
     if made.parity:
         share = min(made.parity.values())
-        rows.append(("routing", f"{share:.2%} of the tokens chose eager's experts in each block"))
+        whose = "the quantised graph's" if made.quant else "eager's"
+        rows.append(("routing", f"{share:.2%} of the tokens chose {whose} experts in each block"))
     rows += [("note", note) for note in made.notes]
     lines = [f"{name:<10}  {text}" for name, text in rows]
     return "\n".join([*lines, f"wrote {made.path} ({made.bytes / 1e6:.1f} MB with its weights)"])

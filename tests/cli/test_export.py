@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec.codegen.onnx.export import Exported
 from moec.commands.export import render
+from moec.report import MovedLine
 
 FACTORY = """
 import torch
@@ -60,7 +62,7 @@ def test_writes_the_file_and_says_what_it_is(factory: str, tmp_path: Path) -> No
     out = tmp_path / "block.onnx"
     result = run(factory + "block", "-o", out, "--ep", "portable", "--opset", "21")
     assert result.exit_code == 0, result.stderr
-    assert "MoE blocks  1 as sorted rows, one MatMul per expert and projection\n" in result.stdout
+    assert "MoE blocks  1 as sorted rows, one product per expert and projection\n" in result.stdout
     assert "100.00% of the tokens chose eager's experts in each block\n" in result.stdout
     assert result.stdout.splitlines()[-1].startswith(f"wrote {out} (")
     assert onnx.load(out).opset_import[0].version == 21
@@ -73,6 +75,28 @@ def test_json_is_one_document(factory: str, tmp_path: Path) -> None:
     said = json.loads(run(factory + "block", "-o", out, "--json").stdout)
     assert (said["path"], said["ep"], said["opset"]) == (str(out), "cpu", 23)
     assert said["forms"] == {"(whole model)": "rows"}
+
+
+def test_changed_models_reach_the_file(factory: str, tmp_path: Path) -> None:
+    """Half of the experts pruned, the others in eight bits; compared with what that means."""
+    out, calib = tmp_path / "block.onnx", tmp_path / "calib.npz"
+    np.savez(calib, x=np.random.default_rng(0).standard_normal((64, 8), dtype=np.float32))
+    result = run(
+        factory + "block", "-o", out, "-q", "--json", "--ep", "portable", "--quant", "int8",
+        "--passes", "+prune-experts(keep=0.5,by=reap)", "--calib", calib,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["quant"] == "int8"
+    assert said["errors"]["output"] <= said["tolerance"]
+    kinds = [node.op_type for node in onnx.load(out).graph.node]
+    assert kinds.count("DequantizeLinear") == 2
+
+
+def test_a_budget_needs_a_pass_that_it_is_for(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "block", "-o", tmp_path / "o.onnx", "-q", "--budget", "error<=0.1")
+    assert result.exit_code == 1
+    assert "--budget is for passes that change the model, and none was asked for" in result.stderr
 
 
 def test_what_has_no_form_is_said_and_nothing_written(factory: str, tmp_path: Path) -> None:
@@ -103,6 +127,27 @@ def test_an_existing_file_stays(tmp_path: Path) -> None:
     result = run("model", "-o", out)
     assert f"{out} exists; --force replaces it" in result.stderr
     assert out.read_text() == "mine"
+
+
+def test_report_of_few_bits(golden: Callable[[str], None]) -> None:
+    golden(
+        render(
+            Exported(
+                path="model.onnx",
+                ep="cpu",
+                opset=23,
+                nodes=86,
+                moe_nodes=20,
+                bytes=12_345_678,
+                forms={"layers.0.moe": "op", "layers.1.moe": "op"},
+                errors={"logits": 3.2e-3},
+                tolerance=3e-2,
+                parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
+                quant="int4:32",
+                moved=(MovedLine("logits", 0.0312, 2, 40),),
+            )
+        )
+    )
 
 
 def test_report(golden: Callable[[str], None]) -> None:
