@@ -46,6 +46,11 @@ def grouped_quantised(c: Call) -> str:
     return by_expert(c, parts, rows, "f32", widths, write(w, parts))
 
 
+@build("nn.quantised_linear")
+def quantised_linear(c: Call) -> str:
+    raise NoMatch("linears=… and head=… of quant have no ONNX form: quantise the experts alone")
+
+
 def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
     stored = _Stored(w, parts)
     code, width = stored.encoding, stored.width

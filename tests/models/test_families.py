@@ -14,7 +14,7 @@ from moec.codegen.onnx.session import open_session, runner
 from moec.ir import Stage
 from moec.passes.runner import run
 from moec.pipeline import quantising
-from moec.quantisation import parse
+from moec.quantisation import parse_parts
 from moec.quantised import quantised_lines
 from tests.models.families import FAMILIES
 
@@ -109,7 +109,7 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
 def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> None:
     """int8 and int4 for each ep: the door compares with the quantised weights in float32."""
     for text in ("int8", "int4"):
-        steps = run(model.steps[-1].program, quantising(parse(text)), stage=Stage.GROUPED)
+        steps = run(model.steps[-1].program, quantising(parse_parts(text)), stage=Stage.GROUPED)
         few = replace(model, steps=(*model.steps, steps[-1]))
         few = replace(few, quantised=quantised_lines(few.steps))
         for ep in ("cpu", "portable"):

@@ -173,6 +173,13 @@ def test_an_opset_without_blocks_is_refused() -> None:
         lower(block("int4").graph, PROFILES["portable"], 20)
 
 
+def test_layers_that_are_no_experts_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(32, 32)
+    made = moec.compile(model, (torch.randn(2, 32),), build=False, quant="linears=int8,head=int8")
+    with pytest.raises(UnsupportedError, match="have no ONNX form: quantise the experts alone"):
+        made.export_onnx(tmp_path / "m.onnx")
+
+
 @pytest.fixture(scope="module")
 def compiled() -> moec.CompiledModel:
     torch.manual_seed(0)
