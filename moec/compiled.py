@@ -209,6 +209,7 @@ class CompiledModel:
         opset: int | None = None,
         *,
         moe: str = "auto",
+        cache: bool | None = None,
         verify: bool | float = True,
         progress: Callable[[str], None] = lambda phase: None,
     ) -> Exported:
@@ -218,9 +219,16 @@ class CompiledModel:
         alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one product per expert
         and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts) or "auto": what
         was measured to be faster, the operator for "cuda" and for quantised experts on a CPU,
-        where it can express the block, else rows. The file is run in ONNX Runtime and compared
-        with eager before it gets its name, or with the quantised weights in float32; `verify` is
-        that of `moec.compile`. Nothing needs to be built (`build=False`).
+        where it can express the block, else rows.
+
+        `cache` makes a file that takes the keys and values before and gives those after (inputs
+        attention_mask and past_key_values.N.key and .value, outputs present.N.key and .value; see
+        `moec.passes.incremental.past`), for texts of any lengths, padded anywhere. Left out, it is
+        what a model that continues text becomes where it can, and the report says where not.
+
+        The file is run in ONNX Runtime and compared with eager before it gets its name, or with
+        the quantised weights in float32; `verify` is that of `moec.compile`. Nothing needs to be
+        built (`build=False`).
 
         Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
         TargetError for an `ep` that is unknown or does not compute in the model's dtype, and
@@ -231,8 +239,9 @@ class CompiledModel:
         wanted = verify is not False
         limit = tolerance(verify)
         return export(
-            self, path, ep, opset, moe=moe, tolerance=limit, verify=wanted, progress=progress
-        )
+            self, path, ep, opset, moe=moe, cache=cache, tolerance=limit, verify=wanted,
+            progress=progress,
+        )  # fmt: skip
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; none where there is no example, or it cannot run here."""

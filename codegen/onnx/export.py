@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 
 from moec import check as checking
 from moec.closeness import computed_dtypes
-from moec.codegen.onnx import file
+from moec.codegen.onnx import file, past
 from moec.codegen.onnx.lower import MOE_FORMS, Lowered, lower
 from moec.codegen.onnx.parity import routing_parity
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
@@ -37,7 +38,9 @@ class Exported:
     of each output against eager, and `parity` the share of tokens by block that chose the same
     experts; both are empty where the file was not run, and `notes` say why. Where `quant` names
     a format, both compare with the quantised weights in float32, and `moved` says how far each
-    output is from the unquantised model's.
+    output is from the unquantised model's. `caches` is how many layers take
+    their keys and values before and give those after; 0 where the file is the whole forward
+    alone.
     """
 
     path: str
@@ -53,6 +56,7 @@ class Exported:
     notes: tuple[str, ...] = ()
     quant: str = ""
     moved: tuple[MovedLine, ...] = ()
+    caches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,6 +69,7 @@ def export(
     opset: int | None = None,
     *,
     moe: str = "auto",
+    cache: bool | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     progress: Callable[[str], None] = lambda phase: None,
@@ -87,7 +92,8 @@ def export(
         step = compiled.steps[-1]
     check_dtypes(step.program.graph, profile)
     progress("lower")
-    lowered = lower(step.program.graph, profile, number, moe)
+    content = past.content(compiled, cache)
+    lowered = lower(content.program.graph, profile, number, moe)
     about = {
         "ep": ep,
         "version": version("moec"),
@@ -95,19 +101,23 @@ def export(
         "model": compiled.source.name,
         "passes": list(dict.fromkeys(s.name for s in compiled.steps[1:])),
         "moe": lowered.forms,
-        "sizes": {n: [b.low, b.high] for n, b in step.program.graph.bounds.items()},
+        "sizes": {n: [b.low, b.high] for n, b in lowered.graph.bounds.items()},
+        "caches": content.caches,
     }
     with tempfile.TemporaryDirectory(prefix=".moec-", dir=path.parent) as folder:
         # Under its final name, since the model holds the name of its data.
         draft = Path(folder) / path.name
         progress("write")
-        written = file.write(lowered, step.program.weights, draft, about)
+        written = file.write(lowered, content.program.weights, draft, about)
         progress("check")
         onnx.checker.check_model(str(draft), full_check=True)
-        made = Exported(str(path), ep, number, **asdict(written), forms=lowered.forms, quant=quant)
+        made = Exported(
+            str(path), ep, number, **asdict(written), forms=lowered.forms, quant=quant,
+            caches=content.caches, notes=content.notes,
+        )  # fmt: skip
         if verify:
             progress("run")
-            made = _compared(compiled, lowered, profile, draft, about, made, tolerance)
+            made = _compared(compiled, content, lowered, profile, draft, about, made, tolerance)
         _publish(draft, path)
     return made
 
@@ -147,6 +157,7 @@ def _check_example(compiled: CompiledModel, verify: bool) -> None:
 
 def _compared(
     compiled: CompiledModel,
+    content: past.Content,
     lowered: Lowered,
     profile: Profile,
     draft: Path,
@@ -160,19 +171,25 @@ def _compared(
     """
     if "bf16" in computed_dtypes(lowered.graph):
         note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
-        return replace(made, notes=(note,))
+        return replace(made, notes=(*made.notes, note))
+    captured, steps, program = compiled.captured, compiled.steps, content.program
     try:
-        checked = checking.check(
-            compiled.captured, runner(open_session(draft)), compiled.steps, tolerance
-        )
+        run, pieces = runner(open_session(draft)), None
+        if content.caches:
+            captured, steps = past.logits_alone(captured, steps)
+            pieces = (program.graph.outputs[0].name, partial(past.in_pieces, program, run))
+            run = past.at_once(program, run)
+        checked = checking.check(captured, run, steps, tolerance, pieces)
     except VerificationError as error:
         raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
     parity: dict[str, float] = {}
     if lowered.choices:
         traced = runner(open_session(draft, file.debug(lowered, draft, about)))
-        cases = checking.cases(compiled.captured)
-        parity = routing_parity(lowered, compiled.steps[-1].program, traced, cases)
-    notes = checked.skipped
+        cases = checking.cases(captured)
+        if content.caches:
+            cases = past.cases(program, [ids for (ids,) in cases])
+        parity = routing_parity(lowered, program, traced, cases)
+    notes = made.notes + checked.skipped
     if profile.name == "cuda":
         notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
     return replace(

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     help="MoE blocks as com.microsoft.MoE (QMoE with --quant), or as sorted rows with one product "
     "per expert. auto: op for cuda, and for cpu with --quant, where it fits; else rows.",
 )  # fmt: skip
+@click.option(
+    "--cache/--no-cache", default=None,
+    help="Whether the file takes the keys and values of the tokens before and gives those after; "
+    "default: where a model continues text and can.",
+)  # fmt: skip
 @click.option("--opset", type=int, help="18 to 25; default: the first with Attention, 23.")
 @model_options
 @changing_options
@@ -42,6 +47,7 @@ def command(
     output: Path | None,
     ep: str,
     moe: str,
+    cache: bool | None,
     opset: int | None,
     verify: float | bool,
     as_json: bool,
@@ -82,7 +88,7 @@ def command(
             progress=progress.phase,
         )
         made = compiled.export_onnx(
-            path, ep, opset, moe=moe, verify=verify, progress=progress.phase
+            path, ep, opset, moe=moe, cache=cache, verify=verify, progress=progress.phase
         )
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=1))
@@ -103,6 +109,8 @@ def render(made: Exported) -> str:
     ):
         if form in forms:
             rows.append(("MoE blocks", f"{forms.count(form)} {words}"))
+    if made.caches:
+        rows.append(("cache", f"keys and values of {made.caches} layers: past in, present out"))
     for name, error in made.errors.items():
         against = f" of {made.quant} in float32" if made.quant else ""
         rows.append(("error", f"{name} {error:.1e}{against}, allowed {made.tolerance:.0e}"))

@@ -18,10 +18,20 @@ from moec.errors import NoMatch
 from moec.ir import Graph, Program, Stage, Value
 from moec.passes.incremental.caching import FIRST, ROOM, with_caches
 from moec.passes.incremental.last import LAST, ROWS, last_only
+from moec.passes.incremental.past import with_past
 from moec.random_inputs import table_rows
 from moec.verify import verify
 
-__all__ = ["FIRST", "LAST", "ROOM", "ROWS", "continues_text", "incremental", "logits_of"]
+__all__ = [
+    "FIRST",
+    "LAST",
+    "ROOM",
+    "ROWS",
+    "continues_text",
+    "incremental",
+    "logits_of",
+    "past_and_present",
+]
 
 
 def continues_text(graph: Graph) -> bool:
@@ -37,6 +47,17 @@ def incremental(program: Program) -> Program:
     """The step of a program. Raises NoMatch, saying why, where tokens cannot come in pieces."""
     graph = program.graph
     made = last_only(with_caches(replace(graph, outputs=(logits_of(graph),))))
+    verify(made, Stage.GROUPED)
+    return Program(made, {param.name: program.weights[param.name] for param in made.params})
+
+
+def past_and_present(program: Program) -> Program:
+    """The program with the keys and values before as inputs (see `past`), logits of all tokens.
+
+    Raises NoMatch, saying why, where tokens cannot come in pieces.
+    """
+    graph = program.graph
+    made = with_past(replace(graph, outputs=(logits_of(graph),)))
     verify(made, Stage.GROUPED)
     return Program(made, {param.name: program.weights[param.name] for param in made.params})
 

@@ -19,7 +19,7 @@ from moec.errors import NoMatch
 from moec.ir import Graph, Op, Ref, State, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.incremental.emit import Emitter
-from moec.passes.incremental.pieces import Pieces, causal, rewrite_ops, tokens_of
+from moec.passes.incremental.pieces import Carry, Pieces, causal, rewrite_ops, tokens_of
 from moec.passes.rewrite import Builder, rebuild
 from moec.sizes import Bounds, normal, symbol
 
@@ -32,7 +32,7 @@ def with_caches(graph: Graph) -> Graph:
     tokens, batch, sequence = tokens_of(graph)
     builder = Builder(graph)
     first = Value(builder.fresh(FIRST), TensorType("i64", (batch,)))
-    carry = {
+    carry: dict[str, Carry] = {
         "nn.attention": partial(_attention, first),
         "aten.convolution.default": _convolution,
         "nn.linear_attention": _linear_attention,

@@ -24,14 +24,16 @@ class Emitter:
         dtype: str,
         shape: tuple[Dim, ...],
         attrs: Mapping[str, Attr],
+        named: str | None = None,
     ) -> Value:
+        """One op, named after its first input where no name is given."""
         (made,) = self.builder.emit(
             f"aten.{name}",
             inputs,
             [TensorType(dtype, shape)],
             like=self.like,
             attrs=attrs,
-            named=inputs[0].name if inputs else None,
+            named=named or (inputs[0].name if inputs else None),
         )
         return made
 

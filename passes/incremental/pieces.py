@@ -33,11 +33,15 @@ class Pieces:
     sequence: sympy.Symbol
     builder: Builder
     line: Callable[[Pieces, Op], Value]
-    carry: Mapping[str, Callable[[Pieces, Op], None]]
+    carry: Mapping[str, Carry]
     new: dict[Value, Value] = field(default_factory=dict)
     caches: list[tuple[Value, Value]] = field(default_factory=list)
     places: set[Value] = field(default_factory=set)
     shaped: dict[tuple[Value, tuple[object, ...]], Value] = field(default_factory=dict)
+
+
+Carry = Callable[[Pieces, Op], None]
+"""Rewrites an op where tokens meet."""
 
 
 def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
