@@ -1,20 +1,30 @@
-"""One file for ONNX Runtime: a module of your own, exported whole, run at any number of tokens.
+"""Files for ONNX Runtime: a module of your own at any number of tokens, and text from a model.
 
-The file is run and compared with eager before it gets its name; the report says how far apart they
-were, and what share of the tokens chose the same experts.
+Each file is run and compared with eager before it gets its name; the report says how far apart they
+were, and what share of the tokens chose the same experts. A language model's file takes the keys
+and values of the tokens before and gives those after, so that one file serves prompts and single
+tokens; the text is written by ONNX Runtime and numpy alone.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
+
+CHECKPOINT = Path(__file__).parent / "tiny_moe" / "checkpoint"
+PROMPTS = ["def read_lines(path):\n    ", "import", "for key, value in"]
+
+Array = np.ndarray[Any, Any]
 
 
 class Expert(nn.Module):
@@ -48,6 +58,35 @@ class Routed(nn.Module):
         return x + y
 
 
+def padded(prompts: list[list[int]]) -> tuple[Array, Array]:
+    """Token ids and mask [B, S]; the padding stands on the left, and is 0 in both."""
+    width = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def generate(session: Any, prompts: list[list[int]], tokens: int) -> Array:
+    """The likeliest tokens after each prompt, [B, tokens]."""
+    ids, mask = padded(prompts)
+    past = {
+        given.name: np.zeros((len(ids), given.shape[1], 0, given.shape[3]), np.float32)
+        for given in session.get_inputs()
+        if given.name.startswith("past_key_values.")
+    }
+    made = []
+    for _ in range(tokens):
+        feeds = {"input_ids": ids, "attention_mask": mask, **past}
+        logits, *present = session.run(None, feeds)
+        past = dict(zip(past, present, strict=True))
+        ids = logits[:, -1].argmax(-1)[:, None]
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        made.append(ids)
+    return np.concatenate(made, axis=1)
+
+
 torch.manual_seed(0)
 model = Routed(width=64, hidden=128, experts=8).eval()
 compiled = moec.compile(model, (torch.randn(33, 64),), build=False)
@@ -67,3 +106,18 @@ with tempfile.TemporaryDirectory() as folder:
                 (y,) = session.run(None, {"x": x.numpy()})
                 torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
 print("equal to eager for 1, 33 and 500 tokens")
+
+compiled = moec.compile(CHECKPOINT, dtype="float32", build=False)
+tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "tiny_moe.onnx"
+    made = compiled.export_onnx(path)
+    worst, share = max(made.errors.values()), min(made.parity.values())
+    print(f"tiny_moe: {made.nodes} nodes, error {worst:.1e}, {share:.0%} of the tokens agree")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    together = generate(session, prompts, tokens=24)
+    for prompt, tokens, text in zip(prompts, together, PROMPTS, strict=True):
+        assert np.array_equal(tokens, generate(session, [prompt], tokens=24)[0])
+        print(f"\n{text}{tokenizer.decode(tokens.tolist())}")

@@ -99,6 +99,13 @@ def test_a_budget_needs_a_pass_that_it_is_for(factory: str, tmp_path: Path) -> N
     assert "--budget is for passes that change the model, and none was asked for" in result.stderr
 
 
+def test_a_cache_that_cannot_be_is_refused(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "block", "-o", tmp_path / "out.onnx", "-q", "--cache")
+    assert result.exit_code == 1
+    assert "block cannot be exported with a cache: the model gives no logits" in result.stderr
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_what_has_no_form_is_said_and_nothing_written(factory: str, tmp_path: Path) -> None:
     result = run(factory + "folding", "-o", tmp_path / "out.onnx", "-q")
     assert result.exit_code == 1
@@ -161,6 +168,7 @@ def test_report(golden: Callable[[str], None]) -> None:
                 moe_nodes=100,
                 bytes=12_345_678,
                 forms={"layers.0.moe": "op", "layers.1.moe": "rows"},
+                caches=2,
                 errors={"logits": 3.2e-7},
                 tolerance=1e-4,
                 parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 import moec
 from moec.closeness import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
+from moec.codegen.onnx.past import Texts
 from moec.codegen.onnx.session import open_session, runner
 from moec.ir import Stage
+from moec.passes.incremental import past_and_present
 from moec.passes.runner import run
 from moec.pipeline import quantising
 from moec.quantisation import parse_parts
@@ -82,6 +85,8 @@ def test_float32(name: str, tmp_path: Path) -> None:
     exported(name, model, tmp_path)
     if name in TIER_1:
         exported_in_few_bits(name, model, tmp_path)
+    if name != "switch_transformers":  # its decoder also reads an encoder
+        exported_with_a_cache(name, model, tmp_path)
 
 
 TIER_1 = tuple(name for name in BLOCKS if name not in ("switch_transformers", "jetmoe", "llama4"))
@@ -93,7 +98,7 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
     kinds = [("cpu", "auto"), ("portable", "auto")] + [("cpu", "op")] * (name in OPERATOR)
     for ep, moe in kinds:
         path = folder / f"{ep}-{moe}.onnx"
-        made = model.export_onnx(path, ep, moe=moe)
+        made = model.export_onnx(path, ep, moe=moe, cache=False)
         assert set(made.parity.values()) == {1.0}
         if name != "jetmoe":  # there a block is two: its rows are sorted once
             assert list(made.forms.values()) == ["op" if moe == "op" else "rows"] * BLOCKS[name][0]
@@ -113,11 +118,28 @@ def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> 
         few = replace(model, steps=(*model.steps, steps[-1]))
         few = replace(few, quantised=quantised_lines(few.steps))
         for ep in ("cpu", "portable"):
-            made = few.export_onnx(folder / "few.onnx", ep)
+            made = few.export_onnx(folder / "few.onnx", ep, cache=False)
             assert made.quant == text
             assert set(made.forms.values()) == {"op" if ep == "cpu" else "rows"}
             assert 0 < max(made.errors.values()) <= made.tolerance == EXACT_ROWS
             assert 0 < made.moved[0].error < (0.03 if text == "int8" else 0.3)
+
+
+def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) -> None:
+    """A prompt and then token by token gives eager's numbers for the whole text; a file for CUDA
+    is valid, with all its shapes."""
+    path, limit = folder / "cache.onnx", TOLERANCES["f32"]
+    made = model.export_onnx(path, "cuda", cache=True)
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    made = model.export_onnx(path, "portable", cache=True)
+    assert (made.caches, set(made.parity.values())) == (2, {1.0})
+    texts = Texts(past_and_present(model.steps[-1].program), runner(open_session(path)), 2)
+    (ids,) = tensors(FAMILIES[name].inputs(2, 20))
+    pieces = [texts.feed(piece) for piece in ids.split([12, *[1] * 8], 1)]
+    (expected,) = model.captured.eager(ids)
+    assert distance(torch.cat(pieces, 1), expected) <= limit
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,54 @@
+"""Text through an ONNX file with its cache is Hugging Face's, token by token, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.codegen.onnx.past import Texts
+from moec.codegen.onnx.session import open_session, runner
+from moec.passes.incremental import past_and_present
+
+CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
+PROMPTS = [[5, 9, 12, 7, 33, 81, 4], [100], [640, 3, 77], [8, 20, 31, 150, 9, 11, 77, 500, 2]]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def tiny_moe() -> moec.CompiledModel:
+    return moec.compile(CHECKPOINT, dtype="float32", build=False)
+
+
+@pytest.mark.parametrize("ep", ["cpu", "portable"])
+def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_path: Path) -> None:
+    """Alone, and in a batch that is padded on the left."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    path = tmp_path / "model.onnx"
+    tiny_moe.export_onnx(path, ep)
+    run = runner(open_session(path))
+    program = past_and_present(tiny_moe.steps[-1].program)
+    width = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    lengths = torch.tensor(list(map(len, PROMPTS)))
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    alone = [(torch.tensor([p]), torch.ones(1, len(p), dtype=torch.int64)) for p in PROMPTS]
+    for ids, given in [*alone, (padded, mask)]:
+        with torch.no_grad():
+            expected = model.generate(
+                ids,
+                attention_mask=given,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[:, ids.shape[1] :]
+        texts = Texts(program, run, len(ids))
+        made = [texts.feed(ids, given)[:, -1:].argmax(-1)]
+        while len(made) < TOKENS:
+            made.append(texts.feed(made[-1])[:, -1:].argmax(-1))
+        assert torch.equal(torch.cat(made, 1), expected)
