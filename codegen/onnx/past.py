@@ -1,5 +1,11 @@
 """A file that takes the keys and values before and gives those after: what stands in it, and how
-it is run where it is compared with eager."""
+it is run where it is compared with eager.
+
+com.microsoft.GroupQueryAttention could hold the attention too, with what is seen as its
+attention_bias. It is not used: on a CPU (ONNX Runtime 1.31, one thread, 32 and 8 heads of 128) it
+took 1.05 to 1.2 times as long for one token after 128 and 1024, 1.25 times for a prompt of 128 and
+0.87 times for one of 512; and it refuses several tokens of several texts after a past.
+"""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
     logits = f(input_ids[B, S])
     ->  logits, present = g(input_ids[B, S], attention_mask[B, past + S], past_key_values)
 
-Pure, and under the names that files of Hugging Face models have: layer N takes
-`past_key_values.N.key` and `.value` [B, heads, past, width] and gives `present.N.key` and
-`.value` [B, heads, past + S, width]; `past` may be 0. attention_mask is 0 where a token is
-padding, before the text, behind it or amid it: a token stands where as many tokens of its own
-text stand before it, and sees those alone.
+Pure. The logits are those of all tokens, under the name that the model gives them; all else has
+the names that exporters of Hugging Face models use: layer N takes `past_key_values.N.key` and
+`.value` [B, heads, past, width] and gives `present.N.key` and `.value` [B, heads, past + S, width],
+and `past` may be 0. attention_mask is 1, and 0 where a token is padding: before the text, behind it
+or amid it. A token stands where as many tokens of its own text stand before it, and sees those.
 """
 
 from __future__ import annotations
