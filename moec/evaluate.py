@@ -11,6 +11,7 @@ from moec import aten
 from moec.errors import IRError
 from moec.ir import Graph, Op, Value
 from moec.ops import OPS
+from moec.ops.definition import Reference
 from moec.sizes import bind
 
 
@@ -32,10 +33,12 @@ def run_graph(
     tensors: Sequence[torch.Tensor],
     env: Mapping[str, int] | None = None,
     known: Mapping[Value, torch.Tensor] | None = None,
+    meanings: Mapping[str, Reference] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """As `evaluate`, with the params' tensors after the inputs'.
 
-    `env` binds named sizes from outside, `known` gives values that need not be computed.
+    `env` binds named sizes from outside, `known` gives values that need not be computed,
+    `meanings` says what some ops compute instead of what OPS says.
     """
     sizes = dict(env or {})
     values: dict[Value, torch.Tensor] = dict(known or {})
@@ -46,7 +49,7 @@ def run_graph(
     for index, op in enumerate(graph.ops):
         if all(output in values for output in op.outputs):
             continue
-        results = run_op(op, [values[v] for v in op.inputs], sizes)
+        results = run_op(op, [values[v] for v in op.inputs], sizes, meanings)
         for value, tensor in zip(op.outputs, results, strict=True):
             _learn(str(op), value, tensor, sizes)
             values[value] = tensor
@@ -58,11 +61,16 @@ def run_graph(
 
 
 def run_op(
-    op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]
+    op: Op,
+    tensors: Sequence[torch.Tensor],
+    sizes: Mapping[str, int],
+    meanings: Mapping[str, Reference] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of one op."""
-    definition = OPS.get(op.name)
-    if definition is None:
+    reference = (meanings or {}).get(op.name)
+    if reference is None and op.name in OPS:
+        reference = OPS[op.name].reference
+    if reference is None:
         return aten.call(op, tensors, sizes)
     attrs: dict[str, Any] = {
         name: aten.concrete(value, tensors, sizes) for name, value in op.attrs.items()
@@ -71,7 +79,7 @@ def run_op(
     def run(body: Graph, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return run_graph(body, arguments, {k: v for k, v in sizes.items() if k not in own(body)})
 
-    result = definition.reference(op, tensors, attrs, run)
+    result = reference(op, tensors, attrs, run)
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -34,6 +34,7 @@ _ROWWISE = frozenset(
         "aten.layer_norm.default",
         "nn.rms_norm",
         "aten.slice.Tensor",
+        "aten.split_with_sizes.default",
         "aten.cat.default",
         "aten.where.self",
     }

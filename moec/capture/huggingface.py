@@ -52,9 +52,10 @@ def _experts(
 ) -> torch.Tensor:
     graph = parse(body)
     total = torch.zeros_like(hidden)
+    slices = [p.unbind() for p in params]  # the gradient of a stack is then written once
     for expert in range(num_experts):
         token, slot = torch.where(top_k_index == expert)
-        rows = run_graph(graph, [hidden[token], *(p[expert] for p in params)])[0]
+        rows = run_graph(graph, [hidden[token], *(own[expert] for own in slices)])[0]
         weighted = rows * top_k_weights[token, slot, None]
         total.index_add_(0, token, weighted.to(total.dtype))
     return total

@@ -81,9 +81,11 @@ def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     """rows[R, D], ends[E], stacked params -> rows: the body over each expert's rows."""
     rows, ends, *stacks = tensors
     assert op.body is not None
+    # Unbound, the gradient of a stack is written once, and not once for each expert.
+    slices = [stack.unbind() for stack in stacks]
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):
-        parts.append(run(op.body, [rows[start:end], *(stack[expert] for stack in stacks)])[0])
+        parts.append(run(op.body, [rows[start:end], *(own[expert] for own in slices)])[0])
         start = end
     rest = rows.shape[0] - start
     parts.append(parts[0].new_zeros(rest, *parts[0].shape[1:]))

@@ -1,0 +1,169 @@
+"""Gradients over sorted rows are those of the ops' meaning, for any body and any routing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moec.evaluate import run_graph
+from moec.gradients import DIFFERENTIABLE
+from moec.ir import Graph, Program, Stage
+from moec.passes.expand_experts import ExpandExperts
+from moec.passes.runner import run
+from moec.text import parse
+
+E, K, D, H = 4, 2, 6, 5
+SHAPES = {"D": D, "H": H, "2H": 2 * H}
+# params of one expert by name, and the ops between its rows x and y
+BODIES: dict[str, tuple[str, str]] = {
+    "swiglu": (
+        "a[2H,D] b[D,H]",
+        "h[2H] = aten.linear.default(x, a)\n"
+        "g[H], u[H] = aten.split_with_sizes.default(h) <split_sizes=(5, 5), dim=-1>\n"
+        "s[H] = aten.silu.default(g)\n"
+        "p[H] = aten.mul.Tensor(s, u)\n"
+        "y[D] = aten.linear.default(p, b)",
+    ),
+    "gelu with biases": (
+        "a[H,D] c[H] b[D,H] d[D]",
+        "h[H] = aten.linear.default(x, a, c)\n"
+        "g[H] = aten.gelu.default(h)\n"
+        "y[D] = aten.linear.default(g, b, d)",
+    ),
+    "tanh gelu": (
+        "a[H,D] b[D,H]",
+        "h[H] = aten.linear.default(x, a)\n"
+        'g[H] = aten.gelu.default(h) <approximate="tanh">\n'
+        "y[D] = aten.linear.default(g, b)",
+    ),
+    "clamped, transposed": (  # gpt_oss
+        "a[D,2H] c[2H] b[H,D] d[D]",
+        "w[2H,D] = aten.permute.default(a) <dims=(1, 0)>\n"
+        "h[2H] = aten.linear.default(x, w, c)\n"
+        "g[H] = aten.slice.Tensor(h) <dim=-1, start=0, end=9223372036854775807, step=2>\n"
+        "u[H] = aten.slice.Tensor(h) <dim=-1, start=1, end=9223372036854775807, step=2>\n"
+        "gc[H] = aten.clamp.default(g) <max=0.7>\n"
+        "uc[H] = aten.clamp.default(u) <min=-0.7, max=0.7>\n"
+        "z[H] = aten.mul.Tensor(gc) <other=1.702>\n"
+        "s[H] = aten.sigmoid.default(z)\n"
+        "gs[H] = aten.mul.Tensor(gc, s)\n"
+        "up[H] = aten.add.Tensor(uc) <other=1>\n"
+        "p[H] = aten.mul.Tensor(up, gs)\n"
+        "v[D,H] = aten.permute.default(b) <dims=(1, 0)>\n"
+        "y[D] = aten.linear.default(p, v, d)",
+    ),
+}
+
+
+def typed(text: str, rows: str) -> str:
+    name, _, shape = text.strip().rstrip("]").partition("[")
+    dims = [str(SHAPES[d]) for d in shape.split(",")]
+    return f"{name}: f32[{', '.join([rows, *dims] if rows else dims)}]"
+
+
+@cache
+def graphs(name: str, weighted: bool) -> tuple[Graph, Graph]:
+    """A block of given choices, as recognised and with its bodies over all rows."""
+    params, ops = BODIES[name]
+    stacks = ", ".join(typed(p, str(E)) for p in params.split())
+    lines = []
+    for line in ops.splitlines():
+        made, _, call = line.partition(" = ")
+        # x's own sizes are free; those of weights, two of them, are not
+        parts = made.replace("],", "];").split(";")
+        weight = "," in parts[0]
+        lines.append(", ".join(typed(p, "" if weight else "R") for p in parts) + " = " + call)
+    body = "\n      ".join(lines)
+    of_one = ", ".join(typed(p, "") for p in params.split())
+    names = ", ".join(p.partition("[")[0] for p in params.split())
+    given = "weights: f32[T, 2], " if weighted else ""
+    graph = parse(
+        f"""graph main({given}rows_in: f32[T, 6], experts: i64[T, 2]; {stacks}) {{
+  size T in [0, inf]
+  rows: f32[2*T, 6], order: i32[2*T], ends: i32[4] = moe.dispatch(rows_in, experts) <num_experts=4>
+  out: f32[2*T, 6] = moe.experts(rows, ends, {names}) {{
+    graph main(x: f32[R, 6]; {of_one}) {{
+      {body}
+      return y
+    }}
+  }}
+  z: f32[T, 6] = moe.combine(out, order{", weights" if weighted else ""}) """
+        f"""<k=2, tokens={{T}}, dtype=f32{", weighted=true" if weighted else ""}>
+  return z
+}}
+"""
+    )
+    expanded = run(Program(graph, {}), (ExpandExperts(),), stage=Stage.MOE)[-1].program.graph
+    assert all(op.name != "moe.experts" for op in expanded.ops)
+    return graph, expanded
+
+
+def tensors(name: str, weighted: bool, experts: torch.Tensor) -> list[torch.Tensor]:
+    params = [p.rstrip("]").partition("[")[2].split(",") for p in BODIES[name][0].split()]
+    tokens = len(experts)
+    given = [torch.randn(tokens, K)] if weighted else []
+    stacks = [torch.randn(E, *(SHAPES[d] for d in dims)) for dims in params]
+    return [*given, torch.randn(tokens, D), experts, *stacks]
+
+
+def gradients(graph: Graph, given: list[torch.Tensor], grad: torch.Tensor, **how: object) -> list:
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in given]
+    (y,) = run_graph(graph, leaves, **how)  # type: ignore[arg-type]
+    floats = [leaf for leaf in leaves if leaf.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, floats, grad, materialize_grads=True)]
+
+
+def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
+    graph, expanded = graphs(name, weighted)
+    given = tensors(name, weighted, experts)
+    grad = torch.randn(len(experts), D)
+    wanted = gradients(graph, given, grad)
+    for mine, theirs in zip(
+        gradients(expanded, given, grad, meanings=DIFFERENTIABLE), wanted, strict=True
+    ):
+        # float32 sums of at most some dozen products of order 1, in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    name=st.sampled_from(list(BODIES)),
+    weighted=st.booleans(),
+    tokens=st.integers(0, 12),
+)
+def test_any_routing(data: st.DataObject, name: str, weighted: bool, tokens: int) -> None:
+    """Experts that nobody chose, all tokens on one, twice the same, and ids of nobody (4)."""
+    ids = data.draw(st.sampled_from([st.integers(0, 4), st.integers(0, 3), st.just(2), st.just(4)]))
+    flat = data.draw(st.lists(ids, min_size=K * tokens, max_size=K * tokens))
+    check(name, weighted, torch.tensor(flat, dtype=torch.int64).reshape(tokens, K))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_they_are_the_same_each_time(name: str) -> None:
+    _, expanded = graphs(name, True)
+    given = tensors(name, True, torch.randint(0, E, (40, K)))
+    grad = torch.randn(40, D)
+    first, second = (gradients(expanded, given, grad, meanings=DIFFERENTIABLE) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_gradient_of_a_transposed_stack_lies_as_the_stack_does() -> None:
+    name = "clamped, transposed"
+    _, expanded = graphs(name, True)
+    given = tensors(name, True, torch.randint(0, E, (7, K)))
+    made = gradients(expanded, given, torch.randn(7, D), meanings=DIFFERENTIABLE)
+    assert all(gradient.is_contiguous() for gradient in made)
+
+
+def test_the_meaning_itself_writes_the_gradient_of_a_stack_once() -> None:
+    """And not once for each expert, as the gradient of `stack[expert]` would be."""
+    graph, _ = graphs("tanh gelu", True)
+    given = tensors("tanh gelu", True, torch.randint(0, E, (3, K)))
+    with torch.profiler.profile() as profile:
+        gradients(graph, given, torch.randn(3, D))
+    assert "UnbindBackward0" in {event.key for event in profile.key_averages()}
