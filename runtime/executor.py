@@ -149,9 +149,18 @@ class Executor:
             own = replace(own, inputs=(*own.inputs, *self._routers().outputs))
             inputs = {**inputs, **choices}
         check_inputs(own, inputs)
+        return self._checked(function, params, [inputs[port.name] for port in own.inputs])
+
+    def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """As a call, for inputs in the order of the package's that were checked before."""
+        return self._checked(self._main, self._params, inputs)
+
+    def _checked(
+        self, function: Any, params: Sequence[Any], inputs: Sequence[Any]
+    ) -> dict[str, Any]:
         torch = sys.modules.get("torch")
-        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs.values())
-        taken = [_take(inputs[port.name], torch) for port in own.inputs]
+        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs)
+        taken = [_take(value, torch) for value in inputs]
         with self._lock:
             made = function(*taken, *self._states, *params)
             results = [made] if hasattr(made, "data_ptr") else list(made)

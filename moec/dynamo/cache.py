@@ -3,14 +3,17 @@
 The key is the SHA-256 of all that the code depends on: the region's graph with its types, the
 passes, the target and the versions. Reading an entry checks the hashes of its parts, as for
 every artifact; a damaged or foreign one is compiled anew and replaced. The folder is for its
-owner alone, since entries are native code.
+owner alone, since entries are native code. When it has grown beyond $MOEC_CACHE_SIZE, those
+entries go that were not used for longest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +28,21 @@ def default_folder() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "moec" / "blocks"
+
+
+def limit() -> int:
+    """The bytes that the folder may hold: $MOEC_CACHE_SIZE, in GiB, or 2 GiB.
+
+    Raises UsageError for what is no positive number.
+    """
+    given = os.environ.get("MOEC_CACHE_SIZE") or "2"
+    try:
+        size = float(given)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UsageError(f"MOEC_CACHE_SIZE is {given!r}: give GiB, a number such as 0.5 or 4")
+    return int(size * 2**30)
 
 
 def key_of(*parts: object) -> str:
@@ -46,6 +64,8 @@ def load(folder: Path | None, key: str) -> Package | None:
     if found.manifest.extra.get("key") != key:
         return None
     package = found.package
+    with suppress(OSError):
+        os.utime(path)  # used last
     count = int(found.manifest.extra["inputs"])
     return replace(package, inputs=package.inputs[:count], params=package.inputs[count:])
 
@@ -53,10 +73,12 @@ def load(folder: Path | None, key: str) -> Package | None:
 def store(folder: Path | None, key: str, package: Package, graph_text: str) -> None:
     """Keep a package under a key; its weights are the model's, and stay there.
 
-    Raises UsageError where the folder cannot be written, or is not the user's alone.
+    Raises UsageError where the folder cannot be written, is not the user's alone, or has a limit
+    that is no size.
     """
     if folder is None:
         return
+    most = limit()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +94,24 @@ def store(folder: Path | None, key: str, package: Package, graph_text: str) -> N
     path = folder / f"{key}.moec"
     artifact.write(bare, path, graph_text=graph_text, extra=extra)
     path.chmod(0o600)
+    _shrink(folder, most, path)
+
+
+def _shrink(folder: Path, most: int, newest: Path) -> None:
+    """Remove entries, the one unused for longest first, until at most `most` bytes are left; the
+    newest stays whatever its size. Other processes may remove them as well."""
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.moec"):
+        with suppress(FileNotFoundError):
+            state = path.stat()
+            found.append((state.st_mtime, state.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= most:
+            return
+        if path != newest:
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def _private(path: Path) -> bool:

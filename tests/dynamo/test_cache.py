@@ -107,3 +107,34 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     with pytest.warns(FallbackWarning, match="is not yours alone.*chmod 700"):
         compile_once(cache=shared, strict=False)
     assert not list(shared.iterdir())
+
+
+def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = []
+    for level in range(3):
+        compile_once(opt_level=level)
+        (new,) = set(folder().iterdir()) - set(entries)
+        entries.append(new)
+    room = sum(entries[level].stat().st_size for level in (0, 2)) + 1000
+    entries[2].unlink()
+    for age, path in zip((30, 20), entries, strict=False):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    assert counts(compile_once(opt_level=0)) == (0, 1)  # the older of the two is used last
+    monkeypatch.setenv("MOEC_CACHE_SIZE", str(room / 2**30))
+    assert counts(compile_once(opt_level=2)) == (1, 0)
+    assert [path.exists() for path in entries] == [True, False, True]
+
+
+def test_an_entry_larger_than_the_limit_is_kept_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEC_CACHE_SIZE", "1e-6")
+    compile_once()
+    compile_once(opt_level=1)
+    assert len(list(folder().iterdir())) == 1
+    assert counts(compile_once(opt_level=1)) == (0, 1)
+
+
+@pytest.mark.parametrize("given", ["much", "-1", "0", "inf", "nan"])
+def test_a_limit_that_is_no_size(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("MOEC_CACHE_SIZE", given)
+    with pytest.warns(FallbackWarning, match=f"MOEC_CACHE_SIZE is '{given}': give GiB"):
+        compile_once(strict=False)
