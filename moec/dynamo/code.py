@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +25,7 @@ from moec.dynamo.regions import Region
 from moec.errors import NoMatch
 from moec.evaluate import evaluate
 from moec.ir import Graph, Op, Program, Stage, Value
+from moec.passes.expand_experts import ExpandExperts
 from moec.passes.prove import without_origins
 from moec.passes.runner import Step, run
 from moec.runtime.package import Package
@@ -34,14 +36,23 @@ from moec.text import print_graph
 class Code:
     """`graph` is the region in stage MOE; its inputs and params are the arguments of a call.
 
-    `folded` maps those params to the weights that the kernels read. `package` holds no arrays.
+    `expanded` is the same with the bodies of experts over all rows, for gradients. `folded` maps
+    those params to the weights that the kernels read. `package` holds no arrays.
     """
 
     key: str
     graph: Graph
+    expanded: Graph
     folded: Graph
     lowered: Lowered
     package: Package
+
+    @cached_property
+    def packing(self) -> str:
+        """Equal for codes that read the same arrays, such as those for other token counts."""
+        arrays = [(param.name, param.type) for param in self.lowered.params]
+        kernels = [kernel for _, kernel in self.package.kernels]
+        return cache.key_of(print_graph(self.folded), arrays, kernels, self.package.target)
 
     def arrays(self, weights: Sequence[torch.Tensor]) -> dict[str, Any]:
         """What the kernels read, packed from tensors in the order of the region's params; ids
@@ -79,7 +90,8 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
         made = replace(bare, library=library)
         RECORDER.add(code_compiled=1)
         cache.store(options.cache, key, made, print_graph(final.graph))
-    return Code(key, graph, _folded(steps, graph), lowered, made)
+    expanded = run(Program(graph, weights), (ExpandExperts(),), stage=Stage.MOE)[-1].program.graph
+    return Code(key, graph, expanded, _folded(steps, graph), lowered, made)
 
 
 def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:

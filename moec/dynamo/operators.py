@@ -9,7 +9,7 @@ A site is a place of a compiled graph: code, and the weights of one layer as the
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,32 +21,51 @@ from moec.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
 from moec.dynamo.record import RECORDER
 from moec.evaluate import run_graph
+from moec.gradients import DIFFERENTIABLE
+from moec.runtime.checks import check_inputs
 from moec.runtime.executor import Executor
 from moec.sizes import symbols
+
+
+@dataclass(eq=False)
+class Packed:
+    """Weights as kernels read them. The tensors that they were packed from are held, so that
+    their memory is not taken by others."""
+
+    arrays: Mapping[str, Any]
+    held: Sequence[torch.Tensor]
+
+
+PACKED: WeakValueDictionary[object, Packed] = WeakValueDictionary()
+"""By what was packed and how; they live as long as a site that runs with them."""
+_PACKING = threading.Lock()
 
 
 @dataclass(eq=False)
 class Site:
     """One block of one compiled graph, with its packed weights.
 
-    They are packed when it first runs, and again when a weight's version or memory differs. The
-    tensors that they were packed from are held, so that their memory is not taken by others.
+    They are packed when it first runs, and again when a weight's version or memory differs.
+    Sites of the same layer (for one token and for many, with gradients and without) share them.
     """
 
     name: str
     code: Code
     executor: Executor | None = None
     bound: tuple[object, ...] = ()
-    held: Sequence[torch.Tensor] = ()
+    packed: Packed | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(
         self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         executor = self._ready(params)
-        ports = self.code.package.inputs
-        given = {port.name: tensor for port, tensor in zip(ports, inputs, strict=True)}
-        (result,) = executor(given).values()
+        if self.code.package.index_ranges:  # what an input holds; its type Dynamo guards
+            check_inputs(
+                self.code.package,
+                {p.name: t for p, t in zip(self.code.package.inputs, inputs, strict=True)},
+            )
+        (result,) = executor.run(inputs).values()
         made: torch.Tensor = result
         return made
 
@@ -56,13 +75,12 @@ class Site:
             if self.executor is None or now != self.bound:
                 if self.executor is not None:
                     self._check(params, now)
-                arrays = self.code.arrays(params)
+                packed = _packed(self.code, params, now)
                 if self.executor is None:
-                    self.executor = Executor(replace(self.code.package, arrays=arrays))
+                    self.executor = Executor(replace(self.code.package, arrays=packed.arrays))
                 else:
-                    self.executor.bind(arrays)
-                self.bound, self.held = now, [param.detach() for param in params]
-                RECORDER.add(packs=1)
+                    self.executor.bind(packed.arrays)
+                self.bound, self.packed = now, packed
             return self.executor
 
     def _check(self, params: Sequence[torch.Tensor], now: tuple[object, ...]) -> None:
@@ -73,10 +91,11 @@ class Site:
                     "by what it held; compile again (torch._dynamo.reset())"
                 )
 
-    def reference(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The block in PyTorch, differentiable: the rows of each expert in turn."""
-        graph = self.code.graph
-        return run_graph(graph, tensors[: len(graph.inputs) + len(graph.params)])[0]
+    def differentiable(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The block in PyTorch, all rows at once."""
+        graph = self.code.expanded
+        given = tensors[: len(graph.inputs) + len(graph.params)]
+        return run_graph(graph, given, meanings=DIFFERENTIABLE)[0]
 
     def result(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """An empty tensor such as a call gives; the sizes may be symbols."""
@@ -88,6 +107,17 @@ class Site:
         (y,) = self.code.graph.outputs
         shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in y.shape]
         return inputs[0].new_empty(shape, dtype=TORCH_DTYPES[y.dtype])
+
+
+def _packed(code: Code, params: Sequence[torch.Tensor], now: tuple[object, ...]) -> Packed:
+    key = (code.packing, now)
+    with _PACKING:
+        found = PACKED.get(key)
+        if found is None:
+            found = Packed(code.arrays(params), [param.detach() for param in params])
+            PACKED[key] = found
+            RECORDER.add(packs=1)
+    return found
 
 
 def _size(dim: Any, sizes: dict[str, Any]) -> Any:
@@ -144,14 +174,20 @@ def block_backward(
     ]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     with autograd_inside():
-        y = SITES[site].reference(tensors)
+        y = SITES[site].differentiable(tensors)
         grads = torch.autograd.grad(y, wanted, grad, materialize_grads=True)
-    return [_own(made) for made in grads]
+    taken = {tensor.untyped_storage().data_ptr() for tensor in (grad, *tensors)}
+    return [_own(made, taken) for made in grads]
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """In memory of its own, as the results of an operator must be."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """In memory that is not `taken`, as the results of an operator must be; it is then."""
+    place = tensor.untyped_storage().data_ptr()
+    if place in taken or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        place = tensor.untyped_storage().data_ptr()
+    taken.add(place)
+    return tensor
 
 
 @block_backward.register_fake

@@ -9,7 +9,7 @@ become one `copy_` each, at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -98,6 +98,8 @@ def _plain(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
         elif name == "aten.alias.default" and _detaches(node):
             node.target = torch.ops.aten.detach.default
+        elif name == "aten.copy.default":
+            _written_over(node)
         elif name.startswith("aten.to."):
             source, wanted = node.args[0], node.meta["val"]
             given = source.meta["val"]
@@ -114,6 +116,21 @@ def _plain(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _written_over(node: fx.Node) -> None:
+    """`a.copy_(b)`, once functional, has no gradient in PyTorch: b in the shape and dtype of a."""
+    made, source = node.meta["val"], cast(fx.Node, node.args[1])
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(torch.ops.aten.expand_as.default, (source, node.args[0]))
+        new.meta = {**node.meta, "val": source.meta["val"].expand_as(made)}
+        if source.meta["val"].dtype != made.dtype:
+            new = node.graph.call_function(
+                torch.ops.aten._to_copy.default, (new,), {"dtype": made.dtype}
+            )
+            new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _fake(mode: FakeTensorMode, context: TracingContext, given: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moec
 from moec.dynamo import FallbackWarning
 from tests.dynamo.modules import Gathered, Listed, Masked, Model
+from tests.dynamo.test_families import one_layer
 from tests.models.families import FAMILIES
 
 
@@ -132,6 +133,29 @@ def test_a_backward_of_ones_own_is_kept() -> None:
     with pytest.warns(FallbackWarning, match="has a backward of its own"):
         mine = gradients(compiled(model, strict=False), model, x)[0]
     torch.testing.assert_close(mine, theirs)
+
+
+# A shared expert, biases and clamps, softmax and sigmoid routers in groups; the others' bodies
+# are in tests/ir/test_gradients.py.
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_gradients_of_families(name: str) -> None:
+    family = one_layer(name)
+    model, eager = moec.prepare(family.build()), family.build()
+    run = compiled(model)
+    for length in (7, 4):
+        given = family.inputs(2, length)
+        for which, forward in ((model, run), (eager, eager)):
+            which.zero_grad()
+            forward(**given, labels=given["input_ids"]).loss.backward()
+        pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
+        for (where, mine), theirs in pairs:
+            if theirs.grad is not None:
+                # float32 sums of some dozen terms in another order, through one layer and a head
+                torch.testing.assert_close(
+                    mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
+                )
+    assert moec.stats().blocks > 0
+    assert moec.stats().fallbacks == ()
 
 
 def test_experts_of_a_prepared_model_learn_without_the_backend() -> None:
