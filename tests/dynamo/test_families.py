@@ -13,7 +13,7 @@ from torch import nn
 import moec
 from moec.dynamo import FallbackWarning
 from moec.errors import UsageError
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, Family
 
 TIER_1 = (
     "mixtral",
@@ -28,6 +28,13 @@ TIER_1 = (
 )
 
 
+def one_layer(name: str) -> Family:
+    """The family with one MoE layer."""
+    family = FAMILIES[name]
+    dense = family.fields.get("first_k_dense_replace", 0)
+    return replace(family, fields={**family.fields, "num_hidden_layers": dense + 1})
+
+
 def compiled(model: Any) -> Any:
     return torch.compile(
         model, backend="moec", dynamic=True, options={"rest": "eager", "strict": True}
@@ -36,9 +43,7 @@ def compiled(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", TIER_1)
 def test_logits(name: str) -> None:
-    family = FAMILIES[name]
-    dense = family.fields.get("first_k_dense_replace", 0)
-    family = replace(family, fields={**family.fields, "num_hidden_layers": dense + 1})
+    family = one_layer(name)
     eager = family.build()
     run = compiled(moec.prepare(family.build()))
     # Otherwise dynamic=True makes symbols of the model's floats, and Dynamo captures twice.
@@ -53,6 +58,21 @@ def test_logits(name: str) -> None:
             )
     found = moec.stats()
     assert (found.compilations, found.blocks, found.fallbacks) == (1, 1, ())
+
+
+def test_logits_where_inductor_takes_the_rest() -> None:
+    family = one_layer("qwen3_moe")
+    eager = family.build()
+    run = torch.compile(
+        moec.prepare(family.build()), backend="moec", dynamic=True, options={"strict": True}
+    )
+    with torch.no_grad():
+        for batch, length in ((2, 7), (3, 5)):
+            given = family.inputs(batch, length, seed=length)
+            torch.testing.assert_close(
+                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+            )
+    assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
 
 
 def test_generation(tiny_moe: Path) -> None:

@@ -221,20 +221,59 @@ def test_inductor_takes_the_rest() -> None:
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
 
 
-def test_a_loop_over_chosen_tokens_where_dynamo_captures_it() -> None:
-    class Looped(Listed):
-        def forward(self, x: Tensor) -> Tensor:
-            weights, chosen = self.router(x).softmax(-1).topk(2, -1)
-            y = torch.zeros_like(x)
-            for index, expert in enumerate(self.experts):
-                token, slot = torch.where(chosen == index)
-                y = y.index_add(0, token, expert(x[token]) * weights[token, slot, None])
-            return y
+class Looped(Listed):
+    """Each expert asks which tokens chose it."""
 
-    model = Looped().eval()
-    run = compiled(model)
-    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == index)
+            y = y.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+@pytest.mark.parametrize("how", ["prepared", "setting", "fullgraph"])
+def test_a_loop_over_chosen_tokens_where_dynamo_captures_it(how: str) -> None:
+    model, eager = Looped().eval(), Looped().eval()
+    eager.load_state_dict(model.state_dict())
+    capture = "capture_dynamic_output_shape_ops"
+    if how != "setting":
+        moec.prepare(moec.prepare(model))
+    run = torch.compile(
+        model,
+        backend="moec",
+        dynamic=True,
+        fullgraph=how == "fullgraph",
+        options={"rest": "eager", "strict": True},
+    )
+    with torch.no_grad(), torch._dynamo.config.patch({capture: how == "setting"}):
         for tokens in (5, 9):
             x = torch.randn(tokens, 16)
-            torch.testing.assert_close(run(x), model(x), **CLOSE)
+            torch.testing.assert_close(run(x), eager(x), **CLOSE)
+        assert getattr(torch._dynamo.config, capture) is (how == "setting")
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
+
+
+def test_a_copy_of_a_prepared_model_is_a_model_of_its_own() -> None:
+    model = moec.prepare(Looped().eval())
+    other = copy.deepcopy(model)
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x))
+        other.router.weight.zero_()
+        assert not torch.equal(other(x), model(x))
+
+
+def test_graphs_of_one_layer_share_its_packed_weights() -> None:
+    model = Listed().eval()
+    run = compiled(model)
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        run(x)
+        torch.testing.assert_close(run(x[:1]), model(x[:1]), **CLOSE)  # Dynamo sets 1 apart
+        model.router.weight.mul_(-1)
+        for rows in (x, x[:1]):
+            torch.testing.assert_close(run(rows), model(rows), **CLOSE)
+    found = moec.stats()
+    assert (found.compilations, found.packs) == (2, 2)
