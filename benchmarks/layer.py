@@ -70,25 +70,26 @@ def block(dtype: torch.dtype, normalised: bool = False) -> OlmoeSparseMoeBlock:
     return made
 
 
+def way(layer: OlmoeSparseMoeBlock, implementation: str) -> OlmoeSparseMoeBlock:
+    """The same weights under a config of their own, which names one of transformers' ways."""
+    twin = copy.copy(layer)
+    twin._modules = dict(layer._modules)
+    experts = copy.copy(layer.experts)
+    experts.config = copy.deepcopy(layer.experts.config)
+    experts.config._experts_implementation = implementation
+    twin._modules["experts"] = experts
+    return twin
+
+
 def contenders(layer: OlmoeSparseMoeBlock, inductor: bool) -> list[Contender]:
     """moec first. Each of transformers' ways has the same weights under a config of its own."""
     x = torch.randn(1, 7, D, dtype=next(layer.parameters()).dtype)
     found = [Contender("moec", moec.compile(layer, (x,)))]
-
-    def way(implementation: str) -> OlmoeSparseMoeBlock:
-        twin = copy.copy(layer)
-        twin._modules = dict(layer._modules)
-        experts = copy.copy(layer.experts)
-        experts.config = copy.deepcopy(layer.experts.config)
-        experts.config._experts_implementation = implementation
-        twin._modules["experts"] = experts
-        return twin
-
-    found += [Contender("eager", way("eager")), Contender("grouped_mm", way("grouped_mm"))]
+    found += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
     # It copies each token's weights: a way for one token, absurd for many.
-    found += [Contender("batched_mm", way("batched_mm"), most_tokens=8)]
+    found += [Contender("batched_mm", way(layer, "batched_mm"), most_tokens=8)]
     if inductor:
-        found += [Contender("inductor", torch.compile(way("grouped_mm"), dynamic=False))]
+        found += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
     return found
 
 

@@ -1,0 +1,134 @@
+"""One MoE layer of OLMoE's shape behind torch.compile: moec's backend beside Inductor alone.
+
+    python benchmarks/torch_compile.py [--tokens 1,64,512] [--dtype bfloat16] [--rounds 15]
+    python benchmarks/torch_compile.py --train [--tokens 64,512] [--rounds 5]
+
+Inference compares the artifact of `moec.compile`, `torch.compile(backend="moec")` with either
+rest, and Inductor alone on transformers' grouped_mm, which it can capture. Training times forward
+and backward together; eager's own experts are a loop. All run in one process, in turn, on the
+same weights. Printed are medians in milliseconds, then how many times moec's the others take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from moec.runtime.threads import set_threads
+
+THREADS = set_threads()
+
+import torch  # noqa: E402
+from layer import DTYPES, TOLERANCES, D, E, H, K, block, way  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import moec  # noqa: E402
+import moec.dynamo  # noqa: E402
+from moec.bench.limits import timed  # noqa: E402
+from moec.closeness import strays  # noqa: E402
+
+MOEC = "moec"
+Run = Callable[[Tensor], Tensor]
+
+
+def compiled(layer: nn.Module, rest: str) -> Run:
+    moec.prepare(layer)
+    options = {"rest": rest, "strict": True}
+    return torch.compile(layer, backend="moec", dynamic=True, options=options)
+
+
+def trained(run: Run, layer: nn.Module) -> Run:
+    """Forward and backward, from gradients that are None, as an optimiser leaves them."""
+
+    def step(x: Tensor) -> Tensor:
+        layer.zero_grad(set_to_none=True)
+        y = run(x.detach().requires_grad_())
+        y.backward(torch.ones_like(y))
+        return y.detach()
+
+    return step
+
+
+def contenders(layer: nn.Module, names: list[str], train: bool) -> dict[str, tuple[Run, nn.Module]]:
+    """By name, what runs and the module whose gradients it makes. All share their weights."""
+    made: dict[str, tuple[Run, nn.Module]] = {}
+    for name in names:
+        if name == "artifact":
+            x = torch.randn(1, 7, D, dtype=next(layer.parameters()).dtype)
+            made[name] = (moec.compile(layer, (x,), verify=False), layer)
+        elif name.startswith(MOEC):
+            twin = way(layer, "eager")
+            made[name] = (compiled(twin, "eager" if name.endswith("eager") else "inductor"), twin)
+        elif name == "inductor":
+            twin = way(layer, "grouped_mm")
+            made[name] = (torch.compile(twin, dynamic=False), twin)
+        else:
+            twin = way(layer, name)
+            made[name] = (twin, twin)
+    if train:
+        return {name: (trained(run, own), own) for name, (run, own) in made.items()}
+    return made
+
+
+def compare(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
+    """The medians in seconds. Exits where results differ from those of the last contender."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    wanted = list(runs.values())[-1](x)
+    for name, run in runs.items():
+        astray, rows = strays(run(x)[0], wanted[0], TOLERANCES[dtype])
+        # In bf16 near ties among 64 scores send some tokens to other experts.
+        if astray > (rows // 4 + 1 if dtype == "bfloat16" else 0):
+            raise SystemExit(f"{name}: {astray} of {rows} rows differ")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
+            run(x)
+            times[name].append(timed(partial(run, x)))
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", default="")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--train", action="store_true", help="forward and backward")
+    parser.add_argument("--only", help="contenders, with commas between them")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    names = ["moec", "moec-eager", "artifact", "inductor"]
+    if options.train:
+        names = ["moec-eager", "inductor", "grouped_mm", "eager"]
+    names = options.only.split(",") if options.only else names
+    tokens = options.tokens or ("64,512" if options.train else "1,64,512")
+    what = "training" if options.train else "inference"
+    print(f"{Path(__file__).name}: {what}, {options.dtype}, D={D} H={H} E={E} k={K}")
+    print(f"torch {torch.__version__}, {THREADS} threads, load average {os.getloadavg()[0]:.1f}")
+    print("tokens" + "".join(f"{name:>16}" for name in names))
+    layer = block(DTYPES[options.dtype])
+    with torch.set_grad_enabled(options.train):
+        layer.requires_grad_(options.train)
+        made = contenders(layer, names, options.train)
+        for t in map(int, tokens.split(",")):
+            x = torch.randn(1, t, D).to(DTYPES[options.dtype])
+            runs = {name: run for name, (run, _) in made.items()}
+            found = compare(runs, x, options.rounds or (5 if options.train else 15))
+            cells = "".join(
+                f"{found[name] * 1e3:9.2f}{found[name] / found[names[0]]:6.2f}x" for name in names
+            )
+            print(f"{t:6}{cells}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
