@@ -135,9 +135,9 @@ def test_a_backward_of_ones_own_is_kept() -> None:
     torch.testing.assert_close(mine, theirs)
 
 
-# A shared expert, biases and clamps, softmax and sigmoid routers in groups; the others' bodies
+# Biases and clamps; a shared expert, a sigmoid router in groups. The bodies of the others
 # are in tests/ir/test_gradients.py.
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_gradients_of_families(name: str) -> None:
     family = one_layer(name)
     model, eager = moec.prepare(family.build()), family.build()
