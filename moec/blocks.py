@@ -7,6 +7,7 @@ from typing import cast
 
 from moec.ir import Graph, Op, Value
 from moec.ops.routing import Routing
+from moec.ops.zero_experts import KINDS
 from moec.sizes import product
 
 _ROUTERS = ("moe.route", "moe.gate")
@@ -32,7 +33,8 @@ class Block:
     `router` and `activation` are phrases, such as "softmax, top-2, renormalised" and "swiglu",
     or "custom"; `form` is how the source wrote the experts. `shared` says how a dense branch is
     added to the block's result, and is empty where none is; `kernel` names what runs the block,
-    and is empty until code is generated.
+    and is empty until code is generated. `zero` counts the experts without a network that tokens
+    may choose as well ("2 constant, 1 copy, 1 zero"); `experts` are those that have one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Block:
     active_parameters: int
     shared: str = ""
     kernel: str = ""
+    zero: str = ""
 
 
 def blocks(graph: Graph) -> tuple[Block, ...]:
@@ -72,7 +75,25 @@ def _block(graph: Graph, op: Op) -> Block:
         parameters=total,
         active_parameters=total * top_k // experts,
         shared=_shared(graph, combine) if combine is not None else "",
+        zero=_zero(graph, dispatch),
     )
+
+
+def _zero(graph: Graph, dispatch: Op) -> str:
+    """The experts without a network that are chosen among: "1 copy, 2 constant, 1 zero"."""
+    readers = graph.readers[dispatch.inputs[1]]
+    kinds = [
+        str(kind)
+        for op in readers
+        if op.name == "moe.zero_experts"
+        for kind in cast("tuple[str, ...]", op.attrs["kinds"])
+    ]
+    first = cast(int, dispatch.attrs["num_experts"])
+    route = graph.producers.get(dispatch.inputs[1])
+    if route is not None and route.name == "moe.route":
+        among = cast(int, route.inputs[0].shape[-1])
+        kinds += ["zero"] * (among - first - len(kinds))
+    return ", ".join(f"{n} {kind}" for kind in KINDS[::-1] if (n := kinds.count(kind)))
 
 
 def _router(graph: Graph, dispatch: Op) -> str:

@@ -3,7 +3,8 @@
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
 "row of r" is r itself, or, where the dispatch is folded in, the token order[r] // top_k: then
-the rows of x are read where they are and never copied. Rows that no expert owns become 0.
+the rows of x are read where they are and never copied. Rows that no expert owns become 0; with
+`cleared` false, where nobody reads them, they are left as they are.
 
 The threads share out (tile, expert) pairs, tiles outermost: whatever the routing, each thread
 gets every expert's rows for its share of the columns, so the load is even without any planning.
@@ -23,10 +24,14 @@ from moec.target import Target
 
 
 def grouped_linear(
-    target: Target, spec: LinearSpec, epilogue: Epilogue | None = None, name: str = "grouped"
+    target: Target,
+    spec: LinearSpec,
+    epilogue: Epilogue | None = None,
+    name: str = "grouped",
+    cleared: bool = True,
 ) -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n])."""
-    return _grouped(target, spec, epilogue, name, top_k=None, scale_dtype=None)
+    return _grouped(target, spec, epilogue, name, None, None, cleared)
 
 
 def gathered_linear(
@@ -36,13 +41,14 @@ def gathered_linear(
     epilogue: Epilogue | None = None,
     scale_dtype: str | None = None,
     name: str = "gathered",
+    cleared: bool = True,
 ) -> PrimFunc:
     """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
 
     With `scale_dtype`, scale[T, top_k] multiplies the row of x that its choice takes (the
     product is scaled before the bias is added, which is the same).
     """
-    return _grouped(target, spec, epilogue, name, top_k, scale_dtype)
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, cleared)
 
 
 def _grouped(
@@ -52,6 +58,7 @@ def _grouped(
     name: str,
     top_k: int | None,
     scale_dtype: str | None,
+    cleared: bool,
 ) -> PrimFunc:
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
@@ -83,8 +90,9 @@ def _grouped(
                 end = T.bind(T.cast(ends[e], "int64"))
                 with T.If(first < end), T.Then():
                     tile.rows(e, column, first, end - first)
-                with T.If(e == experts - 1), T.Then():
-                    tile.zero_rows(column, end, r - end)
+                if cleared:
+                    with T.If(e == experts - 1), T.Then():
+                        tile.zero_rows(column, end, r - end)
     return builder.get()
 
 

@@ -12,6 +12,7 @@ from moec.codegen.kernels import (
     routing,
     scans,
     sizes,
+    zero_experts,
 )
 from moec.codegen.kernels.table import KERNELS, has_kernel
 
@@ -27,6 +28,7 @@ FILLED_BY = (
     routing,
     scans,
     sizes,
+    zero_experts,
 )
 
 __all__ = ["KERNELS", "has_kernel"]

@@ -62,6 +62,19 @@ def linears_fit(op: Op, graph: Graph) -> bool:
     )
 
 
+def only_owned_rows_read(rows: Value, graph: Graph) -> bool:
+    """Whether all who read these rows leave out those behind the last end."""
+
+    def leaves_out(op: Op) -> bool:
+        if op.name == "moe.combine":
+            return op.inputs[0] is rows and _sorting(op.inputs[1], graph) is not None
+        if op.name == "grouped.linear":
+            return not op.attrs.get("gather") and linears_fit(op, graph)
+        return False
+
+    return rows not in graph.results and all(map(leaves_out, graph.readers.get(rows, ())))
+
+
 @kernel("grouped.linear", takes=linears_fit)
 def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedLinear.of(op)
@@ -83,13 +96,14 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     top_k = cast(int, op.attrs.get("gather", 0))
     scale = sc.STORED[parts.scale.dtype] if parts.scale is not None else None
     body = None if op.body is None else vector_body(op.body)
-    key = (spec, top_k, scale, None if body is None else body.text)
+    cleared = not only_owned_rows_read(out, low.graph)
+    key = (spec, top_k, scale, None if body is None else body.text, cleared)
 
     def make(name: str) -> PrimFunc:
         after = None if body is None else body.epilogue(low.target)
         if top_k:
-            return gathered_linear(low.target, spec, top_k, after, scale, name)
-        return grouped_linear(low.target, spec, after, name)
+            return gathered_linear(low.target, spec, top_k, after, scale, name, cleared)
+        return grouped_linear(low.target, spec, after, name, cleared)
 
     name = "gathered" if top_k else "grouped"
     function = low.function(key, name if body is None else f"{name}_{body.name}", make)

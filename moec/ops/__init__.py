@@ -2,7 +2,7 @@
 
 T tokens, E experts, k choices a token, D model width, H hidden width, R = k*T routed rows.
 Rows are the T*k choices sorted by expert (stable): row r is choice order[r] = t*k + s of
-token t, and expert e owns rows ends[e-1]..ends[e]. An id of E stands for "no expert": its
+token t, and expert e owns rows ends[e-1]..ends[e]. Ids from E on stand for "no expert": their
 rows come after ends[E-1], hold zeros, and add nothing.
 """
 
@@ -22,6 +22,7 @@ from moec.ops import (
     quantised_linear,
     rotary,
     size,
+    zero_experts,
 )
 from moec.ops.definition import OPS, OpDef
 
@@ -41,4 +42,5 @@ __all__ = [
     "quantised_linear",
     "rotary",
     "size",
+    "zero_experts",
 ]

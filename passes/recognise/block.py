@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
-from moec.aten import IR_DTYPES, TORCH_DTYPES
 from moec.ir import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.prove import Feed
 from moec.passes.recognise.body import Prepared, canonical
@@ -37,13 +34,23 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class Zero:
+    """Experts without a network, from `num_experts` on: the kinds of moe.zero_experts, and how
+    `mix` [C, 2, D] and `constants` [C, D] are made where some are constants."""
+
+    kinds: tuple[str, ...]
+    mix: Recipe | None = None
+    constants: Recipe | None = None
+
+
+@dataclass(frozen=True)
 class Proposal:
     """`output` is what `body` of the chosen experts makes of `x`, weighted and summed.
 
     `experts` and `weights` give [T, k]; weights of None mean 1. `stacks` are [E, ..], in the
     order of the body's params. `cut` and `feeds` say where the region begins and how to feed
-    it in the proof. `addend` is what the sum starts from, where that is not zero. `copies`: ids
-    of `num_experts` and more add the weighted row itself (else nothing).
+    it in the proof. `addend` is what the sum starts from, where that is not zero. `zero`: what
+    ids of `num_experts` and more add (else nothing).
     """
 
     form: str
@@ -60,7 +67,7 @@ class Proposal:
     input_side: bool = False
     capacity: Capacity | None = None
     addend: Value | None = None
-    copies: bool = False
+    zero: Zero | None = None
 
 
 def emit_block(block: Proposal, emit: Emitter) -> Value:
@@ -77,11 +84,7 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
     weights = block.weights(emit) if block.weights else None
     body, prepared = canonical(block.body, block.num_experts)
     stacks = [_stack(block.stacks[p.source](emit), p, emit) for p in prepared]
-    routed = choice
-    if block.copies:  # of the body's experts, the others are none
-        attrs = {"max": block.num_experts}
-        (routed,) = emit("aten.clamp.default", [choice], [choice.type], attrs=attrs)
-    dispatched = [x, routed]
+    dispatched = [x, choice]
     if block.input_side and weights is not None:
         dispatched.append(weights)
     attrs = {"num_experts": block.num_experts}
@@ -102,8 +105,9 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
         combined.append(weights)
         attrs["weighted"] = True
     (y,) = emit("moe.combine", combined, attrs=attrs, named=stem)
-    if block.copies:
-        (y,) = emit("aten.add.Tensor", [y, _copied(block, x, choice, weights, emit)], [y.type])
+    if block.zero is not None:
+        given = _zero(block.zero, block, x, choice, weights, emit)
+        (y,) = emit("aten.add.Tensor", [y, given], [y.type])
     y = emit.reshape(y, block.output.shape)
     if block.addend is None:
         return y
@@ -111,21 +115,23 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
     return emit("aten.add.Tensor", inputs, [block.output.type], named=stem)[0]
 
 
-def _copied(
-    block: Proposal, x: Value, choice: Value, weights: Value | None, emit: Emitter
+def _zero(
+    zero: Zero, block: Proposal, x: Value, choice: Value, weights: Value | None, emit: Emitter
 ) -> Value:
-    """x[T, D] times the weights of those choices that are no expert of the body."""
-    type = TensorType("bool", choice.shape)
-    (beyond,) = emit("aten.ge.Scalar", [choice], [type], attrs={"other": block.num_experts})
-    share = emit.cast(beyond, weights.dtype if weights is not None else x.dtype)
+    """What the experts without a network give: [T, D]."""
+    inputs = [x, choice]
+    attrs: dict[str, Attr] = {"first": block.num_experts, "kinds": zero.kinds}
     if weights is not None:
-        (share,) = emit("aten.mul.Tensor", [share, weights], [share.type])
-    type = TensorType(share.dtype, (choice.shape[0], 1))
-    attrs: dict[str, Attr] = {"dim": (1,), "keepdim": True}
-    (share,) = emit("aten.sum.dim_IntList", [share], [type], attrs=attrs)
-    dtype = IR_DTYPES[torch.promote_types(TORCH_DTYPES[x.dtype], TORCH_DTYPES[share.dtype])]
-    (rows,) = emit("aten.mul.Tensor", [x, share], [TensorType(dtype, x.shape)])
-    return emit.cast(rows, block.output.dtype)
+        inputs.append(weights)
+        attrs["weighted"] = True
+    count = zero.kinds.count("constant")
+    if zero.mix is not None:
+        inputs.append(emit.reshape(zero.mix(emit), (count, 2, x.shape[1])))
+        attrs["mixed"] = True
+    if zero.constants is not None:
+        inputs.append(emit.reshape(zero.constants(emit), (count, x.shape[1])))
+    attrs["dtype"] = DType(block.output.dtype)
+    return emit("moe.zero_experts", inputs, attrs=attrs, named=f"{block.output.name}_zero")[0]
 
 
 def _stack(value: Value, prepared: Prepared, emit: Emitter) -> Value:

@@ -145,6 +145,14 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
                 f"its branches are the experts {numbers}, expected 0 to {len(branches) - 1}"
             )
         ordered.sort(key=lambda b: cast(int, b.number))
+    return Family(tuple(ordered), alike(scope, ordered))
+
+
+def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
+    """The weights of each place of the body, stacked over the branches in this order.
+
+    Raises NoMatch where the branches differ in more than their weights.
+    """
     first = ordered[0]
     for branch in ordered[1:]:
         if branch.text != first.text:
@@ -155,7 +163,7 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
         if any((p.places, p.sizes) != (picks[0].places, picks[0].sizes) for p in picks):
             raise NoMatch(f"its experts arrange the weight {param.name} differently")
         stacks.append(stacked(scope, [p.base for p in picks], picks[0].places, picks[0].sizes))
-    return Family(tuple(ordered), tuple(stacks))
+    return tuple(stacks)
 
 
 def stacked(

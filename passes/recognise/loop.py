@@ -4,7 +4,7 @@
     t, s = where(ids == e); out.index_add_(0, t, expert_e(x[t]) * weights[t, s]) its own rows
     t, s = where(ids == e); out.index_add_(0, t, x[t] * weights[t, s])           a copy of them
 
-Experts that copy their rows (zero-computation experts, arXiv 2410.07348) come after the others.
+Experts without a network (moec.passes.recognise.zero_experts) come after the others.
 The links of the chain are found by their likeness; what they start from is added afterwards.
 """
 
@@ -18,13 +18,14 @@ from moec.errors import NoMatch
 from moec.ir import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
-from moec.passes.recognise.region import Scope, chooses
+from moec.passes.recognise.opnames import ADDS
+from moec.passes.recognise.region import Scope, choices, chooses
 from moec.passes.recognise.routing import Evidence, chosen_among, hypotheses
 from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.zero_experts import chosen, zero_experts
 from moec.sizes import product
 
 FORM = "static loop"
-_ADDS = {"aten.index_put.default", "aten.index_add.default", "aten.scatter_add.default"}
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Chain:
     start: Value | None  # None: zero
     links: tuple[tuple[Op, Value], ...]
     kind: tuple[str, ...] | None
-    copies: tuple[tuple[Op, Value], ...] = ()
+    zero: tuple[tuple[Op, Value], ...] = ()  # links without a network
 
     @property
     def last(self) -> Op:
-        return (*self.links, *self.copies)[-1][0]
+        return (*self.links, *self.zero)[-1][0]
 
 
 def chains(scope: Scope) -> dict[Op, Chain]:
@@ -52,7 +53,7 @@ def chains(scope: Scope) -> dict[Op, Chain]:
 
     ended: dict[Op, Chain] = {}
     for op in scope.graph.ops:
-        if op.name in _ADDS:
+        if op.name in ADDS:
             if op.name == "aten.index_put.default" and not op.attrs.get("accumulate"):
                 continue
             pairs = [(op.inputs[0], op.inputs[-1])]
@@ -69,10 +70,15 @@ def chains(scope: Scope) -> dict[Op, Chain]:
             continue
         for before, added in pairs:
             chain = tails.get(before)
-            if chain is not None and chain.kind == kind(added):
+            if chain is not None and chain.kind == kind(added) and not chain.zero:
                 grown = replace(chain, links=(*chain.links, (op, added)))
-            elif chain is not None and chain.kind and len(chain.links) > 1 and copies(scope, op):
-                grown = replace(chain, copies=(*chain.copies, (op, added)))
+            elif (
+                chain is not None
+                and chain.kind
+                and len(chain.links) > 1
+                and chosen(scope, op, added)
+            ):
+                grown = replace(chain, zero=(*chain.zero, (op, added)))
             else:
                 continue
             tails[op.outputs[0]] = ended[op] = grown
@@ -94,23 +100,26 @@ def chains(scope: Scope) -> dict[Op, Chain]:
     return {op: chain for op, chain in ended.items() if weighed(scope, chain)}
 
 
-def copies(scope: Scope, op: Op) -> bool:
-    """Whether rows that were picked are added back, with a weight and nothing else."""
-    value = scope.behind_casts(op.inputs[-1])
-    weighted = scope.made_by(value, "aten.mul.Tensor")
-    if op.name not in _ADDS or weighted is None:
-        return False
-    picked = [scope.made_by(scope.behind_casts(v), "aten.index.Tensor") for v in weighted.inputs]
-    return any(rows is not None and rows.outputs[0].shape == value.shape for rows in picked)
-
-
 def weighed(scope: Scope, chain: Chain) -> bool:
     """Whether the links look like choices of experts; other sums of layers are none."""
     op, value = chain.links[-1]
-    if op.name in _ADDS or chooses(scope, value):
+    if op.name in ADDS or chooses(scope, value):
         return True
     product = scope.made_by(scope.behind_casts(value), "aten.mul.Tensor")
     return product is not None and any(v.shape[-1:] == (1,) for v in product.inputs)
+
+
+def goes_on(scope: Scope, anchor: Op, evidence: Evidence) -> bool:
+    """Whether experts of another kind are added to what the chain gives."""
+    output = anchor.outputs[0]
+    own = set(choices(scope, evidence.values("ids", "order", "weights", "mask", "mix")))
+    for reader in scope.graph.readers.get(output, ()):
+        if reader.name in ADDS or reader.name == "aten.add.Tensor":
+            others = [v for v in reader.inputs if v is not output]
+            below = [v for other in others for op in cone(scope, other) for v in op.inputs]
+            if own & set(choices(scope, [*others, *below])):
+                return True
+    return False
 
 
 def candidates(scope: Scope) -> Iterator[Candidate]:
@@ -122,7 +131,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     branches: list[Branch] = []
     for op, value in chain.links:
         branch = read_branch(scope, value, cone(scope, value))
-        for index in op.inputs[1:-1] if op.name in _ADDS else ():
+        for index in op.inputs[1:-1] if op.name in ADDS else ():
             branch.reader.use("order", index)
         branches.append(branch)
     sources = {b.reader.root for b in branches}
@@ -140,9 +149,10 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     count = len(branches)
     start = () if chain.start is None else (chain.start,)
     output = anchor.outputs[0]
+    zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
     evidence = Evidence(
         {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
-        count + len(chain.copies),
+        count + (len(zero.kinds) if zero is not None else 0),
         product(x.shape[:-1]),
         product(output.shape[:-1]),
         output,
@@ -151,9 +161,11 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     among = chosen_among(scope, evidence)
     evidence = replace(evidence, open=among is None)
     if among is not None and among > evidence.experts:
-        raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
+        if zero is None and goes_on(scope, anchor, evidence):
+            raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
+        evidence = replace(evidence, experts=among)  # the last ones add nothing
     for choice in hypotheses(scope, evidence):
-        if chain.copies and choice.capacity is not None:
+        if zero is not None and choice.capacity is not None:
             continue
         yield Proposal(
             form=FORM,
@@ -170,5 +182,5 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             input_side=first.reader.input_side,
             capacity=choice.capacity,
             addend=chain.start,
-            copies=bool(chain.copies),
+            zero=zero,
         )

@@ -14,6 +14,7 @@ PRODUCTS = {
     "aten._grouped_mm.default",
     "transformers.grouped_mm_fallback.default",
 }
+ADDS = {"aten.index_put.default", "aten.index_add.default", "aten.scatter_add.default"}
 GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
 MULTIPLY = {"aten.mul.Tensor", "aten.div.Tensor"}
 SPREAD = {

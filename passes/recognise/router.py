@@ -26,7 +26,7 @@ from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing
 from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
 from moec.passes.recognise.region import Emitter, Scope, is_routing
-from moec.passes.recognise.routing import logits_behind
+from moec.passes.recognise.routing import logits_behind, widest_choice
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
 from moec.sizes import product
@@ -78,6 +78,7 @@ class Routed:
     experts: Value  # [T, k], before any capacity
     weights: Value | None  # [T, k]
     num_experts: int
+    zero: tuple[Op, ...] = ()  # what gives the results of experts without a network
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         for reader in scope.graph.readers.get(op.outputs[1], ()):
             if reader.name == "moe.combine" and reader.attrs.get("weighted"):
                 weigher, weights = reader, reader.inputs[2]
+        readers = scope.graph.readers[op.inputs[1]]
+        zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
         source = scope.behind(experts, {"aten.reshape.default"})
         if len(source.shape) == 2 and (weights is None or source.shape == weights.shape):
             experts = source  # another number of slots a row: the same choices
-        yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]))
+        yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
 
 
 def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
@@ -113,11 +116,14 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
         raise NoMatch("it is moe.route already")
     results = [v for v in (block.weights, block.experts) if v is not None]
     reasons: list[str] = []
-    for logits in logits_behind(scope, results, block.num_experts):
-        try:
-            return _hypothesise(scope, block, results, logits, prover)
-        except NoMatch as why:
-            reasons.append(str(why))
+    among = widest_choice(scope, results) or 0  # more, where some experts have no network
+    for count in sorted({block.num_experts, max(among, block.num_experts)}):
+        whole = replace(block, num_experts=count)
+        for logits in logits_behind(scope, results, count):
+            try:
+                return _hypothesise(scope, whole, results, logits, prover)
+            except NoMatch as why:
+                reasons.append(str(why))
     raise NoMatch(reasons[0] if reasons else "no logits [.., E] lie behind its choices")
 
 
@@ -280,6 +286,8 @@ def splice(scope: Scope, found: Mapping[Key, Router]) -> Graph:
         wanted.setdefault(chooser, []).append((place, key, 1))
         if block.weigher is not None:
             wanted.setdefault(block.weigher, []).append((2, key, 0))
+        for op in block.zero:
+            wanted.setdefault(op, []).extend([(1, key, 1), *([(2, key, 0)] if key[0] else [])])
     builder = Builder(scope.graph)
     made: dict[Key, tuple[Value, ...]] = {}
     for op in scope.graph.ops:

@@ -176,10 +176,14 @@ def chosen(
 
 def chosen_among(scope: Scope, evidence: Evidence) -> int | None:
     """How many experts the choices are among, where the scores tell."""
-    everything = evidence.values("ids", "order", "weights", "mask", "mix")
+    return widest_choice(scope, evidence.values("ids", "order", "weights", "mask", "mix"))
+
+
+def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
+    """Among how many scores the choices behind `values` are, at most."""
     counts = [
         op.inputs[0].shape[-1]
-        for op in choices(scope, everything)
+        for op in choices(scope, values)
         if op.inputs[0].dtype in FLOATS and op.inputs[0].shape
     ]
     whole = [c for c in counts if isinstance(c, int)]

@@ -1,0 +1,197 @@
+"""MoE++ (arXiv 2410.07348): what zero-computation experts save of the time of the experts.
+
+    python benchmarks/zero_experts.py [--shapes 0.6B,1B,2B] [--tokens 2048] [--rounds 9]
+
+For each layer shape of the paper's Table 2 two layers are compiled by `moec.compile`: a vanilla
+MoE (N experts, top-2) and an MoE++ layer with the same N experts and zero, copy and constant
+experts beside them, as a user's own PyTorch modules, in bf16. Both take the router's logits as an
+input, so that the router's product is left out, as in the paper's "expert forward time". For
+each tau the logits choose each expert with a network tau times as often as one without, which
+is what training with the paper's balance loss aims at; the vanilla layer's load is even.
+
+Contenders run in turn in one process. Printed: medians in milliseconds, their ratio, the ratio
+of what the paper measured (its Table 3) and that of theory, tau N / (tau N + Z).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from moec.runtime.threads import set_threads
+
+THREADS = set_threads()
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import moec  # noqa: E402
+from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
+from moec.closeness import strays  # noqa: E402
+
+TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
+K = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A row of Table 2, and the ratios of times that follow from Table 3, by tau."""
+
+    networks: int
+    constants: int
+    paper: tuple[float, ...]
+    width: int = 768
+    hidden: int = 2048
+
+    @property
+    def zero(self) -> int:
+        """One zero, one copy, and the constants."""
+        return 2 + self.constants
+
+    def theory(self, tau: float) -> float:
+        return tau * self.networks / (tau * self.networks + self.zero)
+
+
+SHAPES = {
+    "0.6B": Shape(8, 2, (0.378, 0.519, 0.724, 0.799, 0.840)),
+    "1B": Shape(16, 2, (0.474, 0.630, 0.769, 0.819, 0.868)),
+    "2B": Shape(32, 6, (0.612, 0.693, 0.779, 0.821, 0.864)),
+}
+
+
+class Expert(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.up = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.down = nn.Linear(shape.hidden, shape.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Constant(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.mix = nn.Linear(shape.width, 2, bias=False)
+        self.vector = nn.Parameter(torch.randn(shape.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.mix(x).softmax(-1)
+        return alpha[:, :1] * x + alpha[:, 1:] * self.vector
+
+
+class Layer(nn.Module):
+    """x[T, D], logits[T, N] -> y[T, D]. Columns beyond the experts are those of zero experts."""
+
+    def __init__(self, networks: list[Expert], others: list[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([*networks, *others])
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, ids = logits.float().softmax(-1).topk(K, dim=-1)
+        weights = weights.to(x.dtype)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == number)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+def logits(tokens: int, shares: Tensor) -> Tensor:
+    """Scores of which just `shares` (one for each column, sum 1) of the K * tokens choices fall
+    on each column, no column twice for a token."""
+    counts = (shares * K * tokens).floor().long()
+    counts[torch.randperm(len(counts))[: K * tokens - int(counts.sum())]] += 1
+    # Sorted choices, dealt out in K strides: equal neighbours end up with different tokens.
+    chosen = torch.repeat_interleave(torch.arange(len(shares)), counts).reshape(K, tokens).T
+    if bool((chosen[:, 0] == chosen[:, 1]).any()):
+        raise SystemExit("more than half of the choices would fall on one expert")
+    scores = torch.randn(tokens, len(shares)).clamp(-3, 3) - 10
+    scores.scatter_(1, chosen, 1 + torch.rand(tokens, K))
+    return scores[torch.randperm(tokens)]
+
+
+def shares(shape: Shape, tau: float) -> Tensor:
+    each = torch.tensor([tau] * shape.networks + [1.0] * shape.zero)
+    return each / each.sum()
+
+
+def compare(name: str, tokens: int, rounds: int) -> bool:
+    """Print the table of one shape; whether all ratios are nearer to theory than the paper's."""
+    shape = SHAPES[name]
+    networks = [Expert(shape) for _ in range(shape.networks)]
+    constants = [Constant(shape) for _ in range(shape.constants)]
+    layers = [Layer(networks, []), Layer(networks, [Copy(), *constants])]
+    x = torch.randn(tokens, shape.width).bfloat16()
+    even = torch.full((shape.networks,), 1 / shape.networks)
+    given = [logits(tokens, even), *(logits(tokens, shares(shape, tau)) for tau in TAUS)]
+    runs = []
+    for layer, scores in zip(layers, given, strict=False):
+        layer.bfloat16().requires_grad_(False).eval()
+        example = (x[:7], scores[:7])
+        t = torch.export.Dim("T")
+        compiled = moec.compile(layer, example, dynamic_shapes=({0: t}, {0: t}), verify=False)
+        if len(compiled.blocks) != 1 or compiled.blocks[0].experts != shape.networks:
+            raise SystemExit(f"{name}: not recognised: {compiled.declined}")
+        astray, rows = strays(compiled(x, scores), layer(x, scores), 2e-2)
+        if astray:
+            raise SystemExit(f"{name}: {astray} of {rows} rows differ from eager")
+        runs.append(compiled)
+    ways = [partial(runs[0], x, given[0]), *(partial(runs[1], x, scores) for scores in given[1:])]
+    times: list[list[float]] = [[] for _ in ways]
+    for way in ways:
+        way()
+    for _ in range(rounds):
+        for some, way in zip(times, ways, strict=True):
+            some.append(timed(way))
+    vanilla, *medians = [statistics.median(some) for some in times]
+    flops = K * tokens * 6 * shape.width * shape.hidden
+    print(
+        f"\n{name}/({shape.networks}+{shape.zero}): vanilla MoE {vanilla * 1e3:.2f} ms, "
+        f"{flops / vanilla / 1e9:.0f} GFLOP/s"
+    )
+    print("tau      ms   ratio   paper  theory", flush=True)
+    nearer = True
+    for tau, median, paper in zip(TAUS, medians, shape.paper, strict=True):
+        ratio, theory = median / vanilla, shape.theory(tau)
+        nearer &= abs(ratio - theory) < abs(paper - theory)
+        print(f"{tau:4}{median * 1e3:7.2f}{ratio:8.3f}{paper:8.3f}{theory:8.3f}", flush=True)
+    return nearer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    print(f"{Path(__file__).name}: T={options.tokens} k={K}, bf16, torch {torch.__version__}")
+    print(f"load average before: {os.getloadavg()[0]:.1f}")
+    print(f"{THREADS} threads, {peak('bfloat16') / 1e9:.0f} GFLOP/s, {bandwidth() / 1e9:.1f} GB/s")
+    with torch.inference_mode():
+        results = []
+        for name in options.shapes.split(","):
+            start = time.perf_counter()
+            results.append(compare(name, options.tokens, options.rounds))
+            print(f"(all of it took {time.perf_counter() - start:.0f} s)", file=sys.stderr)
+    print("nearer to theory than the paper everywhere:", "yes" if all(results) else "NO")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""moe.zero_experts: what experts without a network of their own give to the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.ir import DType, Op, TensorType, Value
+from moec.ops.definition import Runner, defop, integer, require
+
+
+KINDS = ("zero", "copy", "constant")
+
+
+@dataclass(frozen=True)
+class ZeroExperts:
+    """The inputs of moe.zero_experts by name, and which ids mean what.
+
+    `kinds` tells of the ids from `first` on whether they are a "copy", a "constant" (the next
+    row of `constants`) or "zero". Ids below have networks, those beyond are zero too.
+    """
+
+    x: Value
+    experts: Value
+    weights: Value | None
+    mix: Value | None
+    constants: Value | None
+    first: int
+    kinds: tuple[str, ...]
+
+    @staticmethod
+    def of(op: Op) -> ZeroExperts:
+        x, experts, *rest = op.inputs
+        weights = rest.pop(0) if op.attrs.get("weighted") else None
+        mix = rest.pop(0) if op.attrs.get("mixed") else None
+        constants = rest.pop(0) if rest else None
+        require(op, not rest, "has inputs that no attribute names")
+        kinds = cast("tuple[str, ...]", op.attrs["kinds"])
+        return ZeroExperts(x, experts, weights, mix, constants, integer(op, "first"), kinds)
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = ZeroExperts.of(op)
+    x, experts = parts.x, parts.experts
+    require(op, len(x.shape) == 2 and len(experts.shape) == 2, f"{x} by {experts}")
+    require(op, x.shape[0] == experts.shape[0], f"{x.shape[0]} tokens, {experts.shape[0]} choices")
+    require(op, parts.first >= 0, f"ids begin at {parts.first}")
+    require(op, set(parts.kinds) <= set(KINDS), f"kinds are {parts.kinds}, not among {KINDS}")
+    if parts.weights is not None:
+        require(op, parts.weights.shape == experts.shape, f"{parts.weights} for {experts}")
+    count, width = parts.kinds.count("constant"), x.shape[1]
+    require(op, (parts.constants is not None) == (count > 0), f"{count} constants and no values")
+    if parts.constants is not None:
+        require(
+            op, parts.constants.shape == (count, width), f"{parts.constants} for {count} of {x}"
+        )
+    if parts.mix is not None:
+        require(op, parts.mix.shape == (count, 2, width), f"{parts.mix} for {count} of {x}")
+    dtype = cast(DType, op.attrs["dtype"]).name
+    return (TensorType(dtype, x.shape),)
+
+
+@defop("moe.zero_experts", _infer)
+def zero_experts(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """x[T, D], experts[T, k], weights[T, k]?, mix[C, 2, D]?, constants[C, D]? -> z[T, D].
+
+    z[t] = sum over s of weights[t, s] * E(x[t]), where E is that of experts[t, s]: a copy gives
+    x; constant c gives a * x + b * constants[c] with (a, b) = softmax(mix[c] @ x), or
+    constants[c] alone without `mix`; any other expert gives 0, whatever x holds. In float32.
+    Attributes: `first` and `kinds` (see ZeroExperts), `weighted`, `mixed`, `dtype` of z.
+    (MoE++, arXiv 2410.07348, equations 3 to 5.)
+    """
+    x, experts, *rest = tensors
+    weights = rest.pop(0).float() if attrs.get("weighted") else torch.ones(experts.shape)
+    mix = rest.pop(0).float() if attrs.get("mixed") else None
+    constants = rest.pop(0).float() if rest else torch.empty(0)
+    wide = x.float()
+    total, kept, c = torch.zeros(wide.shape), torch.zeros(len(wide), 1), 0
+    for number, kind in enumerate(attrs["kinds"], attrs["first"]):
+        part = torch.where(experts == number, weights, 0.0).sum(-1, keepdim=True)
+        if kind == "copy":
+            kept = kept + part
+        elif kind == "constant":
+            pulled = part
+            if mix is not None:
+                alpha = (wide @ mix[c].T).softmax(-1)
+                kept = kept + torch.where(part != 0, part * alpha[:, :1], 0.0)
+                pulled = part * alpha[:, 1:]
+            total = total + torch.where(part != 0, pulled * constants[c], 0.0)
+            c += 1
+    return (total + torch.where(kept != 0, kept * wide, 0.0)).to(attrs["dtype"])

@@ -1,0 +1,87 @@
+"""Experts without a network in a loop over experts (zero-computation experts, arXiv 2410.07348).
+
+    out = out + share_e * x                                                   a copy
+    out = out + share_e * (a * x + b * v),  a, b = softmax(linear(x, w[2, D]))    a constant
+
+or the same over the rows that chose them. A zero expert leaves no trace in the graph: the
+choices are among more experts than there are links. Which weight is which follows from its
+shape; that the arithmetic is this is for the proof to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.errors import NoMatch
+from moec.ir import Op, Value
+from moec.passes.recognise.block import Recipe, Zero
+from moec.passes.recognise.branches import (
+    Branch,
+    alike,
+    cone,
+    first_product,
+    number_of,
+    read_branch,
+)
+from moec.passes.recognise.opnames import ADDS
+from moec.passes.recognise.region import Scope, chooses
+
+
+def chosen(scope: Scope, op: Op, added: Value) -> bool:
+    """Whether what is added has the weight of a choice."""
+    weighted = scope.made_by(scope.behind_casts(added), "aten.mul.Tensor")
+    if weighted is None:
+        return False
+    if op.name in ADDS and copied(scope, added):
+        return True
+    return any(v.shape[-1:] == (1,) and chooses(scope, v) for v in weighted.inputs)
+
+
+def copied(scope: Scope, added: Value) -> bool:
+    """Whether rows that were picked are added back, with a weight and nothing else."""
+    value = scope.behind_casts(added)
+    weighted = scope.made_by(value, "aten.mul.Tensor")
+    assert weighted is not None
+    picked = [scope.made_by(scope.behind_casts(v), "aten.index.Tensor") for v in weighted.inputs]
+    return any(rows is not None and rows.outputs[0].shape == value.shape for rows in picked)
+
+
+def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x: Value) -> Zero:
+    """What the links after the experts with networks are, by their ids from `first` on.
+
+    Raises NoMatch where one is neither a copy nor a constant.
+    """
+    kinds: dict[int, str] = {}
+    constants: dict[int, Branch] = {}
+    for place, (_, value) in enumerate(links, first):
+        ops = cone(scope, value)
+        number = number_of(scope, ops)
+        number = place if number is None else number
+        if number < first or number in kinds:
+            raise NoMatch(f"{value.name} belongs to expert {number}, which has a network")
+        if any(first_product(scope, op) for op in ops):
+            kinds[number] = "constant"
+            constants[number] = read_branch(scope, value, ops)
+        else:
+            kinds[number] = "copy"
+    every = tuple(kinds.get(number, "zero") for number in range(first, max(kinds) + 1))
+    if not constants:
+        return Zero(every)
+    try:
+        weights = _weights(scope, [constants[number] for number in sorted(constants)], x)
+    except NoMatch as why:
+        said = f"only {first} of the {first + len(links)} experts that are chosen among are alike"
+        raise NoMatch(f"{said}: {why}") from None
+    return Zero(every, *weights)
+
+
+def _weights(scope: Scope, branches: Sequence[Branch], x: Value) -> tuple[Recipe, Recipe]:
+    found: dict[str, Recipe] = {}
+    width = x.shape[-1]
+    roles = {(2, width): "mix", (width,): "values", (1, width): "values"}
+    for param, recipe in zip(branches[0].body.params, alike(scope, branches), strict=True):
+        found[roles.get(param.shape, param.name)] = recipe
+    if set(found) != {"mix", "values"}:
+        shapes = ", ".join(str(param.type) for param in branches[0].body.params)
+        raise NoMatch(f"a constant has weights [2, D] and [D], an expert of its kind {shapes}")
+    return found["mix"], found["values"]
