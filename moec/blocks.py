@@ -100,10 +100,12 @@ def _router(graph: Graph, dispatch: Op) -> str:
     ids = dispatch.inputs[1]
     after: list[str] = []
     op = graph.producers.get(ids)
-    while op is not None and op.name in (*_MOVES, "moe.capacity"):
+    while op is not None and op.name in (*_MOVES, "moe.capacity", "aten.where.self"):
         if op.name == "moe.capacity":
             after.append(f"at most {op.attrs['capacity']} per expert, by {op.attrs['order']}")
-        op = graph.producers.get(op.inputs[0])
+        if op.name == "aten.where.self":
+            after.append("some choices replaced")
+        op = graph.producers.get(op.inputs[-1])
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
     known = op is not None and op.name in _ROUTERS

@@ -17,14 +17,17 @@ def stored_bytes(program: Program) -> int:
 
 def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
     """FLOPs of all products of matrices, two for each multiplication and addition; attention's
-    own are left out. `sizes` gives the named sizes. Experts count for the rows they are sent.
+    own are left out. `sizes` gives the named sizes. Experts count for the rows they are sent, of
+    which `share` is a measured part where other choices take no row.
     """
     total = 0
     for op in graph.ops:
         if op.name == "moe.experts" and op.body is not None:
             rows = evaluate_dim(op.inputs[0].shape[0], sizes)
             own = dict.fromkeys(symbols(op.body.inputs[0].shape[0]), rows)
-            total += product_flops(op.body, {**sizes, **own})
+            share = op.attrs.get("share", 1.0)
+            assert isinstance(share, float)
+            total += round(share * product_flops(op.body, {**sizes, **own}))
         elif (inner := _inner(op)) is not None:
             total += 2 * evaluate_dim(product((*op.outputs[0].shape, inner)), sizes)
     return total

@@ -30,6 +30,7 @@ class BlockLine:
     active_parameters: int
     shared: str = ""
     kernel: str = ""
+    zero: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ def block_lines(
             block.active_parameters,
             "" if block.shared is None or block.shared is False else str(block.shared),
             kernels_of(block.name, kernels),
+            block.zero,
         )
         for block in blocks
     )

@@ -169,6 +169,8 @@ def _blocks(blocks: Sequence[BlockLine]) -> Iterable[RenderableType]:
         table = _facts_grid()
         each = " each" if len(names) > 1 else ""
         table.add_row("experts", f"{block.top_k} of {block.experts} per token, {block.activation}")
+        if block.zero:
+            table.add_row("or one of", f"{block.zero}: experts without a network")
         table.add_row("router", block.router)
         if block.shared:
             table.add_row("shared", block.shared)

@@ -73,6 +73,8 @@ def layer_of(graph: Graph, experts: Op) -> Layer:
     value = dispatch.inputs[1]
     while True:
         others = [op for op in graph.readers[value] if op not in (*between, dispatch)]
+        if any(op.name == "moe.zero_experts" for op in others):
+            raise NoMatch("some of the experts that are chosen among have no network")
         if others or value in graph.results:
             what = others[0].name if others else "the model's caller"
             raise NoMatch(f"the router's choices {value.name} are also read by {what}")

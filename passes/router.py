@@ -42,6 +42,38 @@ def keep_columns(splice: Splice, layer: Layer, kept: Sequence[int]) -> None:
     splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
 
 
+def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Generator) -> None:
+    """Route over `count` more columns of random weights, whose bias (and correction, where there
+    is one) is minus infinity: however the scores are made of the logits, the old columns keep
+    theirs, and of equal ones the lower id wins.
+
+    Raises NoMatch for a router that compares its columns otherwise, or is no linear layer.
+    """
+    program, routing = splice.program, layer.routing
+    if routing.groups > 1:
+        raise NoMatch("the router chooses among groups of experts, which are of one size")
+    if routing.score == "sparsemixer":
+        raise NoMatch("the router's scores depend on which logits are near the greatest")
+    logits, *correction = layer.route.inputs
+    made: list[Op] = []
+    behind = linear_behind(program, logits)
+    if behind is None:
+        raise NoMatch("the logits come from no linear layer with a weight of its own")
+    weight, *bias = [constant(program, v) for v in behind[0].inputs[1:]]
+    rows = torch.randn(count, weight.shape[1], generator=generator) * weight.float().std()
+    never = torch.full((count,), -torch.inf)
+    old = bias[0] if bias else torch.zeros(len(weight), dtype=weight.dtype)
+    weights = [_longer(weight, rows), _longer(old, never)]
+    inputs = [with_weights(splice, behind, weights, made)]
+    for value in correction:
+        inputs.append(splice.weight(value.name, _longer(constant(program, value), never)))
+    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+
+
+def _longer(tensor: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, more.to(tensor.dtype)])
+
+
 def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]]) -> None:
     """Route over groups of columns, each with the sum of its members' probabilities.
 

@@ -1,10 +1,10 @@
 """What experts without a network give: no row, no sort, one pass over the tokens that want it.
 
-    z[t] = share[t] * x[t] + sum over c of pull[t, c] * constants[c]
+    z[t] = share[t] * x[t] + sum over c of pull[t, c] * constants[c]  (+ addend[t])
 
 share[t] adds up the weights of the copies that token t chose, and the part of each constant
 that falls on x; pull[t, c] the rest. A token whose share or pull is 0 does not read x or the
-constant for it: where it chose none of these experts, zeros are stored and that is all.
+constant for it: where it chose none of these experts, zeros or the addend are stored.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class ZeroSpec:
     weights: str | None = None
     mix: str | None = None
     values: str | None = None
+    addend: str | None = None
 
 
 def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> PrimFunc:
-    """A kernel (x[T, D], experts i64[T, k][, weights[T, k]][, mix[C, 2, D]][, constants[C, D]],
-    out[T, D])."""
+    """A kernel (x[T, D], experts i64[T, k][, weights[T, k]][, mix[C, 2, D]][, constants[C, D]]
+    [, addend[T, D]], out[T, D])."""
     v = Vector(target)
     count, width = spec.kinds.count("constant"), spec.width
     with IRBuilder() as builder:
@@ -57,6 +58,9 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
                 mix = T.match_buffer(T.arg("mix", T.handle()), (count, 2, width), spec.mix)
             if spec.values is not None:
                 values = T.match_buffer(T.arg("values", T.handle()), (count, width), spec.values)
+            addend = None
+            if spec.addend is not None:
+                addend = T.match_buffer(T.arg("addend", T.handle()), (t, width), spec.addend)
             out = T.match_buffer(T.arg("out", T.handle()), (t, width), spec.out)
             lanes = T.ramp(0, 1, v.lanes)
 
@@ -103,6 +107,8 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
                             T.buffer_store(
                                 total, v.fma(pull[lanes], load(values, c), total[lanes]), [lanes]
                             )
+                    if addend is not None:
+                        add(total, load(addend, token))
                     store(total[lanes])
 
                 with T.serial(0, width // v.lanes) as j:

@@ -26,7 +26,7 @@ def _zero_experts(low: Lowering, op: Op) -> list[relax.Expr]:
     assert isinstance(width, int)
     kinds = [
         None if v is None else sc.STORED[v.dtype]
-        for v in (parts.weights, parts.mix, parts.constants)
+        for v in (parts.weights, parts.mix, parts.constants, parts.addend)
     ]
     spec = ZeroSpec(
         parts.first,

@@ -11,7 +11,6 @@ import torch
 from moec.ir import DType, Op, TensorType, Value
 from moec.ops.definition import Runner, defop, integer, require
 
-
 KINDS = ("zero", "copy", "constant")
 
 
@@ -28,6 +27,7 @@ class ZeroExperts:
     weights: Value | None
     mix: Value | None
     constants: Value | None
+    addend: Value | None
     first: int
     kinds: tuple[str, ...]
 
@@ -36,10 +36,12 @@ class ZeroExperts:
         x, experts, *rest = op.inputs
         weights = rest.pop(0) if op.attrs.get("weighted") else None
         mix = rest.pop(0) if op.attrs.get("mixed") else None
-        constants = rest.pop(0) if rest else None
-        require(op, not rest, "has inputs that no attribute names")
         kinds = cast("tuple[str, ...]", op.attrs["kinds"])
-        return ZeroExperts(x, experts, weights, mix, constants, integer(op, "first"), kinds)
+        constants = rest.pop(0) if "constant" in kinds and rest else None
+        addend = rest.pop(0) if op.attrs.get("added") and rest else None
+        require(op, not rest, "has inputs that no attribute names")
+        first = integer(op, "first")
+        return ZeroExperts(x, experts, weights, mix, constants, addend, first, kinds)
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -59,6 +61,8 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
         )
     if parts.mix is not None:
         require(op, parts.mix.shape == (count, 2, width), f"{parts.mix} for {count} of {x}")
+    if op.attrs.get("added"):
+        require(op, parts.addend is not None and parts.addend.shape == x.shape, "adds what is not")
     dtype = cast(DType, op.attrs["dtype"]).name
     return (TensorType(dtype, x.shape),)
 
@@ -67,18 +71,20 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
 def zero_experts(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
-    """x[T, D], experts[T, k], weights[T, k]?, mix[C, 2, D]?, constants[C, D]? -> z[T, D].
+    """x[T, D], experts[T, k], weights[T, k]?, mix[C, 2, D]?, constants[C, D]?, addend[T, D]?
+    -> z[T, D].
 
     z[t] = sum over s of weights[t, s] * E(x[t]), where E is that of experts[t, s]: a copy gives
     x; constant c gives a * x + b * constants[c] with (a, b) = softmax(mix[c] @ x), or
-    constants[c] alone without `mix`; any other expert gives 0, whatever x holds. In float32.
-    Attributes: `first` and `kinds` (see ZeroExperts), `weighted`, `mixed`, `dtype` of z.
+    constants[c] alone without `mix`; any other expert gives 0, whatever x holds. The addend is
+    added last. In float32. Attributes: `first` and `kinds` (see ZeroExperts), `weighted`,
+    `mixed`, `added`, `dtype` of z.
     (MoE++, arXiv 2410.07348, equations 3 to 5.)
     """
     x, experts, *rest = tensors
     weights = rest.pop(0).float() if attrs.get("weighted") else torch.ones(experts.shape)
     mix = rest.pop(0).float() if attrs.get("mixed") else None
-    constants = rest.pop(0).float() if rest else torch.empty(0)
+    constants = rest.pop(0).float() if "constant" in attrs["kinds"] else torch.empty(0)
     wide = x.float()
     total, kept, c = torch.zeros(wide.shape), torch.zeros(len(wide), 1), 0
     for number, kind in enumerate(attrs["kinds"], attrs["first"]):
@@ -93,4 +99,7 @@ def zero_experts(
                 pulled = part * alpha[:, 1:]
             total = total + torch.where(part != 0, pulled * constants[c], 0.0)
             c += 1
-    return (total + torch.where(kept != 0, kept * wide, 0.0)).to(attrs["dtype"])
+    total = total + torch.where(kept != 0, kept * wide, 0.0)
+    if attrs.get("added"):
+        total = total + rest.pop(0).float()
+    return total.to(attrs["dtype"])
