@@ -33,20 +33,29 @@ def sorted_choices(w: Writer, ids: Value, count: int) -> tuple[str, str]:
     TopK is a stable sort: among equals the lower position comes first.
     """
     flat = w("Reshape", w.cast(w.read(ids), ids.dtype, "i64"), w.constant([-1]))
+    every = all_chosen(w.graph, ids, count)
+    if not every:
+        flat = w("Min", flat, w.constant(count))
     rows = w("Shape", flat)
     order = w.many("TopK", [flat, rows], 2, axis=0, largest=0)[1]
-    parts = count if all_chosen(w.graph, ids) else count + 1
+    parts = count if every else count + 1
     ones = w("Expand", w.constant([1]), rows)
     counts = w("ScatterElements", w.constant([0] * parts), flat, ones, axis=0, reduction="add")
     return order, counts
 
 
-def all_chosen(graph: Graph, ids: Value) -> bool:
-    """Whether no id stands for "no expert": a router's own choice, passed on as it is."""
+def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
+    """Whether no id stands for "no expert": the choice, passed on as it is, of a router that
+    knows no more than these."""
     op = graph.producers.get(ids)
     while op is not None and op.name in _PASS_ON:
         op = graph.producers.get(op.inputs[0])
-    return op is not None and op.name in _ROUTERS
+    return op is not None and op.name in _ROUTERS and columns(op) == count
+
+
+def columns(router: Op) -> Dim:
+    """Among how many experts a router chooses, those without a network included."""
+    return router.inputs[1].shape[0] if router.name == "moe.gate" else router.inputs[0].shape[1]
 
 
 def _positions(w: Writer, values: Sequence[Value], names: Sequence[str]) -> list[str]:
@@ -167,7 +176,7 @@ def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
         raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
     producer = w.graph.producers[ends]
     ids = producer.inputs[0] if producer.name == "moe.sort" else producer.inputs[1]
-    return found, not all_chosen(w.graph, ids)
+    return found, not all_chosen(w.graph, ids, int(str(ends.shape[0])))
 
 
 def _projected(

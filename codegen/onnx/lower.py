@@ -17,6 +17,7 @@ from moec.codegen.onnx import (
     reduce,
     routing,
     shape,
+    zero_experts,
 )
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
@@ -27,7 +28,7 @@ from moec.ir import Graph, Op, Value
 
 FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),
-    *(quantised, reduce, routing, shape),
+    *(quantised, reduce, routing, shape, zero_experts),
 )
 """What fills the table of builders when it is imported."""
 MOE_FORMS = ("auto", "op", "rows")

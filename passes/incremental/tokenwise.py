@@ -47,6 +47,7 @@ _ROWS = frozenset(
         "moe.experts",
         "moe.combine",
         "moe.scale",
+        "moe.zero_experts",
         "grouped.linear",
         "grouped.quantised",
         "grouped.compressed",

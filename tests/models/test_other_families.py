@@ -40,7 +40,6 @@ COMPILED = (
 )
 CUSTOM = {
     "gemma4": "weights or choices differ",  # each expert has a factor of its own
-    "longcat_flash": "no logits [.., E] lie behind",  # it also chooses among experts that copy
 }
 """Routers that stay as they are, and why."""
 TOLERANCE = 1e-5  # sums are reordered in float32, over two layers

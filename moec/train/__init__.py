@@ -1,0 +1,1 @@
+"""Training schemes, and layers to train, of mixture-of-experts models."""
