@@ -52,7 +52,7 @@ for tau in (0.25, 1.0):
     for _ in range(100):
         x = torch.randn(256, 16)
         wrong = (model(x) - torch.where(x[:, :1] > 0, x.flip(1), x)).square().mean()
-        loss = wrong + 0.1 * (model.layers[0].loss + model.layers[1].loss)
+        loss = wrong + 2 * (model.layers[0].loss + model.layers[1].loss)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
