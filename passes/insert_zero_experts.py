@@ -103,7 +103,7 @@ def _neutral(made: InsertZeroExperts, program: Program, layer: Layer) -> Change:
     dtype = constant(program, layer.stacks[0]).dtype
 
     def random(*shape: int) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=generator) * width**-0.5
+        drawn: torch.Tensor = torch.randn(shape, generator=generator) * width**-0.5
         return drawn.to(dtype)
 
     weights: dict[str, torch.Tensor] = {}
