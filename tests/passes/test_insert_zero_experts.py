@@ -58,11 +58,9 @@ class Own(torch.nn.Module):
         weights, ids = self.gate(x).softmax(-1, dtype=torch.float32).topk(self.k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = torch.zeros_like(x)
-        for e in range(len(self.up)):
-            t, s = torch.where(ids == e)
-            rows = torch.nn.functional.silu(x[t] @ self.up[e].T) @ self.down[e].T
-            out.index_add_(0, t, (rows * weights[t, s, None]).to(x.dtype))
+        hidden = torch.nn.functional.silu(torch.einsum("td,tkhd->tkh", x, self.up[ids]))
+        rows = torch.einsum("tkh,tkdh->tkd", hidden, self.down[ids])
+        out = (rows * weights[..., None]).sum(1).to(x.dtype)
         return x + out + self.shared(x)
 
 
