@@ -32,8 +32,8 @@ from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rotary import FuseRotary
 from moec.passes.hoist_routers import HoistRouters
-from moec.passes.keep_used import KeepUsed
 from moec.passes.insert_zero_experts import InsertZeroExperts
+from moec.passes.keep_used import KeepUsed
 from moec.passes.merge_experts import MergeExperts
 from moec.passes.options import made_from, split
 from moec.passes.prune_experts import PruneExperts

@@ -138,7 +138,7 @@ def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
         raise NoMatch("the router is not a score and a top-k, so its weights may be negative")
     if sort.inputs[0] is not router.outputs[1]:
         raise NoMatch("what each expert takes is limited (capacity), which has no attribute")
-    if columns(router) != up.matrices[0].shape[0]:
+    if columns(router) != up.ends.shape[0]:
         raise NoMatch("some of the experts that are chosen among have no network")
     routing = Routing.of(router)
     if routing.scale <= 0 or (routing.score, routing.after) == ("none", "none"):
