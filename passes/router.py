@@ -85,14 +85,15 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     if len(layer.route.inputs) > 1 or routing.groups > 1:
         raise NoMatch("the router corrects its scores, or chooses among groups of experts")
     logits, route = layer.route.inputs[0], layer.route
-    members = torch.zeros(len(groups), layer.count)
+    members = torch.zeros(len(groups), layer.count, dtype=torch.bool)  # not to be trained
     for row, group in enumerate(groups):
-        members[row, list(group)] = 1
+        members[row, list(group)] = True
     made: list[Op] = []
     wide = splice.cast(made, logits, "f32", route)
     share = splice.emit(made, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
     type = TensorType("f32", (logits.shape[0], len(groups)))
     matrix = splice.weight(f"{route.origin or layer.name}.members", members)
+    matrix = splice.cast(made, matrix, "f32", route)
     mass = splice.emit(made, "aten.linear.default", (share, matrix), type, route)
     score = splice.emit(made, "aten.log.default", (mass,), type, route)
     splice.put(route, [*made, replace(route, inputs=(score,))])
