@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.loading import LoadedModel, load
+    from moec.transformation import transform
 
-__all__ = ["CompiledModel", "LoadedModel", "MoecError", "compile", "load", "prepare", "stats"]
+__all__ = [
+    "CompiledModel",
+    "LoadedModel",
+    "MoecError",
+    "compile",
+    "load",
+    "prepare",
+    "stats",
+    "transform",
+]
 
 _WHERE = {
     "CompiledModel": "moec.compiled",
@@ -28,6 +38,7 @@ _WHERE = {
     "load": "moec.loading",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",
+    "transform": "moec.transformation",
 }
 
 

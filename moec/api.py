@@ -23,12 +23,12 @@ from moec.capture import capture
 from moec.capture.doors import open_source, stop_tokens
 from moec.compiled import CompiledModel
 from moec.errors import NoMatch, UnsupportedError, UsageError
-from moec.ir import Stage
+from moec.ir import Stage, stage_of
 from moec.passes.hoist_routers import HoistRouters, split
 from moec.passes.incremental import continues_text, incremental, logits_of
 from moec.passes.runner import Declined, Step, run
 from moec.pieces import in_pieces
-from moec.pipeline import Changes, Chosen, choose, measured, quantising, until
+from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, until
 from moec.quantisation import Quantisation, parse_parts
 from moec.quantised import quantised_lines
 from moec.report import (
@@ -112,7 +112,9 @@ def compile(
         )
     with clock.phase("passes"):
         frame = Frame(calib, source.files, allowed, strict)
-        steps = tuple(run(captured.program, measured(chosen, frame), fuel=fuel, watch=watch))
+        stage = stage_of(captured.program.graph)
+        todo = onward(measured(chosen, frame), stage)
+        steps = tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
         quantised = quantised_lines(steps)
     compiled = CompiledModel(
         source=source,

@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 
 from moec.closeness import distance
-from moec.ir import Program
+from moec.ir import Program, stage_of
 from moec.passes.runner import Pass, run
+from moec.pipeline import onward
 from moec.widened import MEANING, in_float32
 
 Inputs = Sequence[torch.Tensor]
@@ -75,6 +76,8 @@ def bisect(
     it and wrong after it.
     """
     expected = list(map(in_float32(program), cases))
+    stage = stage_of(program.graph)
+    passes = onward(passes, stage)
 
     def error(made: Program) -> float:
         widened = in_float32(made)
@@ -87,7 +90,7 @@ def bisect(
             default=0.0,
         )
 
-    steps = run(program, passes)
+    steps = run(program, passes, stage=stage)
     rewrites = sum(step.rewrites for step in steps)
     errors: list[tuple[str, float]] = []
     before, spent = 0.0, 0
@@ -101,7 +104,7 @@ def bisect(
             while high - low > 1:
                 middle = (low + high) // 2
                 progress(f"halve {step.name}, {high - low} rewrites left")
-                made = run(program, passes[: index + 1], fuel=middle)[-1]
+                made = run(program, passes[: index + 1], stage=stage, fuel=middle)[-1]
                 found = error(made.program)
                 if found <= tolerance:
                     low, before = middle, found

@@ -50,6 +50,11 @@ class Stage(Enum):
     GROUPED = ("aten.", "moec.", "nn.", "moe.", "grouped.")
 
 
+def stage_of(graph: Graph) -> Stage:
+    """The first stage whose ops the graph's are."""
+    return next(s for s in Stage if all(op.name.startswith(s.value) for op in graph.ops))
+
+
 @dataclass(frozen=True)
 class TensorType:
     dtype: str

@@ -207,6 +207,12 @@ def measured(passes: Sequence[Chosen], frame: Frame) -> tuple[Pass, ...]:
     return tuple(map(one, passes))
 
 
+def onward(passes: Sequence[Pass], stage: Stage) -> tuple[Pass, ...]:
+    """The passes without those whose work is done in a program of `stage`: a module that is a
+    graph already has its blocks recognised."""
+    return tuple(p for p in passes if set(stage.value) <= set(p.takes.value))
+
+
 def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...]:
     """The passes up to the last one called `stop_after`, or `stop_after-…`.
 

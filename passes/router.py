@@ -92,7 +92,7 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     wide = splice.cast(made, logits, "f32", route)
     share = splice.emit(made, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
     type = TensorType("f32", (logits.shape[0], len(groups)))
-    matrix = splice.weight(f"{route.origin or layer.name}.members", members)
+    matrix = splice.weight(f"{route.origin or logits.name}.members", members)
     matrix = splice.cast(made, matrix, "f32", route)
     mass = splice.emit(made, "aten.linear.default", (share, matrix), type, route)
     score = splice.emit(made, "aten.log.default", (mass,), type, route)
@@ -146,6 +146,6 @@ def _picked(
     splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, made: list[Op]
 ) -> Value:
     shape = (*value.shape[:axis], len(index))
-    inputs = (value, splice.weight(f"{layer.route.origin or layer.name}.kept", index))
+    inputs = (value, splice.weight(f"{layer.route.origin or value.name}.kept", index))
     type = TensorType(value.dtype, shape)
     return splice.emit(made, "aten.index_select.default", inputs, type, layer.route, dim=axis)

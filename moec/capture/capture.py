@@ -25,6 +25,7 @@ from moec.capture.states import States, detached
 from moec.closeness import default_tolerance, distance
 from moec.errors import CaptureError, IRError
 from moec.evaluate import evaluate
+from moec.graph_module import GraphModule
 from moec.ir import Program
 from moec.sizes import Bounds
 
@@ -67,6 +68,8 @@ def capture(
             raise CaptureError("the sizes of an exported program are fixed: export it anew")
         return _from_export(model, args, kwargs, bounds)
     model.eval()
+    if isinstance(model, GraphModule):
+        return _from_graph(model, args, kwargs, dynamic_shapes)
     arguments = named_arguments(model, args, kwargs)
     call = Call(model, args, kwargs)
     for name, tensor in zip(tensor_names(arguments), call.tensors, strict=True):
@@ -208,6 +211,21 @@ def _from_export(
     program, states = detached(program)
     eager = _from_start(states, run)
     return Captured(program, eager, example, structure, _fixed(program))
+
+
+def _from_graph(
+    model: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> Captured:
+    """A module that is a graph already: nothing is traced, its weights are as they are now."""
+    if dynamic_shapes is not None:
+        raise CaptureError("the sizes of a transformed module are fixed: transform it anew")
+    example = model.inputs(args, kwargs)
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return model.run(tensors)
+
+    return Captured(model.program, eager, example, model.structure)
 
 
 def _convert(

@@ -18,6 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.errors import CaptureError, UsageError
+from moec.graph_module import GraphModule
 from moec.sizes import Bounds
 
 TOKENIZER_FILES = (
@@ -88,6 +89,8 @@ def open_source(
 def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     """A cache that nobody asked for is left out: it would be an output of dozens of tensors."""
     name = type(model).__name__
+    if isinstance(model, GraphModule) and not args and not kwargs:
+        return Source(model, *model.example, name=name)
     if not args and not kwargs and inspect.signature(model.forward).parameters:
         raise UsageError(f"{name} needs example inputs: moec.compile(model, (input, ...))")
     config = getattr(model, "config", None)
