@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moec import train
     from moec.api import compile
     from moec.compiled import CompiledModel
     from moec.dynamo import prepare, stats
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "prepare",
     "stats",
+    "train",
     "transform",
 ]
 
@@ -43,6 +45,8 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("moec.train")
     if name not in _WHERE:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

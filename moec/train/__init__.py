@@ -1,1 +1,7 @@
 """Training schemes, and layers to train, of mixture-of-experts models."""
+
+from __future__ import annotations
+
+from moec.train.ewa import EWA, Constant, Linear
+
+__all__ = ["EWA", "Constant", "Linear"]

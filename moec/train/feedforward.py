@@ -1,0 +1,121 @@
+"""Which linear layers of a module are its feed-forward networks.
+
+An FFN is a run of linear layers from D to H, one after the other in the order of their names,
+and one from H to D after them: `fc1, act, fc2`, `gate, up, down`, `linear1, linear2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from moec.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The linear layers of one FFN by their names in the model, the last from H to D."""
+
+    linears: tuple[tuple[str, nn.Linear], ...]
+
+    def __str__(self) -> str:
+        return ", ".join(name for name, _ in self.linears)
+
+
+def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[FeedForward, ...]:
+    """The FFNs of a model; those inside of modules that a pattern of `named` matches
+    ("blocks.*.mlp"), where it is given.
+
+    Without names an FFN widens (H > D). A module that is named may narrow, where it has no other
+    linear layers. Raises UsageError where there is none, for the model or for a pattern.
+    """
+    found = tuple(_found(model, named))
+    for ffn in found:
+        _check_alone(model, ffn)
+    return found
+
+
+def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[FeedForward]:
+    if named is None:
+        found = tuple(_widening(_linears(model)))
+        if not found:
+            raise UsageError(
+                f"{type(model).__name__} has no FFN that could be found, a linear layer from D to "
+                'H > D and one back: name the modules that hold one, such as ffns="blocks.*.mlp"'
+            )
+        return found
+    patterns = [named] if isinstance(named, str) else list(named)
+    modules = dict(model.named_modules())
+    ffns: dict[str, FeedForward] = {}
+    for pattern in patterns:
+        matched = [name for name in modules if fnmatchcase(name, pattern)]
+        if not matched:
+            raise UsageError(
+                f"ffns={pattern!r} matches no module of {type(model).__name__}, which has "
+                f"{_some(modules)}"
+            )
+        inside = [ffn for name in matched for ffn in _inside(name, modules[name])]
+        if not inside:
+            kinds = f"{matched[0]} ({type(modules[matched[0]]).__name__})"
+            raise UsageError(
+                f"ffns={pattern!r}: {kinds} holds no FFN, linear layers from D to H and one back"
+            )
+        ffns |= {str(ffn): ffn for ffn in inside}
+    return tuple(ffns.values())
+
+
+def _inside(name: str, module: nn.Module) -> Sequence[FeedForward]:
+    linears = [(f"{name}.{own}".strip("."), m) for own, m in _linears(module)]
+    return tuple(_widening(linears)) or tuple(_whole(linears))
+
+
+def _check_alone(model: nn.Module, ffn: FeedForward) -> None:
+    """Raises UsageError for layers or weights that stand in more than one place."""
+    for name, linear in ffn.linears:
+        owners = [
+            m for m in model.modules() if any(p is linear.weight for p in m._parameters.values())
+        ]
+        holders = [c for m in model.modules() for c in m._modules.values() if c is linear]
+        if len(owners) > 1 or len(holders) > 1:
+            raise UsageError(
+                f"{name} shares its weight with another layer of {type(model).__name__}, which "
+                "would be left as it is: name other FFNs with ffns=..."
+            )
+
+
+def _some(modules: dict[str, nn.Module]) -> str:
+    names = [name for name in modules if name]
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Exact instances: what inherits from nn.Linear may compute something else."""
+    return [(name, m) for name, m in module.named_modules() if type(m) is nn.Linear]
+
+
+def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]:
+    run: list[tuple[str, nn.Linear]] = []
+    for name, linear in linears:
+        size = (linear.in_features, linear.out_features)
+        same = bool(run) and size == (run[-1][1].in_features, run[-1][1].out_features)
+        if run and size == (run[-1][1].out_features, run[-1][1].in_features):
+            yield FeedForward((*run, (name, linear)))
+            run = []
+        elif size[1] > size[0]:
+            run = [*run, (name, linear)] if same else [(name, linear)]
+        else:
+            run = []
+
+
+def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]:
+    """All of a module's linear layers, where they are one FFN of any width."""
+    if len(linears) < 2:
+        return
+    *first, (_, last) = linears
+    if all(
+        (m.out_features, m.in_features) == (last.in_features, last.out_features) for _, m in first
+    ):
+        yield FeedForward(tuple(linears))
