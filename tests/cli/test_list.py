@@ -79,6 +79,7 @@ def test_passes_that_are_asked_for_tell_their_options_and_their_source() -> None
     rows = {row["pass"]: row for row in json.loads(run("passes", "--json").stdout)}
     assert [p.name for p in WANTED] == [n for n, r in rows.items() if "source" in r]
     shown = " ".join(run("passes").stdout.split())
+    assert "moec.transform(model, passes, calib=...), which gives a module that trains" in shown
     for kind in WANTED:
         row = rows[kind.name]
         assert row["what_it_does"]
