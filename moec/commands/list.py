@@ -36,7 +36,9 @@ def command(what: str, as_json: bool) -> None:
         from rich.padding import Padding
 
         console.print("\nThese run only where they are asked for. Those that change the model need")
-        console.print('data, as --passes "+prune-experts(keep=0.5,by=usage)" --calib FILE, or in Python')
+        console.print(
+            'data, as --passes "+prune-experts(keep=0.5,by=usage)" --calib FILE, or in Python'
+        )
         console.print("moec.transform(model, passes, calib=...), which gives a module that trains:")
     for row in asked_for:
         console.print(f"\n[bold]{row['pass']}[/bold]  {row['kind']}")
