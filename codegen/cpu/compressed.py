@@ -29,6 +29,7 @@ from moec.codegen.cpu import masks
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Ternary, TwoBits, Weights
 from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
 from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.ops.compressed import X_BITS
@@ -266,27 +267,11 @@ def compressed_linear(
             scale = buffer("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
             y = buffer("y", (r, spec.n), spec.y_dtype)
 
-            def token(row: Expr) -> Expr:
-                return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
-
-            def row_scale(row: Expr) -> Expr:
-                assert order is not None
-                slot = T.cast(T.truncmod(order[row], top_k), "int64")
-                return v.scalar(scale, [token(row), slot])
-
             operands = CompressedOperands(
-                x, x, y, bias, token, None if scale is None else row_scale,
+                x, x, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k),
                 x_scales, sums, matrices,
             )  # fmt: skip
             tile = CompressedTile(lay, operands, epilogue)
-            with masks.functions(target), T.parallel(0, lay.tiles * experts) as unit:
-                column = T.bind(T.truncdiv(unit, experts))
-                e = T.bind(T.truncmod(unit, experts))
-                before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
-                first = T.bind(T.cast(before, "int64"))
-                end = T.bind(T.cast(ends[e], "int64"))
-                with T.If(first < end), T.Then():
-                    tile.rows(e, column, first, end - first)
-                with T.If(e == experts - 1), T.Then():
-                    tile.zero_rows(column, end, r - end)
+            with masks.functions(target):
+                each_expert(tile, ends, r)
     return builder.get()

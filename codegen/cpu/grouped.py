@@ -5,19 +5,16 @@
 "row of r" is r itself, or, where the dispatch is folded in, the token order[r] // top_k: then
 the rows of x are read where they are and never copied. Rows that no expert owns become 0; with
 `cleared` false, where nobody reads them, they are left as they are.
-
-The threads share out (tile, expert) pairs, tiles outermost: whatever the routing, each thread
-gets every expert's rows for its share of the columns, so the load is even without any planning.
 """
 
 from __future__ import annotations
 
-from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
 from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
@@ -81,38 +78,10 @@ def _grouped(
             if scale_dtype is not None and top_k is not None:
                 scale = T.match_buffer(T.arg("scale", T.handle()), (t, top_k), scale_dtype)
             y = T.match_buffer(T.arg("y", T.handle()), (r, spec.n), spec.y_dtype)
-            tile = Tile(layout, _operands(v, x, w, y, bias, order, scale, top_k), epilogue)
-            with v.functions(), T.parallel(0, layout.tiles * experts) as unit:
-                column = T.bind(T.truncdiv(unit, experts))
-                e = T.bind(T.truncmod(unit, experts))
-                before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
-                first = T.bind(T.cast(before, "int64"))
-                end = T.bind(T.cast(ends[e], "int64"))
-                with T.If(first < end), T.Then():
-                    tile.rows(e, column, first, end - first)
-                if cleared:
-                    with T.If(e == experts - 1), T.Then():
-                        tile.zero_rows(column, end, r - end)
+            operands = Operands(
+                x, w, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k)
+            )
+            tile = Tile(layout, operands, epilogue)
+            with v.functions():
+                each_expert(tile, ends, r, cleared)
     return builder.get()
-
-
-def _operands(
-    v: Vector,
-    x: Buffer,
-    w: Buffer,
-    y: Buffer,
-    bias: Buffer | None,
-    order: Buffer | None,
-    scale: Buffer | None,
-    top_k: int | None,
-) -> Operands:
-    if order is None or top_k is None:
-        return Operands(x, w, y, bias, lambda r: r, None)
-
-    def token(r: Expr) -> Expr:
-        return T.cast(T.truncdiv(order[r], top_k), "int64")
-
-    def row_scale(r: Expr) -> Expr:
-        return v.scalar(scale, [token(r), T.cast(T.truncmod(order[r], top_k), "int64")])
-
-    return Operands(x, w, y, bias, token, None if scale is None else row_scale)

@@ -22,6 +22,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import integers
 from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
 from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
@@ -197,27 +198,11 @@ def quantised_linear(
             scale = buffer("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
             y = buffer("y", (r, spec.n), spec.y_dtype)
 
-            def token(row: Expr) -> Expr:
-                return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
-
-            def row_scale(row: Expr) -> Expr:
-                assert order is not None
-                slot = T.cast(T.truncmod(order[row], top_k), "int64")
-                return v.scalar(scale, [token(row), slot])
-
             operands = QuantisedOperands(
-                x, w, y, bias, token, None if scale is None else row_scale,
+                x, w, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k),
                 x_scales, sums, w_scales, zeros,
             )  # fmt: skip
             tile = QuantisedTile(lay, operands, epilogue)
-            with integers.functions(v), T.parallel(0, lay.tiles * experts) as unit:
-                column = T.bind(T.truncdiv(unit, experts))
-                e = T.bind(T.truncmod(unit, experts))
-                before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
-                first = T.bind(T.cast(before, "int64"))
-                end = T.bind(T.cast(ends[e], "int64"))
-                with T.If(first < end), T.Then():
-                    tile.rows(e, column, first, end - first)
-                with T.If(e == experts - 1), T.Then():
-                    tile.zero_rows(column, end, r - end)
+            with integers.functions(v):
+                each_expert(tile, ends, r)
     return builder.get()

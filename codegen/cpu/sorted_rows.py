@@ -1,0 +1,56 @@
+"""Rows sorted by expert: which row of x each one is, and who computes it.
+
+The threads share out (tile, expert) pairs, tiles outermost: whatever the routing, each thread
+gets every expert's rows for its share of the columns, so the load is even without any planning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.tile import Tile
+from moec.codegen.cpu.vector import Vector
+
+
+def token_of(order: Buffer | None, top_k: int | None) -> Callable[[Expr], Expr]:
+    """Row r is row order[r] // top_k of x; without an order, row r."""
+
+    def token(row: Expr) -> Expr:
+        return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
+
+    return token
+
+
+def scale_of(
+    v: Vector, scale: Buffer | None, order: Buffer | None, top_k: int | None
+) -> Callable[[Expr], Expr] | None:
+    """What multiplies row r: scale[T, top_k] of its choice, in float32."""
+    if scale is None or order is None:
+        return None
+    token = token_of(order, top_k)
+
+    def row_scale(row: Expr) -> Expr:
+        return v.scalar(scale, [token(row), T.cast(T.truncmod(order[row], top_k), "int64")])
+
+    return row_scale
+
+
+def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
+    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`. Those that no
+    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise."""
+    experts = tile.layout.spec.groups
+    with T.parallel(0, tile.layout.tiles * experts) as unit:
+        column = T.bind(T.truncdiv(unit, experts))
+        e = T.bind(T.truncmod(unit, experts))
+        before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
+        first = T.bind(T.cast(before, "int64"))
+        end = T.bind(T.cast(ends[e], "int64"))
+        with T.If(first < end), T.Then():
+            tile.rows(e, column, first, end - first)
+        if cleared:
+            with T.If(e == experts - 1), T.Then():
+                tile.zero_rows(column, end, rows - end)
