@@ -1,9 +1,10 @@
-"""One MoE layer of OLMoE's shape, by moec and by the ways that transformers has to run it.
+"""One MoE layer, by moec and by the ways that transformers has to run it.
 
-    python benchmarks/layer.py [--tokens 1,8,64,512] [--dtypes float32,bfloat16] [--rounds 15]
-    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …]
+    python benchmarks/layer.py [--shape olmoe] [--tokens 1,8,64,512] [--dtypes float32,bfloat16]
+    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …] [--append RESULTS.md]
 
-The layer is the whole block, router included, compiled by `moec.compile` as any module is. All
+The layer is OLMoE's whole block in the sizes of some model (without shared experts), router
+included, compiled by `moec.compile` as any module is. All
 contenders run in one process, one after the other in every round, on the same weights and
 inputs, so that whatever else the machine does falls on all of them. Printed are medians in
 milliseconds, how many times moec's median the best other one takes, and moec's share of what
@@ -17,13 +18,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import os
+import shlex
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -41,10 +47,29 @@ from moec import quantisation  # noqa: E402
 from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 
-D, H, E, K = 2048, 1024, 64, 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 Run = Callable[[Tensor], Tensor]  # x[1, T, D] -> [1, T, D]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths D of rows and H of experts, E experts, K a token."""
+
+    D: int
+    H: int
+    E: int
+    K: int
+
+
+OLMOE = Shape(2048, 1024, 64, 8)
+SHAPES = {
+    "olmoe": OLMOE,
+    "granite-1b": Shape(1024, 512, 32, 8),
+    "qwen3-30b": Shape(2048, 768, 128, 8),
+    "mixtral-half": Shape(2048, 7168, 8, 2),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +81,14 @@ class Contender:
     most_tokens: int = 1 << 30
 
 
-def block(dtype: torch.dtype, normalised: bool = False) -> OlmoeSparseMoeBlock:
+def block(
+    dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE
+) -> OlmoeSparseMoeBlock:
     config = OlmoeConfig(
-        hidden_size=D,
-        intermediate_size=H,
-        num_experts=E,
-        num_experts_per_tok=K,
+        hidden_size=shape.D,
+        intermediate_size=shape.H,
+        num_experts=shape.E,
+        num_experts_per_tok=shape.K,
         norm_topk_prob=normalised,
     )
     made = OlmoeSparseMoeBlock(config).to(dtype).requires_grad_(False).eval()
@@ -83,7 +110,8 @@ def way(layer: OlmoeSparseMoeBlock, implementation: str) -> OlmoeSparseMoeBlock:
 
 def contenders(layer: OlmoeSparseMoeBlock, inductor: bool) -> list[Contender]:
     """moec first. Each of transformers' ways has the same weights under a config of its own."""
-    x = torch.randn(1, 7, D, dtype=next(layer.parameters()).dtype)
+    first = layer.gate.weight
+    x = torch.randn(1, 7, first.shape[1], dtype=first.dtype)
     found = [Contender("moec", moec.compile(layer, (x,)))]
     found += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
     # It copies each token's weights: a way for one token, absurd for many.
@@ -93,16 +121,16 @@ def contenders(layer: OlmoeSparseMoeBlock, inductor: bool) -> list[Contender]:
     return found
 
 
-def compare(dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
+def compare(shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
     """Print the table of one dtype; whether moec was ahead by 1.2 times everywhere."""
-    layer = block(DTYPES[dtype])
+    layer = block(DTYPES[dtype], shape=shape)
     ways = contenders(layer, inductor)
     top, stream = peak(dtype), bandwidth()
     print(f"\n{dtype}: {THREADS} threads, {top / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} GB/s")
     print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   ratio  % of limit", flush=True)
     ahead = True
     for t in tokens:
-        x = torch.randn(1, t, D).to(DTYPES[dtype])
+        x = torch.randn(1, t, shape.D).to(DTYPES[dtype])
         running = [c for c in ways if t <= c.most_tokens]
         wanted = running[1].run(x)
         for c in running:
@@ -118,9 +146,9 @@ def compare(dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
-        used = len(set(layer.gate(x.view(-1, D))[2].flatten().tolist()))
-        weights = used * 3 * D * H * x.element_size()
-        limit = max(t * K * 6 * D * H / top, weights / stream)
+        used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
+        weights = used * 3 * shape.D * shape.H * x.element_size()
+        limit = max(t * shape.K * 6 * shape.D * shape.H / top, weights / stream)
         cells = "".join(
             f"{median[c.name] * 1e3:12.2f}" if c.name in median else f"{'-':>12}" for c in ways
         )
@@ -130,12 +158,12 @@ def compare(dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
     return ahead
 
 
-def compare_quantised(text: str, tokens: list[int], rounds: int) -> None:
+def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -> None:
     """Print the table of one format: times, and errors against eager."""
     from qmoe import qmoe
 
-    layer, format = block(torch.bfloat16, normalised=True), quantisation.parse(text)
-    example = torch.randn(1, 7, D).bfloat16()
+    layer, format = block(torch.bfloat16, True, shape), quantisation.parse(text)
+    example = torch.randn(1, 7, shape.D).bfloat16()
     compiled = moec.compile(layer, (example,), quant=text, verify=False)
     ways = [
         Contender("quantised", compiled),
@@ -147,7 +175,7 @@ def compare_quantised(text: str, tokens: list[int], rounds: int) -> None:
     print(f"\n{text}: {THREADS} threads, {stream / 1e9:.1f} GB/s")
     print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   % of bandwidth   errors")
     for t in tokens:
-        x = torch.randn(1, t, D).bfloat16()
+        x = torch.randn(1, t, shape.D).bfloat16()
         wanted = layer(x).float()
         errors = [float((c.run(x).float() - wanted).norm() / wanted.norm()) for c in ways]
         times: dict[str, list[float]] = {c.name: [] for c in ways}
@@ -157,37 +185,61 @@ def compare_quantised(text: str, tokens: list[int], rounds: int) -> None:
                 c.run(x)
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
-        used = len(set(layer.gate(x.view(-1, D))[2].flatten().tolist()))
-        share = stored * used / E / stream / median["quantised"]
+        used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
+        share = stored * used / shape.E / stream / median["quantised"]
         cells = "".join(f"{median[c.name] * 1e3:12.2f}" for c in ways)
         print(f"{t:6}{cells}{share:17.0%}   " + ", ".join(f"{e:.1e}" for e in errors), flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="olmoe", choices=SHAPES)
     parser.add_argument("--tokens", default="1,8,64,512")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-inductor", action="store_true", help="it takes minutes to compile")
     parser.add_argument("--quant", help="a format of moec compile --quant, beside QMoE")
+    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\._dynamo")
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    print(f"{Path(__file__).name}: D={D} H={H} E={E} k={K}, torch {torch.__version__}")
+    if options.append is None:
+        run(options)
+        return 0
+    said = io.StringIO()
+    with redirect_stdout(said):
+        run(options)
+    print(said.getvalue(), end="")
+    command = shlex.join(["python", "benchmarks/layer.py", *_without_append(sys.argv[1:])])
+    body = textwrap.indent(said.getvalue(), "    ")
+    with options.append.open("a", encoding="utf-8") as file:
+        file.write(
+            f"\n## One layer of {options.shape}\n\n{date.today()}\n\n    $ {command}\n{body}"
+        )
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    shape = SHAPES[options.shape]
+    sizes = f"D={shape.D} H={shape.H} E={shape.E} k={shape.K}"
+    print(f"{options.shape}: {sizes}, torch {torch.__version__}")
     print(f"load average before: {os.getloadavg()[0]:.1f}")
     tokens = [int(t) for t in options.tokens.split(",")]
-    if options.quant:
-        with torch.inference_mode():
-            compare_quantised(options.quant, tokens, options.rounds)
-        return 0
     with torch.inference_mode():
+        if options.quant:
+            compare_quantised(shape, options.quant, tokens, options.rounds)
+            return
         results = [
-            compare(dtype, tokens, options.rounds, not options.no_inductor)
+            compare(shape, dtype, tokens, options.rounds, not options.no_inductor)
             for dtype in options.dtypes.split(",")
         ]
     print("moec is at least 1.2 times faster everywhere:", "yes" if all(results) else "NO")
-    return 0
+
+
+def _without_append(words: list[str]) -> list[str]:
+    at = words.index("--append") if "--append" in words else len(words)
+    return words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

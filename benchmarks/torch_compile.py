@@ -26,7 +26,7 @@ from moec.runtime.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from layer import DTYPES, TOLERANCES, D, E, H, K, block, way  # noqa: E402
+from layer import DTYPES, OLMOE, TOLERANCES, block, way  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import moec  # noqa: E402
@@ -61,7 +61,7 @@ def contenders(layer: nn.Module, names: list[str], train: bool) -> dict[str, tup
     made: dict[str, tuple[Run, nn.Module]] = {}
     for name in names:
         if name == "artifact":
-            x = torch.randn(1, 7, D, dtype=next(layer.parameters()).dtype)
+            x = torch.randn(1, 7, OLMOE.D, dtype=next(layer.parameters()).dtype)
             made[name] = (moec.compile(layer, (x,), verify=False), layer)
         elif name.startswith(MOEC):
             twin = way(layer, "eager")
@@ -112,7 +112,7 @@ def main() -> int:
     names = options.only.split(",") if options.only else names
     tokens = options.tokens or ("64,512" if options.train else "1,64,512")
     what = "training" if options.train else "inference"
-    print(f"{Path(__file__).name}: {what}, {options.dtype}, D={D} H={H} E={E} k={K}")
+    print(f"{Path(__file__).name}: {what}, {options.dtype}, {OLMOE}")
     print(f"torch {torch.__version__}, {THREADS} threads, load average {os.getloadavg()[0]:.1f}")
     print("tokens" + "".join(f"{name:>16}" for name in names))
     layer = block(DTYPES[options.dtype])
@@ -120,7 +120,7 @@ def main() -> int:
         layer.requires_grad_(options.train)
         made = contenders(layer, names, options.train)
         for t in map(int, tokens.split(",")):
-            x = torch.randn(1, t, D).to(DTYPES[options.dtype])
+            x = torch.randn(1, t, OLMOE.D).to(DTYPES[options.dtype])
             runs = {name: run for name, (run, _) in made.items()}
             found = compare(runs, x, options.rounds or (5 if options.train else 15))
             cells = "".join(
