@@ -61,7 +61,16 @@ class CompressedTile(Tile):
 
     operands: CompressedOperands
 
-    def rows(self, group: Expr, tile: Expr, first: Expr, count: Expr) -> None:
+    def rows(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr] | None = None,
+    ) -> None:
+        """As Tile.rows. Where the weights of `following` lie is known once these are decoded:
+        nothing is fetched."""
         with T.If(count < MANY):
             with T.Then():
                 self._groups(first, count, ROWS, lambda row, m: self._few(group, tile, row, m))

@@ -83,5 +83,5 @@ def _grouped(
             )
             tile = Tile(layout, operands, epilogue)
             with v.functions():
-                each_expert(tile, ends, r, cleared)
+                each_expert(tile, ends, r, cleared, fetches=True)
     return builder.get()

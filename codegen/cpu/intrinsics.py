@@ -218,7 +218,7 @@ define linkonce_odr i32 @moec_last_{n}(ptr %p) alwaysinline {{
 }}
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define linkonce_odr i32 @moec_prefetch_{n}(ptr %p) alwaysinline {{
-  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
   ret i32 0
 }}"""
 

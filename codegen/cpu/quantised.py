@@ -45,16 +45,37 @@ class QuantisedTile(Tile):
     layout: QuantisedLayout
     operands: QuantisedOperands
 
-    def rows(self, group: Expr, tile: Expr, first: Expr, count: Expr) -> None:
-        most = self.layout.tile_rows
-        with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
+    def rows(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr] | None = None,
+    ) -> None:
+        most, vectors = self.layout.tile_rows, self.layout.vectors
+        whole = T.bind(T.truncdiv(count, T.int64(most)))
+        fetching: Expr = T.int64(0)
+        if following is not None:
+            fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
+            with T.serial(0, fetching) as i:
+                ahead = (*following, i * self.vector.lanes)
+                self._some(group, tile, T.bind(first + i * most), most, ahead)
+        with T.serial(fetching, whole) as i:
             self._some(group, tile, first + i * most, most)
         left = T.bind(T.truncmod(count, T.int64(most)))
         for m in range(1, most):
             with T.If(left == m), T.Then():
                 self._some(group, tile, T.bind(first + count - m), m)
 
-    def _some(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
+    def _some(
+        self,
+        group: Expr,
+        tile: Expr,
+        row: Expr,
+        m: int,
+        ahead: tuple[Expr, Expr, Expr] | None = None,
+    ) -> None:
         """`m` rows from `row` on."""
         v, lay = self.vector, self.layout
         lanes = T.ramp(0, 1, v.lanes)
@@ -67,7 +88,7 @@ class QuantisedTile(Tile):
 
         whole, acc = registers("int32"), registers("float32")
         if lay.blocks == 1:
-            self._integers(whole, rows, group, tile, 0)
+            self._integers(whole, rows, group, tile, 0, ahead)
             scales = self._scales(group, tile, 0)
             for i, r in enumerate(rows):
                 factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
@@ -78,7 +99,7 @@ class QuantisedTile(Tile):
                 for a in each:
                     T.buffer_store(a, v.splat(0.0), [lanes])
             with T.serial(0, lay.blocks) as block:
-                self._integers(whole, rows, group, tile, block)
+                self._integers(whole, rows, group, tile, block, ahead)
                 scales = self._scales(group, tile, block)
                 for i, r in enumerate(rows):
                     factor = v.splat(T.bind(self.operands.x_scales[r, block]))
@@ -99,6 +120,7 @@ class QuantisedTile(Tile):
         group: Expr,
         tile: Expr,
         block: Expr | int,
+        ahead: tuple[Expr, Expr, Expr] | None,
     ) -> None:
         """acc[i][j] = the integer sums of one block."""
         v, lay, ops = self.vector, self.layout, self.operands
@@ -112,6 +134,8 @@ class QuantisedTile(Tile):
         quads = lay.per_word // 4
         with T.serial(0, lay.depth_block) as step:
             word = T.bind(block * lay.depth_block + step)
+            if ahead is not None:
+                v.prefetch(ops.w, [ahead[0], ahead[1], word, ahead[2]])
             at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
             codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
             for q in range(quads):
@@ -204,5 +228,5 @@ def quantised_linear(
             )  # fmt: skip
             tile = QuantisedTile(lay, operands, epilogue)
             with integers.functions(v):
-                each_expert(tile, ends, r)
+                each_expert(tile, ends, r, fetches=True)
     return builder.get()

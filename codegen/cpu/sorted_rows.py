@@ -39,18 +39,27 @@ def scale_of(
     return row_scale
 
 
-def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
+def each_expert(
+    tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True, fetches: bool = False
+) -> None:
     """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`. Those that no
-    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise."""
+    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise.
+    Where it `fetches`, the tile is told whose weights come next."""
     experts = tile.layout.spec.groups
-    with T.parallel(0, tile.layout.tiles * experts) as unit:
+    units = tile.layout.tiles * experts
+    with T.parallel(0, units) as unit:
         column = T.bind(T.truncdiv(unit, experts))
         e = T.bind(T.truncmod(unit, experts))
         before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
         first = T.bind(T.cast(before, "int64"))
         end = T.bind(T.cast(ends[e], "int64"))
         with T.If(first < end), T.Then():
-            tile.rows(e, column, first, end - first)
+            if fetches:
+                after = T.bind(T.min(unit + 1, units - 1))
+                following = (T.truncmod(after, experts), T.truncdiv(after, experts))
+                tile.rows(e, column, first, end - first, following)
+            else:
+                tile.rows(e, column, first, end - first)
         if cleared:
             with T.If(e == experts - 1), T.Then():
                 tile.zero_rows(column, end, rows - end)

@@ -64,8 +64,19 @@ class Tile:
     def dots(self) -> bool:
         return self.layout.pairs and self.layout.target.bf16_dot
 
-    def rows(self, group: Expr, tile: Expr, first: Expr, count: Expr) -> None:
-        """Makes y[first : first + count, columns of tile]; first and count are int64."""
+    def rows(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr] | None = None,
+    ) -> None:
+        """Makes y[first : first + count, columns of tile]; first and count are int64.
+
+        `following` are group and tile of the weights that this thread reads next: while there
+        are rows enough to hide it, they are fetched into the cache meanwhile.
+        """
         lay = self.layout
         blocks = -(-lay.depth // lay.depth_block)
         panel = None
@@ -73,7 +84,7 @@ class Tile:
             elements = lay.depth_block * (2 if lay.pairs else 1)
             panel = T.alloc_buffer((lay.target.tile_rows, elements), "float32")
         if blocks == 1:
-            self._row_blocks(group, tile, first, count, 0, None, first, panel)
+            self._row_blocks(group, tile, first, count, 0, None, first, panel, following)
             return
         partial = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
         with T.serial(0, _ceildiv(count, ROW_CHUNK)) as c:
@@ -99,9 +110,19 @@ class Tile:
         partial: Buffer | None,
         base: Expr,
         panel: Buffer | None,
+        following: tuple[Expr, Expr] | None = None,
     ) -> None:
-        most = self.layout.target.tile_rows
-        with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
+        most, vectors = self.layout.target.tile_rows, self.layout.vectors
+        whole = T.bind(T.truncdiv(count, T.int64(most)))
+        fetching: Expr = T.int64(0)
+        if following is not None:
+            # Each of these blocks of rows fetches one vector of every step of the next weights.
+            fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
+            with T.serial(0, fetching) as i:
+                ahead = (*following, i * self.vector.lanes)
+                row = T.bind(first + i * most)
+                self._block(group, tile, row, most, block, partial, base, panel, ahead)
+        with T.serial(fetching, whole) as i:
             self._block(group, tile, first + i * most, most, block, partial, base, panel)
         left = T.bind(T.truncmod(count, T.int64(most)))
         for m in range(1, most):
@@ -119,6 +140,7 @@ class Tile:
         partial: Buffer | None,
         base: Expr,
         panel: Buffer | None,
+        ahead: tuple[Expr, Expr, Expr] | None = None,
     ) -> None:
         """`m` rows from `row` on, over one block of K."""
         v, lay = self.vector, self.layout
@@ -150,7 +172,7 @@ class Tile:
         stop = T.min(start + lay.depth_block, lay.depth) if partial is not None else lay.depth
         if panel is not None:
             self._widen(x_rows, start, panel)
-        self._depth_loop(acc, x_rows, group, tile, start, stop, panel)
+        self._depth_loop(acc, x_rows, group, tile, start, stop, panel, ahead)
 
         if partial is None:
             self._finish(acc, row, m, group, tile)
@@ -172,6 +194,7 @@ class Tile:
         start: Expr | int,
         stop: Expr | int,
         panel: Buffer | None,
+        ahead: tuple[Expr, Expr, Expr] | None,
     ) -> None:
         v, lay, x, w = self.vector, self.layout, self.operands.x, self.operands.w
         lanes = T.ramp(0, 1, v.lanes)
@@ -193,6 +216,8 @@ class Tile:
         whole = T.min(stop, lay.depth - 1) if odd else stop
         with T.serial(0, whole - start) as step:
             k = start + step
+            if ahead is not None:
+                v.prefetch(w, [ahead[0], ahead[1], k, ahead[2]])
             b = weights(k)
             if self.dots:
                 for i, r in enumerate(x_rows):
