@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
 import typing
 from collections.abc import Mapping
@@ -123,8 +126,27 @@ def test_an_expert_that_was_left_out_is_counted(monkeypatch: Any) -> None:
 ALL = "int8,linears=int8,head=int8"
 
 
-def test_the_whole_model_in_eight_bits(tiny_moe: Path) -> None:
-    """Each linear layer but the routers; text is generated token by token from it."""
+SCRIPT = """
+import sys, moec, numpy
+logits = moec.load(sys.argv[1])(numpy.arange(150).reshape(2, 75))
+sys.stdout.buffer.write(logits.tobytes())
+"""
+
+
+def with_threads(count: int, artifact: Path) -> bytes:
+    """The bits of the logits that a process of so many threads computes."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, artifact],
+        env=os.environ | {"TVM_NUM_THREADS": str(count)},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    ).stdout
+
+
+def test_the_whole_model_in_eight_bits(tiny_moe: Path, tmp_path: Path) -> None:
+    """Each linear layer but the routers; text is generated token by token from it, and any
+    number of threads gives the same bits."""
     made = moec.compile(tiny_moe, quant=ALL)
     lines = {line.name: line for line in made.report().quantised}
     assert lines["lm_head"].parts == 1
@@ -139,6 +161,10 @@ def test_the_whole_model_in_eight_bits(tiny_moe: Path) -> None:
     tokens = torch.tensor([[5, 6, 7, 8]])
     (text,) = made.generate(tokens, max_new_tokens=1)
     assert text[-1] == int(made(tokens)[0, -1].argmax())
+    made.save(tmp_path / "all.moec")
+    one, three = (with_threads(count, tmp_path / "all.moec") for count in (1, 3))
+    assert len(one) == 150 * 1024 * 2
+    assert one == three
 
 
 def test_text_is_nearly_as_likely_in_few_bits(tiny_moe: Path) -> None:
