@@ -89,6 +89,7 @@ def chosen_target() -> Check:
     says = f"{host.name}: {host.vector_lanes} float lanes"
     says += ", bf16 dot products" if host.bf16_dot else ""
     says += ", int8 dot products" if host.int8_dot else ""
+    says += ", bf16 tiles" if host.bf16_tiles else ""
     better = [
         f"{t.name} needs {' '.join(target.missing(t))}"
         for t in target.TARGETS.values()

@@ -6,6 +6,7 @@ A target is chosen by name. "cpu" is this machine; the others are the same every
     avx2          x86-64-v3: 8 lanes, FMA, half precision converted by hardware
     avx512        x86-64-v4: 16 lanes
     avx512-bf16   x86-64-v4 with dot products of bf16 pairs and of int8 quadruples
+    amx           avx512-bf16 with products of whole tiles of bf16 and int8
     llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= as LLVM spells them
 
 Only the `llvm:` form asks TVM; all else, the check of an artifact's features included, needs
@@ -19,15 +20,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from moec import tiles
 from moec.errors import TargetError
 
 _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_AMX = ("amx-tile", "amx-bf16", "amx-int8")
 # Linux lists some features under other names than LLVM gives them.
 _LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon"}
 _BEYOND_V4 = (
     *("avx512bf16", "avx512bitalg", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512vpopcntdq"),
     *("avx512ifma", "gfni", "vpclmulqdq"),
+    *_AMX,
 )
 
 
@@ -56,6 +60,11 @@ class Target:
     def bf16_dot(self) -> bool:
         """Whether one instruction adds the dot products of bf16 pairs to float32 lanes."""
         return self.vector_lanes == 16 and "avx512bf16" in self.features
+
+    @property
+    def bf16_tiles(self) -> bool:
+        """Whether one instruction multiplies tiles: 16 rows of 32 bf16 by 32 times 16."""
+        return self.bf16_dot and "amx-bf16" in self.features
 
     @property
     def int8_dot(self) -> bool:
@@ -107,6 +116,15 @@ TARGETS: dict[str, Target] = {
             vector_registers=32,
             l2=1024 * 1024,
         ),
+        Target(
+            "amx",
+            mcpu="x86-64-v4",
+            mattr=("-prefer-256-bit", *(f"+{f}" for f in ("avx512bf16", "avx512vnni", *_AMX))),
+            features=(*_V4, "avx512bf16", "avx512vnni", *_AMX),
+            vector_lanes=16,
+            vector_registers=32,
+            l2=2 * 1024 * 1024,
+        ),
     )
 }
 
@@ -128,12 +146,17 @@ def parse(name: str) -> Target:
 
 @cache
 def host_features() -> frozenset[str]:
-    """What this machine's CPU can do, in LLVM's names; empty where the system does not say."""
+    """What this machine's CPU can do, in LLVM's names; empty where the system does not say.
+
+    Linux gives a process the tile registers only when it asks, so this asks. They do not count
+    where it refuses (an old kernel, a sandbox).
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    return features_of(text)
+    found = features_of(text)
+    return found if found.isdisjoint(_AMX) or tiles.permitted() else found - set(_AMX)
 
 
 def features_of(cpuinfo: str) -> frozenset[str]:
@@ -147,6 +170,8 @@ def features_of(cpuinfo: str) -> frozenset[str]:
 
 def _llvm_name(flag: str) -> str:
     named = _LINUX_NAMES.get(flag, flag)
+    if named.startswith("amx_"):
+        return named.replace("_", "-")
     return named.replace("_", "") if named.startswith(("avx512_", "avx_")) else named
 
 

@@ -68,6 +68,7 @@ class CompressedTile(Tile):
         first: Expr,
         count: Expr,
         following: tuple[Expr, Expr] | None = None,
+        tiles: Expr | int = 1,
     ) -> None:
         """As Tile.rows. Where the weights of `following` lie is known once these are decoded:
         nothing is fetched."""

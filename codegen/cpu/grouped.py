@@ -13,9 +13,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from moec.codegen.cpu.amx import tile_for
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import Epilogue, Operands
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -78,10 +79,9 @@ def _grouped(
             if scale_dtype is not None and top_k is not None:
                 scale = T.match_buffer(T.arg("scale", T.handle()), (t, top_k), scale_dtype)
             y = T.match_buffer(T.arg("y", T.handle()), (r, spec.n), spec.y_dtype)
-            operands = Operands(
-                x, w, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k)
-            )
-            tile = Tile(layout, operands, epilogue)
+            tokens, scales = token_of(order, top_k), scale_of(v, scale, order, top_k)
+            operands = Operands(x, w, y, bias, tokens, scales, gathered=order is not None)
+            tile = tile_for(layout, operands, epilogue)
             with v.functions():
                 each_expert(tile, ends, r, cleared, fetches=True)
     return builder.get()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from functools import cache
 
+from moec.codegen.cpu.tile_intrinsics import tile_functions
 from moec.target import Target
 
 # exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
@@ -28,6 +29,8 @@ def llvm_functions(target: Target) -> str:
     parts += [_arithmetic(n, target), _exp(n)]
     if target.bf16_dot:
         parts.append(_BF16_DOT)
+    if target.bf16_tiles:
+        parts.append(tile_functions())
     lines = "\n".join(parts).splitlines()
     declarations = dict.fromkeys(line for line in lines if line.startswith("declare"))
     return "\n".join([*declarations, *(line for line in lines if line not in declarations)])
@@ -215,6 +218,9 @@ define linkonce_odr i32 @moec_last_{n}(ptr %p) alwaysinline {{
   %h = load i16, ptr %p, align 2
   %i = zext i16 %h to i32
   ret i32 %i
+}}
+define linkonce_odr i32 @moec_whole_{n}(ptr %first, ptr %last) alwaysinline {{
+  ret i32 0
 }}
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define linkonce_odr i32 @moec_prefetch_{n}(ptr %p) alwaysinline {{

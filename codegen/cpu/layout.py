@@ -71,6 +71,12 @@ class Layout:
         return self.spec.dtype == "bfloat16"
 
     @property
+    def amx(self) -> bool:
+        """Whether kernels multiply whole register tiles. Each vector of a tile is then a stream
+        of its own, of which 16 steps fill a register as they lie."""
+        return self.target.bf16_tiles and self.pairs and self.spec.k % 32 == 0
+
+    @property
     def depth(self) -> int:
         """Steps of the inner loop over all of K."""
         return -(-self.spec.k // 2) if self.pairs else self.spec.k
@@ -88,6 +94,9 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        if self.amx:
+            lanes = self.target.vector_lanes
+            return (self.spec.groups, self.tiles * self.vectors, self.depth, lanes)
         return (self.spec.groups, self.tiles, self.depth, self.columns)
 
     @property

@@ -13,8 +13,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu.amx import tile_for
 from moec.codegen.cpu.layout import Layout, LinearSpec
-from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -69,7 +70,7 @@ def _kernel(
                 bias = argument(f"bias{i}", layout.bias_shape, "float32") if biased else None
                 weights.append((w, bias))
             tiles = [
-                Tile(
+                tile_for(
                     layout,
                     Operands(
                         x,
@@ -89,12 +90,16 @@ def _kernel(
 
 def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     """A parallel loop over all columns of tiles of the products and all chunks of `rows` rows."""
-    chunks = T.truncdiv(rows + (ROW_CHUNK - 1), T.int64(ROW_CHUNK))
+    size, amx = tiles[0].row_chunk, tiles[0].layout.amx
+    chunks = T.truncdiv(rows + (size - 1), T.int64(size))
     count = sum(tile.layout.tiles for tile in tiles)
     with T.parallel(0, chunks * count) as unit:
-        column = T.bind(T.cast(T.truncdiv(unit, chunks), "int32"))
-        first = T.bind(T.truncmod(unit, chunks) * ROW_CHUNK)
-        some = T.bind(T.min(rows - first, T.int64(ROW_CHUNK)))
+        # Tile registers are so fast that rows must stay in the cache, while weights pass by.
+        inner = T.int64(count) if amx else chunks
+        outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))
+        column = T.bind(T.cast(rest if amx else outer, "int32"))
+        first = T.bind((outer if amx else rest) * size)
+        some = T.bind(T.min(rows - first, T.int64(size)))
         _dispatch(tiles, column, first, some)
 
 

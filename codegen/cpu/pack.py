@@ -33,7 +33,8 @@ def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = Non
     dtype = _TORCH[layout.spec.dtype]
     packed = torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
     for half, part in enumerate(parts):
-        _copy(_half(layout, packed, half), part, layout)
+        for start, to in _places(layout, packed, half):
+            _copy(to, part, start, layout)
     return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
 
 
@@ -45,9 +46,9 @@ def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
         tensor = tensor.view(torch.bfloat16).view(*layout.shape, 2)
     made = []
     for half in range(2 if spec.gated else 1):
-        part = _half(layout, tensor, half)
-        # [E, tiles, depth, width(, 2)] -> [E, tiles, width, depth(, 2)] -> [E, N, K]
-        part = part.movedim(3, 2).flatten(1, 2)
+        # [E, tiles, depth, columns(, 2)] of each place -> [E, tiles, columns, depth(, 2)]
+        places = [place.movedim(3, 2) for _, place in _places(layout, tensor, half)]
+        part = torch.cat(places, 2).flatten(1, 2)
         made.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
     return tuple(made)
 
@@ -97,25 +98,32 @@ def _as_tensor(layout: Layout, array: Tensor | Array) -> Tensor:
     return tensor
 
 
-def _half(layout: Layout, packed: Tensor, half: int) -> Tensor:
-    return packed[:, :, :, half * layout.width : (half + 1) * layout.width]
+def _places(layout: Layout, packed: Tensor, half: int) -> list[tuple[int, Tensor]]:
+    """The parts of `packed` that one half is in, [E, tiles, depth, columns(, 2)], each with the
+    column of a tile that it starts with."""
+    if not layout.amx:
+        return [(0, packed[:, :, :, half * layout.width : (half + 1) * layout.width])]
+    lanes = layout.target.vector_lanes
+    each = layout.width // lanes
+    streams = packed.view(packed.shape[0], layout.tiles, layout.vectors, *packed.shape[2:])
+    return [(j * lanes, streams[:, :, half * each + j]) for j in range(each)]
 
 
-def _copy(to: Tensor, weight: Tensor, layout: Layout) -> None:
-    """to [E, tiles, depth, width(, 2)] <- weight [E, N, K]."""
-    n, width = layout.spec.n, layout.width
-    whole = n // width
-    for target, rows in (
-        (to[:, :whole], weight[:, : whole * width].view(-1, whole, width, layout.spec.k))
-        if whole
-        else (None, None),
-        (to[:, whole:, :, : n % width], weight[:, whole * width :].unsqueeze(1))
-        if n % width
-        else (None, None),
-    ):
-        if target is None or rows is None or rows.numel() == 0:
+def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
+    """to [E, tiles, depth, columns(, 2)] <- weight [E, N, K], `columns` of N from `start` on in
+    every `layout.width`."""
+    columns, width = to.shape[3], layout.width
+    present = layout.spec.n - start
+    whole = max(0, (present - columns) // width + 1)
+    left = max(0, present - whole * width)
+    pairs = []  # of a part of `to` and its rows [E, tiles, columns, K]
+    if whole:
+        pairs.append((to[:, :whole], weight[:, start:].unfold(1, columns, width).mT))
+    if left:
+        pairs.append((to[:, whole:, :, :left], weight[:, start + whole * width :].unsqueeze(1)))
+    for target, rows in pairs:
+        if rows.numel() == 0:
             continue
-        # rows: [E, tiles, width, K]
         if not layout.pairs:
             target.copy_(rows.transpose(2, 3))
         elif _viewable(rows):

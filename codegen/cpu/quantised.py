@@ -52,6 +52,7 @@ class QuantisedTile(Tile):
         first: Expr,
         count: Expr,
         following: tuple[Expr, Expr] | None = None,
+        tiles: Expr | int = 1,
     ) -> None:
         most, vectors = self.layout.tile_rows, self.layout.vectors
         whole = T.bind(T.truncdiv(count, T.int64(most)))

@@ -1,7 +1,8 @@
 """Rows sorted by expert: which row of x each one is, and who computes it.
 
-The threads share out (tile, expert) pairs, tiles outermost: whatever the routing, each thread
-gets every expert's rows for its share of the columns, so the load is even without any planning.
+The threads share out pairs of an expert and one or some tiles, tiles outermost: whatever the
+routing, each thread gets every expert's rows for its share of the columns, so the load is even
+without any planning.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ def each_expert(
     """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`. Those that no
     expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise.
     Where it `fetches`, the tile is told whose weights come next."""
-    experts = tile.layout.spec.groups
-    units = tile.layout.tiles * experts
+    experts, tiles, at_once = tile.layout.spec.groups, tile.layout.tiles, tile.tiles_at_once
+    units = -(-tiles // at_once) * experts
     with T.parallel(0, units) as unit:
-        column = T.bind(T.truncdiv(unit, experts))
+        column = T.bind(T.truncdiv(unit, experts) * at_once)
+        some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
         e = T.bind(T.truncmod(unit, experts))
         before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
         first = T.bind(T.cast(before, "int64"))
         end = T.bind(T.cast(ends[e], "int64"))
         with T.If(first < end), T.Then():
+            following = None
             if fetches:
                 after = T.bind(T.min(unit + 1, units - 1))
                 following = (T.truncmod(after, experts), T.truncdiv(after, experts))
-                tile.rows(e, column, first, end - first, following)
-            else:
-                tile.rows(e, column, first, end - first)
+            tile.rows(e, column, first, end - first, following, some)
         if cleared:
-            with T.If(e == experts - 1), T.Then():
-                tile.zero_rows(column, end, rows - end)
+            with T.If(e == experts - 1), T.Then(), T.serial(0, some) as t:
+                tile.zero_rows(column + t, end, rows - end)

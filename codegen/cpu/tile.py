@@ -15,7 +15,7 @@ Three ways to read x, by what the target can do:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -41,6 +41,7 @@ class Operands:
     bias: Buffer | None
     x_row: Callable[[Expr], Expr]
     scale: Callable[[Expr], Expr] | None  # row of y -> float32 that multiplies its row of x
+    gathered: bool = field(default=False, kw_only=True)  # neighbours in y lie anywhere in x
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ class Tile:
     def dots(self) -> bool:
         return self.layout.pairs and self.layout.target.bf16_dot
 
+    @property
+    def row_chunk(self) -> int:
+        """Rows of a dense product that a thread takes at once."""
+        return ROW_CHUNK
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles of columns of an expert that a thread takes at once."""
+        return 1
+
     def rows(
         self,
         group: Expr,
@@ -71,8 +82,10 @@ class Tile:
         first: Expr,
         count: Expr,
         following: tuple[Expr, Expr] | None = None,
+        tiles: Expr | int = 1,
     ) -> None:
-        """Makes y[first : first + count, columns of tile]; first and count are int64.
+        """Makes y[first : first + count, columns of tile and, where there are `tiles`, of those
+        behind it]; first and count are int64.
 
         `following` are group and tile of the weights that this thread reads next: while there
         are rows enough to hide it, they are fetched into the cache meanwhile.
@@ -256,25 +269,28 @@ class Tile:
                     T.buffer_store(panel, T.float32(0), [i, count])
 
     def _finish(self, acc: list[list[Buffer]], row: Expr, m: int, group: Expr, tile: Expr) -> None:
-        """Scale, bias, epilogue, rounding, store."""
-        v, lay, ops = self.vector, self.layout, self.operands
-        lanes = T.ramp(0, 1, v.lanes)
-        outputs = lay.width // v.lanes
+        lanes = T.ramp(0, 1, self.vector.lanes)
         for i in range(m):
-            scale = None if ops.scale is None else v.splat(T.bind(ops.scale(row + i)))
+            self._finish_row([a[lanes] for a in acc[i]], T.bind(row + i), group, tile)
 
-            def total(j: int, i: int = i, scale: Expr | None = scale) -> Expr:
-                value = acc[i][j][lanes]
-                if scale is not None:
-                    value = value * scale
-                if ops.bias is not None:
-                    value = value + ops.bias[group, tile, T.ramp(j * v.lanes, 1, v.lanes)]
-                return T.bind(value)
+    def _finish_row(self, sums: list[Expr], row: Expr, group: Expr, tile: Expr) -> None:
+        """Scale, bias, epilogue, rounding, store of one row's vectors of sums."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        outputs = lay.width // v.lanes
+        scale = None if ops.scale is None else v.splat(T.bind(ops.scale(row)))
 
-            for j in range(outputs):
-                parts = [total(j), total(outputs + j)] if lay.spec.gated else [total(j)]
-                value = self.epilogue(*parts) if self.epilogue is not None else parts[0]
-                self._store(row + i, tile, j, value)
+        def total(j: int) -> Expr:
+            value = sums[j]
+            if scale is not None:
+                value = value * scale
+            if ops.bias is not None:
+                value = value + ops.bias[group, tile, T.ramp(j * v.lanes, 1, v.lanes)]
+            return T.bind(value)
+
+        for j in range(outputs):
+            parts = [total(j), total(outputs + j)] if lay.spec.gated else [total(j)]
+            value = self.epilogue(*parts) if self.epilogue is not None else parts[0]
+            self._store(row, tile, j, value)
 
     def _store(self, row: Expr, tile: Expr, j: int, value: Expr) -> None:
         """Stores vector j of the tile's columns, or what of it exists."""

@@ -129,6 +129,47 @@ class Vector:
         """acc + the dot products of bf16 pairs (int32 lanes); needs `target.bf16_dot`."""
         return self._raw(self.dtype, "dot2", acc, a, b)
 
+    def scratch(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A buffer that is read and written by address: TVM shrinks any other to the elements
+        that it sees used."""
+        made = T.alloc_buffer(shape, dtype)
+        ends = made[(0,) * len(shape)], made[tuple(size - 1 for size in shape)]
+        T.evaluate(self._raw("int32", "whole", *map(T.address_of, ends)))
+        return made
+
+    # Tile registers, where `target.bf16_tiles`: between begin and end, in one task. An element
+    # stands for its address; `stride` is in bytes, from one row of a register to the next.
+
+    def tiles(self, which: str) -> None:
+        """ "begin" or "end" of a task's use of the registers."""
+        T.evaluate(self._raw("int32", f"tiles_{which}"))
+
+    def tile_zero(self, register: int) -> None:
+        T.evaluate(self._raw("int32", f"tile_zero_{register}"))
+
+    def tile_load(self, register: int, element: Expr, stride: int) -> None:
+        where = T.address_of(element)
+        T.evaluate(self._raw("int32", f"tile_load_{register}", where, T.int64(stride)))
+
+    def tile_load_either(
+        self, register: int, first: Expr, one: Expr, stride: int, other: Expr, other_stride: int
+    ) -> None:
+        """Loads from `one` where `first` (int32) is not 0, and from `other` otherwise."""
+        where = (T.address_of(one), T.int64(stride), T.address_of(other), T.int64(other_stride))
+        T.evaluate(self._raw("int32", f"tile_load_either_{register}", first, *where))
+
+    def tile_store(self, register: int, element: Expr, stride: int) -> None:
+        where = T.address_of(element)
+        T.evaluate(self._raw("int32", f"tile_store_{register}", where, T.int64(stride)))
+
+    def tile_bf16(self, sums: int, rows: int, weights: int) -> None:
+        """sums[16, 16] += rows[16, 32 bf16] @ weights[16 pairs, 16]."""
+        T.evaluate(self._raw("int32", f"tile_bf16_{sums}_{rows}_{weights}"))
+
+    def copy_line(self, to: Expr, source: Expr) -> None:
+        """64 bytes."""
+        T.evaluate(self._raw("int32", "copy_line", T.address_of(to), T.address_of(source)))
+
     # Arithmetic on float32 lanes. NaN in, NaN out.
 
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import torch
 import tvm
+from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
 
+from moec.codegen.cpu.tile_intrinsics import SUMS, TILE_BYTES, TILE_ROWS
 from moec.codegen.cpu.vector import Vector
 from moec.runtime.threads import available
 from moec.target import host
@@ -23,9 +26,15 @@ def _tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
 
 def peak(dtype: str) -> float:
     """FLOP/s of all threads on sums of products that never leave the registers."""
-    target, steps, sums = host(), 400_000, 24
+    target, steps = host(), 400_000
     v = Vector(target)
-    pairs = dtype == "bfloat16" and target.bf16_dot
+    bf16 = dtype == "bfloat16"
+    if bf16 and target.bf16_tiles:
+        sums, flops = SUMS, TILE_ROWS * v.lanes * 2 * (TILE_BYTES // 2)
+        body = _tile_sums
+    else:
+        sums, flops = 24, v.lanes * (4 if bf16 and target.bf16_dot else 2)
+        body = _pair_sums if bf16 and target.bf16_dot else _float_sums
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("peak")
@@ -33,23 +42,45 @@ def peak(dtype: str) -> float:
             x = T.match_buffer(T.arg("x", T.handle()), (1,), "int32")
             y = T.match_buffer(T.arg("y", T.handle()), (THREADS, sums * v.lanes), "float32")
             with v.functions(), T.parallel(0, THREADS) as thread:
-                lanes = T.ramp(0, 1, v.lanes)
-                acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(sums)]
-                for a in acc:
-                    T.buffer_store(a, v.splat(0.0), [lanes])
-                whole = T.bind(T.broadcast(x[0], v.lanes))
-                real = T.bind(T.broadcast(T.cast(x[0], "float32"), v.lanes))
-                with T.serial(0, steps):
-                    for a in acc:
-                        old = a[lanes]
-                        new = v.dot2(old, whole, whole) if pairs else v.fma(real, real, old)
-                        T.buffer_store(a, new, [lanes])
-                for j, a in enumerate(acc):
-                    v.store(y, [thread, j * v.lanes], a[lanes])
+                body(v, x, y, thread, sums, steps)
     function = tvm.compile(builder.get(), tvm.target.Target(target.tvm()))["peak"]
     x, y = torch.zeros(1, dtype=torch.int32), torch.empty(THREADS, sums * v.lanes)
     seconds = best(lambda: function(_tvm(x), _tvm(y)))
-    return THREADS * steps * sums * v.lanes * (4 if pairs else 2) / seconds
+    return THREADS * steps * sums * flops / seconds
+
+
+def _tile_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: int) -> None:
+    v.tiles("begin")
+    for i in range(2 * sums):
+        v.tile_zero(i)
+    with T.serial(0, steps):
+        for i in range(sums):
+            v.tile_bf16(i, sums, sums + 1)
+    v.tiles("end")
+
+
+def _pair_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: int) -> None:
+    whole = T.bind(T.broadcast(x[0], v.lanes))
+    _sums(v, y, thread, sums, steps, lambda old: v.dot2(old, whole, whole))
+
+
+def _float_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: int) -> None:
+    real = T.bind(T.broadcast(T.cast(x[0], "float32"), v.lanes))
+    _sums(v, y, thread, sums, steps, lambda old: v.fma(real, real, old))
+
+
+def _sums(
+    v: Vector, y: Buffer, thread: Expr, sums: int, steps: int, add: Callable[[Expr], Expr]
+) -> None:
+    lanes = T.ramp(0, 1, v.lanes)
+    acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(sums)]
+    for a in acc:
+        T.buffer_store(a, v.splat(0.0), [lanes])
+    with T.serial(0, steps):
+        for a in acc:
+            T.buffer_store(a, add(a[lanes]), [lanes])
+    for j, a in enumerate(acc):
+        v.store(y, [thread, j * v.lanes], a[lanes])
 
 
 def bandwidth() -> float:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tvm
 
+from moec import target, tiles
 from moec.errors import TargetError
 from moec.target import TARGETS, features_of, host, host_features, missing, parse, require
 
@@ -75,6 +76,21 @@ def test_features_are_in_the_names_of_llvm():
     flags = "fpu avx2 avx512f avx512_bf16 avx512_vnni avx512_vp2intersect avx_vnni"
     names = "fpu avx2 avx512f avx512bf16 avx512vnni avx512vp2intersect avxvnni"
     assert features_of(f"processor : 0\nflags : {flags}") == set(names.split())
+    assert features_of("flags : amx_bf16 amx_tile") == {"amx-bf16", "amx-tile"}
     assert features_of("Features : asimd bf16\n") == {"neon", "bf16"}
     assert features_of("processor : 0") == set()
     assert not any("_" in f for f in host_features() if f.startswith("avx"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_tiles_count_only_where_the_system_gives_them(monkeypatch, tmp_path, given):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : avx512f amx_tile amx_bf16\n")
+    monkeypatch.setattr(target, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(tiles, "permitted", lambda: given)
+    found = host_features.__wrapped__()
+    assert found == {"avx512f", *(("amx-tile", "amx-bf16") if given else ())}
+
+
+def test_asking_for_tiles_twice_is_harmless():
+    assert tiles.permitted() == tiles.permitted()
