@@ -21,20 +21,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import masks
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Ternary, TwoBits, Weights
+from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Weights
+from moec.codegen.cpu.product import Output, Product
 from moec.codegen.cpu.quantised_layout import row_words
-from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
+from moec.codegen.cpu.round_rows import RoundedRows
+from moec.codegen.cpu.sorted_rows import sorted_product
 from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
-from moec.codegen.cpu.vector import Vector
 from moec.ops.compressed import X_BITS
 from moec.target import Target
-from moec.ternary_dictionary import CODEWORDS
 
 ROWS = 4
 """Rows of x that meet a codeword while it is decoded."""
@@ -243,45 +242,22 @@ def compressed_linear(
     name: str = "compressed",
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, masks i64[65536]],
-    the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]).
-
-    With `top_k`, row r of y is made of row order[r] // top_k of x; with 0, R is T. The masks of
-    the dictionary come where the kind is ternary.
+    the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product`
+    says more. The masks of the dictionary come where the kind is ternary.
     """
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    lay, v, experts = Layout(spec, target), Vector(target), spec.groups
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            t, r = T.int64(), T.int64()
-            x_rows = t if top_k else r
+    lay = Layout(spec, target)
 
-            def buffer(name: str, shape: tuple[object, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+    def tile(x: RoundedRows, matrices: tuple[Weights, ...], out: Output) -> Tile:
+        operands = CompressedOperands(x.codes, x.codes, *out, x.scales, x.sums, matrices)
+        return CompressedTile(lay, operands, epilogue)
 
-            x = buffer("x", (x_rows, row_words(spec.k, X_BITS)), "int32")
-            x_scales = buffer("x_scales", (x_rows, 1), "float32")
-            sums = buffer("sums", (x_rows, 1), "int32")
-            order = buffer("order", (r,), "int32") if top_k else None
-            ends = buffer("ends", (experts,), "int32")
-            halves = range(1 + spec.gated)
-            matrices: tuple[Weights, ...]
-            if spec.kind == "ternary":
-                table = buffer("masks", (CODEWORDS,), "int64")
-                matrices = tuple(Ternary.of(spec, buffer, i, table) for i in halves)
-            else:
-                matrices = tuple(TwoBits.of(spec, buffer, i) for i in halves)
-            bias = buffer("bias", lay.bias_shape, "float32") if spec.bias else None
-            scale = buffer("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
-            y = buffer("y", (r, spec.n), spec.y_dtype)
-
-            operands = CompressedOperands(
-                x, x, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k),
-                x_scales, sums, matrices,
-            )  # fmt: skip
-            tile = CompressedTile(lay, operands, epilogue)
-            with masks.functions(target):
-                each_expert(tile, ends, r)
-    return builder.get()
+    product = Product(
+        lay,
+        lambda rows: RoundedRows.of(rows, row_words(spec.k, X_BITS)),
+        lambda suffix: masks.weights(spec),
+        tile,
+        lambda: masks.functions(target),
+    )
+    return sorted_product(product, name, top_k, scale_dtype, fetches=False)

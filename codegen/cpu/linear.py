@@ -15,6 +15,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.amx import tile_for
 from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.cpu.product import Output, Product, W, X, argument
 from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
@@ -32,7 +33,7 @@ def linear(
         raise ValueError(f"{name}: a dense product has one group of weights, not {spec.groups}")
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    return _kernel(target, (spec,), epilogue, name)
+    return dense_products([plain_product(target, spec, epilogue)], name)
 
 
 def linears(target: Target, specs: tuple[LinearSpec, ...], name: str = "linears") -> PrimFunc:
@@ -46,44 +47,38 @@ def linears(target: Target, specs: tuple[LinearSpec, ...], name: str = "linears"
         raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
     if any(spec.groups != 1 or spec.gated for spec in specs):
         raise ValueError(f"{name}: the products must be dense, each with one matrix")
-    return _kernel(target, specs, None, name)
+    return dense_products([plain_product(target, spec) for spec in specs], name)
 
 
-def _kernel(
-    target: Target, specs: tuple[LinearSpec, ...], epilogue: Epilogue | None, name: str
-) -> PrimFunc:
-    layouts = [Layout(spec, target) for spec in specs]
+def plain_product(
+    target: Target, spec: LinearSpec, epilogue: Epilogue | None = None
+) -> Product[Buffer, Buffer]:
+    """Of rows and weights as they are."""
+    layout = Layout(spec, target)
+    return Product(
+        layout,
+        lambda rows: argument("x", (rows, spec.k), spec.dtype),
+        lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
+        lambda x, w, out: tile_for(layout, Operands(x, w, *out), epilogue),
+        Vector(target).functions,
+    )
+
+
+def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
+    """A kernel (rows of x, (weights[, bias packed]) of each product, y[T, n] of each)."""
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             t = T.int64()
-
-            def argument(name: str, shape: Sequence[Expr | int], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
-            x = argument("x", (t, specs[0].k), specs[0].dtype)
-            weights: list[tuple[Buffer, Buffer | None]] = []
-            for i, layout in enumerate(layouts):
-                w = argument(f"w{i}", layout.shape, layout.dtype)
-                biased = layout.spec.bias
-                bias = argument(f"bias{i}", layout.bias_shape, "float32") if biased else None
-                weights.append((w, bias))
-            tiles = [
-                tile_for(
-                    layout,
-                    Operands(
-                        x,
-                        *(w, argument(f"y{i}", (t, layout.spec.n), layout.spec.y_dtype)),
-                        bias,
-                        lambda r: r,
-                        None,
-                    ),
-                    epilogue,
-                )
-                for i, (layout, (w, bias)) in enumerate(zip(layouts, weights, strict=True))
-            ]
-            with Vector(target).functions():
+            x = products[0].rows(t)
+            read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
+            tiles = []
+            for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
+                spec = product.layout.spec
+                y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
+                tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
+            with products[0].functions():
                 shared_out(tiles, t)
     return builder.get()
 

@@ -19,8 +19,10 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu.intrinsics import llvm_functions
 from moec.codegen.cpu.layout import LinearSpec
+from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
+from moec.ternary_dictionary import CODEWORDS
 from moec.two_bits import NEIGHBOURS, words
 
 LANES = 16
@@ -49,11 +51,11 @@ class Ternary:
     table: Buffer
 
     @staticmethod
-    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int, table: Buffer) -> Ternary:
+    def of(spec: LinearSpec, i: int, table: Buffer) -> Ternary:
         return Ternary(
-            buffer(f"stream{i}", (T.int64(),), "int16"),
-            buffer(f"starts{i}", (spec.groups * spec.n + 1,), "int32"),
-            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+            argument(f"stream{i}", (T.int64(),), "int16"),
+            argument(f"starts{i}", (spec.groups * spec.n + 1,), "int32"),
+            argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
             table,
         )
 
@@ -94,10 +96,10 @@ class TwoBits:
     grid: Buffer
 
     @staticmethod
-    def of(spec: LinearSpec, buffer: Callable[..., Buffer], i: int) -> TwoBits:
+    def of(spec: LinearSpec, i: int) -> TwoBits:
         return TwoBits(
-            buffer(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
-            buffer(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+            argument(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
+            argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
         )
 
     def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
@@ -121,6 +123,15 @@ class TwoBits:
 
 
 Weights = Ternary | TwoBits
+
+
+def weights(spec: CompressedSpec) -> tuple[Weights, ...]:
+    """The arguments that hold the one stack of `spec`, or the two of a gated one."""
+    halves = range(1 + spec.gated)
+    if spec.kind == "2bit":
+        return tuple(TwoBits.of(spec, i) for i in halves)
+    table = argument("masks", (CODEWORDS,), "int64")
+    return tuple(Ternary.of(spec, i, table) for i in halves)
 
 
 def call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:

@@ -16,13 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import integers
+from moec.codegen.cpu.product import Output, Product, argument
 from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
-from moec.codegen.cpu.sorted_rows import each_expert, scale_of, token_of
+from moec.codegen.cpu.round_rows import RoundedRows
+from moec.codegen.cpu.sorted_rows import sorted_product
 from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
@@ -184,6 +185,42 @@ class QuantisedTile(Tile):
         ]
 
 
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """Codes, their scales, and zeros where the format has them, packed."""
+
+    codes: Buffer
+    scales: Buffer
+    zeros: Buffer | None
+
+    @staticmethod
+    def of(lay: QuantisedLayout, suffix: str) -> QuantisedWeights:
+        zeros, asymmetric = f"zeros{suffix}", lay.spec.format.asymmetric
+        return QuantisedWeights(
+            argument(f"w{suffix}", lay.shape, lay.dtype),
+            argument(f"w_scales{suffix}", lay.scale_shape, lay.scale_dtype),
+            argument(zeros, lay.scale_shape, "uint8") if asymmetric else None,
+        )
+
+
+def quantised_product(
+    target: Target, spec: QuantisedSpec, epilogue: Epilogue | None = None
+) -> Product[RoundedRows, QuantisedWeights]:
+    lay = QuantisedLayout(spec, target)
+
+    def tile(x: RoundedRows, w: QuantisedWeights, out: Output) -> Tile:
+        operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
+        return QuantisedTile(lay, operands, epilogue)
+
+    return Product(
+        lay,
+        lambda rows: RoundedRows.of(rows, lay.x_words, lay.blocks),
+        lambda suffix: QuantisedWeights.of(lay, suffix),
+        tile,
+        lambda: integers.functions(Vector(target)),
+    )
+
+
 def quantised_linear(
     target: Target,
     spec: QuantisedSpec,
@@ -193,41 +230,7 @@ def quantised_linear(
     name: str = "quantised",
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
-    zeros][, bias packed][, scale[T, top_k]], y[R, n]).
-
-    With `top_k`, row r of y is made of row order[r] // top_k of x; with 0, R is T.
-    """
+    zeros][, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product` says more."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    lay, v, experts = QuantisedLayout(spec, target), Vector(target), spec.groups
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
-            t, r = T.int64(), T.int64()
-            x_rows = t if top_k else r
-
-            def buffer(name: str, shape: tuple[object, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
-            x = buffer("x", (x_rows, lay.x_words), "int32")
-            x_scales = buffer("x_scales", (x_rows, lay.blocks), "float32")
-            sums = buffer("sums", (x_rows, lay.blocks), "int32")
-            order = buffer("order", (r,), "int32") if top_k else None
-            ends = buffer("ends", (experts,), "int32")
-            w = buffer("w", lay.shape, lay.dtype)
-            w_scales = buffer("w_scales", lay.scale_shape, lay.scale_dtype)
-            asymmetric = spec.format.asymmetric
-            zeros = buffer("zeros", lay.scale_shape, "uint8") if asymmetric else None
-            bias = buffer("bias", lay.bias_shape, "float32") if spec.bias else None
-            scale = buffer("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
-            y = buffer("y", (r, spec.n), spec.y_dtype)
-
-            operands = QuantisedOperands(
-                x, w, y, bias, token_of(order, top_k), scale_of(v, scale, order, top_k),
-                x_scales, sums, w_scales, zeros,
-            )  # fmt: skip
-            tile = QuantisedTile(lay, operands, epilogue)
-            with integers.functions(v):
-                each_expert(tile, ends, r, fetches=True)
-    return builder.get()
+    return sorted_product(quantised_product(target, spec, epilogue), name, top_k, scale_dtype)

@@ -8,16 +8,36 @@ The sums are what the zeros of weights are multiplied by: sum (c - z) x = sum c 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import integers
+from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.quantised_layout import row_words
 from moec.codegen.cpu.vector import Vector
 from moec.quantisation import TINY, most_of
 from moec.target import Target
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """What a kernel reads of rows that this one rounded."""
+
+    codes: Buffer
+    scales: Buffer
+    sums: Buffer
+
+    @staticmethod
+    def of(rows: Expr, words: int, blocks: int = 1) -> RoundedRows:
+        return RoundedRows(
+            argument("x", (rows, words), "int32"),
+            argument("x_scales", (rows, blocks), "float32"),
+            argument("sums", (rows, blocks), "int32"),
+        )
 
 
 def round_rows(

@@ -10,14 +10,53 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer
+from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu.product import Output, Product, W, X, argument
 from moec.codegen.cpu.tile import Tile
 from moec.codegen.cpu.vector import Vector
 
 
-def token_of(order: Buffer | None, top_k: int | None) -> Callable[[Expr], Expr]:
+def sorted_product(
+    product: Product[X, W],
+    name: str,
+    top_k: int = 0,
+    scale_dtype: str | None = None,
+    cleared: bool = True,
+    fetches: bool = True,
+) -> PrimFunc:
+    """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
+    y[R, n]).
+
+    With `top_k`, row r of y is made of row order[r] // top_k of the T rows of x; with 0, R is T.
+    With `scale_dtype`, `scale` multiplies the row of x that its choice takes (the product is
+    scaled before the bias is added, which is the same). `cleared` and `fetches`: each_expert.
+    """
+    layout = product.layout
+    spec = layout.spec
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            t, r = T.int64(), T.int64()
+            x = product.rows(t if top_k else r)
+            order = argument("order", (r,), "int32") if top_k else None
+            ends = argument("ends", (spec.groups,), "int32")
+            w = product.weights("")
+            bias = product.bias("")
+            scale = argument("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
+            y = argument("y", (r, spec.n), spec.y_dtype)
+            tokens = token_of(order, top_k)
+            scales = scale_of(Vector(layout.target), scale, order, top_k)
+            tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
+            with product.functions():
+                each_expert(tile, ends, r, cleared, fetches)
+    return builder.get()
+
+
+def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:
     """Row r is row order[r] // top_k of x; without an order, row r."""
 
     def token(row: Expr) -> Expr:
@@ -27,7 +66,7 @@ def token_of(order: Buffer | None, top_k: int | None) -> Callable[[Expr], Expr]:
 
 
 def scale_of(
-    v: Vector, scale: Buffer | None, order: Buffer | None, top_k: int | None
+    v: Vector, scale: Buffer | None, order: Buffer | None, top_k: int
 ) -> Callable[[Expr], Expr] | None:
     """What multiplies row r: scale[T, top_k] of its choice, in float32."""
     if scale is None or order is None:

@@ -15,7 +15,7 @@ Three ways to read x, by what the target can do:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -41,7 +41,7 @@ class Operands:
     bias: Buffer | None
     x_row: Callable[[Expr], Expr]
     scale: Callable[[Expr], Expr] | None  # row of y -> float32 that multiplies its row of x
-    gathered: bool = field(default=False, kw_only=True)  # neighbours in y lie anywhere in x
+    gathered: bool  # neighbours in y lie anywhere in x
 
 
 @dataclass(frozen=True)
