@@ -43,7 +43,6 @@ def fuse_decompress(op: Op, b: Builder) -> Sequence[Value] | None:
     if len(made) < len(sources) or len({source.attrs["kind"] for source in made}) > 1:
         raise NoMatch("the matrices of one product are not all compressed in one way")
     stored = [value for source in made for value in source.inputs]
-    more = [v for v in (parts.order, parts.scale) if v is not None]
     attrs: dict[str, Attr] = {**op.attrs, "kind": made[0].attrs["kind"]}
-    inputs = [parts.x, parts.ends, *stored, *parts.biases, *more]
+    inputs = parts.storing(stored)
     return b.emit("grouped.compressed", inputs, like=op, attrs=attrs, body=op.body)

@@ -65,6 +65,5 @@ def _quantised(op: Op, b: Builder, format: Format, codes: Codes) -> tuple[Value,
     attrs: dict[str, Attr] = {**op.attrs, "kind": format.kind}
     if format.asymmetric:
         attrs["zeros"] = True
-    more = [v for v in (parts.order, parts.scale) if v is not None]
-    inputs = [parts.x, parts.ends, *values, *parts.biases, *more]
+    inputs = parts.storing(values)
     return b.emit("grouped.quantised", inputs, like=op, attrs=attrs, body=op.body)

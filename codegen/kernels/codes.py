@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tvm import relax
 
-from moec.codegen.cpu.quantised_layout import QuantisedLayout, pack_codes, pack_scales
+from moec.codegen.cpu.quantised_layout import QuantisedLayout, pack_codes, pack_scales, row_words
 from moec.codegen.cpu.round_rows import round_rows
 from moec.codegen.generic import scalars as sc
 from moec.codegen.lowering import Lowering, Param
@@ -16,20 +16,21 @@ from moec.ir import TensorType, Value
 from moec.sizes import product
 
 
-def rounded(low: Lowering, x: Value, layout: QuantisedLayout) -> list[relax.Expr]:
+def rounded(low: Lowering, x: Value, blocks: int = 1, bits: int = 8) -> list[relax.Expr]:
     """Codes, scales and sums of the rows of x[.., K], made once for all that read them."""
-    width, rows = layout.spec.k, product(x.shape[:-1])
-    dtype, blocks = sc.STORED[x.dtype], layout.blocks
+    width, rows = x.shape[-1], product(x.shape[:-1])
+    assert isinstance(width, int)
     flat = low.shaped(x, TensorType(x.dtype, (rows, width)))
-    key = (flat, blocks)
+    key = (flat, blocks, bits)
     if key not in low.rounded:
+        dtype = sc.STORED[x.dtype]
         function = low.function(
-            ("round_rows", width, blocks, dtype),
+            ("round_rows", width, blocks, bits, dtype),
             "round_rows",
-            lambda name: round_rows(low.target, width, blocks, dtype, name),
+            lambda name: round_rows(low.target, width, blocks, dtype, name, bits),
         )
         types = [
-            TensorType("i32", (rows, layout.x_words)),
+            TensorType("i32", (rows, row_words(width, bits))),
             TensorType("f32", (rows, blocks)),
             TensorType("i32", (rows, blocks)),
         ]

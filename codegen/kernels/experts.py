@@ -7,15 +7,16 @@ from typing import cast
 from tvm import relax
 from tvm.tirx import PrimFunc
 
-from moec.codegen.bodies import vector_body
 from moec.codegen.cpu.combine import combine
 from moec.codegen.cpu.dispatch import dispatch
 from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.cpu.tile import Epilogue
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.groups import Group
-from moec.codegen.kernels.dense import packed, packed_bias
-from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
+from moec.codegen.kernels.dense import packed
+from moec.codegen.kernels.sorted_rows import fits, product, spec_of
+from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering
 from moec.ir import DType, Graph, Op, TensorType, Value
 from moec.ops.grouped import GroupedLinear
@@ -49,17 +50,12 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
 
 
 def linears_fit(op: Op, graph: Graph) -> bool:
-    """Whether the stacks are params of one dtype and the body is one that vectors can do."""
+    """Whether a kernel can do it, with stacks of one shape and of the rows' dtype."""
     parts = GroupedLinear.of(op)
-    params = set(graph.params)
-    return (
-        1 <= len(parts.matrices) <= 2
-        and all(m in params and m.dtype == parts.x.dtype for m in parts.matrices)
-        and all(b in params for b in parts.biases)
-        and len({m.shape for m in parts.matrices}) == 1
-        and parts.x.dtype in VECTOR_DTYPES
-        and (op.body is None or vector_body(op.body) is not None)
-    )
+    alike = {(m.shape, m.dtype) for m in parts.matrices} == {
+        (parts.matrices[0].shape, parts.x.dtype)
+    }
+    return alike and fits(op, graph, parts, parts.matrices)
 
 
 def only_owned_rows_read(rows: Value, graph: Graph) -> bool:
@@ -78,46 +74,18 @@ def only_owned_rows_read(rows: Value, graph: Graph) -> bool:
 @kernel("grouped.linear", takes=linears_fit)
 def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedLinear.of(op)
-    out = op.outputs[0]
-    count, n, k = parts.matrices[0].shape
-    assert isinstance(n, int)
-    assert isinstance(k, int)
-    assert isinstance(count, int)
-    spec = LinearSpec(
-        n,
-        k,
-        sc.STORED[parts.x.dtype],
-        sc.STORED[out.dtype],
-        groups=count,
-        gated=len(parts.matrices) == 2,
-        bias=bool(parts.biases),
-    )
+    spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
     layout = Layout(spec, low.target)
-    top_k = cast(int, op.attrs.get("gather", 0))
-    scale = sc.STORED[parts.scale.dtype] if parts.scale is not None else None
-    body = None if op.body is None else vector_body(op.body)
-    cleared = not only_owned_rows_read(out, low.graph)
-    key = (spec, top_k, scale, None if body is None else body.text, cleared)
+    cleared = not only_owned_rows_read(op.outputs[0], low.graph)
 
-    def make(name: str) -> PrimFunc:
-        after = None if body is None else body.epilogue(low.target)
+    def make(top_k: int, epilogue: Epilogue | None, scale: str | None, name: str) -> PrimFunc:
         if top_k:
-            return gathered_linear(low.target, spec, top_k, after, scale, name, cleared)
-        return grouped_linear(low.target, spec, after, name, cleared)
+            return gathered_linear(low.target, spec, top_k, epilogue, scale, name, cleared)
+        return grouped_linear(low.target, spec, epilogue, name, cleared)
 
-    name = "gathered" if top_k else "grouped"
-    function = low.function(key, name if body is None else f"{name}_{body.name}", make)
-    arguments = [low.value(parts.x)]
-    if top_k and parts.order is not None:
-        arguments.append(low.value(parts.order))
-    arguments.append(low.value(parts.ends))
-    arguments.append(low.param(*packed(layout, parts.matrices)))
-    if parts.biases:
-        arguments.append(low.param(*packed_bias(layout, parts.biases)))
-    if parts.scale is not None:
-        arguments.append(low.value(parts.scale))
-    low.note(op, name if body is None else f"{name} with {body.name}")
-    return low.call(function, arguments, [out.type])
+    rows = [low.value(parts.x)]
+    weights = [low.param(*packed(layout, parts.matrices))]
+    return product(low, op, parts, "", layout, make, rows, weights, cleared)
 
 
 def _sorting(places: Value, graph: Graph) -> Op | None:

@@ -2,83 +2,39 @@
 
 from __future__ import annotations
 
-from typing import cast
+from functools import partial
 
 from tvm import relax
 
-from moec.codegen.bodies import vector_body
 from moec.codegen.cpu.quantised import quantised_linear
-from moec.codegen.cpu.quantised_layout import (
-    QuantisedLayout,
-    QuantisedSpec,
-)
-from moec.codegen.generic import scalars as sc
+from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
 from moec.codegen.kernels.codes import packed_codes, packed_scales, rounded
-from moec.codegen.kernels.dense import packed_bias
-from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
+from moec.codegen.kernels.sorted_rows import fits, product, spec_of
+from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering
 from moec.ir import Graph, Op
 from moec.ops.quantised import GroupedQuantised
 
 
 def quantised_fit(op: Op, graph: Graph) -> bool:
-    """Whether codes are params and the body is one that vectors can do."""
+    """Whether a kernel can do it, with rows rounded and stacks of one shape."""
     parts = GroupedQuantised.of(op)
-    params = set(graph.params)
-    return (
-        len(parts.matrices) <= 2
-        and not op.attrs.get("exact_rows")
-        and all(v in params for m in parts.matrices for v in m.values)
-        and all(b in params for b in parts.biases)
-        and len({m.codes.shape for m in parts.matrices}) == 1
-        and parts.x.dtype in VECTOR_DTYPES
-        and (op.body is None or vector_body(op.body) is not None)
-    )
+    alike = len({m.codes.shape for m in parts.matrices}) == 1
+    stored = [v for m in parts.matrices for v in m.values]
+    return not op.attrs.get("exact_rows") and alike and fits(op, graph, parts, stored)
 
 
 @kernel("grouped.quantised", takes=quantised_fit)
 def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
-    parts, out = GroupedQuantised.of(op), op.outputs[0]
-    count, n, k = cast(tuple[int, int, int], parts.matrices[0].codes.shape)
-    spec = QuantisedSpec(
-        n,
-        k,
-        "float32",
-        sc.STORED[out.dtype],
-        groups=count,
-        gated=len(parts.matrices) == 2,
-        bias=bool(parts.biases),
-        format=parts.format,
-    )
+    parts = GroupedQuantised.of(op)
+    spec = spec_of(QuantisedSpec, op, parts, format=parts.format)
     layout = QuantisedLayout(spec, low.target)
-    top_k = cast(int, op.attrs.get("gather", 0))
-    scale = sc.STORED[parts.scale.dtype] if parts.scale is not None else None
-    body = None if op.body is None else vector_body(op.body)
-    name = f"{parts.format.kind}_gathered" if top_k else f"{parts.format.kind}_grouped"
-    function = low.function(
-        (spec, top_k, scale, None if body is None else body.text),
-        name if body is None else f"{name}_{body.name}",
-        lambda name: quantised_linear(
-            low.target,
-            spec,
-            top_k,
-            None if body is None else body.epilogue(low.target),
-            scale,
-            name,
-        ),
-    )
-    arguments = list(rounded(low, parts.x, layout))
-    if top_k and parts.order is not None:
-        arguments.append(low.value(parts.order))
-    arguments.append(low.value(parts.ends))
-    arguments.append(low.param(*packed_codes(layout, tuple(m.codes for m in parts.matrices))))
-    arguments.append(low.param(*packed_scales(layout, tuple(m.scales for m in parts.matrices))))
-    if parts.format.asymmetric:
-        zeros = tuple(m.zeros for m in parts.matrices if m.zeros is not None)
-        arguments.append(low.param(*packed_scales(layout, zeros)))
-    if parts.biases:
-        arguments.append(low.param(*packed_bias(layout, parts.biases)))
-    if parts.scale is not None:
-        arguments.append(low.value(parts.scale))
-    low.note(op, name if body is None else f"{name} with {body.name}")
-    return low.call(function, arguments, [out.type])
+    rows = rounded(low, parts.x, layout.blocks)
+    weights = [
+        low.param(*packed_codes(layout, tuple(m.codes for m in parts.matrices))),
+        low.param(*packed_scales(layout, tuple(m.scales for m in parts.matrices))),
+    ]
+    if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
+        weights.append(low.param(*packed_scales(layout, zeros)))
+    make = partial(quantised_linear, low.target, spec)
+    return product(low, op, parts, parts.format.kind, layout, make, rows, weights)

@@ -34,7 +34,7 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     every = [QuantisedLinear.of(one) for one in together]
     specs = tuple(_spec(parts) for parts in every)
     layouts = [QuantisedLayout(spec, low.target) for spec in specs]
-    arguments = list(rounded(low, every[0].x, layouts[0]))
+    arguments = list(rounded(low, every[0].x, layouts[0].blocks))
     for one, layout, parts in zip(together, layouts, every, strict=True):
         arguments.append(low.param(*packed_codes(layout, (parts.matrix.codes,))))
         arguments.append(low.param(*packed_scales(layout, (parts.matrix.scales,))))

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 
-from moec.aten import TORCH_DTYPES
 from moec.compression import KINDS, MOST_WIDTH, PARTS, decompress
 from moec.ir import DType, Op, TensorType, Value
 from moec.ops.definition import Runner, defop, integer, require
+from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
 from moec.quantisation import round_rows
 from moec.two_bits import words
 
@@ -63,31 +63,16 @@ def moe_decompress(
 
 
 @dataclass(frozen=True)
-class GroupedCompressed:
+class GroupedCompressed(Grouped[tuple[Value, ...]]):
     """The inputs of grouped.compressed by name; a matrix is its parts, the grid last."""
 
-    x: Value
-    ends: Value
-    matrices: tuple[tuple[Value, ...], ...]
-    biases: tuple[Value, ...]
-    order: Value | None
-    scale: Value | None
     kind: str
 
     @staticmethod
     def of(op: Op) -> GroupedCompressed:
-        x, ends, *rest = op.inputs
-        kind, count = _kind(op), integer(op, "matrices")
-        each = len(PARTS[kind])
-        require(op, count >= 1 and len(rest) >= count * each, "lacks parts of its matrices")
-        matrices = tuple(tuple(rest[i : i + each]) for i in range(0, count * each, each))
-        rest = rest[count * each :]
-        biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
-        rest = rest[len(biases) :]
-        order = rest.pop(0) if op.attrs.get("gather") else None
-        scale = rest.pop(0) if op.attrs.get("scaled") else None
-        require(op, not rest, "has inputs that no attribute names")
-        return GroupedCompressed(x, ends, matrices, biases, order, scale, kind)
+        kind = _kind(op)
+        parts = grouped(op, len(PARTS[kind]), lambda *values: values)
+        return GroupedCompressed(**vars(parts), kind=kind)
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -99,8 +84,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
         require(op, matrix[-1].shape == first.shape, f"{matrix[-1]} beside {first}")
     for bias in parts.biases:
         require(op, bias.shape == first.shape[:2], f"{bias} for {first}")
-    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
-    return (TensorType(cast(DType, op.attrs["dtype"]).name, (rows, first.shape[1])),)
+    return rows_of(op, parts, first.shape[1])
 
 
 @defop("grouped.compressed", _infer)
@@ -114,31 +98,13 @@ def grouped_compressed(
     2bit. `scaled` multiplies the product.
     """
     x, ends, *rest = tensors
-    each, count, k = len(PARTS[attrs["kind"]]), attrs["matrices"], attrs.get("gather", 0)
-    stacks = [
-        decompress(attrs["kind"], rest[i : i + each], x.shape[1])
-        for i in range(0, count * each, each)
-    ]
-    rest = rest[count * each :]
-    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
-    rows, scale = round_rows(x, 1, X_BITS), None
-    if k:
-        order = rest.pop(0).long()
-        rows = rows[order // k]
-        if attrs.get("scaled"):
-            scale = rest.pop(0).reshape(-1)[order][:, None].float()
-    result = x.new_zeros(len(rows), stacks[0].shape[1], dtype=attrs["dtype"])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        parts = []
-        for stack, bias in zip(stacks, biases, strict=True):
-            product = rows[start:end] @ stack[expert].mT
-            product = product if scale is None else product * scale[start:end]
-            product = product if bias is None else product + bias[expert].float()
-            parts.append(product)
-        if op.body is not None:
-            sums = [p.to(TORCH_DTYPES[v.dtype]) for p, v in zip(parts, op.body.inputs, strict=True)]
-            parts = list(run(op.body, sums))
-        result[start:end] = parts[0].to(attrs["dtype"])
-        start = end
-    return result
+    kind, each = attrs["kind"], len(PARTS[attrs["kind"]])
+    stored = [rest[i : i + each] for i in range(0, attrs["matrices"] * each, each)]
+    stacks = [decompress(kind, parts, x.shape[1]) for parts in stored]
+
+    def matrices(expert: int) -> list[torch.Tensor]:
+        return [stack[expert] for stack in stacks]
+
+    inputs = [ends, *rest[len(stored) * each :]]
+    rows = round_rows(x, 1, X_BITS)
+    return in_float32(op, rows, inputs, attrs, run, matrices, stacks[0].shape[1])

@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
+from torch import Tensor
 
+from moec.aten import TORCH_DTYPES
 from moec.ir import DType, Op, TensorType, Value
 from moec.ops.definition import Runner, defop, integer, require
-from moec.sizes import normal
+from moec.sizes import Dim, normal
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
-class GroupedLinear:
-    """The inputs of grouped.linear by name."""
+class Grouped(Generic[M]):
+    """The inputs that all products of sorted rows have, by name; an M stands for [E, N, K]."""
 
     x: Value
     ends: Value
-    matrices: tuple[Value, ...]
+    matrices: tuple[M, ...]
     biases: tuple[Value, ...]
     order: Value | None
     scale: Value | None
 
+    def storing(self, matrices: Iterable[Value]) -> list[Value]:
+        """The inputs of the same product, with its matrices stored in these values."""
+        last = [value for value in (self.order, self.scale) if value is not None]
+        return [self.x, self.ends, *matrices, *self.biases, *last]
+
+
+def grouped(op: Op, each: int, matrix: Callable[..., M]) -> Grouped[M]:
+    """The inputs of an op by name, where a `matrix` is made of `each` of them."""
+    x, ends, *rest = op.inputs
+    count = integer(op, "matrices")
+    require(op, count >= 1 and len(rest) >= count * each, "lacks parts of its matrices")
+    matrices = tuple(matrix(*rest[i : i + each]) for i in range(0, count * each, each))
+    rest = rest[count * each :]
+    biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
+    rest = rest[len(biases) :]
+    order = rest.pop(0) if op.attrs.get("gather") else None
+    scale = rest.pop(0) if op.attrs.get("scaled") else None
+    require(op, not rest, "has inputs that no attribute names")
+    return Grouped(x, ends, matrices, biases, order, scale)
+
+
+def rows_of(op: Op, parts: Grouped[M], width: Dim) -> tuple[TensorType, ...]:
+    """The type of rows that are `width` wide."""
+    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
+    return (TensorType(cast(DType, op.attrs["dtype"]).name, (rows, width)),)
+
+
+@dataclass(frozen=True)
+class GroupedLinear(Grouped[Value]):
+    """The inputs of grouped.linear by name."""
+
     @staticmethod
     def of(op: Op) -> GroupedLinear:
-        x, ends, *rest = op.inputs
-        count = integer(op, "matrices")
-        matrices = tuple(rest[:count])
-        rest = rest[count:]
-        biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
-        rest = rest[len(biases) :]
-        order = rest.pop(0) if op.attrs.get("gather") else None
-        scale = rest.pop(0) if op.attrs.get("scaled") else None
-        require(op, not rest, "has inputs that no attribute names")
-        return GroupedLinear(x, ends, matrices, biases, order, scale)
+        return GroupedLinear(**vars(grouped(op, 1, lambda matrix: matrix)))
 
 
 def _infer_grouped_linear(op: Op) -> tuple[TensorType, ...]:
@@ -46,9 +72,7 @@ def _infer_grouped_linear(op: Op) -> tuple[TensorType, ...]:
         require(op, matrix.shape[:1] == parts.ends.shape, f"{matrix} for {parts.ends}")
     for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
         require(op, bias.shape == matrix.shape[:2], f"{bias} for {matrix}")
-    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
-    dtype = cast(DType, op.attrs["dtype"]).name
-    return (TensorType(dtype, (rows, parts.matrices[0].shape[1])),)
+    return rows_of(op, parts, parts.matrices[0].shape[1])
 
 
 @defop("grouped.linear", _infer_grouped_linear)
@@ -80,6 +104,46 @@ def grouped_linear(
             for m, b in zip(matrices, biases, strict=True)
         ]
         result[start:end] = (run(op.body, parts)[0] if op.body else parts[0]).to(attrs["dtype"])
+        start = end
+    return result
+
+
+def in_float32(
+    op: Op,
+    rows: Tensor,
+    inputs: Sequence[Tensor],
+    attrs: Mapping[str, Any],
+    run: Runner,
+    matrices: Callable[[int], Sequence[Tensor]],
+    width: int,
+) -> Tensor:
+    """What grouped.linear makes of `rows` f32[.., K], with `scaled` multiplying the product.
+
+    `inputs` are ends, biases, order and scale; `matrices(e)` are those of an expert, f32[width, K].
+    """
+    ends, *rest = inputs
+    count, k, scale = attrs["matrices"], attrs.get("gather", 0), None
+    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
+    if k:
+        order = rest.pop(0).long()
+        rows = rows[order // k]
+        if attrs.get("scaled"):
+            scale = rest.pop(0).reshape(-1)[order][:, None].float()
+    result = rows.new_zeros(len(rows), width, dtype=attrs["dtype"])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if start == end:
+            continue
+        parts = []
+        for matrix, bias in zip(matrices(expert), biases, strict=True):
+            product = rows[start:end] @ matrix.mT
+            product = product if scale is None else product * scale[start:end]
+            product = product if bias is None else product + bias[expert].float()
+            parts.append(product)
+        if op.body is not None:
+            sums = [p.to(TORCH_DTYPES[v.dtype]) for p, v in zip(parts, op.body.inputs, strict=True)]
+            parts = list(run(op.body, sums))
+        result[start:end] = parts[0].to(attrs["dtype"])
         start = end
     return result
 

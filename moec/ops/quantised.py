@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.aten import TORCH_DTYPES
-from moec.ir import DType, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, integer, require
+from moec.ir import Op, TensorType, Value
+from moec.ops.definition import Runner, defop, require
+from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
 from moec.quantisation import KINDS, MXFP4_BLOCK, Format, dequantise, round_rows
 
 
@@ -20,7 +20,7 @@ class Matrix:
 
     codes: Value
     scales: Value
-    zeros: Value | None
+    zeros: Value | None = None
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -28,34 +28,15 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class GroupedQuantised:
+class GroupedQuantised(Grouped[Matrix]):
     """The inputs of grouped.quantised by name."""
 
-    x: Value
-    ends: Value
-    matrices: tuple[Matrix, ...]
-    biases: tuple[Value, ...]
-    order: Value | None
-    scale: Value | None
     format: Format
 
     @staticmethod
     def of(op: Op) -> GroupedQuantised:
-        x, ends, *rest = op.inputs
-        count, zeros = integer(op, "matrices"), bool(op.attrs.get("zeros"))
-        each = 2 + zeros
-        require(op, count >= 1 and len(rest) >= count * each, "lacks codes or scales")
-        matrices = tuple(
-            Matrix(rest[i], rest[i + 1], rest[i + 2] if zeros else None)
-            for i in range(0, count * each, each)
-        )
-        rest = rest[count * each :]
-        biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
-        rest = rest[len(biases) :]
-        order = rest.pop(0) if op.attrs.get("gather") else None
-        scale = rest.pop(0) if op.attrs.get("scaled") else None
-        require(op, not rest, "has inputs that no attribute names")
-        return GroupedQuantised(x, ends, matrices, biases, order, scale, format_of(op, matrices[0]))
+        parts = grouped(op, 2 + bool(op.attrs.get("zeros")), Matrix)
+        return GroupedQuantised(**vars(parts), format=format_of(op, parts.matrices[0]))
 
 
 def format_of(op: Op, matrix: Matrix) -> Format:
@@ -95,9 +76,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
         require(op, scales.shape == first.scales.shape, f"{scales} beside {first.scales}")
     for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
         require(op, bias.shape == matrix.codes.shape[:2], f"{bias} for {matrix.codes}")
-    rows = parts.order.shape[0] if parts.order is not None else parts.x.shape[0]
-    dtype = cast(DType, op.attrs["dtype"]).name
-    return (TensorType(dtype, (rows, first.codes.shape[1])),)
+    return rows_of(op, parts, first.codes.shape[1])
 
 
 @defop("grouped.quantised", _infer)
@@ -114,31 +93,12 @@ def grouped_quantised(
     """
     kind, each = attrs["kind"], 2 + bool(attrs.get("zeros"))
     x, ends, *rest = tensors
-    count, k = attrs["matrices"], attrs.get("gather", 0)
-    matrices = [rest[i : i + each] for i in range(0, count * each, each)]
-    rest = rest[count * each :]
-    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
+    stored = [rest[i : i + each] for i in range(0, attrs["matrices"] * each, each)]
     exact = bool(attrs.get("exact_rows"))
-    rows, scale = x.float() if exact else round_rows(x, matrices[0][1].shape[-1]), None
-    if k:
-        order = rest.pop(0).long()
-        rows = rows[order // k]
-        if attrs.get("scaled"):
-            scale = rest.pop(0).reshape(-1)[order][:, None].float()
-    result = x.new_zeros(len(rows), matrices[0][0].shape[1], dtype=attrs["dtype"])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if start == end:
-            continue
-        parts = []
-        for matrix, bias in zip(matrices, biases, strict=True):
-            product = rows[start:end] @ dequantise(kind, *(t[expert] for t in matrix)).mT
-            product = product if scale is None else product * scale[start:end]
-            product = product if bias is None else product + bias[expert].float()
-            parts.append(product)
-        if op.body is not None:
-            sums = [p.to(TORCH_DTYPES[v.dtype]) for p, v in zip(parts, op.body.inputs, strict=True)]
-            parts = list(run(op.body, sums))
-        result[start:end] = parts[0].to(attrs["dtype"])
-        start = end
-    return result
+    rows = x.float() if exact else round_rows(x, stored[0][1].shape[-1])
+
+    def matrices(expert: int) -> list[torch.Tensor]:
+        return [dequantise(kind, *(part[expert] for part in parts)) for parts in stored]
+
+    inputs = [ends, *rest[len(stored) * each :]]
+    return in_float32(op, rows, inputs, attrs, run, matrices, stored[0][0].shape[1])
