@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from moec.errors import NoMatch
-from moec.ir import Graph, Program, TensorType, Value
-from moec.passes.rewrite import Builder
+from moec.ir import Graph, Op, Program, Stage, TensorType, Value
+from moec.passes.rewrite import Builder, rewrite
+from moec.passes.runner import Log
 from moec.quantisation import Format, Quantised, quantise
 
 WIDE = ("f32", "bf16", "f16")
@@ -69,3 +73,35 @@ class Codes:
         kept = {p.name for p in graph.params} | {s.before.name for s in graph.states}
         weights = {**self.program.weights, **self.made}
         return Program(graph, {n: t for n, t in weights.items() if n in kept})
+
+
+class Quantising(ABC):
+    """A pass that puts codes in the place of weights."""
+
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+    exact: ClassVar[bool] = False
+    quantises: ClassVar[bool] = True
+
+    @abstractmethod
+    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+        """The ops whose weights are to be quantised, each with its format."""
+
+    @abstractmethod
+    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+        """What the op becomes. Raises NoMatch where its weights cannot be in `format`."""
+
+    def run(self, program: Program, log: Log) -> Program:
+        return self.rounded(program, log, Codes(program))
+
+    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
+        """The program with `codes` in the place of weights."""
+        formats = {op.outputs[0].name: (op.name, f) for op, f in self.wanted(program.graph)}
+
+        def rule(op: Op, b: Builder) -> Sequence[Value] | None:
+            name, format = formats.get(op.outputs[0].name, ("", None))
+            if format is None or op.name != name:
+                return None
+            return self.quantised(op, format, codes, b)
+
+        return codes.program_of(rewrite(program.graph, rule, log))

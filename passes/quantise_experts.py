@@ -18,52 +18,36 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Program, Stage, Value
+from moec.ir import Attr, Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
-from moec.passes.codes import WIDE, Codes
-from moec.passes.rewrite import Builder, rewrite
-from moec.passes.runner import Log
+from moec.passes.codes import WIDE, Codes, Quantising
+from moec.passes.rewrite import Builder
 from moec.quantisation import Format
 
 
 @dataclass(frozen=True)
-class QuantiseExperts:
+class QuantiseExperts(Quantising):
     """Store the weights of experts in few bits, as --quant asks."""
 
     format: Format
     name: ClassVar[str] = "quantise-experts"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
-    exact: ClassVar[bool] = False
-    quantises: ClassVar[bool] = True
-
-    def run(self, program: Program, log: Log) -> Program:
-        return self.rounded(program, log, Codes(program))
 
     def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
-        """The ops whose weights are to be quantised, each with its format."""
         return [(op, self.format) for op in graph.ops if op.name == "grouped.linear"]
 
-    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
-        """The program with `codes` in the place of weights."""
-
-        def rule(op: Op, b: Builder) -> Sequence[Value] | None:
-            return _quantised(op, b, self.format, codes) if op.name == "grouped.linear" else None
-
-        return codes.program_of(rewrite(program.graph, rule, log))
-
-
-def _quantised(op: Op, b: Builder, format: Format, codes: Codes) -> tuple[Value, ...]:
-    parts = GroupedLinear.of(op)
-    for matrix in parts.matrices:
-        codes.check(matrix, format)
-        if parts.x.dtype not in WIDE:
-            raise NoMatch(f"the rows {parts.x} are not of {', '.join(WIDE)}")
-        if matrix.shape != parts.matrices[0].shape:
-            raise NoMatch(f"the weights {matrix.name} and {parts.matrices[0].name} differ in shape")
-    values = [v for matrix in parts.matrices for v in codes.params(matrix, format, b)]
-    attrs: dict[str, Attr] = {**op.attrs, "kind": format.kind}
-    if format.asymmetric:
-        attrs["zeros"] = True
-    inputs = parts.storing(values)
-    return b.emit("grouped.quantised", inputs, like=op, attrs=attrs, body=op.body)
+    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+        parts = GroupedLinear.of(op)
+        for matrix in parts.matrices:
+            codes.check(matrix, format)
+            if parts.x.dtype not in WIDE:
+                raise NoMatch(f"the rows {parts.x} are not of {', '.join(WIDE)}")
+            if matrix.shape != parts.matrices[0].shape:
+                raise NoMatch(
+                    f"the weights {matrix.name} and {parts.matrices[0].name} differ in shape"
+                )
+        values = [v for matrix in parts.matrices for v in codes.params(matrix, format, b)]
+        attrs: dict[str, Attr] = {**op.attrs, "kind": format.kind}
+        if format.asymmetric:
+            attrs["zeros"] = True
+        inputs = parts.storing(values)
+        return b.emit("grouped.quantised", inputs, like=op, attrs=attrs, body=op.body)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Program, Stage, Value
-from moec.passes.codes import WIDE, Codes
-from moec.passes.rewrite import Builder, rewrite
-from moec.passes.runner import Log
+from moec.ir import Attr, Graph, Op, Value
+from moec.passes.codes import WIDE, Codes, Quantising
+from moec.passes.rewrite import Builder
 from moec.quantisation import Format
 
 LINEAR = "aten.linear.default"
@@ -27,22 +26,14 @@ FEW = 16
 
 
 @dataclass(frozen=True)
-class QuantiseLinears:
+class QuantiseLinears(Quantising):
     """Store linear layers in few bits, as --quant linears=…,head=… asks."""
 
     linears: Format | None = None
     head: Format | None = None
     name: ClassVar[str] = "quantise-linears"
-    takes: ClassVar[Stage] = Stage.GROUPED
-    gives: ClassVar[Stage] = Stage.GROUPED
-    exact: ClassVar[bool] = False
-    quantises: ClassVar[bool] = True
-
-    def run(self, program: Program, log: Log) -> Program:
-        return self.rounded(program, log, Codes(program))
 
     def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
-        """The ops whose weights are to be quantised, each with its format."""
         routers, heads, params = _routers(graph), _heads(graph), set(graph.params)
         found = []
         for op in graph.ops:
@@ -52,29 +43,18 @@ class QuantiseLinears:
                     found.append((op, format))
         return found
 
-    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
-        """The program with `codes` in the place of weights."""
-        formats = {op.outputs[0].name: format for op, format in self.wanted(program.graph)}
-
-        def rule(op: Op, b: Builder) -> Sequence[Value] | None:
-            format = formats.get(op.outputs[0].name) if op.name == LINEAR else None
-            return None if format is None else _quantised(op, b, format, codes)
-
-        return codes.program_of(rewrite(program.graph, rule, log))
-
-
-def _quantised(op: Op, b: Builder, format: Format, codes: Codes) -> tuple[Value, ...]:
-    x, weight, *bias = op.inputs
-    if isinstance(weight.shape[0], int) and weight.shape[0] < FEW:
-        raise NoMatch(f"its {weight.shape[0]} outputs are too few to be worth rounding")
-    codes.check(weight, format)
-    if x.dtype not in WIDE or op.outputs[0].dtype != x.dtype:
-        raise NoMatch(f"the rows {x} are not of {', '.join(WIDE)}")
-    attrs: dict[str, Attr] = {"kind": format.kind}
-    attrs |= {"zeros": True} if format.asymmetric else {}
-    attrs |= {"biased": True} if bias else {}
-    inputs = [x, *codes.params(weight, format, b), *bias]
-    return b.emit("nn.quantised_linear", inputs, like=op, attrs=attrs)
+    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+        x, weight, *bias = op.inputs
+        if isinstance(weight.shape[0], int) and weight.shape[0] < FEW:
+            raise NoMatch(f"its {weight.shape[0]} outputs are too few to be worth rounding")
+        codes.check(weight, format)
+        if x.dtype not in WIDE or op.outputs[0].dtype != x.dtype:
+            raise NoMatch(f"the rows {x} are not of {', '.join(WIDE)}")
+        attrs: dict[str, Attr] = {"kind": format.kind}
+        attrs |= {"zeros": True} if format.asymmetric else {}
+        attrs |= {"biased": True} if bias else {}
+        inputs = [x, *codes.params(weight, format, b), *bias]
+        return b.emit("nn.quantised_linear", inputs, like=op, attrs=attrs)
 
 
 def _routers(graph: Graph) -> set[Op]:

@@ -26,8 +26,7 @@ from moec.text import parse, print_graph
 NAME = "moec"
 
 
-@torch.library.custom_op("moec::experts", mutates_args=())
-def experts_op(
+def _experts(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -39,17 +38,6 @@ def experts_op(
 
     An id of `num_experts` or more is the sentinel of expert parallelism: it adds nothing.
     """
-    return _experts(hidden, top_k_index, top_k_weights, params, num_experts, body)
-
-
-def _experts(
-    hidden: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    params: list[torch.Tensor],
-    num_experts: int,
-    body: str,
-) -> torch.Tensor:
     graph = parse(body)
     total = torch.zeros_like(hidden)
     slices = [p.unbind() for p in params]  # the gradient of a stack is then written once
@@ -61,16 +49,8 @@ def _experts(
     return total
 
 
-@experts_op.register_fake
-def _(
-    hidden: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    params: list[torch.Tensor],
-    num_experts: int,
-    body: str,
-) -> torch.Tensor:
-    return torch.empty_like(hidden)
+experts_op = torch.library.custom_op("moec::experts", _experts, mutates_args=())
+experts_op.register_fake(lambda hidden, *rest: torch.empty_like(hidden))
 
 
 @torch.library.custom_op("moec::experts_backward", mutates_args=())
@@ -95,13 +75,12 @@ def experts_backward(
 def _(
     grad: torch.Tensor,
     hidden: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
     params: list[torch.Tensor],
-    num_experts: int,
-    body: str,
+    *rest: object,
 ) -> list[torch.Tensor]:
-    return [torch.empty_like(t) for t in (hidden, top_k_weights, *params)]
+    return [torch.empty_like(t) for t in (hidden, weights, *params)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

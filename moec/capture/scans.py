@@ -41,13 +41,7 @@ def linear_attention_op(
 
 
 @linear_attention_op.register_fake
-def _(
-    tensors: list[torch.Tensor],
-    rest: list[torch.Tensor],
-    rated: bool,
-    delta: bool,
-    started: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(tensors: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     _, k, v, _ = tensors
     return torch.empty_like(v), v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
 
