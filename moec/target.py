@@ -67,6 +67,11 @@ class Target:
         return self.bf16_dot and "amx-bf16" in self.features
 
     @property
+    def int8_tiles(self) -> bool:
+        """Whether one instruction multiplies tiles: 16 rows of 64 int8 by 64 times 16."""
+        return self.int8_dot and "amx-int8" in self.features
+
+    @property
     def int8_dot(self) -> bool:
         """Whether one instruction adds the dot products of int8 quadruples to int32 lanes."""
         return self.vector_lanes == 16 and "avx512vnni" in self.features

@@ -1,12 +1,11 @@
-"""The register tile on AMX: up to 64 rows of x times the columns of a tile of packed bf16 weights.
+"""The register tile on AMX: 32 rows of x times two vectors of columns of packed bf16 weights.
 
-    sums[16 r .. , 16 j ..] += x[16 rows of block r, 32 of K] @ w[32 of K, 16 of vector j]
+    sums[16 rows of block b, vector j] += x[16 rows, 32 of K] @ w[32 of K, 16 of vector j]
 
-A register holds 16 steps of one vector as they lie in memory, and while it is there, up to four
-blocks of rows use it: weights are read once, as one stream, for as many rows as a token's
-experts usually have. Rows that do not lie side by side, and the last ones of a run, are first
-copied to a panel. Any number of rows goes this way: every element of y is summed by the same
-instructions, whatever is beside it.
+A register holds 16 steps of one vector as they lie in memory. Up to 64 rows go together: the
+weights of two vectors then stay in the cache from one 32 of them to the next. Rows that do not
+lie side by side, and the last ones of a run, are first copied to a panel. Any number of rows
+goes this way: every element of y is summed by the same instructions, whatever is beside it.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import Epilogue, Operands, Tile, ceildiv
 from moec.codegen.cpu.tile_intrinsics import SUMS, TILE_BYTES, TILE_ROWS
 
 STEPS = TILE_ROWS  # steps of K, each a pair, that one register holds
-BLOCKS = SUMS  # blocks of rows whose sums are in registers
-MOST_ROWS = BLOCKS * TILE_ROWS
-_WEIGHTS = SUMS  # the register of weights; the three behind it take turns for blocks of rows
-_TURNS = 3
+BLOCKS = 2  # blocks of rows, and vectors, whose sums are in registers
+PANEL_BLOCKS = 4
+MOST_ROWS = PANEL_BLOCKS * TILE_ROWS
+_ROWS, _WEIGHTS = SUMS, SUMS + BLOCKS  # the first register of rows, and of weights
 
 
 def tile_for(layout: Layout, operands: Operands, epilogue: Epilogue | None) -> Tile:
@@ -60,61 +59,76 @@ class AmxTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         v, lay = self.vector, self.layout
-        panel = v.scratch((BLOCKS, lay.depth // STEPS, TILE_ROWS, STEPS), "int32")
+        panel = v.scratch((PANEL_BLOCKS, lay.depth // STEPS, TILE_ROWS, STEPS), "int32")
         sums = v.scratch((MOST_ROWS, lay.columns), "float32")
         v.tiles("begin")
-        with T.serial(0, T.truncdiv(count + (MOST_ROWS - 1), T.int64(MOST_ROWS))) as part:
+        with T.serial(0, ceildiv(count, MOST_ROWS)) as part:
             row = T.bind(first + part * MOST_ROWS)
             m = T.bind(T.min(first + count - row, T.int64(MOST_ROWS)))
-            lying = T.bind(T.int64(0) if self.operands.gathered else m - T.truncmod(m, 16))
-            self._copy(row, lying, m, panel)
+            lying = T.bind(T.int64(0) if self.operands.gathered else T.truncdiv(m, TILE_ROWS))
+            blocks = T.bind(ceildiv(m, TILE_ROWS))
+            self._copy(row, lying, blocks, m, panel)
             with T.serial(0, tiles) as t:
                 some = T.bind(tile + t)
-                for blocks in range(1, BLOCKS + 1):
-                    fits = T.truncdiv(m + (TILE_ROWS - 1), T.int64(TILE_ROWS)) == blocks
-                    with T.If(fits), T.Then(), T.serial(0, lay.vectors) as j:
-                        self._products(group, some, j, row, blocks, lying, panel, sums)
+                for j in range(0, lay.vectors, BLOCKS):
+                    vectors = range(j, min(j + BLOCKS, lay.vectors))
+                    with T.serial(0, ceildiv(blocks, BLOCKS)) as pair:
+                        block = T.bind(pair * BLOCKS)
+                        for many in range(1, BLOCKS + 1):
+                            with T.If(T.min(blocks - block, T.int64(BLOCKS)) == many), T.Then():
+                                at = _At(group, some, vectors, row, block, many, lying)
+                                self._products(at, panel, sums)
                 with T.serial(0, m) as i:
                     made = [sums[i, T.ramp(j * v.lanes, 1, v.lanes)] for j in range(lay.vectors)]
                     self._finish_row(made, T.bind(row + i), group, some)
         v.tiles("end")
 
-    def _copy(self, row: Expr, lying: Expr, m: Expr, panel: Buffer) -> None:
-        """The rows from `lying` on; what is behind `m` reaches only sums that nobody reads."""
+    def _copy(self, row: Expr, first: Expr, end: Expr, m: Expr, panel: Buffer) -> None:
+        """The blocks of rows from `first` on; what is behind row `m` is that row again."""
         v, lay, ops = self.vector, self.layout, self.operands
-        with T.serial(lying, m) as i:
-            source = T.bind(ops.x_row(row + i))
-            block, at = T.truncdiv(i, TILE_ROWS), T.truncmod(i, TILE_ROWS)
-            with T.serial(0, lay.depth // STEPS) as step:
-                v.copy_line(panel[block, step, at, 0], ops.x[source, step * 2 * STEPS])
+        sources = T.alloc_buffer((TILE_ROWS,), "int64")
+        with T.serial(first, end) as block:
+            with T.serial(0, TILE_ROWS) as i:
+                T.buffer_store(sources, ops.x_row(row + T.min(block * TILE_ROWS + i, m - 1)), [i])
+            with T.serial(0, lay.depth // STEPS) as step, T.serial(0, TILE_ROWS) as i:
+                v.copy_line(panel[block, step, i, 0], ops.x[sources[i], step * 2 * STEPS])
 
-    def _products(
-        self,
-        group: Expr,
-        tile: Expr,
-        j: Expr,
-        row: Expr,
-        blocks: int,
-        lying: Expr,
-        panel: Buffer,
-        sums: Buffer,
-    ) -> None:
-        """sums[:, vector j] of all rows."""
+    def _products(self, at: _At, panel: Buffer, sums: Buffer) -> None:
+        """sums[rows of some blocks, some vectors], over all of K."""
         v, lay, ops = self.vector, self.layout, self.operands
-        stream = T.bind(tile * lay.vectors + j)
-        for b in range(blocks):
-            v.tile_zero(b)
+        registers = {
+            (b, j): b * BLOCKS + i for b in range(at.blocks) for i, j in enumerate(at.vectors)
+        }
+        for register in registers.values():
+            v.tile_zero(register)
         with T.serial(0, lay.depth // STEPS) as step:
-            v.tile_load(_WEIGHTS, ops.w[group, stream, step * STEPS, 0], TILE_BYTES)
-            for b in range(blocks):
-                rows = _WEIGHTS + 1 + b % _TURNS
-                copied = panel[b, step, 0, 0]
+            for i, j in enumerate(at.vectors):
+                weights = ops.w[at.group, at.tile * lay.vectors + j, step * STEPS, 0]
+                v.tile_load(_WEIGHTS + i, weights, TILE_BYTES)
+            for b in range(at.blocks):
+                block = at.block + b
+                copied = panel[block, step, 0, 0]
                 if ops.gathered:
-                    v.tile_load(rows, copied, TILE_BYTES)
+                    v.tile_load(_ROWS + b, copied, TILE_BYTES)
                 else:
-                    there = ops.x[row + b * TILE_ROWS, step * 2 * STEPS]
-                    whole = T.Cast("int32", (b + 1) * TILE_ROWS <= lying)
-                    v.tile_load_either(rows, whole, there, lay.spec.k * 2, copied, TILE_BYTES)
-                v.tile_bf16(b, rows, _WEIGHTS)
-        for b in range(blocks):
-            v.tile_store(b, sums[b * TILE_ROWS, j * v.lanes], lay.columns * 4)
+                    there = ops.x[at.row + block * TILE_ROWS, step * 2 * STEPS]
+                    lies = T.Cast("int32", block < at.lying)
+                    v.tile_load_either(_ROWS + b, lies, there, lay.spec.k * 2, copied, TILE_BYTES)
+                for i, j in enumerate(at.vectors):
+                    v.tile_bf16(registers[b, j], _ROWS + b, _WEIGHTS + i)
+        for (b, j), register in registers.items():
+            where = sums[(at.block + b) * TILE_ROWS, j * v.lanes]
+            v.tile_store(register, where, lay.columns * 4)
+
+
+@dataclass(frozen=True)
+class _At:
+    """Which sums are made: of two vectors of a tile, for one or two blocks of rows."""
+
+    group: Expr
+    tile: Expr
+    vectors: range
+    row: Expr  # the first of all blocks
+    block: Expr  # the first of these
+    blocks: int
+    lying: Expr  # blocks before this one are read where they are

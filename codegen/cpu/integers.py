@@ -61,6 +61,16 @@ def high4(v: Vector, words: Expr) -> Expr:
     return low4(v, T.shift_right(words, T.broadcast(T.int32(4), v.lanes)))
 
 
+def in_all_bytes(v: Vector, bytes: Expr) -> Expr:
+    """Lanes below 256 -> the same in each of their four bytes."""
+    return T.bind(bytes * T.broadcast(T.int32(0x01010101), v.lanes))
+
+
+def minus4(v: Vector, a: Expr, b: Expr) -> Expr:
+    """The differences of bytes."""
+    return T.bind(_call(v, f"int32x{v.lanes}", "minus4", a, b))
+
+
 def e2m1(v: Vector, codes: Expr) -> Expr:
     """Bytes with codes of e2m1 -> twice their values, plus `E2M1_ZERO`."""
     return T.bind(_call(v, f"int32x{v.lanes}", "e2m1", codes))
@@ -73,7 +83,9 @@ def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
 @cache
 def _functions(target: Target) -> str:
     n = target.vector_lanes
-    return _rounding(n, 8) + _rounding(n, 16) + _total(n) + _dot4(target) + _e2m1(target)
+    return (
+        _rounding(n, 8) + _rounding(n, 16) + _total(n) + _minus4(n) + _dot4(target) + _e2m1(target)
+    )
 
 
 def _splat(n: int, kind: str, value: str) -> str:
@@ -102,6 +114,19 @@ declare i32 @llvm.vector.reduce.add.v{n}i32({i})
 define linkonce_odr i32 @moec_total_{n}({i} %a) alwaysinline {{
   %r = call i32 @llvm.vector.reduce.add.v{n}i32({i} %a)
   ret i32 %r
+}}
+"""
+
+
+def _minus4(n: int) -> str:
+    i, b = f"<{n} x i32>", f"<{4 * n} x i8>"
+    return f"""
+define linkonce_odr {i} @moec_minus4_{n}({i} %a, {i} %b) alwaysinline {{
+  %x = bitcast {i} %a to {b}
+  %y = bitcast {i} %b to {b}
+  %d = sub {b} %x, %y
+  %r = bitcast {b} %d to {i}
+  ret {i} %r
 }}
 """
 

@@ -1,188 +1,21 @@
-"""Products of each expert's rows, as codes of 8 bits, with that expert's weights of few bits.
-
-    y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
-
-Inside a block all is integers, four products of bytes an instruction, and exact. The blocks'
-sums are added in one order, by one thread: results depend neither on the number of threads nor
-on the rows beside them.
-
-The register tile is that of float32 (tile.py): some rows times the columns of a tile. Where a
-row has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float
-and is added to a second set of registers, which leaves room for half as many columns.
-"""
+"""Kernels of products with weights of few bits, and what those take: see quantised_tile.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm.ir import Expr
-from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import integers
+from moec.codegen.cpu.amx_quantised import AmxQuantisedTile
 from moec.codegen.cpu.product import Output, Product, argument
 from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised_tile import QuantisedOperands, QuantisedTile
 from moec.codegen.cpu.round_rows import RoundedRows
 from moec.codegen.cpu.sorted_rows import sorted_product
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import Epilogue, Tile
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
-
-
-@dataclass(frozen=True)
-class QuantisedOperands(Operands):
-    """`x` holds the codes of rows (round_rows.py), `w` those of weights."""
-
-    x_scales: Buffer
-    sums: Buffer
-    w_scales: Buffer
-    zeros: Buffer | None
-
-
-@dataclass(frozen=True)
-class QuantisedTile(Tile):
-    """Emits the loops over rows and K for one tile of columns."""
-
-    layout: QuantisedLayout
-    operands: QuantisedOperands
-
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr] | None = None,
-        tiles: Expr | int = 1,
-    ) -> None:
-        most, vectors = self.layout.tile_rows, self.layout.vectors
-        whole = T.bind(T.truncdiv(count, T.int64(most)))
-        fetching: Expr = T.int64(0)
-        if following is not None:
-            fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
-            with T.serial(0, fetching) as i:
-                ahead = (*following, i * self.vector.lanes)
-                self._some(group, tile, T.bind(first + i * most), most, ahead)
-        with T.serial(fetching, whole) as i:
-            self._some(group, tile, first + i * most, most)
-        left = T.bind(T.truncmod(count, T.int64(most)))
-        for m in range(1, most):
-            with T.If(left == m), T.Then():
-                self._some(group, tile, T.bind(first + count - m), m)
-
-    def _some(
-        self,
-        group: Expr,
-        tile: Expr,
-        row: Expr,
-        m: int,
-        ahead: tuple[Expr, Expr, Expr] | None = None,
-    ) -> None:
-        """`m` rows from `row` on."""
-        v, lay = self.vector, self.layout
-        lanes = T.ramp(0, 1, v.lanes)
-        rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
-
-        def registers(dtype: str) -> list[list[Buffer]]:
-            return [
-                [T.alloc_buffer((v.lanes,), dtype) for _ in range(lay.vectors)] for _ in range(m)
-            ]
-
-        whole, acc = registers("int32"), registers("float32")
-        if lay.blocks == 1:
-            self._integers(whole, rows, group, tile, 0, ahead)
-            scales = self._scales(group, tile, 0)
-            for i, r in enumerate(rows):
-                factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
-                for j, scale in enumerate(scales):
-                    T.buffer_store(acc[i][j], self._float(whole[i][j]) * (scale * factor), [lanes])
-        else:
-            for each in acc:
-                for a in each:
-                    T.buffer_store(a, v.splat(0.0), [lanes])
-            with T.serial(0, lay.blocks) as block:
-                self._integers(whole, rows, group, tile, block, ahead)
-                scales = self._scales(group, tile, block)
-                for i, r in enumerate(rows):
-                    factor = v.splat(T.bind(self.operands.x_scales[r, block]))
-                    for j, scale in enumerate(scales):
-                        scaled = T.bind(self._float(whole[i][j]) * factor)
-                        added = v.fma(scaled, scale, acc[i][j][lanes])
-                        T.buffer_store(acc[i][j], added, [lanes])
-        self._finish(acc, row, m, group, tile)
-
-    def _float(self, sums: Buffer) -> Expr:
-        v = self.vector
-        return T.bind(T.cast(sums[T.ramp(0, 1, v.lanes)], v.dtype))
-
-    def _integers(
-        self,
-        acc: list[list[Buffer]],
-        rows: list[Expr],
-        group: Expr,
-        tile: Expr,
-        block: Expr | int,
-        ahead: tuple[Expr, Expr, Expr] | None,
-    ) -> None:
-        """acc[i][j] = the integer sums of one block."""
-        v, lay, ops = self.vector, self.layout, self.operands
-        lanes = T.ramp(0, 1, v.lanes)
-        zeros = self._zeros(group, tile, block)
-        for i, r in enumerate(rows):
-            total = T.bind(ops.sums[r, block])
-            for j in range(lay.vectors):
-                start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
-                T.buffer_store(acc[i][j], start, [lanes])
-        quads = lay.per_word // 4
-        with T.serial(0, lay.depth_block) as step:
-            word = T.bind(block * lay.depth_block + step)
-            if ahead is not None:
-                v.prefetch(ops.w, [ahead[0], ahead[1], word, ahead[2]])
-            at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
-            for q in range(quads):
-                for i, r in enumerate(rows):
-                    x = T.bind(T.broadcast(ops.x[r, word * quads + q], v.lanes))
-                    for j in range(lay.vectors):
-                        made = integers.dot4(v, acc[i][j][lanes], codes[j][q], x)
-                        T.buffer_store(acc[i][j], made, [lanes])
-
-    def _codes(self, words: Expr) -> list[Expr]:
-        """Unsigned bytes, four to a lane, for each four codes of a word."""
-        v, kind = self.vector, self.layout.spec.format.kind
-        if kind == "int8":
-            return [words]
-        halves = [integers.low4(v, words), integers.high4(v, words)]
-        return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
-
-    def _scales(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
-        v, lay, scales = self.vector, self.layout, self.operands.w_scales
-        starts = [j * v.lanes for j in range(lay.vectors)]
-        if lay.scale_dtype == "bfloat16":
-            return [v.load(scales, [group, tile, block, start]) for start in starts]
-        # An exponent is the upper bits of a float32; e2m1's codes are twice their values.
-        half = T.broadcast(T.float32(0.5), v.lanes)
-        exponents = [
-            T.cast(scales[group, tile, block, T.ramp(start, 1, v.lanes)], f"int32x{v.lanes}")
-            for start in starts
-        ]
-        bits = [T.shift_left(e, T.broadcast(T.int32(23), v.lanes)) for e in exponents]
-        return [T.bind(T.reinterpret(v.dtype, b) * half) for b in bits]
-
-    def _zeros(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
-        v, lay, zeros = self.vector, self.layout, self.operands.zeros
-        if zeros is None:
-            format = lay.spec.format
-            zero = integers.E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
-            return [T.broadcast(T.int32(zero), v.lanes)] * lay.vectors
-        return [
-            T.bind(
-                T.cast(
-                    zeros[group, tile, block, T.ramp(j * v.lanes, 1, v.lanes)], f"int32x{v.lanes}"
-                )
-            )
-            for j in range(lay.vectors)
-        ]
 
 
 @dataclass(frozen=True)
@@ -210,7 +43,8 @@ def quantised_product(
 
     def tile(x: RoundedRows, w: QuantisedWeights, out: Output) -> Tile:
         operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
-        return QuantisedTile(lay, operands, epilogue)
+        kind = AmxQuantisedTile if lay.amx else QuantisedTile
+        return kind(lay, operands, epilogue)
 
     return Product(
         lay,

@@ -59,6 +59,20 @@ class QuantisedLayout(Layout):
         return self.spec.format.blocks(self.spec.k)
 
     @property
+    def amx(self) -> bool:
+        """Whether blocks of codes fill registers of tiles, of 64 codes a row."""
+        return self.target.int8_tiles and self.spec.k // self.blocks % 64 == 0
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose integers wait to become floats: loads and stores of sums are shared."""
+        return max(many for many in range(1, 5) if self.blocks % many == 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.spec.groups, self.tiles, self.depth, self.columns)
+
+    @property
     def per_word(self) -> int:
         return 32 // self.spec.format.bits
 

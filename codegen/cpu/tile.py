@@ -100,7 +100,7 @@ class Tile:
             self._row_blocks(group, tile, first, count, 0, None, first, panel, following)
             return
         partial = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
-        with T.serial(0, _ceildiv(count, ROW_CHUNK)) as c:
+        with T.serial(0, ceildiv(count, ROW_CHUNK)) as c:
             base = T.bind(first + c * ROW_CHUNK)
             n = T.bind(T.min(count - c * ROW_CHUNK, T.int64(ROW_CHUNK)))
             with T.serial(0, blocks) as b:
@@ -308,5 +308,5 @@ class Tile:
                 v.store_tail(y, [row, column], value, n % v.lanes)
 
 
-def _ceildiv(a: Expr, b: int) -> Expr:
+def ceildiv(a: Expr, b: int) -> Expr:
     return T.truncdiv(a + (b - 1), T.int64(b))

@@ -7,10 +7,12 @@ and while it is there the system saves 8 KiB at every switch, so a task sets and
 from __future__ import annotations
 
 SUMS = 4
-"""Registers of sums: as many as a tile of columns has vectors, at most."""
+"""Registers of sums."""
 TILE_ROWS = 16
 TILE_BYTES = 64  # of a row
 _REGISTERS = 8
+_PRODUCTS = {"bf16": "tdpbf16ps", "int8": "tdpbssd", "uint8": "tdpbsud"}
+"""By the type of weights; rows of bytes are signed."""
 
 
 def tile_functions() -> str:
@@ -22,12 +24,12 @@ def tile_functions() -> str:
         "tilezero": numbers,
         "tileloadd64": f"{numbers}, ptr, i64",
         "tilestored64": f"{numbers}, ptr, i64",
-        "tdpbf16ps": f"{numbers}, {numbers}, {numbers}",
+        **dict.fromkeys(_PRODUCTS.values(), f"{numbers}, {numbers}, {numbers}"),
     }
     lines = [f"declare void @llvm.x86.{name}({types})" for name, types in declared.items()]
-    lines += [_CONFIGURATION, _function("tiles_begin", "", "ldtilecfg(ptr @moec_tile_config)")]
+    lines += [_CONFIGURATION, _COPY]
+    lines.append(_function("tiles_begin", "", "ldtilecfg(ptr @moec_tile_config)"))
     lines.append(_function("tiles_end", "", "tilerelease()"))
-    lines.append(_COPY)
     for t in range(_REGISTERS):
         lines.append(_function(f"tile_zero_{t}", "", f"tilezero(i8 {t})"))
         arguments = "ptr %p, i64 %stride"
@@ -38,8 +40,9 @@ def tile_functions() -> str:
     for c in range(SUMS):
         for a in range(SUMS, _REGISTERS):
             for b in range(SUMS, _REGISTERS):
-                call = f"tdpbf16ps(i8 {c}, i8 {a}, i8 {b})"
-                lines.append(_function(f"tile_bf16_{c}_{a}_{b}", "", call))
+                for name, call in _PRODUCTS.items():
+                    registers = f"(i8 {c}, i8 {a}, i8 {b})"
+                    lines.append(_function(f"tile_{name}_{c}_{a}_{b}", "", call + registers))
     return "\n".join(lines)
 
 
@@ -67,12 +70,12 @@ def _bytes(values: list[int]) -> str:
     return "".join(f"\\{value:02X}" for value in values)
 
 
-_COPY = """
-define linkonce_odr i32 @moec_copy_line_16(ptr %to, ptr %source) alwaysinline {
-  %line = load <64 x i8>, ptr %source, align 1
-  store <64 x i8> %line, ptr %to, align 64
+_COPY = f"""
+define linkonce_odr i32 @moec_copy_line_16(ptr %to, ptr %source) alwaysinline {{
+  %line = load <{TILE_BYTES} x i8>, ptr %source, align 1
+  store <{TILE_BYTES} x i8> %line, ptr %to, align {TILE_BYTES}
   ret i32 0
-}"""
+}}"""
 # Palette 1; then bytes of a row, 16 bits for each of 16 registers; then rows, 8 bits for each.
 _CONFIGURATION = (
     '@moec_tile_config = linkonce_odr constant [64 x i8] c"'

@@ -166,6 +166,11 @@ class Vector:
         """sums[16, 16] += rows[16, 32 bf16] @ weights[16 pairs, 16]."""
         T.evaluate(self._raw("int32", f"tile_bf16_{sums}_{rows}_{weights}"))
 
+    def tile_int8(self, sums: int, rows: int, weights: int, signed: bool) -> None:
+        """sums[16, 16 int32] += rows[16, 64 int8] @ weights[16 quadruples of int8 or uint8, 16]."""
+        name = f"tile_{'int8' if signed else 'uint8'}_{sums}_{rows}_{weights}"
+        T.evaluate(self._raw("int32", name))
+
     def copy_line(self, to: Expr, source: Expr) -> None:
         """64 bytes."""
         T.evaluate(self._raw("int32", "copy_line", T.address_of(to), T.address_of(source)))

@@ -1,0 +1,88 @@
+"""Few bits on tile registers: to the bit what the register tile of dot products gives.
+
+That one is compared with the meaning in test_quantised.py; integers are exact, and floats are
+added in the same order, so nothing but equality will do.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import tvm
+
+from moec.codegen.cpu.quantised import quantised_linear
+from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised_linear import quantised_linears
+from moec.quantisation import parse
+from moec.target import TARGETS, missing
+from tests.codegen.test_grouped import routing
+from tests.codegen.test_quantised import Linear
+
+FORMATS = ("int8", "int8:64:asymmetric", "int4:64", "int4:asymmetric")
+
+AMX, DOTS = TARGETS["amx"], TARGETS["avx512-bf16"]
+on_amx = pytest.mark.skipif(bool(missing(AMX)), reason="needs a CPU with AMX")
+
+
+def both(build, *args, **how):
+    """The same weights for both targets."""
+    made = []
+    for target in (AMX, DOTS):
+        torch.manual_seed(0)
+        made.append(Linear(build, target, *args, **how))
+    assert made[0].layout.amx
+    return made
+
+
+def test_which_formats_go_this_way():
+    def amx(k, text, target=AMX):
+        return QuantisedLayout(QuantisedSpec(8, k, "float32", format=parse(text)), target).amx
+
+    assert amx(64, "int8")
+    assert amx(128, "int4:64")
+    assert not amx(128, "int4:32")
+    assert not amx(40, "int8")
+    assert not amx(64, "int8", DOTS)
+
+
+def test_it_compiles_for_amx_everywhere():
+    kernel = quantised_linear(AMX, QuantisedSpec(32, 64, "float32", format=parse("int4:64")))
+    made = tvm.compile(tvm.IRModule({"quantised": kernel}), tvm.target.Target(AMX.tvm()))
+    assert "tdpbs" in made.mod.inspect_source("asm")
+
+
+@on_amx
+@pytest.mark.parametrize("text", FORMATS)
+def test_gathered_gate_and_up(build, text):
+    """Few rows, a register, several, more than fit at once; none at all; rows of nobody."""
+    experts, k = 3, 2
+    one, other = both(
+        build, text, 40, 128, experts, gated=True, bias=True, top_k=k, scale_dtype="float32"
+    )
+    for t in (0, 1, 3, 10, 50):
+        owners = torch.randint(0, experts + 1, (t, k))
+        owners[:, 0] = 1
+        order, ends = routing(owners, experts)
+        x, scale = torch.randn(t, 128), torch.rand(t, k)
+        made, wanted = (run(x, order, ends, scale)[: ends[-1]] for run in (one, other))
+        assert torch.equal(made, wanted)
+
+
+@on_amx
+@pytest.mark.parametrize("text", ["int8", "int4:64"])
+def test_down_of_many_experts(build, text):
+    """So many that four tiles are done at once, of which the last are fewer."""
+    one, other = both(build, text, 330, 64, 64)
+    experts = torch.cat([torch.randint(0, 64, (60, 1)), torch.full((33, 1), 5)])
+    order, ends = routing(experts, 64)
+    x = torch.randn(len(experts), 64)
+    assert torch.equal(one(x, order, ends), other(x, order, ends))
+
+
+def test_dense_products_say_what_they_use():
+    specs = tuple(QuantisedSpec(n, 64, "float32", format=parse("int8")) for n in (40, 7))
+    made = tvm.compile(
+        tvm.IRModule({"quantised_linears": quantised_linears(AMX, specs)}),
+        tvm.target.Target(AMX.tvm()),
+    )
+    assert "tdpbs" in made.mod.inspect_source("asm")
