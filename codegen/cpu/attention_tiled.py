@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu.attention_amx import UNITS, Scratch, multiply
 from moec.codegen.cpu.attention_problem import (
     MINUS_INFINITY,
     Problem,
@@ -29,6 +30,7 @@ from moec.codegen.cpu.attention_problem import (
     write_row,
 )
 from moec.codegen.cpu.tasks import divide
+from moec.codegen.cpu.tile_intrinsics import TILE_ROWS
 
 TILE = 96  # rows of a task: a multiple of a register tile; their queries and sums stay in L2
 
@@ -55,6 +57,16 @@ class Packed:
     def block(self) -> int:
         """Keys of a block: what one register tile covers, so that scores stay in registers."""
         return block_size(self.problem)
+
+    @property
+    def amx(self) -> bool:
+        """Whether units of features fill tile registers."""
+        return self.pairs and self.problem.vector.target.bf16_tiles and self.key_units % UNITS == 0
+
+    @property
+    def height(self) -> int:
+        """Rows of a register tile."""
+        return TILE_ROWS if self.amx else self.problem.vector.target.tile_rows
 
     @property
     def key_units(self) -> int:
@@ -155,12 +167,12 @@ def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, whole: bool) -> None
 
 def _tile(c: Packed, head: Expr, first: Expr) -> None:
     """Rows first .. first + TILE of one key head against all of its keys."""
-    p, v, height = c.problem, c.problem.vector, c.problem.vector.target.tile_rows
+    p, v, height = c.problem, c.problem.vector, c.height
     lane = T.ramp(0, 1, v.lanes)
     mine = T.bind(T.min(p.rows - first, TILE))
     groups = T.bind(T.ceildiv(mine, height))
-    query = T.alloc_buffer((TILE, c.key_units), c.dtype)
-    sums = T.alloc_buffer((TILE, p.width), "float32")
+    query = v.scratch((TILE, c.key_units), c.dtype)
+    sums = v.scratch((TILE, p.width), "float32")
     tops = T.alloc_buffer((TILE,), "float32")
     totals = T.alloc_buffer((TILE, v.lanes), "float32")
     reaches = T.alloc_buffer((TILE,), "int64")
@@ -183,6 +195,16 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
             T.buffer_store(starts, start(p, b, s), [r])
 
     tile = Tile(head, first, query, sums, tops, totals, starts, reaches, bias)
+    scratch = Scratch.of(v, c.block) if c.amx else None
+    if c.amx:
+        v.tiles("begin")
+
+    def group_of(n: Expr, r: Expr) -> None:
+        if scratch is None:
+            _group(c, tile, n, r)
+        else:
+            _group_amx(c, tile, n, r, scratch)
+
     # Rows are ordered by position: the last reaches furthest. (Blocks before the first start are
     # passed over one by one: a loop from there takes TVM a minute to analyse.)
     stop = T.ceildiv(reaches[mine - 1], c.block)
@@ -193,10 +215,12 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
             near = T.And(near, starts[r] < (n + 1) * c.block)
         with T.If(near), T.Then():
             if bias is None:
-                _group(c, tile, n, r)
+                group_of(n, r)
             else:
                 with T.If(_open(c, tile, bias, n, r)), T.Then():
-                    _group(c, tile, n, r)
+                    group_of(n, r)
+    if c.amx:
+        v.tiles("end")
 
     with T.serial(0, mine) as r:
         at = p.query_at(head, first + r)
@@ -213,7 +237,7 @@ def _open(c: Packed, tile: Tile, bias: Buffer, n: Expr, r: Expr) -> Expr:
     lane, vectors = T.ramp(0, 1, v.lanes), c.block // v.lanes
     greatest = T.alloc_buffer((v.lanes,), "float32")
     T.buffer_store(greatest, v.splat(MINUS_INFINITY), [lane])
-    with T.serial(0, v.target.tile_rows) as i:
+    with T.serial(0, c.height) as i:
         row = T.bind(T.min(tile.first + r + i, p.rows - 1))
         load_mask(p, (*p.query_at(tile.head, row), n * c.block), bias, i, vectors)
         with T.serial(0, vectors) as j:
@@ -224,26 +248,60 @@ def _open(c: Packed, tile: Tile, bias: Buffer, n: Expr, r: Expr) -> Expr:
 
 def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
     """One register tile of rows, from r, against one block of keys."""
-    p, v = c.problem, c.problem.vector
+    v = c.problem.vector
     lane = T.ramp(0, 1, v.lanes)
     scores = _scores(c, tile.query, (tile.head, n), r)
-    scales, weights = [], []
+    scales: list[Expr] = []
+    weights: list[Buffer] = []
     for i, row in enumerate(scores):
-        seen = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
-        unseen = None
-        if tile.starts is not None:
-            unseen = T.bind(T.cast(T.max(tile.starts[r + i] - n * c.block, 0), "int32"))
-        lanes = []
-        for j, x in enumerate(row):
-            added = None
-            if tile.bias is not None:
-                added = tile.bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
-            before = None if unseen is None else unseen - j * v.lanes
-            lanes.append(scaled(p, x[lane], before, seen - j * v.lanes, added))
-        scale, weight = _soften(c, lanes, tile.tops, tile.totals, r + i)
-        scales.append(scale)
-        weights.append(weight)
+        lanes = _lanes(c, tile, n, r, i, [x[lane] for x in row])
+        weights.append(T.alloc_buffer((c.block // c.per_unit,), c.dtype))
+        scales.append(_soften(c, lanes, tile.tops, tile.totals, r + i, weights[i], ()))
     _accumulate(c, tile.sums, (tile.head, n), r, scales, weights)
+
+
+def _lanes(c: Packed, tile: Tile, n: Expr, r: Expr, i: int | Expr, row: list[Expr]) -> list[Expr]:
+    """The scores of row r + i, scaled, and minus infinity for keys that it may not see."""
+    v = c.problem.vector
+    seen = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
+    unseen = None
+    if tile.starts is not None:
+        unseen = T.bind(T.cast(T.max(tile.starts[r + i] - n * c.block, 0), "int32"))
+    lanes = []
+    for j, x in enumerate(row):
+        added = None
+        if tile.bias is not None:
+            added = tile.bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
+        before = None if unseen is None else unseen - j * v.lanes
+        lanes.append(scaled(c.problem, x, before, seen - j * v.lanes, added))
+    return lanes
+
+
+def _group_amx(c: Packed, tile: Tile, n: Expr, r: Expr, scratch: Scratch) -> None:
+    """As _group, for 16 rows on tile registers."""
+    v, at, width = c.problem.vector, (tile.head, n), c.problem.width
+    multiply(
+        v,
+        lambda u: tile.query[r, u], c.key_units, c.key_units,
+        lambda u, j: c.keys[(*at, u, j * v.lanes)], c.block,
+        lambda j: scratch.scores[0, j * v.lanes], c.block // v.lanes, added=False,
+    )  # fmt: skip
+    with T.serial(0, TILE_ROWS) as i:
+        row = [
+            T.bind(scratch.scores[i, T.ramp(j * v.lanes, 1, v.lanes)])
+            for j in range(c.block // v.lanes)
+        ]
+        lanes = _lanes(c, tile, n, r, i, row)
+        scale = _soften(c, lanes, tile.tops, tile.totals, r + i, scratch.weights, (i,))
+        for d in range(0, width, v.lanes):
+            place = T.ramp(d, 1, v.lanes)
+            T.buffer_store(tile.sums, tile.sums[r + i, place] * scale, [r + i, place])
+    multiply(
+        v,
+        lambda u: scratch.weights[0, u], c.block // 2, c.block // 2,
+        lambda u, j: c.values[(*at, u, j * v.lanes)], width,
+        lambda j: tile.sums[r, j * v.lanes], width // v.lanes, added=True,
+    )  # fmt: skip
 
 
 def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[list[Buffer]]:
@@ -266,10 +324,16 @@ def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[
 
 
 def _soften(
-    c: Packed, scores: list[Expr], tops: Buffer, totals: Buffer, r: Expr
-) -> tuple[Expr, Buffer]:
-    """Update a row's greatest score and sum; give the factor for all sums so far, and the
-    weights of these keys as units."""
+    c: Packed,
+    scores: list[Expr],
+    tops: Buffer,
+    totals: Buffer,
+    r: Expr,
+    weights: Buffer,
+    row: tuple[Expr, ...],
+) -> Expr:
+    """Update a row's greatest score and sum, and write weights[row] of these keys as units; give
+    the factor for all sums so far."""
     v, soft = c.problem.vector, c.problem.soft
     lane = T.ramp(0, 1, v.lanes)
     top = scores[0]
@@ -281,15 +345,14 @@ def _soften(
     base = finite(new)
     scale = soft.exp(v.splat(old - base))
     total = totals[r, lane] * scale
-    weights = T.alloc_buffer((c.block // c.per_unit,), c.dtype)
     units = v.lanes // c.per_unit
     for j, x in enumerate(scores):
         weight = soft.exp(x - v.splat(base))
         total = total + weight
         unit = soft.round_pairs(weight) if c.pairs else weight
-        T.buffer_store(weights, unit, [T.ramp(j * units, 1, units)])
+        T.buffer_store(weights, unit, [*row, T.ramp(j * units, 1, units)])
     T.buffer_store(totals, total, [r, lane])
-    return scale, weights
+    return scale
 
 
 def _accumulate(

@@ -228,8 +228,9 @@ def test_great_scores_do_not_overflow(queries: int) -> None:
 def test_compiles_for_every_target(name: str, target: str) -> None:
     module = tvm.IRModule({"attention": attention(SPECS[name], TARGETS[target])})
     lib = tvm.compile(module, target=tvm.target.Target(TARGETS[target].tvm()))
-    wide = "zmm" in lib.mod.inspect_source("asm")
-    assert wide == target.startswith("avx512")
+    made = lib.mod.inspect_source("asm")
+    assert ("zmm" in made) == (TARGETS[target].vector_lanes == 16)
+    assert ("tdpbf16ps" in made) == TARGETS[target].bf16_tiles
 
 
 def test_compiles_for_haswell() -> None:
