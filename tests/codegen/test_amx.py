@@ -7,6 +7,8 @@ subnormal numbers for 0, which those sums do not see.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -146,3 +148,33 @@ def test_nan_and_infinity_stay_in_their_row(build):
     assert not y[18].isfinite().any()
     rest = [i for i in range(20) if i not in (2, 18)]
     assert y[rest].isfinite().all()
+
+
+GUARDED = """
+import ctypes, mmap, torch, tvm
+from moec.codegen.cpu.layout import Layout, LinearSpec
+from moec.codegen.cpu.linear import linear
+from moec.codegen.cpu.pack import pack
+from moec.target import TARGETS, require
+amx, spec = TARGETS["amx"], LinearSpec(40, 64, "bfloat16")
+require(amx)
+made = tvm.compile(tvm.IRModule({"f": linear(amx, spec, name="f")}), tvm.target.Target(amx.tvm()))
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+w = torch.from_numpy(pack(Layout(spec, amx), torch.randn(40, 64).bfloat16()))
+for rows in (1, 17, 20):
+    size = rows * 64
+    x = torch.frombuffer(memory, dtype=torch.bfloat16, count=size, offset=page - 2 * size)
+    y = torch.empty(rows, 40).bfloat16()
+    made["f"](*map(tvm.runtime.from_dlpack, (x.view(rows, 64), w, y)))
+print("read nothing behind x")
+"""
+
+
+@on_amx
+def test_nothing_behind_the_last_row_is_read():
+    """Memory that ends with x: a register of rows that reached beyond would end the process."""
+    run = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert run.stdout == "read nothing behind x\n", run.stderr
