@@ -44,8 +44,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa
 
 import moec  # noqa: E402
 from moec import quantisation  # noqa: E402
-from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
+from moec.bench.limits import bandwidth, peak, processor, timed  # noqa: E402
 from moec.closeness import strays  # noqa: E402
+from moec.target import host  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -224,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
     shape = SHAPES[options.shape]
     sizes = f"D={shape.D} H={shape.H} E={shape.E} k={shape.K}"
     print(f"{options.shape}: {sizes}, torch {torch.__version__}")
-    print(f"load average before: {os.getloadavg()[0]:.1f}")
+    print(f"{processor()}, target {host().name}, load average before: {os.getloadavg()[0]:.1f}")
     tokens = [int(t) for t in options.tokens.split(",")]
     with torch.inference_mode():
         if options.quant:

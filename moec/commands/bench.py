@@ -197,7 +197,7 @@ def _bench(
     return result(
         Path(model).resolve().name,
         step.logits.dtype,
-        f"{_processor()}, {platform.machine()}",
+        f"{limits.processor()}, {platform.machine()}",
         threads,
         versions,
         load,
@@ -231,12 +231,3 @@ def _eager(model: str, dtype: str | None) -> Any:
 
     kind = getattr(torch, dtype) if dtype else "auto"
     return AutoModelForCausalLM.from_pretrained(model, dtype=kind, local_files_only=True)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
-            return next(names, platform.processor())
-    except OSError:
-        return platform.processor()
