@@ -7,6 +7,7 @@ import re
 import tvm
 from tvm import relax
 
+from moec.codegen.outline import PIPELINE
 from moec.errors import IRError
 from moec.target import Target
 
@@ -19,7 +20,7 @@ def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> 
     made = tvm.target.Target(options)
     # Shapes are checked where tensors enter `main`; kernels need not check them again.
     with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
-        built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline="default")
+        built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline=PIPELINE)
     for part in (built.mod, *built.mod.imports):
         if part.kind == "llvm":
             _all_defined(part.inspect_source("ll"))

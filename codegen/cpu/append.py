@@ -14,7 +14,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu import tasks
 from moec.codegen.cpu.dtypes import TVM_DTYPES
-from moec.codegen.cpu.tasks import divide
+from moec.codegen.cpu.tasks import ELEMENT, divide
 from moec.target import Target
 
 _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
@@ -47,7 +47,9 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
             rows = T.decl_buffer(shape(tokens), word, data=fresh.data)
             lanes = target.vector_lanes * many
             whole, rest = divmod(spec.width, lanes)
-            with tasks.functions(), T.parallel(0, batch * spec.heads * tokens) as task:
+            count = batch * spec.heads * tokens
+            work = count * (spec.width * ELEMENT)
+            with tasks.functions(), tasks.shared(count, work) as task:
                 head, s = divide(task, tokens)
                 b = T.bind(T.floordiv(head, spec.heads))
                 h = T.bind(T.floormod(head, spec.heads))

@@ -15,6 +15,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu import tasks
 from moec.codegen.cpu.attention_problem import (
     MINUS_INFINITY,
     Problem,
@@ -26,7 +27,7 @@ from moec.codegen.cpu.attention_problem import (
     start,
     write_row,
 )
-from moec.codegen.cpu.tasks import divide
+from moec.codegen.cpu.tasks import ELEMENT, bytes_of, divide
 
 FEW = 24  # rows of one key head for which packing does not pay; a multiple of 4
 CHUNK = 256  # keys of a task
@@ -49,12 +50,14 @@ def few(p: Problem) -> None:
         T.alloc_buffer((p.heads, chunks, FEW), "float32"),
         T.alloc_buffer((p.heads, chunks, FEW, p.width), "float32"),
     )
-    with T.parallel(0, p.heads * chunks) as task:
+    sums = p.heads * p.rows * p.keys * p.features
+    cached = p.heads * p.keys * (p.features * bytes_of(p.k))
+    with tasks.shared(p.heads * chunks, sums, cached) as task:
         head, n = divide(task, chunks)
         end = p.end(head)
         with T.If(n * CHUNK < end), T.Then():
             _chunk(p, parts, head, n, end)
-    with T.parallel(0, p.heads * p.rows) as task:
+    with tasks.shared(p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)) as task:
         head, row = divide(task, p.rows)
         _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
 

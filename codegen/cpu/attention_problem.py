@@ -109,6 +109,11 @@ class Problem:
         return self.queries * self.spec.group
 
     @property
+    def features(self) -> int:
+        """Of a key and its value."""
+        return self.spec.key_dim + self.spec.value_dim
+
+    @property
     def width(self) -> int:
         """The value's features, as whole vectors."""
         return round_up(self.spec.value_dim, self.vector.lanes)

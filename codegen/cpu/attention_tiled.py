@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu import tasks
 from moec.codegen.cpu.attention_amx import UNITS, Scratch, multiply
 from moec.codegen.cpu.attention_problem import (
     MINUS_INFINITY,
@@ -29,7 +30,7 @@ from moec.codegen.cpu.attention_problem import (
     start,
     write_row,
 )
-from moec.codegen.cpu.tasks import divide
+from moec.codegen.cpu.tasks import ELEMENT, divide
 from moec.codegen.cpu.tile_intrinsics import TILE_ROWS
 
 TILE = 96  # rows of a task: a multiple of a register tile; their queries and sums stay in L2
@@ -106,7 +107,7 @@ def tiled(p: Problem) -> None:
     keys = T.alloc_buffer((p.heads, blocks, spec.key_dim // per_unit, block), dtype)
     values = T.alloc_buffer((p.heads, blocks, block // per_unit, p.width), dtype)
     packed = Packed(p, pairs, keys, values, blocks)
-    with T.parallel(0, p.heads * blocks) as task:
+    with tasks.shared(p.heads * blocks, p.heads * p.keys * (p.features * ELEMENT)) as task:
         head, n = divide(task, blocks)
         end = p.end(head)
         with T.If(n * block < end), T.Then():
@@ -118,7 +119,7 @@ def tiled(p: Problem) -> None:
                     _pack_values(packed, head, n, end, whole=False)
 
     tiles = T.bind(T.ceildiv(p.rows, TILE))
-    with T.parallel(0, p.heads * tiles) as task:
+    with tasks.shared(p.heads * tiles, p.heads * p.rows * p.keys * p.features) as task:
         head, n = divide(task, tiles)
         if spec.is_causal:  # late tiles see more keys: take turns, so that threads get alike
             half = T.floordiv(n, 2)

@@ -14,6 +14,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from moec.codegen.cpu import tasks
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -90,7 +92,8 @@ def combine(
                     else:
                         v.store(out, at, value)
 
-            with v.functions(), T.parallel(0, t * stretches) as unit:
+            work = t * (top_k * width * ELEMENT)
+            with v.functions(), tasks.shared(t * stretches, work) as unit:
                 token = T.bind(T.truncdiv(unit, stretches))
                 begin = T.bind(T.truncmod(unit, stretches) * stretch)
                 end = T.bind(T.min(begin + stretch, width))

@@ -25,9 +25,11 @@ from moec.codegen.cpu.route import (
     correction_argument,
     route_token,
     routing_functions,
+    routing_work,
     scratch,
 )
 from moec.codegen.cpu.softmax import Softmax
+from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -92,7 +94,8 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
                 columns = -(-count // v.lanes) * v.lanes
                 logits = T.alloc_buffer((tokens, columns), "float32")
                 _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
-                with T.parallel(0, T.ceildiv(tokens, TOKENS)) as task:
+                work = routing_work(count, tokens)
+                with tasks.shared(T.ceildiv(tokens, TOKENS), work) as task:
                     router = scratch(routing, count, v, correction)
                     first = T.bind(task * TOKENS)
                     with T.serial(0, T.min(tokens - first, TOKENS)) as i:
@@ -115,7 +118,9 @@ def _linear(c: _Linear) -> None:
     parts = T.bind(T.ceildiv(c.tokens, TOKENS_OF_A_PRODUCT))
     rows = {16: 4, 8: 2, 4: 2}[v.lanes]
     columns = v.lanes // rows
-    with T.parallel(0, parts * blocks) as task:
+    sums = c.tokens * (count * c.spec.width)
+    weights = count * c.spec.width * bytes_of(c.weight)
+    with tasks.shared(parts * blocks, sums, weights) as task:
         block, part = tasks.divide(task, parts)
         first = T.bind(part * TOKENS_OF_A_PRODUCT)
         mine = T.bind(T.min(c.tokens - first, TOKENS_OF_A_PRODUCT))

@@ -100,6 +100,17 @@ class Layout:
         return (self.spec.groups, self.tiles, self.depth, self.columns)
 
     @property
+    def bytes(self) -> int:
+        """Of the weights of one group."""
+        words = self.tiles * self.depth * self.columns
+        return words * (2 if self.dtype == "float16" else 4)
+
+    @property
+    def sums(self) -> int:
+        """Products of two numbers that one row of x needs."""
+        return self.spec.n * self.spec.k * (2 if self.spec.gated else 1)
+
+    @property
     def bias_shape(self) -> tuple[int, int, int]:
         """The bias, always float32, lies like one step of the weights."""
         return (self.spec.groups, self.tiles, self.columns)

@@ -13,6 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu import tasks
 from moec.codegen.cpu.amx import tile_for
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.product import Output, Product, W, X, argument
@@ -88,7 +89,9 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     size, amx = tiles[0].row_chunk, tiles[0].layout.amx
     chunks = T.truncdiv(rows + (size - 1), T.int64(size))
     count = sum(tile.layout.tiles for tile in tiles)
-    with T.parallel(0, chunks * count) as unit:
+    sums = rows * sum(tile.layout.sums for tile in tiles)
+    weights = sum(tile.layout.bytes for tile in tiles)
+    with tasks.shared(chunks * count, sums, weights) as unit:
         # Tile registers are so fast that rows must stay in the cache, while weights pass by.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))

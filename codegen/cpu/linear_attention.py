@@ -18,6 +18,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu import tasks
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -99,7 +101,9 @@ def linear_attention(
                 for name, shape in shapes.items()
             }
             blocks = -(-spec.value_dim // v.lanes)
-            with v.functions(), T.parallel(0, batch * (spec.heads * blocks)) as task:
+            count = batch * (spec.heads * blocks)
+            work = length * (count * (spec.key_dim * v.lanes * ELEMENT))
+            with v.functions(), tasks.shared(count, work) as task:
                 head = T.bind(T.floordiv(task, blocks))
                 column = T.bind((task - head * blocks) * v.lanes)
                 whole = spec.value_dim % v.lanes == 0

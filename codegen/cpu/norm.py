@@ -17,8 +17,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import rounding
+from moec.codegen.cpu import rounding, tasks
 from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -89,7 +90,8 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
             bias = argument("bias", (spec.width,), spec.bias) if spec.bias else None
             total = argument("sum", whole, spec.x) if spec.residual else None
             out = argument("out", whole, spec.out)
-            with v.functions(), rounding.functions(v), T.parallel(0, rows) as t:
+            work = rows * (spec.width * ELEMENT)
+            with v.functions(), rounding.functions(v), tasks.shared(rows, work) as t:
                 _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
     return ib.get()
 

@@ -21,6 +21,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import tasks
 from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -73,7 +74,8 @@ def rotary(spec: RotarySpec, target: Target, name: str = "rotary") -> PrimFunc:
             cos = argument("cos", table, spec.table_dtype)
             sin = argument("sin", table, spec.table_dtype)
             out = argument("out", shape(spec.out_layout), spec.dtype)
-            with v.functions(), tasks.functions(), T.parallel(0, batch * n) as task:
+            work = batch * n * (spec.heads * spec.width * ELEMENT)
+            with v.functions(), tasks.functions(), tasks.shared(batch * n, work) as task:
                 b, s = tasks.divide(task, n)
                 row = (b if spec.table_batch else 0, s)
                 with T.serial(0, spec.heads) as h:

@@ -15,9 +15,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import integers
+from moec.codegen.cpu import integers, tasks
 from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.quantisation import TINY, most_of
 from moec.target import Target
@@ -55,7 +56,8 @@ def round_rows(
             scales = T.match_buffer(T.arg("scales", T.handle()), (rows, blocks), "float32")
             sums = T.match_buffer(T.arg("sums", T.handle()), (rows, blocks), "int32")
             v = Vector(target)
-            with integers.functions(v), T.parallel(0, rows) as row:
+            work = rows * (width * ELEMENT)
+            with integers.functions(v), tasks.shared(rows, work) as row:
                 for word in range(-(-width // v.lanes) * v.lanes * bits // 32, words):
                     T.buffer_store(codes, T.int32(0), [row, word])
                 with T.serial(0, blocks) as block:

@@ -19,6 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu import tasks
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.ranking import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
@@ -94,7 +95,9 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
                 T.arg("weights", T.handle()), (tokens, k), TVM_DTYPES[spec.routing.dtype]
             )
             chosen = T.match_buffer(T.arg("experts", T.handle()), (tokens, k), "int64")
-            with routing_functions(v), T.parallel(0, T.ceildiv(tokens, TOKENS)) as task:
+            count = T.ceildiv(tokens, TOKENS)
+            work = routing_work(experts, tokens)
+            with routing_functions(v), tasks.shared(count, work) as task:
                 router = scratch(spec.routing, experts, v, correction)
                 first = T.bind(task * TOKENS)
                 with T.serial(0, T.min(tokens - first, TOKENS)) as i:
@@ -117,6 +120,11 @@ def routing_functions(v: Vector) -> AbstractContextManager[object]:
     stack.enter_context(v.functions())
     stack.enter_context(Ranking(v).functions())
     return stack
+
+
+def routing_work(experts: int, tokens: Expr) -> Expr:
+    """As measured for 2 of 8, 8 of 64 and 8 of 128 experts: .1, .17 and .23 µs a token."""
+    return tokens * (6000 + 80 * experts)
 
 
 def scratch(routing: Routing, experts: int, v: Vector, correction: Buffer | None) -> Router:

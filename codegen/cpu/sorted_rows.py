@@ -14,6 +14,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu import tasks
 from moec.codegen.cpu.product import Output, Product, W, X, argument
 from moec.codegen.cpu.tile import Tile
 from moec.codegen.cpu.vector import Vector
@@ -87,7 +88,8 @@ def each_expert(
     Where it `fetches`, the tile is told whose weights come next."""
     experts, tiles, at_once = tile.layout.spec.groups, tile.layout.tiles, tile.tiles_at_once
     units = -(-tiles // at_once) * experts
-    with T.parallel(0, units) as unit:
+    weights = T.min(rows, T.int64(experts)) * tile.layout.bytes
+    with tasks.shared(units, rows * tile.layout.sums, weights) as unit:
         column = T.bind(T.truncdiv(unit, experts) * at_once)
         some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
         e = T.bind(T.truncmod(unit, experts))

@@ -17,6 +17,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu import tasks
+from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -72,7 +74,8 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
             def add(to: Buffer, value: Expr) -> None:
                 T.buffer_store(to, to[lanes] + value, [lanes])
 
-            with v.functions(), T.parallel(0, t) as token:
+            work = t * (width * ELEMENT)
+            with v.functions(), tasks.shared(t, work) as token:
                 share = register()
                 pulls = [register() for _ in range(count)]
                 with T.serial(0, spec.top_k) as s:

@@ -14,6 +14,7 @@ from tvm.ir import Expr, Var
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu import tasks
 from moec.codegen.generic import index as ix
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.index import Index, Position, Sizes
@@ -23,8 +24,9 @@ from moec.ir import Op, Value
 from moec.sizes import Dim, product
 from moec.target import Target
 
-# Loops with less work than this (in additions) are not worth waking other threads for.
-PARALLEL_FROM = 32768
+# What an addition in a loop counts among the sums of tasks.shared: loops do not always become
+# vectors, and what they cost is estimated roughly.
+SUMS = 64
 CHUNK = 8192
 
 
@@ -198,53 +200,32 @@ class Emission:
         weight: int,
     ) -> None:
         count = product(tuple(shape[a] for a in outer))
-
-        def loop(parallel: bool) -> None:
-            over = T.parallel if parallel else T.serial
-            with over(0, self.sizes.expr(count)) as p, self.scope():
-                left, at = p, {}
-                for axis in reversed(outer):
-                    if axis == outer[0]:
-                        expr = left
-                    else:
-                        size = self.sizes.expr(shape[axis])
-                        expr = T.bind(ix.rest(left, size))
-                        left = T.bind(ix.quotient(left, size))
-                    at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
-                row(at)
-
-        self._both_ways(product((count, work)), weight, loop)
+        size = self.sizes.expr(count)
+        with tasks.shared(size, self._sums(product((count, work)), weight)) as p, self.scope():
+            left, at = p, {}
+            for axis in reversed(outer):
+                if axis == outer[0]:
+                    expr = left
+                else:
+                    size = self.sizes.expr(shape[axis])
+                    expr = T.bind(ix.rest(left, size))
+                    left = T.bind(ix.quotient(left, size))
+                at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
+            row(at)
 
     def _one_axis(
         self, shape: Sequence[Dim], axis: int, body: Callable[[Position], None], weight: int
     ) -> None:
         size = self.sizes.expr(shape[axis])
         chunk = max(256, CHUNK // weight)
-
-        def run(start: Expr, stop: Expr) -> None:
-            with T.serial(start, stop) as i, self.scope():
+        chunks = tirx.truncdiv(size + (chunk - 1), tirx.const(chunk, "int64"))
+        with tasks.shared(chunks, self._sums(shape[axis], weight)) as p:
+            start = T.bind(p * chunk)
+            with T.serial(start, T.bind(tirx.min(start + chunk, size))) as i, self.scope():
                 body(self._full(shape, {axis: ix.loop(i, f"axis{axis}", shape[axis])}))
 
-        def loop(parallel: bool) -> None:
-            if not parallel:
-                run(tirx.const(0, "int64"), size)
-                return
-            with T.parallel(0, tirx.truncdiv(size + (chunk - 1), tirx.const(chunk, "int64"))) as p:
-                start = T.bind(p * chunk)
-                run(start, T.bind(tirx.min(start + chunk, size)))
-
-        self._both_ways(shape[axis], weight, loop)
-
-    def _both_ways(self, elements: Dim, weight: int, loop: Callable[[bool], None]) -> None:
-        if isinstance(elements, int):
-            loop(elements * weight >= PARALLEL_FROM)
-            return
-        least = tirx.const(-(-PARALLEL_FROM // weight), "int64")
-        with T.If(self.sizes.expr(elements) >= least):
-            with T.Then():
-                loop(True)
-            with T.Else():
-                loop(False)
+    def _sums(self, elements: Dim, weight: int) -> Expr:
+        return self.sizes.expr(elements) * (weight * SUMS)
 
 
 @dataclass(frozen=True)
