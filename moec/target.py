@@ -4,9 +4,11 @@ A target is chosen by name. "cpu" is this machine; the others are the same every
 
     generic       any machine that LLVM knows as its default: 4 lanes, no fused multiply-add
     avx2          x86-64-v3: 8 lanes, FMA, half precision converted by hardware
+    avx2-vnni     avx2 with dot products of int8 quadruples (AVX-VNNI)
     avx512        x86-64-v4: 16 lanes
     avx512-bf16   x86-64-v4 with dot products of bf16 pairs and of int8 quadruples
     amx           avx512-bf16 with products of whole tiles of bf16 and int8
+    neon-dotprod  aarch64: 4 lanes, with dot products of int8 quadruples
     llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= as LLVM spells them
 
 Only the `llvm:` form asks TVM; all else, the check of an artifact's features included, needs
@@ -15,7 +17,6 @@ neither TVM nor torch.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,10 +28,11 @@ _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _AMX = ("amx-tile", "amx-bf16", "amx-int8")
 # Linux lists some features under other names than LLVM gives them.
-_LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon"}
+_LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon", "asimddp": "dotprod"}
+_INT8_DOT = {16: "avx512vnni", 8: "avxvnni", 4: "dotprod"}
 _BEYOND_V4 = (
     *("avx512bf16", "avx512bitalg", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512vpopcntdq"),
-    *("avx512ifma", "gfni", "vpclmulqdq"),
+    *("avx512ifma", "gfni", "vpclmulqdq", "avxvnni", "i8mm"),
     *_AMX,
 )
 
@@ -74,7 +76,12 @@ class Target:
     @property
     def int8_dot(self) -> bool:
         """Whether one instruction adds the dot products of int8 quadruples to int32 lanes."""
-        return self.vector_lanes == 16 and "avx512vnni" in self.features
+        return _INT8_DOT[self.vector_lanes] in self.features
+
+    @property
+    def int8_signed(self) -> bool:
+        """Whether those multiply signed numbers alone, and not unsigned ones by signed ones."""
+        return self.int8_dot and self.vector_lanes == 4 and "i8mm" not in self.features
 
     @property
     def tile_rows(self) -> int:
@@ -104,6 +111,13 @@ TARGETS: dict[str, Target] = {
         Target("generic"),
         Target("avx2", mcpu="x86-64-v3", features=_V3, vector_lanes=8),
         Target(
+            "avx2-vnni",
+            mcpu="x86-64-v3",
+            mattr=("+avxvnni",),
+            features=(*_V3, "avxvnni"),
+            vector_lanes=8,
+        ),
+        Target(
             "avx512",
             mcpu="x86-64-v4",
             mattr=("-prefer-256-bit",),
@@ -129,6 +143,14 @@ TARGETS: dict[str, Target] = {
             vector_lanes=16,
             vector_registers=32,
             l2=2 * 1024 * 1024,
+        ),
+        Target(
+            "neon-dotprod",
+            mcpu="generic",
+            mattr=("+dotprod",),
+            mtriple="aarch64-linux-gnu",
+            features=("neon", "dotprod"),
+            vector_registers=32,
         ),
     )
 }
@@ -241,7 +263,7 @@ def _from_llvm(name: str) -> Target:
         features=tuple(sorted(features & reported)),
         mattr=(*mattr, "-prefer-256-bit") if "prefer-256-bit" in features and wide else mattr,
         vector_lanes=16 if wide else 8 if "avx2" in features else 4,
-        vector_registers=32 if wide or platform.machine() == "aarch64" else 16,
+        vector_registers=32 if wide or "neon" in features else 16,
         l2=1024 * 1024 if wide else 512 * 1024,
     )
 

@@ -2,8 +2,9 @@
 
 A lane holds four neighbours along K, the first in the lowest byte; of codes of four bits it
 holds eight, the first four in the low halves of the bytes. Codes of weights are unsigned and
-those of activations signed, which is what the dot products of x86 multiply. Where a target has
-none, four multiplications in lanes of 16 bits give the same integers.
+those of activations signed, which is what the dot products of x86 and of Arm's i8mm multiply.
+Those of Arm's dotprod are of signed bytes: greater codes must be `lessened` first. Where a target
+has none, four multiplications in lanes of 16 bits give the same integers.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ def total(v: Vector, x: Expr) -> Expr:
 
 
 def dot4(v: Vector, acc: Expr, codes: Expr, x: Expr) -> Expr:
-    """acc + the dot products of unsigned bytes of `codes` with signed ones of `x`."""
+    """acc + the dot products of unsigned bytes of `codes` with signed ones of `x`; `codes` are
+    below 128 or lessened where `target.int8_signed`."""
     return _call(v, f"int32x{v.lanes}", "dot4", acc, codes, x)
+
+
+def lessened(v: Vector, codes: Expr) -> Expr:
+    """Unsigned bytes, less 128, as signed ones."""
+    return T.bind(T.bitwise_xor(codes, T.broadcast(T.int32(0x80808080 - 2**32), v.lanes)))
 
 
 def low4(v: Vector, words: Expr) -> Expr:
@@ -136,8 +143,13 @@ def _dot4(target: Target) -> str:
     i = f"<{n} x i32>"
     head = f"define linkonce_odr {i} @moec_dot4_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{"
     if target.int8_dot:
-        bits, bytes_ = 32 * n, f"<{4 * n} x i8>"
-        dot = f"@llvm.x86.avx512.vpdpbusd.{bits}"
+        bytes_ = f"<{4 * n} x i8>"
+        arm = "sdot" if target.int8_signed else "usdot"
+        dot = {
+            16: "@llvm.x86.avx512.vpdpbusd.512",
+            8: "@llvm.x86.avx512.vpdpbusd.256",
+            4: f"@llvm.aarch64.neon.{arm}.v4i32.v16i8",
+        }[n]
         return f"""
 declare {i} {dot}({i}, {bytes_}, {bytes_})
 {head}

@@ -174,7 +174,7 @@ def _functions(target: Target) -> str:
     i, h, w = f"<{LANES} x i32>", f"<{two} x i16>", f"<{two} x i32>"
     ones = "<" + ", ".join(["i16 1"] * two) + ">"
     declare = ""
-    if target.int8_dot:  # avx512vnni holds both
+    if target.int8_dot and n == LANES:  # avx512vnni holds both
         dot = "@llvm.x86.avx512.vpdpwssd.512"
         declare = f"declare {i} {dot}({i}, {h}, {h})"
         add = f"  %r = call {i} {dot}({i} %acc, {h} %s, {h} %t)"

@@ -149,10 +149,10 @@ class QuantisedTile(Tile):
                         T.buffer_store(acc[i][j], made, [lanes])
 
     def _codes(self, words: Expr) -> list[Expr]:
-        """Unsigned bytes, four to a lane, for each four codes of a word."""
+        """Bytes as `integers.dot4` takes them, four to a lane, for each four codes of a word."""
         v, kind = self.vector, self.layout.spec.format.kind
         if kind == "int8":
-            return [words]
+            return [integers.lessened(v, words) if self._less else words]
         halves = [integers.low4(v, words), integers.high4(v, words)]
         return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
 
@@ -175,12 +175,13 @@ class QuantisedTile(Tile):
         if zeros is None:
             format = lay.spec.format
             zero = integers.E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
-            return [T.broadcast(T.int32(zero), v.lanes)] * lay.vectors
-        return [
-            T.bind(
-                T.cast(
-                    zeros[group, tile, block, T.ramp(j * v.lanes, 1, v.lanes)], f"int32x{v.lanes}"
-                )
-            )
-            for j in range(lay.vectors)
-        ]
+            return [T.broadcast(T.int32(zero - self._less), v.lanes)] * lay.vectors
+        at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
+        stored = [T.cast(zeros[group, tile, block, lane], f"int32x{v.lanes}") for lane in at]
+        return [T.bind(zero - T.broadcast(T.int32(self._less), v.lanes)) for zero in stored]
+
+    @property
+    def _less(self) -> int:
+        """What codes and zeros are lessened by, which changes no difference of the two."""
+        lay = self.layout
+        return 128 if lay.target.int8_signed and lay.spec.format.kind == "int8" else 0

@@ -122,7 +122,7 @@ def test_a_weak_cpu_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(target, "host", lambda: target.TARGETS["avx2"])
     monkeypatch.setattr(target, "missing", lambda t, available=None: ("avx512f",))
     says = doctor.chosen_target().says
-    assert says.startswith("avx2: 8 float lanes (avx512 needs avx512f; avx512-bf16 needs")
+    assert says.startswith("avx2: 8 float lanes (avx2-vnni needs avx512f; avx512 needs avx512f")
 
 
 def test_packages_missing_old_and_broken(monkeypatch: pytest.MonkeyPatch) -> None:

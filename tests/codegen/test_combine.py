@@ -9,7 +9,8 @@ from moec.codegen.cpu.combine import combine
 from moec.target import TARGETS, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "amx"]  # test_amx.py
+ELSEWHERE = ("amx", "avx2-vnni")  # test_amx.py, test_quantised.py
+RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name not in ELSEWHERE]
 each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 
 

@@ -17,7 +17,8 @@ from moec.codegen.cpu.vector import Vector
 from moec.target import TARGETS, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "amx"]  # test_amx.py
+ELSEWHERE = ("amx", "avx2-vnni")  # test_amx.py, test_quantised.py
+RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name not in ELSEWHERE]
 BEST = RUNNABLE[-1]
 each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 # The relative error of a result of order 1: float32 sums of some dozen products, then rounding.

@@ -29,7 +29,9 @@ def test_cpu_is_the_best_that_this_machine_has():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(TargetError, match=r"unknown target 'avx3'.*cpu, generic, avx2, avx512"):
+    with pytest.raises(
+        TargetError, match=r"unknown target 'avx3'.*cpu, generic, avx2, avx2-vnni, avx512"
+    ):
         parse("avx3")
 
 
@@ -39,6 +41,24 @@ def test_llvm_options_are_read():
     more = parse("llvm:-mcpu=x86-64-v3,-mattr=+avx512f,+avx512bw,+avx512vl,+avx512dq")
     assert (more.mcpu, more.vector_lanes) == ("x86-64-v3", 16)
     assert parse("llvm:-mcpu=znver4").bf16_dot
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes", "registers", "dot", "signed"),
+    [
+        ("x86-64-v3", 8, 16, False, False),
+        ("alderlake", 8, 16, True, False),
+        ("skylake-avx512", 16, 32, False, False),
+        ("znver4", 16, 32, True, False),
+        ("cortex-a72,-mtriple=aarch64-linux-gnu", 4, 32, False, False),
+        ("neoverse-n1,-mtriple=aarch64-linux-gnu", 4, 32, True, True),
+        ("neoverse-v1,-mtriple=aarch64-linux-gnu", 4, 32, True, False),
+    ],
+)
+def test_dot_products_of_bytes(name, lanes, registers, dot, signed):
+    t = parse(f"llvm:-mcpu={name}")
+    assert (t.vector_lanes, t.vector_registers) == (lanes, registers)
+    assert (t.int8_dot, t.int8_signed) == (dot, signed)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,7 @@ def test_features_are_in_the_names_of_llvm():
     names = "fpu avx2 avx512f avx512bf16 avx512vnni avx512vp2intersect avxvnni"
     assert features_of(f"processor : 0\nflags : {flags}") == set(names.split())
     assert features_of("flags : amx_bf16 amx_tile") == {"amx-bf16", "amx-tile"}
-    assert features_of("Features : asimd bf16\n") == {"neon", "bf16"}
+    assert features_of("Features : asimd asimddp bf16\n") == {"neon", "dotprod", "bf16"}
     assert features_of("processor : 0") == set()
     assert not any("_" in f for f in host_features() if f.startswith("avx"))
 
