@@ -42,8 +42,10 @@ def check_inputs(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_names(package: Package, inputs: Mapping[str, Any]) -> None:
-    taken = "; ".join(map(show_port, package.inputs)) or "nothing"
     known = [port.name for port in package.inputs]
+    if inputs.keys() == set(known):
+        return
+    taken = "; ".join(map(show_port, package.inputs)) or "nothing"
     unknown = [name for name in inputs if name not in known]
     missing = [name for name in known if name not in inputs]
     if unknown:
@@ -81,8 +83,9 @@ def _bind(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
         for port in package.inputs
         for axis, size in enumerate(port.shape)
     ]
+    named = [axis for axis in axes if not isinstance(axis[2], int)]
     # A name that stands alone tells its value best; else 2*T does.
-    for port, axis, size, given in sorted(axes, key=lambda a: sizes.names(a[2]) != {a[2]}):
+    for port, axis, size, given in sorted(named, key=lambda a: sizes.names(a[2]) != {a[2]}):
         solved = sizes.solve(size, given)
         if solved is not None and solved[0] not in env:
             name, value = solved

@@ -23,6 +23,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "c64": np.dtype(np.complex64),
 }
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
+_SPELLED = {dtype.name: name for name, dtype in NUMPY.items()}
 
 
 def name_of(dtype: Any) -> str:
@@ -30,4 +31,4 @@ def name_of(dtype: Any) -> str:
     if isinstance(dtype, np.dtype):
         return _NAMES.get(dtype, str(dtype))
     spelled = str(dtype).removeprefix("torch.")  # torch need not be imported to read this
-    return next((n for n, known in NUMPY.items() if known.name == spelled), spelled)
+    return _SPELLED.get(spelled, spelled)

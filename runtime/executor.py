@@ -75,6 +75,7 @@ class Executor:
         with self._lock:
             self._arrays = {port.name: arrays[port.name] for port in ports}  # own the memory
             bound = {name: _from_numpy(array) for name, array in self._arrays.items()}
+            self._owned = {tensor.data_ptr() for tensor in bound.values()}
             self._params = [bound[port.name] for port in self.package.params]
             if self.package.step is not None:
                 self._step_params = [bound[port.name] for port in self.package.step.params]
@@ -109,17 +110,11 @@ class Executor:
         routers = self._routers()
         own = replace(self.package, inputs=routers.inputs)
         check_inputs(own, inputs)
-        torch = sys.modules.get("torch")
-        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs.values())
-        taken = [_take(inputs[port.name], torch) for port in routers.inputs]
+        taken, torch = _taken([inputs[port.name] for port in routers.inputs])
         with self._lock:
             made = self._route(*taken, *self._route_params)
             results = [made] if hasattr(made, "data_ptr") else list(made)
-            shared = {t.data_ptr() for t in (*taken, *self._route_params)}
-            return {
-                port.name: _give(value, port, torch if as_torch else None, shared)
-                for port, value in zip(routers.outputs, results, strict=True)
-            }
+            return self._given(results, routers.outputs, taken, torch)
 
     def routed(self, inputs: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
         """As a call with `inputs`, with `choices` of `route` for the routers that it computes.
@@ -158,21 +153,27 @@ class Executor:
     def _checked(
         self, function: Any, params: Sequence[Any], inputs: Sequence[Any]
     ) -> dict[str, Any]:
-        torch = sys.modules.get("torch")
-        as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in inputs)
-        taken = [_take(value, torch) for value in inputs]
+        taken, torch = _taken(inputs)
+        outputs = self.package.outputs
         with self._lock:
             made = function(*taken, *self._states, *params)
             results = [made] if hasattr(made, "data_ptr") else list(made)
-            count = len(self.package.outputs)
-            # An output that is also an input, a weight or a state must not share its memory.
-            shared = {t.data_ptr() for t in (*taken, *params, *self._states, *results[count:])}
+            count = len(outputs)
+            shared = (*taken, *self._states, *results[count:])
             self._states = results[count:]
-            outputs = {
-                port.name: _give(value, port, torch if as_torch else None, shared)
-                for port, value in zip(self.package.outputs, results[:count], strict=True)
-            }
-        return outputs
+            return self._given(results[:count], outputs, shared, torch)
+
+    def _given(
+        self, results: Sequence[Any], ports: Sequence[Port], shared: Sequence[Any], torch: Any
+    ) -> dict[str, Any]:
+        """Results as the caller gets them: in memory that is not `shared`, nor a weight's."""
+        places = [tensor.data_ptr() for tensor in shared]
+        given = {}
+        for port, result in zip(ports, results, strict=True):
+            place = result.data_ptr()
+            copied = place in places or place in self._owned
+            given[port.name] = _give(result, port, torch, copied)
+        return given
 
     def step(self, counts: Sequence[Array], caches: Sequence[Array]) -> Array:
         """Logits f32[B, V] of `Step`, which writes into `caches`: aligned, as `empty` makes them.
@@ -198,17 +199,28 @@ class Executor:
             return {port.name: _to_numpy(value, port).copy() for port, value in pairs}
 
 
-def _take(value: Any, torch: Any) -> Any:
-    """An input as a tensor of TVM, sharing its memory where it can."""
-    if torch is None or not isinstance(value, torch.Tensor):
-        return _from_numpy(np.asarray(value))
+def _taken(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
+    """The inputs as tensors of TVM, and the module torch where any of them is torch's."""
+    torch = sys.modules.get("torch")
+    taken, found = [], None
+    for value in inputs:
+        if torch is not None and isinstance(value, torch.Tensor):
+            found = torch
+            taken.append(_from_torch(value, torch))
+        else:
+            taken.append(_from_numpy(np.asarray(value)))
+    return taken, found
+
+
+def _from_torch(value: Any, torch: Any) -> Any:
+    """A tensor of TVM that shares the memory where it can."""
     tensor = value.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     tensor = tensor.contiguous()
     if tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
-    return _view(tvm_ffi().from_dlpack(tensor))
+    return _compact(tvm_ffi().from_dlpack(tensor))
 
 
 def _from_numpy(array: Array) -> Any:
@@ -219,7 +231,7 @@ def _from_numpy(array: Array) -> Any:
         array = _aligned_copy(array)  # DLPack has no way to say that memory is read-only
     if array.dtype == NUMPY["bf16"]:  # numpy exports it as nothing at all
         return _view(tvm_ffi().from_dlpack(array.view(np.uint16)), "bfloat16")
-    return _view(tvm_ffi().from_dlpack(array))
+    return _compact(tvm_ffi().from_dlpack(array))
 
 
 def _aligned_copy(array: Array) -> Array:
@@ -237,14 +249,24 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     return made
 
 
-def _view(tensor: Any, dtype: str | None = None) -> Any:
+def _compact(tensor: Any) -> Any:
     """The same memory with the strides that compiled code insists on.
 
     numpy and torch give axes of an empty tensor, or of size 1, whatever strides they like.
     """
+    wanted = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if stride != wanted:
+            return _view(tensor, tensor.dtype)
+        wanted *= size
+    return tensor
+
+
+def _view(tensor: Any, dtype: str) -> Any:
+    """The same memory as `dtype`, with strides as in `_compact`."""
     ffi = tvm_ffi()
     view = ffi.get_global_func("runtime.TVMTensorCreateView")
-    return view(tensor, ffi.Shape(tensor.shape), ffi.dtype(dtype or tensor.dtype), 0)
+    return view(tensor, ffi.Shape(tensor.shape), ffi.dtype(dtype), 0)
 
 
 def _to_numpy(tensor: Any, port: Port) -> Array:
@@ -255,12 +277,11 @@ def _to_numpy(tensor: Any, port: Port) -> Array:
     return array.view(NUMPY["bf16"]) if bf16 else array
 
 
-def _give(tensor: Any, port: Port, torch: Any, shared: set[int]) -> Any:
-    copied = tensor.data_ptr() in shared
+def _give(tensor: Any, port: Port, torch: Any, copied: bool) -> Any:
     if torch is None:
         array = _to_numpy(tensor, port)
         return array.copy() if copied or not array.flags.writeable else array
-    made = torch.from_dlpack(tensor)
+    made = torch.from_dlpack(tensor.__dlpack__())  # of the capsule torch asks no more
     if port.dtype == "c64":
         made = torch.view_as_complex(made)
     return made.clone() if copied else made

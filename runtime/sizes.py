@@ -53,6 +53,7 @@ def _parse(text: str) -> ast.expr:
     return tree
 
 
+@lru_cache(maxsize=4096)
 def names(size: Size) -> frozenset[str]:
     """The named sizes that `size` depends on. Raises ArtifactError if it is not a size."""
     if isinstance(size, int):
@@ -80,6 +81,8 @@ def solve(size: Size, value: int) -> tuple[str, int] | None:
     if len(found) != 1:
         return None
     (name,) = found
+    if name == size:
+        return (name, value) if value >= 0 else None
     first, second = evaluate(size, {name: 0}), evaluate(size, {name: 1})
     if first is None or second is None or first == second:
         return None
