@@ -113,7 +113,7 @@ class Executor:
         taken, torch = _taken([inputs[port.name] for port in routers.inputs])
         with self._lock:
             made = self._route(*taken, *self._route_params)
-            results = [made] if hasattr(made, "data_ptr") else list(made)
+            results = _results(made, len(routers.outputs))
             return self._given(results, routers.outputs, taken, torch)
 
     def routed(self, inputs: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +157,8 @@ class Executor:
         outputs = self.package.outputs
         with self._lock:
             made = function(*taken, *self._states, *params)
-            results = [made] if hasattr(made, "data_ptr") else list(made)
             count = len(outputs)
+            results = _results(made, count + len(self._states))
             shared = (*taken, *self._states, *results[count:])
             self._states = results[count:]
             return self._given(results[:count], outputs, shared, torch)
@@ -247,6 +247,14 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     start = -room.ctypes.data % ALIGNMENT
     made: Array = room[start : start + nbytes].view(dtype).reshape(shape)
     return made
+
+
+def _results(made: Any, count: int) -> list[Any]:
+    """What a function of the library gave, taken apart without the Python of a container."""
+    if hasattr(made, "data_ptr"):
+        return [made]
+    item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
+    return [item(made, index) for index in range(count)]
 
 
 def _compact(tensor: Any) -> Any:
