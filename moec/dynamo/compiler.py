@@ -2,15 +2,17 @@
 
     Dynamo's graph ─ trace ─▶ ATen ─ convert ─▶ Graph[ATEN] ─ recognise ─▶ Graph[MOE]
                                │                                              │ regions
-          rest (Inductor) ◀─ moec::block in place of each region ◀─ code ◀────┘
+          rest (Inductor) ◀─ an operator in place of each region ◀─ code ◀─────┘
 
-Blocks are replaced before autograd sees the graph, by an operator that has a gradient: the same
-path serves inference and training, and aot_autograd takes care of everything else.
+Blocks are replaced before autograd sees the graph, where gradients are wanted by an operator that
+has one: the same path serves inference and training, and aot_autograd takes care of everything
+else. Where there is nothing else, `direct` calls the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import fx
 
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
+from moec.dynamo.direct import direct
 from moec.dynamo.operators import Site, place
 from moec.dynamo.options import Options, parse
 from moec.dynamo.record import RECORDER, Fallback
@@ -48,13 +51,10 @@ def backend(
     asked = parse(options, mode)
     with torch._dynamo.utils.dynamo_timed("moec_backend"):
         sites, module, left = _replace_blocks(module, inputs, asked)
-    run_rest = compile_rest(module, inputs, asked.rest)
+    run = (direct(module) if sites else None) or compile_rest(module, inputs, asked.rest)
     RECORDER.add(compilations=1, blocks=len(sites))
     RECORDER.fall_back(left, strict=asked.strict)
-
-    def call(*arguments: Any) -> Any:
-        return run_rest(*arguments)
-
+    call = partial(run)  # which costs no call of Python's
     call.sites = sites  # type: ignore[attr-defined]  # they live as long as the graph
     return call
 
@@ -97,7 +97,7 @@ def _replace_blocks(
         sites.append(place(found.where, code))
         relied = [node for node in found.inside() if node in static and is_constant(static[node])]
         fixed = [node for node in relied if node not in found.params]
-        _insert(traced, found, sites[-1], fixed)
+        _insert(traced, found, sites[-1], fixed, training)
     if not sites:
         if hint and not left:
             left.append(Fallback("the graph", hint))
@@ -108,12 +108,15 @@ def _replace_blocks(
     return sites, traced, left
 
 
-def _insert(traced: fx.GraphModule, region: Region, site: Site, fixed: Sequence[fx.Node]) -> None:
+def _insert(
+    traced: fx.GraphModule, region: Region, site: Site, fixed: Sequence[fx.Node], training: bool
+) -> None:
     """A call of the site in place of the node that the region makes. `fixed` are ids and masks
     that are gone from the block, because it was recognised by what they hold."""
+    operators = torch.ops.moec
     with traced.graph.inserting_before(region.output):
         node = traced.graph.call_function(
-            torch.ops.moec.block.default,
+            operators.block.default if training else operators.block_forward.default,
             (list(region.inputs), [*region.params, *fixed], site.name),
         )
     node.meta = dict(region.output.meta)

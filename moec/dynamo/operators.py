@@ -1,6 +1,7 @@
-"""moec::block, the one operator that stands for a block in a graph, and its gradient.
+"""The operators that stand for a block in a graph, and its gradient.
 
-    moec::block(inputs[], params[], site) -> y
+    moec::block_forward(inputs[], params[], site) -> y, where no gradient is wanted
+    moec::block(inputs[], params[], site) -> y, with a gradient:
     moec::block_backward(grad, inputs[], params[], site, needed[]) -> the gradients needed
 
 A site is a place of a compiled graph: code, and the weights of one layer as the code wants them.
@@ -52,13 +53,12 @@ class Site:
     name: str
     code: Code
     executor: Executor | None = None
-    bound: tuple[object, ...] = ()
+    bound: Sequence[tuple[object, ...]] = ()
     packed: Packed | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(
-        self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The block's result."""
         executor = self._ready(params)
         if self.code.package.index_ranges:  # what an input holds; its type Dynamo guards
             check_inputs(
@@ -70,7 +70,7 @@ class Site:
         return made
 
     def _ready(self, params: Sequence[torch.Tensor]) -> Executor:
-        now = tuple(_state(param) for param in params)
+        now = _states(params)
         with self.lock:
             if self.executor is None or now != self.bound:
                 if self.executor is not None:
@@ -83,7 +83,7 @@ class Site:
                 self.bound, self.packed = now, packed
             return self.executor
 
-    def _check(self, params: Sequence[torch.Tensor], now: tuple[object, ...]) -> None:
+    def _check(self, params: Sequence[torch.Tensor], now: Sequence[object]) -> None:
         for param, old, new in zip(params, self.bound, now, strict=True):
             if is_constant(param) and old != new:
                 raise RuntimeError(
@@ -109,8 +109,8 @@ class Site:
         return inputs[0].new_empty(shape, dtype=TORCH_DTYPES[y.dtype])
 
 
-def _packed(code: Code, params: Sequence[torch.Tensor], now: tuple[object, ...]) -> Packed:
-    key = (code.packing, now)
+def _packed(code: Code, params: Sequence[torch.Tensor], now: Sequence[object]) -> Packed:
+    key = (code.packing, tuple(now))
     with _PACKING:
         found = PACKED.get(key)
         if found is None:
@@ -127,10 +127,12 @@ def _size(dim: Any, sizes: dict[str, Any]) -> Any:
     return sympy.lambdify(names, dim)(*(sizes[name] for name in names))
 
 
-def _state(param: torch.Tensor) -> tuple[object, ...]:
-    """What tells that a weight is as it was: where it lies, and how often it was written to."""
-    version = None if param.is_inference() else param._version
-    return param.data_ptr(), version, param.shape, param.stride()
+def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
+    """What tells that each weight is as it was: where it lies, and how often it was written to."""
+    return [
+        (p.data_ptr(), None if p.is_inference() else p._version, p.shape, p.stride())
+        for p in params
+    ]
 
 
 SITES: WeakValueDictionary[str, Site] = WeakValueDictionary()
@@ -149,14 +151,24 @@ def place(where: str, code: Code) -> Site:
     return site
 
 
-@torch.library.custom_op("moec::block", mutates_args=())
-def block(inputs: list[torch.Tensor], params: list[torch.Tensor], site: str) -> torch.Tensor:
-    return SITES[site](inputs, params)
+def _run(inputs: list[torch.Tensor], params: list[torch.Tensor], site: str) -> torch.Tensor:
+    return SITES[site].run(inputs, params)
 
 
-@block.register_fake
-def _(inputs: list[torch.Tensor], params: list[torch.Tensor], site: str) -> torch.Tensor:
+def _fake(inputs: list[torch.Tensor], params: list[torch.Tensor], site: str) -> torch.Tensor:
     return SITES[site].result(inputs)
+
+
+block = torch.library.custom_op("moec::block", _run, mutates_args=())
+block.register_fake(_fake)
+
+# As a plain kernel: what custom_op puts around one, for gradients and aliases, costs more than
+# the kernels of a small layer.
+_library: Any = torch.library  # it has no types
+_LIBRARY = _library.Library("moec", "FRAGMENT")
+_LIBRARY.define("block_forward" + str(torch.ops.moec.block.default._schema).partition("block")[2])
+_LIBRARY.impl("block_forward", _run, "CPU")
+torch.library.register_fake("moec::block_forward", _fake, lib=_LIBRARY)
 
 
 @torch.library.custom_op("moec::block_backward", mutates_args=())
