@@ -4,11 +4,13 @@
 
 What the caches need is computed for all tokens. The rest (the last layer's experts, the norm,
 the head) starts from the values that it reads of those, of which only one row a sequence is
-taken; `last[b]` is the place of that token in its sequence.
+taken; `last[b]` is the place of that token in its sequence. Choices that layers share are sorted
+anew: where a token's row stands among those of all tokens says nothing of the few.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -34,6 +36,7 @@ class Narrowing:
     sequence: sympy.Symbol
     builder: Builder
     rows: Value
+    one: Stretch
     taken: dict[Value, Value] = field(default_factory=dict)
 
 
@@ -51,8 +54,7 @@ def last_only(graph: Graph) -> Graph:
     builder = Builder(graph)
     type = TensorType("i64", (batch,))
     rows, last = (Value(builder.fresh(name), type) for name in (ROWS, LAST))
-    n = Narrowing(graph, batch, sequence, builder, rows)
-    one = Stretch(sequence, 1)
+    n = Narrowing(graph, batch, sequence, builder, rows, Stretch(sequence, 1))
     shared = _for_caches(graph)
     narrow: dict[Value, Value] = {}
     for op in graph.ops:
@@ -63,21 +65,34 @@ def last_only(graph: Graph) -> Graph:
         if op.name == "nn.attention":  # the one query of a text stands at its end
             first = Attention.of(op).first
             inputs = [last if v is first else w for v, w in zip(op.inputs, inputs, strict=True)]
-        made = builder.emit(
-            op.name,
-            inputs,
-            [one.type(value.type) for value in op.outputs],
-            like=op,
-            attrs=one.attrs(op.attrs),
-            body=op.body,
-            named=[value.name for value in op.outputs],
-        )
-        narrow |= dict(zip(op.outputs, made, strict=True))
+        narrow |= _narrowed(n, op, inputs)
     if logits not in narrow:
         raise NoMatch(f"the logits {logits} are also in a cache")
     made_graph = rebuild(graph, builder.ops, {logits: narrow[logits]})
     tokens, first, *caches = graph.inputs
     return replace(made_graph, inputs=(tokens, first, rows, last, *caches))
+
+
+def _narrowed(n: Narrowing, op: Op, inputs: Sequence[Value]) -> dict[Value, Value]:
+    """The op for one token a sequence: what stands for each of its outputs."""
+    made = n.builder.emit(
+        op.name,
+        inputs,
+        [n.one.type(value.type) for value in op.outputs],
+        like=op,
+        attrs=n.one.attrs(op.attrs),
+        body=op.body,
+        named=[value.name for value in op.outputs],
+    )
+    return dict(zip(op.outputs, made, strict=True))
+
+
+def _is_sorted(graph: Graph, value: Value) -> bool:
+    """Whether a value tells where rows stand, sorted by expert."""
+    source = graph.producers.get(value)
+    if source is not None and source.name == "aten.reshape.default":
+        return _is_sorted(graph, source.inputs[0])
+    return source is not None and source.name in ("moe.sort", "moe.dispatch")
 
 
 def _for_caches(graph: Graph) -> set[Op]:
@@ -93,20 +108,24 @@ def _for_caches(graph: Graph) -> set[Op]:
 
 def _take(n: Narrowing, op: Op, value: Value) -> Value:
     """One row a sequence of a value that holds all tokens: [B, .., S, ..] or [B*S, ..]."""
+    if value not in n.taken and _is_sorted(n.graph, value):
+        source = n.graph.producers[value]
+        n.taken |= _narrowed(n, source, [_take(n, source, v) for v in source.inputs])
+    if value in n.taken:
+        return n.taken[value]
     if not has_tokens(value, n.sequence.name):
         return value
-    if value not in n.taken:
-        e = Emitter(n.builder, op)
-        axis = _token_axis(n, op, value)
-        if axis == 0:
-            n.taken[value] = e.rows(value, n.rows)
-        else:
-            order = (0, axis, *(a for a in range(1, len(value.shape)) if a != axis))
-            first = e.permute(value, order)
-            rest = first.shape[2:]
-            picked = e.rows(e.reshape(first, (normal(n.batch * n.sequence), *rest)), n.rows)
-            back = tuple(map(order.index, range(len(order))))
-            n.taken[value] = e.permute(e.reshape(picked, (n.batch, 1, *rest)), back)
+    e = Emitter(n.builder, op)
+    axis = _token_axis(n, op, value)
+    if axis == 0:
+        n.taken[value] = e.rows(value, n.rows)
+    else:
+        order = (0, axis, *(a for a in range(1, len(value.shape)) if a != axis))
+        first = e.permute(value, order)
+        rest = first.shape[2:]
+        picked = e.rows(e.reshape(first, (normal(n.batch * n.sequence), *rest)), n.rows)
+        back = tuple(map(order.index, range(len(order))))
+        n.taken[value] = e.permute(e.reshape(picked, (n.batch, 1, *rest)), back)
     return n.taken[value]
 
 

@@ -86,6 +86,46 @@ def test_pieces_give_what_the_whole_gives(batch: int, pieces: list[int], seed: i
         assert (logits[:, 0] - expected[:, done - 1]).abs().max() <= 1e-5 * scale
 
 
+ROUTER = "".join(TAIL.splitlines(keepends=True)[4:6])
+FIRST = """\
+  rows0: f32[B*S, 8] = aten.reshape.default(x) <shape=({B*S}, 8)> @ model.first
+  h0: f32[2*B*S, 6] = grouped.linear(rows0, ends, up, order) <matrices=1, dtype=f32, gather=2>
+  o0: f32[2*B*S, 8] = grouped.linear(h0, ends, down) <matrices=1, dtype=f32> @ model.first
+  c0: f32[B*S, 8] = moe.combine(o0, slots, weights) <k=2, tokens={B*S}, dtype=f32, weighted=true>
+  first: f32[B, S, 8] = aten.reshape.default(c0) <shape=({B}, {S}, 8)> @ model
+"""
+IDS = "  e0: f32[B*S, 8] = aten.reshape.default(e) <shape=({B*S}, 8)> @ model.router\n"
+ONE_ROUTER = (
+    HEAD.replace("  q0:", IDS + ROUTER.replace("(rows,", "(e0,") + FIRST + "  q0:").replace(
+        "linear.default(x, w)", "linear.default(first, w)"
+    )
+    + ATTENTION
+    + TAIL.replace(ROUTER, "")
+)
+
+
+@pytest.mark.parametrize("pieces", [[3], [1, 1], [4, 1, 2]])
+def test_layers_before_and_after_the_last_cache_share_a_router(pieces: list[int]) -> None:
+    """Only the last token of a piece runs through the layer after it: its rows are sorted alone.
+    Tolerance: as above; weights are small, so that no softmax is so sharp that rounding moves it.
+    """
+    whole = program(ONE_ROUTER)
+    whole = Program(whole.graph, {name: t / 4 for name, t in whole.weights.items()})
+    step = incremental(whole)
+    ids = torch.randint(9, (2, sum(pieces)), generator=torch.Generator().manual_seed(0))
+    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    caches = [torch.zeros(2, 2, 32, 4) for _ in step.graph.states]
+    done = 0
+    for count in pieces:
+        first = torch.full((2,), done)
+        rows = torch.arange(2) * count + count - 1
+        piece = [ids[:, done : done + count], first, rows, first + count - 1]
+        logits, *caches = evaluate(step.graph, [*piece, *caches], step.weights)
+        done += count
+        scale = expected.abs().max()
+        assert (logits[:, 0] - expected[:, done - 1]).abs().max() <= 1e-5 * scale
+
+
 def test_texts_may_stand_at_different_places() -> None:
     whole = program()
     step = incremental(whole)
