@@ -1,4 +1,7 @@
-"""Calibration data: the inputs on which approximate passes choose, and are measured."""
+"""Calibration data: the inputs on which approximate passes choose, and are measured.
+
+They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +30,57 @@ Inputs = tuple[torch.Tensor, ...]
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Inputs of a program, states left out, in cases small enough to run at once; `tokens` is
-    how many tokens (elements of the first input but for its last axis where that is fixed)."""
+    how many tokens (elements of the first input but for its last axis where that is fixed);
+    `domains` says of which each case is, and is empty where none are named."""
 
     cases: tuple[Inputs, ...]
     tokens: int
+    domains: tuple[str, ...] = ()
+
+
+def by_domain(calib: Any) -> dict[str, Any]:
+    """The data of each domain, by name; of one without a name where none are named.
+
+    Raises UsageError for a text that names some domains and not others.
+    """
+    if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
+        found: dict[str, Any] = {}
+        for part in calib.split(","):
+            name, _, file = (piece.strip() for piece in part.partition("="))
+            if not name or not file or name in found:
+                raise UsageError(
+                    f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
+                )
+            found[name] = file
+        return found
+    if isinstance(calib, Mapping) and any(
+        isinstance(v, str | Path | Mapping) for v in calib.values()
+    ):
+        return dict(calib)
+    return {"": calib}
 
 
 def check(calib: Any) -> None:
     """What can be said of `calib` before a model is loaded. Raises UsageError."""
-    if isinstance(calib, str | Path):
-        path = Path(calib)
-        if path.suffix not in SUFFIXES:
-            raise UsageError(f"--calib {path}: calibration data are kept in {', '.join(SUFFIXES)}")
-        if not path.is_file():
-            raise UsageError(f"--calib {path}: there is no such file")
-    elif not isinstance(calib, Mapping):
-        raise UsageError(
-            f"calib is a {type(calib).__name__}: give the path of a file, or tensors by input name"
-        )
+    for name, data in by_domain(calib).items():
+        where = _where(name, data)
+        if isinstance(data, str | Path):
+            path = Path(data)
+            if path.suffix not in SUFFIXES:
+                raise UsageError(f"{where}: calibration data are kept in {', '.join(SUFFIXES)}")
+            if not path.is_file():
+                raise UsageError(f"{where}: there is no such file")
+        elif not isinstance(data, Mapping):
+            raise UsageError(
+                f"{where} is a {type(data).__name__}: give the path of a file, or tensors by "
+                "input name"
+            )
+
+
+def _where(name: str, data: Any) -> str:
+    if isinstance(data, str | Path):
+        return f"--calib {name}={data}" if name else f"--calib {data}"
+    return f"calib[{name!r}]" if name else "calib"
 
 
 def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
@@ -53,10 +89,24 @@ def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Cali
     A .txt gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
     UsageError for data that do not fit the program's inputs.
     """
+    cases: list[Inputs] = []
+    domains: list[str] = []
+    tokens = 0
+    for name, data in by_domain(calib).items():
+        own, count = _of_domain(data, _where(name, data), program, files)
+        cases += own
+        domains += [name] * len(own) if name else []
+        tokens += count
+    return Calibration(tuple(cases), tokens, tuple(domains))
+
+
+def _of_domain(
+    calib: Any, where: str, program: Program, files: Mapping[str, Path]
+) -> tuple[list[Inputs], int]:
+    """The cases, and how many tokens they hold."""
     graph = program.graph
     before = {state.before for state in graph.states}
     inputs = [value for value in graph.inputs if value not in before]
-    where = f"--calib {calib}" if isinstance(calib, str | Path) else "calib"
     if isinstance(calib, str | Path) and Path(calib).suffix == ".txt":
         tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files)}
     else:
@@ -76,10 +126,11 @@ def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Cali
                 raise UsageError(
                     f"{where}: size {name} is {size}, the model takes {limits.low} to {limits.high}"
                 )
-    return Calibration(tuple(_cases(given, inputs, graph)), _rows(inputs[0], given[0]))
+    return _cases(given, inputs, graph), tokens_in(inputs[0], given[0])
 
 
-def _rows(value: Value, tensor: torch.Tensor) -> int:
+def tokens_in(value: Value, tensor: torch.Tensor) -> int:
+    """How many tokens an input holds: its elements, but for the last axis of floats."""
     return tensor.numel() // (tensor.shape[-1] if value.dtype in FLOATS and tensor.ndim > 1 else 1)
 
 
@@ -93,7 +144,7 @@ def _cases(given: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
     name = _batch(inputs)
     if name is None or name not in graph.bounds:
         return [given]
-    each = max(1, _rows(inputs[0], given[0][:1]))
+    each = max(1, tokens_in(inputs[0], given[0][:1]))
     high = graph.bounds[name].high
     count = max(graph.bounds[name].low, TOKENS_A_CASE // each, 1)
     count = min(count, high) if high is not None else count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -83,9 +82,10 @@ def changing_options(command: F) -> F:
             "METRIC: kl, perplexity, error or changed.",
         ),
         click.option(
-            "--calib", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+            "--calib", metavar="FILE",
             help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), "
-            "on which approximate passes choose and are measured, and --quant chooses codes.",
+            "on which approximate passes choose and are measured, and --quant chooses codes; "
+            "NAME=FILE,NAME=FILE for several domains.",
         ),
         click.option(
             "--quant", metavar="FORMAT",

@@ -286,6 +286,33 @@ def test_text(tiny_moe: Path, tmp_path: Path) -> None:
         calibration(tmp_path / "b.txt", captured, files)
 
 
+def test_calibration_data_of_several_domains(tmp_path: Path) -> None:
+    """No case mixes domains, and lengths may differ from one to the next."""
+    program = Program(parse("""
+    graph main(x: f32[T, S, 8]) {
+      size T in [1, 4]
+      size S in [1, 512]
+      y: f32[T, S, 8] = aten.neg.default(x)
+      return y
+    }"""), {})  # fmt: skip
+    given = {"a": {"x": torch.randn(6, 100, 8)}, "b": {"x": torch.randn(2, 50, 8)}}
+    found = calibration(given, program, {})
+    assert found.domains == ("a", "a", "b")
+    assert [tuple(case[0].shape) for case in found.cases] == [(4, 100, 8), (2, 100, 8), (2, 50, 8)]
+    assert found.tokens == 700
+    for name, data in given.items():
+        np.savez(tmp_path / f"{name}.npz", x=data["x"].numpy())
+    text = ",".join(f"{name}={tmp_path}/{name}.npz" for name in given)
+    again = calibration(text, program, {})
+    assert again.domains == found.domains
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again.cases, found.cases, strict=True))
+    assert calibration({"x": given["a"]["x"]}, program, {}).domains == ()
+    (tmp_path / "x=1.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+    assert calibration(f"{tmp_path}/x=1.npz", program, {}).domains == ()
+    with pytest.raises(UsageError, match=r"calib\['b'\] holds y, and the model takes x"):
+        calibration({**given, "b": {"y": torch.zeros(1, 1, 8)}}, program, {})
+
+
 def compile_with(**options: Any) -> Any:
     return moec.compile(Moe(), (x,), build=False, **options)
 
@@ -298,6 +325,10 @@ def compile_with(**options: Any) -> Any:
         ({"passes": [HALF], "calib": 3}, "calib is a int: give the path of a file, or tensors"),
         ({"passes": [HALF], "calib": "a.csv"}, "kept in .npz, .safetensors, .txt"),
         ({"passes": [HALF], "calib": "no.npz"}, "--calib no.npz: there is no such file"),
+        ({"passes": [HALF], "calib": "a=b.npz,c"}, "--calib a=b.npz,c: write NAME=FILE,NAME=FILE"),
+        ({"passes": [HALF], "calib": "a=x.npz,a=y.npz"}, "with another name for each domain"),
+        ({"passes": [HALF], "calib": "a=no.npz"}, "--calib a=no.npz: there is no such file"),
+        ({"passes": [HALF], "calib": {"a": data, "b": 3}}, "calib['b'] is a int: give the path"),
         ({"passes": [HALF], "calib": data, "budget": "kl<1"}, "write METRIC<=NUMBER"),
         ({"passes": [HALF], "calib": data, "budget": "loss<=1"}, "one of kl, perplexity, error"),
         ({"passes": [HALF], "calib": data, "budget": "kl<=-1"}, "write METRIC<=NUMBER"),
