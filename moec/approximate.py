@@ -2,12 +2,13 @@
 
 Such a pass is a frozen dataclass whose fields are its options, as every pass; in the place of
 `run` it has `change`, which makes the next program from one layer and what that layer saw on the
-calibration data. Here it becomes a pass of the pipeline.
+calibration data. Layers are MoE blocks, or those that the pass itself finds. Here it becomes a
+pass of the pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -15,12 +16,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from moec.budget import Budget, BudgetError
-from moec.calibration import calibration
+from moec.calibration import calibration, tokens_in
 from moec.cost import product_flops, stored_bytes
 from moec.damage import Damage, Distance, LayerDamage
 from moec.errors import NoMatch, UsageError
 from moec.ir import Program, Stage, Value
-from moec.meter import Members, Meter, Seen, Tracked
+from moec.meter import Members, Meter, Place, Tracked
 from moec.passes.layer import Layer, layer_of, name_of
 from moec.passes.options import show
 from moec.passes.runner import Log
@@ -47,8 +48,21 @@ class Approximate(Protocol):
     @property
     def name(self) -> str: ...
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
-        """Raises NoMatch where the layer is none that the pass can change."""
+    def change(self, program: Program, layer: Any, seen: Any) -> Change:
+        """The program with a layer (a `Layer`, or what `observe` finds) changed by what was
+        `seen` (a `Seen`, or what `observe` gives). Raises NoMatch for one it cannot change."""
+        ...
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """An approximate pass that finds its layers itself, and looks at the data in its own way."""
+
+    def observe(
+        self, program: Program, meter: Meter, log: Log
+    ) -> tuple[Sequence[Place], Iterator[Any]]:
+        """The layers, and in their order what `change` is told of each. Raises UsageError for
+        data that tell too little."""
         ...
 
 
@@ -112,10 +126,10 @@ class Measured:
         meter = frame.start(program)
         before = program
         done: list[LayerDamage] = []
-        layers = _layers(program, log)
+        layers, observed = self._observed(before, meter, log)
         held: dict[Value, torch.Tensor] = {}  # what layers give in the program as it stands
         for layer, following, seen in zip(
-            layers, [*layers[1:], None][: len(layers)], meter.seen(before, layers), strict=True
+            layers, [*layers[1:], None][: len(layers)], observed, strict=True
         ):
             try:
                 change = self.inner.change(program, layer, seen)
@@ -125,7 +139,8 @@ class Measured:
             if not log.spend(f"{layer.name}: {change.says}"):
                 break
             tracked = dict(frame.tracked)
-            tracked[layer.output] = _composed(change, tracked[layer.output])
+            known = tracked.get(layer.output, Tracked(layer, None))
+            tracked[layer.output] = _composed(change, known)
             outputs = [layer.output] + ([following.output] if following else [])
             distance, shares, made = meter.measure(change.program, tracked, outputs)
             right = held.pop(layer.output, None)
@@ -168,15 +183,25 @@ class Measured:
         )
         return program
 
+    def _observed(
+        self, program: Program, meter: Meter, log: Log
+    ) -> tuple[Sequence[Place], Iterator[Any]]:
+        if isinstance(self.inner, Observing):
+            return self.inner.observe(program, meter, log)
+        layers = _layers(program, log)
+        return layers, meter.seen(program, layers)
+
     def _flops(self, program: Program) -> float:
-        """A token's, in the first case of the data; the whole case's where there is no layer."""
+        """A token's, in the first case of the data: one that a block routes, or the model reads."""
         meter = self.frame.meter
         assert meter is not None
         sizes: dict[str, int] = {}
-        for value, tensor in zip(program.graph.inputs, meter.calibration.cases[0], strict=False):
+        inputs, case = program.graph.inputs, meter.calibration.cases[0]
+        for value, tensor in zip(inputs, case, strict=False):
             bind(value.shape, tuple(tensor.shape), sizes)
         tokens = [evaluate_dim(output.shape[0], sizes) for output in meter.layers]
-        return product_flops(program.graph, sizes) / max(tokens, default=1)
+        read = tokens_in(inputs[0], case[0])
+        return product_flops(program.graph, sizes) / max(tokens, default=read)
 
 
 def _layers(program: Program, log: Log) -> list[Layer]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -52,12 +53,21 @@ class Seen:
         return total[:count] / self.usage(count).clamp(min=1)
 
 
+class Place(Protocol):
+    """A layer that passes may change, MoE block or not: its name, and the value that it gives."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def output(self) -> Value: ...
+
+
 @dataclass(eq=False)
 class Tracked:
     """A layer of the original and, as passes go by, which of its experts each expert stands for;
-    `members` is None where no router is left."""
+    `members` is None where no router is left, or none of the original's was."""
 
-    layer: Layer
+    layer: Place
     members: Members | None
 
 
@@ -152,8 +162,8 @@ class Meter:
                 yield Seen(*(torch.cat(tensors) for tensors in zip(*own, strict=True)))
 
     def held(self, program: Program, value: Value) -> torch.Tensor:
-        """What a value of the program holds, all cases joined along the first axis."""
-        return torch.cat([made[-1] for made in self.run(program, [value])])
+        """What a value of the program holds, the rows of all cases joined."""
+        return _rows([made[-1] for made in self.run(program, [value])])
 
     def measure(
         self,
@@ -165,7 +175,7 @@ class Meter:
         whose experts changed; and what `outputs`, those of some layers, hold."""
         tracked = tracked or {}
         alive = [key for key, t in tracked.items() if t.members is not None]
-        probes = [tracked[key].layer.route.outputs[1] for key in alive]
+        probes = [self.layers[key].route.outputs[1] for key in alive]
         probes += outputs
         sums = _Sums()
         ids: list[Tensors] = []
@@ -183,7 +193,7 @@ class Meter:
             assert members is not None
             shares[key] = changed(self.choices[key], torch.cat(parts), members)
         distance = sums.distance(sum(shares.values()) / max(len(shares), 1))
-        return distance, shares, [torch.cat(parts) for parts in zip(*rows, strict=True)]
+        return distance, shares, [_rows(parts) for parts in zip(*rows, strict=True)]
 
     def _language_model(self) -> tuple[int, int] | None:
         """Which input holds token ids and which of the float outputs the scores of the next
@@ -212,6 +222,11 @@ class Meter:
         made = self.run(self.original, (), (case, other))
         a, b = (results[place][..., :-1, :] for results in made)
         return bool((a - b).norm() <= 1e-3 * a.norm())
+
+
+def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows [R, D] of all parts, which may hold sequences of different lengths."""
+    return torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def _observed(layer: Layer) -> tuple[Value, ...]:

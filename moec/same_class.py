@@ -16,6 +16,7 @@ from torch import nn
 from moec.errors import NoMatch
 from moec.ir import Value
 from moec.meter import Tracked
+from moec.passes.layer import Layer
 
 COUNTS = (
     "num_experts",
@@ -38,7 +39,7 @@ def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
     if getattr(model, "config", None) is None:
         raise NoMatch(f"{type(model).__name__} has no configuration")
     kept = {t.layer.name: _kept(t) for t in tracked.values()}
-    before = {t.layer.count for t in tracked.values()}
+    before = {t.layer.count for t in tracked.values() if isinstance(t.layer, Layer)}
     after = {len(own) for own in kept.values()}
     if len(before) > 1 or len(after) > 1:
         raise NoMatch(
@@ -59,6 +60,8 @@ def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
 
 def _kept(tracked: Tracked) -> list[int]:
     name, members = tracked.layer.name, tracked.members
+    if not isinstance(tracked.layer, Layer):
+        raise NoMatch(f"{name} was dense, and its class has no experts there")
     if members is None:
         raise NoMatch(f"{name} has no router any more")
     if any(len(own) != 1 for own in members):
