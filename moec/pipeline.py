@@ -40,6 +40,7 @@ from moec.passes.prune_experts import PruneExperts
 from moec.passes.quantise_experts import QuantiseExperts
 from moec.passes.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
+from moec.passes.refactor_dense import RefactorDense
 from moec.passes.runner import Asked, Pass
 from moec.passes.share_common import ShareCommon
 from moec.passes.specialise import Specialise
@@ -82,6 +83,7 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     MergeExperts,
     CompressExperts,
     InsertZeroExperts,
+    RefactorDense,
 )
 ASKED: tuple[type[Asked], ...] = (
     Specialise,
