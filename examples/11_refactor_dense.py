@@ -27,7 +27,7 @@ import moec
 from moec.passes.refactor_dense import RefactorDense
 
 D, HEADS, HIDDEN, LAYERS, LENGTH = 64, 4, 192, 2, 64
-STEPS, BATCH, RATE = 120, 16, 3e-3
+STEPS, BATCH, RATE = 80, 16, 3e-3
 KEPT = (0.5, 0.25)
 
 
@@ -111,7 +111,7 @@ print(f"{'perplexity of':30}{'code':>8}{'prose':>8}")
 row("dense", model.eval(), held_out)
 for keep in KEPT:
     for by in ("random", "activation"):
-        pass_ = RefactorDense(keep=keep, by=by, width=32, steps=60)
+        pass_ = RefactorDense(keep=keep, by=by, width=32, steps=40)
         made = moec.transform(model, [pass_], (example,), calib=calib)
         row(f"{keep:.0%} of channels, by {by}", made, held_out)
 for line in made.transformation.damage[0].layers:
