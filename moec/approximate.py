@@ -8,7 +8,7 @@ pass of the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -63,6 +63,15 @@ class Observing(Protocol):
     ) -> tuple[Sequence[Place], Iterator[Any]]:
         """The layers, and in their order what `change` is told of each. Raises UsageError for
         data that tell too little."""
+        ...
+
+
+@runtime_checkable
+class Foresighted(Protocol):
+    """An approximate pass that looks at all layers before it changes the first."""
+
+    def planned(self, program: Program, layers: Iterable[tuple[Layer, Seen]]) -> Approximate:
+        """The pass that makes the changes; it is asked for those layers alone."""
         ...
 
 
@@ -127,12 +136,16 @@ class Measured:
         before = program
         done: list[LayerDamage] = []
         layers, observed = self._observed(before, meter, log)
+        inner = self.inner
+        if isinstance(inner, Foresighted):
+            experts = _layers(program, Log())
+            inner = inner.planned(before, zip(experts, meter.seen(before, experts), strict=True))
         held: dict[Value, torch.Tensor] = {}  # what layers give in the program as it stands
         for layer, following, seen in zip(
             layers, [*layers[1:], None][: len(layers)], observed, strict=True
         ):
             try:
-                change = self.inner.change(program, layer, seen)
+                change = inner.change(program, layer, seen)
             except NoMatch as why:
                 log.decline(layer.name, str(why))
                 continue

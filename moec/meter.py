@@ -32,13 +32,14 @@ Members = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What a layer does on the calibration data, T tokens: `x` [T, D] that enters its experts,
-    `experts` i64[T, k] and `weights` f32[T, k] that the router chose, and `norms` f32[T, k] of
-    what each chosen expert gave, times its weight."""
+    `experts` i64[T, k] and `weights` f32[T, k] that the router chose by `logits` [T, E], and
+    `norms` f32[T, k] of what each chosen expert gave, times its weight."""
 
     x: torch.Tensor
     experts: torch.Tensor
     weights: torch.Tensor
     norms: torch.Tensor
+    logits: torch.Tensor
 
     def usage(self, count: int) -> torch.Tensor:
         """How many choices fell on each of `count` experts: i64[E]."""
@@ -157,7 +158,7 @@ class Meter:
             for made in self.run(program, probes):
                 found = made[len(self.outputs) :]
                 for place, layer in enumerate(some):
-                    parts[place].append(_reduced(layer, found[5 * place : 5 * place + 5]))
+                    parts[place].append(_reduced(layer, found[6 * place : 6 * place + 6]))
             for own in parts:
                 yield Seen(*(torch.cat(tensors) for tensors in zip(*own, strict=True)))
 
@@ -232,16 +233,16 @@ def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _observed(layer: Layer) -> tuple[Value, ...]:
     weights, experts = layer.route.outputs
     rows, order = layer.experts.outputs[0], layer.dispatch.outputs[1]
-    return layer.dispatch.inputs[0], experts, weights, rows, order
+    return layer.dispatch.inputs[0], experts, weights, rows, order, layer.route.inputs[0]
 
 
 def _reduced(layer: Layer, found: Tensors) -> Tensors:
-    x, ids, weights, rows, order = found
+    x, ids, weights, rows, order, logits = found
     lengths = torch.zeros(ids.numel())
     lengths[order.long()] = rows.float().norm(dim=-1)
     norms = lengths.reshape(ids.shape)
     weighted = bool(layer.combine.attrs.get("weighted"))
-    return x, ids, weights.float(), norms * weights.float() if weighted else norms
+    return x, ids, weights.float(), norms * weights.float() if weighted else norms, logits
 
 
 @dataclass

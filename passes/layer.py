@@ -12,7 +12,7 @@ graph stay valid while one of them changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -20,9 +20,10 @@ import torch
 
 from moec.aten import IR_DTYPES
 from moec.errors import NoMatch
-from moec.evaluate import run_op
+from moec.evaluate import run_graph, run_op
 from moec.ir import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ops.routing import Routing
+from moec.passes.prove import widen
 from moec.passes.rewrite import Builder, drop_dead
 from moec.sizes import symbols
 
@@ -98,6 +99,19 @@ def constant(program: Program, value: Value) -> torch.Tensor:
         raise NoMatch(f"{value.name} is computed from the inputs, not stored")
     results = run_op(op, [constant(program, v) for v in op.inputs], {})
     return results[op.outputs.index(value)]
+
+
+def outputs(layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What each expert gives for the same rows x [N, D], in float32: [E, N, D]; `stacks` [E, …]
+    by the body's own weights."""
+    assert layer.experts.body is not None
+    body = widen(layer.experts.body)
+    with torch.no_grad():
+        made = [
+            run_graph(body, [x.float(), *(stack[e].float() for stack in stacks.values())])[0]
+            for e in range(layer.count)
+        ]
+    return torch.stack(made)
 
 
 class Splice:

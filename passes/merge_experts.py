@@ -22,14 +22,12 @@ import torch
 
 from moec.approximate import Change
 from moec.errors import NoMatch
-from moec.evaluate import run_graph
 from moec.ir import Program, Value
 from moec.meter import Members, Seen
 from moec.passes.assignment import assign
-from moec.passes.layer import Layer, Splice, constant, experts_replaced
+from moec.passes.layer import Layer, Splice, constant, experts_replaced, outputs
 from moec.passes.neurons import neuron_axes
 from moec.passes.options import option, validate
-from moec.passes.prove import widen
 from moec.passes.router import merge_columns
 
 TOKENS = 256  # whose outputs are compared
@@ -63,7 +61,7 @@ class MergeExperts:
         for stack in stacks.values():
             if not stack.is_floating_point():
                 raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
-        groups = clusters(outputs(layer, stacks, seen.x[:TOKENS]), count)
+        groups = clusters(outputs(layer, stacks, seen.x[:TOKENS]).flatten(1), count)
         splice = Splice(program)
         merge_columns(splice, layer, groups)
         merged = [merge(stacks, axes, group, seen.usage(layer.count)) for group in groups]
@@ -75,18 +73,6 @@ class MergeExperts:
 
 def _says(groups: Members) -> str:
     return ", ".join("+".join(map(str, group)) for group in groups if len(group) > 1)
-
-
-def outputs(layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What each expert gives for the same rows x [N, D], in float32: [E, N * D]."""
-    assert layer.experts.body is not None
-    body = widen(layer.experts.body)
-    with torch.no_grad():
-        made = [
-            run_graph(body, [x.float(), *(stack[e].float() for stack in stacks.values())])[0]
-            for e in range(layer.count)
-        ]
-    return torch.stack(made).flatten(1)
 
 
 def clusters(results: torch.Tensor, count: int) -> Members:

@@ -134,7 +134,7 @@ def _refuse() -> Any:
 
 
 def show(made: Any) -> str:
-    """A pass as it is written: "prune-experts(keep=0.5,by=usage,seed=0)"."""
+    """A pass as it is written: "merge-experts(keep=0.5)"."""
     values: dict[str, Any] = {}
     for f in fields(made):
         value = getattr(made, f.name)

@@ -56,7 +56,7 @@ def test_the_report_tells_price_and_damage(pruned: moec.CompiledModel) -> None:
     report = pruned.report()
     (damage,) = report.damage
     (layer,) = damage.layers
-    assert damage.name == "prune-experts(keep=0.75,by=usage,seed=0)"
+    assert damage.name == "prune-experts(keep=0.75,by=usage,seed=0,scope=layer)"
     assert damage.tokens == 64
     assert layer.bytes_saved == damage.bytes_before - damage.bytes_after > 0
     assert layer.flops_saved == damage.flops_before - damage.flops_after == 2 * WIDTH
@@ -65,7 +65,7 @@ def test_the_report_tells_price_and_damage(pruned: moec.CompiledModel) -> None:
     assert damage.after.kl is None  # no language model
     assert report.parameters * 4 == damage.bytes_after
     assert "checked against the graph as the passes changed it" in str(report)
-    assert "prune-experts(keep=0.75,by=usage,seed=0), on 64 tokens" in str(report)
+    assert "prune-experts(keep=0.75,by=usage,seed=0,scope=layer), on 64 tokens" in str(report)
     assert Report.of_dict(report.to_dict()) == report
 
 
@@ -161,7 +161,9 @@ def test_the_second_pass_counts_from_the_original() -> None:
 def test_strict_fails_on_a_breach() -> None:
     with pytest.raises(BudgetError) as raised:
         change(program(), HALF, limit="error<=1e-6", strict=True)
-    assert "prune-experts(keep=0.5,by=usage,seed=0) at layers.0: error is" in str(raised.value)
+    assert "prune-experts(keep=0.5,by=usage,seed=0,scope=layer) at layers.0: error is" in str(
+        raised.value
+    )
     assert "leave out --strict" in str(raised.value)
 
 
@@ -345,7 +347,7 @@ def compile_with(**options: Any) -> Any:
         ({"passes": "+prune-experts(keep=a)"}, "keep is 'a', expected a number from 0 to 1"),
         ({"passes": "+prune-experts(keep=2)"}, "keep is 2.0, expected a number from 0 to 1"),
         ({"passes": "+prune-experts(keep=1,keep=1)"}, "keep is given twice"),
-        ({"passes": "+prune-experts(by=size)"}, "expected one of usage, reap, random"),
+        ({"passes": "+prune-experts(by=size)"}, "expected one of usage, reap, error, random"),
         ({"passes": "+prune-experts(keep=1"}, "a parenthesis has no partner"),
         ({"passes": "+prune-experts(keep=1)x"}, "the list ends with )"),
         ({"passes": "+fuse-gate(a=1)"}, "fuse-gate has no options"),

@@ -237,7 +237,7 @@ def test_transformed_again():
     text = "+prune-experts(keep=0.5),+average-experts"
     both = moec.transform(small(), text, (tokens(32),), calib=calib())
     assert [d.name for d in both.transformation.damage] == [
-        "prune-experts(keep=0.5,by=usage,seed=0)",
+        "prune-experts(keep=0.5,by=usage,seed=0,scope=layer)",
         "average-experts(by=uniform)",
     ]
 
