@@ -1,0 +1,127 @@
+"""What goes out of a model before it is served, and how two become one: four passes, a line each.
+
+fold-lora       experts that are one layer with adapters of their own (Uni-MoE) become plain
+                experts, which are recognised and run by the kernels of such
+fold-supernet   a layer whose weights are mixed for an architecture (Mixture-of-Supernets) becomes
+                the dense layer of that architecture
+keep-used       a model that many tasks share, with the experts alone that one task uses (Mod-Squad)
+aggregate       the experts of two models in one, to train further (aggregation of experts)
+
+After the megabytes of weights: how far the result is from what PyTorch makes of the same module,
+and for aggregate of one that was written with the experts of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moec
+from moec.cost import stored_bytes
+from moec.evaluate import evaluate
+from moec.passes.aggregate_experts import AggregateExperts
+from moec.passes.keep_used import KeepUsed
+
+D, H, E, K, T = 64, 128, 4, 2, 128
+
+
+class Adapted(nn.Module):
+    """A frozen layer, and what one expert adds to it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.base(x) + 2.0 * self.b(self.a(x))
+        return made
+
+
+class Layer(nn.Module):
+    """x [T, D] -> [T, D]; the experts are layers up and down."""
+
+    def __init__(self, experts: int = E, lora: bool = False) -> None:
+        super().__init__()
+        self.gate, up, down = nn.Linear(D, experts), nn.Linear(D, H), nn.Linear(H, D)
+        self.up, self.down = (
+            nn.ModuleList(
+                Adapted(base) if lora else nn.Linear(base.in_features, base.out_features)
+                for _ in range(experts)
+            )
+            for base in (up, down)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(K, -1)
+        weights, y = weights / weights.sum(-1, keepdim=True), torch.zeros_like(x)
+        for e, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            y = y + down(F.silu(up(x))) * (weights * (ids == e)).sum(-1, keepdim=True)
+        return x + y
+
+
+class Mixed(nn.Module):
+    """x [T, D], arch [2] -> [T, D]; of H neurons the architecture has the first half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(2, E)
+        self.up = nn.Parameter(torch.randn(E, H, D) / D**0.5)
+        self.down = nn.Parameter(torch.randn(E, D, H) / H**0.5)
+
+    def forward(self, x: Tensor, arch: Tensor) -> Tensor:
+        share = self.router(arch).softmax(-1)
+        up = torch.einsum("e,ehd->hd", share, self.up[:, : H // 2])
+        down = torch.einsum("e,edh->dh", share, self.down[..., : H // 2])
+        return x + F.linear(F.silu(F.linear(x, up)), down)
+
+
+def joined(a: Layer, b: Layer) -> Layer:
+    """The layer that has all experts of both."""
+    made = Layer(2 * E)
+    made.up, made.down = nn.ModuleList([*a.up, *b.up]), nn.ModuleList([*a.down, *b.down])
+    for name in ("weight", "bias"):
+        both = [getattr(layer.gate, name) for layer in (a, b)]
+        setattr(made.gate, name, nn.Parameter(torch.cat(both)))
+    return made
+
+
+def line(
+    name: str, model: nn.Module, inputs: tuple[Tensor, ...], wanted: Tensor, **options: Any
+) -> None:
+    """Run a pass, and print what it changed. (No code is generated: that takes longer.)"""
+    made = moec.compile(model, inputs, build=False, verify=False, **options)
+    program = made.steps[-1].program
+    before = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    (result,) = evaluate(program.graph, [inputs[0]], program.weights)
+    off = float((result - wanted).abs().max())
+    says = [said for step in made.steps for said in step.says]
+    says += [layer.says for step in made.steps if step.damage for layer in step.damage.layers]
+    says += [f"a block of {block.experts} experts" for block in made.blocks]
+    size = f"{before:6.2f} ->{stored_bytes(program) / 1e6:5.2f} MB"
+    print(f"{name:14}{size}   {off:.0e}   {'; '.join(says)}")
+
+
+torch.manual_seed(0)
+x = torch.randn(T, D)
+with torch.no_grad():
+    lora = Layer(lora=True)
+    line("fold-lora", lora, (x,), lora(x), passes="+fold-lora")
+
+    mixed, arch = Mixed(), torch.tensor([1.0, 0.5])
+    line("fold-supernet", mixed, (x, arch), mixed(x, arch), passes="+fold-supernet(arch=1:0.5)")
+
+    # A task is where its tokens are: these lie between the router's rows of two or three experts.
+    shared, some = Layer(), torch.randint(2, (T, 1))
+    rows = shared.gate.weight
+    task = 20 * (rows[1] + some * rows[2] + (1 - some) * rows[3]) + torch.randn(T, D) / 8
+    options = {"passes": [KeepUsed()], "calib": {"x": task}, "budget": "changed<=0.01"}
+    line("keep-used", shared, (task,), shared(task), **options)
+
+    other = Layer()
+    weights = dict(other.named_parameters())
+    line("aggregate", shared, (x,), joined(shared, other)(x), passes=[AggregateExperts(weights)])
