@@ -21,7 +21,7 @@ from moec.cost import product_flops, stored_bytes
 from moec.damage import Damage, Distance, LayerDamage
 from moec.errors import NoMatch, UsageError
 from moec.ir import Program, Stage, Value
-from moec.meter import Members, Meter, Place, Tracked
+from moec.meter import Members, Meter, Place, Seen, Tracked
 from moec.passes.layer import Layer, layer_of, name_of
 from moec.passes.options import show
 from moec.passes.runner import Log
