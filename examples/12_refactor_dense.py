@@ -5,8 +5,8 @@ chosen for both on calibration text (Read-ME, arXiv 2410.19123): those that both
 every token, the others by tokens that the router sends to that domain. Perplexity is that of text
 that neither the model nor the calibration saw, beside channels chosen at random.
 
-    python examples/11_refactor_dense.py             # seconds
-    python examples/11_refactor_dense.py --train     # and some steps of training afterwards
+    python examples/12_refactor_dense.py             # seconds
+    python examples/12_refactor_dense.py --train     # and some steps of training afterwards
 
 benchmarks/refactor_dense.py does the same to SmolLM2-135M.
 """
