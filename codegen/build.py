@@ -18,13 +18,25 @@ def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> 
     if opt_level == 0:
         options["opt-level"] = 0
     made = tvm.target.Target(options)
-    # Shapes are checked where tensors enter `main`; kernels need not check them again.
-    with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
+    with context():
         built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline=PIPELINE)
     for part in (built.mod, *built.mod.imports):
         if part.kind == "llvm":
             _all_defined(part.inspect_source("ll"))
     return built
+
+
+def context(checked: bool = False) -> tvm.transform.PassContext:
+    """What TVM is to do with kernels, which check the shapes of their arguments where they are
+    `checked`: those of `main` are checked where tensors enter it.
+
+    Buffers have the sizes that they need; to look for smaller ones would take most of the time.
+    """
+    return tvm.transform.PassContext(
+        opt_level=3,
+        config={"tirx.disable_assert": not checked},
+        disabled_pass=["s_tir.CompactBufferAllocation"],
+    )
 
 
 def _all_defined(text: str) -> None:

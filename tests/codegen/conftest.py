@@ -9,6 +9,7 @@ import torch
 import tvm
 from torch import Tensor
 
+from moec.codegen.build import context
 from moec.target import Target
 
 
@@ -18,7 +19,8 @@ def build() -> Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]]:
 
     def make(target: Target, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
         name = str(kernel.attrs["global_symbol"])
-        library = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(target.tvm()))
+        with context(checked=True):
+            library = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(target.tvm()))
         function = library[name]
 
         def call(*tensors: Tensor) -> None:
