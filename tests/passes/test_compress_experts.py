@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from moec.compression import decompress
 from moec.evaluate import evaluate
 from moec.ir import Program, Stage, Value
-from moec.passes.compress_experts import CompressExperts
+from moec.passes.compress_experts import CompressExperts, _rows
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fuse_activation import FuseActivation
 from moec.passes.fuse_decompress import FuseDecompress
@@ -86,6 +87,10 @@ def test_bytes_are_those_of_the_parts():
     )
     assert line.bytes_saved == before - stored
     assert line.says.startswith(f"ternary, {8 * stored / (4 * 3 * 48):.3f} bits a weight, ")
+    widths = {"w1": 8, "w3": 8, "w2": 6}
+    stacks = [stack(step.program, f"layers.0.{n}", "ternary", w) for n, w in widths.items()]
+    zeros = torch.cat([weights.flatten() for weights in stacks]) == 0
+    assert line.says.endswith(f", {zeros.double().mean():.1%} zeros")
 
 
 def test_an_expert_without_rows_is_rounded_and_named():
@@ -102,6 +107,36 @@ def test_an_expert_without_rows_is_rounded_and_named():
     made = stack(step.program, "layers.0.w1", "ternary", 8)
     assert torch.equal(made[1], values(codes_of(weight, grid), grid)[1])
     assert not torch.equal(made[0], values(codes_of(weight, grid), grid)[0])
+
+
+def test_a_favourite_counts_four_times_the_mean():
+    """32 choices of 16 experts, all on one: the first eight of its rows."""
+    seen = SimpleNamespace(
+        x=torch.arange(32.0)[:, None],
+        experts=torch.zeros(32, 1, dtype=torch.int64),
+        weights=torch.ones(32, 1),
+    )
+    layer = SimpleNamespace(count=16, dispatch=SimpleNamespace(inputs=("x", "experts")))
+    rows = _rows(layer, seen)
+    assert rows[0].flatten().tolist() == list(range(8))
+    assert [len(own) for own in rows[1:]] == [0] * 15
+
+
+def test_rows_are_scaled_where_the_dispatch_scales_them():
+    x, weights = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5, 3.0], [7.0, 11.0]])
+    seen = SimpleNamespace(x=x, experts=torch.tensor([[0, 1], [1, 0]]), weights=weights)
+    for inputs, wanted in ((2, [[1, 2], [1, 2]]), (3, [[0.5, 22], [3, 14]])):
+        layer = SimpleNamespace(count=2, dispatch=SimpleNamespace(inputs=range(inputs)))
+        assert [own.flatten().tolist() for own in _rows(layer, seen)] == wanted
+
+
+def test_experts_are_fitted_alike_in_groups_of_any_size(monkeypatch):
+    made = []
+    for size in (16, 3):
+        monkeypatch.setattr("moec.passes.compress_experts.GROUP", size)
+        made.append(change(program(1), TERNARY)[-1].program.weights)
+    for name, wanted in made[0].items():
+        assert torch.equal(made[1][name], wanted), name
 
 
 def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
