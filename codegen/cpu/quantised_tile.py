@@ -21,7 +21,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu import integers
 from moec.codegen.cpu.quantised_layout import QuantisedLayout
-from moec.codegen.cpu.tile import Operands, Tile
+from moec.codegen.cpu.tile import Fetch, Operands, Tile
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,12 @@ class QuantisedTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         with T.serial(0, tiles) as t:
-            self._of_tile(group, T.bind(tile + t), first, count, following)
+            one = T.bind(tile + t)
 
-    def _of_tile(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr] | None
-    ) -> None:
-        most, vectors = self.layout.tile_rows, self.layout.vectors
-        whole = T.bind(T.truncdiv(count, T.int64(most)))
-        fetching: Expr = T.int64(0)
-        if following is not None:
-            fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
-            with T.serial(0, fetching) as i:
-                ahead = (*following, i * self.vector.lanes)
-                self._some(group, tile, T.bind(first + i * most), most, ahead)
-        with T.serial(fetching, whole) as i:
-            self._some(group, tile, first + i * most, most)
-        left = T.bind(T.truncmod(count, T.int64(most)))
-        for m in range(1, most):
-            with T.If(left == m), T.Then():
-                self._some(group, tile, T.bind(first + count - m), m)
+            def some(row: Expr, m: int, fetch: Fetch | None) -> None:
+                self._some(group, one, row, m, fetch)
+
+            self._in_blocks(group, one, first, count, self.layout.tile_rows, following, some)
 
     def _some(
         self,
@@ -77,7 +64,7 @@ class QuantisedTile(Tile):
         tile: Expr,
         row: Expr,
         m: int,
-        ahead: tuple[Expr, Expr, Expr] | None = None,
+        fetch: Fetch | None,
     ) -> None:
         """`m` rows from `row` on."""
         v, lay = self.vector, self.layout
@@ -91,7 +78,7 @@ class QuantisedTile(Tile):
 
         whole, acc = registers("int32"), registers("float32")
         if lay.blocks == 1:
-            self._integers(whole, rows, group, tile, 0, ahead)
+            self._integers(whole, rows, group, tile, 0, fetch)
             scales = self._scales(group, tile, 0)
             for i, r in enumerate(rows):
                 factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
@@ -102,7 +89,7 @@ class QuantisedTile(Tile):
                 for a in each:
                     T.buffer_store(a, v.splat(0.0), [lanes])
             with T.serial(0, lay.blocks) as block:
-                self._integers(whole, rows, group, tile, block, ahead)
+                self._integers(whole, rows, group, tile, block, fetch)
                 scales = self._scales(group, tile, block)
                 for i, r in enumerate(rows):
                     factor = v.splat(T.bind(self.operands.x_scales[r, block]))
@@ -123,7 +110,7 @@ class QuantisedTile(Tile):
         group: Expr,
         tile: Expr,
         block: Expr | int,
-        ahead: tuple[Expr, Expr, Expr] | None,
+        fetch: Fetch | None,
     ) -> None:
         """acc[i][j] = the integer sums of one block."""
         v, lay, ops = self.vector, self.layout, self.operands
@@ -137,8 +124,8 @@ class QuantisedTile(Tile):
         quads = lay.per_word // 4
         with T.serial(0, lay.depth_block) as step:
             word = T.bind(block * lay.depth_block + step)
-            if ahead is not None:
-                v.prefetch(ops.w, [ahead[0], ahead[1], word, ahead[2]])
+            if fetch is not None:
+                fetch(word)
             at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
             codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
             for q in range(quads):

@@ -22,11 +22,16 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
+from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 
 # Rows that pass over a block of K before the next block: their partial sums stay in the cache.
 # A multiple of every tile's rows.
 ROW_CHUNK = 96
+
+Fetch = Callable[[Expr], None]  # emits what a step of K asks the memory for
+LINE = 64  # bytes that the memory gives at once
+FETCHED = 16384
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
 
@@ -125,23 +130,45 @@ class Tile:
         panel: Buffer | None,
         following: tuple[Expr, Expr] | None = None,
     ) -> None:
-        most, vectors = self.layout.target.tile_rows, self.layout.vectors
+        def some(row: Expr, m: int, fetch: Fetch | None) -> None:
+            self._block(group, tile, row, m, block, partial, base, panel, fetch)
+
+        self._in_blocks(group, tile, first, count, self.layout.target.tile_rows, following, some)
+
+    def _in_blocks(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        most: int,
+        following: tuple[Expr, Expr] | None,
+        some: Callable[[Expr, int, Fetch | None], None],
+    ) -> None:
+        """`some` for all rows, `most` of them at a time, and then for those that are left."""
+        v, vectors, w = self.vector, self.layout.vectors, self.operands.w
         whole = T.bind(T.truncdiv(count, T.int64(most)))
         fetching: Expr = T.int64(0)
         if following is not None:
             # Each of these blocks of rows fetches one vector of every step of the next weights.
             fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
             with T.serial(0, fetching) as i:
-                ahead = (*following, i * self.vector.lanes)
+                ahead = (*following, i * v.lanes)
                 row = T.bind(first + i * most)
-                self._block(group, tile, row, most, block, partial, base, panel, ahead)
-        with T.serial(fetching, whole) as i:
-            self._block(group, tile, first + i * most, most, block, partial, base, panel)
+                some(row, most, lambda k: v.prefetch(w, [ahead[0], ahead[1], k, ahead[2]]))
+
+        def own(step: Expr) -> None:
+            self._fetch(group, tile, step)
+
+        with T.If(T.And(fetching == 0, whole > 0)), T.Then():
+            some(first, most, own)
+        start = T.bind(T.max(fetching, T.int64(1)))
+        with T.serial(start, T.max(start, whole)) as i:
+            some(T.bind(first + i * most), most, None)
         left = T.bind(T.truncmod(count, T.int64(most)))
         for m in range(1, most):
             with T.If(left == m), T.Then():
-                row = T.bind(first + count - m)
-                self._block(group, tile, row, m, block, partial, base, panel)
+                some(T.bind(first + count - m), m, own)
 
     def _block(
         self,
@@ -153,7 +180,7 @@ class Tile:
         partial: Buffer | None,
         base: Expr,
         panel: Buffer | None,
-        ahead: tuple[Expr, Expr, Expr] | None = None,
+        fetch: Fetch | None,
     ) -> None:
         """`m` rows from `row` on, over one block of K."""
         v, lay = self.vector, self.layout
@@ -185,7 +212,7 @@ class Tile:
         stop = T.min(start + lay.depth_block, lay.depth) if partial is not None else lay.depth
         if panel is not None:
             self._widen(x_rows, start, panel)
-        self._depth_loop(acc, x_rows, group, tile, start, stop, panel, ahead)
+        self._depth_loop(acc, x_rows, group, tile, start, stop, panel, fetch)
 
         if partial is None:
             self._finish(acc, row, m, group, tile)
@@ -207,7 +234,7 @@ class Tile:
         start: Expr | int,
         stop: Expr | int,
         panel: Buffer | None,
-        ahead: tuple[Expr, Expr, Expr] | None,
+        fetch: Fetch | None,
     ) -> None:
         v, lay, x, w = self.vector, self.layout, self.operands.x, self.operands.w
         lanes = T.ramp(0, 1, v.lanes)
@@ -229,8 +256,8 @@ class Tile:
         whole = T.min(stop, lay.depth - 1) if odd else stop
         with T.serial(0, whole - start) as step:
             k = start + step
-            if ahead is not None:
-                v.prefetch(w, [ahead[0], ahead[1], k, ahead[2]])
+            if fetch is not None:
+                fetch(k)
             b = weights(k)
             if self.dots:
                 for i, r in enumerate(x_rows):
@@ -249,6 +276,15 @@ class Tile:
                 b = weights(lay.depth - 1)
                 for i, r in enumerate(x_rows):
                     add(i, v.splat(v.last(x, [r, lay.spec.k - 1])), b, v.dot2)
+
+    def _fetch(self, group: Expr, tile: Expr, step: Expr) -> None:
+        """Asks for what the stream of weights holds `FETCHED` bytes behind a step: while sums are
+        made, too few loads are under way to keep the memory busy."""
+        v, lay, w = self.vector, self.layout, self.operands.w
+        one = lay.columns * bytes_of(w)
+        steps = FETCHED // one
+        for start in range(0, one, LINE):
+            v.prefetch(w, [group, tile, step + steps, start // bytes_of(w)])
 
     def _widen(self, x_rows: list[Expr], start: Expr | int, panel: Buffer) -> None:
         """panel[i, :] = the block of row i as float32, and 0 behind an odd end."""
