@@ -25,7 +25,7 @@ BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors
 MOST_ROWS = BLOCKS * TILE_ROWS
 CODES = TILE_BYTES  # of a row that one register holds, and the words that they are
 WORDS = CODES // 4
-FEW_ROWS = 4
+FEW_ROWS = 24
 """Fewer than this many rows are done sooner by dot products."""
 _ROWS, _WEIGHTS = 4, 6  # the first register of rows, and of weights; those below hold sums
 
