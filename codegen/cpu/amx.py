@@ -43,12 +43,6 @@ class AmxTile(Tile):
         fit = self.layout.target.l2 // 2 // (self.layout.spec.k * 2)
         return max(1, fit // MOST_ROWS) * MOST_ROWS
 
-    @property
-    def tiles_at_once(self) -> int:
-        """Copies of rows are made for several tiles, where enough is left to share out."""
-        lay = self.layout
-        return min(4, lay.tiles) if lay.tiles * lay.spec.groups >= 256 else 1
-
     def rows(
         self,
         group: Expr,

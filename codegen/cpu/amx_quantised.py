@@ -54,11 +54,6 @@ class AmxQuantisedTile(QuantisedTile):
         fit = self.layout.target.l2 // 2 // (self.layout.x_words * 4)
         return max(1, fit // MOST_ROWS) * MOST_ROWS
 
-    @property
-    def tiles_at_once(self) -> int:
-        lay = self.layout
-        return min(4, lay.tiles) if lay.tiles * lay.spec.groups >= 256 else 1
-
     def rows(
         self,
         group: Expr,

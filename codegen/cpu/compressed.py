@@ -60,6 +60,10 @@ class CompressedTile(Tile):
 
     operands: CompressedOperands
 
+    @property
+    def tiles_at_once(self) -> int:
+        return 1
+
     def rows(
         self,
         group: Expr,

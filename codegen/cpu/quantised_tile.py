@@ -41,22 +41,13 @@ class QuantisedTile(Tile):
     layout: QuantisedLayout
     operands: QuantisedOperands
 
-    def rows(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        following: tuple[Expr, Expr] | None = None,
-        tiles: Expr | int = 1,
+    def _rows_of(
+        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr] | None
     ) -> None:
-        with T.serial(0, tiles) as t:
-            one = T.bind(tile + t)
+        def some(row: Expr, m: int, fetch: Fetch | None) -> None:
+            self._some(group, tile, row, m, fetch)
 
-            def some(row: Expr, m: int, fetch: Fetch | None) -> None:
-                self._some(group, one, row, m, fetch)
-
-            self._in_blocks(group, one, first, count, self.layout.tile_rows, following, some)
+        self._in_blocks(group, tile, first, count, self.layout.tile_rows, following, some)
 
     def _some(
         self,

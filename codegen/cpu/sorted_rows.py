@@ -100,7 +100,8 @@ def each_expert(
             following = None
             if fetches:
                 after = T.bind(T.min(unit + 1, units - 1))
-                following = (T.truncmod(after, experts), T.truncdiv(after, experts))
+                column_after = T.truncdiv(after, experts) * at_once
+                following = (T.truncmod(after, experts), column_after)
             tile.rows(e, column, first, end - first, following, some)
         if cleared:
             with T.If(e == experts - 1), T.Then(), T.serial(0, some) as t:

@@ -77,8 +77,10 @@ class Tile:
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles of columns of an expert that a thread takes at once."""
-        return 1
+        """Tiles of columns of an expert that a thread takes at once, where enough is left to share
+        out: they lie side by side, so few rows fetch the next one at the end of each."""
+        lay = self.layout
+        return min(4, lay.tiles) if lay.tiles * lay.spec.groups >= 256 else 1
 
     def rows(
         self,
@@ -95,6 +97,21 @@ class Tile:
         `following` are group and tile of the weights that this thread reads next: while there
         are rows enough to hide it, they are fetched into the cache meanwhile.
         """
+        with T.serial(0, tiles) as t:
+            one = T.bind(tile + t)
+            after = None
+            if following is not None:
+                last = T.bind(t == tiles - 1)
+                after = (
+                    T.bind(T.Select(last, following[0], group)),
+                    T.bind(T.Select(last, following[1], one + 1)),
+                )
+            self._rows_of(group, one, first, count, after)
+
+    def _rows_of(
+        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr] | None
+    ) -> None:
+        """As `rows`, of one tile."""
         lay = self.layout
         blocks = -(-lay.depth // lay.depth_block)
         panel = None
