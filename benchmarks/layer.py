@@ -44,7 +44,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa
 
 import moec  # noqa: E402
 from moec import quantisation  # noqa: E402
-from moec.bench.limits import bandwidth, peak, processor, timed  # noqa: E402
+from moec.bench.limits import bandwidth, peak, processor, timed, warm  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 from moec.target import host  # noqa: E402
 
@@ -122,14 +122,6 @@ def contenders(layer: OlmoeSparseMoeBlock, inductor: bool) -> list[Contender]:
     return found
 
 
-def warm(run: Run, x: Tensor) -> None:
-    """Runs for 20 ms: the threads of the one before go to sleep meanwhile, and a processor that
-    was idle gets back to its speed, which takes some calls where each is short."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < 0.02:
-        run(x)
-
-
 def compare(shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
     """Print the table of one dtype; whether moec was ahead by 1.2 times everywhere."""
     layer = block(DTYPES[dtype], shape=shape)
@@ -151,7 +143,7 @@ def compare(shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: 
         times: dict[str, list[float]] = {c.name: [] for c in running}
         for _ in range(rounds):
             for c in running:
-                warm(c.run, x)
+                warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
@@ -191,7 +183,7 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
         for _ in range(rounds):
             for c in ways:
                 time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
-                warm(c.run, x)
+                warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))

@@ -31,7 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import moec  # noqa: E402
 import moec.dynamo  # noqa: E402
-from moec.bench.limits import timed  # noqa: E402
+from moec.bench.limits import timed, warm  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 
 MOEC = "moec"
@@ -90,7 +90,7 @@ def compare(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, run in runs.items():
             time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
-            run(x)
+            warm(partial(run, x))
             times[name].append(timed(partial(run, x)))
     return {name: statistics.median(some) for name, some in times.items()}
 
