@@ -146,7 +146,8 @@ def test_failures_leave_nothing_behind(
 
 
 SLOW = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 api = types.ModuleType("moec.api")
 def compile(model, progress, **options):
     progress("kernels")
