@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from moec.compression import decompress
 from moec.evaluate import evaluate
+from moec.gptq import hessian
 from moec.ir import Program, Stage, Value
 from moec.passes.compress_experts import CompressExperts, _rows
 from moec.passes.expand_experts import ExpandExperts
@@ -137,6 +139,19 @@ def test_experts_are_fitted_alike_in_groups_of_any_size(monkeypatch):
         made.append(change(program(1), TERNARY)[-1].program.weights)
     for name, wanted in made[0].items():
         assert torch.equal(made[1][name], wanted), name
+
+
+def test_the_last_matrix_is_fitted_to_what_the_compressed_first_ones_give(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "moec.passes.compress_experts.hessian", lambda x: read.append(x) or hessian(x)
+    )
+    made = change(program(1), TERNARY)[-1].program
+    gate, up = (stack(made, f"layers.0.{name}", "ternary", 8) for name in ("w1", "w3"))
+    count = len(gate)
+    assert len(read) == 2 * count
+    for e, (x, hidden) in enumerate(zip(read[:count], read[count:], strict=True)):
+        torch.testing.assert_close(hidden, F.silu(x @ gate[e].T) * (x @ up[e].T))
 
 
 def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
