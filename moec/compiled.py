@@ -21,6 +21,7 @@ from moec.generation import Prompts, continued, stream
 from moec.ir import Graph, Program
 from moec.passes.hoist_routers import Hoisted
 from moec.passes.runner import Declined, Step
+from moec.pipeline import without_effect
 from moec.quantised import left_wide
 from moec.report import (
     DeclinedLine,
@@ -127,7 +128,7 @@ class CompiledModel:
                 f"made for {self.target.name}, which this machine cannot run: not verified, and "
                 "saved without samples",
             )
-        notes += left_wide(self.steps)
+        notes += (*left_wide(self.steps), *without_effect(self.steps))
         if checked:
             notes += checked.skipped
         if checked and any(step.damage or step.changes for step in self.steps):

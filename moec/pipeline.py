@@ -41,7 +41,7 @@ from moec.passes.quantise_experts import QuantiseExperts
 from moec.passes.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
 from moec.passes.refactor_dense import RefactorDense
-from moec.passes.runner import Asked, Pass
+from moec.passes.runner import Asked, Pass, Step
 from moec.passes.share_common import ShareCommon
 from moec.passes.specialise import Specialise
 from moec.passes.split_packed import SplitPacked
@@ -230,3 +230,20 @@ def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...
         names = ", ".join(dict.fromkeys(p.name for p in passes))
         raise UsageError(f"--stop-after {stop_after}: no such pass; there are capture, {names}")
     return tuple(passes[: places[-1] + 1])
+
+
+def without_effect(steps: Sequence[Step]) -> tuple[str, ...]:
+    """In words, the passes that somebody asked for by name and that changed nothing, and why."""
+    names = {str(kind.name) for kind in WANTED}
+    said = []
+    for step in steps:
+        if step.name not in names:
+            continue
+        layers = step.damage.layers if step.damage else ()
+        if layers and all(line.undone for line in layers):
+            said.append(f"{step.name} changed nothing: the budget undid it in every layer")
+        elif step.rewrites == 0:
+            reasons = dict.fromkeys(declined.reason for declined in step.declined)
+            why = "; ".join(reasons) or "the model has nothing that it applies to"
+            said.append(f"{step.name} changed nothing: {why}")
+    return tuple(said)

@@ -104,6 +104,11 @@ def command(
         if builds and output is not None:
             progress.phase("save")
             compiled.save(output)
+    if quiet:
+        from moec.pipeline import without_effect
+
+        for line in without_effect(compiled.steps):
+            click.echo(f"warning: {line}", err=True)
     report = compiled.report()
     if dry_run:
         size = weight_bytes(compiled.steps[-1].program)

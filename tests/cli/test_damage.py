@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moec.damage import Damage, Distance, LayerDamage
+from moec.pipeline import without_effect
 from moec.report import Report
 from moec.report_text import render
 
@@ -54,3 +57,24 @@ def test_no_language_model_has_no_perplexity() -> None:
 def test_data_survives_json() -> None:
     assert Report.of_dict(json.loads(json.dumps(REPORT.to_dict()))) == REPORT
     assert Report.of_dict({"model": "older"}).damage == ()
+
+
+def test_what_was_asked_for_in_vain_is_said() -> None:
+    def step(name: str, rewrites: int, reasons: tuple[str, ...] = (), damage: object = None) -> Any:
+        declined = tuple(SimpleNamespace(reason=reason) for reason in reasons)
+        return SimpleNamespace(name=name, rewrites=rewrites, declined=declined, damage=damage)
+
+    undone = replace(DAMAGE, layers=DAMAGE.layers[1:])
+    steps = [
+        step("hoist-routers", 0, ("it reads hidden states", "it reads hidden states")),
+        step("fold-lora", 0),
+        step("fuse-gate", 0, ("nobody asked",)),
+        step("specialise", 3),
+        step("prune-experts", 1, damage=DAMAGE),
+        step("merge-experts", 1, damage=undone),
+    ]
+    assert without_effect(steps) == (
+        "hoist-routers changed nothing: it reads hidden states",
+        "fold-lora changed nothing: the model has nothing that it applies to",
+        "merge-experts changed nothing: the budget undid it in every layer",
+    )
