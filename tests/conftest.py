@@ -10,6 +10,7 @@ from pathlib import Path
 # threads cost more than they bring. A test of threading sets its own count.
 os.environ.setdefault("TVM_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
