@@ -146,3 +146,17 @@ def test_any_routing(build, data, tokens, top_k):
     function(x, order, ends, packed, y)
     rows, ones = x[order.long() // top_k], torch.ones(tokens * top_k, 1)
     check(y, expected(rows, ends, [weight], [], ones, lambda p: p), "float32")
+
+
+def test_tiles_of_many_experts_are_taken_several_at_once(build):
+    """64 experts of five tiles: four together and one alone, rows of nobody included."""
+    spec = LinearSpec(5 * 4 * BEST.vector_lanes - 3, 6, "float32", groups=64)
+    layout = Layout(spec, BEST)
+    assert layout.tiles * 64 >= 256
+    weight = torch.randn(64, spec.n, 6)
+    packed = torch.from_numpy(pack(layout, weight))
+    experts = torch.cat([torch.randint(0, 65, (40, 1)), torch.full((30, 1), 7)])
+    _, ends = routing(experts, 64)
+    x, y = torch.randn(70, 6), torch.full((70, spec.n), float("nan"))
+    build(BEST, grouped_linear(BEST, spec))(x, ends, packed, y)
+    check(y, expected(x, ends, [weight], [], torch.ones(70, 1), lambda p: p), "float32")
