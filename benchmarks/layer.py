@@ -4,11 +4,12 @@
     python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …] [--append RESULTS.md]
 
 The layer is OLMoE's whole block in the sizes of some model (without shared experts), router
-included, compiled by `moec.compile` as any module is. All
-contenders run in one process, one after the other in every round, on the same weights and
-inputs, so that whatever else the machine does falls on all of them. Printed are medians in
-milliseconds, how many times moec's median the best other one takes, and moec's share of what
-the machine can do: measured arithmetic peak or bandwidth, whichever binds (benchmarks/limits.py).
+included, compiled by `moec.compile` as any module is. All contenders run in one process, one after
+the other in every round, on the same weights and inputs, so that whatever else the machine does
+falls on all of them. Printed are medians in milliseconds, how many times moec's median the best
+other one takes, and moec's share of what the machine can do: measured arithmetic peak or bandwidth,
+whichever binds (moec/bench/limits.py). --onnx adds ONNX Runtime in float32, which alone its MoE has
+a kernel for.
 
 With --quant, moec's experts in few bits run beside its own in bfloat16 and beside ONNX Runtime's
 QMoE with the same codes (which is given the router's logits). Errors are shares of the norm.
@@ -109,23 +110,30 @@ def way(layer: OlmoeSparseMoeBlock, implementation: str) -> OlmoeSparseMoeBlock:
     return twin
 
 
-def contenders(layer: OlmoeSparseMoeBlock, inductor: bool) -> list[Contender]:
+def contenders(layer: OlmoeSparseMoeBlock, inductor: bool, onnx: bool) -> list[Contender]:
     """moec first. Each of transformers' ways has the same weights under a config of its own."""
     first = layer.gate.weight
     x = torch.randn(1, 7, first.shape[1], dtype=first.dtype)
-    found = [Contender("moec", moec.compile(layer, (x,)))]
+    compiled = moec.compile(layer, (x,))
+    found = [Contender("moec", compiled)]
     found += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
     # It copies each token's weights: a way for one token, absurd for many.
     found += [Contender("batched_mm", way(layer, "batched_mm"), most_tokens=8)]
     if inductor:
         found += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
+    if onnx and first.dtype == torch.float32:
+        from onnx_layer import onnx_ways
+
+        found += [Contender(name, run) for name, run in onnx_ways(compiled, THREADS).items()]
     return found
 
 
-def compare(shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool) -> bool:
+def compare(
+    shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool, onnx: bool
+) -> bool:
     """Print the table of one dtype; whether moec was ahead by 1.2 times everywhere."""
     layer = block(DTYPES[dtype], shape=shape)
-    ways = contenders(layer, inductor)
+    ways = contenders(layer, inductor, onnx)
     top, stream = peak(dtype), bandwidth()
     print(f"\n{dtype}: {THREADS} threads, {top / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} GB/s")
     print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   ratio  % of limit", flush=True)
@@ -199,6 +207,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-inductor", action="store_true", help="it takes minutes to compile")
+    parser.add_argument("--onnx", action="store_true", help="also ONNX Runtime, in float32")
     parser.add_argument("--quant", help="a format of moec compile --quant, beside QMoE")
     parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
     options = parser.parse_args()
@@ -232,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
             compare_quantised(shape, options.quant, tokens, options.rounds)
             return
         results = [
-            compare(shape, dtype, tokens, options.rounds, not options.no_inductor)
+            compare(shape, dtype, tokens, options.rounds, not options.no_inductor, options.onnx)
             for dtype in options.dtypes.split(",")
         ]
     print("moec is at least 1.2 times faster everywhere:", "yes" if all(results) else "NO")
