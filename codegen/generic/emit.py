@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from moec.codegen.generic import (
     arithmetic,
+    create,
     functions,
+    join,
     lookup,
     matrix,
     moe,
+    moments,
+    move,
     order,
     reduce,
+    reshape,
+    rotary,
     scatter,
-    shape,
+    softmax,
 )
 from moec.codegen.generic.rules import EMIT
 
-FILLED_BY = (arithmetic, functions, lookup, matrix, moe, order, reduce, scatter, shape)
+FILLED_BY = (
+    arithmetic,
+    create,
+    functions,
+    join,
+    lookup,
+    matrix,
+    moe,
+    moments,
+    move,
+    order,
+    reduce,
+    reshape,
+    rotary,
+    scatter,
+    softmax,
+)
 
 __all__ = ["EMIT"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from moec.codegen.generic.reshape import only_splits
 from moec.codegen.generic.rules import EMIT, Rule, named
-from moec.codegen.generic.shape import only_splits
 from moec.ir import Graph, Op, Value
 from moec.sizes import Dim, product
 

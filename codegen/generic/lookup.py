@@ -8,11 +8,11 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.generic import index as ix
 from moec.codegen.generic import scalars as sc
+from moec.codegen.generic.axes import wrap
 from moec.codegen.generic.emission import Emission, Point
 from moec.codegen.generic.index import Index, Position
 from moec.codegen.generic.rules import point
 from moec.codegen.generic.scalars import Scalar
-from moec.codegen.generic.shape import wrap
 from moec.ir import Value
 from moec.sizes import Dim
 

@@ -11,12 +11,12 @@ from tvm.tirx import Buffer
 
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.arithmetic import larger, plus, times
+from moec.codegen.generic.axes import wrap
 from moec.codegen.generic.emission import Emission
 from moec.codegen.generic.index import Index, Position, loop
 from moec.codegen.generic.reduce import Cell, better, kept_shape
 from moec.codegen.generic.rules import kernel
 from moec.codegen.generic.scalars import HALVES, Scalar
-from moec.codegen.generic.shape import wrap
 from moec.ir import Op, Value
 from moec.sizes import Dim
 

@@ -1,8 +1,7 @@
-"""Ops that make one element of many: sums, extremes, softmax, norms."""
+"""Ops that make one element of many: sums and extremes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,11 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.generic import index as ix
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.arithmetic import larger, plus, times
+from moec.codegen.generic.axes import wrap
 from moec.codegen.generic.emission import Emission
-from moec.codegen.generic.functions import exp
 from moec.codegen.generic.index import Position
 from moec.codegen.generic.rules import kernel
 from moec.codegen.generic.scalars import FLOATS, HALVES, Scalar
-from moec.codegen.generic.shape import wrap
 from moec.ir import Op, Value
 from moec.sizes import Dim, product
 
@@ -109,11 +107,11 @@ def reduce(
     e.rows(kept_shape(x.shape, axes), row, number)
 
 
-def _accumulator(dtype: str) -> str:
+def accumulator(dtype: str) -> str:
     return "f32" if dtype in HALVES else dtype
 
 
-def _in_any_order(a: Scalar, b: Scalar) -> Scalar:
+def in_any_order(a: Scalar, b: Scalar) -> Scalar:
     if a.dtype in FLOATS:
         return Scalar(a.dtype, sc.add_in_any_order(a.expr, b.expr))
     return plus(a, b)
@@ -121,30 +119,30 @@ def _in_any_order(a: Scalar, b: Scalar) -> Scalar:
 
 @kernel("sum", "sum.dim_IntList", fuses=("self",))
 def sum_(e: Emission, op: Op) -> None:
-    kind = _accumulator(op.outputs[0].dtype)
+    kind = accumulator(op.outputs[0].dtype)
     dims = e.named(op).get("dim")
-    reduce(e, op, dims, sc.constant(0, kind), _in_any_order, read_as=kind)
+    reduce(e, op, dims, sc.constant(0, kind), in_any_order, read_as=kind)
 
 
 @kernel("mean", "mean.dim", fuses=("self",))
 def mean(e: Emission, op: Op) -> None:
-    kind = _accumulator(op.outputs[0].dtype)
+    kind = accumulator(op.outputs[0].dtype)
 
     def share(total: Scalar, number: Dim) -> Scalar:
         many = sc.cast(Scalar("i64", e.sizes.expr(number)), kind)
         return Scalar(kind, tirx.div(total.expr, many.expr))
 
-    reduce(e, op, e.named(op).get("dim"), sc.constant(0, kind), _in_any_order, share, read_as=kind)
+    reduce(e, op, e.named(op).get("dim"), sc.constant(0, kind), in_any_order, share, read_as=kind)
 
 
 @kernel("prod", "prod.dim_int", fuses=("self",))
 def prod(e: Emission, op: Op) -> None:
-    kind = _accumulator(op.outputs[0].dtype)
+    kind = accumulator(op.outputs[0].dtype)
     reduce(e, op, e.named(op).get("dim"), sc.constant(1, kind), times, read_as=kind)
 
 
 def _extreme(e: Emission, op: Op, sign: int) -> None:
-    kind = _accumulator(op.inputs[0].dtype)
+    kind = accumulator(op.inputs[0].dtype)
     first = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
     dims = e.named(op).get("dim")
     reduce(e, op, dims, first, lambda a, b: larger(a, b, sign), read_as=kind)
@@ -230,208 +228,3 @@ def argmax(e: Emission, op: Op) -> None:
 def max_dim(e: Emission, op: Op) -> None:
     sign = 1 if op.name == "aten.max.dim" else -1
     _first_extreme(e, op, e.named(op)["dim"], sign, values=True)
-
-
-# ---- softmax ---------------------------------------------------------------------------
-
-
-def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
-    x, out = op.inputs[0], op.outputs[0]
-    axes = axes_of(e.named(op)["dim"], len(x.shape))
-    kind = "f64" if out.dtype == "f64" else "f32"
-
-    def element(full: Position) -> Scalar:
-        return Scalar(kind, sc.cast(e.read(x, full), kind).expr)
-
-    def row(at: Position) -> None:
-        top = Cell(sc.lowest(kind))
-        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
-        most = e.bind(top.get())
-        if safe:  # a row of -inf becomes zeros
-            none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
-            most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
-        total = Cell(sc.constant(0.0, kind))
-
-        def share(full: Position) -> Scalar:
-            return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
-
-        over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), share(f))))
-        whole = e.bind(total.get())
-        if safe:
-            empty = tirx.EQ(whole.expr, sc.constant(0.0, kind).expr)
-            whole = e.bind(Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, whole.expr)))
-        if log:
-            shift = e.bind_expr(most.expr + T.log(whole.expr))
-
-            def result(full: Position) -> Scalar:
-                return Scalar(kind, element(full).expr - shift)
-        else:
-
-            def result(full: Position) -> Scalar:
-                return Scalar(kind, tirx.div(share(full).expr, whole.expr))
-
-        over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
-
-    if not x.shape:
-        e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
-        return
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
-
-
-@kernel("_softmax", "softmax.int", "_safe_softmax")
-def softmax(e: Emission, op: Op) -> None:
-    _softmax(e, op, log=False, safe=op.name == "aten._safe_softmax.default")
-
-
-@kernel("_log_softmax", "log_softmax.int")
-def log_softmax(e: Emission, op: Op) -> None:
-    _softmax(e, op, log=True)
-
-
-@kernel("logsumexp")
-def logsumexp(e: Emission, op: Op) -> None:
-    x, out = op.inputs[0], op.outputs[0]
-    axes = axes_of(e.named(op)["dim"], len(x.shape))
-    kind = "f64" if out.dtype == "f64" else "f32"
-
-    def row(at: Position) -> None:
-        top, total = Cell(sc.lowest(kind)), Cell(sc.constant(0.0, kind))
-
-        def read(full: Position) -> Scalar:
-            return sc.cast(e.read(x, full), kind)
-
-        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
-        inf = sc.constant(math.inf, kind)
-        whole = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
-        zero = sc.constant(0.0, kind).expr
-        most = e.bind(Scalar(kind, T.Select(whole, zero, top.get().expr)))
-
-        def share(full: Position) -> Scalar:
-            return Scalar(kind, exp(e.bind(plus(read(full), most, -1))))
-
-        over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), share(f))))
-        found = Scalar(kind, most.expr + T.log(total.get().expr))
-        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
-
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
-
-
-# ---- moments and norms -----------------------------------------------------------------
-
-
-def moments(
-    e: Emission, x: Value, at: Position, axes: Sequence[int], kind: str
-) -> tuple[Scalar, Scalar, Scalar]:
-    """The mean, the sum of squared distances from it, and how many there are."""
-    total, squares = Cell(sc.constant(0.0, kind)), Cell(sc.constant(0.0, kind))
-
-    def read(full: Position) -> Scalar:
-        return sc.cast(e.read(x, full), kind)
-
-    over(e, x.shape, at, axes, lambda f: total.set(_in_any_order(total.get(), read(f))))
-    number = sc.cast(Scalar("i64", e.sizes.expr(count(x.shape, axes))), kind)
-    middle = e.bind(Scalar(kind, tirx.div(total.get().expr, number.expr)))
-
-    def square(full: Position) -> None:
-        away = e.bind(plus(read(full), middle, -1))
-        squares.set(_in_any_order(squares.get(), times(away, away)))
-
-    over(e, x.shape, at, axes, square)
-    return middle, e.bind(squares.get()), number
-
-
-def _variance(e: Emission, op: Op, root: bool, with_mean: bool) -> None:
-    x = op.inputs[0]
-    named = e.named(op)
-    axes = axes_of(named.get("dim"), len(x.shape))
-    kind = _accumulator(x.dtype)
-    correction = named.get("correction")
-    if correction is None:
-        correction = 1 if named.get("unbiased", True) else 0
-
-    def row(at: Position) -> None:
-        middle, squares, number = moments(e, x, at, axes, kind)
-        zero = sc.constant(0.0, kind)
-        freedom = larger(plus(number, sc.constant(correction, kind), -1), zero)
-        expr = tirx.div(squares.expr, freedom.expr)
-        found = Scalar(kind, T.sqrt(expr) if root else expr)
-        out = op.outputs[0]
-        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
-        if with_mean:
-            out = op.outputs[1]
-            e.store(out, target(out, at, axes), sc.cast(middle, out.dtype))
-
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
-
-
-@kernel("var.correction", "var", "var.dim", "std.correction", "std", "std.dim")
-def variance(e: Emission, op: Op) -> None:
-    _variance(e, op, op.name.startswith("aten.std"), False)
-
-
-@kernel("var_mean.correction", "std_mean.correction", "var_mean", "var_mean.dim")
-def var_mean(e: Emission, op: Op) -> None:
-    _variance(e, op, op.name.startswith("aten.std"), True)
-
-
-@kernel("native_layer_norm", "layer_norm")
-def layer_norm(e: Emission, op: Op) -> None:
-    named = e.named(op)
-    x = named["input"]
-    axes = tuple(range(len(x.shape) - len(named["normalized_shape"]), len(x.shape)))
-    kind = _accumulator(x.dtype)
-
-    def row(at: Position) -> None:
-        middle, squares, number = moments(e, x, at, axes, kind)
-        spread = tirx.div(squares.expr, number.expr) + sc.constant(float(named["eps"]), kind).expr
-        inverse = e.bind_expr(tirx.div(sc.constant(1.0, kind).expr, T.sqrt(spread)))
-
-        def write(full: Position) -> None:
-            away = plus(sc.cast(e.read(x, full), kind), middle, -1)
-            y = Scalar(kind, away.expr * inverse)
-            inner = full[axes[0] :]
-            if named["weight"] is not None:
-                y = times(y, sc.cast(e.read(named["weight"], inner), kind))
-            if named["bias"] is not None:
-                y = plus(y, sc.cast(e.read(named["bias"], inner), kind))
-            e.store(op.outputs[0], full, sc.cast(y, op.outputs[0].dtype))
-
-        over(e, x.shape, at, axes, write)
-        for out, found in zip(op.outputs[1:], (middle, Scalar(kind, inverse)), strict=False):
-            e.store(out, at, sc.cast(found, out.dtype))
-
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=4)
-
-
-@kernel("linalg_vector_norm", fuses=("self",))
-def vector_norm(e: Emission, op: Op) -> None:
-    named = e.named(op)
-    kind = _accumulator(op.outputs[0].dtype)
-    order = float(named["ord"])
-    if order == 2:
-        reduce(
-            e,
-            op,
-            named["dim"],
-            sc.constant(0.0, kind),
-            lambda a, b: _in_any_order(a, times(b, b)),
-            lambda total, number: Scalar(kind, T.sqrt(total.expr)),
-            read_as=kind,
-        )
-    elif math.isinf(order):
-        sign = 1 if order > 0 else -1
-        first = sc.constant(0.0 if sign > 0 else math.inf, kind)
-        step = lambda a, b: larger(a, sc.absolute(b), sign)  # noqa: E731
-        reduce(e, op, named["dim"], first, step, read_as=kind)
-    else:
-        power = sc.constant(order, kind).expr
-        root = sc.constant(1 / order, kind).expr if order else None
-        reduce(
-            e,
-            op,
-            named["dim"],
-            sc.constant(0.0, kind),
-            lambda a, b: _in_any_order(a, Scalar(kind, T.pow(sc.absolute(b).expr, power))),
-            lambda total, number: total if root is None else Scalar(kind, T.pow(total.expr, root)),
-            read_as=kind,
-        )

@@ -15,12 +15,12 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.arithmetic import larger, plus, times
+from moec.codegen.generic.axes import wrap
 from moec.codegen.generic.emission import Emission
 from moec.codegen.generic.index import Index, Position
 from moec.codegen.generic.lookup import indexed_axes
 from moec.codegen.generic.rules import kernel
 from moec.codegen.generic.scalars import Scalar
-from moec.codegen.generic.shape import wrap
 from moec.ir import Op, Value
 from moec.sizes import Dim
 

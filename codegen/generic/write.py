@@ -17,6 +17,7 @@ from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.emission import Emission
 from moec.codegen.generic.groups import Group
 from moec.codegen.generic.index import Position, Sizes, names
+from moec.codegen.generic.llvm import llvm_functions
 from moec.codegen.generic.rules import EMIT
 from moec.ir import Attr, Op, Ref, Value
 from moec.sizes import Dim, product
@@ -102,7 +103,7 @@ def write(group: Group, name: str, target: Target) -> Written:
             outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
             producers = {value: op for op in group.ops for value in op.outputs}
             emission = Emission(inputs, outputs, producers, sizes, target, flat)
-            with _functions(sc.llvm_functions(target)), Vector(target).functions():
+            with _functions(llvm_functions(target)), Vector(target).functions():
                 _body(emission, group)
     return Written(builder.get(), free)
 
