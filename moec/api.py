@@ -14,7 +14,7 @@ import torch
 from moec import check as checking
 from moec.approximate import Approximate, Frame
 from moec.arguments import cast, changes, example_inputs, target_of, text, tolerance
-from moec.blocks import Block, blocks
+from moec.blocks import blocks
 from moec.bound import bound
 from moec.budget import Budget
 from moec.budget import budget as budget_of
@@ -31,9 +31,8 @@ from moec.pieces import in_pieces
 from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, until
 from moec.quantisation import Quantisation, parse_parts
 from moec.quantised import quantised_lines
-from moec.report import (
-    kernels_of,
-)
+from moec.report import kernels_of
+from moec.report_data import Block
 from moec.target import missing
 
 if TYPE_CHECKING:

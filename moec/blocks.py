@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 from moec.ir import Graph, Op, Value
 from moec.ops.routing import Routing
 from moec.ops.zero_experts import KINDS
+from moec.report_data import Block
 from moec.sizes import product
 
 _ROUTERS = ("moe.route", "moe.gate")
@@ -24,30 +24,6 @@ _SILENT = {
 }
 _SCALING = {"mul", "add", "sub", "div"}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block. `parameters` are those of its experts, `active_parameters` those of the top k.
-
-    `router` and `activation` are phrases, such as "softmax, top-2, renormalised" and "swiglu",
-    or "custom"; `form` is how the source wrote the experts. `shared` says how a dense branch is
-    added to the block's result, and is empty where none is; `kernel` names what runs the block,
-    and is empty until code is generated. `zero` counts the experts without a network that tokens
-    may choose as well ("2 constant, 1 copy, 1 zero"); `experts` are those that have one.
-    """
-
-    name: str
-    experts: int
-    top_k: int
-    router: str
-    activation: str
-    form: str
-    parameters: int
-    active_parameters: int
-    shared: str = ""
-    kernel: str = ""
-    zero: str = ""
 
 
 def blocks(graph: Graph) -> tuple[Block, ...]:

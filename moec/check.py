@@ -26,7 +26,7 @@ from moec.ir import Graph, Program
 from moec.passes.runner import Step
 from moec.quantised import moved_lines, unquantised_steps
 from moec.random_inputs import random_like
-from moec.report import MovedLine
+from moec.report_data import MovedLine
 from moec.sizes import Bounds, evaluate_dim, symbols
 from moec.ties import first_of_equals
 from moec.widened import MEANING, in_float32

@@ -11,7 +11,6 @@ import torch
 
 from moec import check as checking
 from moec.arguments import tolerance
-from moec.blocks import Block
 from moec.calling import Choices, call, routed, routers
 from moec.capture import Captured
 from moec.capture.doors import Source
@@ -23,15 +22,8 @@ from moec.passes.hoist_routers import Hoisted
 from moec.passes.runner import Declined, Step
 from moec.pipeline import without_effect
 from moec.quantised import left_wide
-from moec.report import (
-    DeclinedLine,
-    ErrorLine,
-    QuantisedLine,
-    Report,
-    block_lines,
-    describe_graph,
-    pass_lines,
-)
+from moec.report import Report, describe_graph, pass_lines
+from moec.report_data import Block, DeclinedLine, ErrorLine, QuantisedLine
 from moec.target import missing
 from moec.text import print_graph
 
@@ -156,7 +148,7 @@ class CompiledModel:
             target=self.target.name,
             active_parameters=described["parameters"] - idle,
             bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
-            blocks=block_lines(self.blocks, package.kernels if package else ()),
+            blocks=self.blocks,
             declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
             passes=pass_lines(self.steps),
             kernels=kernels,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from moec.damage import Damage, Distance
+from moec.quantities import count, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,12 +91,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _bytes(number: float) -> str:
-    from moec.report_text import size
-
     return f"-{size(-number)}" if number < 0 else size(number)
 
 
 def _flops(number: float) -> str:
-    from moec.report_text import count
-
     return f"-{count(-number)}" if number < 0 else count(number)

@@ -19,7 +19,7 @@ from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log, Step
 from moec.places import fold
 from moec.quantisation import Format, dequantise
-from moec.report import MovedLine, QuantisedLine
+from moec.report_data import MovedLine, QuantisedLine
 
 BROKEN = 0.5
 """An expert whose weights are farther off, as a share of their norm, was not quantised: that of

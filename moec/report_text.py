@@ -8,51 +8,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moec.damage_text import parts as damage_parts
 from moec.places import fold, spans
-from moec.report import (
-    BlockLine,
+from moec.quantities import count, seconds, size
+from moec.report_data import (
+    Block,
     DeclinedLine,
     ErrorLine,
     MovedLine,
     PassLine,
     PortLine,
     QuantisedLine,
-    Report,
+    ReportData,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def count(number: float) -> str:
-    """1.2 M for 1234567."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return (
-                f"{number / size:.3g} {unit}"
-                if number < 999 * size
-                else f"{number / size:.0f} {unit}"
-            )
-    return str(int(number))
-
-
-def size(number: float) -> str:
-    """1.2 MB for 1234567 bytes."""
-    for unit, unit_size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= unit_size:
-            return f"{number / unit_size:.1f} {unit}"
-    return f"{int(number)} bytes"
-
-
-def seconds(number: float) -> str:
-    return f"{number:.2f} s" if number < 9.995 else f"{number:.0f} s"
-
-
 def shape(line: PortLine) -> str:
     return f"{line.dtype}[{', '.join(line.shape)}]"
 
 
-def render(report: Report, width: int = 100, color: bool = False) -> str:
+def render(report: ReportData, width: int = 100, color: bool = False) -> str:
     """The report as text, at most `width` columns wide."""
     from rich.console import Console
 
@@ -76,7 +54,7 @@ def terminal_width() -> int:
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 140)
 
 
-def _parts(report: Report) -> Iterable[RenderableType]:
+def _parts(report: ReportData) -> Iterable[RenderableType]:
     from rich.text import Text
 
     title = f"{report.model} for {report.target}" if report.target else report.model
@@ -94,10 +72,8 @@ def _parts(report: Report) -> Iterable[RenderableType]:
         yield ""
         yield _passes(report.passes)
     for damage in report.damage:
-        from moec.damage_text import parts
-
         yield ""
-        yield from parts(damage)
+        yield from damage_parts(damage)
     if report.quantised:
         yield ""
         yield _quantised(report.quantised)
@@ -123,7 +99,7 @@ def _grid(*columns: str) -> Any:
     return table
 
 
-def _facts(report: Report) -> Any:
+def _facts(report: ReportData) -> Any:
     table = _facts_grid()
     total, active = report.parameters, report.active_parameters
     if total:
@@ -154,14 +130,14 @@ def _bounds(name: str, low: int, high: int | None) -> str:
     return f"{name} from {low}" if high is None else f"{name} {low} to {high}"
 
 
-def _blocks(blocks: Sequence[BlockLine]) -> Iterable[RenderableType]:
+def _blocks(blocks: Sequence[Block]) -> Iterable[RenderableType]:
     """Blocks that differ in nothing but their name are described once."""
     from rich.padding import Padding
     from rich.text import Text
 
     plural = "block" if len(blocks) == 1 else "blocks"
     yield Text(f"{len(blocks)} MoE {plural}", style="bold")
-    groups: dict[BlockLine, list[str]] = {}
+    groups: dict[Block, list[str]] = {}
     for block in blocks:
         groups.setdefault(replace(block, name=""), []).append(block.name)
     for block, names in groups.items():

@@ -23,7 +23,7 @@ from moec.codegen.onnx.session import open_session, runner
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.ir import Stage
 from moec.quantised import with_exact_rows
-from moec.report import MovedLine
+from moec.report_data import MovedLine
 
 if TYPE_CHECKING:
     from moec.compiled import CompiledModel

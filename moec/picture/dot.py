@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from moec.picture.marks import LIGHT
 from moec.picture.part import ENTRY, Part, Scene
-from moec.report import PortLine
-from moec.report_text import count, shape
+from moec.quantities import count
+from moec.report_data import PortLine
+from moec.report_text import shape
 
 
 def dot(scene: Scene) -> str:

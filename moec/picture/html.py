@@ -10,7 +10,8 @@ from typing import Any
 
 from moec.picture.part import Part, Scene
 from moec.picture.svg import svg
-from moec.report_text import count, shape
+from moec.quantities import count
+from moec.report_text import shape
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">

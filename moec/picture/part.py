@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from moec.report import BlockLine, DeclinedLine, PortLine
+from moec.report_data import Block, DeclinedLine, PortLine
 
 Edges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -26,7 +26,7 @@ class Part:
     ops: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[tuple[str, str], ...] = ()
     times: int = 1
-    blocks: tuple[BlockLine, ...] = ()  # of an MoE card; nearly always one
+    blocks: tuple[Block, ...] = ()  # of an MoE card; nearly always one
     split: Mapping[str, int] = field(default_factory=dict)  # parameters by kind
     declined: tuple[DeclinedLine, ...] = ()
     parts: tuple[Part, ...] = ()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from moec.ir import Graph, Op, Value
 from moec.picture.part import ENTRY, Part, Scene
 from moec.picture.repeats import collapse
-from moec.report import BlockLine, DeclinedLine, inside, port
+from moec.report import inside, port
+from moec.report_data import Block, DeclinedLine
 
 WHOLE = "(whole model)"  # the name of a block that is no module of its own
 
@@ -52,7 +53,7 @@ class _Module:
 def scene(
     title: str,
     graph: Graph,
-    blocks: Sequence[BlockLine] = (),
+    blocks: Sequence[Block] = (),
     declined: Sequence[DeclinedLine] = (),
 ) -> Scene:
     """The scene of `graph`, whose ops know their modules by `origin`."""
@@ -80,7 +81,7 @@ def _module_path(origin: str) -> str:
     return origin.split(" ")[0].split("(")[0].strip(".")
 
 
-def _path(block: BlockLine) -> str:
+def _path(block: Block) -> str:
     return "" if block.name == WHOLE else block.name
 
 
@@ -106,10 +107,10 @@ def numel(value: Value) -> int:
 @dataclass(frozen=True)
 class _Reader:
     graph: Graph
-    blocks: tuple[BlockLine, ...]
+    blocks: tuple[Block, ...]
     declined: tuple[DeclinedLine, ...]
 
-    def blocks_of(self, module: _Module) -> tuple[BlockLine, ...]:
+    def blocks_of(self, module: _Module) -> tuple[Block, ...]:
         """The MoE blocks of a module that is one, or wraps one with only its router beside it."""
         found = tuple(b for b in self.blocks if inside(_path(b), module.path))
         places = {_path(b) for b in found}
@@ -283,7 +284,7 @@ def is_sum(op: Op) -> bool:
     )
 
 
-def _split(module: _Module, blocks: Sequence[BlockLine]) -> dict[str, int]:
+def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
     """The parameters of an MoE card by what they do: the experts' are known, the rest is told
     by its shape and name."""
     split: Counter[str] = Counter()

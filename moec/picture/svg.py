@@ -23,8 +23,9 @@ from moec.picture.marks import (
     wrapped,
 )
 from moec.picture.part import ENTRY, Part, Scene
-from moec.report import PortLine
-from moec.report_text import count, shape
+from moec.quantities import count
+from moec.report_data import PortLine
+from moec.report_text import shape
 
 CARD, MOE, GAP, PAD, LANE = 340, 520, 26, 26, 22
 NAMES = {

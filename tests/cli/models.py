@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 
 from moec.ir import Graph
-from moec.report import (
-    BlockLine,
-    DeclinedLine,
-    ErrorLine,
-    PassLine,
-    Report,
-    describe_graph,
-)
+from moec.report import Report, describe_graph
+from moec.report_data import Block, DeclinedLine, ErrorLine, PassLine
 from moec.text import parse
 
 LAYER = """
@@ -68,8 +62,8 @@ def weights(of: Graph) -> dict[str, torch.Tensor]:
     }
 
 
-def block(i: int, experts: int = 4) -> BlockLine:
-    return BlockLine(
+def block(i: int, experts: int = 4) -> Block:
+    return Block(
         f"layers.{i}.moe", experts, 2, "softmax, top-2", "linear", "loop", 288, 160, "", "grouped"
     )
 

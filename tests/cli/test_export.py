@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec.codegen.onnx.export import Exported
 from moec.commands.export import render
-from moec.report import MovedLine
+from moec.report_data import MovedLine
 
 FACTORY = """
 import torch

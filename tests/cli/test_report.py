@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from moec.places import fold, spans
+from moec.quantities import count, seconds, size
 from moec.report import Report, describe_graph
-from moec.report_text import count, render, seconds, size
+from moec.report_text import render
 from moec.text import parse
 from tests.cli import models
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moec.blocks import Block, blocks
+from moec.blocks import blocks
 from moec.capture import capture
 from moec.evaluate import evaluate
 from moec.ir import Program
@@ -23,6 +23,7 @@ from moec.passes.recognise import RECOGNISERS
 from moec.passes.recognise.body import canonical
 from moec.passes.runner import Declined
 from moec.passes.share_common import ShareCommon
+from moec.report_data import Block
 from moec.text import parse, print_graph
 from tests.passes import forms
 from tests.passes.forms import EXPERTS, D, E
