@@ -17,11 +17,12 @@ from functools import partial
 from moec.errors import NoMatch
 from moec.ir import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
+from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.fans import Fan, fan
 from moec.passes.recognise.layout import Layout, divide
 from moec.passes.recognise.opnames import PRODUCTS
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
-from moec.passes.recognise.routing import Evidence, hypotheses
+from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.sizes import Dim, product
 
@@ -146,11 +147,11 @@ def form_of(reader: Reader) -> str:
 
 def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
     assert reader.x is not None
-    assert reader.experts is not None
+    assert reader.writer.experts is not None
     body, stacks = reader.body(layout)
     evidence = Evidence(
         reader.uses,
-        reader.experts,
+        reader.writer.experts,
         rows_of(reader),
         product(value.shape[:-1]),
         value,
@@ -164,7 +165,7 @@ def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
             experts=choice.experts,
             weights=choice.weights,
             top_k=choice.top_k,
-            num_experts=reader.experts,
+            num_experts=reader.writer.experts,
             stacks=stacks,
             body=body,
             cut=tuple(dict.fromkeys((reader.root, *choice.cut))),

@@ -14,6 +14,7 @@ from moec.errors import NoMatch
 from moec.ir import FLOATS, Attr, Graph, Op, Ref, Value
 from moec.passes.prove import without_origins
 from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.body_writer import BodyWriter
 from moec.passes.recognise.layout import Layout
 from moec.passes.recognise.opnames import PRODUCTS
 from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
@@ -83,7 +84,7 @@ def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
     start = next((op for op in ops if first_product(scope, op)), None)
     if start is None:
         raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
-    reader = Reader(scope, alone=True, only=frozenset(ops))
+    reader = Reader(scope, BodyWriter(alone=True), frozenset(ops))
     reader.tokens(rows_behind(scope, start, ops))
     layout = reader.read(value)
     if layout is None or not layout.applied:
@@ -159,7 +160,7 @@ def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
             raise NoMatch("its experts differ in more than their weights")
     stacks = []
     for place, param in enumerate(first.body.params):
-        picks = [b.reader.picks[b.body.params[place]] for b in ordered]
+        picks = [b.reader.writer.picks[b.body.params[place]] for b in ordered]
         if any((p.places, p.sizes) != (picks[0].places, picks[0].sizes) for p in picks):
             raise NoMatch(f"its experts arrange the weight {param.name} differently")
         stacks.append(stacked(scope, [p.base for p in picks], picks[0].places, picks[0].sizes))

@@ -49,7 +49,7 @@ def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
         return replace(source, axes=tuple(axes), reduced=True)
     if not all(a and only_features(a) for a in picked):
         raise NoMatch(f"{op.name} goes over rows and features at once")
-    plain = reader.ordered(source, picked)
+    plain = reader.writer.ordered(source, picked)
     gone = [plain.axes[p][0] for p in places]
     at = tuple(plain.atoms.index(a) + 1 for a in gone)
     atoms = plain.atoms if softmax else tuple(a for a in plain.atoms if a not in gone)
@@ -61,7 +61,7 @@ def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
     attrs: dict[str, Attr] = {k: v for k, v in op.attrs.items() if k != "keepdim"}
     attrs["dim"] = at if isinstance(given, tuple) else at[0]
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
-    (base,) = reader.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
+    (base,) = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
     return replace(plain, base=base, atoms=atoms, axes=tuple(kept))
 
 
@@ -71,12 +71,12 @@ def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
         return None
     if not source.axes[-1] or not only_features(source.axes[-1]):
         raise NoMatch("a norm goes over rows")
-    plain = reader.ordered(source, [source.axes[-1]], last=True)
+    plain = reader.writer.ordered(source, [source.axes[-1]], last=True)
     shape, dtype = plain.base.shape, op.outputs[0].dtype
     full, narrow = TensorType("f32", shape), TensorType("f32", (*shape[:-1], 1))
 
     def step(name: str, inputs: Sequence[Value], type: TensorType, **attrs: Attr) -> Value:
-        return reader.add(name, inputs, [type], attrs, op.outputs[0].name)[0]
+        return reader.writer.add(name, inputs, [type], attrs, op.outputs[0].name)[0]
 
     def as_dtype(value: Value, to: str) -> Value:
         wanted = TensorType(to, value.shape)
@@ -95,7 +95,7 @@ def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
     if op.attrs.get("round_first"):
         y = as_dtype(y, dtype)
     if gain is not None:
-        weight = reader.slice_of(gain, [gain.axes[-1]], [0], [0])
+        weight = reader.writer.slice_of(gain, [gain.axes[-1]], [0], [0])
         weight = weight if op.attrs.get("round_first") else as_dtype(weight, "f32")
         y = step("aten.mul.Tensor", [y, weight], TensorType(y.dtype, shape))
     return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
@@ -111,7 +111,7 @@ def cat(reader: Reader, op: Op) -> Layout | None:
     dim = cast(int, op.attrs.get("dim", 0)) % len(rows[0].axes)
     if not all(la.axes[dim] and only_features(la.axes[dim]) for la in rows):
         raise NoMatch("rows of several kinds are concatenated")
-    ready = [reader.in_order(la) for la in rows]
+    ready = [reader.writer.in_order(la) for la in rows]
     atom = Atom(op.outputs[0].shape[dim], False)
     place = ready[0].features.index(ready[0].axes[dim][0])
     atoms = tuple(atom if i == place else a for i, a in enumerate(ready[0].atoms))
@@ -121,7 +121,9 @@ def cat(reader: Reader, op: Op) -> Layout | None:
         "tensors": tuple(Ref(i) for i in range(len(ready))),
         "dim": place + 1,
     }
-    (base,) = reader.add(op.name, [la.base for la in ready], types, attrs, op.outputs[0].name)
+    (base,) = reader.writer.add(
+        op.name, [la.base for la in ready], types, attrs, op.outputs[0].name
+    )
     return replace(ready[0], base=base, atoms=atoms, axes=axes)
 
 
@@ -136,7 +138,7 @@ def pointwise(reader: Reader, op: Op) -> Layout | None:
     if len(layouts) == 1:
         source = rows[0]
         types = [TensorType(op.outputs[0].dtype, source.base.shape)]
-        (base,) = reader.add(op.name, [source.base], types, op.attrs, op.outputs[0].name)
+        (base,) = reader.writer.add(op.name, [source.base], types, op.attrs, op.outputs[0].name)
         return replace(source, base=base)
     if any(la.reduced for la in rows):
         raise NoMatch(f"{op.name} joins summed rows with something else")
@@ -167,16 +169,16 @@ def together(
     wide = [place for place in range(rank) if axes[place] and not only_rows(axes[place])]
     inputs = []
     for layout, mine in zip(layouts, padded, strict=True):
-        plain = reader.in_order(replace(layout, axes=mine), param_units=False)
+        plain = reader.writer.in_order(replace(layout, axes=mine))
         have = [place for place in wide if mine[place]]
         if layout.param:
-            inputs.append(reader.slice_of(plain, [mine[p] for p in have], wide, have))
+            inputs.append(reader.writer.slice_of(plain, [mine[p] for p in have], wide, have))
         else:
             sizes = [size_of(mine[p]) if p in have else 1 for p in wide]
-            inputs.append(reader.reshape(plain.base, sizes))
+            inputs.append(reader.writer.reshape(plain.base, sizes))
     atoms = tuple(axes[p][0] for p in wide)
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
-    (base,) = reader.add(name, inputs, types, attrs, op.outputs[0].name)
+    (base,) = reader.writer.add(name, inputs, types, attrs, op.outputs[0].name)
     first = next(la for la in layouts if not la.param)
     return Layout(
         base,

@@ -58,6 +58,6 @@ def fan(scope: Scope, op: Op) -> Fan | None:
         return None
     else:
         raise NoMatch(f"its branches read different rows: {sources[0].name}, {sources[1].name}")
-    layout = found.first.reader.in_order(found.first.layout)
+    layout = found.first.reader.writer.in_order(found.first.layout)
     uses = found.first.reader.uses
     return Fan(x, split, found.first.body, found.stacks, len(branches), layout.axes, uses)

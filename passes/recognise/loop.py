@@ -18,9 +18,11 @@ from moec.errors import NoMatch
 from moec.ir import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
+from moec.passes.recognise.choosing import chosen_among
+from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.opnames import ADDS
 from moec.passes.recognise.region import Scope, choices, chooses
-from moec.passes.recognise.routing import Evidence, chosen_among, hypotheses
+from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.zero_experts import chosen, zero_experts
 from moec.sizes import product

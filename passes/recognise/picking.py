@@ -96,7 +96,7 @@ def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | Non
         if op.outputs[0] in reader.scope.constants:
             return [own(reader, v, source, dim) for v in op.outputs]
         raise NoMatch(f"{op.name} cuts weights that an index has picked")
-    plain = reader.ordered(source, [axis])
+    plain = reader.writer.ordered(source, [axis])
     place = plain.atoms.index(plain.axes[dim][0]) + 1
     attrs = {**op.attrs, "dim": place}
     results = []
@@ -111,7 +111,7 @@ def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | Non
             axes[dim] = (atoms[place - 1],)
         types.append(TensorType(value.dtype, (ROWS, *(a.size for a in atoms))))
         results.append((tuple(atoms), tuple(axes)))
-    made = reader.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
+    made = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
     return [
         replace(plain, base=base, atoms=atoms, axes=axes)
         for base, (atoms, axes) in zip(made, results, strict=True)

@@ -44,7 +44,7 @@ def product(reader: Reader, op: Op) -> Layout | None:
         return mix(reader, op, sides, (left, right))
     which = stacks[0]
     weight = cast(Layout, sides[which])
-    if not reader.alone and (weight.expert is None or len(weight.atoms) < 3):
+    if not reader.writer.alone and (weight.expert is None or len(weight.atoms) < 3):
         return None  # one matrix for all: not an expert's
     if name in GROUPED:
         reader.use("ends", op.inputs[2])
@@ -57,11 +57,11 @@ def product(reader: Reader, op: Op) -> Layout | None:
     shift = reader.read(bias)
     if shift is None or not shift.param:
         raise NoMatch(f"{bias.name} is added to a product and is no weight")
-    base = reader.ops[-1] if reader.ops else None
+    base = reader.writer.ops[-1] if reader.writer.ops else None
     if base is not None and base.outputs[0] is made.base and shift.features == shift.atoms[-1:]:
-        only = reader.slice_of(shift, [shift.axes[-1]], [0], [0])
+        only = reader.writer.slice_of(shift, [shift.axes[-1]], [0], [0])
         if only.shape == made.base.shape[-1:]:
-            reader.ops[-1] = replace(base, inputs=(*base.inputs, only))
+            reader.writer.ops[-1] = replace(base, inputs=(*base.inputs, only))
             return made
     return elementwise.together(
         reader, "aten.add.Tensor", {}, [made, shift], op.outputs[0].shape, op
@@ -81,11 +81,11 @@ def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bo
         raise NoMatch(f"{op.name} sums over {mine or 'nothing'} and {inner or 'nothing'}")
     grouped = op.name in GROUPED
     columns = tuple(atom for atom in outer if not atom.rows)
-    plain = reader.ordered(source, [mine], last=True)
+    plain = reader.writer.ordered(source, [mine], last=True)
     count = total(tuple(atom.size for atom in columns))
-    matrix = reader.matrix(weight, columns, inner)
+    matrix = reader.writer.matrix(weight, columns, inner)
     shape = (*plain.base.shape[:-1], count)
-    (base,) = reader.add(
+    (base,) = reader.writer.add(
         "aten.linear.default",
         [plain.base, matrix],
         [TensorType(op.outputs[0].dtype, shape)],
@@ -105,7 +105,7 @@ def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bo
     )
     if not columns and count == 1:
         rest_atoms = rest
-        base = reader.reshape(base, tuple(x.size for x in rest))
+        base = reader.writer.reshape(base, tuple(x.size for x in rest))
     else:
         rest_atoms = (*rest, result)
     if turned or grouped:

@@ -32,6 +32,8 @@ VIEWS = frozenset(
 """Ops that keep the elements and their row-major order."""
 
 CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
+THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
+"""Ops behind which the same elements stand, perhaps more than once or in another dtype."""
 
 
 SHAPED = {

@@ -25,8 +25,9 @@ from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing
 from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
+from moec.passes.recognise.choosing import widest_choice
+from moec.passes.recognise.cuts import logits_behind
 from moec.passes.recognise.region import Emitter, Scope, is_routing
-from moec.passes.recognise.routing import logits_behind, widest_choice
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
 from moec.sizes import product

@@ -1,0 +1,215 @@
+"""One expert's body while it is read: its ops, and its params with how each is stacked.
+
+A body's values have one axis of rows, then one for each feature atom of a `Layout`, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from moec.errors import NoMatch
+from moec.ir import Attr, Graph, Op, TensorType, Value
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.body import ROWS
+from moec.passes.recognise.layout import Atom, Axis, Layout, fused, only_features, size_of
+from moec.passes.recognise.region import Emitter
+from moec.sizes import Dim, product
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A body's param: the axes `places` of a weight, in this order, grouped to `sizes`."""
+
+    base: Value
+    places: tuple[int, ...]
+    sizes: tuple[Dim, ...]
+
+
+@dataclass
+class BodyWriter:
+    """Writes one body. `alone`: weights are one expert's own, not stacks over `experts`."""
+
+    alone: bool = False
+    experts: int | None = None
+    ops: list[Op] = field(default_factory=list)
+    stacks: dict[Value, Recipe] = field(default_factory=dict)
+    leaves: list[Value] = field(default_factory=list)
+    names: dict[str, int] = field(default_factory=dict)
+    known: dict[tuple[object, ...], Value] = field(default_factory=dict)
+    picks: dict[Value, Pick] = field(default_factory=dict)
+
+    def fresh(self, name: str) -> str:
+        count = self.names.get(name, 0)
+        self.names[name] = count + 1
+        return name if not count else f"{name}_{count + 1}"
+
+    def add(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        types: Sequence[TensorType],
+        attrs: Mapping[str, Attr],
+        stem: str,
+    ) -> tuple[Value, ...]:
+        outputs = tuple(Value(self.fresh(stem), type) for type in types)
+        self.ops.append(Op(name, tuple(inputs), outputs, dict(attrs)))
+        return outputs
+
+    def reshape(self, base: Value, features: Sequence[Dim]) -> Value:
+        wanted = TensorType(base.dtype, (ROWS, *features))
+        if wanted == base.type:
+            return base
+        attrs: dict[str, Attr] = {"shape": wanted.shape}
+        return self.add("aten.reshape.default", [base], [wanted], attrs, base.name)[0]
+
+    def in_order(self, layout: Layout) -> Layout:
+        """One atom per feature axis, the base's axes in the order of the value's."""
+        return self.ordered(layout, [a for a in layout.axes if a and only_features(a)])
+
+    def ordered(self, layout: Layout, fuse: Sequence[Axis], last: bool = False) -> Layout:
+        """The base with its axes in the order of the value's, those of `fuse` in one piece each.
+
+        With `last`, the one axis of `fuse` stands last in the base.
+        """
+        if layout.param:
+            return layout
+        wanted = list(layout.features)
+        if last:
+            tail = [a for a in wanted if a in fuse[0]]
+            wanted = [a for a in wanted if a not in tail] + tail
+        base = layout.base
+        if tuple(wanted) != layout.atoms:
+            dims = (0, *(layout.atoms.index(a) + 1 for a in wanted))
+            type = TensorType(base.dtype, tuple(base.shape[d] for d in dims))
+            (base,) = self.add("aten.permute.default", [base], [type], {"dims": dims}, base.name)
+        atoms: list[Atom] = []
+        renamed: dict[Axis, Atom] = {}
+        position = 0
+        while position < len(wanted):
+            axis = next((f for f in fuse if f and f[0] is wanted[position]), None)
+            if axis is not None and len(axis) > 1:
+                renamed[axis] = fused(axis)
+                atoms.append(renamed[axis])
+                position += len(axis)
+            else:
+                atoms.append(wanted[position])
+                position += 1
+        base = self.reshape(base, tuple(a.size for a in atoms))
+        if last and not fuse[0]:  # a width of one: the linear layer needs its axis
+            atoms.append(Atom(1, False))
+            base = self.reshape(base, tuple(a.size for a in atoms))
+        axes = tuple((renamed[a],) if a in renamed else a for a in layout.axes)
+        return replace(layout, base=base, atoms=tuple(atoms), axes=axes)
+
+    def rebase(self, layout: Layout, atoms: tuple[Atom, ...]) -> Layout:
+        """The same elements with another grouping of the base's axes."""
+        sizes = tuple(a.size for a in atoms)
+        if layout.param:
+            wanted = TensorType(layout.base.dtype, sizes)
+            base = layout.base
+            if wanted != base.type:
+                view = Value(base.name, wanted)
+                self.derive(view, base)
+                base = view
+            return replace(layout, base=base, atoms=atoms)
+        return replace(layout, base=self.reshape(layout.base, sizes), atoms=atoms)
+
+    def derive(self, view: Value, base: Value) -> None:
+        recipe = self.recipe(base)
+        self.known[(view,)] = view
+        self.stacks[view] = lambda emit: emit.reshape(recipe(emit), view.shape)
+
+    def recipe(self, base: Value) -> Recipe:
+        return self.stacks.get(base) or (lambda emit: emit.old(base))
+
+    def matrix(self, weight: Layout, columns: Sequence[Atom], inner: Axis) -> Value:
+        """One expert's [N, K] of a stack."""
+        sizes = (
+            product(tuple(a.size for a in columns)),
+            product(tuple(a.size for a in inner)),
+        )
+        return self.one(weight, (*columns, *inner), sizes)
+
+    def slice_of(
+        self, weight: Layout, axes: Sequence[Axis], wide: Sequence[int], have: Sequence[int]
+    ) -> Value:
+        """One expert's slice of a stack, for an element-wise op."""
+        atoms = tuple(a for axis in axes for a in axis)
+        sizes: list[Dim] = []
+        for place in wide:
+            if place in have:
+                sizes.append(size_of(axes[have.index(place)]))
+            elif sizes:
+                sizes.append(1)
+        return self.one(weight, atoms, tuple(sizes))
+
+    def one(self, weight: Layout, order: Sequence[Atom], sizes: tuple[Dim, ...]) -> Value:
+        """The body's param for a stack whose axes are put in this order and grouped so."""
+        places = tuple(weight.atoms.index(a) for a in order)
+        key = (weight.base, places, sizes)
+        if key in self.known:
+            return self.known[key]
+        recipe = self.recipe(weight.base)
+        head = () if weight.expert is None else (weight.atoms.index(weight.expert),)
+        units = tuple(i for i, a in enumerate(weight.atoms) if i not in places and i not in head)
+        if any(weight.atoms[i].size != 1 for i in units):
+            raise NoMatch(f"{weight.base.name} has an axis that the product does not use")
+        experts = self.experts
+
+        def make(emit: Emitter) -> Value:
+            value = emit.permute(recipe(emit), (*head, *places, *units))
+            if head or self.alone:
+                return emit.reshape(value, (*([cast(int, experts)] if head else []), *sizes))
+            value = emit.reshape(value, (1, *sizes))
+            wanted = TensorType(value.dtype, (cast(int, experts), *sizes))
+            return emit("aten.expand.default", [value], [wanted], attrs={"size": wanted.shape})[0]
+
+        param = Value(self.fresh(f"p{len(self.known)}"), TensorType(weight.base.dtype, sizes))
+        self.known[key] = param
+        self.picks[param] = Pick(weight.base, places, sizes)
+        self.stacks[param] = make
+        self.leaves.append(param)
+        return param
+
+    def inline(
+        self,
+        source: Layout,
+        body: Graph,
+        stacks: Sequence[Recipe],
+        axes: tuple[Axis, ...],
+    ) -> Layout:
+        """The rows after a body that was read on its own; `axes` hold one feature axis."""
+        plain = self.ordered(source, [source.axes[-1]], last=True)
+        new = {body.inputs[0]: plain.base}
+        for param, stack in zip(body.params, stacks, strict=True):
+            mine = Value(self.fresh(f"p{len(self.leaves)}"), param.type)
+            self.stacks[mine] = stack
+            self.leaves.append(mine)
+            new[param] = mine
+        for op in body.ops:
+            made = self.add(
+                op.name,
+                [new.get(v, v) for v in op.inputs],
+                [v.type for v in op.outputs],
+                op.attrs,
+                op.outputs[0].name,
+            )
+            new |= dict(zip(op.outputs, made, strict=True))
+        base = new[body.outputs[0]]
+        atoms = tuple(a for axis in axes for a in axis if not a.rows)
+        return replace(plain, base=base, atoms=atoms, axes=axes, applied=True)
+
+    def body(self, result: Layout, x: Value) -> tuple[Graph, tuple[Recipe, ...]]:
+        """The body of rows `x` whose result is `result`, and how each of its params is stacked."""
+        plain = self.in_order(result)
+        needed = {plain.base}
+        ops: list[Op] = []
+        for op in reversed(self.ops):
+            if needed & set(op.outputs):
+                ops.append(op)
+                needed |= set(op.inputs)
+        params = tuple(p for p in self.leaves if p in needed)
+        graph = Graph((x,), params, tuple(reversed(ops)), (plain.base,), name="body")
+        return graph, tuple(self.stacks[p] for p in params)
