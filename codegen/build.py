@@ -7,7 +7,7 @@ import re
 import tvm
 from tvm import relax
 
-from moec.codegen.outline import PIPELINE
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.errors import IRError
 from moec.target import Target
 

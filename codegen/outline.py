@@ -14,8 +14,6 @@ the order of `undefined_vars`. So this pass runs last, when nothing changes them
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import tvm
 from tvm import tirx
 from tvm.ir import StringImm, Var
@@ -24,21 +22,9 @@ from tvm.tirx.analysis import undefined_vars
 
 from moec.codegen.cpu.tasks import WORTH
 
-PIPELINE = "moec"
-"""TVM's default pipeline with this pass at its end."""
 
-
-def _pipeline() -> tuple[tvm.transform.Pass, Callable[[], tvm.transform.Pass], object]:
-    passes, host, device = tirx.get_tir_pipeline("default")
-    last = tirx.transform.prim_func_pass(_outlined, opt_level=0)
-    return passes, lambda: tvm.transform.Sequential([host(), last]), device
-
-
-def _outlined(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
+def outlined(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
     return function.with_body(_Outlining(str(function.attrs["global_symbol"])).of(function.body))
-
-
-tirx.register_tir_pipeline(PIPELINE, _pipeline)
 
 
 class _Outlining:

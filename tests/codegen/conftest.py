@@ -10,6 +10,7 @@ import tvm
 from torch import Tensor
 
 from moec.codegen.build import context
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.target import Target
 
 
@@ -20,7 +21,8 @@ def build() -> Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]]:
     def make(target: Target, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
         name = str(kernel.attrs["global_symbol"])
         with context(checked=True):
-            library = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(target.tvm()))
+            made_for = tvm.target.Target(target.tvm())
+            library = tvm.tirx.build(tvm.IRModule({name: kernel}), made_for, PIPELINE)
         function = library[name]
 
         def call(*tensors: Tensor) -> None:

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.cpu import tasks
 from moec.codegen.cpu.layout import LinearSpec
 from moec.codegen.cpu.linear import linear
-from moec.codegen.outline import PIPELINE
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.target import host
 
 TARGET = tvm.target.Target(host().tvm())
@@ -38,7 +38,7 @@ from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.linear import linear
 from moec.codegen.cpu.pack import pack
 from moec.codegen.cpu.tasks import WORTH_SHARING
-from moec.codegen.outline import PIPELINE
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.target import host
 torch.manual_seed(0)
 spec = LinearSpec(300, 129, "float32")
