@@ -5,42 +5,18 @@ Text models only; of families that also see or hear, their text part.
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.models.families import Family
-
-_MLA: dict[str, Any] = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
-_GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
-_ROUTED: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 2}
-_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
-_LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
-_WIDTHS: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 32}
-_DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
-_INDEXER: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
-_HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
-_DELTA_RULE: dict[str, Any] = {
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "head_dim": 16,
-}
+from tests.models.fields import DENSE_FIRST, EXPERTS, GROUPS, LOCAL, MLA, ROUTED, WIDTHS
+from tests.models.other_attention import OTHER_ATTENTION
 
 OTHER_FAMILIES: dict[str, Family] = {
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
         "Glm4MoeConfig",
         {
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
@@ -50,11 +26,11 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Glm4MoeLiteForCausalLM",
         "Glm4MoeLiteConfig",
         {
-            **_MLA,
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **MLA,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
+            **DENSE_FIRST,
             "n_shared_experts": 1,
             "norm_topk_prob": True,
         },
@@ -63,7 +39,7 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Ernie4_5_MoeForCausalLM",
         "Ernie4_5_MoeConfig",
         {
-            **_WIDTHS,
+            **WIDTHS,
             "moe_num_experts": 8,
             "moe_k": 2,
             "moe_num_shared_experts": 1,
@@ -73,7 +49,7 @@ OTHER_FAMILIES: dict[str, Family] = {
     "minimax_m2": Family(
         "MiniMaxM2ForCausalLM",
         "MiniMaxM2Config",
-        {**_LOCAL, "intermediate_size": 96, "head_dim": 16},
+        {**LOCAL, "intermediate_size": 96, "head_dim": 16},
     ),
     "hunyuan_v1_moe": Family(
         "HunYuanMoEV1ForCausalLM",
@@ -83,18 +59,18 @@ OTHER_FAMILIES: dict[str, Family] = {
     "granitemoeshared": Family(
         "GraniteMoeSharedForCausalLM",
         "GraniteMoeSharedConfig",
-        {**_LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48},
+        {**LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48},
     ),
     "granitemoe_swa": Family(
         "GraniteMoeSWAForCausalLM",
         "GraniteMoeSWAConfig",
-        {**_LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48, "sliding_window": 8},
+        {**LOCAL, "intermediate_size": 96, "shared_intermediate_size": 48, "sliding_window": 8},
     ),
     "gemma4": Family(
         "Gemma4ForCausalLM",
         "Gemma4TextConfig",
         {
-            **_WIDTHS,
+            **WIDTHS,
             "num_experts": 8,
             "head_dim": 16,
             "sliding_window": 8,
@@ -110,9 +86,9 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Dots1ForCausalLM",
         "Dots1Config",
         {
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "sliding_window": 8,
@@ -123,8 +99,8 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Lfm2MoeForCausalLM",
         "Lfm2MoeConfig",
         {
-            **_EXPERTS,
-            **_WIDTHS,
+            **EXPERTS,
+            **WIDTHS,
             "num_dense_layers": 1,
             "norm_topk_prob": True,
             "layer_types": ["conv", "full_attention"],
@@ -133,7 +109,7 @@ OTHER_FAMILIES: dict[str, Family] = {
     "flex_olmo": Family(
         "FlexOlmoForCausalLM",
         "FlexOlmoConfig",
-        {**_EXPERTS, "intermediate_size": 96, "norm_topk_prob": True},
+        {**EXPERTS, "intermediate_size": 96, "norm_topk_prob": True},
     ),
     "dbrx": Family(
         "DbrxForCausalLM",
@@ -157,10 +133,10 @@ OTHER_FAMILIES: dict[str, Family] = {
         "MiMoV2FlashForCausalLM",
         "MiMoV2FlashConfig",
         {
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
+            **DENSE_FIRST,
             "head_dim": 16,
             "v_head_dim": 16,
             "sliding_window": 8,
@@ -171,8 +147,8 @@ OTHER_FAMILIES: dict[str, Family] = {
         "AfmoeForCausalLM",
         "AfmoeConfig",
         {
-            **_EXPERTS,
-            **_WIDTHS,
+            **EXPERTS,
+            **WIDTHS,
             "num_shared_experts": 1,
             "head_dim": 16,
             "num_dense_layers": 1,
@@ -183,10 +159,10 @@ OTHER_FAMILIES: dict[str, Family] = {
         "ExaoneMoeForCausalLM",
         "ExaoneMoeConfig",
         {
-            **_GROUPS,
-            **_EXPERTS,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **GROUPS,
+            **EXPERTS,
+            **WIDTHS,
+            **DENSE_FIRST,
             "num_shared_experts": 1,
             "first_k_dense_replace": 1,
             "sliding_window": 8,
@@ -197,8 +173,8 @@ OTHER_FAMILIES: dict[str, Family] = {
         "SolarOpenForCausalLM",
         "SolarOpenConfig",
         {
-            **_GROUPS,
-            **_ROUTED,
+            **GROUPS,
+            **ROUTED,
             "moe_intermediate_size": 32,
             "n_shared_experts": 1,
             "head_dim": 16,
@@ -220,8 +196,8 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Cohere2MoeForCausalLM",
         "Cohere2MoeConfig",
         {
-            **_EXPERTS,
-            **_DENSE_FIRST,
+            **EXPERTS,
+            **DENSE_FIRST,
             "intermediate_size": 96,
             "num_shared_experts": 1,
             "head_dim": 16,
@@ -233,10 +209,10 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Mistral4ForCausalLM",
         "Mistral4Config",
         {
-            **_MLA,
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
+            **MLA,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
@@ -245,25 +221,25 @@ OTHER_FAMILIES: dict[str, Family] = {
     "hy_v3": Family(
         "HYV3ForCausalLM",
         "HYV3Config",
-        {**_EXPERTS, **_WIDTHS, **_DENSE_FIRST, "num_shared_experts": 1, "head_dim": 16},
+        {**EXPERTS, **WIDTHS, **DENSE_FIRST, "num_shared_experts": 1, "head_dim": 16},
     ),
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeTextModel",
         "Qwen3VLMoeTextConfig",
-        {**_LOCAL, **_WIDTHS, "head_dim": 16, "sliding_window": 8},
+        {**LOCAL, **WIDTHS, "head_dim": 16, "sliding_window": 8},
     ),
     "qwen3_omni_moe": Family(
         "Qwen3OmniMoeThinkerTextModel",
         "Qwen3OmniMoeTextConfig",
-        {**_EXPERTS, **_WIDTHS, "sliding_window": 8, "norm_topk_prob": True},
+        {**EXPERTS, **WIDTHS, "sliding_window": 8, "norm_topk_prob": True},
     ),
     "glm4v_moe": Family(
         "Glm4vMoeTextModel",
         "Glm4vMoeTextConfig",
         {
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
@@ -279,7 +255,7 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Ernie4_5_VLMoeTextModel",
         "Ernie4_5_VLMoeTextConfig",
         {
-            **_DENSE_FIRST,
+            **DENSE_FIRST,
             "intermediate_size": 96,
             "moe_intermediate_size": [32, 16],
             "moe_num_experts": 8,
@@ -296,9 +272,9 @@ OTHER_FAMILIES: dict[str, Family] = {
         "MuseSparkTextModel",
         "MuseSparkTextConfig",
         {
-            **_LOCAL,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **LOCAL,
+            **WIDTHS,
+            **DENSE_FIRST,
             "head_dim": 16,
             "sliding_window": 8,
             "moe_hidden_size": 64,
@@ -309,9 +285,9 @@ OTHER_FAMILIES: dict[str, Family] = {
         "MellumForCausalLM",
         "MellumConfig",
         {
-            **_LOCAL,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **LOCAL,
+            **WIDTHS,
+            **DENSE_FIRST,
             "head_dim": 16,
             "sliding_window": 8,
             "norm_topk_prob": True,
@@ -321,9 +297,9 @@ OTHER_FAMILIES: dict[str, Family] = {
         "LagunaForCausalLM",
         "LagunaConfig",
         {
-            **_EXPERTS,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **EXPERTS,
+            **WIDTHS,
+            **DENSE_FIRST,
             "shared_expert_intermediate_size": 48,
             "head_dim": 16,
             "sliding_window": 8,
@@ -334,7 +310,7 @@ OTHER_FAMILIES: dict[str, Family] = {
         "Kolibri1ForCausalLM",
         "Kolibri1Config",
         {
-            **_LOCAL,
+            **LOCAL,
             "moe_intermediate_size": 32,
             "shared_expert_intermediate_size": 48,
             "head_dim": 16,
@@ -346,8 +322,8 @@ OTHER_FAMILIES: dict[str, Family] = {
         "FlintForCausalLM",
         "FlintConfig",
         {
-            **_EXPERTS,
-            **_WIDTHS,
+            **EXPERTS,
+            **WIDTHS,
             "shared_expert_intermediate_size": 48,
             "head_dim": 16,
             "sliding_window": 8,
@@ -359,11 +335,11 @@ OTHER_FAMILIES: dict[str, Family] = {
         "AXK1ForCausalLM",
         "AXK1Config",
         {
-            **_MLA,
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **MLA,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
+            **DENSE_FIRST,
             "n_shared_experts": 1,
             "norm_topk_prob": True,
         },
@@ -372,10 +348,10 @@ OTHER_FAMILIES: dict[str, Family] = {
         "BeamForCausalLM",
         "BeamConfig",
         {
-            **_GROUPS,
-            **_EXPERTS,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **GROUPS,
+            **EXPERTS,
+            **WIDTHS,
+            **DENSE_FIRST,
             "head_dim": 16,
             "sliding_window": 8,
             "norm_topk_prob": True,
@@ -384,16 +360,16 @@ OTHER_FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": Family(
         "DeepseekOcr2TextModel",
         "DeepseekOcr2TextConfig",
-        {**_GROUPS, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, "n_shared_experts": 1, "head_dim": 16},
+        {**GROUPS, **ROUTED, **WIDTHS, **DENSE_FIRST, "n_shared_experts": 1, "head_dim": 16},
     ),
     "unlimited_ocr": Family(
         "UnlimitedOcrTextModel",
         "UnlimitedOcrTextConfig",
         {
-            **_GROUPS,
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
+            **GROUPS,
+            **ROUTED,
+            **WIDTHS,
+            **DENSE_FIRST,
             "n_shared_experts": 1,
             "head_dim": 16,
             "sliding_window": 8,
@@ -402,14 +378,14 @@ OTHER_FAMILIES: dict[str, Family] = {
     "step3p7": Family(
         "Step3p7TextModel",
         "Step3p7TextConfig",
-        {**_ROUTED, **_WIDTHS, **_DENSE_FIRST, "head_dim": 16, "sliding_window": 8},
+        {**ROUTED, **WIDTHS, **DENSE_FIRST, "head_dim": 16, "sliding_window": 8},
     ),
     "minimax_m3_vl": Family(
         "MiniMaxM3VLForCausalLM",
         "MiniMaxM3VLTextConfig",
         {
-            **_LOCAL,
-            **_DENSE_FIRST,
+            **LOCAL,
+            **DENSE_FIRST,
             "intermediate_size": 96,
             "shared_intermediate_size": 48,
             "head_dim": 16,
@@ -419,211 +395,5 @@ OTHER_FAMILIES: dict[str, Family] = {
             "rotary_dim": 8,
         },
     ),
-    "zaya": Family(
-        "ZayaForCausalLM",
-        "ZayaConfig",
-        {
-            "moe_intermediate_size": 32,
-            "num_experts": 8,
-            "num_experts_per_tok": 1,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "router_hidden_size": 16,
-        },
-    ),
-    "qwen3_next": Family(
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        {**_EXPERTS, **_WIDTHS, **_DELTA_RULE, **_HYBRID, "shared_expert_intermediate_size": 48},
-    ),
-    "qwen3_5_moe": Family(
-        "Qwen3_5MoeForCausalLM",
-        "Qwen3_5MoeTextConfig",
-        {
-            **_EXPERTS,
-            **_DELTA_RULE,
-            **_HYBRID,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 48,
-        },
-    ),
-    "lara_mini": Family(
-        "LaraMiniForCausalLM",
-        "LaraMiniConfig",
-        {
-            **_EXPERTS,
-            **_DELTA_RULE,
-            "layer_types": ["linear_attention", "sliding_attention"],
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 48,
-            "sliding_window": 8,
-        },
-    ),
-    "kimi_linear": Family(
-        "KimiLinearForCausalLM",
-        "KimiLinearConfig",
-        {
-            **_LOCAL,
-            **_WIDTHS,
-            **_MLA,
-            **_HYBRID,
-            **_DENSE_FIRST,
-            "q_lora_rank": None,
-            "linear_head_dim": 16,
-            "linear_num_heads": 4,
-        },
-    ),
-    "bailing_hybrid": Family(
-        "BailingHybridForCausalLM",
-        "BailingHybridConfig",
-        {
-            **_LOCAL,
-            **_WIDTHS,
-            **_MLA,
-            **_GROUPS,
-            **_HYBRID,
-            **_DENSE_FIRST,
-            "q_lora_rank": None,
-            "head_dim": 16,
-        },
-    ),
-    "granitemoehybrid": Family(
-        "GraniteMoeHybridForCausalLM",
-        "GraniteMoeHybridConfig",
-        {
-            **_LOCAL,
-            "intermediate_size": 96,
-            "shared_intermediate_size": 48,
-            "layer_types": ["mamba", "attention"],
-            "mamba_n_heads": 8,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 16,
-            "mamba_chunk_size": 16,
-        },
-    ),
-    "nemotron_h": Family(
-        "NemotronHForCausalLM",
-        "NemotronHConfig",
-        {
-            **_ROUTED,
-            "layers_block_type": ["mamba", "moe", "attention"],
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "ssm_state_size": 16,
-            "n_groups": 2,
-            "chunk_size": 16,
-            "moe_intermediate_size": 32,
-            "moe_shared_expert_intermediate_size": 48,
-        },
-    ),
-    "jamba": Family(
-        "JambaForCausalLM",
-        "JambaConfig",
-        {
-            **_EXPERTS,
-            "intermediate_size": 96,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-        },
-    ),
-    "minimax": Family(
-        "MiniMaxForCausalLM",
-        "MiniMaxConfig",
-        {**_LOCAL, **_HYBRID, "intermediate_size": 96, "head_dim": 16, "block_size": 16},
-    ),
-    "longcat_flash": Family(
-        "LongcatFlashForCausalLM",
-        "LongcatFlashConfig",
-        {
-            **_MLA,
-            "ffn_hidden_size": 96,
-            "expert_ffn_hidden_size": 32,
-            "n_routed_experts": 6,
-            "zero_expert_num": 2,
-            "moe_topk": 2,
-            "head_dim": 8,
-        },
-    ),
-    "deepseek_v32": Family(
-        "DeepseekV32ForCausalLM",
-        "DeepseekV32Config",
-        {**_MLA, **_GROUPS, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
-    ),
-    "glm_moe_dsa": Family(
-        "GlmMoeDsaForCausalLM",
-        "GlmMoeDsaConfig",
-        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
-    ),
-    "axk2": Family(
-        "AXK2ForCausalLM",
-        "AXK2Config",
-        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER, "gated_norm_rank": 8},
-    ),
-    "hy_v4": Family(
-        "HYV4ForCausalLM",
-        "HYV4Config",
-        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
-    ),
-    "dots3_note": Family(
-        "Dots3NoteForCausalLM",
-        "Dots3NoteTextConfig",
-        {
-            **_MLA,
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
-            **_INDEXER,
-            "shared_experts_intermediate_size": 48,
-            "sliding_window": 8,
-        },
-    ),
-    "mistral_large4": Family(
-        "MistralLarge4TextModel",
-        "MistralLarge4TextConfig",
-        {**_MLA, **_ROUTED, **_WIDTHS, **_DENSE_FIRST, **_INDEXER},
-    ),
-    "inkling": Family(
-        "InklingForCausalLM",
-        "InklingTextConfig",
-        {
-            **_ROUTED,
-            **_WIDTHS,
-            **_DENSE_FIRST,
-            "head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "sliding_window_size": 8,
-            "d_rel": 8,
-            "rel_extent": 32,
-            "layer_types": ["hybrid_sliding", "hybrid"],
-            "unpadded_vocab_size": 150,
-        },
-    ),
-    "inkling2": Family(
-        "Inkling2ForCausalLM",
-        "Inkling2TextConfig",
-        {
-            **_ROUTED,
-            "moe_intermediate_size": 32,
-            "head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "sliding_window_size": 8,
-            "d_rel": 8,
-            "rel_extent": 32,
-            "layer_types": ["hybrid_sliding", "hybrid"],
-            "unpadded_vocab_size": 150,
-            "n_layers_per_attn_res_block": 1,
-        },
-    ),
-    "openai_privacy_filter": Family(
-        "OpenAIPrivacyFilterForTokenClassification",
-        "OpenAIPrivacyFilterConfig",
-        {**_LOCAL, "intermediate_size": 32, "head_dim": 16, "sliding_window": 8},
-    ),
+    **OTHER_ATTENTION,
 }

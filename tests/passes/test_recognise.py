@@ -25,8 +25,9 @@ from moec.passes.runner import Declined
 from moec.passes.share_common import ShareCommon
 from moec.report_data import Block
 from moec.text import parse, print_graph
-from tests.passes import forms
-from tests.passes.forms import EXPERTS, D, E
+from tests.passes.forms import loops, others, routers, stacks
+from tests.passes.forms.experts import EXPERTS
+from tests.passes.forms.sizes import D, E
 
 Golden = Callable[[str], None]
 BEFORE = (Canonicalise(), ShareCommon())
@@ -60,18 +61,18 @@ def check_text(program: Program, golden: Golden) -> None:
 
 
 LOOPS = {
-    "loop": forms.Loop,
-    "batched-loop": forms.Batched3D,
-    "one-hot": forms.OneHotLoop,
-    "rows": forms.RowsLoop,
-    "slices": forms.SlicedLoop,
-    "gathered": forms.Gathered,
-    "gathered-bmm": forms.GatheredBmm,
-    "capacity-slot": forms.Capacity,
-    "capacity-token": lambda: forms.Capacity(by_slot=False),
-    "all-weigh": forms.AllThenWeigh,
-    "all-matmul": forms.AllThenMatmul,
-    "all-gather": forms.AllThenGather,
+    "loop": loops.Loop,
+    "batched-loop": loops.Batched3D,
+    "one-hot": loops.OneHotLoop,
+    "rows": loops.RowsLoop,
+    "slices": loops.SlicedLoop,
+    "gathered": stacks.Gathered,
+    "gathered-bmm": stacks.GatheredBmm,
+    "capacity-slot": stacks.Capacity,
+    "capacity-token": lambda: stacks.Capacity(by_slot=False),
+    "all-weigh": stacks.AllThenWeigh,
+    "all-matmul": stacks.AllThenMatmul,
+    "all-gather": stacks.AllThenGather,
 }
 FORMS = {
     "loop": "static loop",
@@ -109,7 +110,7 @@ def test_forms_as_captured(name: str) -> None:
     assert (block.form, declined) == (FORMS[name], ())
 
 
-@pytest.mark.parametrize("form", [forms.Sorted, forms.SortedBack])
+@pytest.mark.parametrize("form", [stacks.Sorted, stacks.SortedBack])
 def test_sorted(form: type[nn.Module], golden: Golden) -> None:
     program, (block,), declined = recognised(form().bfloat16())
     check_text(program, golden)
@@ -119,8 +120,8 @@ def test_sorted(form: type[nn.Module], golden: Golden) -> None:
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_experts(expert: str) -> None:
-    others = {"geglu": forms.AllThenGather, "normed": forms.RowsLoop}
-    form = others.get(expert, forms.Loop)
+    others = {"geglu": stacks.AllThenGather, "normed": loops.RowsLoop}
+    form = others.get(expert, loops.Loop)
     _, (block,), declined = recognised(form(EXPERTS[expert]))
     activations = {
         "packed": "swiglu",
@@ -150,14 +151,14 @@ ROUTERS = {
 
 @pytest.mark.parametrize("rule", ROUTERS)
 def test_routers(rule: str) -> None:
-    _, (block,), declined = recognised(forms.Gathered(getattr(forms, rule)))
+    _, (block,), declined = recognised(stacks.Gathered(getattr(routers, rule)))
     assert block.router == ROUTERS[rule]
     assert declined == ()
 
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_grouped_routers(version: int) -> None:
-    _, (block,), _ = recognised(forms.Loop(router=forms.Grouped(version), count=8))
+    _, (block,), _ = recognised(loops.Loop(router=routers.Grouped(version), count=8))
     before, kind, after = {
         2: ("softmax", "max", ""),
         3: ("sigmoid, correction bias", "top2sum", "renormalised, "),
@@ -166,13 +167,13 @@ def test_grouped_routers(version: int) -> None:
 
 
 def test_argmax_without_weights() -> None:
-    program, (block,), _ = recognised(forms.RowsLoop(rule=forms.argmax_only))
+    program, (block,), _ = recognised(loops.RowsLoop(rule=routers.argmax_only))
     assert block.top_k == 1
     assert "weighted" not in print_graph(program.graph) or "custom" in block.router
 
 
 def test_unknown_router_leaves_the_block() -> None:
-    program, (block,), declined = recognised(forms.Loop(rule=forms.tempered))
+    program, (block,), declined = recognised(loops.Loop(rule=routers.tempered))
     assert block.router == "custom"
     assert not any(op.name == "moe.route" for op in program.graph.ops)
     (why,) = declined
@@ -184,7 +185,7 @@ def test_unknown_router_leaves_the_block() -> None:
 
 
 def test_experts_that_copy_their_rows(golden: Golden) -> None:
-    program, (block,), declined = recognised(forms.Copies())
+    program, (block,), declined = recognised(others.Copies())
     check_text(program, golden)
     assert (block.form, block.experts, block.top_k) == ("static loop", E - 2, 2)
     assert (block.router, block.zero) == ("softmax, top-2, renormalised", "2 copy")
@@ -192,7 +193,7 @@ def test_experts_that_copy_their_rows(golden: Golden) -> None:
 
 
 def test_input_side(golden: Golden) -> None:
-    program, (block,), declined = recognised(forms.InputSide())
+    program, (block,), declined = recognised(stacks.InputSide())
     check_text(program, golden)
     assert block.router == "sigmoid, top-2, weights on the input"
     (combine,) = [op for op in program.graph.ops if op.name == "moe.combine"]
@@ -203,7 +204,7 @@ def test_input_side(golden: Golden) -> None:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 def test_shared_experts(gated: bool, first: bool) -> None:
-    _, (block,), declined = recognised(forms.SharedExpert(gated, first))
+    _, (block,), declined = recognised(loops.SharedExpert(gated, first))
     assert block.shared == ("added, gated by a sigmoid" if gated else "added")
     assert declined == ()
 
@@ -211,7 +212,7 @@ def test_shared_experts(gated: bool, first: bool) -> None:
 @pytest.mark.parametrize("by_slot", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_capacity_drops(size: int, by_slot: bool) -> None:
-    program, (block,), _ = recognised(forms.Capacity(size, by_slot))
+    program, (block,), _ = recognised(stacks.Capacity(size, by_slot))
     (drop,) = [op for op in program.graph.ops if op.name == "moe.capacity"]
     assert drop.attrs["capacity"] == size
     assert drop.attrs["order"] == ("slot" if by_slot else "token")
@@ -219,44 +220,44 @@ def test_capacity_drops(size: int, by_slot: bool) -> None:
 
 
 def test_capacity_renormalised_after_drops() -> None:
-    _, (block,), _ = recognised(forms.Capacity(2, renormalise=True))
+    _, (block,), _ = recognised(stacks.Capacity(2, renormalise=True))
     assert block.form == "dense dispatch with capacity"
 
 
 def test_switch_capacity() -> None:
-    program, (block,), _ = recognised(forms.SwitchCapacity())
+    program, (block,), _ = recognised(stacks.SwitchCapacity())
     assert (block.form, block.top_k) == ("dense dispatch with capacity", 1)
     assert any(op.name == "moe.capacity" for op in program.graph.ops)
 
 
-REFUSED = {
-    "SoftMixture": "every token uses all 4 experts: nothing chooses among them",
-    "SoftLoop": "every token uses all 4 experts: nothing chooses among them",
-    "Unequal": "only 2 of the 4 experts that are chosen among are alike",
-    "Missing": "its branches are the experts [0, 1, 3], expected 0 to 2",
-    "WrongExpert": "static loop: the numbers differ by",
-    "InputSideBiased": "evaluate all, then select: the numbers differ by",
+REFUSED: dict[Callable[[], nn.Module], str] = {
+    others.SoftMixture: "every token uses all 4 experts: nothing chooses among them",
+    others.SoftLoop: "every token uses all 4 experts: nothing chooses among them",
+    others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
+    others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
+    others.WrongExpert: "static loop: the numbers differ by",
+    stacks.InputSideBiased: "evaluate all, then select: the numbers differ by",
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals(name: str) -> None:
-    program, found, declined = recognised(getattr(forms, name)())
+@pytest.mark.parametrize("form", REFUSED)
+def test_refusals(form: Callable[[], nn.Module]) -> None:
+    program, found, declined = recognised(form())
     assert found == ()
     assert not any(op.name.startswith("moe.") for op in program.graph.ops)
-    assert any(d.reason.startswith(REFUSED[name]) for d in declined), declined
+    assert any(d.reason.startswith(REFUSED[form]) for d in declined), declined
 
 
 def test_what_one_expert_cannot_do() -> None:
     """Experts that look across tokens are declined up to there; what follows is a block."""
-    _, (block,), declined = recognised(forms.AcrossTokens())
+    _, (block,), declined = recognised(others.AcrossTokens())
     assert block.activation == "linear"
     assert [d.reason for d in declined] == [
         "aten.sub.Tensor joins rows with mean (aten.mean.dim goes over rows)"
     ]
 
 
-@pytest.mark.parametrize("form", [forms.Dense, forms.Ensemble])
+@pytest.mark.parametrize("form", [others.Dense, others.Ensemble])
 def test_dense_models_are_left_alone_silently(form: type[nn.Module]) -> None:
     _, found, declined = recognised(form())
     assert (found, declined) == ((), ())
@@ -264,7 +265,7 @@ def test_dense_models_are_left_alone_silently(form: type[nn.Module]) -> None:
 
 @pytest.fixture(scope="module")
 def looped() -> Program:
-    return recognised(forms.RowsLoop())[0]
+    return recognised(loops.RowsLoop())[0]
 
 
 @given(st.integers(0, 9), st.sampled_from(["random", "tied", "one", "zero"]), st.integers(0, 99))
@@ -295,7 +296,7 @@ def test_equal_layers_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     compare = Prover._compare
     monkeypatch.setattr(Prover, "_compare", lambda *args: ran.append(args[2]) or compare(*args))
-    layers = nn.Sequential(forms.Gathered(), forms.Gathered(), forms.Gathered())
+    layers = nn.Sequential(stacks.Gathered(), stacks.Gathered(), stacks.Gathered())
     _, found, _ = recognised(layers)
     assert len(found) == 3
     assert len({id(before) for before in ran}) == 2  # one region, one router
@@ -303,7 +304,7 @@ def test_equal_layers_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fuel_limits_recognition() -> None:
-    captured = capture(nn.Sequential(forms.Gathered(), forms.Gathered()), (torch.randn(6, D),))
+    captured = capture(nn.Sequential(stacks.Gathered(), stacks.Gathered()), (torch.randn(6, D),))
     program = runner.run(captured.program, RECOGNISERS, fuel=1)[-1].program
     assert len(blocks(program.graph)) == 1
 

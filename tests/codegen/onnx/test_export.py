@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.onnx.rules import BUILD
 from moec.errors import MoecError, TargetError, UnsupportedError, UsageError, VerificationError
-from tests.passes.forms import D, Gathered, InputSide, Loop, SharedExpert, softmax_topk
+from tests.passes.forms.loops import Loop, SharedExpert
+from tests.passes.forms.routers import softmax_topk
+from tests.passes.forms.sizes import D
+from tests.passes.forms.stacks import Gathered, InputSide
 
 ROWS = ({0: torch.export.Dim("T", min=0)},)
 

@@ -18,7 +18,8 @@ from moec.codegen.onnx.rules import BUILD
 from moec.codegen.onnx.session import open_session, runner
 from moec.errors import UnsupportedError, VerificationError
 from moec.passes.incremental import past_and_present
-from tests.passes.forms import D, Loop
+from tests.passes.forms.loops import Loop
+from tests.passes.forms.sizes import D
 
 VOCABULARY, HEADS, LONGEST = 40, 4, 64
 NEAR = 1e-5  # of the greatest logit: float32 sums in another order, over two layers

@@ -25,8 +25,8 @@ from moec.passes.runner import Log
 from moec.quantisation import parse
 from moec.quantised import with_exact_rows
 from tests.codegen.onnx.running import Run, agree, program, running, written
-from tests.passes.forms import D as WIDTH
-from tests.passes.forms import Loop
+from tests.passes.forms.loops import Loop
+from tests.passes.forms.sizes import D as WIDTH
 
 D, H, E = 64, 32, 4
 FORMATS = ("int8", "int4", "int8:32", "int8:asymmetric", "int4:32:asymmetric", "mxfp4")
