@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 
@@ -169,8 +170,7 @@ class Prover:
 
     def _pool(self, scale: float) -> torch.Tensor:
         if scale not in self.pools:
-            pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
-            self.pools[scale] = pool * scale
+            self.pools[scale] = _normal() * scale
         return self.pools[scale]
 
     def _param(self, value: Value, index: int) -> torch.Tensor:
@@ -183,6 +183,12 @@ class Prover:
         dtype = torch.float64 if value.dtype == "f64" else torch.float32
         scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
         return window(self._pool(scale), shape, 7919 * index).to(dtype)
+
+
+@cache
+def _normal() -> torch.Tensor:
+    """What all pools are made of: drawing it takes longer than most proofs."""
+    return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
 
 
 def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tensor:

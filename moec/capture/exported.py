@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import sympy
@@ -46,11 +47,15 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """To core ATen, with the operators in `KEPT` left whole."""
+    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+    return dict(_decompositions(len(composite)))
+
+
+@cache
+def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
+    """torch's table takes long to fill, and has more where more such operators are registered."""
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    for overload in list(table):
-        if str(overload) in KEPT:
-            del table[overload]
-    return table
+    return {op: table[op] for op in list(table) if str(op) not in KEPT}
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
