@@ -15,7 +15,7 @@ demo: $(installed)
 	$(python) examples/demo.py
 
 test: $(installed)
-	$(python) -m pytest -n $(JOBS) $(TESTS)
+	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: $(installed)
 	$(python) -m ruff check .

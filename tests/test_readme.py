@@ -1,4 +1,5 @@
-"""Every block of the README runs, in order, in one folder: python blocks and console blocks."""
+"""Every block of the README runs, in the order of its section, in a folder of the section's own:
+python blocks and console blocks."""
 
 from __future__ import annotations
 
@@ -44,13 +45,35 @@ def test_blocks_are_found():
     assert command(Block("console", "$ a\noutput\n$ b | c\n", 1))[-1] == "a\nb | c"
 
 
-def test_readme_runs(tmp_path):
+def sections(markdown: str) -> dict[str, list[Block]]:
+    """The blocks under each heading of the second level, where there are any."""
+    starts = [*re.finditer(r"^## (.+)$", markdown, re.M)]
+    lines = [markdown.count("\n", 0, start.start()) for start in starts]
+    found: dict[str, list[Block]] = {}
+    for block in blocks(markdown):
+        name = [s[1] for s, line in zip(starts, lines, strict=True) if line < block.line][-1]
+        found.setdefault(name, []).append(block)
+    return found
+
+
+SECTIONS = sections((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_sections_hold_all_blocks():
+    assert sections("## a\n```python\n1\n```\n## b\n## c\n### d\n```console\n$ e\n```\n") == {
+        "a": [Block("python", "1\n", 2)],
+        "c": [Block("console", "$ e\n", 8)],
+    }
+    assert {block.kind for found in SECTIONS.values() for block in found} == {"python", "console"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("section", SECTIONS)
+def test_readme_runs(section, tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     scripts = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    found = list(blocks((ROOT / "README.md").read_text(encoding="utf-8")))
-    assert {block.kind for block in found} == {"python", "console"}
-    for block in found:
+    for block in SECTIONS[section]:
         done = subprocess.run(
             command(block), cwd=tmp_path, env=environment, capture_output=True, text=True
         )

@@ -20,6 +20,7 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_example(path):
     assert run(path).strip()

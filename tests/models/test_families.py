@@ -60,6 +60,7 @@ def same_choice(got: torch.Tensor, expected: torch.Tensor, limit: float) -> torc
     return near | (got.argmax(-1) == best.indices[..., 0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_float32(name: str, tmp_path: Path) -> None:
     model = compiled(name, torch.float32)
