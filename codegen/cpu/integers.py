@@ -33,13 +33,15 @@ def functions(v: Vector) -> AbstractContextManager[object]:
     return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
 
 
-def round_into(
-    v: Vector, buffer: Buffer, index: list[Expr], x: Expr, inverse: Expr, bits: int = 8
-) -> Expr:
-    """x * inverse, rounded to the nearest integer, as integers of `bits` (8 or 16) into the int32
-    `buffer` from `index` on; also the integers, int32 lanes. For NaN they are some integers."""
+def rounded(v: Vector, x: Expr, inverse: Expr) -> Expr:
+    """x * inverse, rounded to the nearest integer, as int32 lanes; for NaN some integers."""
+    return T.bind(_call(v, f"int32x{v.lanes}", "rounded", x, v.splat(inverse)))
+
+
+def store_narrow(v: Vector, buffer: Buffer, index: list[Expr], x: Expr, bits: int) -> None:
+    """The low `bits` (8 or 16) of int32 lanes into the int32 `buffer` from `index` on."""
     where = T.address_of(buffer[tuple(index)])
-    return T.bind(_call(v, f"int32x{v.lanes}", f"round{bits}_into", where, x, v.splat(inverse)))
+    T.evaluate(_call(v, "int32", f"store_narrow{bits}", where, x))
 
 
 def total(v: Vector, x: Expr) -> Expr:
@@ -91,7 +93,13 @@ def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
 def _functions(target: Target) -> str:
     n = target.vector_lanes
     return (
-        _rounding(n, 8) + _rounding(n, 16) + _total(n) + _minus4(n) + _dot4(target) + _e2m1(target)
+        _rounded(n)
+        + _store_narrow(n, 8)
+        + _store_narrow(n, 16)
+        + _total(n)
+        + _minus4(n)
+        + _dot4(target)
+        + _e2m1(target)
     )
 
 
@@ -99,17 +107,26 @@ def _splat(n: int, kind: str, value: str) -> str:
     return "<" + ", ".join([f"{kind} {value}"] * n) + ">"
 
 
-def _rounding(n: int, bits: int) -> str:
+def _rounded(n: int) -> str:
     f, i = f"<{n} x float>", f"<{n} x i32>"
     return f"""
-define linkonce_odr {i} @moec_round{bits}_into_{n}(ptr %p, {f} %x, {f} %inverse) alwaysinline {{
+define linkonce_odr {i} @moec_rounded_{n}({f} %x, {f} %inverse) alwaysinline {{
   %m = fmul {f} %x, %inverse
   %t = fadd {f} %m, {_splat(n, "float", _ROUNDER)}
   %b = bitcast {f} %t to {i}
   %q = sub {i} %b, {_splat(n, "i32", _ROUNDER_BITS)}
-  %e = trunc {i} %q to <{n} x i{bits}>
-  store <{n} x i{bits}> %e, ptr %p, align 4
   ret {i} %q
+}}
+"""
+
+
+def _store_narrow(n: int, bits: int) -> str:
+    i, e = f"<{n} x i32>", f"<{n} x i{bits}>"
+    return f"""
+define linkonce_odr i32 @moec_store_narrow{bits}_{n}(ptr %p, {i} %x) alwaysinline {{
+  %e = trunc {i} %x to {e}
+  store {e} %e, ptr %p, align 4
+  ret i32 0
 }}
 """
 

@@ -43,16 +43,19 @@ class QuantisedLayout(Layout):
     def tile_rows(self) -> int:
         """Rows of the register tile. Scales by the block need two sets of sums in registers:
         integers of the block, and floats of all blocks."""
-        few = self.blocks > 1 and self.target.vector_registers < 32
-        return self.target.tile_rows // 2 if few else self.target.tile_rows
+        sets = 2 if self.blocks > 1 else 1
+        return self.target.tile_rows * self.target.tile_vectors // (self._most_vectors * sets)
 
     @property
     def vectors(self) -> int:
-        most = self.target.tile_vectors
-        most = min(most, 2) if self.blocks > 1 else most
         halves = 2 if self.spec.gated else 1
         needed = -(-self.spec.n // self.target.vector_lanes)
-        return halves * min(most // halves, needed)
+        return halves * min(self._most_vectors // halves, needed)
+
+    @property
+    def _most_vectors(self) -> int:
+        most = self.target.tile_vectors
+        return min(most, 2) if self.blocks > 1 else most
 
     @property
     def blocks(self) -> int:

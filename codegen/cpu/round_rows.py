@@ -102,7 +102,8 @@ class _Block:
 
         def write(x: Expr, at: Expr) -> None:
             place = [self.row, T.truncdiv(at, 32 // self.bits)]
-            made = integers.round_into(v, self.codes, place, x, inverse, self.bits)
+            made = integers.rounded(v, x, inverse)
+            integers.store_narrow(v, self.codes, place, made, self.bits)
             T.buffer_store(added, added[lanes] + made, [lanes])
 
         self.each(write)
