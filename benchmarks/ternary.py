@@ -33,7 +33,7 @@ from moec.codegen.cpu.grouped import grouped_linear  # noqa: E402
 from moec.codegen.cpu.layout import Layout, LinearSpec  # noqa: E402
 from moec.codegen.cpu.masks import CompressedSpec  # noqa: E402
 from moec.codegen.cpu.pack import pack  # noqa: E402
-from moec.codegen.cpu.quantised_layout import row_words  # noqa: E402
+from moec.codegen.cpu.quantised_layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
 from moec.compression import compress, decompress, nbytes  # noqa: E402
 from moec.target import parse  # noqa: E402
@@ -102,9 +102,9 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     packed = torch.from_numpy(one).repeat(experts, 1, 1, 1)
 
     x = torch.randn(tokens, k)
-    rows = [torch.zeros(tokens, row_words(k, 16), dtype=torch.int32), torch.zeros(tokens, 1)]
+    rows = [torch.zeros(tokens, PAIRS.words(k), dtype=torch.int32), torch.zeros(tokens, 1)]
     rows.append(torch.zeros(tokens, 1, dtype=torch.int32))
-    built(round_rows(TARGET, k, 1, "float32", bits=16))(x, *rows)
+    built(round_rows(TARGET, k, 1, "float32", form=PAIRS))(x, *rows)
     y, z = torch.zeros(tokens, n), torch.zeros(tokens, n)
     table = [torch.from_numpy(masks(dictionary().entries).view(np.int64)).clone()]
 

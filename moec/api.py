@@ -74,9 +74,10 @@ def compile(
     the code that `generate` runs for one token after the other.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
-    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. With
-    "int8,linears=int8,head=int8" also other linear layers, and the head. Codes are rounded to
-    nearest or, where there is `calib`, chosen on it (GPTQ).
+    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
+    them are rounded to 8 bits, with ":rows16" to 16. With "int8,linears=int8,head=int8" also other
+    linear layers, and the head. Codes are rounded to nearest or, where there is `calib`, chosen on
+    it (GPTQ).
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`

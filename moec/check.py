@@ -17,7 +17,7 @@ from moec.closeness import (
     computed_dtypes,
     default_tolerance,
     distance,
-    is_quantised,
+    rounds_rows,
     row_errors,
 )
 from moec.errors import CaptureError, IRError, VerificationError
@@ -295,7 +295,7 @@ class _Rule:
     def of(graph: Graph, tolerance: float | None) -> _Rule:
         limit = default_tolerance(graph) if tolerance is None else tolerance
         share = max((STRAYS.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
-        share = max(share, QUANTISED_STRAYS if is_quantised(graph) else 0.0)
+        share = max(share, QUANTISED_STRAYS if rounds_rows(graph) else 0.0)
         return _Rule(limit, max(limit, FAR) if share else limit, share)
 
     def strays(self, compared: Iterable[Compared]) -> tuple[int, int]:

@@ -4,8 +4,9 @@
     mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
 
 A scale (and a zero) belongs to a row of a weight [.., N, K], or to each block of a row. Rows of
-activations are quantised while the model runs, to whole numbers of -127 .. 127 with one scale
-for each block of the weights that they meet: products are then sums of integers.
+activations are quantised while the model runs, to whole numbers of 8 bits (-127 .. 127) or of 16
+(-32639 .. 32639, which is 257 times as fine) with one scale for each block of the weights that they
+meet: products are then sums of integers.
 """
 
 from __future__ import annotations
@@ -19,23 +20,33 @@ from moec.errors import UsageError
 
 KINDS = ("int8", "int4", "mxfp4")
 BLOCKS = (32, 64, 128)
+ROW_BITS = (8, 16)
 BITS = {"int8": 8, "int4": 4, "mxfp4": 4}
 MXFP4_BLOCK = 32
 # e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
+MOST_SUMMED = 65536
+"""Weights of one scale: the products of so many bytes, of rows (-128 .. 127) and of weights less
+their zeros (-255 .. 255), have a sum below 2^31."""
 TINY = 1e-30
 """A block of activations without a greater magnitude is 0: its scale could not be inverted."""
 
-SPELLING = "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, or mxfp4"
+SPELLING = (
+    "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, or mxfp4; "
+    "any of them with :rows16"
+)
+WIDE_ROWS = "rows16"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored. `block` 0: one scale a row."""
+    """How a weight is stored, and to how many bits (8 or 16) the rows are rounded that it meets.
+    `block` 0: one scale a row."""
 
     kind: str
     block: int = 0
     asymmetric: bool = False
+    row_bits: int = 8
 
     @property
     def bits(self) -> int:
@@ -57,7 +68,8 @@ class Format:
 
     def __str__(self) -> str:
         block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
-        return self.kind + block + (":asymmetric" if self.asymmetric else "")
+        rows = f":{WIDE_ROWS}" if self.row_bits == 16 else ""
+        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows
 
 
 def parse(text: str) -> Format:
@@ -70,13 +82,15 @@ def parse(text: str) -> Format:
     kind, *options = text.split(":")
     if kind not in KINDS:
         raise UsageError(f"quant {text!r}: {kind!r} is no format; {SPELLING}")
-    block, asymmetric = 0, False
+    block, asymmetric, row_bits = 0, False, 8
     for option in options:
-        if kind == "mxfp4":
+        if option == WIDE_ROWS and row_bits == 8:
+            row_bits = 16
+        elif kind == "mxfp4":
             raise UsageError(
                 f"quant {text!r}: mxfp4 is symmetric, in blocks of 32: it takes no :{option}"
             )
-        if option == "asymmetric" and not asymmetric:
+        elif option == "asymmetric" and not asymmetric:
             asymmetric = True
         elif option in map(str, BLOCKS) and not block:
             block = int(option)
@@ -84,7 +98,7 @@ def parse(text: str) -> Format:
             raise UsageError(
                 f"quant {text!r}: :{option} is no block and no option, or comes twice; {SPELLING}"
             )
-    return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric)
+    return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric, row_bits)
 
 
 PARTS = ("experts", "linears", "head")
@@ -220,8 +234,9 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
 
 
 def most_of(bits: int) -> float:
-    """The greatest code of activations of 8 or 16 bits."""
-    return float(2 ** (bits - 1) - 1)
+    """The greatest code of activations of 8 or 16 bits. One of 16 is 256 times a byte plus another,
+    both of them signed, so that kernels may multiply bytes: 256 * 127 + 127 is the greatest."""
+    return {8: 127.0, 16: 32639.0}[bits]
 
 
 def round_rows(x: Tensor, blocks: int, bits: int = 8) -> Tensor:

@@ -95,13 +95,15 @@ def _numberless(op: Op) -> str:
     return place if op.name == "grouped.quantised" else re.sub(r"\d+", "*", place)
 
 
-def with_exact_rows(program: Program) -> Program:
-    """The same weights of few bits, and rows that are not rounded as they meet them."""
+def with_exact_rows(program: Program, asked: bool = True) -> Program:
+    """The same weights of few bits, and rows that are not rounded as they meet them. Whoever runs
+    it may round them to `row_bits`, or to 8 where rows of 16 cannot be `asked` for."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
         if op.name != "grouped.quantised":
             return None
-        attrs: dict[str, Attr] = {**op.attrs, "exact_rows": True}
+        kept = {name: a for name, a in op.attrs.items() if asked or name != "row_bits"}
+        attrs: dict[str, Attr] = {**kept, "exact_rows": True}
         return b.emit(op.name, op.inputs, like=op, attrs=attrs, body=op.body)
 
     return replace(program, graph=rewrite(program.graph, rule, Log()))

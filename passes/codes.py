@@ -10,12 +10,19 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch
-from moec.ir import Graph, Op, Program, Stage, TensorType, Value
+from moec.ir import Attr, Graph, Op, Program, Stage, TensorType, Value
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
-from moec.quantisation import Format, Quantised, quantise
+from moec.quantisation import MOST_SUMMED, Format, Quantised, quantise
 
 WIDE = ("f32", "bf16", "f16")
+
+
+def attributes(format: Format) -> dict[str, Attr]:
+    """What an op says of the format of its weights."""
+    made: dict[str, Attr] = {"kind": format.kind}
+    made |= {"zeros": True} if format.asymmetric else {}
+    return made | ({"row_bits": format.row_bits} if format.row_bits != 8 else {})
 
 
 @dataclass(eq=False)
@@ -40,6 +47,8 @@ class Codes:
             raise NoMatch(f"the weights {matrix} are not of {', '.join(WIDE)}")
         if not isinstance(width, int) or (format.block and width % format.block):
             raise NoMatch(f"blocks of {format.block} do not divide the {width} weights of a row")
+        if not format.block and width > MOST_SUMMED:
+            raise NoMatch(f"a row of {width} weights is too long for one scale: choose a block")
         parts = weight if weight.ndim == 3 else weight[None]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NoMatch(f"the weights {matrix.name} hold an infinity or a NaN")

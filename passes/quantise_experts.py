@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Value
+from moec.ir import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
-from moec.passes.codes import WIDE, Codes, Quantising
+from moec.passes.codes import WIDE, Codes, Quantising, attributes
 from moec.passes.rewrite import Builder
 from moec.quantisation import Format
 
@@ -46,8 +46,6 @@ class QuantiseExperts(Quantising):
                     f"the weights {matrix.name} and {parts.matrices[0].name} differ in shape"
                 )
         values = [v for matrix in parts.matrices for v in codes.params(matrix, format, b)]
-        attrs: dict[str, Attr] = {**op.attrs, "kind": format.kind}
-        if format.asymmetric:
-            attrs["zeros"] = True
+        attrs = {**op.attrs, **attributes(format)}
         inputs = parts.storing(values)
         return b.emit("grouped.quantised", inputs, like=op, attrs=attrs, body=op.body)

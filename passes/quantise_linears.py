@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Value
-from moec.passes.codes import WIDE, Codes, Quantising
+from moec.ir import Graph, Op, Value
+from moec.passes.codes import WIDE, Codes, Quantising, attributes
 from moec.passes.rewrite import Builder
 from moec.quantisation import Format
 
@@ -50,9 +50,7 @@ class QuantiseLinears(Quantising):
         codes.check(weight, format)
         if x.dtype not in WIDE or op.outputs[0].dtype != x.dtype:
             raise NoMatch(f"the rows {x} are not of {', '.join(WIDE)}")
-        attrs: dict[str, Attr] = {"kind": format.kind}
-        attrs |= {"zeros": True} if format.asymmetric else {}
-        attrs |= {"biased": True} if bias else {}
+        attrs = attributes(format) | ({"biased": True} if bias else {})
         inputs = [x, *codes.params(weight, format, b), *bias]
         return b.emit("nn.quantised_linear", inputs, like=op, attrs=attrs)
 

@@ -5,7 +5,8 @@
 Integers are exact, and blocks' sums become floats and are added as in quantised.py: the bits are
 those of its register tile, so few rows may go there and many here. Weights of 4 bits are first
 taken apart into bytes, once for all rows. Blocks of 32 codes would fill half of a register, and
-moving their sums out would take longer than dot products do.
+moving their sums out would take longer than dot products do. Rows of 16 bits are half as many, with
+a block of registers for their upper bytes and one for the lower.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from moec.codegen.cpu.tile import ceildiv
 from moec.codegen.cpu.tile_intrinsics import TILE_BYTES, TILE_ROWS
 
 BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors
-MOST_ROWS = BLOCKS * TILE_ROWS
 CODES = TILE_BYTES  # of a row that one register holds, and the words that they are
 WORDS = CODES // 4
 FEW_ROWS = 24
-"""Fewer than this many rows are done sooner by dot products."""
+"""Fewer than this many rows of bytes are done sooner by dot products."""
 _ROWS, _WEIGHTS = 4, 6  # the first register of rows, and of weights; those below hold sums
 
 
@@ -35,13 +35,13 @@ class _Scratch:
     """What a task keeps in its cache: `rows` of x, their scales and sums; the weights' bytes."""
 
     rows: Buffer  # [BLOCKS, steps of K, TILE_ROWS, WORDS]
-    factors: Buffer  # [MOST_ROWS, blocks]
-    totals: Buffer  # [MOST_ROWS, blocks]
+    factors: Buffer  # [most rows, blocks]
+    totals: Buffer  # [most rows, planes * blocks]
     bytes: Buffer | None  # [words of K, columns]
-    integers: Buffer  # [blocks at once, MOST_ROWS, lanes of two vectors]
+    integers: Buffer  # [blocks at once, BLOCKS * TILE_ROWS, lanes of two vectors]
     scales: Buffer  # [blocks at once, lanes of two vectors]; what of those belongs to weights
     zeros: Buffer
-    sums: Buffer  # [MOST_ROWS, columns]
+    sums: Buffer  # [most rows, columns]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,21 @@ class AmxQuantisedTile(QuantisedTile):
     @property
     def row_chunk(self) -> int:
         """Rows that stay in half of the second-level cache while tiles of weights pass by."""
-        fit = self.layout.target.l2 // 2 // (self.layout.x_words * 4)
-        return max(1, fit // MOST_ROWS) * MOST_ROWS
+        fit = self.layout.target.l2 // 2 // (self._planes * self.layout.x_words * 4)
+        return max(1, fit // self._most_rows) * self._most_rows
+
+    @property
+    def _planes(self) -> int:
+        return self.layout.row_codes.planes
+
+    @property
+    def _blocks_of_rows(self) -> int:
+        """Blocks of rows whose planes are all in registers."""
+        return BLOCKS // self._planes
+
+    @property
+    def _most_rows(self) -> int:
+        return self._blocks_of_rows * TILE_ROWS
 
     def rows(
         self,
@@ -63,7 +76,7 @@ class AmxQuantisedTile(QuantisedTile):
         following: tuple[Expr, Expr] | None = None,
         tiles: Expr | int = 1,
     ) -> None:
-        with T.If(count < FEW_ROWS):
+        with T.If(count < FEW_ROWS // self._planes):
             with T.Then():
                 super().rows(group, tile, first, count, None, tiles)
             with T.Else():
@@ -71,28 +84,28 @@ class AmxQuantisedTile(QuantisedTile):
 
     def _many(self, group: Expr, tile: Expr, first: Expr, count: Expr, tiles: Expr | int) -> None:
         v, lay, bits = self.vector, self.layout, self.layout.spec.format.bits
-        steps = lay.spec.k // CODES
+        steps, most = lay.spec.k // CODES, self._most_rows
         scratch = _Scratch(
             v.scratch((BLOCKS, steps, TILE_ROWS, WORDS), "int32"),
-            v.scratch((MOST_ROWS, lay.blocks), "float32"),
-            v.scratch((MOST_ROWS, lay.blocks), "int32"),
+            v.scratch((most, lay.blocks), "float32"),
+            v.scratch((most, self._planes * lay.blocks), "int32"),
             v.scratch((lay.spec.k // 4, lay.columns), "int32") if bits == 4 else None,
-            v.scratch((lay.blocks_at_once, MOST_ROWS, 2 * v.lanes), "int32"),
+            v.scratch((lay.blocks_at_once, BLOCKS * TILE_ROWS, 2 * v.lanes), "int32"),
             v.scratch((lay.blocks_at_once, 2 * v.lanes), "float32"),
             v.scratch((lay.blocks_at_once, 2 * v.lanes), "int32"),
-            v.scratch((MOST_ROWS, lay.columns), "float32"),
+            v.scratch((most, lay.columns), "float32"),
         )
         v.tiles("begin")
-        with T.serial(0, ceildiv(count, MOST_ROWS)) as part:
-            row = T.bind(first + part * MOST_ROWS)
-            m = T.bind(T.min(first + count - row, T.int64(MOST_ROWS)))
+        with T.serial(0, ceildiv(count, most)) as part:
+            row = T.bind(first + part * most)
+            m = T.bind(T.min(first + count - row, T.int64(most)))
             lying = T.bind(T.int64(0) if self.operands.gathered else T.truncdiv(m, TILE_ROWS))
             self._copy(row, lying, m, scratch)
             with T.serial(0, tiles) as t:
                 some = T.bind(tile + t)
                 if scratch.bytes is not None:
                     self._take_apart(group, some, scratch.bytes)
-                for blocks in range(1, BLOCKS + 1):
+                for blocks in range(1, self._blocks_of_rows + 1):
                     fits = ceildiv(m, TILE_ROWS) == blocks
                     with T.If(fits), T.Then():
                         self._products(group, some, row, blocks, lying, m, scratch)
@@ -103,20 +116,22 @@ class AmxQuantisedTile(QuantisedTile):
         v.tiles("end")
 
     def _copy(self, row: Expr, lying: Expr, m: Expr, scratch: _Scratch) -> None:
-        """Scales and sums of all rows, and the codes of the blocks from `lying` on; what is
+        """Scales and sums of all rows, and the codes of the blocks of rows from `lying` on; what is
         behind row `m` is that row again."""
-        v, lay, ops = self.vector, self.layout, self.operands
-        sources = T.alloc_buffer((MOST_ROWS,), "int64")
-        with T.serial(0, MOST_ROWS) as i:
+        v, lay, ops, planes = self.vector, self.layout, self.operands, self._planes
+        sources = T.alloc_buffer((self._most_rows,), "int64")
+        with T.serial(0, self._most_rows) as i:
             source = T.bind(ops.x_row(row + T.min(T.Cast("int64", i), m - 1)))
             T.buffer_store(sources, source, [i])
             with T.serial(0, lay.blocks) as block:
                 T.buffer_store(scratch.factors, ops.x_scales[source, block], [i, block])
+            with T.serial(0, planes * lay.blocks) as block:
                 T.buffer_store(scratch.totals, ops.sums[source, block], [i, block])
-        with T.serial(lying, ceildiv(m, TILE_ROWS)) as block:
+        with T.serial(lying, ceildiv(m, TILE_ROWS)) as block, T.serial(0, planes) as plane:
             with T.serial(0, lay.spec.k // CODES) as step, T.serial(0, TILE_ROWS) as i:
-                there = ops.x[sources[block * TILE_ROWS + i], step * WORDS]
-                to = scratch.rows[block, step, i, 0]
+                word = plane * lay.x_words + step * WORDS
+                there = ops.x[sources[block * TILE_ROWS + i], word]
+                to = scratch.rows[block * planes + plane, step, i, 0]
                 v.copy_line(to, there)
 
     def _take_apart(self, group: Expr, tile: Expr, to: Buffer) -> None:
@@ -171,10 +186,11 @@ class AmxQuantisedTile(QuantisedTile):
         vectors: range,
         scratch: _Scratch,
     ) -> None:
-        """scratch.integers[g] of one block of K."""
-        v, lay, ops = self.vector, self.layout, self.operands
+        """scratch.integers[g] of one block of K: of the planes of each block of rows in turn."""
+        v, lay, ops, planes = self.vector, self.layout, self.operands, self._planes
         block_words = lay.spec.k // lay.blocks // 4
-        sums = {(b, j): b * 2 + at for b in range(blocks) for at, j in enumerate(vectors)}
+        planes_of_all = range(blocks * planes)
+        sums = {(b, j): b * 2 + at for b in planes_of_all for at, j in enumerate(vectors)}
         for register in sums.values():
             v.tile_zero(register)
         with T.serial(0, block_words // WORDS) as step:
@@ -185,13 +201,15 @@ class AmxQuantisedTile(QuantisedTile):
                 else:
                     weights = ops.w[group, tile, word, j * v.lanes]
                 v.tile_load(_WEIGHTS + at, weights, lay.columns * 4)
-            for b in range(blocks):
+            for b in planes_of_all:
                 copied = scratch.rows[b, T.truncdiv(word, WORDS), 0, 0]
                 if ops.gathered:
                     v.tile_load(_ROWS + b, copied, TILE_BYTES)
                 else:
-                    there, lies = ops.x[row + b * TILE_ROWS, word], T.Cast("int32", b < lying)
-                    strides = lay.x_words * 4, TILE_BYTES
+                    block_of_rows, plane = divmod(b, planes)
+                    there = ops.x[row + block_of_rows * TILE_ROWS, plane * lay.x_words + word]
+                    lies = T.Cast("int32", block_of_rows < lying)
+                    strides = planes * lay.x_words * 4, TILE_BYTES
                     v.tile_load_either(_ROWS + b, lies, there, strides[0], copied, strides[1])
             for (b, j), register in sums.items():
                 numbers = register, _ROWS + b, _WEIGHTS + j - vectors.start
@@ -219,11 +237,14 @@ class AmxQuantisedTile(QuantisedTile):
                 made = T.bind(v.splat(0.0) if lay.blocks == 1 else scratch.sums[i, to])
                 for g in range(lay.blocks_at_once):
                     factor = v.splat(scratch.factors[i, first + g])
-                    whole = scratch.integers[g, i, lane]
+                    planes = range(self._planes)
+                    wholes = [scratch.integers[g, p * TILE_ROWS + i, lane] for p in planes]
                     if scratch.bytes is None:
-                        total = T.broadcast(scratch.totals[i, first + g], v.lanes)
-                        whole = whole - scratch.zeros[g, lane] * total
-                    real = T.bind(T.cast(T.bind(whole), v.dtype))
+                        at = [[i, p * lay.blocks + first + g] for p in planes]
+                        totals = [T.broadcast(scratch.totals[tuple(a)], v.lanes) for a in at]
+                        zero = T.bind(scratch.zeros[g, lane])
+                        wholes = [w - zero * t for w, t in zip(wholes, totals, strict=True)]
+                    real = integers.joined(v, wholes)
                     if lay.blocks == 1:
                         made = T.bind(real * (scratch.scales[g, lane] * factor))
                     else:

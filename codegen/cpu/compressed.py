@@ -28,11 +28,10 @@ from moec.codegen.cpu import masks
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Weights
 from moec.codegen.cpu.product import Output, Product
-from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.cpu.round_rows import RoundedRows
 from moec.codegen.cpu.sorted_rows import sorted_product
 from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
-from moec.ops.compressed import X_BITS
 from moec.target import Target
 
 ROWS = 4
@@ -175,7 +174,7 @@ class CompressedTile(Tile):
         """At most ROW_CHUNK rows from `base` on: some columns are decoded, then met by all."""
         v, lay, ops = self.vector, self.layout, self.operands
         made = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
-        decoded = T.alloc_buffer((2, DECODED, row_words(lay.spec.k, X_BITS)), "int32")
+        decoded = T.alloc_buffer((2, DECODED, PAIRS.words(lay.spec.k)), "int32")
         last = T.bind(self._columns(tile) - 1)
         for half, matrix in enumerate(ops.matrices):
             with T.serial(0, T.truncdiv(last, DECODED) + 1) as block:
@@ -259,7 +258,7 @@ def compressed_linear(
 
     product = Product(
         lay,
-        lambda rows: RoundedRows.of(rows, row_words(spec.k, X_BITS)),
+        lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
         lambda suffix: masks.weights(spec),
         tile,
         lambda: masks.functions(target),

@@ -9,6 +9,7 @@ has none, four multiplications in lanes of 16 bits give the same integers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -42,6 +43,19 @@ def store_narrow(v: Vector, buffer: Buffer, index: list[Expr], x: Expr, bits: in
     """The low `bits` (8 or 16) of int32 lanes into the int32 `buffer` from `index` on."""
     where = T.address_of(buffer[tuple(index)])
     T.evaluate(_call(v, "int32", f"store_narrow{bits}", where, x))
+
+
+def signed_bytes(v: Vector, x: Expr) -> list[Expr]:
+    """Lanes of -32640 .. 32639 -> a and b of -128 .. 127 for which x = 256 a + b."""
+    half = T.broadcast(T.int32(128), v.lanes)
+    upper = T.bind(T.shift_right(x + half, T.broadcast(T.int32(8), v.lanes)))
+    return [upper, T.bind(x - upper * T.broadcast(T.int32(256), v.lanes))]
+
+
+def joined(v: Vector, sums: Sequence[Expr]) -> Expr:
+    """Sums of integers as float32 lanes: of bytes, or of upper and of lower bytes."""
+    first, *lower = [T.bind(T.cast(T.bind(sum), v.dtype)) for sum in sums]
+    return T.bind(v.fma(first, v.splat(256.0), lower[0])) if lower else first
 
 
 def total(v: Vector, x: Expr) -> Expr:

@@ -48,7 +48,7 @@ def quantised_product(
 
     return Product(
         lay,
-        lambda rows: RoundedRows.of(rows, lay.x_words, lay.blocks),
+        lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
         lambda suffix: QuantisedWeights.of(lay, suffix),
         tile,
         lambda: integers.functions(Vector(target)),

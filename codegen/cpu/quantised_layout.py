@@ -27,6 +27,33 @@ ROW_STEP = 64
 
 
 @dataclass(frozen=True)
+class RowCodes:
+    """How a row of x lies in int32 words, as integers of `bits`: all of them, one after the other,
+    or in two `planes`, first the upper bytes and then the lower ones. Both bytes are signed, and
+    the integer is 256 * upper + lower.
+    """
+
+    bits: int = 8
+    planes: int = 1
+
+    @property
+    def per_word(self) -> int:
+        """Of a plane."""
+        return 32 * self.planes // self.bits
+
+    def words(self, width: int) -> int:
+        """Of one plane of a row of `width`, padded. Behind each whole integer of 16 bits are at
+        least 31 more: such rows are read from anywhere on (masks.py)."""
+        behind = 32 if self.per_word == 2 else 0
+        return -(-(width + behind) // ROW_STEP) * ROW_STEP // self.per_word
+
+
+BYTES = RowCodes()
+PAIRS = RowCodes(16)
+PLANES = RowCodes(16, 2)
+
+
+@dataclass(frozen=True)
 class QuantisedSpec(LinearSpec):
     """As LinearSpec, for weights of `format`; x is codes, and `dtype` says nothing about it."""
 
@@ -41,9 +68,9 @@ class QuantisedLayout(Layout):
 
     @property
     def tile_rows(self) -> int:
-        """Rows of the register tile. Scales by the block need two sets of sums in registers:
-        integers of the block, and floats of all blocks."""
-        sets = 2 if self.blocks > 1 else 1
+        """Rows of the register tile. Each plane of their codes needs sums in registers, and scales
+        by the block one set more: floats of all blocks."""
+        sets = self.row_codes.planes + (1 if self.blocks > 1 else 0)
         return self.target.tile_rows * self.target.tile_vectors // (self._most_vectors * sets)
 
     @property
@@ -105,16 +132,13 @@ class QuantisedLayout(Layout):
         return (self.spec.groups, self.tiles, self.blocks, self.columns)
 
     @property
+    def row_codes(self) -> RowCodes:
+        return BYTES if self.spec.format.row_bits == 8 else PLANES
+
+    @property
     def x_words(self) -> int:
-        """int32 words of a row of x, four codes each."""
-        return row_words(self.spec.k)
-
-
-def row_words(width: int, bits: int = 8) -> int:
-    """int32 words of a row of `width` codes of 8 or 16 bits, padded. Behind each code of 16 bits
-    are at least 31 more: such rows are read from anywhere on (ternary.py)."""
-    behind = 0 if bits == 8 else 32
-    return -(-(width + behind) // ROW_STEP) * ROW_STEP * bits // 32
+        """int32 words of a plane of a row of x, four codes each."""
+        return self.row_codes.words(self.spec.k)
 
 
 def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:

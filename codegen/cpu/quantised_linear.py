@@ -21,8 +21,8 @@ def quantised_linears(
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k], (w, its scales[, its zeros][, bias packed]) of
     each product, y[T, n] of each)."""
-    if len({(spec.k, spec.format.block) for spec in specs}) != 1:
-        raise ValueError(f"{name}: the products are of rows of other widths or blocks")
+    if len({(spec.k, spec.format.block, spec.format.row_bits) for spec in specs}) != 1:
+        raise ValueError(f"{name}: the products are of rows of other widths or blocks, or bits")
     if any(spec.groups != 1 or spec.gated for spec in specs):
         raise ValueError(f"{name}: the products must be dense, each with one matrix")
     return dense_products([quantised_product(target, spec) for spec in specs], name)

@@ -1,4 +1,4 @@
-"""Products of each expert's rows, as codes of 8 bits, with that expert's weights of few bits.
+"""Products of each expert's rows, as codes of 8 or 16 bits, with that expert's weights of few bits.
 
     y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
 
@@ -9,6 +9,15 @@ on the rows beside them.
 The register tile is that of float32 (tile.py): some rows times the columns of a tile. Where a
 row has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float
 and is added to a second set of registers, which leaves room for half as many columns.
+
+A row of 16 bits is two rows of bytes that meet the same weights, which are read and taken apart
+once: x = 256 a + b, so x . w = 256 (a . w) + b . w. Both sums are exact in int32
+(quantisation.MOST_SUMMED) and are joined as floats at the end of a block. In blocks of at most 128
+they are exact in float32 too, and the join rounds once; sums over all of K round two times more, by
+2^-24, where rows were rounded to 2^-16 of their greatest. (No other way is faster. Dot products of
+pairs, of 16 bits or of bf16, make half as many products an instruction as those of bytes, so they
+take as long, and weights must first be widened. The former leave int32 behind 256 of K; the latter
+hold 8 bits of a row, and few CPUs have them.)
 """
 
 from __future__ import annotations
@@ -67,14 +76,19 @@ class QuantisedTile(Tile):
                 [T.alloc_buffer((v.lanes,), dtype) for _ in range(lay.vectors)] for _ in range(m)
             ]
 
-        whole, acc = registers("int32"), registers("float32")
+        whole = [registers("int32") for _ in range(lay.row_codes.planes)]
+        acc = registers("float32")
+
+        def real(i: int, j: int) -> Expr:
+            return integers.joined(v, [plane[i][j][lanes] for plane in whole])
+
         if lay.blocks == 1:
             self._integers(whole, rows, group, tile, 0, fetch)
             scales = self._scales(group, tile, 0)
             for i, r in enumerate(rows):
                 factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
                 for j, scale in enumerate(scales):
-                    T.buffer_store(acc[i][j], self._float(whole[i][j]) * (scale * factor), [lanes])
+                    T.buffer_store(acc[i][j], real(i, j) * (scale * factor), [lanes])
         else:
             for each in acc:
                 for a in each:
@@ -85,33 +99,34 @@ class QuantisedTile(Tile):
                 for i, r in enumerate(rows):
                     factor = v.splat(T.bind(self.operands.x_scales[r, block]))
                     for j, scale in enumerate(scales):
-                        scaled = T.bind(self._float(whole[i][j]) * factor)
+                        scaled = T.bind(real(i, j) * factor)
                         added = v.fma(scaled, scale, acc[i][j][lanes])
                         T.buffer_store(acc[i][j], added, [lanes])
         self._finish(acc, row, m, group, tile)
 
-    def _float(self, sums: Buffer) -> Expr:
-        v = self.vector
-        return T.bind(T.cast(sums[T.ramp(0, 1, v.lanes)], v.dtype))
-
     def _integers(
         self,
-        acc: list[list[Buffer]],
+        acc: list[list[list[Buffer]]],
         rows: list[Expr],
         group: Expr,
         tile: Expr,
         block: Expr | int,
         fetch: Fetch | None,
     ) -> None:
-        """acc[i][j] = the integer sums of one block."""
+        """acc[plane][i][j] = the integer sums of one block."""
         v, lay, ops = self.vector, self.layout, self.operands
         lanes = T.ramp(0, 1, v.lanes)
         zeros = self._zeros(group, tile, block)
-        for i, r in enumerate(rows):
-            total = T.bind(ops.sums[r, block])
+        places = [
+            (own, r, plane)
+            for plane, every in enumerate(acc)
+            for own, r in zip(every, rows, strict=True)
+        ]
+        for own, r, plane in places:
+            total = T.bind(ops.sums[r, plane * lay.blocks + block])
             for j in range(lay.vectors):
                 start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
-                T.buffer_store(acc[i][j], start, [lanes])
+                T.buffer_store(own[j], start, [lanes])
         quads = lay.per_word // 4
         with T.serial(0, lay.depth_block) as step:
             word = T.bind(block * lay.depth_block + step)
@@ -120,11 +135,12 @@ class QuantisedTile(Tile):
             at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
             codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
             for q in range(quads):
-                for i, r in enumerate(rows):
-                    x = T.bind(T.broadcast(ops.x[r, word * quads + q], v.lanes))
+                for own, r, plane in places:
+                    at_x = plane * lay.x_words + word * quads + q
+                    x = T.bind(T.broadcast(ops.x[r, at_x], v.lanes))
                     for j in range(lay.vectors):
-                        made = integers.dot4(v, acc[i][j][lanes], codes[j][q], x)
-                        T.buffer_store(acc[i][j], made, [lanes])
+                        made = integers.dot4(v, own[j][lanes], codes[j][q], x)
+                        T.buffer_store(own[j], made, [lanes])
 
     def _codes(self, words: Expr) -> list[Expr]:
         """Bytes as `integers.dot4` takes them, four to a lane, for each four codes of a word."""

@@ -1,9 +1,11 @@
 """Rows of activations as integers of 8 or 16 bits: `moec.quantisation.round_rows` as a kernel.
 
-    x[R, K]  ->  codes int32[R, words] (four or two to a word, 0 behind K),
-                 scales float32[R, blocks], sums int32[R, blocks] of the codes of each block
+    x[R, K]  ->  codes int32[R, planes * words] (four or two to a word, 0 behind K),
+                 scales float32[R, blocks],
+                 sums int32[R, planes * blocks] of the codes of each block, plane after plane
 
 The sums are what the zeros of weights are multiplied by: sum (c - z) x = sum c x - z sum x.
+Integers of 16 bits whose bytes are to be multiplied lie in two planes (`RowCodes`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import integers, tasks
 from moec.codegen.cpu.product import argument
-from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.quantised_layout import BYTES, RowCodes
 from moec.codegen.cpu.tasks import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.quantisation import TINY, most_of
@@ -33,35 +35,42 @@ class RoundedRows:
     sums: Buffer
 
     @staticmethod
-    def of(rows: Expr, words: int, blocks: int = 1) -> RoundedRows:
+    def of(rows: Expr, width: int, blocks: int = 1, form: RowCodes = BYTES) -> RoundedRows:
+        """Declares them, of `rows` rows that are `width` wide."""
         return RoundedRows(
-            argument("x", (rows, words), "int32"),
+            argument("x", (rows, form.planes * form.words(width)), "int32"),
             argument("x_scales", (rows, blocks), "float32"),
-            argument("sums", (rows, blocks), "int32"),
+            argument("sums", (rows, form.planes * blocks), "int32"),
         )
 
 
 def round_rows(
-    target: Target, width: int, blocks: int, dtype: str, name: str = "round_rows", bits: int = 8
+    target: Target,
+    width: int,
+    blocks: int,
+    dtype: str,
+    name: str = "round_rows",
+    form: RowCodes = BYTES,
 ) -> PrimFunc:
     """A kernel (x[R, width], codes, scales, sums); `blocks` divides `width`."""
-    words = row_words(width, bits)
+    words, planes = form.words(width), form.planes
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             rows = T.int64()
             x = T.match_buffer(T.arg("x", T.handle()), (rows, width), dtype)
-            codes = T.match_buffer(T.arg("codes", T.handle()), (rows, words), "int32")
+            codes = T.match_buffer(T.arg("codes", T.handle()), (rows, planes * words), "int32")
             scales = T.match_buffer(T.arg("scales", T.handle()), (rows, blocks), "float32")
-            sums = T.match_buffer(T.arg("sums", T.handle()), (rows, blocks), "int32")
+            sums = T.match_buffer(T.arg("sums", T.handle()), (rows, planes * blocks), "int32")
             v = Vector(target)
             work = rows * (width * ELEMENT)
             with integers.functions(v), tasks.shared(rows, work) as row:
-                for word in range(-(-width // v.lanes) * v.lanes * bits // 32, words):
-                    T.buffer_store(codes, T.int32(0), [row, word])
+                for word in range(-(-width // v.lanes) * v.lanes // form.per_word, words):
+                    for plane in range(planes):
+                        T.buffer_store(codes, T.int32(0), [row, plane * words + word])
                 with T.serial(0, blocks) as block:
-                    _Block(v, x, codes, row, block, width // blocks, bits).run(scales, sums)
+                    _Block(v, x, codes, row, block, blocks, form).run(scales, sums)
     return builder.get()
 
 
@@ -69,22 +78,31 @@ class _Block:
     """One block of one row."""
 
     def __init__(
-        self, v: Vector, x: Buffer, codes: Buffer, row: Expr, block: Expr, size: int, bits: int
+        self,
+        v: Vector,
+        x: Buffer,
+        codes: Buffer,
+        row: Expr,
+        block: Expr,
+        blocks: int,
+        form: RowCodes,
     ) -> None:
-        self.v, self.x, self.codes, self.row, self.size = v, x, codes, row, size
-        self.bits, self.most = bits, most_of(bits)
-        self.start = T.bind(block * size)
-        self.block = block
+        width = int(x.shape[1])
+        self.v, self.x, self.codes, self.row, self.size = v, x, codes, row, width // blocks
+        self.form, self.most, self.words = form, most_of(form.bits), form.words(width)
+        self.start = T.bind(block * self.size)
+        self.block, self.blocks = block, blocks
 
     def run(self, scales: Buffer, sums: Buffer) -> None:
         v = self.v
         lanes = T.ramp(0, 1, v.lanes)
         greatest = T.alloc_buffer((v.lanes,), "float32")
         strange = T.alloc_buffer((v.lanes,), "float32")
-        added = T.alloc_buffer((v.lanes,), "int32")
+        added = [T.alloc_buffer((v.lanes,), "int32") for _ in range(self.form.planes)]
         for buffer in (greatest, strange):
             T.buffer_store(buffer, v.splat(0.0), [lanes])
-        T.buffer_store(added, T.broadcast(T.int32(0), v.lanes), [lanes])
+        for buffer in added:
+            T.buffer_store(buffer, T.broadcast(T.int32(0), v.lanes), [lanes])
 
         def look(x: Expr, at: Expr) -> None:
             size, most = v.abs(x), T.bind(greatest[lanes])
@@ -101,13 +119,17 @@ class _Block:
         )
 
         def write(x: Expr, at: Expr) -> None:
-            place = [self.row, T.truncdiv(at, 32 // self.bits)]
             made = integers.rounded(v, x, inverse)
-            integers.store_narrow(v, self.codes, place, made, self.bits)
-            T.buffer_store(added, added[lanes] + made, [lanes])
+            parts = [made] if self.form.planes == 1 else integers.signed_bytes(v, made)
+            for plane, (part, sum) in enumerate(zip(parts, added, strict=True)):
+                place = [self.row, plane * self.words + T.truncdiv(at, self.form.per_word)]
+                integers.store_narrow(v, self.codes, place, part, 32 // self.form.per_word)
+                T.buffer_store(sum, sum[lanes] + part, [lanes])
 
         self.each(write)
-        T.buffer_store(sums, integers.total(v, added[lanes]), [self.row, self.block])
+        for plane, sum in enumerate(added):
+            place = [self.row, plane * self.blocks + self.block]
+            T.buffer_store(sums, integers.total(v, sum[lanes]), place)
 
     def each(self, action: object) -> None:
         """`action(x, where)` for all vectors of the block; lanes behind its end are 0."""

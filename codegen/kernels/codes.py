@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from tvm import relax
 
-from moec.codegen.cpu.quantised_layout import QuantisedLayout, pack_codes, pack_scales, row_words
+from moec.codegen.cpu.quantised_layout import (
+    BYTES,
+    QuantisedLayout,
+    RowCodes,
+    pack_codes,
+    pack_scales,
+)
 from moec.codegen.cpu.round_rows import round_rows
 from moec.codegen.generic import scalars as sc
 from moec.codegen.lowering import Lowering, Param
@@ -16,23 +22,23 @@ from moec.ir import TensorType, Value
 from moec.sizes import product
 
 
-def rounded(low: Lowering, x: Value, blocks: int = 1, bits: int = 8) -> list[relax.Expr]:
+def rounded(low: Lowering, x: Value, blocks: int = 1, form: RowCodes = BYTES) -> list[relax.Expr]:
     """Codes, scales and sums of the rows of x[.., K], made once for all that read them."""
     width, rows = x.shape[-1], product(x.shape[:-1])
     assert isinstance(width, int)
     flat = low.shaped(x, TensorType(x.dtype, (rows, width)))
-    key = (flat, blocks, bits)
+    key = (flat, blocks, form)
     if key not in low.rounded:
         dtype = sc.STORED[x.dtype]
         function = low.function(
-            ("round_rows", width, blocks, bits, dtype),
+            ("round_rows", width, blocks, form, dtype),
             "round_rows",
-            lambda name: round_rows(low.target, width, blocks, dtype, name, bits),
+            lambda name: round_rows(low.target, width, blocks, dtype, name, form),
         )
         types = [
-            TensorType("i32", (rows, row_words(width, bits))),
+            TensorType("i32", (rows, form.planes * form.words(width))),
             TensorType("f32", (rows, blocks)),
-            TensorType("i32", (rows, blocks)),
+            TensorType("i32", (rows, form.planes * blocks)),
         ]
         low.rounded[key] = low.call(function, [flat], types)
     return low.rounded[key]

@@ -11,12 +11,13 @@ from tvm import relax
 from moec.codegen.cpu.compressed import compressed_linear
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import CompressedSpec
+from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.kernels.codes import rounded
 from moec.codegen.kernels.sorted_rows import fits, product, spec_of
 from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering, Param
 from moec.ir import Graph, Op, TensorType
-from moec.ops.compressed import X_BITS, GroupedCompressed
+from moec.ops.compressed import GroupedCompressed
 from moec.ternary_dictionary import CODEWORDS, dictionary, masks
 
 
@@ -29,7 +30,7 @@ def compressed_fit(op: Op, graph: Graph) -> bool:
 def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedCompressed.of(op)
     spec = spec_of(CompressedSpec, op, parts, kind=parts.kind)
-    rows = rounded(low, parts.x, bits=X_BITS)
+    rows = rounded(low, parts.x, form=PAIRS)
     weights = [low.param("ternary.masks", _MASKS)] if parts.kind == "ternary" else []
     weights += [low.value(value) for matrix in parts.matrices for value in matrix]
     word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]

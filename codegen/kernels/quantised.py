@@ -29,7 +29,7 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedQuantised.of(op)
     spec = spec_of(QuantisedSpec, op, parts, format=parts.format)
     layout = QuantisedLayout(spec, low.target)
-    rows = rounded(low, parts.x, layout.blocks)
+    rows = rounded(low, parts.x, layout.blocks, layout.row_codes)
     weights = [
         low.param(*packed_codes(layout, tuple(m.codes for m in parts.matrices))),
         low.param(*packed_scales(layout, tuple(m.scales for m in parts.matrices))),

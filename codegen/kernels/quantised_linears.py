@@ -34,7 +34,7 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     every = [QuantisedLinear.of(one) for one in together]
     specs = tuple(_spec(parts) for parts in every)
     layouts = [QuantisedLayout(spec, low.target) for spec in specs]
-    arguments = list(rounded(low, every[0].x, layouts[0].blocks))
+    arguments = list(rounded(low, every[0].x, layouts[0].blocks, layouts[0].row_codes))
     for one, layout, parts in zip(together, layouts, every, strict=True):
         arguments.append(low.param(*packed_codes(layout, (parts.matrix.codes,))))
         arguments.append(low.param(*packed_scales(layout, (parts.matrix.scales,))))
@@ -64,7 +64,8 @@ def _together(low: Lowering, op: Op) -> list[Op]:
         if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
             continue
         if other.name == NAME and quantised_linear_fits(other, low.graph):
-            if QuantisedLinear.of(other).format.block == parts.format.block:
+            format = QuantisedLinear.of(other).format
+            if (format.block, format.row_bits) == (parts.format.block, parts.format.row_bits):
                 found.append(other)
     return found
 

@@ -22,11 +22,18 @@ from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_
 from moec.codegen.onnx.session import open_session, runner
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.ir import Stage
+from moec.quantisation import WIDE_ROWS
 from moec.quantised import with_exact_rows
 from moec.report_data import MovedLine
 
 if TYPE_CHECKING:
     from moec.compiled import CompiledModel
+
+
+UNASKED = (
+    f"{WIDE_ROWS} cannot be written in standard operators: ONNX Runtime rounds the rows of such a "
+    'file to 8 bits, unless session.qdq_matmulnbits_accuracy_level is "1" in its options'
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,9 @@ def export(
         raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
     _check_example(compiled, verify)
     quant = compiled.quantised[0].format if compiled.quantised else ""
+    unasked: tuple[str, ...] = ()
     if quant:
+        unasked = (UNASKED,) if WIDE_ROWS in quant and not profile.contrib else ()
         compiled = _with_exact_rows(compiled, profile)
         step = compiled.steps[-1]
     check_dtypes(step.program.graph, profile)
@@ -113,7 +122,7 @@ def export(
         onnx.checker.check_model(str(draft), full_check=True)
         made = Exported(
             str(path), ep, number, **asdict(written), forms=lowered.forms, quant=quant,
-            caches=content.caches, notes=content.notes,
+            caches=content.caches, notes=(*content.notes, *unasked),
         )  # fmt: skip
         if verify:
             progress("run")
@@ -131,7 +140,7 @@ def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel
             'quant, or choose ep="cpu" or "portable"'
         )
     step = compiled.steps[-1]
-    exact = replace(step, program=with_exact_rows(step.program))
+    exact = replace(step, program=with_exact_rows(step.program, asked=profile.contrib))
     return replace(compiled, steps=(*compiled.steps[:-1], exact))
 
 

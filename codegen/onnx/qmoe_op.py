@@ -7,7 +7,8 @@ greatest, and weighs with them as they are. So the file chooses as the graph's o
 whatever that is. What the kernel would do wrongly is never written:
 normalize_routing_weights=0 without router_weights, which ONNX Runtime 1.31 divides by the sum all
 the same; weights below zero, which it leaves out; rows without blocks (no block_size), many times
-slower; and swiglu that is not interleaved (swiglu_fusion=1).
+slower; swiglu that is not interleaved (swiglu_fusion=1); and weights of 8 bits in blocks for
+rows of 16, since it rounds those to 8 for any accuracy_level.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from moec.codegen.onnx.encoding import Encoding, packed
 from moec.codegen.onnx.moe_op import Fused, attributes, finished, in_turn, ordered
 from moec.codegen.onnx.profiles import MICROSOFT
-from moec.codegen.onnx.quantised import ROUNDED
+from moec.codegen.onnx.quantised import accuracy_level
 from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
 from moec.ir import Op, Value
@@ -30,6 +31,8 @@ def check(block: Fused) -> None:
     """Raises NoMatch for what QMoE lacks and MoE has, naming the attribute."""
     up, down = _parts(block)
     code = Encoding.of([up, down])
+    if code.bits == 8 and up.format.row_bits == 16:
+        raise NoMatch("accuracy_level leaves no rows as they are that meet weights of 8 bits")
     for part in (up, down):
         width = int(str(part.matrices[0].codes.shape[-1]))
         if width % code.block:
@@ -54,7 +57,7 @@ def write(w: Writer, op: Op, block: Fused) -> str:
         **attributes(block, normalize=0),
         expert_weight_bits=code.bits,
         block_size=code.block,
-        accuracy_level=ROUNDED,
+        accuracy_level=accuracy_level(code.format),
     )
     return finished(w, op, block, made, "f32")
 

@@ -5,7 +5,8 @@
 
 ONNX Runtime makes the first of the second when it opens a file. Both multiply rows that it rounds
 to 8 bits, a scale for each block (accuracy_level 4): rows in float32 take three to nine times as
-long. Gate and up stand one below the other in one product.
+long, so only rows of 16 bits ask for those, there being nothing in between. Gate and up stand one
+below the other in one product.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
 from moec.ir import Value
 from moec.ops.quantised import GroupedQuantised
+from moec.quantisation import Format
 
 BLOCKED = 21
 """The first opset whose DequantizeLinear takes blocks and four bits."""
-ROUNDED = 4
-"""The accuracy_level that rounds rows to 8 bits."""
+ROUNDED, FLOAT32 = 4, 1
+"""The values of accuracy_level that round rows to 8 bits, and that leave them as they are."""
+
+
+def accuracy_level(format: Format) -> int:
+    return ROUNDED if format.row_bits == 8 else FLOAT32
 
 
 @build("grouped.quantised")
@@ -85,7 +91,7 @@ def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
             N=stored.rows,
             bits=code.bits,
             block_size=code.block,
-            accuracy_level=ROUNDED,
+            accuracy_level=accuracy_level(parts.format),
         )
 
     return product

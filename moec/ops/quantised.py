@@ -1,4 +1,4 @@
-"""grouped.quantised: grouped.linear with weights of few bits and rows of eight."""
+"""grouped.quantised: grouped.linear with weights of few bits, and rows of 8 or 16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import torch
 from moec.ir import Op, TensorType, Value
 from moec.ops.definition import Runner, defop, require
 from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
-from moec.quantisation import KINDS, MXFP4_BLOCK, Format, dequantise, round_rows
+from moec.quantisation import (
+    KINDS,
+    MOST_SUMMED,
+    MXFP4_BLOCK,
+    ROW_BITS,
+    Format,
+    dequantise,
+    round_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class GroupedQuantised(Grouped[Matrix]):
 
 
 def format_of(op: Op, matrix: Matrix) -> Format:
-    """The format that the attributes `kind` and `zeros` of an op and the shapes of a matrix of
-    its say. Raises IRError where they do not fit each other."""
+    """The format that the attributes `kind`, `zeros` and `row_bits` of an op and the shapes of a
+    matrix of its say. Raises IRError where they do not fit each other."""
     kind, zeros = op.attrs.get("kind"), matrix.zeros is not None
     require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
     codes, scales = matrix.codes, matrix.scales
@@ -50,8 +58,11 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     assert isinstance(width, int)
     assert isinstance(blocks, int)
     require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
+    require(op, width // blocks <= MOST_SUMMED, f"one scale of {width // blocks} weights")
     block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
-    format = Format(cast(str, kind), block, zeros)
+    bits = op.attrs.get("row_bits", 8)
+    require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 8, 16")
+    format = Format(cast(str, kind), block, zeros, cast(int, bits))
     if kind == "mxfp4":
         require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
         require(op, not zeros, "mxfp4 has no zeros")
@@ -87,15 +98,17 @@ def grouped_quantised(
     order[R]?, scale[T, k]? -> h[R, N].
 
     As grouped.linear, where matrix j of expert e is `quantisation.dequantise` of codes, scales
-    and zeros, the row is `quantisation.round_rows` of x, and products are in float32. `kind` is
-    int8, int4 or mxfp4; `zeros` says that zeros are there. `scaled` multiplies the product.
+    and zeros, the row is `quantisation.round_rows` of x to `row_bits` (8 where that is not given,
+    or 16), and products are in float32. `kind` is int8, int4 or mxfp4; `zeros` says that zeros are
+    there. `scaled` multiplies the product.
     `exact_rows` leaves the rows as they are: the meaning that no kernel of ours computes.
     """
     kind, each = attrs["kind"], 2 + bool(attrs.get("zeros"))
     x, ends, *rest = tensors
     stored = [rest[i : i + each] for i in range(0, attrs["matrices"] * each, each)]
     exact = bool(attrs.get("exact_rows"))
-    rows = x.float() if exact else round_rows(x, stored[0][1].shape[-1])
+    bits = attrs.get("row_bits", 8)
+    rows = x.float() if exact else round_rows(x, stored[0][1].shape[-1], bits)
 
     def matrices(expert: int) -> list[torch.Tensor]:
         return [dequantise(kind, *(part[expert] for part in parts)) for parts in stored]

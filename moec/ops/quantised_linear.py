@@ -1,4 +1,4 @@
-"""nn.quantised_linear: a linear layer with weights of few bits and rows of eight."""
+"""nn.quantised_linear: a linear layer with weights of few bits, and rows of 8 or 16."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ def quantised_linear(
     """x[.., K], codes u8[N, K], scales[N, b], zeros u8[N, b]?, bias[N]? -> y[.., N].
 
     The weight is `quantisation.dequantise` of codes, scales and zeros, the row is
-    `quantisation.round_rows` of x; the product and the bias are added in float32, then cast.
+    `quantisation.round_rows` of x to `row_bits` (8 where that is not given, or 16); the product and
+    the bias are added in float32, then cast.
     """
     x, *rest = tensors
     matrix = [rest.pop(0) for _ in range(2 + bool(attrs.get("zeros")))]
-    rows = round_rows(x, matrix[1].shape[-1])
+    rows = round_rows(x, matrix[1].shape[-1], attrs.get("row_bits", 8))
     product = rows @ dequantise(attrs["kind"], *matrix).mT
     return (product + rest[0].float() if rest else product).to(x.dtype)

@@ -64,7 +64,7 @@ def test_saved_loaded_and_rebuilt(compiled: moec.CompiledModel, tmp_path: Any) -
     assert torch.equal(made, wanted)
 
 
-@pytest.mark.parametrize("text", ["int8", "int8:asymmetric"])
+@pytest.mark.parametrize("text", ["int8", "int8:asymmetric", "int8:rows16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_level_runs_it(text: str, dtype: torch.dtype) -> None:
     made = moec.compile(Moe(dtype), (x.to(dtype),), quant=text, opt_level=0)

@@ -1,10 +1,13 @@
 """Few bits on tile registers: to the bit what the register tile of dot products gives.
 
 That one is compared with the meaning in test_quantised.py; integers are exact, and floats are
-added in the same order, so nothing but equality will do.
+added in the same order, so nothing but equality will do. Where a CPU has no tile registers, they
+are emulated.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,21 +18,23 @@ from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
 from moec.codegen.cpu.quantised_linear import quantised_linears
 from moec.quantisation import parse
 from moec.target import TARGETS, missing
+from tests.codegen.emulated_tiles import EMULATED, emulated
 from tests.codegen.test_grouped import routing
 from tests.codegen.test_quantised import Linear
 
-FORMATS = ("int8", "int8:64:asymmetric", "int4:64", "int4:asymmetric")
+FORMATS = ("int8", "int8:64:asymmetric:rows16", "int4:64", "int4:asymmetric:rows16")
 
 AMX, DOTS = TARGETS["amx"], TARGETS["avx512-bf16"]
-on_amx = pytest.mark.skipif(bool(missing(AMX)), reason="needs a CPU with AMX")
+runs = pytest.mark.skipif(bool(missing(DOTS)), reason="needs a CPU with AVX512-VNNI")
 
 
 def both(build, *args, **how):
     """The same weights for both targets."""
     made = []
-    for target in (AMX, DOTS):
+    for target in (EMULATED if missing(AMX) else AMX, DOTS):
         torch.manual_seed(0)
-        made.append(Linear(build, target, *args, **how))
+        with emulated() if target is EMULATED else nullcontext():
+            made.append(Linear(build, target, *args, **how))
     assert made[0].layout.amx
     return made
 
@@ -51,7 +56,7 @@ def test_it_compiles_for_amx_everywhere():
     assert "tdpbs" in made.mod.inspect_source("asm")
 
 
-@on_amx
+@runs
 @pytest.mark.parametrize("text", FORMATS)
 def test_gathered_gate_and_up(build, text):
     """Few rows, a register, several, more than fit at once; none at all; rows of nobody."""
@@ -68,8 +73,8 @@ def test_gathered_gate_and_up(build, text):
         assert torch.equal(made, wanted)
 
 
-@on_amx
-@pytest.mark.parametrize("text", ["int8", "int4:64"])
+@runs
+@pytest.mark.parametrize("text", ["int4:64", "int8:rows16"])
 def test_down_of_many_experts(build, text):
     """So many that four tiles are done at once, of which the last are fewer."""
     one, other = both(build, text, 330, 64, 64)

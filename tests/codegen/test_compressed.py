@@ -15,7 +15,7 @@ from moec.codegen.cpu.compressed import MANY, compressed_linear
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import CompressedSpec
 from moec.codegen.cpu.pack import pack_bias
-from moec.codegen.cpu.quantised_layout import row_words
+from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.cpu.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.compression import KINDS, compress, decompress, grid_module
@@ -30,8 +30,8 @@ BEST = RUNNABLE[-1]
 BUILT = [*((t, "ternary") for t in RUNNABLE), (BEST, "2bit")]
 # Sums of integers are exact, and float32 rounds a few times behind them. But x times a scale may
 # come out halfway between two integers, where targets that fuse it with the rounding take the other
-# one: a 32767th of the greatest input then.
-CLOSE = 4e-6 + 1 / 32767
+# one: a 32639th of the greatest input then.
+CLOSE = 4e-6 + 1 / 32639
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,12 +60,12 @@ class Linear:
         if bias:
             self.packed.append(torch.from_numpy(pack_bias(Layout(spec, target), *self.biases)))
         join = (lambda g, u: v.silu(g) * u) if gated else None
-        self.rounding = build(target, rounding_kernel(target, k, 1, "float32", bits=16))
+        self.rounding = build(target, rounding_kernel(target, k, 1, "float32", form=PAIRS))
         self.kernel = build(target, compressed_linear(target, spec, epilogue=join, **how))
 
     def __call__(self, x, order, ends, scale=None):
         rows = len(x)
-        codes = torch.full((rows, row_words(self.spec.k, 16)), -1, dtype=torch.int32)
+        codes = torch.full((rows, PAIRS.words(self.spec.k)), -1, dtype=torch.int32)
         scales = torch.full((rows, 1), float("nan"))
         sums = torch.full((rows, 1), -1, dtype=torch.int32)
         self.rounding(x, codes, scales, sums)
@@ -158,7 +158,7 @@ def test_the_greatest_sums_fit(build):
     spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", kind="ternary")
     grid = torch.tensor([[[-1.0, 1.0]]]).bfloat16()
     parts = compress("ternary", torch.full((1, 1, MOST_WIDTH), 2, dtype=torch.uint8), grid)
-    codes = torch.zeros(1, row_words(MOST_WIDTH, 16), dtype=torch.int32)
+    codes = torch.zeros(1, PAIRS.words(MOST_WIDTH), dtype=torch.int32)
     codes.view(torch.int16)[:, :MOST_WIDTH] = 32767
     y, ends = torch.zeros(1, 1), torch.ones(1, dtype=torch.int32)
     table = aligned(torch.from_numpy(masks(dictionary().entries).view(np.int64)))

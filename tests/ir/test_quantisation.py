@@ -28,6 +28,7 @@ FORMATS = (
     "int4:64",
     "int4:128:asymmetric",
     "mxfp4",
+    "mxfp4:rows16",
 )
 each_format = pytest.mark.parametrize("text", FORMATS)
 
@@ -52,6 +53,9 @@ def test_what_is_spelled_is_what_is_meant(text: str) -> None:
         ("int4:asymmetric:asymmetric", "comes twice"),
         ("mxfp4:64", "mxfp4 is symmetric, in blocks of 32: it takes no :64"),
         ("mxfp4:asymmetric", "it takes no :asymmetric"),
+        ("int8:rows16:rows16", ":rows16 is no block and no option, or comes twice"),
+        ("int8:rows8", ":rows8 is no block and no option"),
+        ("int9", "any of them with :rows16"),
     ],
 )
 def test_wrong_spellings_are_named(text: str, words: str) -> None:
@@ -138,17 +142,21 @@ def test_a_block_must_divide_the_width() -> None:
 @given(
     st.lists(st.floats(width=32), min_size=8, max_size=8),
     st.sampled_from([1, 2, 4]),
+    st.sampled_from([(8, 127), (16, 32639)]),
 )
-def test_rows_are_rounded_block_by_block(numbers: list[float], blocks: int) -> None:
-    """Within half of a 127th of the block's greatest, or NaN as a block."""
-    x = torch.tensor([numbers])
-    made = round_rows(x, blocks).view(blocks, -1)
+def test_rows_are_rounded_block_by_block(
+    numbers: list[float], blocks: int, levels: tuple[int, int]
+) -> None:
+    """Within half of a 127th (a 32639th) of the block's greatest, or NaN as a block. The scale,
+    its inverse and two products round by 2^-24 each, which in 16 bits is 0.4 % of such a half."""
+    x, (bits, most) = torch.tensor([numbers]), levels
+    made = round_rows(x, blocks, bits).view(blocks, -1)
     for got, block in zip(made, x.view(blocks, -1), strict=True):
         if not block.isfinite().all():
             assert got.isnan().all()
             continue
         greatest = block.abs().max()
-        room = greatest / 127 * 0.5001 if greatest > 1e-30 else greatest
+        room = greatest / most * (0.5 + most * 2.0**-22) if greatest > 1e-30 else greatest
         assert ((got - block).abs() <= room + 1e-38).all()
 
 

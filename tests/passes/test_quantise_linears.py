@@ -69,7 +69,7 @@ def test_scores_that_choose_experts_by_ops_of_torch_are_a_router_too():
     assert places(quantised(program(text), "int8")) == ["attention.in", "attention.out"]
 
 
-@pytest.mark.parametrize("text", ["int8", "int8:32", "int4:asymmetric", "mxfp4"])
+@pytest.mark.parametrize("text", ["int8", "int8:32", "int4:asymmetric", "mxfp4", "int8:rows16"])
 def test_it_means_the_graph_with_rounded_weights(text):
     """But for the rounding of rows: half a 127th of the greatest of a block."""
     before = program()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +82,18 @@ def test_formats(format: str, form: str, tmp_path: Path) -> None:
     expected = {"op": "QMoE", "rows": "MatMulNBits", "portable": "DequantizeLinear"}
     assert kinds & set(expected.values()) == {expected[form]}
     near(made, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)])
+
+
+@pytest.mark.parametrize(
+    ("format", "form"), [("int4:rows16", "op"), ("int4:32:rows16", "op"), ("mxfp4:rows16", "rows")]
+)
+def test_rows_of_16_bits_ask_for_rows_that_are_not_rounded(
+    format: str, form: str, tmp_path: Path
+) -> None:
+    made = block(format, bias=True)
+    lowered, path = written(made, tmp_path, ep="cpu", moe="auto")
+    assert set(lowered.forms.values()) == {form}
+    agree(made, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)], 1e-5)
 
 
 @pytest.mark.parametrize("form", ["rows", "portable"])
@@ -166,6 +179,11 @@ def test_what_qmoe_cannot_express(name: str, tmp_path: Path) -> None:
     near(made, runner(open_session(path)), [torch.randn(9, E), torch.randn(9, D)])
 
 
+def test_qmoe_rounds_rows_that_meet_8_bits() -> None:
+    with pytest.raises(UnsupportedError, match="leaves no rows as they are that meet weights of 8"):
+        lower(block("int8:rows16").graph, PROFILES["cpu"], 23, "op")
+
+
 def test_an_opset_without_blocks_is_refused() -> None:
     with pytest.raises(
         UnsupportedError, match=r"opset 20 has no .*\(block_size\): choose opset 21"
@@ -203,6 +221,26 @@ def test_the_door(compiled: moec.CompiledModel, tmp_path: Path) -> None:
     assert made.errors["output"] <= made.tolerance == EXACT_ROWS
     assert 0 < made.moved[0].error < 0.02
     assert made.parity == {"moe": 1.0}
+
+
+def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> None:
+    """Which is said, and true: with the option that is named the rows are as they were."""
+    torch.manual_seed(0)
+    made = moec.compile(Loop().eval(), (torch.randn(5, WIDTH),), build=False, quant="int8:rows16")
+    written = made.export_onnx(tmp_path / "m.onnx", "portable")
+    (note,) = written.notes
+    key = "session.qdq_matmulnbits_accuracy_level"
+    assert note.startswith("rows16 cannot be written")
+    assert key in note
+    assert 1e-3 < written.errors["output"] <= written.tolerance == EXACT_ROWS
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(key, "1")
+    x = torch.randn(5, WIDTH)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    program = with_exact_rows(made.steps[-1].program)
+    (expected,) = evaluate(program.graph, [x], program.weights)
+    assert float(row_errors(torch.from_numpy(got), expected).amax()) < 1e-5
 
 
 def test_cuda_is_refused(compiled: moec.CompiledModel, tmp_path: Path) -> None:
