@@ -9,25 +9,16 @@ entries go that were not used for longest.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from moec import cache_folder
 from moec.errors import ArtifactError, UsageError
 from moec.runtime import artifact
 from moec.runtime.package import Package
-
-
-def default_folder() -> Path:
-    """$MOEC_CACHE, or moec/blocks in the user's cache."""
-    if given := os.environ.get("MOEC_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moec" / "blocks"
 
 
 def limit() -> int:
@@ -45,17 +36,12 @@ def limit() -> int:
     return int(size * 2**30)
 
 
-def key_of(*parts: object) -> str:
-    """Of what the code depends on, as text."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
-
-
 def load(folder: Path | None, key: str) -> Package | None:
     """The package kept under a key, without arrays; None where there is none that can be used."""
     if folder is None:
         return None
     path = folder / f"{key}.moec"
-    if not path.is_file() or not _private(path):
+    if not path.is_file() or not cache_folder.private(path):
         return None
     try:
         found = artifact.read(path)
@@ -79,15 +65,10 @@ def store(folder: Path | None, key: str, package: Package, graph_text: str) -> N
     if folder is None:
         return
     most = limit()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the cache {folder} cannot be made: {error.strerror}") from error
-    if not _private(folder):
-        raise UsageError(
-            f"the cache {folder} is not yours alone, and entries are native code: chmod 700 it, "
-            'or name another with options={"cache": ...}'
-        )
+    cache_folder.make(
+        folder,
+        'and entries are native code: chmod 700 it, or name another with options={"cache": ...}',
+    )
     # Weights are arguments, as inputs are: an artifact need not hold them.
     bare = replace(package, inputs=(*package.inputs, *package.params), params=(), arrays={})
     extra = {"key": key, "inputs": len(package.inputs)}
@@ -112,11 +93,3 @@ def _shrink(folder: Path, most: int, newest: Path) -> None:
         if path != newest:
             path.unlink(missing_ok=True)
             total -= size
-
-
-def _private(path: Path) -> bool:
-    """Whether it is the user's, and nobody else may write it."""
-    if not hasattr(os, "geteuid"):
-        return True
-    found = path.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

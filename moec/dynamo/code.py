@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moec.cache_folder import key_of
 from moec.codegen.build import compile_module
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.package import export, package, packed_arrays
@@ -52,7 +53,7 @@ class Code:
         """Equal for codes that read the same arrays, such as those for other token counts."""
         arrays = [(param.name, param.type) for param in self.lowered.params]
         kernels = [kernel for _, kernel in self.package.kernels]
-        return cache.key_of(print_graph(self.folded), arrays, kernels, self.package.target)
+        return key_of(print_graph(self.folded), arrays, kernels, self.package.target)
 
     def arrays(self, weights: Sequence[torch.Tensor]) -> dict[str, Any]:
         """What the kernels read, packed from tensors in the order of the region's params; ids
@@ -102,7 +103,7 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
     ]
     versions = [version(name) for name in ("moec", "apache-tvm", "torch")]
     passes = [repr(pass_) for pass_ in exact(options)]
-    return cache.key_of(
+    return key_of(
         print_graph(graph), constants, options.target, options.opt_level, passes, versions
     )
 

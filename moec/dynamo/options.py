@@ -9,7 +9,7 @@ from typing import Any
 
 from moec.approximate import Approximate
 from moec.arguments import target_of, text
-from moec.dynamo.cache import default_folder
+from moec.cache_folder import default_folder
 from moec.errors import UsageError
 from moec.passes.runner import Asked, Pass
 from moec.pipeline import choose
@@ -89,7 +89,7 @@ def exact(options: Options) -> tuple[Pass, ...]:
 
 def _folder(cache: Any) -> Path | None:
     if isinstance(cache, bool):
-        return default_folder() if cache else None
+        return default_folder("blocks") if cache else None
     if isinstance(cache, str | Path):
         return Path(cache)
     raise UsageError(f"options: cache is {cache!r}: give True, False or the path of a folder")
