@@ -45,9 +45,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa
 
 import moec  # noqa: E402
 from moec import quantisation  # noqa: E402
-from moec.bench.limits import bandwidth, peak, processor, timed, warm  # noqa: E402
+from moec.bench.limits import bandwidth, peak, timed, warm  # noqa: E402
 from moec.closeness import strays  # noqa: E402
-from moec.target import host  # noqa: E402
+from moec.target import host, processor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}

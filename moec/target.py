@@ -17,6 +17,8 @@ neither TVM nor torch.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -225,14 +227,34 @@ def require(target: Target, available: frozenset[str] | None = None) -> None:
         )
 
 
+def processor() -> str:
+    """The name that the system gives this machine's processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def last_cache() -> int:
+    """Bytes of this machine's last cache; 32 MiB where the system does not say."""
+    return max((size for _, size in _host_caches()), default=32 << 20)
+
+
 def _host_l2() -> int:
+    return next((size for level, size in _host_caches() if level == 2), 0)
+
+
+def _host_caches() -> Iterator[tuple[int, int]]:
+    """Level and bytes of each cache of the first core, where the system says so."""
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            if (index / "level").read_text().strip() == "2":
-                return int((index / "size").read_text().strip().rstrip("K")) * 1024
+            level = int((index / "level").read_text())
+            size = int((index / "size").read_text().strip().rstrip("K")) * 1024
         except (OSError, ValueError):
             continue
-    return 0
+        yield level, size
 
 
 def _from_llvm(name: str) -> Target:

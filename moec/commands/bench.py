@@ -17,6 +17,7 @@ from moec.bench.names import PACKAGES
 from moec.commands.inspect import is_artifact
 from moec.commands.options import DTypeName
 from moec.errors import UsageError
+from moec.target import processor
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
@@ -197,7 +198,7 @@ def _bench(
     return result(
         Path(model).resolve().name,
         step.logits.dtype,
-        f"{limits.processor()}, {platform.machine()}",
+        f"{processor()}, {platform.machine()}",
         threads,
         versions,
         load,
