@@ -7,16 +7,20 @@ in and whichever function calls them, and work for every size within the bounds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import tvm
 from tvm import relax, tirx
 
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic.groups import partition
 from moec.codegen.generic.index import Sizes, names
 from moec.codegen.kernels import KERNELS, has_kernel
 from moec.codegen.lowering import Kernels, Lowering, Param
 from moec.codegen.support import check
+from moec.codegen.tunable import Tunable
 from moec.ir import Graph
 from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP
 from moec.target import Target
@@ -27,7 +31,8 @@ class Lowered:
     """`module` has a function for the model, one for its `step` where there is one, and two where
     its routers stand by themselves.
 
-    Each takes the caller's inputs, the states, then its params.
+    Each takes the caller's inputs, the states, then its params. `tunable` are the kernels in it
+    that another tuning would change.
     """
 
     module: tvm.IRModule
@@ -36,6 +41,7 @@ class Lowered:
     step: tuple[Param, ...] = ()
     route: tuple[Param, ...] = ()
     routed: tuple[Param, ...] = ()
+    tunable: tuple[Tunable, ...] = ()
 
 
 def lower(
@@ -43,15 +49,20 @@ def lower(
     target: Target,
     step: Graph | None = None,
     routers: tuple[Graph, Graph] | None = None,
+    tunings: Mapping[str, Tuning] = MappingProxyType({}),
 ) -> Lowered:
-    """Raises UnsupportedError, listing every op that has no kernel and every unknown size."""
-    kernels = Kernels(relax.BlockBuilder())
+    """`tunings` are values of kernels by their key; others have the default.
+
+    Raises UnsupportedError, listing every op that has no kernel and every unknown size.
+    """
+    kernels = Kernels(relax.BlockBuilder(), tunings=tunings)
     params = _function(MAIN, graph, target, kernels)
     places = tuple(kernels.places)
     more = () if step is None else _function(STEP, step, target, kernels)
     split = () if routers is None else zip((ROUTE, ROUTED), routers, strict=True)
     route, routed = [_function(name, own, target, kernels) for name, own in split] or ((), ())
-    return Lowered(kernels.builder.finalize(), params, places, more, route, routed)
+    tunable = tuple(kernels.tunable.values())
+    return Lowered(kernels.builder.finalize(), params, places, more, route, routed, tunable)
 
 
 def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:

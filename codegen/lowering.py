@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.emit import EMIT
 from moec.codegen.generic.groups import Group
 from moec.codegen.generic.index import Sizes
 from moec.codegen.generic.write import describe, write
+from moec.codegen.tunable import Tunable
 from moec.ir import Graph, Op, TensorType, Value
 from moec.target import Target
 
@@ -32,12 +34,15 @@ class Param:
 
 @dataclass
 class Kernels:
-    """The kernels of a module, each made once, whichever function calls it."""
+    """The kernels of a module, each made once, whichever function calls it. `tunings` are the
+    values of those that were tuned, by key, and `tunable` the kernels that could be."""
 
     builder: relax.BlockBuilder
     made: dict[object, Any] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, str]] = field(default_factory=list)
+    tunings: Mapping[str, Tuning] = field(default_factory=dict)
+    tunable: dict[str, Tunable] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         self.taken[name] += 1
@@ -93,6 +98,13 @@ class Lowering:
             unique = self.kernels.unique(name)
             made[key] = self.builder.add_func(make(unique), unique)
         return made[key]
+
+    def tuned(self, kernel: Tunable, name: str) -> Any:
+        """The kernel with the values that it was tuned to, made once."""
+        if kernel.values:
+            self.kernels.tunable.setdefault(kernel.key, kernel)
+        tuning = self.kernels.tunings.get(kernel.key, DEFAULT)
+        return self.function(kernel.key, name, lambda unique: kernel.make(unique, tuning))
 
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]

@@ -25,8 +25,6 @@ from moec.codegen.cpu.tile_intrinsics import TILE_BYTES, TILE_ROWS
 BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors
 CODES = TILE_BYTES  # of a row that one register holds, and the words that they are
 WORDS = CODES // 4
-FEW_ROWS = 24
-"""Fewer than this many rows of bytes are done sooner by dot products."""
 _ROWS, _WEIGHTS = 4, 6  # the first register of rows, and of weights; those below hold sums
 
 
@@ -76,7 +74,7 @@ class AmxQuantisedTile(QuantisedTile):
         following: tuple[Expr, Expr] | None = None,
         tiles: Expr | int = 1,
     ) -> None:
-        with T.If(count < FEW_ROWS // self._planes):
+        with T.If(count < self.layout.tuning.dots_below // self._planes):
             with T.Then():
                 super().rows(group, tile, first, count, None, tiles)
             with T.Else():

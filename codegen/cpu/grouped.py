@@ -15,6 +15,7 @@ from moec.codegen.cpu.layout import LinearSpec
 from moec.codegen.cpu.linear import plain_product
 from moec.codegen.cpu.sorted_rows import sorted_product
 from moec.codegen.cpu.tile import Epilogue
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.target import Target
 
 
@@ -24,9 +25,10 @@ def grouped_linear(
     epilogue: Epilogue | None = None,
     name: str = "grouped",
     cleared: bool = True,
+    tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n])."""
-    return _grouped(target, spec, epilogue, name, 0, None, cleared)
+    return _grouped(target, spec, epilogue, name, 0, None, cleared, tuning)
 
 
 def gathered_linear(
@@ -37,13 +39,14 @@ def gathered_linear(
     scale_dtype: str | None = None,
     name: str = "gathered",
     cleared: bool = True,
+    tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
 
     With `scale_dtype`, scale[T, top_k] multiplies the row of x that its choice takes (the
     product is scaled before the bias is added, which is the same).
     """
-    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, cleared)
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, cleared, tuning)
 
 
 def _grouped(
@@ -54,8 +57,9 @@ def _grouped(
     top_k: int,
     scale_dtype: str | None,
     cleared: bool,
+    tuning: Tuning,
 ) -> PrimFunc:
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    product = plain_product(target, spec, epilogue)
+    product = plain_product(target, spec, epilogue, tuning)
     return sorted_product(product, name, top_k, scale_dtype, cleared)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.target import Target
 
 
@@ -40,10 +41,12 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weights of `spec` lie in memory on `target`."""
+    """How the weights of `spec` lie in memory on `target`; `tuning`, of the kernels that read
+    them, changes nothing about that."""
 
     spec: LinearSpec
     target: Target
+    tuning: Tuning = DEFAULT
 
     @property
     def vectors(self) -> int:
@@ -75,6 +78,12 @@ class Layout:
         """Whether kernels multiply whole register tiles. Each vector of a tile is then a stream
         of its own, of which 16 steps fill a register as they lie."""
         return self.target.bf16_tiles and self.pairs and self.spec.k % 32 == 0
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The values of `tuning` that kernels of experts read."""
+        own = () if self.amx else ("fetched", "next_from")
+        return (*own, "tiles_at_once", "worth")
 
     @property
     def depth(self) -> int:

@@ -18,6 +18,7 @@ from moec.codegen.cpu.amx import tile_for
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.product import Output, Product, W, X, argument
 from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -37,7 +38,12 @@ def linear(
     return dense_products([plain_product(target, spec, epilogue)], name)
 
 
-def linears(target: Target, specs: tuple[LinearSpec, ...], name: str = "linears") -> PrimFunc:
+def linears(
+    target: Target,
+    specs: tuple[LinearSpec, ...],
+    name: str = "linears",
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
     """Several products of the same rows as one kernel: (x[T, k], (w packed[, bias packed]) of
     each, y[T, n] of each).
 
@@ -48,14 +54,17 @@ def linears(target: Target, specs: tuple[LinearSpec, ...], name: str = "linears"
         raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
     if any(spec.groups != 1 or spec.gated for spec in specs):
         raise ValueError(f"{name}: the products must be dense, each with one matrix")
-    return dense_products([plain_product(target, spec) for spec in specs], name)
+    return dense_products([plain_product(target, spec, tuning=tuning) for spec in specs], name)
 
 
 def plain_product(
-    target: Target, spec: LinearSpec, epilogue: Epilogue | None = None
+    target: Target,
+    spec: LinearSpec,
+    epilogue: Epilogue | None = None,
+    tuning: Tuning = DEFAULT,
 ) -> Product[Buffer, Buffer]:
     """Of rows and weights as they are."""
-    layout = Layout(spec, target)
+    layout = Layout(spec, target, tuning)
     return Product(
         layout,
         lambda rows: argument("x", (rows, spec.k), spec.dtype),
@@ -91,7 +100,7 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     count = sum(tile.layout.tiles for tile in tiles)
     sums = rows * sum(tile.layout.sums for tile in tiles)
     weights = sum(tile.layout.bytes for tile in tiles)
-    with tasks.shared(chunks * count, sums, weights) as unit:
+    with tasks.shared(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
         # Tile registers are so fast that rows must stay in the cache, while weights pass by.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))

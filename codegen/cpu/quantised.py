@@ -14,6 +14,7 @@ from moec.codegen.cpu.quantised_tile import QuantisedOperands, QuantisedTile
 from moec.codegen.cpu.round_rows import RoundedRows
 from moec.codegen.cpu.sorted_rows import sorted_product
 from moec.codegen.cpu.tile import Epilogue, Tile
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -37,9 +38,12 @@ class QuantisedWeights:
 
 
 def quantised_product(
-    target: Target, spec: QuantisedSpec, epilogue: Epilogue | None = None
+    target: Target,
+    spec: QuantisedSpec,
+    epilogue: Epilogue | None = None,
+    tuning: Tuning = DEFAULT,
 ) -> Product[RoundedRows, QuantisedWeights]:
-    lay = QuantisedLayout(spec, target)
+    lay = QuantisedLayout(spec, target, tuning)
 
     def tile(x: RoundedRows, w: QuantisedWeights, out: Output) -> Tile:
         operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
@@ -62,9 +66,12 @@ def quantised_linear(
     epilogue: Epilogue | None = None,
     scale_dtype: str | None = None,
     name: str = "quantised",
+    tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
     zeros][, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product` says more."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    return sorted_product(quantised_product(target, spec, epilogue), name, top_k, scale_dtype)
+    return sorted_product(
+        quantised_product(target, spec, epilogue, tuning), name, top_k, scale_dtype
+    )

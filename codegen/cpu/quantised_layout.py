@@ -94,6 +94,11 @@ class QuantisedLayout(Layout):
         return self.target.int8_tiles and self.spec.k // self.blocks % 64 == 0
 
     @property
+    def tuned(self) -> tuple[str, ...]:
+        few = ("dots_below",) if self.amx else ("next_from",)
+        return ("fetched", *few, "tiles_at_once", "worth")
+
+    @property
     def blocks_at_once(self) -> int:
         """Blocks whose integers wait to become floats: loads and stores of sums are shared."""
         return max(many for many in range(1, 5) if self.blocks % many == 0)

@@ -89,7 +89,7 @@ def each_expert(
     experts, tiles, at_once = tile.layout.spec.groups, tile.layout.tiles, tile.tiles_at_once
     units = -(-tiles // at_once) * experts
     weights = T.min(rows, T.int64(experts)) * tile.layout.bytes
-    with tasks.shared(units, rows * tile.layout.sums, weights) as unit:
+    with tasks.shared(units, rows * tile.layout.sums, weights, tile.layout.tuning.worth) as unit:
         column = T.bind(T.truncdiv(unit, experts) * at_once)
         some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
         e = T.bind(T.truncmod(unit, experts))

@@ -45,10 +45,12 @@ define linkonce_odr i64 @moec_quotient(i64 %a, i64 %b) alwaysinline {
 
 
 @contextmanager
-def shared(count: Expr | int, sums: Expr, weights: Expr | int = 0) -> Iterator[Var]:
-    """A loop over `count` tasks, by all threads if they have enough to do together: `sums`, and
-    `weights`, the bytes of weights or of cached keys and values that are read."""
-    worth = sums + weights >= T.int64(WORTH_SHARING)
+def shared(
+    count: Expr | int, sums: Expr, weights: Expr | int = 0, least: int = WORTH_SHARING
+) -> Iterator[Var]:
+    """A loop over `count` tasks, by all threads if they have at `least` so much to do together:
+    `sums`, and `weights`, the bytes of weights or of cached keys and values that are read."""
+    worth = sums + weights >= T.int64(least)
     with T.attr(tirx.const(0, "int32"), WORTH, worth), T.parallel(0, count) as task:
         yield task
 

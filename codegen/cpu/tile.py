@@ -31,7 +31,6 @@ ROW_CHUNK = 96
 
 Fetch = Callable[[Expr], None]  # emits what a step of K asks the memory for
 LINE = 64  # bytes that the memory gives at once
-FETCHED = 16384
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
 
@@ -80,7 +79,8 @@ class Tile:
         """Tiles of columns of an expert that a thread takes at once, where enough is left to share
         out: they lie side by side, so few rows fetch the next one at the end of each."""
         lay = self.layout
-        return min(4, lay.tiles) if lay.tiles * lay.spec.groups >= 256 else 1
+        most = min(lay.tuning.tiles_at_once, lay.tiles)
+        return most if lay.tiles * lay.spec.groups >= 256 else 1
 
     def rows(
         self,
@@ -168,7 +168,8 @@ class Tile:
         fetching: Expr = T.int64(0)
         if following is not None:
             # Each of these blocks of rows fetches one vector of every step of the next weights.
-            fetching = T.bind(T.Select(whole >= vectors, T.int64(vectors), T.int64(0)))
+            enough = whole >= max(vectors, self.layout.tuning.next_from)
+            fetching = T.bind(T.Select(enough, T.int64(vectors), T.int64(0)))
             with T.serial(0, fetching) as i:
                 ahead = (*following, i * v.lanes)
                 row = T.bind(first + i * most)
@@ -295,11 +296,13 @@ class Tile:
                     add(i, v.splat(v.last(x, [r, lay.spec.k - 1])), b, v.dot2)
 
     def _fetch(self, group: Expr, tile: Expr, step: Expr) -> None:
-        """Asks for what the stream of weights holds `FETCHED` bytes behind a step: while sums are
+        """Asks for what the stream of weights holds `fetched` bytes behind a step: while sums are
         made, too few loads are under way to keep the memory busy."""
         v, lay, w = self.vector, self.layout, self.operands.w
         one = lay.columns * bytes_of(w)
-        steps = FETCHED // one
+        steps = lay.tuning.fetched // one
+        if not steps:
+            return
         for start in range(0, one, LINE):
             v.prefetch(w, [group, tile, step + steps, start // bytes_of(w)])
 

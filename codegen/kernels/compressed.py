@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 from tvm import relax
+from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.compressed import compressed_linear
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import CompressedSpec
 from moec.codegen.cpu.quantised_layout import PAIRS
+from moec.codegen.cpu.tile import Epilogue
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.kernels.codes import rounded
 from moec.codegen.kernels.sorted_rows import fits, product, spec_of
 from moec.codegen.kernels.table import kernel
@@ -34,7 +36,12 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     weights = [low.param("ternary.masks", _MASKS)] if parts.kind == "ternary" else []
     weights += [low.value(value) for matrix in parts.matrices for value in matrix]
     word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
-    make = partial(compressed_linear, low.target, spec)
+
+    def make(
+        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
+    ) -> PrimFunc:
+        return compressed_linear(low.target, spec, top_k, epilogue, scale, name)
+
     return product(low, op, parts, word, Layout(spec, low.target), make, rows, weights)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from tvm import relax
+from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu import pack
 from moec.codegen.cpu.layout import Layout, LinearSpec
-from moec.codegen.cpu.linear import linear, linears
+from moec.codegen.cpu.linear import linears
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.rules import named
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
 from moec.codegen.lowering import Lowering, Param
+from moec.codegen.tunable import tunable
 from moec.ir import Graph, Op, TensorType, Value
 from moec.sizes import product
 
@@ -90,16 +94,23 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
             arguments.append(low.param(*packed_bias(layout, (dense.bias,))))
         low.note(one, "linear")
     types = [TensorType(one.outputs[0].dtype, (rows, one.outputs[0].shape[-1])) for one in together]
-    if len(specs) == 1:
-        (spec,) = specs
-        function = low.function(spec, "linear", lambda name: linear(low.target, spec, name=name))
-    else:
-        function = low.function(specs, "linears", lambda name: linears(low.target, specs, name))
+    name = "linears" if len(specs) > 1 else "linear"
+
+    def make(name: str, tuning: Tuning) -> PrimFunc:
+        return linears(low.target, specs, name, tuning)
+
+    layouts = tuple(Layout(spec, low.target) for spec in specs)
+    function = low.tuned(tunable(name, specs, layouts, 1, make, dense_values(layouts)), name)
     made = low.call(function, arguments, types)
     for one, value, type in zip(together, made, types, strict=True):
         out = one.outputs[0]
         low.values[out] = value if out.type == type else low.reshaped(value, out.type)
     return [low.values[op.outputs[0]]]
+
+
+def dense_values(layouts: Sequence[Layout]) -> tuple[str, ...]:
+    """What of `Tuning` kernels of dense products read."""
+    return tuple(name for name in layouts[0].tuned if name in ("fetched", "worth"))
 
 
 MOST_TOGETHER = 4

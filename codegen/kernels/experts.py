@@ -12,6 +12,7 @@ from moec.codegen.cpu.dispatch import dispatch
 from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.tile import Epilogue
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic import scalars as sc
 from moec.codegen.generic.groups import Group
 from moec.codegen.kernels.dense import packed
@@ -78,14 +79,16 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     layout = Layout(spec, low.target)
     cleared = not only_owned_rows_read(op.outputs[0], low.graph)
 
-    def make(top_k: int, epilogue: Epilogue | None, scale: str | None, name: str) -> PrimFunc:
+    def make(
+        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
+    ) -> PrimFunc:
         if top_k:
-            return gathered_linear(low.target, spec, top_k, epilogue, scale, name, cleared)
-        return grouped_linear(low.target, spec, epilogue, name, cleared)
+            return gathered_linear(low.target, spec, top_k, epilogue, scale, name, cleared, tuning)
+        return grouped_linear(low.target, spec, epilogue, name, cleared, tuning)
 
     rows = [low.value(parts.x)]
     weights = [low.param(*packed(layout, parts.matrices))]
-    return product(low, op, parts, "", layout, make, rows, weights, cleared)
+    return product(low, op, parts, "", layout, make, rows, weights, cleared, values=layout.tuned)
 
 
 def _sorting(places: Value, graph: Graph) -> Op | None:

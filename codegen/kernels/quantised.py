@@ -37,4 +37,6 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
         weights.append(low.param(*packed_scales(layout, zeros)))
     make = partial(quantised_linear, low.target, spec)
-    return product(low, op, parts, parts.format.kind, layout, make, rows, weights)
+    return product(
+        low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned
+    )

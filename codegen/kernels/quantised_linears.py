@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import cast
 
 from tvm import relax
+from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
 from moec.codegen.cpu.quantised_linear import quantised_linears
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic import scalars as sc
 from moec.codegen.kernels.codes import packed_codes, packed_scales, rounded
-from moec.codegen.kernels.dense import MOST_TOGETHER, packed_bias
+from moec.codegen.kernels.dense import MOST_TOGETHER, dense_values, packed_bias
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
 from moec.codegen.lowering import Lowering
+from moec.codegen.tunable import tunable
 from moec.ir import Graph, Op, TensorType
 from moec.ops.quantised_linear import QuantisedLinear
 from moec.sizes import product
@@ -44,7 +47,12 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
             arguments.append(low.param(*packed_bias(layout, (parts.bias,))))
         low.note(one, f"{parts.format.kind} linear")
     name = f"{every[0].format.kind}_linear{'s' if len(specs) > 1 else ''}"
-    function = low.function(specs, name, lambda name: quantised_linears(low.target, specs, name))
+
+    def make(name: str, tuning: Tuning) -> PrimFunc:
+        return quantised_linears(low.target, specs, name, tuning)
+
+    kernel = tunable(name, specs, tuple(layouts), 1, make, dense_values(layouts))
+    function = low.tuned(kernel, name)
     rows = product(every[0].x.shape[:-1])
     types = [
         TensorType(one.outputs[0].dtype, (rows, spec.n))

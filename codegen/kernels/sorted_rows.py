@@ -11,17 +11,19 @@ from tvm.tirx import PrimFunc
 from moec.codegen.bodies import vector_body
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.tile import Epilogue
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic import scalars as sc
 from moec.codegen.kernels.dense import packed_bias
 from moec.codegen.kernels.table import VECTOR_DTYPES
 from moec.codegen.lowering import Lowering
+from moec.codegen.tunable import tunable
 from moec.ir import Graph, Op, Value
 from moec.ops.grouped import Grouped
 
 S = TypeVar("S", bound=LinearSpec)
 
-Make = Callable[[int, Epilogue | None, str | None, str], PrimFunc]
-"""(top_k, epilogue, dtype of the scale, name) -> a kernel."""
+Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
+"""(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""
 
 
 def fits(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> bool:
@@ -62,19 +64,24 @@ def product(
     rows: Sequence[relax.Expr],
     weights: Sequence[relax.Expr],
     *choices: object,
+    values: tuple[str, ...] = (),
 ) -> list[relax.Expr]:
     """A call of the kernel that `make` makes, once for all products of this spec and `choices`,
-    with what holds the rows of x and the weights."""
+    with what holds the rows of x and the weights. `values` are what of it can be tuned."""
     top_k = cast(int, op.attrs.get("gather", 0))
     scale = None if parts.scale is None else sc.STORED[parts.scale.dtype]
     body = None if op.body is None else vector_body(op.body)
     name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
 
-    def made(name: str) -> PrimFunc:
-        return make(top_k, None if body is None else body.epilogue(low.target), scale, name)
+    def made(name: str, tuning: Tuning) -> PrimFunc:
+        epilogue = None if body is None else body.epilogue(low.target)
+        return make(top_k, epilogue, scale, name, tuning)
 
     key = (layout.spec, top_k, scale, None if body is None else body.text, *choices)
-    function = low.function(key, name if body is None else f"{name}_{body.name}", made)
+    said = name if body is None else f"{name} with {body.name}"
+    many = top_k or _rows_a_token(parts, low.graph)
+    kernel = tunable(said, key, (layout,), many, made, values)
+    function = low.tuned(kernel, name if body is None else f"{name}_{body.name}")
     arguments = list(rows)
     if top_k and parts.order is not None:
         arguments.append(low.value(parts.order))
@@ -83,5 +90,14 @@ def product(
         arguments.append(low.param(*packed_bias(layout, parts.biases)))
     if parts.scale is not None:
         arguments.append(low.value(parts.scale))
-    low.note(op, name if body is None else f"{name} with {body.name}")
+    low.note(op, said)
     return low.call(function, arguments, [op.outputs[0].type])
+
+
+def _rows_a_token(parts: Grouped[Any], graph: Graph) -> int:
+    """How many experts each token chose, where the sort that these rows come from says so."""
+    source = graph.producers.get(parts.ends)
+    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+        return 1
+    k = source.inputs[1 if source.name == "moe.dispatch" else 0].shape[1]
+    return k if isinstance(k, int) else 1

@@ -1,0 +1,66 @@
+"""What a kernel of products may choose for the machine that it runs on.
+
+Each value changes when something is read, or who makes it, and never what is summed in which
+order: kernels of other values give the same bits, and read the same packed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+NEVER = 1 << 30
+
+
+def _value(default: int, *others: int) -> int:
+    made: int = field(default=default, metadata={"candidates": (default, *others)})
+    return made
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The values that a kernel is generated from.
+
+    fetched        bytes that few rows fetch their stream of weights ahead; 0: they do not
+    tiles_at_once  tiles of columns of an expert that a thread takes at once, at most
+    next_from      blocks of rows (of the register tile) from which on they fetch the weights
+                   that come next; a vector of a tile at least
+    dots_below     rows of an expert below which codes go to dot products, where there are tiles
+    worth          work of a loop from which on it is shared among threads (tasks.py)
+    """
+
+    fetched: int = _value(16384, 0, 4096)
+    tiles_at_once: int = _value(4, 1, 8)
+    next_from: int = _value(1, 16, NEVER)
+    dots_below: int = _value(24, 8, 16, 32)
+    worth: int = _value(2**21, 2**20, 2**22)
+
+    def changed(self) -> dict[str, int]:
+        """The values that are not the default, by name."""
+        names = tuple(f.name for f in fields(self))
+        return {n: value for n, value in self.values(names).items() if value != getattr(DEFAULT, n)}
+
+    def values(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: getattr(self, name) for name in names}
+
+
+DEFAULT = Tuning()
+
+
+def candidates(name: str) -> tuple[int, ...]:
+    """What the value of that name is measured with, its default first."""
+    (found,) = (f for f in fields(Tuning) if f.name == name)
+    return tuple(found.metadata["candidates"])
+
+
+def of_dict(recorded: Mapping[str, object]) -> Tuning:
+    """The tuning that `changed` or `values` gave.
+
+    Raises ValueError for a name or a value that no kernel can be made with.
+    """
+    for name, value in recorded.items():
+        if name not in Tuning.__dataclass_fields__:
+            raise ValueError(f"there is no value {name!r} to tune")
+        if type(value) is not int or not (name == "tiles_at_once") <= value <= NEVER:
+            raise ValueError(f"{name} is {value!r}, and no kernel is made so")
+    return Tuning(**recorded)  # type: ignore[arg-type]
