@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from tvm import relax
 
 from moec.codegen.build import compile_module
+from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic.rules import EMIT, named
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.lowering import Param
@@ -45,20 +47,35 @@ def build(
     opt_level: int = 2,
     step: Program | None = None,
     hoisted: Hoisted | None = None,
+    tunings: Mapping[str, Tuning] = MappingProxyType({}),
 ) -> Package:
     """Compile a program of any stage that `lower` takes for a CPU, with the same for tokens that
     come in pieces (`moec.passes.incremental`), where they can, and with its routers by themselves
     (`moec.passes.hoist_routers`), where they were hoisted.
 
     Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
-    leaves LLVM's optimisation out. Raises UnsupportedError (everything that has no kernel at
-    once) and TargetError (no linker).
+    leaves LLVM's optimisation out. `tunings` are the values of kernels, by their key.
+
+    Raises UnsupportedError (everything that has no kernel at once) and TargetError (no linker).
     """
-    routers = None if hoisted is None else (hoisted.route.graph, hoisted.routed.graph)
-    lowered = lower(program.graph, target, None if step is None else step.graph, routers)
+    lowered = lowered_for(program, target, step, hoisted, tunings)
     library = export(compile_module(lowered.module, target, opt_level))
     made = package(program, target, lowered, library, step)
+    names = {kernel.key: kernel.values for kernel in lowered.tunable}
+    made = replace(made, tunings={key: t.values(names[key]) for key, t in tunings.items()})
     return made if hoisted is None else _with_routers(made, lowered, hoisted)
+
+
+def lowered_for(
+    program: Program,
+    target: Target,
+    step: Program | None = None,
+    hoisted: Hoisted | None = None,
+    tunings: Mapping[str, Tuning] = MappingProxyType({}),
+) -> Lowered:
+    """The module of what `build` takes, before it is compiled."""
+    routers = None if hoisted is None else (hoisted.route.graph, hoisted.routed.graph)
+    return lower(program.graph, target, None if step is None else step.graph, routers, tunings)
 
 
 def package(

@@ -13,7 +13,7 @@ import torch
 
 from moec import check as checking
 from moec.approximate import Approximate, Frame
-from moec.arguments import cast, changes, example_inputs, target_of, text, tolerance
+from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
 from moec.blocks import blocks
 from moec.bound import bound
 from moec.budget import Budget
@@ -36,6 +36,7 @@ from moec.report_data import Block
 from moec.target import missing
 
 if TYPE_CHECKING:
+    from moec.codegen.cpu.tuning import Tuning
     from moec.runtime.executor import Executor
     from moec.target import Target
 
@@ -59,6 +60,7 @@ def compile(
     stop_after: str | None = None,
     build: bool = True,
     kv_cache: bool = True,
+    tune: bool = False,
     watch: Callable[[Step], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> CompiledModel:
@@ -71,7 +73,8 @@ def compile(
     ("+a,-b"). `verify` compares the result with eager; a float is the greatest error allowed, as
     a share of the greatest value of an output. `fuel` caps the rewrites. `stop_after` names the
     last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
-    the code that `generate` runs for one token after the other.
+    the code that `generate` runs for one token after the other. `tune` measures kernels with other
+    values than the defaults on this machine, and keeps what it finds for the next compilation.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
     ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
@@ -95,6 +98,8 @@ def compile(
         chosen = until(asked, stop_after)
         allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
         builds = build and stop_after is None
+        if tune:
+            check_tuning(target_of(target, run=False), builds)
         made_for = target_of(target, run=builds and verify is not False)
         limit = tolerance(verify)
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
@@ -133,7 +138,7 @@ def compile(
             compiled = _with_step(compiled)
     if any(pass_.name == HoistRouters.name for pass_ in chosen):
         compiled = replace(compiled, hoisted=split(compiled.steps[-1].program))
-    built = _build(compiled, opt_level, clock)
+    built = _build(compiled, opt_level, clock, tune)
     return built if verify is False else _verify(built, limit, clock)
 
 
@@ -176,16 +181,24 @@ def _allowed(
     return budget_of(budget)
 
 
-def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledModel:
+def _build(
+    compiled: CompiledModel, opt_level: int, clock: _Clock, tune: bool = False
+) -> CompiledModel:
     """With code, and ready to run where this machine can run it."""
+    parts = compiled.steps[-1].program, compiled.target, compiled.step, compiled.hoisted
+    tunings: dict[str, Tuning] = {}
+    if tune:
+        with clock.phase("tune"), _explained(compiled):
+            from moec.tuning import tune_kernels
+
+            tunings, lines = tune_kernels(*parts, opt_level=opt_level, progress=clock.progress)
+            compiled = replace(compiled, tuned=lines)
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
-        program, step = compiled.steps[-1].program, compiled.step
-        try:
-            package = generate(program, compiled.target, opt_level, step, compiled.hoisted)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
+        program, target, step, hoisted = parts
+        with _explained(compiled):
+            package = generate(program, target, opt_level, step, hoisted, tunings)
         if package.step is not None:
             stop = stop_tokens(compiled.source.model)
             package = replace(package, step=replace(package.step, stop=stop))
@@ -201,6 +214,15 @@ def _build(compiled: CompiledModel, opt_level: int, clock: _Clock) -> CompiledMo
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)
+
+
+@contextmanager
+def _explained(compiled: CompiledModel) -> Iterator[None]:
+    """What is not supported may be experts that were not recognised."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
 
 
 def _not_recognised(declined: Sequence[Declined]) -> str:

@@ -86,6 +86,18 @@ def target_of(target: Any, *, run: bool) -> Target:
     return made
 
 
+def check_tuning(target: Target, builds: bool) -> None:
+    """Raises UsageError where no kernel for the target can be measured here."""
+    if lacking := missing(target):
+        raise UsageError(
+            f"--tune measures kernels where they will run, and this machine lacks "
+            f"{', '.join(lacking)}, which code for {target.name} needs: tune on a machine that "
+            "has them"
+        )
+    if not builds:
+        raise UsageError("--tune measures kernels, and nothing is built here: leave --tune out")
+
+
 def cast(source: Source, dtype: Any) -> Source:
     """The source with the weights and the float inputs converted, the weights in place.
 

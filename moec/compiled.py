@@ -23,7 +23,7 @@ from moec.passes.runner import Declined, Step
 from moec.pipeline import without_effect
 from moec.quantised import left_wide
 from moec.report import Report, describe_graph, pass_lines
-from moec.report_data import Block, DeclinedLine, ErrorLine, QuantisedLine
+from moec.report_data import Block, DeclinedLine, ErrorLine, QuantisedLine, TunedLine
 from moec.target import missing
 from moec.text import print_graph
 
@@ -57,6 +57,7 @@ class CompiledModel:
     executor: Executor | None = None
     checked: checking.Checked | None = None
     quantised: tuple[QuantisedLine, ...] = ()
+    tuned: tuple[TunedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +160,7 @@ class CompiledModel:
             else (),
             quantised=self.quantised,
             moved=checked.moved if checked else (),
+            tuned=self.tuned,
             phases=dict(self.phases),
             notes=notes,
             damage=tuple(step.damage for step in self.steps if step.damage),

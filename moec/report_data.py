@@ -107,6 +107,22 @@ class MovedLine:
 
 
 @dataclass(frozen=True)
+class TunedLine:
+    """One kernel that was measured with other values than the default: `values` are those it was
+    given (none: the default), `gains` how many times as fast it is with them, by the number of
+    tokens. `noise` is twice the error of their mean, as a share. `known` were measured by a
+    compilation before; `why` says what kept a kernel from being measured.
+    """
+
+    kernel: str
+    values: Mapping[str, int] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
+    noise: float = 0.0
+    known: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
 
@@ -127,6 +143,7 @@ class ReportData:
     verification: tuple[ErrorLine, ...] = ()
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
+    tuned: tuple[TunedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()
@@ -149,6 +166,7 @@ class ReportData:
             "damage": Damage.of_dict,
             "quantised": lambda d: QuantisedLine(**{**d, "few": tuple(d.get("few", ()))}),
             "moved": lambda d: MovedLine(**d),
+            "tuned": lambda d: TunedLine(**d),
         }
         known = {k: v for k, v in recorded.items() if k in cls.__dataclass_fields__}
         for name, make in lines.items():

@@ -20,6 +20,7 @@ from moec.report_data import (
     PortLine,
     QuantisedLine,
     ReportData,
+    TunedLine,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
         yield ""
         yield _quantised(report.quantised)
         yield from _calibrated(report.quantised)
+    if report.tuned:
+        yield ""
+        yield _tuned(report.tuned)
     if report.verification:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
@@ -239,6 +243,20 @@ def _moved(lines: Sequence[MovedLine]) -> Any:
     table = _grid("Against the unquantised model", "error", "rows with another greatest value")
     for line in lines:
         table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")
+    return table
+
+
+def _tuned(lines: Sequence[TunedLine]) -> Any:
+    table = _grid("tuned kernel", "values", "times as fast, by tokens")
+    for line in lines:
+        values = ", ".join(f"{name} {value}" for name, value in line.values.items())
+        gains = ", ".join(f"{tokens}: {gain:.2f}" for tokens, gain in line.gains.items())
+        noise = f" (± {line.noise:.0%})" if gains else ""
+        table.add_row(
+            line.kernel + (" (known)" if line.known else ""),
+            values or ("not measured" if line.why else "default"),
+            line.why or gains + noise,
+        )
     return table
 
 

@@ -170,6 +170,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         step=None if raw["step"] is None else _step(raw["step"]),
         no_step=str(raw["no_step"]),
         routers=_routers(raw["routers"]) if raw.get("routers") else None,
+        tunings=_tunings(raw.get("tunings", {})),
     )
     return Manifest(
         package,
@@ -202,6 +203,13 @@ def _routers(raw: Mapping[str, Any]) -> Routers:
         _ports(raw["route"]),
         _ports(raw["routed"]),
     )
+
+
+def _tunings(raw: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    return {
+        str(kernel): {str(name): int(value) for name, value in values.items()}
+        for kernel, values in raw.items()
+    }
 
 
 def _stored(arrays: Mapping[str, Any]) -> dict[str, Stored]:

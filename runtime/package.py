@@ -112,7 +112,7 @@ class Package:
     values that an input may hold (low, high inclusive) because they look up rows of a table.
     `kernels` pairs the place of an op in the model with the kernel that does it; `notes` are
     sentences for the report. `step` is None where tokens cannot come in pieces, and `no_step`
-    says why.
+    says why. `tunings` are the values of kernels that were tuned, by the kernel's key.
     """
 
     target: CpuNeeds
@@ -130,6 +130,7 @@ class Package:
     step: Step | None = None
     no_step: str = "the model was compiled without a cache"
     routers: Routers | None = None
+    tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def every_param(self) -> tuple[Port, ...]:

@@ -1,8 +1,8 @@
 """Compile an artifact's graph anew, to run it without the native code that it carries.
 
 The weights stay as they are packed: the layout depends on the target only, so code made for
-the same target reads them. This is the one part of the runtime that needs the compiler, and
-with it torch.
+the same target reads them. Kernels that were tuned get the values that were recorded. This is
+the one part of the runtime that needs the compiler, and with it torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def rebuild(opened: Artifact) -> Package:
     """
     from moec import target as targets
     from moec.codegen.build import compile_module
+    from moec.codegen.cpu.tuning import of_dict
     from moec.codegen.lower import lower
     from moec.codegen.package import export, ports
     from moec.ir import Graph, Stage
@@ -56,7 +57,16 @@ def rebuild(opened: Artifact) -> Package:
     package = opened.package
     step = part(STEP) if package.step else None
     routers = (part(ROUTE), part(ROUTED)) if package.routers else None
-    lowered = lower(read(GRAPH, opened.graph_text), target, step, routers)
+    try:
+        tunings = {kernel: of_dict(values) for kernel, values in package.tunings.items()}
+    except ValueError as error:
+        raise ArtifactError(f"{opened.path} was tuned by another moec: {error}") from error
+    lowered = lower(read(GRAPH, opened.graph_text), target, step, routers, tunings)
+    if not tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
+        raise ArtifactError(
+            f"{opened.path} was tuned for kernels that this moec makes otherwise; compile the "
+            "model again"
+        )
     params = (*lowered.params, *lowered.step, *lowered.route, *lowered.routed)
     if ports(params) != package.every_param:
         raise ArtifactError(

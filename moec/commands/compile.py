@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     "--kv-cache/--no-kv-cache", default=True, show_default=True,
     help="With code that generates text token by token, where the model continues text.",
 )  # fmt: skip
+@click.option(
+    "--tune", is_flag=True,
+    help="Measure kernels with other values than the defaults on this machine; kept for later.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
@@ -50,6 +54,7 @@ def command(
     dump_ir: Path | None,
     stop_after: str | None,
     kv_cache: bool,
+    tune: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -100,6 +105,7 @@ def command(
             stop_after=stop_after,
             build=builds,
             kv_cache=kv_cache,
+            tune=tune,
             watch=watch,
             progress=progress.phase,
         )

@@ -43,13 +43,13 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     result = run(
         "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
         "--passes", "+a,-b", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
-        "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64",
+        "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     asked = compiler.asked
     assert asked["model"] == "model"
     assert (asked["target"], asked["dtype"], asked["opt_level"]) == ("avx2", "bfloat16", 1)
-    assert asked["quant"] == "int4:64"
+    assert (asked["quant"], asked["tune"]) == ("int4:64", True)
     assert (str(asked["calib"]), asked["budget"], asked["strict"]) == ("text.txt", "kl<=0.1", True)
     assert (asked["passes"], asked["verify"], asked["stop_after"]) == ("+a,-b", 1e-3, None)
     assert (asked["dynamic_shapes"]["ids"][0].min, asked["dynamic_shapes"]["ids"][0].max) == (1, 64)

@@ -1,0 +1,133 @@
+"""Random arguments of a kernel of products, found from the shapes of its buffers: those of weights
+are known when it is made, all others vary.
+
+Weights lie in as many copies as a call must not find in the cache; rows and their routing are
+drawn anew for each call. No number is so small that arithmetic would slow down.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tvm
+from torch import Tensor
+from tvm.tirx import PrimFunc
+
+from moec.codegen.tunable import Tunable
+from moec.errors import NoMatch
+from moec.target import last_cache
+
+_TORCH = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+}
+_BLOCK = 1 << 20  # elements that are drawn; more are the same again
+COLD = 4  # times the last cache: what goes through it between two reads of one copy
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """`draw(tokens)` gives rows, and a function from the number of a copy of the weights to all
+    arguments of one call, in the order of the kernel."""
+
+    copies: int
+    draw: Callable[[int], Callable[[int], list[Any]]]
+
+
+def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
+    """`footprint` are the bytes of all weights of the model: what fits the cache as a whole is
+    there when it is needed, and is not measured cold.
+
+    Raises NoMatch where the weights do not fit the free memory.
+    """
+    shapes = [tuple(buffer.shape) for buffer in made.params]
+    dtypes = [str(buffer.dtype) for buffer in made.params]
+    held = [i for i, shape in enumerate(shapes) if len(shape) > 1 and _is_fixed(shape)]
+    size = sum(math.prod(map(int, shapes[i])) * _TORCH[dtypes[i]].itemsize for i in held)
+    free = _free_memory()
+    if size > free // 2:
+        raise NoMatch(
+            f"measuring needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
+        )
+    wanted = -(-min(footprint, COLD * last_cache()) // max(size, 1))
+    copies = max(1, min(wanted, free // 2 // max(size, 1)))
+    weights = [{i: _random(dtypes[i], shapes[i]) for i in held} for _ in range(copies)]
+    many = shapes[-1][0]  # rows of y, which comes last
+
+    def draw(tokens: int) -> Callable[[int], list[Any]]:
+        rows = tokens * kernel.top_k
+        order, ends = routing(tokens, kernel.experts, kernel.top_k)
+        drawn = {}
+        for i, shape in enumerate(shapes):
+            if len(shape) == 1:  # the one whose size is known is `ends`
+                drawn[i] = ends if _is_fixed(shape) else order
+            elif i not in held:
+                sizes = [_size(dim, many, rows, tokens) for dim in shape]
+                drawn[i] = _random(dtypes[i], sizes)
+
+        def call(copy: int) -> list[Any]:
+            given = {**drawn, **weights[copy % copies]}
+            return [tvm.runtime.from_dlpack(given[i]) for i in range(len(shapes))]
+
+        return call
+
+    return Arguments(copies, draw)
+
+
+def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """order i32[tokens * top_k] and ends i32[experts] of choices that are all equally likely."""
+    chosen = torch.rand(tokens, max(experts, top_k)).topk(top_k, dim=-1).indices.flatten()
+    counts = torch.bincount(chosen, minlength=experts)[:experts]
+    return chosen.sort(stable=True).indices.int(), counts.cumsum(0).int()
+
+
+def _is_fixed(shape: Sequence[Any]) -> bool:
+    return all(isinstance(dim, tvm.tirx.IntImm) for dim in shape)
+
+
+def _size(dim: Any, many: Any, rows: int, tokens: int) -> int:
+    """`many` stands for the rows of y, another variable for tokens."""
+    if isinstance(dim, tvm.tirx.IntImm):
+        return int(dim)
+    return rows if dim.same_as(many) else tokens
+
+
+def _random(kind: str, shape: Sequence[Any]) -> Tensor:
+    dtype, sizes = _TORCH[kind], [int(size) for size in shape]
+    made = torch.empty(math.prod(sizes), dtype=dtype)
+    count = min(made.numel(), _BLOCK)
+    if dtype is torch.uint8:  # scales of mxfp4 are exponents
+        some = torch.randint(120, 135, (count,), dtype=dtype)
+    elif dtype is torch.int32:  # pairs of bf16, or codes, which may be anything
+        some = torch.randn(2 * count).bfloat16().view(torch.int32)
+    else:
+        some = torch.randn(count).to(dtype)
+    for start in range(0, made.numel(), _BLOCK):
+        part = made[start : start + _BLOCK]
+        part.copy_(some[: part.numel()])
+    return made.view(sizes)
+
+
+def _free_memory() -> int:
+    """Bytes that this machine has not given away; a guess of 4 GB where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            found = dict(line.split(":", 1) for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30 if not hasattr(os, "sysconf") else _pages()
+
+
+def _pages() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 4 << 30

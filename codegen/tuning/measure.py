@@ -1,0 +1,91 @@
+"""Seconds that a kernel takes with each of some tunings, in turn on the same rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+import tvm
+from tvm.tirx import PrimFunc
+
+from moec.codegen.build import context
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.tir_pipeline import PIPELINE
+from moec.codegen.tunable import Tunable
+from moec.codegen.tuning.arguments import Arguments, arguments
+from moec.target import Target
+
+TOKENS = (1, 8, 64, 512)
+SECONDS = 0.3  # that all calls of one number of tokens are to take, within the limits of rounds
+FEWEST, MOST = 5, 31  # rounds
+
+Times = Mapping[int, Sequence[Sequence[float]]]
+"""By number of tokens, for each tuning: seconds of each round. Those of one round had the same
+rows and routing, one after the other."""
+
+Bench = Callable[[Sequence[Tuning]], Times]
+Measure = Callable[[Tunable], Bench]
+"""What times one kernel with any tunings, as often as it is asked to."""
+
+
+@dataclass(frozen=True)
+class OnThisMachine:
+    """A `Measure`; `footprint` and what it raises: see `arguments`."""
+
+    target: Target
+    footprint: int
+    opt_level: int = 2
+    clock: Callable[[], float] = time.perf_counter
+
+    def __call__(self, kernel: Tunable) -> Bench:
+        given = arguments(kernel, kernel.make("measured", DEFAULT), self.footprint)
+
+        @cache
+        def function(tuning: Tuning) -> Callable[..., None]:
+            return self._compiled(kernel.make("measured", tuning))
+
+        def bench(tunings: Sequence[Tuning]) -> Times:
+            functions = [function(tuning) for tuning in tunings]
+            return {tokens: self._rounds(functions, given, tokens) for tokens in TOKENS}
+
+        return bench
+
+    def _rounds(
+        self, functions: Sequence[Callable[..., None]], given: Arguments, tokens: int
+    ) -> list[list[float]]:
+        copies = count()
+
+        def once(function: Callable[..., None], call: Callable[[int], list[object]]) -> float:
+            values = call(next(copies))
+            start = self.clock()
+            function(*values)
+            return self.clock() - start
+
+        call = given.draw(tokens)
+        taken = sum(once(function, call) for function in functions)  # first calls are not counted
+        seconds: list[list[float]] = [[] for _ in functions]
+        for turn in range(max(FEWEST, min(MOST, int(SECONDS / max(taken, 1e-6))))):
+            call = given.draw(tokens)
+            for i in _turned(len(functions), turn):
+                seconds[i].append(once(functions[i], call))
+        return seconds
+
+    def _compiled(self, kernel: PrimFunc) -> Callable[..., None]:
+        options = self.target.tvm()
+        if self.opt_level == 0:
+            options["opt-level"] = 0
+        name = str(kernel.attrs["global_symbol"])
+        with context():
+            made = tvm.compile(
+                tvm.IRModule({name: kernel}), tvm.target.Target(options), tir_pipeline=PIPELINE
+            )
+        function: Callable[..., None] = made[name]
+        return function
+
+
+def _turned(count: int, turn: int) -> list[int]:
+    """All of `count`, each first in some rounds and last in others."""
+    return [(i + turn) % count for i in range(count)]

@@ -1,0 +1,65 @@
+"""The kernels of a model, each tuned once for the machine that runs this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from moec.cache_folder import key_of
+from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
+from moec.codegen.tunable import Tunable
+from moec.codegen.tuning import cache
+from moec.codegen.tuning.choose import Gain, choose
+from moec.codegen.tuning.measure import TOKENS, Measure
+from moec.errors import NoMatch
+from moec.runtime.threads import set_threads
+from moec.target import Target, processor
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a kernel was tuned to; `gain` is None where the default stays. `known` says that it
+    was not measured now, `why` that it could not be."""
+
+    kernel: Tunable
+    tuning: Tuning = DEFAULT
+    gain: Gain | None = None
+    known: bool = False
+    why: str = ""
+
+
+def tune(
+    kernels: Sequence[Tunable],
+    target: Target,
+    measure: Measure,
+    folder: Path,
+    context: object = "",
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Tuned, ...]:
+    """Each kernel with its values, from the cache in `folder` or measured and kept there.
+
+    `context` is what else the measurements depend on. Raises UsageError where the folder cannot
+    be written.
+    """
+    found = []
+    for number, kernel in enumerate(kernels, 1):
+        progress(f"tune {number}/{len(kernels)} {kernel.name}")
+        key = key_of(
+            "tuning", kernel.key, target, processor(), set_threads(), context, TOKENS,
+            *((name, candidates(name)) for name in kernel.values),
+            *(version(name) for name in ("moec", "apache-tvm")),
+        )  # fmt: skip
+        known = cache.load(folder, key)
+        if known is not None:
+            found.append(Tuned(kernel, *known, known=True))
+            continue
+        try:
+            tuning, gain = choose(kernel, measure(kernel))
+        except NoMatch as why:
+            found.append(Tuned(kernel, why=str(why)))
+            continue
+        cache.store(folder, key, kernel.name, tuning, gain)
+        found.append(Tuned(kernel, tuning, gain))
+    return tuple(found)
