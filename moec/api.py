@@ -19,8 +19,7 @@ from moec.bound import bound
 from moec.budget import Budget
 from moec.budget import budget as budget_of
 from moec.calibration import check as check_calibration
-from moec.capture import capture
-from moec.capture.doors import open_source, stop_tokens
+from moec.capture.doors import capture_source, open_source, stop_tokens
 from moec.compiled import CompiledModel
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.ir import Stage, stage_of
@@ -103,13 +102,7 @@ def compile(
         made_for = target_of(target, run=builds and verify is not False)
         limit = tolerance(verify)
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-        captured = capture(
-            source.model,
-            source.args,
-            source.kwargs,
-            dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
-            bounds=source.bounds if dynamic_shapes is None else None,
-        )
+        captured = capture_source(source, dynamic_shapes)
         captured = bound(captured, asked)
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(

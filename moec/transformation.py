@@ -19,9 +19,9 @@ from moec.approximate import Approximate, Frame
 from moec.arguments import cast, changes, example_inputs, text, tolerance
 from moec.budget import budget as budget_of
 from moec.calibration import check as check_calibration
-from moec.capture import Captured, capture
+from moec.capture import Captured
 from moec.capture.call import Call
-from moec.capture.doors import Source, open_source
+from moec.capture.doors import Source, capture_source, open_source
 from moec.damage import Damage
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.graph_module import GraphModule
@@ -81,13 +81,7 @@ def transform(
         raise UsageError("strict fails where the budget is exceeded: give budget too")
     limit = tolerance(verify)
     source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-    captured = capture(
-        source.model,
-        source.args,
-        source.kwargs,
-        dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
-        bounds=source.bounds if dynamic_shapes is None else None,
-    )
+    captured = capture_source(source, dynamic_shapes)
     frame = Frame(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
     steps = run(captured.program, onward(measured(chosen, frame), stage), stage=stage)

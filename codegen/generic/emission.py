@@ -136,8 +136,7 @@ class Emission:
         """`body` at every position: rows in parallel, the last axis innermost."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
         if not live:
-            with self.scope():
-                body(tuple(ix.const(0) for _ in shape))
+            self._once(shape, body)
             return
         *outer, inner = live
         if not outer:
@@ -168,10 +167,14 @@ class Emission:
         """`body` at every position of `shape`, in parallel; each does `work` elements."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
         if not live:
-            with self.scope():
-                body(tuple(ix.const(0) for _ in shape))
+            self._once(shape, body)
             return
         self._rows(shape, live, lambda at: body(self._full(shape, at)), work, weight)
+
+    def _once(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
+        """`body` at the only position of `shape`."""
+        with self.scope():
+            body(tuple(ix.const(0) for _ in shape))
 
     def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
         """Nested plain loops, the last axis innermost."""

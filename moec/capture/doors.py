@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from moec.capture.capture import Captured, capture
 from moec.errors import CaptureError, UsageError
 from moec.graph_module import GraphModule
 from moec.sizes import Bounds
@@ -41,6 +42,17 @@ class Source:
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     name: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
+
+
+def capture_source(source: Source, dynamic_shapes: Any = None) -> Captured:
+    """`capture` of a source, whose own sizes hold unless there are other `dynamic_shapes`."""
+    return capture(
+        source.model,
+        source.args,
+        source.kwargs,
+        dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
+        bounds=source.bounds if dynamic_shapes is None else None,
+    )
 
 
 def open_source(

@@ -15,7 +15,7 @@ import click
 
 from moec.bench.names import PACKAGES
 from moec.commands.inspect import is_artifact
-from moec.commands.options import DTypeName
+from moec.commands.options import DTypeName, json_option
 from moec.errors import UsageError
 from moec.target import processor
 
@@ -54,7 +54,7 @@ _PLOTS = (".png", ".svg", ".pdf")
     "--append", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Add the result and the command to this Markdown file.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     model: str,

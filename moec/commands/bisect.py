@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moec.commands.options import Tolerance, model_options
+from moec.commands.options import Tolerance, json_option, model_options
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -15,7 +15,7 @@ from moec.commands.options import Tolerance, model_options
     "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: 2e-4."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options
 @click.pass_context

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import Tolerance, asked, changing_options, model_options
+from moec.commands.options import (
+    Tolerance,
+    asked,
+    changing_options,
+    force_option,
+    json_option,
+    model_options,
+    quiet_option,
+)
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,9 +51,9 @@ if TYPE_CHECKING:
     help="Measure kernels with other values than the defaults on this machine; kept for later.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong.")
-@click.option("--force", is_flag=True, help="Replace the output where it exists.")
+@json_option
+@quiet_option
+@force_option
 def command(
     model: str,
     output: Path | None,

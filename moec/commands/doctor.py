@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from moec.commands.options import json_option
+
 
 @click.command("doctor", short_help="Check this machine and say how to mend what is wrong.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
     """Check the CPU, the packages, the linker, threads and memory.

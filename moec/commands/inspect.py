@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import asked, model_options
+from moec.commands.options import asked, json_option, model_options
 from moec.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--graph", "picture", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Draw the model: FILE ends in .svg, .html or .dot.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options
 def command(

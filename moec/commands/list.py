@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 
+from moec.commands.options import json_option
+
 
 @click.command("list", short_help="List passes, targets or models.")
 @click.argument("what", type=click.Choice(["passes", "targets", "models"]))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def command(what: str, as_json: bool) -> None:
     """List the passes in their order, the targets, or the models known to work."""
     rows = {"passes": passes, "targets": targets, "models": models}[what]()

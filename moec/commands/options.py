@@ -19,6 +19,13 @@ _SHORT = {
 }
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong."
+)
+force_option = click.option("--force", is_flag=True, help="Replace the output where it exists.")
+
+
 class Tolerance(click.ParamType[Any]):
     """A positive number, `on` or `off`."""
 

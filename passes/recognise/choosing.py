@@ -17,7 +17,7 @@ from moec.passes.recognise.region import (
     Emitter,
     Scope,
     choices,
-    is_routing,
+    routing_behind,
 )
 from moec.sizes import Dim, product
 
@@ -51,21 +51,12 @@ class Chosen:
 
 def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
     """One-hot masks [.., E], nearest first: the ids of choices of which some were dropped."""
-    stack, visited = list(everything), set(everything)
     found: list[Value] = []
-    while stack and len(visited) < 200:
-        value = stack.pop(0)
+    for value in routing_behind(scope, everything, 200, stops=CHOICES):
         per_row = _per(value, evidence.rows_in)
         if value.shape[-1:] == (evidence.experts,) and per_row and not value.dtype.startswith("f"):
             if per_row % evidence.experts == 0 and value not in scope.constants:
                 found.append(value)
-        op = scope.maker(value)
-        if op is None or not is_routing(op) or op.name in CHOICES:
-            continue
-        for source in op.inputs:
-            if source not in visited:
-                visited.add(source)
-                stack.append(source)
     yield from found[:3]
 
 

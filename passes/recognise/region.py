@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -289,6 +289,25 @@ def is_routing(op: Op) -> bool:
     if op.name in ROUTING:
         return True
     return op.name.startswith("aten.") and torch.Tag.pointwise in overload(op.name).tags
+
+
+def routing_behind(
+    scope: Scope, values: Iterable[Value], most: int, stops: Container[str] = ()
+) -> Iterator[Value]:
+    """`values` and what they are made of by routing ops, nearest first, until `most` were met;
+    nothing behind the ops called as in `stops`."""
+    waiting = list(values)
+    seen = set(waiting)
+    while waiting and len(seen) < most:
+        value = waiting.pop(0)
+        yield value
+        op = scope.maker(value)
+        if op is None or not is_routing(op) or op.name in stops:
+            continue
+        for source in op.inputs:
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
 
 
 def choices(scope: Scope, values: Iterable[Value], limit: int = 400) -> tuple[Op, ...]:

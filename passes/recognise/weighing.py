@@ -15,6 +15,7 @@ from moec.passes.recognise.region import (
     Emitter,
     Scope,
     is_routing,
+    routing_behind,
 )
 from moec.sizes import Dim, product
 
@@ -104,10 +105,8 @@ def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:
 def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> Iterator[Value]:
     """Weights [.., E] of every expert, or [.., E, C] of every place of every expert."""
     full = product((evidence.rows_in, evidence.experts))
-    stack, visited = list(used), set(used)
     found: dict[Value, None] = {}
-    while stack and len(visited) < 120:
-        value = stack.pop(0)
+    for value in routing_behind(scope, used, 120):
         if value.dtype in FLOATS:
             if value.shape[-1:] == (evidence.experts,) and product(value.shape) == full:
                 found[value] = None
@@ -117,13 +116,6 @@ def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> It
                 and value.shape[0] == evidence.rows_in
             ):
                 found[value] = None
-        op = scope.maker(value)
-        if op is None or not is_routing(op):
-            continue
-        for source in op.inputs:
-            if source not in visited:
-                visited.add(source)
-                stack.append(source)
     yield from list(found)[:4]
 
 

@@ -3,6 +3,8 @@ convolutions, an indexer that chooses tokens, relative positions."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.models.families import Family
 from tests.models.fields import (
     DELTA_RULE,
@@ -16,6 +18,18 @@ from tests.models.fields import (
     ROUTED,
     WIDTHS,
 )
+
+_RELATIVE: dict[str, Any] = {
+    "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "sliding_window_size": 8,
+    "d_rel": 8,
+    "rel_extent": 32,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "unpadded_vocab_size": 150,
+}
 
 OTHER_ATTENTION: dict[str, Family] = {
     "zaya": Family(
@@ -191,15 +205,7 @@ OTHER_ATTENTION: dict[str, Family] = {
             **ROUTED,
             **WIDTHS,
             **DENSE_FIRST,
-            "head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "sliding_window_size": 8,
-            "d_rel": 8,
-            "rel_extent": 32,
-            "layer_types": ["hybrid_sliding", "hybrid"],
-            "unpadded_vocab_size": 150,
+            **_RELATIVE,
         },
     ),
     "inkling2": Family(
@@ -208,15 +214,7 @@ OTHER_ATTENTION: dict[str, Family] = {
         {
             **ROUTED,
             "moe_intermediate_size": 32,
-            "head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 16,
-            "sliding_window_size": 8,
-            "d_rel": 8,
-            "rel_extent": 32,
-            "layer_types": ["hybrid_sliding", "hybrid"],
-            "unpadded_vocab_size": 150,
+            **_RELATIVE,
             "n_layers_per_attn_res_block": 1,
         },
     ),
