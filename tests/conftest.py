@@ -93,3 +93,16 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def tiny_moe() -> Path:
     """The trained checkpoint: folder of examples/tiny_moe."""
     return TESTS.parent / "examples" / "tiny_moe" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def short_moe(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two of tiny_moe's four layers, for tests to which more would tell nothing."""
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("short_moe")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, num_hidden_layers=2)
+    model.save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (path / file).write_bytes((tiny_moe / file).read_bytes())
+    return path

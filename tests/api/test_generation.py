@@ -205,14 +205,14 @@ def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
     assert made[0] == text
 
 
-def test_the_cache_can_be_left_out(tiny_moe: Path) -> None:
-    compiled = moec.compile(tiny_moe, kv_cache=False, verify=False)
+def test_the_cache_can_be_left_out(short_moe: Path) -> None:
+    compiled = moec.compile(short_moe, kv_cache=False, verify=False)
     assert compiled.step is None
     with pytest.warns(UserWarning, match="again: the model was compiled without a cache"):
         compiled.generate([[5]], max_new_tokens=1)
 
 
-def test_wrong_code_for_pieces_is_found(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_code_for_pieces_is_found(short_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Texts.feed
 
     def wrong(self: Texts, tokens: Any) -> Any:
@@ -220,4 +220,4 @@ def test_wrong_code_for_pieces_is_found(tiny_moe: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Texts, "feed", wrong)
     with pytest.raises(VerificationError, match="logits in pieces differs from eager by"):
-        moec.compile(tiny_moe)
+        moec.compile(short_moe)

@@ -75,10 +75,8 @@ def text(limit: int = 1024) -> torch.Tensor:
     return torch.randint(limit, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-def of_tiny_moe(tiny_moe, pass_, **options):
-    return moec.transform(
-        tiny_moe, [pass_], calib={"input_ids": text()}, dtype="float32", **options
-    )
+def of_checkpoint(path, pass_, **options):
+    return moec.transform(path, [pass_], calib={"input_ids": text()}, dtype="float32", **options)
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -140,8 +138,8 @@ def test_gradients_are_those_of_the_source():
     torch.testing.assert_close(held["gate.weight_2"].grad, source.gate.weight.grad[:3], **CLOSE)
 
 
-def test_a_checkpoint_keeps_its_class(tiny_moe, tmp_path):
-    module = of_tiny_moe(tiny_moe, PASSES["prune"])
+def test_a_checkpoint_keeps_its_class(short_moe, tmp_path):
+    module = of_checkpoint(short_moe, PASSES["prune"])
     assert type(module) is transformers.Qwen3MoeForCausalLM
     assert module.config.num_experts == 6
     assert module.model.layers[1].mlp.experts.gate_up_proj.shape[0] == 6
@@ -156,8 +154,8 @@ def test_a_checkpoint_keeps_its_class(tiny_moe, tmp_path):
     assert torch.equal(again(ids).logits, module(ids).logits)
 
 
-def test_a_checkpoint_of_no_class_trains_and_writes(tiny_moe):
-    module = of_tiny_moe(tiny_moe, PASSES["merge"], verify=False)
+def test_a_checkpoint_of_no_class_trains_and_writes(short_moe):
+    module = of_checkpoint(short_moe, PASSES["merge"], verify=False)
     assert isinstance(module, GraphModule)
     ids = text()[:1, :32]
     assert isinstance(module(input_ids=ids, use_cache=False).logits, torch.Tensor)
@@ -171,16 +169,16 @@ def test_a_checkpoint_of_no_class_trains_and_writes(tiny_moe):
         module.save_pretrained("anywhere")
 
 
-def test_why_a_module_is_of_no_class(tiny_moe):
+def test_why_a_module_is_of_no_class(short_moe):
     with pytest.raises(UsageError, match=r"not of its class any more: .* has no router any more"):
-        of_tiny_moe(tiny_moe, PASSES["average"], form="class", verify=False)
+        of_checkpoint(short_moe, PASSES["average"], form="class", verify=False)
     with pytest.raises(UsageError, match="it is no model of transformers"):
         transformed(PASSES["prune"], form="class")
 
 
 def test_layers_of_different_numbers_are_of_no_class(tiny_moe):
     """A budget that stops after some layers leaves the others whole."""
-    module = of_tiny_moe(tiny_moe, PruneExperts(keep=0.5), budget="kl<=0.5", verify=False)
+    module = of_checkpoint(tiny_moe, PruneExperts(keep=0.5), budget="kl<=0.5", verify=False)
     assert "its layers have 4, 8 experts left of 8" in module.transformation.why
     assert any("kl" in d.reason for d in module.transformation.declined)
 
