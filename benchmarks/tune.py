@@ -1,0 +1,99 @@
+"""One MoE layer, compiled with and without --tune.
+
+    python benchmarks/tune.py [--shape olmoe] [--dtype bfloat16] [--quant FORMAT]
+                              [--tokens 1,8,64,512] [--rounds 21] [--append RESULTS.md]
+
+The layers of benchmarks/layer.py. Both run in one process, in turn, on the same new tokens in each
+round. Printed are medians in milliseconds, the median of the rounds' ratios with its error, and
+what tuning chose; where it is known, it comes from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from layer import DTYPES, SHAPES, THREADS, block
+
+import torch  # isort: skip
+
+import moec
+from moec.bench.limits import timed
+from moec.codegen.tuning.choose import gain
+from moec.report import TunedLine
+from moec.target import host, processor
+
+
+def compare(shape: str, dtype: str, quant: str | None, tokens: list[int], rounds: int) -> list[str]:
+    """The lines to print."""
+    layer = block(DTYPES[dtype], True, SHAPES[shape])
+    width = SHAPES[shape].D
+    example = torch.randn(1, 7, width).to(DTYPES[dtype])
+    plain = moec.compile(layer, (example,), quant=quant, verify=False)
+    start = time.perf_counter()
+    tuned = moec.compile(layer, (example,), quant=quant, verify=False, tune=True)
+    seconds = time.perf_counter() - start
+    report = tuned.report()
+    said = [
+        f"{shape}, {quant or dtype}: {THREADS} threads, {processor()}, target {host().name}, "
+        f"load average {os.getloadavg()[0]:.1f}",
+        f"compiled in {seconds:.0f} s, of which tuning {report.phases['tune']:.0f} s",
+        *map(_chosen, report.tuned),
+        "tokens     default       tuned   times as fast",
+    ]
+    for count in tokens:
+        times: tuple[list[float], list[float]] = ([], [])
+        for turn in range(rounds + 1):
+            x = torch.randn(1, count, width).to(DTYPES[dtype])
+            for i in (turn % 2, 1 - turn % 2):
+                model = (plain, tuned)[i]
+                taken = timed(lambda model=model, x=x: model(x))  # type: ignore[misc]
+                if turn:
+                    times[i].append(taken)
+        middle, error = gain(*times)
+        default, other = (statistics.median(some) * 1e3 for some in times)
+        ratio = f"{math.exp(middle):.2f} ± {error:.2f}"
+        said.append(f"{count:6}{default:12.2f}{other:12.2f}{ratio:>16}")
+    return said
+
+
+def _chosen(line: TunedLine) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in line.values.items()) or "default"
+    gains = ", ".join(f"{tokens}: {ratio:.2f}" for tokens, ratio in line.gains.items())
+    return f"{line.kernel}: {values}{f' ({gains}; ± {line.noise:.2f})' if gains else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="olmoe", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quant", help="a format of moec compile --quant")
+    parser.add_argument("--tokens", default="1,8,64,512")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    tokens = [int(count) for count in options.tokens.split(",")]
+    with torch.inference_mode():
+        said = compare(options.shape, options.dtype, options.quant, tokens, options.rounds)
+    print("\n".join(said))
+    if options.append is None:
+        return
+    words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
+    command = shlex.join(["python", "benchmarks/tune.py", *words])
+    body = "\n".join(f"    {line}" for line in said)
+    title = f"One layer of {options.shape}, tuned"
+    with options.append.open("a", encoding="utf-8") as file:
+        file.write(f"\n## {title}\n\n{date.today()}\n\n    $ {command}\n{body}\n")
+
+
+if __name__ == "__main__":
+    main()
