@@ -251,11 +251,15 @@ def export(executable: relax.VMExecutable) -> bytes:
     """
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         path = Path(folder) / "lib.so"
-        executable.export_library(str(path), cc=_linker(Path(folder)))
+        executable.export_library(str(path), cc=linker(Path(folder)))
         return path.read_bytes()
 
 
-def _linker(folder: Path) -> str:
+def linker(folder: Path) -> str:
+    """The C compiler to link with; one of Python's gets a script in `folder`.
+
+    Raises TargetError where there is none.
+    """
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return found

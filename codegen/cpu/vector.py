@@ -129,6 +129,40 @@ class Vector:
         """acc + the dot products of bf16 pairs (int32 lanes); needs `target.bf16_dot`."""
         return self._raw(self.dtype, "dot2", acc, a, b)
 
+    # Rows of bf16 as words, each of two neighbours.
+
+    def words(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
+        """int32 lanes: 2 * `lanes` elements from `index` on."""
+        return self._words("words", T.address_of(buffer[tuple(index)]))
+
+    def interleaved(self, first: Expr, second: Expr) -> tuple[Expr, Expr]:
+        """Words of two rows -> pairs of an element of each: of even columns, and of odd ones."""
+        return self._words("even", first, second), self._words("odd", first, second)
+
+    def pairs(
+        self, buffer: Buffer, index: Sequence[Expr | int], other: Sequence[Expr | int] | None
+    ) -> Expr:
+        """int32 lanes: elements from `index` on, each with one from `other` on, or with 0."""
+        first = self._words("halves", T.address_of(buffer[tuple(index)]))
+        if other is None:
+            return first
+        second = self._words("halves", T.address_of(buffer[tuple(other)]))
+        return self._words("even", first, second)
+
+    def store_columns(
+        self, buffer: Buffer, index: Sequence[Expr | int], even: Expr, odd: Expr
+    ) -> None:
+        """Rounds to bf16; the lanes of `odd` go between those of `even`."""
+        where = T.address_of(buffer[tuple(index)])
+        T.evaluate(self._raw("int32", "store_columns", where, even, odd))
+
+    def store_sums(
+        self, buffer: Buffer, index: Sequence[Expr | int], vectors: Sequence[Expr]
+    ) -> None:
+        """The sum of the lanes of each of four vectors, side by side in float32."""
+        where = T.address_of(buffer[tuple(index)])
+        T.evaluate(self._raw("int32", "store_sums", where, *vectors))
+
     def scratch(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A buffer that is read and written by address: TVM shrinks any other to the elements
         that it sees used."""
@@ -259,6 +293,9 @@ class Vector:
 
     def _call(self, name: str, *args: Expr) -> Expr:
         return T.bind(self._raw(self.dtype, name, *args))
+
+    def _words(self, name: str, *args: Expr) -> Expr:
+        return T.bind(self._raw(f"int32x{self.lanes}", name, *args))
 
     def _raw(self, dtype: str, name: str, *args: Expr) -> Expr:
         return T.call_extern(dtype, f"moec_{name}_{self.lanes}", *args)

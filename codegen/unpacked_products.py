@@ -1,0 +1,33 @@
+"""A stack of matrices -> the library of its kernels, for gradients (cpu/unpacked.py)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import tvm
+
+from moec.codegen.build import context
+from moec.codegen.cpu.unpacked import mixed, outer, product
+from moec.codegen.cpu.unpacked_loops import Stack
+from moec.codegen.outline import PIPELINE
+from moec.codegen.package import linker
+from moec.target import Target
+
+
+def compile_products(stack: Stack, target: Target) -> bytes:
+    """A shared library with `product`, `mixed`, both with `_biased` behind, and `outer`.
+
+    Raises TargetError where there is no linker.
+    """
+    kernels = [outer(target, stack, "outer")]
+    for kernel in (product, mixed):
+        for biased in (False, True):
+            name = kernel.__name__ + ("_biased" if biased else "")
+            kernels.append(kernel(target, stack, biased, name))
+    module = tvm.IRModule({str(k.attrs["global_symbol"]): k for k in kernels})
+    with context(), tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        built = tvm.compile(module, tvm.target.Target(target.tvm()), tir_pipeline=PIPELINE)
+        path = Path(folder) / "lib.so"
+        built.export_library(str(path), cc=linker(Path(folder)))
+        return path.read_bytes()
