@@ -1,0 +1,63 @@
+"""grouped.combine: the experts' last product and the sum over each token's choices, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.ir import DType, Op, TensorType, Value
+from moec.ops.definition import Runner, defop, integer, require
+from moec.ops.dispatch import combine
+from moec.ops.grouped import grouped_linear
+from moec.sizes import Dim
+
+
+@dataclass(frozen=True)
+class GroupedCombine:
+    """The inputs by name."""
+
+    rows: Value
+    ends: Value
+    matrix: Value
+    bias: Value | None
+    order: Value
+    weights: Value | None
+
+    @staticmethod
+    def of(op: Op) -> GroupedCombine:
+        rows, ends, matrix, *rest = op.inputs
+        bias = rest.pop(0) if op.attrs.get("biased") else None
+        require(op, bool(rest), "has no order")
+        order = rest.pop(0)
+        weights = rest.pop(0) if op.attrs.get("weighted") else None
+        require(op, not rest, "has inputs that no attribute names")
+        return GroupedCombine(rows, ends, matrix, bias, order, weights)
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = GroupedCombine.of(op)
+    tokens, k = cast(Dim, op.attrs["tokens"]), integer(op, "k")
+    require(op, len(parts.matrix.shape) == 3, f"{parts.matrix} is not [E, N, K]")
+    require(op, parts.matrix.shape[2] == parts.rows.shape[1], f"{parts.rows} by {parts.matrix}")
+    require(op, parts.matrix.shape[:1] == parts.ends.shape, f"{parts.matrix} for {parts.ends}")
+    require(op, parts.order.shape == (k * tokens,), f"{parts.order} does not hold the choices")
+    dtype = cast(DType, op.attrs["dtype"]).name
+    return (TensorType(dtype, (tokens, parts.matrix.shape[1])),)
+
+
+@defop("grouped.combine", _infer)
+def grouped_combine(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """rows[R, K], ends[E], w[E, N, K], b[E, N]?, order[R], weights[T, k]? -> z[T, N].
+
+    z = combine(rows @ w[e]^T (+ b[e]), order, weights). Attributes: `biased`, `weighted`, `k`,
+    `tokens` (T), `dtype` of z. Its gradient needs no product but those of w (`moec.gradients`).
+    """
+    count = 4 if attrs.get("biased") else 3
+    linear = {"matrices": 1, "biased": count == 4, "dtype": tensors[0].dtype}
+    y = grouped_linear(op, tensors[:count], linear, run)
+    return combine(op, [y, *tensors[count:]], attrs, run)
