@@ -10,13 +10,14 @@ expert, and a gather into a scatter that adds row by row. Here
 
 so that a gradient is written once, where it stays, and experts that nobody chose cost nothing but
 their zeros. Sums over a token's choices are in float32, in the order of the slots; all is
-deterministic.
+deterministic. The products are PyTorch's, or those of `moec.dynamo.products`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,51 +51,96 @@ def _sum_of_choices(rows: Tensor, slots: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-class _Product(torch.autograd.Function):
-    """rows[R, K], ends, w[E, N, K], b[E, N]? -> [R, N]; rows of nobody become 0."""
+class Products(Protocol):
+    """Products of sorted rows with the stacks of all experts; rows of nobody become 0."""
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: list[int], w: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, w)
-        ctx.ends = ends
+    def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """rows[R, K], ends[E], w[E, N, K], b[E, N]? -> rows @ w[e]^T + b[e], [R, N]."""
+        ...
+
+    def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        """grad[R, N], ends[E], w[E, N, K] -> grad @ w[e], [R, K]."""
+        ...
+
+    def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        """grad[R, N], rows[R, K], ends[E] -> grad^T @ rows of each expert, [E, N, K], lying as w
+        lies; 0 for those without rows."""
+        ...
+
+
+class _InPyTorch:
+    """One product after another, of each expert that has rows."""
+
+    def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         y = rows.new_empty(len(rows), w.shape[1])
-        for expert, some in _owned(ends):
+        spans = ends.tolist()
+        for expert, some in _owned(spans):
             if b is None:
                 torch.mm(rows[some], w[expert].t(), out=y[some])
             else:
                 torch.addmm(b[expert], rows[some], w[expert].t(), out=y[some])
-        y[ends[-1] :].zero_()
+        y[spans[-1] :].zero_()
         return y
+
+    def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        drows = grad.new_empty(len(grad), w.shape[2])
+        spans = ends.tolist()
+        for expert, some in _owned(spans):
+            torch.mm(grad[some], w[expert], out=drows[some])
+        drows[spans[-1] :].zero_()
+        return drows
+
+    def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        dw = torch.empty_like(w)
+        spans = ends.tolist()
+        for expert, some in _owned(spans):
+            _outer(grad[some], rows[some], dw[expert])
+        busy = {expert for expert, _ in _owned(spans)}
+        for expert in set(range(len(dw))) - busy:
+            dw[expert].zero_()
+        return dw
+
+
+IN_PYTORCH: Products = _InPyTorch()
+
+
+class _Product(torch.autograd.Function):
+    """`Products.product`, with a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None, products: Products
+    ) -> Tensor:
+        ctx.save_for_backward(rows, ends, w)
+        ctx.products = products
+        return products.product(rows.contiguous(), ends, w, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w = ctx.saved_tensors
-        need_rows, _, need_w, need_b = ctx.needs_input_grad
+        rows, ends, w = ctx.saved_tensors
+        need_rows, _, need_w, need_b, _ = ctx.needs_input_grad
         grad = grad.contiguous()
-        drows = torch.empty_like(rows) if need_rows else None
-        dw = torch.empty_like(w) if need_w else None
-        db = grad.new_zeros(w.shape[:2]) if need_b else None
-        for expert, some in _owned(ctx.ends):
-            if drows is not None:
-                torch.mm(grad[some], w[expert], out=drows[some])
-            if dw is not None:
-                _outer(grad[some], rows[some], dw[expert])
-            if db is not None:
-                torch.sum(grad[some], 0, out=db[expert])
-        if drows is not None:
-            drows[ctx.ends[-1] :].zero_()
-        if dw is not None:
-            busy = {expert for expert, _ in _owned(ctx.ends)}
-            for expert in set(range(len(dw))) - busy:
-                dw[expert].zero_()
-        return drows, None, dw, db
+        drows = ctx.products.mixed(grad, ends, w) if need_rows else None
+        dw = ctx.products.outer(grad, rows.contiguous(), ends, w) if need_w else None
+        db = None
+        if need_b:
+            db = _sums(grad, ends, w)
+        return drows, None, dw, db, None
 
 
 def _owned(ends: Sequence[int]) -> list[tuple[int, slice]]:
     """The experts that have rows, and which."""
     pairs = zip([0, *ends], ends, strict=False)
     return [(expert, slice(*pair)) for expert, pair in enumerate(pairs) if pair[0] < pair[1]]
+
+
+def _sums(grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+    """grad[R, N] -> the sum of each expert's rows, [E, N], as the bias of w[E, N, K]."""
+    db = grad.new_zeros(w.shape[:2], dtype=w.dtype)
+    for expert, some in _owned(ends.tolist()):
+        torch.sum(grad[some], 0, dtype=w.dtype, out=db[expert])
+    return db
 
 
 def _outer(grad: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -118,14 +164,7 @@ class _Combine(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(rows, order, slots, weights)
-        total = rows.new_zeros(len(slots), rows.shape[1], dtype=torch.float32)
-        for s in range(slots.shape[1]):
-            picked = rows.index_select(0, slots[:, s])
-            if weights is None:
-                total += picked
-            else:
-                total.addcmul_(picked.float(), weights[:, s, None].float())
-        return total.to(dtype)
+        return _weighted_sum(rows, slots, weights, dtype)
 
     @staticmethod
     @once_differentiable
@@ -142,6 +181,74 @@ class _Combine(torch.autograd.Function):
             dots = [(wide * rows.index_select(0, column)).sum(-1) for column in slots.unbind(1)]
             dweights = torch.stack(dots, 1).to(weights.dtype)
         return drows, None, None, dweights, None
+
+
+def _weighted_sum(
+    rows: Tensor, slots: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    total = rows.new_zeros(len(slots), rows.shape[1], dtype=torch.float32)
+    for s in range(slots.shape[1]):
+        picked = rows.index_select(0, slots[:, s])
+        if weights is None:
+            total += picked
+        else:
+            total.addcmul_(picked.float(), weights[:, s, None].float())
+    return total.to(dtype)
+
+
+class _LastProduct(torch.autograd.Function):
+    """rows[R, K], ends, w[E, N, K], b[E, N]?, order[R], slots[T, k], weights[T, k]? -> z[T, N].
+
+    A product and _Combine. The gradient of weights is <dz[t], y[r]> = <dz[t] @ w[e], rows[r]> (and
+    the bias's share), of which the left one is made for drows as well: y itself is not needed.
+    Without `valued`, where the gradient alone is wanted, z is 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        ends: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        order: Tensor,
+        slots: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        products: Products,
+        valued: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, ends, w, b, order, slots, weights)
+        ctx.products = products
+        if not valued:
+            return rows.new_zeros((), dtype=dtype).expand(len(slots), w.shape[1])
+        y = products.product(rows.contiguous(), ends, w, b)
+        return _weighted_sum(y, slots, weights, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, ends, w, b, order, slots, weights = ctx.saved_tensors
+        need_rows, _, need_w, need_b, _, _, need_weights, *_ = ctx.needs_input_grad
+        dz = grad.index_select(0, order // slots.shape[1]).to(rows.dtype)
+        scale = None if weights is None else weights.reshape(-1)[order][:, None]
+        drows = dw = db = dweights = None
+        if need_rows or need_weights:
+            unscaled = ctx.products.mixed(dz, ends, w)
+            if need_rows:
+                drows = unscaled if scale is None else (unscaled * scale).to(rows.dtype)
+            if need_weights:
+                dots = (unscaled.float() * rows).sum(-1)
+                if b is not None:
+                    for expert, some in _owned(ends.tolist()):
+                        dots[some] += dz[some].float() @ b[expert].float()
+                dweights = dots[slots].to(weights.dtype)
+        if need_w:
+            scaled = rows if scale is None else (rows * scale).to(rows.dtype)
+            dw = ctx.products.outer(dz, scaled.contiguous(), ends, w)
+        if need_b:
+            db = _sums(dz if scale is None else dz * scale, ends, w)
+        return drows, None, dw, db, None, None, dweights, None, None, None
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
@@ -163,25 +270,50 @@ def _dispatch(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: 
     return rows, order.int(), ends
 
 
-def _linear(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+def _linear(
+    products: Products, op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
     rows, ends, w, *b = tensors
-    made = _apply(_Product, rows, ends.tolist(), w, b[0] if b else None)
+    made = _apply(_Product, rows, ends, w, b[0] if b else None, products)
     return made.to(attrs["dtype"])
 
 
 def _combine(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     rows, places, *rest = tensors
-    order = places.long()
-    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    slots = slots.reshape(-1, attrs["k"])
+    order, slots = _places(places, attrs["k"])
     weights = rest[0] if attrs.get("weighted") else None
     return _apply(_Combine, rows, order, slots, weights, attrs["dtype"])
 
 
-DIFFERENTIABLE: Mapping[str, Reference] = {
-    "moe.dispatch": _dispatch,
-    "grouped.linear": _linear,
-    "moe.combine": _combine,
-}
-"""What the ops of an expanded region compute where their gradient is wanted: neither bodies nor
-gathers are fused into them yet."""
+def _last_product(
+    products: Products,
+    valued: bool,
+    op: Op,
+    tensors: Sequence[Tensor],
+    attrs: Mapping[str, Any],
+    run: Runner,
+) -> Any:
+    rows, ends, w, *rest = tensors
+    b = rest.pop(0) if attrs.get("biased") else None
+    order, slots = _places(rest.pop(0), attrs["k"])
+    weights = rest.pop(0) if attrs.get("weighted") else None
+    how = (attrs["dtype"], products, valued)
+    return _apply(_LastProduct, rows, ends, w, b, order, slots, weights, *how)
+
+
+def _places(order: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """order[R], slots[T, k]: which choice each row is, and which row each choice."""
+    order = order.long()
+    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return order, slots.reshape(-1, k)
+
+
+def differentiable(products: Products, *, valued: bool = True) -> Mapping[str, Reference]:
+    """What the ops of an expanded region compute where their gradient is wanted: neither bodies
+    nor gathers are fused into them yet. Where nobody reads results, they need not be `valued`."""
+    return {
+        "moe.dispatch": _dispatch,
+        "grouped.linear": partial(_linear, products),
+        "moe.combine": _combine,
+        "grouped.combine": partial(_last_product, products, valued),
+    }

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -51,28 +52,49 @@ def tvm_ffi() -> ModuleType:
 def open_library(library: Path | bytes) -> Any:
     """The VM module of a compiled model: `vm["main"](...)` runs it.
 
-    Bytes pass through a private file that is gone when this returns. Raises ArtifactError
-    where the library does not load or is not a model.
+    Raises ArtifactError where the library does not load or is not a model.
     """
-    if isinstance(library, Path):
-        return _open(library)
     if not library:
         raise ArtifactError("the artifact holds no native code; run it with --rebuild")
+    return _from_path(library, _vm)
+
+
+def open_kernels(library: Path | bytes) -> Any:
+    """The kernels of a library that holds nothing else, by name.
+
+    Raises ArtifactError where it does not load.
+    """
+    return _from_path(library, _module)
+
+
+def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
+    """Bytes pass through a private file that is gone when this returns."""
+    if isinstance(library, Path):
+        return opened(library)
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:  # readable by this user only
         path = Path(folder) / "lib.so"
         path.write_bytes(library)
-        return _open(path)
+        return opened(path)
 
 
-def _open(path: Path) -> Any:
+def _module(path: Path) -> Any:
     try:
-        module = tvm_ffi().load_module(str(path))
+        return tvm_ffi().load_module(str(path))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _damaged(error) from error
+
+
+def _vm(path: Path) -> Any:
+    module = _module(path)
+    try:
         vm = module["vm_load_executable"]()
         vm["vm_initialization"](_CPU, 0, _POOLED)
         vm[MAIN]
     except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ArtifactError(
-            f"the native code does not load: {line}; compile the model again"
-        ) from error
+        raise _damaged(error) from error
     return vm
+
+
+def _damaged(error: Exception) -> ArtifactError:
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return ArtifactError(f"the native code does not load: {line}; compile the model again")

@@ -27,6 +27,7 @@ from moec.errors import NoMatch
 from moec.evaluate import evaluate
 from moec.ir import Graph, Op, Program, Stage, Value
 from moec.passes.expand_experts import ExpandExperts
+from moec.passes.fuse_combine import FuseCombine
 from moec.passes.prove import without_origins
 from moec.passes.runner import Step, run
 from moec.runtime.package import Package
@@ -37,7 +38,7 @@ from moec.text import print_graph
 class Code:
     """`graph` is the region in stage MOE; its inputs and params are the arguments of a call.
 
-    `expanded` is the same with the bodies of experts over all rows, for gradients. `folded` maps
+    `expanded` is the same with the bodies of experts over all rows, for training. `folded` maps
     those params to the weights that the kernels read. `package` holds no arrays.
     """
 
@@ -91,8 +92,8 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
         made = replace(bare, library=library)
         RECORDER.add(code_compiled=1)
         cache.store(options.cache, key, made, print_graph(final.graph))
-    expanded = run(Program(graph, weights), (ExpandExperts(),), stage=Stage.MOE)[-1].program.graph
-    return Code(key, graph, expanded, _folded(steps, graph), lowered, made)
+    joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
+    return Code(key, graph, joined[-1].program.graph, _folded(steps, graph), lowered, made)
 
 
 def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:

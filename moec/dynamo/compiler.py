@@ -23,11 +23,12 @@ from moec.dynamo.convert import convert
 from moec.dynamo.direct import direct
 from moec.dynamo.operators import Site, place
 from moec.dynamo.options import Options, parse
+from moec.dynamo.products import Kernels
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.regions import Region, regions
 from moec.dynamo.rest import compile_rest
 from moec.dynamo.trace import static_inputs, trace
-from moec.dynamo.training import needs_gradient, stopped
+from moec.dynamo.training import learns, mostly, needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.recognise import RECOGNISERS, RecogniseExperts
@@ -68,6 +69,7 @@ def _replace_blocks(
     training = needs_gradient(inputs)
     try:
         traced = trace(module, inputs, training=training)
+        learning = learns(traced, inputs)
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
         steps = run(converted.program, RECOGNITION)
@@ -81,6 +83,7 @@ def _replace_blocks(
         if d.rule == RecogniseExperts.name
     ]
     sites: list[Site] = []
+    products = Kernels(options.target, options.cache)
     known: dict[str, Code] = {}
     for found in regions(converted, steps[-1].program):
         if not isinstance(found, Region):
@@ -94,7 +97,8 @@ def _replace_blocks(
             left.append(Fallback(found.where, str(why)))
             continue
         known[code.key] = code
-        sites.append(place(found.where, code))
+        trained = training and mostly(found.params, learning)
+        sites.append(place(found.where, code, products, trained=trained))
         relied = [node for node in found.inside() if node in static and is_constant(static[node])]
         fixed = [node for node in relied if node not in found.params]
         _insert(traced, found, sites[-1], fixed, training)

@@ -22,7 +22,7 @@ from moec.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
 from moec.dynamo.record import RECORDER
 from moec.evaluate import run_graph
-from moec.gradients import DIFFERENTIABLE
+from moec.gradients import Products, differentiable
 from moec.runtime.checks import check_inputs
 from moec.runtime.executor import Executor
 from moec.sizes import symbols
@@ -48,10 +48,13 @@ class Site:
 
     They are packed when it first runs, and again when a weight's version or memory differs.
     Sites of the same layer (for one token and for many, with gradients and without) share them.
+    Where experts are `trained`, weights change with every step, and are read as they lie.
     """
 
     name: str
     code: Code
+    products: Products
+    trained: bool = False
     executor: Executor | None = None
     bound: Sequence[tuple[object, ...]] = ()
     packed: Packed | None = None
@@ -59,6 +62,9 @@ class Site:
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
         """The block's result."""
+        if self.trained:
+            with torch.no_grad():
+                return self.differentiable([*inputs, *params])
         executor = self._ready(params)
         if self.code.package.index_ranges:  # what an input holds; its type Dynamo guards
             check_inputs(
@@ -91,11 +97,13 @@ class Site:
                     "by what it held; compile again (torch._dynamo.reset())"
                 )
 
-    def differentiable(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The block in PyTorch, all rows at once."""
+    def differentiable(
+        self, tensors: Sequence[torch.Tensor], *, valued: bool = True
+    ) -> torch.Tensor:
+        """The block op by op, all rows at once; for its gradient alone it need not be `valued`."""
         graph = self.code.expanded
         given = tensors[: len(graph.inputs) + len(graph.params)]
-        return run_graph(graph, given, meanings=DIFFERENTIABLE)[0]
+        return run_graph(graph, given, meanings=differentiable(self.products, valued=valued))[0]
 
     def result(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """An empty tensor such as a call gives; the sizes may be symbols."""
@@ -139,7 +147,7 @@ SITES: WeakValueDictionary[str, Site] = WeakValueDictionary()
 """By name; a site lives as long as the compiled graph that calls it."""
 
 
-def place(where: str, code: Code) -> Site:
+def place(where: str, code: Code, products: Products, *, trained: bool) -> Site:
     """A new site. Its name is the same in every process that compiles the same model, so that
     Inductor's own cache knows the graph again."""
     stem, count = f"{where}/{code.key[:16]}", 1
@@ -147,7 +155,7 @@ def place(where: str, code: Code) -> Site:
     while name in SITES:
         count += 1
         name = f"{stem}#{count}"
-    SITES[name] = site = Site(name, code)
+    SITES[name] = site = Site(name, code, products, trained)
     return site
 
 
@@ -186,7 +194,7 @@ def block_backward(
     ]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     with autograd_inside():
-        y = SITES[site].differentiable(tensors)
+        y = SITES[site].differentiable(tensors, valued=False)
         grads = torch.autograd.grad(y, wanted, grad, materialize_grads=True)
     taken = {tensor.untyped_storage().data_ptr() for tensor in (grad, *tensors)}
     return [_own(made, taken) for made in grads]

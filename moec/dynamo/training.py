@@ -1,4 +1,4 @@
-"""Whether a block may be replaced where gradients are wanted.
+"""Which weights learn, and whether a block may be replaced where gradients are wanted.
 
 Inside its region a graph may stop gradients (`detach`, `no_grad`). The IR has no words for that:
 it describes values. Such a block is left to PyTorch.
@@ -21,6 +21,19 @@ def needs_gradient(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
     )
+
+
+def learns(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
+    """The inputs of a graph whose gradient is wanted."""
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    pairs = zip(placeholders, inputs, strict=True)
+    return {node for node, given in pairs if needs_gradient([given])}
+
+
+def mostly(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
+    """Whether most elements of params are `learning`: a step of an optimiser changes those."""
+    sizes: dict[fx.Node, int] = {node: node.meta["val"].numel() for node in params}
+    return 2 * sum(sizes[node] for node in params if node in learning) > sum(sizes.values())
 
 
 def stopped(traced: fx.GraphModule, region: Region) -> str:

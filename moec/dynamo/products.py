@@ -1,0 +1,116 @@
+"""The products of training on kernels that read the model's own weights, packed nowhere.
+
+The kernels of a stack of matrices are compiled when the first product with one of its shape and
+type is made, and kept on disk beside the compiled blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.codegen.cpu.unpacked_loops import Stack
+from moec.codegen.unpacked_products import compile_products
+from moec.dynamo import cache as disk
+from moec.gradients import IN_PYTORCH, Products
+from moec.pages import in_large_pages
+from moec.runtime.library import open_kernels, tvm_ffi
+from moec.runtime.package import CpuNeeds, Package
+from moec.target import Target
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+MANY = 32
+"""Rows of an expert from which tile registers pay: they fill two (chosen so, and not measured)."""
+_OPENED: dict[tuple[Stack, Target], Any] = {}
+"""The kernels that this process has, for stacks of one shape and type each."""
+_OPENING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernels(Products):
+    """Products by kernels for `target`, kept in the folder `kept` (None: in memory alone).
+
+    Other dtypes, and stacks that lie neither as [E, N, K] nor as [E, K, N], multiply in PyTorch,
+    and so do many rows of bf16 where the target has tile registers: PyTorch uses those.
+    """
+
+    target: Target
+    kept: Path | None
+
+    def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        found = self._lying(rows, w)
+        if found is None:
+            return IN_PYTORCH.product(rows, ends, w, b)
+        kernels, stack, transposed = found
+        y = rows.new_empty(len(rows), w.shape[1])
+        name = "mixed" if transposed else "product"
+        biases = () if b is None else (b.contiguous(),)
+        _call(kernels[name + "_biased" * len(biases)], rows, ends, stack, *biases, y)
+        return y
+
+    def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        found = self._lying(grad, w)
+        if found is None:
+            return IN_PYTORCH.mixed(grad, ends, w)
+        kernels, stack, transposed = found
+        dx = grad.new_empty(len(grad), w.shape[2])
+        _call(kernels["product" if transposed else "mixed"], grad, ends, stack, dx)
+        return dx
+
+    def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        found = self._lying(rows, w)
+        if found is None:
+            return IN_PYTORCH.outer(grad, rows, ends, w)
+        kernels, stack, transposed = found
+        dw = in_large_pages(torch.empty_like(stack))
+        factors = (rows, grad) if transposed else (grad, rows)
+        _call(kernels["outer"], *factors, ends, dw)
+        return dw.mT if transposed else dw
+
+    def _lying(self, rows: Tensor, w: Tensor) -> tuple[Any, Tensor, bool] | None:
+        """The kernels for a stack of weights, it as it lies, and whether that is transposed."""
+        if w.dtype not in _DTYPES or rows.dtype != w.dtype or not w.is_cpu:
+            return None
+        if self.target.bf16_tiles and w.dtype is torch.bfloat16 and len(rows) >= MANY * len(w):
+            return None
+        transposed = not w.is_contiguous()
+        stack = w.mT if transposed else w
+        if not stack.is_contiguous() or not stack.numel():
+            return None
+        experts, n, k = stack.shape
+        alike = Stack(experts, n, k, _DTYPES[w.dtype])
+        return _opened(alike, self.target, self.kept), stack, transposed
+
+
+def _opened(stack: Stack, target: Target, kept: Path | None) -> Any:
+    """The kernels for stacks of one shape and type, by name."""
+    with _OPENING:
+        if (stack, target) not in _OPENED:
+            _OPENED[stack, target] = open_kernels(_library(stack, target, kept))
+        return _OPENED[stack, target]
+
+
+def _library(stack: Stack, target: Target, kept: Path | None) -> bytes | Path:
+    key = disk.key_of(stack, target, *(version(name) for name in ("moec", "apache-tvm")))
+    found = disk.load(kept, key)
+    if found is not None:
+        return found.library
+    made = compile_products(stack, target)
+    needs = CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features)
+    disk.store(kept, key, Package(needs, (), (), (), {}, (), {}, made), f"{stack}\n")
+    return made
+
+
+def _call(kernel: Any, *tensors: Tensor) -> None:
+    view = tvm_ffi().from_dlpack
+    kernel(*(view(tensor.detach()) for tensor in tensors))
