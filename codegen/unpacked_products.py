@@ -10,7 +10,7 @@ import tvm
 from moec.codegen.build import context
 from moec.codegen.cpu.unpacked import mixed, outer, product
 from moec.codegen.cpu.unpacked_loops import Stack
-from moec.codegen.outline import PIPELINE
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.codegen.package import linker
 from moec.target import Target
 

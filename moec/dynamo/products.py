@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.cache_folder import key_of
 from moec.codegen.cpu.unpacked_loops import Stack
 from moec.codegen.unpacked_products import compile_products
 from moec.dynamo import cache as disk
@@ -101,7 +102,7 @@ def _opened(stack: Stack, target: Target, kept: Path | None) -> Any:
 
 
 def _library(stack: Stack, target: Target, kept: Path | None) -> bytes | Path:
-    key = disk.key_of(stack, target, *(version(name) for name in ("moec", "apache-tvm")))
+    key = key_of(stack, target, *(version(name) for name in ("moec", "apache-tvm")))
     found = disk.load(kept, key)
     if found is not None:
         return found.library
