@@ -10,8 +10,8 @@ import tvm
 from moec.codegen.build import context
 from moec.codegen.cpu.unpacked import mixed, outer, product
 from moec.codegen.cpu.unpacked_loops import Stack
-from moec.codegen.tir_pipeline import PIPELINE
 from moec.codegen.package import linker
+from moec.codegen.tir_pipeline import PIPELINE
 from moec.target import Target
 
 
