@@ -70,6 +70,8 @@ def test_every_level_runs_it(text: str, dtype: torch.dtype) -> None:
     made = moec.compile(Moe(dtype), (x.to(dtype),), quant=text, opt_level=0)
     assert made.checked is not None
     assert made.checked.moved[0].error < 0.02
+    if dtype is torch.float32:  # of rows that a kernel rounds to another code than eager
+        assert made.checked.tolerance == (1e-4 if text.endswith("rows16") else 4e-3)
 
 
 def test_wrong_formats_are_refused_before_anything_slow() -> None:
