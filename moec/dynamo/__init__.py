@@ -11,6 +11,7 @@ from torch._dynamo import list_backends, register_backend
 from moec.dynamo.compiler import backend
 from moec.dynamo.preparation import prepare
 from moec.dynamo.record import Fallback, FallbackError, FallbackWarning, Stats, stats
+from moec.dynamo.skipped import watch
 
 __all__ = [
     "Fallback",
@@ -24,3 +25,5 @@ __all__ = [
 
 if "moec" not in list_backends(exclude_tags=()):
     register_backend(backend, name="moec")
+
+watch(backend)

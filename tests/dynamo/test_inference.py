@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.dynamo import FallbackError, FallbackWarning
+from moec.dynamo import FallbackError, FallbackWarning, backend
+from moec.dynamo.skipped import watch
 from tests.dynamo.modules import Gathered, Listed, Masked, Model
 
 # float32 sums of a few dozen terms in another order.
@@ -253,6 +254,39 @@ def test_a_loop_over_chosen_tokens_where_dynamo_captures_it(how: str) -> None:
             torch.testing.assert_close(run(x), eager(x), **CLOSE)
         assert getattr(torch._dynamo.config, capture) is (how == "setting")
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
+
+
+class Around(nn.Module):
+    """A block that is not the whole model: what is before and behind it reaches the backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.block = nn.Linear(16, 16), Looped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(self.before(x)) + x
+        return y
+
+
+@pytest.mark.parametrize("form", [Looped, Around])
+def test_what_dynamo_skips_is_said_once_by_name(form: type[nn.Module]) -> None:
+    watch(backend)  # Dynamo's reset forgot it
+    model = form().eval()
+    run = compiled(model)
+    with torch.no_grad():
+        with pytest.warns(FallbackWarning, match=r"Looped: .*moec\.prepare\(model\)") as seen:
+            run(torch.randn(5, 16))
+        assert len(seen) == 1
+        x = torch.randn(9, 16)
+        torch.testing.assert_close(run(x), model(x), **CLOSE)
+    assert [fallback.where for fallback in moec.stats().fallbacks] == ["Looped"]
+
+
+def test_what_another_backend_is_not_given_is_not_ours_to_say() -> None:
+    watch(backend)
+    with torch.no_grad():
+        torch.compile(Looped().eval(), backend="eager")(torch.randn(5, 16))
+    assert moec.stats().fallbacks == ()
 
 
 def test_a_copy_of_a_prepared_model_is_a_model_of_its_own() -> None:

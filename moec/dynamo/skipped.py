@@ -1,0 +1,68 @@
+"""What Dynamo skips before any backend is called, said by moec all the same.
+
+A loop that asks `torch.where` for each expert's tokens makes results whose size depends on data.
+Without a setting that `moec.prepare` opens, Dynamo gives up on the whole function and runs it as
+Python. No graph reaches a backend then; but Dynamo tells whoever asks when it ends an attempt,
+and why.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from moec.dynamo.record import RECORDER, Fallback, FallbackWarning
+
+_SETTING = "capture_dynamic_output_shape_ops"  # what the reason for giving up names
+
+
+def watch(backend: object) -> None:
+    """Tell of every function that is skipped so on its way to `backend`, until Dynamo is reset."""
+
+    def ended(_: object) -> None:
+        """Warns, also where `strict` or a filter asks for an error: Dynamo would never again tell
+        anybody of an end after a listener raised."""
+        error = sys.exc_info()[1]
+        if not any(_SETTING in str(cause) for cause in _causes(error)):
+            return
+        attempt = next((f for f in _frames() if f.f_code.co_name == "_compile"), None)
+        if attempt is None:
+            return
+        code = attempt.f_locals.get("code")
+        if _calls(attempt.f_locals.get("compiler_fn"), backend):
+            where = getattr(code, "co_qualname", "a function").removesuffix(".forward")
+            reason = (
+                "Dynamo skips it before moec sees a graph, since a loop asks torch.where for the "
+                "tokens of each expert: call moec.prepare(model) before the model runs"
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", FallbackWarning)
+                RECORDER.fall_back([Fallback(where, reason)], strict=False)
+
+    dynamo: Any = torch._dynamo  # it has no types
+    dynamo.on_compile_end(ended)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _calls(called: Any, backend: object) -> bool:
+    """Whether an attempt would have ended in a call of `backend`."""
+    dynamo: Any = torch._dynamo
+    found = dynamo.eval_frame.innermost_backend(called)
+    return getattr(found, "compiler_fn", found) is backend
