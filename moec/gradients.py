@@ -9,8 +9,9 @@ expert, and a gather into a scatter that adds row by row. Here
                               dweights[t, s] = <dz[t], y[slots[t, s]]>
 
 so that a gradient is written once, where it stays, and experts that nobody chose cost nothing but
-their zeros. Sums over a token's choices are in float32, in the order of the slots; all is
-deterministic. The products are PyTorch's, or those of `moec.dynamo.products`.
+their zeros. The last product and the combine are one op, whose gradient needs no y (_LastProduct).
+Sums over a token's choices are in float32, in the order of the slots; all is deterministic. The
+products are PyTorch's, or those of `moec.dynamo.products`.
 """
 
 from __future__ import annotations
