@@ -1,8 +1,8 @@
 """Random arguments of a kernel of products, found from the shapes of its buffers: those of weights
 are known when it is made, all others vary.
 
-Weights lie in as many copies as a call must not find in the cache; rows and their routing are
-drawn anew for each call. No number is so small that arithmetic would slow down.
+Weights lie in as many copies as a call must not find in the cache, and calls on the same rows send
+them to other experts. No number is so small that arithmetic would slow down.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ COLD = 4  # times the last cache: what goes through it between two reads of one 
 
 @dataclass(frozen=True)
 class Arguments:
-    """`draw(tokens)` gives rows, and a function from the number of a copy of the weights to all
-    arguments of one call, in the order of the kernel."""
+    """`draw(tokens)` draws rows and how many of them each expert gets; what it gives is a function
+    from the number of a copy of the weights to all arguments of one call, in the kernel's order."""
 
     copies: int
     draw: Callable[[int], Callable[[int], list[Any]]]
@@ -64,17 +64,20 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
 
     def draw(tokens: int) -> Callable[[int], list[Any]]:
         rows = tokens * kernel.top_k
-        order, ends = routing(tokens, kernel.experts, kernel.top_k)
+        chosen = torch.rand(tokens, kernel.experts).topk(min(kernel.top_k, kernel.experts)).indices
         drawn = {}
         for i, shape in enumerate(shapes):
-            if len(shape) == 1:  # the one whose size is known is `ends`
-                drawn[i] = ends if _is_fixed(shape) else order
-            elif i not in held:
+            if len(shape) > 1 and i not in held:
                 sizes = [_size(dim, many, rows, tokens) for dim in shape]
                 drawn[i] = _random(dtypes[i], sizes)
 
         def call(copy: int) -> list[Any]:
+            # Other experts get the same rows: those of the call before are still in the cache.
+            order, ends = sorted_by_expert(torch.randperm(kernel.experts)[chosen], kernel.experts)
             given = {**drawn, **weights[copy % copies]}
+            for i, shape in enumerate(shapes):
+                if len(shape) == 1:  # the one whose size is known is `ends`
+                    given[i] = ends if _is_fixed(shape) else order
             return [tvm.runtime.from_dlpack(given[i]) for i in range(len(shapes))]
 
         return call
@@ -82,11 +85,11 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
     return Arguments(copies, draw)
 
 
-def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """order i32[tokens * top_k] and ends i32[experts] of choices that are all equally likely."""
-    chosen = torch.rand(tokens, max(experts, top_k)).topk(top_k, dim=-1).indices.flatten()
-    counts = torch.bincount(chosen, minlength=experts)[:experts]
-    return chosen.sort(stable=True).indices.int(), counts.cumsum(0).int()
+def sorted_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """order i32[tokens * top_k] and ends i32[experts] of the choices [tokens, top_k]."""
+    flat = chosen.flatten()
+    ends = torch.bincount(flat, minlength=experts).cumsum(0)
+    return flat.sort(stable=True).indices.int(), ends.int()
 
 
 def _is_fixed(shape: Sequence[Any]) -> bool:

@@ -20,11 +20,11 @@ from moec.target import Target
 
 TOKENS = (1, 8, 64, 512)
 SECONDS = 0.3  # that all calls of one number of tokens are to take, within the limits of rounds
-FEWEST, MOST = 5, 31  # rounds
+FEWEST, MOST = 7, 31  # rounds
 
 Times = Mapping[int, Sequence[Sequence[float]]]
 """By number of tokens, for each tuning: seconds of each round. Those of one round had the same
-rows and routing, one after the other."""
+rows, and as many for each expert, one after the other."""
 
 Bench = Callable[[Sequence[Tuning]], Times]
 Measure = Callable[[Tunable], Bench]

@@ -23,7 +23,7 @@ from moec.codegen.cpu.vector import Vector
 from moec.codegen.tunable import Tunable, tunable
 from moec.codegen.tuning import arguments as arguments_module
 from moec.codegen.tuning import cache
-from moec.codegen.tuning.arguments import arguments, routing
+from moec.codegen.tuning.arguments import arguments, sorted_by_expert
 from moec.codegen.tuning.choose import Gain, choose, gain
 from moec.codegen.tuning.measure import FEWEST, MOST, TOKENS, Bench, OnThisMachine, Times
 from moec.codegen.tuning.tune import tune
@@ -193,12 +193,18 @@ def test_a_kernel_is_measured_in_turn() -> None:
 
 
 def test_rows_and_copies_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    order, ends = routing(8, E, K)
-    assert sorted(order.tolist()) == list(range(8 * K))
-    assert ends[-1] == 8 * K
+    order, ends = sorted_by_expert(torch.tensor([[2, 0], [2, 3]]), E)
+    assert (order.tolist(), ends.tolist()) == ([1, 0, 2, 3], [1, 1, 3, 4])
     kernel = kernel_of()
     size = kernel.layouts[0].bytes * E
     made = kernel.make("k", DEFAULT)
+    call = arguments(kernel, made, 0).draw(1)
+    met = {tuple(torch.from_dlpack(call(turn)[2]).tolist()) for turn in range(20)}
+    assert len(met) > 1  # on the same row, other experts
+    assert all(
+        ends[-1] == K and max(ends[0], *(b - a for a, b in itertools.pairwise(ends))) == 1
+        for ends in met
+    )
     monkeypatch.setattr(arguments_module, "last_cache", lambda: size)
     assert arguments(kernel, made, 100 * size).copies == 4  # behind which the cache has forgotten
     assert arguments(kernel, made, 0).copies == 1  # the whole model fits
