@@ -24,11 +24,17 @@ def rms_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], 
 
     `round_first`: the normalised value is rounded to x's dtype before weight multiplies it.
     """
-    x = tensors[0]
+    return normalised(tensors[0], tensors[1:], attrs)
+
+
+def normalised(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> torch.Tensor:
+    """As nn.rms_norm, with the attributes of that op."""
     full = x.float()
     full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + attrs["epsilon"])
     if attrs.get("round_first"):
         full = full.to(x.dtype)
-    if len(tensors) > 1:
-        full = full * (tensors[1] if attrs.get("round_first") else tensors[1].float())
+    if weight:
+        full = full * (weight[0] if attrs.get("round_first") else weight[0].float())
     return full.to(x.dtype)
