@@ -30,6 +30,7 @@ from moec.passes.fuse_decompress import FuseDecompress
 from moec.passes.fuse_dispatch import FuseDispatch
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_norm import FuseNorm
+from moec.passes.fuse_residual import FuseResidual
 from moec.passes.fuse_rotary import FuseRotary
 from moec.passes.hoist_routers import HoistRouters
 from moec.passes.insert_zero_experts import InsertZeroExperts
@@ -74,6 +75,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, FuseDecompress()),
     (0, ShareCommon()),
     (0, FoldConstants()),
+    (2, FuseResidual()),
 )
 ORDER = (*SPELLED, *RECOGNISED, *LOWERED)
 APPROXIMATE: tuple[type[Approximate], ...] = (

@@ -33,7 +33,8 @@ class NormSpec:
     kind rms: y = x / sqrt(mean(x^2) + eps). kind layer: y = (x - mean) / sqrt(variance + eps).
     out = y * weight + bias, in float32 and rounded once; `plus_one` multiplies with 1 + weight
     (Gemma); `round_first` rounds y to x's dtype before the product (Llama and most of its kin).
-    The statistics of a sum are those of the sum as stored.
+    With a residual, x * scale (Granite), rounded to x's dtype, is added to it; the statistics are
+    those of the sum as stored.
     """
 
     kind: Literal["rms", "layer"]
@@ -44,6 +45,7 @@ class NormSpec:
     weight: str | None
     bias: str | None = None
     residual: bool = False
+    scale: float | None = None
     plus_one: bool = False
     round_first: bool = False
 
@@ -103,8 +105,10 @@ def _row(c: _Rows, t: Expr) -> None:
         residual, source = c.residual, c.total
 
         def add(d: Expr, count: Expr | None) -> None:
-            x = c.load(c.x, (t, d), count) + c.load(residual, (t, d), count)
-            c.store(source, t, d, x, count)
+            x = c.load(c.x, (t, d), count)
+            if spec.scale is not None:
+                x = rounding.rounded(v, x * v.splat(spec.scale), TVM_DTYPES[spec.x])
+            c.store(source, t, d, x + c.load(residual, (t, d), count), count)
 
         _sweep(c, add)
 

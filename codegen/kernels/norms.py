@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from tvm import relax
 
@@ -26,7 +26,7 @@ def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
         weights[0].dtype if weights else None,
         round_first=bool(op.attrs.get("round_first")),
     )
-    return _normed(low, op, spec, x, weights)
+    return _normed(low, op, spec, [x], weights)
 
 
 @kernel(
@@ -48,7 +48,26 @@ def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
         None if weight is None else weight.dtype,
         None if bias is None else bias.dtype,
     )
-    return _normed(low, op, spec, x, [v for v in (weight, bias) if v is not None])
+    return _normed(low, op, spec, [x], [v for v in (weight, bias) if v is not None])
+
+
+@kernel("nn.add_norm", takes=lambda op, graph: norm_fits(*op.inputs))
+def _add_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    x, residual, *weights = op.inputs
+    weight, bias = [*(v.dtype for v in weights), None, None][:2]
+    spec = NormSpec(
+        cast(Any, op.attrs["kind"]),
+        cast(int, x.shape[-1]),
+        cast(float, op.attrs["epsilon"]),
+        x.dtype,
+        x.dtype,
+        weight,
+        bias,
+        residual=True,
+        scale=cast("float | None", op.attrs.get("scale")),
+        round_first=bool(op.attrs.get("round_first")),
+    )
+    return _normed(low, op, spec, [x, residual], weights)
 
 
 def norm_fits(x: Value, *others: Value) -> bool:
@@ -56,13 +75,17 @@ def norm_fits(x: Value, *others: Value) -> bool:
 
 
 def _normed(
-    low: Lowering, op: Op, spec: NormSpec, x: Value, weights: list[Value]
+    low: Lowering, op: Op, spec: NormSpec, added: list[Value], weights: list[Value]
 ) -> list[relax.Expr]:
-    out = op.outputs[0]
-    rows = TensorType(x.dtype, (product(x.shape[:-1]), spec.width))
-    name = f"{spec.kind}_norm"
+    """`added` are one, or two whose sum is a result too."""
+    rows = (product(op.outputs[0].shape[:-1]), spec.width)
+    name = f"add_{spec.kind}_norm" if spec.residual else f"{spec.kind}_norm"
     function = low.function(spec, name, lambda name: norm(spec, low.target, name))
     low.note(op, name)
-    arguments = [low.shaped(x, rows), *(low.value(v) for v in weights)]
-    made = low.call(function, arguments, [TensorType(out.dtype, rows.shape)])
-    return [made[0] if out.shape == rows.shape else low.reshaped(made[0], out.type)]
+    arguments = [low.shaped(v, TensorType(v.dtype, rows)) for v in added]
+    arguments += [low.value(v) for v in weights]
+    made = low.call(function, arguments, [TensorType(out.dtype, rows) for out in op.outputs])
+    return [
+        value if out.shape == rows else low.reshaped(value, out.type)
+        for value, out in zip(made, op.outputs, strict=True)
+    ]

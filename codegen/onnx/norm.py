@@ -1,6 +1,8 @@
-"""nn.rms_norm and nn.rotary: the standard's own operators where they mean the same."""
+"""nn.rms_norm, nn.add_norm and nn.rotary: the standard's own operators where they mean the same."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
@@ -12,15 +14,34 @@ from moec.sizes import Dim
 
 @build("nn.rms_norm")
 def rms_norm(c: Call) -> str:
-    """RMSNormalization normalises in float32; what it leaves out is written out in steps."""
-    w, (x, *weight) = c.w, c.op.inputs
+    x, *weight = c.op.inputs
+    return _rms(c, c.w.read(x), x, weight)
+
+
+@build("nn.add_norm")
+def add_norm(c: Call) -> tuple[str, str]:
+    w, (x, residual, *weights) = c.w, c.op.inputs
+    name, dtype, scale = c.read(x), x.dtype, c.op.attrs.get("scale")
+    if scale is not None:
+        name = w("Mul", name, w.constant(float(str(scale)), dtype))
+    total = w("Add", name, c.read(residual))
+    if c.op.attrs["kind"] == "rms":
+        return total, _rms(c, total, x, weights)
+    named = [c.read(weight, dtype) for weight in weights]
+    ones = [] if weights else [w.constant([1.0] * w.bound(x.shape[-1]), dtype)]
     epsilon = float(str(c.op.attrs["epsilon"]))
-    width = x.shape[-1]
+    return total, w("LayerNormalization", total, *ones, *named, axis=-1, epsilon=epsilon)
+
+
+def _rms(c: Call, name: str, x: Value, weight: Sequence[Value]) -> str:
+    """RMSNormalization normalises in float32; what it leaves out is written out in steps."""
+    w, width = c.w, x.shape[-1]
+    epsilon = float(str(c.op.attrs["epsilon"]))
     one_rounding = x.dtype == "f32" or bool(c.op.attrs.get("round_first"))
     if w.opset >= FUSED and x.dtype != "f64" and one_rounding and isinstance(width, int):
         scale = c.read(weight[0], x.dtype) if weight else w.constant([1.0] * width, x.dtype)
-        return w("RMSNormalization", c.read(x), scale, axis=-1, epsilon=epsilon)
-    full = c.read(x, "f32")
+        return w("RMSNormalization", name, scale, axis=-1, epsilon=epsilon)
+    full = w.cast(name, x.dtype, "f32")
     mean = w("ReduceMean", w("Mul", full, full), w.constant([-1]), keepdims=1)
     made = w("Div", full, w("Sqrt", w("Add", mean, w.constant(epsilon, "f32"))))
     dtype = "f32"

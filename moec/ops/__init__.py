@@ -9,6 +9,7 @@ rows come after ends[E-1], hold zeros, and add nothing.
 from __future__ import annotations
 
 from moec.ops import (
+    add_norm,
     attention,
     bound,
     cache,
@@ -30,6 +31,7 @@ from moec.ops.definition import OPS, OpDef
 __all__ = [
     "OPS",
     "OpDef",
+    "add_norm",
     "attention",
     "bound",
     "cache",

@@ -37,7 +37,7 @@ _MOVES = frozenset({"aten.reshape.default", "aten.view.default", "aten.permute.d
 _ROWS = frozenset(
     {
         "nn.rms_norm",
-        "nn.layer_norm",
+        "nn.add_norm",
         "nn.quantised_linear",
         "nn.rotary",
         "moe.gate",

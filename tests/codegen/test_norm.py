@@ -70,7 +70,7 @@ def check_norm(spec: NormSpec, target: Target, rows: int) -> None:
     tensors = [t for t in (x, residual, weight, bias, total, out) if t is not None]
     norm_kernel(spec, target)["f"](*map(shared, tensors))
     if residual is not None and total is not None:
-        x = x + residual
+        x = (x if spec.scale is None else x * spec.scale) + residual
         assert torch.equal(total, x)
     want, scale = eager_norm(spec, x, weight, bias)
     # (x - mean) loses what x and mean share.
@@ -84,7 +84,8 @@ NORMS = {
     "gpt-oss": NormSpec("rms", 80, 1e-5, "bf16", "bf16", "f32"),
     "gemma": NormSpec("rms", 48, 1e-6, "bf16", "bf16", "bf16", plus_one=True),
     "no-weight-f16": NormSpec("rms", 33, 1e-6, "f16", "f16", None),
-    "residual": NormSpec("rms", 160, 1e-6, "bf16", "bf16", "bf16", None, True, False, True),
+    "residual": NormSpec("rms", 160, 1e-6, "bf16", "bf16", "bf16", residual=True, round_first=True),
+    "scaled": NormSpec("rms", 72, 1e-6, "bf16", "bf16", "bf16", residual=True, scale=0.22),
     "narrow": NormSpec("rms", 7, 1e-6, "f32", "f32", "f32"),
     "layer": NormSpec("layer", 65, 1e-5, "f32", "f32", "f32", "f32"),
     "layer-bf16": NormSpec("layer", 128, 1e-5, "bf16", "bf16", "bf16", "bf16", residual=True),

@@ -1,4 +1,4 @@
-"""nn.attention, nn.rms_norm, nn.rotary against their meaning, fused and written out."""
+"""nn.attention, norms and nn.rotary against their meaning, fused and written out."""
 
 from __future__ import annotations
 
@@ -82,6 +82,20 @@ def test_rms_norm(dtype: str, round_first: str, opset: int, tmp_path: Path) -> N
     run = running(made, tmp_path, opset=opset)
     # f16: the last bit of a result may round the other way.
     agree(made, run, [torch.randn(2, 5, 8).to(kind)], 2e-3 if dtype == "f16" else 1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_add_norm(opset: int, tmp_path: Path) -> None:
+    made = program(f"""
+    graph main(x: f32[B, S, 8], r: f32[B, S, 8]; w: f32[8], b: f32[8]) {{
+      {SIZES}
+      h: f32[B, S, 8], y: f32[B, S, 8] = nn.add_norm(x, r, w) <kind="rms", epsilon=1e-6, scale=0.22>
+      i: f32[B, S, 8], z: f32[B, S, 8] = nn.add_norm(y, h, w, b) <kind="layer", epsilon=1e-5>
+      j: f32[B, S, 8], v: f32[B, S, 8] = nn.add_norm(z, i) <kind="layer", epsilon=1e-5>
+      return h, y, i, z, j, v
+    }}""")
+    run = running(made, tmp_path, opset=opset)
+    agree(made, run, [torch.randn(2, 5, 8), torch.randn(2, 5, 8)], 1e-5)
 
 
 @pytest.mark.parametrize("opset", [18, 23])
