@@ -6,6 +6,9 @@ Cholesky form of its section 3.3). Any number of matrices at once: experts that 
 solved as one batch (QMoE, arXiv 2310.16795, section 3.2).
 
     solved = solve(weight, hessian(rows), lambda column, k: column.round())
+
+Where layers before have been rounded already, what enters is X' and no longer X: `aimed` gives the
+weight whose results on X' come closest to W X, which is then solved in the place of W.
 """
 
 from __future__ import annotations
@@ -65,13 +68,47 @@ def solve(
     return Solved(made, nearest)
 
 
+def solve_ordered(
+    weight: Tensor, hessian: Tensor, grid: Callable[[Tensor], Tensor], damping: float = DAMPING
+) -> Solved:
+    """`solve` with the columns of the largest inputs first, so that the others are left to make up
+    for them (the act-order of GPTQ's authors). The grid is the same for all columns."""
+    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    columns = order[..., None, :]
+    own = hessian.gather(-1, columns.expand_as(hessian))
+    own = own.gather(-2, order[..., None].expand_as(hessian))
+    columns = columns.expand_as(weight)
+    made = solve(weight.gather(-1, columns), own, lambda column, _: grid(column), damping)
+    return Solved(torch.empty_like(made.weight).scatter_(-1, columns, made.weight), made.nearest)
+
+
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The Hessian [.., K, K] with a share of the mean of its diagonal added to that."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return hessian + damping * mean * torch.eye(hessian.shape[-1])
+
+
+def aimed(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The weight V that makes |V X' - W X|^2 least, drawn to W by the damping: f32[.., N, K].
+
+    `cross` [.., K, K] is X X'^T, X the inputs as they were, and `hessian` X' X'^T. W itself where
+    the damped Hessian has no inverse. (The closed form for one layer, V = W X X'^T (X' X'^T)^-1.)
+    """
+    hessian = hessian.float()
+    known = damped(hessian, damping)
+    lower, info = torch.linalg.cholesky_ex(known)
+    singular = (info != 0)[..., None, None]
+    wanted = weight.float() @ (cross.float() + (known - hessian))
+    unit = torch.eye(hessian.shape[-1])
+    made = torch.cholesky_solve(wanted.mT, torch.where(singular, unit, lower)).mT
+    return torch.where(singular | ~made.isfinite().all(-1).all(-1)[..., None, None], weight, made)
+
+
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the damped Hessian's inverse; the identity, under which each
     column is rounded for itself, where there is none."""
-    width = hessian.shape[-1]
-    unit = torch.eye(width)
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    lower, info = torch.linalg.cholesky_ex(hessian + damping * mean * unit)
+    unit = torch.eye(hessian.shape[-1])
+    lower, info = torch.linalg.cholesky_ex(damped(hessian, damping))
     singular = info != 0
     lower = torch.where(singular[..., None, None], unit, lower)
     upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -60,6 +60,24 @@ def values(codes: Tensor, grid: Tensor) -> Tensor:
     return table.gather(-1, codes.long())
 
 
+def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
+    """The two numbers of each row that bring the results of its codes closest to those of
+    `weight` [.., N, K], by least squares under the inputs' Hessian [.., K, K]: bf16[.., N, 2].
+
+    A number stays what `grid` says where no code of its row and no input tell of it, and where it
+    would change its sign.
+    """
+    signs = torch.stack([codes == 1, codes == 2], -3).float()  # [.., 2, N, K]
+    seen = signs @ hessian[..., None, :, :]
+    normal = torch.einsum("...ank,...bnk->...nab", seen, signs)
+    wanted = torch.einsum("...ank,...nk->...na", seen, weight.float())
+    unknown = normal.diagonal(dim1=-2, dim2=-1) <= 0
+    fitted, info = torch.linalg.solve_ex(normal + torch.diag_embed(unknown.float()), wanted)
+    right = fitted * torch.tensor([-1.0, 1.0]) > 0
+    known = right & ~unknown & (info == 0)[..., None] & fitted.isfinite()
+    return torch.where(known, fitted, grid.float()).bfloat16()
+
+
 def encode(codes: Tensor) -> Encoded:
     """The rows of u8[R, K]. Raises ValueError for other codes than 0, 1 and 2."""
     if codes.dtype != torch.uint8 or codes.ndim != 2 or (codes.numel() and int(codes.max()) > 2):

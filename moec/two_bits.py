@@ -44,6 +44,20 @@ def values(codes: Tensor, grid: Tensor) -> Tensor:
     return step * (codes.float() - zero)
 
 
+def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
+    """The step of each row that brings the results of its codes closest to those of `weight`
+    [.., N, K], by least squares under the inputs' Hessian [.., K, K]; zeros stay: bf16[.., N, 2].
+
+    So does a step of which no input tells.
+    """
+    step, zero = grid.float().unbind(-1)
+    levels = codes.float() - zero[..., None]
+    seen = levels @ hessian
+    fitted = (seen * weight.float()).sum(-1) / (seen * levels).sum(-1)
+    step = torch.where(fitted.isfinite() & (fitted > TINY), fitted, step)
+    return torch.stack([step, zero], -1).bfloat16()
+
+
 def encode(codes: Tensor) -> Tensor:
     """codes u8[.., K] -> planes i64[.., words], 0 behind the end of a row."""
     padded = torch.nn.functional.pad(

@@ -6,16 +6,20 @@
       w1: bf16[E, H, D], 16 bits a weight    w1.stream: i16[W], some 0.8 bits a weight
                                              w1.starts: i32[E*H+1], w1.grid: bf16[E, H, 2]
 
-Each linear layer of an expert is solved on the rows that the router sends it (GPTQ), with the
-layers before it compressed already. Experts are solved 16 at a time. No expert counts more rows
-than four times the mean, so that a favourite does not hold up the rest; one that saw none has
-nothing to be solved on, and is rounded to nearest. Routers, norms, biases and the head stay.
+Each linear layer of an expert is solved on the rows that the router sends it (GPTQ). Where it reads
+what compressed layers before it make, it aims at what the original made of the original's, and so
+mends some of their errors; least squares then fit the two numbers of each row to its codes. Experts
+are solved 16 at a time. No expert counts more rows than four times the mean, so that a favourite
+does not hold up the rest; one that saw none has nothing to be solved on, and is rounded to nearest.
+Routers, norms, biases and the head stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -24,7 +28,7 @@ from moec.approximate import Change
 from moec.compression import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
 from moec.errors import NoMatch
 from moec.evaluate import run_graph
-from moec.gptq import DAMPING, hessian, solve
+from moec.gptq import DAMPING, aimed, damped, hessian, solve_ordered
 from moec.ir import DType, Graph, Op, Program, TensorType, Value
 from moec.meter import Seen
 from moec.passes.layer import Layer, Splice, constant
@@ -39,6 +43,8 @@ MOST_ROWS = 4
 WIDE = ("f32", "bf16", "f16")
 
 Stacks = dict[Value, torch.Tensor]
+Weights = Sequence[Sequence[torch.Tensor]]
+"""Of each expert, in the order of the body's params."""
 
 
 @dataclass(frozen=True)
@@ -129,32 +135,51 @@ class CompressExperts:
         reads = {op.outputs[0].name: op.inputs[0] for op in body.ops}
         for start in range(0, len(rows), GROUP):
             group = range(start, min(start + GROUP, len(rows)))
-            now = [[before[p][e].float() for p in own.params] for e in group]
-            hessians: dict[Value, torch.Tensor] = {}
+            original = [[before[p][e].float() for p in own.params] for e in group]
+            now = [list(some) for some in original]
+            moments: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
             for op, param in linears:
                 source = reads[op.outputs[0].name]
-                if source not in hessians:
+                if source not in moments:
                     to_here = drop_dead(replace(body, outputs=(source,)))
-                    hessians[source] = torch.stack(
-                        [hessian(_run(to_here, body, rows[e], now[i])) for i, e in enumerate(group)]
+                    moments[source] = _moments(
+                        to_here, body, rows[start : group.stop], original, now
                     )
+                second, cross = moments[source]
                 place = own.params.index(param)
                 grid = grids[param][list(group)]
-
-                def nearest(
-                    column: torch.Tensor, k: int, grid: torch.Tensor = grid
-                ) -> torch.Tensor:
-                    column = column[..., None]
-                    result: torch.Tensor = module.values(module.codes_of(column, grid), grid)
-                    return result[..., 0]
-
-                weight = torch.stack([some[place] for some in now])
-                solved = solve(weight, hessians[source], nearest, self.damping).weight
+                nearest = partial(_nearest, module, grid)
+                wanted = torch.stack([some[place] for some in original])
+                if cross is not second:
+                    wanted = aimed(wanted, cross, second, self.damping)
+                solved = solve_ordered(wanted, second, nearest, self.damping).weight
                 found = module.codes_of(solved, grid)
-                codes[param][list(group)] = found
+                grid = module.refit(wanted, found, grid, damped(second, self.damping))
+                codes[param][list(group)], grids[param][list(group)] = found, grid
                 for some, matrix in zip(now, module.values(found, grid), strict=True):
                     some[place] = matrix
         return codes, grids, [e for e, own_rows in enumerate(rows) if not len(own_rows)]
+
+
+def _nearest(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    column = column[..., None]
+    made: torch.Tensor = module.values(module.codes_of(column, grid), grid)
+    return made[..., 0]
+
+
+def _moments(
+    to_here: Graph, body: Graph, rows: Sequence[torch.Tensor], original: Weights, now: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of what `to_here` gives with the weights as they are `now`, X', for each expert X' X'^T, and
+    X X'^T with the `original` ones: f32[E, K, K] each, one tensor where no weight is read."""
+    seconds, crosses = [], []
+    for own, was, weights in zip(rows, original, now, strict=True):
+        entering = _run(to_here, body, own, weights)
+        seconds.append(hessian(entering))
+        if to_here.params:
+            crosses.append(_run(to_here, body, own, was).mT @ entering)
+    second = torch.stack(seconds)
+    return second, torch.stack(crosses) if crosses else second
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.gptq import hessian, solve
+from moec.gptq import aimed, hessian, solve, solve_ordered
 
 
 def whole(column: torch.Tensor, k: int) -> torch.Tensor:
@@ -94,3 +94,32 @@ def test_the_grid_is_told_which_column_it_rounds():
 def test_a_hessian_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"a Hessian \[3, 3\] for weights \[2, 4\]"):
         solve(torch.zeros(2, 4), torch.zeros(3, 3), whole)
+
+
+def test_columns_of_large_inputs_come_first():
+    """Each expert in its own order: the same as `solve` on columns that are sorted by hand."""
+    weight = torch.randn(2, 5, 12)
+    h = torch.stack([hessian(inputs(40, 12, seed)) for seed in range(2)])
+    made = solve_ordered(weight, h, torch.round)
+    for e in range(2):
+        order = h[e].diagonal().argsort(descending=True)
+        assert order.tolist() != sorted(order.tolist())
+        by_hand = solve(weight[e][:, order], h[e][order][:, order], whole).weight
+        assert torch.equal(made.weight[e][:, order], by_hand)
+
+
+def test_what_is_aimed_at_is_the_original_result():
+    """Least squares over the inputs as they are, against the results of those that were."""
+    torch.manual_seed(1)
+    was, weight = inputs(60, 12), torch.randn(5, 12)
+    now = was + 0.3 * torch.randn(60, 12)
+    made = aimed(weight, was.T @ now, now.T @ now, damping=0)
+    wanted = torch.linalg.lstsq(now, was @ weight.T).solution.T
+    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_that_stayed_or_were_never_seen_leave_the_weight():
+    weight, h = torch.randn(2, 5, 12), torch.stack([hessian(inputs(40, 12)), torch.zeros(12, 12)])
+    made = aimed(weight, h, h)
+    torch.testing.assert_close(made[0], weight[0], rtol=1e-3, atol=1e-4)
+    assert torch.equal(made[1], weight[1])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moec import ternary, two_bits
 from moec.ternary import Encoded, codes_of, decode, encode, grid_of, values
 from moec.ternary_dictionary import (
     CODEWORDS,
@@ -119,3 +120,34 @@ def test_weights_beyond_half_of_a_limit_take_it():
     codes = codes_of(weight, found)
     assert codes.tolist() == [[1, 1, 0, 0, 0, 2, 2], [0, 0, 0, 0, 2, 2, 2]]
     assert values(codes, found)[0].tolist() == [-1, -1, 0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("module", [ternary, two_bits], ids=["ternary", "2bit"])
+def test_numbers_fitted_to_codes_lose_less_and_none_nearby_loses_less(module):
+    """Steps of 2 % are more than bf16 rounds; a zero of two bits is a code and stays."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(2, 6, 24), torch.randn(2, 50, 24) * torch.linspace(0.2, 2, 24)
+    hessian, grid = x.mT @ x, module.grid_of(weight)
+    codes = module.codes_of(weight, grid)
+
+    def lost(numbers: torch.Tensor) -> torch.Tensor:
+        off = module.values(codes, numbers) - weight
+        return ((off @ hessian) * off).sum(-1)
+
+    fitted = module.refit(weight, codes, grid, hessian)
+    assert (lost(fitted) < lost(grid)).all()
+    for place in range(2 if module is ternary else 1):
+        for factor in (0.98, 1.02):
+            other = fitted.clone()
+            other[..., place] *= factor
+            assert (lost(other) > lost(fitted)).all()
+
+
+@pytest.mark.parametrize("module", [ternary, two_bits], ids=["ternary", "2bit"])
+def test_numbers_of_which_nothing_tells_stay(module):
+    weight = torch.randn(3, 8).abs()
+    grid = module.grid_of(weight)
+    codes = module.codes_of(weight, grid)
+    assert torch.equal(module.refit(weight, codes, grid, torch.zeros(8, 8)), grid)
+    fitted = module.refit(weight, torch.zeros_like(codes), grid, torch.eye(8))
+    assert torch.equal(fitted[:, 0], grid[:, 0])

@@ -154,6 +154,14 @@ def test_the_last_matrix_is_fitted_to_what_the_compressed_first_ones_give(monkey
         torch.testing.assert_close(hidden, F.silu(x @ gate[e].T) * (x @ up[e].T))
 
 
+def test_the_last_matrix_mends_what_the_first_ones_lose(monkeypatch):
+    """It aims at the original's results; aiming at its own weight's loses more."""
+    aiming = change(program(2), TERNARY)[-1].damage.layers
+    monkeypatch.setattr("moec.passes.compress_experts.aimed", lambda weight, *_: weight)
+    plain = change(program(2), TERNARY)[-1].damage.layers
+    assert sum(line.error for line in aiming) < 0.9 * sum(line.error for line in plain)
+
+
 def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
     """A weight on the input's side: twice the scale is the same fit, another scale is not."""
     scaled = LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)").replace(
