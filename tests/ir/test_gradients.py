@@ -143,8 +143,10 @@ def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
         for mine, theirs in zip(
             gradients(expanded, given, grad, meanings=meanings), wanted, strict=True
         ):
-            # float32 sums of at most some dozen products of order 1, in another order
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+            # float32 sums of some dozen products in another order: what is lost is a share of the
+            # terms, which are no greater than the greatest sums, and not of a sum near zero.
+            greatest = theirs.abs().amax() if theirs.numel() else 0.0
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest)))
 
 
 def error(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
