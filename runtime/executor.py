@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +175,22 @@ class Executor:
             given[port.name] = _give(result, port, torch, copied)
         return given
 
-    def step(self, counts: Sequence[Array], caches: Sequence[Array]) -> Array:
-        """Logits f32[B, V] of `Step`, which writes into `caches`: aligned, as `empty` makes them.
+    def step(self, counts: Sequence[Array], caches: Sequence[Cache]) -> Array:
+        """Logits f32[B, V] of `Step`, which writes into `caches`.
 
         `counts` are input_ids, first, rows and last, all i64 and within their bounds: the
         caller has seen to that.
         """
         step = self.package.step
         assert step is not None
-        taken = [_from_numpy(array) for array in (*counts, *caches)]
+        taken = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
+        result = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock:
-            logits, *after = self._step(*taken, *self._step_params)
-            made = _to_numpy(logits, step.logits)
-            for port, array, value in zip(step.caches, caches, after, strict=True):
+            results = self._step(*taken, *self._step_params)
+            made = _to_numpy(result(results, 0), step.logits)
+            for place, (port, cache) in enumerate(zip(step.caches, caches, strict=True), 1):
                 if not grows(port):  # the others were written in place
-                    array[...] = _to_numpy(value, port)
+                    cache.array[...] = _to_numpy(result(results, place), port)
         return made[:, 0].astype(np.float32)
 
     def states(self) -> dict[str, Array]:
@@ -232,6 +233,20 @@ def _from_numpy(array: Array) -> Any:
     if array.dtype == NUMPY["bf16"]:  # numpy exports it as nothing at all
         return _view(tvm_ffi().from_dlpack(array.view(np.uint16)), "bfloat16")
     return _compact(tvm_ffi().from_dlpack(array))
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """What texts keep from piece to piece: the same memory for numpy and for compiled code, which
+    takes it anew for each token."""
+
+    array: Array
+    tensor: Any
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: Any) -> Cache:
+        array = empty(shape, dtype)
+        return Cache(array, _from_numpy(array))
 
 
 def _aligned_copy(array: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moec.errors import InputError
 from moec.runtime.dtypes import NUMPY, Array
-from moec.runtime.executor import Executor, empty
+from moec.runtime.executor import Cache, Executor
 from moec.runtime.package import Step, grows
 
 PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
@@ -72,11 +72,11 @@ class Texts:
             alone = Texts(self._executor, 1, self._room)
             alone._first[:] = self._first[text]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
-                mine[0] = cache[text]
+                mine.array[0] = cache.array[text]
             rows.append(alone.feed([own])[0] if len(own) else np.zeros(0, np.float32))
             self._first[text] = alone._first[0]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
-                cache[text] = mine[0]
+                cache.array[text] = mine.array[0]
         width = max(row.size for row in rows)
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 
@@ -102,10 +102,10 @@ class Texts:
             raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
 
 
-def _cache(step: Step, index: int, texts: int, room: int) -> Array:
+def _cache(step: Step, index: int, texts: int, room: int) -> Cache:
     port = step.caches[index]
     inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
-    made = empty((texts, *inner), NUMPY[port.dtype])
+    made = Cache.of((texts, *inner), NUMPY[port.dtype])
     if not grows(port):
-        made[...] = 0
+        made.array[...] = 0
     return made
