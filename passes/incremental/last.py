@@ -6,6 +6,10 @@ What the caches need is computed for all tokens. The rest (the last layer's expe
 the head) starts from the values that it reads of those, of which only one row a sequence is
 taken; `last[b]` is the place of that token in its sequence. Choices that layers share are sorted
 anew: where a token's row stands among those of all tokens says nothing of the few.
+
+Logits are written also where only the likeliest token is wanted: what numpy does with them then is
+all that a head without logits could save, 3 of 250 µs a token at V = 1,024 (tiny_moe) and 13 µs of
+more than 15 ms at V = 49,155 (a granite of 24 layers), on one AMD EPYC core.
 """
 
 from __future__ import annotations
