@@ -1,4 +1,4 @@
-"""rms_norm, layer_norm and rotary kernels against eager PyTorch."""
+"""rms_norm and layer_norm kernels against eager PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from moec.codegen.cpu.norm import NormSpec, norm
-from moec.codegen.cpu.rotary import RotarySpec, rotary
 from moec.target import TARGETS, Target, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -28,11 +27,6 @@ def build(function: Any, target: Target) -> tvm.runtime.Module:
 @cache
 def norm_kernel(spec: NormSpec, target: Target) -> tvm.runtime.Module:
     return build(norm(spec, target, "f"), target)
-
-
-@cache
-def rotary_kernel(spec: RotarySpec, target: Target) -> tvm.runtime.Module:
-    return build(rotary(spec, target, "f"), target)
 
 
 def shared(t: Tensor) -> Any:
@@ -125,67 +119,3 @@ def test_norm_of_zeros_and_of_nan() -> None:
     norm_kernel(NORMS["llama"], host())["f"](*map(shared, [x, torch.ones(64), out]))
     assert (out[[0, 2]] == 0).all()
     assert out[1].isnan().all()
-
-
-ROTARIES = {
-    "halves": RotarySpec("f32", 3, 64, 64, "f32", 64),
-    "halves-bf16": RotarySpec("bf16", 2, 128, 128, "bf16", 128, table_batch=True),
-    "one-angle-bf16": RotarySpec("bf16", 2, 64, 64, "f32", 32, table_batch=True),
-    "partial": RotarySpec("f32", 2, 40, 20, "f32", 20),
-    "transposes": RotarySpec("bf16", 4, 64, 64, "f32", 64, layout="BSHD"),
-    "stays": RotarySpec("f16", 4, 32, 32, "f16", 32, layout="BSHD", out_layout="BSHD"),
-    "interleaved": RotarySpec("f32", 2, 64, 64, "f32", 64, interleaved=True),
-    "interleaved-bf16": RotarySpec("bf16", 2, 24, 20, "f32", 10, True, True),
-}
-
-
-def eager_rotary(spec: RotarySpec, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, cos, sin = x.double(), cos.double().unsqueeze(1), sin.double().unsqueeze(1)
-    turned, rest = x[..., : spec.rotated], x[..., spec.rotated :]
-    half = spec.rotated // 2
-    if spec.interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        cos, sin = cos[..., :half], sin[..., :half]
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-    if spec.table_width == half or spec.interleaved:
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-    turned = torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
-    return torch.cat([turned, rest], -1)
-
-
-def check_rotary(spec: RotarySpec, target: Target, batch: int, n: int) -> None:
-    dtype, table = TORCH[spec.dtype], TORCH[spec.table_dtype]
-    x = torch.randn(batch, spec.heads, n, spec.width).to(dtype)
-    angles = torch.randn(batch if spec.table_batch else 1, n, spec.table_width)
-    cos, sin = angles.cos().to(table), angles.sin().to(table)
-    given = x.transpose(1, 2).contiguous() if spec.layout == "BSHD" else x
-    out = torch.full_like(x.transpose(1, 2) if spec.out_layout == "BSHD" else x, torch.nan)
-    out = out.contiguous()
-    rotary_kernel(spec, target)["f"](*map(shared, [given, cos, sin, out]))
-    got = out.transpose(1, 2) if spec.out_layout == "BSHD" else out
-    want = eager_rotary(spec, x, cos, sin)
-    # Two products may cancel: their size is what one rounding to float32 is relative to.
-    bound = TOLERANCE[spec.dtype] * want.abs() + 2.0**-22 * x.double().abs().max() if n else 0
-    assert ((got.double() - want).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("name", ROTARIES)
-def test_rotary_matches_eager(name: str) -> None:
-    torch.manual_seed(0)
-    for batch, n in ((1, 1), (2, 9), (1, 0)):
-        check_rotary(ROTARIES[name], host(), batch, n)
-
-
-@pytest.mark.parametrize("target", ["generic", "avx2"])
-def test_rotary_on_narrower_targets(target: str) -> None:
-    torch.manual_seed(0)
-    check_rotary(ROTARIES["partial"], TARGETS[target], 2, 3)
-    check_rotary(ROTARIES["interleaved-bf16"], TARGETS[target], 2, 3)
-
-
-def test_rotary_refuses_odd_widths() -> None:
-    with pytest.raises(ValueError, match="7 of 8 features are no pairs"):
-        RotarySpec("f32", 1, 8, 7, "f32", 7)
-    with pytest.raises(ValueError, match="tables of 3 for 8 rotated features"):
-        RotarySpec("f32", 1, 8, 8, "f32", 3)
