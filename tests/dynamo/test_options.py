@@ -73,15 +73,15 @@ def test_a_wrong_option_reaches_the_caller() -> None:
         run(torch.randn(2, 4))
 
 
-def test_no_compiler_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_for_inductor() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
-        torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear"
-    ) else None
     run = torch.compile(nn.Linear(4, 4), backend="moec")
-    with pytest.raises(Exception, match=r'no C\+\+ compiler: install .* "eager"'):
+    # Not pytest's monkeypatch: it deletes the setting where it puts it back.
+    with (
+        config.patch("cpp.cxx", ("no-such-compiler",)),
+        pytest.raises(Exception, match=r'no C\+\+ compiler: install .* "eager"'),
+    ):
         run(torch.randn(2, 4))
 
 
