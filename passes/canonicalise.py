@@ -2,11 +2,13 @@
 
 t, transpose, numpy_T           -> permute
 mm(x, permute(w)), addmm, matmul(x, permute(w)) -> linear(x, w, bias)
-squeeze, unsqueeze, flatten     -> reshape          (of known or named sizes)
+squeeze, unsqueeze, flatten, the only element of an axis -> reshape
+                                                    (of known or named sizes)
 clone, alias, detach, a cast to the same dtype, a slice of everything, an expand or
 reshape or permute that changes nothing, x + 0 and x * 1 of integers, dropout at
 inference                       -> their input
 reshape(reshape(x))             -> reshape(x)
+x[mask]                         -> x[where the mask is set]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir import Op, Program, Stage, TensorType, Value
+from moec.passes import mask_rows
 from moec.passes.rewrite import Builder, rewrite
 from moec.passes.runner import Log
 
@@ -91,6 +94,12 @@ def _reshape(op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit(
         "aten.reshape.default", [x], [op.outputs[0].type], like=op, attrs={"shape": shape}
     )
+
+
+def _select(op: Op, b: Builder) -> Sequence[Value] | None:
+    x, dim = op.inputs[0], op.attrs.get("dim", 0)
+    assert isinstance(dim, int)
+    return _reshape(op, b) if x.shape[dim] == 1 else None
 
 
 def _permute(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -171,10 +180,13 @@ _RULES: dict[str, Simplify] = {
     "aten.squeeze.dims": _reshape,
     "aten.flatten.using_ints": _reshape,
     "aten.unflatten.int": _reshape,
+    "aten.select.int": _select,
     "aten.permute.default": _permute,
     "aten.transpose.int": _permute,
     "aten.t.default": _permute,
     "aten.mm.default": _matmul,
     "aten.matmul.default": _matmul,
     "aten.addmm.default": _addmm,
+    "aten.index.Tensor": mask_rows.index,
+    "aten.index_put.default": mask_rows.put,
 }

@@ -37,6 +37,15 @@ CASES = {
     "y: i64[T] = aten.neg.default(m)",
     "floats plus zero stay": "m: f32[T, 4] = aten.add.Tensor(x) <other=0>\n"
     "y: f32[T, 4] = aten.neg.default(m)",
+    "the only element of an axis": "y: f32[T, 4] = aten.select.int(z) <dim=1, index=0>",
+    "a mask": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
+    "r: f32[u0, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
+    "y: f32[T, 4] = aten.index_put.default(x, m, r) <indices=($1), accumulate=true>",
+    "a mask over two axes": "m: bool[T, 4] = aten.gt.Scalar(x) <other=0>\n"
+    "y: f32[u0] = aten.index.Tensor(x, m) <indices=($1)>",
+    "one value for all of a mask stays": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
+    "r: f32[1, 4] = aten.slice.Tensor(x) <dim=0, start=0, end=1>\n"
+    "y: f32[T, 4] = aten.index_put.default(x, m, r) <indices=($1)>",
     "a strided slice stays": "y: f32[T, 4] = aten.slice.Tensor(x) <dim=1, start=0, end=4, step=1>",
 }
 
