@@ -3,31 +3,49 @@
     out = out + (weights * (ids == e)).sum(-1)[:, None] * expert_e(x)            every token
     t, s = where(ids == e); out.index_add_(0, t, expert_e(x[t]) * weights[t, s]) its own rows
     t, s = where(ids == e); out.index_add_(0, t, x[t] * weights[t, s])           a copy of them
+    t, s = where(ids == e); out[t] += expert_e(x[t]) * weights[t, s]
+    t = where(ids == e);    out[t] = expert_e(x[t]) * weights[t]                 rows still zero
+    out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
 
 Experts without a network (moec.passes.recognise.zero_experts) come after the others.
 The links of the chain are found by their likeness; what they start from is added afterwards.
+That rows which are written were zero, or are written once each, is left to the proof. A loop over
+the slots around it names each expert once a slot.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 
 from moec.errors import NoMatch
 from moec.ir import Op, Value
+from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
-from moec.passes.recognise.branches import Branch, cone, family, read_branch, signature
+from moec.passes.recognise.branches import (
+    Branch,
+    Family,
+    cone,
+    family,
+    number_of,
+    read_branch,
+    signature,
+)
 from moec.passes.recognise.choosing import chosen_among
 from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.opnames import ADDS
-from moec.passes.recognise.region import Scope, choices, chooses
+from moec.passes.recognise.fans import Fan
+from moec.passes.recognise.opnames import ADDS, SPREAD
+from moec.passes.recognise.region import CHOICES, VIEWS, Scope, choices, chooses
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.zero_experts import chosen, zero_experts
 from moec.sizes import product
 
 FORM = "static loop"
+CHOOSES = "aten.where.self"
 
 
 @dataclass(frozen=True)
@@ -56,9 +74,9 @@ def chains(scope: Scope) -> dict[Op, Chain]:
     ended: dict[Op, Chain] = {}
     for op in scope.graph.ops:
         if op.name in ADDS:
-            if op.name == "aten.index_put.default" and not op.attrs.get("accumulate"):
-                continue
-            pairs = [(op.inputs[0], op.inputs[-1])]
+            pairs = [(op.inputs[0], added_to_rows(scope, op))]
+        elif op.name == CHOOSES:
+            pairs = [(op.inputs[2], op.inputs[1])]
         elif op.name == "aten.add.Tensor" and "alpha" not in op.attrs:
             if len(op.inputs) == 1:
                 pairs = []
@@ -102,10 +120,24 @@ def chains(scope: Scope) -> dict[Op, Chain]:
     return {op: chain for op, chain in ended.items() if weighed(scope, chain)}
 
 
+def added_to_rows(scope: Scope, op: Op) -> Value:
+    """What `op` adds to the rows that it writes: y of `out[t] += y`, written as
+    `out[t] = out[t] + y`, and the whole of what it writes elsewhere."""
+    before, *indices, values = op.inputs
+    total = scope.made_by(values, "aten.add.Tensor")
+    if op.attrs.get("accumulate") or total is None or "alpha" in total.attrs:
+        return values
+    for picked, added in permutations(total.inputs):
+        read = scope.made_by(picked, "aten.index.Tensor")
+        if read is not None and read.inputs == (before, *indices):
+            return added
+    return values
+
+
 def weighed(scope: Scope, chain: Chain) -> bool:
     """Whether the links look like choices of experts; other sums of layers are none."""
     op, value = chain.links[-1]
-    if op.name in ADDS or chooses(scope, value):
+    if op.name in (*ADDS, CHOOSES) or chooses(scope, value):
         return True
     product = scope.made_by(scope.behind_casts(value), "aten.mul.Tensor")
     return product is not None and any(v.shape[-1:] == (1,) for v in product.inputs)
@@ -129,13 +161,62 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
         yield Candidate(op, partial(propose, scope, op, chain))
 
 
+def selected_by(op: Op) -> list[tuple[str, Value]]:
+    """What tells which rows a link is for, by the role that it has."""
+    if op.name == CHOOSES:
+        return [("mask", op.inputs[0])]
+    return [("order", index) for index in op.inputs[1:-1]] if op.name in ADDS else []
+
+
+def named_by(scope: Scope, selects: Value) -> Op | None:
+    """The op that names the expert whose mask `selects` is, or lists the rows of."""
+    mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
+    op = scope.maker(mask)
+    while op is not None and op.name not in CHOICES:
+        if number_of(scope, [op]) is not None:
+            return op
+        op = scope.maker(op.inputs[0]) if op.inputs else None
+    return None
+
+
+def once_each(branches: list[Branch]) -> list[Branch]:
+    """The first branch of each expert, where each has as many: a loop over slots is around it."""
+    firsts = {branch.number: branch for branch in reversed(branches)}
+    counts = Counter(branch.number for branch in branches)
+    even = None not in counts and len(set(counts.values())) == 1
+    return sorted(firsts.values(), key=branches.index) if even else branches
+
+
+def one_slot_a_row(
+    scope: Scope, anchor: Op, found: Family, uses: dict[str, list[Value]]
+) -> Iterator[Proposal]:
+    """Where the rows are copies of tokens, one for each slot: the block goes on to the sum over a
+    token's slots."""
+    first = found.first
+    assert first.reader.x is not None
+    axes = first.reader.writer.in_order(first.layout).axes
+    count = len(found.branches)
+    fan = Fan(first.reader.x, first.body, found.stacks, count, axes, uses, own=True)
+    try:
+        for proposal in batched.propose(scope, anchor, {anchor: fan}):
+            yield replace(proposal, form=FORM)
+    except NoMatch:
+        pass  # each copy stays a row of its own
+
+
 def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     branches: list[Branch] = []
     for op, value in chain.links:
         branch = read_branch(scope, value, cone(scope, value))
-        for index in op.inputs[1:-1] if op.name in ADDS else ():
-            branch.reader.use("order", index)
+        for role, selects in selected_by(op):
+            branch.reader.use(role, selects)
+            naming = named_by(scope, selects)
+            if naming is not None and branch.number is None:
+                branch = replace(branch, number=number_of(scope, [naming]))
+            if naming is not None and naming.name == "aten.eq.Scalar":
+                branch.reader.use("ids", naming.inputs[0])
         branches.append(branch)
+    branches = once_each(branches)
     sources = {b.reader.root for b in branches}
     if len(sources) > 1:
         names = ", ".join(sorted(v.name for v in sources)[:3])
@@ -149,6 +230,8 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
             uses.setdefault("ids", []).append(op.inputs[0])
     count = len(branches)
+    if chain.start is None and scope.made_by(scope.behind(x), *SPREAD) is not None:
+        yield from one_slot_a_row(scope, anchor, found, uses)
     start = () if chain.start is None else (chain.start,)
     output = anchor.outputs[0]
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None

@@ -32,11 +32,15 @@ SPREAD = {
 REARRANGE = VIEWS | {"aten.permute.default", "aten.expand.default"}
 PICKS = {"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"}
 ZEROS = {
+    "aten.empty_like.default",
     "aten.full.default",
     "aten.full_like.default",
     "aten.zeros_like.default",
     "aten.zeros.default",
+    "aten.empty.memory_format",
+    "aten.empty_permuted.default",
 }
+"""What is zero, or holds nothing yet and may be taken for zero."""
 ACROSS = {
     "aten.mean.dim",
     "aten.sum.dim_IntList",

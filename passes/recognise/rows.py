@@ -172,11 +172,13 @@ class Reader:
         name = op.name
         if name in PRODUCTS:
             return [products.product(self, op)]
+        fan = self.fans(op)
+        if fan is not None:
+            return [self.fan(op, fan)]
         if name == "aten.index_put.default":
             return [picking.put(self, op)]
         if name == "aten.cat.default":
-            fan = self.fans(op)
-            return [elementwise.cat(self, op) if fan is None else self.fan(op, fan)]
+            return [elementwise.cat(self, op)]
         if not op.inputs:
             return [None] * len(op.outputs)
         first = self.read(op.inputs[0])
@@ -202,7 +204,7 @@ class Reader:
         return [None] * len(op.outputs)
 
     def fan(self, op: Op, fan: Fan) -> Layout:
-        """Every expert's branch over the same rows, or over the rows split by expert."""
+        """Every expert's branch over the same rows, or over the rows of its own."""
         if self.writer.experts not in (None, fan.experts):
             raise NoMatch(f"it has {self.writer.experts} experts, and then {fan.experts}")
         self.writer.experts = fan.experts
@@ -210,13 +212,15 @@ class Reader:
         for role, values in fan.uses.items():
             for value in values:
                 self.use(role, value)
-        axes = list(fan.axes)
-        if fan.split is None:
-            dim = cast(int, op.attrs.get("dim", 0)) % len(op.outputs[0].shape)
-            axes[dim] = (Atom(fan.experts, True), *axes[dim])
-        else:
+        if fan.split is not None:
             self.use("split", fan.split.outputs[0])
-            axes[:1] = [source.axes[0]]
+        shape = op.outputs[0].shape
+        axes = list(fan.axes)
+        if fan.own:
+            axes[:-1] = regroup(source.axes[:-1], shape[:-1])[0]
+        else:
+            dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
+            axes[dim] = (Atom(fan.experts, True), *axes[dim])
         return self.writer.inline(source, fan.body, fan.stacks, tuple(axes))
 
     def move(self, op: Op, source: Layout) -> Layout:
