@@ -15,10 +15,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
+from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lightning import lightning_as_ops
-from moec.capture.loops import every_expert_hit
+from moec.capture.loops import Met, every_expert_hit
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
@@ -80,17 +81,14 @@ def capture(
         wishes: list[Axes] = [default_axes(tensor) for tensor in call.tensors]
     else:
         wishes = wished_axes(arguments, dynamic_shapes)
-    exported, unrolled = _export(call, wishes)
+    exported, met = _export(call, wishes)
     asked = wished_bounds(wishes) | dict(bounds or {})
     program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
 
     program, states = detached(program)
     eager = _from_start(states, call)
-    if unrolled and not _agree(program, eager, call.tensors):
-        raise CaptureError(
-            f"{type(model).__name__} loops over what nonzero() finds, and running the loop for "
-            "every index changes the result; write the loop over range(num_experts)"
-        )
+    if met:
+        _check_assumed(type(model).__name__, program, eager, call.tensors, met)
     program = _allow_one(program, asked, eager, call.tensors)
     return Captured(program, eager, call.tensors, structure, _fixed(program))
 
@@ -113,10 +111,10 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
     return eager
 
 
-def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
+def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, Met | None]:
     """torch.export, and what helps it where a module casts itself or loops over hit experts.
 
-    The second result says whether such loops were run for every expert.
+    The second result says what was taken for granted of such loops.
     """
     name = type(call.module).__name__
 
@@ -140,7 +138,7 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
         ):
             warnings.simplefilter("ignore", FutureWarning)
             try:
-                return attempt(), False
+                return attempt(), None
             except RuntimeError as error:
                 if "Couldn't swap" in str(error):
                     call(*call.tensors)  # a module casts a submodule: let it, then export
@@ -156,18 +154,56 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, bool]:
         ) from error
 
 
-def _unrolled(attempt: Callable[[], ExportedProgram]) -> tuple[ExportedProgram, bool]:
+def _unrolled(attempt: Callable[[], ExportedProgram]) -> tuple[ExportedProgram, Met]:
     """Masks may have a place more than there are experts, for tokens of no expert. Where the
     loop's body has nothing at that place, the module cannot hold such tokens: it is left out."""
     last: set[int] = set()
     while True:
         with every_expert_hit(last) as met:
             try:
-                return attempt(), bool(met)
+                return attempt(), met
             except IndexError:
                 if not met.lengths or met.lengths[-1] in last:
                     raise
                 last.add(met.lengths[-1])
+
+
+def _check_assumed(
+    name: str, program: Program, eager: Eager, example: Sequence[torch.Tensor], met: Met
+) -> None:
+    """Raises CaptureError where the module disagrees with what its capture took for granted, or
+    where a condition was never seen to skip its rows: then nothing shows that it may be left out.
+    """
+    if not _agree(program, eager, example):
+        raise CaptureError(
+            f"{name} loops over what nonzero() finds, or asks whether a mask is set, and running "
+            "the loop for every index changes the result; write the loop over range(num_experts)"
+        )
+    seen = Conditions(assumed=False)
+    for draw in (example, *_single(program, example)):
+        with seen:
+            eager(*draw)
+        if not _agree(program, eager, draw):
+            raise CaptureError(
+                f"{name} branches on whether a mask is set, and without the branch it gives "
+                "something else; compute both sides and choose with torch.where"
+            )
+    unseen = [str(place) for place in met.conditions.met if place not in seen.skipped]
+    if unseen:
+        raise CaptureError(
+            f"{name} asks whether a mask is set at {', '.join(unseen[:3])}, which no example left "
+            "unset: whether the branch matters cannot be told; leave the condition out, or compute "
+            "both sides and choose with torch.where"
+        )
+
+
+def _single(program: Program, example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The first element of every axis that may vary, and the last: few experts have rows."""
+    for place in (0, -1):
+        yield [
+            _cut(tensor, [a for a, d in enumerate(value.shape) if not isinstance(d, int)], place)
+            for value, tensor in zip(program.graph.inputs, example, strict=False)
+        ]
 
 
 def _first_lines(error: Exception) -> str:
@@ -316,9 +352,9 @@ def _draws(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     yield [tensor.flip(tuple(range(tensor.ndim))) for tensor in tensors]
 
 
-def _cut(tensor: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, axes: Sequence[int], place: int = 0) -> torch.Tensor:
     for axis in axes:
-        tensor = tensor.narrow(axis, 0, 1)
+        tensor = tensor.narrow(axis, place % tensor.shape[axis], 1)
     return tensor
 
 

@@ -10,6 +10,9 @@ For the same reason an expert may be taken to have tokens where a loop skips tho
 
     rows = torch.where(expert_mask[expert_idx])[0]
     if rows.numel() == 0: continue
+
+A condition on a mask (moec.capture.conditions) must besides have been seen to skip its rows
+while module and capture agreed.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 from unittest import mock
 
 import torch
+
+from moec.capture.conditions import Conditions
 
 
 class _Hits(list[Any]):
@@ -59,14 +65,15 @@ class _Hits(list[Any]):
 
 @dataclass
 class Met:
-    """What a capture met: the lengths of masks whose loops were run for every index, and
-    whether rows were taken to be there."""
+    """What a capture met: the lengths of masks whose loops were run for every index, whether
+    rows were taken to be there, and the conditions that were taken to hold."""
 
     lengths: list[int] = field(default_factory=list)
     rows: bool = False
+    conditions: Conditions = field(default_factory=lambda: Conditions(assumed=True))
 
     def __bool__(self) -> bool:
-        return self.rows or bool(self.lengths)
+        return self.rows or bool(self.lengths) or bool(self.conditions.met)
 
 
 @contextmanager
@@ -84,6 +91,7 @@ def every_expert_hit(last: Collection[int] = ()) -> Iterator[Met]:
             torch._check(rows.shape[0] >= 1)
             met.rows = True
 
+    @wraps(nonzero)  # torch names a function to its modes by how it is found now
     def hits(self: torch.Tensor, *, as_tuple: bool = False) -> Any:
         known = self.ndim == 1 and type(self.shape[0]) is int
         if not as_tuple and known and self.dtype is torch.bool:
@@ -94,6 +102,7 @@ def every_expert_hit(last: Collection[int] = ()) -> Iterator[Met]:
         found(result[0] if as_tuple else result)
         return result
 
+    @wraps(where)
     def chosen(*args: Any, **kwargs: Any) -> Any:
         result = where(*args, **kwargs)
         if isinstance(result, tuple):
@@ -103,5 +112,6 @@ def every_expert_hit(last: Collection[int] = ()) -> Iterator[Met]:
     with (
         mock.patch.object(torch.Tensor, "nonzero", hits),
         mock.patch.object(torch, "where", chosen),
+        met.conditions,
     ):
         yield met
