@@ -2,15 +2,15 @@
 
 A loop that asks `torch.where` for each expert's tokens makes results whose size depends on data.
 Without a setting that `moec.prepare` opens, Dynamo gives up on the whole function and runs it as
-Python. No graph reaches a backend then; but Dynamo tells whoever asks when it ends an attempt,
-and why.
+Python; and so it does where a loop asks whether a mask is set. No graph reaches a backend then;
+but Dynamo tells whoever asks when it ends an attempt, and why.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -18,7 +18,17 @@ import torch
 
 from moec.dynamo.record import RECORDER, Fallback, FallbackWarning
 
-_SETTING = "capture_dynamic_output_shape_ops"  # what the reason for giving up names
+_SAID: Mapping[tuple[str, ...], str] = {
+    ("capture_dynamic_output_shape_ops",): (
+        "a loop asks torch.where for the tokens of each expert: call moec.prepare(model) before "
+        "the model runs"
+    ),
+    ("Data-dependent branching", "graph break in loop"): (
+        "a loop asks whether a mask is set, as `if mask.any():` does: leave the condition out, for "
+        "an expert without tokens adds nothing, or use moec.compile, which sees to it"
+    ),
+}
+"""By what the reason for giving up names: what to say of it."""
 
 
 def watch(backend: object) -> None:
@@ -27,8 +37,8 @@ def watch(backend: object) -> None:
     def ended(_: object) -> None:
         """Warns, also where `strict` or a filter asks for an error: Dynamo would never again tell
         anybody of an end after a listener raised."""
-        error = sys.exc_info()[1]
-        if not any(_SETTING in str(cause) for cause in _causes(error)):
+        why = _why(sys.exc_info()[1])
+        if why is None:
             return
         attempt = next((f for f in _frames() if f.f_code.co_name == "_compile"), None)
         if attempt is None:
@@ -36,16 +46,21 @@ def watch(backend: object) -> None:
         code = attempt.f_locals.get("code")
         if _calls(attempt.f_locals.get("compiler_fn"), backend):
             where = getattr(code, "co_qualname", "a function").removesuffix(".forward")
-            reason = (
-                "Dynamo skips it before moec sees a graph, since a loop asks torch.where for the "
-                "tokens of each expert: call moec.prepare(model) before the model runs"
-            )
+            reason = f"Dynamo skips it before moec sees a graph, since {why}"
             with warnings.catch_warnings():
                 warnings.simplefilter("always", FallbackWarning)
                 RECORDER.fall_back([Fallback(where, reason)], strict=False)
 
     dynamo: Any = torch._dynamo  # it has no types
     dynamo.on_compile_end(ended)
+
+
+def _why(error: BaseException | None) -> str | None:
+    texts = [str(cause) for cause in _causes(error)]
+    for names, said in _SAID.items():
+        if any(all(name in text for name in names) for text in texts):
+            return said
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ become one `copy_` each, at the end.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -94,7 +95,7 @@ def _plain(traced: fx.GraphModule) -> None:
     which gradients flow), and no assertions about what the trace itself knows."""
     for node in list(traced.graph.nodes):
         name = str(node.target)
-        if "_assert_tensor_metadata" in name:
+        if "_assert_tensor_metadata" in name or _says_a_size_is_one(node):
             traced.graph.erase_node(node)
         elif name == "aten.alias.default" and _detaches(node):
             node.target = torch.ops.aten.detach.default
@@ -116,6 +117,17 @@ def _plain(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _says_a_size_is_one(node: fx.Node) -> bool:
+    """Whether the node asserts size >= 0, as is said of all sizes that depend on data."""
+    if node.target is not torch.ops.aten._assert_scalar.default:
+        return False
+    said = node.args[0]
+    if not isinstance(said, fx.Node) or said.target is not operator.ge or said.args[1] != 0:
+        return False
+    size = said.args[0]
+    return isinstance(size, fx.Node) and size.target is torch.ops.aten.sym_size.int
 
 
 def _written_over(node: fx.Node) -> None:

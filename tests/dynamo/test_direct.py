@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import moec
 from moec.dynamo import compiler
 from tests.dynamo.modules import Listed, Masked
+from tests.passes.forms import rows
+from tests.passes.forms.sizes import D
 
 # float32 sums of a few dozen terms in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -59,6 +61,19 @@ def test_blocks_and_views(rest: list[int], how: str) -> None:
             assert again.data_ptr() != y.data_ptr()
     assert not rest
     assert (moec.stats().compilations, moec.stats().blocks, moec.stats().packs) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("form", [rows.Added, rows.Masked, rows.SlotRows])
+def test_of_a_loop_over_rows_nothing_is_left(rest: list[int], form: type[nn.Module]) -> None:
+    """Not even what asks how many rows there are."""
+    model = moec.prepare(form().eval())
+    run = compiled(model, rest="eager")
+    with torch.no_grad():
+        for tokens in (5, 2, 33):
+            x = torch.randn(tokens, D)
+            torch.testing.assert_close(run(x), model(x), **CLOSE)
+    assert not rest
+    assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
 
 
 def test_in_inference_mode(rest: list[int]) -> None:

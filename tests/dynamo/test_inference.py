@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import moec
 from moec.dynamo import FallbackError, FallbackWarning, backend
 from moec.dynamo.skipped import watch
 from tests.dynamo.modules import Gathered, Listed, Masked, Model
+from tests.passes.forms import rows
+from tests.passes.forms.sizes import D
 
 # float32 sums of a few dozen terms in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -280,6 +283,16 @@ def test_what_dynamo_skips_is_said_once_by_name(form: type[nn.Module]) -> None:
         x = torch.randn(9, 16)
         torch.testing.assert_close(run(x), model(x), **CLOSE)
     assert [fallback.where for fallback in moec.stats().fallbacks] == ["Looped"]
+
+
+def test_a_loop_that_asks_whether_a_mask_is_set_is_named() -> None:
+    watch(backend)
+    run = torch.compile(moec.prepare(rows.Asked().eval()), backend="moec")
+    with torch.no_grad(), pytest.warns(FallbackWarning) as seen:
+        run(torch.randn(5, D))
+    said = " ".join(str(warning.message) for warning in seen)
+    assert re.search(r"Asked: Dynamo skips it .* asks whether a mask is set", said)
+    assert "no experts were found in it" in said  # the router, which Python calls alone then
 
 
 def test_what_another_backend_is_not_given_is_not_ours_to_say() -> None:
