@@ -27,6 +27,7 @@ from moec.dynamo.products import Kernels
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.regions import Region, regions
 from moec.dynamo.rest import compile_rest
+from moec.dynamo.skipped import watch
 from moec.dynamo.trace import static_inputs, trace
 from moec.dynamo.training import learns, mostly, needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
@@ -50,6 +51,7 @@ def backend(
     Raises UsageError for options that do not exist, FallbackError under `strict`.
     """
     asked = parse(options, mode)
+    watch(backend)
     with torch._dynamo.utils.dynamo_timed("moec_backend"):
         sites, module, left = _replace_blocks(module, inputs, asked)
     run = (direct(module) if sites else None) or compile_rest(module, inputs, asked.rest)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from moec.capture.huggingface import switch_experts
+from moec.dynamo.compiler import backend
+from moec.dynamo.skipped import watch
 from moec.errors import UsageError
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -29,6 +31,7 @@ def prepare(model: Model) -> Model:
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"a {type(model).__name__} is not a torch module: prepare the model")
+    watch(backend)
     if not switch_experts(model):
         model.forward = MethodType(_PREPARED, model)  # a copy of the model binds it to itself
     return model

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -32,8 +33,16 @@ _SAID: Mapping[tuple[str, ...], str] = {
 
 
 def watch(backend: object) -> None:
-    """Tell of every function that is skipped so on its way to `backend`, until Dynamo is reset."""
+    """Tell of every function that is skipped so on its way to `backend`. Once is enough until
+    Dynamo is reset, which forgets every listener."""
+    dynamo: Any = torch._dynamo  # it has no types
+    handler, listener = dynamo.callback_handler, _listener(backend)
+    if listener not in handler.end_callbacks:
+        handler.register_end_callback(listener)
 
+
+@cache
+def _listener(backend: object) -> Callable[[object], None]:
     def ended(_: object) -> None:
         """Warns, also where `strict` or a filter asks for an error: Dynamo would never again tell
         anybody of an end after a listener raised."""
@@ -51,8 +60,7 @@ def watch(backend: object) -> None:
                 warnings.simplefilter("always", FallbackWarning)
                 RECORDER.fall_back([Fallback(where, reason)], strict=False)
 
-    dynamo: Any = torch._dynamo  # it has no types
-    dynamo.on_compile_end(ended)
+    return ended
 
 
 def _why(error: BaseException | None) -> str | None:

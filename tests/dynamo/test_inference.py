@@ -295,6 +295,16 @@ def test_a_loop_that_asks_whether_a_mask_is_set_is_named() -> None:
     assert "no experts were found in it" in said  # the router, which Python calls alone then
 
 
+def test_who_listens_is_told_again_after_a_reset() -> None:
+    handlers: Any = torch._dynamo.callback_handler
+    moec.prepare(nn.Linear(4, 4))
+    moec.prepare(nn.Linear(4, 4))
+    assert len(handlers.end_callbacks) == 1
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(4, 4), backend="moec", options={"rest": "eager"})(torch.randn(2, 4))
+    assert len(handlers.end_callbacks) == 1
+
+
 def test_what_another_backend_is_not_given_is_not_ours_to_say() -> None:
     watch(backend)
     with torch.no_grad():
