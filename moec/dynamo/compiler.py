@@ -38,6 +38,12 @@ from moec.passes.share_common import ShareCommon
 
 RECOGNITION = (Canonicalise(), ShareCommon(), *RECOGNISERS)
 
+_UNRECOGNISED = (
+    "it chooses the best k of something, and no experts were found in it: the graph may break "
+    "between router and experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs "
+    "moec.prepare(model) first"
+)
+
 
 def backend(
     module: fx.GraphModule,
@@ -67,7 +73,10 @@ def _replace_blocks(
 ) -> tuple[list[Site], fx.GraphModule, list[Fallback]]:
     """The sites made, the graph that calls them, and what was left to PyTorch. A graph without
     blocks stays as it was."""
-    hint = _choice_of_experts(module)
+    choices = _choices(module)
+    if choices and all(_is_empty(node) for node in choices):
+        return [], module, []  # no token chooses, so there is nothing to leave to PyTorch
+    hint = _UNRECOGNISED if choices else ""
     training = needs_gradient(inputs)
     try:
         traced = trace(module, inputs, training=training)
@@ -129,13 +138,20 @@ def _insert(
     region.output.replace_all_uses_with(node)
 
 
-def _choice_of_experts(module: fx.GraphModule) -> str:
-    """What to say of a graph that chooses the best few of something and has no block."""
-    names = {str(getattr(node.target, "__name__", node.target)) for node in module.graph.nodes}
-    if not any(name.endswith(("topk", "topk.default", "experts")) for name in names):
-        return ""
-    return (
-        "it chooses the best k of something, and no experts were found in it: the graph may break "
-        "between router and experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs "
-        "moec.prepare(model) first"
+def _choices(module: fx.GraphModule) -> list[fx.Node]:
+    """What chooses the best few of something."""
+    found = []
+    for node in module.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.endswith(("topk", "topk.default", "experts")):
+            found.append(node)
+    return found
+
+
+def _is_empty(node: fx.Node) -> bool:
+    made = node.meta.get("example_value")
+    first = made[0] if isinstance(made, tuple) else made
+    # A size that is a symbol is not 0: Dynamo sets 0 apart.
+    return isinstance(first, torch.Tensor) and any(
+        isinstance(size, int) and size == 0 for size in first.shape
     )

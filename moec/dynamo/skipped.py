@@ -26,7 +26,8 @@ _SAID: Mapping[tuple[str, ...], str] = {
     ),
     ("Data-dependent branching", "graph break in loop"): (
         "a loop asks whether a mask is set, as `if mask.any():` does: leave the condition out, for "
-        "an expert without tokens adds nothing, or use moec.compile, which sees to it"
+        "an expert without tokens adds nothing, or use moec.compile, which sees to it; a Hugging "
+        "Face model needs moec.prepare(model)"
     ),
 }
 """By what the reason for giving up names: what to say of it."""

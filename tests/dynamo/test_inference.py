@@ -295,6 +295,17 @@ def test_a_loop_that_asks_whether_a_mask_is_set_is_named() -> None:
     assert "no experts were found in it" in said  # the router, which Python calls alone then
 
 
+@pytest.mark.parametrize("form", [Gathered, Listed, Masked])
+def test_no_tokens_are_nothing_to_leave_to_pytorch(form: type[nn.Module]) -> None:
+    model = form().eval()
+    run = compiled(model)  # strict
+    with torch.no_grad():
+        for count in (0, 5, 0):
+            x = torch.randn(count, 16)
+            torch.testing.assert_close(run(x), model(x), **CLOSE)
+    assert (moec.stats().blocks, moec.stats().fallbacks) == (1, ())
+
+
 def test_who_listens_is_told_again_after_a_reset() -> None:
     handlers: Any = torch._dynamo.callback_handler
     moec.prepare(nn.Linear(4, 4))
