@@ -3,8 +3,9 @@
     python benchmarks/layer.py [--shape olmoe] [--tokens 1,8,64,512] [--dtypes float32,bfloat16]
     python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …] [--append RESULTS.md]
 
-The layer is OLMoE's whole block in the sizes of some model (without shared experts), router
-included, compiled by `moec.compile` as any module is. All contenders run in one process, one after
+The layer is OLMoE's whole block in the sizes of some model, router included, compiled by
+`moec.compile` as any module is. Shared experts are one MLP beside it, as DeepSeek has them; they
+are left out with --quant, for QMoE has none. All contenders run in one process, one after
 the other in every round, on the same weights and inputs, so that whatever else the machine does
 falls on all of them. Printed are medians in milliseconds, how many times moec's median the best
 other one takes, and moec's share of what the machine can do: measured arithmetic peak or bandwidth,
@@ -30,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,10 @@ THREADS = set_threads()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OlmoeConfig  # noqa: E402
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
+from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
+    OlmoeMLP,
+    OlmoeSparseMoeBlock,
+)
 
 import moec  # noqa: E402
 from moec import quantisation  # noqa: E402
@@ -58,12 +62,13 @@ Run = Callable[[Tensor], Tensor]  # x[1, T, D] -> [1, T, D]
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths D of rows and H of experts, E experts, K a token."""
+    """Widths D of rows and H of experts, E experts, K a token, and those that each token meets."""
 
     D: int
     H: int
     E: int
     K: int
+    shared: int = 0
 
 
 OLMOE = Shape(2048, 1024, 64, 8)
@@ -72,7 +77,7 @@ SHAPES = {
     "granite-1b": Shape(1024, 512, 32, 8),
     "qwen3-30b": Shape(2048, 768, 128, 8),
     "mixtral-half": Shape(2048, 7168, 8, 2),
-    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6, shared=2),
 }
 
 
@@ -85,9 +90,21 @@ class Contender:
     most_tokens: int = 1 << 30
 
 
-def block(
-    dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE
-) -> OlmoeSparseMoeBlock:
+class Block(OlmoeSparseMoeBlock):
+    """OLMoE's, and DeepSeek's shared experts beside it, which are one MLP of their joint width."""
+
+    def __init__(self, config: OlmoeConfig, shared: int) -> None:
+        super().__init__(config)
+        wide = copy.copy(config)
+        wide.intermediate_size = shared * config.intermediate_size
+        self.shared = OlmoeMLP(wide) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = super().forward(x)
+        return made if self.shared is None else made + self.shared(x)
+
+
+def block(dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE) -> Block:
     config = OlmoeConfig(
         hidden_size=shape.D,
         intermediate_size=shape.H,
@@ -95,13 +112,13 @@ def block(
         num_experts_per_tok=shape.K,
         norm_topk_prob=normalised,
     )
-    made = OlmoeSparseMoeBlock(config).to(dtype).requires_grad_(False).eval()
+    made = Block(config, shape.shared).to(dtype).requires_grad_(False).eval()
     for weight in made.parameters():
         weight.normal_(std=0.03)
     return made
 
 
-def way(layer: OlmoeSparseMoeBlock, implementation: str) -> OlmoeSparseMoeBlock:
+def way(layer: Block, implementation: str) -> Block:
     """The same weights under a config of their own, which names one of transformers' ways."""
     twin = copy.copy(layer)
     twin._modules = dict(layer._modules)
@@ -112,7 +129,7 @@ def way(layer: OlmoeSparseMoeBlock, implementation: str) -> OlmoeSparseMoeBlock:
     return twin
 
 
-def contenders(layer: OlmoeSparseMoeBlock, inductor: bool, onnx: bool) -> list[Contender]:
+def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
     """moec first. Each of transformers' ways has the same weights under a config of its own."""
     first = layer.gate.weight
     x = torch.randn(1, 7, first.shape[1], dtype=first.dtype)
@@ -158,8 +175,10 @@ def compare(
         median = {name: statistics.median(some) for name, some in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
-        weights = used * 3 * shape.D * shape.H * x.element_size()
-        limit = max(t * shape.K * 6 * shape.D * shape.H / top, weights / stream)
+        expert = 3 * shape.D * shape.H  # numbers
+        weights = (used + shape.shared) * expert * x.element_size()
+        work = t * (shape.K + shape.shared) * 2 * expert
+        limit = max(work / top, weights / stream)
         cells = "".join(
             f"{median[c.name] * 1e3:12.2f}" if c.name in median else f"{'-':>12}" for c in ways
         )
@@ -169,7 +188,7 @@ def compare(
     return ahead
 
 
-def clear_tokens(layer: OlmoeSparseMoeBlock, count: int) -> Tensor:
+def clear_tokens(layer: Block, count: int) -> Tensor:
     """x bf16[1, count, D], random, without near ties among the choices: rounding the router's
     logits to bf16, as all do, would send those to any of the experts, and hide all other errors."""
     k = layer.gate.top_k
@@ -245,7 +264,10 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> None:
     shape = SHAPES[options.shape]
-    sizes = f"D={shape.D} H={shape.H} E={shape.E} k={shape.K}"
+    if options.quant:
+        shape = replace(shape, shared=0)
+    shared = f" + {shape.shared} shared" if shape.shared else ""
+    sizes = f"D={shape.D} H={shape.H} E={shape.E} k={shape.K}{shared}"
     print(f"{options.shape}: {sizes}, torch {torch.__version__}")
     print(f"{processor()}, target {host().name}, load average before: {os.getloadavg()[0]:.1f}")
     tokens = [int(t) for t in options.tokens.split(",")]
