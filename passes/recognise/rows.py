@@ -216,7 +216,9 @@ class Reader:
             self.use("split", fan.split.outputs[0])
         shape = op.outputs[0].shape
         axes = list(fan.axes)
-        if fan.own:
+        if fan.split is not None:
+            axes[:1] = [source.axes[0]]  # a sum of sizes that no one knows: as many rows, in all
+        elif fan.own:
             axes[:-1] = regroup(source.axes[:-1], shape[:-1])[0]
         else:
             dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
