@@ -4,7 +4,8 @@
     python benchmarks/onnx_files.py FOLDER/hf.onnx FOLDER/cpu.onnx FOLDER/int8.onnx --threads 2
 
 Embedding, attention, 64 experts of 2048x1024 of which a token takes 8, and a head of 1000 tokens;
-random weights. Needs about 6 GiB of memory and 5 GB of disk.
+random weights. Needs about 6 GiB of memory and 5 GB of disk, and transformers' export needs the
+package onnxscript.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run moec's files and compare")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         path = options.folder / f"{name.replace(':', '-')}.onnx"
         start = time.perf_counter()
