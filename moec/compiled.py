@@ -201,6 +201,7 @@ class CompiledModel:
         self,
         path: Path | str,
         ep: str = "cpu",
+        quant: str | None = None,
         opset: int | None = None,
         *,
         moe: str = "auto",
@@ -215,6 +216,9 @@ class CompiledModel:
         and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts) or "auto": what
         was measured to be faster, the operator for "cuda" and for quantised experts on a CPU,
         where it can express the block, else rows.
+
+        `quant` rounds the weights of experts to a format of `moec.compile`, which also takes
+        calibration data; leave it out where the model was compiled with one.
 
         `cache` makes a file that takes the keys and values before and gives those after (inputs
         attention_mask and past_key_values.N.key and .value, outputs present.N.key and .value; see
@@ -234,7 +238,7 @@ class CompiledModel:
         wanted = verify is not False
         limit = tolerance(verify)
         return export(
-            self, path, ep, opset, moe=moe, cache=cache, tolerance=limit, verify=wanted,
+            self, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=wanted,
             progress=progress,
         )  # fmt: skip
 

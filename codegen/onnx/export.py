@@ -22,8 +22,10 @@ from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_
 from moec.codegen.onnx.session import open_session, runner
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.ir import Stage
-from moec.quantisation import WIDE_ROWS
-from moec.quantised import with_exact_rows
+from moec.passes.runner import run
+from moec.pipeline import quantising
+from moec.quantisation import WIDE_ROWS, parse_parts
+from moec.quantised import quantised_lines, with_exact_rows
 from moec.report_data import MovedLine
 
 if TYPE_CHECKING:
@@ -45,9 +47,9 @@ class Exported:
     of each output against eager, and `parity` the share of tokens by block that chose the same
     experts; both are empty where the file was not run, and `notes` say why. Where `quant` names
     a format, both compare with the quantised weights in float32, and `moved` says how far each
-    output is from the unquantised model's. `caches` is how many layers take
-    their keys and values before and give those after; 0 where the file is the whole forward
-    alone.
+    output is from the unquantised model's. `strays` of the compared `rows` are farther off than
+    `tolerance` (see `moec.closeness.STRAYS`). `caches` is how many layers take their keys and
+    values before and give those after; 0 where the file is the whole forward alone.
     """
 
     path: str
@@ -63,6 +65,8 @@ class Exported:
     notes: tuple[str, ...] = ()
     quant: str = ""
     moved: tuple[MovedLine, ...] = ()
+    strays: int = 0
+    rows: int = 0
     caches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +77,7 @@ def export(
     compiled: CompiledModel,
     path: Path | str,
     ep: str = "cpu",
+    quant: str | None = None,
     opset: int | None = None,
     *,
     moe: str = "auto",
@@ -93,10 +98,12 @@ def export(
     if step.stage is not Stage.GROUPED:
         raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
     _check_example(compiled, verify)
-    quant = compiled.quantised[0].format if compiled.quantised else ""
+    if quant is not None:
+        compiled = _quantised(compiled, quant)
+    format = compiled.quantised[0].format if compiled.quantised else ""
     unasked: tuple[str, ...] = ()
-    if quant:
-        unasked = (UNASKED,) if WIDE_ROWS in quant and not profile.contrib else ()
+    if format:
+        unasked = (UNASKED,) if WIDE_ROWS in format and not profile.contrib else ()
         compiled = _with_exact_rows(compiled, profile)
         step = compiled.steps[-1]
     check_dtypes(step.program.graph, profile)
@@ -121,7 +128,7 @@ def export(
         progress("check")
         onnx.checker.check_model(str(draft), full_check=True)
         made = Exported(
-            str(path), ep, number, **asdict(written), forms=lowered.forms, quant=quant,
+            str(path), ep, number, **asdict(written), forms=lowered.forms, quant=format,
             caches=content.caches, notes=(*content.notes, *unasked),
         )  # fmt: skip
         if verify:
@@ -129,6 +136,19 @@ def export(
             made = _compared(compiled, content, lowered, profile, draft, about, made, tolerance)
         _publish(draft, path)
     return made
+
+
+def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
+    """With its weights rounded to nearest, as `moec.compile(quant=...)` does without `calib`."""
+    if compiled.quantised:
+        raise UsageError(
+            f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
+            "leave out quant where it is exported"
+        )
+    last = compiled.steps[-1]
+    added = run(last.program, quantising(parse_parts(text)), stage=last.stage)[1:]
+    steps = (*compiled.steps, *added)
+    return replace(compiled, steps=steps, quantised=quantised_lines(steps))
 
 
 def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
@@ -183,12 +203,12 @@ def _compared(
         return replace(made, notes=(*made.notes, note))
     captured, steps, program = compiled.captured, compiled.steps, content.program
     try:
-        run, pieces = runner(open_session(draft)), None
+        opened, pieces = runner(open_session(draft)), None
         if content.caches:
             captured, steps = past.logits_alone(captured, steps)
-            pieces = (program.graph.outputs[0].name, partial(past.in_pieces, program, run))
-            run = past.at_once(program, run)
-        checked = checking.check(captured, run, steps, tolerance, pieces)
+            pieces = (program.graph.outputs[0].name, partial(past.in_pieces, program, opened))
+            opened = past.at_once(program, opened)
+        checked = checking.check(captured, opened, steps, tolerance, pieces)
     except VerificationError as error:
         raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
     parity: dict[str, float] = {}
@@ -208,6 +228,8 @@ def _compared(
         parity=parity,
         notes=notes,
         moved=checked.moved,
+        strays=checked.strays,
+        rows=checked.rows,
     )
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from moec.codegen.onnx.export import Exported
 
 
+NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
+
+
 @click.command("export", short_help="Write a model as an ONNX file.")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The .onnx file to write.")
@@ -96,7 +99,7 @@ def command(
             progress=progress.phase,
         )
         made = compiled.export_onnx(
-            path, ep, opset, moe=moe, cache=cache, verify=verify, progress=progress.phase
+            path, ep, opset=opset, moe=moe, cache=cache, verify=verify, progress=progress.phase
         )
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=1))
@@ -122,6 +125,8 @@ def render(made: Exported) -> str:
     for name, error in made.errors.items():
         against = f" of {made.quant} in float32" if made.quant else ""
         rows.append(("error", f"{name} {error:.1e}{against}, allowed {made.tolerance:.0e}"))
+    if made.strays:
+        rows.append(("rows", f"{made.strays} of {made.rows} are beyond that: {NEAR_TIES}"))
     for line in made.moved:
         rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {made.quant}"))
     if made.parity:

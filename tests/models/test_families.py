@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,12 +12,7 @@ import moec
 from moec.closeness import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
 from moec.codegen.onnx.past import Texts
 from moec.codegen.onnx.session import open_session, runner
-from moec.ir import Stage
 from moec.passes.incremental import past_and_present
-from moec.passes.runner import run
-from moec.pipeline import quantising
-from moec.quantisation import parse_parts
-from moec.quantised import quantised_lines
 from tests.models.families import FAMILIES
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
@@ -115,11 +109,8 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
 def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> None:
     """int8 and int4 for each ep: the door compares with the quantised weights in float32."""
     for text in ("int8", "int4"):
-        steps = run(model.steps[-1].program, quantising(parse_parts(text)), stage=Stage.GROUPED)
-        few = replace(model, steps=(*model.steps, steps[-1]))
-        few = replace(few, quantised=quantised_lines(few.steps))
         for ep in ("cpu", "portable"):
-            made = few.export_onnx(folder / "few.onnx", ep, cache=False)
+            made = model.export_onnx(folder / "few.onnx", ep, text, cache=False)
             assert made.quant == text
             assert set(made.forms.values()) == {"op" if ep == "cpu" else "rows"}
             assert 0 < max(made.errors.values()) <= made.tolerance == EXACT_ROWS

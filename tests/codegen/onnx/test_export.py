@@ -54,7 +54,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def test_equals_eager(
     block: moec.CompiledModel, ep: str, opset: int | None, tmp_path: Path
 ) -> None:
-    made = block.export_onnx(tmp_path / "model.onnx", ep, opset)
+    made = block.export_onnx(tmp_path / "model.onnx", ep, opset=opset)
     assert made.errors["output"] <= 1e-6
     assert made.parity == {"moe": 1.0}
     run = session(tmp_path / "model.onnx")

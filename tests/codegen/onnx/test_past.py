@@ -114,7 +114,7 @@ def test_texts_of_unequal_lengths(
 ) -> None:
     """Every token's logits are those of its text alone, whatever pads it, and wherever."""
     path = tmp_path / "model.onnx"
-    language.export_onnx(path, ep, opset, cache=True)
+    language.export_onnx(path, ep, opset=opset, cache=True)
     run = runner(open_session(path))
     for pieces in PADDED.values():
         texts = Texts(past_and_present(language.steps[-1].program), run, 3)

@@ -18,7 +18,7 @@ from moec.codegen.onnx.encoding import Encoding
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.codegen.onnx.session import open_session, runner
-from moec.errors import TargetError, UnsupportedError, VerificationError
+from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
 from moec.evaluate import evaluate
 from moec.ir import Program
 from moec.passes.quantise_experts import QuantiseExperts
@@ -221,6 +221,29 @@ def test_the_door(compiled: moec.CompiledModel, tmp_path: Path) -> None:
     assert made.errors["output"] <= made.tolerance == EXACT_ROWS
     assert 0 < made.moved[0].error < 0.02
     assert made.parity == {"moe": 1.0}
+
+
+def test_a_model_is_quantised_as_it_is_exported(tmp_path: Path) -> None:
+    """To the file that a model quantised before gives."""
+    rows = ({0: torch.export.Dim("T", min=0)},)
+    torch.manual_seed(0)
+    model, x = Loop().eval(), torch.randn(5, WIDTH)
+    files = []
+    for here in (True, False):
+        before, after = (None, "int4") if here else ("int4", None)
+        made = moec.compile(model, (x,), dynamic_shapes=rows, build=False, quant=before)
+        written = made.export_onnx(tmp_path / "m.onnx", "cpu", after)
+        assert (written.quant, len(written.moved)) == ("int4", 1)
+        files.append((tmp_path / "m.onnx").read_bytes())  # its weights are small
+    assert files[0] == files[1]
+
+
+def test_a_quantised_model_is_not_quantised_again(
+    compiled: moec.CompiledModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="compiled with quant='int8': leave out quant"):
+        compiled.export_onnx(tmp_path / "m.onnx", quant="int4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> None:
