@@ -21,7 +21,7 @@ __all__ = ["AttentionSpec", "MaskSpec", "attention"]
 
 
 def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> PrimFunc:
-    """The kernel (q, k, v, mask?, sinks?, out), all contiguous.
+    """The kernel (q, k, v, mask?, sinks?, first?, out), all contiguous.
 
     A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.
     """

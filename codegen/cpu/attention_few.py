@@ -126,12 +126,12 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
             place = T.ramp(d * v.lanes, 1, v.lanes)
             if pairs:
                 source = T.decl_buffer((*p.q.shape[:3], spec.key_dim // 2), "int32", data=p.q.data)
-                T.buffer_store(query, source[p.at(b, h, s, place)], [r, place])
+                T.buffer_store(query, source[p.at("q", b, h, s, place)], [r, place])
             else:
-                T.buffer_store(query, v.load(p.q, p.at(b, h, s, d * v.lanes)), [r, place])
+                T.buffer_store(query, v.load(p.q, p.at("q", b, h, s, d * v.lanes)), [r, place])
         if rest:
             d = whole * v.lanes
-            x = v.load_tail(p.q, p.at(b, h, s, d), T.int32(rest))
+            x = v.load_tail(p.q, p.at("q", b, h, s, d), T.int32(rest))
             T.buffer_store(query, x, [r, T.ramp(d, 1, v.lanes)])
     b, kv = p.split(head)
 
@@ -146,15 +146,15 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
             q = T.bind(query[r, place])
             for a, key in zip(acc, near, strict=True):
                 if pairs:
-                    x = v.dot2(a[lane], q, keys[p.at(b, kv, key, place)])
+                    x = v.dot2(a[lane], q, keys[p.at("k", b, kv, key, place)])
                 else:
-                    x = v.fma(q, v.load(keys, p.at(b, kv, key, d * v.lanes)), a[lane])
+                    x = v.fma(q, v.load(keys, p.at("k", b, kv, key, d * v.lanes)), a[lane])
                 T.buffer_store(a, x, [lane])
         if rest:
             d = whole * v.lanes
             q = T.bind(query[r, T.ramp(d, 1, v.lanes)])
             for a, key in zip(acc, near, strict=True):
-                k = v.load_tail(keys, p.at(b, kv, key, d), T.int32(rest))
+                k = v.load_tail(keys, p.at("k", b, kv, key, d), T.int32(rest))
                 T.buffer_store(a, v.fma(q, k, a[lane]), [lane])
         return p.soft.sums([a[lane] for a in acc])
 
@@ -178,7 +178,7 @@ def _weigh(
             for a in (a for row in acc for a in row):
                 T.buffer_store(a, v.splat(0.0), [lane])
             with T.serial(0, left) as j:
-                values = [_value(p, p.at(b, kv, first + j, d), d) for d in features]
+                values = [_value(p, p.at("v", b, kv, first + j, d), d) for d in features]
                 for i in range(height):
                     w = T.bind(v.splat(weights[r + i, j]))
                     for a, x in zip(acc[i], values, strict=True):

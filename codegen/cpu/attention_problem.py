@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -42,9 +41,10 @@ class AttentionSpec:
 
     Position s sees key l where l <= s if `is_causal`, l > s - `window`, and l // `chunk` is
     s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
-    `layout` BSHD takes and gives [B, S, H, D]: what a linear layer produces, before any
-    transpose. `sinks` adds one logit per head that only the denominator sees (GPT-OSS).
-    `placed` queries count from first[b] instead: k and v are a cache of L places.
+    `tokens_first` names those of q, k, v and out that are [B, S or L, heads, D]: what a linear
+    layer produces, and reads, without any transpose. `sinks` adds one logit per head that only
+    the denominator sees (GPT-OSS). `placed` queries count from first[b] instead: k and v are a
+    cache of L places.
     """
 
     dtype: str
@@ -56,7 +56,7 @@ class AttentionSpec:
     is_causal: bool = False
     mask: MaskSpec | None = None
     sinks: bool = False
-    layout: Literal["BHSD", "BSHD"] = "BHSD"
+    tokens_first: tuple[str, ...] = ()
     window: int | None = None
     chunk: int | None = None
     placed: bool = False
@@ -118,9 +118,9 @@ class Problem:
         """The value's features, as whole vectors."""
         return round_up(self.spec.value_dim, self.vector.lanes)
 
-    def at(self, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
+    def at(self, of: str, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
         """The index of one feature in q, k, v or out."""
-        return (b, head, n, d) if self.spec.layout == "BHSD" else (b, n, head, d)
+        return (b, n, head, d) if of in self.spec.tokens_first else (b, head, n, d)
 
     def split(self, head: Expr) -> tuple[Expr, Expr]:
         """batch, key head <- one of `heads`"""
@@ -155,7 +155,8 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     dtype = TVM_DTYPES[spec.dtype]
 
     def argument(name: str, heads: int, n: Expr, width: int) -> Buffer:
-        shape = (batch, heads, n, width) if spec.layout == "BHSD" else (batch, n, heads, width)
+        first = name in spec.tokens_first
+        shape = (batch, n, heads, width) if first else (batch, heads, n, width)
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
     q = argument("q", spec.q_heads, queries, spec.key_dim)
@@ -279,7 +280,7 @@ def write_row(p: Problem, where: tuple[Expr, Expr, Expr], sums: Buffer, row: Exp
     whole, rest = divmod(p.spec.value_dim, v.lanes)
     with T.serial(0, whole) as d:
         x = sums[row, T.ramp(d * v.lanes, 1, v.lanes)]
-        v.store(p.out, p.at(*where, d * v.lanes), x)
+        v.store(p.out, p.at("out", *where, d * v.lanes), x)
     if rest:
         d = whole * v.lanes
-        v.store_tail(p.out, p.at(*where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))
+        v.store_tail(p.out, p.at("out", *where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))

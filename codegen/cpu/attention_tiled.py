@@ -134,7 +134,7 @@ def _pack_keys(c: Packed, head: Expr, n: Expr, end: Expr) -> None:
     with T.serial(0, c.block) as j:
         key = T.bind(T.min(n * c.block + j, end - 1))
         with T.serial(0, c.key_units) as d:
-            index = p.at(b, kv, key, d * c.per_unit)
+            index = p.at("k", b, kv, key, d * c.per_unit)
             x = p.vector.pair(p.k, index) if c.pairs else p.vector.scalar(p.k, index)
             T.buffer_store(c.keys, x, [head, n, d, j])
 
@@ -149,7 +149,7 @@ def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, whole: bool) -> None
 
             def read(i: int, d: int = d, features: int = features) -> Expr:
                 key = n * c.block + unit * c.per_unit + i
-                index = p.at(b, kv, key, d)
+                index = p.at("v", b, kv, key, d)
                 if whole and features == v.lanes:
                     return v.load(p.v, index)
                 count = T.Select(key < end, T.int32(features), T.int32(0))
@@ -184,7 +184,7 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         # Rows after the last are copies of it: computed, never written out.
         b, h, s = p.query_at(head, T.bind(T.min(first + r, p.rows - 1)))
         with T.serial(0, c.key_units) as d:
-            index = p.at(b, h, s, d * c.per_unit)
+            index = p.at("q", b, h, s, d * c.per_unit)
             x = v.pair(p.q, index) if c.pairs else v.scalar(p.q, index)
             T.buffer_store(query, x, [r, d])
         with T.serial(0, p.width // v.lanes) as d:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -77,12 +77,11 @@ def shared(t: Tensor) -> tvm.runtime.Tensor:
 def run(spec: AttentionSpec, x: Inputs) -> Tensor:
     out = torch.full((*x.q.shape[:3], spec.value_dim), torch.nan, dtype=x.q.dtype)
     tensors = [*x.tensors(), out]
-    if spec.layout == "BSHD":
-        moved = (t.transpose(1, 2).contiguous() for t in (x.q, x.k, x.v))
-        tensors[:3] = moved
-        tensors[-1] = out = out.transpose(1, 2).contiguous()
+    for name, place in (("q", 0), ("k", 1), ("v", 2), ("out", -1)):
+        if name in spec.tokens_first:
+            tensors[place] = tensors[place].transpose(1, 2).contiguous()
     kernel(spec)["attention"](*map(shared, tensors))
-    return out.transpose(1, 2) if spec.layout == "BSHD" else out
+    return tensors[-1].transpose(1, 2) if "out" in spec.tokens_first else out
 
 
 def expected(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -122,6 +121,7 @@ def check(spec: AttentionSpec, batch: int, queries: int, keys: int) -> None:
 
 
 ALL = (True, True, True, True)
+OPERANDS = ("q", "k", "v", "out")
 SPECS = {
     "plain": AttentionSpec("f32", 4, 4, 32, 32, 0.2),
     "causal": AttentionSpec("f32", 2, 2, 64, 64, 0.125, is_causal=True),
@@ -157,9 +157,14 @@ SPECS = {
         "bf16", 4, 1, 32, 32, 0.2, True, sinks=True, window=37, placed=True
     ),
     "placed-chunk": AttentionSpec("f32", 2, 2, 16, 16, 0.2, True, chunk=50, placed=True),
-    "positions-first": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, layout="BSHD"),
-    "positions-first-bf16": AttentionSpec("bf16", 4, 2, 64, 32, 0.25, layout="BSHD"),
+    "tokens-first": AttentionSpec("f32", 4, 2, 16, 24, 0.25, True, tokens_first=OPERANDS),
+    "tokens-first-bf16": AttentionSpec("bf16", 4, 2, 64, 32, 0.25, tokens_first=OPERANDS),
+    "tokens-first-k-out": AttentionSpec("f32", 4, 1, 24, 16, 0.2, True, tokens_first=("k", "out")),
+    "tokens-first-placed": AttentionSpec(
+        "bf16", 4, 2, 32, 32, 0.2, True, placed=True, tokens_first=("q", "out")
+    ),
 }
+LAYOUTS = [*((name,) for name in OPERANDS), OPERANDS]
 SIZES = [(1, 1, 1), (2, 1, 70), (1, 5, 300), (2, 7, 3), (1, 130, 130), (2, 65, 128)]
 
 
@@ -174,6 +179,14 @@ def test_matches_eager(name: str) -> None:
 @given(st.integers(0, 2), st.integers(0, 40), st.integers(0, 90), st.sampled_from(list(SPECS)))
 def test_any_size(batch: int, queries: int, keys: int, name: str) -> None:
     check(SPECS[name], batch, queries, keys)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_where_tokens_stand_changes_no_bit(layout: tuple[str, ...]) -> None:
+    plain = SPECS["grouped-bf16"]
+    for sizes in ((2, 3, 70), (1, 60, 60)):
+        x = random_inputs(plain, *sizes)
+        assert torch.equal(run(replace(plain, tokens_first=layout), x), run(plain, x))
 
 
 @pytest.mark.parametrize("queries", [2, 90])
