@@ -52,7 +52,7 @@ def study(
     numbers = sorted(_numbers(source.ops))
     tables = [value for value, tensor in source.weights.items() if tensor.numel() > 1]
     forms = [Form(), Form(causal=True)]
-    if attention.q.shape[2] == attention.k.shape[2]:
+    if attention.shape("q")[2] == attention.shape("k")[2]:
         near = sorted({n + d for n in numbers for d in (0, 1, -1)})
         forms += [Form(causal=True, window=n) for n in near if n >= 1]
         forms += [Form(causal=True, chunk=n) for n in numbers if n >= 1]
@@ -96,11 +96,11 @@ def _whole(
     parts: Sequence[Value], attention: Attention, elements: Elements
 ) -> tuple[int, int, int, int]:
     """B, Hq, S and L, with 1 for B and Hq where no part of the mask differs by them."""
-    batch, heads, queries, _ = elements.shape(attention.q)
+    batch, heads, queries, _ = elements.known(attention.shape("q"))
     shapes = [(1, 1, *part.shape)[-4:] for part in parts if len(part.shape) > 1]
     batch = batch if any(shape[0] != 1 for shape in shapes) else 1
     heads = heads if any(shape[1] != 1 for shape in shapes) else 1
-    return batch, heads, queries, elements.shape(attention.k)[2]
+    return batch, heads, queries, elements.known(attention.shape("k"))[2]
 
 
 def _numbers(ops: Iterable[Op]) -> set[int]:
@@ -137,7 +137,7 @@ def _environments(
     unknown = sorted(names - bounds.keys())
     if unknown:
         raise NoMatch(f"the mask depends on the size {unknown[0]}, which is read from data")
-    lengths = {n for v in (attention.q, attention.k) for n in symbols(v.shape[2])}
+    lengths = {n for name in "qk" for n in symbols(attention.shape(name)[2])}
     choices: dict[str, list[int]] = {}
     for name in sorted(names):
         limits = bounds[name]

@@ -18,7 +18,7 @@ from moec import aten
 from moec.errors import NoMatch
 from moec.evaluate import run_op
 from moec.ir import Graph, Op, Ref, Value
-from moec.sizes import evaluate_dim
+from moec.sizes import Dim, evaluate_dim
 
 Places = tuple[torch.Tensor, ...]
 """One index per axis, all of one length: the places at which a tensor is read."""
@@ -116,7 +116,10 @@ class Elements:
                 self.whole[value] = self._compute(op)
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        return tuple(evaluate_dim(dim, self.sizes) for dim in value.shape)
+        return self.known(value.shape)
+
+    def known(self, shape: Sequence[Dim]) -> tuple[int, ...]:
+        return tuple(evaluate_dim(dim, self.sizes) for dim in shape)
 
     def _computable(self, op: Op) -> bool:
         return op.name in FILLED or all(v in self.whole for v in op.inputs)

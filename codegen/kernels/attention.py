@@ -32,14 +32,14 @@ def _attention_inputs(op: Op) -> Attention | None:
         width = q.shape[3]
         scale = given["scale"] if given["scale"] is not None else width**-0.5
         found = Attention(q, k, v, mask, None, float(scale), given["is_causal"], None, None)
-    q, k, v = found.q, found.k, found.v
-    fixed = (q.shape[1], q.shape[3], k.shape[1], k.shape[3], v.shape[1], v.shape[3])
-    if not all(isinstance(d, int) for d in fixed) or q.dtype not in VECTOR_DTYPES:
+    q, k, v = (found.shape(name) for name in "qkv")
+    fixed = (d for shape in (q, k, v) for d in (shape[1], shape[3]))
+    if not all(isinstance(d, int) for d in fixed) or found.q.dtype not in VECTOR_DTYPES:
         return None
     if found.mask is not None and found.mask.dtype not in ("bool", *VECTOR_DTYPES):
         return None
-    same = q.dtype == k.dtype == v.dtype and q.shape[0] == k.shape[0] == v.shape[0]
-    return found if same and k.shape[1:3] == v.shape[1:3] else None
+    same = found.q.dtype == found.k.dtype == found.v.dtype and q[0] == k[0] == v[0]
+    return found if same and k[1:3] == v[1:3] else None
 
 
 @kernel(
@@ -49,8 +49,7 @@ def _attention_inputs(op: Op) -> Attention | None:
 )
 def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
     a = cast(Attention, _attention_inputs(op))
-    batch, heads, _queries, width = a.q.shape
-    keys = a.k.shape[2]
+    _, heads, _, width = a.shape("q")
     mask, causal, window, chunk = a.mask, a.causal, a.window, a.chunk
     # Beside a cache, a mask would be as long as the cache.
     if a.first is None and (window is not None or chunk is not None):
@@ -59,7 +58,7 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
     spec = AttentionSpec(
         a.q.dtype,
         cast(int, heads),
-        cast(int, a.k.shape[1]),
+        cast(int, a.shape("k")[1]),
         cast(int, width),
         cast(int, a.v.shape[3]),
         a.scale,
@@ -69,6 +68,7 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
         window=window,
         chunk=chunk,
         placed=a.first is not None,
+        tokens_first=a.tokens_first,
     )
     function = low.function(spec, "attention", lambda name: attention(spec, low.target, name))
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
@@ -79,14 +79,12 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
     if a.first is not None:
         arguments.append(low.value(a.first))
     low.note(op, "attention")
-    assert batch == a.k.shape[0]
-    assert keys == a.v.shape[2]
     return low.call(function, arguments, [op.outputs[0].type])
 
 
 def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:
     """What window, chunk and causality let a query see, joined with the mask that is given."""
-    queries, keys = a.q.shape[2], a.k.shape[2]
+    queries, keys = a.shape("q")[2], a.shape("k")[2]
     key = (queries, keys, a.causal, a.window, a.chunk, a.mask)
     if key in low.masks:
         return low.masks[key]

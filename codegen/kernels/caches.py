@@ -23,7 +23,8 @@ def _fits(op: Op, graph: Graph) -> bool:
 def _append(low: Lowering, op: Op) -> list[relax.Expr]:
     cache = op.inputs[0]
     _, heads, _, width = cache.shape
-    spec = AppendSpec(cache.dtype, cast(int, heads), cast(int, width))
+    tokens_first = bool(op.attrs.get("tokens_first"))
+    spec = AppendSpec(cache.dtype, cast(int, heads), cast(int, width), tokens_first)
     function = low.function(spec, "append", lambda name: append(spec, low.target, name))
     low.note(op, "append")
     arguments = [low.value(value) for value in op.inputs]

@@ -9,7 +9,7 @@ from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
-from moec.ops.attention import Attention
+from moec.ops.attention import SWAP, Attention
 from moec.sizes import Dim
 
 
@@ -18,8 +18,14 @@ def attention(c: Call) -> str:
     a = Attention.of(c.op)
     if a.first is not None:
         raise NoMatch("queries that begin at a place of their own (a cache) have no ONNX form")
-    whole = a.causal and a.q.shape[2] == a.k.shape[2]
+    whole = a.causal and a.shape("q")[2] == a.shape("k")[2]
     plain = a.sinks is None and a.window is None and a.chunk is None
+    made = _of_heads(c, a, whole, plain)
+    return c.w("Transpose", made, perm=SWAP) if "out" in a.tokens_first else made
+
+
+def _of_heads(c: Call, a: Attention, whole: bool, plain: bool) -> str:
+    """[B, Hq, S, Dv]"""
     if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (whole or not a.causal):
         if a.mask is None:
             return _fused(c, a, "", whole)
@@ -30,8 +36,14 @@ def attention(c: Call) -> str:
 
 
 def _fused(c: Call, a: Attention, mask: str, causal: bool) -> str:
-    inputs = [c.read(v) for v in (a.q, a.k, a.v)] + ([mask] if mask else [])
+    inputs = [_operand(c, a, name) for name in "qkv"] + ([mask] if mask else [])
     return c.w("Attention", *inputs, scale=a.scale, is_causal=int(causal))
+
+
+def _operand(c: Call, a: Attention, name: str, dtype: str | None = None) -> str:
+    """q, k or v with heads before tokens, as ONNX wants it."""
+    read = c.read(getattr(a, name), dtype)
+    return c.w("Transpose", read, perm=SWAP) if name in a.tokens_first else read
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def _seen(w: Writer, a: Attention) -> _Seen:
     low, zero = w.constant(float("-inf"), dtype), w.constant(0, dtype)
     rule = _rule(w, a)
     if a.mask is None:
-        certain = a.q.shape[2] == a.k.shape[2] or (a.causal and not (a.window or a.chunk))
+        certain = a.shape("q")[2] == a.shape("k")[2] or (a.causal and not (a.window or a.chunk))
         added = w("Where", rule, zero, low)
         return _Seen(added, "" if certain else _any(w, rule))
     name = w.read(a.mask)
@@ -66,7 +78,7 @@ def _seen(w: Writer, a: Attention) -> _Seen:
 def _rule(w: Writer, a: Attention) -> str:
     """What causal, window and chunk allow, bool [S, L]; empty where there is none of them."""
     zero, one = w.constant(0), w.constant(1)
-    queries, keys = a.q.shape[2], a.k.shape[2]
+    queries, keys = a.shape("q")[2], a.shape("k")[2]
     query = w("Unsqueeze", w("Range", zero, w.scalar(queries), one), w.constant([1]))
     key = w("Range", zero, w.scalar(keys), one)
     rules = []
@@ -95,14 +107,14 @@ def _written_out(c: Call, a: Attention) -> str:
     q [B, Hkv, G, S, Dk] by k [B, Hkv, 1, Dk, L], so that no key is copied."""
     w, dtype = c.w, a.q.dtype
     full = "f64" if dtype == "f64" else "f32"
-    batch, heads, queries, width = a.q.shape
-    shared, keys = a.k.shape[1], a.k.shape[2]
+    batch, heads, queries, width = a.shape("q")
+    _, shared, keys, _ = a.shape("k")
     group = heads // shared if isinstance(heads, int) and isinstance(shared, int) else 1
     limited = a.mask is not None or a.causal or a.window is not None or a.chunk is not None
-    q, k, v = (c.read(value, full) for value in (a.q, a.k, a.v))
+    q, k, v = (_operand(c, a, name, full) for name in "qkv")
     scores_shape: tuple[Dim, ...] = (batch, heads, queries, keys)
     if group > 1:
-        q = reshaped(w, q, a.q.shape, (batch, shared, group, queries, width))
+        q = reshaped(w, q, a.shape("q"), (batch, shared, group, queries, width))
         k, v = (w("Unsqueeze", name, w.constant([2])) for name in (k, v))
     turned = [0, 1, 2, 4, 3] if group > 1 else [0, 1, 3, 2]
     scaled = w("Mul", q, w.constant(a.scale, full))
@@ -126,5 +138,7 @@ def _written_out(c: Call, a: Attention) -> str:
         shares = reshaped(w, shares, scores_shape, (batch, shared, group, queries, keys))
     made = w("MatMul", shares, v)
     if group > 1:
-        made = reshaped(w, made, (batch, shared, group, *c.out.shape[2:]), c.out.shape)
+        width = a.v.shape[3]
+        grouped = (batch, shared, group, queries, width)
+        made = reshaped(w, made, grouped, (batch, heads, queries, width))
     return w.cast(made, full, dtype)

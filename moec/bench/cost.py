@@ -120,11 +120,12 @@ def _compressed(op: Op, env: Env) -> Cost:
 def _attention(op: Op, env: Env, seen: int) -> Cost:
     """Query s of S sees the keys up to its own place: on average seen - S/2 of them."""
     a = Attention.of(op)
-    queries = evaluate_dim(a.q.shape[2], env)
+    queries = evaluate_dim(a.shape("q")[2], env)
     keys = seen if a.first is not None else queries
     per_row = keys - (queries - 1) / 2
     widths = evaluate_dim(a.q.shape[3], env) + evaluate_dim(a.v.shape[3], env)
     rows = _count(a.q, env) / evaluate_dim(a.q.shape[3], env)
-    heads = evaluate_dim(a.k.shape[0], env) * evaluate_dim(a.k.shape[1], env)
+    batch, shared, *_ = a.shape("k")
+    heads = evaluate_dim(batch, env) * evaluate_dim(shared, env)
     size = NUMPY[a.k.dtype].itemsize
     return Cost(2.0 * rows * per_row * widths, float(heads * keys * widths * size))

@@ -6,8 +6,8 @@ h // (Hq/Hkv)), S queries, L keys, Dk features of queries and keys, Dv of values
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,14 @@ import torch
 from moec.ir import FLOATS, Op, TensorType, Value
 from moec.ops.definition import Runner, defop, require
 from moec.sizes import Dim, broadcasts
+
+OPERANDS = ("q", "k", "v", "out")
+SWAP = (0, 2, 1, 3)
+"""The permutation of [B, tokens, heads, features] to [B, heads, tokens, features], and back."""
+
+
+def swapped(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    return tuple(shape[axis] for axis in SWAP)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class Attention:
     is set; l // chunk == s // chunk if `chunk` is set; the mask allows it. Queries and keys
     both count from 0, whatever S and L (torch's meaning of is_causal), unless `first` says at
     which place the queries of each sequence begin.
+
+    `tokens_first` names those of q, k, v and out that are [B, tokens, heads, features], as linear
+    layers give and take them, and not [B, heads, tokens, features].
     """
 
     q: Value
@@ -37,6 +48,7 @@ class Attention:
     window: int | None
     chunk: int | None
     first: Value | None = None
+    tokens_first: tuple[str, ...] = ()
 
     @staticmethod
     def of(op: Op) -> Attention:
@@ -59,7 +71,12 @@ class Attention:
             require(op, limit is None or whole, f"{name} is not a positive int")
             limits[name] = cast("int | None", limit)
         causal = bool(op.attrs.get("causal", False))
-        return Attention(q, k, v, mask, sinks, cast(float, scale), causal, **limits, first=first)
+        named = op.attrs.get("tokens_first", ())
+        ordered = isinstance(named, tuple) and named == tuple(n for n in OPERANDS if n in named)
+        require(op, ordered, f"tokens_first is not some of {', '.join(OPERANDS)}, in that order")
+        near = limits["window"], limits["chunk"]
+        layout = cast("tuple[str, ...]", named)
+        return Attention(q, k, v, mask, sinks, cast(float, scale), causal, *near, first, layout)
 
     def attrs(self) -> dict[str, Any]:
         """As attributes of an op: scale, and those that are not their defaults."""
@@ -76,7 +93,18 @@ class Attention:
             found["sinked"] = True
         if self.first is not None:
             found["placed"] = True
+        if self.tokens_first:
+            found["tokens_first"] = self.tokens_first
         return found
+
+    def shape(self, name: str) -> tuple[Dim, ...]:
+        """[B, heads, tokens, features] of q, k or v, wherever its tokens stand."""
+        value: Value = getattr(self, name)
+        return swapped(value.shape) if name in self.tokens_first else value.shape
+
+    def with_tokens_first(self, names: Set[str]) -> Attention:
+        """The same, where these and no others of q, k, v and out are [B, tokens, heads, ..]."""
+        return replace(self, tokens_first=tuple(name for name in OPERANDS if name in names))
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -91,10 +119,10 @@ def _infer_attention(op: Op) -> tuple[TensorType, ...]:
         require(op, value.dtype in FLOATS, f"{name} is {value.type}, expected floats")
         require(op, value.dtype == a.q.dtype, f"{name} is {value.type}, q is {a.q.type}")
         require(op, value.shape[0] == a.q.shape[0], f"{name} has another batch than q")
-    batch, heads, queries, width = a.q.shape
-    _, shared, keys, _ = a.k.shape
+    batch, heads, queries, width = a.shape("q")
+    _, shared, keys, _ = a.shape("k")
     require(op, a.k.shape[3] == width, f"q {a.q.type} by k {a.k.type}")
-    require(op, a.v.shape[1:3] == (shared, keys), f"k is {a.k.type}, v is {a.v.type}")
+    require(op, a.shape("v")[1:3] == (shared, keys), f"k is {a.k.type}, v is {a.v.type}")
     require(op, divides(shared, heads), f"{heads} query heads share {shared} key heads")
     if a.mask is not None:
         whole = (batch, heads, queries, keys)
@@ -104,7 +132,8 @@ def _infer_attention(op: Op) -> tuple[TensorType, ...]:
         require(op, a.sinks.type == TensorType(a.q.dtype, (heads,)), "sinks are not one per head")
     if a.first is not None:
         require(op, a.first.type == TensorType("i64", (batch,)), f"{a.first} is not one place each")
-    return (TensorType(a.q.dtype, (batch, heads, queries, a.v.shape[3])),)
+    out = (batch, heads, queries, a.v.shape[3])
+    return (TensorType(a.q.dtype, swapped(out) if "out" in a.tokens_first else out),)
 
 
 def divides(shared: Dim, heads: Dim) -> bool:
@@ -120,14 +149,18 @@ def attention(
     """q[B,Hq,S,Dk], k[B,Hkv,L,Dk], v[B,Hkv,L,Dv], mask?, sinks[Hq]?, first i64[B]?
     -> y[B,Hq,S,Dv].
 
-    Attributes: `scale`, `causal`, `window`, `chunk` (see `Attention`), `masked`, `sinked`,
-    `placed`. A bool mask is True where a query sees a key; any other is added to the scaled
-    scores; it broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the
-    denominator sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the
-    end; a query that sees no key gives zeros.
+    Attributes: `scale`, `causal`, `window`, `chunk`, `tokens_first` (see `Attention`), `masked`,
+    `sinked`, `placed`. A bool mask is True where a query sees a key; any other is added to the
+    scaled scores; it broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the
+    denominator sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the end;
+    a query that sees no key gives zeros.
     """
     a = Attention.of(op)
-    q, k, v, *rest = tensors
+    q, k, v = (
+        x.permute(SWAP) if name in a.tokens_first else x
+        for name, x in zip("qkv", tensors[:3], strict=True)
+    )
+    rest = list(tensors[3:])
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.to(full).repeat_interleave(repeats, dim=1) for x in (k, v))
@@ -147,7 +180,8 @@ def attention(
         sinks = rest.pop(0).to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     shares = torch.ops.aten._safe_softmax(scores, -1)
-    return (shares[..., : k.shape[2]] @ v).to(q.dtype)
+    out = (shares[..., : k.shape[2]] @ v).to(q.dtype)
+    return out.permute(SWAP) if "out" in a.tokens_first else out
 
 
 def visible(query: torch.Tensor, key: torch.Tensor, a: Attention) -> torch.Tensor:

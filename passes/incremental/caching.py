@@ -11,7 +11,6 @@ keeps its last inputs and linear attention what it carries, in states that start
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -61,9 +60,10 @@ def _line(first: Value, c: Pieces, like: Op) -> Value:
 
 def _attention(first: Value, c: Pieces, op: Op) -> None:
     a = causal(c, op)
-    keys, values = (_append(first, c, op, value, name) for value, name in _kept(a))
+    keys, values = (_append(first, c, op, a, *kept) for kept in (("k", "keys"), ("v", "values")))
     sinks = None if a.sinks is None else c.new[a.sinks]
     made = replace(a, q=c.new[a.q], k=keys, v=values, sinks=sinks, first=first)
+    made = made.with_tokens_first({*a.tokens_first} - {"k", "v"})
     outputs = c.builder.emit("nn.attention", made.inputs, like=op, attrs=made.attrs())
     c.new |= dict(zip(op.outputs, outputs, strict=True))
 
@@ -129,17 +129,18 @@ def _state(c: Pieces, name: str, type: TensorType) -> Value:
     return Value(c.builder.fresh(f"{name}_{len(c.caches)}"), type)
 
 
-def _kept(a: Attention) -> Iterator[tuple[Value, str]]:
-    yield a.k, "keys"
-    yield a.v, "values"
-
-
-def _append(first: Value, c: Pieces, op: Op, value: Value, name: str) -> Value:
-    batch, heads, _, width = value.shape
+def _append(first: Value, c: Pieces, op: Op, a: Attention, operand: str, name: str) -> Value:
+    """The cache of k or v, with heads before tokens, after the new tokens were written."""
+    value: Value = getattr(a, operand)
+    batch, heads, _, width = a.shape(operand)
     type = TensorType(value.dtype, (batch, heads, symbol(ROOM), width))
     cache = Value(c.builder.fresh(f"{name}_{len(c.caches) // 2}"), type)
     (after,) = c.builder.emit(
-        "nn.append", [cache, c.new[value], first], like=op, named=f"{cache.name}_after"
+        "nn.append",
+        [cache, c.new[value], first],
+        like=op,
+        attrs={"tokens_first": True} if operand in a.tokens_first else {},
+        named=f"{cache.name}_after",
     )
     c.caches.append((cache, after))
     return after

@@ -17,7 +17,7 @@ from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir import Attr, Graph, Op, Ref, TensorType, Value
-from moec.ops.attention import Attention
+from moec.ops.attention import SWAP, Attention
 from moec.passes.incremental.emit import Emitter
 from moec.passes.incremental.pieces import Carry, Pieces, causal, rewrite_ops, tokens_of
 from moec.passes.rewrite import Builder, rebuild
@@ -127,8 +127,8 @@ def _seen(padded: Padded, c: Pieces, like: Op, a: Attention) -> Value:
 def _attention(padded: Padded, c: Pieces, op: Op) -> None:
     a = causal(c, op)
     layer = len(c.caches) // 2
-    keys = _joined(c, op, a.k, f"{layer}.key")
-    values = _joined(c, op, a.v, f"{layer}.value")
+    keys = _joined(c, op, a, "k", f"{layer}.key")
+    values = _joined(c, op, a, "v", f"{layer}.value")
     made = replace(
         a,
         q=c.new[a.q],
@@ -139,12 +139,15 @@ def _attention(padded: Padded, c: Pieces, op: Op) -> None:
         causal=False,
         window=None,
         chunk=None,
-    )
+    ).with_tokens_first({*a.tokens_first} - {"k", "v"})
     outputs = c.builder.emit("nn.attention", made.inputs, like=op, attrs=made.attrs())
     c.new |= dict(zip(op.outputs, outputs, strict=True))
 
 
-def _joined(c: Pieces, op: Op, value: Value, name: str) -> Value:
+def _joined(c: Pieces, op: Op, a: Attention, operand: str, name: str) -> Value:
+    value: Value = c.new[getattr(a, operand)]
+    if operand in a.tokens_first:
+        value = Emitter(c.builder, op).permute(value, SWAP)
     batch, heads, sequence, width = value.shape
     past = symbol(PAST)
     before = Value(
@@ -153,7 +156,7 @@ def _joined(c: Pieces, op: Op, value: Value, name: str) -> Value:
     )
     (after,) = c.builder.emit(
         "aten.cat.default",
-        [before, c.new[value]],
+        [before, value],
         [TensorType(value.dtype, (batch, heads, normal(sequence + past), width))],
         like=op,
         attrs={"tensors": (Ref(0), Ref(1)), "dim": 2},

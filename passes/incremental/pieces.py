@@ -125,10 +125,10 @@ def causal(c: Pieces, op: Op) -> Attention:
         raise NoMatch(f"the attention at {where} is not causal")
     if a.mask is not None:
         raise NoMatch(f"the attention at {where} has a mask of its own, {a.mask.name}")
-    if (a.q.shape[2], a.k.shape[2]) != (c.sequence, c.sequence):
+    if (a.shape("q")[2], a.shape("k")[2]) != (c.sequence, c.sequence):
         raise NoMatch(f"the attention at {where} is between {a.q} and {a.k}")
     if a.q in c.places or a.k in c.places or a.v in c.places:
         raise NoMatch(f"the attention at {where} reads where tokens stand, and nothing else")
-    if any(isinstance(v.shape[1], sympy.Expr) for v in (a.q, a.k)):
+    if any(isinstance(a.shape(name)[1], sympy.Expr) for name in "qk"):
         raise NoMatch(f"the attention at {where} has no fixed number of heads")
     return a

@@ -17,7 +17,12 @@ from moec.sizes import symbol
 from moec.target import TARGETS, Target, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SPECS = (AppendSpec("f32", 2, 24), AppendSpec("bf16", 3, 64), AppendSpec("f16", 1, 33))
+SPECS = (
+    AppendSpec("f32", 2, 24),
+    AppendSpec("bf16", 3, 64),
+    AppendSpec("f16", 1, 33),
+    AppendSpec("bf16", 2, 32, tokens_first=True),
+)
 
 
 def expected(
@@ -27,11 +32,13 @@ def expected(
     b, length, s = map(symbol, ("B", "L", "S"))
     values = [
         Value("cache", TensorType(spec.dtype, (b, spec.heads, length, spec.width))),
-        Value("rows", TensorType(spec.dtype, (b, spec.heads, s, spec.width))),
+        Value("rows", TensorType(spec.dtype, (*spec.row(b, spec.heads, s), spec.width))),  # type: ignore[arg-type]
         Value("first", TensorType("i64", (b,))),
     ]
-    op = Op("nn.append", tuple(values), ())
-    result: torch.Tensor = OPS["nn.append"].reference(op, [cache, rows, first], {}, None)  # type: ignore[arg-type]
+    attrs = {"tokens_first": spec.tokens_first}
+    op = Op("nn.append", tuple(values), (), attrs)
+    assert OPS["nn.append"].infer(op) == (values[0].type,)
+    result: torch.Tensor = OPS["nn.append"].reference(op, [cache, rows, first], attrs, None)  # type: ignore[arg-type]
     return result
 
 
@@ -42,7 +49,7 @@ def kernels(
     return {spec: build(host(), append(spec, host())) for spec in SPECS}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.dtype)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 @given(texts=st.integers(1, 3), tokens=st.integers(1, 9), spare=st.integers(0, 5))
 def test_writes_the_rows_and_nothing_else(
     kernels: dict[AppendSpec, Callable[..., None]],
@@ -52,7 +59,8 @@ def test_writes_the_rows_and_nothing_else(
     spare: int,
 ) -> None:
     cache = torch.randn(texts, spec.heads, tokens + spare, spec.width).to(TORCH[spec.dtype])
-    rows = torch.randn(texts, spec.heads, tokens, spec.width).to(TORCH[spec.dtype])
+    shape = (texts, tokens, spec.heads) if spec.tokens_first else (texts, spec.heads, tokens)
+    rows = torch.randn(*shape, spec.width).to(TORCH[spec.dtype])
     first = torch.randint(spare + 1, (texts,))
     want = expected(cache, rows, first, spec)
     kernels[spec](cache, rows, first)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moec.errors import IRError
 from moec.evaluate import evaluate
 from moec.ir import Graph, Stage
-from moec.ops.attention import Attention
+from moec.ops.attention import OPERANDS, SWAP, Attention
 from moec.text import parse, print_graph
 from moec.verify import verify
 
@@ -41,6 +41,12 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: objec
 
 
 SIZE = st.integers(1, 9)
+LAYOUTS = {
+    "q": ("q: f32[B, 4, S, 8]", "q: f32[B, S, 4, 8]"),
+    "k": ("k: f32[B, 2, L, 8]", "k: f32[B, L, 2, 8]"),
+    "v": ("v: f32[B, 2, L, 6]", "v: f32[B, L, 2, 6]"),
+    "out": ("y: f32[B, 4, S, 6]", "y: f32[B, S, 4, 6]"),
+}
 
 
 @given(batch=st.integers(0, 2), queries=SIZE, keys=SIZE, causal=st.booleans())
@@ -90,6 +96,23 @@ def test_sinks_are_keys_without_values() -> None:
     torch.testing.assert_close(evaluate(graph, [q, k, v, sinks])[0], want)
 
 
+@given(batch=st.integers(0, 2), queries=SIZE, keys=SIZE, named=st.sets(st.sampled_from(OPERANDS)))
+def test_where_tokens_stand(batch: int, queries: int, keys: int, named: set[str]) -> None:
+    """Layouts change where the numbers are, and none of them."""
+    text = print_graph(attention("scale=0.3, causal=true"))
+    for name in named:
+        old, new = LAYOUTS[name]
+        text = text.replace(old, new)
+    layout = ", ".join(f'"{name}"' for name in OPERANDS if name in named)
+    graph = parse(text.replace("causal=true", f"causal=true, tokens_first=({layout})"))
+    verify(graph, Stage.ATEN)
+    given_ = inputs(batch, queries, keys)
+    moved = [x.permute(SWAP) if n in named else x for n, x in zip("qkv", given_, strict=True)]
+    (y,) = evaluate(graph, moved)
+    (want,) = evaluate(attention("scale=0.3, causal=true"), given_)
+    assert torch.equal(y.permute(SWAP) if "out" in named else y, want)
+
+
 def test_float64_stays_so() -> None:
     tensors = [x.double() for x in inputs(1, 3, 3)]
     (y,) = evaluate(attention("scale=0.3", dtype="f64"), tensors)
@@ -97,10 +120,18 @@ def test_float64_stays_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "attrs", ["scale=0.5", "scale=0.5, causal=true, window=3", "scale=1.0, chunk=8"]
+    "attrs",
+    [
+        "scale=0.5",
+        "scale=0.5, causal=true, window=3",
+        "scale=1.0, chunk=8",
+        'scale=1.0, tokens_first=("out")',
+    ],
 )
 def test_attributes_round_trip(attrs: str) -> None:
     graph = attention(attrs)
+    if "out" in attrs:
+        graph = parse(print_graph(graph).replace(*LAYOUTS["out"]))
     assert print_graph(parse(print_graph(graph))) == print_graph(graph)
     (op,) = graph.ops
     assert Attention.of(op).attrs() == dict(op.attrs)
@@ -113,6 +144,19 @@ def test_attributes_round_trip(attrs: str) -> None:
         ("scale=1", "", ("", ""), "scale is not a float"),
         ("scale=1.0, window=0", "", ("", ""), "window is not a positive int"),
         ("scale=1.0, chunk=true", "", ("", ""), "chunk is not a positive int"),
+        (
+            'scale=1.0, tokens_first=("v", "q")',
+            "",
+            ("", ""),
+            "tokens_first is not some of q, k, v, out",
+        ),
+        ("scale=1.0, tokens_first=true", "", ("", ""), "tokens_first is not some of q, k"),
+        (
+            'scale=1.0, tokens_first=("k")',
+            "",
+            ("", ""),
+            "k is f32[B, 2, L, 8], v is f32[B, 2, L, 6]",
+        ),
         ("scale=1.0, masked=true", "", ("", ""), "the mask is missing"),
         ("scale=1.0, sinked=true", "", ("", ""), "the sinks are missing"),
         ("scale=1.0", "mask: bool[B, 1, S, L]", ("", ""), "has inputs that no attribute names"),

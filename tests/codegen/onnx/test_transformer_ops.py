@@ -49,6 +49,22 @@ def test_attention(kind: str, opset: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("limit", ["", ", window=3"])
+def test_attention_where_tokens_stand_first(limit: str, opset: int, tmp_path: Path) -> None:
+    made = program(f"""
+    graph main(q: f32[B, S, 4, 8], k: f32[B, S, 2, 8], v: f32[B, 2, S, 6]) {{
+      {SIZES}
+      y: f32[B, S, 4, 6] = nn.attention(q, k, v) \
+<scale=0.5, causal=true{limit}, tokens_first=("q", "k", "out")>
+      return y
+    }}""")
+    run = running(made, tmp_path, opset=opset)
+    for length in (1, 7):
+        q, k = (torch.randn(2, length, heads, 8) for heads in (4, 2))
+        agree(made, run, [q, k, torch.randn(2, 2, length, 6)])
+
+
+@pytest.mark.parametrize("opset", [18, 23])
 def test_attention_of_other_lengths(opset: int, tmp_path: Path) -> None:
     """Queries and keys both count from 0, so some may see no key of a window."""
     made = program("""
