@@ -23,6 +23,7 @@ from moec.passes.fold_addend import FoldAddend
 from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_lora import FoldLora
 from moec.passes.fold_mask import FoldMask
+from moec.passes.fold_permutes import FoldPermutes
 from moec.passes.fold_supernet import FoldSupernet
 from moec.passes.fuse_activation import FuseActivation
 from moec.passes.fuse_attention import FuseAttention
@@ -76,6 +77,7 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (0, ShareCommon()),
     (0, FoldConstants()),
     (2, FuseResidual()),
+    (2, FoldPermutes()),
 )
 ORDER = (*SPELLED, *RECOGNISED, *LOWERED)
 APPROXIMATE: tuple[type[Approximate], ...] = (

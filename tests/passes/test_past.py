@@ -15,7 +15,7 @@ from moec.evaluate import evaluate
 from moec.ir import Program
 from moec.passes.incremental import past_and_present
 from moec.text import print_graph
-from tests.passes.test_incremental import ATTENTION, HEAD, TAIL, carrying, program
+from tests.passes.test_incremental import ATTENTION, HEAD, TAIL, carrying, folded, program
 
 LIMITED = {
     "causal": ATTENTION,
@@ -52,11 +52,14 @@ def test_the_graph(golden: Callable[[str], None]) -> None:
     texts=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3),
     stops=st.sets(st.integers(1, 8)),
     seed=st.integers(0, 99),
+    fold=st.booleans(),
 )
-def test_padding_anywhere(kind: str, texts: list[list[bool]], stops: set[int], seed: int) -> None:
+def test_padding_anywhere(
+    kind: str, texts: list[list[bool]], stops: set[int], seed: int, fold: bool
+) -> None:
     """Where a slot holds a token, its logits are those of its text without the padding; nowhere
     is a NaN. The padding is any token at all."""
-    whole = limited(kind)
+    whole = folded(limited(kind)) if fold else limited(kind)
     step = past_and_present(whole)
     mask = torch.tensor(texts, dtype=torch.int64)
     ids = torch.randint(9, mask.shape, generator=torch.Generator().manual_seed(seed))
