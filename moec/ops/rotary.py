@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moec.ir import FLOATS, Op, TensorType
+from moec.ir import FLOATS, Op, TensorType, Value
 from moec.ops.definition import Runner, defop, require
 from moec.sizes import broadcasts
 
@@ -17,6 +17,14 @@ PAIRINGS = ("halves", "neighbours")
 def _infer_rotary(op: Op) -> tuple[TensorType, ...]:
     require(op, len(op.inputs) == 3, "needs x, cos and sin")
     x, cos, sin = op.inputs
+    require_turnable(op, x, cos, sin)
+    for name in ("pairs", "gives"):
+        require(op, op.attrs.get(name, "halves") in PAIRINGS, f"{name} is not one of {PAIRINGS}")
+    return (x.type,)
+
+
+def require_turnable(op: Op, x: Value, cos: Value, sin: Value) -> None:
+    """Raises IRError where the pairs of x have no angles in cos and sin."""
     width = x.shape[-1] if x.shape else 0
     require(op, isinstance(width, int) and width % 2 == 0, f"{x} has no even number of features")
     assert isinstance(width, int)
@@ -25,9 +33,6 @@ def _infer_rotary(op: Op) -> tuple[TensorType, ...]:
         fits = broadcasts(value.shape[:-1], x.shape[:-1]) and len(value.shape) == len(x.shape)
         require(op, fits and value.shape[-1] in (width, width // 2), f"{value} is not for {x}")
     require(op, cos.shape[-1] == sin.shape[-1], f"{cos} and {sin}")
-    for name in ("pairs", "gives"):
-        require(op, op.attrs.get(name, "halves") in PAIRINGS, f"{name} is not one of {PAIRINGS}")
-    return (x.type,)
 
 
 @defop("nn.rotary", _infer_rotary)
@@ -41,15 +46,26 @@ def rotary(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     where they have D features, the first half is for a' and the second for b'.
     """
     x, cos, sin = tensors
+    return turned(x, cos, sin, **attrs)
+
+
+def turned(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pairs: str = "halves",
+    gives: str = "halves",
+) -> torch.Tensor:
+    """What nn.rotary means."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
     half = x.shape[-1] // 2
-    if attrs.get("pairs", "halves") == "halves":
+    if pairs == "halves":
         a, b = x[..., :half].to(full), x[..., half:].to(full)
     else:
         a, b = x[..., 0::2].to(full), x[..., 1::2].to(full)
     cos, sin = cos.to(full), sin.to(full)
     first = a * cos[..., :half] - b * sin[..., :half]
     second = b * cos[..., -half:] + a * sin[..., -half:]
-    if attrs.get("gives", "halves") == "halves":
+    if gives == "halves":
         return torch.cat([first, second], -1).to(x.dtype)
     return torch.stack([first, second], -1).flatten(-2).to(x.dtype)
