@@ -25,9 +25,9 @@ from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.ir import Stage, stage_of
 from moec.passes.hoist_routers import HoistRouters, split
 from moec.passes.incremental import continues_text, incremental, logits_of
-from moec.passes.runner import Declined, Step, run
+from moec.passes.runner import Declined, Pass, Step, run
 from moec.pieces import in_pieces
-from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, until
+from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, stepped, until
 from moec.quantisation import Quantisation, parse_parts
 from moec.quantised import quantised_lines
 from moec.report import kernels_of
@@ -128,23 +128,25 @@ def compile(
         return compiled
     if kv_cache:
         with clock.phase("generation"):
-            compiled = _with_step(compiled)
+            compiled = _with_step(compiled, stepped(opt_level, changes(passes)))
     if any(pass_.name == HoistRouters.name for pass_ in chosen):
         compiled = replace(compiled, hoisted=split(compiled.steps[-1].program))
     built = _build(compiled, opt_level, clock, tune)
     return built if verify is False else _verify(built, limit, clock)
 
 
-def _with_step(compiled: CompiledModel) -> CompiledModel:
-    """With a program for tokens that come in pieces, or why there is none."""
+def _with_step(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:
+    """With a program for tokens that come in pieces, after its passes, or why there is none."""
     program = compiled.steps[-1].program
     if not continues_text(program.graph):
         return compiled
     try:
-        return replace(compiled, step=incremental(program))
+        steps = run(incremental(program), passes, stage=Stage.GROUPED)
     except NoMatch as why:
         declined = Declined("text generation", str(why), "incremental")
         return replace(compiled, declined=(*compiled.declined, declined))
+    more = (declined for step in steps for declined in step.declined)
+    return replace(compiled, step=steps[-1].program, declined=(*compiled.declined, *more))
 
 
 def _allowed(

@@ -26,6 +26,7 @@ from moec.passes.fold_mask import FoldMask
 from moec.passes.fold_permutes import FoldPermutes
 from moec.passes.fold_supernet import FoldSupernet
 from moec.passes.fuse_activation import FuseActivation
+from moec.passes.fuse_append import FuseAppend
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_decompress import FuseDecompress
 from moec.passes.fuse_dispatch import FuseDispatch
@@ -80,6 +81,8 @@ LOWERED: tuple[tuple[int, Pass], ...] = (
     (2, FoldPermutes()),
 )
 ORDER = (*SPELLED, *RECOGNISED, *LOWERED)
+# Of the step for tokens that come in pieces, once it is derived from what ORDER made.
+STEPPED: tuple[tuple[int, Pass], ...] = ((2, FuseAppend()),)
 APPROXIMATE: tuple[type[Approximate], ...] = (
     PruneExperts,
     KeepUsed,
@@ -116,7 +119,7 @@ def quantising(wanted: Quantisation) -> tuple[Pass, ...]:
 
 def distinct() -> tuple[Pass, ...]:
     """Each pass once, in the order in which it first runs."""
-    return tuple({pass_.name: pass_ for _, pass_ in ORDER}.values())
+    return tuple({pass_.name: pass_ for _, pass_ in (*ORDER, *STEPPED)}.values())
 
 
 PASSES = distinct()
@@ -139,18 +142,30 @@ def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
         raise UsageError(f"there is no optimisation level {opt_level}; levels are 0, 1 and 2")
     added, removed, wanted = _changes(changes)
 
-    def those(half: Sequence[tuple[int, Pass]]) -> list[Pass]:
-        return [
-            pass_
-            for level, pass_ in half
-            if pass_.name not in removed and (level <= opt_level or pass_.name in added)
-        ]
+    def those(half: Sequence[tuple[int, Pass]]) -> tuple[Pass, ...]:
+        return _those(half, opt_level, added, removed)
 
     def taking(*stages: Stage) -> list[Wanted]:
         return [pass_ for pass_ in wanted if getattr(pass_, "takes", Stage.MOE) in stages]
 
     recognised = (*those(SPELLED), *taking(Stage.ATEN), *those(RECOGNISED))
     return (*recognised, *taking(Stage.MOE), *those(LOWERED), *taking(Stage.GROUPED))
+
+
+def stepped(opt_level: int = 2, changes: Changes = "") -> tuple[Pass, ...]:
+    """The passes of a level, with `changes`, that run on the step for tokens in pieces."""
+    added, removed, _ = _changes(changes)
+    return _those(STEPPED, opt_level, added, removed)
+
+
+def _those(
+    passes: Sequence[tuple[int, Pass]], opt_level: int, added: set[str], removed: set[str]
+) -> tuple[Pass, ...]:
+    return tuple(
+        pass_
+        for level, pass_ in passes
+        if pass_.name not in removed and (level <= opt_level or pass_.name in added)
+    )
 
 
 def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:

@@ -56,7 +56,7 @@ def _before(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
         source = b.producers.get(value)
         if source is None or not swaps(source):
             continue
-        other = _other(b.graph, value, lambda reader: reader.name == "nn.attention")
+        other = other_reader(b.graph, value, lambda reader: reader.name == "nn.attention")
         if other:
             log.decline(op.origin or op.outputs[0].name, f"{value.name} is also read by {other}")
             continue
@@ -73,7 +73,7 @@ def _behind(op: Op, b: Builder) -> Sequence[Value] | None:
     if source is None or source.name != "nn.attention":
         return None
     old = b.graph.producers[op.outputs[0]]
-    other = _other(b.graph, old.inputs[0], lambda reader: reader is old)
+    other = other_reader(b.graph, old.inputs[0], lambda reader: reader is old)
     if other:
         raise NoMatch(f"{old.inputs[0].name} is also read by {other}")
     attention = Attention.of(source)
@@ -81,7 +81,7 @@ def _behind(op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit("nn.attention", folded.inputs, like=source, attrs=folded.attrs())
 
 
-def _other(graph: Graph, value: Value, known: Callable[[Op], bool]) -> str | None:
+def other_reader(graph: Graph, value: Value, known: Callable[[Op], bool]) -> str | None:
     """Who reads a value, of its readers that are not known."""
     for reader in graph.readers.get(value, ()):
         if not known(reader):

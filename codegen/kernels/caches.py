@@ -6,26 +6,34 @@ from typing import cast
 
 from tvm import relax
 
-from moec.codegen.cpu.append import AppendSpec, append
+from moec.codegen.cpu.append import AnglesSpec, AppendSpec, append
 from moec.codegen.kernels.table import VECTOR_DTYPES, kernel
 from moec.codegen.lowering import Lowering
-from moec.ir import Graph, Op
+from moec.ir import Graph, Op, Value
+from moec.ops.cache import Append
 
 
 def _fits(op: Op, graph: Graph) -> bool:
     """Nobody else may read what is written over: the cache is a state, and read here alone."""
-    cache = op.inputs[0]
-    owned = any(state.before is cache for state in graph.states)
-    return owned and len(graph.readers[cache]) == 1 and cache.dtype in VECTOR_DTYPES
+    a = Append.of(op)
+    owned = any(state.before is a.cache for state in graph.states)
+    dtypes = (v.dtype in VECTOR_DTYPES for v in a.inputs if v is not a.first)
+    return owned and len(graph.readers[a.cache]) == 1 and all(dtypes)
 
 
 @kernel("nn.append", takes=_fits)
 def _append(low: Lowering, op: Op) -> list[relax.Expr]:
-    cache = op.inputs[0]
-    _, heads, _, width = cache.shape
-    tokens_first = bool(op.attrs.get("tokens_first"))
-    spec = AppendSpec(cache.dtype, cast(int, heads), cast(int, width), tokens_first)
-    function = low.function(spec, "append", lambda name: append(spec, low.target, name))
-    low.note(op, "append")
-    arguments = [low.value(value) for value in op.inputs]
+    a = Append.of(op)
+    _, heads, _, width = a.cache.shape
+    turns = None if a.cos is None or a.sin is None else (_angles(a.cos), _angles(a.sin))
+    spec = AppendSpec(a.cache.dtype, cast(int, heads), cast(int, width), a.tokens_first, turns)
+    name = "append" if turns is None else "turn_append"
+    function = low.function(spec, name, lambda name: append(spec, low.target, name))
+    low.note(op, name)
+    arguments = [low.value(value) for value in a.inputs]
     return [low.in_place(function, arguments, op.outputs[0].type)]
+
+
+def _angles(value: Value) -> AnglesSpec:
+    batch, heads, tokens = (dim != 1 for dim in value.shape[:3])
+    return AnglesSpec(value.dtype, (batch, heads, tokens), cast(int, value.shape[3]))

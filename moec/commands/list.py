@@ -74,12 +74,12 @@ def wanted() -> list[dict[str, Any]]:
 
 def passes() -> list[dict[str, Any]]:
     """One row a pass: the first line of its class, what may be set."""
-    from moec.pipeline import ON_REQUEST, ORDER
+    from moec.pipeline import ON_REQUEST, ORDER, STEPPED
 
     level: dict[str, str] = {p.name: option for option, p in ON_REQUEST}
-    for at, p in ORDER:
+    for at, p in (*ORDER, *STEPPED):
         level[p.name] = min(f"-O{at}", level.get(p.name, f"-O{at}"))
-    every = (*(p for _, p in ORDER), *(p for _, p in ON_REQUEST))
+    every = (*(p for _, p in (*ORDER, *STEPPED)), *(p for _, p in ON_REQUEST))
     return [
         {
             "pass": p.name,

@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moec.ir import Op, TensorType
+from moec.ir import Op, TensorType, Value
 from moec.ops.attention import SWAP, swapped
 from moec.ops.definition import Runner, defop, require
+from moec.ops.rotary import require_turnable, turned
+
+
+@dataclass(frozen=True)
+class Append:
+    """The inputs and attributes of nn.append by name."""
+
+    cache: Value
+    rows: Value
+    first: Value
+    cos: Value | None = None
+    sin: Value | None = None
+    tokens_first: bool = False
+
+    @staticmethod
+    def of(op: Op) -> Append:
+        """Raises IRError where inputs and attributes do not go together."""
+        both = bool(op.attrs.get("turned"))
+        words = "a cache, rows and places" + (", cos and sin" if both else "")
+        require(op, len(op.inputs) == (5 if both else 3), f"needs {words}")
+        cache, rows, first, *turns = op.inputs
+        cos, sin = turns or (None, None)
+        return Append(cache, rows, first, cos, sin, bool(op.attrs.get("tokens_first")))
+
+    def attrs(self) -> dict[str, bool]:
+        """As attributes of an op: those that are set."""
+        found = {"turned": self.cos is not None, "tokens_first": self.tokens_first}
+        return {name: True for name, held in found.items() if held}
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        turns = (self.cos, self.sin)
+        return (self.cache, self.rows, self.first, *(v for v in turns if v is not None))
 
 
 def _infer_append(op: Op) -> tuple[TensorType, ...]:
-    require(op, len(op.inputs) == 3, "needs a cache, rows and places")
-    cache, rows, first = op.inputs
+    a = Append.of(op)
+    cache, rows, first = a.cache, a.rows, a.first
     require(op, len(cache.shape) == 4 and len(rows.shape) == 4, f"{cache} and {rows}: four axes")
     batch, heads, _, width = cache.shape
-    shape = swapped(rows.shape) if op.attrs.get("tokens_first") else rows.shape
+    shape = swapped(rows.shape) if a.tokens_first else rows.shape
     fits = (shape[0], shape[1], shape[3]) == (batch, heads, width)
     require(op, fits and rows.dtype == cache.dtype, f"{rows} is not for {cache}")
     require(op, first.type == TensorType("i64", (batch,)), f"{first} is not one place each")
+    if a.cos is not None and a.sin is not None:
+        require_turnable(op, Value(rows.name, TensorType(rows.dtype, shape)), a.cos, a.sin)
     return (cache.type,)
 
 
 @defop("nn.append", _infer_append)
 def append(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """cache[B,H,L,D], rows[B,H,S,D], first i64[B] -> the cache with rows at first[b] and after.
+    """cache[B,H,L,D], rows[B,H,S,D], first i64[B], cos?, sin?
+    -> the cache with rows at first[b] and after.
 
-    With `tokens_first` the rows are [B,S,H,D], as a linear layer gives them. first[b] + S is at
-    most L; the caller sees to it.
+    With `tokens_first` the rows are [B,S,H,D], as a linear layer gives them. With `turned` they
+    are turned first, as nn.rotary turns halves: cos and sin [.., D or D/2] broadcast to [B,H,S].
+    first[b] + S is at most L; the caller sees to it.
     """
-    cache, rows, first = tensors
+    cache, rows, first, *turns = tensors
     rows = rows.permute(SWAP) if attrs.get("tokens_first") else rows
+    rows = turned(rows, turns[0], turns[1]) if turns else rows
     places = first[:, None] + torch.arange(rows.shape[2])
     index = places[:, None, :, None].expand(rows.shape)
     return cache.scatter(2, index, rows)

@@ -1,4 +1,4 @@
-"""nn.attention and nn.rotary: their meaning against torch, and what their type rules refuse."""
+"""nn.attention, nn.rotary and nn.append: their meaning, and what their type rules refuse."""
 
 from __future__ import annotations
 
@@ -239,4 +239,47 @@ def test_rotary_refused(change: tuple[str, str], reason: str) -> None:
     text = print_graph(rotary(' <pairs="halves">')).replace(*change)
     with pytest.raises(IRError) as caught:
         verify(parse(text), Stage.ATEN)
+    assert reason in str(caught.value)
+
+
+# ---- nn.append -------------------------------------------------------------------------
+
+APPEND = (
+    "graph main(cache: f32[B, 2, L, 8], x: f32[B, S, 2, 8], first: i64[B], "
+    "cos: f32[B, 1, S, 8], sin: f32[B, 1, S, 8]) {\n" + SIZES + "  y: f32[B, 2, L, 8] = "
+    "nn.append(cache, x, first, cos, sin) <turned=true, tokens_first=true>\n  return y\n}\n"
+)
+
+
+@given(length=st.integers(1, 5), spare=st.integers(0, 3), seed=st.integers(0, 99))
+def test_turned_where_it_is_written(length: int, spare: int, seed: int) -> None:
+    """As permuting, nn.rotary and writing one row after the other."""
+    torch.manual_seed(seed)
+    graph = parse(APPEND)
+    verify(graph, Stage.ATEN)
+    cache, x = torch.randn(2, 2, length + spare, 8), torch.randn(2, length, 2, 8)
+    first, (cos, sin) = torch.tensor([0, spare]), torch.randn(2, 2, 1, length, 8)
+    (got,) = evaluate(graph, [cache, x, first, cos, sin])
+    want, (a, b) = cache.clone(), x.permute(SWAP).chunk(2, -1)
+    turned = x.permute(SWAP) * cos + torch.cat([-b, a], -1) * sin
+    for text, start in enumerate(first.tolist()):
+        want[text, :, start : start + length] = turned[text]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ((", cos, sin) <", ") <"), "needs a cache, rows and places, cos and sin"),
+        (("<turned=true, ", "<"), "needs a cache, rows and places"),
+        ((", tokens_first=true", ""), "x: f32[B, S, 2, 8] is not for cache: f32[B, 2, L, 8]"),
+        (("x: f32", "x: bf16"), "x: bf16[B, S, 2, 8] is not for cache"),
+        (("first: i64[B]", "first: i64[S]"), "first: i64[S] is not one place each"),
+        (("cos: f32[B, 1, S", "cos: f32[B, S, 1"), "cos: f32[B, S, 1, 8] is not for x"),
+    ],
+)
+def test_append_refused(change: tuple[str, str], reason: str) -> None:
+    assert change[0] in APPEND
+    with pytest.raises(IRError) as caught:
+        verify(parse(APPEND.replace(*change)), Stage.ATEN)
     assert reason in str(caught.value)
