@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moec.codegen.lower import lower
 from moec.errors import NoMatch
 from moec.evaluate import evaluate
 from moec.ir import Program, Stage
@@ -16,6 +17,7 @@ from moec.ops.attention import OPERANDS
 from moec.passes.fold_permutes import FoldPermutes
 from moec.passes.incremental import continues_text, incremental
 from moec.passes.runner import run
+from moec.target import host
 from moec.text import parse, print_graph
 
 HEAD = """\
@@ -74,6 +76,17 @@ def folded(whole: Program) -> Program:
 
 def test_the_step_of_tokens_that_stand_first(golden: Callable[[str], None]) -> None:
     golden(print_graph(incremental(folded(program())).graph))
+
+
+def test_no_kernel_moves_what_attention_reads_and_gives() -> None:
+    """Neither in the whole nor in the step."""
+
+    def permuting(whole: Program) -> list[str]:
+        module = lower(whole.graph, host(), incremental(whole).graph).module
+        return [v.name_hint for v in module.get_global_vars() if "permute" in v.name_hint]
+
+    assert permuting(program())
+    assert not permuting(folded(program()))
 
 
 def test_the_step(golden: Callable[[str], None]) -> None:
