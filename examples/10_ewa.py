@@ -5,11 +5,15 @@ as it is, and with its FFNs as four experts each until they are folded back. Bot
 same steps from the same start with the same batches, and both are then the same dense model.
 
 Rate and decay are the best of nine pairs for the dense model, the share rate the best of five for
-EWA, by the loss on 300 of the training images, in runs of other seeds. The two are a tie
-(benchmarks/RESULTS.md).
+EWA, by the loss on 300 of the training images, in runs of other seeds. The two are a tie.
+
+With 100 images, all in each batch, gradients have no noise but that of the random partition: EWA
+is a tie with dense training again, slightly ahead, and behind dense training with dropout.
+benchmarks/RESULTS.md has both tables and the search that led there.
 
     python examples/10_ewa.py           # a few steps of one seed, to see it run
     python examples/10_ewa.py --full    # twenty seeds, the means and their confidence intervals
+    python examples/10_ewa.py --few     # the same with 100 images to train on
 """
 
 from __future__ import annotations
@@ -26,35 +30,52 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moec.train import EWA, Constant
+from moec.train import EWA, Constant, Linear
 
 PATCH, WIDTH, HIDDEN, DEPTH, HEADS = 4, 32, 128, 3, 4
-BATCH, RATE, DECAY = 64, 6e-3, 0.05
-EXPERTS, SHARE = 4, 0.01
-SEEDS, STEPS = 20, 400
+EXPERTS, SEEDS, RATE = 4, 20, 6e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are trained; in each batch `batch` of the images, or all where it is None."""
+
+    steps: int
+    decay: float
+    share: Callable[[int], float]
+    images: int
+    batch: int | None
+    dropouts: tuple[float, ...]  # of the dense contenders
+
+
+FULL = Setting(400, 0.05, Constant(0.01), 899, 64, (0.0,))
+FEW = Setting(200, 0.5, Linear(0, 0.1, 200), 100, None, (0.0, 0.3))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Dropout(dropout), nn.Linear(HIDDEN, WIDTH)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
+        x = x + self.dropout(self.attention(y, y, y, need_weights=False)[0])
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
     """Images f32[B, 1, 8, 8] -> logits f32[B, 10]."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.places = nn.Parameter(torch.randn((8 // PATCH) ** 2, WIDTH) / 50)
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(*(Block(dropout) for _ in range(DEPTH)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -68,24 +89,31 @@ class Data:
     test: tuple[torch.Tensor, torch.Tensor]
 
 
-def digits() -> Data:
-    """1,797 images, the even ones to train on, the odd ones to test on."""
+def digits(count: int, seed: int) -> Data:
+    """1,797 images: `count` of the 899 even ones to train on, the odd ones to test on."""
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(found.target)
-    return Data((images[::2], labels[::2]), (images[1::2], labels[1::2]))
+    even = torch.randperm(899, generator=torch.Generator().manual_seed(seed))[:count].sort()[0] * 2
+    return Data((images[even], labels[even]), (images[1::2], labels[1::2]))
 
 
-def train(model: nn.Module, data: Data, steps: int, seed: int, after: Callable[[], None]) -> None:
+def train(
+    model: nn.Module, data: Data, setting: Setting, steps: int, seed: int, after: Callable[[], None]
+) -> None:
     """AdamW with a cosine; `after` runs after each of its steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, weight_decay=setting.decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     batches = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model.train()
     images, labels = data.train
     for _ in range(steps):
-        batch = torch.randint(len(images), (BATCH,), generator=batches)
+        batch = torch.arange(len(images))
+        if setting.batch:
+            batch = torch.randint(len(images), (setting.batch,), generator=batches)
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -107,15 +135,19 @@ def cost(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
-def both(seed: int, steps: int, data: Data) -> tuple[nn.Module, nn.Module]:
-    """A model trained as it is, and one from the same start trained as experts and folded."""
-    torch.manual_seed(seed)
-    dense = VisionTransformer()
-    model: nn.Module = copy.deepcopy(dense)
-    train(dense, data, steps, seed, lambda: None)
-    ewa = EWA(model, experts=EXPERTS, share=Constant(SHARE))
-    train(model, data, steps, seed, ewa.step)
-    return dense, ewa.fold()
+def contenders(seed: int, steps: int, data: Data, setting: Setting) -> dict[str, nn.Module]:
+    """Models trained as they are, and one from the same start trained as experts and folded."""
+    models: dict[str, nn.Module] = {}
+    for dropout in setting.dropouts:
+        torch.manual_seed(seed)
+        model = VisionTransformer(dropout)
+        if not dropout:
+            start = copy.deepcopy(model)
+        train(model, data, setting, steps, seed, lambda: None)
+        models[f"dropout {dropout:g}" if dropout else "dense"] = model
+    ewa = EWA(start, experts=EXPERTS, share=setting.share)
+    train(start, data, setting, steps, seed, ewa.step)
+    return models | {"EWA": ewa.fold()}
 
 
 def interval(values: list[float]) -> str:
@@ -127,20 +159,29 @@ def interval(values: list[float]) -> str:
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--full", action="store_true", help=f"{SEEDS} seeds, {STEPS} steps each")
-full = parser.parse_args().full
+parser.add_argument("--full", action="store_true", help=f"{SEEDS} seeds, {FULL.steps} steps each")
+parser.add_argument("--few", action="store_true", help=f"{FEW.images} images to train on")
+arguments = parser.parse_args()
+setting = FEW if arguments.few else FULL
+whole = arguments.full or arguments.few
 
-data = digits()
-rows: list[tuple[float, float]] = []
-print(f"accuracy on {len(data.test[1])} images, in percent\nseed  dense    EWA")
-for seed in range(SEEDS if full else 1):
-    dense, folded = both(seed, STEPS if full else 20, data)
-    rows.append((accuracy(dense, data), accuracy(folded, data)))
-    print(f"{seed:4} {rows[-1][0]:6.2f} {rows[-1][1]:6.2f}", flush=True)
+rows: dict[str, list[float]] = {}
+for seed in range(SEEDS if whole else 1):
+    data = digits(setting.images, seed)
+    models = contenders(seed, setting.steps if whole else 20, data, setting)
+    if not seed:
+        print(f"accuracy on {len(data.test[1])} images, in percent")
+        print("seed" + "".join(f"{name:>13}" for name in models))
+    for name, model in models.items():
+        rows.setdefault(name, []).append(accuracy(model, data))
+    print(f"{seed:4}" + "".join(f"{row[-1]:13.2f}" for row in rows.values()), flush=True)
 
-print(f"dense {interval([d for d, _ in rows])}")
-print(f"EWA   {interval([e for _, e in rows])}")
-print(f"EWA over dense, seed by seed: {interval([e - d for d, e in rows])}")
-assert cost(folded) == cost(dense)
-parameters, flops = cost(folded)
+for name, row in rows.items():
+    print(f"{name:12} {interval(row)}")
+ewa = rows.pop("EWA")
+for name, row in rows.items():
+    difference = interval([e - d for d, e in zip(row, ewa, strict=True)])
+    print(f"EWA over {name}, seed by seed: {difference}")
+assert cost(models["EWA"]) == cost(models["dense"])
+parameters, flops = cost(models["EWA"])
 print(f"both: {parameters:,} parameters, {flops:,} FLOPs an image")
