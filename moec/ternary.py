@@ -44,6 +44,11 @@ def grid_of(weight: Tensor) -> Tensor:
     return torch.stack([low.clamp(max=0), high.clamp(min=0)], -1).bfloat16()
 
 
+def shrunk(grid: Tensor, share: float) -> Tensor:
+    """Both numbers times `share`: fewer weights are nearest to 0."""
+    return (grid.float() * share).bfloat16()
+
+
 def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
     """u8[.., N, K]: 2 above half of the greatest, 1 below half of the least, 0 between.
 
@@ -53,11 +58,15 @@ def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
     return (2 * (weight > high).to(torch.uint8)) | (weight < low).to(torch.uint8)
 
 
+def levels(grid: Tensor) -> Tensor:
+    """f32[.., N, 3]: what each code of a row stands for."""
+    low, high = grid.float().unbind(-1)
+    return torch.stack([torch.zeros_like(low), low, high], -1)
+
+
 def values(codes: Tensor, grid: Tensor) -> Tensor:
     """f32[.., N, K]: what codes stand for."""
-    low, high = grid.float().unbind(-1)
-    table = torch.stack([torch.zeros_like(low), low, high], -1)
-    return table.gather(-1, codes.long())
+    return levels(grid).gather(-1, codes.long())
 
 
 def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:

@@ -32,10 +32,21 @@ def grid_of(weight: Tensor) -> Tensor:
     return torch.stack([step, zero.bfloat16()], -1)
 
 
+def shrunk(grid: Tensor, share: float) -> Tensor:
+    """The step times `share`; the zero is a code and stays."""
+    step, zero = grid.float().unbind(-1)
+    return torch.stack([step * share, zero], -1).bfloat16()
+
+
 def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
     """The nearest codes u8[.., N, K]."""
     step, zero = (part[..., None] for part in grid.float().unbind(-1))
     return (weight / step + zero).round().clamp(0, _LEVELS - 1).to(torch.uint8)
+
+
+def levels(grid: Tensor) -> Tensor:
+    """f32[.., N, 4]: what each code of a row stands for."""
+    return values(torch.arange(_LEVELS), grid)
 
 
 def values(codes: Tensor, grid: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 
 from moec.approximate import Change
 from moec.compression import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
+from moec.descent import ROUNDS, descend
 from moec.errors import NoMatch
 from moec.evaluate import run_graph
 from moec.gptq import DAMPING, aimed, damped, hessian, solve_ordered
@@ -38,6 +39,8 @@ from moec.passes.rewrite import drop_dead
 
 GROUP = 16
 """Experts that are solved at a time."""
+REACHES = (1.0, 0.9, 0.8, 0.7)
+"""Shares of the grid that rows of two bits are tried with: they all take the same bits."""
 MOST_ROWS = 4
 """Times the mean number of rows that an expert counts at most."""
 WIDE = ("f32", "bf16", "f16")
@@ -66,9 +69,19 @@ class CompressExperts:
     damping: float = option(
         DAMPING, "share of the mean of the Hessian's diagonal that is added to it", low=0, high=1
     )
+    reach: float = option(
+        1.0,
+        "share of a row's least and greatest weight that ternary numbers start from: with less, "
+        "fewer weights are 0, which takes more bits and loses less",
+        low=0.1,
+        high=1,
+    )
+    rounds: int = option(ROUNDS, "of descent over the codes after GPTQ, at most", low=0)
     name: ClassVar[str] = "compress-experts"
     exact: ClassVar[bool] = False
-    source: ClassVar[str] = "format, ternary grid: arXiv 2310.16795; GPTQ: arXiv 2210.17323"
+    source: ClassVar[str] = (
+        "format, ternary grid: arXiv 2310.16795; GPTQ: arXiv 2210.17323; descent: arXiv 2309.01885"
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -147,18 +160,42 @@ class CompressExperts:
                     )
                 second, cross = moments[source]
                 place = own.params.index(param)
-                grid = grids[param][list(group)]
-                nearest = partial(_nearest, module, grid)
                 wanted = torch.stack([some[place] for some in original])
                 if cross is not second:
                     wanted = aimed(wanted, cross, second, self.damping)
-                solved = solve_ordered(wanted, second, nearest, self.damping).weight
-                found = module.codes_of(solved, grid)
-                grid = module.refit(wanted, found, grid, damped(second, self.damping))
+                found, grid = self._fitted(module, wanted, grids[param][list(group)], second)
                 codes[param][list(group)], grids[param][list(group)] = found, grid
                 for some, matrix in zip(now, module.values(found, grid), strict=True):
                     some[place] = matrix
         return codes, grids, [e for e, own_rows in enumerate(rows) if not len(own_rows)]
+
+    def _fitted(
+        self, module: ModuleType, wanted: torch.Tensor, grid: torch.Tensor, second: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and numbers for the weights `wanted` [E, N, K] of some experts: each row's best of
+        those that start from shares of its grid. An expert without rows keeps the whole one."""
+        known = damped(second, self.damping)
+        unseen = (second.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        least = torch.zeros(())
+        for reach in REACHES if self.kind == "2bit" else (self.reach,):
+            start = torch.where(unseen, grid, module.shrunk(grid, reach))
+            nearest = partial(_nearest, module, start)
+            solved = solve_ordered(wanted, second, nearest, self.damping).weight
+            codes = module.codes_of(solved, start)
+            fitted = module.refit(wanted, codes, start, known)
+            made = descend(module, wanted, codes, fitted, known, self.rounds)
+            off = module.values(*made) - wanted
+            lost = ((off @ known) * off).sum(-1)
+            less = torch.ones_like(lost, dtype=torch.bool) if best is None else lost < least
+            before = best or made
+            codes, fitted = (
+                torch.where(less[..., None], new, old)
+                for new, old in zip(made, before, strict=True)
+            )
+            best, least = (codes, fitted), torch.where(less, lost, least)
+        assert best is not None
+        return best
 
 
 def _nearest(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
