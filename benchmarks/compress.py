@@ -1,13 +1,16 @@
 """What compressing trained experts costs: bits a weight, and perplexity of text not fitted to.
 
-    python benchmarks/compress.py [--models tiny_moe,smollm2] [--tokens 4096]
-                                  [--append benchmarks/RESULTS.md]
+    python benchmarks/compress.py [--models tiny_moe,switch,smollm2] [--tokens 4096]
+                                  [--folder FOLDER] [--append benchmarks/RESULTS.md]
 
-tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/upcycle.py: four of its 30
-layers have experts, trained to give what the dense MLPs gave. Experts are fitted on --tokens tokens
-of Python's standard library, those of all layers on what they see in the model as it was;
-perplexity is that of files that neither model was trained on here. "left" is the share of what
-rounding to nearest loses, in nats, that the fitted weights lose too.
+tiny_moe is examples/tiny_moe, switch the Switch Transformer of benchmarks/switch.py (trained where
+--folder holds none), smollm2 the upcycled model of benchmarks/upcycle.py: four of its 30 layers
+have experts, trained to give what the dense MLPs gave. Experts are fitted on --tokens tokens of
+Python's standard library, those of all layers on what they see in the model as it was; perplexity
+is that of --windows windows of files that no model was trained on here. "left" is the share of what
+rounding to nearest loses, in nats, that is lost too. Ways are those of compress-experts: "gptq
+alone" goes no further than GPTQ and numbers fitted to its codes, "gptq" descends from there, and
+"tuned" is followed by tune-grids.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ import os
 import shlex
 import sys
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
-from curves import CHECKPOINT, HELD_OUT, Say, Tokens, recognised, windows
+from curves import CHECKPOINT, HELD_OUT, Say, recognised, windows
+from switch import FOLDER, trained
 from transformers import AutoTokenizer
 from upcycle import EXPERTS, LAYERS, K, dense, upcycle
 
@@ -32,7 +39,9 @@ from moec.cost import stored_bytes
 from moec.ir import Program
 from moec.meter import Meter
 from moec.passes.compress_experts import CompressExperts
-from moec.passes.layer import layer_of
+from moec.passes.layer import constant, layer_of
+from moec.passes.runner import Log
+from moec.passes.tune_grids import TuneGrids
 
 FITTED_ON = ("argparse.py", "typing.py", "pathlib.py", "ast.py", "dataclasses.py", "shutil.py",
              "email/message.py", "xml/dom/minidom.py", "tarfile.py", "inspect.py", "pickle.py",
@@ -41,31 +50,64 @@ LENGTH = 256
 BITS = {"f32": 32, "bf16": 16}
 
 
-def tiny_moe(tokens: int) -> tuple[Program, Tokens, Tokens, str]:
-    """The program, what it is fitted on, what it is measured on, and what there is to say."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    fitted_on = windows(tokenizer, FITTED_ON, tokens // LENGTH, LENGTH)
-    return recognised(CHECKPOINT), fitted_on, windows(tokenizer, HELD_OUT, 8, LENGTH), ""
+@dataclass(frozen=True)
+class Case:
+    """A model as its blocks are recognised, its tokenizer, and what there is to say."""
+
+    program: Program
+    tokenizer: Any
+    notes: str = ""
 
 
-def smollm2(tokens: int) -> tuple[Program, Tokens, Tokens, str]:
+def tiny_moe(_: Path) -> Case:
+    return Case(recognised(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT))
+
+
+def switch(folder: Path) -> Case:
+    model, example = trained(folder), torch.zeros(2, LENGTH, dtype=torch.int64)
+    return Case(recognised(model, (example,)), AutoTokenizer.from_pretrained(CHECKPOINT))
+
+
+def smollm2(_: Path) -> Case:
     model, tokenizer = dense()
-    fitted_on = windows(tokenizer, FITTED_ON, tokens // LENGTH, LENGTH)
     errors = upcycle(model, tokenizer)
     notes = (
         f"layers {', '.join(map(str, LAYERS))} of 30 with {EXPERTS} experts, top-{K}, which miss "
         f"the dense MLP's output by {', '.join(f'{error:.2f}' for error in errors)}"
     )
-    program = recognised(model, (fitted_on["input_ids"][:2],))
-    return program, fitted_on, windows(tokenizer, HELD_OUT, 2, LENGTH), notes
+    example = torch.zeros(2, LENGTH, dtype=torch.int64)
+    return Case(recognised(model, (example,)), tokenizer, notes)
 
 
-MODELS = {"tiny_moe": tiny_moe, "smollm2": smollm2}
+MODELS: dict[str, Callable[[Path], Case]] = {
+    "tiny_moe": tiny_moe,
+    "switch": switch,
+    "smollm2": smollm2,
+}
 
 
-def measure(name: str, tokens: int, say: Say) -> None:
-    program, fitted_on, held_out, notes = MODELS[name](tokens)
-    graph = program.graph
+def ways(kind: str, reach: float, steps: int) -> dict[str, tuple[CompressExperts, int]]:
+    """By name: the pass, and the steps of tuning behind it."""
+    made = {
+        "nearest": (CompressExperts(kind=kind, by="nearest"), 0),
+        "gptq alone": (CompressExperts(kind=kind, rounds=0), 0),
+        "gptq": (CompressExperts(kind=kind), 0),
+    }
+    if steps:
+        made["gptq, tuned"] = (CompressExperts(kind=kind), steps)
+    if kind == "ternary":
+        further = CompressExperts(kind=kind, reach=reach)
+        made[f"reach {reach:g}"] = (further, 0)
+        if steps:
+            made[f"reach {reach:g}, tuned"] = (further, steps)
+    return made
+
+
+def measure(name: str, options: argparse.Namespace, say: Say) -> None:
+    case = MODELS[name](options.folder)
+    program, graph, notes = case.program, case.program.graph, case.notes
+    fitted_on = windows(case.tokenizer, FITTED_ON, options.tokens // LENGTH, LENGTH)
+    held_out = windows(case.tokenizer, HELD_OUT, options.windows, LENGTH)
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
     chooser = Meter(program, calibration(fitted_on, program, {}))
     observed = list(zip(layers, chooser.seen(program, layers), strict=True))
@@ -82,27 +124,53 @@ def measure(name: str, tokens: int, say: Say) -> None:
         f"fitted on {fitted_on['input_ids'].numel()} tokens, perplexity of "
         f"{meter.calibration.tokens} of {', '.join(HELD_OUT)}: {before:.2f}"
     )
-    say(f"{'':18}{'bits a weight':>14}{'perplexity':>12}{'nats lost':>11}{'left':>7}")
+    seen = torch.cat([some.usage(layer.count) for layer, some in observed]).sort().values
+    say(f"rows of an expert: {seen[0]} to {seen[-1]}, {seen[len(seen) // 2]} in the middle")
+    say(f"{'':24}{'bits a weight':>14}{'zeros':>7}{'perplexity':>12}{'nats lost':>11}{'left':>6}")
     for kind in KINDS:
-        rounded = math.nan
-        for by in ("nearest", "gptq"):
-            pass_, made = CompressExperts(kind=kind, by=by), program
-            for layer, seen in observed:
-                made = pass_.change(made, layer, seen).program
+        rounded, fitted = math.nan, dict[CompressExperts, Program]()
+        for way, (pass_, steps) in ways(kind, options.reach, options.steps).items():
+            if pass_ not in fitted:
+                made = program
+                for layer, some in observed:
+                    made = pass_.change(made, layer, some).program
+                fitted[pass_] = made
+            made = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
             after = meter.measure(made)[0].perplexity
             assert after is not None
             lost = math.log(after / before)
-            rounded = lost if by == "nearest" else rounded
+            rounded = lost if way == "nearest" else rounded
             own = bits - 8 * (whole - stored_bytes(made)) / weights
-            left = "" if by == "nearest" else f"{lost / rounded:7.0%}"
-            say(f"{f'{kind}, {by}':18}{own:14.2f}{after:12.2f}{lost:11.3f}{left}")
+            left = "" if way == "nearest" else f"{lost / rounded:6.0%}"
+            say(
+                f"{f'{kind}, {way}':24}{own:14.2f}{zeros(made):7.0%}{after:12.2f}{lost:11.3f}{left}"
+            )
     say("")
+
+
+def tuned(program: Program, meter: Meter, steps: int) -> Program:
+    pass_ = TuneGrids(steps=steps)
+    for layer, grids in zip(*pass_.observe(program, meter, Log()), strict=True):
+        program = pass_.change(program, layer, grids).program
+    return program
+
+
+def zeros(program: Program) -> float:
+    """The share of the compressed weights that are 0."""
+    stacks = [
+        constant(program, op.outputs[0]) for op in program.graph.ops if op.name == "moe.decompress"
+    ]
+    return sum(int((s == 0).sum()) for s in stacks) / sum(s.numel() for s in stacks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny_moe,smollm2")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=64, help="of 256 tokens that are held out")
+    parser.add_argument("--reach", type=float, default=0.7, help="of the ternary grid's second try")
+    parser.add_argument("--steps", type=int, default=200, help="of tune-grids; 0 leaves it out")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of switch's checkpoint")
     parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,7 +183,7 @@ def main() -> None:
 
     say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
     for name in options.models.split(","):
-        measure(name, options.tokens, say)
+        measure(name, options, say)
     if options.append is None:
         return
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]

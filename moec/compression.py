@@ -33,14 +33,19 @@ def compress(kind: str, codes: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
     return made.stream, made.starts, grid
 
 
-def decompress(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
-    """The weights f32[E, N, width]. Raises ValueError for a stream that does not hold them."""
+def codes_in(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
+    """The codes u8[E, N, width]. Raises ValueError for a stream that does not hold them."""
     *stored, grid = parts
     if kind == "2bit":
-        return two_bits.values(two_bits.decode(stored[0], width), grid)
+        return two_bits.decode(stored[0], width)
     stream, starts = stored
     codes = ternary.decode(ternary.Encoded(stream, starts), width)
-    return ternary.values(codes.view(*grid.shape[:2], width), grid)
+    return codes.view(*grid.shape[:2], width)
+
+
+def decompress(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
+    """The weights f32[E, N, width]. Raises ValueError for a stream that does not hold them."""
+    return grid_module(kind).values(codes_in(kind, parts, width), parts[-1])  # type: ignore[no-any-return]
 
 
 def nbytes(parts: Sequence[Tensor]) -> int:

@@ -137,7 +137,7 @@ class Meter:
         weights = {name: self._widened(tensor) for name, tensor in read.items()}
         states = [program.weights[s.before.name] for s in program.graph.states]
         for case in self.calibration.cases if cases is None else cases:
-            inputs = [_float32(tensor) for tensor in (*case, *states)]
+            inputs = [float32(tensor) for tensor in (*case, *states)]
             with torch.no_grad():
                 yield evaluate(wide, inputs, weights)
 
@@ -295,5 +295,6 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
+def float32(tensor: torch.Tensor) -> torch.Tensor:
+    """bf16 and f16 widened; any other tensor itself."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

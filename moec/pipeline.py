@@ -48,6 +48,7 @@ from moec.passes.runner import Asked, Pass, Step
 from moec.passes.share_common import ShareCommon
 from moec.passes.specialise import Specialise
 from moec.passes.split_packed import SplitPacked
+from moec.passes.tune_grids import TuneGrids
 from moec.quantisation import Format, Quantisation
 
 SPELLED: tuple[tuple[int, Pass], ...] = (
@@ -89,6 +90,7 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     AverageExperts,
     MergeExperts,
     CompressExperts,
+    TuneGrids,
     InsertZeroExperts,
     RefactorDense,
 )

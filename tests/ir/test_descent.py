@@ -1,4 +1,4 @@
-"""Descent over codes: never worse than what it is given, and no single code left that would help."""
+"""Descent over codes: never worse than what it is given, and no single code that still helps."""
 
 from __future__ import annotations
 
