@@ -8,8 +8,9 @@
 
 Each linear layer of an expert is solved on the rows that the router sends it (GPTQ). Where it reads
 what compressed layers before it make, it aims at what the original made of the original's, and so
-mends some of their errors; least squares then fit the two numbers of each row to its codes. Experts
-are solved 16 at a time. No expert counts more rows than four times the mean, so that a favourite
+mends some of their errors. Least squares then fit the two numbers of each row to its codes, and
+codes and numbers take turns until none of them helps any more (moec/descent.py). Experts are solved
+16 at a time. No expert counts more rows than four times the mean, so that a favourite
 does not hold up the rest; one that saw none has nothing to be solved on, and is rounded to nearest.
 Routers, norms, biases and the head stay.
 """
