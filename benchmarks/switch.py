@@ -1,13 +1,14 @@
 """A small Switch Transformer that writes Python: what benchmarks/compress.py compresses besides.
 
-    python benchmarks/switch.py [--steps 1600] [--out FOLDER]
+    python benchmarks/switch.py [--steps 2000] [--out FOLDER]
 
 A decoder of LAYERS layers whose feed-forward networks are experts: EXPERTS of them, of which the
 router takes one, two matrices and a ReLU between them, and the result times the router's share
-(Switch, arXiv 2101.03961: equations 1 and 2, and the balancing loss of equations 4 to 6). QMoE
-compresses models of this kind (arXiv 2310.16795): many experts, each seldom used, trained without
-weight decay. It is trained on the text of examples/tiny_moe, by its tokenizer and its split of
-Python's standard library; steps and seed are fixed, and what is kept is in bfloat16.
+(Switch, arXiv 2101.03961: equations 1 and 2, the balancing loss of equations 4 to 6, and the small
+first weights of its section 2.4). QMoE compresses models of this kind (arXiv 2310.16795): many
+experts, each seldom used, trained without weight decay. It is trained on the text of
+examples/tiny_moe, by its tokenizer and its split of Python's standard library; steps and seed are
+fixed, and what is kept is in bfloat16.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from transformers import AutoTokenizer
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe"
 FOLDER = Path(tempfile.gettempdir()) / "moec-switch"
 WORDS, WIDTH, INNER, HEADS, LAYERS, EXPERTS, LENGTH = 1024, 128, 512, 4, 4, 32, 256
-STEPS, BATCH, RATE, BALANCE = 1600, 8, 2e-3, 0.01
+STEPS, BATCH, RATE, BALANCE = 2000, 8, 3e-3, 0.01
+SPREAD = 0.1
+"""Of first weights: their variance times the width of what they read."""
 
 
 class Expert(nn.Module):
@@ -93,6 +96,10 @@ class Decoder(nn.Module):
         self.tokens, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WORDS, False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = math.sqrt(SPREAD / module.in_features)
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         for table in (self.tokens, self.places):
             nn.init.normal_(table.weight, std=0.3)
 
