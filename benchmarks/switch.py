@@ -1,6 +1,6 @@
 """A small Switch Transformer that writes Python: what benchmarks/compress.py compresses besides.
 
-    python benchmarks/switch.py [--steps 2000] [--out FOLDER]
+    python benchmarks/switch.py [--steps 1600] [--out FOLDER]
 
 A decoder of LAYERS layers whose feed-forward networks are experts: EXPERTS of them, of which the
 router takes one, two matrices and a ReLU between them, and the result times the router's share
@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe"
 FOLDER = Path(tempfile.gettempdir()) / "moec-switch"
 WORDS, WIDTH, INNER, HEADS, LAYERS, EXPERTS, LENGTH = 1024, 128, 512, 4, 4, 32, 256
-STEPS, BATCH, RATE, BALANCE = 2000, 8, 3e-3, 0.01
+STEPS, BATCH, RATE, BALANCE = 1600, 8, 3e-3, 0.01
 SPREAD = 0.1
 """Of first weights: their variance times the width of what they read."""
 

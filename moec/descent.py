@@ -35,26 +35,20 @@ def descend(
     grid: Tensor,
     hessian: Tensor,
     rounds: int = ROUNDS,
-    price: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Codes u8[.., N, K] and a grid bf16[.., N, 2] of `module` that stand for weight [.., N, K] no
-    worse than those given, by the inputs' Hessian [.., K, K]; none of these is changed.
-
-    `price` is what a weight must gain to be other than 0, as a share of what it costs to leave
-    out one of the mean size of its row: fewer of them are fewer bits.
-    """
+    worse than those given, by the inputs' Hessian [.., K, K]; none of these is changed."""
     weight, hessian = weight.float(), hessian.float().contiguous()
     best = codes, grid
-    tolls = price * _toll(weight, hessian)
-    slope, least = _slope(module, weight, *best, hessian, tolls)
+    slope, least = _slope(module, weight, *best, hessian)
     for _ in range(rounds):
         made = best[0].clone(memory_format=torch.contiguous_format)
         levels = module.levels(best[1]).contiguous()
         now = module.values(made, best[1])
-        if not _descend(weight, now, made, levels, hessian, slope, tolls):
+        if not _descend(weight, now, made, levels, hessian, slope):
             break
         fitted = module.refit(weight, made, best[1], hessian)
-        new, off = _slope(module, weight, made, fitted, hessian, tolls)
+        new, off = _slope(module, weight, made, fitted, hessian)
         less = (off < least)[..., None]
         best = torch.where(less, made, best[0]), torch.where(less, fitted, best[1])
         slope, least = torch.where(less, new, slope), torch.minimum(off, least)
@@ -63,19 +57,13 @@ def descend(
     return best
 
 
-def _toll(weight: Tensor, hessian: Tensor) -> Tensor:
-    cost: Tensor = weight.square() @ hessian.diagonal(dim1=-2, dim2=-1)[..., None]
-    return cost[..., 0] / weight.shape[-1]
-
-
 def _slope(
-    module: ModuleType, weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor, tolls: Tensor
+    module: ModuleType, weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(q - w) H f32[.., N, K], and what is to become least f32[.., N]."""
-    made = module.values(codes, grid)
-    off = made - weight
-    slope = off @ hessian
-    return slope, (slope * off).sum(-1) + tolls * (made != 0).sum(-1)
+    off = module.values(codes, grid) - weight
+    slope: Tensor = off @ hessian
+    return slope, (slope * off).sum(-1)
 
 
 def _descend(
@@ -85,7 +73,6 @@ def _descend(
     levels: Tensor,
     hessian: Tensor,
     slope: Tensor,
-    tolls: Tensor,
 ) -> int:
     """Changes `codes`; how many changes there were."""
     *_, n, k = weight.shape
@@ -94,12 +81,12 @@ def _descend(
     _sweep(
         now.reshape(-1, k).numpy(), codes.view(-1, k).numpy(),
         levels.view(-1, levels.shape[-1]).numpy(), hessian.view(-1, k, k).numpy(), own,
-        tolls.reshape(-1).numpy(), n, moved.numpy(),
+        n, moved.numpy(),
     )  # fmt: skip
     return int(moved.sum())
 
 
-def _row(values: Any, codes: Any, levels: Any, hessian: Any, slope: Any, toll: Any) -> int:
+def _row(values: Any, codes: Any, levels: Any, hessian: Any, slope: Any) -> int:
     moved = 0
     for _ in range(SWEEPS):
         before = moved
@@ -108,7 +95,6 @@ def _row(values: Any, codes: Any, levels: Any, hessian: Any, slope: Any, toll: A
             for c in range(len(levels)):
                 step = levels[c] - values[j]
                 change = step * (2 * slope[j] + step * cost)
-                change += toll * ((levels[c] != 0) - (values[j] != 0))
                 if change < gain - LEAST * cost * step * step:
                     best, gain = c, change
             if best != codes[j]:
@@ -126,10 +112,10 @@ _one = cast(Any, numba.njit(_row))
 
 
 def _rows(
-    values: Any, codes: Any, levels: Any, hessian: Any, slope: Any, tolls: Any, n: int, moved: Any
+    values: Any, codes: Any, levels: Any, hessian: Any, slope: Any, n: int, moved: Any
 ) -> None:
     for r in numba.prange(len(values)):
-        moved[r] = _one(values[r], codes[r], levels[r], hessian[r // n], slope[r], tolls[r])
+        moved[r] = _one(values[r], codes[r], levels[r], hessian[r // n], slope[r])
 
 
 _sweep = cast(Any, numba.njit(parallel=True)(_rows))

@@ -141,12 +141,3 @@ def test_a_row_of_zeros_stays_one():
     weight[0, 2] = 0
     codes, grid = descend(ternary, weight, *start(ternary, weight), known)
     assert not ternary.values(codes, grid)[0, 2].any()
-
-
-def test_where_weights_have_a_price_fewer_are_not_0():
-    weight, known = case(7, 40, 40)
-    used = [
-        int((descend(ternary, weight, *start(ternary, weight), known, price=p)[0] > 0).sum())
-        for p in (0.0, 0.3, 1.0, 1e6)
-    ]
-    assert used[0] > used[1] > used[2] > used[3] == 0
