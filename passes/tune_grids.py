@@ -40,7 +40,7 @@ class TuneGrids:
     """Train the numbers that compressed experts' codes stand for, in all layers at once."""
 
     steps: int = option(100, "of training, each on one case of the calibration data", low=1)
-    rate: float = option(0.01, "by which numbers change in a step, relatively", low=0, high=1)
+    rate: float = option(0.005, "by which numbers change in a step, relatively", low=0, high=1)
     seed: int = option(0, "of the order of the cases", low=0)
     name: ClassVar[str] = "tune-grids"
     exact: ClassVar[bool] = False
