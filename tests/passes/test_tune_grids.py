@@ -19,7 +19,10 @@ both = pytest.mark.parametrize("kind", PARTS)
 def test_the_model_comes_closer_and_only_numbers_change(kind):
     """On other tokens of the same kind too."""
     before, after = change(
-        program(2), CompressExperts(kind=kind), TuneGrids(steps=40), calib={"ids": tokens(1024)}
+        program(2),
+        CompressExperts(kind=kind),
+        TuneGrids(steps=40, rate=0.01),
+        calib={"ids": tokens(1024)},
     )[-2:]
     assert after.damage.after.kl < 0.9 * before.damage.after.kl
     assert after.damage.bytes_before == after.damage.bytes_after
