@@ -126,7 +126,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     )
     seen = torch.cat([some.usage(layer.count) for layer, some in observed]).sort().values
     say(f"rows of an expert: {seen[0]} to {seen[-1]}, {seen[len(seen) // 2]} in the middle")
-    say(f"{'':24}{'bits a weight':>14}{'zeros':>7}{'perplexity':>12}{'nats lost':>11}{'left':>6}")
+    say(f"{'':26}{'bits a weight':>14}{'zeros':>7}{'perplexity':>12}{'nats lost':>11}{'left':>6}")
     for kind in KINDS:
         rounded, fitted = math.nan, dict[CompressExperts, Program]()
         for way, (pass_, steps) in ways(kind, options.reach, options.steps).items():
@@ -143,7 +143,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
             own = bits - 8 * (whole - stored_bytes(made)) / weights
             left = "" if way == "nearest" else f"{lost / rounded:6.0%}"
             say(
-                f"{f'{kind}, {way}':24}{own:14.2f}{zeros(made):7.0%}{after:12.2f}{lost:11.3f}{left}"
+                f"{f'{kind}, {way}':26}{own:14.2f}{zeros(made):7.0%}{after:12.2f}{lost:11.3f}{left}"
             )
     say("")
 
