@@ -4,7 +4,7 @@
 
 Text comes from Python's own standard library: the weights are fitted on files that the model was
 trained on, and perplexity is measured on files that it never saw. The experts of this model are
-256 x 128: a row's start and its two numbers weigh half as much as its codewords, and fewer of its
+256 x 128: a row's start and its two numbers weigh a third of its codewords, and fewer of its
 weights are zero. In models as large as those of QMoE, whose format this is, rows are longer and
 88 % zero, and a weight takes 0.8 bits (benchmarks/ternary.py).
 """
