@@ -92,9 +92,11 @@ class Layout:
 
     @property
     def depth_block(self) -> int:
-        """Steps whose weights fill half of the second-level cache: rows are blocked over them."""
+        """Steps that rows are blocked over: equal blocks, whose weights fill half of the
+        second-level cache at most."""
         step = self.columns * (2 if self.spec.dtype == "float16" else 4)
-        return min(self.depth, max(64, self.target.l2 // 2 // step))
+        blocks = -(-self.depth // max(64, self.target.l2 // 2 // step))
+        return -(-self.depth // blocks)
 
     @property
     def dtype(self) -> str:

@@ -56,7 +56,8 @@ class QuantisedTile(Tile):
         def some(row: Expr, m: int, fetch: Fetch | None) -> None:
             self._some(group, tile, row, m, fetch)
 
-        self._in_blocks(group, tile, first, count, self.layout.tile_rows, following, some)
+        after = None if following is None else (*following, 0)
+        self._in_blocks(group, tile, first, count, self.layout.tile_rows, after, some)
 
     def _some(
         self,

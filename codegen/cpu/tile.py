@@ -25,11 +25,16 @@ from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 
-# Rows that pass over a block of K before the next block: their partial sums stay in the cache.
-# A multiple of every tile's rows.
+# Rows that a thread takes at once, where there is a choice. A multiple of every tile's rows.
 ROW_CHUNK = 96
+# Rows that pass over a block of K before the next block: their partial sums stay in the cache, and
+# few experts have more, for which all weights are read again. A multiple of every tile's rows.
+PARTIAL_ROWS = 192
 
 Fetch = Callable[[Expr], None]  # emits what a step of K asks the memory for
+Following = tuple[Expr, Expr, Expr | int]
+"""The weights that are read next: their group and tile, and how many steps of K behind (or before)
+those that are being read."""
 LINE = 64  # bytes that the memory gives at once
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
@@ -119,14 +124,24 @@ class Tile:
             elements = lay.depth_block * (2 if lay.pairs else 1)
             panel = T.alloc_buffer((lay.target.tile_rows, elements), "float32")
         if blocks == 1:
-            self._row_blocks(group, tile, first, count, 0, None, first, panel, following)
+            after = None if following is None else (*following, 0)
+            self._row_blocks(group, tile, first, count, 0, None, first, panel, after)
             return
-        partial = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
-        with T.serial(0, ceildiv(count, ROW_CHUNK)) as c:
-            base = T.bind(first + c * ROW_CHUNK)
-            n = T.bind(T.min(count - c * ROW_CHUNK, T.int64(ROW_CHUNK)))
+        partial = T.alloc_buffer((PARTIAL_ROWS, lay.columns), "float32")
+        chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
+        with T.serial(0, chunks) as c:
+            base = T.bind(first + c * PARTIAL_ROWS)
+            n = T.bind(T.min(count - c * PARTIAL_ROWS, T.int64(PARTIAL_ROWS)))
             with T.serial(0, blocks) as b:
-                self._row_blocks(group, tile, base, n, b, partial, base, panel)
+                after = None
+                if following is not None:
+                    inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
+                    after = (
+                        T.bind(T.Select(inside, group, following[0])),
+                        T.bind(T.Select(inside, tile, following[1])),
+                        T.bind(T.Select(b < blocks - 1, lay.depth_block, -b * lay.depth_block)),
+                    )
+                self._row_blocks(group, tile, base, n, b, partial, base, panel, after)
 
     def zero_rows(self, tile: Expr, first: Expr, count: Expr) -> None:
         """Sets y[first : first + count, columns of tile] to 0."""
@@ -145,7 +160,7 @@ class Tile:
         partial: Buffer | None,
         base: Expr,
         panel: Buffer | None,
-        following: tuple[Expr, Expr] | None = None,
+        following: Following | None = None,
     ) -> None:
         def some(row: Expr, m: int, fetch: Fetch | None) -> None:
             self._block(group, tile, row, m, block, partial, base, panel, fetch)
@@ -159,7 +174,7 @@ class Tile:
         first: Expr,
         count: Expr,
         most: int,
-        following: tuple[Expr, Expr] | None,
+        following: Following | None,
         some: Callable[[Expr, int, Fetch | None], None],
     ) -> None:
         """`some` for all rows, `most` of them at a time, and then for those that are left."""
@@ -171,9 +186,9 @@ class Tile:
             enough = whole >= max(vectors, self.layout.tuning.next_from)
             fetching = T.bind(T.Select(enough, T.int64(vectors), T.int64(0)))
             with T.serial(0, fetching) as i:
-                ahead = (*following, i * v.lanes)
+                next_group, next_tile, steps, lane = (*following, i * v.lanes)
                 row = T.bind(first + i * most)
-                some(row, most, lambda k: v.prefetch(w, [ahead[0], ahead[1], k, ahead[2]]))
+                some(row, most, lambda k: v.prefetch(w, [next_group, next_tile, k + steps, lane]))
 
         def own(step: Expr) -> None:
             self._fetch(group, tile, step)

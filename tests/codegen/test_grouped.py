@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.pack import pack, pack_bias
+from moec.codegen.cpu.tile import PARTIAL_ROWS
 from moec.codegen.cpu.vector import Vector
 from moec.target import TARGETS, missing
 
@@ -146,6 +148,25 @@ def test_any_routing(build, data, tokens, top_k):
     function(x, order, ends, packed, y)
     rows, ones = x[order.long() // top_k], torch.ones(tokens * top_k, 1)
     check(y, expected(rows, ends, [weight], [], ones, lambda p: p), "float32")
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_k_in_blocks_changes_no_bit(build, target, dtype):
+    """Whatever the cache holds: an expert without rows, with one, with more than meet a block."""
+    spec = LinearSpec(70, 270, dtype, "float32", groups=4)
+    x = torch.randn(PARTIAL_ROWS + 50, 270).to(DTYPES[dtype])
+    ends = torch.tensor([PARTIAL_ROWS + 31, PARTIAL_ROWS + 31, PARTIAL_ROWS + 32, len(x)]).int()
+    weight = torch.randn(4, 70, 270).to(DTYPES[dtype])
+    made = []
+    for l2 in (1, 1 << 20):
+        of = replace(target, l2=l2)
+        layout = Layout(spec, of)
+        assert (layout.depth_block < layout.depth) == (l2 == 1)
+        made.append(torch.full((len(x), 70), float("nan")))
+        packed = torch.from_numpy(pack(layout, weight))
+        build(of, grouped_linear(of, spec))(x, ends, packed, made[-1])
+    assert torch.equal(*made)
 
 
 def test_tiles_of_many_experts_are_taken_several_at_once(build):

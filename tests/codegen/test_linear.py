@@ -104,12 +104,12 @@ def test_products_that_cannot_stand_side_by_side():
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_k_in_blocks_adds_up(build, rounding, target, dtype):
-    """The smallest cache makes blocks of 64 steps; the last one is shorter."""
+    """The smallest cache makes blocks of 64 steps at most; the last one is shorter."""
     target = replace(target, l2=1)
     spec = LinearSpec(40, 301, dtype, bias=True)
     layout = Layout(spec, target)
-    assert layout.depth_block == 64
-    assert layout.depth % 64
+    assert 48 < layout.depth_block <= 64
+    assert layout.depth % layout.depth_block
     (weight,), biases, packed = operands(target, spec)
     kernel = build(target, linear(target, spec))
     for t in (1, 100):
