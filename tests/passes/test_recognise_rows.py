@@ -19,6 +19,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "slot-rows": (rows.SlotRows, 2, "static loop"),
     "written": (lambda: rows.Written(rule=switch), 1, "static loop"),
     "kept": (lambda: rows.Kept(rule=switch), 1, "static loop"),
+    "counted": (rows.Counted, 2, "sort + grouped_mm"),
     "asked": (rows.Asked, 2, "static loop"),
     "places": (lambda: rows.Places(chunks=False), 1, "dense dispatch with capacity"),
     "chunks": (lambda: rows.Places(chunks=True), 1, "dense dispatch with capacity"),

@@ -91,6 +91,21 @@ class Kept(Loop):
         return out
 
 
+class Counted(Loop):
+    """Rows sorted by expert are split by how many each has, as JetMoE does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        counts = F.one_hot(flat, len(self.experts)).sum(0).tolist()
+        token = order // chosen.shape[1]
+        parts = x[token].split(counts, dim=0)
+        made = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        made = made * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, token, made)
+
+
 class Asked(Loop):
     """Experts without rows are skipped; their numbers run backwards."""
 
