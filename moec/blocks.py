@@ -7,7 +7,7 @@ from typing import cast
 from moec.ir import Graph, Op, Value
 from moec.ops.routing import Routing
 from moec.ops.zero_experts import KINDS
-from moec.report_data import Block
+from moec.report_data import WHOLE, Block
 from moec.sizes import product
 
 _ROUTERS = ("moe.route", "moe.gate")
@@ -42,7 +42,7 @@ def _block(graph: Graph, op: Op) -> Block:
     total = sum(cast(int, product(stack.shape)) for stack in op.inputs[2:])
     assert op.body is not None
     return Block(
-        name=op.origin.removesuffix(".experts") or "(whole model)",
+        name=op.origin.removesuffix(".experts") or WHOLE,
         experts=experts,
         top_k=top_k,
         router=_router(graph, dispatch),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from moec.report_data import PassLine, PortLine, ReportData
+from moec.report_data import WHOLE, PassLine, PortLine, ReportData
 from moec.sizes import product, show_dim
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def pass_lines(steps: Iterable[Step]) -> tuple[PassLine, ...]:
 
 def kernels_of(path: str, kernels: Sequence[tuple[str, str]]) -> str:
     """The kernels that run what stands at `path` in the model, each once, in order."""
-    return ", ".join(dict.fromkeys(kernel for where, kernel in kernels if inside(where, path)))
+    found = (kernel for where, kernel in kernels if path == WHOLE or inside(where, path))
+    return ", ".join(dict.fromkeys(found))
 
 
 def inside(where: str, path: str) -> bool:

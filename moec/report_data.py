@@ -8,6 +8,9 @@ from typing import Any, Self
 
 from moec.damage import Damage
 
+WHOLE = "(whole model)"
+"""The name of a block that is no module of its own."""
+
 
 @dataclass(frozen=True)
 class Block:

@@ -24,6 +24,7 @@ from moec.dynamo.convert import Converted
 from moec.errors import NoMatch
 from moec.ir import Attr, Graph, Op, Program, TensorType, Value
 from moec.passes.recognise.region import VIEWS, Scope, unlike
+from moec.report_data import WHOLE
 from moec.sizes import Bounds, Dim, normal, symbol, symbols
 
 
@@ -55,7 +56,7 @@ def regions(converted: Converted, recognised: Program) -> Iterator[Region | tupl
     nodes = dict(converted.nodes)
     for op in graph.ops:
         if op.name == "moe.combine":
-            where = op.origin.removesuffix(".experts") or "(whole model)"
+            where = op.origin.removesuffix(".experts") or WHOLE
             try:
                 y, stood = _result(op, converted.program.graph, graph)
                 if stood not in nodes:

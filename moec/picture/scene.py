@@ -14,9 +14,7 @@ from moec.ir import Graph, Op, Value
 from moec.picture.part import ENTRY, Part, Scene
 from moec.picture.repeats import collapse
 from moec.report import inside, port
-from moec.report_data import Block, DeclinedLine
-
-WHOLE = "(whole model)"  # the name of a block that is no module of its own
+from moec.report_data import WHOLE, Block, DeclinedLine
 
 
 @dataclass

@@ -22,6 +22,7 @@ from moec.errors import (
     UnsupportedError,
     UsageError,
 )
+from moec.report_data import WHOLE
 from moec.runtime import artifact
 from moec.target import TARGETS
 from tests.capture.modules import WIDTH, Function, Moe
@@ -51,6 +52,12 @@ def test_torch_gives_torch_and_numpy_gives_numpy(model: Moe, compiled: moec.Comp
     assert close(torch.from_numpy(made), model(x))
     assert close(compiled(x), model(x))
     assert repr(compiled).startswith("<Moe, compiled for ")
+
+
+def test_a_model_that_is_one_block_names_its_kernels(compiled: moec.CompiledModel) -> None:
+    (block,) = compiled.blocks
+    assert block.name == WHOLE
+    assert {"dispatch", "combine"} <= set(block.kernel.split(", "))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64])
