@@ -174,6 +174,12 @@ def _check_assumed(
     """Raises CaptureError where the module disagrees with what its capture took for granted, or
     where a condition was never seen to skip its rows: then nothing shows that it may be left out.
     """
+    if example and not any(tensor.numel() for tensor in example):
+        raise CaptureError(
+            f"{name} loops over what nonzero() finds, or asks whether a mask is set, and its "
+            "example is empty, which shows nothing of what that does; give an example with some "
+            "rows"
+        )
     if not _agree(program, eager, example):
         raise CaptureError(
             f"{name} loops over what nonzero() finds, or asks whether a mask is set, and running "
@@ -354,7 +360,8 @@ def _draws(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def _cut(tensor: torch.Tensor, axes: Sequence[int], place: int = 0) -> torch.Tensor:
     for axis in axes:
-        tensor = tensor.narrow(axis, place % tensor.shape[axis], 1)
+        if tensor.shape[axis]:
+            tensor = tensor.narrow(axis, place % tensor.shape[axis], 1)
     return tensor
 
 

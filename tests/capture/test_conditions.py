@@ -88,3 +88,8 @@ def test_refuses_a_condition_that_was_never_unset() -> None:
 def test_refuses_a_condition_that_does_not_hold() -> None:
     with pytest.raises(CaptureError, match="asks whether a mask is set, and running the loop"):
         capture(Doubled(100), (torch.randn(5, 3),))
+
+
+def test_refuses_an_example_without_rows() -> None:
+    with pytest.raises(CaptureError, match=r"its example is empty.*give an example with some rows"):
+        capture(Block(ASKS["any"]), (torch.zeros(0, WIDTH),))
