@@ -54,11 +54,17 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """The input is added to scores before experts are chosen: as weak as trained ones are,
+    nothing at all, or stronger than any score."""
+
+
+@dataclass(frozen=True)
 class Positive:
     """The input holds routing weights."""
 
 
-Feed = Ids | OneHot | Logits | Positive | None
+Feed = Ids | OneHot | Logits | Correction | Positive | None
 """What a random input looks like; None is any float."""
 
 Results = Sequence[torch.Tensor]
@@ -143,7 +149,7 @@ class Prover:
         wide = widen(before)
         cases = []
         for sizes in _sizes(before, counts):
-            for pattern in ("random", "tied", "one expert", "few experts"):
+            for pattern in _patterns(feeds):
                 given = [
                     _input(value, feeds.get(value), pattern, sizes, generator)
                     for value in before.inputs
@@ -227,6 +233,11 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
     return (*_COUNTS[:-1], max(_COUNTS[-1], most))
 
 
+def _patterns(feeds: Mapping[Value, Feed]) -> tuple[str, ...]:
+    scores = any(isinstance(feed, Logits) for feed in feeds.values())
+    return ("random", "tied", "one expert", "few experts", *(["uneven"] if scores else []))
+
+
 def _is_constant(value: Value) -> bool:
     """Ids, masks and scalars mean what they hold; other weights may be anything."""
     return value.dtype not in FLOATS or not value.shape
@@ -265,6 +276,9 @@ def _input(
             return hot.reshape(shape).to(dtype)
         case Logits():
             return _logits(shape, pattern, generator).to(dtype)
+        case Correction():
+            scale = {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
         case Positive():
             return torch.rand(shape, generator=generator).add(0.1).to(dtype)
     if value.dtype not in FLOATS:
@@ -288,6 +302,10 @@ def _ids(
 
 def _logits(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> torch.Tensor:
     logits = torch.randn(shape, generator=generator)
+    if pattern == "uneven":
+        share = torch.rand((*shape[:-1], 1), generator=generator)
+        low = torch.where(torch.rand(share.shape, generator=generator) < 0.5, -12.0, -3.0)
+        return logits + torch.where(torch.rand(shape, generator=generator) < share, 0.0, low)
     if pattern == "tied":
         return logits.round()
     if pattern == "one expert":

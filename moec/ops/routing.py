@@ -53,6 +53,31 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def _scores(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
+    if routing.score == "softmax":
+        return logits.float().softmax(-1)
+    return logits.float().sigmoid() if routing.score == "sigmoid" else logits.float()
+
+
+def choice_scores(
+    routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
+) -> torch.Tensor:
+    """f32[.., E]: what the experts are chosen by, before any limit to groups."""
+    scores = _scores(routing, logits)
+    return scores if correction is None else scores + correction.float()
+
+
+def group_scores(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
+    """f32[.., groups]: what groups are kept by, of choice scores [.., E]."""
+    ranked = _grouped(routing, choice).sort(-1, descending=True).values
+    return ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
+
+
+def _grouped(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
+    size = choice.shape[-1] // routing.groups
+    return choice.reshape(*choice.shape[:-1], routing.groups, size)
+
+
 def route_logits(
     routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,19 +86,13 @@ def route_logits(
     if routing.score == "sparsemixer":
         weights, experts = _sparsemixer(logits, routing)
         return weights.to(dtype), experts
-    scores = {
-        "softmax": lambda: logits.softmax(-1),
-        "sigmoid": lambda: logits.sigmoid(),
-        "none": lambda: logits,
-    }[routing.score]()
-    choice = scores if correction is None else scores + correction.float()
+    scores = _scores(routing, logits)
+    choice = choice_scores(routing, logits, correction)
     if routing.groups > 1:
-        size = choice.shape[-1] // routing.groups
-        grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
-        ranked = grouped.sort(-1, descending=True).values
-        group_scores = ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
-        kept = torch.zeros_like(group_scores, dtype=torch.bool)
-        kept.scatter_(-1, top_k(group_scores, routing.top_groups), True)
+        groups = group_scores(routing, choice)
+        best = top_k(groups, routing.top_groups)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+        grouped = _grouped(routing, choice)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
     experts = top_k(choice, routing.k)
     weights = scores.gather(-1, experts)

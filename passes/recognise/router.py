@@ -23,14 +23,17 @@ import torch
 
 from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
-from moec.ops.routing import Routing
-from moec.passes.prove import TOLERANCE, Compare, Logits, Prover
+from moec.ops.routing import Routing, choice_scores, group_scores
+from moec.passes.prove import TOLERANCE, Compare, Correction, Feed, Logits, Prover
 from moec.passes.recognise.choosing import widest_choice
 from moec.passes.recognise.cuts import logits_behind
 from moec.passes.recognise.region import Emitter, Scope, is_routing
 from moec.passes.rewrite import Builder, rebuild
 from moec.passes.runner import Log
 from moec.sizes import product
+
+_ROWS = 1000
+"""Tokens that a proof goes beyond: routers may differ on few of them, groups above all."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ def _hypothesise(
     if len(corrections) > 1 or any(product(p.shape) != block.num_experts for p in corrections):
         raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")
     correction = corrections[0] if corrections else None
+    feeds: dict[Value, Feed] = {logits: Logits()}
+    if correction is not None:
+        params = tuple(p for p in region.params if p is not correction)
+        region = replace(region, inputs=(*region.inputs, correction), params=params)
+        feeds[correction] = Correction()
     k = cast(int, block.experts.shape[-1])
     dtype = block.weights.dtype if block.weights is not None else "f32"
     count, reason = 0, ""
@@ -147,7 +155,7 @@ def _hypothesise(
         router = Router(logits, correction, routing)
         after = _alone(region, router, block)
         try:
-            prover.prove(region, after, {logits: Logits()}, compare=_agree(block, router))
+            prover.prove(region, after, feeds, limits=(_ROWS,), compare=_agree(block, router))
             return router
         except NoMatch as why:
             reason = str(why)
@@ -157,7 +165,8 @@ def _hypothesise(
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
     """What the region's ops and constants allow; what they suggest comes first.
 
-    Groups come last: two groups of which two are kept, say, limit nothing for k = 2.
+    Groups that limit nothing are left out: all of them are kept, or by their best members as
+    many as there are choices.
     """
     names = {op.name.split(".")[1] for op in region.ops}
     constants = _constants(region)
@@ -170,17 +179,21 @@ def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Rout
     if len(constants["mul"]) > 1:
         scales.append(math.prod(constants["mul"]))
     scales += [*(1.0 / c for c in constants["div"] if c), 1.0]
-    groupings = [(1, 1)]
-    for groups in _group_counts(region, experts):
-        groupings += [(groups, kept) for kept in _top_ks(region) if kept <= groups]
+    groupings = [
+        (groups, kept, kind)
+        for groups in _group_counts(region, experts)
+        for kept in _top_ks(region)
+        for kind in ("max", "top2sum")
+        if kept < groups and not (kind == "max" and kept >= k)
+    ]
+    groupings.append((1, 1, "max"))
     jitters = [c / 2 for c in constants["gt"] if c > 0]
     for score, after, renorm in itertools.product(scores, ("none", *scores[:-1]), renorms):
-        for (groups, kept), scale in itertools.product(groupings, scales):
-            for kind in ("max", "top2sum") if groups > 1 else ("max",):
-                for epsilon in epsilons if renorm else (0.0,):
-                    yield Routing(
-                        k, score, after, renorm, epsilon, scale, groups, kept, kind, dtype=dtype
-                    )
+        for (groups, kept, kind), scale in itertools.product(groupings, scales):
+            for epsilon in epsilons if renorm else (0.0,):
+                yield Routing(
+                    k, score, after, renorm, epsilon, scale, groups, kept, kind, dtype=dtype
+                )
     for jitter in jitters:
         yield Routing(k, "sparsemixer", jitter=jitter, dtype=dtype)
 
@@ -233,10 +246,7 @@ def _alone(region: Graph, router: Router, block: Routed) -> Graph:
 
 
 def _agree(block: Routed, router: Router) -> Compare:
-    """Equal choices and weights whatever the order of slots; ties may go to any equal score.
-
-    Which of equal groups is kept is as open, but then the scores differ too: no comparison.
-    """
+    """Equal choices and weights whatever the order of slots; ties may go to any equal score."""
 
     def compare(
         before: Sequence[torch.Tensor],
@@ -246,32 +256,43 @@ def _agree(block: Routed, router: Router) -> Compare:
         shapes = [[tuple(t.shape) for t in result] for result in (before, after)]
         if shapes[0] != shapes[1]:
             return f"its choices are {shapes[0]}, not {shapes[1]}"
-        scores = given[router.logits].reshape(-1, block.num_experts).float()
-        columns = []
+        if not before[-1].numel():
+            return ""
+        logits = given[router.logits].reshape(-1, block.num_experts)
+        correction = None if router.correction is None else given[router.correction]
+        choice = choice_scores(router.routing, logits, correction)
+        ids, weights, scores = [], [], []
         for result in (before, after):
-            ids = result[-1].long()
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < block.num_experts:
+            if int(result[-1].min()) < 0 or int(result[-1].max()) >= block.num_experts:
                 return "it chooses ids that are no experts"
-            parts = [scores.gather(1, ids)]
-            if len(result) > 1:
-                parts.insert(0, result[0].float())
-            order = torch.arange(ids.shape[1]).expand_as(ids)
-            tied = bool((scores.sort(-1).values.diff(dim=-1) == 0).any())
-            if tied and router.routing.groups > 1:
-                return ""
-            for part in [*parts] if tied else [ids.float()]:
-                picked = part.gather(1, order).sort(dim=-1, stable=True).indices
-                order = order.gather(1, picked)
-            ordered = [part.gather(1, order) for part in parts]
-            columns.append([*ordered, *([] if tied else [ids.gather(1, order).float()])])
-        for a, b in zip(*columns, strict=True):
-            if a.numel() and not float((a - b).abs().max()) <= TOLERANCE * max(
-                float(a.abs().max()), 1e-3
-            ):
-                return "weights or choices differ"
-        return ""
+            ids.append(result[-1].long().sort(-1))
+            weights.append(result[0].float() if len(result) > 1 else torch.zeros(shapes[0][-1]))
+            scores.append(choice.gather(1, ids[-1].values).sort(-1).values)
+        same = (ids[0].values == ids[1].values).all(-1, keepdim=True)
+        open_groups = _tied_groups(router.routing, choice) & ~same
+        tied = _near(*scores).all(-1, keepdim=True)
+        by_id = [w.gather(1, chosen.indices) for w, chosen in zip(weights, ids, strict=True)]
+        by_size = [w.sort(-1).values for w in weights]
+        error = torch.where(same, by_id[0] - by_id[1], by_size[0] - by_size[1]).abs()
+        most = TOLERANCE * max(float(weights[0].abs().max()), 1e-3)
+        right = open_groups | ((same | tied) & (error <= most).all(-1, keepdim=True))
+        return "" if bool(right.all()) else "weights or choices differ"
 
     return compare
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Equal to the rounding of scores: two graphs may compute them in another order."""
+    return (a - b).abs() <= 1e-6 * a.abs().clamp(min=1.0)
+
+
+def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
+    """bool[T, 1]: whether the last group kept is no better than the first that is not."""
+    if not 1 <= routing.top_groups < routing.groups:
+        return torch.zeros(len(choice), 1, dtype=torch.bool)
+    ranked = group_scores(routing, choice).sort(-1, descending=True).values
+    last = ranked[:, routing.top_groups - 1 : routing.top_groups + 1]
+    return _near(last[:, :1], last[:, 1:])
 
 
 def splice(scope: Scope, found: Mapping[Key, Router]) -> Graph:

@@ -58,6 +58,22 @@ def test_logits(name: str) -> None:
     assert (found.compilations, found.blocks, found.fallbacks) == (1, 1, ())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "phimoe"])
+def test_one_text(name: str) -> None:
+    """Dynamo fixes sizes of one, so that the blocks are recognised in other graphs."""
+    family = one_layer(name)
+    eager = family.build()
+    run = compiled(moec.prepare(family.build()))
+    with torch.no_grad():
+        for batch, length in ((1, 5), (1, 1), (1, 9)):
+            given = family.inputs(batch, length, seed=length)
+            torch.testing.assert_close(
+                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+            )
+    found = moec.stats()
+    assert (found.compilations, found.blocks, found.fallbacks) == (2, 2, ())
+
+
 def test_logits_where_inductor_takes_the_rest() -> None:
     family = one_layer("qwen3_moe")
     eager = family.build()

@@ -166,6 +166,25 @@ def test_grouped_routers(version: int) -> None:
     assert block.router == f"{before}, best 2 of 4 groups by {kind}, top-3, {after}times 1.5"
 
 
+@pytest.mark.parametrize(
+    ("version", "experts", "groups", "kept", "k", "seen"),
+    [
+        (3, 8, 4, 2, 2, True),  # a correction above all scores would hide it
+        (3, 16, 8, 7, 2, True),  # seldom do they differ
+        (2, 16, 4, 3, 4, True),
+        (2, 16, 4, 3, 3, False),  # the best three lie in the best three groups
+        (3, 8, 2, 2, 3, False),
+    ],
+)
+def test_a_limit_to_groups_is_never_lost(
+    version: int, experts: int, groups: int, kept: int, k: int, seen: bool
+) -> None:
+    router = routers.Grouped(version, experts, groups, kept, k)
+    _, (block,), _ = recognised(loops.Loop(router=router, count=experts))
+    assert (f"best {kept} of {groups} groups" in block.router) == seen
+    assert f"top-{k}" in block.router
+
+
 def test_argmax_without_weights() -> None:
     program, (block,), _ = recognised(loops.RowsLoop(rule=routers.argmax_only))
     assert block.top_k == 1

@@ -93,25 +93,28 @@ class Router(nn.Module):
 class Grouped(nn.Module):
     """DeepSeek: V3 scores groups by their best two and corrects the choice, V2 by their best."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(
+        self, version: int, experts: int = 8, groups: int = 4, kept: int = 2, k: int = 3
+    ) -> None:
         super().__init__()
-        self.version = version
-        self.gate = nn.Linear(D, 8, bias=False)
-        self.correction = nn.Parameter(torch.randn(8) * 0.3)
+        self.version, self.groups, self.kept, self.k = version, groups, kept, k
+        self.gate = nn.Linear(D, experts, bias=False)
+        self.correction = nn.Parameter(torch.randn(experts) * 0.3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.gate(x)
+        logits, size = self.gate(x), self.gate.out_features // self.groups
         if self.version == 3:
             scores = logits.sigmoid()
             choice = scores + self.correction
-            groups = choice.view(-1, 4, 2).topk(2, dim=-1)[0].sum(-1)
+            groups = choice.view(-1, self.groups, size).topk(2, dim=-1)[0].sum(-1)
         else:
             choice = scores = logits.softmax(-1)
-            groups = choice.view(-1, 4, 2).max(-1).values
-        kept = torch.zeros_like(groups).scatter_(1, groups.topk(2, sorted=False)[1], 1)
-        mask = kept.unsqueeze(-1).expand(-1, 4, 2).reshape(-1, 8)
+            groups = choice.view(-1, self.groups, size).max(-1).values
+        best = groups.topk(self.kept, sorted=False)[1]
+        kept = torch.zeros_like(groups).scatter_(1, best, 1).unsqueeze(-1)
+        mask = kept.expand(-1, -1, size).reshape(-1, self.groups * size)
         choice = choice.masked_fill(~mask.bool(), float("-inf") if self.version == 3 else 0.0)
-        experts = choice.topk(3, sorted=False)[1]
+        experts = choice.topk(self.k, sorted=False)[1]
         weights = scores.gather(1, experts)
         if self.version == 3:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
