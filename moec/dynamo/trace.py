@@ -50,12 +50,17 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
     mode = context.fake_mode
     assert mode is not None
     fake = [_fake(mode, context, given) for given in inputs]
+    depth = _torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with mode, enable_python_dispatcher(), fx_traceback.preserve_node_meta():
             traced = make_fx(
                 _functional(module), decomposition_table=decompositions(), pre_dispatch=True
             )(*fake)
     except Exception as error:
+        # What failed inside a vmap would leave it open, and Dynamo's guards would see it.
+        _torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if any("vmap" in str(node.target) for node in module.graph.nodes):
+            raise NoMatch("the graph has a vmap, which cannot be traced to ATen") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NoMatch(f"the graph cannot be traced to ATen operators: {first}") from error
     for old, new in zip(_placeholders(module), _placeholders(traced), strict=True):

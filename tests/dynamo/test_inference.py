@@ -178,6 +178,20 @@ def test_strict_raises_instead() -> None:
     assert FallbackError.__name__ in str(raised.value)
 
 
+class Mapped(Masked):
+    """Behind a vmap over its tokens, as associative scans are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.vmap(lambda row: row * row.sigmoid())(x))
+
+
+def test_a_vmap_is_refused_with_its_reason_and_left_as_it_was() -> None:
+    model, x = Mapped().eval(), torch.randn(3, 16)
+    run = compiled(model, strict=False)
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="the graph has a vmap"):
+        torch.testing.assert_close(run(x), model(x), **CLOSE)
+
+
 def test_autocast_is_refused_with_its_reason() -> None:
     run = compiled(Masked().eval(), strict=False)
     with (
