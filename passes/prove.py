@@ -17,10 +17,10 @@ from functools import cache
 
 import torch
 
-from moec.aten import TORCH_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.evaluate import run_graph
 from moec.ir import FLOATS, Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.feeds import Feed, draw, patterns
 from moec.sizes import Bounds, evaluate_dim, symbols
 from moec.text import print_graph
 
@@ -32,40 +32,6 @@ _MOST = 1 << 11
 _ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
 _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
 
-
-@dataclass(frozen=True)
-class Ids:
-    """The input holds expert ids, `slots` for each token, which are distinct; `absent` allows
-    the id E, which means no expert."""
-
-    num_experts: int
-    slots: int
-    absent: bool = False
-
-
-@dataclass(frozen=True)
-class OneHot:
-    """The input holds masks [.., E] with at most one expert set."""
-
-
-@dataclass(frozen=True)
-class Logits:
-    """The input holds scores [.., E] before any softmax."""
-
-
-@dataclass(frozen=True)
-class Correction:
-    """The input is added to scores before experts are chosen: as weak as trained ones are,
-    nothing at all, or stronger than any score."""
-
-
-@dataclass(frozen=True)
-class Positive:
-    """The input holds routing weights."""
-
-
-Feed = Ids | OneHot | Logits | Correction | Positive | None
-"""What a random input looks like; None is any float."""
 
 Results = Sequence[torch.Tensor]
 Given = Mapping[Value, torch.Tensor]
@@ -149,9 +115,9 @@ class Prover:
         wide = widen(before)
         cases = []
         for sizes in _sizes(before, counts):
-            for pattern in _patterns(feeds):
+            for pattern in patterns(feeds):
                 given = [
-                    _input(value, feeds.get(value), pattern, sizes, generator)
+                    draw(value, feeds.get(value), pattern, sizes, generator)
                     for value in before.inputs
                 ]
                 named = dict(zip(before.inputs, given, strict=True))
@@ -233,11 +199,6 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
     return (*_COUNTS[:-1], max(_COUNTS[-1], most))
 
 
-def _patterns(feeds: Mapping[Value, Feed]) -> tuple[str, ...]:
-    scores = any(isinstance(feed, Logits) for feed in feeds.values())
-    return ("random", "tied", "one expert", "few experts", *(["uneven"] if scores else []))
-
-
 def _is_constant(value: Value) -> bool:
     """Ids, masks and scalars mean what they hold; other weights may be anything."""
     return value.dtype not in FLOATS or not value.shape
@@ -256,63 +217,6 @@ def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
             wanted = max(wanted, limits.low, 1)
             sizes[name] = wanted if limits.high is None else min(wanted, limits.high)
         yield sizes
-
-
-def _input(
-    value: Value, feed: Feed, pattern: str, sizes: Mapping[str, int], generator: torch.Generator
-) -> torch.Tensor:
-    shape = tuple(evaluate_dim(d, sizes) for d in value.shape)
-    dtype = TORCH_DTYPES[value.dtype]
-    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    match feed:
-        case Ids(count, slots, absent):
-            tokens = math.prod(shape) // slots
-            ids = _ids(tokens, slots, count, absent, pattern, generator)
-            return ids.reshape(shape).to(dtype)
-        case OneHot():
-            count = shape[-1]
-            ids = _ids(math.prod(shape[:-1]), 1, count, True, pattern, generator)
-            hot = torch.nn.functional.one_hot(ids, count + 1)[..., :count]
-            return hot.reshape(shape).to(dtype)
-        case Logits():
-            return _logits(shape, pattern, generator).to(dtype)
-        case Correction():
-            scale = {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
-            return (torch.randn(shape, generator=generator) * scale).to(dtype)
-        case Positive():
-            return torch.rand(shape, generator=generator).add(0.1).to(dtype)
-    if value.dtype not in FLOATS:
-        raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def _ids(
-    tokens: int, slots: int, count: int, absent: bool, pattern: str, generator: torch.Generator
-) -> torch.Tensor:
-    scores = torch.rand(tokens, count, generator=generator)
-    if pattern == "one expert":
-        scores[..., count // 2] += 2
-    elif pattern == "few experts":
-        scores[..., :slots] += 2
-    ids = scores.topk(slots).indices
-    if absent and pattern == "tied":
-        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, count, ids)
-    return ids
-
-
-def _logits(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> torch.Tensor:
-    logits = torch.randn(shape, generator=generator)
-    if pattern == "uneven":
-        share = torch.rand((*shape[:-1], 1), generator=generator)
-        low = torch.where(torch.rand(share.shape, generator=generator) < 0.5, -12.0, -3.0)
-        return logits + torch.where(torch.rand(shape, generator=generator) < share, 0.0, low)
-    if pattern == "tied":
-        return logits.round()
-    if pattern == "one expert":
-        logits[..., shape[-1] // 2] += 6
-    elif pattern == "few experts":
-        logits[..., : (shape[-1] + 1) // 2] += 3
-    return logits
 
 
 def close(

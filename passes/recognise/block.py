@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moec.ir import Attr, DType, Graph, Op, TensorType, Value
-from moec.passes.prove import Feed
+from moec.passes.feeds import Feed
 from moec.passes.recognise.body import Prepared, canonical
 from moec.passes.recognise.region import Emitter
 from moec.sizes import Dim, product

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from moec.ir import FLOATS, Op, Value
-from moec.passes.prove import Feed, Logits, Positive
+from moec.passes.feeds import Feed, Logits, Positive
 from moec.passes.recognise.block import Capacity
 from moec.passes.recognise.choosing import Chosen
 from moec.passes.recognise.evidence import Evidence

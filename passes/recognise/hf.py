@@ -13,7 +13,7 @@ from typing import cast
 
 from moec.errors import NoMatch
 from moec.ir import Op, Ref
-from moec.passes.prove import Ids, Positive
+from moec.passes.feeds import Ids, Positive
 from moec.passes.recognise.block import Candidate, Proposal, same
 from moec.passes.recognise.region import Scope
 from moec.text import parse

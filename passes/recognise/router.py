@@ -24,7 +24,8 @@ import torch
 from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
-from moec.passes.prove import TOLERANCE, Compare, Correction, Feed, Logits, Prover
+from moec.passes.feeds import Correction, Feed, Logits
+from moec.passes.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.choosing import widest_choice
 from moec.passes.recognise.cuts import logits_behind
 from moec.passes.recognise.region import Emitter, Scope, is_routing

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from moec.errors import NoMatch
 from moec.ir import Value
-from moec.passes.prove import Feed
+from moec.passes.feeds import Feed
 from moec.passes.recognise.block import Capacity, Recipe
 from moec.passes.recognise.choosing import Chosen, chosen, masks
 from moec.passes.recognise.cuts import capacities, cuts

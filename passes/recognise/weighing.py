@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from moec.ir import FLOATS, Op, TensorType, Value
-from moec.passes.prove import Ids
+from moec.passes.feeds import Ids
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.choosing import Chosen
 from moec.passes.recognise.evidence import Evidence

@@ -6,7 +6,8 @@ import pytest
 
 from moec.errors import NoMatch
 from moec.ir import Graph, Value
-from moec.passes.prove import Feed, Positive, Prover
+from moec.passes.feeds import Feed, Positive
+from moec.passes.prove import Prover
 from moec.text import parse
 
 
