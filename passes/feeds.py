@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +49,17 @@ Feed = Ids | OneHot | Logits | Correction | Positive | None
 """What a random input looks like; None is any float."""
 
 
-def patterns(feeds: Mapping[Value, Feed]) -> tuple[str, ...]:
-    scores = any(isinstance(feed, Logits) for feed in feeds.values())
-    return ("random", "tied", "one expert", "few experts", *(["uneven"] if scores else []))
+_ABOUT = "weights about "
+
+
+def patterns(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -> tuple[str, ...]:
+    """The names of the cases to draw. Weights lie on both sides of each threshold in one."""
+    has = {type(feed) for feed in feeds.values()}
+    return (
+        *("random", "tied", "one expert", "few experts"),
+        *(["uneven"] if Logits in has else []),
+        *(f"{_ABOUT}{limit!r}" for limit in thresholds if Positive in has),
+    )
 
 
 def draw(
@@ -76,7 +84,10 @@ def draw(
             scale = {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
             return (torch.randn(shape, generator=generator) * scale).to(dtype)
         case Positive():
-            return torch.rand(shape, generator=generator).add(0.1).to(dtype)
+            weights = torch.rand(shape, generator=generator)
+            if pattern.startswith(_ABOUT):
+                return (weights * 2 * float(pattern.removeprefix(_ABOUT))).to(dtype)
+            return weights.add(0.1).to(dtype)
     if value.dtype not in FLOATS:
         raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
     return torch.randn(shape, generator=generator).to(dtype)

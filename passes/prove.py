@@ -20,6 +20,7 @@ import torch
 from moec.errors import IRError, NoMatch
 from moec.evaluate import run_graph
 from moec.ir import FLOATS, Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.decisions import require_both, thresholds
 from moec.passes.feeds import Feed, draw, patterns
 from moec.sizes import Bounds, evaluate_dim, symbols
 from moec.text import print_graph
@@ -78,22 +79,25 @@ class Prover:
         feeds: Mapping[Value, Feed],
         *,
         limits: Sequence[int] = (),
+        decisions: Sequence[Op] = (),
         compare: Compare | None = None,
         bind: Bind | None = None,
     ) -> None:
         """Raises NoMatch, saying on which case they differ, or why they cannot be run.
 
-        `limits` are counts (capacities) that some case must exceed.
+        `limits` are counts (capacities) that some case must exceed, `decisions` ops of `before`
+        that must come out in more than one way.
         """
         counts = _counts([*limits, *_limits(before), *_limits(after)])
         order = [repr(feeds.get(value)) for value in before.inputs]
-        fixed = [*order, repr(tuple(counts)), self._constants(before)]
+        watched = [before.ops.index(op) for op in decisions]
+        fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
         left = "\n".join([print_graph(without_origins(before)), *fixed])
         key = left + print_graph(without_origins(_aligned(before, after)))
         if key not in self.known:
             try:
                 if left not in self.runs:
-                    self.runs[left] = self._cases(before, feeds, counts, bind)
+                    self.runs[left] = self._cases(before, feeds, counts, bind, decisions)
                 for case in self.runs[left]:
                     self._compare(case, before, after, compare or close)
                 self.known[key] = ""
@@ -107,15 +111,23 @@ class Prover:
         return repr([t.tolist() if t is not None and t.numel() < 4096 else None for t in fixed])
 
     def _cases(
-        self, before: Graph, feeds: Mapping[Value, Feed], counts: Sequence[int], bind: Bind | None
+        self,
+        before: Graph,
+        feeds: Mapping[Value, Feed],
+        counts: Sequence[int],
+        bind: Bind | None,
+        decisions: Sequence[Op],
     ) -> list[Case]:
         generator = torch.Generator().manual_seed(20)
         if sum(math.prod(map(int, p.shape)) for p in before.params) > _HEAVY:
             counts = counts[-1:]
         wide = widen(before)
-        cases = []
+        results, made = len(wide.outputs), {v.name: v for v in wide.values()}
+        watched = tuple(made[op.outputs[0].name] for op in decisions)
+        wide = replace(wide, outputs=(*wide.outputs, *watched))
+        cases, outcomes = [], []
         for sizes in _sizes(before, counts):
-            for pattern in patterns(feeds):
+            for pattern in patterns(feeds, thresholds(decisions)):
                 given = [
                     draw(value, feeds.get(value), pattern, sizes, generator)
                     for value in before.inputs
@@ -125,7 +137,10 @@ class Prover:
                 params = [self._param(p, i) for i, p in enumerate(before.params)]
                 result = _run("it", wide, [*given, *params], env)
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-                cases.append(Case(f"{pattern}{'; ' + shown if shown else ''}", given, env, result))
+                name = f"{pattern}{'; ' + shown if shown else ''}"
+                cases.append(Case(name, given, env, result[:results]))
+                outcomes.append(result[results:])
+        require_both(decisions, outcomes)
         return cases
 
     def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
@@ -181,10 +196,15 @@ def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tens
 
 
 def _limits(graph: Graph) -> Iterator[int]:
-    """The fixed numbers that whole numbers are compared with, as places with a capacity are."""
+    """The fixed whole numbers that values are compared with, as places with a capacity are."""
     for op in graph.ops:
         other = op.attrs.get("other")
-        if op.name in _ORDERINGS and type(other) is int and op.inputs[0].dtype.startswith("i"):
+        if op.name not in _ORDERINGS or not isinstance(other, int | float):
+            continue
+        if op.inputs[0].dtype in FLOATS:  # a threshold rather than a capacity where it is high
+            if 1 < other <= _MOST - 9 and float(other).is_integer():
+                yield int(other)
+        elif type(other) is int and op.inputs[0].dtype != "bool":
             yield other
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from moec.ir import FLOATS, Attr, DType, Op, TensorType, Value
+from moec.passes.decisions import CHOICES
 from moec.passes.feeds import Feed, Ids, OneHot
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import (
     CASTS,
-    CHOICES,
     Emitter,
     Scope,
     choices,

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from moec.errors import IRError, NoMatch
 from moec.ir import Graph, Op, Program, Stage, Value
+from moec.passes.decisions import dropped
 from moec.passes.prove import Prover
 from moec.passes.recognise import batched, hf, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
@@ -85,7 +86,9 @@ def check(scope: Scope, block: Proposal, prover: Prover) -> None:
     region = scope.cut([block.output], block.cut)
     capacity = block.capacity.size if block.capacity is not None else None
     limits = (capacity,) if isinstance(capacity, int) else ()
-    prover.prove(region, alone(scope, block), block.feeds, limits=limits)
+    after = alone(scope, block)
+    lost = tuple(dropped(region, after, block.body, block.x))
+    prover.prove(region, after, block.feeds, limits=limits, decisions=lost)
 
 
 def alone(scope: Scope, block: Proposal) -> Graph:

@@ -23,6 +23,7 @@ from itertools import permutations
 
 from moec.errors import NoMatch
 from moec.ir import Op, Value
+from moec.passes.decisions import CHOICES
 from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import (
@@ -38,7 +39,7 @@ from moec.passes.recognise.choosing import chosen_among
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.fans import Fan
 from moec.passes.recognise.opnames import ADDS, SPREAD
-from moec.passes.recognise.region import CHOICES, VIEWS, Scope, choices, chooses
+from moec.passes.recognise.region import VIEWS, Scope, choices, chooses
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.zero_experts import chosen, zero_experts

@@ -12,6 +12,7 @@ import torch
 from moec.aten import overload
 from moec.errors import NoMatch
 from moec.ir import Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.decisions import CHOICES
 from moec.passes.rewrite import Builder
 from moec.sizes import Dim, product, symbols
 
@@ -273,16 +274,6 @@ ROUTING = frozenset(
     }
 )
 """What routers are made of, besides element-wise ops."""
-
-CHOICES = frozenset(
-    {
-        "aten.topk.default",
-        "aten.argmax.default",
-        "aten.max.dim",
-        "aten.sort.default",
-        "aten.sort.stable",
-    }
-)
 
 
 def is_routing(op: Op) -> bool:

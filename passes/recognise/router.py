@@ -24,6 +24,7 @@ import torch
 from moec.errors import IRError, NoMatch
 from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
+from moec.passes.decisions import decisions
 from moec.passes.feeds import Correction, Feed, Logits
 from moec.passes.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.choosing import widest_choice
@@ -156,7 +157,12 @@ def _hypothesise(
         router = Router(logits, correction, routing)
         after = _alone(region, router, block)
         try:
-            prover.prove(region, after, feeds, limits=(_ROWS,), compare=_agree(block, router))
+            prover.prove(
+                *(region, after, feeds),
+                limits=(_ROWS,),
+                decisions=tuple(decisions(region)),
+                compare=_agree(block, router),
+            )
             return router
         except NoMatch as why:
             reason = str(why)

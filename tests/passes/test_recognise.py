@@ -254,6 +254,8 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
     others.SoftLoop: "every token uses all 4 experts: nothing chooses among them",
     others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
+    others.Thresholded: "static loop: the numbers differ by",
+    others.NeverSkipped: "static loop: aten.gt.Scalar of exp comes out true on all random inputs",
     others.WrongExpert: "static loop: the numbers differ by",
     stacks.InputSideBiased: "evaluate all, then select: the numbers differ by",
 }

@@ -50,6 +50,30 @@ class Missing(Loop):
         return out
 
 
+class Thresholded(Loop):
+    """Experts with a small weight are skipped, here and there."""
+
+    threshold = 0.05
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            share = (weights * ((chosen == number) & self.used(weights))).sum(-1)
+            out = out + share[:, None] * expert(x)
+        return out
+
+    def used(self, weights: Tensor) -> Tensor:
+        return weights > self.threshold
+
+
+class NeverSkipped(Thresholded):
+    """Whose weights are never as small."""
+
+    def used(self, weights: Tensor) -> Tensor:
+        return weights.exp() > self.threshold
+
+
 class AcrossTokens(Gathered):
     """The experts see the mean over all tokens."""
 
