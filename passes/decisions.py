@@ -1,4 +1,4 @@
-"""Where a graph turns floats into yes and no, or into whole numbers: a weight above a threshold.
+"""Where a graph treats some floats otherwise than others: a weight above a threshold, a limit.
 
 A proof by running sees such a decision only where both outcomes occur: otherwise a graph
 without it gives the same numbers.
@@ -25,6 +25,17 @@ CHOICES = frozenset(
 """Ops that choose the best of some scores."""
 
 
+_BOUNDING = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("abs.default", "clamp.default", "clamp_max.default", "clamp_min.default"),
+        *("hardtanh.default", "maximum.default", "minimum.default", "relu.default"),
+    )
+)
+"""Ops that leave some values as they are and others not."""
+_GUARD = 1e-4
+"""Sums are kept from being zero by no more than this: to see that bind, nothing is above it."""
+_LIMITS = ("other", "min", "max", "min_val", "max_val")
 _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
 _SAME = frozenset(
     {
@@ -38,14 +49,22 @@ _SAME = frozenset(
 
 
 def decisions(graph: Graph) -> Iterator[Op]:
-    """The ops that floats go into and none come out of, but for those that ask which are best,
-    which is compared anyway, and those that ask whether a mask of floats is set."""
+    """The ops that bound floats, or that floats go into and none come out of: but for those that
+    ask which are best, which is compared anyway, or whether a mask of floats is set."""
     for op in graph.ops:
         reads = [value for value in op.inputs if value.dtype in FLOATS]
         gives = [value for value in op.outputs if value.dtype in FLOATS]
         if reads and not gives and op.name not in CHOICES:
             if not all(_is_mask(graph, value) for value in reads):
                 yield op
+        elif reads and op.name in _BOUNDING and not _is_guard(op):
+            yield op
+
+
+def _is_guard(op: Op) -> bool:
+    given = [op.attrs[name] for name in _LIMITS if op.attrs.get(name) is not None]
+    lowest = op.attrs.get("min")
+    return len(given) == 1 and isinstance(lowest, int | float) and 0 < lowest <= _GUARD
 
 
 def _is_mask(graph: Graph, value: Value) -> bool:
@@ -72,9 +91,14 @@ def dropped(before: Graph, after: Graph, body: Graph, features: Value) -> Iterat
 
 
 def thresholds(ops: Iterable[Op]) -> tuple[float, ...]:
-    """The positive numbers that floats are compared with, each once."""
-    given = (op.attrs.get("other") for op in ops)
+    """The positive numbers that floats are compared with or kept within, each once."""
+    given = (op.attrs.get(name) for op in ops for name in _LIMITS)
     return tuple(dict.fromkeys(float(n) for n in given if isinstance(n, int | float) and n > 0))
+
+
+def outcome(op: Op, read: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """What came out of a decision: of one that bounds, whether it did."""
+    return made != read if made.is_floating_point() else made
 
 
 def require_both(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -82,8 +106,8 @@ def require_both(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) 
     for op, seen in zip(ops, zip(*outcomes, strict=True), strict=True):
         found = {bound for t in seen if t.numel() for bound in (int(t.min()), int(t.max()))}
         if len(found) < 2:
-            outcome = bool(found.pop()) if op.outputs[0].dtype == "bool" and found else "the same"
+            does = "bounds all or nothing" if op.name in _BOUNDING else "comes out the same"
             raise NoMatch(
-                f"{op.name} of {op.inputs[0].name} comes out {str(outcome).lower()} on all random "
-                "inputs, so that no proof sees what it is for"
+                f"{op.name} of {op.inputs[0].name} {does} on all random inputs, so that no proof "
+                "sees what it is for"
             )

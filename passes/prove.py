@@ -20,7 +20,7 @@ import torch
 from moec.errors import IRError, NoMatch
 from moec.evaluate import run_graph
 from moec.ir import FLOATS, Attr, DType, Graph, Op, TensorType, Value
-from moec.passes.decisions import require_both, thresholds
+from moec.passes.decisions import outcome, require_both, thresholds
 from moec.passes.feeds import Feed, draw, patterns
 from moec.sizes import Bounds, evaluate_dim, symbols
 from moec.text import print_graph
@@ -123,7 +123,7 @@ class Prover:
             counts = counts[-1:]
         wide = widen(before)
         results, made = len(wide.outputs), {v.name: v for v in wide.values()}
-        watched = tuple(made[op.outputs[0].name] for op in decisions)
+        watched = [made[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
         wide = replace(wide, outputs=(*wide.outputs, *watched))
         cases, outcomes = [], []
         for sizes in _sizes(before, counts):
@@ -139,7 +139,8 @@ class Prover:
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
                 name = f"{pattern}{'; ' + shown if shown else ''}"
                 cases.append(Case(name, given, env, result[:results]))
-                outcomes.append(result[results:])
+                seen = result[results:]
+                outcomes.append([*map(outcome, decisions, seen[::2], seen[1::2])])
         require_both(decisions, outcomes)
         return cases
 

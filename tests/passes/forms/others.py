@@ -74,6 +74,28 @@ class NeverSkipped(Thresholded):
         return weights.exp() > self.threshold
 
 
+class Limited(Loop):
+    """No expert's share is above a limit, which weights of softmax would never reach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            share = (2.5 * weights * (chosen == number)).sum(-1)
+            out = out + self.bounded(share)[:, None] * expert(x)
+        return out
+
+    def bounded(self, share: Tensor) -> Tensor:
+        return share.clamp(max=1.5)
+
+
+class NeverNegative(Limited):
+    """Weights of softmax never are."""
+
+    def bounded(self, share: Tensor) -> Tensor:
+        return share.abs()
+
+
 class AcrossTokens(Gathered):
     """The experts see the mean over all tokens."""
 
