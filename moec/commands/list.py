@@ -10,6 +10,9 @@ import click
 
 from moec.commands.options import json_option
 
+_NAMES = {"pass", "gives", "target", "model", "class"}
+"""Columns that stay whole: people copy and search what is in them."""
+
 
 @click.command("list", short_help="List passes, targets or models.")
 @click.argument("what", type=click.Choice(["passes", "targets", "models"]))
@@ -28,8 +31,8 @@ def command(what: str, as_json: bool) -> None:
     from moec.report_text import terminal_width
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for place, column in enumerate(rows[0]):  # names stay whole: people copy and search them
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=place < 2)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in _NAMES)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
     console = Console(width=terminal_width(), highlight=False, emoji=False)
