@@ -256,7 +256,7 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
     others.Thresholded: "static loop: the numbers differ by",
     others.NeverSkipped: "aten.gt.Scalar of exp comes out the same on all random",
-    others.Limited: "static loop: the numbers differ by",
+    others.Limited: "aten.clamp.default of sum_3 bounds all or nothing on all random inputs",
     others.NeverNegative: "bounds all or nothing on all random inputs",
     others.WrongExpert: "static loop: the numbers differ by",
     stacks.InputSideBiased: "evaluate all, then select: the numbers differ by",

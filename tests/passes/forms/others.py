@@ -81,7 +81,7 @@ class Limited(Loop):
         weights, chosen = self.router(x)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
-            share = (2.5 * weights * (chosen == number)).sum(-1)
+            share = (weights * (chosen == number)).sum(-1)
             out = out + self.bounded(share)[:, None] * expert(x)
         return out
 
