@@ -33,7 +33,9 @@ def peak(dtype: str) -> float:
         sums, flops = SUMS, TILE_ROWS * v.lanes * 2 * (TILE_BYTES // 2)
         body = _tile_sums
     else:
-        sums, flops = 24, v.lanes * (4 if bf16 and target.bf16_dot else 2)
+        # As many sums as a product keeps in registers: more would be spilled to memory.
+        sums = target.tile_rows * target.tile_vectors
+        flops = v.lanes * (4 if bf16 and target.bf16_dot else 2)
         body = _pair_sums if bf16 and target.bf16_dot else _float_sums
     with IRBuilder() as builder:
         with T.prim_func():
