@@ -16,8 +16,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile, ceildiv
+from moec.codegen.cpu.tile import Tile, ceildiv
 from moec.codegen.cpu.tile_intrinsics import SUMS, TILE_BYTES, TILE_ROWS
 
 STEPS = TILE_ROWS  # steps of K, each a pair, that one register holds
@@ -25,12 +24,6 @@ BLOCKS = 2  # blocks of rows, and vectors, whose sums are in registers
 PANEL_BLOCKS = 4
 MOST_ROWS = PANEL_BLOCKS * TILE_ROWS
 _ROWS, _WEIGHTS = SUMS, SUMS + BLOCKS  # the first register of rows, and of weights
-
-
-def tile_for(layout: Layout, operands: Operands, epilogue: Epilogue | None) -> Tile:
-    """The loops for a tile of columns that the target is best at."""
-    kind = AmxTile if layout.amx else Tile
-    return kind(layout, operands, epilogue)
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,16 @@ class Layout:
         return self.target.bf16_tiles and self.pairs and self.spec.k % 32 == 0
 
     @property
+    def widened(self) -> bool:
+        """Whether kernels make float32 of 16-bit numbers before they multiply (widened_tile.py)."""
+        return self.spec.dtype != "float32" and not (self.pairs and self.target.bf16_dot)
+
+    @property
     def tuned(self) -> tuple[str, ...]:
         """The values of `tuning` that kernels of experts read."""
-        own = () if self.amx else ("fetched", "next_from")
+        own: tuple[str, ...] = ("fetched", "next_from")
+        if self.amx or self.widened:
+            own = ("fetched",) if self.widened else ()
         return (*own, "tiles_at_once", "worth")
 
     @property
@@ -94,7 +101,7 @@ class Layout:
     def depth_block(self) -> int:
         """Steps that rows are blocked over: equal blocks, whose weights fill half of the
         second-level cache at most."""
-        step = self.columns * (2 if self.spec.dtype == "float16" else 4)
+        step = self.columns * 4
         blocks = -(-self.depth // max(64, self.target.l2 // 2 // step))
         return -(-self.depth // blocks)
 

@@ -14,13 +14,16 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import tasks
-from moec.codegen.cpu.amx import tile_for
+from moec.codegen.cpu.amx import AmxTile
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.product import Output, Product, W, X, argument
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.tile import Epilogue, Operands, Tile, ceil_of
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.cpu.widened_tile import WidenedTile
 from moec.target import Target
+
+MANY = 32  # rows from which on a thread takes some tiles of columns at once
 
 
 def linear(
@@ -65,11 +68,12 @@ def plain_product(
 ) -> Product[Buffer, Buffer]:
     """Of rows and weights as they are."""
     layout = Layout(spec, target, tuning)
+    kind = AmxTile if layout.amx else WidenedTile if layout.widened else Tile
     return Product(
         layout,
         lambda rows: argument("x", (rows, spec.k), spec.dtype),
         lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
-        lambda x, w, out: tile_for(layout, Operands(x, w, *out), epilogue),
+        lambda x, w, out: kind(layout, Operands(x, w, *out), epilogue),
         Vector(target).functions,
     )
 
@@ -97,27 +101,53 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     """A parallel loop over all columns of tiles of the products and all chunks of `rows` rows."""
     size, amx = tiles[0].row_chunk, tiles[0].layout.amx
     chunks = T.truncdiv(rows + (size - 1), T.int64(size))
-    count = sum(tile.layout.tiles for tile in tiles)
+    most = max(tile.dense_tiles for tile in tiles)
+    at_once = 1 if most == 1 else T.bind(T.Select(rows < MANY, T.int64(1), T.int64(most)))
+    pieces = [_ceildiv(tile.layout.tiles, at_once) for tile in tiles]
+    count = sum(pieces[1:], pieces[0])
     sums = rows * sum(tile.layout.sums for tile in tiles)
     weights = sum(tile.layout.bytes for tile in tiles)
     with tasks.shared(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
         # Tile registers are so fast that rows must stay in the cache, while weights pass by.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))
-        column = T.bind(T.cast(rest if amx else outer, "int32"))
+        piece = T.bind(T.cast(rest if amx else outer, "int32"))
         first = T.bind((outer if amx else rest) * size)
         some = T.bind(T.min(rows - first, T.int64(size)))
-        _dispatch(tiles, column, first, some)
+        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, some)
 
 
-def _dispatch(tiles: Sequence[Tile], column: Expr, first: Expr, rows: Expr) -> None:
-    """The tile that a column of all products stands for."""
-    tile, *rest = tiles
-    if not rest:
-        tile.rows(T.int32(0), column, first, rows)
+def _dispatch(
+    tiles: Sequence[tuple[Tile, Expr | int]],
+    piece: Expr,
+    at_once: Expr | int,
+    first: Expr,
+    rows: Expr,
+) -> None:
+    """The tiles that a piece of all products stands for."""
+    (tile, pieces), *others = tiles
+
+    def own() -> None:
+        if isinstance(at_once, int):
+            column, some = piece, at_once
+        else:
+            most = T.cast(at_once, "int32")
+            column = T.bind(piece * most)
+            some = T.bind(T.min(most, tile.layout.tiles - column))
+        tile.rows(T.int32(0), column, first, rows, tiles=some)
+
+    if not others:
+        own()
         return
-    with T.If(column < tile.layout.tiles):
+    with T.If(piece < pieces):
         with T.Then():
-            tile.rows(T.int32(0), column, first, rows)
+            own()
         with T.Else():
-            _dispatch(rest, T.bind(column - tile.layout.tiles), first, rows)
+            rest = T.bind(piece - T.cast(pieces, "int32"))
+            _dispatch(others, rest, at_once, first, rows)
+
+
+def _ceildiv(count: int, by: Expr | int) -> Expr | int:
+    if isinstance(by, int):
+        return ceil_of(count, by)
+    return T.bind(T.truncdiv(T.int64(count) + by - 1, by))

@@ -5,11 +5,11 @@
 All matrix kernels are loops around this. Each element of y is summed over K in one order, by
 one thread, whatever the number of rows and threads: results do not depend on either.
 
-Three ways to read x, by what the target can do:
+Two ways to read x, by what the target can do:
     pairs       bf16 with dot products: two elements of x are broadcast as one int32
     direct      float32: one element is broadcast
-    widened     float16, and bf16 without dot products: the rows are first converted to a
-                float32 panel, once a tile, so that the inner loop only broadcasts and adds
+
+float16, and bf16 without dot products, are made float32 first (widened_tile.py).
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ those that are being read."""
 LINE = 64  # bytes that the memory gives at once
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
+Where = tuple[Buffer, list[Expr | int]]  # a buffer, and the index of an element
+Registers = list[list[Buffer]]  # one vector of float32 sums for each row and vector of a tile
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Sums that are made in several goes: `at(i, c)` is where row i's lie from column c on.
+
+    `begun`: they start from there, else from 0. `done`: they are stored, else they go there.
+    """
+
+    at: Callable[[int, int], Where]
+    begun: Expr
+    done: Expr
 
 
 @dataclass(frozen=True)
@@ -66,11 +80,6 @@ class Tile:
         return Vector(self.layout.target)
 
     @property
-    def widened(self) -> bool:
-        spec = self.layout.spec
-        return spec.dtype != "float32" and not self.dots
-
-    @property
     def dots(self) -> bool:
         return self.layout.pairs and self.layout.target.bf16_dot
 
@@ -78,6 +87,11 @@ class Tile:
     def row_chunk(self) -> int:
         """Rows of a dense product that a thread takes at once."""
         return ROW_CHUNK
+
+    @property
+    def dense_tiles(self) -> int:
+        """Tiles of columns of a dense product that a thread takes at once for many rows."""
+        return 1
 
     @property
     def tiles_at_once(self) -> int:
@@ -118,30 +132,41 @@ class Tile:
     ) -> None:
         """As `rows`, of one tile."""
         lay = self.layout
-        blocks = -(-lay.depth // lay.depth_block)
-        panel = None
-        if self.widened:
-            elements = lay.depth_block * (2 if lay.pairs else 1)
-            panel = T.alloc_buffer((lay.target.tile_rows, elements), "float32")
+        blocks = ceil_of(lay.depth, lay.depth_block)
         if blocks == 1:
             after = None if following is None else (*following, 0)
-            self._row_blocks(group, tile, first, count, 0, None, first, panel, after)
+
+            def whole(row: Expr, m: int, fetch: Fetch | None) -> None:
+                self._block(group, tile, row, m, 0, lay.depth, None, fetch)
+
+            self._in_blocks(group, tile, first, count, lay.target.tile_rows, after, whole)
             return
-        partial = T.alloc_buffer((PARTIAL_ROWS, lay.columns), "float32")
+        partial = self.vector.scratch((PARTIAL_ROWS, lay.columns), "float32")
         chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
         with T.serial(0, chunks) as c:
             base = T.bind(first + c * PARTIAL_ROWS)
             n = T.bind(T.min(count - c * PARTIAL_ROWS, T.int64(PARTIAL_ROWS)))
             with T.serial(0, blocks) as b:
+                start = T.bind(b * lay.depth_block)
+                stop = T.bind(T.min(start + lay.depth_block, T.int64(lay.depth)))
                 after = None
                 if following is not None:
                     inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
                     after = (
                         T.bind(T.Select(inside, group, following[0])),
                         T.bind(T.Select(inside, tile, following[1])),
-                        T.bind(T.Select(b < blocks - 1, lay.depth_block, -b * lay.depth_block)),
+                        T.bind(T.Select(b < blocks - 1, lay.depth_block, -start)),
                     )
-                self._row_blocks(group, tile, base, n, b, partial, base, panel, after)
+
+                def part(row: Expr, m: int, fetch: Fetch | None) -> None:
+                    kept = Partial(
+                        lambda i, column: (partial, [row - base + i, column]),
+                        b > 0,
+                        b == blocks - 1,
+                    )
+                    self._block(group, tile, row, m, start, stop, kept, fetch)
+
+                self._in_blocks(group, tile, base, n, lay.target.tile_rows, after, part)
 
     def zero_rows(self, tile: Expr, first: Expr, count: Expr) -> None:
         """Sets y[first : first + count, columns of tile] to 0."""
@@ -149,23 +174,6 @@ class Tile:
         with T.serial(0, count) as r:
             for j in range(self.layout.width // v.lanes):
                 self._store(first + r, tile, j, v.splat(0.0))
-
-    def _row_blocks(
-        self,
-        group: Expr,
-        tile: Expr,
-        first: Expr,
-        count: Expr,
-        block: Expr | int,
-        partial: Buffer | None,
-        base: Expr,
-        panel: Buffer | None,
-        following: Following | None = None,
-    ) -> None:
-        def some(row: Expr, m: int, fetch: Fetch | None) -> None:
-            self._block(group, tile, row, m, block, partial, base, panel, fetch)
-
-        self._in_blocks(group, tile, first, count, self.layout.target.tile_rows, following, some)
 
     def _in_blocks(
         self,
@@ -209,16 +217,31 @@ class Tile:
         tile: Expr,
         row: Expr,
         m: int,
-        block: Expr | int,
-        partial: Buffer | None,
-        base: Expr,
-        panel: Buffer | None,
+        start: Expr | int,
+        stop: Expr | int,
+        partial: Partial | None,
         fetch: Fetch | None,
     ) -> None:
-        """`m` rows from `row` on, over one block of K."""
+        """`m` rows from `row` on, over the steps `start` .. `stop` of K."""
+        x_rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
+
+        def multiply(acc: Registers) -> None:
+            self._depth_loop(acc, x_rows, group, tile, start, stop, fetch)
+
+        self._summed(multiply, row, m, group, tile, partial)
+
+    def _summed(
+        self,
+        multiply: Callable[[Registers], None],
+        row: Expr,
+        m: int,
+        group: Expr,
+        tile: Expr,
+        partial: Partial | None,
+    ) -> None:
+        """Makes sums in registers, `multiply` adding to them, and stores them."""
         v, lay = self.vector, self.layout
         lanes = T.ramp(0, 1, v.lanes)
-        x_rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
         # A buffer of one vector is a register; a larger one would be memory.
         acc = [
             [T.alloc_buffer((v.lanes,), "float32") for _ in range(lay.vectors)] for _ in range(m)
@@ -229,60 +252,39 @@ class Tile:
                 for j in range(lay.vectors):
                     T.buffer_store(acc[i][j], action(i, j), [lanes])
 
-        def saved(i: int, j: int) -> tuple[Expr, Expr]:
-            return (row - base + i, T.ramp(j * v.lanes, 1, v.lanes))
-
         if partial is None:
             each(lambda i, j: v.splat(0.0))
-        else:
-            with T.If(block == 0):
-                with T.Then():
-                    each(lambda i, j: v.splat(0.0))
-                with T.Else():
-                    each(lambda i, j: partial[saved(i, j)])
-
-        start = block * lay.depth_block
-        stop = T.min(start + lay.depth_block, lay.depth) if partial is not None else lay.depth
-        if panel is not None:
-            self._widen(x_rows, start, panel)
-        self._depth_loop(acc, x_rows, group, tile, start, stop, panel, fetch)
-
-        if partial is None:
+            multiply(acc)
             self._finish(acc, row, m, group, tile)
             return
-        with T.If(stop == lay.depth):
+        with T.If(partial.begun):
+            with T.Then():
+                each(lambda i, j: v.load(*partial.at(i, j * v.lanes)))
+            with T.Else():
+                each(lambda i, j: v.splat(0.0))
+        multiply(acc)
+        with T.If(partial.done):
             with T.Then():
                 self._finish(acc, row, m, group, tile)
             with T.Else():
                 for i in range(m):
                     for j in range(lay.vectors):
-                        T.buffer_store(partial, acc[i][j][lanes], list(saved(i, j)))
+                        v.store(*partial.at(i, j * v.lanes), acc[i][j][lanes])
 
     def _depth_loop(
         self,
-        acc: list[list[Buffer]],
+        acc: Registers,
         x_rows: list[Expr],
         group: Expr,
         tile: Expr,
         start: Expr | int,
         stop: Expr | int,
-        panel: Buffer | None,
         fetch: Fetch | None,
     ) -> None:
         v, lay, x, w = self.vector, self.layout, self.operands.x, self.operands.w
-        lanes = T.ramp(0, 1, v.lanes)
-
-        def add(i: int, a: Expr, b: list[Expr], op: Callable[[Expr, Expr, Expr], Expr]) -> None:
-            for j in range(lay.vectors):
-                T.buffer_store(acc[i][j], op(acc[i][j][lanes], a, b[j]), [lanes])
-
-        def fma(c: Expr, a: Expr, b: Expr) -> Expr:
-            return v.fma(a, b, c)
 
         def weights(k: Expr | int) -> list[Expr]:
             at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-            if lay.dtype == "float16":
-                return [v.load(w, [group, tile, k, j * v.lanes]) for j in range(lay.vectors)]
             return [T.bind(w[group, tile, k, lane]) for lane in at]
 
         odd = self.dots and lay.spec.k % 2 == 1
@@ -292,54 +294,43 @@ class Tile:
             if fetch is not None:
                 fetch(k)
             b = weights(k)
-            if self.dots:
-                for i, r in enumerate(x_rows):
-                    add(i, v.splat(v.pair(x, [r, k * 2])), b, v.dot2)
-            elif panel is None:
-                for i, r in enumerate(x_rows):
-                    add(i, v.splat(v.scalar(x, [r, k])), b, fma)
-            else:
-                halves = (v.low, v.high) if lay.pairs else (v.bind,)
-                for h, take in enumerate(halves):
-                    half = [take(c) for c in b]
-                    for i in range(len(x_rows)):
-                        add(i, v.splat(panel[i, step * len(halves) + h]), half, fma)
+            for i, r in enumerate(x_rows):
+                if self.dots:
+                    self._accumulate(acc[i], v.splat(v.pair(x, [r, k * 2])), b, v.dot2)
+                else:
+                    self._accumulate(acc[i], v.splat(v.scalar(x, [r, k])), b, self._fma)
         if odd:
             with T.If(stop == lay.depth), T.Then():
                 b = weights(lay.depth - 1)
                 for i, r in enumerate(x_rows):
-                    add(i, v.splat(v.last(x, [r, lay.spec.k - 1])), b, v.dot2)
+                    self._accumulate(acc[i], v.splat(v.last(x, [r, lay.spec.k - 1])), b, v.dot2)
+
+    def _fma(self, c: Expr, a: Expr, b: Expr) -> Expr:
+        return self.vector.fma(a, b, c)
+
+    def _accumulate(
+        self, row: list[Buffer], a: Expr, b: list[Expr], op: Callable[[Expr, Expr, Expr], Expr]
+    ) -> None:
+        """row[j] = op(row[j], a, b[j])"""
+        lanes = T.ramp(0, 1, self.vector.lanes)
+        for sums, one in zip(row, b, strict=True):
+            T.buffer_store(sums, op(sums[lanes], a, one), [lanes])
 
     def _fetch(self, group: Expr, tile: Expr, step: Expr) -> None:
         """Asks for what the stream of weights holds `fetched` bytes behind a step: while sums are
         made, too few loads are under way to keep the memory busy."""
-        v, lay, w = self.vector, self.layout, self.operands.w
-        one = lay.columns * bytes_of(w)
-        steps = lay.tuning.fetched // one
-        if not steps:
-            return
-        for start in range(0, one, LINE):
-            v.prefetch(w, [group, tile, step + steps, start // bytes_of(w)])
+        steps = self.layout.tuning.fetched // (self.layout.columns * bytes_of(self.operands.w))
+        if steps:
+            self._ask(group, tile, step + steps)
 
-    def _widen(self, x_rows: list[Expr], start: Expr | int, panel: Buffer) -> None:
-        """panel[i, :] = the block of row i as float32, and 0 behind an odd end."""
-        v, lay, x = self.vector, self.layout, self.operands.x
-        factor = 2 if lay.pairs else 1
-        begin = start * factor
-        count = T.bind(T.min(lay.spec.k - begin, lay.depth_block * factor))
-        whole = T.truncdiv(count, v.lanes)
-        for i, r in enumerate(x_rows):
-            with T.serial(0, whole) as c:
-                at = c * v.lanes
-                v.store(panel, [i, at], v.load(x, [r, begin + at]))
-            with T.serial(0, count - whole * v.lanes) as c:
-                at = whole * v.lanes + c
-                T.buffer_store(panel, v.scalar(x, [r, begin + at]), [i, at])
-            if lay.spec.k % factor:
-                with T.If(begin + count == lay.spec.k), T.Then():
-                    T.buffer_store(panel, T.float32(0), [i, count])
+    def _ask(self, group: Expr, tile: Expr, step: Expr) -> None:
+        """Asks the memory for the weights of one step."""
+        w = self.operands.w
+        size = bytes_of(w)
+        for start in range(0, self.layout.columns * size, LINE):
+            self.vector.prefetch(w, [group, tile, step, start // size])
 
-    def _finish(self, acc: list[list[Buffer]], row: Expr, m: int, group: Expr, tile: Expr) -> None:
+    def _finish(self, acc: Registers, row: Expr, m: int, group: Expr, tile: Expr) -> None:
         lanes = T.ramp(0, 1, self.vector.lanes)
         for i in range(m):
             self._finish_row([a[lanes] for a in acc[i]], T.bind(row + i), group, tile)
@@ -377,6 +368,10 @@ class Tile:
         if n % v.lanes and j == n % lay.width // v.lanes:
             with T.If(tile == lay.tiles - 1), T.Then():
                 v.store_tail(y, [row, column], value, n % v.lanes)
+
+
+def ceil_of(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def ceildiv(a: Expr, b: int) -> Expr:

@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.product import argument
-from moec.codegen.cpu.tile import ROW_CHUNK, ceildiv
+from moec.codegen.cpu.tile import ROW_CHUNK, Partial, ceildiv
 from moec.codegen.cpu.unpacked_loops import (
     TILES,
     Stack,
@@ -32,7 +32,7 @@ from moec.codegen.cpu.unpacked_loops import (
     put,
     zero,
 )
-from moec.codegen.cpu.unpacked_tile import DOTS, Dots, Mixture, Partial, in_blocks, lines
+from moec.codegen.cpu.unpacked_tile import DOTS, Dots, Mixture, in_blocks, lines
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 

@@ -23,25 +23,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.tasks import bytes_of
-from moec.codegen.cpu.tile import LINE
+from moec.codegen.cpu.tile import LINE, Fetch, Partial, Where
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
 DOTS = 4  # of b's rows that meet a's at once
-Where = tuple[Buffer, list[Expr | int]]  # a buffer, and the index of an element
-Fetch = Callable[[Expr], None]  # emits what step s asks the memory for
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Sums that are made in several goes: `at(i, c)` is where row i's lie from vector c's on.
-
-    `begun`: they start from there, else from 0. `done`: they are stored, else they go there.
-    """
-
-    at: Callable[[int, int], Where]
-    begun: Expr
-    done: Expr
 
 
 @dataclass(frozen=True)

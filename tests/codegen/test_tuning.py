@@ -89,6 +89,7 @@ def test_which_values_matter_to_which_kernels() -> None:
         *("fetched", "next_from", "tiles_at_once", "worth"),
     )
     assert Layout(LinearSpec(64, 64, "bfloat16"), amx).tuned == ("tiles_at_once", "worth")
+    assert Layout(LinearSpec(64, 64, "float16"), amx).tuned == ("fetched", "tiles_at_once", "worth")
     codes = QuantisedSpec(64, 64, "float32", format=parse("int8"))
     assert "dots_below" in QuantisedLayout(codes, amx).tuned
     assert "next_from" in QuantisedLayout(codes, here).tuned
