@@ -25,6 +25,7 @@ BITS = {"int8": 8, "int4": 4, "mxfp4": 4}
 MXFP4_BLOCK = 32
 # e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
+E2M1_ZERO = max(E2M1_TWICE)  # what kernels shift codes of e2m1 by, so that they are unsigned
 MOST_SUMMED = 65536
 """Weights of one scale: the products of so many bytes, of rows (-128 .. 127) and of weights less
 their zeros (-255 .. 255), have a sum below 2^31."""

@@ -86,6 +86,12 @@ class Target:
         return self.int8_dot and self.vector_lanes == 4 and "i8mm" not in self.features
 
     @property
+    def byte_pairs(self) -> bool:
+        """Whether one instruction multiplies unsigned bytes by signed ones and adds the products
+        of neighbours, in 16 bits."""
+        return {8: "avx2", 16: "avx512bw"}.get(self.vector_lanes) in self.features
+
+    @property
     def tile_rows(self) -> int:
         """Rows of the register tile: its accumulators, weights and one input fit the registers."""
         return 6

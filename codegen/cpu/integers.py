@@ -1,10 +1,8 @@
-"""Vectors of int32 lanes, and the bytes in them: rows to codes, dot products of quadruples.
+"""Vectors of int32 lanes, and the bytes in them: rows to codes, codes to bytes.
 
 A lane holds four neighbours along K, the first in the lowest byte; of codes of four bits it
 holds eight, the first four in the low halves of the bytes. Codes of weights are unsigned and
-those of activations signed, which is what the dot products of x86 and of Arm's i8mm multiply.
-Those of Arm's dotprod are of signed bytes: greater codes must be `lessened` first. Where a target
-has none, four multiplications in lanes of 16 bits give the same integers.
+those of activations signed; dot_products.py multiplies them.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu import dot_products
+from moec.codegen.cpu.dot_products import splat
 from moec.codegen.cpu.intrinsics import llvm_functions
 from moec.codegen.cpu.vector import Vector
-from moec.quantisation import E2M1_TWICE
+from moec.quantisation import E2M1_TWICE, E2M1_ZERO
 from moec.target import Target
 
-E2M1_ZERO = max(E2M1_TWICE)
-"""What the codes of `e2m1` are shifted by, so that they are unsigned."""
 _ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and its bits
 
 
@@ -61,12 +59,6 @@ def joined(v: Vector, sums: Sequence[Expr]) -> Expr:
 def total(v: Vector, x: Expr) -> Expr:
     """The sum of int32 lanes."""
     return T.bind(_call(v, "int32", "total", x))
-
-
-def dot4(v: Vector, acc: Expr, codes: Expr, x: Expr) -> Expr:
-    """acc + the dot products of unsigned bytes of `codes` with signed ones of `x`; `codes` are
-    below 128 or lessened where `target.int8_signed`."""
-    return _call(v, f"int32x{v.lanes}", "dot4", acc, codes, x)
 
 
 def lessened(v: Vector, codes: Expr) -> Expr:
@@ -112,13 +104,9 @@ def _functions(target: Target) -> str:
         + _store_narrow(n, 16)
         + _total(n)
         + _minus4(n)
-        + _dot4(target)
+        + dot_products.functions(target)
         + _e2m1(target)
     )
-
-
-def _splat(n: int, kind: str, value: str) -> str:
-    return "<" + ", ".join([f"{kind} {value}"] * n) + ">"
 
 
 def _rounded(n: int) -> str:
@@ -126,9 +114,9 @@ def _rounded(n: int) -> str:
     return f"""
 define linkonce_odr {i} @moec_rounded_{n}({f} %x, {f} %inverse) alwaysinline {{
   %m = fmul {f} %x, %inverse
-  %t = fadd {f} %m, {_splat(n, "float", _ROUNDER)}
+  %t = fadd {f} %m, {splat(n, "float", _ROUNDER)}
   %b = bitcast {f} %t to {i}
-  %q = sub {i} %b, {_splat(n, "i32", _ROUNDER_BITS)}
+  %q = sub {i} %b, {splat(n, "i32", _ROUNDER_BITS)}
   ret {i} %q
 }}
 """
@@ -169,58 +157,6 @@ define linkonce_odr {i} @moec_minus4_{n}({i} %a, {i} %b) alwaysinline {{
 """
 
 
-def _dot4(target: Target) -> str:
-    n = target.vector_lanes
-    i = f"<{n} x i32>"
-    head = f"define linkonce_odr {i} @moec_dot4_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{"
-    if target.int8_dot:
-        bytes_ = f"<{4 * n} x i8>"
-        arm = "sdot" if target.int8_signed else "usdot"
-        dot = {
-            16: "@llvm.x86.avx512.vpdpbusd.512",
-            8: "@llvm.x86.avx512.vpdpbusd.256",
-            4: f"@llvm.aarch64.neon.{arm}.v4i32.v16i8",
-        }[n]
-        return f"""
-declare {i} {dot}({i}, {bytes_}, {bytes_})
-{head}
-  %x = bitcast {i} %a to {bytes_}
-  %y = bitcast {i} %b to {bytes_}
-  %r = call {i} {dot}({i} %acc, {bytes_} %x, {bytes_} %y)
-  ret {i} %r
-}}
-"""
-    h, w = f"<{2 * n} x i16>", f"<{2 * n} x i32>"
-    eight, mask = _splat(2 * n, "i16", "8"), _splat(2 * n, "i16", "255")
-    even = "<" + ", ".join(f"i32 {2 * j}" for j in range(n)) + ">"
-    odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(n)) + ">"
-
-    def pairs(name: str, a: str, b: str) -> str:
-        """Sums of two products of 16 bits, in the form that LLVM finds an instruction for."""
-        return f"""
-  %{name}a = sext {h} {a} to {w}
-  %{name}b = sext {h} {b} to {w}
-  %{name}p = mul {w} %{name}a, %{name}b
-  %{name}e = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {even}
-  %{name}o = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {odd}
-  %{name} = add {i} %{name}e, %{name}o"""
-
-    return f"""
-{head}
-  %x = bitcast {i} %a to {h}
-  %y = bitcast {i} %b to {h}
-  %xl = and {h} %x, {mask}
-  %xh = lshr {h} %x, {eight}
-  %ys = shl {h} %y, {eight}
-  %yl = ashr {h} %ys, {eight}
-  %yh = ashr {h} %y, {eight}{pairs("l", "%xl", "%yl")}{pairs("h", "%xh", "%yh")}
-  %s = add {i} %l, %h
-  %r = add {i} %acc, %s
-  ret {i} %r
-}}
-"""
-
-
 def _e2m1(target: Target) -> str:
     n = target.vector_lanes
     i, c = f"<{n} x i32>", f"<{4 * n} x i8>"
@@ -245,7 +181,7 @@ declare {c} {shuffle[1]}({c}, {c})
     b = f"<{4 * n} x i1>"
 
     def const(value: int) -> str:
-        return _splat(4 * n, "i8", str(value))
+        return splat(4 * n, "i8", str(value))
 
     # Magnitudes 0 1 2 3 4 6 8 12: m below 4, then 2m - 4, then 4m - 16.
     return f"""

@@ -17,9 +17,10 @@ import ml_dtypes
 import torch
 from torch import Tensor
 
+from moec.codegen.cpu.dot_products import Way, way
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.pack import Array
-from moec.quantisation import Format
+from moec.quantisation import E2M1_ZERO, Format
 
 INT8 = Format("int8")
 ROW_STEP = 64
@@ -97,6 +98,13 @@ class QuantisedLayout(Layout):
     def tuned(self) -> tuple[str, ...]:
         few = ("dots_below",) if self.amx else ("next_from",)
         return ("fetched", *few, "tiles_at_once", "worth")
+
+    @property
+    def way(self) -> Way:
+        """How bytes are multiplied."""
+        format = self.spec.format
+        greatest = 2 * E2M1_ZERO if format.kind == "mxfp4" else 2**format.bits - 1
+        return way(self.target, greatest, self.per_word)
 
     @property
     def blocks_at_once(self) -> int:

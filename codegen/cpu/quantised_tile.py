@@ -29,8 +29,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu import integers
+from moec.codegen.cpu.dot_products import dots
 from moec.codegen.cpu.quantised_layout import QuantisedLayout
 from moec.codegen.cpu.tile import Fetch, Operands, Tile
+from moec.quantisation import E2M1_ZERO
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,17 @@ class QuantisedTile(Tile):
             word = T.bind(block * lay.depth_block + step)
             if fetch is not None:
                 fetch(word)
-            at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in at]
-            for q in range(quads):
-                for own, r, plane in places:
-                    at_x = plane * lay.x_words + word * quads + q
-                    x = T.bind(T.broadcast(ops.x[r, at_x], v.lanes))
-                    for j in range(lay.vectors):
-                        made = integers.dot4(v, own[j][lanes], codes[j][q], x)
-                        T.buffer_store(own[j], made, [lanes])
+            columns = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
+            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in columns]
+            for own, r, plane in places:
+                at = plane * lay.x_words + word * quads
+                x = [T.bind(T.broadcast(ops.x[r, at + q], v.lanes)) for q in range(quads)]
+                for j in range(lay.vectors):
+                    made = dots(v, lay.way, own[j][lanes], codes[j], x)
+                    T.buffer_store(own[j], made, [lanes])
 
     def _codes(self, words: Expr) -> list[Expr]:
-        """Bytes as `integers.dot4` takes them, four to a lane, for each four codes of a word."""
+        """Bytes as `dots` takes them, four to a lane, for each four codes of a word."""
         v, kind = self.vector, self.layout.spec.format.kind
         if kind == "int8":
             return [integers.lessened(v, words) if self._less else words]
@@ -169,7 +170,7 @@ class QuantisedTile(Tile):
         v, lay, zeros = self.vector, self.layout, self.operands.zeros
         if zeros is None:
             format = lay.spec.format
-            zero = integers.E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
+            zero = E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
             return [T.broadcast(T.int32(zero - self._less), v.lanes)] * lay.vectors
         at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
         stored = [T.cast(zeros[group, tile, block, lane], f"int32x{v.lanes}") for lane in at]

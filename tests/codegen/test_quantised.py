@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moec.codegen.cpu import integers
+from moec.codegen.cpu import dot_products
 from moec.codegen.cpu.pack import pack_bias
 from moec.codegen.cpu.quantised import quantised_linear
 from moec.codegen.cpu.quantised_layout import (
@@ -162,21 +162,22 @@ def test_rows_do_not_depend_on_the_rows_beside_them(build, text):
         assert torch.equal(one[0], whole[row])
 
 
-def test_the_greatest_sums_of_one_scale(build):
-    """Rows of 16 bits whose lower bytes are all -128, and weights 255 above their zeros: int32
-    holds both sums of a row as long as any may be."""
-    format = parse("int8:asymmetric:rows16")
+@pytest.mark.parametrize(("kind", "greatest"), [("int8", 255), ("int4", 15)])
+def test_the_greatest_sums_of_one_scale(build, kind, greatest):
+    """Rows of 16 bits whose lower bytes are all -128, and weights as far as can be above their
+    zeros: int32 holds both sums of a row as long as any may be."""
+    format = parse(f"{kind}:asymmetric:rows16")
     spec = QuantisedSpec(16, MOST_SUMMED, "float32", "float32", format=format)
     layout, ends = QuantisedLayout(spec, BEST), torch.tensor([1], dtype=torch.int32)
     kernel = build(BEST, quantised_linear(BEST, spec))
-    codes = torch.full((1, 16, MOST_SUMMED), 255, dtype=torch.uint8)
+    codes = torch.full((1, 16, MOST_SUMMED), greatest, dtype=torch.uint8)
     scales, zeros = torch.ones(1, 16, 1, dtype=torch.bfloat16), torch.zeros(1, 16, 1).byte()
     packed = [pack_codes(layout, codes), pack_scales(layout, scales), pack_scales(layout, zeros)]
     planes = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, MOST_SUMMED)
     x, y = planes.view(torch.int32).reshape(1, -1), torch.empty(1, 16)
     sums = planes.sum(1, dtype=torch.int32)[None]
     kernel(x, torch.ones(1, 1), sums, ends, *map(tensor, packed), y)
-    assert torch.equal(y, torch.full((1, 16), float(255 * (127 * 256 - 128) * MOST_SUMMED)))
+    assert torch.equal(y, torch.full((1, 16), float(greatest * (127 * 256 - 128) * MOST_SUMMED)))
 
 
 @pytest.mark.parametrize("text", ["int8", "int8:32:asymmetric", "mxfp4"])
@@ -184,10 +185,10 @@ def test_products_of_signed_bytes_alone(build, monkeypatch, text):
     """What Arm's dotprod multiplies, in instructions that run here: codes must be lessened."""
     target = replace(TARGETS["generic"], name=f"signed {text}", features=("dotprod",))
     assert target.int8_signed
-    emulated = integers._dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
+    emulated = dot_products._dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
     low = "%xs = shl <8 x i16> %x, splat (i16 8)\n  %xl = ashr <8 x i16> %xs, splat (i16 8)"
     emulated = re.sub("%xl = and .*", low, emulated)
-    monkeypatch.setattr(integers, "_dot4", lambda _: emulated)
+    monkeypatch.setattr(dot_products, "_dot4", lambda _: emulated)
     linear = Linear(build, target, text, 20, 64, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, 64)
@@ -211,8 +212,12 @@ def test_code_for_other_targets(name, instruction):
     from moec.target import parse as target_of
 
     target = target_of(name)
+    assembly = {}
     for text in ("int8", "mxfp4"):
         spec = QuantisedSpec(4, 64, "float32", groups=2, format=parse(text))
         kernel = quantised_linear(target, spec)
         built = tvm.compile(tvm.IRModule({"quantised": kernel}), tvm.target.Target(target.tvm()))
-        assert re.search(instruction, built.mod.inspect_source("asm"))
+        assembly[text] = built.mod.inspect_source("asm")
+        assert re.search(instruction, assembly[text])
+    assert "vpmaddubsw" not in assembly["int8"]
+    assert ("vpmaddubsw" in assembly["mxfp4"]) == ("vpmaddwd" in instruction)
