@@ -37,7 +37,7 @@ from moec.codegen.cpu.quantised_layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
 from moec.compression import compress, decompress, nbytes  # noqa: E402
 from moec.target import parse  # noqa: E402
-from moec.ternary import decode, encode  # noqa: E402
+from moec.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
 from moec.ternary_dictionary import ZEROS, dictionary, masks  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
@@ -76,9 +76,9 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
     if kind == "2bit":
         return [part.repeat(times, 1, 1) for part in parts]
     stream, starts, grid = parts
-    step, each = int(starts[-1]), starts[:-1]
-    moved = torch.cat([each + step * i for i in range(times)] + [torch.tensor([step * times])])
-    return [stream.repeat(times), moved.int(), grid.repeat(times, 1, 1)]
+    counts = np.diff(unpack_starts(starts, grid.shape[0] * grid.shape[1]))
+    moved = pack_starts(np.cumsum([0, *np.tile(counts, times)]))
+    return [stream.repeat(times), moved, grid.repeat(times, 1, 1)]
 
 
 def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
@@ -93,9 +93,9 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     experts = -(-COLD * cache_bytes() // (2 * n * k * DISTINCT)) * DISTINCT
     stack = repeated(parts, kind, experts // DISTINCT)
     stacks = -(-int(COLD * cache_bytes()) // int(size * experts))
-    few = bound(
-        compressed_linear(TARGET, CompressedSpec(n, k, "", "float32", groups=experts, kind=kind))
-    )
+    counts = (bytes_of_counts(parts[1].shape),) if kind == "ternary" else ()
+    spec = CompressedSpec(n, k, "", "float32", groups=experts, kind=kind, bytes_of_counts=counts)
+    few = bound(compressed_linear(TARGET, spec))
     dense = bound(grouped_linear(TARGET, LinearSpec(n, k, "bfloat16", "float32", groups=experts)))
     weight = decompress(kind, parts, k)
     one = pack(Layout(LinearSpec(n, k, "bfloat16", "float32"), TARGET), weight[:1].bfloat16())
@@ -149,12 +149,12 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
 def encoding(millions: int = 100) -> None:
     dictionary()
     warm = encode(source(1, 64, 64, "ternary")[0])
-    decode(warm, 64)  # numba compiles
+    decode(warm, 64, 64)  # numba compiles
     codes = source(1, millions * 250, 4000, "ternary")[0]
     begin = time.perf_counter()
     made = encode(codes)
     middle = time.perf_counter()
-    back = decode(made, 4000)
+    back = decode(made, len(codes), 4000)
     end = time.perf_counter()
     exact = "bit-exact" if torch.equal(back, codes) else "WRONG"
     print(

@@ -1,6 +1,6 @@
 """How a stack of expert weights is compressed: by name, what is stored and what it stands for.
 
-ternary   stream i16[W], starts i32[E * N + 1], grid bf16[E, N, 2] (least, greatest)
+ternary   stream i16[W], starts u8[E * N / 32, 36 or 68], grid bf16[E, N, 2] (least, greatest)
 2bit      planes i64[E, N, K / 32], grid bf16[E, N, 2] (step, zero)
 """
 
@@ -39,7 +39,8 @@ def codes_in(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
     if kind == "2bit":
         return two_bits.decode(stored[0], width)
     stream, starts = stored
-    codes = ternary.decode(ternary.Encoded(stream, starts), width)
+    rows = grid.shape[0] * grid.shape[1]
+    codes = ternary.decode(ternary.Encoded(stream, starts), rows, width)
     return codes.view(*grid.shape[:2], width)
 
 

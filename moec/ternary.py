@@ -1,40 +1,89 @@
 """Ternary weights: each is 0, its row's least or its row's greatest, kept in under one bit.
 
 A matrix of codes (0: zero, 1: least, 2: greatest) becomes a stream of codewords of 16 bits, row
-after row, each row's start, and two bf16 numbers a row. A row of an odd number of weights is
+after row, where each row starts, and two bf16 numbers a row. A row of an odd number of weights is
 coded with a 0 behind it. Codewords are greedy longest matches (ternary_dictionary.py), found in
-two passes: how many there are in each row, then which.
+two passes: how many there are in each row, then which. No other match takes fewer: whatever lies
+inside of a codeword is no less likely, and so a codeword itself.
 
-    codes u8[R, K]  ->  stream i16[W] (the bits of uint16), starts i32[R + 1]
+    codes u8[R, K]  ->  stream i16[W] (the bits of uint16), starts u8[R / 32, 36 or 68]
+
+Rows of 768 weights are some 71 bytes, of which a start of four would be a lot. So only each 32nd
+row has one: 4 bytes of a uint32, and behind it how many codewords each of the 32 rows has, in one
+byte or two. Behind the last row the numbers are 0.
 
 Source: QMoE, arXiv 2310.16795, sections 3 and 4.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from moec.ternary_dictionary import ROOT, dictionary
 
 MOST_CODEWORDS = 2**31 - 1
+TOGETHER = 32
+"""Rows that share a start."""
+START = 4  # bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """`stream` i16[W], `starts` i32[R + 1]: row r is stream[starts[r] : starts[r + 1]]."""
+    """`stream` i16[W], `starts` u8[ceil(R / 32), 36 or 68]."""
 
     stream: Tensor
     starts: Tensor
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.stream.numel() + 4 * self.starts.numel()
+        return 2 * self.stream.numel() + self.starts.numel()
+
+
+def starts_shape(rows: int, bytes_of_count: int) -> tuple[int, int]:
+    return -(-rows // TOGETHER), START + TOGETHER * bytes_of_count
+
+
+def bytes_of_counts(starts: Sequence[int]) -> int:
+    """In starts of that shape."""
+    return (starts[1] - START) // TOGETHER
+
+
+def pack_starts(starts: npt.NDArray[np.int64]) -> Tensor:
+    """i64[R + 1], each row's start and the end -> u8 as above."""
+    counts = np.diff(starts)
+    kind = np.uint8 if counts.max(initial=0) < 256 else np.uint16
+    shape = starts_shape(len(counts), np.dtype(kind).itemsize)
+    padded = np.zeros(shape[0] * TOGETHER, kind)
+    padded[: len(counts)] = counts
+    first = starts[:-1:TOGETHER].astype(np.uint32).view(np.uint8).reshape(-1, START)
+    behind = padded.view(np.uint8).reshape(-1, shape[1] - START)
+    return torch.from_numpy(np.concatenate([first, behind], axis=1))
+
+
+def unpack_starts(packed: Tensor, rows: int) -> npt.NDArray[np.int64]:
+    """What `pack_starts` packed. Raises ValueError for starts of another number of rows, or such
+    as do not follow each other."""
+    bytes_of_count = bytes_of_counts(packed.shape)
+    if bytes_of_count not in (1, 2) or tuple(packed.shape) != starts_shape(rows, bytes_of_count):
+        raise ValueError(f"starts u8{list(packed.shape)} are not those of {rows} rows")
+    table = packed.contiguous().numpy()
+    first = table[:, :START].copy().view(np.uint32).reshape(-1)
+    counts = (
+        table[:, START:].copy().view(np.uint8 if bytes_of_count == 1 else np.uint16).reshape(-1)
+    )
+    starts = np.zeros(rows + 1, np.int64)
+    np.cumsum(counts[:rows], out=starts[1:])
+    if counts[rows:].any() or (starts[:-1:TOGETHER] != first).any():
+        raise ValueError("the starts of rows do not follow each other")
+    return starts
 
 
 def grid_of(weight: Tensor) -> Tensor:
@@ -100,13 +149,15 @@ def encode(codes: Tensor) -> Encoded:
         raise ValueError(f"{starts[-1]} codewords are more than row starts of 32 bits can tell")
     stream = np.empty(starts[-1], np.uint16)
     _write(rows, children, starts, stream)
-    return Encoded(torch.from_numpy(stream.view(np.int16)), torch.from_numpy(starts).int())
+    return Encoded(torch.from_numpy(stream.view(np.int16)), pack_starts(starts))
 
 
-def decode(encoded: Encoded, width: int) -> Tensor:
-    """The codes u8[R, width]. Raises ValueError where a row does not hold `width` weights."""
-    starts = encoded.starts.numpy()
-    made = np.zeros((len(starts) - 1, width), np.uint8)
+def decode(encoded: Encoded, rows: int, width: int) -> Tensor:
+    """The codes u8[rows, width]. Raises ValueError where a row does not hold `width` weights."""
+    starts = unpack_starts(encoded.starts, rows)
+    if starts[-1] != encoded.stream.numel():
+        raise ValueError(f"rows of {starts[-1]} codewords are not {encoded.stream.numel()}")
+    made = np.zeros((rows, width), np.uint8)
     right = np.zeros(len(made), np.bool_)
     _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, made, right)
     if not right.all():

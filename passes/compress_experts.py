@@ -4,7 +4,7 @@
     out = moe.experts(rows, ends, w1)  ->  out = moe.experts(rows, ends, w)
 
       w1: bf16[E, H, D], 16 bits a weight    w1.stream: i16[W], some 0.8 bits a weight
-                                             w1.starts: i32[E*H+1], w1.grid: bf16[E, H, 2]
+                                             w1.starts: u8[E*H/32, 36], w1.grid: bf16[E, H, 2]
 
 Each linear layer of an expert is solved on the rows that the router sends it (GPTQ). Where it reads
 what compressed layers before it make, it aims at what the original made of the original's, and so

@@ -259,7 +259,7 @@ def compressed_linear(
     product = Product(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
-        lambda suffix: masks.weights(spec),
+        lambda suffix: masks.weights(spec, target),
         tile,
         lambda: masks.functions(target),
     )

@@ -22,11 +22,16 @@ from moec.codegen.cpu.layout import LinearSpec
 from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
+from moec.ternary import START, TOGETHER, bytes_of_counts, starts_shape
 from moec.ternary_dictionary import CODEWORDS
 from moec.two_bits import NEIGHBOURS, words
 
 LANES = 16
 """32-bit sums of a row: two of 32 neighbours of x each, on every target."""
+AHEAD = 16
+"""Codewords between the one that is decoded and the one whose entry is asked for."""
+TABLE = 8 * CODEWORDS
+"""Bytes of all entries."""
 UNROLLED = 2
 """Codewords with sums of their own: an addition to a sum waits for the one before."""
 
@@ -39,36 +44,48 @@ class CompressedSpec(LinearSpec):
     """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
 
     kind: str = "ternary"
+    bytes_of_counts: tuple[int, ...] = (1, 1)
+    """In the starts of each stack of ternary weights."""
 
 
 @dataclass(frozen=True)
 class Ternary:
-    """stream int16[W], starts int32[E * n + 1], grid bfloat16[E, n, 2]; `table` int64[65536]."""
+    """stream int16[W], starts uint8[E * n / 32, 36 or 68], grid bfloat16[E, n, 2]; `table`
+    int64[65536]."""
 
     stream: Buffer
     starts: Buffer
     grid: Buffer
     table: Buffer
+    target: Target
 
     @staticmethod
-    def of(spec: LinearSpec, i: int, table: Buffer) -> Ternary:
+    def of(spec: CompressedSpec, i: int, table: Buffer, target: Target) -> Ternary:
+        starts = starts_shape(spec.groups * spec.n, spec.bytes_of_counts[i])
         return Ternary(
             argument(f"stream{i}", (T.int64(),), "int16"),
-            argument(f"starts{i}", (spec.groups * spec.n + 1,), "int32"),
+            argument(f"starts{i}", starts, "uint8"),
             argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
             table,
+            target,
         )
 
     def each(self, n: int, group: Expr, column: Expr, take: Take) -> None:
         """Calls `take` for the codewords of a row of weights."""
         place = T.bind(group * n + column)
-        start, stop = T.bind(self.starts[place]), T.bind(self.starts[place + 1])
+        inside = T.bind(T.cast(T.truncmod(place, TOGETHER), "int32"))
+        where = T.address_of(self.starts[T.truncdiv(place, TOGETHER), 0])
+        size = bytes_of_counts([int(size) for size in self.starts.shape])
+        start = T.bind(T.call_extern("int32", f"moec_row_start_{size}", where, inside))
+        stop = T.bind(start + T.call_extern("int32", f"moec_row_words_{size}", where, inside))
         at = T.alloc_buffer((1,), "int32")
         T.buffer_store(at, T.int32(0), [0])
 
         def one(word: Expr, turn: int) -> None:
-            code = T.bitwise_and(T.cast(self.stream[word], "int32"), T.int32(0xFFFF))
-            entry = T.bind(self.table[code])
+            if self.fetches:
+                ahead = T.bind(T.min(word + AHEAD, stop - 1))
+                Vector(self.target).prefetch(self.table, [self._code(ahead)])
+            entry = T.bind(self.table[self._code(word)])
             here = T.bind(at[0])
             upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
             b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
@@ -82,6 +99,15 @@ class Ternary:
                 one(start + step * UNROLLED + turn, turn)
         with T.serial(0, stop - start - whole * UNROLLED) as step:
             one(start + whole * UNROLLED + step, 0)
+
+    def _code(self, word: Expr) -> Expr:
+        return T.bitwise_and(T.cast(self.stream[word], "int32"), T.int32(0xFFFF))
+
+    @property
+    def fetches(self) -> bool:
+        """Whether entries are asked for ahead: a second-level cache that the table would fill
+        holds rows and sums too."""
+        return self.target.l2 < 2 * TABLE
 
     @staticmethod
     def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
@@ -125,13 +151,13 @@ class TwoBits:
 Weights = Ternary | TwoBits
 
 
-def weights(spec: CompressedSpec) -> tuple[Weights, ...]:
+def weights(spec: CompressedSpec, target: Target) -> tuple[Weights, ...]:
     """The arguments that hold the one stack of `spec`, or the two of a gated one."""
     halves = range(1 + spec.gated)
     if spec.kind == "2bit":
         return tuple(TwoBits.of(spec, i) for i in halves)
     table = argument("masks", (CODEWORDS,), "int64")
-    return tuple(Ternary.of(spec, i, table) for i in halves)
+    return tuple(Ternary.of(spec, i, table, target) for i in halves)
 
 
 def call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
@@ -172,12 +198,11 @@ def functions(target: Target) -> AbstractContextManager[object]:
 def _functions(target: Target) -> str:
     n, two = target.vector_lanes, 2 * LANES
     i, h, w = f"<{LANES} x i32>", f"<{two} x i16>", f"<{two} x i32>"
-    ones = "<" + ", ".join(["i16 1"] * two) + ">"
     declare = ""
-    if target.int8_dot and n == LANES:  # avx512vnni holds both
-        dot = "@llvm.x86.avx512.vpdpwssd.512"
-        declare = f"declare {i} {dot}({i}, {h}, {h})"
-        add = f"  %r = call {i} {dot}({i} %acc, {h} %s, {h} %t)"
+    if target.byte_pairs:
+        # Where factors are ones, LLVM would see through anything but the instruction's name, and
+        # make sums of words one by one.
+        declare, add = _pair_sums(target)
     else:
         even = "<" + ", ".join(f"i32 {2 * j}" for j in range(LANES)) + ">"
         odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(LANES)) + ">"
@@ -197,15 +222,7 @@ define linkonce_odr {i} @moec_dot_pairs_{n}({i} %acc, {i} %a, {i} %b) alwaysinli
 {add}
   ret {i} %r
 }}
-define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) alwaysinline {{
-  %x = load {h}, ptr %p, align 4
-  %m = bitcast i32 %mask to <{two} x i1>
-  %z = select <{two} x i1> %m, {h} %x, {h} zeroinitializer
-  %v = bitcast {h} %z to {i}
-  %u = bitcast {h} {ones} to {i}
-  %r = call {i} @moec_dot_pairs_{n}({i} %acc, {i} %v, {i} %u)
-  ret {i} %r
-}}
+{_masked_sum(target)}
 define linkonce_odr i32 @moec_expand_{n}(ptr %p, i32 %mask) alwaysinline {{
   %m = bitcast i32 %mask to <{two} x i1>
   %w = zext <{two} x i1> %m to {h}
@@ -215,6 +232,104 @@ define linkonce_odr i32 @moec_expand_{n}(ptr %p, i32 %mask) alwaysinline {{
 declare i32 @llvm.vector.reduce.add.v{LANES}i32({i})
 define linkonce_odr i32 @moec_lanes_total_{n}({i} %a) alwaysinline {{
   %r = call i32 @llvm.vector.reduce.add.v{LANES}i32({i} %a)
+  ret i32 %r
+}}
+declare i32 @llvm.vector.reduce.add.v{TOGETHER}i32(<{TOGETHER} x i32>)
+{_row_starts(1)}{_row_starts(2)}"""
+
+
+def _masked_sum(target: Target) -> str:
+    n, two = target.vector_lanes, 2 * LANES
+    i, h = f"<{LANES} x i32>", f"<{two} x i16>"
+    if not (target.byte_pairs and n == 8):
+        let_through = f"""
+  %m = bitcast i32 %mask to <{two} x i1>
+  %z = select <{two} x i1> %m, {h} %x, {h} zeroinitializer"""
+    else:
+        # No instruction makes lanes of bits. One that copies all 32 to each lane leaves bits 0 to
+        # 15 in the even words and 16 to 31 in the odd ones: x is brought into the same order.
+        order = [j // 2 + LANES * (j % 2) for j in range(two)]
+        order = [*order[:8], *order[16:24], *order[8:16], *order[24:]]  # two unpackings
+        places = ", ".join(f"i32 {place}" for place in order)
+        bits = ", ".join(f"i16 {(1 << place % 16) - (place % 16 == 15) * 65536}" for place in order)
+        let_through = f"""
+  %o = shufflevector {h} %x, {h} poison, <{two} x i32> <{places}>
+  %e = insertelement {i} poison, i32 %mask, i32 0
+  %s = shufflevector {i} %e, {i} poison, {i} zeroinitializer
+  %w = bitcast {i} %s to {h}
+  %b = and {h} %w, <{bits}>
+  %m = icmp eq {h} %b, <{bits}>
+  %z = select <{two} x i1> %m, {h} %o, {h} zeroinitializer"""
+    ones = "<" + ", ".join(["i16 1"] * two) + ">"
+    return f"""
+define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) alwaysinline {{
+  %x = load {h}, ptr %p, align 4{let_through}
+  %v = bitcast {h} %z to {i}
+  %u = bitcast {h} {ones} to {i}
+  %r = call {i} @moec_dot_pairs_{n}({i} %acc, {i} %v, {i} %u)
+  ret {i} %r
+}}"""
+
+
+def _pair_sums(target: Target) -> tuple[str, str]:
+    """Declarations, and %r = %acc and the sums of pairs of products of %s and %t, on x86."""
+    i, h = f"<{LANES} x i32>", f"<{2 * LANES} x i16>"
+    if target.vector_lanes == LANES and target.int8_dot:  # avx512vnni holds both
+        dot = "@llvm.x86.avx512.vpdpwssd.512"
+        return (
+            f"declare {i} {dot}({i}, {h}, {h})",
+            f"  %r = call {i} {dot}({i} %acc, {h} %s, {h} %t)",
+        )
+    if target.vector_lanes == LANES:
+        dot = "@llvm.x86.avx512.pmaddw.d.512"
+        return (
+            f"declare {i} {dot}({h}, {h})",
+            f"""
+  %p = call {i} {dot}({h} %s, {h} %t)
+  %r = add {i} %acc, %p""",
+        )
+    dot, half, sums = "@llvm.x86.avx2.pmadd.wd", f"<{LANES} x i16>", f"<{LANES // 2} x i32>"
+    parts = [
+        "<" + ", ".join(f"i32 {first + j}" for j in range(LANES)) + ">" for first in (0, LANES)
+    ]
+    return (
+        f"declare {sums} {dot}({half}, {half})",
+        f"""
+  %s0 = shufflevector {h} %s, {h} poison, <{LANES} x i32> {parts[0]}
+  %s1 = shufflevector {h} %s, {h} poison, <{LANES} x i32> {parts[1]}
+  %t0 = shufflevector {h} %t, {h} poison, <{LANES} x i32> {parts[0]}
+  %t1 = shufflevector {h} %t, {h} poison, <{LANES} x i32> {parts[1]}
+  %p0 = call {sums} {dot}({half} %s0, {half} %t0)
+  %p1 = call {sums} {dot}({half} %s1, {half} %t1)
+  %p = shufflevector {sums} %p0, {sums} %p1, <{LANES} x i32> {parts[0]}
+  %r = add {i} %acc, %p""",
+    )
+
+
+def _row_starts(size: int) -> str:
+    """How many codewords there are in front of a row of some together, and in it."""
+    kind = f"i{8 * size}"
+    c, i, m = f"<{TOGETHER} x {kind}>", f"<{TOGETHER} x i32>", f"<{TOGETHER} x i1>"
+    places = "<" + ", ".join(f"i32 {j}" for j in range(TOGETHER)) + ">"
+    return f"""
+define linkonce_odr i32 @moec_row_start_{size}(ptr %p, i32 %inside) alwaysinline {{
+  %first = load i32, ptr %p, align 4
+  %q = getelementptr i8, ptr %p, i64 {START}
+  %c = load {c}, ptr %q, align {size}
+  %w = zext {c} %c to {i}
+  %x = insertelement {i} poison, i32 %inside, i32 0
+  %s = shufflevector {i} %x, {i} poison, {i} zeroinitializer
+  %m = icmp ult {i} {places}, %s
+  %z = select {m} %m, {i} %w, {i} zeroinitializer
+  %t = call i32 @llvm.vector.reduce.add.v{TOGETHER}i32({i} %z)
+  %r = add i32 %first, %t
+  ret i32 %r
+}}
+define linkonce_odr i32 @moec_row_words_{size}(ptr %p, i32 %inside) alwaysinline {{
+  %q = getelementptr i8, ptr %p, i64 {START}
+  %e = getelementptr {kind}, ptr %q, i32 %inside
+  %c = load {kind}, ptr %e, align {size}
+  %r = zext {kind} %c to i32
   ret i32 %r
 }}
 """

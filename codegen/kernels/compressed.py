@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tvm import relax
@@ -20,6 +20,7 @@ from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering, Param
 from moec.ir import Graph, Op, TensorType
 from moec.ops.compressed import GroupedCompressed
+from moec.ternary import bytes_of_counts
 from moec.ternary_dictionary import CODEWORDS, dictionary, masks
 
 
@@ -31,7 +32,9 @@ def compressed_fit(op: Op, graph: Graph) -> bool:
 @kernel("grouped.compressed", takes=compressed_fit)
 def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedCompressed.of(op)
-    spec = spec_of(CompressedSpec, op, parts, kind=parts.kind)
+    spec = spec_of(
+        CompressedSpec, op, parts, kind=parts.kind, bytes_of_counts=_bytes_of_counts(parts)
+    )
     rows = rounded(low, parts.x, form=PAIRS)
     weights = [low.param("ternary.masks", _MASKS)] if parts.kind == "ternary" else []
     weights += [low.value(value) for matrix in parts.matrices for value in matrix]
@@ -43,6 +46,15 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
         return compressed_linear(low.target, spec, top_k, epilogue, scale, name)
 
     return product(low, op, parts, word, Layout(spec, low.target), make, rows, weights)
+
+
+def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
+    """In the starts of each stack, which are the second of its parts."""
+    if parts.kind != "ternary":
+        return ()
+    return tuple(
+        bytes_of_counts(cast(tuple[int, int], matrix[1].shape)) for matrix in parts.matrices
+    )
 
 
 def _masks() -> np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -21,6 +22,7 @@ from moec.codegen.cpu.vector import Vector
 from moec.compression import KINDS, compress, decompress, grid_module
 from moec.quantisation import round_rows
 from moec.target import TARGETS, missing
+from moec.ternary import bytes_of_counts
 from moec.ternary_dictionary import dictionary, masks
 from tests.codegen.test_grouped import routing
 
@@ -46,7 +48,8 @@ class Linear:
             n, k, "f", "float32", groups=experts, gated=gated, bias=bias, kind=kind
         )
         v, module = Vector(target), grid_module(kind)
-        self.spec, self.top_k, self.weights, self.packed = spec, how.get("top_k", 0), [], []
+        self.top_k, self.weights, self.packed = how.get("top_k", 0), [], []
+        counts = []
         if kind == "ternary":
             table = masks(dictionary().entries).view(np.int64)
             self.packed.append(aligned(torch.from_numpy(table)))
@@ -56,6 +59,8 @@ class Linear:
             parts = compress(kind, module.codes_of(weight, grid), grid)
             self.weights.append(decompress(kind, parts, k))
             self.packed += map(aligned, parts)
+            counts.append(bytes_of_counts(parts[1].shape) if kind == "ternary" else 1)
+        self.spec = spec = replace(spec, bytes_of_counts=tuple(counts))
         self.biases = [torch.randn(experts, n) for _ in self.weights] if bias else []
         if bias:
             self.packed.append(torch.from_numpy(pack_bias(Layout(spec, target), *self.biases)))
@@ -155,7 +160,7 @@ def test_the_greatest_sums_fit(build):
     """All inputs and weights greatest, in one codeword a pair: the widest row that is taken."""
     from moec.compression import MOST_WIDTH
 
-    spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", kind="ternary")
+    spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", kind="ternary", bytes_of_counts=(2,))
     grid = torch.tensor([[[-1.0, 1.0]]]).bfloat16()
     parts = compress("ternary", torch.full((1, 1, MOST_WIDTH), 2, dtype=torch.uint8), grid)
     codes = torch.zeros(1, PAIRS.words(MOST_WIDTH), dtype=torch.int32)

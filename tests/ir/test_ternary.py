@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec import ternary, two_bits
-from moec.ternary import Encoded, codes_of, decode, encode, grid_of, values
+from moec.ternary import (
+    Encoded,
+    codes_of,
+    decode,
+    encode,
+    grid_of,
+    pack_starts,
+    unpack_starts,
+    values,
+)
 from moec.ternary_dictionary import (
     CODEWORDS,
     MOST_PAIRS,
@@ -73,16 +82,16 @@ def test_the_masks_of_a_kernel_are_the_entries():
 
 
 @given(
-    st.integers(0, 5),
-    st.integers(0, 130),
+    st.one_of(st.integers(0, 5), st.just(70)),
+    st.one_of(st.integers(0, 130), st.just(3000)),
     st.sampled_from([0.0, 0.3, 0.885, 0.99, 1.0]),
     st.integers(0, 2**32 - 1),
 )
 def test_codes_come_back(rows, width, zeros, seed):
     codes = source(rows, width, zeros, seed)
     made = encode(codes)
-    assert torch.equal(decode(made, width), codes)
-    for row, (start, stop) in enumerate(pairwise(made.starts.tolist())):
+    assert torch.equal(decode(made, rows, width), codes)
+    for row, (start, stop) in enumerate(pairwise(unpack_starts(made.starts, rows).tolist())):
         words = (made.stream[start:stop].int() & 0xFFFF).tolist()
         read = [weight for word in words for weight in sequence(word)]
         assert read == codes[row].tolist() + [0] * (width % 2)
@@ -91,21 +100,35 @@ def test_codes_come_back(rows, width, zeros, seed):
             assert dictionary().children[a, following] < 0
 
 
-def test_88_percent_zeros_are_compressed_20_times():
+@pytest.mark.parametrize("width", [768, 4096])
+def test_88_percent_zeros_are_compressed_20_times(width):
     """Against bf16, with row starts and two bf16 numbers a row; the bound is 25.4 times."""
-    codes = source(256, 4096, ZEROS, 1)
+    codes = source(1024, width, ZEROS, 1)
     made = encode(codes)
     assert 20 < 2 * codes.numel() / (made.nbytes + 4 * len(codes)) < 25.4
 
 
 def test_a_stream_that_does_not_fill_its_rows_is_refused():
-    made = encode(source(3, 40, 0.885, 2))
-    cut = made.starts.clone()
-    cut[2] -= 1
-    with pytest.raises(ValueError, match="row 1 of the stream does not hold 40 weights"):
-        decode(Encoded(made.stream, cut), 40)
+    made = encode(source(35, 40, 0.885, 2))
+    starts = unpack_starts(made.starts, 35)
+    starts[34] -= 1
+    with pytest.raises(ValueError, match="row 33 of the stream does not hold 40 weights"):
+        decode(Encoded(made.stream, pack_starts(starts)), 35, 40)
     with pytest.raises(ValueError, match="row 0 of the stream does not hold 38 weights"):
-        decode(made, 38)
+        decode(made, 35, 38)
+    with pytest.raises(ValueError, match=r"rows of \d+ codewords are not \d+"):
+        decode(Encoded(made.stream[:-1], made.starts), 35, 40)
+
+
+@pytest.mark.parametrize(("row", "byte"), [(1, 0), (0, 4 + 31), (1, 4 + 3)])
+def test_starts_that_do_not_follow_each_other_are_refused(row, byte):
+    """A wrong start, a wrong count, one behind the last row."""
+    made = encode(source(35, 40, 0.885, 2))
+    made.starts[row, byte] += 1
+    with pytest.raises(ValueError, match="the starts of rows do not follow each other"):
+        decode(made, 35, 40)
+    with pytest.raises(ValueError, match="are not those of 65 rows"):
+        decode(made, 65, 40)
 
 
 def test_other_codes_are_refused():
