@@ -26,7 +26,8 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import masks
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.masks import LANES, UNROLLED, CompressedSpec, Weights
+from moec.codegen.cpu.mask_intrinsics import LANES
+from moec.codegen.cpu.masks import UNROLLED, CompressedSpec, Weights
 from moec.codegen.cpu.product import Output, Product
 from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.cpu.round_rows import RoundedRows

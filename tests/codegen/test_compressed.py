@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from moec.codegen.cpu.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.compression import KINDS, compress, decompress, grid_module
 from moec.quantisation import round_rows
-from moec.target import TARGETS, missing
+from moec.target import TARGETS, missing, parse
 from moec.ternary import bytes_of_counts
 from moec.ternary_dictionary import dictionary, masks
 from tests.codegen.test_grouped import routing
@@ -171,3 +173,22 @@ def test_the_greatest_sums_fit(build):
     one = torch.ones(1, 1)
     kernel(codes, one, one.int(), ends, table, *map(aligned, parts), y)
     assert float(y) == pytest.approx(32767 * MOST_WIDTH, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("avx2", r"vpmaddwd\t.*%ymm"),
+        ("llvm:-mcpu=skylake-avx512", r"vpmaddwd\t.*%zmm"),
+        ("avx512-bf16", r"vpdpwssd\t.*%zmm"),
+    ],
+)
+def test_masked_sums_of_pairs_are_one_instruction(name, instruction):
+    """For all that they add ones; in the loops over codewords, which shift by 60 for the length."""
+    target = parse(name)
+    kernel = compressed_linear(target, CompressedSpec(64, 128, "f", "float32", kind="ternary"))
+    built = tvm.compile(tvm.IRModule({"compressed": kernel}), tvm.target.Target(target.tvm()))
+    loops = re.split(r"\n\.LBB", built.mod.inspect_source("asm"))
+    walks = [code for code in loops if "$60" in code and "\tmovzwl\t" in code]
+    assert sum(bool(re.search(instruction, code)) for code in walks) >= 4  # one row to four
+    assert not any("vshufps" in code for code in walks)
