@@ -16,7 +16,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.tile import Tile, ceildiv
+from moec.codegen.cpu.row_blocks import ceildiv
+from moec.codegen.cpu.tile import Tile
 from moec.codegen.cpu.tile_intrinsics import SUMS, TILE_BYTES, TILE_ROWS
 
 STEPS = TILE_ROWS  # steps of K, each a pair, that one register holds

@@ -19,7 +19,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu import integers
 from moec.codegen.cpu.quantised_tile import QuantisedTile
-from moec.codegen.cpu.tile import ceildiv
+from moec.codegen.cpu.row_blocks import ceildiv
 from moec.codegen.cpu.tile_intrinsics import TILE_BYTES, TILE_ROWS
 
 BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors

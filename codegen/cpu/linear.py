@@ -17,7 +17,8 @@ from moec.codegen.cpu import tasks
 from moec.codegen.cpu.amx import AmxTile
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.product import Output, Product, W, X, argument
-from moec.codegen.cpu.tile import Epilogue, Operands, Tile, ceil_of
+from moec.codegen.cpu.row_blocks import ceil_of
+from moec.codegen.cpu.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.cpu.widened_tile import WidenedTile

@@ -22,6 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks
 from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 
@@ -187,7 +188,7 @@ class Tile:
     ) -> None:
         """`some` for all rows, `most` of them at a time, and then for those that are left."""
         v, vectors, w = self.vector, self.layout.vectors, self.operands.w
-        whole = T.bind(T.truncdiv(count, T.int64(most)))
+        whole, part, rest = row_blocks(count, most, streamed=True)
         fetching: Expr = T.int64(0)
         if following is not None:
             # Each of these blocks of rows fetches one vector of every step of the next weights.
@@ -206,10 +207,12 @@ class Tile:
         start = T.bind(T.max(fetching, T.int64(1)))
         with T.serial(start, T.max(start, whole)) as i:
             some(T.bind(first + i * most), most, None)
-        left = T.bind(T.truncmod(count, T.int64(most)))
         for m in range(1, most):
-            with T.If(left == m), T.Then():
-                some(T.bind(first + count - m), m, own)
+            with T.If(part == m), T.Then():
+                some(T.bind(first + whole * most), m, own)
+        for m in halves(most):
+            with T.If(rest == m), T.Then():
+                some(T.bind(first + count - m), m, None)
 
     def _block(
         self,
@@ -368,11 +371,3 @@ class Tile:
         if n % v.lanes and j == n % lay.width // v.lanes:
             with T.If(tile == lay.tiles - 1), T.Then():
                 v.store_tail(y, [row, column], value, n % v.lanes)
-
-
-def ceil_of(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def ceildiv(a: Expr, b: int) -> Expr:
-    return T.truncdiv(a + (b - 1), T.int64(b))

@@ -17,7 +17,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.product import argument
-from moec.codegen.cpu.tile import ROW_CHUNK, Partial, ceildiv
+from moec.codegen.cpu.row_blocks import ceildiv
+from moec.codegen.cpu.tile import ROW_CHUNK, Partial
 from moec.codegen.cpu.unpacked_loops import (
     TILES,
     Stack,

@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import tasks
-from moec.codegen.cpu.tile import ceildiv
+from moec.codegen.cpu.row_blocks import ceildiv
 from moec.codegen.cpu.unpacked_tile import Mixture
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target

@@ -19,16 +19,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.tile import (
-    PARTIAL_ROWS,
-    Fetch,
-    Partial,
-    Registers,
-    Tile,
-    Where,
-    ceil_of,
-    ceildiv,
-)
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks
+from moec.codegen.cpu.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
 WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small first-level cache
 MORE = 4  # times as many tiles at once as other kernels take
@@ -182,14 +174,16 @@ class WidenedTile(Tile):
             partial = Partial(lambda i, column: kept(at + i, column), *goes)
             self._summed(multiply, T.bind(base + at), m, block.group, block.tile, partial)
 
-        whole = T.bind(T.truncdiv(count, T.int64(height)))
+        whole, part, rest = row_blocks(count, height, streamed=False)
         with T.If(whole > 0), T.Then():
             some(T.bind(T.int64(0)), height, True)
         with T.serial(1, T.max(whole, T.int64(1))) as i:
             some(T.bind(i * height), height, False)
-        left = T.bind(count - whole * height)
         for m in range(1, height):
-            with T.If(left == m), T.Then():
+            with T.If(part == m), T.Then():
+                some(T.bind(whole * height), m, True)
+        for m in halves(height):
+            with T.If(rest == m), T.Then():
                 some(T.bind(count - m), m, False)
 
     def _panels(
