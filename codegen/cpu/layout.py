@@ -87,10 +87,9 @@ class Layout:
     @property
     def tuned(self) -> tuple[str, ...]:
         """The values of `tuning` that kernels of experts read."""
-        own: tuple[str, ...] = ("fetched", "next_from")
-        if self.amx or self.widened:
-            own = ("fetched",) if self.widened else ()
-        return (*own, "tiles_at_once", "worth")
+        fetched = () if self.amx else ("fetched",)
+        following = () if self.amx or self.widened else ("next_from",)
+        return (*fetched, *following, "tiles_at_once", "worth")
 
     @property
     def depth(self) -> int:
