@@ -113,7 +113,7 @@ def test_products_that_cannot_stand_side_by_side():
 def test_many_rows_meet_several_tiles_at_once(build, target, dtype):
     """To the bit what each row is alone: K in blocks or not, rows in one chunk or two, products
     whose tiles come to an end in the midst of several."""
-    specs = [LinearSpec(n, 301, dtype, "float32", bias=True) for n in (301, 40)]
+    specs = [LinearSpec(n, 301, dtype, "float32", bias=True) for n in (304, 301, 40)]
     packed = [part for spec in specs for part in operands(target, spec)[2]]
     kernel = build(target, linears(target, tuple(specs)))
     x = torch.randn(MANY + 70, 301).to(DTYPES[dtype])
