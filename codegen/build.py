@@ -1,4 +1,4 @@
-"""Relax -> a shared library: memory planned by TVM, code made by LLVM."""
+"""Relax, or kernels alone -> a library: memory planned by TVM, code made by LLVM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import tvm
 from tvm import relax
+from tvm.tirx import PrimFunc
 
 from moec.codegen.tir_pipeline import PIPELINE
 from moec.errors import IRError
@@ -14,11 +15,8 @@ from moec.target import Target
 
 def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> relax.VMExecutable:
     """The executable of a module that `lower` made."""
-    options = target.tvm()
-    if opt_level == 0:
-        options["opt-level"] = 0
-    made = tvm.target.Target(options)
-    with context():
+    made = _target(target, opt_level)
+    with _context():
         built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline=PIPELINE)
     for part in (built.mod, *built.mod.imports):
         if part.kind == "llvm":
@@ -26,7 +24,26 @@ def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> 
     return built
 
 
-def context(checked: bool = False) -> tvm.transform.PassContext:
+def compile_kernels(
+    *kernels: PrimFunc, target: Target, opt_level: int = 2, checked: bool = False
+) -> tvm.runtime.Executable:
+    """Kernels by their names, as those of a module are compiled.
+
+    They check the shapes of their arguments where they are `checked`.
+    """
+    module = tvm.IRModule({str(kernel.attrs["global_symbol"]): kernel for kernel in kernels})
+    with _context(checked):
+        return tvm.compile(module, _target(target, opt_level), tir_pipeline=PIPELINE)
+
+
+def _target(target: Target, opt_level: int) -> tvm.target.Target:
+    options = target.tvm()
+    if opt_level == 0:
+        options["opt-level"] = 0
+    return tvm.target.Target(options)
+
+
+def _context(checked: bool = False) -> tvm.transform.PassContext:
     """What TVM is to do with kernels, which check the shapes of their arguments where they are
     `checked`: those of `main` are checked where tensors enter it.
 

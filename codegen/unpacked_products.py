@@ -5,13 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import tvm
-
-from moec.codegen.build import context
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.unpacked import mixed, outer, product
 from moec.codegen.cpu.unpacked_loops import Stack
 from moec.codegen.package import linker
-from moec.codegen.tir_pipeline import PIPELINE
 from moec.target import Target
 
 
@@ -25,9 +22,8 @@ def compile_products(stack: Stack, target: Target) -> bytes:
         for biased in (False, True):
             name = kernel.__name__ + ("_biased" if biased else "")
             kernels.append(kernel(target, stack, biased, name))
-    module = tvm.IRModule({str(k.attrs["global_symbol"]): k for k in kernels})
-    with context(), tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        built = tvm.compile(module, tvm.target.Target(target.tvm()), tir_pipeline=PIPELINE)
+    built = compile_kernels(*kernels, target=target)
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         path = Path(folder) / "lib.so"
         built.export_library(str(path), cc=linker(Path(folder)))
         return path.read_bytes()

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 
-import tvm
 from tvm.tirx import PrimFunc
 
-from moec.codegen.build import context
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
-from moec.codegen.tir_pipeline import PIPELINE
 from moec.codegen.tunable import Tunable
 from moec.codegen.tuning.arguments import Arguments, arguments
 from moec.target import Target
@@ -74,15 +72,8 @@ class OnThisMachine:
         return seconds
 
     def _compiled(self, kernel: PrimFunc) -> Callable[..., None]:
-        options = self.target.tvm()
-        if self.opt_level == 0:
-            options["opt-level"] = 0
-        name = str(kernel.attrs["global_symbol"])
-        with context():
-            made = tvm.compile(
-                tvm.IRModule({name: kernel}), tvm.target.Target(options), tir_pipeline=PIPELINE
-            )
-        function: Callable[..., None] = made[name]
+        made = compile_kernels(kernel, target=self.target, opt_level=self.opt_level)
+        function: Callable[..., None] = made[str(kernel.attrs["global_symbol"])]
         return function
 
 

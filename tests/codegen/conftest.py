@@ -9,8 +9,7 @@ import torch
 import tvm
 from torch import Tensor
 
-from moec.codegen.build import context
-from moec.codegen.tir_pipeline import PIPELINE
+from moec.codegen.build import compile_kernels
 from moec.target import Target
 
 
@@ -19,11 +18,8 @@ def build() -> Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]]:
     """(target, kernel) -> a function that takes torch tensors, the results last."""
 
     def make(target: Target, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
-        name = str(kernel.attrs["global_symbol"])
-        with context(checked=True):
-            made_for = tvm.target.Target(target.tvm())
-            library = tvm.tirx.build(tvm.IRModule({name: kernel}), made_for, PIPELINE)
-        function = library[name]
+        library = compile_kernels(kernel, target=target, checked=True)
+        function = library[str(kernel.attrs["global_symbol"])]
 
         def call(*tensors: Tensor) -> None:
             assert all(t.is_contiguous() for t in tensors)

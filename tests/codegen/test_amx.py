@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import tvm
 from torch.nn import functional as F
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.linear import linear, linears
@@ -52,7 +52,7 @@ def test_only_rows_of_whole_registers_go_this_way():
 
 def test_it_compiles_for_amx_everywhere():
     kernel = grouped_linear(AMX, LinearSpec(96, 64, "bfloat16", groups=2))
-    made = tvm.compile(tvm.IRModule({"grouped": kernel}), tvm.target.Target(AMX.tvm()))
+    made = compile_kernels(kernel, target=AMX)
     assert "tdpbf16ps" in made.mod.inspect_source("asm")
 
 
@@ -152,13 +152,14 @@ def test_nan_and_infinity_stay_in_their_row(build):
 
 GUARDED = """
 import ctypes, mmap, torch, tvm
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.linear import linear
 from moec.codegen.cpu.pack import pack
 from moec.target import TARGETS, require
 amx, spec = TARGETS["amx"], LinearSpec(40, 64, "bfloat16")
 require(amx)
-made = tvm.compile(tvm.IRModule({"f": linear(amx, spec, name="f")}), tvm.target.Target(amx.tvm()))
+made = compile_kernels(linear(amx, spec, name="f"), target=amx)
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

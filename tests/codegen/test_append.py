@@ -10,6 +10,7 @@ import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.append import AnglesSpec, AppendSpec, append
 from moec.ir import Op, TensorType, Value
 from moec.ops import OPS
@@ -131,5 +132,4 @@ def test_turns_the_rows_and_writes_nothing_else(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("spec", [SPECS[1], TURNED[1]], ids=str)
 def test_compiles_for_every_target(spec: AppendSpec, target: str) -> None:
-    module = tvm.IRModule({"append": append(spec, TARGETS[target])})
-    tvm.compile(module, target=tvm.target.Target(TARGETS[target].tvm()))
+    compile_kernels(append(spec, TARGETS[target]), target=TARGETS[target])

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention import AttentionSpec, MaskSpec, attention
-from moec.target import TARGETS, host
+from moec.target import TARGETS, host, parse
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Relative to attention over |v|. bf16: a weight and the result are rounded, 2^-8 each, and
@@ -27,8 +28,7 @@ TOLERANCE = {"f32": 2.0**-17, "bf16": 2.0**-7, "f16": 2.0**-10}
 
 @cache
 def kernel(spec: AttentionSpec) -> tvm.runtime.Module:
-    module = tvm.IRModule({"attention": attention(spec, host())})
-    return tvm.compile(module, target=tvm.target.Target(host().tvm()))
+    return compile_kernels(attention(spec, host()), target=host())
 
 
 @dataclass(frozen=True)
@@ -239,16 +239,14 @@ def test_great_scores_do_not_overflow(queries: int) -> None:
     ("name", "target"), [*(("bf16-mask", t) for t in TARGETS), ("uneven-f16", "generic")]
 )
 def test_compiles_for_every_target(name: str, target: str) -> None:
-    module = tvm.IRModule({"attention": attention(SPECS[name], TARGETS[target])})
-    lib = tvm.compile(module, target=tvm.target.Target(TARGETS[target].tvm()))
+    lib = compile_kernels(attention(SPECS[name], TARGETS[target]), target=TARGETS[target])
     made = lib.mod.inspect_source("asm")
     assert ("zmm" in made) == (TARGETS[target].vector_lanes == 16)
     assert ("tdpbf16ps" in made) == TARGETS[target].bf16_tiles
 
 
 def test_compiles_for_haswell() -> None:
-    module = tvm.IRModule({"attention": attention(SPECS["sinks"], TARGETS["avx2"])})
-    tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
+    compile_kernels(attention(SPECS["sinks"], TARGETS["avx2"]), target=parse("llvm:-mcpu=haswell"))
 
 
 def test_heads_must_divide() -> None:
@@ -258,6 +256,7 @@ def test_heads_must_divide() -> None:
 
 SCRIPT = """
 import os, torch, tvm
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention import AttentionSpec, attention
 from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec
@@ -265,7 +264,7 @@ from moec.ops.routing import Routing
 from moec.target import host
 
 def build(f, name):
-    return tvm.compile(tvm.IRModule({name: f}), tvm.target.Target(host().tvm()))[name]
+    return compile_kernels(f, target=host())[name]
 
 torch.manual_seed(0)
 kernel = build(attention(AttentionSpec("f32", 4, 2, 32, 32, 0.2, True), host()), "attention")

@@ -9,11 +9,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.compressed import MANY, compressed_linear
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.masks import CompressedSpec
@@ -187,7 +187,7 @@ def test_masked_sums_of_pairs_are_one_instruction(name, instruction):
     """For all that they add ones; in the loops over codewords, which shift by 60 for the length."""
     target = parse(name)
     kernel = compressed_linear(target, CompressedSpec(64, 128, "f", "float32", kind="ternary"))
-    built = tvm.compile(tvm.IRModule({"compressed": kernel}), tvm.target.Target(target.tvm()))
+    built = compile_kernels(kernel, target=target)
     loops = re.split(r"\n\.LBB", built.mod.inspect_source("asm"))
     walks = [code for code in loops if "$60" in code and "\tmovzwl\t" in code]
     assert sum(bool(re.search(instruction, code)) for code in walks) >= 4  # one row to four

@@ -174,15 +174,14 @@ def test_results_depend_on_no_other_row(build, dtype):
 
 SCRIPT = """
 import os, torch, tvm
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.grouped import grouped_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.pack import pack
 from moec.target import host
 torch.manual_seed(0)
 spec = LinearSpec(300, 129, "float32", groups=3)
-kernel = tvm.compile(
-    tvm.IRModule({"f": grouped_linear(host(), spec, name="f")}), tvm.target.Target(host().tvm())
-)
+kernel = compile_kernels(grouped_linear(host(), spec, name="f"), target=host())
 packed = pack(Layout(spec, host()), torch.randn(3, 300, 129))
 x, y = torch.randn(50, 129), torch.empty(50, 300)
 ends = torch.tensor([20, 20, 50], dtype=torch.int32)

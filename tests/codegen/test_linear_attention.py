@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.linear_attention import LinearAttentionSpec, linear_attention
 from moec.ops.linear_attention import carried
 from moec.target import TARGETS, Target, host
@@ -31,8 +32,7 @@ TOLERANCE = 2e-5
 
 @cache
 def kernel(spec: LinearAttentionSpec, target: Target) -> Callable[..., None]:
-    module = tvm.IRModule({"f": linear_attention(spec, target, "f")})
-    function = tvm.compile(module, tvm.target.Target(target.tvm()))["f"]
+    function = compile_kernels(linear_attention(spec, target, "f"), target=target)["f"]
 
     def call(*tensors: Tensor) -> None:
         function(*(shared(t) for t in tensors))

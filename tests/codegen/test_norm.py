@@ -11,6 +11,7 @@ import tvm
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.norm import NormSpec, norm
 from moec.target import TARGETS, Target, host
 
@@ -21,7 +22,7 @@ TOLERANCE = {"f32": 2.0**-20, "bf16": 2.0**-7, "f16": 2.0**-10}
 
 
 def build(function: Any, target: Target) -> tvm.runtime.Module:
-    return tvm.compile(tvm.IRModule({"f": function}), target=tvm.target.Target(target.tvm()))
+    return compile_kernels(function, target=target)
 
 
 @cache

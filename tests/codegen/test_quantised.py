@@ -8,11 +8,11 @@ from functools import cache
 
 import pytest
 import torch
-import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu import dot_products
 from moec.codegen.cpu.pack import pack_bias
 from moec.codegen.cpu.quantised import quantised_linear
@@ -215,8 +215,7 @@ def test_code_for_other_targets(name, instruction):
     assembly = {}
     for text in ("int8", "mxfp4"):
         spec = QuantisedSpec(4, 64, "float32", groups=2, format=parse(text))
-        kernel = quantised_linear(target, spec)
-        built = tvm.compile(tvm.IRModule({"quantised": kernel}), tvm.target.Target(target.tvm()))
+        built = compile_kernels(quantised_linear(target, spec), target=target)
         assembly[text] = built.mod.inspect_source("asm")
         assert re.search(instruction, assembly[text])
     assert "vpmaddubsw" not in assembly["int8"]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec, route
 from moec.ops.routing import Routing, route_logits
@@ -60,8 +61,7 @@ ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
 
 @cache
 def kernel(spec: RouteSpec) -> tvm.runtime.Module:
-    module = tvm.IRModule({"route": route(spec, host())})
-    return tvm.compile(module, target=tvm.target.Target(host().tvm()))
+    return compile_kernels(route(spec, host()), target=host())
 
 
 def shared(t: Tensor) -> Any:
@@ -172,8 +172,7 @@ def test_a_correction_chooses_but_does_not_weigh() -> None:
 def test_narrower_targets_agree(target: str) -> None:
     torch.manual_seed(0)
     spec = spec_of("deepseek-v3")
-    module = tvm.IRModule({"route": route(spec, TARGETS[target])})
-    lib = tvm.compile(module, target=tvm.target.Target(TARGETS[target].tvm()))
+    lib = compile_kernels(route(spec, TARGETS[target]), target=TARGETS[target])
     logits, correction = distinct(5, 256), torch.zeros(256)
     weights, experts = torch.zeros(5, 8), torch.zeros(5, 8, dtype=torch.int64)
     lib["route"](*map(shared, [logits, correction, weights, experts]))
@@ -202,8 +201,7 @@ GATES: dict[str, GateSpec] = {
 
 @cache
 def gate_kernel(spec: GateSpec, target: Target) -> tvm.runtime.Module:
-    module = tvm.IRModule({"gate": gate(spec, target)})
-    return tvm.compile(module, target=tvm.target.Target(target.tvm()))
+    return compile_kernels(gate(spec, target), target=target)
 
 
 def check_gate(spec: GateSpec, target: Target, tokens: int) -> None:
