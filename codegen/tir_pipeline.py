@@ -12,6 +12,7 @@ from collections.abc import Callable
 import tvm
 from tvm import s_tir, tirx
 
+from moec.codegen.opaque import opaque
 from moec.codegen.outline import outlined
 
 PIPELINE = "moec"
@@ -21,6 +22,7 @@ PIPELINE = "moec"
 def _passes() -> list[tvm.transform.Pass]:
     s, t = s_tir.transform, tirx.transform
     return [
+        tirx.transform.prim_func_pass(opaque, opt_level=0),
         s.CanonicalizeLoop(),
         s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(),

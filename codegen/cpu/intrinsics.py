@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 from functools import cache
 
-from moec.codegen.cpu.row_blocks import SHARED_ROWS
 from moec.codegen.cpu.row_intrinsics import row_functions
 from moec.codegen.cpu.tile_intrinsics import tile_functions
 from moec.target import Target
@@ -28,7 +27,7 @@ def llvm_functions(target: Target) -> str:
     """The text for `pragma_import_llvm`: every function that `vector.Vector` calls."""
     n = target.vector_lanes
     parts = [_memory_f32(n), _memory_bf16(n, target), _memory_f16(n, target), _scalars(target)]
-    parts += [_arithmetic(n, target), _exp(n), row_functions(n), SHARED_ROWS]
+    parts += [_arithmetic(n, target), _exp(n), row_functions(n)]
     if target.bf16_dot:
         parts.append(_BF16_DOT)
     if target.bf16_tiles:

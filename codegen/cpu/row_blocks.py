@@ -13,9 +13,10 @@ def row_blocks(count: Expr, most: int, streamed: bool) -> tuple[Expr, Expr, Expr
     half a block or less is left, the last whole one shares its rows with it. Not so the first one
     where it waits for weights that are `streamed` from memory: then it had better be whole.
     """
-    least = 1 if streamed else 0
-    numbers = [T.int64(number) for number in (most, _few(most), least)]
-    rest = T.bind(T.call_extern("int64", "moec_shared_rows", count, *numbers))
+    whole, left = (T.bind(op(count, T.int64(most))) for op in (T.truncdiv, T.truncmod))
+    short = T.And(left > 0, left <= _few(most))
+    shared = T.bind(T.And(whole > (1 if streamed else 0), short))
+    rest = T.bind(T.Select(shared, T.truncdiv(left + most, T.int64(2)), T.int64(0)))
     before = T.bind(count - rest)
     return (
         T.bind(T.truncdiv(before, T.int64(most))),
@@ -34,28 +35,15 @@ def _few(most: int) -> int:
     return most // 2 if most > 2 else 0
 
 
-SHARED_ROWS = """
-define linkonce_odr i64 @moec_shared_rows(i64 %n, i64 %most, i64 %few, i64 %least) alwaysinline {
-  %whole = udiv i64 %n, %most
-  %left = urem i64 %n, %most
-  %enough = icmp ugt i64 %whole, %least
-  %some = icmp ne i64 %left, 0
-  %short = icmp ule i64 %left, %few
-  %both = and i1 %some, %short
-  %shared = and i1 %both, %enough
-  %sum = add i64 %left, %most
-  %half = lshr i64 %sum, 1
-  %r = select i1 %shared, i64 %half, i64 0
-  ret i64 %r
-}
-"""
-"""The rows of the last block where the one before shares with it, else 0. TVM, which would try
-every case of such conditions, is told nothing of them."""
-
-
 def ceil_of(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def ceildiv(a: Expr, b: int) -> Expr:
     return T.truncdiv(a + (b - 1), T.int64(b))
+
+
+def stop_of(start: Expr, block: int, whole: int) -> Expr:
+    """Where a block ends; where all are whole, so that loops over them have a known length."""
+    stop = start + block
+    return T.bind(stop if whole % block == 0 else T.min(stop, T.int64(whole)))
