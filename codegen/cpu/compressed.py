@@ -115,21 +115,6 @@ class CompressedTile(Tile):
             value = matrix.value(p, q, a, b, ops.sums[row, 0])
             T.buffer_store(made, value * ops.x_scales[row, 0], list(place))
 
-    def _finished(
-        self, made: Buffer, offset: Expr | int, row: Expr, m: int, group: Expr, tile: Expr
-    ) -> None:
-        """made[offset + i] is what row + i gives before scale, bias and epilogue."""
-        v, lay = self.vector, self.layout
-        lanes = T.ramp(0, 1, v.lanes)
-        acc = [
-            [T.alloc_buffer((v.lanes,), "float32") for _ in range(lay.vectors)] for _ in range(m)
-        ]
-        for i in range(m):
-            for j in range(lay.vectors):
-                at = [offset + i, T.ramp(j * v.lanes, 1, v.lanes)]
-                T.buffer_store(acc[i][j], made[tuple(at)], [lanes])
-        self._finish(acc, row, m, group, tile)
-
     def _few(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
         """`m` rows from `row` on: each codeword is decoded once for all of them."""
         lay, ops = self.layout, self.operands
@@ -141,7 +126,7 @@ class CompressedTile(Tile):
                 sums = self._masked(matrix, group, column, rows)
                 places = [(i, half * lay.width + c) for i in range(m)]
                 self._store_sums(matrix, group, column, rows, sums, made, places)
-        self._finished(made, 0, row, m, group, tile)
+        self._finish_kept(lambda i, column: (made, [i, column]), row, m, group, tile)
 
     def _masked(
         self, matrix: Weights, group: Expr, column: Expr, rows: Sequence[Expr]
@@ -209,8 +194,7 @@ class CompressedTile(Tile):
                             self._store_sums(matrix, group, column, rows, sums, made, places)
 
                 self._groups(base, count, MANY_ROWS, meet)
-        with T.serial(0, count) as i:
-            self._finished(made, i, T.bind(base + i), 1, group, tile)
+        self._finish_kept(lambda i, column: (made, [i, column]), base, count, group, tile)
 
     def _products(
         self, rows: Sequence[Expr], decoded: Buffer, first: Expr

@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
 from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 
@@ -48,11 +48,12 @@ class Partial:
     """Sums that are made in several goes: `at(i, c)` is where row i's lie from column c on.
 
     `begun`: they start from there, else from 0. `done`: they are stored, else they go there.
+    None is never.
     """
 
     at: Callable[[int, int], Where]
-    begun: Expr
-    done: Expr
+    begun: Expr | None
+    done: Expr | None
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Tile:
             n = T.bind(T.min(count - c * PARTIAL_ROWS, T.int64(PARTIAL_ROWS)))
             with T.serial(0, blocks) as b:
                 start = T.bind(b * lay.depth_block)
-                stop = T.bind(T.min(start + lay.depth_block, T.int64(lay.depth)))
+                stop = stop_of(start, lay.depth_block, lay.depth)
                 after = None
                 if following is not None:
                     inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
@@ -255,24 +256,27 @@ class Tile:
                 for j in range(lay.vectors):
                     T.buffer_store(acc[i][j], action(i, j), [lanes])
 
-        if partial is None:
-            each(lambda i, j: v.splat(0.0))
-            multiply(acc)
-            self._finish(acc, row, m, group, tile)
-            return
-        with T.If(partial.begun):
-            with T.Then():
-                each(lambda i, j: v.load(*partial.at(i, j * v.lanes)))
-            with T.Else():
-                each(lambda i, j: v.splat(0.0))
+        def keep(partial: Partial) -> None:
+            for i in range(m):
+                for j in range(lay.vectors):
+                    v.store(*partial.at(i, j * v.lanes), acc[i][j][lanes])
+
+        each(lambda i, j: v.splat(0.0))
+        if partial is not None and partial.begun is not None:
+            begun = partial.at
+            with T.If(partial.begun), T.Then():
+                each(lambda i, j: v.load(*begun(i, j * v.lanes)))
         multiply(acc)
-        with T.If(partial.done):
-            with T.Then():
-                self._finish(acc, row, m, group, tile)
-            with T.Else():
-                for i in range(m):
-                    for j in range(lay.vectors):
-                        v.store(*partial.at(i, j * v.lanes), acc[i][j][lanes])
+        if partial is None:
+            self._finish(acc, row, m, group, tile)
+        elif partial.done is None:
+            keep(partial)
+        else:
+            with T.If(partial.done):
+                with T.Then():
+                    self._finish(acc, row, m, group, tile)
+                with T.Else():
+                    keep(partial)
 
     def _depth_loop(
         self,
@@ -337,6 +341,20 @@ class Tile:
         lanes = T.ramp(0, 1, self.vector.lanes)
         for i in range(m):
             self._finish_row([a[lanes] for a in acc[i]], T.bind(row + i), group, tile)
+
+    def _finish_kept(
+        self,
+        at: Callable[[Expr, int], Where],
+        first: Expr,
+        count: Expr | int,
+        group: Expr,
+        tile: Expr,
+    ) -> None:
+        """`count` rows from `first` on, whose sums lie at `at(i, column)`."""
+        v = self.vector
+        with T.serial(0, count) as i:
+            sums = [v.load(*at(i, j * v.lanes)) for j in range(self.layout.vectors)]
+            self._finish_row(sums, T.bind(first + i), group, tile)
 
     def _finish_row(self, sums: list[Expr], row: Expr, group: Expr, tile: Expr) -> None:
         """Scale, bias, epilogue, rounding, store of one row's vectors of sums."""

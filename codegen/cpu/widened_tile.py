@@ -19,7 +19,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
 from moec.codegen.cpu.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
 WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small first-level cache
@@ -79,15 +79,21 @@ class WidenedTile(Tile):
         with T.If(count < height):
             with T.Then():
                 panel = self.vector.scratch((height - 1, depth * self.factor), "float32")
-                for m in range(1, height):
-                    with T.If(count == m), T.Then():
-                        self._few(whole, tiles, first, m, panel)
+                self._few(whole, tiles, first, count, panel)
             with T.Else():
                 self._many(whole, tiles, first, count, following)
 
-    def _few(self, whole: _Block, tiles: Expr | int, row: Expr, m: int, panel: Buffer) -> None:
-        for i in range(m):
-            self._widen_row(row + i, whole, panel, i)
+    def _few(
+        self, whole: _Block, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
+    ) -> None:
+        height = self.layout.target.tile_rows
+        kept = self.vector.scratch((height - 1, self.layout.columns), "float32")
+
+        def sums(i: Expr | int, column: int) -> Where:
+            return kept, [i, column]
+
+        with T.serial(0, count) as i:
+            self._widen_row(first + i, whole, panel, i)
         with T.serial(0, tiles) as t:
             tile = T.bind(whole.tile + t)
 
@@ -95,11 +101,14 @@ class WidenedTile(Tile):
                 with T.serial(0, T.int64(self.layout.depth)) as step:
                     self._fetch(whole.group, tile, step)
                     for h, weights in enumerate(self._halves(whole.group, tile, step)):
-                        for i, sums in enumerate(acc):
+                        for i, own in enumerate(acc):
                             a = panel[i, step * self.factor + h]
-                            self._accumulate(sums, self.vector.splat(a), weights, self._fma)
+                            self._accumulate(own, self.vector.splat(a), weights, self._fma)
 
-            self._summed(multiply, row, m, whole.group, tile, None)
+            for m in range(1, height):
+                with T.If(count == m), T.Then():
+                    self._summed(multiply, first, m, whole.group, tile, Partial(sums, None, None))
+            self._finish_kept(sums, first, count, whole.group, tile)
 
     def _many(
         self,
@@ -114,13 +123,13 @@ class WidenedTile(Tile):
         blocks = ceil_of(lay.depth, self.steps)
         weights = v.scratch((self.steps * self.factor, lay.columns), "float32")
         panel = v.scratch((PARTIAL_ROWS, self.steps * self.factor), "float32")
-        partial = v.scratch((at_once, PARTIAL_ROWS, lay.columns), "float32")
+        kept = v.scratch((at_once, PARTIAL_ROWS, lay.columns), "float32")
         chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
         with T.serial(0, chunks) as c, T.serial(0, T.int64(blocks)) as b:
             base = T.bind(first + c * PARTIAL_ROWS)
             n = T.bind(T.min(first + count - base, T.int64(PARTIAL_ROWS)))
             start = T.bind(b * self.steps)
-            stop = T.bind(T.min(start + self.steps, T.int64(lay.depth)))
+            stop = stop_of(start, self.steps, lay.depth)
             done = T.bind(b == blocks - 1)
             after = T.bind(T.Select(done, T.int64(0), stop))
             # What is widened after this block of all tiles.
@@ -142,26 +151,26 @@ class WidenedTile(Tile):
                     stop,
                 )
 
-                def kept(i: Expr, column: int) -> Where:
-                    return partial, [t, i, column]
+                def sums(i: Expr | int, column: int) -> Where:
+                    return kept, [t, i, column]
 
-                self._widen_weights(replace(block, tile=tile), weights)
-                self._all_rows(
-                    replace(block, tile=tile), base, n, weights, panel, kept, (b > 0, done), then
-                )
+                own = replace(block, tile=tile)
+                self._widen_weights(own, weights)
+                self._all_rows(own, n, weights, panel, sums, b > 0, then)
+                with T.If(done), T.Then():
+                    self._finish_kept(sums, base, n, whole.group, tile)
 
     def _all_rows(
         self,
         block: _Block,
-        base: Expr,
         count: Expr,
         weights: Buffer,
         panel: Buffer,
-        kept: Callable[[Expr, int], Where],
-        goes: tuple[Expr, Expr],
+        sums: Callable[[Expr | int, int], Where],
+        begun: Expr,
         then: _Block,
     ) -> None:
-        """`count` rows from `base` on, whose block is in `panel`, with a tile's, in `weights`."""
+        """The `count` rows whose block is in `panel` with that of a tile, in `weights`."""
         height = self.layout.target.tile_rows
 
         def some(at: Expr, m: int, fetches: bool) -> None:
@@ -171,8 +180,8 @@ class WidenedTile(Tile):
             def multiply(acc: Registers) -> None:
                 self._panels(acc, weights, panel, at, block, ask if fetches else None)
 
-            partial = Partial(lambda i, column: kept(at + i, column), *goes)
-            self._summed(multiply, T.bind(base + at), m, block.group, block.tile, partial)
+            partial = Partial(lambda i, column: sums(at + i, column), begun, None)
+            self._summed(multiply, at, m, block.group, block.tile, partial)
 
         whole, part, rest = row_blocks(count, height, streamed=False)
         with T.If(whole > 0), T.Then():
@@ -227,7 +236,10 @@ class WidenedTile(Tile):
         """panel[i, :] = the block of a row as float32, and 0 behind an odd end."""
         v, lay, ops = self.vector, self.layout, self.operands
         begin = block.start * self.factor
-        count = T.bind(T.min(T.int64(lay.spec.k), block.stop * self.factor) - begin)
+        count = (block.stop - block.start) * self.factor
+        if lay.spec.k % self.factor:
+            count = T.min(count, lay.spec.k - begin)
+        count = T.bind(count)
         whole = T.bind(T.truncdiv(count, T.int64(v.lanes)))
         r = T.bind(ops.x_row(row))
         with T.serial(0, whole) as c:
