@@ -28,17 +28,19 @@ import torch  # noqa: E402
 import tvm  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moec.codegen.build import compile_kernels  # noqa: E402
 from moec.codegen.cpu.compressed import compressed_linear  # noqa: E402
+from moec.codegen.cpu.compressed_weights import table  # noqa: E402
 from moec.codegen.cpu.grouped import grouped_linear  # noqa: E402
 from moec.codegen.cpu.layout import Layout, LinearSpec  # noqa: E402
-from moec.codegen.cpu.masks import CompressedSpec  # noqa: E402
 from moec.codegen.cpu.pack import pack  # noqa: E402
 from moec.codegen.cpu.quantised_layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
+from moec.codegen.cpu.ternary_walk import CompressedSpec  # noqa: E402
 from moec.compression import compress, decompress, nbytes  # noqa: E402
 from moec.target import parse  # noqa: E402
 from moec.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
-from moec.ternary_dictionary import ZEROS, dictionary, masks  # noqa: E402
+from moec.ternary_dictionary import ZEROS, dictionary  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
 COLD = 2  # times the last-level cache
@@ -61,14 +63,12 @@ def source(experts: int, n: int, k: int, kind: str) -> Tensor:
 
 
 def built(kernel: Any) -> Callable[..., None]:
-    name = str(kernel.attrs["global_symbol"])
-    made = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(TARGET.tvm()))[name]
+    made = bound(kernel)
     return lambda *tensors: made(*(tvm.runtime.from_dlpack(t) for t in tensors))
 
 
 def bound(kernel: Any) -> Any:
-    name = str(kernel.attrs["global_symbol"])
-    return tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(TARGET.tvm()))[name]
+    return compile_kernels(kernel, target=TARGET)[str(kernel.attrs["global_symbol"])]
 
 
 def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
@@ -106,12 +106,12 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     rows.append(torch.zeros(tokens, 1, dtype=torch.int32))
     built(round_rows(TARGET, k, 1, "float32", form=PAIRS))(x, *rows)
     y, z = torch.zeros(tokens, n), torch.zeros(tokens, n)
-    table = [torch.from_numpy(masks(dictionary().entries).view(np.int64)).clone()]
+    entries = [torch.from_numpy(table(TARGET)).clone()]
 
     def bind(*tensors: Tensor) -> list[Any]:
         return [tvm.runtime.from_dlpack(t) for t in tensors]
 
-    held = bind(*(table if kind == "ternary" else []))
+    held = bind(*(entries if kind == "ternary" else []))
     first, result = bind(*rows), bind(y)
     copies = [bind(*(t.clone() for t in stack)) for _ in range(stacks)]
     wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())

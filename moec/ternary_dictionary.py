@@ -82,3 +82,18 @@ def masks(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
         made |= (code == 1).astype(np.uint64) << np.uint64(i)
         made |= (code == 2).astype(np.uint64) << np.uint64(32 + i)
     return made
+
+
+SIGNED = 32
+"""Bytes of an entry of signs: half a line of a cache, so that none lies in two."""
+
+
+def signs(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.int8]:
+    """Entries as kernels want them where no instruction makes lanes of bits: i8[65536, 32], -1
+    for each weight that is 1 and 1 for each that is 2, and last the number of pairs."""
+    made = np.zeros((CODEWORDS, SIGNED), np.int8)
+    made[:, -1] = entries[:, 0] & np.uint32(15)
+    for i in range(WEIGHTS):
+        code = entries[:, i // 14] >> np.uint32(4 + 2 * (i % 14)) & np.uint32(3)
+        made[:, i] = (code == 2).astype(np.int8) - (code == 1).astype(np.int8)
+    return made

@@ -4,11 +4,11 @@ decoded where they are multiplied.
     ternary   y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
     2bit      y[r, n] = f(sx[r] * step[n] * (A + 2 B - zero[n] * (sum of x)))
 
-A and B are the sums of x under two masks (masks.py). Few rows: nothing of the weights is ever
-written to memory. The entries of consecutive codewords do not wait for each other; only where in x
-they start does, for one addition. Many rows: the masks of some columns become integers 0 and 1 in
-the cache, which all rows then meet. Sums are of integers, and exact: results depend on neither the
-way nor threads nor other rows.
+A and B are the sums of x under two masks (masks.py), or made of two other sums (signs.py). Few
+rows: nothing of the weights is ever written to memory. The entries of consecutive codewords do not
+wait for each other; only where in x they start does, for one addition. Many rows: the factors of
+some columns become integers in the cache, which all rows then meet. Sums are of integers, and
+exact: results depend on neither the way nor threads nor other rows nor the target.
 
 (The kernel of QMoE, arXiv 2310.16795, section 4.3, gives a warp to each row; a core takes turns
 at rows, and the lanes of a vector are the warp.)
@@ -24,19 +24,20 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import masks
+from moec.codegen.cpu import compressed_weights, lanes
+from moec.codegen.cpu.compressed_weights import Weights
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.mask_intrinsics import LANES
-from moec.codegen.cpu.masks import UNROLLED, CompressedSpec, Weights
 from moec.codegen.cpu.product import Output, Product
 from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.cpu.round_rows import RoundedRows
 from moec.codegen.cpu.sorted_rows import sorted_product
+from moec.codegen.cpu.ternary_walk import CompressedSpec
 from moec.codegen.cpu.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.target import Target
 
 ROWS = 4
-"""Rows of x that meet a codeword while it is decoded."""
+"""Rows of x that meet a codeword while it is decoded, where registers hold their sums."""
 MANY = 8
 """As many rows of x, and more, meet weights that were decoded before."""
 DECODED = 8
@@ -77,7 +78,9 @@ class CompressedTile(Tile):
         nothing is fetched."""
         with T.If(count < MANY):
             with T.Then():
-                self._groups(first, count, ROWS, lambda row, m: self._few(group, tile, row, m))
+                self._groups(
+                    first, count, self._rows, lambda row, m: self._few(group, tile, row, m)
+                )
             with T.Else(), T.serial(0, T.truncdiv(count + (ROW_CHUNK - 1), ROW_CHUNK)) as chunk:
                 base = T.bind(first + chunk * ROW_CHUNK)
                 some = T.bind(T.min(first + count - base, T.int64(ROW_CHUNK)))
@@ -93,6 +96,13 @@ class CompressedTile(Tile):
         for m in range(1, most):
             with T.If(left == m), T.Then():
                 action(T.bind(first + count - m), m)
+
+    @property
+    def _rows(self) -> int:
+        """Rows whose sums are held by half the registers: factors need some of the others."""
+        target, turns = self.layout.target, self.operands.matrices[0].turns
+        registers = 2 * turns * (LANES // target.vector_lanes)
+        return max(1, min(ROWS, target.vector_registers // 2 // registers))
 
     def _columns(self, tile: Expr) -> Expr:
         lay = self.layout
@@ -121,38 +131,39 @@ class CompressedTile(Tile):
         rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
         made = T.alloc_buffer((m, lay.columns), "float32")
         for half, matrix in enumerate(ops.matrices):
+            cursor = matrix.cursor(lay.spec.n, group, T.bind(tile * lay.width))
             with T.serial(0, self._columns(tile)) as c:
                 column = T.bind(tile * lay.width + c)
-                sums = self._masked(matrix, group, column, rows)
+                sums = self._masked(matrix, group, column, cursor, rows)
                 places = [(i, half * lay.width + c) for i in range(m)]
                 self._store_sums(matrix, group, column, rows, sums, made, places)
         self._finish_kept(lambda i, column: (made, [i, column]), row, m, group, tile)
 
     def _masked(
-        self, matrix: Weights, group: Expr, column: Expr, rows: Sequence[Expr]
+        self, matrix: Weights, group: Expr, column: Expr, cursor: Any, rows: Sequence[Expr]
     ) -> list[tuple[Expr, Expr]]:
-        """For each row of x its sums under the two masks of a row of weights."""
-        v, lanes = self.vector, T.ramp(0, 1, LANES)
+        """For each row of x its sums under the two factors of a row of weights."""
+        v, every = self.vector, T.ramp(0, 1, LANES)
         acc = [
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
-            for _ in range(UNROLLED)
+            for _ in range(matrix.turns)
         ]
         for buffer in (b for some in acc for own in some for b in own):
-            masks.zero(buffer)
+            lanes.zero(buffer)
 
         def take(turn: int, word: Expr, *pair: Expr) -> None:
             for i, row in enumerate(rows):
                 where = T.address_of(self.operands.x[row, word])
-                for own, mask in zip(acc[turn][i], pair, strict=True):
-                    T.buffer_store(own, masks.masked_sum(v, own[lanes], where, mask), [lanes])
+                for own, factor in zip(acc[turn][i], pair, strict=True):
+                    T.buffer_store(own, matrix.add(v, own[every], where, factor), [every])
 
-        matrix.each(self.layout.spec.n, group, column, take)
+        matrix.each(self.layout.spec.n, group, column, cursor, take)
 
         def total(i: int, side: int) -> Expr:
-            added = acc[0][i][side][lanes]
-            for turn in range(1, UNROLLED):
-                added = added + acc[turn][i][side][lanes]
-            return masks.total(v, added)
+            added = acc[0][i][side][every]
+            for turn in range(1, matrix.turns):
+                added = added + acc[turn][i][side][every]
+            return lanes.total(v, added)
 
         return [(total(i, 0), total(i, 1)) for i in range(len(rows))]
 
@@ -171,11 +182,15 @@ class CompressedTile(Tile):
 
                 with T.serial(0, DECODED) as c:
 
-                    def write(turn: int, word: Expr, *pair: Expr, c: Expr = c) -> None:
-                        for side, mask in enumerate(pair):
-                            masks.expand(v, T.address_of(decoded[side, c, word]), mask)
+                    def write(
+                        turn: int, word: Expr, *pair: Expr, c: Expr = c, matrix: Weights = matrix
+                    ) -> None:
+                        for side, factor in enumerate(pair):
+                            matrix.expand(v, T.address_of(decoded[side, c, word]), factor)
 
-                    matrix.each(lay.spec.n, group, T.bind(tile * lay.width + place(c)), write)
+                    column = T.bind(tile * lay.width + place(c))
+                    own = matrix.cursor(lay.spec.n, group, column)
+                    matrix.each(lay.spec.n, group, column, own, write)
 
                 def meet(
                     row: Expr,
@@ -200,13 +215,13 @@ class CompressedTile(Tile):
         self, rows: Sequence[Expr], decoded: Buffer, first: Expr
     ) -> list[list[tuple[Expr, Expr]]]:
         """For some decoded columns from `first` on, for each row of x, its two sums."""
-        v, lanes, x = self.vector, T.ramp(0, 1, LANES), self.operands.x
+        v, every, x = self.vector, T.ramp(0, 1, LANES), self.operands.x
         acc = [
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
             for _ in range(MANY_COLUMNS)
         ]
         for buffer in (b for some in acc for own in some for b in own):
-            masks.zero(buffer)
+            lanes.zero(buffer)
         with T.serial(0, -(-self.layout.spec.k // (2 * LANES))) as step:
             at = T.ramp(step * LANES, 1, LANES)
             parts = [T.bind(x[row, at]) for row in rows]
@@ -215,9 +230,9 @@ class CompressedTile(Tile):
                     w = T.bind(decoded[side, first + j, at])
                     for i, part in enumerate(parts):
                         own = acc[j][i][side]
-                        T.buffer_store(own, masks.dot_pairs(v, own[lanes], part, w), [lanes])
+                        T.buffer_store(own, lanes.dot_pairs(v, own[every], part, w), [every])
         return [
-            [(masks.total(v, a[lanes]), masks.total(v, b[lanes])) for a, b in some] for some in acc
+            [(lanes.total(v, a[every]), lanes.total(v, b[every])) for a, b in some] for some in acc
         ]
 
 
@@ -229,7 +244,7 @@ def compressed_linear(
     scale_dtype: str | None = None,
     name: str = "compressed",
 ) -> PrimFunc:
-    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, masks i64[65536]],
+    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, the dictionary],
     the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product`
     says more. The masks of the dictionary come where the kind is ternary.
     """
@@ -244,8 +259,8 @@ def compressed_linear(
     product = Product(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
-        lambda suffix: masks.weights(spec, target),
+        lambda suffix: compressed_weights.weights(spec, target),
         tile,
-        lambda: masks.functions(target),
+        lambda: compressed_weights.functions(target),
     )
     return sorted_product(product, name, top_k, scale_dtype, fetches=False)

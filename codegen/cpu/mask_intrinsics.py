@@ -44,12 +44,13 @@ define linkonce_odr {i} @moec_dot_pairs_{n}({i} %acc, {i} %a, {i} %b) alwaysinli
   ret {i} %r
 }}
 {_masked_sum(target)}
-define linkonce_odr i32 @moec_expand_{n}(ptr %p, i32 %mask) alwaysinline {{
+define linkonce_odr i32 @moec_expand_mask_{n}(ptr %p, i32 %mask) alwaysinline {{
   %m = bitcast i32 %mask to <{two} x i1>
   %w = zext <{two} x i1> %m to {h}
   store {h} %w, ptr %p, align 4
   ret i32 0
 }}
+{_signs(n)}
 declare i32 @llvm.vector.reduce.add.v{LANES}i32({i})
 define linkonce_odr i32 @moec_lanes_total_{n}({i} %a) alwaysinline {{
   %r = call i32 @llvm.vector.reduce.add.v{LANES}i32({i} %a)
@@ -57,6 +58,43 @@ define linkonce_odr i32 @moec_lanes_total_{n}({i} %a) alwaysinline {{
 }}
 declare i32 @llvm.vector.reduce.add.v{TOGETHER}i32(<{TOGETHER} x i32>)
 {_row_starts(1)}{_row_starts(2)}"""
+
+
+def _signs(n: int) -> str:
+    """Bytes of an entry of signs as 16-bit integers, by halves, as vectors of that many are made;
+    the last four bytes, which are no weights, as 0."""
+    i, h, b = f"<{LANES} x i32>", f"<{2 * LANES} x i16>", f"<{LANES} x i8>"
+    half = f"<{LANES} x i16>"
+    weights = "<" + ", ".join(["i8 -1"] * 12 + ["i8 0"] * 4) + ">"
+    both = "<" + ", ".join(f"i32 {j}" for j in range(2 * LANES)) + ">"
+    return f"""
+define linkonce_odr {i} @moec_signs_{n}(ptr %p) alwaysinline {{
+  %q = getelementptr i8, ptr %p, i64 {LANES}
+  %l = load {b}, ptr %p, align {LANES}
+  %u = load {b}, ptr %q, align {LANES}
+  %v = and {b} %u, {weights}
+  %lw = sext {b} %l to {half}
+  %vw = sext {b} %v to {half}
+  %w = shufflevector {half} %lw, {half} %vw, <{2 * LANES} x i32> {both}
+  %r = bitcast {h} %w to {i}
+  ret {i} %r
+}}
+declare {h} @llvm.abs.v{2 * LANES}i16({h}, i1)
+define linkonce_odr {i} @moec_magnitudes_{n}({i} %a) alwaysinline {{
+  %w = bitcast {i} %a to {h}
+  %m = call {h} @llvm.abs.v{2 * LANES}i16({h} %w, i1 true)
+  %r = bitcast {h} %m to {i}
+  ret {i} %r
+}}
+define linkonce_odr {i} @moec_signed_sum_{n}({i} %acc, ptr %p, {i} %w) alwaysinline {{
+  %x = load {i}, ptr %p, align 4
+  %r = call {i} @moec_dot_pairs_{n}({i} %acc, {i} %x, {i} %w)
+  ret {i} %r
+}}
+define linkonce_odr i32 @moec_expand_signs_{n}(ptr %p, {i} %w) alwaysinline {{
+  store {i} %w, ptr %p, align 4
+  ret i32 0
+}}"""
 
 
 def _masked_sum(target: Target) -> str:
@@ -131,18 +169,19 @@ def _row_starts(size: int) -> str:
     """How many codewords there are in front of a row of some together, and in it."""
     kind = f"i{8 * size}"
     c, i, m = f"<{TOGETHER} x {kind}>", f"<{TOGETHER} x i32>", f"<{TOGETHER} x i1>"
-    places = "<" + ", ".join(f"i32 {j}" for j in range(TOGETHER)) + ">"
+    places = "<" + ", ".join(f"{kind} {j}" for j in range(TOGETHER)) + ">"
     return f"""
 define linkonce_odr i32 @moec_row_start_{size}(ptr %p, i32 %inside) alwaysinline {{
   %first = load i32, ptr %p, align 4
   %q = getelementptr i8, ptr %p, i64 {START}
   %c = load {c}, ptr %q, align {size}
-  %w = zext {c} %c to {i}
-  %x = insertelement {i} poison, i32 %inside, i32 0
-  %s = shufflevector {i} %x, {i} poison, {i} zeroinitializer
-  %m = icmp ult {i} {places}, %s
-  %z = select {m} %m, {i} %w, {i} zeroinitializer
-  %t = call i32 @llvm.vector.reduce.add.v{TOGETHER}i32({i} %z)
+  %n = trunc i32 %inside to {kind}
+  %x = insertelement {c} poison, {kind} %n, i32 0
+  %s = shufflevector {c} %x, {c} poison, {i} zeroinitializer
+  %m = icmp slt {c} {places}, %s
+  %z = select {m} %m, {c} %c, {c} zeroinitializer
+  %w = zext {c} %z to {i}
+  %t = call i32 @llvm.vector.reduce.add.v{TOGETHER}i32({i} %w)
   %r = add i32 %first, %t
   ret i32 %r
 }}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.compressed import compressed_linear
+from moec.codegen.cpu.compressed_weights import table
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.masks import CompressedSpec
 from moec.codegen.cpu.quantised_layout import PAIRS
+from moec.codegen.cpu.ternary_walk import CompressedSpec
 from moec.codegen.cpu.tile import Epilogue
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.kernels.codes import rounded
@@ -20,8 +20,8 @@ from moec.codegen.kernels.table import kernel
 from moec.codegen.lowering import Lowering, Param
 from moec.ir import Graph, Op, TensorType
 from moec.ops.compressed import GroupedCompressed
+from moec.target import Target
 from moec.ternary import bytes_of_counts
-from moec.ternary_dictionary import CODEWORDS, dictionary, masks
 
 
 def compressed_fit(op: Op, graph: Graph) -> bool:
@@ -36,7 +36,10 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
         CompressedSpec, op, parts, kind=parts.kind, bytes_of_counts=_bytes_of_counts(parts)
     )
     rows = rounded(low, parts.x, form=PAIRS)
-    weights = [low.param("ternary.masks", _MASKS)] if parts.kind == "ternary" else []
+    weights = []
+    if parts.kind == "ternary":
+        entries = _dictionary(low.target)
+        weights.append(low.param(entries.name, entries))
     weights += [low.value(value) for matrix in parts.matrices for value in matrix]
     word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
 
@@ -57,9 +60,9 @@ def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
     )
 
 
-def _masks() -> np.ndarray[Any, Any]:
-    return masks(dictionary().entries).view(np.int64)
-
-
-_MASKS = Param("ternary.masks", TensorType("i64", (CODEWORDS,)), (), _masks)
-"""The one dictionary, as kernels read it: 512 KiB, once in a package."""
+def _dictionary(target: Target) -> Param:
+    """Once in a package."""
+    made = table(target)
+    kind = {"int64": "i64", "int8": "i8"}[str(made.dtype)]
+    name = "ternary.signs" if kind == "i8" else "ternary.masks"
+    return Param(name, TensorType(kind, made.shape), (), lambda: made)

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,23 +13,24 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moec.codegen.build import compile_kernels
+from moec.codegen.cpu import compressed_weights
 from moec.codegen.cpu.compressed import MANY, compressed_linear
+from moec.codegen.cpu.compressed_weights import table
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.masks import CompressedSpec
 from moec.codegen.cpu.pack import pack_bias
 from moec.codegen.cpu.quantised_layout import PAIRS
 from moec.codegen.cpu.round_rows import round_rows as rounding_kernel
+from moec.codegen.cpu.ternary_walk import CompressedSpec
 from moec.codegen.cpu.vector import Vector
-from moec.compression import KINDS, compress, decompress, grid_module
+from moec.compression import KINDS, MOST_WIDTH, compress, decompress, grid_module
 from moec.quantisation import round_rows
 from moec.target import TARGETS, missing, parse
 from moec.ternary import bytes_of_counts
-from moec.ternary_dictionary import dictionary, masks
 from tests.codegen.test_grouped import routing
 
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "avx2-vnni"]
 BEST = RUNNABLE[-1]
-# Targets differ in how they let integers through masks; what walks over masks is the same.
+# Targets differ in what factors are, and in how they multiply; what walks over them is the same.
 BUILT = [*((t, "ternary") for t in RUNNABLE), (BEST, "2bit")]
 # Sums of integers are exact, and float32 rounds a few times behind them. But x times a scale may
 # come out halfway between two integers, where targets that fuse it with the rounding take the other
@@ -53,8 +53,7 @@ class Linear:
         self.top_k, self.weights, self.packed = how.get("top_k", 0), [], []
         counts = []
         if kind == "ternary":
-            table = masks(dictionary().entries).view(np.int64)
-            self.packed.append(aligned(torch.from_numpy(table)))
+            self.packed.append(aligned(torch.from_numpy(table(target))))
         for _ in range(1 + gated):
             weight = torch.randn(experts, n, k)
             grid = module.grid_of(weight)
@@ -158,9 +157,24 @@ def test_a_row_means_the_same_beside_any_others(build, tokens):
         assert torch.equal(linear(x[t : t + 1].clone(), order, ends), whole[2 * t : 2 * t + 2])
 
 
+@pytest.mark.parametrize(
+    "target", [t for t in RUNNABLE if t.vector_lanes < 16], ids=lambda t: t.name
+)
+def test_masks_and_signs_give_the_same_bits(build, target, monkeypatch):
+    """Few rows and many, of weights that are mostly not 0."""
+    made = []
+    for signs in (True, False):
+        monkeypatch.setattr(compressed_weights, "signed", lambda target, signs=signs: signs)
+        torch.manual_seed(0)
+        linear = Linear(build, target, "ternary", 37, 90, 3)
+        rows = torch.randn(6 + MANY, 90)
+        made.append(linear(rows, None, torch.tensor([5, 6, 6 + MANY], dtype=torch.int32)))
+    assert made[0].isfinite().all()
+    assert torch.equal(*made)
+
+
 def test_the_greatest_sums_fit(build):
     """All inputs and weights greatest, in one codeword a pair: the widest row that is taken."""
-    from moec.compression import MOST_WIDTH
 
     spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", kind="ternary", bytes_of_counts=(2,))
     grid = torch.tensor([[[-1.0, 1.0]]]).bfloat16()
@@ -168,27 +182,28 @@ def test_the_greatest_sums_fit(build):
     codes = torch.zeros(1, PAIRS.words(MOST_WIDTH), dtype=torch.int32)
     codes.view(torch.int16)[:, :MOST_WIDTH] = 32767
     y, ends = torch.zeros(1, 1), torch.ones(1, dtype=torch.int32)
-    table = aligned(torch.from_numpy(masks(dictionary().entries).view(np.int64)))
+    entries = aligned(torch.from_numpy(table(BEST)))
     kernel = build(BEST, compressed_linear(BEST, spec))
     one = torch.ones(1, 1)
-    kernel(codes, one, one.int(), ends, table, *map(aligned, parts), y)
+    kernel(codes, one, one.int(), ends, entries, *map(aligned, parts), y)
     assert float(y) == pytest.approx(32767 * MOST_WIDTH, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"),
+    ("name", "instruction", "walk", "rows"),
     [
-        ("avx2", r"vpmaddwd\t.*%ymm"),
-        ("llvm:-mcpu=skylake-avx512", r"vpmaddwd\t.*%zmm"),
-        ("avx512-bf16", r"vpdpwssd\t.*%zmm"),
+        # Bytes of signs become words; masks tell in the bits from 60 on how far they reach. Sixteen
+        # registers hold the sums of one row or of two.
+        ("avx2", r"vpmaddwd\t.*%ymm", "vpmovsxbw", 2),
+        ("llvm:-mcpu=skylake-avx512", r"vpmaddwd\t.*%zmm", "$60", 4),
+        ("avx512-bf16", r"vpdpwssd\t.*%zmm", "$60", 4),
     ],
 )
-def test_masked_sums_of_pairs_are_one_instruction(name, instruction):
-    """For all that they add ones; in the loops over codewords, which shift by 60 for the length."""
+def test_sums_of_pairs_are_one_instruction(name, instruction, walk, rows):
     target = parse(name)
     kernel = compressed_linear(target, CompressedSpec(64, 128, "f", "float32", kind="ternary"))
     built = compile_kernels(kernel, target=target)
     loops = re.split(r"\n\.LBB", built.mod.inspect_source("asm"))
-    walks = [code for code in loops if "$60" in code and "\tmovzwl\t" in code]
-    assert sum(bool(re.search(instruction, code)) for code in walks) >= 4  # one row to four
+    walks = [code for code in loops if walk in code and "\tmovzwl\t" in code]
+    assert sum(bool(re.search(instruction, code)) for code in walks) >= rows
     assert not any("vshufps" in code for code in walks)

@@ -29,6 +29,7 @@ from moec.ternary_dictionary import (
     ZEROS,
     dictionary,
     masks,
+    signs,
 )
 
 
@@ -79,6 +80,15 @@ def test_the_masks_of_a_kernel_are_the_entries():
             code = weights[i] if i < len(weights) else 0
             assert int(made[word]) >> i & 1 == (code == 1)
             assert int(made[word]) >> 32 + i & 1 == (code == 2)
+
+
+def test_the_signs_of_a_kernel_are_the_entries():
+    made = signs(dictionary().entries)
+    for word in (0, 13, 500, 40000, CODEWORDS - 1):
+        weights = sequence(word)
+        assert made[word, -1] == len(weights) // 2
+        wanted = [{0: 0, 1: -1, 2: 1}[code] for code in weights]
+        assert made[word, :-1].tolist() == wanted + [0] * (31 - len(weights))
 
 
 @given(

@@ -1,0 +1,75 @@
+"""Ternary weights as bytes -1, 0 and 1, where no instruction makes lanes of bits.
+
+An entry is 28 bytes, and last how far they reach (ternary_dictionary.py): they become 16-bit
+integers, which one instruction multiplies with as many neighbours of x and adds by twos. One factor
+are these, the other one their magnitudes: the sums S and U of x under them are
+
+    U + S = 2 B, U - S = 2 A,  B the sum of x where weights are their row's greatest, A the least
+
+Entries are four times as large as masks; those of all codewords are 2 MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.lanes import call
+from moec.codegen.cpu.mask_intrinsics import LANES
+from moec.codegen.cpu.ternary_walk import Streamed, Take, first_word, walk
+from moec.codegen.cpu.vector import Vector
+from moec.target import Target
+from moec.ternary_dictionary import SIGNED
+
+
+def signed(target: Target) -> bool:
+    """Whether kernels for `target` take signs rather than masks."""
+    return target.vector_lanes < LANES
+
+
+@dataclass(frozen=True)
+class Signs:
+    """`table` int8[65536, 32]."""
+
+    weights: Streamed
+    table: Buffer
+    target: Target
+    turns = 1  # four sums a row are added to in turn
+
+    @property
+    def grid(self) -> Buffer:
+        return self.weights.grid
+
+    def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
+        return first_word(self.weights, T.bind(group * n + column))
+
+    def each(self, n: int, group: Expr, column: Expr, cursor: Buffer, take: Take) -> None:
+        """As that of masks."""
+        v, kind = Vector(self.target), f"int32x{LANES}"
+
+        def one(turn: int, here: Expr, code: Expr) -> Expr:
+            signs = T.bind(call(v, kind, "signs", T.address_of(self.table[code, 0])))
+            take(turn, here, signs, T.bind(call(v, kind, "magnitudes", signs)))
+            return T.cast(self.table[code, SIGNED - 1], "int32")
+
+        place = T.bind(group * n + column)
+        walk(self.weights, self.table, self.target, place, cursor, self.turns, one)
+
+    def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
+        """int32x16: `sums` and the products of the factor with the 32 integers at address `x`, by
+        twos."""
+        return call(v, f"int32x{LANES}", "signed_sum", sums, x, factor)
+
+    def expand(self, v: Vector, where: Expr, factor: Expr) -> None:
+        """Write the 32 integers of 16 bits."""
+        T.evaluate(call(v, "int32", "expand_signs", where, factor))
+
+    @staticmethod
+    def value(least: Expr, greatest: Expr, s: Expr, u: Expr, total: Expr) -> Expr:
+        # The mean of both, whose sum may need another bit.
+        half = T.shift_right(T.bitwise_xor(u, s), T.int32(1))
+        b = T.bind(T.bitwise_and(u, s) + half)
+        return least * T.cast(u - b, "float32") + greatest * T.cast(b, "float32")
