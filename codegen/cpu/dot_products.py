@@ -21,6 +21,7 @@ from enum import Enum
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.cpu.pair_sums import pair_sums
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -83,21 +84,8 @@ declare {i} {dot}({i}, {bytes_}, {bytes_})
   ret {i} %r
 }}
 """
-    h, w = f"<{2 * n} x i16>", f"<{2 * n} x i32>"
+    h = f"<{2 * n} x i16>"
     eight, mask = splat(2 * n, "i16", "8"), splat(2 * n, "i16", "255")
-    even = "<" + ", ".join(f"i32 {2 * j}" for j in range(n)) + ">"
-    odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(n)) + ">"
-
-    def pairs(name: str, a: str, b: str) -> str:
-        """Sums of two products of 16 bits, in the form that LLVM finds an instruction for."""
-        return f"""
-  %{name}a = sext {h} {a} to {w}
-  %{name}b = sext {h} {b} to {w}
-  %{name}p = mul {w} %{name}a, %{name}b
-  %{name}e = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {even}
-  %{name}o = shufflevector {w} %{name}p, {w} poison, <{n} x i32> {odd}
-  %{name} = add {i} %{name}e, %{name}o"""
-
     return f"""
 {head}
   %x = bitcast {i} %a to {h}
@@ -106,7 +94,7 @@ declare {i} {dot}({i}, {bytes_}, {bytes_})
   %xh = lshr {h} %x, {eight}
   %ys = shl {h} %y, {eight}
   %yl = ashr {h} %ys, {eight}
-  %yh = ashr {h} %y, {eight}{pairs("l", "%xl", "%yl")}{pairs("h", "%xh", "%yh")}
+  %yh = ashr {h} %y, {eight}{pair_sums(n, "l", "%xl", "%yl")}{pair_sums(n, "h", "%xh", "%yh")}
   %s = add {i} %l, %h
   %r = add {i} %acc, %s
   ret {i} %r

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from moec.codegen.cpu.pair_sums import pair_sums
 from moec.target import Target
 from moec.ternary import START, TOGETHER
 
@@ -18,22 +19,14 @@ LANES = 16
 def mask_functions(target: Target) -> str:
     """LLVM functions, by name moec_*_<lanes>."""
     n, two = target.vector_lanes, 2 * LANES
-    i, h, w = f"<{LANES} x i32>", f"<{two} x i16>", f"<{two} x i32>"
+    i, h = f"<{LANES} x i32>", f"<{two} x i16>"
     declare = ""
     if target.byte_pairs:
         # Where factors are ones, LLVM would see through anything but the instruction's name, and
         # make sums of words one by one.
         declare, add = _pair_sums(target)
     else:
-        even = "<" + ", ".join(f"i32 {2 * j}" for j in range(LANES)) + ">"
-        odd = "<" + ", ".join(f"i32 {2 * j + 1}" for j in range(LANES)) + ">"
-        add = f"""
-  %ws = sext {h} %s to {w}
-  %wt = sext {h} %t to {w}
-  %wp = mul {w} %ws, %wt
-  %e = shufflevector {w} %wp, {w} poison, <{LANES} x i32> {even}
-  %o = shufflevector {w} %wp, {w} poison, <{LANES} x i32> {odd}
-  %both = add {i} %e, %o
+        add = f"""{pair_sums(LANES, "both", "%s", "%t")}
   %r = add {i} %acc, %both"""
     return f"""
 {declare}
