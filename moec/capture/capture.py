@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
+from moec.capture.garbage import seldom_collected
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
@@ -81,9 +82,10 @@ def capture(
         wishes: list[Axes] = [default_axes(tensor) for tensor in call.tensors]
     else:
         wishes = wished_axes(arguments, dynamic_shapes)
-    exported, met = _export(call, wishes)
     asked = wished_bounds(wishes) | dict(bounds or {})
-    program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
+    with seldom_collected():
+        exported, met = _export(call, wishes)
+        program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
 
     program, states = detached(program)
     eager = _from_start(states, call)

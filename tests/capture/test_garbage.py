@@ -1,0 +1,58 @@
+"""What of Python's garbage collection changes while a model is exported, and comes back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from moec.capture.garbage import seldom_collected
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Tests set objects aside themselves (conftest.py)."""
+    before, enabled, thresholds = gc.get_freeze_count(), gc.isenabled(), gc.get_threshold()
+    gc.unfreeze()
+    gc.enable()
+    gc.set_threshold(700, 10, 9)
+    yield
+    gc.set_threshold(*thresholds)
+    (gc.enable if enabled else gc.disable)()
+    if before:
+        gc.freeze()
+
+
+def test_objects_are_set_aside_and_come_back() -> None:
+    def export() -> None:
+        with seldom_collected():
+            assert gc.get_freeze_count() > 1000
+            assert gc.get_threshold() == (20_000, 10, 9)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        export()
+    assert gc.get_freeze_count() == 0
+    assert gc.get_threshold() == (700, 10, 9)
+
+
+def test_rarer_collections_stay_as_rare() -> None:
+    gc.set_threshold(50_000, 10, 10)
+    with seldom_collected():
+        assert gc.get_threshold() == (50_000, 10, 10)
+
+
+def test_what_the_program_set_aside_stays_there() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with seldom_collected():
+        assert gc.get_threshold() == (700, 10, 9)
+    assert gc.get_freeze_count() >= count * 0.99  # a few were deleted
+    gc.unfreeze()
+
+
+def test_where_nothing_is_collected_nothing_is_changed() -> None:
+    gc.disable()
+    with seldom_collected():
+        assert gc.get_freeze_count() == 0
+        assert not gc.isenabled()
