@@ -55,7 +55,8 @@ declare i32 @llvm.vector.reduce.add.v{TOGETHER}i32(<{TOGETHER} x i32>)
 
 def _signs(n: int) -> str:
     """Bytes of an entry of signs as 16-bit integers, by halves, as vectors of that many are made;
-    the last four bytes, which are no weights, as 0."""
+    the last four bytes, which are no weights, as 0. How far it reaches is read by itself: LLVM
+    would take it out of the vector, which takes longer."""
     i, h, b = f"<{LANES} x i32>", f"<{2 * LANES} x i16>", f"<{LANES} x i8>"
     half = f"<{LANES} x i16>"
     weights = "<" + ", ".join(["i8 -1"] * 12 + ["i8 0"] * 4) + ">"
@@ -83,6 +84,12 @@ define linkonce_odr {i} @moec_signed_sum_{n}({i} %acc, ptr %p, {i} %w) alwaysinl
   %x = load {i}, ptr %p, align 4
   %r = call {i} @moec_dot_pairs_{n}({i} %acc, {i} %x, {i} %w)
   ret {i} %r
+}}
+define linkonce_odr i64 @moec_reach_{n}(ptr %p) alwaysinline {{
+  %q = getelementptr i8, ptr %p, i64 {2 * LANES - 1}
+  %b = load volatile i8, ptr %q
+  %r = zext i8 %b to i64
+  ret i64 %r
 }}
 define linkonce_odr i32 @moec_expand_signs_{n}(ptr %p, {i} %w) alwaysinline {{
   store {i} %w, ptr %p, align 4

@@ -66,7 +66,7 @@ class Masks(Masked):
             upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
             b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
             take(turn, here, T.bind(T.cast(entry, "int32")), b)
-            return T.bitwise_and(T.shift_right(upper, T.int32(28)), T.int32(15))
+            return T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
 
         place = T.bind(group * n + column)
         walk(self.weights, self.table, self.target, place, cursor, TURNS, one)

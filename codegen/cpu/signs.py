@@ -22,7 +22,6 @@ from moec.codegen.cpu.mask_intrinsics import LANES
 from moec.codegen.cpu.ternary_walk import Streamed, Take, first_word, walk
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
-from moec.ternary_dictionary import SIGNED
 
 
 def signed(target: Target) -> bool:
@@ -51,9 +50,10 @@ class Signs:
         v, kind = Vector(self.target), f"int32x{LANES}"
 
         def one(turn: int, here: Expr, code: Expr) -> Expr:
-            signs = T.bind(call(v, kind, "signs", T.address_of(self.table[code, 0])))
+            entry = T.address_of(self.table[code, 0])
+            signs = T.bind(call(v, kind, "signs", entry))
             take(turn, here, signs, T.bind(call(v, kind, "magnitudes", signs)))
-            return T.cast(self.table[code, SIGNED - 1], "int32")
+            return call(v, "int64", "reach", entry)
 
         place = T.bind(group * n + column)
         walk(self.weights, self.table, self.target, place, cursor, self.turns, one)

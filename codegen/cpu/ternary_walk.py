@@ -58,8 +58,8 @@ def first_word(weights: Streamed, place: Expr) -> Buffer:
     inside = T.bind(T.cast(T.truncmod(place, TOGETHER), "int32"))
     where = T.address_of(weights.starts[T.truncdiv(place, TOGETHER), 0])
     start = T.call_extern("int32", f"moec_row_start_{_size(weights)}", where, inside)
-    made = T.alloc_buffer((1,), "int32")
-    T.buffer_store(made, start, [0])
+    made = T.alloc_buffer((1,), "int64")
+    T.buffer_store(made, T.cast(start, "int64"), [0])
     return made
 
 
@@ -73,23 +73,24 @@ def walk(
     take: Callable[[int, Expr, Expr], Expr],
 ) -> None:
     """Calls `take(turn, word of x, code)` for the codewords of row `place` of all rows, which
-    returns how many words of x that one reaches. `cursor` stands at the row's start, and is left
-    at that of the next one."""
+    returns how many words of x that one reaches, an int64. `cursor` stands at the row's start, and
+    is left at that of the next one."""
     inside = T.bind(T.cast(T.truncmod(place, TOGETHER), "int32"))
     where = T.address_of(weights.starts[T.truncdiv(place, TOGETHER), 0])
-    count = T.bind(T.call_extern("int32", f"moec_row_words_{_size(weights)}", where, inside))
+    words = T.call_extern("int32", f"moec_row_words_{_size(weights)}", where, inside)
+    count = T.bind(T.cast(words, "int64"))
     start = T.bind(cursor[0])
     T.buffer_store(cursor, start + count, [0])
-    at = T.alloc_buffer((1,), "int32")
-    T.buffer_store(at, T.int32(0), [0])
+    at = T.alloc_buffer((1,), "int64")  # as addresses are, so that none is widened
+    T.buffer_store(at, T.int64(0), [0])
     # A second-level cache that the table would fill holds rows and sums too. Behind a row's end is
     # the next one, which is soon decoded; the last ones ask for nothing that is not decoded now.
     fetches = target.l2 < 2 * _bytes(table)
-    size = T.cast(weights.stream.shape[0], "int32")
-    ahead = T.bind(T.Select(start + count + AHEAD <= size, T.int32(AHEAD), T.int32(0)))
+    size = weights.stream.shape[0]
+    ahead = T.bind(T.Select(start + count + AHEAD <= size, T.int64(AHEAD), T.int64(0)))
 
     def code(word: Expr) -> Expr:
-        return T.bind(T.bitwise_and(T.cast(weights.stream[word], "int32"), T.int32(0xFFFF)))
+        return T.bind(T.bitwise_and(T.cast(weights.stream[word], "int64"), T.int64(0xFFFF)))
 
     def one(word: Expr, turn: int) -> None:
         if fetches:
@@ -98,7 +99,7 @@ def walk(
         here = T.bind(at[0])
         T.buffer_store(at, here + take(turn, here, code(word)), [0])
 
-    whole = T.bind(T.truncdiv(count, turns))
+    whole = T.bind(T.truncdiv(count, T.int64(turns)))
     with T.serial(0, whole) as step:
         for turn in range(turns):
             one(T.bind(start + step * turns + turn), turn)
