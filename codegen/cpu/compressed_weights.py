@@ -15,7 +15,7 @@ from moec.codegen.cpu.mask_intrinsics import mask_functions
 from moec.codegen.cpu.masks import Masks, TwoBits
 from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.signs import Signs, signed
-from moec.codegen.cpu.ternary_walk import CompressedSpec, Streamed
+from moec.codegen.cpu.ternary_walk import CompressedSpec
 from moec.target import Target
 from moec.ternary_dictionary import CODEWORDS, SIGNED, dictionary, masks, signs
 
@@ -29,9 +29,9 @@ def weights(spec: CompressedSpec, target: Target) -> tuple[Weights, ...]:
         return tuple(TwoBits.of(spec, i) for i in halves)
     if signed(target):
         entries = argument("signs", (CODEWORDS, SIGNED), "int8")
-        return tuple(Signs(Streamed.of(spec, i), entries, target) for i in halves)
+        return tuple(Signs.of(spec, i, entries, target) for i in halves)
     entries = argument("masks", (CODEWORDS,), "int64")
-    return tuple(Masks(Streamed.of(spec, i), entries, target) for i in halves)
+    return tuple(Masks.of(spec, i, entries, target) for i in halves)
 
 
 def table(target: Target) -> npt.NDArray[Any]:

@@ -17,9 +17,8 @@ from moec.codegen.cpu.lanes import call
 from moec.codegen.cpu.layout import LinearSpec
 from moec.codegen.cpu.mask_intrinsics import LANES
 from moec.codegen.cpu.product import argument
-from moec.codegen.cpu.ternary_walk import Streamed, Take, first_word, walk
+from moec.codegen.cpu.ternary_walk import Take, Ternary
 from moec.codegen.cpu.vector import Vector
-from moec.target import Target
 from moec.two_bits import NEIGHBOURS, words
 
 TURNS = 2
@@ -42,34 +41,16 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class Masks(Masked):
+class Masks(Masked, Ternary):
     """Ternary weights: those that are the row's least, and those that are its greatest. `table`
     int64[65536]."""
 
-    weights: Streamed
-    table: Buffer
-    target: Target
-
-    @property
-    def grid(self) -> Buffer:
-        return self.weights.grid
-
-    def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
-        return first_word(self.weights, T.bind(group * n + column))
-
-    def each(self, n: int, group: Expr, column: Expr, cursor: Buffer, take: Take) -> None:
-        """Calls `take` for the codewords of a row of weights, at whose start `cursor` stands and
-        behind which it is left."""
-
-        def one(turn: int, here: Expr, code: Expr) -> Expr:
-            entry = T.bind(self.table[code])
-            upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
-            b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
-            take(turn, here, T.bind(T.cast(entry, "int32")), b)
-            return T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
-
-        place = T.bind(group * n + column)
-        walk(self.weights, self.table, self.target, place, cursor, TURNS, one)
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
+        entry = T.bind(self.table[code])
+        upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
+        b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
+        reach = T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
+        return T.bind(T.cast(entry, "int32")), b, reach
 
     @staticmethod
     def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer
 
 from moec.codegen.cpu.lanes import call
 from moec.codegen.cpu.mask_intrinsics import LANES
-from moec.codegen.cpu.ternary_walk import Streamed, Take, first_word, walk
+from moec.codegen.cpu.ternary_walk import Ternary
 from moec.codegen.cpu.vector import Vector
 from moec.target import Target
 
@@ -30,33 +29,15 @@ def signed(target: Target) -> bool:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """`table` int8[65536, 32]."""
+class Signs(Ternary):
+    """`table` int8[65536, 32]. A row has four vectors of sums, which take turns as they are."""
 
-    weights: Streamed
-    table: Buffer
-    target: Target
-    turns = 1  # four sums a row are added to in turn
-
-    @property
-    def grid(self) -> Buffer:
-        return self.weights.grid
-
-    def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
-        return first_word(self.weights, T.bind(group * n + column))
-
-    def each(self, n: int, group: Expr, column: Expr, cursor: Buffer, take: Take) -> None:
-        """As that of masks."""
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
         v, kind = Vector(self.target), f"int32x{LANES}"
-
-        def one(turn: int, here: Expr, code: Expr) -> Expr:
-            entry = T.address_of(self.table[code, 0])
-            signs = T.bind(call(v, kind, "signs", entry))
-            take(turn, here, signs, T.bind(call(v, kind, "magnitudes", signs)))
-            return call(v, "int64", "reach", entry)
-
-        place = T.bind(group * n + column)
-        walk(self.weights, self.table, self.target, place, cursor, self.turns, one)
+        where = T.address_of(self.table[code, 0])
+        signs = T.bind(call(v, kind, "signs", where))
+        magnitudes = T.bind(call(v, kind, "magnitudes", signs))
+        return signs, magnitudes, call(v, "int64", "reach", where)
 
     def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
         """int32x16: `sums` and the products of the factor with the 32 integers at address `x`, by
