@@ -246,7 +246,7 @@ def compressed_linear(
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, the dictionary],
     the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product`
-    says more. The masks of the dictionary come where the kind is ternary.
+    says more. The dictionary (compressed_weights.table) comes where the kind is ternary.
     """
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
