@@ -182,22 +182,24 @@ def test_many_rows_and_few_give_the_same_bits(build, target, dtype):
     """Of an expert with more rows than meet a block at once, gathered, some tiles at a time, the
     last ones fewer; K in blocks, the last one shorter and odd."""
     experts = 64
-    v, spec = Vector(target), LinearSpec(150, 301, dtype, "float32", groups=experts, gated=True)
+    v, spec = Vector(target), LinearSpec(1024, 301, dtype, "float32", groups=experts, gated=True)
+    wide = 8 * Layout(spec, target).width + 6
+    spec = replace(spec, n=wide)
     layout = Layout(spec, target)
     assert layout.tiles * experts >= 512
-    weights = [torch.randn(experts, 150, 301).to(DTYPES[dtype]) for _ in range(2)]
+    weights = [torch.randn(experts, wide, 301).to(DTYPES[dtype]) for _ in range(2)]
     packed = torch.from_numpy(pack(layout, *weights))
     function = build(target, gathered_linear(target, spec, 1, lambda g, u: v.silu(g) * u))
     x = torch.randn(2 * PARTIAL_ROWS + 9, 301).to(DTYPES[dtype])
     owners = torch.full((len(x), 1), 3)
     owners[:7] = 5
     order, ends = routing(owners, experts)
-    made = torch.full((len(x), 150), float("nan"))
+    made = torch.full((len(x), wide), float("nan"))
     function(x, order, ends, packed, made)
     for at in (0, 6, 7, PARTIAL_ROWS + 6, PARTIAL_ROWS + 7, len(x) - 1):
         row = int((order == at).nonzero())
         order_of_one, ends_of_one = routing(owners[at : at + 1], experts)
-        alone = torch.empty(1, 150)
+        alone = torch.empty(1, wide)
         function(x[at : at + 1].clone(), order_of_one, ends_of_one, packed, alone)
         assert torch.equal(made[row : row + 1], alone), at
 
