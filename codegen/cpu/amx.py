@@ -43,7 +43,7 @@ class AmxTile(Tile):
         tile: Expr,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None = None,
+        following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
         v, lay = self.vector, self.layout

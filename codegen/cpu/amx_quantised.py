@@ -71,12 +71,12 @@ class AmxQuantisedTile(QuantisedTile):
         tile: Expr,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None = None,
+        following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
         with T.If(count < self.layout.tuning.dots_below // self._planes):
             with T.Then():
-                super().rows(group, tile, first, count, None, tiles)
+                super().rows(group, tile, first, count, following, tiles)
             with T.Else():
                 self._many(group, tile, first, count, tiles)
 

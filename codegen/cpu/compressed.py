@@ -71,7 +71,7 @@ class CompressedTile(Tile):
         tile: Expr,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None = None,
+        following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
         """As Tile.rows. Where the weights of `following` lie is known once these are decoded:
@@ -263,4 +263,4 @@ def compressed_linear(
         tile,
         lambda: compressed_weights.functions(target),
     )
-    return sorted_product(product, name, top_k, scale_dtype, fetches=False)
+    return sorted_product(product, name, top_k, scale_dtype)

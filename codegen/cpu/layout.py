@@ -88,8 +88,7 @@ class Layout:
     def tuned(self) -> tuple[str, ...]:
         """The values of `tuning` that kernels of experts read."""
         fetched = () if self.amx else ("fetched",)
-        following = () if self.amx or self.widened else ("next_from",)
-        return (*fetched, *following, "tiles_at_once", "worth")
+        return (*fetched, "tiles_at_once", "worth")
 
     @property
     def depth(self) -> int:

@@ -115,7 +115,8 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
         piece = T.bind(T.cast(rest if amx else outer, "int32"))
         first = T.bind((outer if amx else rest) * size)
         some = T.bind(T.min(rows - first, T.int64(size)))
-        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, some)
+        last = T.bind(first + size >= rows)
+        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, some, last)
 
 
 def _dispatch(
@@ -124,8 +125,9 @@ def _dispatch(
     at_once: Expr | int,
     first: Expr,
     rows: Expr,
+    last: Expr,
 ) -> None:
-    """The tiles that a piece of all products stands for."""
+    """The tiles that a piece of all products stands for; `last`: no more rows meet them."""
     (tile, pieces), *others = tiles
 
     def own() -> None:
@@ -135,7 +137,9 @@ def _dispatch(
             most = T.cast(at_once, "int32")
             column = T.bind(piece * most)
             some = T.bind(T.min(most, tile.layout.tiles - column))
-        tile.rows(T.int32(0), column, first, rows, tiles=some)
+        behind = T.bind(T.min(column + some, T.int32(tile.layout.tiles - 1)))
+        following = (T.int32(0), T.bind(T.Select(last, behind, column)))
+        tile.rows(T.int32(0), column, first, rows, following, some)
 
     if not others:
         own()
@@ -145,7 +149,7 @@ def _dispatch(
             own()
         with T.Else():
             rest = T.bind(piece - T.cast(pieces, "int32"))
-            _dispatch(others, rest, at_once, first, rows)
+            _dispatch(others, rest, at_once, first, rows, last)
 
 
 def _ceildiv(count: int, by: Expr | int) -> Expr | int:

@@ -96,7 +96,7 @@ class QuantisedLayout(Layout):
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        few = ("dots_below",) if self.amx else ("next_from",)
+        few = ("dots_below",) if self.amx else ()
         return ("fetched", *few, "tiles_at_once", "worth")
 
     @property

@@ -31,6 +31,7 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu import integers
 from moec.codegen.cpu.dot_products import dots
 from moec.codegen.cpu.quantised_layout import QuantisedLayout
+from moec.codegen.cpu.streams import Following
 from moec.codegen.cpu.tile import Fetch, Operands, Tile
 from moec.quantisation import E2M1_ZERO
 
@@ -53,12 +54,12 @@ class QuantisedTile(Tile):
     operands: QuantisedOperands
 
     def _rows_of(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr] | None
+        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
     ) -> None:
         def some(row: Expr, m: int, fetch: Fetch | None) -> None:
             self._some(group, tile, row, m, fetch)
 
-        after = None if following is None else (*following, 0)
+        after = Following(*following, 0, 0, self.layout.depth)
         self._in_blocks(group, tile, first, count, self.layout.tile_rows, after, some)
 
     def _some(

@@ -6,16 +6,15 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 
-def row_blocks(count: Expr, most: int, streamed: bool) -> tuple[Expr, Expr, Expr]:
+def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
     """Rows as blocks of `most`, and one or two shorter ones: how many, and the rows of those.
 
     An addition to a sum waits for the one before, so few rows take as long as some more. Where
-    half a block or less is left, the last whole one shares its rows with it. Not so the first one
-    where it waits for weights that are `streamed` from memory: then it had better be whole.
+    half a block or less is left, the last whole one shares its rows with it.
     """
     whole, left = (T.bind(op(count, T.int64(most))) for op in (T.truncdiv, T.truncmod))
     short = T.And(left > 0, left <= _few(most))
-    shared = T.bind(T.And(whole > (1 if streamed else 0), short))
+    shared = T.bind(T.And(whole > 0, short))
     rest = T.bind(T.Select(shared, T.truncdiv(left + most, T.int64(2)), T.int64(0)))
     before = T.bind(count - rest)
     return (

@@ -26,14 +26,13 @@ def sorted_product(
     top_k: int = 0,
     scale_dtype: str | None = None,
     cleared: bool = True,
-    fetches: bool = True,
 ) -> PrimFunc:
     """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
     y[R, n]).
 
     With `top_k`, row r of y is made of row order[r] // top_k of the T rows of x; with 0, R is T.
     With `scale_dtype`, `scale` multiplies the row of x that its choice takes (the product is
-    scaled before the bias is added, which is the same). `cleared` and `fetches`: each_expert.
+    scaled before the bias is added, which is the same). `cleared`: each_expert.
     """
     layout = product.layout
     spec = layout.spec
@@ -53,7 +52,7 @@ def sorted_product(
             scales = scale_of(Vector(layout.target), scale, order, top_k)
             tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
             with product.functions():
-                each_expert(tile, ends, r, cleared, fetches)
+                each_expert(tile, ends, r, cleared)
     return builder.get()
 
 
@@ -80,12 +79,9 @@ def scale_of(
     return row_scale
 
 
-def each_expert(
-    tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True, fetches: bool = False
-) -> None:
+def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
     """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`. Those that no
-    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise.
-    Where it `fetches`, the tile is told whose weights come next."""
+    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise."""
     experts, tiles, at_once = tile.layout.spec.groups, tile.layout.tiles, tile.tiles_at_once
     units = -(-tiles // at_once) * experts
     weights = T.min(rows, T.int64(experts)) * tile.layout.bytes
@@ -97,11 +93,8 @@ def each_expert(
         first = T.bind(T.cast(before, "int64"))
         end = T.bind(T.cast(ends[e], "int64"))
         with T.If(first < end), T.Then():
-            following = None
-            if fetches:
-                after = T.bind(T.min(unit + 1, units - 1))
-                column_after = T.truncdiv(after, experts) * at_once
-                following = (T.truncmod(after, experts), column_after)
+            after = T.bind(T.min(unit + 1, units - 1))
+            following = (T.truncmod(after, experts), T.truncdiv(after, experts) * at_once)
             tile.rows(e, column, first, end - first, following, some)
         if cleared:
             with T.If(e == experts - 1), T.Then(), T.serial(0, some) as t:

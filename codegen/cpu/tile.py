@@ -23,6 +23,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
 from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
+from moec.codegen.cpu.streams import Following, Stream, either
 from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
 
@@ -33,9 +34,6 @@ ROW_CHUNK = 96
 PARTIAL_ROWS = 192
 
 Fetch = Callable[[Expr], None]  # emits what a step of K asks the memory for
-Following = tuple[Expr, Expr, Expr | int]
-"""The weights that are read next: their group and tile, and how many steps of K behind (or before)
-those that are being read."""
 LINE = 64  # bytes that the memory gives at once
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
@@ -109,34 +107,32 @@ class Tile:
         tile: Expr,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None = None,
+        following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
         """Makes y[first : first + count, columns of tile and, where there are `tiles`, of those
         behind it]; first and count are int64.
 
-        `following` are group and tile of the weights that this thread reads next: while there
-        are rows enough to hide it, they are fetched into the cache meanwhile.
+        `following` are group and tile of the weights that this thread reads next: where there are
+        more rows than a block, they are fetched into the cache meanwhile.
         """
         with T.serial(0, tiles) as t:
             one = T.bind(tile + t)
-            after = None
-            if following is not None:
-                last = T.bind(t == tiles - 1)
-                after = (
-                    T.bind(T.Select(last, following[0], group)),
-                    T.bind(T.Select(last, following[1], one + 1)),
-                )
+            last = T.bind(t == tiles - 1)
+            after = (
+                T.bind(T.Select(last, following[0], group)),
+                T.bind(T.Select(last, following[1], one + 1)),
+            )
             self._rows_of(group, one, first, count, after)
 
     def _rows_of(
-        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr] | None
+        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
     ) -> None:
         """As `rows`, of one tile."""
         lay = self.layout
         blocks = ceil_of(lay.depth, lay.depth_block)
         if blocks == 1:
-            after = None if following is None else (*following, 0)
+            after = Following(*following, 0, 0, lay.depth)
 
             def whole(row: Expr, m: int, fetch: Fetch | None) -> None:
                 self._block(group, tile, row, m, 0, lay.depth, None, fetch)
@@ -148,17 +144,17 @@ class Tile:
         with T.serial(0, chunks) as c:
             base = T.bind(first + c * PARTIAL_ROWS)
             n = T.bind(T.min(count - c * PARTIAL_ROWS, T.int64(PARTIAL_ROWS)))
-            with T.serial(0, blocks) as b:
+            with T.serial(0, T.int64(blocks)) as b:
                 start = T.bind(b * lay.depth_block)
                 stop = stop_of(start, lay.depth_block, lay.depth)
-                after = None
-                if following is not None:
-                    inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
-                    after = (
-                        T.bind(T.Select(inside, group, following[0])),
-                        T.bind(T.Select(inside, tile, following[1])),
-                        T.bind(T.Select(b < blocks - 1, lay.depth_block, -start)),
-                    )
+                inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
+                after = Following(
+                    T.bind(T.Select(inside, group, following[0])),
+                    T.bind(T.Select(inside, tile, following[1])),
+                    T.bind(T.Select(b < blocks - 1, stop, T.int64(0))),
+                    start,
+                    stop,
+                )
 
                 def part(row: Expr, m: int, fetch: Fetch | None) -> None:
                     kept = Partial(
@@ -184,36 +180,33 @@ class Tile:
         first: Expr,
         count: Expr,
         most: int,
-        following: Following | None,
+        following: Following,
         some: Callable[[Expr, int, Fetch | None], None],
     ) -> None:
-        """`some` for all rows, `most` of them at a time, and then for those that are left."""
-        v, vectors, w = self.vector, self.layout.vectors, self.operands.w
-        whole, part, rest = row_blocks(count, most, streamed=True)
-        fetching: Expr = T.int64(0)
-        if following is not None:
-            # Each of these blocks of rows fetches one vector of every step of the next weights.
-            enough = whole >= max(vectors, self.layout.tuning.next_from)
-            fetching = T.bind(T.Select(enough, T.int64(vectors), T.int64(0)))
-            with T.serial(0, fetching) as i:
-                next_group, next_tile, steps, lane = (*following, i * v.lanes)
-                row = T.bind(first + i * most)
-                some(row, most, lambda k: v.prefetch(w, [next_group, next_tile, k + steps, lane]))
+        """`some` for all rows, `most` of them at a time, and then for those that are left.
 
-        def own(step: Expr) -> None:
-            self._fetch(group, tile, step)
+        All of them together ask for the weights of `following`. Where they are no more than one
+        block, they wait for their own weights, and ask for those a little ahead of their use.
+        """
+        own, few = self._own(group, tile), T.bind(count <= most)
 
-        with T.If(T.And(fetching == 0, whole > 0)), T.Then():
-            some(first, most, own)
-        start = T.bind(T.max(fetching, T.int64(1)))
-        with T.serial(start, T.max(start, whole)) as i:
-            some(T.bind(first + i * most), most, None)
+        def asking(before: Expr | int, rows: Expr | int) -> Fetch:
+            share = following.share(before, rows, count, self.layout.columns)
+            return self._asking(share if own is None else either(few, own, share))
+
+        whole, part, rest = row_blocks(count, most)
+
+        def block(row: Expr, m: int) -> None:
+            some(T.bind(first + row), m, asking(row, m))
+
+        with T.serial(0, whole) as i:
+            block(T.bind(i * most), most)
         for m in range(1, most):
             with T.If(part == m), T.Then():
-                some(T.bind(first + whole * most), m, own)
+                block(T.bind(whole * most), m)
         for m in halves(most):
             with T.If(rest == m), T.Then():
-                some(T.bind(first + count - m), m, None)
+                block(T.bind(count - m), m)
 
     def _block(
         self,
@@ -323,19 +316,23 @@ class Tile:
         for sums, one in zip(row, b, strict=True):
             T.buffer_store(sums, op(sums[lanes], a, one), [lanes])
 
-    def _fetch(self, group: Expr, tile: Expr, step: Expr) -> None:
-        """Asks for what the stream of weights holds `fetched` bytes behind a step: while sums are
-        made, too few loads are under way to keep the memory busy."""
-        steps = self.layout.tuning.fetched // (self.layout.columns * bytes_of(self.operands.w))
-        if steps:
-            self._ask(group, tile, step + steps)
+    def _own(self, group: Expr, tile: Expr) -> Stream | None:
+        """What lies `fetched` bytes behind a step: while sums are made, too few loads are under way
+        to keep the memory busy."""
+        columns = self.layout.columns
+        steps = self.layout.tuning.fetched // (columns * bytes_of(self.operands.w))
+        return Stream(group, tile, steps, 0, columns) if steps else None
 
-    def _ask(self, group: Expr, tile: Expr, step: Expr) -> None:
-        """Asks the memory for the weights of one step."""
-        w = self.operands.w
-        size = bytes_of(w)
-        for start in range(0, self.layout.columns * size, LINE):
-            self.vector.prefetch(w, [group, tile, step, start // size])
+    def _asking(self, stream: Stream) -> Fetch:
+        """Asks for a stream, which goes on by a step of packed weights at most with each of K."""
+        size = bytes_of(self.operands.w)
+
+        def ask(k: Expr) -> None:
+            *tile, first = stream.at(k)
+            for start in range(0, self.layout.columns * size, LINE):
+                self.vector.prefetch(self.operands.w, [*tile, first + start // size])
+
+        return ask
 
     def _finish(self, acc: Registers, row: Expr, m: int, group: Expr, tile: Expr) -> None:
         lanes = T.ramp(0, 1, self.vector.lanes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-NEVER = 1 << 30
+MOST = 1 << 30
 
 
 def _value(default: int, *others: int) -> int:
@@ -21,17 +21,15 @@ def _value(default: int, *others: int) -> int:
 class Tuning:
     """The values that a kernel is generated from.
 
-    fetched        bytes that few rows fetch their stream of weights ahead; 0: they do not
+    fetched        bytes that few rows ask for their stream of weights ahead; 0: they ask for the
+                   tile behind it instead
     tiles_at_once  tiles of columns of an expert that a thread takes at once, at most
-    next_from      blocks of rows (of the register tile) from which on they fetch the weights
-                   that come next; a vector of a tile at least
     dots_below     rows of an expert below which codes go to dot products, where there are tiles
     worth          work of a loop from which on it is shared among threads (tasks.py)
     """
 
     fetched: int = _value(16384, 0, 4096)
     tiles_at_once: int = _value(4, 1, 8)
-    next_from: int = _value(1, 16, NEVER)
     dots_below: int = _value(24, 8, 16, 32)
     worth: int = _value(2**21, 2**20, 2**22)
 
@@ -61,6 +59,6 @@ def of_dict(recorded: Mapping[str, object]) -> Tuning:
     for name, value in recorded.items():
         if name not in Tuning.__dataclass_fields__:
             raise ValueError(f"there is no value {name!r} to tune")
-        if type(value) is not int or not (name == "tiles_at_once") <= value <= NEVER:
+        if type(value) is not int or not (name == "tiles_at_once") <= value <= MOST:
             raise ValueError(f"{name} is {value!r}, and no kernel is made so")
     return Tuning(**recorded)  # type: ignore[arg-type]

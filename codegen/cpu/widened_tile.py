@@ -20,6 +20,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
+from moec.codegen.cpu.streams import Following
 from moec.codegen.cpu.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
 WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small first-level cache
@@ -71,7 +72,7 @@ class WidenedTile(Tile):
         tile: Expr,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None = None,
+        following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
         height, depth = self.layout.target.tile_rows, self.layout.depth
@@ -96,10 +97,13 @@ class WidenedTile(Tile):
             self._widen_row(first + i, whole, panel, i)
         with T.serial(0, tiles) as t:
             tile = T.bind(whole.tile + t)
+            ahead = self._own(whole.group, tile)
+            ask = None if ahead is None else self._asking(ahead)
 
             def multiply(acc: Registers) -> None:
                 with T.serial(0, T.int64(self.layout.depth)) as step:
-                    self._fetch(whole.group, tile, step)
+                    if ask is not None:
+                        ask(step)
                     for h, weights in enumerate(self._halves(whole.group, tile, step)):
                         for i, own in enumerate(acc):
                             a = panel[i, step * self.factor + h]
@@ -116,7 +120,7 @@ class WidenedTile(Tile):
         tiles: Expr | int,
         first: Expr,
         count: Expr,
-        following: tuple[Expr, Expr] | None,
+        following: tuple[Expr, Expr],
     ) -> None:
         lay, v = self.layout, self.vector
         at_once = tiles if isinstance(tiles, int) else max(self.tiles_at_once, self.dense_tiles)
@@ -133,11 +137,9 @@ class WidenedTile(Tile):
             done = T.bind(b == blocks - 1)
             after = T.bind(T.Select(done, T.int64(0), stop))
             # What is widened after this block of all tiles.
-            coming = replace(whole, start=after)
-            if following is not None:
-                leaves = T.bind(T.And(done, c == chunks - 1))
-                group = T.bind(T.Select(leaves, following[0], whole.group))
-                coming = _Block(group, T.Select(leaves, following[1], whole.tile), after, after)
+            leaves = T.bind(T.And(done, c == chunks - 1))
+            group = T.bind(T.Select(leaves, following[0], whole.group))
+            coming = _Block(group, T.Select(leaves, following[1], whole.tile), after, after)
             block = replace(whole, start=start, stop=stop)
             with T.serial(0, n) as i:
                 self._widen_row(base + i, block, panel, i)
@@ -172,28 +174,27 @@ class WidenedTile(Tile):
     ) -> None:
         """The `count` rows whose block is in `panel` with that of a tile, in `weights`."""
         height = self.layout.target.tile_rows
+        steps = T.bind(block.stop - block.start)
+        following = Following(then.group, then.tile, then.start, 0, steps)
 
-        def some(at: Expr, m: int, fetches: bool) -> None:
-            def ask(step: Expr) -> None:
-                self._ask(then.group, then.tile, then.start + step)
+        def some(at: Expr, m: int) -> None:
+            ask = self._asking(following.share(at, m, count, self.layout.columns))
 
             def multiply(acc: Registers) -> None:
-                self._panels(acc, weights, panel, at, block, ask if fetches else None)
+                self._panels(acc, weights, panel, at, block, ask)
 
             partial = Partial(lambda i, column: sums(at + i, column), begun, None)
             self._summed(multiply, at, m, block.group, block.tile, partial)
 
-        whole, part, rest = row_blocks(count, height, streamed=False)
-        with T.If(whole > 0), T.Then():
-            some(T.bind(T.int64(0)), height, True)
-        with T.serial(1, T.max(whole, T.int64(1))) as i:
-            some(T.bind(i * height), height, False)
+        whole, part, rest = row_blocks(count, height)
+        with T.serial(0, whole) as i:
+            some(T.bind(i * height), height)
         for m in range(1, height):
             with T.If(part == m), T.Then():
-                some(T.bind(whole * height), m, True)
+                some(T.bind(whole * height), m)
         for m in halves(height):
             with T.If(rest == m), T.Then():
-                some(T.bind(count - m), m, False)
+                some(T.bind(count - m), m)
 
     def _panels(
         self,
@@ -202,13 +203,12 @@ class WidenedTile(Tile):
         panel: Buffer,
         at: Expr,
         block: _Block,
-        fetch: Fetch | None,
+        fetch: Fetch,
     ) -> None:
         """Adds the products of rows with tile `t`, both widened."""
         v = self.vector
         with T.serial(0, block.stop - block.start) as step:
-            if fetch is not None:
-                fetch(step)
+            fetch(step)
             for h in range(self.factor):
                 k = step * self.factor + h
                 b = [v.load(weights, [k, j * v.lanes]) for j in range(self.layout.vectors)]

@@ -13,16 +13,15 @@ from moec.codegen.cpu.row_blocks import halves, row_blocks
 from moec.target import host
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("most", [2, 6])
-def test_rows_are_shared_where_few_are_left(most: int, streamed: bool) -> None:
+def test_rows_are_shared_where_few_are_left(most: int) -> None:
     with IRBuilder() as builder, T.prim_func():
         T.func_name("blocks")
         T.func_attr({"global_symbol": "blocks", "tir.noalias": True})
         n = T.int64()
         T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
         y = T.match_buffer(T.arg("y", T.handle()), (3,), "int64")
-        for i, number in enumerate(row_blocks(n, most, streamed)):
+        for i, number in enumerate(row_blocks(n, most)):
             T.buffer_store(y, number, [i])
     blocks = compile_kernels(builder.get(), target=host())["blocks"]
     for rows in range(1, 5 * most):
@@ -30,6 +29,6 @@ def test_rows_are_shared_where_few_are_left(most: int, streamed: bool) -> None:
         blocks(*map(tvm.runtime.from_dlpack, (torch.zeros(rows), made)))
         whole, part, rest = made.tolist()
         assert whole * most + part + rest == rows
-        shared = most > 2 and 0 < rows % most <= most // 2 and rows // most > streamed
+        shared = most > 2 and 0 < rows % most <= most // 2 and rows // most > 0
         assert (rest > 0) == shared
         assert not shared or (rest in halves(most) and part - rest in (0, 1))

@@ -1,0 +1,63 @@
+"""Weights that the memory is asked for while others are multiplied.
+
+A core has a few dozen loads under way at most, and those that its products wait for are among them.
+So what comes next is asked for evenly: with each step of K as many elements as the rows that are
+multiplied are of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+
+@dataclass(frozen=True)
+class Stream:
+    """At step k, `each` elements from element offset + k * each on, counted from a step of the
+    packed weights of a tile."""
+
+    group: Expr
+    tile: Expr
+    step: Expr | int
+    offset: Expr | int
+    each: Expr | int
+
+    def at(self, k: Expr) -> list[Expr]:
+        """The index of the first element that step k asks for."""
+        last = self.offset + k * self.each
+        return [_wide(self.group), _wide(self.tile), _wide(self.step), T.bind(last)]
+
+
+@dataclass(frozen=True)
+class Following:
+    """The weights that are read next: of a tile, from a step on, as many steps of K as are
+    multiplied meanwhile, from `begin` to before `end`."""
+
+    group: Expr
+    tile: Expr
+    step: Expr | int
+    begin: Expr | int
+    end: Expr | int
+
+    def share(self, before: Expr | int, rows: Expr | int, count: Expr, columns: int) -> Stream:
+        """What `rows` of `count` rows ask for, while the `before` others did or will do the rest;
+        a step has that many columns."""
+        steps = self.end - self.begin
+        each = T.bind(T.truncdiv(count + (rows * columns - 1), count))
+        start = T.truncdiv(T.int64(columns) * before, count) * steps
+        return Stream(self.group, self.tile, self.step, T.bind(start - self.begin * each), each)
+
+
+def either(condition: Expr, yes: Stream, no: Stream) -> Stream:
+    """One of two streams, chosen at run time."""
+
+    def chosen(name: str) -> Expr:
+        return T.bind(T.Select(condition, _wide(getattr(yes, name)), _wide(getattr(no, name))))
+
+    return Stream(*map(chosen, Stream.__dataclass_fields__))
+
+
+def _wide(value: Expr | int) -> Expr:
+    return T.int64(value) if isinstance(value, int) else T.cast(value, "int64")
