@@ -9,8 +9,8 @@ are left out with --quant, for QMoE has none. All contenders run in one process,
 the other in every round, on the same weights and inputs, so that whatever else the machine does
 falls on all of them. Printed are medians in milliseconds, how many times moec's median the best
 other one takes, and moec's share of what the machine can do: measured arithmetic peak or bandwidth,
-whichever binds (moec/bench/limits.py). --onnx adds ONNX Runtime in float32, which alone its MoE has
-a kernel for.
+whichever binds (moec/bench/limits.py). The bandwidth is the median of what the same rounds read.
+--onnx adds ONNX Runtime in float32, which alone its MoE has a kernel for.
 
 With --quant, moec's experts in few bits run beside its own in bfloat16 and beside ONNX Runtime's
 QMoE with the same codes (which is given the router's logits, and at its accuracy_level 4 rounds
@@ -50,7 +50,7 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 
 import moec  # noqa: E402
 from moec import quantisation  # noqa: E402
-from moec.bench.limits import bandwidth, peak, timed, warm  # noqa: E402
+from moec.bench.limits import peak, reading, timed, warm  # noqa: E402
 from moec.closeness import strays  # noqa: E402
 from moec.target import host, processor  # noqa: E402
 
@@ -153,9 +153,10 @@ def compare(
     """Print the table of one dtype; whether moec was ahead by 1.2 times everywhere."""
     layer = block(DTYPES[dtype], shape=shape)
     ways = contenders(layer, inductor, onnx)
-    top, stream = peak(dtype), bandwidth()
-    print(f"\n{dtype}: {THREADS} threads, {top / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} GB/s")
-    print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   ratio  % of limit", flush=True)
+    top, read = peak(dtype), reading()
+    print(f"\n{dtype}: {THREADS} threads, {top / 1e9:.0f} GFLOP/s")
+    heads = "".join(f"{c.name:>12}" for c in ways)
+    print(f"tokens{heads}   ratio    GB/s  % of limit", flush=True)
     ahead = True
     for t in tokens:
         x = torch.randn(1, t, shape.D).to(DTYPES[dtype])
@@ -168,12 +169,15 @@ def compare(
             if astray > allowed:
                 raise SystemExit(f"{c.name}: {astray} of {rows} rows differ from eager")
         times: dict[str, list[float]] = {c.name: [] for c in running}
+        streams = []
         for _ in range(rounds):
+            streams.append(read())
             for c in running:
                 warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
+        stream = statistics.median(streams)
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
         expert = 3 * shape.D * shape.H  # numbers
         weights = (used + shape.shared) * expert * x.element_size()
@@ -184,7 +188,7 @@ def compare(
         )
         ratio, share = other / median["moec"], limit / median["moec"]
         ahead &= ratio >= 1.2
-        print(f"{t:6}{cells}{ratio:8.2f}{share:11.0%}", flush=True)
+        print(f"{t:6}{cells}{ratio:8.2f}{stream / 1e9:8.1f}{share:12.0%}", flush=True)
     return ahead
 
 
@@ -212,24 +216,28 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
     ]
     if format.kind != "mxfp4" and not format.asymmetric:
         ways.append(Contender("QMoE", qmoe(layer, format, THREADS)))
-    stream, stored = bandwidth(), sum(line.bytes_after for line in compiled.quantised)
-    print(f"\n{text}: {THREADS} threads, {stream / 1e9:.1f} GB/s")
-    print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "   % of bandwidth   errors")
+    read, stored = reading(), sum(line.bytes_after for line in compiled.quantised)
+    print(f"\n{text}: {THREADS} threads")
+    print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "    GB/s   % of it   errors")
     for t in tokens:
         x = clear_tokens(exact, t)
         wanted = exact(x.float())
         errors = [float((c.run(x).float() - wanted).norm() / wanted.norm()) for c in ways]
         times: dict[str, list[float]] = {c.name: [] for c in ways}
+        streams = []
         for _ in range(rounds):
+            streams.append(read())
             for c in ways:
                 time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
                 warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(some) for name, some in times.items()}
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
+        stream = statistics.median(streams)
         share = stored * used / shape.E / stream / median["quantised"]
         cells = "".join(f"{median[c.name] * 1e3:12.2f}" for c in ways)
-        print(f"{t:6}{cells}{share:17.0%}   " + ", ".join(f"{e:.1e}" for e in errors), flush=True)
+        said = ", ".join(f"{e:.1e}" for e in errors)
+        print(f"{t:6}{cells}{stream / 1e9:8.1f}{share:10.0%}   {said}", flush=True)
 
 
 def main() -> int:
