@@ -18,6 +18,7 @@ from moec.runtime.threads import available
 from moec.target import host
 
 THREADS = available()
+AHEAD = 8192  # bytes: loads alone keep fewer lines under way than a core could
 
 
 def _tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
@@ -110,6 +111,7 @@ def reading() -> Callable[[], float]:
                     T.buffer_store(a, v.splat(0.0), [lanes])
                 with T.serial(0, each // (8 * v.lanes)) as i:
                     for j, a in enumerate(acc):
+                        v.prefetch(x, [part, (i * 8 + j) * v.lanes + AHEAD // 4])
                         new = a[lanes] + v.load(x, [part, (i * 8 + j) * v.lanes])
                         T.buffer_store(a, new, [lanes])
                 for j, a in enumerate(acc):

@@ -102,7 +102,7 @@ def command(
 
     hush()
     with explained(), Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
-        progress.phase("capture")  # torch itself takes a moment to load
+        progress.phase("start")  # torch takes a moment to load, and options are looked at
         from moec.api import compile as compile_model
 
         compiled = compile_model(

@@ -108,7 +108,7 @@ def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Rep
 
     hush()
     with explained(), Progress(quiet=quiet) as progress:
-        progress.phase("capture")
+        progress.phase("start")
         from moec.api import compile as compile_model
 
         compiled = compile_model(
