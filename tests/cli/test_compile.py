@@ -36,7 +36,7 @@ def test_writes_the_artifact_and_reports(
     assert result.stdout.endswith(f"\nwrote {out}\n")
     golden(result.stdout.replace(str(out), "out.moec"))
     phases = [line.split("] ")[1] for line in result.stderr.splitlines()]
-    assert phases == ["capture", "passes", "kernels", "verify", "save", "done"]
+    assert phases == ["start", "capture", "passes", "kernels", "verify", "save", "done"]
 
 
 def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> None:

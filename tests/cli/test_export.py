@@ -67,7 +67,7 @@ def test_writes_the_file_and_says_what_it_is(factory: str, tmp_path: Path) -> No
     assert result.stdout.splitlines()[-1].startswith(f"wrote {out} (")
     assert onnx.load(out).opset_import[0].version == 21
     phases = list(dict.fromkeys(line.split()[3] for line in result.stderr.splitlines()))
-    assert phases == ["capture", "passes", "lower", "write", "check", "run", "done"]
+    assert phases == ["start", "capture", "passes", "lower", "write", "check", "run", "done"]
 
 
 def test_json_is_one_document(factory: str, tmp_path: Path) -> None:
