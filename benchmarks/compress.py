@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 from curves import CHECKPOINT, HELD_OUT, Say, recognised, windows
+from smollm2 import load
 from switch import FOLDER, trained
 from transformers import AutoTokenizer
-from upcycle import EXPERTS, LAYERS, K, dense, upcycle
+from upcycle import EXPERTS, LAYERS, K, upcycle
 
 from moec.calibration import calibration
 from moec.compression import KINDS
@@ -69,7 +70,7 @@ def switch(folder: Path) -> Case:
 
 
 def smollm2(_: Path) -> Case:
-    model, tokenizer = dense()
+    model, tokenizer = load()
     errors = upcycle(model, tokenizer)
     notes = (
         f"layers {', '.join(map(str, LAYERS))} of 30 with {EXPERTS} experts, top-{K}, which miss "

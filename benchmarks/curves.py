@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from smollm2 import load
 from transformers import AutoTokenizer
-from upcycle import EXPERTS, LAYERS, K, dense, upcycle
+from upcycle import EXPERTS, LAYERS, K, upcycle
 
 import moec
 from moec.approximate import Approximate, Foresighted, Frame, Measured
@@ -94,7 +95,7 @@ def tiny_moe() -> Case:
 
 
 def smollm2() -> Case:
-    model, tokenizer = dense()
+    model, tokenizer = load()
     seen, held_out = (windows(tokenizer, files, 2, 160) for files in (SEEN, HELD_OUT))
 
     def perplexity() -> float:

