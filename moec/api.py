@@ -91,16 +91,16 @@ def compile(
     VerificationError, all of them MoecError.
     """
     clock = _Clock(progress)
+    stored = Quantisation() if quant is None else parse_parts(quant)
+    asked = (*choose(opt_level, changes(passes)), *quantising(stored))
+    chosen = until(asked, stop_after)
+    allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
+    builds = build and stop_after is None
+    if tune:
+        check_tuning(target_of(target, run=False), builds)
+    made_for = target_of(target, run=builds and verify is not False)
+    limit = tolerance(verify)
     with clock.phase("capture"):
-        stored = Quantisation() if quant is None else parse_parts(quant)
-        asked = (*choose(opt_level, changes(passes)), *quantising(stored))
-        chosen = until(asked, stop_after)
-        allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
-        builds = build and stop_after is None
-        if tune:
-            check_tuning(target_of(target, run=False), builds)
-        made_for = target_of(target, run=builds and verify is not False)
-        limit = tolerance(verify)
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
         captured = capture_source(source, dynamic_shapes)
         captured = bound(captured, asked)

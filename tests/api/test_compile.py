@@ -277,3 +277,10 @@ def test_code_for_another_machine(
     assert loaded.artifact.samples == ()
     if not targets.missing(TARGETS["avx2"]):
         assert close(loaded(x), model(x))
+
+
+def test_options_are_looked_at_before_anything_else() -> None:
+    phases: list[str] = []
+    with pytest.raises(UsageError, match="there is no option kep"):
+        moec.compile("nowhere", passes="+prune-experts(kep=0.5)", progress=phases.append)
+    assert not phases
