@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
+
+
+def each_row_block(count: Expr, most: int, some: Callable[[Expr, int], None]) -> None:
+    """`some(row, m)` for the m rows from each block's first row on."""
+    whole, part, rest = row_blocks(count, most)
+    with T.serial(0, whole) as i:
+        some(T.bind(i * most), most)
+    for m in range(1, most):
+        with T.If(part == m), T.Then():
+            some(T.bind(whole * most), m)
+    for m in halves(most):
+        with T.If(rest == m), T.Then():
+            some(T.bind(count - m), m)
 
 
 def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:

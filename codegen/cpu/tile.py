@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.layout import Layout
-from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
 from moec.codegen.cpu.streams import Following, Stream, either
 from moec.codegen.cpu.tasks import bytes_of
 from moec.codegen.cpu.vector import Vector
@@ -194,19 +194,7 @@ class Tile:
             share = following.share(before, rows, count, self.layout.columns)
             return self._asking(share if own is None else either(few, own, share))
 
-        whole, part, rest = row_blocks(count, most)
-
-        def block(row: Expr, m: int) -> None:
-            some(T.bind(first + row), m, asking(row, m))
-
-        with T.serial(0, whole) as i:
-            block(T.bind(i * most), most)
-        for m in range(1, most):
-            with T.If(part == m), T.Then():
-                block(T.bind(whole * most), m)
-        for m in halves(most):
-            with T.If(rest == m), T.Then():
-                block(T.bind(count - m), m)
+        each_row_block(count, most, lambda row, m: some(T.bind(first + row), m, asking(row, m)))
 
     def _block(
         self,

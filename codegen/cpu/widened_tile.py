@@ -19,7 +19,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, halves, row_blocks, stop_of
+from moec.codegen.cpu.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
 from moec.codegen.cpu.streams import Following
 from moec.codegen.cpu.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
@@ -186,15 +186,7 @@ class WidenedTile(Tile):
             partial = Partial(lambda i, column: sums(at + i, column), begun, None)
             self._summed(multiply, at, m, block.group, block.tile, partial)
 
-        whole, part, rest = row_blocks(count, height)
-        with T.serial(0, whole) as i:
-            some(T.bind(i * height), height)
-        for m in range(1, height):
-            with T.If(part == m), T.Then():
-                some(T.bind(whole * height), m)
-        for m in halves(height):
-            with T.If(rest == m), T.Then():
-                some(T.bind(count - m), m)
+        each_row_block(count, height, some)
 
     def _panels(
         self,
