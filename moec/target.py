@@ -58,7 +58,8 @@ class Target:
 
     @property
     def f16_convert(self) -> bool:
-        return "f16c" in self.features
+        """Whether the hardware converts half precision: every aarch64 does."""
+        return "f16c" in self.features or "neon" in self.features
 
     @property
     def bf16_dot(self) -> bool:
