@@ -197,11 +197,16 @@ class WidenedTile(Tile):
         block: _Block,
         fetch: Fetch,
     ) -> None:
-        """Adds the products of rows with tile `t`, both widened."""
+        """Adds the products of rows with tile `t`, both widened.
+
+        It is asked for before the last half: LLVM moves no load over that, and would else load
+        more weights at once than there are registers for.
+        """
         v = self.vector
         with T.serial(0, block.stop - block.start) as step:
-            fetch(step)
             for h in range(self.factor):
+                if h == self.factor - 1:
+                    fetch(step)
                 k = step * self.factor + h
                 b = [v.load(weights, [k, j * v.lanes]) for j in range(self.layout.vectors)]
                 for i, sums in enumerate(acc):
