@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
 import torch
-from tvm import relax
 
 from moec.codegen.build import compile_module
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.generic.rules import EMIT, named
+from moec.codegen.link import linked
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.lowering import Param
-from moec.errors import TargetError
 from moec.ir import Graph, Program, Value
 from moec.passes.hoist_routers import Hoisted
 from moec.runtime.dtypes import Array
@@ -59,7 +53,7 @@ def build(
     Raises UnsupportedError (everything that has no kernel at once) and TargetError (no linker).
     """
     lowered = lowered_for(program, target, step, hoisted, tunings)
-    library = export(compile_module(lowered.module, target, opt_level))
+    library = linked(compile_module(lowered.module, target, opt_level), target)
     made = package(program, target, lowered, library, step)
     names = {kernel.key: kernel.values for kernel in lowered.tunable}
     made = replace(made, tunings={key: t.values(names[key]) for key, t in tunings.items()})
@@ -239,35 +233,3 @@ def index_ranges(graph: Graph) -> dict[str, tuple[int, int]]:
                     seen.update(op.outputs)
                     waiting += op.outputs
     return found
-
-
-# ---- the library -----------------------------------------------------------------------
-
-
-def export(executable: relax.VMExecutable) -> bytes:
-    """A shared library, linked by the C compiler that is there.
-
-    Raises TargetError where there is none.
-    """
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        path = Path(folder) / "lib.so"
-        executable.export_library(str(path), cc=linker(Path(folder)))
-        return path.read_bytes()
-
-
-def linker(folder: Path) -> str:
-    """The C compiler to link with; one of Python's gets a script in `folder`.
-
-    Raises TargetError where there is none.
-    """
-    for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return found
-    if importlib.util.find_spec("ziglang") is not None:
-        script = folder / "cc"
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang cc "$@"\n')
-        script.chmod(0o700)
-        return str(script)
-    raise TargetError(
-        "no C compiler to link with: install one of cc, gcc and clang, or `pip install ziglang`"
-    )

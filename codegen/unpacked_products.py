@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.unpacked import mixed, outer, product
 from moec.codegen.cpu.unpacked_loops import Stack
-from moec.codegen.package import linker
+from moec.codegen.link import linked
 from moec.target import Target
 
 
@@ -23,7 +20,4 @@ def compile_products(stack: Stack, target: Target) -> bytes:
             name = kernel.__name__ + ("_biased" if biased else "")
             kernels.append(kernel(target, stack, biased, name))
     built = compile_kernels(*kernels, target=target)
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        path = Path(folder) / "lib.so"
-        built.export_library(str(path), cc=linker(Path(folder)))
-        return path.read_bytes()
+    return linked(built, target)

@@ -20,6 +20,7 @@ from moec.budget import Budget
 from moec.budget import budget as budget_of
 from moec.calibration import check as check_calibration
 from moec.capture.doors import capture_source, open_source, stop_tokens
+from moec.codegen.link import linker_for
 from moec.compiled import CompiledModel
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.ir import Stage, stage_of
@@ -99,6 +100,8 @@ def compile(
     if tune:
         check_tuning(target_of(target, run=False), builds)
     made_for = target_of(target, run=builds and verify is not False)
+    if builds:
+        linker_for(made_for)  # found missing now rather than after minutes
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)

@@ -81,7 +81,7 @@ def target_of(target: Any, *, run: bool) -> Target:
     if run and lacking:
         raise UsageError(
             f"this machine lacks {', '.join(lacking)}, so the result for {made.name} cannot be "
-            "verified here: switch verification off (verify=False)"
+            "verified here: switch verification off (verify=False, --verify off)"
         )
     return made
 

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from moec import target
+from moec.codegen import link
+from moec.errors import TargetError
 
 OK, NOTE, BAD = "ok", "note", "bad"
 
@@ -188,22 +191,17 @@ def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
 
 
 def linker(env: Mapping[str, str], which: Callable[[str], str | None]) -> Check:
-    """The compiler driver that links kernels into a library: CXX, CC or the first found."""
-    variable = "CXX" if env.get("CXX") else "CC"
-    if named := env.get(variable):
-        if which(named):
-            return Check("linker", OK, f"{named} (from {variable})")
-        says = f"{variable} names {named}, which is not there"
-        return Check("linker", BAD, says, f"unset {variable}, or install {named}")
-    for name in ("g++", "gcc", "clang++", "clang", "c++", "cc"):
-        if path := which(name):
-            return Check("linker", OK, path)
-    return Check(
-        "linker",
-        BAD,
-        "no C compiler, which links the kernels",
-        "install one: apt-get install g++ (or gcc-c++, clang, xcode-select --install)",
-    )
+    """What links kernels into a library, here, and for the targets of other machines."""
+    try:
+        says = " ".join(link.linker("", env, which))
+    except TargetError as error:
+        return Check("linker", BAD, *(part.strip() for part in str(error).split(":", 1)))
+    for triple in sorted({t.mtriple for t in target.TARGETS.values() if t.mtriple}):
+        with suppress(TargetError):
+            other = link.linker(triple, env, which)
+            if other != link.linker("", env, which):
+                says += f"; for {triple} {' '.join(other)}"
+    return Check("linker", OK, says)
 
 
 def threads(env: Mapping[str, str]) -> list[Check]:

@@ -23,8 +23,9 @@ def rebuild(opened: Artifact) -> Package:
     from moec import target as targets
     from moec.codegen.build import compile_module
     from moec.codegen.cpu.tuning import of_dict
+    from moec.codegen.link import linked
     from moec.codegen.lower import lower
-    from moec.codegen.package import export, ports
+    from moec.codegen.package import ports
     from moec.ir import Graph, Stage
     from moec.text import parse
     from moec.verify import verify
@@ -72,4 +73,4 @@ def rebuild(opened: Artifact) -> Package:
         raise ArtifactError(
             f"{opened.path} packs its weights as this moec does not; compile the model again"
         )
-    return replace(package, library=export(compile_module(lowered.module, target)))
+    return replace(package, library=linked(compile_module(lowered.module, target), target))

@@ -17,8 +17,9 @@ import torch
 
 from moec.cache_folder import key_of
 from moec.codegen.build import compile_module
+from moec.codegen.link import linked
 from moec.codegen.lower import Lowered, lower
-from moec.codegen.package import export, package, packed_arrays
+from moec.codegen.package import package, packed_arrays
 from moec.dynamo import cache
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
@@ -88,7 +89,8 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
         RECORDER.add(disk_hits=1)
         made = found
     else:
-        library = export(compile_module(lowered.module, options.target, options.opt_level))
+        made_for, level = options.target, options.opt_level
+        library = linked(compile_module(lowered.module, made_for, level), made_for)
         made = replace(bare, library=library)
         RECORDER.add(code_compiled=1)
         cache.store(options.cache, key, made, print_graph(final.graph))

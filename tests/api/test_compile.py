@@ -14,6 +14,7 @@ from torch import nn
 
 import moec
 from moec import target as targets
+from moec.codegen import link
 from moec.errors import (
     CaptureError,
     InputError,
@@ -284,3 +285,14 @@ def test_options_are_looked_at_before_anything_else() -> None:
     with pytest.raises(UsageError, match="there is no option kep"):
         moec.compile("nowhere", passes="+prune-experts(kep=0.5)", progress=phases.append)
     assert not phases
+
+
+def test_a_missing_linker_is_said_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link.shutil, "which", lambda name: None)
+    monkeypatch.setattr(link.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    phases: list[str] = []
+    with pytest.raises(TargetError, match="no C compiler to link with"):
+        moec.compile("nowhere", progress=phases.append)
+    assert not phases
+    assert moec.compile(Moe(), (x,), build=False).blocks

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec import doctor, target
+from moec.codegen import link
 from moec.doctor import BAD, NOTE, OK, Check
 
 
@@ -56,17 +57,23 @@ def test_a_note_alone_ends_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stdout.endswith("moec can work here\n")
 
 
-def test_linker_found_named_or_missing() -> None:
+def test_linker_found_named_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def which(*there: str) -> Any:
         return lambda name: f"/bin/{name}" if name in there else None
 
-    assert doctor.linker({}, which("clang", "cc")).says == "/bin/clang"
-    assert doctor.linker({"CXX": "icx"}, which("icx")).says == "icx (from CXX)"
-    named = doctor.linker({"CC": "icx"}, which("g++"))
-    assert (named.state, named.mend) == (BAD, "unset CC, or install icx")
+    monkeypatch.setattr(link.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(link.platform, "machine", lambda: "x86_64")
+    assert doctor.linker({}, which("clang")).says == "/bin/clang"
+    assert doctor.linker({"CC": "icx -v"}, which("icx", "cc")).says == "icx -v"
+    other = "aarch64-linux-gnu"
+    both = doctor.linker({}, which("cc", f"{other}-gcc"))
+    assert both.says == f"/bin/cc; for {other} /bin/{other}-gcc"
+    named = doctor.linker({"CC": "icx"}, which("cc"))
+    assert (named.state, named.says) == (BAD, "CC names icx, which is not there")
+    assert named.mend == "unset CC, or install it"
     missing = doctor.linker({}, which())
-    assert missing.state == BAD
-    assert "apt-get install g++" in missing.mend
+    assert (missing.state, missing.says) == (BAD, "no C compiler to link with")
+    assert missing.mend == "install one of cc, gcc, clang, or `pip install ziglang`"
 
 
 @pytest.mark.parametrize(
