@@ -1,6 +1,7 @@
 """Compressed experts: bytes, encoding, and products with cold weights beside moec's own bf16.
 
     python benchmarks/ternary.py [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
+                                 [--target cpu]
 
 Weights are independent, 88.5 % of them zero, as QMoE's dictionary takes them to be (two-bit codes
 are even). A row (or --tokens rows) meets one expert after the other, of more experts than twice
@@ -16,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch  # noqa: E402
 import tvm  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moec.arguments import target_of  # noqa: E402
 from moec.codegen.build import compile_kernels  # noqa: E402
 from moec.codegen.cpu.compressed import compressed_linear  # noqa: E402
 from moec.codegen.cpu.compressed_weights import table  # noqa: E402
@@ -38,14 +41,13 @@ from moec.codegen.cpu.quantised_layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
 from moec.codegen.cpu.ternary_walk import CompressedSpec  # noqa: E402
 from moec.compression import compress, decompress, nbytes  # noqa: E402
-from moec.target import parse  # noqa: E402
+from moec.target import Target  # noqa: E402
 from moec.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
 from moec.ternary_dictionary import ZEROS, dictionary  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
 COLD = 2  # times the last-level cache
 DISTINCT = 4  # experts whose weights differ
-TARGET = parse("cpu")
 
 
 def cache_bytes() -> int:
@@ -62,13 +64,13 @@ def source(experts: int, n: int, k: int, kind: str) -> Tensor:
     return (drawn >= ZEROS).to(torch.uint8) + (drawn >= ZEROS + rest).to(torch.uint8)
 
 
-def built(kernel: Any) -> Callable[..., None]:
-    made = bound(kernel)
+def built(target: Target, kernel: Any) -> Callable[..., None]:
+    made = bound(target, kernel)
     return lambda *tensors: made(*(tvm.runtime.from_dlpack(t) for t in tensors))
 
 
-def bound(kernel: Any) -> Any:
-    return compile_kernels(kernel, target=TARGET)[str(kernel.attrs["global_symbol"])]
+def bound(target: Target, kernel: Any) -> Any:
+    return compile_kernels(kernel, target=target)[str(kernel.attrs["global_symbol"])]
 
 
 def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
@@ -81,7 +83,7 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
     return [stream.repeat(times), moved, grid.repeat(times, 1, 1)]
 
 
-def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
+def product(target: Target, kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     """Print the line of one shape."""
     codes = source(DISTINCT, n, k, kind)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
@@ -95,18 +97,19 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     stacks = -(-int(COLD * cache_bytes()) // int(size * experts))
     counts = (bytes_of_counts(parts[1].shape),) if kind == "ternary" else ()
     spec = CompressedSpec(n, k, "", "float32", groups=experts, kind=kind, bytes_of_counts=counts)
-    few = bound(compressed_linear(TARGET, spec))
-    dense = bound(grouped_linear(TARGET, LinearSpec(n, k, "bfloat16", "float32", groups=experts)))
+    few = bound(target, compressed_linear(target, spec))
+    wide = LinearSpec(n, k, "bfloat16", "float32", groups=experts)
+    dense = bound(target, grouped_linear(target, wide))
     weight = decompress(kind, parts, k)
-    one = pack(Layout(LinearSpec(n, k, "bfloat16", "float32"), TARGET), weight[:1].bfloat16())
+    one = pack(Layout(replace(wide, groups=1), target), weight[:1].bfloat16())
     packed = torch.from_numpy(one).repeat(experts, 1, 1, 1)
 
     x = torch.randn(tokens, k)
     rows = [torch.zeros(tokens, PAIRS.words(k), dtype=torch.int32), torch.zeros(tokens, 1)]
     rows.append(torch.zeros(tokens, 1, dtype=torch.int32))
-    built(round_rows(TARGET, k, 1, "float32", form=PAIRS))(x, *rows)
+    built(target, round_rows(target, k, 1, "float32", form=PAIRS))(x, *rows)
     y, z = torch.zeros(tokens, n), torch.zeros(tokens, n)
-    entries = [torch.from_numpy(table(TARGET)).clone()]
+    entries = [torch.from_numpy(table(target)).clone()]
 
     def bind(*tensors: Tensor) -> list[Any]:
         return [tvm.runtime.from_dlpack(t) for t in tensors]
@@ -114,14 +117,14 @@ def product(kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
     held = bind(*(entries if kind == "ternary" else []))
     first, result = bind(*rows), bind(y)
     copies = [bind(*(t.clone() for t in stack)) for _ in range(stacks)]
-    wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())
+    held_wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())
     ends = bind(*((tokens * (torch.arange(experts) >= e)).int() for e in range(experts)))
     ways: tuple[tuple[Callable[..., None], list[Any]], ...] = (
         (
             lambda end, copy: few(*first, end, *held, *copy, *result),
             [(end, copy) for copy in copies for end in ends],
         ),
-        (lambda end: dense(wide_x, end, *wide), [(end,) for end in ends]),
+        (lambda end: dense(wide_x, end, *held_wide), [(end,) for end in ends]),
     )
     ways[0][0](*ways[0][1][0])
     wanted = x.double() @ weight[0].double().T
@@ -170,10 +173,12 @@ def main() -> None:
     parser.add_argument("--kinds", default="ternary")
     parser.add_argument("--tokens", type=int, default=1, help="rows that meet each expert")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--target", default="cpu", help="of both kernels")
     options = parser.parse_args()
+    target = target_of(options.target, run=True)
     torch.manual_seed(0)
     print(
-        f"{Path(__file__).name}: {THREADS} threads, {TARGET.name}, last-level cache "
+        f"{Path(__file__).name}: {THREADS} threads, {target.name}, last-level cache "
         f"{cache_bytes() >> 20} MiB, load average before {os.getloadavg()[0]:.1f}"
     )
     encoding()
@@ -181,7 +186,7 @@ def main() -> None:
     for kind in options.kinds.split(","):
         for shape in options.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            product(kind, n, k, options.tokens, options.rounds)
+            product(target, kind, n, k, options.tokens, options.rounds)
 
 
 if __name__ == "__main__":

@@ -80,22 +80,52 @@ def scale_of(
 
 
 def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
-    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`. Those that no
-    expert owns, at the end, become 0 where they are `cleared`, and stay unwritten otherwise."""
-    experts, tiles, at_once = tile.layout.spec.groups, tile.layout.tiles, tile.tiles_at_once
-    units = -(-tiles // at_once) * experts
-    weights = T.min(rows, T.int64(experts)) * tile.layout.bytes
-    with tasks.shared(units, rows * tile.layout.sums, weights, tile.layout.tuning.worth) as unit:
-        column = T.bind(T.truncdiv(unit, experts) * at_once)
+    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`, where there are
+    any. Those that no expert owns, at the end, become 0 where they are `cleared`, and stay
+    unwritten otherwise."""
+    tiles, at_once = tile.layout.tiles, tile.tiles_at_once
+    active, count = _active(ends, tile.layout.spec.groups)
+    units = T.bind(count * -(-tiles // at_once))
+    weights = T.cast(count, "int64") * tile.layout.bytes
+    worth = tile.layout.tuning.worth
+    with (
+        tasks.functions(),
+        tasks.shared(units, rows * tile.layout.sums, weights, worth) as unit,
+    ):
+
+        def place(unit: Expr) -> tuple[Expr, Expr, Expr]:
+            """Which of the active experts, itself, and the first of its tiles."""
+            parts = tasks.divide(T.cast(unit, "int64"), T.cast(count, "int64"))
+            block, i = (T.bind(T.cast(part, "int32")) for part in parts)
+            return i, T.bind(active[i]), T.bind(block * at_once)
+
+        i, e, column = place(unit)
         some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
-        e = T.bind(T.truncmod(unit, experts))
-        before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
-        first = T.bind(T.cast(before, "int64"))
-        end = T.bind(T.cast(ends[e], "int64"))
+        first, end = _bounds(ends, e)
         with T.If(first < end), T.Then():
-            after = T.bind(T.min(unit + 1, units - 1))
-            following = (T.truncmod(after, experts), T.truncdiv(after, experts) * at_once)
-            tile.rows(e, column, first, end - first, following, some)
+            _, *following = place(T.min(unit + 1, units - 1))
+            tile.rows(e, column, first, end - first, (following[0], following[1]), some)
         if cleared:
-            with T.If(e == experts - 1), T.Then(), T.serial(0, some) as t:
+            with T.If(i == count - 1), T.Then(), T.serial(0, some) as t:
                 tile.zero_rows(column + t, end, rows - end)
+
+
+def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:
+    """The experts that have rows, and how many they are; the first one where none has: somebody
+    clears the rows of nobody."""
+    active = T.alloc_buffer((experts,), "int32")
+    count = T.alloc_buffer((1,), "int32")
+    T.buffer_store(active, 0, [0])
+    T.buffer_store(count, 0, [0])
+    with T.serial(0, experts) as e:
+        first, end = _bounds(ends, e)
+        with T.If(first < end), T.Then():
+            T.buffer_store(active, e, [count[0]])
+            T.buffer_store(count, count[0] + 1, [0])
+    return active, T.bind(T.max(count[0], 1))
+
+
+def _bounds(ends: Buffer, e: Expr) -> tuple[Expr, Expr]:
+    """The rows of expert e: from the first to before the second, int64."""
+    before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
+    return T.bind(T.cast(before, "int64")), T.bind(T.cast(ends[e], "int64"))
