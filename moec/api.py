@@ -23,6 +23,7 @@ from moec.capture.doors import capture_source, open_source, stop_tokens
 from moec.codegen.link import linker_for
 from moec.compiled import CompiledModel
 from moec.errors import NoMatch, UnsupportedError, UsageError
+from moec.garbage import seldom_collected
 from moec.ir import Stage, stage_of
 from moec.passes.hoist_routers import HoistRouters, split
 from moec.passes.incremental import continues_text, incremental, logits_of
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from moec.target import Target
 
 
+@seldom_collected()
 def compile(
     model: Any,
     args: Sequence[Any] | torch.Tensor = (),

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
-from moec.capture.garbage import seldom_collected
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
@@ -27,6 +26,7 @@ from moec.capture.states import States, detached
 from moec.closeness import default_tolerance, distance
 from moec.errors import CaptureError, IRError
 from moec.evaluate import evaluate
+from moec.garbage import seldom_collected
 from moec.graph_module import GraphModule
 from moec.ir import Program
 from moec.sizes import Bounds

@@ -1,8 +1,8 @@
-"""Fewer looks for garbage while a model is exported.
+"""Fewer looks for garbage while a model is compiled.
 
-Export makes objects by the hundred thousand, and Python looks through all there are for unreachable
-ones each time that some more have been made: also through those of torch and transformers, which
-stay. They are set aside meanwhile, and it looks less often.
+Export and lowering make objects by the hundred thousand, and Python looks through all there are for
+unreachable ones each time that some more have been made: also through those of torch and
+transformers, which stay. They are set aside meanwhile, and it looks less often.
 """
 
 from __future__ import annotations

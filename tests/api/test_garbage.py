@@ -1,12 +1,15 @@
-"""What of Python's garbage collection changes while a model is exported, and comes back."""
+"""What of Python's garbage collection changes while a model is compiled, and comes back."""
 
 from __future__ import annotations
 
 import gc
 
 import pytest
+import torch
 
-from moec.capture.garbage import seldom_collected
+import moec
+from moec.errors import CaptureError
+from moec.garbage import seldom_collected
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +59,17 @@ def test_where_nothing_is_collected_nothing_is_changed() -> None:
     with seldom_collected():
         assert gc.get_freeze_count() == 0
         assert not gc.isenabled()
+
+
+def test_it_is_so_until_a_model_is_compiled() -> None:
+    set_aside: dict[str, int] = {}
+
+    def progress(phase: str) -> None:
+        set_aside[phase] = gc.get_freeze_count()
+
+    with pytest.raises(CaptureError):
+        moec.compile(torch.nn.Linear(2, 2), (torch.zeros(2, 3),), progress=progress)
+    assert set_aside["capture"] > 1000
+    moec.compile(torch.nn.Linear(2, 2), (torch.zeros(3, 2),), progress=progress)
+    assert set_aside["kernels"] > 1000
+    assert gc.get_freeze_count() == 0
