@@ -28,6 +28,8 @@ from tvm.tirx import (
 )
 from tvm.tirx.analysis import undefined_vars
 
+from moec.codegen.llvm_frame import IMPORT
+
 _BITS = {"bool": 1, "int32": 32, "int64": 64}
 _TEXT = "".join(
     f"define linkonce_odr i{bits} @moec_number_{bits}(i{bits} %x) alwaysinline {{\n"
@@ -42,7 +44,7 @@ def opaque(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFun
     body = _of(function.body, _sizes(function.body))
     if body.same_as(function.body):
         return function
-    known = AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(_TEXT), body)
+    known = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
     return function.with_body(known)
 
 

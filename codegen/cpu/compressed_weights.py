@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.intrinsics import llvm_functions
 from moec.codegen.cpu.mask_intrinsics import mask_functions
@@ -16,6 +14,7 @@ from moec.codegen.cpu.masks import Masks, TwoBits
 from moec.codegen.cpu.product import argument
 from moec.codegen.cpu.signs import Signs, signed
 from moec.codegen.cpu.ternary_walk import CompressedSpec
+from moec.codegen.llvm_frame import llvm_frame
 from moec.target import Target
 from moec.ternary_dictionary import CODEWORDS, SIGNED, dictionary, masks, signs
 
@@ -44,4 +43,4 @@ def table(target: Target) -> npt.NDArray[Any]:
 def functions(target: Target) -> AbstractContextManager[object]:
     """The frame that the kernel must be made in."""
     text = llvm_functions(target) + mask_functions(target)
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+    return llvm_frame(text)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
@@ -20,6 +19,7 @@ from moec.codegen.cpu import dot_products
 from moec.codegen.cpu.dot_products import splat
 from moec.codegen.cpu.intrinsics import llvm_functions
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.llvm_frame import llvm_frame
 from moec.quantisation import E2M1_TWICE, E2M1_ZERO
 from moec.target import Target
 
@@ -29,7 +29,7 @@ _ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and 
 def functions(v: Vector) -> AbstractContextManager[object]:
     """The frame that everything here, and all of `Vector`, must be called in."""
     text = llvm_functions(v.target) + _functions(v.target)
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+    return llvm_frame(text)
 
 
 def rounded(v: Vector, x: Expr, inverse: Expr) -> Expr:

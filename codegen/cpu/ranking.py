@@ -9,12 +9,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.llvm_frame import llvm_frame
 
 TAKEN = -(2**31)
 LOWEST = -0x7F800001  # the rank of -infinity
@@ -27,7 +27,7 @@ class Ranking:
     def functions(self) -> AbstractContextManager[object]:
         """The frame that makes the functions known: all other calls belong inside it."""
         text = _llvm(self.v.lanes)
-        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+        return llvm_frame(text)
 
     def ranks(self, x: Expr) -> Expr:
         """float32 lanes -> int32 lanes."""

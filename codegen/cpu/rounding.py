@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.intrinsics import llvm_functions
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.llvm_frame import llvm_frame
 
 
 def functions(v: Vector) -> AbstractContextManager[object]:
@@ -18,7 +18,7 @@ def functions(v: Vector) -> AbstractContextManager[object]:
     text = llvm_functions(v.target) + "".join(
         _round(v.lanes, dtype) for dtype in ("bfloat16", "float16")
     )
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+    return llvm_frame(text)
 
 
 def rounded(v: Vector, x: Expr, dtype: str) -> Expr:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.llvm_frame import llvm_frame
 
 # 2^r = 1 + r*q(r) on [-1/2, 1/2]: least squares, reweighted until the relative error was flat
 # at 9.2e-8. The constant term is exactly 1, so that exp(0) is.
@@ -48,7 +48,7 @@ class Softmax:
         text = _exp(n) + _top(n) + _sums(n)
         if self.v.target.bf16_dot:
             text += _ROUND_PAIRS
-        return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)  # type: ignore[no-any-return]
+        return llvm_frame(text)
 
     def exp(self, x: Expr) -> Expr:
         """exp(x) for x <= 0, within 1e-7 (absolute); 0 below -88; NaN stays NaN."""

@@ -18,6 +18,8 @@ from tvm.ir import Expr, Var
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.llvm_frame import llvm_frame
+
 WORTH = "moec.worth"
 """The attribute around a parallel loop that says whether to run it in parallel (outline.py)."""
 
@@ -62,7 +64,7 @@ def bytes_of(buffer: Buffer) -> int:
 
 def functions() -> AbstractContextManager[object]:
     """The frame that `divide` must be called in."""
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", _DIVIDE)  # type: ignore[no-any-return]
+    return llvm_frame(_DIVIDE)
 
 
 def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:

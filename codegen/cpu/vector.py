@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.codegen.llvm_frame import llvm_frame
 from moec.codegen.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
 from moec.target import Target
 
@@ -58,11 +58,7 @@ class Vector:
 
     def functions(self) -> AbstractContextManager[object]:
         """The frame that makes the LLVM functions known: all other calls belong inside it."""
-        text = llvm_functions(self.target)
-        frame: AbstractContextManager[object] = T.attr(
-            tirx.const(0, "int32"), "pragma_import_llvm", text
-        )
-        return frame
+        return llvm_frame(llvm_functions(self.target))
 
     def bind(self, value: Expr) -> Expr:
         """The value as a variable, computed here and once."""

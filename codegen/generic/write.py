@@ -19,6 +19,7 @@ from moec.codegen.generic.groups import Group
 from moec.codegen.generic.index import Position, Sizes, names
 from moec.codegen.generic.llvm import llvm_functions
 from moec.codegen.generic.rules import EMIT
+from moec.codegen.llvm_frame import llvm_frame
 from moec.ir import Attr, Op, Ref, Value
 from moec.sizes import Dim, product
 from moec.target import Target
@@ -103,13 +104,9 @@ def write(group: Group, name: str, target: Target) -> Written:
             outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
             producers = {value: op for op in group.ops for value in op.outputs}
             emission = Emission(inputs, outputs, producers, sizes, target, flat)
-            with _functions(llvm_functions(target)), Vector(target).functions():
+            with llvm_frame(llvm_functions(target)), Vector(target).functions():
                 _body(emission, group)
     return Written(builder.get(), free)
-
-
-def _functions(text: str) -> T.frame.AttrFrame:
-    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", text)
 
 
 def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
