@@ -26,9 +26,11 @@ def innermost(assembly: str) -> Iterator[str]:
             yield block[: jump.end()]
 
 
-@pytest.mark.parametrize("name", [name for name in TARGETS if name != "generic"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512-bf16", "neon-dotprod"])
+@pytest.mark.parametrize(
+    ("dtype", "gated"),
+    [("float32", False), ("bfloat16", False), ("bfloat16", True), ("float16", False)],
+)
 def test_no_innermost_loop_stores_a_sum(name, dtype, gated):
     target = TARGETS[name]
     v, spec = Vector(target), LinearSpec(512, 1024, dtype, groups=32, gated=gated)
@@ -38,5 +40,5 @@ def test_no_innermost_loop_stores_a_sum(name, dtype, gated):
         kernel = grouped_linear(target, spec)
     made = compile_kernels(kernel, target=target).mod.inspect_source("asm")
     loops = [loop for loop in innermost(made) if len(ADDS.findall(loop)) >= 4]
-    assert loops or (name == "amx" and dtype == "bfloat16")
+    assert loops
     assert not [loop for loop in loops if KEPT.search(loop)]
