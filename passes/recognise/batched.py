@@ -20,7 +20,7 @@ from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.fans import Fan, fan
 from moec.passes.recognise.layout import Layout, divide
-from moec.passes.recognise.opnames import PRODUCTS
+from moec.passes.recognise.opnames import PICKS, PRODUCTS
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
@@ -57,7 +57,7 @@ def stacked(scope: Scope, value: Value) -> bool:
         source = scope.behind(value, VIEWS | {"aten.permute.default", "aten.expand.default"})
         if source in scope.constants:
             return len(source.shape) == 3
-        op = scope.made_by(source, "aten.index.Tensor", "aten.index_select.default")
+        op = scope.made_by(source, *PICKS)
         if op is None:
             return False
         value = op.inputs[0]

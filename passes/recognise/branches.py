@@ -16,7 +16,7 @@ from moec.passes.prove import without_origins
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter
 from moec.passes.recognise.layout import Layout
-from moec.passes.recognise.opnames import PRODUCTS
+from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS
 from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
 from moec.passes.recognise.rows import Reader
 from moec.sizes import Dim
@@ -58,6 +58,21 @@ def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
                     kept.add(op)
                     pending.append(op)
     return tuple(sorted(kept, key=scope.position.__getitem__))
+
+
+def branch_ops(scope: Scope, value: Value) -> tuple[Op, ...]:
+    """The ops of the branch that gives `value`: its cone and, where no weights are multiplied in
+    there, that of the expert's result which it weighs, as others do for other slots."""
+    own = cone(scope, value)
+    if any(first_product(scope, op) for op in own):
+        return own
+    for source in (v for op in own if op.name in MULTIPLY for v in op.inputs):
+        readers = scope.graph.readers.get(source, ())
+        if len(readers) > 1 and all(reader.name in MULTIPLY for reader in readers):
+            shared = cone(scope, source)
+            if any(first_product(scope, op) for op in shared):
+                return (*own, *shared)
+    return own
 
 
 def splits_rows(op: Op) -> bool:
@@ -108,12 +123,15 @@ def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
 
 
 def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
-    """The expert id that the branch's mask compares with, or picks from a stack of masks."""
+    """The expert id that the branch's mask compares with, or picks from a stack of masks: where
+    it does both, it picked a slot."""
+    for op in ops:
+        if op.name == "aten.eq.Scalar" and op.inputs[0] not in scope.constants:
+            if isinstance(op.attrs["other"], int):
+                return op.attrs["other"]
     for op in ops:
         if op.inputs and op.inputs[0] in scope.constants and op.name != "aten.index.Tensor":
             continue
-        if op.name == "aten.eq.Scalar" and isinstance(op.attrs["other"], int):
-            return op.attrs["other"]
         if op.name == "aten.select.int" and op.inputs[0] not in scope.constants:
             return cast(int, op.attrs["index"])
         if op.name in ("aten.index.Tensor", "aten.eq.Tensor"):

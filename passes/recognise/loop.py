@@ -10,7 +10,7 @@
 Experts without a network (moec.passes.recognise.zero_experts) come after the others.
 The links of the chain are found by their likeness; what they start from is added afterwards.
 That rows which are written were zero, or are written once each, is left to the proof. A loop over
-the slots around it names each expert once a slot.
+the slots, around it or inside, names each expert once a slot, whose result all slots may share.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.branches import (
     Branch,
     Family,
+    branch_ops,
     cone,
     family,
     number_of,
@@ -69,7 +70,7 @@ def chains(scope: Scope) -> dict[Op, Chain]:
 
     def kind(value: Value) -> tuple[str, ...] | None:
         if value not in kinds:
-            kinds[value] = signature(scope, cone(scope, value))
+            kinds[value] = signature(scope, branch_ops(scope, value))
         return kinds[value]
 
     ended: dict[Op, Chain] = {}
@@ -208,7 +209,7 @@ def one_slot_a_row(
 def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     branches: list[Branch] = []
     for op, value in chain.links:
-        branch = read_branch(scope, value, cone(scope, value))
+        branch = read_branch(scope, value, branch_ops(scope, value))
         for role, selects in selected_by(op):
             branch.reader.use(role, selects)
             naming = named_by(scope, selects)

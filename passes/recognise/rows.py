@@ -131,6 +131,10 @@ class Reader:
                 return found
         if self.x is not None:
             return self.again(value)
+        if op is not None and op.name in REARRANGE and value.shape[-1] == 1:  # columns of features
+            self.tokens(op.inputs[0])
+            self.keep(op, self.apply(op))
+            return self.memo[value]
         self.x = value
         if len(value.shape) < 2:
             raise NoMatch(f"{value} holds no rows of features")

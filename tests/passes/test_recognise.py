@@ -66,8 +66,12 @@ LOOPS = {
     "one-hot": loops.OneHotLoop,
     "rows": loops.RowsLoop,
     "slices": loops.SlicedLoop,
+    "slots": loops.SlotLoop,
+    "slots-inside": lambda: loops.SlotLoop(inside=True),
     "gathered": stacks.Gathered,
     "gathered-bmm": stacks.GatheredBmm,
+    "gathered-columns": stacks.GatheredColumns,
+    "embedded": stacks.Embedded,
     "capacity-slot": stacks.Capacity,
     "capacity-token": lambda: stacks.Capacity(by_slot=False),
     "all-weigh": stacks.AllThenWeigh,
@@ -80,8 +84,12 @@ FORMS = {
     "one-hot": "static loop",
     "rows": "static loop",
     "slices": "static loop",
+    "slots": "static loop",
+    "slots-inside": "static loop",
     "gathered": "gathered weights",
     "gathered-bmm": "gathered weights",
+    "gathered-columns": "gathered weights",
+    "embedded": "gathered weights",
     "capacity-slot": "dense dispatch with capacity",
     "capacity-token": "dense dispatch with capacity",
     "all-weigh": "evaluate all, then select",
@@ -103,7 +111,9 @@ def test_forms(name: str, golden: Golden) -> None:
     assert declined == ()
 
 
-@pytest.mark.parametrize("name", ["rows", "gathered", "capacity-slot", "all-gather"])
+@pytest.mark.parametrize(
+    "name", ["rows", "slots-inside", "gathered", "embedded", "capacity-slot", "all-gather"]
+)
 def test_forms_as_captured(name: str) -> None:
     """Before any other pass has given the graph one spelling."""
     _, (block,), declined = recognised(LOOPS[name](), before=())

@@ -91,6 +91,27 @@ class SlicedLoop(nn.Module):
         return out
 
 
+class SlotLoop(Loop):
+    """A loop over the slots around it, or inside, where an expert works once for all of them."""
+
+    def __init__(self, inside: bool = False) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        numbers, slots = range(len(self.experts)), range(chosen.shape[-1])
+        pairs = [(e, k) for e in numbers for k in slots]
+        if not self.inside:
+            pairs.sort(key=lambda pair: pair[1])
+        made = [expert(x) for expert in self.experts]
+        out = torch.zeros_like(x)
+        for e, k in pairs:
+            rows = made[e] if self.inside else self.experts[e](x)
+            out = out + (chosen[:, k] == e)[:, None] * weights[:, k, None] * rows
+        return out
+
+
 class SharedExpert(Loop):
     """A dense branch is added, gated or not; before the loop or after it."""
 

@@ -50,6 +50,28 @@ class GatheredBmm(Stacks):
         return (rows * weights.reshape(-1, 1)).view(-1, k, D).sum(1)
 
 
+class GatheredColumns(Stacks):
+    """Matrices times columns, and the weights times the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        hidden = (self.up[chosen] @ x[:, None, :, None]).squeeze(-1) + self.bias[chosen]
+        rows = (self.down[chosen] @ F.gelu(hidden)[..., None]).squeeze(-1)
+        return (weights[:, None] @ rows).squeeze(1)
+
+
+class Embedded(Stacks):
+    """Matrices looked up as embeddings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        up = F.embedding(chosen, self.up.flatten(1)).unflatten(-1, (H, D))
+        down = F.embedding(chosen, self.down.flatten(1)).unflatten(-1, (D, H))
+        hidden = torch.einsum("td,tkhd->tkh", x, up) + F.embedding(chosen, self.bias)
+        rows = torch.einsum("tkh,tkdh->tkd", F.gelu(hidden), down)
+        return (rows * weights[..., None]).sum(1)
+
+
 class Sorted(Stacks):
     """Rows sorted by expert, grouped products, results added to their tokens."""
 
