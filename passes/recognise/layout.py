@@ -71,6 +71,11 @@ def only_features(axis: Axis) -> bool:
     return all(not atom.rows for atom in axis)
 
 
+def likeness(axis: Axis) -> list[tuple[Dim, bool]]:
+    """What two axes have in common whose elements stand for the same, one by one."""
+    return [(atom.size, atom.rows) for atom in axis]
+
+
 def divide(a: Dim, b: Dim) -> Dim | None:
     """a / b where that is a size."""
     if isinstance(a, int) and isinstance(b, int):

@@ -13,6 +13,7 @@ from moec.passes.recognise.layout import (
     Atom,
     Axis,
     Layout,
+    likeness,
     only_features,
     only_rows,
 )
@@ -58,8 +59,10 @@ def product(reader: Reader, op: Op) -> Layout | None:
     if shift is None or not shift.param:
         raise NoMatch(f"{bias.name} is added to a product and is no weight")
     base = reader.writer.ops[-1] if reader.writer.ops else None
-    if base is not None and base.outputs[0] is made.base and shift.features == shift.atoms[-1:]:
-        only = reader.writer.slice_of(shift, [shift.axes[-1]], [0], [0])
+    along = likeness(shift.axes[-1]) == likeness(made.axes[-1]) or only_features(shift.axes[-1])
+    own = along and shift.features == shift.atoms[-1:]
+    if base is not None and base.outputs[0] is made.base and own:
+        only = reader.writer.slice_of(shift, [shift.features], [0], [0])
         if only.shape == made.base.shape[-1:]:
             reader.writer.ops[-1] = replace(base, inputs=(*base.inputs, only))
             return made
@@ -77,8 +80,11 @@ def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bo
     else:
         inner, outer = w[-1], w[-2]
         mine, free = a[-2], a[-1]
-    if not (only_features(mine) and only_features(inner)):
+    sums = not only_features(mine)
+    if likeness(mine) != likeness(inner) and (sums or not only_features(inner)):
         raise NoMatch(f"{op.name} sums over {mine or 'nothing'} and {inner or 'nothing'}")
+    # Rows of several experts, or of several slots, side by side: their products are summed too.
+    mine, inner = (tuple(x for x in axis if not x.rows) for axis in (mine, inner))
     grouped = op.name in GROUPED
     columns = tuple(atom for atom in outer if not atom.rows)
     plain = reader.writer.ordered(source, [mine], last=True)
@@ -116,7 +122,9 @@ def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bo
         their_batch = ((),) * (rank - len(w)) + w[:-2]
         batch = tuple(p or q for p, q in zip(mine_batch, their_batch, strict=True))
         axes = (*batch, free, new_outer) if rows_left else (*batch, new_outer, free)
-    return replace(plain, base=base, atoms=rest_atoms, axes=axes, applied=True)
+    return replace(
+        plain, base=base, atoms=rest_atoms, axes=axes, applied=True, reduced=plain.reduced or sums
+    )
 
 
 def mix(reader: Reader, op: Op, sides: Sequence[Layout | None], values: Sequence[Value]) -> Layout:

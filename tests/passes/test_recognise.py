@@ -71,10 +71,12 @@ LOOPS = {
     "gathered": stacks.Gathered,
     "gathered-bmm": stacks.GatheredBmm,
     "gathered-columns": stacks.GatheredColumns,
+    "gathered-summed": stacks.GatheredSummed,
     "embedded": stacks.Embedded,
     "capacity-slot": stacks.Capacity,
     "capacity-token": lambda: stacks.Capacity(by_slot=False),
     "all-weigh": stacks.AllThenWeigh,
+    "all-sum": stacks.AllThenSum,
     "all-matmul": stacks.AllThenMatmul,
     "all-gather": stacks.AllThenGather,
 }
@@ -89,10 +91,12 @@ FORMS = {
     "gathered": "gathered weights",
     "gathered-bmm": "gathered weights",
     "gathered-columns": "gathered weights",
+    "gathered-summed": "gathered weights",
     "embedded": "gathered weights",
     "capacity-slot": "dense dispatch with capacity",
     "capacity-token": "dense dispatch with capacity",
     "all-weigh": "evaluate all, then select",
+    "all-sum": "evaluate all, then select",
     "all-matmul": "evaluate all, then select",
     "all-gather": "evaluate all, then select",
 }
@@ -270,6 +274,8 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
     others.NeverNegative: "bounds all or nothing on all random inputs",
     others.WrongExpert: "static loop: the numbers differ by",
     stacks.InputSideBiased: "evaluate all, then select: the numbers differ by",
+    stacks.Misaligned: "sums over (feature 16, rows 4) and (rows 4, feature 16)",
+    loops.OtherSlots: "static loop: the numbers differ by",
 }
 
 

@@ -112,6 +112,20 @@ class SlotLoop(Loop):
         return out
 
 
+class OtherSlots(SlotLoop):
+    """The second slot means the next expert."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        made = [expert(x) for expert in self.experts]
+        out = torch.zeros_like(x)
+        for k in range(chosen.shape[-1]):
+            for e, rows in enumerate(made):
+                mask = chosen[:, k] == (e + k) % len(made)
+                out = out + mask[:, None] * weights[:, k, None] * rows
+        return out
+
+
 class SharedExpert(Loop):
     """A dense branch is added, gated or not; before the loop or after it."""
 

@@ -60,6 +60,15 @@ class GatheredColumns(Stacks):
         return (weights[:, None] @ rows).squeeze(1)
 
 
+class GatheredSummed(Stacks):
+    """One product sums over the slots too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        hidden = torch.einsum("td,tkhd->tkh", x, self.up[chosen]) + self.bias[chosen]
+        return torch.einsum("tk,tkh,tkdh->td", weights, F.gelu(hidden), self.down[chosen])
+
+
 class Embedded(Stacks):
     """Matrices looked up as embeddings."""
 
@@ -152,6 +161,27 @@ class AllThenWeigh(Stacks):
         hidden = F.gelu(torch.einsum("td,ehd->teh", x, self.up) + self.bias)
         rows = torch.einsum("teh,edh->ted", hidden, self.down)
         return (rows * dense[..., None]).sum(1)
+
+
+class AllThenSum(Stacks):
+    """Hidden values are weighed, and one product sums over the experts too."""
+
+    aligned = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        shares = torch.zeros(x.shape[0], E).scatter(1, chosen, weights)
+        hidden = F.linear(x, self.up.flatten(0, 1), self.bias.flatten()).unflatten(-1, (E, H))
+        hidden = F.gelu(hidden) * shares[..., None]
+        if not self.aligned:
+            hidden = hidden.transpose(1, 2)
+        return F.linear(hidden.flatten(1), self.down.transpose(0, 1).flatten(1))
+
+
+class Misaligned(AllThenSum):
+    """Hidden values of all experts meet the weights of one."""
+
+    aligned = False
 
 
 class AllThenMatmul(Stacks):
