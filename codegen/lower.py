@@ -7,6 +7,7 @@ in and whichever function calls them, and work for every size within the bounds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +25,9 @@ from moec.codegen.tunable import Tunable
 from moec.ir import Graph
 from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP
 from moec.target import Target
+
+BUILDERS = threading.Lock()
+"""Held while Relax is written: TVM keeps the open builders of all threads on one stack."""
 
 
 @dataclass
@@ -55,14 +59,15 @@ def lower(
 
     Raises UnsupportedError, listing every op that has no kernel and every unknown size.
     """
-    kernels = Kernels(relax.BlockBuilder(), tunings=tunings)
-    params = _function(MAIN, graph, target, kernels)
-    places = tuple(kernels.places)
-    more = () if step is None else _function(STEP, step, target, kernels)
-    split = () if routers is None else zip((ROUTE, ROUTED), routers, strict=True)
-    route, routed = [_function(name, own, target, kernels) for name, own in split] or ((), ())
-    tunable = tuple(kernels.tunable.values())
-    return Lowered(kernels.builder.finalize(), params, places, more, route, routed, tunable)
+    with BUILDERS:
+        kernels = Kernels(relax.BlockBuilder(), tunings=tunings)
+        params = _function(MAIN, graph, target, kernels)
+        places = tuple(kernels.places)
+        more = () if step is None else _function(STEP, step, target, kernels)
+        split = () if routers is None else zip((ROUTE, ROUTED), routers, strict=True)
+        route, routed = [_function(name, own, target, kernels) for name, own in split] or ((), ())
+        tunable = tuple(kernels.tunable.values())
+        return Lowered(kernels.builder.finalize(), params, places, more, route, routed, tunable)
 
 
 def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:

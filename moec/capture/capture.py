@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -32,6 +33,10 @@ from moec.ir import Program
 from moec.sizes import Bounds
 
 Eager = Callable[..., tuple[torch.Tensor, ...]]
+
+EXPORTS = threading.RLock()
+"""Held while torch exports, and its modules and the standard streams are other ones meanwhile: all
+threads share those, so models that are compiled side by side are exported one after the other."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def capture(
     else:
         wishes = wished_axes(arguments, dynamic_shapes)
     asked = wished_bounds(wishes) | dict(bounds or {})
-    with seldom_collected():
+    with EXPORTS, seldom_collected():
         exported, met = _export(call, wishes)
         program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,25 @@ def test_two_threads_and_two_models(model: Moe, compiled: moec.CompiledModel) ->
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_models_are_compiled_side_by_side() -> None:
+    """torch.export and TVM's builders have state that threads share; so have the streams."""
+    streams = sys.stdout, sys.stderr
+    models = [Moe() for _ in range(4)]
+    made: list[bool | None] = [None] * len(models)
+
+    def work(place: int) -> None:
+        compiled = moec.compile(models[place], (x,))
+        made[place] = close(compiled(x), models[place](x))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [True] * len(models)
+    assert (sys.stdout, sys.stderr) == streams
 
 
 def test_a_model_without_moe_says_so() -> None:
