@@ -103,8 +103,8 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> N
         some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
         first, end = _bounds(ends, e)
         with T.If(first < end), T.Then():
-            _, *following = place(T.min(unit + 1, units - 1))
-            tile.rows(e, column, first, end - first, (following[0], following[1]), some)
+            _, after, column_after = place(T.min(unit + 1, units - 1))
+            tile.rows(e, column, first, end - first, (after, column_after), some)
         if cleared:
             with T.If(i == count - 1), T.Then(), T.serial(0, some) as t:
                 tile.zero_rows(column + t, end, rows - end)
