@@ -8,6 +8,7 @@ in and whichever function calls them, and work for every size within the bounds.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,52 +23,44 @@ from moec.codegen.kernels import KERNELS, has_kernel
 from moec.codegen.lowering import Kernels, Lowering, Param
 from moec.codegen.support import check
 from moec.codegen.tunable import Tunable
-from moec.ir import Graph
-from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP
+from moec.ir import Graph, Module
 from moec.target import Target
 
 BUILDERS = threading.Lock()
 """Held while Relax is written: TVM keeps the open builders of all threads on one stack."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lowered:
-    """`module` has a function for the model, one for its `step` where there is one, and two where
-    its routers stand by themselves.
-
-    Each takes the caller's inputs, the states, then its params. `tunable` are the kernels in it
-    that another tuning would change.
+    """`module` has a function for each program, which takes the caller's inputs, the states, then
+    its weights: `params`, by the function's name. `kernels` pairs the origin of each op of the
+    first program with the kernel that computes it. `tunable` are the kernels that another tuning
+    would change.
     """
 
     module: tvm.IRModule
-    params: tuple[Param, ...]
+    params: Mapping[str, tuple[Param, ...]]
     kernels: tuple[tuple[str, str], ...]
-    step: tuple[Param, ...] = ()
-    route: tuple[Param, ...] = ()
-    routed: tuple[Param, ...] = ()
     tunable: tuple[Tunable, ...] = ()
 
 
 def lower(
-    graph: Graph,
-    target: Target,
-    step: Graph | None = None,
-    routers: tuple[Graph, Graph] | None = None,
-    tunings: Mapping[str, Tuning] = MappingProxyType({}),
+    module: Module, target: Target, tunings: Mapping[str, Tuning] = MappingProxyType({})
 ) -> Lowered:
     """`tunings` are values of kernels by their key; others have the default.
 
     Raises UnsupportedError, listing every op that has no kernel and every unknown size.
     """
     with BUILDERS:
-        kernels = Kernels(relax.BlockBuilder(), tunings=tunings)
-        params = _function(MAIN, graph, target, kernels)
-        places = tuple(kernels.places)
-        more = () if step is None else _function(STEP, step, target, kernels)
-        split = () if routers is None else zip((ROUTE, ROUTED), routers, strict=True)
-        route, routed = [_function(name, own, target, kernels) for name, own in split] or ((), ())
+        # A kernel may not have the name of a function: `route` is the name of both.
+        kernels = Kernels(relax.BlockBuilder(), taken=Counter(module), tunings=tunings)
+        params: dict[str, tuple[Param, ...]] = {}
+        origins: tuple[tuple[str, str], ...] = ()
+        for name in module:
+            params[name] = _function(name, module[name].graph, target, kernels)
+            origins = origins or tuple(kernels.places)
         tunable = tuple(kernels.tunable.values())
-        return Lowered(kernels.builder.finalize(), params, places, more, route, routed, tunable)
+        return Lowered(kernels.builder.finalize(), params, origins, tunable)
 
 
 def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:

@@ -17,18 +17,18 @@ from moec.codegen.generic.rules import EMIT, named
 from moec.codegen.link import linked
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.lowering import Param
-from moec.ir import Graph, Program, Value
-from moec.passes.hoist_routers import Hoisted
+from moec.ir import Graph, Module, Program, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
-    Chosen,
+    DECODE,
+    MAIN,
     CpuNeeds,
+    Function,
+    Generation,
     Package,
     Port,
-    Routers,
     Size,
     StatePort,
-    Step,
 )
 from moec.target import Target
 
@@ -36,106 +36,56 @@ __all__ = ["build"]
 
 
 def build(
-    program: Program,
+    module: Module,
     target: Target,
     opt_level: int = 2,
-    step: Program | None = None,
-    hoisted: Hoisted | None = None,
     tunings: Mapping[str, Tuning] = MappingProxyType({}),
 ) -> Package:
-    """Compile a program of any stage that `lower` takes for a CPU, with the same for tokens that
-    come in pieces (`moec.passes.incremental`), where they can, and with its routers by themselves
-    (`moec.passes.hoist_routers`), where they were hoisted.
+    """Compile programs of any stage that `lower` takes for a CPU, each as a function of the
+    library; `moec.runtime.package` says what their names mean.
 
     Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
     leaves LLVM's optimisation out. `tunings` are the values of kernels, by their key.
 
     Raises UnsupportedError (everything that has no kernel at once) and TargetError (no linker).
     """
-    lowered = lowered_for(program, target, step, hoisted, tunings)
+    lowered = lower(module, target, tunings)
     library = linked(compile_module(lowered.module, target, opt_level), target)
-    made = package(program, target, lowered, library, step)
     names = {kernel.key: kernel.values for kernel in lowered.tunable}
-    made = replace(made, tunings={key: t.values(names[key]) for key, t in tunings.items()})
-    return made if hoisted is None else _with_routers(made, lowered, hoisted)
-
-
-def lowered_for(
-    program: Program,
-    target: Target,
-    step: Program | None = None,
-    hoisted: Hoisted | None = None,
-    tunings: Mapping[str, Tuning] = MappingProxyType({}),
-) -> Lowered:
-    """The module of what `build` takes, before it is compiled."""
-    routers = None if hoisted is None else (hoisted.route.graph, hoisted.routed.graph)
-    return lower(program.graph, target, None if step is None else step.graph, routers, tunings)
+    values = {key: tuning.values(names[key]) for key, tuning in tunings.items()}
+    return replace(package(module, target, lowered, library), tunings=values)
 
 
 def package(
-    program: Program,
-    target: Target,
-    lowered: Lowered,
-    library: bytes,
-    step: Program | None = None,
-    *,
-    weights: bool = True,
+    module: Module, target: Target, lowered: Lowered, library: bytes, *, weights: bool = True
 ) -> Package:
-    """What `build` gives, for a module that was lowered and compiled before.
+    """What `build` gives, for programs that were lowered and compiled before.
 
     `weights=False` leaves the arrays to be bound later (`Executor.bind`).
     """
-    graph = program.graph
-    before = [state.before for state in graph.states]
-    arrays = packed_arrays(lowered.params, program.weights) if weights else {}
-    if step is not None:
-        more = tuple(param for param in lowered.step if param.name not in arrays)
-        arrays |= packed_arrays(more, step.weights)
-    states = []
-    for value in before:
-        initial = f"{value.name}.initial" if value.name in program.weights else ""
-        if initial:
-            arrays[initial] = as_array(program.weights[value.name])
-        states.append(StatePort(value.name, value.dtype, _shape(value), initial))
+    functions = {
+        name: _function(name, module[name], ports(lowered.params[name])) for name in module
+    }
+    arrays: dict[str, Array] = {}
+    for name in module if weights else ():
+        params = (param for param in lowered.params[name] if param.name not in arrays)
+        arrays |= packed_arrays(tuple(params), module[name].weights)
+    for state in (state for function in functions.values() for state in function.states):
+        if state.initial:
+            arrays[state.initial] = as_array(module.main.weights[state.name])
     return Package(
         target=CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features),
-        inputs=tuple(_port(v) for v in graph.inputs if v not in before),
-        outputs=tuple(_port(v) for v in graph.outputs),
-        states=tuple(states),
-        sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
-        params=ports(lowered.params),
+        functions=functions,
         arrays=arrays,
         library=library,
-        index_ranges=index_ranges(graph),
         kernels=lowered.kernels,
-        notes=tuple(_notes(lowered.params)),
+        notes=tuple(_notes(lowered.params[MAIN])),
         versions={
             "moec": version("moec"),
             "tvm": version("apache-tvm"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         },
-        step=None if step is None else _step(step.graph, lowered),
-    )
-
-
-def _with_routers(made: Package, lowered: Lowered, hoisted: Hoisted) -> Package:
-    more = (*lowered.route, *lowered.routed)
-    known = {**hoisted.routed.weights, **hoisted.route.weights}
-    arrays = packed_arrays(tuple(p for p in more if p.name not in made.arrays), known)
-    route = hoisted.route.graph
-    return replace(
-        made,
-        arrays={**made.arrays, **arrays},
-        routers=Routers(
-            tuple(map(_port, route.inputs)),
-            tuple(map(_port, route.outputs)),
-            tuple(
-                Chosen(c.layer, c.experts.name, c.weights.name if c.weights else "")
-                for c in hoisted.choices
-            ),
-            ports(lowered.route),
-            ports(lowered.routed),
-        ),
+        generation=_generation(functions[DECODE]) if DECODE in functions else None,
     )
 
 
@@ -143,15 +93,34 @@ def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
     return tuple(Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape)) for p in params)
 
 
-def _step(graph: Graph, lowered: Lowered) -> Step:
-    tokens, (logits,) = graph.inputs[0], graph.outputs
-    sequence = str(tokens.shape[1])
-    ids = index_ranges(graph).get(tokens.name)
+def _function(name: str, program: Program, params: tuple[Port, ...]) -> Function:
+    graph = program.graph
+    held = [state.before for state in graph.states]
+    caches = tuple(map(_port, held)) if name == DECODE else ()
+    states = () if name == DECODE else tuple(_state(value, program.weights) for value in held)
+    return Function(
+        inputs=tuple(_port(v) for v in graph.inputs if v not in held),
+        outputs=tuple(map(_port, graph.outputs)),
+        params=params,
+        states=states,
+        caches=caches,
+        sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
+        index_ranges=index_ranges(graph),
+    )
+
+
+def _state(value: Value, weights: Mapping[str, torch.Tensor]) -> StatePort:
+    initial = f"{value.name}.initial" if value.name in weights else ""
+    return StatePort(value.name, value.dtype, _shape(value), initial)
+
+
+def _generation(decode: Function) -> Generation:
+    tokens, (logits,) = decode.inputs[0], decode.outputs
+    ids = decode.index_ranges.get(tokens.name)
     vocabulary = logits.shape[-1] if ids is None else ids[1] + 1
     assert isinstance(vocabulary, int)
-    longest = graph.bounds[sequence].high if sequence in graph.bounds else None
-    caches = tuple(_port(state.before) for state in graph.states)
-    return Step(caches, _port(logits), ports(lowered.step), vocabulary, longest)
+    _, longest = decode.sizes.get(str(tokens.shape[1]), (0, None))
+    return Generation(vocabulary, longest)
 
 
 def _port(value: Value) -> Port:

@@ -102,7 +102,7 @@ times = [
     for t in (1, 64)
 ]
 for i, (name, (made, _)) in enumerate(rows.items()):
-    inputs = ", ".join(port.name for port in made.package.inputs)
+    inputs = ", ".join(port.name for port in made.package.main.inputs)
     size = sum(array.nbytes for array in made.package.arrays.values()) / 1e6
     print(
         f"{name:12}{inputs:>10}{len(made.blocks):8}{size:11.2f}"

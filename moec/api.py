@@ -34,6 +34,7 @@ from moec.quantisation import Quantisation, parse_parts
 from moec.quantised import quantised_lines
 from moec.report import kernels_of
 from moec.report_data import Block
+from moec.runtime.package import DECODE, ROUTE, ROUTED, RouterPorts
 from moec.target import missing
 
 if TYPE_CHECKING:
@@ -133,16 +134,16 @@ def compile(
         return compiled
     if kv_cache:
         with clock.phase("generation"):
-            compiled = _with_step(compiled, stepped(opt_level, changes(passes)))
+            compiled = _with_decode(compiled, stepped(opt_level, changes(passes)))
     if any(pass_.name == HoistRouters.name for pass_ in chosen):
-        compiled = replace(compiled, hoisted=split(compiled.steps[-1].program))
+        compiled = _with_routers(compiled)
     built = _build(compiled, opt_level, clock, tune)
     return built if verify is False else _verify(built, limit, clock)
 
 
-def _with_step(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:
-    """With a program for tokens that come in pieces, after its passes, or why there is none."""
-    program = compiled.steps[-1].program
+def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:
+    """With a program that continues texts, after its passes, or why there is none."""
+    program = compiled.module.main
     if not continues_text(program.graph):
         return compiled
     try:
@@ -151,7 +152,24 @@ def _with_step(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel
         declined = Declined("text generation", str(why), "incremental")
         return replace(compiled, declined=(*compiled.declined, declined))
     more = (declined for step in steps for declined in step.declined)
-    return replace(compiled, step=steps[-1].program, declined=(*compiled.declined, *more))
+    return replace(
+        compiled,
+        programs={**compiled.programs, DECODE: steps[-1].program},
+        declined=(*compiled.declined, *more),
+    )
+
+
+def _with_routers(compiled: CompiledModel) -> CompiledModel:
+    """With the hoisted routers as a program, and one of all that is left."""
+    hoisted = split(compiled.module.main)
+    if hoisted is None:
+        return compiled
+    layers = tuple(
+        RouterPorts(c.layer, c.experts.name, c.weights.name if c.weights else "")
+        for c in hoisted.choices
+    )
+    programs = {**compiled.programs, ROUTE: hoisted.route, ROUTED: hoisted.routed}
+    return replace(compiled, programs=programs, router_ports=layers)
 
 
 def _allowed(
@@ -185,26 +203,28 @@ def _build(
     compiled: CompiledModel, opt_level: int, clock: _Clock, tune: bool = False
 ) -> CompiledModel:
     """With code, and ready to run where this machine can run it."""
-    parts = compiled.steps[-1].program, compiled.target, compiled.step, compiled.hoisted
+    module, target = compiled.module, compiled.target
     tunings: dict[str, Tuning] = {}
     if tune:
         with clock.phase("tune"), _explained(compiled):
             from moec.tuning import tune_kernels
 
-            tunings, lines = tune_kernels(*parts, opt_level=opt_level, progress=clock.progress)
+            tunings, lines = tune_kernels(
+                module, target, opt_level=opt_level, progress=clock.progress
+            )
             compiled = replace(compiled, tuned=lines)
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
-        program, target, step, hoisted = parts
         with _explained(compiled):
-            package = generate(program, target, opt_level, step, hoisted, tunings)
-        if package.step is not None:
+            package = generate(module, target, opt_level, tunings)
+        package = replace(package, routers=compiled.router_ports)
+        if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
-            package = replace(package, step=replace(package.step, stop=stop))
+            package = replace(package, generation=replace(package.generation, stop=stop))
         for declined in compiled.declined:
             if declined.rule == "incremental":
-                package = replace(package, no_step=declined.reason)
+                package = replace(package, no_generation=declined.reason)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
     if missing(compiled.target):
@@ -241,10 +261,10 @@ def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> Comp
 
     with clock.phase("verify"):
         pieces = None
-        if compiled.step is not None:
+        if DECODE in compiled.module:
             pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
         checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
-        if executor.package.routers is not None:
+        if ROUTED in compiled.module:
             checking.check(compiled.captured, partial(_by_parts, executor), compiled.steps, limit)
         executor.reset()
     return replace(compiled, checked=checked)
@@ -253,9 +273,9 @@ def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> Comp
 def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The model, its hoisted routers first."""
     executor.reset()
-    routers = executor.package.routers
-    assert routers is not None
-    return executor.routed(inputs, executor.route({p.name: inputs[p.name] for p in routers.inputs}))
+    ports = executor.package.functions[ROUTE].inputs
+    choices = executor({port.name: inputs[port.name] for port in ports}, ROUTE)
+    return executor({**inputs, **choices}, ROUTED)
 
 
 def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moec.errors import InputError
+from moec.runtime.package import ROUTE, ROUTED
 
 if TYPE_CHECKING:
     from moec.runtime.executor import Executor
+    from moec.runtime.package import RouterPorts
 
 Choices: TypeAlias = Mapping[str, Mapping[str, Any]]
 """For each layer, by name: "experts" [T, k], and "weights" [T, k] where they are known."""
@@ -44,14 +46,13 @@ def call(
 
 def routers(executor: Executor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choices:
     """What hoisted routers choose. Raises InputError where there are none."""
-    known = executor.package.routers
-    names = [port.name for port in known.inputs] if known else []
-    made = executor.route(bind(names, args, kwargs) if known else {})
-    assert known is not None
+    layers = _layers(executor)
+    names = [port.name for port in executor.package.functions[ROUTE].inputs]
+    outputs = executor(bind(names, args, kwargs), ROUTE)
     return {
-        chosen.layer: {"experts": made[chosen.experts]}
-        | ({"weights": made[chosen.weights]} if chosen.weights else {})
-        for chosen in known.layers
+        ports.layer: {"experts": outputs[ports.experts]}
+        | ({"weights": outputs[ports.weights]} if ports.weights else {})
+        for ports in layers
     }
 
 
@@ -59,13 +60,21 @@ def routed(
     executor: Executor, choices: Choices, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """The model with the choices of `routers`. Raises InputError where a layer's are missing."""
-    known = executor.package.routers
-    given: dict[str, Any] = {}
-    for chosen in known.layers if known else ():
-        for kind, name in (("experts", chosen.experts), ("weights", chosen.weights)):
-            if name and kind not in choices.get(chosen.layer, {}):
-                raise InputError(f"the {kind} of {chosen.layer} are missing: give those of routers")
+    choice_inputs: dict[str, Any] = {}
+    for ports in _layers(executor):
+        for kind, name in (("experts", ports.experts), ("weights", ports.weights)):
+            if name and kind not in choices.get(ports.layer, {}):
+                raise InputError(f"the {kind} of {ports.layer} are missing: give those of routers")
             if name:
-                given[name] = choices[chosen.layer][kind]
-    names = [port.name for port in executor.package.inputs]
-    return call(lambda inputs: executor.routed(inputs, given), names, args, kwargs)
+                choice_inputs[name] = choices[ports.layer][kind]
+    names = [port.name for port in executor.package.main.inputs]
+    return call(lambda inputs: executor({**inputs, **choice_inputs}, ROUTED), names, args, kwargs)
+
+
+def _layers(executor: Executor) -> tuple[RouterPorts, ...]:
+    if not executor.package.routers:
+        raise InputError(
+            "no router of this model is a function of its own: compile it with "
+            "--passes +hoist-routers, and see its report"
+        )
+    return executor.package.routers

@@ -17,20 +17,20 @@ from moec.capture.doors import Source
 from moec.closeness import default_tolerance
 from moec.errors import UsageError
 from moec.generation import Prompts, continued, stream
-from moec.ir import Graph, Program
-from moec.passes.hoist_routers import Hoisted
+from moec.ir import Graph, Module, Program
 from moec.passes.runner import Declined, Step
 from moec.pipeline import without_effect
 from moec.quantised import left_wide
 from moec.report import Report, describe_graph, pass_lines
 from moec.report_data import Block, DeclinedLine, ErrorLine, QuantisedLine, TunedLine
+from moec.runtime.package import MAIN, RouterPorts
 from moec.target import missing
 from moec.text import print_graph
 
 if TYPE_CHECKING:
     from moec.codegen.onnx.export import Exported
+    from moec.runtime.artifact import Sample
     from moec.runtime.executor import Executor
-    from moec.runtime.manifest import Sample
     from moec.runtime.package import Package
     from moec.target import Target
 
@@ -40,9 +40,10 @@ class CompiledModel:
     """A model compiled for one target; call it as the module it came from.
 
     torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
-    as it is, several come as a dict by name. `package` and `executor` are None where nothing
-    was built (`stop_after`, `build=False`), `executor` also where this machine lacks what the
-    target needs: such a model can be saved and not called.
+    as it is, several come as a dict by name. `programs` are the functions of the model beside
+    `main`, such as `decode` (see `moec.runtime.package`). `package` and `executor` are None where
+    nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
+    the target needs: such a model can be saved and not called.
     """
 
     source: Source
@@ -51,8 +52,8 @@ class CompiledModel:
     blocks: tuple[Block, ...]
     declined: tuple[Declined, ...]
     target: Target
-    step: Program | None = None
-    hoisted: Hoisted | None = None
+    programs: Mapping[str, Program] = field(default_factory=dict)
+    router_ports: tuple[RouterPorts, ...] = ()
     package: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
@@ -63,7 +64,7 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError where an input does not fit."""
         package, executor = self.ready()
-        return call(executor, [port.name for port in package.inputs], args, kwargs)
+        return call(executor, [port.name for port in package.main.inputs], args, kwargs)
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
         """Continue texts: `prompts` are token ids [B, S], or a list of lists of any lengths.
@@ -180,22 +181,13 @@ class CompiledModel:
         artifact.write(
             package,
             path,
-            graph_text=print_graph(self.graph),
+            graphs={name: print_graph(self.module[name].graph) for name in self.module},
             samples=self._samples(package),
             tolerance=checked.tolerance if checked else default_tolerance(self.graph),
             extra={"report": self.report().to_dict()},
-            files=self._files(),
+            files={name: file.read_bytes() for name, file in self.source.files.items()},
             native=native,
         )
-
-    def _files(self) -> dict[str, bytes]:
-        from moec.runtime.artifact import ROUTE, ROUTED, STEP
-
-        made = {name: file.read_bytes() for name, file in self.source.files.items()}
-        graphs = {STEP: self.step} if self.step else {}
-        if self.hoisted:
-            graphs |= {ROUTE: self.hoisted.route, ROUTED: self.hoisted.routed}
-        return made | {name: print_graph(p.graph).encode() for name, p in graphs.items()}
 
     def export_onnx(
         self,
@@ -244,11 +236,12 @@ class CompiledModel:
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; none where there is no example, or it cannot run here."""
+        from moec.runtime.artifact import Sample
         from moec.runtime.executor import Executor
-        from moec.runtime.manifest import Sample
 
-        example = dict(zip((p.name for p in package.inputs), self.captured.example, strict=False))
-        if self.executor is None or len(example) < len(package.inputs):
+        names = [port.name for port in package.main.inputs]
+        example = dict(zip(names, self.captured.example, strict=False))
+        if self.executor is None or len(example) < len(names):
             return []
         # One's own executor may be in the middle of a text: its states stay as they are.
         executor = Executor(package) if package.states else self.executor
@@ -257,7 +250,12 @@ class CompiledModel:
     @property
     def graph(self) -> Graph:
         """The graph that code was generated from."""
-        return self.steps[-1].program.graph
+        return self.module.main.graph
+
+    @property
+    def module(self) -> Module:
+        """The programs that code is generated from, by name."""
+        return Module({MAIN: self.steps[-1].program, **self.programs})
 
     def _package(self) -> Package:
         if self.package is None:

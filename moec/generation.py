@@ -30,8 +30,8 @@ def request_of(
 ) -> Request:
     """Raises InputError for an option that is out of range."""
     if stop is None:
-        step = executor.package.step
-        stop = step.stop if step is not None else ()
+        generation = executor.package.generation
+        stop = generation.stop if generation is not None else ()
     stops = (stop,) if isinstance(stop, int) else tuple(stop)
     sampling = Sampling(temperature, top_p, top_k, seed)
     return Request(max_new_tokens, sampling, frozenset(map(int, stops)))

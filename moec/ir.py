@@ -157,3 +157,29 @@ class Program:
 
     graph: Graph
     weights: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Module:
+    """Programs by name, `main` first: the functions of one compiled model. They share weights by
+    name (see `moec.runtime.package` for what the names mean)."""
+
+    programs: Mapping[str, Program]
+
+    @staticmethod
+    def of(main: Program) -> Module:
+        """A module of one program."""
+        return Module({"main": main})
+
+    def __getitem__(self, name: str) -> Program:
+        return self.programs[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.programs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.programs)
+
+    @property
+    def main(self) -> Program:
+        return self.programs["main"]

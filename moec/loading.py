@@ -23,7 +23,7 @@ class LoadedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError where an input does not fit."""
-        names = [port.name for port in self.artifact.package.inputs]
+        names = [port.name for port in self.artifact.package.main.inputs]
         return call(self.executor, names, args, kwargs)
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
@@ -43,7 +43,7 @@ class LoadedModel:
         return routed(self.executor, choices, args, kwargs)
 
     def __repr__(self) -> str:
-        return f"<{self.path.name}: {len(self.artifact.package.inputs)} inputs>"
+        return f"<{self.path.name}: {len(self.artifact.package.main.inputs)} inputs>"
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""

@@ -7,32 +7,29 @@ from collections.abc import Callable
 
 from moec.cache_folder import default_folder
 from moec.codegen.cpu.tuning import Tuning
-from moec.codegen.package import lowered_for
+from moec.codegen.lower import lower
 from moec.codegen.tuning import Tuned, tune
 from moec.codegen.tuning.arguments import COLD
 from moec.codegen.tuning.measure import OnThisMachine
-from moec.ir import Program
-from moec.passes.hoist_routers import Hoisted
+from moec.ir import Module
 from moec.report_data import TunedLine
 from moec.target import Target, last_cache
 
 
 def tune_kernels(
-    program: Program,
+    module: Module,
     target: Target,
-    step: Program | None,
-    hoisted: Hoisted | None,
     *,
     opt_level: int,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Tuning], tuple[TunedLine, ...]]:
-    """Values for the kernels of a program that could be measured, by key, and a line for each.
+    """Values for the kernels of a module that could be measured, by key, and a line for each.
 
     Raises UnsupportedError where an op has no kernel, UsageError where the cache cannot be
     written.
     """
-    lowered = lowered_for(program, target, step, hoisted)
-    size = sum(weight.nbytes for weight in program.weights.values())
+    lowered = lower(module, target)
+    size = sum(weight.nbytes for weight in module.main.weights.values())
     # Rounded up to a power of two, so that models of nearly one size share what was measured.
     footprint = min(1 << (size - 1).bit_length(), COLD * last_cache()) if size else 0
     found = tune(

@@ -1,9 +1,7 @@
 """The artifact: a compiled model on disk, and back.
 
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
-    graph.moec       the graph that was compiled, as text
-    step.moec        the same for tokens that come in pieces, where they can
-    route.moec       the routers alone, and routed.moec the rest, where routers are hoisted
+    graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
     kernels/lib.so   native code; may be left out and rebuilt from the graph
     weights/N.bin    one packed array each, little-endian, mapped where it lies
     samples/N.bin    inputs and expected outputs for `moec run --check`
@@ -36,28 +34,35 @@ from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing
 from moec.runtime.dtypes import NUMPY, Array, name_of
-from moec.runtime.manifest import Manifest, Part, Sample, Stored
+from moec.runtime.manifest import Manifest, Part, Stored, StoredSample
 from moec.runtime.package import CpuNeeds, Package
 from moec.runtime.threads import available
 
-GRAPH, STEP = "graph.moec", "step.moec"
-ROUTE, ROUTED = "route.moec", "routed.moec"
 LIBRARY = "kernels/lib.so"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs and the outputs that the compiler's machine gave for them, by the name of the port."""
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Artifact:
     """An artifact whose parts have been verified; its weights are verified on first use.
 
-    `package.library` is empty where the native code was left out. `files` are the parts that
-    were added by name, such as `tokenizer/tokenizer.json`.
+    `package.library` is empty where the native code was left out. `graphs` are the texts of its
+    functions, by name. `files` are the parts that were added by name, such as
+    `tokenizer/tokenizer.json`.
     """
 
     path: Path
     package: Package
     manifest: Manifest
-    graph_text: str
+    graphs: Mapping[str, str]
     samples: tuple[Sample, ...]
     files: Mapping[str, bytes]
 
@@ -97,7 +102,7 @@ def write(
     package: Package,
     path: Path | str,
     *,
-    graph_text: str,
+    graphs: Mapping[str, str],
     samples: Sequence[Sample] = (),
     tolerance: float = 0.0,
     extra: Mapping[str, Any] | None = None,
@@ -107,15 +112,16 @@ def write(
 ) -> None:
     """Write `package` as one file, or as a folder (by default where `path` is a folder already).
 
-    `files` are further parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the
-    manifest and must be plain JSON. `native=False` leaves the compiled code out.
-    Raises UsageError where `path` holds something that is not an artifact, or is not writable.
+    `graphs` are the texts of the functions' graphs by name, "main" at least. `files` are further
+    parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the manifest and must be plain
+    JSON. `native=False` leaves the compiled code out. Raises UsageError where `path` holds
+    something that is not an artifact, or is not writable.
     """
     path = Path(path)
-    parts: dict[str, Buffer] = {GRAPH: graph_text.encode(), **(files or {})}
+    parts: dict[str, Buffer] = {graph_part(name): text.encode() for name, text in graphs.items()}
+    parts |= files or {}
     if native:
-        library = package.library
-        parts[LIBRARY] = library if isinstance(library, bytes) else library.read_bytes()
+        parts[LIBRARY] = package.library
 
     def store(folder: str, array: Any) -> Stored:
         array = np.asarray(array)
@@ -124,13 +130,14 @@ def write(
         return Stored(part, name_of(array.dtype), array.shape)
 
     stored_samples = tuple(
-        Sample(
+        StoredSample(
             {name: store("samples", a) for name, a in sample.inputs.items()},
             {name: store("samples", a) for name, a in sample.outputs.items()},
         )
         for sample in samples
     )
-    used = {p.name for p in package.every_param} | {s.initial for s in package.states if s.initial}
+    initial = {state.initial for state in package.states.values() if state.initial}
+    used = package.params.keys() | initial
     arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(
@@ -188,8 +195,11 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
     small = {name: part for name, part in found.items() if name not in weights}
     _verify(path, small, manifest.parts)
 
-    if GRAPH not in small:
-        raise ArtifactError(f"{path} holds no {GRAPH}")
+    graphs = {}
+    for name in manifest.package.functions:
+        if (text := graph_part(name)) not in small:
+            raise ArtifactError(f"{path} holds no {text}; compile or copy the artifact again")
+        graphs[name] = bytes(small[text]).decode(errors="replace")
     library = bytes(small.get(LIBRARY, b"")) if native else b""
     _check_library(path, library, manifest.machine)
     sampled = tuple(
@@ -199,15 +209,21 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
         )
         for s in manifest.samples
     )
-    named = {name for name in small if not name.startswith(("samples/", "kernels/"))} - {GRAPH}
+    inner = ("samples/", "kernels/", "graphs/")
+    named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,
         replace(manifest.package, arrays=arrays, library=library),
         manifest,
-        bytes(small[GRAPH]).decode(errors="replace"),
+        graphs,
         sampled,
         {name: bytes(small[name]) for name in sorted(named)},
     )
+
+
+def graph_part(name: str) -> str:
+    """The part that holds the graph of a function."""
+    return f"graphs/{name}.moec"
 
 
 def check_machine(machine: str) -> None:

@@ -1,4 +1,4 @@
-"""Which ports of a package make it a causal language model, and what to give for them."""
+"""Which ports of a function make it a causal language model, and what to give for them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.checks import show_port
 from moec.runtime.dtypes import Array
-from moec.runtime.package import Package, Port
+from moec.runtime.package import Function, Port
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Which ports of a package are the tokens [B, S] and the logits [B, S, V].
+    """Which ports of a function are the tokens [B, S] and the logits [B, S, V].
 
     `longest` is the greatest number of tokens that one text may have, None without a limit.
     """
@@ -26,32 +26,32 @@ class CausalLM:
     longest: int | None
 
 
-def causal_lm(package: Package) -> CausalLM:
+def causal_lm(function: Function) -> CausalLM:
     """Find the ports. Raises InputError, saying why, where the model is not a causal LM."""
-    tokens = [p for p in package.inputs if p.name == "input_ids"] or [
-        p for p in package.inputs if p.dtype in ("i64", "i32") and len(p.shape) == 2
+    tokens = [p for p in function.inputs if p.name == "input_ids"] or [
+        p for p in function.inputs if p.dtype in ("i64", "i32") and len(p.shape) == 2
     ]
     logits = [
         p
-        for p in package.outputs
+        for p in function.outputs
         if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
     ]
     known_ids = [
-        package.index_ranges[p.name][1] + 1 for p in tokens if p.name in package.index_ranges
+        function.index_ranges[p.name][1] + 1 for p in tokens if p.name in function.index_ranges
     ]
     # Any other output of as many axes, such as the last hidden states, scores no tokens.
     scoring = [p for p in logits if not known_ids or p.shape[2] in known_ids]
     logits = [p for p in logits if p.name == "logits"] or scoring[:1]
     if len(tokens) != 1 or not logits or len(tokens[0].shape) != 2:
-        ports = "; ".join(map(show_port, package.inputs))
-        made = "; ".join(map(show_port, package.outputs))
+        ports = "; ".join(map(show_port, function.inputs))
+        made = "; ".join(map(show_port, function.outputs))
         raise InputError(
             "text is continued by a model from tokens i64[B, S] to logits f32[B, S, vocabulary], "
             f"and this one takes {ports} and gives {made}; give it inputs instead of a prompt"
         )
-    cached = bool(package.states)
+    cached = bool(function.states)
     known = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
-    extras = tuple(p for p in package.inputs if p is not tokens[0])
+    extras = tuple(p for p in function.inputs if p is not tokens[0])
     strange = [p for p in extras if p.name not in known or p.dtype not in ("i64", "i32", "bool")]
     if strange:
         raise InputError(
@@ -63,9 +63,9 @@ def causal_lm(package: Package) -> CausalLM:
             "text is continued by a model whose sequence may grow, and this one was compiled for "
             f"exactly {length} tokens; compile it with a dynamic sequence"
         )
-    longest = package.sizes.get(length, (0, None))[1]
+    longest = function.sizes.get(length, (0, None))[1]
     if cached:  # a cache [B, heads, length, width] is full when it is full
-        lengths = [p.shape[2] for p in package.states if len(p.shape) == 4]
+        lengths = [p.shape[2] for p in function.states if len(p.shape) == 4]
         longest = min((n for n in (longest, *lengths) if isinstance(n, int)), default=None)
     return CausalLM(tokens[0], logits[0], extras, cached, longest)
 

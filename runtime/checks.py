@@ -14,7 +14,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime import sizes
 from moec.runtime.dtypes import Array, name_of
-from moec.runtime.package import Package, Port, Size
+from moec.runtime.package import Function, Port, Size
 
 
 def show_port(port: Port) -> str:
@@ -25,27 +25,27 @@ def show_shape(shape: Iterable[Size]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def check_inputs(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
+def check_inputs(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
     """The values of the named sizes in this call.
 
     Raises InputError, naming the input, what was given and what is expected: for names, dtypes,
     ranks, sizes that disagree or lie beyond the bounds, and indices beyond their table.
     """
-    _check_names(package, inputs)
-    for port in package.inputs:
+    _check_names(function, inputs)
+    for port in function.inputs:
         _check_type(port, inputs[port.name])
-    env = _bind(package, inputs)
-    for port in package.inputs:
-        if port.name in package.index_ranges:
-            _check_range(port, inputs[port.name], *package.index_ranges[port.name])
+    env = _bind(function, inputs)
+    for port in function.inputs:
+        if port.name in function.index_ranges:
+            _check_range(port, inputs[port.name], *function.index_ranges[port.name])
     return env
 
 
-def _check_names(package: Package, inputs: Mapping[str, Any]) -> None:
-    known = [port.name for port in package.inputs]
+def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
+    known = [port.name for port in function.inputs]
     if inputs.keys() == set(known):
         return
-    taken = "; ".join(map(show_port, package.inputs)) or "nothing"
+    taken = "; ".join(map(show_port, function.inputs)) or "nothing"
     unknown = [name for name in inputs if name not in known]
     missing = [name for name in known if name not in inputs]
     if unknown:
@@ -75,12 +75,12 @@ def _check_type(port: Port, value: Any) -> None:
         )
 
 
-def _bind(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
+def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
     env: dict[str, int] = {}
     learned: dict[str, str] = {}  # where each size was first seen
     axes = [
         (port, axis, size, int(inputs[port.name].shape[axis]))
-        for port in package.inputs
+        for port in function.inputs
         for axis, size in enumerate(port.shape)
     ]
     named = [axis for axis in axes if not isinstance(axis[2], int)]
@@ -90,7 +90,7 @@ def _bind(package: Package, inputs: Mapping[str, Any]) -> dict[str, int]:
         if solved is not None and solved[0] not in env:
             name, value = solved
             env[name], learned[name] = value, f"axis {axis} of {port.name!r}"
-            low, high = package.sizes.get(name, (0, None))
+            low, high = function.sizes.get(name, (0, None))
             if value < low or (high is not None and value > high):
                 limits = f"from {low} to {high}" if high is not None else f"at least {low}"
                 what = f", so {name} is {value}" if size != name else ""

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.checks import check_inputs
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
-from moec.runtime.package import MAIN, ROUTE, ROUTED, STEP, Package, Port, Routers, grows
+from moec.runtime.package import DECODE, MAIN, Function, Package, Port, grows
 
 ALIGNMENT = 64  # bytes: what kernels assume of every address
 
@@ -36,20 +36,22 @@ def load(path: Path | str) -> Executor:
     return start(artifact.read(path))
 
 
-def start(opened: Artifact, *, rebuilt: bool = False) -> Executor:
-    """As `load`, for an artifact that was read before.
-
-    `rebuilt` compiles its graph anew instead of using the code in it.
-    """
+def start(opened: Artifact) -> Executor:
+    """As `load`, for an artifact that was read before."""
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(opened.verify)  # while TVM's runtime loads
         tvm_ffi()
         verified.result()
-    if not rebuilt:
-        return Executor(opened.package)
-    from moec.runtime.rebuild import rebuild  # the compiler: slow to import, and seldom needed
+    return Executor(opened.package)
 
-    return Executor(rebuild(opened))
+
+@dataclass(eq=False)
+class _Entry:
+    """A function of the library with its signature, and the weights that it is bound to."""
+
+    signature: Function
+    function: Any
+    params: list[Any] = field(default_factory=list)
 
 
 class Executor:
@@ -58,159 +60,113 @@ class Executor:
     def __init__(self, package: Package) -> None:
         """Open the library and bind the weights. Raises ArtifactError where they do not fit."""
         self.package = package
-        self._vm = open_library(package.library)
-        self._main = self._vm[MAIN]
-        self._step: Any = self._vm[STEP] if package.step is not None else None
-        routers = package.routers
-        self._route: Any = self._vm[ROUTE] if routers is not None else None
-        self._routed: Any = self._vm[ROUTED] if routers is not None else None
+        functions = open_library(package.library, package.functions)
+        self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
+        self._main = self._entries[MAIN]
         self._lock = threading.Lock()
         self.bind(package.arrays)
-        self._states: list[Any] = []
+        self._states: dict[str, Any] = {}
         self.reset()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
         """Run with these weights, by name and packed as the package's are, from now on."""
-        ports, routers = self.package.every_param, self.package.routers
         with self._lock:
-            self._arrays = {port.name: arrays[port.name] for port in ports}  # own the memory
-            bound = {name: _from_numpy(array) for name, array in self._arrays.items()}
-            self._owned = {tensor.data_ptr() for tensor in bound.values()}
-            self._params = [bound[port.name] for port in self.package.params]
-            if self.package.step is not None:
-                self._step_params = [bound[port.name] for port in self.package.step.params]
-            if routers is not None:
-                self._route_params = [bound[port.name] for port in routers.route]
-                self._routed_params = [bound[port.name] for port in routers.routed]
+            self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
+            tensors = {name: _from_numpy(array) for name, array in self._arrays.items()}
+            self._owned = {tensor.data_ptr() for tensor in tensors.values()}
+            for entry in self._entries.values():
+                entry.params = [tensors[port.name] for port in entry.signature.params]
 
     def reset(self) -> None:
         """Put every state back to what it starts from."""
-        states = []
-        for port in self.package.states:
+        states = {}
+        for name, port in self.package.states.items():
             if port.initial:
-                states.append(_from_numpy(_aligned_copy(self.package.arrays[port.initial])))
+                array = self.package.arrays[port.initial]
             else:
-                shape = tuple(int(size) for size in port.shape)
-                states.append(_from_numpy(_aligned_copy(np.zeros(shape, NUMPY[port.dtype]))))
+                array = np.zeros(tuple(int(size) for size in port.shape), NUMPY[port.dtype])
+            states[name] = _from_numpy(_aligned_copy(array))
         with self._lock:
             self._states = states
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs by name, of the kind of the inputs.
+    def __call__(self, inputs: Mapping[str, Any], function: str = MAIN) -> dict[str, Any]:
+        """The outputs of a function by name, of the kind of the inputs.
 
-        Raises InputError, before anything runs, where an input is not what the model takes.
+        Raises InputError, before anything runs, where an input is not what the function takes,
+        or the model has no such function.
         """
-        return self._run(self._main, self._params, inputs)
-
-    def route(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs of `Routers.route` by name, of the kind of the inputs.
-
-        Raises InputError, before anything runs, where an input is not what the routers take.
-        """
-        routers = self._routers()
-        own = replace(self.package, inputs=routers.inputs)
-        check_inputs(own, inputs)
-        taken, torch = _taken([inputs[port.name] for port in routers.inputs])
-        with self._lock:
-            made = self._route(*taken, *self._route_params)
-            results = _results(made, len(routers.outputs))
-            return self._given(results, routers.outputs, taken, torch)
-
-    def routed(self, inputs: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
-        """As a call with `inputs`, with `choices` of `route` for the routers that it computes.
-
-        Raises InputError, before anything runs, where either does not fit.
-        """
-        self._routers()
-        return self._run(self._routed, self._routed_params, inputs, choices)
-
-    def _routers(self) -> Routers:
-        if self.package.routers is None:
-            raise InputError(
-                "no router of this model is a function of its own: compile it with "
-                "--passes +hoist-routers, and see its report"
-            )
-        return self.package.routers
-
-    def _run(
-        self,
-        function: Any,
-        params: Sequence[Any],
-        inputs: Mapping[str, Any],
-        choices: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        own = self.package
-        if choices is not None:
-            own = replace(own, inputs=(*own.inputs, *self._routers().outputs))
-            inputs = {**inputs, **choices}
-        check_inputs(own, inputs)
-        return self._checked(function, params, [inputs[port.name] for port in own.inputs])
+        if function not in self._entries:
+            names = ", ".join(self._entries)
+            raise InputError(f"the model has no function {function!r}; it has {names}")
+        entry = self._entries[function]
+        check_inputs(entry.signature, inputs)
+        return self._call(entry, [inputs[port.name] for port in entry.signature.inputs])
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """As a call, for inputs in the order of the package's that were checked before."""
-        return self._checked(self._main, self._params, inputs)
+        """As a call of `main`, for inputs in the order of its ports that were checked before."""
+        return self._call(self._main, inputs)
 
-    def _checked(
-        self, function: Any, params: Sequence[Any], inputs: Sequence[Any]
-    ) -> dict[str, Any]:
-        taken, torch = _taken(inputs)
-        outputs = self.package.outputs
+    def _call(self, entry: _Entry, inputs: Sequence[Any]) -> dict[str, Any]:
+        arguments, torch = _arguments(inputs)
+        outputs, states = entry.signature.outputs, entry.signature.states
         with self._lock:
-            made = function(*taken, *self._states, *params)
+            before = [self._states[port.name] for port in states]
+            raw = entry.function(*arguments, *before, *entry.params)
             count = len(outputs)
-            results = _results(made, count + len(self._states))
-            shared = (*taken, *self._states, *results[count:])
-            self._states = results[count:]
-            return self._given(results[:count], outputs, shared, torch)
+            results = _results(raw, count + len(states))
+            shared = (*arguments, *before, *results[count:])
+            self._states |= {p.name: t for p, t in zip(states, results[count:], strict=True)}
+            return self._returned(results[:count], outputs, shared, torch)
 
-    def _given(
+    def _returned(
         self, results: Sequence[Any], ports: Sequence[Port], shared: Sequence[Any], torch: Any
     ) -> dict[str, Any]:
         """Results as the caller gets them: in memory that is not `shared`, nor a weight's."""
-        places = [tensor.data_ptr() for tensor in shared]
-        given = {}
+        addresses = [tensor.data_ptr() for tensor in shared]
+        returned = {}
         for port, result in zip(ports, results, strict=True):
-            place = result.data_ptr()
-            copied = place in places or place in self._owned
-            given[port.name] = _give(result, port, torch, copied)
-        return given
+            address = result.data_ptr()
+            copied = address in addresses or address in self._owned
+            returned[port.name] = _to_caller(result, port, torch, copied)
+        return returned
 
-    def step(self, counts: Sequence[Array], caches: Sequence[Cache]) -> Array:
-        """Logits f32[B, V] of `Step`, which writes into `caches`.
+    def decode(self, counts: Sequence[Array], caches: Sequence[Cache]) -> Array:
+        """Logits f32[B, V] of the function `decode`, which writes into `caches`.
 
         `counts` are input_ids, first, rows and last, all i64 and within their bounds: the
         caller has seen to that.
         """
-        step = self.package.step
-        assert step is not None
-        taken = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
-        result = tvm_ffi().get_global_func("ffi.ArrayGetItem")
+        entry = self._entries[DECODE]
+        (logits,) = entry.signature.outputs
+        arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
+        item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock:
-            results = self._step(*taken, *self._step_params)
-            made = _to_numpy(result(results, 0), step.logits)
-            for place, (port, cache) in enumerate(zip(step.caches, caches, strict=True), 1):
+            results = entry.function(*arguments, *entry.params)
+            scores = _to_numpy(item(results, 0), logits)
+            pairs = zip(entry.signature.caches, caches, strict=True)
+            for index, (port, cache) in enumerate(pairs, 1):
                 if not grows(port):  # the others were written in place
-                    cache.array[...] = _to_numpy(result(results, place), port)
-        return made[:, 0].astype(np.float32)
+                    cache.array[...] = _to_numpy(item(results, index), port)
+        return scores[:, 0].astype(np.float32)
 
     def states(self) -> dict[str, Array]:
         """Copies of what the states hold now, by name."""
         with self._lock:
-            pairs = zip(self.package.states, self._states, strict=True)
-            return {port.name: _to_numpy(value, port).copy() for port, value in pairs}
+            ports = self.package.states
+            return {n: _to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
 
 
-def _taken(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
+def _arguments(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
     """The inputs as tensors of TVM, and the module torch where any of them is torch's."""
     torch = sys.modules.get("torch")
-    taken, found = [], None
+    arguments, kind = [], None
     for value in inputs:
         if torch is not None and isinstance(value, torch.Tensor):
-            found = torch
-            taken.append(_from_torch(value, torch))
+            kind = torch
+            arguments.append(_from_torch(value, torch))
         else:
-            taken.append(_from_numpy(np.asarray(value)))
-    return taken, found
+            arguments.append(_from_numpy(np.asarray(value)))
+    return arguments, kind
 
 
 def _from_torch(value: Any, torch: Any) -> Any:
@@ -237,7 +193,7 @@ def _from_numpy(array: Array) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """What texts keep from piece to piece: the same memory for numpy and for compiled code, which
+    """What texts keep from chunk to chunk: the same memory for numpy and for compiled code, which
     takes it anew for each token."""
 
     array: Array
@@ -300,7 +256,7 @@ def _to_numpy(tensor: Any, port: Port) -> Array:
     return array.view(NUMPY["bf16"]) if bf16 else array
 
 
-def _give(tensor: Any, port: Port, torch: Any, copied: bool) -> Any:
+def _to_caller(tensor: Any, port: Port, torch: Any, copied: bool) -> Any:
     if torch is None:
         array = _to_numpy(tensor, port)
         return array.copy() if copied or not array.flags.writeable else array

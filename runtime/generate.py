@@ -1,7 +1,7 @@
 """Text generation with a compiled causal language model.
 
-Where tokens can come in pieces (`Package.step`), a prompt goes in once and then one token at a
-time. A model that keeps a cache of its own, as it was captured, is fed through it. Any other
+Where the model has the function `decode`, a prompt goes in once and then one token at a time. A
+model that keeps a cache of its own, as it was captured, is fed through it. Any other
 runs the whole text again for each token; `slow` says why.
 """
 
@@ -40,13 +40,13 @@ class Request:
 def slow(executor: Executor) -> str:
     """Why each token takes a run over the whole text; empty where it does not."""
     package = executor.package
-    return "" if package.step is not None or package.states else package.no_step
+    return "" if package.generation or package.main.states else package.no_generation
 
 
 def longest_of(executor: Executor) -> int | None:
     """How many tokens a text may have; None where there is no limit."""
-    step = executor.package.step
-    return step.longest if step is not None else causal_lm(executor.package).longest
+    generation = executor.package.generation
+    return generation.longest if generation else causal_lm(executor.package.main).longest
 
 
 def generate(
@@ -97,9 +97,9 @@ def _check(executor: Executor, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def _feed(executor: Executor, prompts: Sequence[Sequence[int]], room: int) -> Feed:
-    if executor.package.step is not None:
+    if executor.package.generation is not None:
         return Texts(executor, len(prompts), room).feed
-    lm = causal_lm(executor.package)
+    lm = causal_lm(executor.package.main)
     if lm.cached and len(prompts) > 1:
         raise InputError(
             f"{len(prompts)} prompts, and the model keeps one cache of its own: give one at a time"

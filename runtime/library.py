@@ -11,14 +11,13 @@ import ctypes
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moec.errors import ArtifactError
-from moec.runtime.package import MAIN
 from moec.runtime.threads import set_threads
 
 _CPU = 1  # DLPack's device type
@@ -49,14 +48,15 @@ def tvm_ffi() -> ModuleType:
     return module
 
 
-def open_library(library: Path | bytes) -> Any:
-    """The VM module of a compiled model: `vm["main"](...)` runs it.
+def open_library(library: Path | bytes, names: Iterable[str]) -> dict[str, Any]:
+    """The functions of a compiled model, by name.
 
-    Raises ArtifactError where the library does not load or is not a model.
+    Raises ArtifactError where the library does not load, or lacks one of them.
     """
     if not library:
         raise ArtifactError("the artifact holds no native code; run it with --rebuild")
-    return _from_path(library, _vm)
+    functions: dict[str, Any] = _from_path(library, partial(_functions, names=tuple(names)))
+    return functions
 
 
 def open_kernels(library: Path | bytes) -> Any:
@@ -84,15 +84,14 @@ def _module(path: Path) -> Any:
         raise _damaged(error) from error
 
 
-def _vm(path: Path) -> Any:
+def _functions(path: Path, names: Sequence[str]) -> dict[str, Any]:
     module = _module(path)
     try:
         vm = module["vm_load_executable"]()
         vm["vm_initialization"](_CPU, 0, _POOLED)
-        vm[MAIN]
+        return {name: vm[name] for name in names}
     except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
         raise _damaged(error) from error
-    return vm
 
 
 def _damaged(error: Exception) -> ArtifactError:

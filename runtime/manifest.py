@@ -11,25 +11,17 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import (
-    Chosen,
-    CpuNeeds,
-    Package,
-    Port,
-    Routers,
-    Size,
-    StatePort,
-    Step,
-    grows,
-)
+from moec.runtime.package import DECODE, MAIN, ROUTE, Function, Package, Port, Size, grows
 
-FORMAT = 2
+FORMAT = 3  # 3: functions by name
 NAME = "manifest.json"
 _LARGEST = 64 << 20  # bytes
 
@@ -54,16 +46,16 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Sample:
+class StoredSample:
     """Inputs and the outputs that the compiler's machine gave for them, by the name of the port."""
 
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
+    inputs: Mapping[str, Stored]
+    outputs: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`package` is without its arrays and library, and `samples` hold `Stored` in their stead.
+    """`package` is without its arrays and library: `arrays` says where they are.
 
     `tolerance` is the greatest relative difference that `moec run --check` accepts; `extra`
     is what the compiler wants to remember: passes, blocks, the report.
@@ -73,44 +65,18 @@ class Manifest:
     parts: Mapping[str, Part]
     arrays: Mapping[str, Stored]
     machine: str  # as platform.machine() says: x86_64, aarch64
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[StoredSample, ...] = ()
     tolerance: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
-    package = {
-        name: value
-        for name, value in vars(manifest.package).items()
-        if name not in ("arrays", "library")
-    }
-    body = {
-        "package": {name: _plain(value) for name, value in package.items()},
-        "machine": manifest.machine,
-        "tolerance": manifest.tolerance,
-        "arrays": {name: asdict(stored) for name, stored in manifest.arrays.items()},
-        "samples": [
-            {
-                side: {name: asdict(stored) for name, stored in getattr(sample, side).items()}
-                for side in ("inputs", "outputs")
-            }
-            for sample in manifest.samples
-        ],
-        "extra": manifest.extra,
-        "parts": {name: asdict(part) for name, part in manifest.parts.items()},
-    }
-    body = json.loads(json.dumps(body))  # tuples become lists, before the digest is taken
+    bare = replace(manifest, package=replace(manifest.package, arrays={}, library=b""))
+    body = msgspec.to_builtins(bare, str_keys=True)
+    del body["package"]["arrays"], body["package"]["library"]
     text = {"moec": FORMAT, "sha256": _digest(FORMAT, body), **body}
     return json.dumps(text, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _digest(version: int, body: Mapping[str, Any]) -> str:
@@ -143,125 +109,54 @@ def load(content: bytes | memoryview) -> Manifest:
     if text.get("sha256") != _digest(version, body):
         raise ArtifactError(f"{NAME} was altered: its SHA-256 differs; copy the artifact again")
     try:
-        manifest = _manifest(body)
+        manifest = msgspec.convert(body, Manifest, strict=True)
+        manifest = replace(manifest, package=replace(manifest.package, arrays={}, library=b""))
         _check(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (msgspec.ValidationError, KeyError, ValueError) as error:
         raise ArtifactError(f"{NAME} is malformed: {type(error).__name__}: {error}") from error
     return manifest
 
 
-def _manifest(body: Mapping[str, Any]) -> Manifest:
-    raw = body["package"]
-    target = dict(raw["target"])
-    target |= {name: tuple(target[name]) for name in ("mattr", "features")}
-    package = Package(
-        target=CpuNeeds(**target),
-        inputs=_ports(raw["inputs"]),
-        outputs=_ports(raw["outputs"]),
-        states=tuple(StatePort(**_port(p), initial=p["initial"]) for p in raw["states"]),
-        sizes={name: (int(low), high) for name, (low, high) in raw["sizes"].items()},
-        params=_ports(raw["params"]),
-        arrays={},
-        library=b"",
-        index_ranges={name: (int(a), int(b)) for name, (a, b) in raw["index_ranges"].items()},
-        kernels=tuple((str(a), str(b)) for a, b in raw["kernels"]),
-        notes=tuple(map(str, raw["notes"])),
-        versions={str(name): str(version) for name, version in raw["versions"].items()},
-        step=None if raw["step"] is None else _step(raw["step"]),
-        no_step=str(raw["no_step"]),
-        routers=_routers(raw["routers"]) if raw.get("routers") else None,
-        tunings=_tunings(raw.get("tunings", {})),
-    )
-    return Manifest(
-        package,
-        {name: Part(int(p["size"]), str(p["sha256"])) for name, p in body["parts"].items()},
-        _stored(body["arrays"]),
-        str(body["machine"]),
-        tuple(Sample(_stored(s["inputs"]), _stored(s["outputs"])) for s in body["samples"]),
-        float(body["tolerance"]),
-        dict(body["extra"]),
-    )
-
-
-def _step(raw: Mapping[str, Any]) -> Step:
-    longest = raw["longest"]
-    return Step(
-        _ports(raw["caches"]),
-        Port(**_port(raw["logits"])),
-        _ports(raw["params"]),
-        int(raw["vocabulary"]),
-        None if longest is None else int(longest),
-        tuple(map(int, raw["stop"])),
-    )
-
-
-def _routers(raw: Mapping[str, Any]) -> Routers:
-    return Routers(
-        _ports(raw["inputs"]),
-        _ports(raw["outputs"]),
-        tuple(Chosen(*(str(r[n]) for n in ("layer", "experts", "weights"))) for r in raw["layers"]),
-        _ports(raw["route"]),
-        _ports(raw["routed"]),
-    )
-
-
-def _tunings(raw: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    return {
-        str(kernel): {str(name): int(value) for name, value in values.items()}
-        for kernel, values in raw.items()
-    }
-
-
-def _stored(arrays: Mapping[str, Any]) -> dict[str, Stored]:
-    return {
-        name: Stored(str(a["part"]), str(a["dtype"]), tuple(map(int, a["shape"])))
-        for name, a in arrays.items()
-    }
-
-
-def _port(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": str(raw["name"]), "dtype": str(raw["dtype"]), "shape": tuple(raw["shape"])}
-
-
-def _ports(raw: list[Any]) -> tuple[Port, ...]:
-    return tuple(Port(**_port(p)) for p in raw)
-
-
 def _check(manifest: Manifest) -> None:
     """The rules that the rest of the runtime relies on, kept even by a forged manifest."""
-    package, step = manifest.package, manifest.package.step
-    held = (*step.caches, step.logits) if step else ()
-    routers = package.routers
-    chosen = (*routers.inputs, *routers.outputs) if routers else ()
-    ports = (*package.inputs, *package.outputs, *package.states, *held, *chosen)
-    for port in (*ports, *package.every_param):
+    package = manifest.package
+    functions = package.functions.values()
+    if MAIN not in package.functions:
+        raise ValueError(f"there is no function {MAIN!r}")
+    for port in (port for f in functions for port in (*f.ports, *f.params)):
         if port.dtype not in NUMPY:
             raise ValueError(f"{port.name} has the dtype {port.dtype!r}")
         for size in port.shape:
-            if not isinstance(size, str) and (type(size) is not int or size < 0):
+            if isinstance(size, int) and size < 0:
                 raise ValueError(f"{port.name} has the size {size!r}")
             sizes.names(size)
-    for name, (_, high) in package.sizes.items():
-        if high is not None and type(high) is not int:
-            raise ValueError(f"size {name} has the bound {high!r}")
     sampled = [a for s in manifest.samples for a in (*s.inputs.values(), *s.outputs.values())]
     for stored in (*manifest.arrays.values(), *sampled):
         if stored.dtype not in NUMPY or min(stored.shape, default=0) < 0:
             raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
         if stored.nbytes != manifest.parts[stored.part].size:
             raise ValueError(f"{stored.part} is not of the size that its shape needs")
-    for port in package.every_param:
-        _check_bound(port.name, port, port.shape, manifest.arrays)
-    for cache in step.caches if step else ():
-        texts, *rest = cache.shape
-        fixed = [size for place, size in enumerate(rest) if not (grows(cache) and place == 1)]
-        if not isinstance(texts, str) or not all(isinstance(size, int) for size in fixed):
-            raise ValueError(f"{cache.name} is no cache for any number of texts")
-    for state in package.states:
-        if not all(isinstance(size, int) for size in state.shape):
-            raise ValueError(f"state {state.name} has no fixed size")
-        if state.initial:
-            _check_bound(state.initial, state, state.shape, manifest.arrays)
+    for function in functions:
+        for port in function.params:
+            _check_bound(port.name, port, port.shape, manifest.arrays)
+        for cache in function.caches:
+            texts, *rest = cache.shape
+            fixed = [n for axis, n in enumerate(rest) if not (grows(cache) and axis == 1)]
+            if not isinstance(texts, str) or not all(isinstance(n, int) for n in fixed):
+                raise ValueError(f"{cache.name} is no cache for any number of texts")
+        for state in function.states:
+            if not all(isinstance(size, int) for size in state.shape):
+                raise ValueError(f"state {state.name} has no fixed size")
+            if state.initial:
+                _check_bound(state.initial, state, state.shape, manifest.arrays)
+            if package.states[state.name] != state:
+                raise ValueError(f"two functions disagree about the state {state.name}")
+    if (package.generation is None) != (DECODE not in package.functions):
+        raise ValueError(f"the function {DECODE!r} and what it needs come together")
+    outputs = [p.name for p in package.functions.get(ROUTE, Function()).outputs]
+    for layer in package.routers:
+        if not {layer.experts, layer.weights or layer.experts} <= set(outputs):
+            raise ValueError(f"{ROUTE!r} does not give the choices of {layer.layer}")
 
 
 def _check_bound(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import ArtifactError, IRError
-from moec.runtime.artifact import GRAPH, ROUTE, ROUTED, STEP, Artifact
+from moec.runtime.artifact import Artifact, graph_part
 from moec.runtime.package import CpuNeeds, Package
 
 
 def rebuild(opened: Artifact) -> Package:
     """The package of the artifact with code that was compiled here and now.
 
-    Raises ArtifactError where its graph is malformed, or moec would now pack its weights
+    Raises ArtifactError where a graph of it is malformed, or moec would now pack its weights
     otherwise, and UnsupportedError where no kernel is known for an op.
     """
     from moec import target as targets
@@ -26,7 +26,7 @@ def rebuild(opened: Artifact) -> Package:
     from moec.codegen.link import linked
     from moec.codegen.lower import lower
     from moec.codegen.package import ports
-    from moec.ir import Graph, Stage
+    from moec.ir import Module, Program, Stage
     from moec.text import parse
     from moec.verify import verify
 
@@ -41,36 +41,30 @@ def rebuild(opened: Artifact) -> Package:
     if needs.name == targets.host().name:
         target = targets.host()  # the same code, blocked for this machine's cache
 
-    def read(name: str, text: str) -> Graph:
+    def program(name: str) -> Program:
         try:
-            graph = parse(text)
+            graph = parse(opened.graphs[name])
             verify(graph, Stage.GROUPED)
         except IRError as error:
-            raise ArtifactError(f"{opened.path}: {name} is malformed: {error}") from error
-        return graph
-
-    def part(name: str) -> Graph:
-        text = opened.files.get(name)
-        if text is None:
-            raise ArtifactError(f"{opened.path} holds no {name}: compile the model again")
-        return read(name, text.decode(errors="replace"))
+            part = graph_part(name)
+            raise ArtifactError(f"{opened.path}: {part} is malformed: {error}") from error
+        return Program(graph, {})
 
     package = opened.package
-    step = part(STEP) if package.step else None
-    routers = (part(ROUTE), part(ROUTED)) if package.routers else None
     try:
         tunings = {kernel: of_dict(values) for kernel, values in package.tunings.items()}
     except ValueError as error:
         raise ArtifactError(f"{opened.path} was tuned by another moec: {error}") from error
-    lowered = lower(read(GRAPH, opened.graph_text), target, step, routers, tunings)
+    module = Module({name: program(name) for name in package.functions})
+    lowered = lower(module, target, tunings)
     if not tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
         raise ArtifactError(
             f"{opened.path} was tuned for kernels that this moec makes otherwise; compile the "
             "model again"
         )
-    params = (*lowered.params, *lowered.step, *lowered.route, *lowered.routed)
-    if ports(params) != package.every_param:
-        raise ArtifactError(
-            f"{opened.path} packs its weights as this moec does not; compile the model again"
-        )
+    for name, function in package.functions.items():
+        if ports(lowered.params[name]) != function.params:
+            raise ArtifactError(
+                f"{opened.path} packs its weights as this moec does not; compile the model again"
+            )
     return replace(package, library=linked(compile_module(lowered.module, target), target))

@@ -12,7 +12,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.executor import Cache, Executor
-from moec.runtime.package import Step, grows
+from moec.runtime.package import DECODE, Port, carries, grows
 
 PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
 
@@ -21,11 +21,12 @@ class Texts:
     """Some texts of at most `room` tokens each."""
 
     def __init__(self, executor: Executor, texts: int, room: int) -> None:
-        step = executor.package.step
-        assert step is not None
-        self._executor, self._step, self._room = executor, step, room
+        decode, generation = executor.package.functions[DECODE], executor.package.generation
+        assert generation is not None
+        self._executor, self._room = executor, room
+        self._vocabulary, self._carries = generation.vocabulary, carries(decode)
         self._first = np.zeros(texts, np.int64)
-        self._caches = [_cache(step, index, texts, room) for index in range(len(step.caches))]
+        self._caches = [_cache(port, texts, room) for port in decode.caches]
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
         """Add tokens to each text, some to all; the logits f32[texts, V] after the last of each.
@@ -33,7 +34,7 @@ class Texts:
         Texts of unequal lengths end together: the short ones begin later, and what the padding
         of a piece wrote into a cache is overwritten by the tokens that come.
         """
-        if self._step.carries:
+        if self._carries:
             return self._feed_exactly(tokens)
         most, room = max(map(len, tokens)), int((self._room - self._first).min())
         piece = max(1, min(most, PIECE // len(tokens), room))
@@ -87,23 +88,22 @@ class Texts:
         first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle
         last = np.maximum(given - 1, 0)
         rows = np.arange(texts) * piece + last
-        logits = self._executor.step([padded, first, rows, first + last], self._caches)
+        logits = self._executor.decode([padded, first, rows, first + last], self._caches)
         self._first += given
         return logits
 
     def _check(self, padded: Array, given: Array) -> None:
         low, high = int(padded.min()), int(padded.max())
-        if low < 0 or high >= self._step.vocabulary:
+        if low < 0 or high >= self._vocabulary:
             raise InputError(
                 f"token {low if low < 0 else high} is not one of the model's "
-                f"{self._step.vocabulary} tokens"
+                f"{self._vocabulary} tokens"
             )
         if int((self._first + given).max()) > self._room:
             raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
 
 
-def _cache(step: Step, index: int, texts: int, room: int) -> Cache:
-    port = step.caches[index]
+def _cache(port: Port, texts: int, room: int) -> Cache:
     inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
     made = Cache.of((texts, *inner), NUMPY[port.dtype])
     if not grows(port):

@@ -31,8 +31,8 @@ class Contender:
 
 def compiled(executor: Executor) -> Contender:
     """Raises UsageError for a model that cannot take tokens in pieces."""
-    if executor.package.step is None:
-        raise UsageError(f"the model runs no tokens in pieces: {executor.package.no_step}")
+    if executor.package.generation is None:
+        raise UsageError(f"the model runs no tokens in pieces: {executor.package.no_generation}")
     return Contender("moec", lambda texts, room: Texts(executor, texts, room))
 
 

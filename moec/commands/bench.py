@@ -148,20 +148,22 @@ def _bench(
     from moec.bench.cost import cost
     from moec.bench.race import Load, race
     from moec.bench.result import Limits, result
+    from moec.runtime.package import DECODE
     from moec.text import parse
 
     torch.set_num_threads(threads)
     before = os.getloadavg()[0]
     progress("open the model")
     package, executor, text = _open(model, artifact, dtype, quant, progress)
-    step = package.step
     ours = contenders.compiled(executor)
+    generation, (logits,) = package.generation, package.functions[DECODE].outputs
     batch, prompt, new, rounds = numbers
-    if step.longest is not None and prompt + new > step.longest:
+    if generation.longest is not None and prompt + new > generation.longest:
         raise UsageError(
-            f"{prompt} + {new} tokens are asked for, and the model takes at most {step.longest}"
+            f"{prompt} + {new} tokens are asked for, and the model takes at most "
+            f"{generation.longest}"
         )
-    load = Load(batch, prompt, new, step.vocabulary)
+    load = Load(batch, prompt, new, generation.vocabulary)
     with_files = [name for name in names if name in PACKAGES]
     others = [
         *contenders.transformers(
@@ -170,7 +172,7 @@ def _bench(
         *of_files.of_files(with_files, files, threads),
     ]
     graph = parse(text)
-    kind = "bfloat16" if step.logits.dtype == "bf16" else "float32"
+    kind = "bfloat16" if logits.dtype == "bf16" else "float32"
 
     def measure() -> tuple[float, float]:
         progress("measure the machine")
@@ -197,7 +199,7 @@ def _bench(
             continue
     return result(
         Path(model).resolve().name,
-        step.logits.dtype,
+        logits.dtype,
         f"{processor()}, {platform.machine()}",
         threads,
         versions,
@@ -211,19 +213,21 @@ def _bench(
 def _open(
     model: str, artifact: Path | None, dtype: str | None, quant: str | None, progress: Any
 ) -> Any:
+    from moec.runtime.package import DECODE
     from moec.text import print_graph
 
     if artifact is None:
         from moec.api import compile as compile_model
 
         compiled = compile_model(model, dtype=dtype, quant=quant, verify=False, progress=progress)
-        text = "" if compiled.step is None else print_graph(compiled.step.graph)
+        programs = compiled.programs
+        text = print_graph(programs[DECODE].graph) if DECODE in programs else ""
         return compiled.package, compiled.executor, text
-    from moec.runtime.artifact import STEP, read
+    from moec.runtime.artifact import read
     from moec.runtime.executor import start
 
     opened: Artifact = read(artifact)
-    return opened.package, start(opened), opened.files.get(STEP, b"").decode()
+    return opened.package, start(opened), opened.graphs.get(DECODE, "")
 
 
 def _eager(model: str, dtype: str | None) -> Any:

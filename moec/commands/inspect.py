@@ -75,7 +75,9 @@ def of_artifact(path: Path) -> tuple[Report, Graph]:
     """
     from moec.report import Report
     from moec.runtime import manifest as manifests
+    from moec.runtime.artifact import graph_part
     from moec.runtime.container import open_container
+    from moec.runtime.package import MAIN
     from moec.text import parse
 
     container = open_container(path)
@@ -83,7 +85,10 @@ def of_artifact(path: Path) -> tuple[Report, Graph]:
     recorded = manifest.extra.get("report")
     if not isinstance(recorded, Mapping):
         raise ArtifactError(f"{path} holds no report; compile it again with this version of moec")
-    text = _verified(path, container, "graph.moec", manifest.parts["graph.moec"].sha256)
+    part = graph_part(MAIN)
+    if part not in manifest.parts:
+        raise ArtifactError(f"{path} holds no {part}; compile or copy the artifact again")
+    text = _verified(path, container, part, manifest.parts[part].sha256)
     graph = parse(bytes(text).decode())
     report = Report.of_dict(recorded)
     packed = sum(part.size for name, part in manifest.parts.items() if name.startswith("weights/"))

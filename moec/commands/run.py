@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,11 @@ def command(
             check_suffix(path)
     started = time.perf_counter()
     opened = artifacts.read(artifact, native=not rebuild)
-    executor = start(opened, rebuilt=rebuild)
+    if rebuild:  # the compiler: slow to import, and seldom needed
+        from moec.runtime.rebuild import rebuild as recompile
+
+        opened = replace(opened, package=recompile(opened))
+    executor = start(opened)
     said: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code has to show that it is right
         said["check"] = _check(opened, executor, quiet or as_json)
@@ -141,7 +146,7 @@ def _run(
     from moec.runtime.checks import check_no_nan
     from moec.runtime.tensor_files import read_tensors, write_tensors
 
-    inputs = read_tensors(source, executor.package.inputs)
+    inputs = read_tensors(source, executor.package.main.inputs)
     check_no_nan("input", inputs)
     started = time.perf_counter()
     outputs = executor(inputs)
@@ -149,7 +154,7 @@ def _run(
     check_no_nan("output", outputs)
     if output is not None:
         write_tensors(output, outputs)
-    dtypes = {port.name: port.dtype for port in executor.package.outputs}
+    dtypes = {port.name: port.dtype for port in executor.package.main.outputs}
     return {n: {"dtype": dtypes[n], "shape": list(a.shape)} for n, a in outputs.items()}
 
 
@@ -168,8 +173,8 @@ def _generate(
     if why and not quiet:
         click.echo(f"each token runs the whole text again: {why}", err=True)
     tokenizer = load_tokenizer(opened.files)
-    step = executor.package.step
-    stop = frozenset(step.stop) if step and step.stop else tokenizer.stop
+    generation = executor.package.generation
+    stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     tokens = tokenizer.encode(prompt)
     made: list[int] = []
     text, first = "", 0.0

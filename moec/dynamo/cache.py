@@ -18,7 +18,7 @@ from pathlib import Path
 from moec import cache_folder
 from moec.errors import ArtifactError, UsageError
 from moec.runtime import artifact
-from moec.runtime.package import Package
+from moec.runtime.package import MAIN, Package
 
 
 def limit() -> int:
@@ -53,7 +53,9 @@ def load(folder: Path | None, key: str) -> Package | None:
     with suppress(OSError):
         os.utime(path)  # used last
     count = int(found.manifest.extra["inputs"])
-    return replace(package, inputs=package.inputs[:count], params=package.inputs[count:])
+    main = package.main
+    main = replace(main, inputs=main.inputs[:count], params=main.inputs[count:])
+    return replace(package, functions={MAIN: main})
 
 
 def store(folder: Path | None, key: str, package: Package, graph_text: str) -> None:
@@ -70,10 +72,12 @@ def store(folder: Path | None, key: str, package: Package, graph_text: str) -> N
         'and entries are native code: chmod 700 it, or name another with options={"cache": ...}',
     )
     # Weights are arguments, as inputs are: an artifact need not hold them.
-    bare = replace(package, inputs=(*package.inputs, *package.params), params=(), arrays={})
-    extra = {"key": key, "inputs": len(package.inputs)}
+    main = package.main
+    bare = replace(main, inputs=(*main.inputs, *main.params), params=())
+    package = replace(package, functions={MAIN: bare}, arrays={})
+    extra = {"key": key, "inputs": len(main.inputs)}
     path = folder / f"{key}.moec"
-    artifact.write(bare, path, graph_text=graph_text, extra=extra)
+    artifact.write(package, path, graphs={MAIN: graph_text}, extra=extra)
     path.chmod(0o600)
     _shrink(folder, most, path)
 

@@ -26,12 +26,12 @@ from moec.dynamo.record import RECORDER
 from moec.dynamo.regions import Region
 from moec.errors import NoMatch
 from moec.evaluate import evaluate
-from moec.ir import Graph, Op, Program, Stage, Value
+from moec.ir import Graph, Module, Op, Program, Stage, Value
 from moec.passes.expand_experts import ExpandExperts
 from moec.passes.fuse_combine import FuseCombine
 from moec.passes.prove import without_origins
 from moec.passes.runner import Step, run
-from moec.runtime.package import Package
+from moec.runtime.package import MAIN, Package
 from moec.text import print_graph
 
 
@@ -53,7 +53,7 @@ class Code:
     @cached_property
     def packing(self) -> str:
         """Equal for codes that read the same arrays, such as those for other token counts."""
-        arrays = [(param.name, param.type) for param in self.lowered.params]
+        arrays = [(param.name, param.type) for param in self.lowered.params[MAIN]]
         kernels = [kernel for _, kernel in self.package.kernels]
         return key_of(print_graph(self.folded), arrays, kernels, self.package.target)
 
@@ -63,7 +63,7 @@ class Code:
         given = {p.name: w for p, w in zip(self.graph.params, weights, strict=False)}
         made = evaluate(self.folded, [], given)
         named = {v.name: t for v, t in zip(self.folded.outputs, made, strict=True)}
-        return packed_arrays(self.lowered.params, named)
+        return packed_arrays(self.lowered.params[MAIN], named)
 
 
 def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Code:
@@ -82,10 +82,11 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
     last = max(i for i, pass_ in enumerate(passes) if pass_.name.startswith("recognise-"))
     steps = run(Program(graph, weights), passes[last + 1 :], stage=Stage.MOE)
     final = steps[-1].program
-    lowered = lower(final.graph, options.target)
-    bare = package(final, options.target, lowered, b"", weights=False)
+    module = Module.of(final)
+    lowered = lower(module, options.target)
+    bare = package(module, options.target, lowered, b"", weights=False)
     found = cache.load(options.cache, key)
-    if found is not None and (found.params, found.inputs) == (bare.params, bare.inputs):
+    if found is not None and found.functions == bare.functions:
         RECORDER.add(disk_hits=1)
         made = found
     else:

@@ -66,11 +66,10 @@ class Site:
             with torch.no_grad():
                 return self.differentiable([*inputs, *params])
         executor = self._ready(params)
-        if self.code.package.index_ranges:  # what an input holds; its type Dynamo guards
-            check_inputs(
-                self.code.package,
-                {p.name: t for p, t in zip(self.code.package.inputs, inputs, strict=True)},
-            )
+        main = self.code.package.main
+        if main.index_ranges:  # what an input holds; its type Dynamo guards
+            names = (port.name for port in main.inputs)
+            check_inputs(main, dict(zip(names, inputs, strict=True)))
         (result,) = executor.run(inputs).values()
         made: torch.Tensor = result
         return made

@@ -22,7 +22,7 @@ from moec.dynamo import cache as disk
 from moec.gradients import IN_PYTORCH, Products
 from moec.pages import in_large_pages
 from moec.runtime.library import open_kernels, tvm_ffi
-from moec.runtime.package import CpuNeeds, Package
+from moec.runtime.package import MAIN, CpuNeeds, Function, Package
 from moec.target import Target
 
 _DTYPES = {
@@ -108,7 +108,7 @@ def _library(stack: Stack, target: Target, kept: Path | None) -> bytes | Path:
         return found.library
     made = compile_products(stack, target)
     needs = CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features)
-    disk.store(kept, key, Package(needs, (), (), (), {}, (), {}, made), f"{stack}\n")
+    disk.store(kept, key, Package(needs, {MAIN: Function()}, library=made), f"{stack}\n")
     return made
 
 

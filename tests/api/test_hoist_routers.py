@@ -17,6 +17,7 @@ from moec.runtime import executor
 from moec.runtime.artifact import read
 from moec.runtime.rebuild import rebuild
 from tests.capture.modules import WIDTH, Moe
+from tests.runtime.damaged import edit_manifest, unpacked
 
 D, H, E, STEPS = 8, 12, 4, 10
 
@@ -109,17 +110,24 @@ def test_artifacts_keep_the_functions(compiled: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.routed(choices, *numbers), loaded(*numbers))
     again = executor.Executor(rebuild(read(path)))
     inputs = dict(zip(("x", "text", "time"), numbers, strict=True))
-    for name, array in again.route(inputs).items():
-        np.testing.assert_array_equal(array, loaded.executor.route(inputs)[name])
+    inputs = {port.name: inputs[port.name] for port in again.package.functions["route"].inputs}
+    for name, array in again(inputs, "route").items():
+        np.testing.assert_array_equal(array, loaded.executor(inputs, "route")[name])
 
 
 def test_a_graph_that_is_missing(compiled: Any, tmp_path: Path) -> None:
-    path = tmp_path / "denoiser.moec"
-    compiled.save(path)
-    opened = read(path)
-    del opened.files["routed.moec"]
-    with pytest.raises(ArtifactError, match=r"holds no routed\.moec: compile the model again"):
-        rebuild(opened)
+    compiled.save(whole := tmp_path / "denoiser.moec")
+    path = unpacked(whole)
+    edit_manifest(path, lambda text: text["parts"].pop("graphs/routed.moec"))
+    with pytest.raises(ArtifactError, match=r"holds no graphs/routed\.moec; compile or copy"):
+        read(path)
+
+
+def test_a_function_that_is_missing(compiled: Any, tmp_path: Path) -> None:
+    compiled.save(path := tmp_path / "denoiser.moec")
+    model = moec.load(path).executor
+    with pytest.raises(InputError, match="no function 'decode'; it has main, route, routed"):
+        model({}, "decode")
 
 
 def test_mistakes(compiled: Any) -> None:

@@ -159,7 +159,7 @@ def test_the_whole_model_in_eight_bits(tiny_moe: Path, tmp_path: Path) -> None:
     assert kernels["int8 linear"] == 17
     assert "linear" not in kernels
     assert made.package is not None
-    assert made.package.step is not None
+    assert made.package.generation is not None
     tokens = torch.tensor([[5, 6, 7, 8]])
     (text,) = made.generate(tokens, max_new_tokens=1)
     assert text[-1] == int(made(tokens)[0, -1].argmax())

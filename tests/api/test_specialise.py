@@ -67,7 +67,7 @@ def compiled(model: Model) -> Any:
 def test_the_input_is_gone_and_the_numbers_stay(compiled: Any, model: Model) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x, task), rtol=1e-5, atol=1e-5)
-    assert [port.name for port in compiled.package.inputs] == ["x"]
+    assert [port.name for port in compiled.package.main.inputs] == ["x"]
     assert [block.name for block in compiled.blocks] == ["layers.0"]
 
 
@@ -83,7 +83,7 @@ def test_the_artifact_holds_no_more_than_it_reads(compiled: Any, tmp_path: Path)
     path = tmp_path / "task.moec"
     compiled.save(path)
     np.testing.assert_allclose(load(path)({"x": x.numpy()})["output"], compiled(x), rtol=0)
-    params = {port.name for port in compiled.package.params}
+    params = {port.name for port in compiled.package.main.params}
     assert set(compiled.package.arrays) == params
 
 

@@ -82,7 +82,7 @@ def test_saved_inspected_and_rebuilt(
     again = Executor(rebuild(opened))
     assert made
     assert set(made) == {Tuning(fetched=0)}
-    (name,) = (port.name for port in compiled.package.inputs)
+    (name,) = (port.name for port in compiled.package.main.inputs)
     (given,) = again({name: x.numpy()}).values()
     assert torch.equal(torch.as_tensor(given), wanted)
 

@@ -71,7 +71,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     elsewhere = replace(package.target, name="elsewhere", features=("no-such-feature",))
     graph = print_graph(models.graph())
     recorded = {"report": models.report().to_dict()}
-    write(replace(package, target=elsewhere), path, graph_text=graph, extra=recorded)
+    write(replace(package, target=elsewhere), path, graphs={"main": graph}, extra=recorded)
     return path
 
 
@@ -100,13 +100,13 @@ def test_an_altered_artifact(artifact: Path, tmp_path: Path) -> None:
     altered.write_bytes(content)
     result = run(altered)
     assert result.exit_code == 1
-    assert "graph.moec" in result.stderr
+    assert "graphs/main.moec" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_an_artifact_without_a_report(tmp_path: Path) -> None:
     path = tmp_path / "bare.moec"
-    write(toy.package(), path, graph_text=print_graph(models.graph()))
+    write(toy.package(), path, graphs={"main": print_graph(models.graph())})
     result = run(path)
     assert result.exit_code == 1
     assert "holds no report; compile it again" in result.stderr

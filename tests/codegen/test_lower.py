@@ -15,7 +15,7 @@ from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
 from moec.errors import UnsupportedError
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program
+from moec.ir import Graph, Module, Program
 from moec.runtime.executor import Executor
 from moec.sizes import Bounds, symbol
 from moec.target import host
@@ -23,7 +23,7 @@ from moec.text import parse
 
 
 def run(graph: Graph, tensors: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list:
-    executor = Executor(build(Program(graph, weights), host()))
+    executor = Executor(build(Module.of(Program(graph, weights)), host()))
     return list(executor(tensors).values())
 
 
@@ -53,12 +53,12 @@ def test_products_of_the_same_rows_are_one_kernel() -> None:
         + lines.replace("  y1:", "  z: f32[T, 3] = aten.silu.default(y0)\n  y1:")
         + "  return z, y0, y1, y2, y3, y4\n}\n"
     )
-    lowered = lower(graph, host())
+    lowered = lower(Module.of(Program(graph, {})), host())
     names = [v.name_hint for v in lowered.module.get_global_vars()]
     assert sorted(n for n in names if n.startswith("linear")) == ["linear", "linears"]
     weights = {p.name: torch.randn(*map(int, p.shape)) for p in graph.params}
     x = torch.randn(6, 8)
-    made = Executor(build(Program(graph, weights), host()))({"x": x})
+    made = Executor(build(Module.of(Program(graph, weights)), host()))({"x": x})
     for i in range(5):
         torch.testing.assert_close(made[f"y{i}"], x @ weights[f"w{i}"].T)
 
@@ -83,16 +83,14 @@ def test_an_expensive_value_is_not_computed_again_for_every_row() -> None:
 
 
 def test_layers_share_kernels_whatever_their_sizes_are_called() -> None:
-    lowered = lower(
-        parse("""
+    graph = parse("""
         graph main(x: f32[S, 8], y: f32[T, 8]) {
           a: f32[S, 8] = aten.silu.default(x)
           b: f32[T, 8] = aten.silu.default(y)
           c: f32[T, 8] = aten.relu.default(y)
           return a, b, c
-        }"""),
-        host(),
-    )
+        }""")
+    lowered = lower(Module.of(Program(graph, {})), host())
     kernels = [g.name_hint for g in lowered.module.get_global_vars() if g.name_hint != "main"]
     assert sorted(kernels) == ["fused_relu", "fused_silu"]
 
@@ -106,7 +104,7 @@ def test_everything_unsupported_is_listed_at_once() -> None:
       return c
     }""")
     with pytest.raises(UnsupportedError) as error:
-        lower(graph, host())
+        lower(Module.of(Program(graph, {})), host())
     text = str(error.value)
     assert "aten.nonzero.default makes a size that depends on the data (1 time: at model" in text
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
@@ -122,8 +120,9 @@ def test_a_size_that_the_export_fixed_is_refused() -> None:
       return b
     }""")
     with pytest.raises(UnsupportedError, match=r"at model.chunks .* fixed a size that varies"):
-        lower(graph, host())
-    lower(replace(graph, bounds={"T": Bounds(1, 64)}), host())
+        lower(Module.of(Program(graph, {})), host())
+    bounded = replace(graph, bounds={"T": Bounds(1, 64)})
+    lower(Module.of(Program(bounded, {})), host())
 
 
 def test_positions_out_of_range_read_the_nearest_row() -> None:
@@ -135,9 +134,10 @@ def test_positions_out_of_range_read_the_nearest_row() -> None:
     }""")
     w, x = torch.arange(15.0).view(5, 3), torch.arange(8.0).view(4, 2)
     ids = torch.tensor([2**62, -(2**62), 3, -1])
-    package = build(Program(graph, {"w": w}), host())
-    assert package.index_ranges == {"i": (0, 4)}
-    unchecked = type(package)(**{**vars(package), "index_ranges": {}})
+    package = build(Module.of(Program(graph, {"w": w})), host())
+    assert package.main.index_ranges == {"i": (0, 4)}
+    main = replace(package.main, index_ranges={})
+    unchecked = replace(package, functions={"main": main})
     a, b = Executor(unchecked)({"x": x, "i": ids}).values()
     assert torch.equal(a, w[[4, 0, 3, 4]])
     assert torch.equal(b, x[[3, 0, 3, 3]])
@@ -223,7 +223,7 @@ def test_a_state_is_kept_between_calls() -> None:
       state total -> next
       return twice
     }""")
-    run = Executor(build(Program(graph, {"total": torch.tensor([1.0])}), host()))
+    run = Executor(build(Module.of(Program(graph, {"total": torch.tensor([1.0])})), host()))
     assert run({"x": torch.tensor([1.0, 2])})["twice"].tolist() == [8.0]
     assert run({"x": torch.tensor([])})["twice"].tolist() == [8.0]
     run.reset()
@@ -237,7 +237,7 @@ def test_a_weight_in_two_layouts_is_noted() -> None:
       y: f32[T, 8] = aten.linear.default(x, w)
       return y
     }""")
-    package = build(Program(graph, {"w": torch.randn(8, 4)}), host())
+    package = build(Module.of(Program(graph, {"w": torch.randn(8, 4)})), host())
     assert package.notes == ("weight w is stored 2 times: w, w.packed",)
     assert package.kernels == (("y", "linear"),)
 

@@ -228,9 +228,9 @@ def compiled(group: str, dtype: str) -> Executor:
 def test_equals_torch(group: str, dtype: str, rows: int) -> None:
     given = inputs(rows, DTYPES[dtype])
     run = compiled(group, dtype)
-    if rows < min(low for low, _ in run.package.sizes.values()):
+    if rows < min(low for low, _ in run.package.main.sizes.values()):
         pytest.skip("torch.export allows no fewer rows")
-    taken = {port.name: given[port.name] for port in run.package.inputs}
+    taken = {port.name: given[port.name] for port in run.package.main.inputs}
     made = iter(run(taken).values())
     for name, function in GROUPS[group].items():
         expected = function(*given.values())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.codegen.package import build
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program
+from moec.ir import Graph, Module, Program
 from moec.passes.fold_permutes import FoldPermutes
 from moec.passes.runner import Step, run
 from moec.runtime.executor import Executor
@@ -83,7 +83,9 @@ def test_the_kernels_give_the_same_bits(form: str, length: int) -> None:
     after = folded(before).program.graph
     torch.manual_seed(length)
     inputs = dict(zip(("q", "k", "v", "mask"), tensors(LAYER, 2, length), strict=True))
-    want, got = (Executor(build(Program(g, {}), host()))(inputs) for g in (before, after))
+    want, got = (
+        Executor(build(Module.of(Program(g, {})), host()))(inputs) for g in (before, after)
+    )
     (one,), (other,) = want.values(), got.values()
     assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.codegen.package import build
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program
+from moec.ir import Graph, Module, Program
 from moec.passes.fuse_append import FuseAppend
 from moec.passes.runner import Step, run
 from moec.pipeline import choose, stepped
@@ -94,7 +94,9 @@ def test_the_kernel_gives_the_bits_of_two(form: str, dtype: str) -> None:
     text = text.replace("[B", "[3").replace(" L,", " 9,")  # states have a known size
     text = text.replace("  size B in [0, inf]\n", "").replace("  size L in [1, inf]\n", "")
     before = parse(text)
-    packages = [build(Program(g, {}), host()) for g in (before, fused(before).program.graph)]
+    packages = [
+        build(Module.of(Program(g, {})), host()) for g in (before, fused(before).program.graph)
+    ]
     assert [name for _, name in packages[0].kernels] == ["append"]
     assert [name for _, name in packages[1].kernels] == ["turn_append"]
     torch.manual_seed(0)

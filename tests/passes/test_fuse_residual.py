@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.codegen.package import build
 from moec.evaluate import evaluate
-from moec.ir import Graph, Program
+from moec.ir import Graph, Module, Program
 from moec.passes.fuse_residual import FuseResidual
 from moec.passes.runner import Step, run
 from moec.runtime.executor import Executor
@@ -67,7 +67,8 @@ def test_the_kernel_gives_the_bits_of_two(dtype: str) -> None:
     inputs = {name: torch.randn(33, 40).to(torch_dtype) for name in "xr"}
     inputs["x"][7, 3] = torch.nan
     packages = [
-        build(Program(graph, weights), host()) for graph in (before, fused(before).program.graph)
+        build(Module.of(Program(graph, weights)), host())
+        for graph in (before, fused(before).program.graph)
     ]
     assert [kernel for _, kernel in packages[1].kernels] == ["add_rms_norm", "add_layer_norm"]
     want, got = (Executor(package)(inputs) for package in packages)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moec.codegen.lower import lower
 from moec.errors import NoMatch
 from moec.evaluate import evaluate
-from moec.ir import Program, Stage
+from moec.ir import Module, Program, Stage
 from moec.ops.attention import OPERANDS
 from moec.passes.fold_permutes import FoldPermutes
 from moec.passes.incremental import continues_text, incremental
@@ -82,7 +82,7 @@ def test_no_kernel_moves_what_attention_reads_and_gives() -> None:
     """Neither in the whole nor in the step."""
 
     def permuting(whole: Program) -> list[str]:
-        module = lower(whole.graph, host(), incremental(whole).graph).module
+        module = lower(Module({"main": whole, "decode": incremental(whole)}), host()).module
         return [v.name_hint for v in module.get_global_vars() if "permute" in v.name_hint]
 
     assert permuting(program())

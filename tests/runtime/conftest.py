@@ -21,7 +21,7 @@ def original(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Path
     """An artifact that no test may change."""
     path = tmp_path_factory.mktemp("toy") / "toy.moec"
     artifact.write(
-        package, path, graph_text=toy.GRAPH, samples=[toy.sample(package)], tolerance=1e-5
+        package, path, graphs={"main": toy.GRAPH}, samples=[toy.sample(package)], tolerance=1e-5
     )
     return path
 
@@ -38,5 +38,7 @@ def saved(original: Path, tmp_path: Path) -> Path:
 def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model with its tokenizer: a is followed by b, and so on; h ends the text."""
     path = tmp_path_factory.mktemp("speaker") / "speaker.moec"
-    artifact.write(toy.language_model(), path, graph_text=toy.GRAPH, files=toy.tokenizer_files())
+    artifact.write(
+        toy.language_model(), path, graphs={"main": toy.GRAPH}, files=toy.tokenizer_files()
+    )
     return path

@@ -26,7 +26,7 @@ def test_reads_back_what_was_written(package: Package, tmp_path: Path, folder: b
     artifact.write(
         package,
         path,
-        graph_text=toy.GRAPH,
+        graphs={"main": toy.GRAPH},
         samples=[toy.sample(package), toy.sample(package, rows=0)],
         tolerance=1e-4,
         extra={"passes": ["fuse-gate"], "blocks": 1},
@@ -35,7 +35,7 @@ def test_reads_back_what_was_written(package: Package, tmp_path: Path, folder: b
     )
     read = artifact.read(path)
     assert path.is_dir() is folder
-    assert read.graph_text == toy.GRAPH
+    assert read.graphs["main"] == toy.GRAPH
     assert read.files == files
     assert read.manifest.tolerance == 1e-4
     assert read.manifest.extra == {"passes": ["fuse-gate"], "blocks": 1}
@@ -61,7 +61,7 @@ def test_weights_are_mapped_and_not_copied(saved: Path) -> None:
 def test_the_same_model_gives_the_same_bytes(package: Package, saved: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.moec"
     artifact.write(
-        package, again, graph_text=toy.GRAPH, samples=[toy.sample(package)], tolerance=1e-5
+        package, again, graphs={"main": toy.GRAPH}, samples=[toy.sample(package)], tolerance=1e-5
     )
     assert again.read_bytes() == saved.read_bytes()
 
@@ -87,7 +87,7 @@ def test_nothing_is_left_where_writing_fails(
 
     monkeypatch.setattr(container._ZipWriter, "add", full)
     with pytest.raises(UsageError, match="cannot be written: No space left on device"):
-        artifact.write(package, path, graph_text=toy.GRAPH)
+        artifact.write(package, path, graphs={"main": toy.GRAPH})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["model.moec"]
 
@@ -95,35 +95,35 @@ def test_nothing_is_left_where_writing_fails(
 def test_overwrites_artifacts_and_nothing_else(package: Package, saved: Path) -> None:
     folder = unpacked(saved)
     for path in (saved, folder):
-        artifact.write(package, path, graph_text="new")
-        assert artifact.read(path).graph_text == "new"
-    artifact.write(package, folder, graph_text="file", folder=False)
+        artifact.write(package, path, graphs={"main": "new"})
+        assert artifact.read(path).graphs["main"] == "new"
+    artifact.write(package, folder, graphs={"main": "file"}, folder=False)
     assert folder.is_file()
-    artifact.write(package, folder, graph_text="folder", folder=True)
-    assert artifact.read(folder).graph_text == "folder"
+    artifact.write(package, folder, graphs={"main": "folder"}, folder=True)
+    assert artifact.read(folder).graphs["main"] == "folder"
 
     saved.write_bytes(saved.read_bytes()[:100])  # damaged: compiling anew is the remedy
-    artifact.write(package, saved, graph_text="mended")
-    assert artifact.read(saved).graph_text == "mended"
+    artifact.write(package, saved, graphs={"main": "mended"})
+    assert artifact.read(saved).graphs["main"] == "mended"
 
     other = saved.with_name("notes.txt")
     other.write_text("mine")
     with pytest.raises(UsageError, match="exists and is not a moec artifact"):
-        artifact.write(package, other, graph_text="new")
+        artifact.write(package, other, graphs={"main": "new"})
     assert other.read_text() == "mine"
     with pytest.raises(UsageError, match="exists and is not a moec artifact"):
-        artifact.write(package, saved.parent, graph_text="new")
+        artifact.write(package, saved.parent, graphs={"main": "new"})
     assert sorted(os.listdir(saved.parent)) == ["notes.txt", folder.name, saved.name]
 
 
 def test_a_folder_that_is_not_there_to_write_to(package: Package, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
-        artifact.write(package, tmp_path / "none" / "model.moec", graph_text="")
+        artifact.write(package, tmp_path / "none" / "model.moec", graphs={"main": ""})
 
 
 def test_a_written_file_has_ordinary_permissions(saved: Path, package: Package) -> None:
     path = saved.with_name("new.moec")
-    artifact.write(package, path, graph_text="")
+    artifact.write(package, path, graphs={"main": ""})
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
@@ -132,15 +132,17 @@ def test_a_written_file_has_ordinary_permissions(saved: Path, package: Package) 
 def test_arrays_that_no_port_reads_are_not_stored(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     arrays = {**package.arrays, "spare": np.zeros(1000)}
-    artifact.write(replace(package, arrays=arrays), path, graph_text="")
+    artifact.write(replace(package, arrays=arrays), path, graphs={"main": ""})
     assert "spare" not in artifact.read(path).package.arrays
 
 
 def test_empty_and_strided_arrays(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     arrays = {**package.arrays, "none": np.zeros((0, 3)), "turned": np.arange(6.0).reshape(2, 3).T}
-    params = (*package.params, Port("none", "f64", (0, 3)), Port("turned", "f64", (3, 2)))
-    artifact.write(replace(package, arrays=arrays, params=params), path, graph_text="")
+    more = (Port("none", "f64", (0, 3)), Port("turned", "f64", (3, 2)))
+    main = replace(package.main, params=(*package.main.params, *more))
+    changed = replace(package, arrays=arrays, functions={"main": main})
+    artifact.write(changed, path, graphs={"main": ""})
     same(artifact.read(path).package.arrays, arrays)
 
 

@@ -20,6 +20,11 @@ from tests.runtime import toy
 from tests.runtime.damaged import add_member, edit_manifest, edit_package, refused, same, unpacked
 
 
+def main(text: dict[str, Any]) -> Any:
+    """The function `main` of a manifest."""
+    return text["package"]["functions"]["main"]
+
+
 def test_missing(tmp_path: Path) -> None:
     assert "there is no such file" in refused(tmp_path / "none.moec")
 
@@ -95,7 +100,7 @@ def test_a_manifest_that_still_reads_but_was_changed(saved: Path) -> None:
     assert "manifest.json was altered: its SHA-256 differs" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["graph.moec", "kernels/lib.so", "weights/00007.bin"])
+@pytest.mark.parametrize("name", ["graphs/main.moec", "kernels/lib.so", "weights/00007.bin"])
 def test_a_missing_or_short_part(saved: Path, name: str) -> None:
     folder = unpacked(saved)
     path = folder / name
@@ -127,14 +132,14 @@ def test_another_version_of_tvm(saved: Path) -> None:
 def test_a_cpu_without_the_features(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     needs = CpuNeeds("future", features=("avx2048",))
-    artifact.write(replace(package, target=needs), path, graph_text=toy.GRAPH)
+    artifact.write(replace(package, target=needs), path, graphs={"main": toy.GRAPH})
     assert "needs avx2048, which this CPU lacks" in refused(path)
 
 
 def test_another_machine(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     needs = CpuNeeds("far", mtriple="riscv64-unknown-linux-gnu")
-    artifact.write(replace(package, target=needs), path, graph_text=toy.GRAPH)
+    artifact.write(replace(package, target=needs), path, graphs={"main": toy.GRAPH})
     assert "was compiled for riscv64" in refused(path)
 
 
@@ -149,14 +154,14 @@ def test_what_is_not_a_library(
     package: Package, tmp_path: Path, library: bytes, words: str
 ) -> None:
     path = tmp_path / "model.moec"
-    artifact.write(replace(package, library=library), path, graph_text=toy.GRAPH)
+    artifact.write(replace(package, library=library), path, graphs={"main": toy.GRAPH})
     assert words in refused(path)
 
 
 def test_a_library_that_does_not_load(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     assert isinstance(package.library, bytes)
-    artifact.write(replace(package, library=package.library[:64]), path, graph_text=toy.GRAPH)
+    artifact.write(replace(package, library=package.library[:64]), path, graphs={"main": toy.GRAPH})
     with pytest.raises(ArtifactError, match="the native code does not load"):
         executor.load(path)
 
@@ -164,14 +169,14 @@ def test_a_library_that_does_not_load(package: Package, tmp_path: Path) -> None:
 def test_a_library_without_the_model(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     library = toy.language_model_library("other")
-    artifact.write(replace(package, library=library), path, graph_text=toy.GRAPH)
+    artifact.write(replace(package, library=library), path, graphs={"main": toy.GRAPH})
     with pytest.raises(ArtifactError, match=r"the native code does not load: .*'main'"):
         executor.load(path)
 
 
 def test_native_code_may_be_left_out(package: Package, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
-    artifact.write(package, path, graph_text=toy.GRAPH, native=False)
+    artifact.write(package, path, graphs={"main": toy.GRAPH}, native=False)
     assert artifact.read(path).package.library == b""
     with pytest.raises(ArtifactError, match="holds no native code; run it with --rebuild"):
         executor.load(path)
@@ -185,8 +190,8 @@ def test_names_that_lead_elsewhere(saved: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_duplicate_members(saved: Path) -> None:
-    add_member(saved, "graph.moec")
-    assert "holds 'graph.moec' twice" in refused(saved)
+    add_member(saved, "graphs/main.moec")
+    assert "holds 'graphs/main.moec' twice" in refused(saved)
 
 
 def test_compressed_members(saved: Path) -> None:
@@ -233,30 +238,35 @@ def test_packed_again_by_another_program(saved: Path) -> None:
 def test_a_folder_never_follows_a_link(saved: Path) -> None:
     folder = unpacked(saved)
     elsewhere = folder.with_name("elsewhere")
-    (folder / "graph.moec").rename(elsewhere)
-    (folder / "graph.moec").symlink_to(elsewhere)
-    assert "graph.moec is missing" in refused(folder)
+    (folder / "graphs" / "main.moec").rename(elsewhere)
+    (folder / "graphs" / "main.moec").symlink_to(elsewhere)
+    assert "graphs/main.moec is missing" in refused(folder)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda text: text.pop("package"),
-        lambda text: text["package"].pop("inputs"),
-        lambda text: text["package"]["inputs"][0].update(dtype="f31"),
-        lambda text: text["package"]["inputs"][0].update(shape=["__import__('os')"]),
-        lambda text: text["package"]["inputs"][0].update(shape=["(" * 400 + "T" + ")" * 400]),
-        lambda text: text["package"]["inputs"][0].update(shape=[-1]),
-        lambda text: text["package"]["inputs"][0].update(shape=[2.5]),
-        lambda text: text["package"].update(sizes={"T": [0]}),
-        lambda text: text["package"]["params"][0].update(shape=[4, 4]),
-        lambda text: text["package"]["params"][0].update(name="gone"),
-        lambda text: text["package"]["states"][0].update(shape=["T"]),
+        lambda text: text["package"].pop("functions"),
+        lambda text: text["package"]["functions"].pop("main"),
+        lambda text: text["package"]["functions"].update(decode=main(text)),
+        lambda text: text["package"].update(routers=[{"layer": "a", "experts": "b"}]),
+        lambda text: text["package"].update(generation={"vocabulary": 7}),
+        lambda text: main(text).update(inputs=7),
+        lambda text: main(text)["inputs"][0].update(dtype="f31"),
+        lambda text: main(text)["inputs"][0].update(shape=["__import__('os')"]),
+        lambda text: main(text)["inputs"][0].update(shape=["(" * 400 + "T" + ")" * 400]),
+        lambda text: main(text)["inputs"][0].update(shape=[-1]),
+        lambda text: main(text)["inputs"][0].update(shape=[2.5]),
+        lambda text: main(text).update(sizes={"T": [0]}),
+        lambda text: main(text)["params"][0].update(shape=[4, 4]),
+        lambda text: main(text)["params"][0].update(name="gone"),
+        lambda text: main(text)["states"][0].update(shape=["T"]),
         lambda text: text["arrays"]["w"].update(shape=[4, 300]),
         lambda text: text["arrays"]["w"].update(part="weights/none.bin"),
         lambda text: text["arrays"]["w"].update(dtype=7),
         lambda text: text["parts"].pop("weights/00007.bin"),
-        lambda text: text["parts"].pop("graph.moec"),
+        lambda text: text["parts"].pop("graphs/main.moec"),
         lambda text: text.update(samples=[{}]),
     ],
 )
@@ -264,7 +274,7 @@ def test_a_forged_manifest(saved: Path, change: Callable[[dict[str, Any]], None]
     folder = unpacked(saved)
     edit_manifest(folder, change)
     words = refused(folder)
-    assert "malformed" in words or "holds no graph.moec" in words or "is not a size" in words
+    assert "malformed" in words or "holds no graphs/main.moec" in words or "is not a size" in words
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"{}", b"nonsense", b"[" * 200_000, b"\xff\xfe"])

@@ -67,7 +67,7 @@ def test_generates_as_eager_does(saved: tuple[Path, Remembers]) -> None:
         made = [token for (token,) in generate(executor, [prompt], Request(99))]
         assert made == text[len(prompt) :]
     assert len(set(text)) > 3  # it does not just repeat itself
-    assert causal_lm(executor.package).longest == LONGEST
+    assert causal_lm(executor.package.main).longest == LONGEST
     assert slow(executor) == ""
     with pytest.raises(InputError, match="2 prompts, and the model keeps one cache of its own"):
         list(generate(executor, [prompt, prompt], Request(9)))

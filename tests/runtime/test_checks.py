@@ -13,22 +13,16 @@ from hypothesis import strategies as st
 
 from moec.errors import InputError
 from moec.runtime.checks import check_inputs, check_no_nan
-from moec.runtime.package import CpuNeeds, Package, Port
+from moec.runtime.package import Function, Port
 
-PACKAGE = Package(
-    target=CpuNeeds("generic"),
+FUNCTION = Function(
     inputs=(
         Port("input_ids", "i64", ("B", "S")),
         Port("mask", "bool", ("B", "1 + S")),
         Port("scale", "f32", (3,)),
         Port("low", "bf16", ("2*N",)),
     ),
-    outputs=(),
-    states=(),
     sizes={"B": (1, 8), "S": (1, 128), "N": (0, None)},
-    params=(),
-    arrays={},
-    library=b"",
     index_ranges={"input_ids": (0, 99)},
 )
 
@@ -96,7 +90,7 @@ TAKES = (
 )
 def test_refuses(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_inputs(PACKAGE, right(**changes))
+        check_inputs(FUNCTION, right(**changes))
     assert words in str(caught.value)
 
 
@@ -109,12 +103,12 @@ def test_accepts(batch: int, length: int, pairs: int) -> None:
         mask=np.ones((batch, length + 1), bool),
         low=np.ones(2 * pairs, ml_dtypes.bfloat16),
     )
-    assert check_inputs(PACKAGE, made) == {"B": batch, "S": length, "N": pairs}
+    assert check_inputs(FUNCTION, made) == {"B": batch, "S": length, "N": pairs}
 
 
 def test_a_size_is_learned_from_any_input() -> None:
     ports = (Port("double", "f32", ("2*T",)), Port("single", "f32", ("T",)))
-    package = replace(PACKAGE, inputs=ports, sizes={"T": (0, 9)}, index_ranges={})
+    package = replace(FUNCTION, inputs=ports, sizes={"T": (0, 9)}, index_ranges={})
     arrays = {"double": np.ones(6, np.float32), "single": np.ones(3, np.float32)}
     assert check_inputs(package, arrays) == {"T": 3}
     with pytest.raises(
@@ -125,7 +119,7 @@ def test_a_size_is_learned_from_any_input() -> None:
 
 def test_a_size_that_only_shows_in_an_expression() -> None:
     ports = (Port("x", "f32", ("8*N + 1",)), Port("y", "f32", ("N + M",)))
-    package = replace(PACKAGE, inputs=ports, sizes={"N": (1, 3)}, index_ranges={})
+    package = replace(FUNCTION, inputs=ports, sizes={"N": (1, 3)}, index_ranges={})
 
     def check(x: int) -> dict[str, int]:
         return check_inputs(package, {"x": np.ones(x, "f4"), "y": np.ones(9, "f4")})
@@ -138,7 +132,7 @@ def test_a_size_that_only_shows_in_an_expression() -> None:
 
 
 def test_an_unbounded_size_with_a_least_value() -> None:
-    package = replace(PACKAGE, inputs=PACKAGE.inputs[:1], sizes={"B": (2, None)})
+    package = replace(FUNCTION, inputs=FUNCTION.inputs[:1], sizes={"B": (2, None)})
     with pytest.raises(InputError, match="was compiled for B at least 2"):
         check_inputs(package, {"input_ids": np.zeros((1, 3), np.int64)})
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from moec.errors import InputError
 from moec.runtime.dtypes import NUMPY, name_of
 from moec.runtime.executor import Executor, load
-from moec.runtime.package import Package, Port
+from moec.runtime.package import CpuNeeds, Function, Package, Port, StatePort
 from tests.runtime import toy
 
 # Four products and three sums of float32, each rounded once: 7 * 2**-24 of values below 10.
@@ -98,8 +98,9 @@ def test_states_live_between_calls_and_start_anew(original: Path) -> None:
 
 
 def test_a_state_without_an_array_starts_from_zeros(package: Package) -> None:
-    states = tuple(replace(port, initial="") for port in package.states)
-    model = Executor(replace(package, states=states))
+    states = tuple(replace(port, initial="") for port in package.main.states)
+    main = replace(package.main, states=states)
+    model = Executor(replace(package, functions={"main": main}))
     assert model.states()["count"].tolist() == [0]
 
 
@@ -113,13 +114,10 @@ def test_threads_take_turns(original: Path, package: Package) -> None:
     assert model.states()["count"].tolist() == [len(cases)]
 
 
-def test_a_package_runs_without_an_artifact(package: Package, tmp_path: Path) -> None:
+def test_a_package_runs_without_an_artifact(package: Package) -> None:
     inputs = toy.inputs()
     y = toy.expected(package, inputs)
     np.testing.assert_allclose(Executor(package)(inputs)["y"], y, **CLOSE)
-    assert isinstance(package.library, bytes)
-    (path := tmp_path / "lib.so").write_bytes(package.library)
-    np.testing.assert_allclose(Executor(replace(package, library=path))(inputs)["y"], y, **CLOSE)
 
 
 def test_one_result_may_come_bare() -> None:
@@ -157,29 +155,30 @@ def echo() -> Package:
         with builder.dataflow():
             made = builder.emit_output(relax.Tuple([x, w, s, s]))
         builder.emit_func_output(made)
-    state = toy.package().states[0]
-    return replace(
-        toy.package(),
+    main = Function(
         inputs=(Port("x", "f32", (2, 2)),),
         outputs=(Port("x", "f32", (2, 2)), Port("w", "f32", (2,)), Port("s", "f32", (1,))),
-        states=(replace(state, name="s", initial=""),),
+        states=(StatePort("s", "f32", (1,)),),
         params=(Port("w", "f32", (2,)),),
+    )
+    return Package(
+        target=CpuNeeds("generic"),
+        functions={"main": main},
         arrays={"w": np.array([3, 4], np.float32)},
         library=toy.export(builder.get()),
-        sizes={},
-        index_ranges={},
     )
 
 
 def test_complex_numbers_cross_as_pairs() -> None:
     """Port c64 [2] is the VM's f32 [2, 2]."""
-    package = replace(
-        echo(),
+    package = echo()
+    main = replace(
+        package.main,
         inputs=(Port("x", "c64", (2,)),),
         outputs=(Port("x", "c64", (2,)), Port("w", "f32", (2,)), Port("s", "f32", (1,))),
     )
     x = np.array([1 + 2j, 3 - 4j], np.complex64)
-    model = Executor(package)
+    model = Executor(replace(package, functions={"main": main}))
     np.testing.assert_array_equal(model({"x": x})["x"], x)
     made = model({"x": torch.from_numpy(x).conj()})["x"]
     assert torch.equal(made, torch.from_numpy(x.conj()))

@@ -86,7 +86,7 @@ class Cached:
         self.seen = []
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        check_inputs(self.package, inputs)
+        check_inputs(self.package.main, inputs)
         tokens, places = inputs["input_ids"][0], inputs["cache_position"]
         assert places.tolist() == list(range(len(self.seen), len(self.seen) + len(tokens)))
         self.seen += tokens.tolist()
@@ -95,13 +95,14 @@ class Cached:
 
 
 def test_with_a_cache_each_token_goes_in_once() -> None:
-    package = replace(
-        toy.language_model(),
+    package = toy.language_model()
+    main = replace(
+        package.main,
         inputs=(Port("input_ids", "i64", ("B", "S")), Port("cache_position", "i64", ("S",))),
         states=(StatePort("keys", "f32", (1, 2, 6, 4)),),
         index_ranges={"cache_position": (0, 5)},
     )
-    model: Any = Cached(package)
+    model: Any = Cached(replace(package, functions={"main": main}))
     assert list(generate(model, [[1, 2, 3]], Request(99))) == [(4,), (5,), (6,), (7,)]
     assert model.calls == [3, 1, 1, 1]
     assert model.seen == [1, 2, 3, 4, 5, 6]
@@ -135,7 +136,7 @@ def test_with_a_cache_each_token_goes_in_once() -> None:
 )
 def test_models_that_do_not_continue_text(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as caught:
-        causal_lm(replace(toy.language_model(), **changes))
+        causal_lm(replace(toy.language_model().main, **changes))
     assert words in str(caught.value)
 
 

@@ -15,11 +15,12 @@ import torch
 from moec import target
 from moec.codegen.package import build
 from moec.errors import ArtifactError, VerificationError
-from moec.ir import Program
+from moec.ir import Module, Program
 from moec.runtime import artifact
-from moec.runtime.executor import Executor, start
-from moec.runtime.manifest import Sample
+from moec.runtime.artifact import Sample
+from moec.runtime.executor import Executor
 from moec.runtime.package import Package
+from moec.runtime.rebuild import rebuild
 from moec.text import parse
 from tests.runtime.test_run import run
 
@@ -43,7 +44,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def compiled(weights: dict[str, torch.Tensor]) -> Package:
-    return build(Program(parse(GRAPH), weights), target.parse("cpu"))
+    return build(Module.of(Program(parse(GRAPH), weights)), target.parse("cpu"))
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def x() -> np.ndarray[Any, Any]:
 
 
 def save(path: Path, package: Package, **how: Any) -> Path:
-    artifact.write(package, path, **{"graph_text": GRAPH, **how})
+    artifact.write(package, path, **{"graphs": {"main": GRAPH}, **how})
     return path
 
 
@@ -60,7 +61,7 @@ def test_without_native_code(
     compiled: Package, weights: dict[str, torch.Tensor], x: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
     path = save(tmp_path / "bare.moec", compiled, native=False)
-    rebuilt = start(artifact.read(path, native=False), rebuilt=True)
+    rebuilt = Executor(rebuild(artifact.read(path, native=False)))
     made = rebuilt({"x": x})["y"]
     np.testing.assert_array_equal(made, Executor(compiled)({"x": x})["y"])
     exact = torch.nn.functional.silu(
@@ -103,15 +104,15 @@ def test_a_target_that_is_described_otherwise_now(compiled: Package, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("graph main(", "graph.moec is malformed: line 1: "),
-        (GRAPH.replace("  y: ", "  x: "), "graph.moec is malformed: "),
+        ("graph main(", "graphs/main.moec is malformed: line 1: "),
+        (GRAPH.replace("  y: ", "  x: "), "graphs/main.moec is malformed: "),
         (GRAPH.replace("24", "99"), "packs its weights as this moec does not"),
     ],
 )
 def test_a_graph_that_is_not_the_weights(
     compiled: Package, tmp_path: Path, text: str, words: str
 ) -> None:
-    path = save(tmp_path / "odd.moec", compiled, graph_text=text)
+    path = save(tmp_path / "odd.moec", compiled, graphs={"main": text})
     with pytest.raises(ArtifactError, match=words):
         run(path, "--rebuild")
 

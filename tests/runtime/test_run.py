@@ -16,7 +16,7 @@ import pytest
 from moec.commands.run import command
 from moec.errors import InputError, UsageError, VerificationError
 from moec.runtime import artifact
-from moec.runtime.manifest import Sample
+from moec.runtime.artifact import Sample
 from moec.runtime.package import Package
 from tests.runtime import toy
 
@@ -69,14 +69,14 @@ def test_check_differs(package: Package, tmp_path: Path) -> None:
     sample = toy.sample(package)
     wrong = Sample(sample.inputs, {**sample.outputs, "y": sample.outputs["y"] + 1})
     path = tmp_path / "wrong.moec"
-    artifact.write(package, path, graph_text="", samples=[sample, wrong], tolerance=1e-5)
+    artifact.write(package, path, graphs={"main": ""}, samples=[sample, wrong], tolerance=1e-5)
     with pytest.raises(VerificationError, match="output 'y' of sample 1 differs by"):
         run(path, "--check")
     assert VerificationError.exit_code == 2
 
 
 def test_check_without_samples(package: Package, tmp_path: Path) -> None:
-    artifact.write(package, path := tmp_path / "bare.moec", graph_text="")
+    artifact.write(package, path := tmp_path / "bare.moec", graphs={"main": ""})
     with pytest.raises(UsageError, match="holds no samples to check against; use --input"):
         run(path, "--check")
 
@@ -113,7 +113,9 @@ def test_nan_is_refused(package: Package, original: Path, tmp_path: Path) -> Non
         run(original, "--input", source, "--output", tmp_path / "y.npz")
 
     arrays = {**package.arrays, "b": np.full(3, np.nan, np.float32)}
-    artifact.write(replace(package, arrays=arrays), path := tmp_path / "nan.moec", graph_text="")
+    artifact.write(
+        replace(package, arrays=arrays), path := tmp_path / "nan.moec", graphs={"main": ""}
+    )
     np.savez(source, **toy.inputs())
     with pytest.raises(InputError, match=r"output 'y' holds NaN, first at \[0, 0\]"):
         run(path, "--input", source, "--output", tmp_path / "y.npz")
@@ -152,7 +154,7 @@ def test_a_prompt_as_json(speaker: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_prompt_that_fills_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "speaker.moec"
     files = toy.tokenizer_files(stop=None)
-    artifact.write(toy.language_model(longest=4), path, graph_text="", files=files)
+    artifact.write(toy.language_model(longest=4), path, graphs={"main": ""}, files=files)
     run(path, "--prompt", "b c")
     out, err = capsys.readouterr()
     assert out == " d e f\n"
@@ -194,7 +196,7 @@ def test_exit_codes_and_one_line_for_each_mistake(
     assert not (tmp_path / "y.npz").exists()
 
     wrong = Sample(toy.inputs(), {"y": np.zeros((3, 3), np.float32)})
-    artifact.write(package, saved, graph_text="", samples=[wrong], tolerance=1e-5)
+    artifact.write(package, saved, graphs={"main": ""}, samples=[wrong], tolerance=1e-5)
     differs = moec(saved, "--check")
     assert differs.returncode == 2
     assert "differs by" in differs.stderr

@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moec.runtime.artifact import Sample
 from moec.runtime.dtypes import Array
-from moec.runtime.manifest import Sample
-from moec.runtime.package import CpuNeeds, Package, Port, StatePort
+from moec.runtime.package import CpuNeeds, Function, Package, Port, StatePort
 
 GRAPH = "graph main(x: f32[T, 4]) {\n  return x\n}\n"
 
@@ -61,8 +61,7 @@ def export(module: Any) -> bytes:
 
 def package() -> Package:
     rng = np.random.default_rng(0)
-    return Package(
-        target=CpuNeeds("generic"),
+    main = Function(
         inputs=(Port("x", "f32", ("T", 4)), Port("ids", "i64", ("T",))),
         outputs=(
             Port("y", "f32", ("T", 3)),
@@ -72,6 +71,11 @@ def package() -> Package:
         states=(StatePort("count", "f32", (1,), initial="zero"),),
         sizes={"T": (0, 64)},
         params=(Port("w", "bf16", (4, 3)), Port("b", "f32", (3,)), Port("table", "f32", (5, 3))),
+        index_ranges={"ids": (0, 4)},
+    )
+    return Package(
+        target=CpuNeeds("generic"),
+        functions={"main": main},
         arrays={
             "w": rng.standard_normal((4, 3)).astype(ml_dtypes.bfloat16),
             "b": rng.standard_normal(3).astype(np.float32),
@@ -79,7 +83,6 @@ def package() -> Package:
             "zero": np.zeros(1, np.float32),
         },
         library=library(),
-        index_ranges={"ids": (0, 4)},
         kernels=(("layer", "matmul"),),
         notes=("made by hand",),
     )
@@ -128,19 +131,21 @@ def language_model_library(name: str = "main") -> bytes:
 
 def language_model(longest: int | None = 16) -> Package:
     """Token t is followed by t + 1, and 7 by 0."""
-    return Package(
-        target=CpuNeeds("generic"),
+    main = Function(
         inputs=(
             Port("input_ids", "i64", ("B", "S")),
             Port("attention_mask", "i64", ("B", "S")),
         ),
         outputs=(Port("logits", "f32", ("B", "S", 8)),),
-        states=(),
         sizes={"B": (1, 4), "S": (1, longest)},
         params=(Port("table", "f32", (8, 8)),),
+        index_ranges={"input_ids": (0, 7)},
+    )
+    return Package(
+        target=CpuNeeds("generic"),
+        functions={"main": main},
         arrays={"table": np.roll(np.eye(8, dtype=np.float32), 1, axis=1)},
         library=language_model_library(),
-        index_ranges={"input_ids": (0, 7)},
     )
 
 
