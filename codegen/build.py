@@ -1,42 +1,115 @@
-"""Relax, or kernels alone -> a library: memory planned by TVM, code made by LLVM."""
+"""Relax, or kernels alone -> objects to be linked: memory planned by TVM, code made by LLVM."""
 
 from __future__ import annotations
 
-import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax import _ffi_api
+from tvm.relax.vm_build import _vmcodegen
 from tvm.tirx import PrimFunc
 
-from moec.codegen.tir_pipeline import PIPELINE
-from moec.errors import IRError
+from moec.cache import Store, default_store
+from moec.codegen.link import Exportable, linked
+from moec.codegen.object_cache import compiled_objects, llvm_modules, named_by_content
+from moec.runtime.library import open_kernels
 from moec.target import Target
 
 
-def compile_module(module: tvm.IRModule, target: Target, opt_level: int = 2) -> relax.VMExecutable:
-    """The executable of a module that `lower` made."""
-    made = _target(target, opt_level)
-    with _context():
-        built = relax.build(module, made, relax_pipeline=_pipeline(), tir_pipeline=PIPELINE)
-    for part in (built.mod, *built.mod.imports):
-        if part.kind == "llvm":
-            _all_defined(part.inspect_source("ll"))
-    return built
+@dataclass(frozen=True)
+class Objects:
+    """Object files that were compiled for `target`, one for each kernel, and the module whose
+    library they become part of: an executable that calls them, or one that holds nothing."""
+
+    kernels: tuple[bytes, ...]
+    frame: Exportable
+    target: Target
+
+    def export_library(
+        self,
+        file_name: str,
+        *,
+        fcompile: Callable[[str, Sequence[str]], None],
+        addons: list[str] | None = None,
+    ) -> None:
+        """As TVM's: `fcompile` links object files into the library `file_name`."""
+        with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+            paths = list(addons or ())
+            for number, content in enumerate(self.kernels):
+                path = Path(folder) / f"{number}.o"
+                path.write_bytes(content)
+                paths.append(str(path))
+            self.frame.export_library(file_name, fcompile=fcompile, addons=paths)
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        """The kernel of that name, ready to be called on this machine.
+
+        Raises TargetError where there is no linker, ArtifactError where it does not load.
+        """
+        function: Callable[..., None] = self._opened[name]
+        return function
+
+    @cached_property
+    def _opened(self) -> Any:
+        return open_kernels(linked(self, self.target))
+
+
+def compile_module(
+    module: tvm.IRModule, target: Target, opt_level: int = 2, store: Store | None = None
+) -> Objects:
+    """The executable of a module that `lower` made, and its kernels.
+
+    `store` has the kernels that were compiled before; None stands for the user's.
+    """
+    options = _options(target, opt_level)
+    with _context(), options:
+        module = named_by_content(_pipeline()(module))
+        builder = relax.ExecBuilder()
+        module = _vmcodegen(builder, module)
+        kernels = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, PrimFunc)}
+        objects = compiled_objects(kernels, options, store or default_store(), checked=False)
+        frame = relax.VMExecutable(_ffi_api.VMLink(builder, options, _empty(options), [], {}))
+    return Objects(tuple(objects.values()), frame, target)
 
 
 def compile_kernels(
-    *kernels: PrimFunc, target: Target, opt_level: int = 2, checked: bool = False
-) -> tvm.runtime.Executable:
+    *kernels: PrimFunc,
+    target: Target,
+    opt_level: int = 2,
+    checked: bool = False,
+    store: Store | None = None,
+) -> Objects:
     """Kernels by their names, as those of a module are compiled.
 
-    They check the shapes of their arguments where they are `checked`.
+    They check the shapes of their arguments where they are `checked`. `store`: as above.
     """
-    module = tvm.IRModule({str(kernel.attrs["global_symbol"]): kernel for kernel in kernels})
+    named = {str(kernel.attrs["global_symbol"]): kernel for kernel in kernels}
+    options = _options(target, opt_level)
     with _context(checked):
-        return tvm.compile(module, _target(target, opt_level), tir_pipeline=PIPELINE)
+        objects = compiled_objects(named, options, store or default_store(), checked)
+        return Objects(tuple(objects.values()), _empty(options), target)
 
 
-def _target(target: Target, opt_level: int) -> tvm.target.Target:
+def assembly(kernel: PrimFunc, target: Target) -> str:
+    """The text that LLVM gives a kernel for `target`."""
+    options = _options(target, 2)
+    with _context():
+        (built,) = llvm_modules({"kernel": kernel}, options, checked=False).values()
+    text: str = built.inspect_source("asm")
+    return text
+
+
+def _empty(options: tvm.target.Target) -> tvm.runtime.Module:
+    return tvm.get_global_func("target.build.llvm")(tvm.IRModule({}), options)
+
+
+def _options(target: Target, opt_level: int) -> tvm.target.Target:
     options = target.tvm()
     if opt_level == 0:
         options["opt-level"] = 0
@@ -54,13 +127,6 @@ def _context(checked: bool = False) -> tvm.transform.PassContext:
         config={"tirx.disable_assert": not checked},
         disabled_pass=["s_tir.CompactBufferAllocation"],
     )
-
-
-def _all_defined(text: str) -> None:
-    """A function of ours that is only declared would end the process that loads the library."""
-    lost = sorted(set(re.findall(r"^declare .*@(moec_\w+)", text, re.MULTILINE)))
-    if lost:
-        raise IRError(f"kernels call {', '.join(lost)}, which nothing defines")
 
 
 def _pipeline() -> tvm.transform.Pass:

@@ -20,10 +20,14 @@ COMPILERS = ("cc", "gcc", "clang")
 
 
 class Exportable(Protocol):
-    """What TVM has compiled: kernels, or an executable."""
+    """What TVM has compiled: kernels, or an executable. `addons` are object files beside it."""
 
     def export_library(
-        self, file_name: str, *, fcompile: Callable[[str, Sequence[str]], None]
+        self,
+        file_name: str,
+        *,
+        fcompile: Callable[[str, Sequence[str]], None],
+        addons: list[str] | None = None,
     ) -> None: ...
 
 

@@ -2,7 +2,9 @@
 
 Left out are those for threads, shared memory and matrix units of GPUs, for other accelerators and
 for FP8, which have nothing to do here, and HoistIfThenElse: it takes a fifth of the time of all,
-and LLVM makes the same code of our kernels without it.
+and LLVM makes the same code of our kernels without it. AnnotateEntryFunc is left out as well: it
+gives a kernel that is alone in its module a second name, which two objects of a library may not
+both define.
 """
 
 from __future__ import annotations
@@ -43,7 +45,6 @@ def _passes() -> list[tvm.transform.Pass]:
         s.RewriteUnsafeSelect(),
         t.CommonSubexprElim(),
         t.VerifyMemory(),
-        t.AnnotateEntryFunc(),
         t.SplitHostDevice(),
         t.MakePackedAPI(),
         t.BF16StorageLegalize(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moec.cache import Store
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.unpacked import mixed, outer, product
 from moec.codegen.cpu.unpacked_loops import Stack
@@ -9,7 +10,7 @@ from moec.codegen.link import linked
 from moec.target import Target
 
 
-def compile_products(stack: Stack, target: Target) -> bytes:
+def compile_products(stack: Stack, target: Target, store: Store) -> bytes:
     """A shared library with `product`, `mixed`, both with `_biased` behind, and `outer`.
 
     Raises TargetError where there is no linker.
@@ -19,5 +20,5 @@ def compile_products(stack: Stack, target: Target) -> bytes:
         for biased in (False, True):
             name = kernel.__name__ + ("_biased" if biased else "")
             kernels.append(kernel(target, stack, biased, name))
-    built = compile_kernels(*kernels, target=target)
+    built = compile_kernels(*kernels, target=target, store=store)
     return linked(built, target)

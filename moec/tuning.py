@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from moec.cache_folder import default_folder
+from moec.cache import default_store
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.lower import lower
 from moec.codegen.tuning import Tuned, tune
@@ -25,8 +25,7 @@ def tune_kernels(
 ) -> tuple[dict[str, Tuning], tuple[TunedLine, ...]]:
     """Values for the kernels of a module that could be measured, by key, and a line for each.
 
-    Raises UnsupportedError where an op has no kernel, UsageError where the cache cannot be
-    written.
+    Raises UnsupportedError where an op has no kernel.
     """
     lowered = lower(module, target)
     size = sum(weight.nbytes for weight in module.main.weights.values())
@@ -36,7 +35,7 @@ def tune_kernels(
         lowered.tunable,
         target,
         OnThisMachine(target, footprint, opt_level),
-        default_folder("tuning"),
+        default_store(),
         (footprint, opt_level),
         progress,
     )

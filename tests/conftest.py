@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# All processes of a run share what they compile, and start with nothing: each kernel is compiled
+# once. $MOEC_TEST_CACHE names a folder that is kept for the next run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not (FOLDER := os.environ.get("MOEC_TEST_CACHE", "")):
+        FOLDER = tempfile.mkdtemp(prefix="moec-test-cache-")
+        atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+    os.environ["MOEC_CACHE"] = FOLDER
 # A test that starts Python finds moec compiled by the one before.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
-from moec.cache_folder import key_of
+from moec.cache import Store, key_of
 from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
 from moec.codegen.tunable import Tunable
 from moec.codegen.tuning import cache
@@ -34,14 +33,13 @@ def tune(
     kernels: Sequence[Tunable],
     target: Target,
     measure: Measure,
-    folder: Path,
+    store: Store,
     context: object = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tuned, ...]:
-    """Each kernel with its values, from the cache in `folder` or measured and kept there.
+    """Each kernel with its values, from the cache in `store` or measured and kept there.
 
-    `context` is what else the measurements depend on. Raises UsageError where the folder cannot
-    be written.
+    `context` is what else the measurements depend on.
     """
     found = []
     for number, kernel in enumerate(kernels, 1):
@@ -51,7 +49,7 @@ def tune(
             *((name, candidates(name)) for name in kernel.values),
             *(version(name) for name in ("moec", "apache-tvm")),
         )  # fmt: skip
-        known = cache.load(folder, key)
+        known = cache.load(store, key)
         if known is not None:
             found.append(Tuned(kernel, *known, known=True))
             continue
@@ -60,6 +58,6 @@ def tune(
         except NoMatch as why:
             found.append(Tuned(kernel, why=str(why)))
             continue
-        cache.store(folder, key, kernel.name, tuning, gain)
+        cache.save(store, key, kernel.name, tuning, gain)
         found.append(Tuned(kernel, tuning, gain))
     return tuple(found)

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from moec.cache_folder import key_of
+from moec.cache import LIBRARIES, key_of, load, save, source_version
 from moec.codegen.build import compile_module
 from moec.codegen.link import linked
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.package import package, packed_arrays
-from moec.dynamo import cache
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
 from moec.dynamo.regions import Region
@@ -85,16 +84,15 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
     module = Module.of(final)
     lowered = lower(module, options.target)
     bare = package(module, options.target, lowered, b"", weights=False)
-    found = cache.load(options.cache, key)
-    if found is not None and found.functions == bare.functions:
+    library = load(options.cache, LIBRARIES, key)
+    if library is not None:
         RECORDER.add(disk_hits=1)
-        made = found
     else:
-        made_for, level = options.target, options.opt_level
-        library = linked(compile_module(lowered.module, made_for, level), made_for)
-        made = replace(bare, library=library)
+        target, level = options.target, options.opt_level
+        library = linked(compile_module(lowered.module, target, level, options.cache), target)
         RECORDER.add(code_compiled=1)
-        cache.store(options.cache, key, made, print_graph(final.graph))
+        save(options.cache, LIBRARIES, {key: library})
+    made = replace(bare, library=library)
     joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
     return Code(key, graph, joined[-1].program.graph, _folded(steps, graph), lowered, made)
 
@@ -105,7 +103,7 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
         for name, tensor in weights.items()
         if is_constant(tensor) and tensor.numel() < 4096
     ]
-    versions = [version(name) for name in ("moec", "apache-tvm", "torch")]
+    versions = [source_version(), *(version(name) for name in ("apache-tvm", "torch"))]
     passes = [repr(pass_) for pass_ in exact(options)]
     return key_of(
         print_graph(graph), constants, options.target, options.opt_level, passes, versions

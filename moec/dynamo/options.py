@@ -9,7 +9,7 @@ from typing import Any
 
 from moec.approximate import Approximate
 from moec.arguments import target_of, text
-from moec.cache_folder import default_folder
+from moec.cache import Store, default_store, store_in
 from moec.errors import UsageError
 from moec.passes.runner import Asked, Pass
 from moec.pipeline import choose
@@ -28,7 +28,7 @@ _ELSEWHERE = {
 class Options:
     """`rest` compiles what is no MoE block. `target`, `opt_level` and `passes` are those of
     `moec.compile`. `strict` raises FallbackError instead of leaving a block to `rest`. `cache`
-    is the folder in which compiled blocks are kept; None keeps none.
+    is where kernels and blocks that were compiled are kept.
     """
 
     rest: str
@@ -36,7 +36,7 @@ class Options:
     opt_level: int
     passes: str
     strict: bool
-    cache: Path | None
+    cache: Store
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -64,7 +64,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise UsageError(f"options: strict is {strict!r}: give True or False")
     level, passes = given.get("opt_level", 2), text("passes", given.get("passes", ""))
     target = target_of(given.get("target", "cpu"), run=True)
-    made = Options(rest, target, level, passes, strict, _folder(given.get("cache", True)))
+    made = Options(rest, target, level, passes, strict, _store(given.get("cache", True)))
     exact(made)
     return made
 
@@ -87,9 +87,9 @@ def exact(options: Options) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-def _folder(cache: Any) -> Path | None:
+def _store(cache: Any) -> Store:
     if isinstance(cache, bool):
-        return default_folder("blocks") if cache else None
+        return default_store() if cache else Store(None)
     if isinstance(cache, str | Path):
-        return Path(cache)
+        return store_in(Path(cache))
     raise UsageError(f"options: cache is {cache!r}: give True, False or the path of a folder")

@@ -1,7 +1,7 @@
 """The products of training on kernels that read the model's own weights, packed nowhere.
 
 The kernels of a stack of matrices are compiled when the first product with one of its shape and
-type is made, and kept on disk beside the compiled blocks.
+type is made, and kept in the cache beside the compiled blocks.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moec.cache_folder import key_of
+from moec.cache import LIBRARIES, Store, key_of, load, save, source_version
 from moec.codegen.cpu.unpacked_loops import Stack
 from moec.codegen.unpacked_products import compile_products
-from moec.dynamo import cache as disk
 from moec.gradients import IN_PYTORCH, Products
 from moec.pages import in_large_pages
 from moec.runtime.library import open_kernels, tvm_ffi
-from moec.runtime.package import MAIN, CpuNeeds, Function, Package
 from moec.target import Target
 
 _DTYPES = {
@@ -39,14 +36,14 @@ _OPENING = threading.Lock()
 
 @dataclass(frozen=True)
 class Kernels(Products):
-    """Products by kernels for `target`, kept in the folder `kept` (None: in memory alone).
+    """Products by kernels for `target`, kept in `cache`.
 
     Other dtypes, and stacks that lie neither as [E, N, K] nor as [E, K, N], multiply in PyTorch,
     and so do many rows of bf16 where the target has tile registers: PyTorch uses those.
     """
 
     target: Target
-    kept: Path | None
+    cache: Store
 
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         found = self._lying(rows, w)
@@ -90,26 +87,24 @@ class Kernels(Products):
             return None
         experts, n, k = stack.shape
         alike = Stack(experts, n, k, _DTYPES[w.dtype])
-        return _opened(alike, self.target, self.kept), stack, transposed
+        return _opened(alike, self.target, self.cache), stack, transposed
 
 
-def _opened(stack: Stack, target: Target, kept: Path | None) -> Any:
+def _opened(stack: Stack, target: Target, cache: Store) -> Any:
     """The kernels for stacks of one shape and type, by name."""
     with _OPENING:
         if (stack, target) not in _OPENED:
-            _OPENED[stack, target] = open_kernels(_library(stack, target, kept))
+            _OPENED[stack, target] = open_kernels(_library(stack, target, cache))
         return _OPENED[stack, target]
 
 
-def _library(stack: Stack, target: Target, kept: Path | None) -> bytes | Path:
-    key = key_of(stack, target, *(version(name) for name in ("moec", "apache-tvm")))
-    found = disk.load(kept, key)
-    if found is not None:
-        return found.library
-    made = compile_products(stack, target)
-    needs = CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features)
-    disk.store(kept, key, Package(needs, {MAIN: Function()}, library=made), f"{stack}\n")
-    return made
+def _library(stack: Stack, target: Target, cache: Store) -> bytes:
+    key = key_of(stack, target, source_version(), version("apache-tvm"))
+    library = load(cache, LIBRARIES, key)
+    if library is None:
+        library = compile_products(stack, target, cache)
+        save(cache, LIBRARIES, {key: library})
+    return library
 
 
 def _call(kernel: Any, *tensors: Tensor) -> None:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from moec.codegen.build import compile_kernels
+from moec.codegen.build import assembly
 from moec.codegen.cpu.quantised import quantised_linear
 from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
 from moec.codegen.cpu.quantised_linear import quantised_linears
@@ -52,8 +52,7 @@ def test_which_formats_go_this_way():
 
 def test_it_compiles_for_amx_everywhere():
     kernel = quantised_linear(AMX, QuantisedSpec(32, 64, "float32", format=parse("int4:64")))
-    made = compile_kernels(kernel, target=AMX)
-    assert "tdpbs" in made.mod.inspect_source("asm")
+    assert "tdpbs" in assembly(kernel, AMX)
 
 
 @runs
@@ -86,5 +85,4 @@ def test_down_of_many_experts(build, text):
 
 def test_dense_products_say_what_they_use():
     specs = tuple(QuantisedSpec(n, 64, "float32", format=parse("int8")) for n in (40, 7))
-    made = compile_kernels(quantised_linears(AMX, specs), target=AMX)
-    assert "tdpbs" in made.mod.inspect_source("asm")
+    assert "tdpbs" in assembly(quantised_linears(AMX, specs), AMX)

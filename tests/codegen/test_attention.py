@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moec.codegen.build import compile_kernels
+from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.attention import AttentionSpec, MaskSpec, attention
 from moec.target import TARGETS, host, parse
 
@@ -239,8 +239,7 @@ def test_great_scores_do_not_overflow(queries: int) -> None:
     ("name", "target"), [*(("bf16-mask", t) for t in TARGETS), ("uneven-f16", "generic")]
 )
 def test_compiles_for_every_target(name: str, target: str) -> None:
-    lib = compile_kernels(attention(SPECS[name], TARGETS[target]), target=TARGETS[target])
-    made = lib.mod.inspect_source("asm")
+    made = assembly(attention(SPECS[name], TARGETS[target]), TARGETS[target])
     assert ("zmm" in made) == (TARGETS[target].vector_lanes == 16)
     assert ("tdpbf16ps" in made) == TARGETS[target].bf16_tiles
 
@@ -256,7 +255,7 @@ def test_heads_must_divide() -> None:
 
 SCRIPT = """
 import os, torch, tvm
-from moec.codegen.build import compile_kernels
+from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.attention import AttentionSpec, attention
 from moec.codegen.cpu.gate import GateSpec, gate
 from moec.codegen.cpu.route import RouteSpec

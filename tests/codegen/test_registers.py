@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moec.codegen.build import compile_kernels
+from moec.codegen.build import assembly
 from moec.codegen.cpu.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.layout import LinearSpec
 from moec.codegen.cpu.vector import Vector
@@ -38,7 +38,7 @@ def test_no_innermost_loop_stores_a_sum(name, dtype, gated):
         kernel = gathered_linear(target, spec, 8, lambda g, u: v.silu(g) * u)
     else:
         kernel = grouped_linear(target, spec)
-    made = compile_kernels(kernel, target=target).mod.inspect_source("asm")
+    made = assembly(kernel, target)
     loops = [loop for loop in innermost(made) if len(ADDS.findall(loop)) >= 4]
     assert loops
     assert not [loop for loop in loops if KEPT.search(loop)]

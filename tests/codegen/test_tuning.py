@@ -14,6 +14,7 @@ import pytest
 import torch
 from tvm.tirx import PrimFunc
 
+from moec.cache import TUNINGS, Store, entries, load, save, store_in
 from moec.codegen.cpu.grouped import gathered_linear
 from moec.codegen.cpu.layout import Layout, LinearSpec
 from moec.codegen.cpu.quantised import quantised_linear
@@ -27,7 +28,7 @@ from moec.codegen.tuning.arguments import arguments, sorted_by_expert
 from moec.codegen.tuning.choose import Gain, choose, gain
 from moec.codegen.tuning.measure import FEWEST, MOST, TOKENS, Bench, OnThisMachine, Times
 from moec.codegen.tuning.tune import tune
-from moec.errors import NoMatch, UsageError
+from moec.errors import NoMatch
 from moec.quantisation import parse
 from moec.target import TARGETS, host
 
@@ -223,32 +224,41 @@ def never(kernel: Tunable) -> Bench:
     raise AssertionError("measured again")
 
 
-def test_a_second_time_nothing_is_measured(tmp_path: Path) -> None:
-    folder, kernel, said = tmp_path / "cache", kernel_of(), []
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_in(tmp_path / "cache")
+
+
+def entry_of(store: Store) -> Path:
+    (entry,) = entries(store)
+    return entry.path
+
+
+def test_a_second_time_nothing_is_measured(store: Store) -> None:
+    kernel, said = kernel_of(), []
 
     def measure(kernel: Tunable) -> Bench:
         return taking(lambda t, _: 0.8 if t.fetched == 0 else 1.0)
 
-    (first,) = tune([kernel], HOST, measure, folder, progress=said.append)
-    (again,) = tune([kernel], HOST, never, folder)
+    (first,) = tune([kernel], HOST, measure, store, progress=said.append)
+    (again,) = tune([kernel], HOST, never, store)
     assert (first.tuning, first.known) == (Tuning(fetched=0), False)
     assert again == replace(first, known=True)
     assert said == ["tune 1/1 float32 gathered, 4x96x64"]
-    (entry,) = folder.iterdir()
-    assert (folder.stat().st_mode & 0o777, entry.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert entry_of(store).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("what", ["kernel", "target", "threads", "context", "damage", "others"])
 def test_what_differs_or_is_damaged_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    folder, kernel, target, context = tmp_path / "cache", kernel_of(), HOST, ""
+    kernel, target, context = kernel_of(), HOST, ""
 
     def measure(kernel: Tunable) -> Bench:
         return taking(lambda t, _: 0.8 if t.fetched == 0 else 1.0)
 
-    tune([kernel], target, measure, folder, context)
-    (entry,) = folder.iterdir()
+    tune([kernel], target, measure, store, context)
+    entry = entry_of(store)
     if what == "kernel":
         kernel = kernel_of(n=32)
     elif what == "target":
@@ -258,19 +268,18 @@ def test_what_differs_or_is_damaged_is_measured(
     elif what == "context":
         context = "other"
     elif what == "damage":
-        entry.write_text(entry.read_text()[:-9])
+        entry.write_bytes(entry.read_bytes()[:-9])
     else:
         entry.chmod(0o666)
-    (found,) = tune([kernel], target, measure, folder, context)
+    (found,) = tune([kernel], target, measure, store, context)
     assert (found.tuning, found.known) == (Tuning(fetched=0), False)
-    (again,) = tune([kernel], target, never, folder, context)
+    (again,) = tune([kernel], target, never, store, context)
     assert again.known
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"key": "another"},
         {"values": {"fetched": "much"}},
         {"values": {"speed": 3}},
         {"values": []},
@@ -278,29 +287,18 @@ def test_what_differs_or_is_damaged_is_measured(
         {"gain": 3},
     ],
 )
-def test_an_entry_that_does_not_say_what_it_should(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
-    folder = tmp_path / "cache"
-    cache.store(folder, "key", "a kernel", Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
-    assert cache.load(folder, "key") == (Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
-    (entry,) = folder.iterdir()
-    entry.write_text(json.dumps(json.loads(entry.read_text()) | change))
-    assert cache.load(folder, "key") is None
+def test_an_entry_that_does_not_say_what_it_should(store: Store, change: dict[str, object]) -> None:
+    cache.save(store, "key", "a kernel", Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
+    assert cache.load(store, "key") == (Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
+    text = json.loads(load(store, TUNINGS, "key") or b"")
+    save(store, TUNINGS, {"key": json.dumps(text | change).encode()})
+    assert cache.load(store, "key") is None
 
 
-def test_a_folder_that_others_may_write(tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    folder.chmod(0o777)
-    with pytest.raises(UsageError, match=r"is not yours alone.*chmod 700 it, or set MOEC_CACHE"):
-        tune([kernel_of()], HOST, lambda kernel: taking(lambda t, _: 1.0), folder)
-
-
-def test_a_kernel_that_cannot_be_measured_keeps_the_default(tmp_path: Path) -> None:
+def test_a_kernel_that_cannot_be_measured_keeps_the_default(store: Store) -> None:
     def measure(kernel: Tunable) -> Bench:
         raise NoMatch("no memory")
 
-    (found,) = tune([kernel_of()], HOST, measure, tmp_path / "cache")
+    (found,) = tune([kernel_of()], HOST, measure, store)
     assert (found.tuning, found.why) == (DEFAULT, "no memory")
-    assert not (tmp_path / "cache").exists()
+    assert not list(entries(store))

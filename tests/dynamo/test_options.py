@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_defaults() -> None:
     found = parse(None, None)
     assert (found.rest, found.opt_level, found.passes, found.strict) == ("inductor", 2, "", False)
-    assert found.cache == Path(os.environ["MOEC_CACHE"])
+    assert found.cache.folder == Path(os.environ["MOEC_CACHE"])
 
 
 def test_all_options(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_all_options(tmp_path: Path) -> None:
         },
         None,
     )
-    assert (found.rest, found.target.name, found.cache) == ("eager", "generic", tmp_path)
+    assert (found.rest, found.target.name, found.cache.folder) == ("eager", "generic", tmp_path)
 
 
 @pytest.mark.parametrize(

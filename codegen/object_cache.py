@@ -1,0 +1,137 @@
+"""Kernels -> object files, one each, compiled once: later ones come from the cache.
+
+The key is a hash of all that the machine code depends on:
+
+    the kernel before TVM's passes: its text, the strings in it (LLVM functions that it imports,
+        which TVM's text leaves out), and TVM's own structural hash
+    the target with its options, whether the arguments are checked, and the machine where the
+        target leaves it open
+    the versions of TVM and LLVM, and the source of moec that takes part from here on
+
+so a hit saves the passes as well as LLVM. Kernels do not call each other, so that nothing is lost
+where each is a module of its own; an LLVM function that two of them define is equal in both, and
+the linker keeps one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import GlobalVar, StringImm
+from tvm.tirx import PrimFunc
+from tvm_ffi.structural import structural_map, structural_walk
+
+from moec.cache import OBJECTS, Store, key_of, load, save
+from moec.codegen.tir_pipeline import PIPELINE
+from moec.errors import IRError
+
+_SOURCES = ("build.py", "object_cache.py", "opaque.py", "outline.py", "tir_pipeline.py")
+_CONTENT = 16  # digits of a kernel's content in its name
+
+
+def compiled_objects(
+    kernels: Mapping[str, PrimFunc], target: tvm.target.Target, store: Store, checked: bool
+) -> dict[str, bytes]:
+    """The object file of each kernel, which defines it under its name.
+
+    Called in the PassContext that they are compiled in. Raises IRError where a kernel calls a
+    function of moec that nothing defines.
+    """
+    keys = {name: _key(name, kernel, target, checked) for name, kernel in kernels.items()}
+    objects = {}
+    for name, key in keys.items():
+        content = load(store, OBJECTS, key)
+        if content is not None:
+            objects[name] = content
+    missing = {name: kernel for name, kernel in kernels.items() if name not in objects}
+    compiled = {name: _emit(m) for name, m in llvm_modules(missing, target, checked).items()}
+    save(store, OBJECTS, {keys[name]: content for name, content in compiled.items()})
+    return objects | compiled
+
+
+def llvm_modules(
+    kernels: Mapping[str, PrimFunc], target: tvm.target.Target, checked: bool
+) -> dict[str, tvm.runtime.Module]:
+    """Each kernel in a module of LLVM, as `tvm.tirx.build` makes one of all of them."""
+    if not kernels:
+        return {}
+    module = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule(dict(kernels)))
+    passes, finish, _ = tirx.get_tir_pipeline(PIPELINE)
+    module = finish()(passes(module))
+    if not checked:
+        module = tirx.transform.SkipAssert()(module)
+    build = tvm.get_global_func("target.build.llvm")
+    functions = module.functions.items()
+    return {var.name_hint: build(tvm.IRModule({var: f}), target) for var, f in functions}
+
+
+def named_by_content(module: tvm.IRModule) -> tvm.IRModule:
+    """A module in which the name of each kernel tells what it computes, and equal kernels are one.
+
+    So a kernel has the same object file whatever else its model consists of.
+    """
+    names: dict[str, GlobalVar] = {}
+    shared: dict[str, GlobalVar] = {}
+    functions: dict[GlobalVar, object] = {}
+    for var, function in module.functions.items():
+        if isinstance(function, PrimFunc):
+            base = re.sub(r"_?\d+$", "", var.name_hint)
+            plain = function.with_attr("global_symbol", base)
+            name = f"{base}_{_content(plain)[:_CONTENT]}"
+            names[var.name_hint] = shared.setdefault(name, GlobalVar(name))
+            functions[shared[name]] = function.with_attr("global_symbol", name)
+
+    def renamed(var: GlobalVar) -> GlobalVar:
+        return names.get(var.name_hint, var)
+
+    for var, function in module.functions.items():
+        if not isinstance(function, PrimFunc):
+            functions[var] = structural_map(function, (GlobalVar, renamed))
+    return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def _key(name: str, kernel: PrimFunc, target: tvm.target.Target, checked: bool) -> str:
+    return key_of(name, _content(kernel), target, checked, *_compiler())
+
+
+def _content(kernel: PrimFunc) -> str:
+    """A hash of a kernel as text. TVM's own, of 64 bits, covers what its text may leave out."""
+    strings: list[str] = []
+    structural_walk(kernel.body, (StringImm, lambda string: strings.append(string.value)))
+    return key_of(kernel.script(), tvm_ffi.structural_hash(kernel), *strings)
+
+
+@cache
+def _compiler() -> tuple[object, ...]:
+    """What makes machine code of a kernel, besides its target."""
+    folder = Path(__file__).parent
+    sources = hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in _SOURCES))
+    llvm = tvm.get_global_func("target.llvm_version_major")()
+    machine = (platform.system(), platform.machine())
+    return (version("apache-tvm"), llvm, *machine, sources.hexdigest())
+
+
+def _emit(built: tvm.runtime.Module) -> bytes:
+    check_defined(built.inspect_source("ll"))
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        path = Path(folder) / "kernel.o"
+        built.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def check_defined(text: str) -> None:
+    """Raises IRError where LLVM text only declares a function of moec: a library that calls it
+    would end the process that loads it."""
+    missing = sorted(set(re.findall(r"^declare .*@(moec_\w+)", text, re.MULTILINE)))
+    if missing:
+        raise IRError(f"kernels call {', '.join(missing)}, which nothing defines")

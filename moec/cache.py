@@ -1,0 +1,263 @@
+"""What outlives a process: one folder of entries, found by a key, for their owner alone.
+
+    $MOEC_CACHE, or moec in the user's cache folder; "off" keeps nothing
+      objects/KEY     native code of one kernel
+      libraries/KEY   native code of one block, or of the products of one stack of weights
+      tunings/KEY     what was measured for one kernel, as JSON
+
+Threat model: objects and libraries are native code that moec links and runs, and a hash in the
+same file keeps nobody out who can write there. So the folder is believed because it is the
+user's: nothing is read from a folder, or an entry, that belongs to another user or that others
+may write. The hash is against damage: an entry that is cut, changed or misnamed counts as none.
+
+A cache that cannot be used costs what it would have saved and one CacheWarning, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+from moec.errors import UsageError
+
+OBJECTS, LIBRARIES, TUNINGS = KINDS = ("objects", "libraries", "tunings")
+DEFAULT_LIMIT = 2 * 2**30  # bytes
+
+_MAGIC = b"moec cache 1\n"
+_HEADER = len(_MAGIC) + hashlib.sha256().digest_size
+_PARTIAL = ".partial-"
+_ABANDONED = 3600.0  # seconds after which a partial file has no writer any more
+
+
+class CacheWarning(UserWarning):
+    """The cache cannot be used, so everything is compiled."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Entries in `folder`, at most `limit` bytes in all; None keeps nothing and finds nothing."""
+
+    folder: Path | None
+    limit: int = DEFAULT_LIMIT
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a store: its size in bytes, and when it was last used, in seconds."""
+
+    path: Path
+    kind: str
+    size: int
+    used: float
+
+
+@cache
+def source_version() -> str:
+    """The SHA-256 of moec's source, for entries that any of it may have had a part in."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder, _, names in sorted(os.walk(root, followlinks=True)):
+        for name in sorted(names):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                digest.update(f"{path.relative_to(root)}\n".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def key_of(*parts: object) -> str:
+    """The SHA-256 of what an entry depends on, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = str(part).encode(errors="surrogatepass")
+        digest.update(b"%d:" % len(encoded))
+        digest.update(encoded)
+    return digest.hexdigest()
+
+
+# ---- which folder ----------------------------------------------------------------------
+
+
+def default_folder() -> Path | None:
+    """$MOEC_CACHE, None where it is "off", or the folder that the system has for caches."""
+    name = os.environ.get("MOEC_CACHE")
+    if name == "off":
+        return None
+    return Path(name) if name else platformdirs.user_cache_path("moec", appauthor=False)
+
+
+def limit() -> int:
+    """The bytes that the folder may hold: $MOEC_CACHE_SIZE, in GiB, or 2 GiB.
+
+    Raises UsageError for what is no positive number.
+    """
+    text = os.environ.get("MOEC_CACHE_SIZE") or "2"
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UsageError(f"MOEC_CACHE_SIZE is {text!r}: give GiB, a number such as 0.5 or 4")
+    return int(size * 2**30)
+
+
+def default_store() -> Store:
+    """The user's store."""
+    return store_in(default_folder())
+
+
+def store_in(folder: Path | None) -> Store:
+    """The store in a folder, which is made where it is missing; one that keeps nothing, and a
+    CacheWarning, where the folder or $MOEC_CACHE_SIZE cannot be used."""
+    if folder is None:
+        return Store(None)
+    try:
+        size = limit()
+        _make(folder)
+    except (UsageError, OSError) as error:
+        _warn(folder, _reason(error))
+        return Store(None)
+    return Store(folder, size)
+
+
+def _make(folder: Path) -> None:
+    """Raises OSError where it cannot be made, UsageError where others may write it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _private(folder.stat()):
+        raise UsageError(
+            "it is not yours alone, and what it holds is run as native code: chmod 700 it, or set "
+            "MOEC_CACHE to another folder"
+        )
+
+
+def _private(state: os.stat_result) -> bool:
+    """Whether it is the user's, and nobody else may write it."""
+    if not hasattr(os, "geteuid"):
+        return True
+    return state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+@cache
+def _warn(folder: Path, reason: str) -> None:
+    """Warn once in a process of each reason why a folder cannot be used."""
+    warnings.warn(
+        f"the cache {folder} is not used: {reason}. Everything is compiled",
+        CacheWarning,
+        stacklevel=2,
+    )
+
+
+# ---- entries ---------------------------------------------------------------------------
+
+
+def load(store: Store, kind: str, key: str) -> bytes | None:
+    """What was saved under a key; None where there is nothing, or nothing intact."""
+    if store.folder is None:
+        return None
+    path = store.folder / kind / key
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        with open(os.open(path, flags), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode) or not _private(state):
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    payload = content[_HEADER:]
+    if content[:_HEADER] != _header(kind, key, payload):
+        return None
+    with suppress(OSError):
+        os.utime(path)  # used last
+    return payload
+
+
+def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
+    """Keep entries by their keys, then remove those unused for longest beyond the limit.
+
+    Readers and other writers of the same keys see an old entry or a new one, never a part. Where
+    nothing can be written there is a CacheWarning.
+    """
+    if store.folder is None or not payloads:
+        return
+    folder = store.folder / kind
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for key, payload in payloads.items():
+            _write(folder / key, _header(kind, key, payload), payload)
+        _trim(store, {folder / key for key in payloads})
+    except OSError as error:
+        _warn(store.folder, f"nothing can be written there ({_reason(error)})")
+
+
+def entries(store: Store) -> Iterator[Entry]:
+    """What a store holds. Other processes may add and remove entries meanwhile."""
+    if store.folder is None:
+        return
+    for kind in KINDS:
+        with suppress(FileNotFoundError), os.scandir(store.folder / kind) as files:
+            for file in files:
+                with suppress(FileNotFoundError):
+                    state = file.stat(follow_symlinks=False)
+                    yield Entry(Path(file.path), kind, state.st_size, state.st_mtime)
+
+
+def clear(store: Store) -> None:
+    """Remove every entry, and what interrupted writers left. Raises OSError where it cannot."""
+    for entry in entries(store):
+        entry.path.unlink(missing_ok=True)
+
+
+def _header(kind: str, key: str, payload: bytes) -> bytes:
+    """What stands before a payload: its hash, with the name that it was saved under."""
+    digest = hashlib.sha256(f"{kind}/{key}\n".encode())
+    digest.update(payload)
+    return _MAGIC + digest.digest()
+
+
+def _write(path: Path, *parts: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)  # for this user alone
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _trim(store: Store, newest: set[Path]) -> None:
+    """Remove entries, the one unused for longest first, until `limit` bytes are left; the newest
+    stay whatever their size."""
+    now = time.time()
+    present = []
+    for entry in entries(store):
+        if not entry.path.name.startswith(_PARTIAL):
+            present.append(entry)
+        elif now - entry.used > _ABANDONED:
+            entry.path.unlink(missing_ok=True)
+    total = sum(entry.size for entry in present)
+    for entry in sorted(present, key=lambda entry: (entry.used, entry.path)):
+        if total <= store.limit:
+            return
+        if entry.path not in newest:
+            entry.path.unlink(missing_ok=True)
+            total -= entry.size
