@@ -7,6 +7,7 @@ import torch
 
 from moec.capture import capture
 from moec.codegen.package import build
+from moec.ir import Module
 from moec.runtime.executor import Executor
 from moec.target import host
 
@@ -31,6 +32,6 @@ def test_a_narrow_piece_stays_in_its_place(rest: int) -> None:
     torch.manual_seed(0)
     module, args = Turned(rest), (torch.randn(2, 5, 4 * (16 + rest)), torch.randn(5, 16))
     captured = capture(module, args)
-    run = Executor(build(captured.program, host()))
+    run = Executor(build(Module.of(captured.program), host()))
     (got,) = run({"x": args[0], "y": args[1]}).values()
     torch.testing.assert_close(got, module(*args))

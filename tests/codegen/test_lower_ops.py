@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moec.capture import capture
 from moec.codegen.package import build
+from moec.ir import Module
 from moec.runtime.executor import Executor
 from moec.target import host
 
@@ -218,7 +219,7 @@ def compiled(group: str, dtype: str) -> Executor:
     module = Many(list(GROUPS[group].values()))
     example = tuple(inputs(6, DTYPES[dtype]).values())
     captured = capture(module, example, dynamic_shapes={"x": rows, "y": rows, "i": rows})
-    return Executor(build(captured.program, host()))
+    return Executor(build(Module.of(captured.program), host()))
 
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the variance of no rows
