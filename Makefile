@@ -4,18 +4,23 @@
 PYTHON ?= python3
 JOBS ?= 2
 TESTS ?= tests
+BASE ?= HEAD^
 
 venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 
-.PHONY: demo test lint format golden clean
+.PHONY: demo test replay lint format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
 
 test: $(installed)
 	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+# What passes and kernels the tests make here and at BASE, compared: 1 where any differs.
+replay: $(installed)
+	$(python) -m tests.replay --base $(BASE) --jobs $(JOBS) $(TESTS)
 
 lint: $(installed)
 	$(python) -m ruff check .

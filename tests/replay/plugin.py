@@ -1,0 +1,177 @@
+"""A pytest plugin: every graph that passes make and every kernel that is compiled, as text.
+
+    python -m pytest -p tests.replay.plugin --replay=FOLDER
+
+`graph`: what a pass made, and what it declined. `kernel`: the function as LLVM receives it, after
+all passes of TVM and moec, with its target and options. `program`: the calls of kernels and the
+memory that Relax planned.
+
+Of a Hypothesis test the explicit examples run, and one generated example, the simplest: all others
+depend on the source of the tests. What runs in another process than the test is not recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, is_hypothesis_test, settings
+
+from tests.replay.records import Folder, Owner, Record
+
+PLUGIN = "moec-replay"
+LLVM = "target.build.llvm"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--replay", metavar="FOLDER", help="write what passes and kernels are made")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--replay")
+    if folder and not config.pluginmanager.has_plugin(PLUGIN):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        config.pluginmanager.register(Recorder(Folder(Path(folder).resolve()), worker), PLUGIN)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    recorder = config.pluginmanager.unregister(name=PLUGIN) if _recorder(config) else None
+    if recorder is not None:
+        recorder.stop()
+
+
+def _recorder(config: pytest.Config) -> Recorder | None:
+    return config.pluginmanager.get_plugin(PLUGIN)
+
+
+class Recorder:
+    """Between its construction and `stop` it watches passes and compilations of this process."""
+
+    def __init__(self, folder: Folder, worker: str) -> None:
+        self._folder = folder
+        self._worker = worker
+        self._open: list[list[Record]] = []
+        self._patch = pytest.MonkeyPatch()
+        self._watch_passes()
+        self._watch_programs()
+        self._llvm = self._watch_kernels()
+
+    def stop(self) -> None:
+        import tvm
+
+        self._patch.undo()
+        tvm.register_global_func(LLVM, self._llvm, override=True)
+
+    # What is recorded.
+
+    def _add(self, kind: str, name: str, text: str) -> None:
+        if self._open:
+            self._open[-1].append(Record(kind, name, self._folder.add_text(text)))
+
+    def _watch_passes(self) -> None:
+        """Each pass that runs makes a Step."""
+        from moec.passes.runner import Step
+        from moec.text import print_graph
+
+        make = Step.__init__
+
+        def record(step: Step, *args: Any, **options: Any) -> None:
+            make(step, *args, **options)
+            declined = [f"declined {d.where}: {d.reason}\n" for d in step.declined]
+            self._add("graph", step.name, "".join([print_graph(step.program.graph), *declined]))
+
+        self._patch.setattr(Step, "__init__", record)
+
+    def _watch_programs(self) -> None:
+        from tvm import relax
+
+        make = relax.build
+
+        def record(*args: Any, **options: Any) -> relax.VMExecutable:
+            executable = make(*args, **options)
+            self._add("program", "main", executable.as_text())
+            return executable
+
+        self._patch.setattr(relax, "build", record)
+
+    def _watch_kernels(self) -> Callable[..., Any]:
+        """TVM looks up the function that calls LLVM by name."""
+        import tvm
+
+        make: Callable[..., Any] = tvm.get_global_func(LLVM)
+
+        def record(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
+            kernels = ((str(v.name_hint), f) for v, f in module.functions_items())
+            for name, kernel in sorted(kernels, key=lambda pair: pair[0]):
+                self._add("kernel", name, f"# {target}\n{kernel.script()}\n")
+            return make(module, target)
+
+        tvm.register_global_func(LLVM, record, override=True)
+        return make
+
+    # Who made it.
+
+    @contextmanager
+    def _owner(self, key: str, *, shared: bool) -> Iterator[None]:
+        self._open.append([])
+        try:
+            yield
+        finally:
+            records = self._open.pop()
+            if records:
+                self._folder.add_owner(Owner(key, shared, tuple(records)), self._worker)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        names = [node.name for node in item.listchain() if isinstance(node, pytest.Class)]
+        with self._owner(".".join([*names, item.name]), shared=False):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, Any, Any]:
+        if fixturedef.scope == "function":
+            return (yield)
+        with self._owner(f"fixture {fixturedef.argname}", shared=True):
+            return (yield)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        modules = {m for name, m in sys.modules.items() if name.startswith("tests.")}
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                _simplest_example(item)
+            if isinstance(item, pytest.Function):
+                modules.add(item.module)
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, functools._lru_cache_wrapper):
+                    self._patch.setattr(module, name, self._shared(value))
+
+    def _shared(self, cached: Callable[..., Any]) -> Callable[..., Any]:
+        """Whichever test calls it first would own what it makes."""
+
+        @functools.wraps(cached)
+        def call(*args: Any, **options: Any) -> Any:
+            with self._owner(f"cached {cached.__name__}", shared=True):
+                return cached(*args, **options)
+
+        return call
+
+
+def _simplest_example(item: pytest.Item) -> None:
+    test: Any = item.obj  # type: ignore[attr-defined]
+    test = getattr(test, "__func__", test)
+    test._hypothesis_internal_use_settings = settings(
+        test._hypothesis_internal_use_settings,
+        max_examples=1,
+        phases=(Phase.explicit, Phase.generate),
+        derandomize=True,
+        database=None,
+    )
