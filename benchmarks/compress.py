@@ -34,15 +34,15 @@ from switch import FOLDER, trained
 from transformers import AutoTokenizer
 from upcycle import EXPERTS, LAYERS, K, upcycle
 
-from moec.calibration import calibration
-from moec.compression import KINDS
-from moec.cost import stored_bytes
-from moec.ir import Program
-from moec.meter import Meter
-from moec.passes.compress_experts import CompressExperts
-from moec.passes.layer import constant, layer_of
-from moec.passes.runner import Log
-from moec.passes.tune_grids import TuneGrids
+from moec.formats.compressed import KINDS
+from moec.ir.graph import Program
+from moec.ir.stats import stored_bytes
+from moec.passes.approximate.compress_experts import CompressExperts
+from moec.passes.approximate.tune_grids import TuneGrids
+from moec.passes.calibration.data import calibration
+from moec.passes.calibration.evaluator import Meter
+from moec.passes.core.moe_layer import constant, layer_of
+from moec.passes.core.runner import Log
 
 FITTED_ON = ("argparse.py", "typing.py", "pathlib.py", "ast.py", "dataclasses.py", "shutil.py",
              "email/message.py", "xml/dom/minidom.py", "tarfile.py", "inspect.py", "pickle.py",

@@ -36,18 +36,18 @@ from transformers import AutoTokenizer
 from upcycle import EXPERTS, LAYERS, K, upcycle
 
 import moec
-from moec.approximate import Approximate, Foresighted, Frame, Measured
-from moec.budget import budget
-from moec.calibration import calibration
-from moec.cost import stored_bytes
 from moec.errors import NoMatch
-from moec.ir import Program, Stage
-from moec.meter import Meter, Seen
-from moec.passes.average_experts import AverageExperts
-from moec.passes.layer import Layer, layer_of
-from moec.passes.merge_experts import MergeExperts
-from moec.passes.prune_experts import PruneExperts
-from moec.passes.runner import run
+from moec.ir.graph import Program, Stage
+from moec.ir.stats import stored_bytes
+from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.merge_experts import MergeExperts
+from moec.passes.approximate.prune_experts import PruneExperts
+from moec.passes.calibration.budget import budget
+from moec.passes.calibration.data import calibration
+from moec.passes.calibration.evaluator import Meter, Seen
+from moec.passes.calibration.session import Approximate, Foresighted, Frame, Measured
+from moec.passes.core.moe_layer import Layer, layer_of
+from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SEEN = ("argparse.py",)

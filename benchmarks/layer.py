@@ -49,10 +49,10 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 )
 
 import moec  # noqa: E402
-from moec import quantisation  # noqa: E402
 from moec.bench.limits import peak, reading, timed, warm  # noqa: E402
-from moec.closeness import strays  # noqa: E402
-from moec.target import host, processor  # noqa: E402
+from moec.formats import integer  # noqa: E402
+from moec.interpret.tolerance import strays  # noqa: E402
+from moec.target.cpu import host, processor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BF16_LOGIT = 2**-5  # twice the spacing of bf16 numbers from 2 to 4, where chosen logits lie
@@ -206,7 +206,7 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
     weights, over tokens that go to the same experts everywhere."""
     from qmoe import qmoe
 
-    layer, format = block(torch.bfloat16, True, shape), quantisation.parse(text)
+    layer, format = block(torch.bfloat16, True, shape), integer.parse(text)
     exact = copy.deepcopy(layer).float()
     example = torch.randn(1, 7, shape.D).bfloat16()
     compiled = moec.compile(layer, (example,), quant=text, verify=False)

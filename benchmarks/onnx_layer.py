@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from moec.compiled import CompiledModel
+from moec.model.compiled import CompiledModel
 
 FORMS = {"MoE op": "op", "ONNX rows": "rows"}
 

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from moec.quantisation import Format, quantise
+from moec.formats.integer import Format, quantise
 
 
 def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]:

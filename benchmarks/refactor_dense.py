@@ -42,14 +42,14 @@ from smollm2 import FILE, load  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import moec  # noqa: E402
-from moec.calibration import calibration  # noqa: E402
-from moec.graph_module import GraphModule  # noqa: E402
-from moec.ir import FLOATS, Program  # noqa: E402
-from moec.meter import Meter  # noqa: E402
-from moec.passes.feedforward import feedforwards  # noqa: E402
-from moec.passes.hoist_routers import split  # noqa: E402
-from moec.passes.refactor_dense import RefactorDense  # noqa: E402
-from moec.passes.runner import Log  # noqa: E402
+from moec.interpret.graph_module import GraphModule  # noqa: E402
+from moec.ir.graph import FLOATS, Program  # noqa: E402
+from moec.passes.approximate.feedforward import feedforwards  # noqa: E402
+from moec.passes.approximate.refactor_dense import RefactorDense  # noqa: E402
+from moec.passes.calibration.data import calibration  # noqa: E402
+from moec.passes.calibration.evaluator import Meter  # noqa: E402
+from moec.passes.core.runner import Log  # noqa: E402
+from moec.passes.specialise.hoist_routers import split  # noqa: E402
 
 LENGTH, WINDOWS = 256, 4
 CHOSEN_ON = ("argparse.py", "tarfile.py", "logging/__init__.py")

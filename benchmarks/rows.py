@@ -25,10 +25,10 @@ import tvm
 from torch import Tensor
 
 from moec.bench.limits import processor
-from moec.codegen.cpu.quantised import quantised_linear
-from moec.codegen.cpu.quantised_layout import QuantisedLayout, QuantisedSpec
-from moec.quantisation import Format, dequantise, parse, quantise, round_rows
-from moec.target import host
+from moec.codegen.cpu.quantised.grouped import quantised_linear
+from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.formats.integer import Format, dequantise, parse, quantise, round_rows
+from moec.target.cpu import host
 
 N, K = 1024, 2048
 CASES = {1: 48, 8: 8, 16: 8, 64: 8}  # rows of an expert: experts

@@ -32,18 +32,18 @@ from torch import Tensor  # noqa: E402
 
 from moec.arguments import target_of  # noqa: E402
 from moec.codegen.build import compile_kernels  # noqa: E402
-from moec.codegen.cpu.compressed import compressed_linear  # noqa: E402
-from moec.codegen.cpu.compressed_weights import table  # noqa: E402
-from moec.codegen.cpu.grouped import grouped_linear  # noqa: E402
-from moec.codegen.cpu.layout import Layout, LinearSpec  # noqa: E402
-from moec.codegen.cpu.pack import pack  # noqa: E402
-from moec.codegen.cpu.quantised_layout import PAIRS  # noqa: E402
-from moec.codegen.cpu.round_rows import round_rows  # noqa: E402
-from moec.codegen.cpu.ternary_walk import CompressedSpec  # noqa: E402
-from moec.compression import compress, decompress, nbytes  # noqa: E402
-from moec.target import Target  # noqa: E402
-from moec.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
-from moec.ternary_dictionary import ZEROS, dictionary  # noqa: E402
+from moec.codegen.cpu.compressed.grouped import compressed_linear  # noqa: E402
+from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec  # noqa: E402
+from moec.codegen.cpu.compressed.weights import table  # noqa: E402
+from moec.codegen.cpu.gemm.grouped import grouped_linear  # noqa: E402
+from moec.codegen.cpu.gemm.layout import Layout, LinearSpec  # noqa: E402
+from moec.codegen.cpu.gemm.pack import pack  # noqa: E402
+from moec.codegen.cpu.quantised.layout import PAIRS  # noqa: E402
+from moec.codegen.cpu.quantised.round_rows import round_rows  # noqa: E402
+from moec.formats.compressed import compress, decompress, nbytes  # noqa: E402
+from moec.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
+from moec.formats.ternary_code import ZEROS, dictionary  # noqa: E402
+from moec.target.cpu import Target  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
 COLD = 2  # times the last-level cache

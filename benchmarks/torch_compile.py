@@ -32,7 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 import moec  # noqa: E402
 import moec.dynamo  # noqa: E402
 from moec.bench.limits import timed, warm  # noqa: E402
-from moec.closeness import strays  # noqa: E402
+from moec.interpret.tolerance import strays  # noqa: E402
 
 MOEC = "moec"
 Run = Callable[[Tensor], Tensor]

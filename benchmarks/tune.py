@@ -27,8 +27,8 @@ import torch  # isort: skip
 import moec
 from moec.bench.limits import timed
 from moec.codegen.tuning.choose import gain
-from moec.report import TunedLine
-from moec.target import host, processor
+from moec.report.report import TunedLine
+from moec.target.cpu import host, processor
 
 
 def compare(shape: str, dtype: str, quant: str | None, tokens: list[int], rounds: int) -> list[str]:

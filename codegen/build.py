@@ -16,10 +16,10 @@ from tvm.relax.vm_build import _vmcodegen
 from tvm.tirx import PrimFunc
 
 from moec.cache import Store, default_store
-from moec.codegen.link import Exportable, linked
+from moec.codegen.cpu.link import Exportable, linked
 from moec.codegen.object_cache import compiled_objects, llvm_modules, named_by_content
 from moec.runtime.library import open_kernels
-from moec.target import Target
+from moec.target.cpu import Target
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Graph -> TVM Relax: one function, every group of ops a call to one kernel.
 
-Ops with a kernel of our own (kernels/) are called as they are; all others are fused into
-loops (generic/). Kernels that compute the same thing are made once, whatever layer they stand
+Ops with a kernel of our own (rules/) are called as they are; all others are fused into
+loops (loops/). Kernels that compute the same thing are made once, whatever layer they stand
 in and whichever function calls them, and work for every size within the bounds.
 """
 
@@ -17,14 +17,14 @@ import tvm
 from tvm import relax, tirx
 
 from moec.codegen.cpu.tuning import Tuning
-from moec.codegen.generic.groups import partition
-from moec.codegen.generic.index import Sizes, names
-from moec.codegen.kernels import KERNELS, has_kernel
-from moec.codegen.lowering import Kernels, Lowering, Param
-from moec.codegen.support import check
-from moec.codegen.tunable import Tunable
-from moec.ir import Graph, Module
-from moec.target import Target
+from moec.codegen.fusion import partition
+from moec.codegen.loops.index import Sizes, names
+from moec.codegen.module_builder import Kernels, Lowering, Param
+from moec.codegen.rules import KERNELS, has_kernel
+from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.unsupported import check
+from moec.ir.graph import Graph, Module
+from moec.target.cpu import Target
 
 BUILDERS = threading.Lock()
 """Held while Relax is written: TVM keeps the open builders of all threads on one stack."""

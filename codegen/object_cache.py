@@ -32,10 +32,10 @@ from tvm.tirx import PrimFunc
 from tvm_ffi.structural import structural_map, structural_walk
 
 from moec.cache import OBJECTS, Store, key_of, load, save
-from moec.codegen.tir_pipeline import PIPELINE
+from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
 
-_SOURCES = ("build.py", "object_cache.py", "opaque.py", "outline.py", "tir_pipeline.py")
+_SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
 _CONTENT = 16  # digits of a kernel's content in its name
 
 

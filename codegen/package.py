@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from moec.codegen.build import compile_module
+from moec.codegen.cpu.link import linked
 from moec.codegen.cpu.tuning import Tuning
-from moec.codegen.generic.rules import EMIT, named
-from moec.codegen.link import linked
+from moec.codegen.loops.rules import EMIT, named
 from moec.codegen.lower import Lowered, lower
-from moec.codegen.lowering import Param
-from moec.ir import Graph, Module, Program, Value
+from moec.codegen.module_builder import Param
+from moec.ir.graph import Graph, Module, Program, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
@@ -30,7 +30,7 @@ from moec.runtime.package import (
     Size,
     StatePort,
 )
-from moec.target import Target
+from moec.target.cpu import Target
 
 __all__ = ["build"]
 

@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch
-from moec.evaluate import evaluate
-from moec.ir import Op, Program, Stage, Value
-from moec.passes import runner
-from moec.passes.rewrite import Builder, rewrite
-from moec.text import parse, print_graph
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.text import parse, print_graph
+from moec.passes.core import runner
+from moec.passes.core.rewrite import Builder, rewrite
 
 CLAMP = "aten.clamp.default"
 

@@ -14,15 +14,15 @@ import torch
 from transformers import AutoTokenizer
 
 import moec
-from moec.approximate import Approximate, Frame, Measured
-from moec.calibration import calibration
-from moec.cost import stored_bytes
-from moec.ir import Program, Stage
-from moec.meter import Meter
-from moec.passes.average_experts import AverageExperts
-from moec.passes.merge_experts import MergeExperts
-from moec.passes.prune_experts import PruneExperts
-from moec.passes.runner import run
+from moec.ir.graph import Program, Stage
+from moec.ir.stats import stored_bytes
+from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.merge_experts import MergeExperts
+from moec.passes.approximate.prune_experts import PruneExperts
+from moec.passes.calibration.data import calibration
+from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
 WINDOWS, LENGTH = 4, 256

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import moec
-from moec.approximate import Frame, Measured
-from moec.calibration import calibration
-from moec.ir import Stage
-from moec.meter import Meter
-from moec.passes.insert_zero_experts import InsertZeroExperts
-from moec.passes.runner import run
+from moec.ir.graph import Stage
+from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
+from moec.passes.calibration.data import calibration
+from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.session import Frame, Measured
+from moec.passes.core.runner import run
 from moec.train.zero_experts import MoEPlusPlus
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"

@@ -21,13 +21,13 @@ import torch
 from transformers import AutoTokenizer
 
 import moec
-from moec.approximate import Frame, Measured
-from moec.calibration import calibration
-from moec.cost import stored_bytes
-from moec.ir import Program, Stage
-from moec.meter import Meter
-from moec.passes.compress_experts import CompressExperts
-from moec.passes.runner import run
+from moec.ir.graph import Program, Stage
+from moec.ir.stats import stored_bytes
+from moec.passes.approximate.compress_experts import CompressExperts
+from moec.passes.calibration.data import calibration
+from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.session import Frame, Measured
+from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
 LENGTH = 256

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.passes.specialise import Specialise
+from moec.passes.specialise.specialise import Specialise
 
 D, H, EXPERTS, TASKS, VOCABULARY = 256, 512, 8, 4, 512
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.cost import stored_bytes
-from moec.evaluate import evaluate
-from moec.passes.aggregate_experts import AggregateExperts
-from moec.passes.keep_used import KeepUsed
+from moec.interpret.evaluate import evaluate
+from moec.ir.stats import stored_bytes
+from moec.passes.approximate.aggregate_experts import AggregateExperts
+from moec.passes.approximate.keep_used import KeepUsed
 
 D, H, E, K, T = 64, 128, 4, 2, 128
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.passes.refactor_dense import RefactorDense
+from moec.passes.approximate.refactor_dense import RefactorDense
 
 D, HEADS, HIDDEN, LAYERS, LENGTH = 64, 4, 192, 2, 64
 STEPS, BATCH, RATE = 80, 16, 3e-3

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec import train
     from moec.api import compile
-    from moec.compiled import CompiledModel
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
-    from moec.loading import LoadedModel, load
-    from moec.transformation import transform
+    from moec.model.compiled import CompiledModel
+    from moec.model.load import LoadedModel, load
+    from moec.transformation.transform import transform
 
 __all__ = [
     "CompiledModel",
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 _WHERE = {
-    "CompiledModel": "moec.compiled",
-    "LoadedModel": "moec.loading",
+    "CompiledModel": "moec.model.compiled",
+    "LoadedModel": "moec.model.load",
     "MoecError": "moec.errors",
     "compile": "moec.api",
-    "load": "moec.loading",
+    "load": "moec.model.load",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",
-    "transform": "moec.transformation",
+    "transform": "moec.transformation.transform",
 }
 
 

@@ -11,36 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec import check as checking
-from moec.approximate import Approximate, Frame
 from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
-from moec.blocks import blocks
-from moec.bound import bound
-from moec.budget import Budget
-from moec.budget import budget as budget_of
-from moec.calibration import check as check_calibration
 from moec.capture.doors import capture_source, open_source, stop_tokens
-from moec.codegen.link import linker_for
-from moec.compiled import CompiledModel
+from moec.capture.gc_pause import seldom_collected
+from moec.codegen.cpu.link import linker_for
 from moec.errors import NoMatch, UnsupportedError, UsageError
-from moec.garbage import seldom_collected
-from moec.ir import Stage, stage_of
-from moec.passes.hoist_routers import HoistRouters, split
-from moec.passes.incremental import continues_text, incremental, logits_of
-from moec.passes.runner import Declined, Pass, Step, run
-from moec.pieces import in_pieces
+from moec.formats.integer import Quantisation, parse_parts
+from moec.ir.graph import Stage, stage_of
+from moec.model.bind_inputs import bound
+from moec.model.compiled import CompiledModel
+from moec.passes.calibration.budget import Budget
+from moec.passes.calibration.budget import budget as budget_of
+from moec.passes.calibration.data import check as check_calibration
+from moec.passes.calibration.session import Approximate, Frame
+from moec.passes.core.runner import Declined, Pass, Step, run
+from moec.passes.decode import continues_text, incremental, logits_of
+from moec.passes.specialise.hoist_routers import HoistRouters, split
 from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, stepped, until
-from moec.quantisation import Quantisation, parse_parts
-from moec.quantised import quantised_lines
-from moec.report import kernels_of
-from moec.report_data import Block
+from moec.report.blocks import blocks
+from moec.report.data import Block
+from moec.report.quantisation import quantised_lines
+from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, ROUTE, ROUTED, RouterPorts
-from moec.target import missing
+from moec.target.cpu import missing
+from moec.verify import check as checking
+from moec.verify.chunked import in_pieces
 
 if TYPE_CHECKING:
     from moec.codegen.cpu.tuning import Tuning
     from moec.runtime.executor import Executor
-    from moec.target import Target
+    from moec.target.cpu import Target
 
 
 @seldom_collected()
@@ -207,7 +207,7 @@ def _build(
     tunings: dict[str, Tuning] = {}
     if tune:
         with clock.phase("tune"), _explained(compiled):
-            from moec.tuning import tune_kernels
+            from moec.model.tune import tune_kernels
 
             tunings, lines = tune_kernels(
                 module, target, opt_level=opt_level, progress=clock.progress

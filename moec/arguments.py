@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
 from moec.errors import UsageError
-from moec.target import Target, missing, parse
+from moec.target.cpu import Target, missing, parse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -10,46 +10,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.approximate import Approximate, Frame, Measured
-from moec.calibrated import Calibrated
 from moec.errors import UsageError
-from moec.ir import Stage
-from moec.passes.aggregate_experts import AggregateExperts
-from moec.passes.average_experts import AverageExperts
-from moec.passes.canonicalise import Canonicalise
-from moec.passes.compress_experts import CompressExperts
-from moec.passes.expand_experts import ExpandExperts
-from moec.passes.fold_addend import FoldAddend
-from moec.passes.fold_constants import FoldConstants
-from moec.passes.fold_lora import FoldLora
-from moec.passes.fold_mask import FoldMask
-from moec.passes.fold_permutes import FoldPermutes
-from moec.passes.fold_supernet import FoldSupernet
-from moec.passes.fuse_activation import FuseActivation
-from moec.passes.fuse_append import FuseAppend
-from moec.passes.fuse_attention import FuseAttention
-from moec.passes.fuse_decompress import FuseDecompress
-from moec.passes.fuse_dispatch import FuseDispatch
-from moec.passes.fuse_gate import FuseGate
-from moec.passes.fuse_norm import FuseNorm
-from moec.passes.fuse_residual import FuseResidual
-from moec.passes.fuse_rotary import FuseRotary
-from moec.passes.hoist_routers import HoistRouters
-from moec.passes.insert_zero_experts import InsertZeroExperts
-from moec.passes.keep_used import KeepUsed
-from moec.passes.merge_experts import MergeExperts
-from moec.passes.options import made_from, split
-from moec.passes.prune_experts import PruneExperts
-from moec.passes.quantise_experts import QuantiseExperts
-from moec.passes.quantise_linears import QuantiseLinears
+from moec.formats.integer import Format, Quantisation
+from moec.ir.graph import Stage
+from moec.passes.approximate.aggregate_experts import AggregateExperts
+from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.compress_experts import CompressExperts
+from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
+from moec.passes.approximate.keep_used import KeepUsed
+from moec.passes.approximate.merge_experts import MergeExperts
+from moec.passes.approximate.prune_experts import PruneExperts
+from moec.passes.approximate.refactor_dense import RefactorDense
+from moec.passes.approximate.tune_grids import TuneGrids
+from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.core.options import made_from, split
+from moec.passes.core.runner import Asked, Pass, Step
+from moec.passes.decode.fuse_append import FuseAppend
+from moec.passes.dense.fold_mask import FoldMask
+from moec.passes.dense.fuse_attention import FuseAttention
+from moec.passes.dense.fuse_norm import FuseNorm
+from moec.passes.dense.fuse_residual import FuseResidual
+from moec.passes.dense.fuse_rotary import FuseRotary
+from moec.passes.lower.expand_experts import ExpandExperts
+from moec.passes.lower.fuse_activation import FuseActivation
+from moec.passes.lower.fuse_decompress import FuseDecompress
+from moec.passes.lower.fuse_dispatch import FuseDispatch
+from moec.passes.lower.fuse_gate import FuseGate
+from moec.passes.quantise.gptq_codes import Calibrated
+from moec.passes.quantise.quantise_experts import QuantiseExperts
+from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
-from moec.passes.refactor_dense import RefactorDense
-from moec.passes.runner import Asked, Pass, Step
-from moec.passes.share_common import ShareCommon
-from moec.passes.specialise import Specialise
-from moec.passes.split_packed import SplitPacked
-from moec.passes.tune_grids import TuneGrids
-from moec.quantisation import Format, Quantisation
+from moec.passes.simplify.canonicalise import Canonicalise
+from moec.passes.simplify.fold_addend import FoldAddend
+from moec.passes.simplify.fold_constants import FoldConstants
+from moec.passes.simplify.fold_permutes import FoldPermutes
+from moec.passes.simplify.share_common import ShareCommon
+from moec.passes.simplify.split_packed import SplitPacked
+from moec.passes.specialise.fold_lora import FoldLora
+from moec.passes.specialise.fold_supernet import FoldSupernet
+from moec.passes.specialise.hoist_routers import HoistRouters
+from moec.passes.specialise.specialise import Specialise
 
 SPELLED: tuple[tuple[int, Pass], ...] = (
     # ATEN: one spelling per idea

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-from moec import target
 from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing
@@ -37,6 +36,7 @@ from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.manifest import Manifest, Part, Stored, StoredSample
 from moec.runtime.package import CpuNeeds, Package
 from moec.runtime.threads import available
+from moec.target import cpu
 
 LIBRARY = "kernels/lib.so"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -237,9 +237,9 @@ def check_machine(machine: str) -> None:
 
 def check_features(needs: CpuNeeds) -> None:
     """Raise ArtifactError unless this CPU has the features that the kernels use."""
-    wanted = target.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
+    wanted = cpu.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
     try:
-        target.require(wanted)
+        cpu.require(wanted)
     except TargetError as error:
         raise ArtifactError(str(error)) from error
 

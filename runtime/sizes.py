@@ -1,6 +1,6 @@
 """Sizes as text (T, 2*T, floor(B*S/4)) and their values, without sympy and without eval.
 
-The grammar is that of `moec.sizes.parse_dim`, which wrote the text.
+The grammar is that of `moec.ir.dims.parse_dim`, which wrote the text.
 """
 
 from __future__ import annotations

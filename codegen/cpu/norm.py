@@ -17,11 +17,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import rounding, tasks
+from moec.codegen.cpu import parallel, rounding
 from moec.codegen.cpu.dtypes import TVM_DTYPES
-from moec.codegen.cpu.tasks import ELEMENT
+from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
-from moec.target import Target
+from moec.target.cpu import Target
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
 
@@ -93,7 +93,7 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
             total = argument("sum", whole, spec.x) if spec.residual else None
             out = argument("out", whole, spec.out)
             work = rows * (spec.width * ELEMENT)
-            with v.functions(), rounding.functions(v), tasks.shared(rows, work) as t:
+            with v.functions(), rounding.functions(v), parallel.shared(rows, work) as t:
                 _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
     return ib.get()
 

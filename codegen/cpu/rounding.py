@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.cpu.intrinsics import llvm_functions
+from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.vector_text import llvm_functions
 from moec.codegen.cpu.vector import Vector
-from moec.codegen.llvm_frame import llvm_frame
 
 
 def functions(v: Vector) -> AbstractContextManager[object]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.cpu.llvm.frame import llvm_frame
 from moec.codegen.cpu.vector import Vector
-from moec.codegen.llvm_frame import llvm_frame
 
 # 2^r = 1 + r*q(r) on [-1/2, 1/2]: least squares, reweighted until the relative error was flat
 # at 9.2e-8. The constant term is exactly 1, so that exp(0) is.

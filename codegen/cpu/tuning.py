@@ -25,7 +25,7 @@ class Tuning:
                    tile behind it instead
     tiles_at_once  tiles of columns of an expert that a thread takes at once, at most
     dots_below     rows of an expert below which codes go to dot products, where there are tiles
-    worth          work of a loop from which on it is shared among threads (tasks.py)
+    worth          work of a loop from which on it is shared among threads (parallel.py)
     """
 
     fetched: int = _value(16384, 0, 4096)

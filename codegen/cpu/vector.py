@@ -21,10 +21,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.intrinsics import llvm_functions
-from moec.codegen.llvm_frame import llvm_frame
-from moec.codegen.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
-from moec.target import Target
+from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
+from moec.codegen.cpu.llvm.vector_text import llvm_functions
+from moec.target.cpu import Target
 
 _TANH_LIMIT = 7.90531110763549805
 # erfc(z) = t exp(p(t) - z^2) with t = 1 / (1 + z/2): Numerical Recipes, erfcc.

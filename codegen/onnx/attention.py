@@ -9,8 +9,8 @@ from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
+from moec.ir.dims import Dim
 from moec.ops.attention import SWAP, Attention
-from moec.sizes import Dim
 
 
 @build("nn.attention")

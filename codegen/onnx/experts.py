@@ -18,10 +18,10 @@ from moec.codegen.onnx.rules import BUILD, Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
-from moec.ir import Graph, Op, Value
+from moec.ir.dims import Dim
+from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
 from moec.ops.quantised import GroupedQuantised
-from moec.sizes import Dim
 
 _ROUTERS = ("moe.gate", "moe.route")
 _PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")

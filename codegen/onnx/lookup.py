@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moec.codegen.onnx.rules import Call, axis, build
 from moec.errors import NoMatch
-from moec.ir import Value
+from moec.ir.graph import Value
 
 
 def positions(c: Call, value: Value) -> str:

@@ -22,9 +22,9 @@ from moec.codegen.onnx import (
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
 from moec.codegen.onnx.writer import Node, Writer
-from moec.codegen.support import fixed, line
+from moec.codegen.unsupported import fixed, line
 from moec.errors import NoMatch, UnsupportedError
-from moec.ir import Graph, Op, Value
+from moec.ir.graph import Graph, Op, Value
 
 FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),

@@ -10,7 +10,7 @@ import torch
 
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import Weight, Writer
-from moec.ir import Value
+from moec.ir.graph import Value
 
 
 def transposed(w: Writer, weight: Value) -> str:

@@ -26,12 +26,12 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.routing import logits_of
 from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
-from moec.evaluate import run_graph
-from moec.ir import Graph, Op, Value
+from moec.interpret.evaluate import run_graph
+from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
 from moec.ops.quantised import GroupedQuantised
 from moec.ops.routing import Routing
-from moec.passes.prove import widen
+from moec.passes.proof.prove import widen
 
 SMALLEST = 1e-30  # a weight of zero has no logarithm
 

@@ -8,8 +8,8 @@ from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
-from moec.ir import Graph, Ref, Value
-from moec.sizes import Dim
+from moec.ir.dims import Dim
+from moec.ir.graph import Graph, Ref, Value
 
 
 @build("nn.rms_norm")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from moec.codegen.generic.rules import common_dtype
+from moec.codegen.loops.rules import common_dtype
 from moec.codegen.onnx.rules import Call, build
 from moec.errors import NoMatch
-from moec.ir import FLOATS, Value
+from moec.ir.graph import FLOATS, Value
 
 # ---- functions -------------------------------------------------------------------------
 

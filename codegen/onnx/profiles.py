@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.closeness import computed_dtypes
 from moec.errors import TargetError, UsageError
-from moec.ir import Graph
+from moec.interpret.tolerance import computed_dtypes
+from moec.ir.graph import Graph
 
 OPSETS = range(18, 26)
 """From the first in which every reduction takes its axes as an input to the last that ONNX

@@ -23,7 +23,7 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.quantised import accuracy_level
 from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
-from moec.ir import Op, Value
+from moec.ir.graph import Op, Value
 from moec.ops.quantised import GroupedQuantised
 
 

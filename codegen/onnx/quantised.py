@@ -24,9 +24,9 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
-from moec.ir import Value
+from moec.formats.integer import Format
+from moec.ir.graph import Value
 from moec.ops.quantised import GroupedQuantised
-from moec.quantisation import Format
 
 BLOCKED = 21
 """The first opset whose DequantizeLinear takes blocks and four bits."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from moec.codegen.onnx.rules import Call, axis, build
 from moec.errors import NoMatch
-from moec.ir import Value
+from moec.ir.graph import Value
 
 
 def _axes(c: Call, dims: Any) -> list[int]:

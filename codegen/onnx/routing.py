@@ -8,9 +8,9 @@ from moec.codegen.onnx.matrix import transposed
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
-from moec.ir import DType, Op, Value
+from moec.ir.dims import Dim
+from moec.ir.graph import DType, Op, Value
 from moec.ops.routing import Routing
-from moec.sizes import Dim
 
 LOW = float("-inf")
 

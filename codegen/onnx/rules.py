@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.generic.rules import named
+from moec.codegen.loops.rules import named
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
-from moec.ir import Op, Value
-from moec.sizes import Dim
+from moec.ir.dims import Dim
+from moec.ir.graph import Op, Value
 
 
 @dataclass(frozen=True)

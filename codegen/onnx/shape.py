@@ -10,8 +10,8 @@ import numpy as np
 from moec.codegen.onnx.rules import Call, axis, build
 from moec.codegen.onnx.writer import NUMPY
 from moec.errors import NoMatch
-from moec.ir import Value
-from moec.sizes import Dim, symbols
+from moec.ir.dims import Dim, symbols
+from moec.ir.graph import Value
 
 LAST = np.iinfo(np.int64).max
 

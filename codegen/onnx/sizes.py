@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 
 from moec.errors import NoMatch
-from moec.sizes import Bounds, Dim, symbols
+from moec.ir.dims import Bounds, Dim, symbols
 
 if TYPE_CHECKING:
     from moec.codegen.onnx.writer import Writer

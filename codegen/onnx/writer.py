@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from moec.codegen.onnx.sizes import written
-from moec.ir import Graph, Value
-from moec.sizes import Dim, symbols
+from moec.ir.dims import Dim, symbols
+from moec.ir.graph import Graph, Value
 
 NUMPY = {
     "f32": np.float32,

@@ -18,9 +18,9 @@ import tvm
 from torch import Tensor
 from tvm.tirx import PrimFunc
 
-from moec.codegen.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable
 from moec.errors import NoMatch
-from moec.target import last_cache
+from moec.target.cpu import last_cache
 
 _TORCH = {
     "float32": torch.float32,

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from tvm_ffi import structural_equal
 
 from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
-from moec.codegen.tunable import Tunable
 from moec.codegen.tuning.measure import TOKENS, Bench
+from moec.codegen.tuning.tunable import Tunable
 
 LEAST = math.log(1.02)
 
@@ -98,7 +98,7 @@ def _different(kernel: Tunable, name: str, best: Tuning) -> list[Tuning]:
 
 
 def work(kernel: Tunable, tokens: int) -> int:
-    """What a kernel's loop compares with `worth` (tasks.py)."""
+    """What a kernel's loop compares with `worth` (cpu/parallel.py)."""
     rows = tokens * kernel.top_k
     sums = sum(layout.sums for layout in kernel.layouts)
     return rows * sums + min(rows, kernel.experts) * sum(layout.bytes for layout in kernel.layouts)

@@ -12,9 +12,9 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
-from moec.codegen.tunable import Tunable
 from moec.codegen.tuning.arguments import Arguments, arguments
-from moec.target import Target
+from moec.codegen.tuning.tunable import Tunable
+from moec.target.cpu import Target
 
 TOKENS = (1, 8, 64, 512)
 SECONDS = 0.3  # that all calls of one number of tokens are to take, within the limits of rounds

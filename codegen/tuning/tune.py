@@ -8,13 +8,13 @@ from importlib.metadata import version
 
 from moec.cache import Store, key_of
 from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
-from moec.codegen.tunable import Tunable
 from moec.codegen.tuning import cache
 from moec.codegen.tuning.choose import Gain, choose
 from moec.codegen.tuning.measure import TOKENS, Measure
+from moec.codegen.tuning.tunable import Tunable
 from moec.errors import NoMatch
 from moec.runtime.threads import set_threads
-from moec.target import Target, processor
+from moec.target.cpu import Target, processor
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moec.ir import Graph, Op, Value
+from moec.formats.integer import Format
+from moec.ir.dims import evaluate_dim
+from moec.ir.graph import Graph, Op, Value
 from moec.ops.attention import Attention
 from moec.ops.compressed import GroupedCompressed
 from moec.ops.quantised import GroupedQuantised, Matrix
 from moec.ops.quantised_linear import QuantisedLinear
-from moec.quantisation import Format
 from moec.runtime.dtypes import NUMPY
-from moec.sizes import evaluate_dim
 
 Env = Mapping[str, int]
 

@@ -12,10 +12,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.tile_intrinsics import SUMS, TILE_BYTES, TILE_ROWS
+from moec.codegen.cpu.llvm.amx import SUMS, TILE_BYTES, TILE_ROWS
 from moec.codegen.cpu.vector import Vector
 from moec.runtime.threads import available
-from moec.target import host
+from moec.target.cpu import host
 
 THREADS = available()
 AHEAD = 8192  # bytes: loads alone keep fewer lines under way than a core could

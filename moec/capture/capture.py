@@ -18,19 +18,19 @@ from torch.utils import _pytree as pytree
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
+from moec.capture.gc_pause import seldom_collected
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
-from moec.closeness import default_tolerance, distance
 from moec.errors import CaptureError, IRError
-from moec.evaluate import evaluate
-from moec.garbage import seldom_collected
-from moec.graph_module import GraphModule
-from moec.ir import Program
-from moec.sizes import Bounds
+from moec.interpret.evaluate import evaluate
+from moec.interpret.graph_module import GraphModule
+from moec.interpret.tolerance import default_tolerance, distance
+from moec.ir.dims import Bounds
+from moec.ir.graph import Program
 
 Eager = Callable[..., tuple[torch.Tensor, ...]]
 

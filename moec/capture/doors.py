@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 
 from moec.capture.capture import Captured, capture
 from moec.errors import CaptureError, UsageError
-from moec.graph_module import GraphModule
-from moec.sizes import Bounds
+from moec.interpret.graph_module import GraphModule
+from moec.ir.dims import Bounds
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -18,12 +18,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from moec.aten import IR_DTYPES
 from moec.capture.scans import OWN
 from moec.capture.states import as_buffers
 from moec.errors import CaptureError
-from moec.ir import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
-from moec.sizes import Bounds, Dim, from_torch
+from moec.ir.aten import IR_DTYPES
+from moec.ir.dims import Bounds, Dim, from_torch
+from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
 
 KEPT = frozenset(
     {
@@ -336,7 +336,7 @@ def to_program(
 
 
 def _symbols(value: Value) -> set[str]:
-    from moec.sizes import symbols
+    from moec.ir.dims import symbols
 
     return {name for dim in value.shape for name in symbols(dim)}
 

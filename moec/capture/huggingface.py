@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.export import Dim as TorchDim
 
-from moec.autograd import autograd_inside
+from moec.capture.autograd import autograd_inside
 from moec.capture.exported import decompose, to_program
 from moec.errors import CaptureError
-from moec.evaluate import run_graph
-from moec.ir import Graph
-from moec.text import parse, print_graph
+from moec.interpret.evaluate import run_graph
+from moec.ir.graph import Graph
+from moec.ir.text import parse, print_graph
 
 NAME = "moec"
 

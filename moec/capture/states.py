@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
-from moec.ir import Program
+from moec.ir.graph import Program
 
 
 def as_buffers(exported: ExportedProgram) -> ExportedProgram:

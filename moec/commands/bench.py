@@ -17,7 +17,7 @@ from moec.bench.names import PACKAGES
 from moec.commands.inspect import is_artifact
 from moec.commands.options import DTypeName, json_option
 from moec.errors import UsageError
-from moec.target import processor
+from moec.target.cpu import processor
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
@@ -94,7 +94,7 @@ def command(
     from moec.runtime.threads import set_threads
 
     count = set_threads(threads)
-    from moec.progress import Progress, hush
+    from moec.commands.progress import Progress, hush
 
     hush()
     with Progress(quiet=quiet or as_json) as progress:
@@ -148,8 +148,8 @@ def _bench(
     from moec.bench.cost import cost
     from moec.bench.race import Load, race
     from moec.bench.result import Limits, result
+    from moec.ir.text import parse
     from moec.runtime.package import DECODE
-    from moec.text import parse
 
     torch.set_num_threads(threads)
     before = os.getloadavg()[0]
@@ -213,8 +213,8 @@ def _bench(
 def _open(
     model: str, artifact: Path | None, dtype: str | None, quant: str | None, progress: Any
 ) -> Any:
+    from moec.ir.text import print_graph
     from moec.runtime.package import DECODE
-    from moec.text import print_graph
 
     if artifact is None:
         from moec.api import compile as compile_model

@@ -38,19 +38,19 @@ def command(
     """
     from dataclasses import asdict
 
+    from moec.commands.progress import Progress, hush
     from moec.commands.shapes import dynamic_shapes, explained, parse
-    from moec.progress import Progress, hush
 
     wanted = parse(shapes)
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec.api import compile as compile_model
-        from moec.bisect import bisect
-        from moec.bound import bound
+        from moec.interpret.random_inputs import random_cases
+        from moec.interpret.run_in_float32 import MEANING
+        from moec.model.bind_inputs import bound
         from moec.pipeline import choose, exact
-        from moec.random_inputs import random_cases
-        from moec.widened import MEANING
+        from moec.verify.bisect import bisect
 
         why = "bisect looks for a change that nobody asked for; leave it out"
         chosen = exact(choose(opt_level, passes), why)

@@ -21,8 +21,8 @@ from moec.commands.options import (
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.ir import Program
-    from moec.passes.runner import Step
+    from moec.ir.graph import Program
+    from moec.passes.core.runner import Step
 
 
 @click.command("compile", short_help="Compile a model into an artifact.")
@@ -91,7 +91,7 @@ def command(
     _check_output(output, builds, force)
     arguments = asked(**options)
 
-    from moec.progress import Progress, hush
+    from moec.commands.progress import Progress, hush
 
     dump = None if dump_ir is None else Dump(dump_ir)
 
@@ -132,11 +132,11 @@ def command(
     if as_json:
         click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
     elif stop_after and not dump_ir:
-        from moec.text import print_graph
+        from moec.ir.text import print_graph
 
         click.echo(print_graph(compiled.steps[-1].program.graph), nl=False)
     elif not quiet:
-        from moec.report_text import render, terminal_width
+        from moec.report.text import render, terminal_width
 
         click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
         if builds:
@@ -160,7 +160,7 @@ class Dump:
         self.written = 0
 
     def __call__(self, step: Step) -> None:
-        from moec.text import print_graph
+        from moec.ir.text import print_graph
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.written:02d}-{step.name}.moe"

@@ -15,12 +15,12 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
     Exits with 1 where something that moec needs is missing.
     """
-    from moec import doctor
+    from moec.commands import machine
 
-    checks = doctor.examine()
-    bad = [check for check in checks if check.state == doctor.BAD]
+    checks = machine.examine()
+    bad = [check for check in checks if check.state == machine.BAD]
     if as_json:
-        click.echo(doctor.as_json(checks))
+        click.echo(machine.as_json(checks))
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:

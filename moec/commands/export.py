@@ -20,7 +20,7 @@ from moec.commands.options import (
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.codegen.onnx.export import Exported
+    from moec.export.onnx import Exported
 
 
 NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
@@ -83,7 +83,7 @@ def command(
     path = _output(output, force)
     arguments = asked(**options)
 
-    from moec.progress import Progress, hush
+    from moec.commands.progress import Progress, hush
 
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:

@@ -14,8 +14,8 @@ from moec.commands.options import asked, json_option, model_options
 from moec.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
-    from moec.ir import Graph
-    from moec.report import Report
+    from moec.ir.graph import Graph
+    from moec.report.report import Report
 
 
 @click.command("inspect", short_help="Show the MoE blocks of a model or an artifact.")
@@ -46,7 +46,7 @@ def command(
     else:
         report, graph = of_model(model, asked(**options), quiet or as_json)
     if picture:
-        from moec.picture import save, scene
+        from moec.report.picture import save, scene
 
         save(scene(report.model, graph, report.blocks, report.declined), picture)
     if as_json:
@@ -54,7 +54,7 @@ def command(
         return
     import sys
 
-    from moec.report_text import render, terminal_width
+    from moec.report.text import render, terminal_width
 
     click.echo(render(report, terminal_width(), color=sys.stdout.isatty()), nl=False)
     if picture:
@@ -73,12 +73,12 @@ def of_artifact(path: Path) -> tuple[Report, Graph]:
 
     Raises ArtifactError where the parts that are read here are missing or altered.
     """
-    from moec.report import Report
+    from moec.ir.text import parse
+    from moec.report.report import Report
     from moec.runtime import manifest as manifests
     from moec.runtime.artifact import graph_part
     from moec.runtime.container import open_container
     from moec.runtime.package import MAIN
-    from moec.text import parse
 
     container = open_container(path)
     manifest = manifests.load(_verified(path, container, manifests.NAME, None))
@@ -108,8 +108,8 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
 
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:
     """Capture and recognise, `arguments` being those of `moec.compile`; no code is generated."""
+    from moec.commands.progress import Progress, hush
     from moec.commands.shapes import explained
-    from moec.progress import Progress, hush
 
     hush()
     with explained(), Progress(quiet=quiet) as progress:

@@ -28,7 +28,7 @@ def command(what: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from moec.report_text import terminal_width
+    from moec.report.text import terminal_width
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in rows[0]:
@@ -54,7 +54,7 @@ def command(what: str, as_json: bool) -> None:
 
 def wanted() -> list[dict[str, Any]]:
     """One row a pass that runs where it is asked for: what it does, its options, its source."""
-    from moec.passes.options import default, expected
+    from moec.passes.core.options import default, expected
     from moec.pipeline import WANTED
 
     return [
@@ -102,9 +102,9 @@ def first_line(thing: Any) -> str:
 
 
 def targets() -> list[dict[str, Any]]:
-    from moec import target
+    from moec.target import cpu
 
-    host = target.host()
+    host = cpu.host()
     rows = [
         {
             "target": "cpu",
@@ -113,8 +113,8 @@ def targets() -> list[dict[str, Any]]:
             "needs": "what this machine has",
         }
     ]
-    for t in target.TARGETS.values():
-        lacking = target.missing(t)
+    for t in cpu.TARGETS.values():
+        lacking = cpu.missing(t)
         here = f"lacks {' '.join(lacking)}" if lacking else "runs"
         needs = " ".join(t.features) or "nothing"
         rows.append({"target": t.name, "here": here, "lanes": t.vector_lanes, "needs": needs})
@@ -130,7 +130,7 @@ def targets() -> list[dict[str, Any]]:
 
 
 def models() -> list[dict[str, Any]]:
-    from moec.families import FAMILIES, FORMS
+    from moec.commands.families import FAMILIES, FORMS
 
     return [
         *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),

@@ -90,7 +90,7 @@ def command(
     started = time.perf_counter()
     opened = artifacts.read(artifact, native=not rebuild)
     if rebuild:  # the compiler: slow to import, and seldom needed
-        from moec.runtime.rebuild import rebuild as recompile
+        from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
     executor = start(opened)

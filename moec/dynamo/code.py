@@ -17,21 +17,21 @@ import torch
 
 from moec.cache import LIBRARIES, key_of, load, save, source_version
 from moec.codegen.build import compile_module
-from moec.codegen.link import linked
+from moec.codegen.cpu.link import linked
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.package import package, packed_arrays
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
 from moec.dynamo.regions import Region
 from moec.errors import NoMatch
-from moec.evaluate import evaluate
-from moec.ir import Graph, Module, Op, Program, Stage, Value
-from moec.passes.expand_experts import ExpandExperts
-from moec.passes.fuse_combine import FuseCombine
-from moec.passes.prove import without_origins
-from moec.passes.runner import Step, run
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
+from moec.ir.text import print_graph
+from moec.passes.core.runner import Step, run
+from moec.passes.lower.expand_experts import ExpandExperts
+from moec.passes.lower.fuse_combine import FuseCombine
+from moec.passes.proof.prove import without_origins
 from moec.runtime.package import MAIN, Package
-from moec.text import print_graph
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from moec.dynamo.skipped import watch
 from moec.dynamo.trace import static_inputs, trace
 from moec.dynamo.training import learns, mostly, needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
-from moec.passes.canonicalise import Canonicalise
+from moec.passes.core.runner import run
 from moec.passes.recognise import RECOGNISERS, RecogniseExperts
-from moec.passes.runner import run
-from moec.passes.share_common import ShareCommon
+from moec.passes.simplify.canonicalise import Canonicalise
+from moec.passes.simplify.share_common import ShareCommon
 
 RECOGNITION = (Canonicalise(), ShareCommon(), *RECOGNISERS)
 

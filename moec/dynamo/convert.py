@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from moec.aten import IR_DTYPES
 from moec.capture.exported import Converter, dropped, origin
 from moec.errors import CaptureError
-from moec.ir import Graph, Program, Value
-from moec.passes.canonicalise import Canonicalise
-from moec.passes.rewrite import drop_dead
-from moec.passes.runner import run
-from moec.passes.share_common import ShareCommon
-from moec.sizes import Bounds, from_torch, symbols
+from moec.ir.aten import IR_DTYPES
+from moec.ir.dims import Bounds, from_torch, symbols
+from moec.ir.graph import Graph, Program, Value
+from moec.passes.core.rewrite import drop_dead
+from moec.passes.core.runner import run
+from moec.passes.simplify.canonicalise import Canonicalise
+from moec.passes.simplify.share_common import ShareCommon
 
 
 @dataclass(frozen=True)

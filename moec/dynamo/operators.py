@@ -17,15 +17,15 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from moec.aten import TORCH_DTYPES
-from moec.autograd import autograd_inside
+from moec.capture.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
+from moec.dynamo.gradients import Products, differentiable
 from moec.dynamo.record import RECORDER
-from moec.evaluate import run_graph
-from moec.gradients import Products, differentiable
+from moec.interpret.evaluate import run_graph
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.dims import symbols
 from moec.runtime.checks import check_inputs
 from moec.runtime.executor import Executor
-from moec.sizes import symbols
 
 
 @dataclass(eq=False)

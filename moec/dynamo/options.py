@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.approximate import Approximate
 from moec.arguments import target_of, text
 from moec.cache import Store, default_store, store_in
 from moec.errors import UsageError
-from moec.passes.runner import Asked, Pass
+from moec.passes.calibration.session import Approximate
+from moec.passes.core.runner import Asked, Pass
 from moec.pipeline import choose
-from moec.target import Target
+from moec.target.cpu import Target
 
 REST = ("inductor", "eager")
 _ELSEWHERE = {

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from moec.cache import LIBRARIES, Store, key_of, load, save, source_version
-from moec.codegen.cpu.unpacked_loops import Stack
-from moec.codegen.unpacked_products import compile_products
-from moec.gradients import IN_PYTORCH, Products
-from moec.pages import in_large_pages
+from moec.codegen.cpu.training.loops import Stack
+from moec.codegen.gradient_library import compile_products
+from moec.dynamo.gradients import IN_PYTORCH, Products
+from moec.dynamo.huge_pages import in_large_pages
 from moec.runtime.library import open_kernels, tvm_ffi
-from moec.target import Target
+from moec.target.cpu import Target
 
 _DTYPES = {
     torch.float32: "float32",

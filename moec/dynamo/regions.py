@@ -22,10 +22,10 @@ from torch import fx
 
 from moec.dynamo.convert import Converted
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, Program, TensorType, Value
+from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
+from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.passes.recognise.region import VIEWS, Scope, unlike
-from moec.report_data import WHOLE
-from moec.sizes import Bounds, Dim, normal, symbol, symbols
+from moec.report.data import WHOLE
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ rows come after ends[E-1], hold zeros, and add nothing.
 
 from __future__ import annotations
 
+from moec.ir.opdef import OPS, OpDef
 from moec.ops import (
     add_norm,
     attention,
@@ -26,7 +27,6 @@ from moec.ops import (
     size,
     zero_experts,
 )
-from moec.ops.definition import OPS, OpDef
 
 __all__ = [
     "OPS",

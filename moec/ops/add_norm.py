@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import layer_norm
 
-from moec.ir import Op, TensorType
-from moec.ops.definition import Runner, defop, require
+from moec.ir.graph import Op, TensorType
+from moec.ir.opdef import Runner, defop, require
 from moec.ops.norm import normalised
 
 KINDS = ("rms", "layer")

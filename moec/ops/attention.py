@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir import FLOATS, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, require
-from moec.sizes import Dim, broadcasts
+from moec.ir.dims import Dim, broadcasts
+from moec.ir.graph import FLOATS, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
 
 OPERANDS = ("q", "k", "v", "out")
 SWAP = (0, 2, 1, 3)

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 
-from moec.aten import TORCH_DTYPES
-from moec.ir import DType, Op, TensorType
-from moec.ops.definition import Runner, defop, require
-from moec.sizes import Dim, product, symbols
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.dims import Dim, product, symbols
+from moec.ir.graph import DType, Op, TensorType
+from moec.ir.opdef import Runner, defop, require
 
 
 def place(op: Op) -> torch.Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moec.ir import Op, TensorType, Value
+from moec.ir.graph import Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
 from moec.ops.attention import SWAP, swapped
-from moec.ops.definition import Runner, defop, require
 from moec.ops.rotary import require_turnable, turned
 
 

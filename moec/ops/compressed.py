@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 
-from moec.compression import KINDS, MOST_WIDTH, PARTS, decompress
-from moec.ir import DType, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, integer, require
+from moec.formats.compressed import KINDS, MOST_WIDTH, PARTS, decompress
+from moec.formats.integer import round_rows
+from moec.formats.ternary import starts_shape
+from moec.formats.two_bit import words
+from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, integer, require
 from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
-from moec.quantisation import round_rows
-from moec.ternary import starts_shape
-from moec.two_bits import words
 
 X_BITS = 16
 
@@ -56,7 +56,7 @@ def _infer_decompress(op: Op) -> tuple[TensorType, ...]:
 def moe_decompress(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
-    """The parts of a compressed stack (`moec.compression`) -> its weights [E, N, width].
+    """The parts of a compressed stack (`moec.formats.compressed`) -> its weights [E, N, width].
 
     Attributes: `kind`, `width`, `dtype`.
     """

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir import DType, Graph, Op, TensorType
-from moec.ops.definition import Runner, defop, integer, require
-from moec.sizes import Dim
+from moec.ir.dims import Dim
+from moec.ir.graph import DType, Graph, Op, TensorType
+from moec.ir.opdef import Runner, defop, integer, require
 
 
 def sort_choices(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from moec.ir import Op, TensorType
-from moec.ops.definition import Runner, defop, require
+from moec.ir.dims import Dim
+from moec.ir.graph import Op, TensorType
+from moec.ir.opdef import Runner, defop, require
 from moec.ops.routing import Routing, route_logits
-from moec.sizes import Dim
 
 
 def _route_types(op: Op, tokens: Dim, experts: Dim) -> tuple[TensorType, ...]:

@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from moec.aten import TORCH_DTYPES
-from moec.ir import DType, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, integer, require
-from moec.sizes import Dim, normal
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.dims import Dim, normal
+from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, integer, require
 
 M = TypeVar("M")
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir import DType, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, integer, require
+from moec.ir.dims import Dim
+from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, integer, require
 from moec.ops.dispatch import combine
 from moec.ops.grouped import grouped_linear
-from moec.sizes import Dim
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def grouped_combine(
     """rows[R, K], ends[E], w[E, N, K], b[E, N]?, order[R], weights[T, k]? -> z[T, N].
 
     z = combine(rows @ w[e]^T (+ b[e]), order, weights). Attributes: `biased`, `weighted`, `k`,
-    `tokens` (T), `dtype` of z. Its gradient needs no product but those of w (`moec.gradients`).
+    `tokens` (T), `dtype` of z. Its gradient needs no product but those of w
+    (`moec.dynamo.gradients`).
     """
     count = 4 if attrs.get("biased") else 3
     linear = {"matrices": 1, "biased": count == 4, "dtype": tensors[0].dtype}

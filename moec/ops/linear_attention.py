@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from moec.ir import Op, TensorType, Value
+from moec.ir.graph import Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
 from moec.ops.attention import divides
-from moec.ops.definition import Runner, defop, require
 
 
 @dataclass(frozen=True)

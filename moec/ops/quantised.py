@@ -8,10 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir import Op, TensorType, Value
-from moec.ops.definition import Runner, defop, require
-from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
-from moec.quantisation import (
+from moec.formats.integer import (
     KINDS,
     MOST_SUMMED,
     MXFP4_BLOCK,
@@ -20,6 +17,9 @@ from moec.quantisation import (
     dequantise,
     round_rows,
 )
+from moec.ir.graph import Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
+from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from moec.ir import Op, TensorType, Value
-from moec.ops.definition import Runner, defop, require
+from moec.formats.integer import Format, dequantise, round_rows
+from moec.ir.graph import Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
 from moec.ops.quantised import Matrix, format_of
-from moec.quantisation import Format, dequantise, round_rows
 
 
 @dataclass(frozen=True)

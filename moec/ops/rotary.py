@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from moec.ir import FLOATS, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, require
-from moec.sizes import broadcasts
+from moec.ir.dims import broadcasts
+from moec.ir.graph import FLOATS, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require
 
 PAIRINGS = ("halves", "neighbours")
 

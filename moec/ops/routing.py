@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moec.aten import TORCH_DTYPES
-from moec.ir import Op
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.graph import Op
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moec.ir import Op, TensorType
-from moec.ops.definition import Runner, defop, require
+from moec.ir.graph import Op, TensorType
+from moec.ir.opdef import Runner, defop, require
 
 
 def _infer_size(op: Op) -> tuple[TensorType, ...]:

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir import DType, Op, TensorType, Value
-from moec.ops.definition import Runner, defop, integer, require
+from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, integer, require
 
 KINDS = ("zero", "copy", "constant")
 

@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir import Op, Value
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.fans import Fan, fan
 from moec.passes.recognise.layout import Layout, divide
 from moec.passes.recognise.opnames import PICKS, PRODUCTS
+from moec.passes.recognise.parallel_branches import Fan, fan
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
-from moec.sizes import Dim, product
 
 _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
 """What may follow the sum over a token's choices."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moec.ir import Attr, DType, Graph, Op, TensorType, Value
-from moec.passes.feeds import Feed
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.body import Prepared, canonical
 from moec.passes.recognise.region import Emitter
-from moec.sizes import Dim, product
 
 Recipe = Callable[[Emitter], Value]
 """How a value of the next graph is made from values of the old one."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, TensorType, Value
-from moec.sizes import Dim, symbol
+from moec.ir.dims import Dim, symbol
+from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 
 ROWS = symbol("R")
 

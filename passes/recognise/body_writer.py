@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from moec.errors import NoMatch
-from moec.ir import Attr, Graph, Op, TensorType, Value
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.layout import Atom, Axis, Layout, fused, only_features, size_of
 from moec.passes.recognise.region import Emitter
-from moec.sizes import Dim, product
 
 
 @dataclass(frozen=True)

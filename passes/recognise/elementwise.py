@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
-from moec.ir import Attr, DType, Op, Ref, TensorType, Value
+from moec.ir.dims import Dim
+from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
 from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.layout import (
     Atom,
@@ -19,7 +20,6 @@ from moec.passes.recognise.layout import (
     size_of,
 )
 from moec.passes.recognise.opnames import MULTIPLY
-from moec.sizes import Dim
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader

@@ -1,7 +1,7 @@
 """Experts in all their forms become moe.dispatch, moe.experts and moe.combine.
 
 Each form proposes blocks at its anchors; a proposal counts only once its region and its
-replacement agree on random inputs (moec.passes.prove). What was looked at and refused is
+replacement agree on random inputs (moec.passes.proof.prove). What was looked at and refused is
 logged with the reason.
 """
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import IRError, NoMatch
-from moec.ir import Graph, Op, Program, Stage, Value
-from moec.passes.decisions import dropped
-from moec.passes.prove import Prover
+from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.passes.core.rewrite import Builder, rebuild
+from moec.passes.core.runner import Log
+from moec.passes.proof.branch_coverage import dropped
+from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.region import Emitter, Scope, unlike
 from moec.passes.recognise.routing import Unlike
-from moec.passes.rewrite import Builder, rebuild
-from moec.passes.runner import Log
 
 FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
     hf.candidates,

@@ -12,11 +12,11 @@ from functools import partial
 from typing import cast
 
 from moec.errors import NoMatch
-from moec.ir import Op, Ref
-from moec.passes.feeds import Ids, Positive
+from moec.ir.graph import Op, Ref
+from moec.ir.text import parse
+from moec.passes.proof.input_generators import Ids, Positive
 from moec.passes.recognise.block import Candidate, Proposal, same
 from moec.passes.recognise.region import Scope
-from moec.text import parse
 
 NAME = "moec.experts.default"
 FORM = "hf experts op"

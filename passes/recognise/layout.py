@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir import Value
-from moec.sizes import Dim, normal, product
+from moec.ir.dims import Dim, normal, product
+from moec.ir.graph import Value
 
 
 @dataclass(frozen=True, eq=False)

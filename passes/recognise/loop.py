@@ -22,11 +22,19 @@ from functools import partial
 from itertools import permutations
 
 from moec.errors import NoMatch
-from moec.ir import Op, Value
-from moec.passes.decisions import CHOICES
+from moec.ir.dims import product
+from moec.ir.graph import Op, Value
+from moec.passes.proof.branch_coverage import CHOICES
 from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
-from moec.passes.recognise.branches import (
+from moec.passes.recognise.evidence import Evidence
+from moec.passes.recognise.expert_ids import chosen_among
+from moec.passes.recognise.opnames import ADDS, SPREAD
+from moec.passes.recognise.parallel_branches import Fan
+from moec.passes.recognise.region import VIEWS, Scope, choices, chooses
+from moec.passes.recognise.routing import hypotheses
+from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.unrolled_experts import (
     Branch,
     Family,
     branch_ops,
@@ -36,15 +44,7 @@ from moec.passes.recognise.branches import (
     read_branch,
     signature,
 )
-from moec.passes.recognise.choosing import chosen_among
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.fans import Fan
-from moec.passes.recognise.opnames import ADDS, SPREAD
-from moec.passes.recognise.region import VIEWS, Scope, choices, chooses
-from moec.passes.recognise.routing import hypotheses
-from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.zero_experts import chosen, zero_experts
-from moec.sizes import product
 
 FORM = "static loop"
 CHOOSES = "aten.where.self"

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
-from moec.ir import Op, TensorType, Value
+from moec.ir.dims import product as total
+from moec.ir.graph import Op, TensorType, Value
 from moec.passes.recognise import elementwise
 from moec.passes.recognise.layout import (
     Atom,
@@ -18,7 +19,6 @@ from moec.passes.recognise.layout import (
     only_rows,
 )
 from moec.passes.recognise.opnames import GROUPED
-from moec.sizes import product as total
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader

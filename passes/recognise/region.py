@@ -9,12 +9,12 @@ from functools import cached_property
 import sympy
 import torch
 
-from moec.aten import overload
 from moec.errors import NoMatch
-from moec.ir import Attr, DType, Graph, Op, TensorType, Value
-from moec.passes.decisions import CHOICES
-from moec.passes.rewrite import Builder
-from moec.sizes import Dim, product, symbols
+from moec.ir.aten import overload
+from moec.ir.dims import Dim, product, symbols
+from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
+from moec.passes.core.rewrite import Builder
+from moec.passes.proof.branch_coverage import CHOICES
 
 VIEWS = frozenset(
     {
@@ -222,7 +222,7 @@ class Emitter:
         return self("aten.permute.default", [value], [wanted], attrs={"dims": tuple(dims)})[0]
 
     def stack(self, values: Sequence[Value], axis: int) -> Value:
-        from moec.ir import Ref
+        from moec.ir.graph import Ref
 
         first = values[0]
         shape = list(first.shape)

@@ -22,17 +22,17 @@ from typing import ClassVar, cast
 import torch
 
 from moec.errors import IRError, NoMatch
-from moec.ir import FLOATS, Graph, Op, Program, Stage, Value
+from moec.ir.dims import product
+from moec.ir.graph import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
-from moec.passes.decisions import decisions
-from moec.passes.feeds import Correction, Feed, Logits
-from moec.passes.prove import TOLERANCE, Compare, Prover
-from moec.passes.recognise.choosing import widest_choice
-from moec.passes.recognise.cuts import logits_behind
+from moec.passes.core.rewrite import Builder, rebuild
+from moec.passes.core.runner import Log
+from moec.passes.proof.branch_coverage import decisions
+from moec.passes.proof.input_generators import Correction, Feed, Logits
+from moec.passes.proof.prove import TOLERANCE, Compare, Prover
+from moec.passes.recognise.expert_ids import widest_choice
 from moec.passes.recognise.region import Emitter, Scope, is_routing
-from moec.passes.rewrite import Builder, rebuild
-from moec.passes.runner import Log
-from moec.sizes import product
+from moec.passes.recognise.region_boundary import logits_behind
 
 _ROWS = 1000
 """Tokens that a proof goes beyond: routers may differ on few of them, groups above all."""

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moec.errors import NoMatch
-from moec.ir import Value
-from moec.passes.feeds import Feed
+from moec.ir.dims import product
+from moec.ir.graph import Value
+from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.block import Capacity, Recipe
-from moec.passes.recognise.choosing import Chosen, chosen, masks
-from moec.passes.recognise.cuts import capacities, cuts
 from moec.passes.recognise.evidence import Evidence
+from moec.passes.recognise.expert_ids import Chosen, chosen, masks
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import Scope
-from moec.passes.recognise.weighing import weightings
-from moec.sizes import product
+from moec.passes.recognise.region_boundary import capacities, cuts
+from moec.passes.recognise.routing_weights import weightings
 
 
 class Unlike(NoMatch):

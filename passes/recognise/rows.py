@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from moec.aten import overload
 from moec.errors import NoMatch
-from moec.ir import Graph, Op, TensorType, Value
-from moec.passes.recognise import copies, elementwise, picking, products
+from moec.ir.aten import overload
+from moec.ir.dims import Dim
+from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.passes.recognise import elementwise, gathers, products, repeat_tokens
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.body_writer import BodyWriter
@@ -31,10 +32,9 @@ from moec.passes.recognise.layout import (
 )
 from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, ZEROS
 from moec.passes.recognise.region import CASTS, Scope
-from moec.sizes import Dim
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.fans import Fan
+    from moec.passes.recognise.parallel_branches import Fan
 
 
 @dataclass
@@ -121,8 +121,8 @@ class Reader:
         if layout is not None:
             return layout
         op = self.scope.maker(value)
-        if op is not None and self.only is None and copies.spreads(self, op):
-            which = copies.carrier(self, op)
+        if op is not None and self.only is None and repeat_tokens.spreads(self, op):
+            which = repeat_tokens.carrier(self, op)
             self.tokens(op.inputs[which])
             layouts = self.apply(op)
             self.keep(op, layouts)
@@ -180,7 +180,7 @@ class Reader:
         if fan is not None:
             return [self.fan(op, fan)]
         if name == "aten.index_put.default":
-            return [picking.put(self, op)]
+            return [gathers.put(self, op)]
         if name == "aten.cat.default":
             return [elementwise.cat(self, op)]
         if not op.inputs:
@@ -189,13 +189,13 @@ class Reader:
         if name in REARRANGE or name == "aten.repeat.default":
             return [None if first is None else self.move(op, first)]
         if name in PICKS:
-            return [None if first is None else picking.index(self, op, first)]
+            return [None if first is None else gathers.index(self, op, first)]
         if name == "nn.rms_norm":
             return [None if first is None else elementwise.norm(self, op, first)]
         if name == "aten.gather.default":
-            return [None if first is None else picking.gather(self, op, first)]
+            return [None if first is None else gathers.gather(self, op, first)]
         if name in ("aten.slice.Tensor", "aten.select.int", "aten.split_with_sizes.default"):
-            return picking.part(self, op, first)
+            return gathers.part(self, op, first)
         if name in ACROSS:
             return [None if first is None else elementwise.across(self, op, first)]
         if name in CASTS or (

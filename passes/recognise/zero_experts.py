@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.errors import NoMatch
-from moec.ir import Op, Value
+from moec.ir.graph import Op, Value
 from moec.passes.recognise.block import Recipe, Zero
-from moec.passes.recognise.branches import (
+from moec.passes.recognise.opnames import ADDS
+from moec.passes.recognise.region import Scope, chooses
+from moec.passes.recognise.unrolled_experts import (
     Branch,
     alike,
     cone,
@@ -23,8 +25,6 @@ from moec.passes.recognise.branches import (
     number_of,
     read_branch,
 )
-from moec.passes.recognise.opnames import ADDS
-from moec.passes.recognise.region import Scope, chooses
 
 
 def chosen(scope: Scope, op: Op, added: Value) -> bool:

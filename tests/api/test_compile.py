@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import moec
-from moec import target as targets
-from moec.codegen import link
+from moec.codegen.cpu import link
 from moec.errors import (
     CaptureError,
     InputError,
@@ -24,9 +23,10 @@ from moec.errors import (
     UnsupportedError,
     UsageError,
 )
-from moec.report_data import WHOLE
+from moec.report.data import WHOLE
 from moec.runtime import artifact
-from moec.target import TARGETS
+from moec.target import cpu as targets
+from moec.target.cpu import TARGETS
 from tests.capture.modules import WIDTH, Function, Moe
 
 x = torch.randn(5, WIDTH)

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 import moec
-from moec.check import check
 from moec.errors import UnsupportedError, UsageError, VerificationError
-from moec.evaluate import evaluate
-from moec.passes.quantise_experts import QuantiseExperts
-from moec.passes.runner import Log
-from moec.report import Report
+from moec.interpret.evaluate import evaluate
+from moec.model.rebuild import rebuild
+from moec.passes.core.runner import Log
+from moec.passes.quantise.quantise_experts import QuantiseExperts
+from moec.report.report import Report
 from moec.runtime import artifact
 from moec.runtime.executor import Executor
-from moec.runtime.rebuild import rebuild
+from moec.verify.check import check
 from tests.capture.modules import WIDTH, Moe
 
 x = torch.randn(5, WIDTH)
@@ -101,7 +101,7 @@ def test_wrong_code_is_found(compiled: moec.CompiledModel, monkeypatch: Any) -> 
 
 def test_a_wrong_exact_pass_is_still_named(monkeypatch: Any) -> None:
     """Rounding of weights hides nothing: the graph before it is compared with eager."""
-    from tests.api.test_verification import broken_gate
+    from tests.verify.test_check import broken_gate
 
     broken_gate.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
     with pytest.raises(VerificationError, match="the graph differs is fuse-gate"):

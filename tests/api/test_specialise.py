@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import UsageError
-from moec.passes.specialise import Specialise
+from moec.passes.specialise.specialise import Specialise
 from moec.runtime.executor import load
 
 D, H, E, TASKS = 8, 16, 4, 3

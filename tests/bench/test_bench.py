@@ -18,7 +18,7 @@ from moec.bench.race import Figure, Load, race
 from moec.bench.result import Limits, plot, result
 from moec.commands.bench import command
 from moec.errors import UsageError
-from moec.text import parse
+from moec.ir.text import parse
 
 GRAPH = """\
 graph step(x: bf16[B*S, 8], ends: i32[4], q: f32[B, 4, S, 2], k: f32[B, 2, L, 2], first: i64[B]; \

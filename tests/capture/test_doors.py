@@ -13,7 +13,7 @@ import torch
 from moec.capture import capture
 from moec.capture.doors import Source, open_source
 from moec.errors import CaptureError, MoecError, UsageError
-from moec.evaluate import evaluate
+from moec.interpret.evaluate import evaluate
 from tests.capture.modules import WIDTH, Moe
 
 x = torch.randn(5, WIDTH)

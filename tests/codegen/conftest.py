@@ -10,7 +10,7 @@ import tvm
 from torch import Tensor
 
 from moec.codegen.build import compile_kernels
-from moec.target import Target
+from moec.target.cpu import Target
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,17 @@ import sympy
 import torch
 from tvm import tirx
 
-from moec.codegen.generic.groups import partition
-from moec.codegen.generic.index import Sizes
+from moec.codegen.fusion import partition
+from moec.codegen.loops.index import Sizes
 from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
 from moec.errors import UnsupportedError
-from moec.evaluate import evaluate
-from moec.ir import Graph, Module, Program
+from moec.interpret.evaluate import evaluate
+from moec.ir.dims import Bounds, symbol
+from moec.ir.graph import Graph, Module, Program
+from moec.ir.text import parse
 from moec.runtime.executor import Executor
-from moec.sizes import Bounds, symbol
-from moec.target import host
-from moec.text import parse
+from moec.target.cpu import host
 
 
 def run(graph: Graph, tensors: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list:

@@ -153,7 +153,7 @@ def test_a_backward_of_ones_own_is_kept() -> None:
 
 
 # Biases and clamps; a shared expert, a sigmoid router in groups. The bodies of the others
-# are in tests/ir/test_gradients.py.
+# are in tests/dynamo/test_gradients.py.
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_gradients_of_families(name: str) -> None:
     family = one_layer(name)

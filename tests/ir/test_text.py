@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import IRError
-from moec.ir import DType, Graph, Op, Ref, TensorType, Value
-from moec.sizes import symbol
-from moec.text import parse, print_graph
+from moec.ir.dims import symbol
+from moec.ir.graph import DType, Graph, Op, Ref, TensorType, Value
+from moec.ir.text import parse, print_graph
 
 LAYER = """\
 graph main(x: f32[T, 16], cache: f32[4]; router: f32[4, 16], w1: f32[4, 8, 16], w2: f32[4, 16, 8]) {

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import moec
-from moec.closeness import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
-from moec.codegen.onnx.past import Texts
-from moec.codegen.onnx.session import open_session, runner
-from moec.passes.incremental import past_and_present
+from moec.export.kv_cache import Texts
+from moec.export.session import open_session, runner
+from moec.interpret.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
+from moec.passes.decode import past_and_present
 from tests.models.families import FAMILIES
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import moec
-from moec.codegen.onnx.past import Texts
-from moec.codegen.onnx.session import open_session, runner
-from moec.passes.incremental import past_and_present
+from moec.export.kv_cache import Texts
+from moec.export.session import open_session, runner
+from moec.passes.decode import past_and_present
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 PROMPTS = [[5, 9, 12, 7, 33, 81, 4], [100], [640, 3, 77], [8, 20, 31, 150, 9, 11, 77, 500, 2]]

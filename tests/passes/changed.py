@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from moec.approximate import Approximate, Frame, Measured
-from moec.budget import budget
-from moec.evaluate import evaluate
-from moec.ir import Graph, Program, Stage
-from moec.passes.layer import Layer, layer_of
-from moec.passes.runner import Step, run
-from moec.text import parse
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Graph, Program, Stage
+from moec.ir.text import parse
+from moec.passes.calibration.budget import budget
+from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.core.moe_layer import Layer, layer_of
+from moec.passes.core.runner import Step, run
 
 EXPERTS, VOCABULARY = 4, 20
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from moec.ir import Program
-from moec.passes.runner import Step
-from moec.text import parse, print_graph
+from moec.ir.graph import Program
+from moec.ir.text import parse, print_graph
+from moec.passes.core.runner import Step
 from tests.passes.changed import (
     LAYER,
     graph,

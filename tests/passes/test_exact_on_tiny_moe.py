@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moec
-from moec.approximate import Approximate
-from moec.evaluate import evaluate
-from moec.ir import Program, TensorType, Value
-from moec.passes.average_experts import AverageExperts
-from moec.passes.hoist_routers import split
-from moec.passes.insert_zero_experts import InsertZeroExperts
-from moec.passes.keep_used import KeepUsed
-from moec.passes.prune_experts import PruneExperts
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program, TensorType, Value
+from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
+from moec.passes.approximate.keep_used import KeepUsed
+from moec.passes.approximate.prune_experts import PruneExperts
+from moec.passes.calibration.session import Approximate
+from moec.passes.specialise.hoist_routers import split
 from tests.passes.changed import change
 
 E, D, K, TASKS = 8, 128, 2, 3
@@ -113,7 +113,7 @@ def test_equal_experts_fold_into_one(whole: Program, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_neutral_columns_win_nowhere(whole: Program, seed: int) -> None:
-    """In eager; tests/passes/test_insert_zero_experts.py has the bits of compiled code."""
+    """In eager; approximate/test_insert_zero_experts.py has the bits of compiled code."""
     original = routed(whole, seed)
     calib = {"input_ids": text(0, 64)}
     step = change(original, InsertZeroExperts(), calib=calib, limit="changed<=0,error<=1e-5")[-1]

@@ -76,8 +76,8 @@ class Recorder:
 
     def _watch_passes(self) -> None:
         """Each pass that runs makes a Step."""
-        from moec.passes.runner import Step
-        from moec.text import print_graph
+        from moec.ir.text import print_graph
+        from moec.passes.core.runner import Step
 
         make = Step.__init__
 

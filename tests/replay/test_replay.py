@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.target import TARGETS
+from moec.target.cpu import TARGETS
 from tests.replay.__main__ import main
 from tests.replay.compare import LINES, compare, report
 from tests.replay.records import FORMAT, Folder, Owner, Record
@@ -118,11 +118,11 @@ SUITE = """
     from tvm.script.ir_builder import tirx as T
 
     from moec.codegen.build import compile_kernels
-    from moec.ir import Program
-    from moec.passes.canonicalise import Canonicalise
-    from moec.passes.runner import run
-    from moec.target import TARGETS
-    from moec.text import parse
+    from moec.ir.graph import Program
+    from moec.passes.simplify.canonicalise import Canonicalise
+    from moec.passes.core.runner import run
+    from moec.target.cpu import TARGETS
+    from moec.ir.text import parse
 
     TEXT = '''graph main(x: f32[4]) {{
       y: f32[4] = aten.{op}.default(x)

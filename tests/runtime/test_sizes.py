@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import ArtifactError
+from moec.ir.dims import Dim, evaluate_dim, parse_dim, show_dim, symbol
 from moec.runtime.sizes import evaluate, names, solve
-from moec.sizes import Dim, evaluate_dim, parse_dim, show_dim, symbol
 
 T, B = symbol("T"), symbol("B")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from moec.codegen.onnx import file
 from moec.codegen.onnx.lower import Lowered, lower
 from moec.codegen.onnx.profiles import PROFILES
-from moec.codegen.onnx.session import open_session, runner
-from moec.evaluate import evaluate
-from moec.ir import Program
-from moec.text import parse
+from moec.export.session import open_session, runner
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
+from moec.ir.text import parse
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
-from moec.codegen.onnx.session import open_session, runner
 from moec.errors import UnsupportedError
-from moec.ir import Program
+from moec.export.session import open_session, runner
+from moec.ir.graph import Program
 from tests.codegen.onnx.running import Run, agree, program, running, written
 
 D, H, E = 8, 6, 4

@@ -11,8 +11,8 @@ from moec.capture import capture
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import UnsupportedError
+from tests.codegen.loops.test_ops import GROUPS, Many, inputs
 from tests.codegen.onnx.running import running
-from tests.codegen.test_lower_ops import GROUPS, Many, inputs
 
 ABSENT = {
     "shift": "operator aten.__lshift__.Scalar has no ONNX form",

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import moec
-from moec.closeness import EXACT_ROWS, row_errors
 from moec.codegen.onnx.encoding import Encoding
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
-from moec.codegen.onnx.session import open_session, runner
 from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
-from moec.evaluate import evaluate
-from moec.ir import Program
-from moec.passes.quantise_experts import QuantiseExperts
-from moec.passes.runner import Log
-from moec.quantisation import parse
-from moec.quantised import with_exact_rows
+from moec.export.session import open_session, runner
+from moec.formats.integer import parse
+from moec.interpret.evaluate import evaluate
+from moec.interpret.tolerance import EXACT_ROWS, row_errors
+from moec.ir.graph import Program
+from moec.passes.core.runner import Log
+from moec.passes.quantise.quantise_experts import QuantiseExperts
+from moec.report.quantisation import with_exact_rows
 from tests.codegen.onnx.running import Run, agree, program, running, written
 from tests.passes.forms.loops import Loop
 from tests.passes.forms.sizes import D as WIDTH

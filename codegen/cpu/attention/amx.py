@@ -1,0 +1,67 @@
+"""One block of keys against 16 rows, on tile registers.
+
+Packed keys and values (prefill.py) are pairs of bf16 in int32 lanes: 16 units of 16 keys,
+or of 16 features, fill a register as they lie. Scores and weights go through memory between the
+two products, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.llvm.amx import SUMS, TILE_ROWS
+from moec.codegen.cpu.vector import Vector
+
+UNITS = TILE_ROWS  # int32 units of a row that one register holds
+_ROWS, _TURNS = SUMS, 3  # the register of rows; those behind it take turns for keys and values
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What lies between the products: scores[row, key], weights[row, pair of keys]."""
+
+    scores: Buffer
+    weights: Buffer
+
+    @staticmethod
+    def of(v: Vector, block: int) -> Scratch:
+        return Scratch(
+            v.scratch((TILE_ROWS, block), "float32"), v.scratch((TILE_ROWS, block // 2), "int32")
+        )
+
+
+def multiply(
+    v: Vector,
+    rows: Callable[[int], Expr],
+    row_units: int,
+    units: int,
+    other: Callable[[int, int], Expr],
+    other_units: int,
+    made: Callable[[int], Expr],
+    vectors: int,
+    added: bool,
+) -> None:
+    """made[16 rows, 16 of vector j] (+)= rows[16, units] @ other[units, 16 of vector j].
+
+    `rows(u)`, `other(u, j)` and `made(j)` are elements, of row 0 or unit u on; a row of them has
+    `row_units` and `other_units` int32, or float32 as many as `other_units`.
+    """
+    for first in range(0, vectors, SUMS):
+        some = range(first, min(first + SUMS, vectors))
+        for i, j in enumerate(some):
+            if added:
+                v.tile_load(i, made(j), other_units * 4)
+            else:
+                v.tile_zero(i)
+        for u in range(0, units, UNITS):
+            v.tile_load(_ROWS, rows(u), row_units * 4)
+            for i, j in enumerate(some):
+                register = _ROWS + 1 + i % _TURNS
+                v.tile_load(register, other(u, j), other_units * 4)
+                v.tile_bf16(i, _ROWS, register)
+        for i, j in enumerate(some):
+            v.tile_store(i, made(j), other_units * 4)

@@ -1,0 +1,146 @@
+"""New keys or values into a cache, in place: cache[b, h, first[b] + s] = rows[b, h, s].
+
+cache[B, H, L, D]  rows[B, H, S, D] or [B, S, H, D]  first[B]  cos?  sin?
+
+With cos and sin, the two halves of a row are the pairs (x, y) that they turn on the way, in
+float32 and rounded once: x * cos - y * sin, y * cos + x * sin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.parallel import ELEMENT, divide
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+_WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
+"""As what elements are moved, and how many of them take the room of a float32."""
+
+Row = tuple[Expr | int, ...]
+
+
+@dataclass(frozen=True)
+class AnglesSpec:
+    """cos or sin, which broadcasts to [B, H, S]; `full` says which of the three are not 1.
+
+    `width` is D, or D/2 where both halves of a row are turned alike.
+    """
+
+    dtype: str
+    full: tuple[bool, bool, bool]
+    width: int
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """`tokens_first` rows are [B, S, H, D]; the cache never is. `turns` are cos and sin."""
+
+    dtype: str
+    heads: int
+    width: int
+    tokens_first: bool = False
+    turns: tuple[AnglesSpec, AnglesSpec] | None = None
+
+    def row(self, b: Expr, h: Expr | int, s: Expr) -> Row:
+        """The index of a row; of sizes, the shape of all."""
+        return (b, s, h) if self.tokens_first else (b, h, s)
+
+
+def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
+    """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L."""
+    v = Vector(target)
+    with IRBuilder() as ib:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            batch, room, tokens = T.int64(), T.int64(), T.int64()
+
+            def argument(name: str, shape: Row, dtype: str) -> Buffer:
+                return T.match_buffer(T.arg(name, T.handle()), shape, TVM_DTYPES[dtype])
+
+            kept = (batch, spec.heads, room, spec.width)
+            new = (*spec.row(batch, spec.heads, tokens), spec.width)
+            cache, rows = argument("cache", kept, spec.dtype), argument("rows", new, spec.dtype)
+            first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
+            turns = []
+            for of, name in zip(spec.turns or (), ("cos", "sin"), strict=False):
+                sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
+                shape = (*(size if full else 1 for full, size in sizes), of.width)
+                turns.append((of, argument(name, shape, of.dtype)))
+            count = batch * spec.heads * tokens
+            work = count * (spec.width * ELEMENT)
+            with v.functions(), parallel.functions(), parallel.shared(count, work) as task:
+                head, s = divide(task, tokens)
+                b = T.bind(T.floordiv(head, spec.heads))
+                h = T.bind(T.floormod(head, spec.heads))
+                to = (b, h, T.bind(first[b] + s))
+                row = spec.row(b, h, s)
+                if turns:
+                    cos, sin = (_angles(v, *turn, (b, h, s)) for turn in turns)
+                    _turn(v, spec, (rows, row), (cache, to), cos, sin)
+                else:
+                    _copy(target, spec, (rows, row), (cache, to))
+    return ib.get()
+
+
+def _copy(
+    target: Target, spec: AppendSpec, source: tuple[Buffer, Row], to: tuple[Buffer, Row]
+) -> None:
+    word, many = _WORDS[spec.dtype]
+    lanes = target.vector_lanes * many
+    (rows, row), (cache, place) = source, to
+    rows, cache = (T.decl_buffer(x.shape, word, data=x.data) for x in (rows, cache))
+    whole, rest = divmod(spec.width, lanes)
+    some = [T.ramp(j * lanes, 1, lanes) for j in range(whole)]
+    for d in (*some, *range(spec.width - rest, spec.width)):
+        T.buffer_store(cache, rows[(*row, d)], [*place, d])
+
+
+Angles = Callable[[int, int], Expr]
+
+
+def _angles(v: Vector, spec: AnglesSpec, values: Buffer, row: Row) -> Angles:
+    """A function of a feature and a count: so many of a row's angles, from that of the feature."""
+    at = [x if full else 0 for x, full in zip(row, spec.full, strict=True)]
+
+    def load(feature: int, count: int) -> Expr:
+        return _load(v, values, (*at, feature % spec.width), count)
+
+    return load
+
+
+def _load(v: Vector, buffer: Buffer, index: Row, count: int) -> Expr:
+    if count == v.lanes:
+        return v.load(buffer, index)
+    return v.load_tail(buffer, index, T.int32(count))
+
+
+def _turn(
+    v: Vector,
+    spec: AppendSpec,
+    source: tuple[Buffer, Row],
+    to: tuple[Buffer, Row],
+    cos: Angles,
+    sin: Angles,
+) -> None:
+    (rows, row), (cache, place) = source, to
+    half = spec.width // 2
+    for d in range(0, half, v.lanes):
+        count = min(v.lanes, half - d)
+        x, y = (_load(v, rows, (*row, at), count) for at in (d, half + d))
+        made = x * cos(d, count) - y * sin(d, count)
+        other = y * cos(half + d, count) + x * sin(half + d, count)
+        for at, value in ((d, made), (half + d, other)):
+            if count == v.lanes:
+                v.store(cache, (*place, at), value)
+            else:
+                v.store_tail(cache, (*place, at), value, T.int32(count))

@@ -1,0 +1,39 @@
+"""softmax(q @ k.T * scale + mask) @ v as one CPU kernel: see problem.py for the sizes.
+
+Many query rows go through tiles of rows and packed blocks of keys (attention_tiled); few, as
+when one token is generated, read keys and values where they are (attention_few). Sums have one
+order, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.attention.decode import FEW, few
+from moec.codegen.cpu.attention.prefill import tiled
+from moec.codegen.cpu.attention.problem import AttentionSpec, MaskSpec, arguments
+from moec.target.cpu import Target
+
+__all__ = ["AttentionSpec", "MaskSpec", "attention"]
+
+
+def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> PrimFunc:
+    """The kernel (q, k, v, mask?, sinks?, first?, out), all contiguous.
+
+    A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.
+    """
+    with IRBuilder() as ib:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            p = arguments(spec, target)
+            with p.vector.functions(), p.soft.functions(), parallel.functions():
+                with T.If(p.rows <= FEW):
+                    with T.Then():
+                        few(p)
+                    with T.Else():
+                        tiled(p)
+    return ib.get()

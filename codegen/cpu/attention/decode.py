@@ -1,0 +1,221 @@
+"""Attention for few query rows, as when one token is generated: nothing is packed.
+
+Reading keys and values is all the work, so they are read once, where they are: vectors run
+along the features of a key, and the dot products of `lanes` keys are summed together. Keys are
+cut into chunks, so that one long sequence keeps all cores busy; a second step joins the chunks
+of a row. Chunks do not depend on the number of threads, and so neither do the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.attention.problem import (
+    MINUS_INFINITY,
+    Problem,
+    factor,
+    finite,
+    load_mask,
+    reach,
+    scaled,
+    start,
+    write_row,
+)
+from moec.codegen.cpu.parallel import ELEMENT, bytes_of, divide
+
+FEW = 24  # rows of one key head for which packing does not pay; a multiple of 4
+CHUNK = 256  # keys of a task
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of each row after one chunk: sums are weights @ values."""
+
+    tops: Buffer  # [head, chunk, row]
+    totals: Buffer  # [head, chunk, row]
+    sums: Buffer  # [head, chunk, row, feature]
+
+
+def few(p: Problem) -> None:
+    """Fill p.out; at most FEW rows a key head."""
+    chunks = T.bind(T.ceildiv(p.keys, CHUNK))
+    parts = Parts(
+        T.alloc_buffer((p.heads, chunks, FEW), "float32"),
+        T.alloc_buffer((p.heads, chunks, FEW), "float32"),
+        T.alloc_buffer((p.heads, chunks, FEW, p.width), "float32"),
+    )
+    sums = p.heads * p.rows * p.keys * p.features
+    cached = p.heads * p.keys * (p.features * bytes_of(p.k))
+    with parallel.shared(p.heads * chunks, sums, cached) as task:
+        head, n = divide(task, chunks)
+        end = p.end(head)
+        with T.If(n * CHUNK < end), T.Then():
+            _chunk(p, parts, head, n, end)
+    with parallel.shared(p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)) as task:
+        head, row = divide(task, p.rows)
+        _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
+
+
+def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr, end: Expr) -> None:
+    v, soft = p.vector, p.soft
+    first = T.bind(n * CHUNK)
+    left = T.bind(T.min(end - first, CHUNK))
+    groups = T.bind(T.ceildiv(left, v.lanes))
+    scores = T.alloc_buffer((FEW, CHUNK), "float32")
+    reaches = T.alloc_buffer((FEW,), "int64")
+    bias = T.alloc_buffer((FEW, CHUNK), "float32") if p.mask is not None else None
+    with T.serial(0, p.rows) as r:
+        where = p.query_at(head, r)
+        T.buffer_store(reaches, reach(p, where[0], where[2]), [r])
+        if bias is not None:
+            load_mask(p, (*where, first), bias, r, groups)
+    dots = _dots(p, head)
+    with T.serial(0, groups) as group, T.serial(0, p.rows) as r:
+        key = T.bind(first + group * v.lanes)
+        place = T.ramp(group * v.lanes, 1, v.lanes)
+        seen = T.cast(reaches[r] - key, "int32")
+        added = None if bias is None else bias[r, place]
+        batch, _, position = p.query_at(head, r)
+        first_seen = start(p, batch, position)
+        unseen = None if first_seen is None else T.cast(first_seen - key, "int32")
+        T.buffer_store(scores, scaled(p, dots(r, key), unseen, seen, added), [r, place])
+
+    with T.serial(0, p.rows) as r:
+        state = T.alloc_buffer((v.lanes,), "float32")
+        lane = T.ramp(0, 1, v.lanes)
+        T.buffer_store(state, v.splat(MINUS_INFINITY), [lane])
+        with T.serial(0, groups) as group:
+            x = scores[r, T.ramp(group * v.lanes, 1, v.lanes)]
+            T.buffer_store(state, T.max(x, state[lane]), [lane])
+        top = soft.top(state[lane])
+        base = finite(top)
+        T.buffer_store(state, v.splat(0.0), [lane])
+        with T.serial(0, groups) as group:
+            place = T.ramp(group * v.lanes, 1, v.lanes)
+            weight = soft.exp(scores[r, place] - v.splat(base))
+            T.buffer_store(scores, weight, [r, place])
+            T.buffer_store(state, state[lane] + weight, [lane])
+        T.buffer_store(parts.tops, top, [head, n, r])
+        T.buffer_store(parts.totals, v.sum(state[lane]), [head, n, r])
+    _weigh(p, parts, (head, n), scores, first, left)
+
+
+def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
+    """A function of a row and a key: the products of that row with the next `lanes` keys."""
+    v, spec = p.vector, p.spec
+    lane = T.ramp(0, 1, v.lanes)
+    step = 2 * v.lanes
+    pairs = v.target.bf16_dot and spec.dtype == "bf16" and spec.key_dim % step == 0
+    if pairs:
+        query = T.alloc_buffer((FEW, spec.key_dim // 2), "int32")
+        keys = T.decl_buffer((*p.k.shape[:3], spec.key_dim // 2), "int32", data=p.k.data)
+        whole, rest = divmod(spec.key_dim // 2, v.lanes)
+    else:
+        whole, rest = divmod(spec.key_dim, v.lanes)
+        query = T.alloc_buffer((FEW, (whole + (rest > 0)) * v.lanes), "float32")
+        keys = p.k
+    with T.serial(0, p.rows) as r:
+        b, h, s = p.query_at(head, r)
+        with T.serial(0, whole) as d:
+            place = T.ramp(d * v.lanes, 1, v.lanes)
+            if pairs:
+                source = T.decl_buffer((*p.q.shape[:3], spec.key_dim // 2), "int32", data=p.q.data)
+                T.buffer_store(query, source[p.at("q", b, h, s, place)], [r, place])
+            else:
+                T.buffer_store(query, v.load(p.q, p.at("q", b, h, s, d * v.lanes)), [r, place])
+        if rest:
+            d = whole * v.lanes
+            x = v.load_tail(p.q, p.at("q", b, h, s, d), T.int32(rest))
+            T.buffer_store(query, x, [r, T.ramp(d, 1, v.lanes)])
+    b, kv = p.split(head)
+
+    def dots(r: Expr, first: Expr) -> Expr:
+        acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(v.lanes)]
+        # Keys after the last are copies of it: they are masked later.
+        near = [T.bind(T.min(first + j, p.keys - 1)) for j in range(v.lanes)]
+        for a in acc:
+            T.buffer_store(a, v.splat(0.0), [lane])
+        with T.serial(0, whole) as d:
+            place = T.ramp(d * v.lanes, 1, v.lanes)
+            q = T.bind(query[r, place])
+            for a, key in zip(acc, near, strict=True):
+                if pairs:
+                    x = v.dot2(a[lane], q, keys[p.at("k", b, kv, key, place)])
+                else:
+                    x = v.fma(q, v.load(keys, p.at("k", b, kv, key, d * v.lanes)), a[lane])
+                T.buffer_store(a, x, [lane])
+        if rest:
+            d = whole * v.lanes
+            q = T.bind(query[r, T.ramp(d, 1, v.lanes)])
+            for a, key in zip(acc, near, strict=True):
+                k = v.load_tail(keys, p.at("k", b, kv, key, d), T.int32(rest))
+                T.buffer_store(a, v.fma(q, k, a[lane]), [lane])
+        return p.soft.sums([a[lane] for a in acc])
+
+    return dots
+
+
+def _weigh(
+    p: Problem, parts: Parts, at: tuple[Expr, Expr], weights: Buffer, first: Expr, left: Expr
+) -> None:
+    """parts.sums = weights @ values, for some rows at a time."""
+    v = p.vector
+    lane = T.ramp(0, 1, v.lanes)
+    b, kv = p.split(at[0])
+    height = min(4, p.spec.group)
+    vectors = min(8, v.target.vector_registers // 2 // height)
+    with T.serial(0, T.ceildiv(p.rows, height)) as block:
+        r = T.bind(block * height)  # rows after the last sum up anything, for nobody
+        for start in range(0, p.width, vectors * v.lanes):
+            features = range(start, min(start + vectors * v.lanes, p.width), v.lanes)
+            acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in features] for _ in range(height)]
+            for a in (a for row in acc for a in row):
+                T.buffer_store(a, v.splat(0.0), [lane])
+            with T.serial(0, left) as j:
+                values = [_value(p, p.at("v", b, kv, first + j, d), d) for d in features]
+                for i in range(height):
+                    w = T.bind(v.splat(weights[r + i, j]))
+                    for a, x in zip(acc[i], values, strict=True):
+                        T.buffer_store(a, v.fma(w, x, a[lane]), [lane])
+            for i in range(height):
+                for a, d in zip(acc[i], features, strict=True):
+                    T.buffer_store(parts.sums, a[lane], [*at, r + i, T.ramp(d, 1, v.lanes)])
+
+
+def _value(p: Problem, index: tuple[Expr, ...], feature: int) -> Expr:
+    rest = p.spec.value_dim - feature
+    if rest >= p.vector.lanes:
+        return p.vector.load(p.v, index)
+    return p.vector.load_tail(p.v, index, T.int32(rest))
+
+
+def _join(p: Problem, parts: Parts, head: Expr, row: Expr, chunks: Expr) -> None:
+    """One row of the result from its parts."""
+    v = p.vector
+    where = p.query_at(head, row)
+    sums = T.alloc_buffer((1, p.width), "float32")
+    top, total = T.alloc_buffer((1,), "float32"), T.alloc_buffer((1,), "float32")
+    T.buffer_store(top, T.float32(MINUS_INFINITY), [0])
+    T.buffer_store(total, T.float32(0), [0])
+    with T.serial(0, p.width // v.lanes) as d:
+        T.buffer_store(sums, v.splat(0.0), [0, T.ramp(d * v.lanes, 1, v.lanes)])
+    with T.serial(0, chunks) as n:
+        T.buffer_store(top, T.max(parts.tops[head, n, row], top[0]), [0])
+    base = finite(top[0])
+    with T.serial(0, chunks) as n:
+        share = T.bind(T.exp(parts.tops[head, n, row] - base))
+        T.buffer_store(total, total[0] + parts.totals[head, n, row] * share, [0])
+    f = factor(p, top[0], total[0], where[1])
+    with T.serial(0, chunks) as n:
+        share = v.bind(v.splat(T.exp(parts.tops[head, n, row] - base) * f))
+        with T.serial(0, p.width // v.lanes) as d:
+            place = T.ramp(d * v.lanes, 1, v.lanes)
+            part = parts.sums[head, n, row, place]
+            T.buffer_store(sums, v.fma(part, share, sums[0, place]), [0, place])
+    write_row(p, where, sums, 0)

@@ -1,0 +1,286 @@
+"""One attention: what is known of it, its arguments, and what both ways of doing it share.
+
+    q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
+    ->  out[B, Hq, S, Dv]
+
+Query heads that share a key head are rows of one problem: row s*g + j is position s of the
+j-th of the g heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.softmax import Softmax
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """A mask that broadcasts to [B, Hq, S, L]; `full` says which of the four dims are not 1.
+
+    A bool mask is True where a query attends; any other is added to the scaled scores.
+    """
+
+    dtype: str
+    full: tuple[bool, bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is known when compiling; B, S and L are sizes of the call, 0 allowed.
+
+    Position s sees key l where l <= s if `is_causal`, l > s - `window`, and l // `chunk` is
+    s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
+    `tokens_first` names those of q, k, v and out that are [B, S or L, heads, D]: what a linear
+    layer produces, and reads, without any transpose. `sinks` adds one logit per head that only
+    the denominator sees (GPT-OSS). `placed` queries count from first[b] instead: k and v are a
+    cache of L places.
+    """
+
+    dtype: str
+    q_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    is_causal: bool = False
+    mask: MaskSpec | None = None
+    sinks: bool = False
+    tokens_first: tuple[str, ...] = ()
+    window: int | None = None
+    chunk: int | None = None
+    placed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"attention: {self.q_heads} query heads cannot share {self.kv_heads} key heads: "
+                "the first must be a multiple of the second"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Mask:
+    spec: MaskSpec
+    values: Buffer  # int8 where the spec says bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments inside an open prim_func. All sizes and indices are int64."""
+
+    spec: AttentionSpec
+    vector: Vector
+    soft: Softmax
+    batch: Expr
+    queries: Expr
+    keys: Expr
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    mask: Mask | None
+    sinks: Buffer | None
+    first: Buffer | None
+    out: Buffer
+
+    @property
+    def heads(self) -> Expr:
+        """Key heads of the whole batch: the problems that have nothing in common."""
+        return self.batch * self.spec.kv_heads
+
+    @property
+    def rows(self) -> Expr:
+        """Query rows of one key head."""
+        return self.queries * self.spec.group
+
+    @property
+    def features(self) -> int:
+        """Of a key and its value."""
+        return self.spec.key_dim + self.spec.value_dim
+
+    @property
+    def width(self) -> int:
+        """The value's features, as whole vectors."""
+        return round_up(self.spec.value_dim, self.vector.lanes)
+
+    def at(self, of: str, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
+        """The index of one feature in q, k, v or out."""
+        return (b, n, head, d) if of in self.spec.tokens_first else (b, head, n, d)
+
+    def split(self, head: Expr) -> tuple[Expr, Expr]:
+        """batch, key head <- one of `heads`"""
+        kv = self.spec.kv_heads
+        return T.bind(T.floordiv(head, kv)), T.bind(T.floormod(head, kv))
+
+    def place(self, batch: Expr, position: Expr) -> Expr:
+        """Where a query stands among the keys."""
+        return position if self.first is None else position + self.first[batch]
+
+    def end(self, head: Expr) -> Expr:
+        """The end of the keys that any query of a key head may see."""
+        if self.first is None or not self.spec.is_causal:
+            return self.keys
+        b, _ = self.split(head)
+        return T.bind(T.min(self.keys, self.first[b] + self.queries))
+
+    def query_at(self, head: Expr, row: Expr) -> tuple[Expr, Expr, Expr]:
+        """batch, query head, position <- a key head and its row"""
+        b, kv = self.split(head)
+        group = self.spec.group
+        return b, kv * group + T.floormod(row, group), T.floordiv(row, group)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def arguments(spec: AttentionSpec, target: Target) -> Problem:
+    """Declare the arguments: q, k, v, mask?, sinks?, first?, out."""
+    batch, queries, keys = T.int64(), T.int64(), T.int64()
+    dtype = TVM_DTYPES[spec.dtype]
+
+    def argument(name: str, heads: int, n: Expr, width: int) -> Buffer:
+        first = name in spec.tokens_first
+        shape = (batch, n, heads, width) if first else (batch, heads, n, width)
+        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+    q = argument("q", spec.q_heads, queries, spec.key_dim)
+    k = argument("k", spec.kv_heads, keys, spec.key_dim)
+    v = argument("v", spec.kv_heads, keys, spec.value_dim)
+    values = sinks = first = None
+    if spec.mask is not None:
+        whole = (batch, spec.q_heads, queries, keys)
+        shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
+        mask_dtype = TVM_DTYPES.get(spec.mask.dtype, "bool")
+        values = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
+    if spec.sinks:
+        sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)
+    if spec.placed:
+        first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
+    out = argument("out", spec.q_heads, queries, spec.value_dim)
+    mask = None
+    if spec.mask is not None and values is not None:
+        if spec.mask.dtype == "bool":
+            values = T.decl_buffer(values.shape, "int8", data=values.data)
+        mask = Mask(spec.mask, values)
+    vector = Vector(target)
+    soft = Softmax(vector)
+    return Problem(spec, vector, soft, batch, queries, keys, q, k, v, mask, sinks, first, out)
+
+
+def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
+    """The end of the keys that a position may see at most; it grows with the position."""
+    end, position = p.keys, p.place(batch, position)
+    if p.spec.is_causal:
+        end = T.min(end, position + 1)
+    if p.spec.chunk is not None:
+        end = T.min(end, (T.floordiv(position, p.spec.chunk) + 1) * p.spec.chunk)
+    return T.bind(end)
+
+
+def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
+    """The first key that a position may see; it grows with the position. None: always 0."""
+    first, position = None, p.place(batch, position)
+    if p.spec.window is not None:
+        first = T.max(position - (p.spec.window - 1), 0)
+    if p.spec.chunk is not None:
+        piece = T.floordiv(position, p.spec.chunk) * p.spec.chunk
+        first = piece if first is None else T.max(first, piece)
+    return None if first is None else T.bind(first)
+
+
+def scaled(p: Problem, dots: Expr, unseen: Expr | None, seen: Expr, bias: Expr | None) -> Expr:
+    """Scores of neighbouring keys; -inf for those before `unseen` and from `seen` on (int32)."""
+    v = p.vector
+    lane = T.ramp(T.int32(0), 1, v.lanes)
+    x = dots * v.splat(p.spec.scale)
+    if bias is not None:
+        x = x + bias
+    attend = lane < T.broadcast(seen, v.lanes)
+    if unseen is not None:
+        attend = T.And(attend, lane >= T.broadcast(unseen, v.lanes))
+    return T.bind(T.Select(attend, x, v.splat(MINUS_INFINITY)))
+
+
+def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vectors: Expr) -> None:
+    """bias[row] = what the mask adds to the scores of neighbouring keys; False adds -inf.
+
+    where: batch, query head, position, first key. Lanes after the last key hold anything.
+    """
+    assert p.mask is not None
+    v, mask, full = p.vector, p.mask.values, p.mask.spec.full
+    b, h, s = (x if varies else 0 for x, varies in zip(where[:3], full[:3], strict=True))
+    with T.serial(0, vectors) as j:
+        place = T.ramp(j * v.lanes, 1, v.lanes)
+        if not full[3]:
+            x = v.splat(_added(p.vector, mask, (b, h, s, 0)))
+            T.buffer_store(bias, x, [row, place])
+            return
+        key = T.bind(where[3] + j * v.lanes)
+        with T.If(key + v.lanes <= p.keys):
+            with T.Then():
+                if p.mask.spec.dtype == "bool":
+                    allowed = mask[b, h, s, T.ramp(key, 1, v.lanes)]
+                    allowed = allowed != T.broadcast(T.int8(0), v.lanes)
+                    x = T.Select(allowed, v.splat(0.0), v.splat(MINUS_INFINITY))
+                else:
+                    x = v.load(mask, (b, h, s, key))
+                T.buffer_store(bias, x, [row, place])
+            with T.Else(), T.serial(0, T.max(p.keys - key, 0)) as i:
+                T.buffer_store(bias, _added(v, mask, (b, h, s, key + i)), [row, j * v.lanes + i])
+
+
+def _added(v: Vector, mask: Buffer, index: Sequence[Expr | int]) -> Expr:
+    """One element of the mask as what it adds."""
+    if mask.dtype == "int8":
+        allowed = mask[tuple(index)] != T.int8(0)
+        return T.Select(allowed, T.float32(0), T.float32(MINUS_INFINITY))
+    return v.scalar(mask, index)
+
+
+def finite(top: Expr) -> Expr:
+    """What to subtract from scores whose greatest is `top`: -inf - -inf would be NaN."""
+    return T.bind(T.Select(top == T.float32(MINUS_INFINITY), T.float32(0), top))
+
+
+def factor(p: Problem, top: Expr, total: Expr, query_head: Expr) -> Expr:
+    """What a row's weighted values are multiplied with at the end.
+
+    top: the greatest score, total: the sum of exp(score - top). A row that sees nothing gives
+    zeros, as torch's scaled_dot_product_attention does.
+    """
+    zero, one = T.float32(0), T.float32(1)
+    if p.sinks is None:
+        return T.bind(T.Select(total == zero, zero, one / total))
+    sink = p.vector.scalar(p.sinks, (query_head,))
+    base = finite(T.bind(T.max(sink, top)))
+    share = T.bind(T.exp(top - base))
+    whole = T.bind(total * share + T.exp(sink - base))
+    return T.bind(T.Select(total == zero, zero, share / whole))
+
+
+def write_row(p: Problem, where: tuple[Expr, Expr, Expr], sums: Buffer, row: Expr) -> None:
+    """out[where] = sums[row], rounded; where: batch, query head, position; sums already scaled."""
+    v = p.vector
+    whole, rest = divmod(p.spec.value_dim, v.lanes)
+    with T.serial(0, whole) as d:
+        x = sums[row, T.ramp(d * v.lanes, 1, v.lanes)]
+        v.store(p.out, p.at("out", *where, d * v.lanes), x)
+    if rest:
+        d = whole * v.lanes
+        v.store_tail(p.out, p.at("out", *where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))

@@ -1,0 +1,267 @@
+"""Products of each expert's rows, as integers of 16 bits, with that expert's compressed weights,
+decoded where they are multiplied.
+
+    ternary   y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
+    2bit      y[r, n] = f(sx[r] * step[n] * (A + 2 B - zero[n] * (sum of x)))
+
+A and B are the sums of x under two masks (masks.py), or made of two other sums (signs.py). Few
+rows: nothing of the weights is ever written to memory. The entries of consecutive codewords do not
+wait for each other; only where in x they start does, for one addition. Many rows: the factors of
+some columns become integers in the cache, which all rows then meet. Sums are of integers, and
+exact: results depend on neither the way nor threads nor other rows nor the target.
+
+(The kernel of QMoE, arXiv 2310.16795, section 4.3, gives a warp to each row; a core takes turns
+at rows, and the lanes of a vector are the warp.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu.compressed import lanes
+from moec.codegen.cpu.compressed import weights as compressed_weights
+from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
+from moec.codegen.cpu.compressed.weights import Weights
+from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.product import Output, Product
+from moec.codegen.cpu.gemm.sorted_rows import sorted_product
+from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, Tile
+from moec.codegen.cpu.llvm.masks import LANES
+from moec.codegen.cpu.quantised.layout import PAIRS
+from moec.codegen.cpu.quantised.round_rows import RoundedRows
+from moec.target.cpu import Target
+
+ROWS = 4
+"""Rows of x that meet a codeword while it is decoded, where registers hold their sums."""
+MANY = 8
+"""As many rows of x, and more, meet weights that were decoded before."""
+DECODED = 8
+"""Columns that are decoded at a time: their integers stay in the second-level cache."""
+MANY_ROWS, MANY_COLUMNS = 6, 2
+"""Their register tile: two sums for each."""
+
+
+@dataclass(frozen=True)
+class CompressedOperands(Operands):
+    """`x` holds pairs of 16-bit integers (quantised/round_rows.py); `w` is not read."""
+
+    x_scales: Buffer
+    sums: Buffer
+    matrices: tuple[Weights, ...]
+
+
+@dataclass(frozen=True)
+class CompressedTile(Tile):
+    """Emits the loops over rows of x, columns and codewords for one tile of columns."""
+
+    operands: CompressedOperands
+
+    @property
+    def tiles_at_once(self) -> int:
+        return 1
+
+    def rows(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr],
+        tiles: Expr | int = 1,
+    ) -> None:
+        """As Tile.rows. Where the weights of `following` lie is known once these are decoded:
+        nothing is fetched."""
+        with T.If(count < MANY):
+            with T.Then():
+                self._groups(
+                    first, count, self._rows, lambda row, m: self._few(group, tile, row, m)
+                )
+            with T.Else(), T.serial(0, T.truncdiv(count + (ROW_CHUNK - 1), ROW_CHUNK)) as chunk:
+                base = T.bind(first + chunk * ROW_CHUNK)
+                some = T.bind(T.min(first + count - base, T.int64(ROW_CHUNK)))
+                self._many(group, tile, base, some)
+
+    def _groups(
+        self, first: Expr, count: Expr, most: int, action: Callable[[Expr, int], None]
+    ) -> None:
+        """`action(row, m)` for groups of `most` rows, and what is left."""
+        with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
+            action(T.bind(first + i * most), most)
+        left = T.bind(T.truncmod(count, T.int64(most)))
+        for m in range(1, most):
+            with T.If(left == m), T.Then():
+                action(T.bind(first + count - m), m)
+
+    @property
+    def _rows(self) -> int:
+        """Rows whose sums are held by half the registers: factors need some of the others."""
+        target, turns = self.layout.target, self.operands.matrices[0].turns
+        registers = 2 * turns * (LANES // target.vector_lanes)
+        return max(1, min(ROWS, target.vector_registers // 2 // registers))
+
+    def _columns(self, tile: Expr) -> Expr:
+        lay = self.layout
+        return T.bind(T.min(lay.spec.n - tile * lay.width, T.int64(lay.width)))
+
+    def _store_sums(
+        self,
+        matrix: Weights,
+        group: Expr,
+        column: Expr,
+        rows: Sequence[Expr],
+        sums: Sequence[tuple[Expr, Expr]],
+        made: Buffer,
+        places: Sequence[Sequence[Expr | int]],
+    ) -> None:
+        """made[place] = the product of each row, from its two sums."""
+        ops, v = self.operands, self.vector
+        p, q = (v.scalar(matrix.grid, [group, column, side]) for side in range(2))
+        for row, (a, b), place in zip(rows, sums, places, strict=True):
+            value = matrix.value(p, q, a, b, ops.sums[row, 0])
+            T.buffer_store(made, value * ops.x_scales[row, 0], list(place))
+
+    def _few(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
+        """`m` rows from `row` on: each codeword is decoded once for all of them."""
+        lay, ops = self.layout, self.operands
+        rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
+        made = T.alloc_buffer((m, lay.columns), "float32")
+        for half, matrix in enumerate(ops.matrices):
+            cursor = matrix.cursor(lay.spec.n, group, T.bind(tile * lay.width))
+            with T.serial(0, self._columns(tile)) as c:
+                column = T.bind(tile * lay.width + c)
+                sums = self._masked(matrix, group, column, cursor, rows)
+                places = [(i, half * lay.width + c) for i in range(m)]
+                self._store_sums(matrix, group, column, rows, sums, made, places)
+        self._finish_kept(lambda i, column: (made, [i, column]), row, m, group, tile)
+
+    def _masked(
+        self, matrix: Weights, group: Expr, column: Expr, cursor: Any, rows: Sequence[Expr]
+    ) -> list[tuple[Expr, Expr]]:
+        """For each row of x its sums under the two factors of a row of weights."""
+        v, every = self.vector, T.ramp(0, 1, LANES)
+        acc = [
+            [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
+            for _ in range(matrix.turns)
+        ]
+        for buffer in (b for some in acc for own in some for b in own):
+            lanes.zero(buffer)
+
+        def take(turn: int, word: Expr, *pair: Expr) -> None:
+            for i, row in enumerate(rows):
+                where = T.address_of(self.operands.x[row, word])
+                for own, factor in zip(acc[turn][i], pair, strict=True):
+                    T.buffer_store(own, matrix.add(v, own[every], where, factor), [every])
+
+        matrix.each(self.layout.spec.n, group, column, cursor, take)
+
+        def total(i: int, side: int) -> Expr:
+            added = acc[0][i][side][every]
+            for turn in range(1, matrix.turns):
+                added = added + acc[turn][i][side][every]
+            return lanes.total(v, added)
+
+        return [(total(i, 0), total(i, 1)) for i in range(len(rows))]
+
+    def _many(self, group: Expr, tile: Expr, base: Expr, count: Expr) -> None:
+        """At most ROW_CHUNK rows from `base` on: some columns are decoded, then met by all."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        made = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
+        decoded = T.alloc_buffer((2, DECODED, PAIRS.words(lay.spec.k)), "int32")
+        last = T.bind(self._columns(tile) - 1)
+        for half, matrix in enumerate(ops.matrices):
+            with T.serial(0, T.truncdiv(last, DECODED) + 1) as block:
+
+                def place(c: Expr, block: Expr = block) -> Expr:
+                    """Behind the last column it comes again, and gives the same."""
+                    return T.bind(T.min(block * DECODED + c, last))
+
+                with T.serial(0, DECODED) as c:
+
+                    def write(
+                        turn: int, word: Expr, *pair: Expr, c: Expr = c, matrix: Weights = matrix
+                    ) -> None:
+                        for side, factor in enumerate(pair):
+                            matrix.expand(v, T.address_of(decoded[side, c, word]), factor)
+
+                    column = T.bind(tile * lay.width + place(c))
+                    own = matrix.cursor(lay.spec.n, group, column)
+                    matrix.each(lay.spec.n, group, column, own, write)
+
+                def meet(
+                    row: Expr,
+                    m: int,
+                    half: int = half,
+                    matrix: Weights = matrix,
+                    place: Any = place,
+                ) -> None:
+                    rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
+                    with T.serial(0, DECODED // MANY_COLUMNS) as q:
+                        all_sums = self._products(rows, decoded, q * MANY_COLUMNS)
+                        for j, sums in enumerate(all_sums):
+                            at = place(q * MANY_COLUMNS + j)
+                            column = T.bind(tile * lay.width + at)
+                            places = [(row - base + i, half * lay.width + at) for i in range(m)]
+                            self._store_sums(matrix, group, column, rows, sums, made, places)
+
+                self._groups(base, count, MANY_ROWS, meet)
+        self._finish_kept(lambda i, column: (made, [i, column]), base, count, group, tile)
+
+    def _products(
+        self, rows: Sequence[Expr], decoded: Buffer, first: Expr
+    ) -> list[list[tuple[Expr, Expr]]]:
+        """For some decoded columns from `first` on, for each row of x, its two sums."""
+        v, every, x = self.vector, T.ramp(0, 1, LANES), self.operands.x
+        acc = [
+            [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
+            for _ in range(MANY_COLUMNS)
+        ]
+        for buffer in (b for some in acc for own in some for b in own):
+            lanes.zero(buffer)
+        with T.serial(0, -(-self.layout.spec.k // (2 * LANES))) as step:
+            at = T.ramp(step * LANES, 1, LANES)
+            parts = [T.bind(x[row, at]) for row in rows]
+            for j in range(MANY_COLUMNS):
+                for side in range(2):
+                    w = T.bind(decoded[side, first + j, at])
+                    for i, part in enumerate(parts):
+                        own = acc[j][i][side]
+                        T.buffer_store(own, lanes.dot_pairs(v, own[every], part, w), [every])
+        return [
+            [(lanes.total(v, a[every]), lanes.total(v, b[every])) for a, b in some] for some in acc
+        ]
+
+
+def compressed_linear(
+    target: Target,
+    spec: CompressedSpec,
+    top_k: int = 0,
+    epilogue: Epilogue | None = None,
+    scale_dtype: str | None = None,
+    name: str = "compressed",
+) -> PrimFunc:
+    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, the dictionary],
+    the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product`
+    says more. The dictionary (compressed_weights.table) comes where the kind is ternary.
+    """
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    lay = Layout(spec, target)
+
+    def tile(x: RoundedRows, matrices: tuple[Weights, ...], out: Output) -> Tile:
+        operands = CompressedOperands(x.codes, x.codes, *out, x.scales, x.sums, matrices)
+        return CompressedTile(lay, operands, epilogue)
+
+    product = Product(
+        lay,
+        lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
+        lambda suffix: compressed_weights.weights(spec, target),
+        tile,
+        lambda: compressed_weights.functions(target),
+    )
+    return sorted_product(product, name, top_k, scale_dtype)

@@ -1,0 +1,95 @@
+"""Compressed weights as pairs of masks.
+
+A codeword's entry is two masks of up to 28 weights and how far they reach
+(formats/ternary_code.py); a word of two planes is two masks of 32 (formats/two_bit.py). As many
+neighbours of x are one vector of 16-bit integers: each mask lets some of them through, and one
+instruction adds those to a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.compressed.lanes import call
+from moec.codegen.cpu.compressed.ternary_walk import Take, Ternary
+from moec.codegen.cpu.gemm.layout import LinearSpec
+from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.llvm.masks import LANES
+from moec.codegen.cpu.vector import Vector
+from moec.formats.two_bit import NEIGHBOURS, words
+
+TURNS = 2
+"""Steps of a walk that have sums of their own: an addition to a sum waits for the one before."""
+
+
+class Masked:
+    """What is done with masks."""
+
+    turns = TURNS
+
+    def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
+        """int32x16: `sums` and those of the 32 integers at address `x` that the mask lets
+        through."""
+        return call(v, f"int32x{LANES}", "masked_sum", sums, x, factor)
+
+    def expand(self, v: Vector, where: Expr, factor: Expr) -> None:
+        """Write 32 integers of 16 bits: 1 where the mask has a bit, else 0."""
+        T.evaluate(call(v, "int32", "expand_mask", where, factor))
+
+
+@dataclass(frozen=True)
+class Masks(Masked, Ternary):
+    """Ternary weights: those that are the row's least, and those that are its greatest. `table`
+    int64[65536]."""
+
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
+        entry = T.bind(self.table[code])
+        upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
+        b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
+        reach = T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
+        return T.bind(T.cast(entry, "int32")), b, reach
+
+    @staticmethod
+    def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
+        return least * T.cast(a, "float32") + greatest * T.cast(b, "float32")
+
+
+@dataclass(frozen=True)
+class TwoBits(Masked):
+    """planes int64[E, n, words], grid bfloat16[E, n, 2]."""
+
+    planes: Buffer
+    grid: Buffer
+
+    @staticmethod
+    def of(spec: LinearSpec, i: int) -> TwoBits:
+        return TwoBits(
+            argument(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
+            argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+        )
+
+    def cursor(self, n: int, group: Expr, column: Expr) -> None:
+        """Where a row starts is known without."""
+
+    def each(self, n: int, group: Expr, column: Expr, cursor: None, take: Take) -> None:
+        count = int(self.planes.shape[2])
+
+        def one(word: Expr, turn: int) -> None:
+            both = T.bind(self.planes[group, column, word])
+            b = T.bind(T.cast(T.shift_right(both, T.int64(32)), "int32"))
+            take(turn, word * (NEIGHBOURS // 2), T.bind(T.cast(both, "int32")), b)
+
+        with T.serial(0, count // TURNS) as step:
+            for turn in range(TURNS):
+                one(step * TURNS + turn, turn)
+        for word in range(count // TURNS * TURNS, count):
+            one(T.int32(word), 0)
+
+    @staticmethod
+    def value(step: Expr, zero: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
+        codes = T.cast(a, "float32") + T.float32(2) * T.cast(b, "float32")
+        return step * (codes - zero * T.cast(total, "float32"))

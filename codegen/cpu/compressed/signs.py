@@ -1,0 +1,56 @@
+"""Ternary weights as bytes -1, 0 and 1, where no instruction makes lanes of bits.
+
+An entry is 28 bytes, and last how far they reach (formats/ternary_code.py): they become 16-bit
+integers, which one instruction multiplies with as many neighbours of x and adds by twos. One factor
+are these, the other one their magnitudes: the sums S and U of x under them are
+
+    U + S = 2 B, U - S = 2 A,  B the sum of x where weights are their row's greatest, A the least
+
+Entries are four times as large as masks; those of all codewords are 2 MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.cpu.compressed.lanes import call
+from moec.codegen.cpu.compressed.ternary_walk import Ternary
+from moec.codegen.cpu.llvm.masks import LANES
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+
+def signed(target: Target) -> bool:
+    """Whether kernels for `target` take signs rather than masks."""
+    return target.vector_lanes < LANES
+
+
+@dataclass(frozen=True)
+class Signs(Ternary):
+    """`table` int8[65536, 32]. A row has four vectors of sums, which take turns as they are."""
+
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
+        v, kind = Vector(self.target), f"int32x{LANES}"
+        where = T.address_of(self.table[code, 0])
+        signs = T.bind(call(v, kind, "signs", where))
+        magnitudes = T.bind(call(v, kind, "magnitudes", signs))
+        return signs, magnitudes, call(v, "int64", "reach", where)
+
+    def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
+        """int32x16: `sums` and the products of the factor with the 32 integers at address `x`, by
+        twos."""
+        return call(v, f"int32x{LANES}", "signed_sum", sums, x, factor)
+
+    def expand(self, v: Vector, where: Expr, factor: Expr) -> None:
+        """Write the 32 integers of 16 bits."""
+        T.evaluate(call(v, "int32", "expand_signs", where, factor))
+
+    @staticmethod
+    def value(least: Expr, greatest: Expr, s: Expr, u: Expr, total: Expr) -> Expr:
+        # The mean of both, whose sum may need another bit.
+        half = T.shift_right(T.bitwise_xor(u, s), T.int32(1))
+        b = T.bind(T.bitwise_and(u, s) + half)
+        return least * T.cast(u - b, "float32") + greatest * T.cast(b, "float32")

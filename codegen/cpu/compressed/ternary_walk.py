@@ -1,0 +1,122 @@
+"""Ternary weights as a kernel reads them: a row of weights is a walk over the entries of codewords.
+
+An entry tells up to 28 weights, as two factors, and how far they reach. What factors are is told by
+masks.py and by signs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.gemm.layout import LinearSpec
+from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.parallel import bytes_of
+from moec.codegen.cpu.vector import Vector
+from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
+from moec.target.cpu import Target
+
+AHEAD = 16
+"""Codewords between the one that is decoded and the one whose entry is asked for."""
+
+Take = Callable[[int, Expr, Expr, Expr], None]
+"""(which set of sums, word of x, factor, factor)"""
+
+
+@dataclass(frozen=True)
+class CompressedSpec(LinearSpec):
+    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
+
+    kind: str = "ternary"
+    bytes_of_counts: tuple[int, ...] = (1, 1)
+    """In the starts of each stack of ternary weights."""
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """stream int16[W], starts uint8[E * n / 32, 36 or 68], grid bfloat16[E, n, 2], and the entries
+    of all codewords."""
+
+    stream: Buffer
+    starts: Buffer
+    grid: Buffer
+    table: Buffer
+    target: Target
+    turns = 1
+    """Codewords with sums of their own."""
+
+    @classmethod
+    def of(cls, spec: CompressedSpec, i: int, table: Buffer, target: Target) -> Self:
+        starts = starts_shape(spec.groups * spec.n, spec.bytes_of_counts[i])
+        return cls(
+            argument(f"stream{i}", (T.int64(),), "int16"),
+            argument(f"starts{i}", starts, "uint8"),
+            argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
+            table,
+            target,
+        )
+
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
+        """Two factors, and how many words of x they reach (int64)."""
+        raise NotImplementedError
+
+    def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
+        """Where the codewords of a row of weights start: a number that `each` moves on."""
+        start = self._counted("row_start", T.bind(group * n + column))
+        made = T.alloc_buffer((1,), "int64")
+        T.buffer_store(made, start, [0])
+        return made
+
+    def each(self, n: int, group: Expr, column: Expr, cursor: Buffer, take: Take) -> None:
+        """Calls `take` for the codewords of a row of weights, at whose start `cursor` stands and
+        behind which it is left."""
+        count = T.bind(self._counted("row_words", T.bind(group * n + column)))
+        start = T.bind(cursor[0])
+        T.buffer_store(cursor, start + count, [0])
+        at = T.alloc_buffer((1,), "int64")  # as addresses are, so that none is widened
+        T.buffer_store(at, T.int64(0), [0])
+        # Behind a row's end is the next one, which is soon decoded; the last ones ask for nothing
+        # that is not decoded now.
+        within = start + count + AHEAD <= self.stream.shape[0]
+        ahead = T.bind(T.Select(within, T.int64(AHEAD), T.int64(0)))
+
+        def one(word: Expr, turn: int) -> None:
+            if self._fetches:
+                asked = [self._code(word + ahead), *[0] * (len(self.table.shape) - 1)]
+                Vector(self.target).prefetch(self.table, asked)
+            here = T.bind(at[0])
+            first, second, reach = self.entry(self._code(word))
+            take(turn, here, first, second)
+            T.buffer_store(at, here + reach, [0])
+
+        turns = self.turns
+        whole = T.bind(T.truncdiv(count, T.int64(turns)))
+        with T.serial(0, whole) as step:
+            for turn in range(turns):
+                one(T.bind(start + step * turns + turn), turn)
+        if turns > 1:
+            with T.serial(0, count - whole * turns) as step:
+                one(T.bind(start + whole * turns + step), 0)
+
+    def _counted(self, what: str, place: Expr) -> Expr:
+        """What the starts tell of row `place` of all rows, int64."""
+        inside = T.bind(T.cast(T.truncmod(place, TOGETHER), "int32"))
+        where = T.address_of(self.starts[T.truncdiv(place, TOGETHER), 0])
+        size = bytes_of_counts([int(size) for size in self.starts.shape])
+        return T.cast(T.call_extern("int32", f"moec_{what}_{size}", where, inside), "int64")
+
+    def _code(self, word: Expr) -> Expr:
+        return T.bind(T.bitwise_and(T.cast(self.stream[word], "int64"), T.int64(0xFFFF)))
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether entries are asked for ahead: a second-level cache that the table would fill
+        holds rows and sums too."""
+        table = bytes_of(self.table) * prod(int(size) for size in self.table.shape)
+        return self.target.l2 < 2 * table

@@ -1,0 +1,46 @@
+"""The arguments of a kernel that hold compressed weights, as its target reads them best."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moec.codegen.cpu.compressed.masks import Masks, TwoBits
+from moec.codegen.cpu.compressed.signs import Signs, signed
+from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
+from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.masks import mask_functions
+from moec.codegen.cpu.llvm.vector_text import llvm_functions
+from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
+from moec.target.cpu import Target
+
+Weights = Masks | Signs | TwoBits
+
+
+def weights(spec: CompressedSpec, target: Target) -> tuple[Weights, ...]:
+    """The arguments that hold the one stack of `spec`, or the two of a gated one."""
+    halves = range(1 + spec.gated)
+    if spec.kind == "2bit":
+        return tuple(TwoBits.of(spec, i) for i in halves)
+    if signed(target):
+        entries = argument("signs", (CODEWORDS, SIGNED), "int8")
+        return tuple(Signs.of(spec, i, entries, target) for i in halves)
+    entries = argument("masks", (CODEWORDS,), "int64")
+    return tuple(Masks.of(spec, i, entries, target) for i in halves)
+
+
+def table(target: Target) -> npt.NDArray[Any]:
+    """The one dictionary as an argument of kernels for `target`: 512 KiB of masks, or 2 MiB of
+    signs."""
+    entries = dictionary().entries
+    return signs(entries) if signed(target) else masks(entries).view(np.int64)
+
+
+def functions(target: Target) -> AbstractContextManager[object]:
+    """The frame that the kernel must be made in."""
+    text = llvm_functions(target) + mask_functions(target)
+    return llvm_frame(text)

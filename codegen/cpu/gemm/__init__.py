@@ -1,0 +1,1 @@
+"""Products of packed floats: tiles in registers, and loops around them."""

@@ -1,0 +1,65 @@
+"""Products of each expert's rows with that expert's weights; rows lie sorted by expert.
+
+    y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
+
+"row of r" is r itself, or, where the dispatch is folded in, the token order[r] // top_k: then
+the rows of x are read where they are and never copied. Rows that no expert owns become 0; with
+`cleared` false, where nobody reads them, they are left as they are.
+"""
+
+from __future__ import annotations
+
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.gemm.layout import LinearSpec
+from moec.codegen.cpu.gemm.linear import plain_product
+from moec.codegen.cpu.gemm.sorted_rows import sorted_product
+from moec.codegen.cpu.gemm.tile import Epilogue
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.target.cpu import Target
+
+
+def grouped_linear(
+    target: Target,
+    spec: LinearSpec,
+    epilogue: Epilogue | None = None,
+    name: str = "grouped",
+    cleared: bool = True,
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
+    """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n])."""
+    return _grouped(target, spec, epilogue, name, 0, None, cleared, tuning)
+
+
+def gathered_linear(
+    target: Target,
+    spec: LinearSpec,
+    top_k: int,
+    epilogue: Epilogue | None = None,
+    scale_dtype: str | None = None,
+    name: str = "gathered",
+    cleared: bool = True,
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
+    """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
+
+    With `scale_dtype`, scale[T, top_k] multiplies the row of x that its choice takes (the
+    product is scaled before the bias is added, which is the same).
+    """
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, cleared, tuning)
+
+
+def _grouped(
+    target: Target,
+    spec: LinearSpec,
+    epilogue: Epilogue | None,
+    name: str,
+    top_k: int,
+    scale_dtype: str | None,
+    cleared: bool,
+    tuning: Tuning,
+) -> PrimFunc:
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    product = plain_product(target, spec, epilogue, tuning)
+    return sorted_product(product, name, top_k, scale_dtype, cleared)

@@ -1,0 +1,158 @@
+"""Dense products: y[T, n] = f(x[T, k] @ w^T + bias), parallel over tiles of columns and of rows.
+
+The threads share out (tile, chunk of rows) pairs, tiles outermost: neighbouring pairs use the
+same weights, which then stay in one core's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.gemm.amx_tile import AmxTile
+from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.product import Output, Product, W, X, argument
+from moec.codegen.cpu.gemm.row_blocks import ceil_of
+from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+MANY = 32  # rows from which on a thread takes some tiles of columns at once
+
+
+def linear(
+    target: Target, spec: LinearSpec, epilogue: Epilogue | None = None, name: str = "linear"
+) -> PrimFunc:
+    """A kernel (x[T, k], w packed[, bias packed], y[T, n]).
+
+    `spec.groups` is 1. `epilogue` maps the float32 vector of sums (gated: the two vectors gate
+    and up) to the vector that is rounded to y; it is called while the kernel is built.
+    """
+    if spec.groups != 1:
+        raise ValueError(f"{name}: a dense product has one group of weights, not {spec.groups}")
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    return dense_products([plain_product(target, spec, epilogue)], name)
+
+
+def linears(
+    target: Target,
+    specs: tuple[LinearSpec, ...],
+    name: str = "linears",
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
+    """Several products of the same rows as one kernel: (x[T, k], (w packed[, bias packed]) of
+    each, y[T, n] of each).
+
+    One kernel keeps all threads busy over the end of one product and the start of the next,
+    which counts where each is short, as those of queries, keys and values for one token are.
+    """
+    if len({(spec.k, spec.dtype) for spec in specs}) != 1:
+        raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
+    if any(spec.groups != 1 or spec.gated for spec in specs):
+        raise ValueError(f"{name}: the products must be dense, each with one matrix")
+    return dense_products([plain_product(target, spec, tuning=tuning) for spec in specs], name)
+
+
+def plain_product(
+    target: Target,
+    spec: LinearSpec,
+    epilogue: Epilogue | None = None,
+    tuning: Tuning = DEFAULT,
+) -> Product[Buffer, Buffer]:
+    """Of rows and weights as they are."""
+    layout = Layout(spec, target, tuning)
+    kind = AmxTile if layout.amx else WidenedTile if layout.widened else Tile
+    return Product(
+        layout,
+        lambda rows: argument("x", (rows, spec.k), spec.dtype),
+        lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
+        lambda x, w, out: kind(layout, Operands(x, w, *out), epilogue),
+        Vector(target).functions,
+    )
+
+
+def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
+    """A kernel (rows of x, (weights[, bias packed]) of each product, y[T, n] of each)."""
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            t = T.int64()
+            x = products[0].rows(t)
+            read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
+            tiles = []
+            for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
+                spec = product.layout.spec
+                y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
+                tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
+            with products[0].functions():
+                shared_out(tiles, t)
+    return builder.get()
+
+
+def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
+    """A parallel loop over all columns of tiles of the products and all chunks of `rows` rows."""
+    size, amx = tiles[0].row_chunk, tiles[0].layout.amx
+    chunks = T.truncdiv(rows + (size - 1), T.int64(size))
+    most = max(tile.dense_tiles for tile in tiles)
+    at_once = 1 if most == 1 else T.bind(T.Select(rows < MANY, T.int64(1), T.int64(most)))
+    pieces = [_ceildiv(tile.layout.tiles, at_once) for tile in tiles]
+    count = sum(pieces[1:], pieces[0])
+    sums = rows * sum(tile.layout.sums for tile in tiles)
+    weights = sum(tile.layout.bytes for tile in tiles)
+    with parallel.shared(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
+        # Tile registers are so fast that rows must stay in the cache, while weights pass by.
+        inner = T.int64(count) if amx else chunks
+        outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))
+        piece = T.bind(T.cast(rest if amx else outer, "int32"))
+        first = T.bind((outer if amx else rest) * size)
+        some = T.bind(T.min(rows - first, T.int64(size)))
+        last = T.bind(first + size >= rows)
+        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, some, last)
+
+
+def _dispatch(
+    tiles: Sequence[tuple[Tile, Expr | int]],
+    piece: Expr,
+    at_once: Expr | int,
+    first: Expr,
+    rows: Expr,
+    last: Expr,
+) -> None:
+    """The tiles that a piece of all products stands for; `last`: no more rows meet them."""
+    (tile, pieces), *others = tiles
+
+    def own() -> None:
+        if isinstance(at_once, int):
+            column, some = piece, at_once
+        else:
+            most = T.cast(at_once, "int32")
+            column = T.bind(piece * most)
+            some = T.bind(T.min(most, tile.layout.tiles - column))
+        behind = T.bind(T.min(column + some, T.int32(tile.layout.tiles - 1)))
+        following = (T.int32(0), T.bind(T.Select(last, behind, column)))
+        tile.rows(T.int32(0), column, first, rows, following, some)
+
+    if not others:
+        own()
+        return
+    with T.If(piece < pieces):
+        with T.Then():
+            own()
+        with T.Else():
+            rest = T.bind(piece - T.cast(pieces, "int32"))
+            _dispatch(others, rest, at_once, first, rows, last)
+
+
+def _ceildiv(count: int, by: Expr | int) -> Expr | int:
+    if isinstance(by, int):
+        return ceil_of(count, by)
+    return T.bind(T.truncdiv(T.int64(count) + by - 1, by))

@@ -1,0 +1,145 @@
+"""Weights into the layout that kernels stream (see layout.py), and back.
+
+One strided copy by torch, on all its threads, from wherever the weights are (a parameter, a
+memory-mapped file, a transposed or interleaved view) straight to their place. Padding is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moec.codegen.cpu.gemm.layout import Layout
+
+Array = npt.NDArray[np.generic]
+
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = None) -> Array:
+    """weight [E, N, K] ([N, K] for one group), any strides -> an array of `layout.shape`.
+
+    For a gated layout `weight` is the gate and `up` the other factor. bfloat16 arrays of numpy
+    may come as ml_dtypes.bfloat16 or as 16-bit integers. ValueError where shapes or types are
+    not those of `layout.spec`.
+    """
+    parts = [_as_tensor(layout, w) for w in _parts(layout, weight, up)]
+    padded = layout.tiles * layout.width != layout.spec.n or (
+        layout.pairs and layout.spec.k % 2 == 1
+    )
+    elements = (*layout.shape, 2) if layout.pairs else layout.shape
+    dtype = _TORCH[layout.spec.dtype]
+    packed = torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
+    for half, part in enumerate(parts):
+        for start, to in _places(layout, packed, half):
+            _copy(to, part, start, layout)
+    return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
+
+
+def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
+    """The weights [E, N, K] that `pack` was given: one, or gate and up."""
+    spec = layout.spec
+    tensor = torch.from_numpy(packed)
+    if layout.pairs:
+        tensor = tensor.view(torch.bfloat16).view(*layout.shape, 2)
+    made = []
+    for half in range(2 if spec.gated else 1):
+        # [E, tiles, depth, columns(, 2)] of each place -> [E, tiles, columns, depth(, 2)]
+        places = [place.movedim(3, 2) for _, place in _places(layout, tensor, half)]
+        part = torch.cat(places, 2).flatten(1, 2)
+        made.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
+    return tuple(made)
+
+
+def pack_bias(layout: Layout, bias: Tensor | Array, up: Tensor | Array | None = None) -> Array:
+    """bias [E, N] ([N] for one group) -> float32 of `layout.bias_shape`."""
+    spec = layout.spec
+    packed = torch.zeros(layout.bias_shape, dtype=torch.float32)
+    for half, part in enumerate(_parts(layout, bias, up)):
+        tensor = _from_numpy(part, spec.dtype).reshape(spec.groups, -1).float()
+        if tensor.shape[1] != spec.n:
+            raise ValueError(f"the bias is {list(part.shape)}, but y is {spec.n} wide")
+        rows = torch.nn.functional.pad(tensor, (0, layout.tiles * layout.width - spec.n))
+        rows = rows.view(spec.groups, layout.tiles, layout.width)
+        packed[:, :, half * layout.width : (half + 1) * layout.width] = rows
+    return packed.numpy()
+
+
+def _parts(
+    layout: Layout, first: Tensor | Array, up: Tensor | Array | None
+) -> list[Tensor | Array]:
+    if layout.spec.gated != (up is not None):
+        raise ValueError("a gated layout takes gate and up, any other takes one array")
+    return [first] if up is None else [first, up]
+
+
+def _from_numpy(array: Tensor | Array, dtype: str) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach()
+    if dtype == "bfloat16" and array.dtype.itemsize == 2 and array.dtype != np.float16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _as_tensor(layout: Layout, array: Tensor | Array) -> Tensor:
+    """The array as [E, N, K] of the spec's type."""
+    spec = layout.spec
+    tensor = _from_numpy(array, spec.dtype)
+    if tensor.ndim == 2:
+        tensor = tensor.unsqueeze(0)
+    wanted = (spec.groups, spec.n, spec.k)
+    if tuple(tensor.shape) != wanted or tensor.dtype != _TORCH[spec.dtype]:
+        raise ValueError(
+            f"the weight is {tensor.dtype} {list(array.shape)}, "
+            f"but the kernel takes {_TORCH[spec.dtype]} {list(wanted)}"
+        )
+    return tensor
+
+
+def _places(layout: Layout, packed: Tensor, half: int) -> list[tuple[int, Tensor]]:
+    """The parts of `packed` that one half is in, [E, tiles, depth, columns(, 2)], each with the
+    column of a tile that it starts with."""
+    if not layout.amx:
+        return [(0, packed[:, :, :, half * layout.width : (half + 1) * layout.width])]
+    lanes = layout.target.vector_lanes
+    each = layout.width // lanes
+    streams = packed.view(packed.shape[0], layout.tiles, layout.vectors, *packed.shape[2:])
+    return [(j * lanes, streams[:, :, half * each + j]) for j in range(each)]
+
+
+def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
+    """to [E, tiles, depth, columns(, 2)] <- weight [E, N, K], `columns` of N from `start` on in
+    every `layout.width`."""
+    columns, width = to.shape[3], layout.width
+    present = layout.spec.n - start
+    whole = max(0, (present - columns) // width + 1)
+    left = max(0, present - whole * width)
+    pairs = []  # of a part of `to` and its rows [E, tiles, columns, K]
+    if whole:
+        pairs.append((to[:, :whole], weight[:, start:].unfold(1, columns, width).mT))
+    if left:
+        pairs.append((to[:, whole:, :, :left], weight[:, start + whole * width :].unsqueeze(1)))
+    for target, rows in pairs:
+        if rows.numel() == 0:
+            continue
+        if not layout.pairs:
+            target.copy_(rows.transpose(2, 3))
+        elif _viewable(rows):
+            target.view(torch.int32).squeeze(-1).copy_(rows.view(torch.int32).transpose(2, 3))
+        else:
+            for parity in range(2):
+                some = rows[..., parity::2]
+                target[:, :, : some.shape[-1], :, parity].copy_(some.transpose(2, 3))
+
+
+def _viewable(rows: Tensor) -> bool:
+    """Whether pairs of elements are whole, aligned words in memory."""
+    return (
+        rows.stride(-1) == 1
+        and rows.shape[-1] % 2 == 0
+        and all(s % 2 == 0 for s in rows.stride()[:-1])
+        and rows.storage_offset() % 2 == 0
+        and rows.data_ptr() % 4 == 0
+    )

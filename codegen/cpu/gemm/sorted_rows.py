@@ -1,0 +1,131 @@
+"""Rows sorted by expert: which row of x each one is, and who computes it.
+
+The threads share out pairs of an expert and one or some tiles, tiles outermost: whatever the
+routing, each thread gets every expert's rows for its share of the columns, so the load is even
+without any planning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.gemm.product import Output, Product, W, X, argument
+from moec.codegen.cpu.gemm.tile import Tile
+from moec.codegen.cpu.vector import Vector
+
+
+def sorted_product(
+    product: Product[X, W],
+    name: str,
+    top_k: int = 0,
+    scale_dtype: str | None = None,
+    cleared: bool = True,
+) -> PrimFunc:
+    """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
+    y[R, n]).
+
+    With `top_k`, row r of y is made of row order[r] // top_k of the T rows of x; with 0, R is T.
+    With `scale_dtype`, `scale` multiplies the row of x that its choice takes (the product is
+    scaled before the bias is added, which is the same). `cleared`: each_expert.
+    """
+    layout = product.layout
+    spec = layout.spec
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            t, r = T.int64(), T.int64()
+            x = product.rows(t if top_k else r)
+            order = argument("order", (r,), "int32") if top_k else None
+            ends = argument("ends", (spec.groups,), "int32")
+            w = product.weights("")
+            bias = product.bias("")
+            scale = argument("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
+            y = argument("y", (r, spec.n), spec.y_dtype)
+            tokens = token_of(order, top_k)
+            scales = scale_of(Vector(layout.target), scale, order, top_k)
+            tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
+            with product.functions():
+                each_expert(tile, ends, r, cleared)
+    return builder.get()
+
+
+def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:
+    """Row r is row order[r] // top_k of x; without an order, row r."""
+
+    def token(row: Expr) -> Expr:
+        return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
+
+    return token
+
+
+def scale_of(
+    v: Vector, scale: Buffer | None, order: Buffer | None, top_k: int
+) -> Callable[[Expr], Expr] | None:
+    """What multiplies row r: scale[T, top_k] of its choice, in float32."""
+    if scale is None or order is None:
+        return None
+    token = token_of(order, top_k)
+
+    def row_scale(row: Expr) -> Expr:
+        return v.scalar(scale, [token(row), T.cast(T.truncmod(order[row], top_k), "int64")])
+
+    return row_scale
+
+
+def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
+    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`, where there are
+    any. Those that no expert owns, at the end, become 0 where they are `cleared`, and stay
+    unwritten otherwise."""
+    tiles, at_once = tile.layout.tiles, tile.tiles_at_once
+    active, count = _active(ends, tile.layout.spec.groups)
+    units = T.bind(count * -(-tiles // at_once))
+    weights = T.cast(count, "int64") * tile.layout.bytes
+    worth = tile.layout.tuning.worth
+    with (
+        parallel.functions(),
+        parallel.shared(units, rows * tile.layout.sums, weights, worth) as unit,
+    ):
+
+        def place(unit: Expr) -> tuple[Expr, Expr, Expr]:
+            """Which of the active experts, itself, and the first of its tiles."""
+            parts = parallel.divide(T.cast(unit, "int64"), T.cast(count, "int64"))
+            block, i = (T.bind(T.cast(part, "int32")) for part in parts)
+            return i, T.bind(active[i]), T.bind(block * at_once)
+
+        i, e, column = place(unit)
+        some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
+        first, end = _bounds(ends, e)
+        with T.If(first < end), T.Then():
+            _, after, column_after = place(T.min(unit + 1, units - 1))
+            tile.rows(e, column, first, end - first, (after, column_after), some)
+        if cleared:
+            with T.If(i == count - 1), T.Then(), T.serial(0, some) as t:
+                tile.zero_rows(column + t, end, rows - end)
+
+
+def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:
+    """The experts that have rows, and how many they are; the first one where none has: somebody
+    clears the rows of nobody."""
+    active = T.alloc_buffer((experts,), "int32")
+    count = T.alloc_buffer((1,), "int32")
+    T.buffer_store(active, 0, [0])
+    T.buffer_store(count, 0, [0])
+    with T.serial(0, experts) as e:
+        first, end = _bounds(ends, e)
+        with T.If(first < end), T.Then():
+            T.buffer_store(active, e, [count[0]])
+            T.buffer_store(count, count[0] + 1, [0])
+    return active, T.bind(T.max(count[0], 1))
+
+
+def _bounds(ends: Buffer, e: Expr) -> tuple[Expr, Expr]:
+    """The rows of expert e: from the first to before the second, int64."""
+    before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
+    return T.bind(T.cast(before, "int64")), T.bind(T.cast(ends[e], "int64"))

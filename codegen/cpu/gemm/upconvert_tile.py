@@ -1,0 +1,253 @@
+"""The register tile of 16-bit numbers that have no dot products: made float32, then multiplied.
+
+To widen a number takes about as long as to multiply it, so each is widened for many products:
+
+    many rows   a block of K of all rows becomes a panel in the second-level cache, which some
+                tiles of weights meet; a tile's becomes one in the first-level cache, for all rows
+    few rows    theirs become a panel, and weights are widened on their way from memory to the
+                registers
+
+Both add the same products in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.gemm.prefetch import Following
+from moec.codegen.cpu.gemm.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
+from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
+
+WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small first-level cache
+MORE = 4  # times as many tiles at once as other kernels take
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Steps `start` .. `stop` of K, of the weights of one tile."""
+
+    group: Expr
+    tile: Expr
+    start: Expr | int
+    stop: Expr | int
+
+
+@dataclass(frozen=True)
+class WidenedTile(Tile):
+    """Emits the loops over rows and K for some tiles of columns."""
+
+    @property
+    def factor(self) -> int:
+        """Elements of K that a step takes."""
+        return 2 if self.layout.pairs else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of a block of K: whole vectors of them, of rows and of weights."""
+        lay = self.layout
+        elements = min(256, max(128, WEIGHTS // (4 * lay.columns)))
+        steps = ceil_of(lay.depth, ceil_of(lay.depth, elements // self.factor))
+        return ceil_of(steps, self.vector.lanes) * self.vector.lanes
+
+    @property
+    def tiles_at_once(self) -> int:
+        """More than of others, as rows are widened once for all of them, where that leaves as
+        many pieces to share out."""
+        lay = self.layout
+        enough = max(1, lay.tiles * lay.spec.groups // 256)
+        return min(lay.tiles, MORE * super().tiles_at_once, enough)
+
+    @property
+    def dense_tiles(self) -> int:
+        return min(self.layout.tiles, 2 * MORE)
+
+    def rows(
+        self,
+        group: Expr,
+        tile: Expr,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr],
+        tiles: Expr | int = 1,
+    ) -> None:
+        height, depth = self.layout.target.tile_rows, self.layout.depth
+        whole = _Block(group, tile, 0, depth)
+        with T.If(count < height):
+            with T.Then():
+                panel = self.vector.scratch((height - 1, depth * self.factor), "float32")
+                self._few(whole, tiles, first, count, panel)
+            with T.Else():
+                self._many(whole, tiles, first, count, following)
+
+    def _few(
+        self, whole: _Block, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
+    ) -> None:
+        height = self.layout.target.tile_rows
+        kept = self.vector.scratch((height - 1, self.layout.columns), "float32")
+
+        def sums(i: Expr | int, column: int) -> Where:
+            return kept, [i, column]
+
+        with T.serial(0, count) as i:
+            self._widen_row(first + i, whole, panel, i)
+        with T.serial(0, tiles) as t:
+            tile = T.bind(whole.tile + t)
+            ahead = self._own(whole.group, tile)
+            ask = None if ahead is None else self._asking(ahead)
+
+            def multiply(acc: Registers) -> None:
+                with T.serial(0, T.int64(self.layout.depth)) as step:
+                    if ask is not None:
+                        ask(step)
+                    for h, weights in enumerate(self._halves(whole.group, tile, step)):
+                        for i, own in enumerate(acc):
+                            a = panel[i, step * self.factor + h]
+                            self._accumulate(own, self.vector.splat(a), weights, self._fma)
+
+            for m in range(1, height):
+                with T.If(count == m), T.Then():
+                    self._summed(multiply, first, m, whole.group, tile, Partial(sums, None, None))
+            self._finish_kept(sums, first, count, whole.group, tile)
+
+    def _many(
+        self,
+        whole: _Block,
+        tiles: Expr | int,
+        first: Expr,
+        count: Expr,
+        following: tuple[Expr, Expr],
+    ) -> None:
+        lay, v = self.layout, self.vector
+        at_once = tiles if isinstance(tiles, int) else max(self.tiles_at_once, self.dense_tiles)
+        blocks = ceil_of(lay.depth, self.steps)
+        weights = v.scratch((self.steps * self.factor, lay.columns), "float32")
+        panel = v.scratch((PARTIAL_ROWS, self.steps * self.factor), "float32")
+        kept = v.scratch((at_once, PARTIAL_ROWS, lay.columns), "float32")
+        chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
+        with T.serial(0, chunks) as c, T.serial(0, T.int64(blocks)) as b:
+            base = T.bind(first + c * PARTIAL_ROWS)
+            n = T.bind(T.min(first + count - base, T.int64(PARTIAL_ROWS)))
+            start = T.bind(b * self.steps)
+            stop = stop_of(start, self.steps, lay.depth)
+            done = T.bind(b == blocks - 1)
+            after = T.bind(T.Select(done, T.int64(0), stop))
+            # What is widened after this block of all tiles.
+            leaves = T.bind(T.And(done, c == chunks - 1))
+            group = T.bind(T.Select(leaves, following[0], whole.group))
+            coming = _Block(group, T.Select(leaves, following[1], whole.tile), after, after)
+            block = replace(whole, start=start, stop=stop)
+            with T.serial(0, n) as i:
+                self._widen_row(base + i, block, panel, i)
+            with T.serial(0, tiles) as t:
+                tile = T.bind(whole.tile + t)
+                last = T.bind(t == tiles - 1)
+                then = _Block(
+                    T.bind(T.Select(last, coming.group, whole.group)),
+                    T.bind(T.Select(last, coming.tile, tile + 1)),
+                    T.bind(T.Select(last, coming.start, start)),
+                    stop,
+                )
+
+                def sums(i: Expr | int, column: int) -> Where:
+                    return kept, [t, i, column]
+
+                own = replace(block, tile=tile)
+                self._widen_weights(own, weights)
+                self._all_rows(own, n, weights, panel, sums, b > 0, then)
+                with T.If(done), T.Then():
+                    self._finish_kept(sums, base, n, whole.group, tile)
+
+    def _all_rows(
+        self,
+        block: _Block,
+        count: Expr,
+        weights: Buffer,
+        panel: Buffer,
+        sums: Callable[[Expr | int, int], Where],
+        begun: Expr,
+        then: _Block,
+    ) -> None:
+        """The `count` rows whose block is in `panel` with that of a tile, in `weights`."""
+        height = self.layout.target.tile_rows
+        steps = T.bind(block.stop - block.start)
+        following = Following(then.group, then.tile, then.start, 0, steps)
+
+        def some(at: Expr, m: int) -> None:
+            ask = self._asking(following.share(at, m, count, self.layout.columns))
+
+            def multiply(acc: Registers) -> None:
+                self._panels(acc, weights, panel, at, block, ask)
+
+            partial = Partial(lambda i, column: sums(at + i, column), begun, None)
+            self._summed(multiply, at, m, block.group, block.tile, partial)
+
+        each_row_block(count, height, some)
+
+    def _panels(
+        self,
+        acc: Registers,
+        weights: Buffer,
+        panel: Buffer,
+        at: Expr,
+        block: _Block,
+        fetch: Fetch,
+    ) -> None:
+        """Adds the products of rows with tile `t`, both widened.
+
+        It is asked for before the last half: LLVM moves no load over that, and would else load
+        more weights at once than there are registers for.
+        """
+        v = self.vector
+        with T.serial(0, block.stop - block.start) as step:
+            for h in range(self.factor):
+                if h == self.factor - 1:
+                    fetch(step)
+                k = step * self.factor + h
+                b = [v.load(weights, [k, j * v.lanes]) for j in range(self.layout.vectors)]
+                for i, sums in enumerate(acc):
+                    self._accumulate(sums, v.splat(panel[at + i, k]), b, self._fma)
+
+    def _halves(self, group: Expr, tile: Expr, step: Expr) -> list[list[Expr]]:
+        """The weights of each element of a step, as float32."""
+        v, lay, w = self.vector, self.layout, self.operands.w
+        starts = [j * v.lanes for j in range(lay.vectors)]
+        if not lay.pairs:
+            return [[v.load(w, [group, tile, step, start]) for start in starts]]
+        pairs = [T.bind(w[group, tile, step, T.ramp(start, 1, v.lanes)]) for start in starts]
+        return [[take(pair) for pair in pairs] for take in (v.low, v.high)]
+
+    def _widen_weights(self, block: _Block, weights: Buffer) -> None:
+        """weights[t, k, :] = those of each tile, from the block's first element of K on."""
+        v = self.vector
+        with T.serial(0, block.stop - block.start) as step:
+            for h, half in enumerate(self._halves(block.group, block.tile, block.start + step)):
+                for j, vector in enumerate(half):
+                    v.store(weights, [step * self.factor + h, j * v.lanes], vector)
+
+    def _widen_row(self, row: Expr, block: _Block, panel: Buffer, i: Expr | int) -> None:
+        """panel[i, :] = the block of a row as float32, and 0 behind an odd end."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        begin = block.start * self.factor
+        count = (block.stop - block.start) * self.factor
+        if lay.spec.k % self.factor:
+            count = T.min(count, lay.spec.k - begin)
+        count = T.bind(count)
+        whole = T.bind(T.truncdiv(count, T.int64(v.lanes)))
+        r = T.bind(ops.x_row(row))
+        with T.serial(0, whole) as c:
+            at = c * v.lanes
+            v.store(panel, [i, at], v.load(ops.x, [r, begin + at]))
+        if lay.spec.k % v.lanes:
+            rest = T.bind(T.cast(count - whole * v.lanes, "int32"))
+            with T.If(rest > 0), T.Then():
+                at = whole * v.lanes
+                made = v.load_tail(ops.x, [r, begin + at], rest)
+                v.store_tail(panel, [i, at], made, rest)
+        if lay.spec.k % self.factor:
+            with T.If(begin + count == lay.spec.k), T.Then():
+                v.store_tail(panel, [i, count], v.splat(0.0), T.int32(1))

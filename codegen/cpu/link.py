@@ -1,0 +1,88 @@
+"""Objects -> a shared library, linked by a C compiler: this machine's, or one for the target's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from moec.errors import TargetError
+from moec.target.cpu import Target
+
+COMPILERS = ("cc", "gcc", "clang")
+
+
+class Exportable(Protocol):
+    """What TVM has compiled: kernels, or an executable. `addons` are object files beside it."""
+
+    def export_library(
+        self,
+        file_name: str,
+        *,
+        fcompile: Callable[[str, Sequence[str]], None],
+        addons: list[str] | None = None,
+    ) -> None: ...
+
+
+def linked(built: Exportable, target: Target) -> bytes:
+    """The shared library of what was compiled for `target`.
+
+    Raises TargetError where there is no C compiler that links for it, or it fails.
+    """
+    command = linker_for(target)
+
+    def link(output: str, objects: Sequence[str]) -> None:
+        words = [*command, "-shared", "-fPIC", "-o", output, *objects]
+        if sys.platform == "darwin":
+            words += ["-undefined", "dynamic_lookup"]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+            raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {said}")
+
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        path = Path(folder) / "lib.so"
+        built.export_library(str(path), fcompile=link)
+        return path.read_bytes()
+
+
+def linker_for(target: Target) -> tuple[str, ...]:
+    """`linker` of this machine, for a target."""
+    return linker(target.mtriple, os.environ, shutil.which)
+
+
+def linker(
+    triple: str, env: Mapping[str, str], which: Callable[[str], str | None]
+) -> tuple[str, ...]:
+    """The words of the command: for this machine CC or the first compiler found; for the one that
+    an LLVM `triple` names GCC for it, or zig, which links for all.
+
+    Raises TargetError where there is none, or CC names none.
+    """
+    machine = triple.partition("-")[0]
+    own = machine in ("", platform.machine())
+    if own and (named := env.get("CC")):
+        if which(named.split()[0]):
+            return tuple(named.split())
+        raise TargetError(f"CC names {named}, which is not there: unset CC, or install it")
+    for name in COMPILERS if own else (f"{triple}-gcc",):
+        if found := which(name):
+            return (found,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "cc", *(() if own else ("-target", triple)))
+    if own:
+        raise TargetError(
+            "no C compiler to link with: install one of "
+            f"{', '.join(COMPILERS)}, or `pip install ziglang`"
+        )
+    raise TargetError(
+        f"no C compiler that links for {machine}, and this machine is {platform.machine()}: "
+        f"install gcc-{triple} (Debian's name for it), or `pip install ziglang`"
+    )

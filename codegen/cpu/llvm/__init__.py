@@ -1,0 +1,1 @@
+"""LLVM functions, as text, that kernels call by name."""

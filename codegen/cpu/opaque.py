@@ -1,0 +1,106 @@
+"""Bound numbers that TVM's simplifier does not see through.
+
+It replaces a variable by the value bound to it, that value's variables by theirs, and so on,
+wherever one is mentioned, tries what it knows of comparisons on the whole, and puts the
+variables back. Our kernels bind what they compute; from the number of rows to an address such
+trees had grown so that nine tenths of the time of compiling products went there.
+
+    x = a + b      becomes      x = moec_number_64(a + b)
+
+The call gives its argument back. LLVM, which folds and shares without such trees, inlines it.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+from tvm.tirx import (
+    AllocBuffer,
+    AttrStmt,
+    Bind,
+    For,
+    IfThenElse,
+    IntImm,
+    PrimFunc,
+    SeqStmt,
+    Stmt,
+    Var,
+)
+from tvm.tirx.analysis import undefined_vars
+
+from moec.codegen.cpu.llvm.frame import IMPORT
+
+_BITS = {"bool": 1, "int32": 32, "int64": 64}
+_TEXT = "".join(
+    f"define linkonce_odr i{bits} @moec_number_{bits}(i{bits} %x) alwaysinline {{\n"
+    f"  ret i{bits} %x\n"
+    "}\n"
+    for bits in _BITS.values()
+)
+
+
+def opaque(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
+    """The function, the integers and conditions that it binds known to LLVM alone."""
+    body = _of(function.body, _sizes(function.body))
+    if body.same_as(function.body):
+        return function
+    known = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
+    return function.with_body(known)
+
+
+def _of(s: Stmt, sizes: set[Var]) -> Stmt:
+    match s:
+        case SeqStmt():
+            parts = [_of(part, sizes) for part in s.seq]
+            same = all(new.same_as(old) for new, old in zip(parts, s.seq, strict=True))
+            return s if same else SeqStmt(parts)
+        case AttrStmt():
+            body = _of(s.body, sizes)
+            return s if body.same_as(s.body) else AttrStmt(s.node, s.attr_key, s.value, body)
+        case For():
+            body = _of(s.body, sizes)
+            if body.same_as(s.body):
+                return s
+            return For(s.loop_var, s.min, s.extent, s.kind, body, s.thread_binding, s.annotations)
+        case IfThenElse():
+            then = _of(s.then_case, sizes)
+            other = None if s.else_case is None else _of(s.else_case, sizes)
+            return IfThenElse(s.condition, then, other)
+        case Bind() if s.var not in sizes and not isinstance(s.value, IntImm | Var):
+            dtype = str(s.var.ty.dtype)
+            if dtype in _BITS:
+                return Bind(s.var, tirx.call_extern(dtype, f"moec_number_{_BITS[dtype]}", s.value))
+    return s
+
+
+def _sizes(body: Stmt) -> set[Var]:
+    """The variables that sizes of buffers are made of: TVM moves buffers to where it wants them,
+    which may be before a variable that it knows the value of."""
+    bound: dict[Var, tirx.Expr] = {}
+    found: list[Var] = []
+
+    def visit(s: Stmt) -> None:
+        match s:
+            case SeqStmt():
+                for part in s.seq:
+                    visit(part)
+            case AttrStmt() | For():
+                visit(s.body)
+            case IfThenElse():
+                visit(s.then_case)
+                if s.else_case is not None:
+                    visit(s.else_case)
+            case Bind():
+                bound[s.var] = s.value
+            case AllocBuffer():
+                for size in s.buffer.shape:
+                    found.extend(undefined_vars(size))
+
+    visit(body)
+    sizes: set[Var] = set()
+    while found:
+        var = found.pop()
+        if var in bound and var not in sizes:
+            sizes.add(var)
+            found.extend(undefined_vars(bound[var]))
+    return sizes

@@ -1,0 +1,72 @@
+"""Parallel loops that may be too short for it: one body, run by all threads or by one.
+
+    moec.worth w: parallel i in n: body
+
+becomes
+
+    if w: parallel i in n: body, in a function of its own
+    else: i in n: a call of that function
+
+so that the body is compiled once. The function is what TVM calls a compute scope: its generator
+of LLVM code moves the statement out, with the variables that come from outside as arguments, in
+the order of `undefined_vars`. So this pass runs last, when nothing changes them any more.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+from tvm.ir import StringImm, Var
+from tvm.tirx import AttrStmt, Evaluate, For, ForKind, IfThenElse, PrimFunc, SeqStmt, Stmt
+from tvm.tirx.analysis import undefined_vars
+
+from moec.codegen.cpu.parallel import WORTH
+
+
+def outlined(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
+    return function.with_body(_Outlining(str(function.attrs["global_symbol"])).of(function.body))
+
+
+class _Outlining:
+    """The statements of one function; `made` counts the functions cut out of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.made = name, 0
+
+    def of(self, s: Stmt) -> Stmt:
+        match s:
+            case SeqStmt():
+                return SeqStmt([self.of(part) for part in s.seq])
+            case AttrStmt() if s.attr_key == WORTH:
+                return self.either(s.value, s.body)
+            case AttrStmt():
+                return AttrStmt(s.node, s.attr_key, s.value, self.of(s.body))
+            case IfThenElse():
+                other = None if s.else_case is None else self.of(s.else_case)
+                return IfThenElse(s.condition, self.of(s.then_case), other)
+        return s
+
+    def either(self, worth: tirx.Expr, loop: Stmt) -> Stmt:
+        if isinstance(loop, SeqStmt):  # common subexpressions stand before the loop
+            *before, loop = loop.seq
+            return SeqStmt([*before, self.either(worth, loop)])
+        if not isinstance(loop, For):  # nothing is left of it
+            return loop
+
+        def made(kind: ForKind, var: Var, body: Stmt) -> For:
+            return For(var, loop.min, loop.extent, kind, body)
+
+        task, body = loop.loop_var, loop.body
+        if isinstance(worth, tirx.IntImm):
+            return made(ForKind.PARALLEL if worth.value else ForKind.SERIAL, task, body)
+        self.made += 1
+        name = f"{self.name}_task_{self.made}"
+        cut = AttrStmt(tirx.const(0, "int32"), "compute_scope", StringImm(name), body)
+        # What follows a cut gets its place in the debug information; without, LLVM refuses it.
+        parallel = made(ForKind.PARALLEL, task, SeqStmt([cut, Evaluate(task)]))
+        again = Var(task.name, task.ty)
+        given = [again if v.same_as(task) else v for v in undefined_vars(body)]
+        code = tirx.call_extern("int32", name, *given)
+        fail = Evaluate(tirx.tvm_throw_last_error())
+        serial = made(ForKind.SERIAL, again, IfThenElse(code != 0, fail, None))
+        return IfThenElse(worth, parallel, serial)

@@ -1,0 +1,77 @@
+"""Parallel loops over tasks: who runs them, and which parts a task's number stands for.
+
+Waking the other threads costs more than a small kernel does. A loop is therefore `shared` by all
+threads only where its work, known when it runs, is worth that; otherwise the calling thread does
+all of it and never asks the pool. A task does the same in both cases, so the results are the
+same bits. There is nothing in between, since TVM's pool runs a loop on all of its threads or on
+the one that calls (it refuses more tasks than it has threads, and code cannot ask how many).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import tvm
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.llvm.frame import llvm_frame
+
+WORTH = "moec.worth"
+"""The attribute around a parallel loop that says whether to run it in parallel (outline.py)."""
+
+WORTH_SHARING = 2**21
+"""The least work of a loop that is shared, in sums: about the time of adding a product of two
+float32 numbers to a sum in a register, or of reading a byte of weights.
+
+Measured on two cores of a Xeon (AVX512, AMX), other processes running: so much work takes one
+thread 7 to 60 µs, in most kernels 20 to 40. Launching two threads costs 1.4 µs while the other
+one still waits for work, and some 35 µs where it sleeps. Products of one row with 512 x 512
+float32 (half of this) gained nothing from the second thread (5.4 to 9.4 against 6.4 µs), with
+1024 x 512 (a little more than this) they did: 8 against 29 µs, or 42 after a pause.
+"""
+ELEMENT = 8
+"""Sums in whose time a kernel reads, changes and writes one element."""
+
+_DIVIDE = """
+define linkonce_odr i64 @moec_quotient(i64 %a, i64 %b) alwaysinline {
+  %none = icmp slt i64 %b, 1
+  %c = select i1 %none, i64 1, i64 %b
+  %r = udiv i64 %a, %c
+  ret i64 %r
+}
+"""
+
+
+@contextmanager
+def shared(
+    count: Expr | int, sums: Expr, weights: Expr | int = 0, least: int = WORTH_SHARING
+) -> Iterator[Var]:
+    """A loop over `count` tasks, by all threads if they have at `least` so much to do together:
+    `sums`, and `weights`, the bytes of weights or of cached keys and values that are read."""
+    worth = sums + weights >= T.int64(least)
+    with T.attr(tirx.const(0, "int32"), WORTH, worth), T.parallel(0, count) as task:
+        yield task
+
+
+def bytes_of(buffer: Buffer) -> int:
+    """Of one element."""
+    return int(tvm.DataType(buffer.dtype).bits) // 8
+
+
+def functions() -> AbstractContextManager[object]:
+    """The frame that `divide` must be called in."""
+    return llvm_frame(_DIVIDE)
+
+
+def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:
+    """task // parts, task % parts; where `parts` is 0 there is no task.
+
+    The division is hidden from TVM: it would conclude from `task` having a range that `parts`
+    is not 0, shrink scratch buffers by such reasoning, and then divide by 0 for their size.
+    """
+    quotient = T.bind(T.call_extern("int64", "moec_quotient", task, parts))
+    return quotient, T.bind(task - quotient * parts)

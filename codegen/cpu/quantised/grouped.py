@@ -1,0 +1,77 @@
+"""Kernels of products with weights of few bits, and what those take: see tile.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu.gemm.product import Output, Product, argument
+from moec.codegen.cpu.gemm.sorted_rows import sorted_product
+from moec.codegen.cpu.gemm.tile import Epilogue, Tile
+from moec.codegen.cpu.quantised import integers
+from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
+from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.round_rows import RoundedRows
+from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """Codes, their scales, and zeros where the format has them, packed."""
+
+    codes: Buffer
+    scales: Buffer
+    zeros: Buffer | None
+
+    @staticmethod
+    def of(lay: QuantisedLayout, suffix: str) -> QuantisedWeights:
+        zeros, asymmetric = f"zeros{suffix}", lay.spec.format.asymmetric
+        return QuantisedWeights(
+            argument(f"w{suffix}", lay.shape, lay.dtype),
+            argument(f"w_scales{suffix}", lay.scale_shape, lay.scale_dtype),
+            argument(zeros, lay.scale_shape, "uint8") if asymmetric else None,
+        )
+
+
+def quantised_product(
+    target: Target,
+    spec: QuantisedSpec,
+    epilogue: Epilogue | None = None,
+    tuning: Tuning = DEFAULT,
+) -> Product[RoundedRows, QuantisedWeights]:
+    lay = QuantisedLayout(spec, target, tuning)
+
+    def tile(x: RoundedRows, w: QuantisedWeights, out: Output) -> Tile:
+        operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
+        kind = AmxQuantisedTile if lay.amx else QuantisedTile
+        return kind(lay, operands, epilogue)
+
+    return Product(
+        lay,
+        lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
+        lambda suffix: QuantisedWeights.of(lay, suffix),
+        tile,
+        lambda: integers.functions(Vector(target)),
+    )
+
+
+def quantised_linear(
+    target: Target,
+    spec: QuantisedSpec,
+    top_k: int = 0,
+    epilogue: Epilogue | None = None,
+    scale_dtype: str | None = None,
+    name: str = "quantised",
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
+    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
+    zeros][, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product` says more."""
+    if spec.gated and epilogue is None:
+        raise ValueError(f"{name}: gate and up need an epilogue that joins them")
+    return sorted_product(
+        quantised_product(target, spec, epilogue, tuning), name, top_k, scale_dtype
+    )

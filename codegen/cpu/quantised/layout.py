@@ -1,0 +1,189 @@
+"""The layout of weights of few bits: tiles of columns, words of four or eight codes along K.
+
+    codes  u8[E, N, K]       ->  int32[E, tiles, words, columns]     a word holds 32 / bits codes
+    scales [E, N, blocks]    ->       [E, tiles, blocks, columns]    and so do zeros
+
+A tile of codes is one contiguous stream, with the scales of its blocks in a second one. Of four
+bits, the low halves of a word's bytes are its first four codes and the high halves the last
+four, so that two masks take it apart. Missing columns and codes behind K are 0; rows of x are
+0 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import torch
+from torch import Tensor
+
+from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.pack import Array
+from moec.codegen.cpu.quantised.dot_products import Way, way
+from moec.formats.integer import E2M1_ZERO, Format
+
+INT8 = Format("int8")
+ROW_STEP = 64
+"""Rows of x, as codes, are padded to a multiple of this many: a multiple of any word and vector."""
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """How a row of x lies in int32 words, as integers of `bits`: all of them, one after the other,
+    or in two `planes`, first the upper bytes and then the lower ones. Both bytes are signed, and
+    the integer is 256 * upper + lower.
+    """
+
+    bits: int = 8
+    planes: int = 1
+
+    @property
+    def per_word(self) -> int:
+        """Of a plane."""
+        return 32 * self.planes // self.bits
+
+    def words(self, width: int) -> int:
+        """Of one plane of a row of `width`, padded. Behind each whole integer of 16 bits are at
+        least 31 more: such rows are read from anywhere on (compressed/masks.py)."""
+        behind = 32 if self.per_word == 2 else 0
+        return -(-(width + behind) // ROW_STEP) * ROW_STEP // self.per_word
+
+
+BYTES = RowCodes()
+PAIRS = RowCodes(16)
+PLANES = RowCodes(16, 2)
+
+
+@dataclass(frozen=True)
+class QuantisedSpec(LinearSpec):
+    """As LinearSpec, for weights of `format`; x is codes, and `dtype` says nothing about it."""
+
+    format: Format = INT8
+
+
+@dataclass(frozen=True)
+class QuantisedLayout(Layout):
+    """How codes, scales and zeros of `spec` lie in memory on `target`."""
+
+    spec: QuantisedSpec
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the register tile. Each plane of their codes needs sums in registers, and scales
+        by the block one set more: floats of all blocks."""
+        sets = self.row_codes.planes + (1 if self.blocks > 1 else 0)
+        return self.target.tile_rows * self.target.tile_vectors // (self._most_vectors * sets)
+
+    @property
+    def vectors(self) -> int:
+        halves = 2 if self.spec.gated else 1
+        needed = -(-self.spec.n // self.target.vector_lanes)
+        return halves * min(self._most_vectors // halves, needed)
+
+    @property
+    def _most_vectors(self) -> int:
+        most = self.target.tile_vectors
+        return min(most, 2) if self.blocks > 1 else most
+
+    @property
+    def blocks(self) -> int:
+        return self.spec.format.blocks(self.spec.k)
+
+    @property
+    def amx(self) -> bool:
+        """Whether blocks of codes fill registers of tiles, of 64 codes a row."""
+        return self.target.int8_tiles and self.spec.k // self.blocks % 64 == 0
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        few = ("dots_below",) if self.amx else ()
+        return ("fetched", *few, "tiles_at_once", "worth")
+
+    @property
+    def way(self) -> Way:
+        """How bytes are multiplied."""
+        format = self.spec.format
+        greatest = 2 * E2M1_ZERO if format.kind == "mxfp4" else 2**format.bits - 1
+        return way(self.target, greatest, self.per_word)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose integers wait to become floats: loads and stores of sums are shared."""
+        return max(many for many in range(1, 5) if self.blocks % many == 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.spec.groups, self.tiles, self.depth, self.columns)
+
+    @property
+    def per_word(self) -> int:
+        return 32 // self.spec.format.bits
+
+    @property
+    def depth(self) -> int:
+        return -(-self.spec.k // self.per_word)
+
+    @property
+    def depth_block(self) -> int:
+        """Words of a block of scales."""
+        return self.depth // self.blocks
+
+    @property
+    def pairs(self) -> bool:
+        return False
+
+    @property
+    def dtype(self) -> str:
+        return "int32"
+
+    @property
+    def scale_dtype(self) -> str:
+        return {"bf16": "bfloat16", "u8": "uint8"}[self.spec.format.scale_dtype]
+
+    @property
+    def scale_shape(self) -> tuple[int, int, int, int]:
+        return (self.spec.groups, self.tiles, self.blocks, self.columns)
+
+    @property
+    def row_codes(self) -> RowCodes:
+        return BYTES if self.spec.format.row_bits == 8 else PLANES
+
+    @property
+    def x_words(self) -> int:
+        """int32 words of a plane of a row of x, four codes each."""
+        return self.row_codes.words(self.spec.k)
+
+
+def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:
+    """codes u8[E, N, K], for a gated layout gate and up -> int32 of `layout.shape`."""
+    spec, each = layout.spec, layout.per_word
+    packed = torch.zeros(layout.shape, dtype=torch.int32)
+    for half, codes in enumerate(parts):
+        for e in range(spec.groups):  # so that what is in between stays small
+            depth = torch.nn.functional.pad(codes[e], (0, layout.depth * each - spec.k))
+            if each == 8:
+                quads = depth.view(spec.n, layout.depth, 2, 4)
+                depth = quads[:, :, 0] | (quads[:, :, 1] << 4)
+            words = depth.reshape(spec.n, -1).view(torch.int32)
+            _place(layout, packed[e], half, words)
+    return packed.numpy()
+
+
+def pack_scales(layout: QuantisedLayout, *parts: Tensor) -> Array:
+    """scales or zeros [E, N, blocks], for a gated layout gate and up -> `layout.scale_shape`."""
+    dtype = parts[0].dtype
+    packed = torch.zeros(layout.scale_shape, dtype=dtype)
+    for half, scales in enumerate(parts):
+        for e in range(layout.spec.groups):
+            _place(layout, packed[e], half, scales[e])
+    if dtype is torch.bfloat16:
+        return packed.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return packed.numpy()
+
+
+def _place(layout: QuantisedLayout, to: Tensor, half: int, rows: Tensor) -> None:
+    """to[tiles, depth, columns] <- rows[N, depth], into the columns of one half."""
+    width = layout.width
+    missing = layout.tiles * width - len(rows)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)).view(layout.tiles, width, -1)
+    to[:, :, half * width : (half + 1) * width] = padded.mT

@@ -1,0 +1,32 @@
+"""Dense products of rows of codes with weights of few bits: several of the same rows, one kernel.
+
+    y[T, n] = (sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[b] - z[b]))) + bias
+
+The tile is that of experts (grouped.py), the sharing out of tiles and chunks of rows that of
+other dense products (gemm/linear.py).
+"""
+
+from __future__ import annotations
+
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.gemm.linear import dense_products
+from moec.codegen.cpu.quantised.grouped import quantised_product
+from moec.codegen.cpu.quantised.layout import QuantisedSpec
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.target.cpu import Target
+
+
+def quantised_linears(
+    target: Target,
+    specs: tuple[QuantisedSpec, ...],
+    name: str = "quantised_linears",
+    tuning: Tuning = DEFAULT,
+) -> PrimFunc:
+    """A kernel (codes, scales, sums of x[T, k], (w, its scales[, its zeros][, bias packed]) of
+    each product, y[T, n] of each)."""
+    if len({(spec.k, spec.format.block, spec.format.row_bits) for spec in specs}) != 1:
+        raise ValueError(f"{name}: the products are of rows of other widths or blocks, or bits")
+    if any(spec.groups != 1 or spec.gated for spec in specs):
+        raise ValueError(f"{name}: the products must be dense, each with one matrix")
+    return dense_products([quantised_product(target, spec, tuning=tuning) for spec in specs], name)

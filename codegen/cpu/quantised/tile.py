@@ -1,0 +1,184 @@
+"""Products of each expert's rows, as codes of 8 or 16 bits, with that expert's weights of few bits.
+
+    y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
+
+Inside a block all is integers, four products of bytes an instruction, and exact. The blocks'
+sums are added in one order, by one thread: results depend neither on the number of threads nor
+on the rows beside them.
+
+The register tile is that of float32 (gemm/tile.py): some rows times the columns of a tile. Where a
+row has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float
+and is added to a second set of registers, which leaves room for half as many columns.
+
+A row of 16 bits is two rows of bytes that meet the same weights, which are read and taken apart
+once: x = 256 a + b, so x . w = 256 (a . w) + b . w. Both sums are exact in int32
+(quantisation.MOST_SUMMED) and are joined as floats at the end of a block. In blocks of at most 128
+they are exact in float32 too, and the join rounds once; sums over all of K round two times more, by
+2^-24, where rows were rounded to 2^-16 of their greatest. (No other way is faster. Dot products of
+pairs, of 16 bits or of bf16, make half as many products an instruction as those of bytes, so they
+take as long, and weights must first be widened. The former leave int32 behind 256 of K; the latter
+hold 8 bits of a row, and few CPUs have them.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.gemm.prefetch import Following
+from moec.codegen.cpu.gemm.tile import Fetch, Operands, Tile
+from moec.codegen.cpu.quantised import integers
+from moec.codegen.cpu.quantised.dot_products import dots
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.formats.integer import E2M1_ZERO
+
+
+@dataclass(frozen=True)
+class QuantisedOperands(Operands):
+    """`x` holds the codes of rows (round_rows.py), `w` those of weights."""
+
+    x_scales: Buffer
+    sums: Buffer
+    w_scales: Buffer
+    zeros: Buffer | None
+
+
+@dataclass(frozen=True)
+class QuantisedTile(Tile):
+    """Emits the loops over rows and K for one tile of columns."""
+
+    layout: QuantisedLayout
+    operands: QuantisedOperands
+
+    def _rows_of(
+        self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
+    ) -> None:
+        def some(row: Expr, m: int, fetch: Fetch | None) -> None:
+            self._some(group, tile, row, m, fetch)
+
+        after = Following(*following, 0, 0, self.layout.depth)
+        self._in_blocks(group, tile, first, count, self.layout.tile_rows, after, some)
+
+    def _some(
+        self,
+        group: Expr,
+        tile: Expr,
+        row: Expr,
+        m: int,
+        fetch: Fetch | None,
+    ) -> None:
+        """`m` rows from `row` on."""
+        v, lay = self.vector, self.layout
+        lanes = T.ramp(0, 1, v.lanes)
+        rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
+
+        def registers(dtype: str) -> list[list[Buffer]]:
+            return [
+                [T.alloc_buffer((v.lanes,), dtype) for _ in range(lay.vectors)] for _ in range(m)
+            ]
+
+        whole = [registers("int32") for _ in range(lay.row_codes.planes)]
+        acc = registers("float32")
+
+        def real(i: int, j: int) -> Expr:
+            return integers.joined(v, [plane[i][j][lanes] for plane in whole])
+
+        if lay.blocks == 1:
+            self._integers(whole, rows, group, tile, 0, fetch)
+            scales = self._scales(group, tile, 0)
+            for i, r in enumerate(rows):
+                factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
+                for j, scale in enumerate(scales):
+                    T.buffer_store(acc[i][j], real(i, j) * (scale * factor), [lanes])
+        else:
+            for each in acc:
+                for a in each:
+                    T.buffer_store(a, v.splat(0.0), [lanes])
+            with T.serial(0, lay.blocks) as block:
+                self._integers(whole, rows, group, tile, block, fetch)
+                scales = self._scales(group, tile, block)
+                for i, r in enumerate(rows):
+                    factor = v.splat(T.bind(self.operands.x_scales[r, block]))
+                    for j, scale in enumerate(scales):
+                        scaled = T.bind(real(i, j) * factor)
+                        added = v.fma(scaled, scale, acc[i][j][lanes])
+                        T.buffer_store(acc[i][j], added, [lanes])
+        self._finish(acc, row, m, group, tile)
+
+    def _integers(
+        self,
+        acc: list[list[list[Buffer]]],
+        rows: list[Expr],
+        group: Expr,
+        tile: Expr,
+        block: Expr | int,
+        fetch: Fetch | None,
+    ) -> None:
+        """acc[plane][i][j] = the integer sums of one block."""
+        v, lay, ops = self.vector, self.layout, self.operands
+        lanes = T.ramp(0, 1, v.lanes)
+        zeros = self._zeros(group, tile, block)
+        places = [
+            (own, r, plane)
+            for plane, every in enumerate(acc)
+            for own, r in zip(every, rows, strict=True)
+        ]
+        for own, r, plane in places:
+            total = T.bind(ops.sums[r, plane * lay.blocks + block])
+            for j in range(lay.vectors):
+                start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
+                T.buffer_store(own[j], start, [lanes])
+        quads = lay.per_word // 4
+        with T.serial(0, lay.depth_block) as step:
+            word = T.bind(block * lay.depth_block + step)
+            if fetch is not None:
+                fetch(word)
+            columns = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
+            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in columns]
+            for own, r, plane in places:
+                at = plane * lay.x_words + word * quads
+                x = [T.bind(T.broadcast(ops.x[r, at + q], v.lanes)) for q in range(quads)]
+                for j in range(lay.vectors):
+                    made = dots(v, lay.way, own[j][lanes], codes[j], x)
+                    T.buffer_store(own[j], made, [lanes])
+
+    def _codes(self, words: Expr) -> list[Expr]:
+        """Bytes as `dots` takes them, four to a lane, for each four codes of a word."""
+        v, kind = self.vector, self.layout.spec.format.kind
+        if kind == "int8":
+            return [integers.lessened(v, words) if self._less else words]
+        halves = [integers.low4(v, words), integers.high4(v, words)]
+        return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
+
+    def _scales(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
+        v, lay, scales = self.vector, self.layout, self.operands.w_scales
+        starts = [j * v.lanes for j in range(lay.vectors)]
+        if lay.scale_dtype == "bfloat16":
+            return [v.load(scales, [group, tile, block, start]) for start in starts]
+        # An exponent is the upper bits of a float32; e2m1's codes are twice their values.
+        half = T.broadcast(T.float32(0.5), v.lanes)
+        exponents = [
+            T.cast(scales[group, tile, block, T.ramp(start, 1, v.lanes)], f"int32x{v.lanes}")
+            for start in starts
+        ]
+        bits = [T.shift_left(e, T.broadcast(T.int32(23), v.lanes)) for e in exponents]
+        return [T.bind(T.reinterpret(v.dtype, b) * half) for b in bits]
+
+    def _zeros(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
+        v, lay, zeros = self.vector, self.layout, self.operands.zeros
+        if zeros is None:
+            format = lay.spec.format
+            zero = E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
+            return [T.broadcast(T.int32(zero - self._less), v.lanes)] * lay.vectors
+        at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
+        stored = [T.cast(zeros[group, tile, block, lane], f"int32x{v.lanes}") for lane in at]
+        return [T.bind(zero - T.broadcast(T.int32(self._less), v.lanes)) for zero in stored]
+
+    @property
+    def _less(self) -> int:
+        """What codes and zeros are lessened by, which changes no difference of the two."""
+        lay = self.layout
+        return 128 if lay.target.int8_signed and lay.spec.format.kind == "int8" else 0

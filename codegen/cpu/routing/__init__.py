@@ -1,0 +1,1 @@
+"""Choosing experts, sorting rows by expert, bringing rows back."""

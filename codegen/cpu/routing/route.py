@@ -1,0 +1,304 @@
+"""moe.route on the CPU: logits -> the experts of each token and their weights.
+
+    logits[T, E]  correction?[E]  ->  weights[T, k]  experts[T, k] int64
+
+Everything is computed in float32. Equal scores: the lower id wins, as in `moec.ops.routing`
+(torch.topk keeps no order among equals on the CPU: of [0, 0, 0, 0, 0, 0, 0, 0] its best three
+are 6, 5 and 4). NaN is the greatest, as in torch; whatever the logits hold, the experts of a
+token are k different ids below E, except that a sparsemixer may choose twice among -infinities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cpu import parallel
+from moec.codegen.cpu.dtypes import TVM_DTYPES
+from moec.codegen.cpu.routing.topk import LOWEST, TAKEN, Ranking, float_of
+from moec.codegen.cpu.vector import Vector
+from moec.ops.routing import Routing
+from moec.target.cpu import Target
+
+TOKENS = 16  # of a task
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """One router: `logits` and `correction` are dtypes, the latter None where there is none."""
+
+    routing: Routing
+    num_experts: int
+    logits: str
+    correction: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.routing.k <= self.num_experts:
+            raise ValueError(f"route: k={self.routing.k} of {self.num_experts} experts")
+        if self.num_experts % self.routing.groups:
+            raise ValueError(
+                f"route: {self.num_experts} experts are not {self.routing.groups} equal groups"
+            )
+
+
+@dataclass(frozen=True)
+class Router:
+    """Scratch for one token, in whole vectors: scores[E], ranks[E], weights[k], chosen[k]."""
+
+    routing: Routing
+    num_experts: int
+    v: Vector
+    ranking: Ranking
+    correction: Buffer | None
+    scores: Buffer
+    ranks: Buffer
+    weights: Buffer
+    chosen: Buffer
+    found: Buffer  # what Ranking.take writes in
+
+    def vectors(self, n: int) -> int:
+        return -(-n // self.v.lanes)
+
+    def place(self, j: Expr) -> Expr:
+        return T.ramp(j * self.v.lanes, 1, self.v.lanes)
+
+    def is_one_of(self, j: Expr, n: int) -> Expr:
+        """Which lanes of vector j are below n."""
+        lanes = self.v.lanes
+        return T.ramp(T.cast(j * lanes, "int32"), 1, lanes) < T.broadcast(T.int32(n), lanes)
+
+    def count(self, j: Expr, n: int) -> Expr:
+        """How many lanes of vector j are below n."""
+        return T.min(T.cast(n - j * self.v.lanes, "int32"), T.int32(self.v.lanes))
+
+
+def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
+    """The kernel (logits, correction?, weights, experts)."""
+    v = Vector(target)
+    k, experts = spec.routing.k, spec.num_experts
+    with IRBuilder() as ib:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            tokens = T.int64()
+            logits = T.match_buffer(
+                T.arg("logits", T.handle()), (tokens, experts), TVM_DTYPES[spec.logits]
+            )
+            correction = correction_argument(spec.correction, experts)
+            weights = T.match_buffer(
+                T.arg("weights", T.handle()), (tokens, k), TVM_DTYPES[spec.routing.dtype]
+            )
+            chosen = T.match_buffer(T.arg("experts", T.handle()), (tokens, k), "int64")
+            count = T.ceildiv(tokens, TOKENS)
+            work = routing_work(experts, tokens)
+            with routing_functions(v), parallel.shared(count, work) as task:
+                router = scratch(spec.routing, experts, v, correction)
+                first = T.bind(task * TOKENS)
+                with T.serial(0, T.min(tokens - first, TOKENS)) as i:
+                    t = T.bind(first + i)
+                    route_token(
+                        router, lambda j: load(v, logits, t, j, experts), weights, chosen, t
+                    )
+    return ib.get()
+
+
+def correction_argument(dtype: str | None, experts: int) -> Buffer | None:
+    if dtype is None:
+        return None
+    return T.match_buffer(T.arg("correction", T.handle()), (experts,), TVM_DTYPES[dtype])
+
+
+def routing_functions(v: Vector) -> AbstractContextManager[object]:
+    """The frames of everything that `route_token` calls."""
+    stack = ExitStack()
+    stack.enter_context(v.functions())
+    stack.enter_context(Ranking(v).functions())
+    return stack
+
+
+def routing_work(experts: int, tokens: Expr) -> Expr:
+    """As measured for 2 of 8, 8 of 64 and 8 of 128 experts: .1, .17 and .23 µs a token."""
+    return tokens * (6000 + 80 * experts)
+
+
+def scratch(routing: Routing, experts: int, v: Vector, correction: Buffer | None) -> Router:
+    wide = -(-experts // v.lanes) * v.lanes
+    few = -(-routing.k // v.lanes) * v.lanes
+    return Router(
+        routing,
+        experts,
+        v,
+        Ranking(v),
+        correction,
+        T.alloc_buffer((wide,), "float32"),
+        T.alloc_buffer((wide,), "int32"),
+        T.alloc_buffer((few,), "float32"),
+        T.alloc_buffer((few,), "int32"),
+        T.alloc_buffer((2 * v.lanes,), "int32"),
+    )
+
+
+def load(v: Vector, buffer: Buffer, t: Expr, j: Expr, n: int) -> Expr:
+    """Vector j of row t, which is n long; 0 after its end."""
+    if n % v.lanes == 0:
+        return v.load(buffer, (t, j * v.lanes))
+    left = T.min(T.cast(n - j * v.lanes, "int32"), T.int32(v.lanes))
+    return v.load_tail(buffer, (t, j * v.lanes), left)
+
+
+def route_token(
+    c: Router, logits: Callable[[Expr], Expr], weights: Buffer, experts: Buffer, t: Expr
+) -> None:
+    """weights[t], experts[t] from the vectors of its logits; lanes after the last hold anything."""
+    v, routing = c.v, c.routing
+    with T.serial(0, c.vectors(c.num_experts)) as j:
+        x = T.Select(c.is_one_of(j, c.num_experts), logits(j), v.splat(float("-inf")))
+        T.buffer_store(c.scores, x, [c.place(j)])
+    if routing.score == "sparsemixer":
+        _sparsemixer(c)
+    else:
+        _score(c, routing.score, c.scores, c.num_experts)
+        _rank(c)
+        if routing.groups > 1:
+            _keep_best_groups(c)
+        _fill(c.weights, v.splat(0.0), c)
+        with T.serial(0, routing.k) as s:
+            expert = c.ranking.take(c.ranks, c.found)
+            T.buffer_store(c.chosen, expert, [s])
+            T.buffer_store(c.weights, c.scores[expert], [s])
+        _score(c, routing.after, c.weights, routing.k)
+        _scale(c)
+    with T.serial(0, c.vectors(routing.k)) as j:
+        x = T.bind(c.weights[c.place(j)])
+        v.store_tail(weights, (t, j * v.lanes), x, c.count(j, routing.k))
+    with T.serial(0, routing.k) as s:
+        T.buffer_store(experts, T.cast(c.chosen[s], "int64"), [t, s])
+
+
+def _fill(buffer: Buffer, value: Expr, c: Router) -> None:
+    with T.serial(0, int(buffer.shape[0]) // c.v.lanes) as j:
+        T.buffer_store(buffer, value, [c.place(j)])
+
+
+def _score(c: Router, score: str, x: Buffer, n: int) -> None:
+    """x = score(x[:n]), in place; lanes after n become 0 for a softmax."""
+    v = c.v
+    if score == "sigmoid":
+        with T.serial(0, c.vectors(n)) as j:
+            T.buffer_store(x, v.sigmoid(x[c.place(j)]), [c.place(j)])
+    if score != "softmax":
+        return
+    state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
+    T.buffer_store(state, v.splat(float("-inf")), [lane])
+    with T.serial(0, c.vectors(n)) as j:
+        one = T.Select(c.is_one_of(j, n), x[c.place(j)], v.splat(float("-inf")))
+        T.buffer_store(x, one, [c.place(j)])
+        T.buffer_store(state, T.max(x[c.place(j)], state[lane]), [lane])
+    top = v.bind(v.splat(v.max(state[lane])))
+    T.buffer_store(state, v.splat(0.0), [lane])
+    with T.serial(0, c.vectors(n)) as j:
+        # Where x is all -inf, or holds infinity or NaN, all of it becomes NaN, as in torch.
+        T.buffer_store(x, v.exp(x[c.place(j)] - top), [c.place(j)])
+        T.buffer_store(state, state[lane] + x[c.place(j)], [lane])
+    total = v.bind(v.splat(v.sum(state[lane])))
+    with T.serial(0, c.vectors(n)) as j:
+        T.buffer_store(x, x[c.place(j)] / total, [c.place(j)])
+
+
+def _rank(c: Router) -> None:
+    """ranks = those of scores + correction."""
+    v, n = c.v, c.num_experts
+    with T.serial(0, c.vectors(n)) as j:
+        x = c.scores[c.place(j)]
+        if c.correction is not None:
+            index = (j * v.lanes,)
+            if n % v.lanes == 0:
+                x = x + v.load(c.correction, index)
+            else:
+                x = x + v.load_tail(c.correction, index, c.count(j, n))
+        ranks = c.ranking.ranks(x)
+        taken = T.broadcast(T.int32(TAKEN), v.lanes)
+        T.buffer_store(c.ranks, T.Select(c.is_one_of(j, n), ranks, taken), [c.place(j)])
+
+
+def _keep_best_groups(c: Router) -> None:
+    """Experts of all but the best `top_groups` groups rank as -infinity."""
+    v, groups = c.v, c.routing.groups
+    size = c.num_experts // groups
+    wide = c.vectors(groups) * v.lanes
+    sums, ranks = T.alloc_buffer((wide,), "float32"), T.alloc_buffer((wide,), "int32")
+    dropped = T.alloc_buffer((wide,), "int32")
+    best = T.alloc_buffer((2,), "int32")
+    _fill(sums, v.splat(0.0), c)
+    _fill(dropped, T.broadcast(T.int32(1), v.lanes), c)
+    with T.serial(0, groups) as g:
+        T.buffer_store(best, T.int32(TAKEN), [0])
+        T.buffer_store(best, T.int32(TAKEN), [1])
+        with T.serial(0, size) as i:
+            rank = T.bind(c.ranks[g * size + i])
+            T.buffer_store(best, T.max(best[1], T.min(best[0], rank)), [1])
+            T.buffer_store(best, T.max(best[0], rank), [0])
+        score = float_of(best[0])
+        if c.routing.group_score == "top2sum" and size > 1:
+            score = score + float_of(best[1])
+        T.buffer_store(sums, score, [g])
+    with T.serial(0, c.vectors(groups)) as j:
+        taken = T.broadcast(T.int32(TAKEN), v.lanes)
+        x = T.Select(c.is_one_of(j, groups), c.ranking.ranks(sums[c.place(j)]), taken)
+        T.buffer_store(ranks, x, [c.place(j)])
+    with T.serial(0, c.routing.top_groups):
+        T.buffer_store(dropped, T.int32(0), [c.ranking.take(ranks, c.found)])
+    with T.serial(0, groups) as g, T.If(dropped[g] == 1), T.Then(), T.serial(0, size) as i:
+        T.buffer_store(c.ranks, T.int32(LOWEST), [g * size + i])
+
+
+def _scale(c: Router) -> None:
+    v, routing = c.v, c.routing
+    factor = v.splat(routing.scale)
+    state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
+    if routing.renormalize:
+        T.buffer_store(state, v.splat(0.0), [lane])
+        with T.serial(0, c.vectors(routing.k)) as j:
+            x = T.Select(c.is_one_of(j, routing.k), c.weights[c.place(j)], v.splat(0.0))
+            T.buffer_store(state, state[lane] + x, [lane])
+        total = v.bind(v.splat(v.sum(state[lane]) + T.float32(routing.epsilon)))
+    with T.serial(0, c.vectors(routing.k)) as j:
+        x = c.weights[c.place(j)]
+        x = x / total * factor if routing.renormalize else x * factor
+        T.buffer_store(c.weights, x, [c.place(j)])
+
+
+def _sparsemixer(c: Router) -> None:
+    """Each choice: softmax over the logits within 2*jitter (relative) of the greatest left."""
+    v, n = c.v, c.num_experts
+    left = T.alloc_buffer(c.scores.shape, "float32")
+    state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
+    with T.serial(0, c.vectors(n)) as j:
+        T.buffer_store(left, c.scores[c.place(j)], [c.place(j)])
+    _rank(c)
+    with T.serial(0, c.routing.k) as s:
+        expert = c.ranking.take(c.ranks, c.found)
+        greatest = T.bind(left[expert])
+        T.buffer_store(state, v.splat(0.0), [lane])
+        with T.serial(0, c.vectors(n)) as j:
+            x = T.bind(c.scores[c.place(j)])
+            top = v.splat(greatest)
+            size = v.abs(x)
+            # Comparisons with NaN are false, as in torch: such a logit is not far. (TVM would
+            # turn a `not >` into a `<=`, which is false too.)
+            far = (top - x) / T.Select(size < top, top, size) > v.splat(2 * c.routing.jitter)
+            one = v.exp(T.Select(far, v.splat(float("-inf")), left[c.place(j)]) - top)
+            # A lane after the last must not add the NaN of -inf - -inf.
+            one = T.Select(c.is_one_of(j, n), one, v.splat(0.0))
+            T.buffer_store(state, state[lane] + one, [lane])
+        total = v.sum(state[lane])
+        T.buffer_store(c.chosen, expert, [s])
+        T.buffer_store(c.weights, T.float32(1) / total, [s])
+        T.buffer_store(left, T.float32(float("-inf")), [expert])
+        T.buffer_store(c.ranks, T.int32(LOWEST), [expert])

@@ -1,0 +1,1 @@
+"""Products, and their gradients, of matrices as PyTorch keeps them."""

@@ -1,0 +1,247 @@
+"""Register tiles of products whose matrices lie as PyTorch keeps them, packed nowhere.
+
+Weights in training change at every step, so nothing is worth packing. Two forms read all that
+there is to multiply along its contiguous axis:
+
+    Mixture     sums[i, k] = sum over s of a[i, s] * b[s, k]     b's rows, mixed
+    Dots        sums[i, j] = sum over k of a[i, k] * b[j, k]     a's rows with b's
+
+bf16 is multiplied in pairs where the target has dot products. Dots finds them side by side. A
+mixture pairs two of b's rows: of the words of both, the low halves make one vector (columns 0, 2,
+4, ...) and the high halves another (1, 3, 5, ...), which become one row again when sums are
+stored. Everywhere else elements are widened to float32 as they are loaded. Each sum is added in
+one order, whatever the number of rows and threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu.gemm.tile import LINE, Fetch, Partial, Where
+from moec.codegen.cpu.parallel import bytes_of
+from moec.codegen.cpu.vector import Vector
+from moec.target.cpu import Target
+
+DOTS = 4  # of b's rows that meet a's at once
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sums of up to `target.tile_rows` rows by some vectors of columns.
+
+    `paired`: a step takes two of b's rows, and pairs of a's elements.
+    """
+
+    target: Target
+    paired: bool
+
+    @property
+    def vector(self) -> Vector:
+        return Vector(self.target)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a whole tile."""
+        return self.target.tile_vectors * self.target.vector_lanes
+
+    @property
+    def words(self) -> str:
+        """The type of what a panel holds."""
+        return "int32" if self.paired else "float32"
+
+    def vectors(
+        self, columns: int, step: Expr, b: Callable[[Expr, int], Where], alone: bool = False
+    ) -> list[Expr]:
+        """What a step multiplies: `columns` columns of one of b's rows, or of two (or of one that
+        is `alone` in its pair). `b(s, c)` is column c of the tile in b's row s."""
+        v = self.vector
+        parts = _vectors(columns, v.lanes)
+        if not self.paired:
+            tail = T.int32(parts[-1])
+            return [
+                v.load(*b(step, j * v.lanes))
+                if count == v.lanes
+                else v.load_tail(*b(step, j * v.lanes), tail)
+                for j, count in enumerate(parts)
+            ]
+        made: list[Expr] = []
+        for j in range(0, len(parts), 2):
+            first = v.words(*b(step * 2, j * v.lanes))
+            second = T.broadcast(T.int32(0), v.lanes)
+            if not alone:
+                second = v.words(*b(step * 2 + 1, j * v.lanes))
+            made += v.interleaved(first, second)
+        return made
+
+    def gather(
+        self,
+        panel: Buffer,
+        columns: int,
+        steps: Expr,
+        b: Callable[[Expr, int], Where],
+        odd: Expr | None,
+    ) -> None:
+        """panel[step] = the vectors of each step, to be read by many rows: in place, b's rows lie
+        so far apart that they drive each other out of the cache. `odd`: one more row is alone."""
+
+        def put(step: Expr, alone: bool) -> None:
+            for j, vector in enumerate(self.vectors(columns, step, b, alone)):
+                place = T.ramp(j * self.vector.lanes, 1, self.vector.lanes)
+                T.buffer_store(panel, vector, [step, place])
+
+        with T.serial(0, steps) as step:
+            put(step, False)
+        if odd is not None:
+            with T.If(odd), T.Then():
+                put(steps, True)
+
+    def gathered(self, panel: Buffer, columns: int, step: Expr) -> list[Expr]:
+        """The vectors of a step of a panel."""
+        lanes = self.vector.lanes
+        count = len(_vectors(columns, lanes))
+        return [T.bind(panel[step, T.ramp(j * lanes, 1, lanes)]) for j in range(count)]
+
+    def emit(
+        self,
+        m: int,
+        columns: int,
+        steps: Expr,
+        a: Callable[[int, Expr], Expr],
+        b: Callable[[Expr], list[Expr]],
+        store: Callable[[int, int, int, list[Expr]], None],
+        partial: Partial,
+    ) -> None:
+        """`m` rows by `columns` columns (a tile's, or less at the end of rows).
+
+        `a(i, step)` is an element as float32, or a pair as int32; `b(step)` are the vectors of
+        a step. `store(i, c, count, sums)` takes
+        `count` columns from c on: one vector, or those of even and of odd columns.
+        """
+        v = self.vector
+        lanes, all_lanes = v.lanes, T.ramp(0, 1, v.lanes)
+        parts = _vectors(columns, lanes)
+        acc = [[T.alloc_buffer((lanes,), "float32") for _ in parts] for _ in range(m)]
+
+        def each(value: Callable[[int, int], Expr]) -> None:
+            for i in range(m):
+                for j in range(len(parts)):
+                    T.buffer_store(acc[i][j], value(i, j), [all_lanes])
+
+        with T.If(partial.begun):
+            with T.Then():
+                each(lambda i, j: v.load(*partial.at(i, j * lanes)))
+            with T.Else():
+                each(lambda i, j: v.splat(0.0))
+        with T.serial(0, steps) as step:
+            vectors = b(step)
+            for i, row in enumerate(acc):
+                factor = v.splat(a(i, step))
+                for sums, one in zip(row, vectors, strict=True):
+                    old = sums[all_lanes]
+                    new = v.dot2(old, factor, one) if self.paired else v.fma(factor, one, old)
+                    T.buffer_store(sums, new, [all_lanes])
+
+        def finish() -> None:
+            each_time = 2 if self.paired else 1
+            for i, row in enumerate(acc):
+                for j in range(0, len(parts), each_time):
+                    sums = [one[all_lanes] for one in row[j : j + each_time]]
+                    store(i, j * lanes, sum(parts[j : j + each_time]), sums)
+
+        with T.If(partial.done):
+            with T.Then():
+                finish()
+            with T.Else():
+                for i, row in enumerate(acc):
+                    for j, sums in enumerate(row):
+                        v.store(*partial.at(i, j * lanes), sums[all_lanes])
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Sums of up to `target.tile_rows` of a's rows with four of b's, `width` elements each."""
+
+    target: Target
+    width: int
+    paired: bool
+
+    @property
+    def vector(self) -> Vector:
+        return Vector(self.target)
+
+    def emit(
+        self,
+        m: int,
+        a: Callable[[int], Where],
+        b: Callable[[int], Where],
+        sums: Callable[[int], Where],
+        fetching: Expr,
+        fetch: Fetch,
+    ) -> None:
+        """`m` of a's rows. `a(i)` and `b(j)` are rows, all but the last index of their elements;
+        `sums(i)` is where the four sums of a's row i go, in float32. Where it is `fetching`, each
+        step asks for what `fetch` says."""
+        v, many = self.vector, DOTS
+        lanes = T.ramp(0, 1, v.lanes)
+        acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in range(many)] for _ in range(m)]
+        for row in acc:
+            for one in row:
+                T.buffer_store(one, v.splat(0.0), [lanes])
+        each = 2 * v.lanes if self.paired else v.lanes
+
+        def add(k: Expr | int, count: int) -> None:
+            def load(buffer: Buffer, start: list[Expr]) -> Expr:
+                where = [*start, k]
+                if self.paired:
+                    return v.words(buffer, where)
+                return (
+                    v.load(buffer, where)
+                    if count == v.lanes
+                    else v.load_tail(buffer, where, T.int32(count))
+                )
+
+            ones = [load(*b(j)) for j in range(many)]
+            for i in range(m):
+                row = load(*a(i))
+                for j in range(many):
+                    old = acc[i][j][lanes]
+                    new = v.dot2(old, row, ones[j]) if self.paired else v.fma(row, ones[j], old)
+                    T.buffer_store(acc[i][j], new, [lanes])
+
+        with T.serial(0, self.width // each) as s:
+            with T.If(fetching), T.Then():
+                fetch(s)
+            add(s * each, v.lanes)
+        if rest := self.width % each:
+            add(self.width - rest, rest)
+        for i in range(m):
+            v.store_sums(*sums(i), [one[lanes] for one in acc[i]])
+
+
+def _vectors(columns: int, lanes: int) -> list[int]:
+    """How many columns each vector holds."""
+    return [min(lanes, columns - start) for start in range(0, columns, lanes)]
+
+
+def in_blocks(count: Expr, most: int, some: Callable[[list[Expr]], None]) -> None:
+    """`some` for `most` of `count` things at a time, and by twos for those that are left; where
+    one is left, it comes twice."""
+    whole = T.bind(T.truncdiv(count, T.int64(most)))
+    with T.serial(0, whole) as block:
+        some([T.bind(block * most + i) for i in range(most)])
+    left = T.bind(count - whole * most)
+    with T.serial(0, T.truncdiv(left + 1, T.int64(2))) as block:
+        first = T.bind(whole * most + block * 2)
+        some([first, T.bind(T.min(first + 1, count - 1))])
+
+
+def lines(v: Vector, buffer: Buffer, index: list[Expr | int], columns: int) -> None:
+    """Asks for the cache lines of `columns` elements."""
+    *first, start = index
+    for at in range(0, columns * bytes_of(buffer), LINE):
+        v.prefetch(buffer, [*first, start + at // bytes_of(buffer)])

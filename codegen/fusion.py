@@ -1,0 +1,166 @@
+"""Which ops share a loop: a cut of the graph into groups, each of which becomes one kernel.
+
+Walked from the results backwards, so that the groups of all readers are known. A point joins
+its readers where they are one group and read it at few places; ops that only move elements
+are copied into every reader. Anything else becomes the root of a group of its own, and is
+stored. No path leaves a group and comes back, since all readers of a fused op lie inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from moec.codegen.loops.reshape import only_splits
+from moec.codegen.loops.rules import EMIT, Rule, named
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Graph, Op, Value
+
+# Bounds on what one loop takes: ops, stored inputs, and positions at which one op is computed.
+MOST_OPS = 48
+MOST_INPUTS = 20
+MOST_PLACES = 4
+PIECES = 4  # of a concatenation, to be a choice inside a loop
+
+
+@dataclass(eq=False)
+class Group:
+    """`ops` in topological order, the root last; `inputs` in the order of first use."""
+
+    root: Op
+    ops: list[Op] = field(default_factory=list)
+    inputs: tuple[Value, ...] = ()
+
+
+def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[Group]:
+    """Groups in an order in which they can run. `own_kernel` ops are groups by themselves."""
+    results = set(graph.results)
+    groups: dict[Op, list[Group]] = {}
+    places: dict[tuple[Op, Group], frozenset[object]] = {}
+    made: list[Group] = []
+    cheap_chain = _cheap_to_repeat(graph)
+    for op in reversed(graph.ops):
+        rule = None if own_kernel(op) else EMIT.get(op.name)
+        joined = None
+        if rule is not None and rule.point is not None and not results.intersection(op.outputs):
+            joined = _readers(graph, op, rule, groups, places, cheap_chain, own_kernel)
+        if joined is None:
+            group = Group(op)
+            made.append(group)
+            joined = {group: frozenset([()])}
+        groups[op] = list(joined)
+        for group, at in joined.items():
+            places[op, group] = at
+            group.ops.append(op)
+    for group in made:
+        group.ops.reverse()
+    _undo_free_views(graph, made)
+    for group in made:
+        inside = {value for op in group.ops for value in op.outputs}
+        seen = dict.fromkeys(v for op in group.ops for v in op.inputs if v not in inside)
+        group.inputs = tuple(seen)
+    order = {op: number for number, op in enumerate(graph.ops)}
+    return sorted(made, key=lambda group: order[group.root])
+
+
+def _readers(
+    graph: Graph,
+    op: Op,
+    rule: Rule,
+    groups: Mapping[Op, list[Group]],
+    places: Mapping[tuple[Op, Group], frozenset[object]],
+    cheap_chain: Mapping[Op, bool],
+    own_kernel: Callable[[Op], bool],
+) -> dict[Group, frozenset[object]] | None:
+    """The groups that would compute `op`, and the places where; None where it must be stored."""
+    free = rule.cost == 0 or cheap_chain[op]
+    if rule.view and not only_splits(op):
+        return None
+    if op.name in ("aten.cat.default", "aten.stack.default") and len(op.inputs) > PIECES:
+        return None
+    found: dict[Group, set[object]] = {}
+    for value in op.outputs:
+        for reader in dict.fromkeys(graph.readers.get(value, ())):
+            if not _may_fuse(value, reader, own_kernel):
+                return None
+            reading = EMIT[reader.name]
+            for group in groups[reader]:
+                if reader is not group.root and reader not in group.ops:
+                    return None
+                for place in places[reader, group]:
+                    same = reading.same_position and value.shape == reader.outputs[0].shape
+                    here = place if same else (reader, value, place)
+                    found.setdefault(group, set()).add(here)
+    if not found or (len(found) > 1 and not free):
+        return None
+    for group, at in found.items():
+        if len(at) > (2 * MOST_PLACES if free else MOST_PLACES) or len(group.ops) >= MOST_OPS:
+            return None
+        if not free and _repeats(op, group):
+            return None
+    return {group: frozenset(at) for group, at in found.items()}
+
+
+def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> bool:
+    rule = EMIT.get(reader.name)
+    if rule is None or own_kernel(reader):
+        return False
+    if rule.view and not only_splits(reader):
+        return False  # it costs nothing if what it reads is stored
+    if rule.kernel is not None:
+        if not rule.fuses:
+            return False
+        taken: list[object] = []
+        for name, argument in named(reader).items():
+            if name not in rule.fuses:
+                taken += argument if isinstance(argument, tuple) else [argument]
+        return not any(value is a for a in taken)
+    return rule.point is not None
+
+
+def _repeats(op: Op, group: Group) -> bool:
+    """Whether the group computes more elements than `op` has."""
+    root = group.root
+    domain = root.outputs[0].shape
+    if EMIT[root.name].kernel is not None and EMIT[root.name].point is None and root.inputs:
+        domain = root.inputs[0].shape
+    own = product(op.outputs[0].shape)
+    return own != 1 and _live(op.outputs[0].shape) != _live(domain) and own != product(domain)
+
+
+def _live(shape: tuple[Dim, ...]) -> list[Dim]:
+    return [dim for dim in shape if dim != 1]
+
+
+def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
+    """Ops of few additions on nothing but sizes and constants, such as a comparison of aranges."""
+    costs: dict[Op, int] = {}
+    cheap: dict[Op, bool] = {}
+    for op in graph.ops:
+        rule = EMIT.get(op.name)
+        cost = 1000
+        if rule is not None and rule.point is not None and not rule.view:
+            feeding = [graph.producers.get(v) for v in op.inputs]
+            if all(source is not None for source in feeding):
+                cost = rule.cost + sum(costs[source] for source in feeding if source is not None)
+        costs[op] = min(cost, 1000)
+        cheap[op] = cost <= 4
+    return cheap
+
+
+def _undo_free_views(graph: Graph, made: list[Group]) -> None:
+    """A view of something stored costs nothing: take it out of the loops that compute it."""
+    stored = {v for v in (*graph.inputs, *graph.params)}
+    for group in made:
+        stored.update(group.root.outputs)
+    own: dict[Op, Group] = {group.root: group for group in made}
+    for op in graph.ops:
+        rule = EMIT.get(op.name)
+        if rule is None or not rule.view or op in own or op.inputs[0] not in stored:
+            continue
+        own[op] = Group(op, [op])
+        stored.update(op.outputs)
+    free = {op for op in own if (rule := EMIT.get(op.name)) is not None and rule.view}
+    for group in made:
+        group.ops = [op for op in group.ops if op is group.root or op not in free]
+    made += [group for op, group in own.items() if group not in made]

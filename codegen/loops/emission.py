@@ -1,0 +1,272 @@
+"""One PrimFunc while it is written: its buffers, its loops, and the elements it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cpu import parallel
+from moec.codegen.loops import index as ix
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.index import Index, Position, Sizes
+from moec.codegen.loops.rules import EMIT, named
+from moec.codegen.loops.scalars import Scalar
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Op, Value
+from moec.target.cpu import Target
+
+# What an addition in a loop counts among the sums of tasks.shared: loops do not always become
+# vectors, and what they cost is estimated roughly.
+SUMS = 64
+CHUNK = 8192
+
+
+class Emission:
+    """Computes elements of values at positions, each once in a scope, and writes loops.
+
+    `producers` are the fused points; every other value that is read has a buffer.
+    """
+
+    def __init__(
+        self,
+        buffers: Mapping[Value, Buffer],
+        outputs: Mapping[Value, Buffer],
+        producers: Mapping[Value, Op],
+        sizes: Sizes,
+        target: Target,
+        flat: bool = False,
+    ) -> None:
+        self.buffers = buffers
+        self.outputs = outputs
+        self.producers = producers
+        self.sizes = sizes
+        self.target = target
+        self.flat = flat
+        self.memos: list[dict[object, Scalar]] = [{}]
+        self.binds = True
+        self.splits: dict[str, set[int]] = {}
+        self.arguments: dict[Op, Mapping[str, Any]] = {}
+
+    # ---- elements ----------------------------------------------------------------------
+
+    def named(self, op: Op) -> Mapping[str, Any]:
+        if op not in self.arguments:
+            self.arguments[op] = named(op)
+        return self.arguments[op]
+
+    def read(self, value: Value, at: Position) -> Scalar:
+        """The element of `value` at a position inside its shape."""
+        key = (value, tuple(i.key for i in at))
+        for memo in reversed(self.memos):
+            if key in memo:
+                return memo[key]
+        if value in self.buffers:
+            found = sc.load(self.buffers[value], [i.expr for i in at], value.dtype)
+        else:
+            op = self.producers[value]
+            rule = EMIT[op.name]
+            assert rule.point is not None
+            found = rule.point(Point(self, op, value, at))
+            assert found.dtype == value.dtype, (op, found.dtype)
+            found = found if rule.exact else sc.rounded(found)
+        found = self.bind(found)
+        self.memos[-1][key] = found
+        return found
+
+    def store(self, value: Value, at: Position, x: Scalar) -> None:
+        """Write an element of an output; x has its dtype."""
+        assert x.dtype == value.dtype, (value, x.dtype)
+        sc.store(self.outputs[value], [i.expr for i in at], x)
+
+    def bind(self, x: Scalar) -> Scalar:
+        """x, computed here and once; inside `lazily`, as it is."""
+        if not self.binds:
+            return x
+        imag = None if x.imag is None else self.bind_expr(x.imag)
+        return Scalar(x.dtype, self.bind_expr(x.expr), imag)
+
+    def bind_expr(self, expr: Expr) -> Expr:
+        if not self.binds or isinstance(expr, Var | tirx.IntImm | tirx.FloatImm):
+            return expr
+        return T.bind(expr)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is computed inside is not known outside: the body of a loop."""
+        self.memos.append({})
+        yield
+        self.memos.pop()
+
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """Expressions made inside are computed only where they are used: a branch of an if."""
+        before, self.binds = self.binds, False
+        with self.scope():
+            yield
+        self.binds = before
+
+    def split(self, at: Index, where: int) -> None:
+        """Ask for the loop behind `at` to be cut at a place where an expression changes."""
+        if isinstance(at.key, str) and at.key.startswith("axis"):
+            self.splits.setdefault(at.key, set()).add(where)
+
+    def shape(self, value: Value) -> tuple[Dim, ...]:
+        return (product(value.shape),) if self.flat else value.shape
+
+    def position(self, value: Value, at: Position, shape: Sequence[Dim]) -> Position:
+        """Where `value` is read when it is broadcast to `shape` and that is read at `at`."""
+        own = self.shape(value)
+        lead = len(shape) - len(own)
+        return tuple(ix.const(0) if dim == 1 else at[lead + axis] for axis, dim in enumerate(own))
+
+    # ---- loops -------------------------------------------------------------------------
+
+    def elements(
+        self, shape: Sequence[Dim], body: Callable[[Position], None], weight: int = 1
+    ) -> None:
+        """`body` at every position: rows in parallel, the last axis innermost."""
+        live = [axis for axis, dim in enumerate(shape) if dim != 1]
+        if not live:
+            self._once(shape, body)
+            return
+        *outer, inner = live
+        if not outer:
+            self._one_axis(shape, inner, body, weight)
+            return
+
+        def row(at: dict[int, Index]) -> None:
+            name = f"axis{inner}"
+            size = shape[inner]
+            # Axes of one name may differ in size (the pieces of a cat): a cut may lie beyond.
+            cuts = [
+                c
+                for c in sorted(self.splits.get(name, ()))
+                if not isinstance(size, int) or c < size
+            ]
+            stops: list[Dim] = [*cuts, size]
+            for start, stop in zip([0, *cuts], stops, strict=True):
+                end = tirx.min(self.sizes.expr(stop), self.sizes.expr(size))
+                with T.serial(self.sizes.expr(start), end) as j, self.scope():
+                    at[inner] = ix.loop(j, f"{name}:{start}" if cuts else name, stop, start)
+                    body(self._full(shape, at))
+
+        self._rows(shape, outer, row, product((shape[inner],)), weight)
+
+    def rows(
+        self, shape: Sequence[Dim], body: Callable[[Position], None], work: Dim, weight: int = 1
+    ) -> None:
+        """`body` at every position of `shape`, in parallel; each does `work` elements."""
+        live = [axis for axis, dim in enumerate(shape) if dim != 1]
+        if not live:
+            self._once(shape, body)
+            return
+        self._rows(shape, live, lambda at: body(self._full(shape, at)), work, weight)
+
+    def _once(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
+        """`body` at the only position of `shape`."""
+        with self.scope():
+            body(tuple(ix.const(0) for _ in shape))
+
+    def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
+        """Nested plain loops, the last axis innermost."""
+
+        def nest(axis: int, at: dict[int, Index]) -> None:
+            if axis == len(shape):
+                body(self._full(shape, at))
+            elif shape[axis] == 1:
+                nest(axis + 1, at)
+            else:
+                with T.serial(0, self.sizes.expr(shape[axis])) as i, self.scope():
+                    nest(axis + 1, at | {axis: ix.loop(i, f"{name}{axis}", shape[axis])})
+
+        nest(0, {})
+
+    @staticmethod
+    def _full(shape: Sequence[Dim], at: Mapping[int, Index]) -> Position:
+        return tuple(at[a] if a in at else ix.const(0) for a in range(len(shape)))
+
+    def _rows(
+        self,
+        shape: Sequence[Dim],
+        outer: Sequence[int],
+        row: Callable[[dict[int, Index]], None],
+        work: Dim,
+        weight: int,
+    ) -> None:
+        count = product(tuple(shape[a] for a in outer))
+        size = self.sizes.expr(count)
+        with parallel.shared(size, self._sums(product((count, work)), weight)) as p, self.scope():
+            left, at = p, {}
+            for axis in reversed(outer):
+                if axis == outer[0]:
+                    expr = left
+                else:
+                    size = self.sizes.expr(shape[axis])
+                    expr = T.bind(ix.rest(left, size))
+                    left = T.bind(ix.quotient(left, size))
+                at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
+            row(at)
+
+    def _one_axis(
+        self, shape: Sequence[Dim], axis: int, body: Callable[[Position], None], weight: int
+    ) -> None:
+        size = self.sizes.expr(shape[axis])
+        chunk = max(256, CHUNK // weight)
+        chunks = tirx.truncdiv(size + (chunk - 1), tirx.const(chunk, "int64"))
+        with parallel.shared(chunks, self._sums(shape[axis], weight)) as p:
+            start = T.bind(p * chunk)
+            with T.serial(start, T.bind(tirx.min(start + chunk, size))) as i, self.scope():
+                body(self._full(shape, {axis: ix.loop(i, f"axis{axis}", shape[axis])}))
+
+    def _sums(self, elements: Dim, weight: int) -> Expr:
+        return self.sizes.expr(elements) * (weight * SUMS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One element of one op's output, for an emitter: `p["name"]` is an argument of the schema."""
+
+    emission: Emission
+    op: Op
+    value: Value
+    at: Position
+
+    @property
+    def dtype(self) -> str:
+        return self.value.dtype
+
+    @cached_property
+    def shape(self) -> tuple[Dim, ...]:
+        return self.emission.shape(self.value)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.emission.named(self.op)[name]
+
+    def read(self, value: Value, at: Position) -> Scalar:
+        return self.emission.read(value, at)
+
+    def get(self, argument: Any, dtype: str | None = None) -> Scalar:
+        """An operand at this position: a Value broadcast to the output, a number, or a size.
+
+        Numbers are not rounded to half types: torch computes with them in float32.
+        """
+        if isinstance(argument, Value):
+            at = self.emission.position(argument, self.at, self.shape)
+            found = self.read(argument, at)
+            return found if dtype is None else self.emission.bind(sc.cast(found, dtype))
+        dtype = dtype or self.dtype
+        if isinstance(argument, sympy.Expr):
+            return sc.cast(Scalar("i64", self.emission.sizes.expr(argument)), dtype)
+        return sc.constant(argument, dtype)
+
+    def size(self, dim: Dim) -> Index:
+        return self.emission.sizes.index(dim)

@@ -1,0 +1,42 @@
+"""The table of all generic ops, filled."""
+
+from __future__ import annotations
+
+from moec.codegen.loops import (
+    arithmetic,
+    create,
+    functions,
+    join,
+    lookup,
+    matrix,
+    moe,
+    moments,
+    move,
+    order,
+    reduce,
+    reshape,
+    rotary,
+    scatter,
+    softmax,
+)
+from moec.codegen.loops.rules import EMIT
+
+FILLED_BY = (
+    arithmetic,
+    create,
+    functions,
+    join,
+    lookup,
+    matrix,
+    moe,
+    moments,
+    move,
+    order,
+    reduce,
+    reshape,
+    rotary,
+    scatter,
+    softmax,
+)
+
+__all__ = ["EMIT"]

@@ -1,0 +1,208 @@
+"""Positions inside tensors: int64 expressions that know when they are equal, and their range.
+
+`key` identifies the position (equal keys, equal values), so that an element that several ops
+read is computed once; `low` and `high` decide, where they can, which piece of a
+concatenation a position falls into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.script.ir_builder import tirx as T
+
+from moec.errors import UnsupportedError
+from moec.ir.dims import Dim, symbols
+
+
+@dataclass(frozen=True)
+class Index:
+    """A position (never negative unless it says so) between low and high, both inclusive."""
+
+    expr: Expr
+    key: Hashable
+    low: int | None = 0
+    high: int | None = None
+
+    @property
+    def known(self) -> int | None:
+        return self.low if self.low is not None and self.low == self.high else None
+
+
+Position: TypeAlias = tuple[Index, ...]
+
+
+def const(value: int) -> Index:
+    return Index(tirx.const(value, "int64"), value, value, value)
+
+
+def loop(var: Expr, name: str, stop: Dim, start: int = 0) -> Index:
+    return Index(var, name, start, stop - 1 if isinstance(stop, int) else None)
+
+
+def add(a: Index, b: Index) -> Index:
+    if a.known == 0:
+        return b
+    if b.known == 0:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known + b.known)
+    return Index(a.expr + b.expr, ("+", a.key, b.key), _plus(a.low, b.low), _plus(a.high, b.high))
+
+
+def sub(a: Index, b: Index) -> Index:
+    if b.known == 0:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known - b.known)
+    low = _plus(a.low, None if b.high is None else -b.high)
+    high = _plus(a.high, None if b.low is None else -b.low)
+    return Index(a.expr - b.expr, ("-", a.key, b.key), low, high)
+
+
+def mul(a: Index, b: Index) -> Index:
+    """Of two positions that are not negative."""
+    if a.known == 1:
+        return b
+    if b.known == 1:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known * b.known)
+    high = a.high * b.high if a.high is not None and b.high is not None else None
+    low = (a.low or 0) * (b.low or 0)
+    return Index(a.expr * b.expr, ("*", a.key, b.key), low, high)
+
+
+def div(a: Index, b: Index) -> Index:
+    """a // b of a >= 0 and b > 0."""
+    if b.known == 1:
+        return a
+    if a.known is not None and b.known is not None:
+        return const(a.known // b.known)
+    high = a.high // b.known if a.high is not None and b.known else a.high
+    return Index(quotient(a.expr, b.expr), ("/", a.key, b.key), 0, high)
+
+
+def mod(a: Index, b: Index) -> Index:
+    """a % b of a >= 0 and b > 0."""
+    if a.known is not None and b.known is not None:
+        return const(a.known % b.known)
+    if a.high is not None and b.low is not None and a.high < b.low:
+        return a
+    high = None if b.high is None else b.high - 1
+    return Index(rest(a.expr, b.expr), ("%", a.key, b.key), 0, high)
+
+
+def wide(x: Expr) -> Expr:
+    """x as an argument of an int64 function: TVM makes arguments narrower where it knows that
+    they are small, but not what is added to a number that it knows nothing about (it is 0)."""
+    return x + T.call_extern("int64", "moec_zero_i64")
+
+
+def quotient(a: Expr, b: Expr) -> Expr:
+    """a // b of a >= 0.
+
+    Where b is a size that may be 0 nothing is ever divided, but TVM would conclude from the
+    division that it is not 0 and move it to where it is: so TVM does not see the division.
+    """
+    if isinstance(b, tirx.IntImm):
+        return tirx.truncdiv(a, b)
+    return T.call_extern("int64", "moec_quotient_i64", wide(a), wide(b))
+
+
+def rest(a: Expr, b: Expr) -> Expr:
+    """a % b of a >= 0; as `quotient`."""
+    if isinstance(b, tirx.IntImm):
+        return tirx.truncmod(a, b)
+    return T.call_extern("int64", "moec_rest_i64", wide(a), wide(b))
+
+
+def bounded(a: Index, size: Index) -> Index:
+    """The nearest position inside an axis of that size."""
+    low, high, least = a.low, a.high, size.low
+    if low is not None and high is not None and least is not None and 0 <= low <= high < least:
+        return a
+    zero = tirx.const(0, "int64")
+    expr = tirx.max(tirx.min(a.expr, size.expr - 1), zero)
+    return Index(expr, ("bounded", a.key, size.key), 0, _plus(size.high, -1))
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+class Sizes:
+    """Sizes of the IR as int64 expressions over one function's variables."""
+
+    def __init__(self, variables: Mapping[str, Var], inside_kernel: bool = False) -> None:
+        self.variables = variables
+        self.inside_kernel = inside_kernel
+        self.made: dict[Dim, Expr] = {}
+
+    def expr(self, dim: Dim) -> Expr:
+        if isinstance(dim, int):
+            return tirx.const(dim, "int64")
+        if dim not in self.made:
+            self.made[dim] = self._expr(sympy.sympify(dim))
+        return self.made[dim]
+
+    def _divisor(self, dim: sympy.Expr) -> Expr:
+        """A size to divide by: 1 where it is 0, which only LLVM may know (see `quotient`)."""
+        expr = self._expr(dim)
+        if not self.inside_kernel or isinstance(expr, tirx.IntImm):
+            return expr
+        return T.call_extern("int64", "moec_divisor_i64", wide(expr))
+
+    def index(self, dim: Dim) -> Index:
+        if isinstance(dim, int):
+            return const(dim)
+        return Index(self.expr(dim), ("size", str(dim)))
+
+    def _expr(self, dim: sympy.Expr) -> Expr:
+        numerator, denominator = sympy.fraction(sympy.together(dim))
+        if denominator != 1:
+            return tirx.floordiv(self._expr(numerator), self._divisor(denominator))
+        if dim.is_Integer:
+            return tirx.const(int(dim), "int64")
+        if isinstance(dim, sympy.Symbol):
+            return self.variables[dim.name]
+        arguments = [self._expr(a) for a in dim.args]
+        # By name: torch has classes of its own for some of them.
+        match type(dim).__name__:
+            case "Add":
+                return _fold(lambda a, b: a + b, arguments)
+            case "Mul":
+                return _fold(lambda a, b: a * b, arguments)
+            case "Pow":
+                return _fold(lambda a, b: a * b, [arguments[0]] * int(dim.args[1]))
+            case "floor":
+                return arguments[0]
+            case "ceiling":
+                top, bottom = sympy.fraction(sympy.together(dim.args[0]))
+                below = self._divisor(bottom)
+                return tirx.floordiv(self._expr(top) + below - 1, below)
+            case "Mod":
+                return tirx.floormod(arguments[0], self._divisor(dim.args[1]))
+            case "Max":
+                return _fold(tirx.max, arguments)
+            case "Min":
+                return _fold(tirx.min, arguments)
+            case "Abs":
+                return T.Select(arguments[0] < 0, 0 - arguments[0], arguments[0])
+        raise UnsupportedError(f"the size {dim} cannot be computed: it uses {dim.func.__name__}")
+
+
+def _fold(combine: object, values: list[Expr]) -> Expr:
+    result = values[0]
+    for value in values[1:]:
+        result = combine(result, value)  # type: ignore[operator]
+    return result
+
+
+def names(*dims: Dim) -> set[str]:
+    return {name for dim in dims for name in symbols(dim)}

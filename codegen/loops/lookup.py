@@ -1,0 +1,102 @@
+"""Ops that read at computed positions. Every position is bounded before memory is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.loops import index as ix
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.emission import Emission, Point
+from moec.codegen.loops.index import Index, Position
+from moec.codegen.loops.rules import point
+from moec.codegen.loops.scalars import Scalar
+from moec.ir.dims import Dim
+from moec.ir.graph import Value
+
+
+def looked_up(e: Emission, ids: Value, at: Position, size: Dim) -> Index:
+    """The position that `ids` holds: counted from the end where negative, kept inside."""
+    raw = e.bind_expr(sc.cast(e.read(ids, at), "i64").expr)
+    limit = e.sizes.index(size)
+    wrapped = e.bind_expr(T.Select(raw < 0, raw + limit.expr, raw))
+    key = ("at", ids, tuple(i.key for i in at))
+    found = ix.bounded(Index(wrapped, key, None, None), limit)
+    return Index(e.bind_expr(found.expr), found.key, found.low, found.high)
+
+
+@point("embedding", cost=2, same_position=False, exact=True)
+def embedding(p: Point) -> Scalar:
+    table = p["weight"]
+    row = looked_up(p.emission, p["indices"], p.at[:-1], table.shape[0])
+    return p.read(table, (row, p.at[-1]))
+
+
+@point("gather", cost=2, same_position=False, exact=True)
+def gather(p: Point) -> Scalar:
+    value = p["self"]
+    if not value.shape:
+        return p.read(value, ())
+    axis = wrap(p["dim"], len(value.shape))
+    place = looked_up(p.emission, p["index"], p.at, value.shape[axis])
+    return p.read(value, (*p.at[:axis], place, *p.at[axis + 1 :]))
+
+
+@point("index_select", cost=2, same_position=False, exact=True)
+def index_select(p: Point) -> Scalar:
+    value = p["self"]
+    axis = wrap(p["dim"], len(value.shape))
+    ids = p["index"]
+    inner = (p.at[axis],) if ids.shape else ()
+    place = looked_up(p.emission, ids, inner, value.shape[axis])
+    return p.read(value, (*p.at[:axis], place, *p.at[axis + 1 :]))
+
+
+@point("take", cost=2, same_position=False, exact=True)
+def take(p: Point) -> Scalar:
+    value = p["self"]
+    from moec.ir.dims import product
+
+    flat = looked_up(p.emission, p["index"], p.at, product(value.shape))
+    at: list[Index] = []
+    for dim in reversed(value.shape):
+        at.append(ix.mod(flat, p.size(dim)))
+        flat = ix.div(flat, p.size(dim))
+    return p.read(value, tuple(reversed(at)))
+
+
+@point("take_along_dim", cost=2, same_position=False, exact=True)
+def take_along(p: Point) -> Scalar:
+    value, ids = p["self"], p["indices"]
+    axis = wrap(p["dim"], len(value.shape))
+    at = p.emission.position(ids, p.at, p.shape)
+    place = looked_up(p.emission, ids, at, value.shape[axis])
+    own = p.emission.position(value, p.at, p.shape)
+    return p.read(value, (*own[:axis], place, *own[axis + 1 :]))
+
+
+def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int], int, int]:
+    """Of x[indices]: the indexed axes, where their result stands, and its rank."""
+    axes = [axis for axis, ids in enumerate(indices) if ids is not None]
+    width = max(len(ids.shape) for ids in indices if ids is not None)
+    together = axes == list(range(axes[0], axes[-1] + 1))
+    return axes, axes[0] if together else 0, width
+
+
+@point("index.Tensor", "_unsafe_index.Tensor", cost=2, same_position=False, exact=True)
+def index(p: Point) -> Scalar:
+    value, indices = p["self"], p["indices"]
+    axes, place, width = indexed_axes(indices, len(value.shape))
+    block, rest = p.at[place : place + width], list((*p.at[:place], *p.at[place + width :]))
+    shape = p.shape[place : place + width]
+    at: list[Index] = []
+    for axis, dim in enumerate(value.shape):
+        if axis in axes:
+            ids = indices[axis]
+            inner = p.emission.position(ids, block, shape)
+            at.append(looked_up(p.emission, ids, inner, dim))
+        else:
+            at.append(rest.pop(0))
+    return p.read(value, tuple(at))

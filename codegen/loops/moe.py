@@ -1,0 +1,149 @@
+"""MoE ops in plain loops: bookkeeping of choices, and products that no fast kernel takes."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.arithmetic import plus, times
+from moec.codegen.loops.emission import Emission
+from moec.codegen.loops.index import Index, Position, const, loop
+from moec.codegen.loops.lookup import looked_up
+from moec.codegen.loops.reduce import Cell
+from moec.codegen.loops.rules import kernel
+from moec.codegen.loops.scalars import HALVES, Scalar
+from moec.ir.graph import Op, Value
+from moec.ir.opdef import integer
+from moec.ops.grouped import GroupedLinear
+
+
+@kernel("moe.capacity")
+def capacity(e: Emission, op: Op) -> None:
+    """Choices counted in order, by token or by slot; those beyond the capacity become E."""
+    experts, out = op.inputs[0], op.outputs[0]
+    tokens, k = experts.shape
+    count = integer(op, "num_experts")
+    limit = e.sizes.expr(op.attrs["capacity"])
+    seen = T.alloc_buffer((count + 1,), "int64", scope="global")
+    with T.serial(0, count + 1) as i:
+        T.buffer_store(seen, tirx.const(0, "int64"), [i])
+
+    def visit(at: Position) -> None:
+        expert = e.bind_expr(e.read(experts, at).expr)
+        known = tirx.And(expert >= 0, expert < count)
+        place = e.bind_expr(T.Select(known, expert, tirx.const(count, "int64")))
+        before = e.bind_expr(seen[place])
+        T.buffer_store(seen, before + 1, [place])
+        kept = T.Select(before < limit, place, tirx.const(count, "int64"))
+        e.store(out, at, Scalar("i64", kept))
+
+    if op.attrs.get("order", "slot") == "slot":
+        e.serially((k, tokens), lambda at: visit((at[1], at[0])), "choice")
+    else:
+        e.serially((tokens, k), visit, "choice")
+
+
+@kernel("grouped.expert_of")
+def expert_of(e: Emission, op: Op) -> None:
+    """How many experts end at or before a row; rows that nobody owns count as E - 1."""
+    ends, out = op.inputs[0], op.outputs[0]
+    count = ends.shape[0]
+    assert isinstance(count, int)
+
+    def row(at: Position) -> None:
+        found = Cell(sc.constant(0, "i64"))
+        with T.serial(0, tirx.const(count, "int64")) as i, e.scope():
+            end = sc.cast(e.read(ends, (loop(i, "expert", count),)), "i64")
+            passed = T.Select(
+                end.expr <= at[0].expr, tirx.const(1, "int64"), tirx.const(0, "int64")
+            )
+            found.set(Scalar("i64", found.get().expr + passed))
+        last = tirx.min(found.get().expr, tirx.const(count - 1, "int64"))
+        e.store(out, at, Scalar("i64", last))
+
+    e.rows(out.shape, row, count)
+
+
+@kernel("grouped.linear")
+def grouped_linear(e: Emission, op: Op) -> None:
+    """Element by element: for stacks that are computed, types and bodies without a kernel."""
+    parts, out = GroupedLinear.of(op), op.outputs[0]
+    experts = parts.matrices[0].shape[0]
+    top_k = integer(op, "gather") if op.attrs.get("gather") else 0
+    assert isinstance(experts, int)
+    kind = "f64" if parts.x.dtype == "f64" else "f32"
+
+    def element(at: Position) -> None:
+        row, column = at
+        owner = _owner(e, parts.ends, row, experts)
+        source = row
+        choice: Index | None = None
+        if parts.order is not None:
+            tokens = parts.x.shape[0]
+            choice = looked_up(e, parts.order, (row,), parts.order.shape[0])
+            token = e.bind_expr(tirx.truncdiv(choice.expr, tirx.const(top_k, "int64")))
+            last = tirx.max(e.sizes.expr(tokens) - 1, tirx.const(0, "int64"))
+            source = Index(tirx.min(token, last), ("token", row.key))
+        sums = [_dot(e, parts, j, source, owner, column, kind) for j in range(len(parts.matrices))]
+        if parts.scale is not None and choice is not None:
+            slot = Index(tirx.truncmod(choice.expr, tirx.const(top_k, "int64")), ("slot", row.key))
+            scale = sc.cast(e.read(parts.scale, (source, slot)), kind)
+            sums = [e.bind(times(s, scale)) for s in sums]
+        for j, bias in enumerate(parts.biases):
+            sums[j] = plus(sums[j], sc.cast(e.read(bias, (owner, column)), kind))
+        found = _through_body(e, op, sums, at)
+        owned = row.expr < _end(e, parts.ends, experts)
+        empty = sc.constant(0, out.dtype)
+        expr = T.Select(owned, sc.cast(found, out.dtype).expr, empty.expr)
+        e.store(out, at, Scalar(out.dtype, expr))
+
+    e.elements(out.shape, element, weight=64)
+
+
+def _end(e: Emission, ends: Value, experts: int) -> object:
+    return sc.cast(e.read(ends, (const(experts - 1),)), "i64").expr
+
+
+def _owner(e: Emission, ends: Value, row: Index, experts: int) -> Index:
+    found = Cell(sc.constant(0, "i64"))
+    with T.serial(0, tirx.const(experts, "int64")) as i, e.scope():
+        end = sc.cast(e.read(ends, (loop(i, "expert", experts),)), "i64")
+        one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
+        passed = T.Select(end.expr <= row.expr, one, zero)
+        found.set(Scalar("i64", found.get().expr + passed))
+    last = e.bind_expr(tirx.min(found.get().expr, tirx.const(experts - 1, "int64")))
+    return Index(last, ("owner", row.key), 0, experts - 1)
+
+
+def _dot(
+    e: Emission,
+    parts: GroupedLinear,
+    which: int,
+    source: Index,
+    owner: Index,
+    column: Index,
+    kind: str,
+) -> Scalar:
+    total = Cell(sc.constant(0, kind))
+    depth = parts.x.shape[1]
+    with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
+        inner = loop(k, "inner", depth)
+        x = sc.cast(e.read(parts.x, (source, inner)), kind)
+        w = sc.cast(e.read(parts.matrices[which], (owner, column, inner)), kind)
+        product = e.bind(times(x, w))
+        total.set(Scalar(kind, sc.add_in_any_order(total.get().expr, product.expr)))
+    return e.bind(total.get())
+
+
+def _through_body(e: Emission, op: Op, sums: list[Scalar], at: Position) -> Scalar:
+    if op.body is None:
+        return sums[0]
+    body = op.body
+    producers = {value: inner for inner in body.ops for value in inner.outputs}
+    inside = Emission({}, {}, producers, e.sizes, e.target)
+    keys = tuple(i.key for i in at)
+    for value, x in zip(body.inputs, sums, strict=True):
+        kept = x.dtype in HALVES or x.dtype == value.dtype
+        inside.memos[-1][(value, keys)] = x if kept else Scalar(value.dtype, x.expr)
+    return inside.read(body.outputs[0], at)

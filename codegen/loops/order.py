@@ -1,0 +1,216 @@
+"""Ops along one axis, one element after another: sort, top-k, running sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.arithmetic import larger, plus, times
+from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.emission import Emission
+from moec.codegen.loops.index import Index, Position, loop
+from moec.codegen.loops.reduce import Cell, better, kept_shape
+from moec.codegen.loops.rules import kernel
+from moec.codegen.loops.scalars import HALVES, Scalar
+from moec.ir.dims import Dim
+from moec.ir.graph import Op, Value
+
+FEW = 64  # up to this many of the best are kept by insertion
+
+
+def _put(at: Position, axis: int, by: Index) -> Position:
+    return (*at[:axis], by, *at[axis + 1 :]) if at else at
+
+
+def _int(value: int) -> Expr:
+    return tirx.const(value, "int64")
+
+
+def _write(e: Emission, op: Op, at: Position, axis: int, x: Scalar | None, place: Expr) -> None:
+    """Into (values, indices), or into the indices alone."""
+    if len(op.outputs) > 1 and x is not None:
+        e.store(op.outputs[0], at, Scalar(op.outputs[0].dtype, x.expr))
+    e.store(op.outputs[-1], at, Scalar("i64", T.cast(place, "int64")))
+
+
+def _cells(e: Emission, x: Value, many: Dim | int) -> Buffer:
+    kind = "i8" if x.dtype == "bool" else "f32" if x.dtype in HALVES else x.dtype
+    return T.alloc_buffer((e.sizes.expr(many),), sc.COMPUTE[kind], scope="global")
+
+
+def _get(buffer: Buffer, x: Value, place: Expr) -> Scalar:
+    if x.dtype == "bool":
+        return Scalar("bool", tirx.NE(buffer[place], tirx.const(0, "int8")))
+    return Scalar(x.dtype, buffer[place])
+
+
+def _set(buffer: Buffer, place: Expr, x: Scalar) -> None:
+    T.buffer_store(buffer, T.cast(x.expr, "int8") if x.dtype == "bool" else x.expr, [place])
+
+
+def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
+    x = op.inputs[0]
+
+    def row(at: Position) -> None:
+        values = _cells(e, x, max(k, 1))
+        places = T.alloc_buffer((max(k, 1),), "int64", scope="global")
+        spot = T.alloc_buffer((1,), "int64", scope="global")
+        zero = _int(0)
+        with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
+            found = e.read(x, _put(at, axis, loop(j, f"visit{axis}", x.shape[axis])))
+            last = _get(values, x, _int(k - 1))
+            with T.If(tirx.Or(j < k, better(found, last, sign))), T.Then():
+                T.buffer_store(spot, tirx.min(j, _int(k - 1)), [zero])
+                # Equal ones stay behind those that came first.
+                above = tirx.max(spot[zero] - 1, zero)
+                with T.While(tirx.And(spot[zero] > 0, better(found, _get(values, x, above), sign))):
+                    here = spot[zero]
+                    _set(values, here, _get(values, x, here - 1))
+                    T.buffer_store(places, places[here - 1], [here])
+                    T.buffer_store(spot, here - 1, [zero])
+                _set(values, spot[zero], found)
+                T.buffer_store(places, j, [spot[zero]])
+        with T.serial(0, _int(k)) as s, e.scope():
+            to = _put(at, axis, loop(s, f"best{axis}", k))
+            _write(e, op, to, axis, _get(values, x, s), places[s])
+
+    e.rows(kept_shape(x.shape, (axis,)), row, x.shape[axis], weight=4)
+
+
+def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
+    """The first `number` of a stable merge sort, from runs of one element upwards."""
+    x = op.inputs[0]
+    size = x.shape[axis]
+
+    def row(at: Position) -> None:
+        n = e.sizes.expr(size)
+        values = _cells(e, x, size)
+        order = T.alloc_buffer((2, n), "int32", scope="global")
+        zero = _int(0)
+        state = T.alloc_buffer((5,), "int64", scope="global")  # width, side, left, right, out
+        width, side, left, right, out = (_int(i) for i in range(5))
+
+        def put(cell: Expr, value: Expr) -> None:
+            T.buffer_store(state, value, [cell])
+
+        with T.serial(0, n) as j, e.scope():
+            _set(values, j, e.read(x, _put(at, axis, loop(j, f"visit{axis}", size))))
+            T.buffer_store(order, T.cast(j, "int32"), [zero, j])
+        put(width, _int(1))
+        put(side, zero)
+        with T.While(state[width] < n):
+            runs = tirx.truncdiv(n + 2 * state[width] - 1, 2 * state[width])
+            with T.serial(0, T.bind(runs)) as r:
+                start = T.bind(2 * state[width] * r)
+                middle = T.bind(tirx.min(start + state[width], n))
+                stop = T.bind(tirx.min(start + 2 * state[width], n))
+                put(left, start)
+                put(right, middle)
+                put(out, start)
+                with T.While(state[out] < stop):
+                    # Of an exhausted run any element may be compared: its answer is not used.
+                    a = T.bind(order[state[side], tirx.min(state[left], n - 1)])
+                    b = T.bind(order[state[side], tirx.min(state[right], n - 1)])
+                    first, second = _get(values, x, a), _get(values, x, b)
+                    from_right = tirx.And(
+                        state[right] < stop,
+                        tirx.Or(state[left] >= middle, better(second, first, sign)),
+                    )
+                    with T.If(from_right):
+                        with T.Then():
+                            T.buffer_store(order, b, [1 - state[side], state[out]])
+                            put(right, state[right] + 1)
+                        with T.Else():
+                            T.buffer_store(order, a, [1 - state[side], state[out]])
+                            put(left, state[left] + 1)
+                    put(out, state[out] + 1)
+            put(side, 1 - state[side])
+            put(width, 2 * state[width])
+        with T.serial(0, e.sizes.expr(number)) as s, e.scope():
+            place = T.bind(order[state[side], s])
+            to = _put(at, axis, loop(s, f"best{axis}", number))
+            _write(e, op, to, axis, _get(values, x, place), place)
+
+    e.rows(kept_shape(x.shape, (axis,)), row, size, weight=32)
+
+
+@kernel("topk", fuses=("self",))
+def topk(e: Emission, op: Op) -> None:
+    named = e.named(op)
+    x, k = op.inputs[0], named["k"]
+    sign = 1 if named["largest"] else -1
+    if not x.shape:
+        _write(e, op, (), 0, e.read(x, ()), _int(0))
+        return
+    axis = wrap(named["dim"], len(x.shape))
+    if isinstance(k, int) and k <= FEW:
+        _keep_best(e, op, axis, k, sign)
+    else:
+        _sorted(e, op, axis, k, sign)
+
+
+@kernel("sort", "sort.stable", "argsort", "argsort.stable", fuses=("self",))
+def sort(e: Emission, op: Op) -> None:
+    named = e.named(op)
+    x = op.inputs[0]
+    if not x.shape:
+        _write(e, op, (), 0, e.read(x, ()), _int(0))
+        return
+    axis = wrap(named["dim"], len(x.shape))
+    _sorted(e, op, axis, x.shape[axis], 1 if named["descending"] else -1)
+
+
+def _running(e: Emission, op: Op, first: Any, step: Any) -> None:
+    x, out = op.inputs[0], op.outputs[0]
+    kind = "f32" if out.dtype in HALVES else out.dtype
+    if not x.shape:
+        e.store(out, (), sc.cast(e.read(x, ()), out.dtype))
+        return
+    axis = wrap(e.named(op)["dim"], len(x.shape))
+
+    def row(at: Position) -> None:
+        total = Cell(first(kind))
+        with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
+            here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
+            total.set(step(total.get(), sc.cast(e.read(x, here), kind)))
+            e.store(out, here, sc.cast(total.get(), out.dtype))
+
+    e.rows(kept_shape(x.shape, (axis,)), row, x.shape[axis])
+
+
+@kernel("cumsum", fuses=("self",))
+def cumsum(e: Emission, op: Op) -> None:
+    _running(e, op, lambda kind: sc.constant(0, kind), plus)
+
+
+@kernel("cumprod", fuses=("self",))
+def cumprod(e: Emission, op: Op) -> None:
+    _running(e, op, lambda kind: sc.constant(1, kind), times)
+
+
+@kernel("cummax", "cummin", fuses=("self",))
+def cummax(e: Emission, op: Op) -> None:
+    x, (values, places) = op.inputs[0], op.outputs
+    sign = 1 if op.name == "aten.cummax.default" else -1
+    axis = wrap(e.named(op)["dim"], len(x.shape))
+
+    def row(at: Position) -> None:
+        best, where = Cell(sc.constant(0, x.dtype)), Cell(sc.constant(0, "i64"))
+        with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
+            here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
+            found = Scalar(best.dtype, e.read(x, here).expr)
+            joined = larger(best.get(), found, sign)
+            # The later of equals; a NaN stays, and later NaNs take its place.
+            same = tirx.Or(tirx.EQ(joined.expr, found.expr), sc.is_nan(found))
+            with T.If(tirx.Or(tirx.EQ(j, _int(0)), same)), T.Then():
+                best.set(found)
+                where.set(Scalar("i64", j))
+            e.store(values, here, Scalar(values.dtype, best.get().expr))
+            e.store(places, here, where.get())
+
+    e.rows(kept_shape(x.shape, (axis,)), row, x.shape[axis], weight=2)

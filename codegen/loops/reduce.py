@@ -1,0 +1,230 @@
+"""Ops that make one element of many: sums and extremes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.loops import index as ix
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.arithmetic import larger, plus, times
+from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.emission import Emission
+from moec.codegen.loops.index import Position
+from moec.codegen.loops.rules import kernel
+from moec.codegen.loops.scalars import FLOATS, HALVES, Scalar
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Op, Value
+
+
+class Cell:
+    """A variable of a loop, in a dtype of the IR (half types: float32, bool: int8)."""
+
+    def __init__(self, first: Scalar) -> None:
+        self.dtype = "f32" if first.dtype in HALVES else first.dtype
+        stored = "int8" if self.dtype == "bool" else sc.COMPUTE[self.dtype]
+        self.buffer = T.alloc_buffer((1,), stored, scope="global")
+        self.set(Scalar(self.dtype, first.expr))
+
+    def get(self) -> Scalar:
+        return sc.load(self.buffer, [tirx.const(0, "int64")], self.dtype)
+
+    def set(self, x: Scalar) -> None:
+        sc.store(self.buffer, [tirx.const(0, "int64")], sc.cast(x, self.dtype))
+
+
+def axes_of(dims: Any, rank: int) -> tuple[int, ...]:
+    if dims is None or dims == ():
+        return tuple(range(rank))
+    listed = dims if isinstance(dims, tuple) else (dims,)
+    return tuple(sorted(wrap(d, rank) for d in listed)) if rank else ()
+
+
+def kept_shape(shape: Sequence[Dim], axes: Sequence[int]) -> tuple[Dim, ...]:
+    return tuple(1 if a in axes else d for a, d in enumerate(shape))
+
+
+def count(shape: Sequence[Dim], axes: Sequence[int]) -> Dim:
+    return product(tuple(shape[a] for a in axes))
+
+
+def target(value: Value, at: Position, axes: Sequence[int]) -> Position:
+    """Where the output holds what was reduced: with the reduced axes, or without them."""
+    if len(value.shape) == len(at):
+        return at
+    return tuple(i for a, i in enumerate(at) if a not in axes)
+
+
+def over(
+    e: Emission,
+    shape: Sequence[Dim],
+    at: Position,
+    axes: Sequence[int],
+    body: Callable[[Position], None],
+) -> None:
+    """`body` at every position of `axes`, the others as in `at`."""
+
+    def at_reduced(inner: Position) -> None:
+        full = list(at)
+        for place, axis in enumerate(axes):
+            full[axis] = inner[place]
+        body(tuple(full))
+
+    e.serially([shape[a] for a in axes], at_reduced, "reduced")
+
+
+def reduce(
+    e: Emission,
+    op: Op,
+    dims: Any,
+    first: Scalar,
+    step: Callable[[Scalar, Scalar], Scalar],
+    last: Callable[[Scalar, Dim], Scalar] = lambda total, number: total,
+    *,
+    read_as: str,
+) -> None:
+    """out = last(step(step(first, x0), x1)...)."""
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(dims, len(x.shape))
+    number = count(x.shape, axes)
+
+    def row(at: Position) -> None:
+        total = Cell(first)
+        over(
+            e,
+            x.shape,
+            at,
+            axes,
+            lambda full: total.set(step(total.get(), sc.cast(e.read(x, full), read_as))),
+        )
+        found = last(total.get(), number)
+        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, number)
+
+
+def accumulator(dtype: str) -> str:
+    return "f32" if dtype in HALVES else dtype
+
+
+def in_any_order(a: Scalar, b: Scalar) -> Scalar:
+    if a.dtype in FLOATS:
+        return Scalar(a.dtype, sc.add_in_any_order(a.expr, b.expr))
+    return plus(a, b)
+
+
+@kernel("sum", "sum.dim_IntList", fuses=("self",))
+def sum_(e: Emission, op: Op) -> None:
+    kind = accumulator(op.outputs[0].dtype)
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, sc.constant(0, kind), in_any_order, read_as=kind)
+
+
+@kernel("mean", "mean.dim", fuses=("self",))
+def mean(e: Emission, op: Op) -> None:
+    kind = accumulator(op.outputs[0].dtype)
+
+    def share(total: Scalar, number: Dim) -> Scalar:
+        many = sc.cast(Scalar("i64", e.sizes.expr(number)), kind)
+        return Scalar(kind, tirx.div(total.expr, many.expr))
+
+    reduce(e, op, e.named(op).get("dim"), sc.constant(0, kind), in_any_order, share, read_as=kind)
+
+
+@kernel("prod", "prod.dim_int", fuses=("self",))
+def prod(e: Emission, op: Op) -> None:
+    kind = accumulator(op.outputs[0].dtype)
+    reduce(e, op, e.named(op).get("dim"), sc.constant(1, kind), times, read_as=kind)
+
+
+def _extreme(e: Emission, op: Op, sign: int) -> None:
+    kind = accumulator(op.inputs[0].dtype)
+    first = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, first, lambda a, b: larger(a, b, sign), read_as=kind)
+
+
+@kernel("amax", "max", fuses=("self",))
+def amax(e: Emission, op: Op) -> None:
+    _extreme(e, op, 1)
+
+
+@kernel("amin", "min", fuses=("self",))
+def amin(e: Emission, op: Op) -> None:
+    _extreme(e, op, -1)
+
+
+@kernel("any", "any.dim", "any.dims", fuses=("self",))
+def any_(e: Emission, op: Op) -> None:
+    dims = e.named(op).get("dim")
+    reduce(e, op, dims, sc.constant(False, "bool"), larger, read_as="bool")
+
+
+@kernel("all", "all.dim", "all.dims", fuses=("self",))
+def all_(e: Emission, op: Op) -> None:
+    dims = e.named(op).get("dim")
+    first = sc.constant(True, "bool")
+    reduce(e, op, dims, first, lambda a, b: larger(a, b, -1), read_as="bool")
+
+
+def better(a: Scalar, b: Scalar, sign: int) -> Expr:
+    """Whether a comes before b in falling (sign 1) or rising order; NaN is the greatest."""
+    ahead = sc.compare("gt" if sign > 0 else "lt", a, b)
+    if a.dtype not in FLOATS:
+        return ahead
+    mine, other = (a, b) if sign > 0 else (b, a)
+    return tirx.Or(ahead, tirx.And(sc.is_nan(mine), tirx.Not(sc.is_nan(other))))
+
+
+def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> None:
+    """The extreme and its place; the first of equals, a NaN before all."""
+    x = op.inputs[0]
+    axes = axes_of(dims, len(x.shape))
+    indices = op.outputs[-1]
+
+    def row(at: Position) -> None:
+        kind = x.dtype
+        start = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
+        best, place = Cell(start), Cell(sc.constant(-1, "i64"))
+
+        def visit(full: Position) -> None:
+            here = ix.const(0)
+            for axis in axes:
+                here = ix.add(ix.mul(here, e.sizes.index(x.shape[axis])), full[axis])
+            found = e.read(x, full)
+            found = Scalar(best.dtype, found.expr)
+            # A minimum stays at the first NaN; a maximum likewise.
+            now = best.get()
+            nan_first = tirx.And(sc.is_nan(found), tirx.Not(sc.is_nan(now)))
+            wins = tirx.Or(
+                better(found, now, 1) if sign > 0 else sc.compare("lt", found, now), nan_first
+            )
+            wins = tirx.Or(wins, tirx.LT(place.get().expr, tirx.const(0, "int64")))
+            with T.If(wins), T.Then():
+                best.set(found)
+                place.set(Scalar("i64", here.expr))
+
+        over(e, x.shape, at, axes, visit)
+        last = tirx.max(place.get().expr, tirx.const(0, "int64"))
+        e.store(indices, target(indices, at, axes), Scalar("i64", last))
+        if values:
+            out = op.outputs[0]
+            e.store(out, target(out, at, axes), Scalar(out.dtype, best.get().expr))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
+
+
+@kernel("argmax", "argmin", fuses=("self",))
+def argmax(e: Emission, op: Op) -> None:
+    sign = 1 if op.name == "aten.argmax.default" else -1
+    _first_extreme(e, op, e.named(op)["dim"], sign, values=False)
+
+
+@kernel("max.dim", "min.dim", fuses=("self",))
+def max_dim(e: Emission, op: Op) -> None:
+    sign = 1 if op.name == "aten.max.dim" else -1
+    _first_extreme(e, op, e.named(op)["dim"], sign, values=True)

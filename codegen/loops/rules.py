@@ -1,0 +1,167 @@
+"""How each generic op is computed: the table that emitters fill and that lowering reads.
+
+A *point* gives one element of its output at a position, reading its inputs at positions: it is
+fused into whatever reads it. A *kernel* writes its outputs with loops of its own; points that
+feed it are fused into those inputs that it reads once. A *view* is its input with another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moec.errors import IRError
+from moec.ir import aten
+from moec.ir.graph import Attr, Op, Ref, Value
+
+if TYPE_CHECKING:
+    from moec.codegen.loops.emission import Emission, Point
+    from moec.codegen.loops.scalars import Scalar
+
+HEAVY = 8  # the cost of exp and its like
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`cost` is roughly in additions an element; 0 moves elements or makes them from nothing.
+
+    `same_position` says that an output element needs only the input elements at its position
+    (after broadcasting). `exact` says that the result of half types needs no rounding.
+    """
+
+    point: Callable[[Point], Scalar] | None = None
+    kernel: Callable[[Emission, Op], None] | None = None
+    view: bool = False
+    cost: int = 1
+    same_position: bool = True
+    exact: bool = False
+    fuses: tuple[str, ...] = ()  # of a kernel: the arguments that may be points
+
+
+EMIT: dict[str, Rule] = {}
+
+# Arithmetic that knows pairs of numbers; ops that only move elements need not.
+COMPLEX = {
+    f"aten.{name}"
+    for name in (
+        "add.Tensor",
+        "sub.Tensor",
+        "mul.Tensor",
+        "mul.Scalar",
+        "polar.default",
+        "complex.default",
+        "where.self",
+        "abs.default",
+    )
+}
+
+
+def takes_complex(name: str) -> bool:
+    rule = EMIT[name]
+    return name in COMPLEX or (rule.point is not None and rule.exact and rule.cost == 0)
+
+
+def point(
+    *names: str, cost: int = 1, same_position: bool = True, exact: bool = False
+) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
+    def register(emit: Callable[[Point], Scalar]) -> Callable[[Point], Scalar]:
+        for name in names:
+            EMIT[_full(name)] = Rule(
+                point=emit, cost=cost, same_position=same_position, exact=exact
+            )
+        return emit
+
+    return register
+
+
+def moves(*names: str) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
+    """A point that only picks an element of its input."""
+    return point(*names, cost=0, same_position=False, exact=True)
+
+
+def kernel(
+    *names: str, fuses: tuple[str, ...] = ()
+) -> Callable[[Callable[[Emission, Op], None]], Callable[[Emission, Op], None]]:
+    def register(emit: Callable[[Emission, Op], None]) -> Callable[[Emission, Op], None]:
+        for name in names:
+            EMIT[_full(name)] = Rule(kernel=emit, fuses=fuses)
+        return emit
+
+    return register
+
+
+def _full(name: str) -> str:
+    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; moec's own are whole."""
+    if name.startswith(("nn.", "moe.", "grouped.")):
+        return name
+    return f"aten.{name}" if "." in name else f"aten.{name}.default"
+
+
+def named(op: Op) -> Mapping[str, Any]:
+    """The arguments of an ATen op by schema name: Values, attributes, or the schema's defaults."""
+    return _named(op)
+
+
+@cache
+def _schema(name: str) -> tuple[tuple[str, bool, Any], ...]:
+    return tuple(
+        (a.name, "Tensor" in str(a.type), a.default_value if a.has_default_value() else None)
+        for a in aten.overload(name)._schema.arguments
+    )
+
+
+def _named(op: Op) -> dict[str, Any]:
+    listed = {ref.index for attr in op.attrs.values() for ref in _refs(attr)}
+    positional = iter([v for i, v in enumerate(op.inputs) if i not in listed])
+    found: dict[str, Any] = {}
+    for name, tensor, default in _schema(op.name):
+        if name in op.attrs:
+            found[name] = _resolved(op.attrs[name], op.inputs)
+        elif tensor:
+            found[name] = next(positional, None)
+        else:
+            found[name] = tuple(default) if isinstance(default, list) else default
+    if next(positional, None) is not None:
+        raise IRError(f"{op}: has more inputs than its schema names")
+    return found
+
+
+def _refs(attr: Attr) -> list[Ref]:
+    if isinstance(attr, tuple):
+        return [ref for item in attr for ref in _refs(item)]
+    return [attr] if isinstance(attr, Ref) else []
+
+
+def _resolved(attr: Attr, inputs: tuple[Value, ...]) -> Any:
+    match attr:
+        case Ref(index):
+            return inputs[index]
+        case tuple():
+            return tuple(_resolved(item, inputs) for item in attr)
+        case _:
+            return attr
+
+
+@cache
+def _result_type(a: tuple[str, bool], b: tuple[str, bool] | type) -> str:
+    def stand_in(kind: tuple[str, bool]) -> torch.Tensor:
+        dtype, scalar = kind
+        return torch.empty(() if scalar else (1,), dtype=aten.TORCH_DTYPES[dtype], device="meta")
+
+    other = stand_in(b) if isinstance(b, tuple) else b(1)
+    return aten.IR_DTYPES[torch.result_type(stand_in(a), other)]
+
+
+def common_dtype(a: Any, b: Any) -> str:
+    """The dtype in which torch computes with two operands, of which one is a Value."""
+    if not isinstance(a, Value):
+        a, b = b, a
+    if not isinstance(b, Value):
+        kind: Any = type(b) if isinstance(b, bool | int | float) else int
+    else:
+        kind = (b.dtype, not b.shape)
+    return _result_type((a.dtype, not a.shape), kind)

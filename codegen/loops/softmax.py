@@ -1,0 +1,99 @@
+"""Softmax and what is made of the same sums: its logarithm, log-sum-exp."""
+
+from __future__ import annotations
+
+import math
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.arithmetic import larger, plus
+from moec.codegen.loops.emission import Emission
+from moec.codegen.loops.functions import exp
+from moec.codegen.loops.index import Position
+from moec.codegen.loops.reduce import Cell, axes_of, count, in_any_order, kept_shape, over, target
+from moec.codegen.loops.rules import kernel
+from moec.codegen.loops.scalars import Scalar
+from moec.ir.graph import Op
+
+
+def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(e.named(op)["dim"], len(x.shape))
+    kind = "f64" if out.dtype == "f64" else "f32"
+
+    def element(full: Position) -> Scalar:
+        return Scalar(kind, sc.cast(e.read(x, full), kind).expr)
+
+    def row(at: Position) -> None:
+        top = Cell(sc.lowest(kind))
+        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
+        most = e.bind(top.get())
+        if safe:  # a row of -inf becomes zeros
+            none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
+            most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
+        total = Cell(sc.constant(0.0, kind))
+
+        def share(full: Position) -> Scalar:
+            return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
+
+        over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
+        whole = e.bind(total.get())
+        if safe:
+            empty = tirx.EQ(whole.expr, sc.constant(0.0, kind).expr)
+            whole = e.bind(Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, whole.expr)))
+        if log:
+            shift = e.bind_expr(most.expr + T.log(whole.expr))
+
+            def result(full: Position) -> Scalar:
+                return Scalar(kind, element(full).expr - shift)
+        else:
+
+            def result(full: Position) -> Scalar:
+                return Scalar(kind, tirx.div(share(full).expr, whole.expr))
+
+        over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
+
+    if not x.shape:
+        e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
+        return
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
+
+
+@kernel("_softmax", "softmax.int", "_safe_softmax")
+def softmax(e: Emission, op: Op) -> None:
+    _softmax(e, op, log=False, safe=op.name == "aten._safe_softmax.default")
+
+
+@kernel("_log_softmax", "log_softmax.int")
+def log_softmax(e: Emission, op: Op) -> None:
+    _softmax(e, op, log=True)
+
+
+@kernel("logsumexp")
+def logsumexp(e: Emission, op: Op) -> None:
+    x, out = op.inputs[0], op.outputs[0]
+    axes = axes_of(e.named(op)["dim"], len(x.shape))
+    kind = "f64" if out.dtype == "f64" else "f32"
+
+    def row(at: Position) -> None:
+        top, total = Cell(sc.lowest(kind)), Cell(sc.constant(0.0, kind))
+
+        def read(full: Position) -> Scalar:
+            return sc.cast(e.read(x, full), kind)
+
+        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
+        inf = sc.constant(math.inf, kind)
+        whole = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
+        zero = sc.constant(0.0, kind).expr
+        most = e.bind(Scalar(kind, T.Select(whole, zero, top.get().expr)))
+
+        def share(full: Position) -> Scalar:
+            return Scalar(kind, exp(e.bind(plus(read(full), most, -1))))
+
+        over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
+        found = Scalar(kind, most.expr + T.log(total.get().expr))
+        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+
+    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)

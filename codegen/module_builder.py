@@ -1,0 +1,180 @@
+"""The Relax function while it is built: its values, its kernels, its weight arguments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm_ffi
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.fusion import Group
+from moec.codegen.loop_kernel import describe, write
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.emit import EMIT
+from moec.codegen.loops.index import Sizes
+from moec.codegen.tuning.tunable import Tunable
+from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.target.cpu import Target
+
+
+@dataclass(frozen=True)
+class Param:
+    """A weight argument of `main`: what `pack` makes of values of the graph (None: the value)."""
+
+    name: str
+    type: TensorType
+    values: tuple[Value, ...]
+    pack: Callable[..., Any] | None = None
+
+
+@dataclass
+class Kernels:
+    """The kernels of a module, each made once, whichever function calls it. `tunings` are the
+    values of those that were tuned, by key, and `tunable` the kernels that could be."""
+
+    builder: relax.BlockBuilder
+    made: dict[object, Any] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
+    places: list[tuple[str, str]] = field(default_factory=list)
+    tunings: Mapping[str, Tuning] = field(default_factory=dict)
+    tunable: dict[str, Tunable] = field(default_factory=dict)
+
+    def unique(self, name: str) -> str:
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+
+
+@dataclass
+class Lowering:
+    """One Relax function while it is built; rules/ adds calls of kernels of our own."""
+
+    graph: Graph
+    target: Target
+    kernels: Kernels
+    sizes: Sizes
+    values: dict[Value, relax.Expr] = field(default_factory=dict)
+    params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
+    sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
+    rounded: dict[object, list[relax.Expr]] = field(default_factory=dict)
+    masks: dict[object, Value] = field(default_factory=dict)
+    bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
+    views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)
+
+    @property
+    def builder(self) -> relax.BlockBuilder:
+        return self.kernels.builder
+
+    def type(self, of: Value | TensorType) -> relax.TensorType:
+        shape = [self.sizes.expr(d) for d in of.shape]
+        if of.dtype == "c64":
+            shape.append(tirx.const(2, "int64"))
+        return relax.TensorType(shape, sc.STORED[of.dtype])
+
+    def value(self, value: Value) -> relax.Expr:
+        """What the graph's value became; a param becomes an argument when it is first read."""
+        if value not in self.values:
+            self.values[value] = self.param(value, Param(value.name, value.type, (value,)))
+        return self.values[value]
+
+    def param(self, key: object, param: Param) -> relax.Var:
+        """The weight argument of that key, made once."""
+        if key not in self.params:
+            self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
+        return self.params[key][1]
+
+    def note(self, op: Op, kernel: str) -> None:
+        """For the report: which kernel does an op."""
+        self.kernels.places.append((op.origin or op.outputs[0].name, kernel))
+
+    def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
+        """The kernel of that key, made once."""
+        made = self.kernels.made
+        if key not in made:
+            unique = self.kernels.unique(name)
+            made[key] = self.builder.add_func(make(unique), unique)
+        return made[key]
+
+    def tuned(self, kernel: Tunable, name: str) -> Any:
+        """The kernel with the values that it was tuned to, made once."""
+        if kernel.values:
+            self.kernels.tunable.setdefault(kernel.key, kernel)
+        tuning = self.kernels.tunings.get(kernel.key, DEFAULT)
+        return self.function(kernel.key, name, lambda unique: kernel.make(unique, tuning))
+
+    def call(
+        self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
+    ) -> list[relax.Expr]:
+        """The outputs of one kernel; more than one come out of a tuple."""
+        types = [self.type(t) for t in outputs]
+        made = relax.call_tir(function, list(arguments), types if len(types) > 1 else types[0])
+        result = self.builder.emit(made)
+        if len(types) == 1:
+            return [result]
+        return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def in_place(
+        self, function: Any, arguments: Sequence[relax.Expr], output: TensorType
+    ) -> relax.Expr:
+        """The first argument after a kernel wrote into it. Nobody may read it as it was."""
+        made = relax.op.call_tir_inplace(function, relax.Tuple(arguments), 0, self.type(output))
+        return self.builder.emit(made)
+
+    def shaped(self, value: Value, to: TensorType) -> relax.Expr:
+        """A value of the graph in another shape."""
+        found = self.value(value)
+        return found if value.type == to else self.reshaped(found, to)
+
+    def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
+        """The same memory in another shape; a shape that it had before is not made again."""
+        base = self.bases.get(value, value)
+        key = (base, to)
+        if key not in self.views:
+            shape = relax.ShapeExpr(self.type(to).shape.values)
+            made = base if _same_shape(base, shape) else self.builder.emit(_reshape(base, shape))
+            self.views[key] = made
+            self.bases[made] = base
+        return self.views[key]
+
+    def group(self, group: Group) -> list[relax.Expr]:
+        """The outputs of a group's root: one kernel, or a view."""
+        root = group.root
+        rule = EMIT[root.name]
+        if rule.view and len(group.ops) == 1:
+            source, out = self.value(root.inputs[0]), root.outputs[0]
+            same = root.inputs[0].shape == out.shape
+            return [source if same else self.reshaped(source, out.type)]
+        text, order = describe(group)
+        written = self.kernels.made.get(text)
+        if written is None:
+            name = self.kernels.unique(_name(group))
+            made = write(group, name, self.target)
+            written = (self.builder.add_func(made.function, name), made.sizes, order)
+            self.kernels.made[text] = written
+        function, free, first_order = written
+        # The kernel may have been made for sizes of other names.
+        now = dict(zip(first_order, order, strict=True))
+        arguments = [self.value(v) for v in group.inputs]
+        arguments += [self.sizes.variables[now[size]] for size in free]
+        return self.call(function, arguments, [v.type for v in root.outputs])
+
+
+def _reshape(value: relax.Expr, shape: relax.ShapeExpr) -> relax.Expr:
+    return relax.op.reshape(value, shape)
+
+
+def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:
+    return bool(tvm_ffi.structural_equal(value.ty.shape, shape))
+
+
+def _name(group: Group) -> str:
+    """Named after what it does, for profiles: at most three different ops of the group."""
+    words = dict.fromkeys(op.name.split(".")[1].strip("_") for op in group.ops)
+    heavy = [w for w in words if EMIT.get(f"aten.{w}.default", EMIT[group.root.name]).cost] or list(
+        words
+    )
+    return "fused_" + "_".join(heavy[-3:])

@@ -1,0 +1,68 @@
+"""Products with compressed weights: rows rounded to 16 bits, weights decoded on the way."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.compressed.grouped import compressed_linear
+from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
+from moec.codegen.cpu.compressed.weights import table
+from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.tile import Epilogue
+from moec.codegen.cpu.quantised.layout import PAIRS
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.module_builder import Lowering, Param
+from moec.codegen.rules.codes import rounded
+from moec.codegen.rules.sorted_rows import fits, product, spec_of
+from moec.codegen.rules.table import kernel
+from moec.formats.ternary import bytes_of_counts
+from moec.ir.graph import Graph, Op, TensorType
+from moec.ops.compressed import GroupedCompressed
+from moec.target.cpu import Target
+
+
+def compressed_fit(op: Op, graph: Graph) -> bool:
+    parts = GroupedCompressed.of(op)
+    return fits(op, graph, parts, [value for matrix in parts.matrices for value in matrix])
+
+
+@kernel("grouped.compressed", takes=compressed_fit)
+def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
+    parts = GroupedCompressed.of(op)
+    spec = spec_of(
+        CompressedSpec, op, parts, kind=parts.kind, bytes_of_counts=_bytes_of_counts(parts)
+    )
+    rows = rounded(low, parts.x, form=PAIRS)
+    weights = []
+    if parts.kind == "ternary":
+        entries = _dictionary(low.target)
+        weights.append(low.param(entries.name, entries))
+    weights += [low.value(value) for matrix in parts.matrices for value in matrix]
+    word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
+
+    def make(
+        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
+    ) -> PrimFunc:
+        return compressed_linear(low.target, spec, top_k, epilogue, scale, name)
+
+    return product(low, op, parts, word, Layout(spec, low.target), make, rows, weights)
+
+
+def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
+    """In the starts of each stack, which are the second of its parts."""
+    if parts.kind != "ternary":
+        return ()
+    return tuple(
+        bytes_of_counts(cast(tuple[int, int], matrix[1].shape)) for matrix in parts.matrices
+    )
+
+
+def _dictionary(target: Target) -> Param:
+    """Once in a package."""
+    made = table(target)
+    kind = {"int64": "i64", "int8": "i8"}[str(made.dtype)]
+    name = "ternary.signs" if kind == "i8" else "ternary.masks"
+    return Param(name, TensorType(kind, made.shape), (), lambda: made)

@@ -1,0 +1,91 @@
+"""Normalisation of rows."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from tvm import relax
+
+from moec.codegen.cpu.norm import NormSpec, norm
+from moec.codegen.loops.rules import named
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Op, TensorType, Value
+
+
+@kernel("nn.rms_norm", takes=lambda op, graph: norm_fits(op.inputs[0], *op.inputs[1:]))
+def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    x, *weights = op.inputs
+    spec = NormSpec(
+        "rms",
+        cast(int, x.shape[-1]),
+        cast(float, op.attrs["epsilon"]),
+        x.dtype,
+        op.outputs[0].dtype,
+        weights[0].dtype if weights else None,
+        round_first=bool(op.attrs.get("round_first")),
+    )
+    return _normed(low, op, spec, [x], weights)
+
+
+@kernel(
+    "aten.layer_norm.default",
+    takes=lambda op, graph: (
+        len(cast(tuple[Dim, ...], named(op)["normalized_shape"])) == 1
+        and norm_fits(*(v for v in op.inputs if v is not None))
+    ),
+)
+def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    given = named(op)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    spec = NormSpec(
+        "layer",
+        x.shape[-1],
+        float(given["eps"]),
+        x.dtype,
+        op.outputs[0].dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
+    return _normed(low, op, spec, [x], [v for v in (weight, bias) if v is not None])
+
+
+@kernel("nn.add_norm", takes=lambda op, graph: norm_fits(*op.inputs))
+def _add_norm(low: Lowering, op: Op) -> list[relax.Expr]:
+    x, residual, *weights = op.inputs
+    weight, bias = [*(v.dtype for v in weights), None, None][:2]
+    spec = NormSpec(
+        cast(Any, op.attrs["kind"]),
+        cast(int, x.shape[-1]),
+        cast(float, op.attrs["epsilon"]),
+        x.dtype,
+        x.dtype,
+        weight,
+        bias,
+        residual=True,
+        scale=cast("float | None", op.attrs.get("scale")),
+        round_first=bool(op.attrs.get("round_first")),
+    )
+    return _normed(low, op, spec, [x, residual], weights)
+
+
+def norm_fits(x: Value, *others: Value) -> bool:
+    return isinstance(x.shape[-1], int) and all(v.dtype in VECTOR_DTYPES for v in (x, *others))
+
+
+def _normed(
+    low: Lowering, op: Op, spec: NormSpec, added: list[Value], weights: list[Value]
+) -> list[relax.Expr]:
+    """`added` are one, or two whose sum is a result too."""
+    rows = (product(op.outputs[0].shape[:-1]), spec.width)
+    name = f"add_{spec.kind}_norm" if spec.residual else f"{spec.kind}_norm"
+    function = low.function(spec, name, lambda name: norm(spec, low.target, name))
+    low.note(op, name)
+    arguments = [low.shaped(v, TensorType(v.dtype, rows)) for v in added]
+    arguments += [low.value(v) for v in weights]
+    made = low.call(function, arguments, [TensorType(out.dtype, rows) for out in op.outputs])
+    return [
+        value if out.shape == rows else low.reshaped(value, out.type)
+        for value, out in zip(made, op.outputs, strict=True)
+    ]

@@ -1,0 +1,85 @@
+"""Linear layers with weights of few bits: those of the same rows are one kernel."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.linear import quantised_linears
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.loops import scalars as sc
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.codes import packed_codes, packed_scales, rounded
+from moec.codegen.rules.dense import MOST_TOGETHER, dense_values, packed_bias
+from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.codegen.tuning.tunable import tunable
+from moec.ir.dims import product
+from moec.ir.graph import Graph, Op, TensorType
+from moec.ops.quantised_linear import QuantisedLinear
+
+NAME = "nn.quantised_linear"
+
+
+def quantised_linear_fits(op: Op, graph: Graph) -> bool:
+    """Whether weights and bias are params, and the rows of a dtype that vectors take."""
+    parts, params = QuantisedLinear.of(op), set(graph.params)
+    weights = (*parts.matrix.values, *((parts.bias,) if parts.bias is not None else ()))
+    return all(v in params for v in weights) and parts.x.dtype in VECTOR_DTYPES
+
+
+@kernel(NAME, takes=quantised_linear_fits)
+def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
+    """With all that read the same rows: their results are then there when their turn comes."""
+    together = _together(low, op)
+    every = [QuantisedLinear.of(one) for one in together]
+    specs = tuple(_spec(parts) for parts in every)
+    layouts = [QuantisedLayout(spec, low.target) for spec in specs]
+    arguments = list(rounded(low, every[0].x, layouts[0].blocks, layouts[0].row_codes))
+    for one, layout, parts in zip(together, layouts, every, strict=True):
+        arguments.append(low.param(*packed_codes(layout, (parts.matrix.codes,))))
+        arguments.append(low.param(*packed_scales(layout, (parts.matrix.scales,))))
+        if parts.matrix.zeros is not None:
+            arguments.append(low.param(*packed_scales(layout, (parts.matrix.zeros,))))
+        if parts.bias is not None:
+            arguments.append(low.param(*packed_bias(layout, (parts.bias,))))
+        low.note(one, f"{parts.format.kind} linear")
+    name = f"{every[0].format.kind}_linear{'s' if len(specs) > 1 else ''}"
+
+    def make(name: str, tuning: Tuning) -> PrimFunc:
+        return quantised_linears(low.target, specs, name, tuning)
+
+    kernel = tunable(name, specs, tuple(layouts), 1, make, dense_values(layouts))
+    function = low.tuned(kernel, name)
+    rows = product(every[0].x.shape[:-1])
+    types = [
+        TensorType(one.outputs[0].dtype, (rows, spec.n))
+        for one, spec in zip(together, specs, strict=True)
+    ]
+    made = low.call(function, arguments, types)
+    for one, value, type in zip(together, made, types, strict=True):
+        out = one.outputs[0]
+        low.values[out] = value if out.type == type else low.reshaped(value, out.type)
+    return [low.values[op.outputs[0]]]
+
+
+def _together(low: Lowering, op: Op) -> list[Op]:
+    """The op, and others of the same rows, rounded alike, that nothing has lowered yet."""
+    parts, found = QuantisedLinear.of(op), [op]
+    for other in dict.fromkeys(low.graph.readers.get(parts.x, ())):
+        if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
+            continue
+        if other.name == NAME and quantised_linear_fits(other, low.graph):
+            format = QuantisedLinear.of(other).format
+            if (format.block, format.row_bits) == (parts.format.block, parts.format.row_bits):
+                found.append(other)
+    return found
+
+
+def _spec(parts: QuantisedLinear) -> QuantisedSpec:
+    n, k = cast(tuple[int, int], parts.matrix.codes.shape)
+    biased = parts.bias is not None
+    stored = sc.STORED[parts.x.dtype]
+    return QuantisedSpec(n, k, "float32", stored, bias=biased, format=parts.format)

@@ -1,0 +1,31 @@
+"""Sizes that are read from data."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+
+from moec.codegen.fusion import Group
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.table import kernel
+from moec.ir.dims import Dim
+from moec.ir.graph import DType, Op, TensorType, Value
+
+
+@kernel("moec.size")
+def _size(low: Lowering, op: Op) -> list[relax.Expr]:
+    """From here on the size has the value that was computed."""
+    name = cast(str, op.attrs["name"])
+    source = op.inputs[0]
+    found = low.value(source)
+    if source.dtype != "i64":
+        wide = Value(f"{source.name}_wide", TensorType("i64", source.shape))
+        cast_ = Op("aten._to_copy.default", (source,), (wide,), {"dtype": DType("i64")})
+        found = low.group(Group(cast_, [cast_], (source,)))[0]
+    one: tuple[Dim, ...] = (1,)
+    if source.shape != one:
+        found = low.reshaped(found, TensorType("i64", one))
+    shape = low.builder.emit(relax.op.tensor_to_shape(found))
+    low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
+    return [low.value(source)]

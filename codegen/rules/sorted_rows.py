@@ -1,0 +1,103 @@
+"""Products of sorted rows: what their kernels share, whatever their weights are stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cpu.epilogue import vector_body
+from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.tile import Epilogue
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.loops import scalars as sc
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.dense import packed_bias
+from moec.codegen.rules.table import VECTOR_DTYPES
+from moec.codegen.tuning.tunable import tunable
+from moec.ir.graph import Graph, Op, Value
+from moec.ops.grouped import Grouped
+
+S = TypeVar("S", bound=LinearSpec)
+
+Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
+"""(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""
+
+
+def fits(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> bool:
+    """Whether what is stored are params, and the body is one that vectors can do."""
+    params = set(graph.params)
+    return (
+        len(parts.matrices) <= 2
+        and all(v in params for v in (*stored, *parts.biases))
+        and parts.x.dtype in VECTOR_DTYPES
+        and (op.body is None or vector_body(op.body) is not None)
+    )
+
+
+def spec_of(
+    make: Callable[..., S], /, op: Op, parts: Grouped[Any], dtype: str = "float32", **more: object
+) -> S:
+    """The sizes of a product, and `more` of its own."""
+    out = op.outputs[0]
+    return make(
+        out.shape[1],
+        parts.x.shape[1],
+        dtype,
+        sc.STORED[out.dtype],
+        groups=parts.ends.shape[0],
+        gated=len(parts.matrices) == 2,
+        bias=bool(parts.biases),
+        **more,
+    )
+
+
+def product(
+    low: Lowering,
+    op: Op,
+    parts: Grouped[Any],
+    kind: str,
+    layout: Layout,
+    make: Make,
+    rows: Sequence[relax.Expr],
+    weights: Sequence[relax.Expr],
+    *choices: object,
+    values: tuple[str, ...] = (),
+) -> list[relax.Expr]:
+    """A call of the kernel that `make` makes, once for all products of this spec and `choices`,
+    with what holds the rows of x and the weights. `values` are what of it can be tuned."""
+    top_k = cast(int, op.attrs.get("gather", 0))
+    scale = None if parts.scale is None else sc.STORED[parts.scale.dtype]
+    body = None if op.body is None else vector_body(op.body)
+    name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
+
+    def made(name: str, tuning: Tuning) -> PrimFunc:
+        epilogue = None if body is None else body.epilogue(low.target)
+        return make(top_k, epilogue, scale, name, tuning)
+
+    key = (layout.spec, top_k, scale, None if body is None else body.text, *choices)
+    said = name if body is None else f"{name} with {body.name}"
+    many = top_k or _rows_a_token(parts, low.graph)
+    kernel = tunable(said, key, (layout,), many, made, values)
+    function = low.tuned(kernel, name if body is None else f"{name}_{body.name}")
+    arguments = list(rows)
+    if top_k and parts.order is not None:
+        arguments.append(low.value(parts.order))
+    arguments += [low.value(parts.ends), *weights]
+    if parts.biases:
+        arguments.append(low.param(*packed_bias(layout, parts.biases)))
+    if parts.scale is not None:
+        arguments.append(low.value(parts.scale))
+    low.note(op, said)
+    return low.call(function, arguments, [op.outputs[0].type])
+
+
+def _rows_a_token(parts: Grouped[Any], graph: Graph) -> int:
+    """How many experts each token chose, where the sort that these rows come from says so."""
+    source = graph.producers.get(parts.ends)
+    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+        return 1
+    k = source.inputs[1 if source.name == "moe.dispatch" else 0].shape[1]
+    return k if isinstance(k, int) else 1

@@ -1,0 +1,142 @@
+"""What cannot be compiled, found before anything is: all of it in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+import sympy
+
+from moec.codegen.loops.emit import EMIT
+from moec.codegen.loops.index import names
+from moec.codegen.loops.rules import takes_complex
+from moec.errors import IRError, UnsupportedError
+from moec.ir.dims import Bounds, Dim, evaluate_dim, product
+from moec.ir.graph import Graph, Op, Value
+
+
+def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
+    """Raise UnsupportedError unless every op and every size of the graph can be compiled."""
+    problems: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        reason = _refusal(op, own_kernel)
+        if reason:
+            problems.setdefault(reason, []).append(op)
+    lines = [line(reason, ops) for reason, ops in problems.items()]
+    refused = {op for ops in problems.values() for op in ops}
+    lines += _sizes(graph, refused)
+    lines += fixed(graph)
+    if lines:
+        raise UnsupportedError(
+            "the model cannot be compiled:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nreplace these operations in the model, or run the part that holds them outside "
+            "of the compiled module"
+        )
+
+
+def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
+    if own_kernel(op):
+        return ""
+    if op.name == "aten.nonzero.default":
+        return "operator aten.nonzero.default makes a size that depends on the data"
+    if op.name not in EMIT:
+        return f"operator {op.name} has no kernel"
+    tensors = (*op.inputs, *op.outputs)
+    if any(v.dtype == "c64" for v in tensors) and not takes_complex(op.name):
+        return f"operator {op.name} has no kernel for complex numbers"
+    if op.name in ("aten.index.Tensor", "aten.index_put.default"):
+        indices = op.inputs[1:] if op.name == "aten.index.Tensor" else op.inputs[1:-1]
+        if any(v.dtype in ("bool", "u8") for v in indices):
+            return f"operator {op.name} with a mask makes a size that depends on the data"
+    if op.name == "aten.convolution.default" and op.attrs.get("transposed"):
+        return "operator aten.convolution.default has no kernel for a transposed convolution"
+    return ""
+
+
+def line(reason: str, ops: list[Op]) -> str:
+    """What cannot be compiled, how often it stands in the graph, and where."""
+    places = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
+    shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
+
+
+def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
+    """A size is known when the function is called, or it is not: then nobody can compile for it.
+
+    Sizes that a `refused` op makes are no news.
+    """
+    known = {dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
+    known |= {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
+    reported: set[str] = set()
+    for op in graph.ops:
+        for value in op.outputs:
+            unknown = names(*value.shape) - known - reported
+            for name in sorted(unknown) if op not in refused else ():
+                yield (
+                    f"size {name} of {value.name} depends on the data "
+                    f"(made by {op.name} at {op.origin or op.outputs[0].name})"
+                )
+            reported |= unknown
+    for value in graph.inputs:
+        for name in sorted(_hidden(value) - known - reported):
+            yield f"size {name} stands in no input alone, only in {value}"
+            reported.add(name)
+
+
+def fixed(graph: Graph) -> Iterable[str]:
+    """Sizes that an export took for constants though they vary: code made from such a graph
+    would read and write outside of its tensors."""
+    environments = _environments(graph)
+    for op in graph.ops:
+        rule = EMIT.get(op.name)
+        if rule is None or rule.point is None:
+            continue
+        out = op.outputs[0]
+        for value in op.inputs:
+            pairs: list[tuple[Dim, Dim]] = []
+            if rule.view:
+                pairs = [(product(value.shape), product(out.shape))]
+            elif rule.same_position and len(value.shape) <= len(out.shape):
+                pairs = list(zip(reversed(value.shape), reversed(out.shape), strict=False))
+            for own, whole in pairs:
+                if _differ(own, whole, environments, broadcast=not rule.view):
+                    yield (
+                        f"operator {op.name} at {op.origin or out.name} gives {out.type} of "
+                        f"{value.type}: the export fixed a size that varies; "
+                        "limit that size in dynamic_shapes or bounds"
+                    )
+                    return
+
+
+def _environments(graph: Graph) -> list[dict[str, int]]:
+    """Some values of every size within its bounds."""
+    known = sorted({name for v in graph.values() for name in names(*v.shape)})
+    made = []
+    for turn in range(len(_TRIED)):
+        env = {}
+        for place, name in enumerate(known):
+            bounds = graph.bounds.get(name, Bounds())
+            wish = max(_TRIED[(turn + place) % len(_TRIED)], bounds.low)
+            env[name] = wish if bounds.high is None else min(wish, bounds.high)
+        made.append(env)
+    return made
+
+
+_TRIED = (1, 2, 7, 33, 129, 1000)
+
+
+def _differ(own: Dim, whole: Dim, environments: list[dict[str, int]], broadcast: bool) -> bool:
+    if own == whole or (broadcast and own == 1):
+        return False
+    for env in environments:
+        try:
+            a, b = evaluate_dim(own, env), evaluate_dim(whole, env)
+        except IRError:  # a size that is only whole for some values
+            continue
+        if a != b and not (broadcast and a == 1):
+            return True
+    return False
+
+
+def _hidden(value: Value) -> set[str]:
+    return names(*value.shape)

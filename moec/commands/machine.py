@@ -1,0 +1,284 @@
+"""What this machine offers to moec, what is missing, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+
+from moec.codegen.cpu import link
+from moec.errors import TargetError
+from moec.target import cpu as target
+
+OK, NOTE, BAD = "ok", "note", "bad"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line. `mend` is what to do, where something is to be done."""
+
+    name: str
+    state: str
+    says: str
+    mend: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check, in the order in which a person reads them."""
+    return [
+        python(),
+        *processor(Path("/proc/cpuinfo")),
+        chosen_target(),
+        *packages(),
+        linker(os.environ, shutil.which),
+        *threads(os.environ),
+        memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup")),
+        huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        scratch(),
+    ]
+
+
+def python() -> Check:
+    says = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Check("python", OK, says)
+
+
+def processor(cpuinfo: Path) -> list[Check]:
+    """The CPU's name, its cores and what of its features the kernels use."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    physical = {
+        tuple(part for part in block.splitlines() if part.startswith(("physical id", "core id")))
+        for block in "\n".join(lines).split("\n\n")
+        if block.strip()
+    }
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = f"{usable} of {os.cpu_count()} processors usable"
+    if len(names) > len(physical) > 1:
+        cores += f", {len(physical)} cores"
+    have = target.host_features()
+    used = sorted({f for t in target.TARGETS.values() for f in t.features} & have)
+    checks = [
+        Check("cpu", OK, f"{names[0] if names else platform.processor() or 'unknown'}; {cores}")
+    ]
+    if have:
+        checks.append(Check("features", OK, " ".join(used) or "none that a target asks for"))
+    else:
+        checks.append(
+            Check(
+                "features",
+                NOTE,
+                "the system does not say what the CPU can do",
+                "name the target yourself: moec compile --target avx2",
+            )
+        )
+    return checks
+
+
+def chosen_target() -> Check:
+    """Which target "cpu" stands for, and what keeps it from a better one."""
+    host = target.host()
+    says = f"{host.name}: {host.vector_lanes} float lanes"
+    says += ", bf16 dot products" if host.bf16_dot else ""
+    says += ", int8 dot products" if host.int8_dot else ""
+    says += ", bf16 tiles" if host.bf16_tiles else ""
+    better = [
+        f"{t.name} needs {' '.join(target.missing(t))}"
+        for t in target.TARGETS.values()
+        if len(t.features) > len(host.features)
+    ]
+    if better:
+        says += f" ({'; '.join(better)})"
+    if host.name == "generic" and platform.machine() in ("x86_64", "AMD64"):
+        return Check("target", NOTE, says, "kernels will be slow: use a CPU with AVX2 or AVX-512")
+    return Check("target", OK, says)
+
+
+# ---- packages --------------------------------------------------------------------------
+
+_PROBES = {
+    "torch": "import torch; torch.ones(2, 2) @ torch.ones(2, 2)",
+    "apache-tvm": "import tvm; assert tvm.runtime.enabled('llvm'), 'built without LLVM'",
+    "onnxruntime-gpu": "import onnxruntime",
+    "numba": "import numba",
+    "transformers": "import transformers",
+}
+_PURPOSE = {
+    "onnxruntime-gpu": "only the ONNX export is checked with it",
+    "transformers": "needed for Hugging Face checkpoints only",
+    "tokenizers": "needed for prompts only",
+}
+
+
+def packages() -> list[Check]:
+    """The packages that moec asks for: there, of a version in range, and loadable."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(text) for text in requires("moec") or ()]
+    optional = [r for r in wanted if r.marker and r.marker.evaluate({"extra": "hf"})]
+    needed = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
+    programs = {r.name: _PROBES[r.name] for r in (*needed, *optional) if r.name in _PROBES}
+    faults = probe({name: code for name, code in programs.items() if _version(name)})
+    found = [_package(str(r.name), r.specifier, "", faults) for r in needed]
+    found += [_package(str(r.name), r.specifier, "hf", faults) for r in optional]
+    return found
+
+
+def _package(name: str, wanted: object, extra: str, faults: Mapping[str, str]) -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    have = _version(name)
+    weak = NOTE if extra or name in _PURPOSE else BAD
+    purpose = f" ({_PURPOSE[name]})" if name in _PURPOSE else ""
+    install = f"pip install 'moec[{extra}]'" if extra else f"pip install '{name}{wanted}'"
+    if not have:
+        return Check(name, weak, f"not installed{purpose}", install)
+    if not SpecifierSet(str(wanted)).contains(have, prereleases=True):
+        return Check(name, weak, f"{have}, but moec needs {wanted}{purpose}", install)
+    if fault := faults.get(name):
+        return Check(name, weak, f"{have} does not load: {fault}", f"reinstall it: {install}")
+    return Check(name, OK, have)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
+    """The last line of what each program said as it failed. Each runs in a process of its own,
+    because a broken native library does not raise, it crashes."""
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, code in programs.items()
+    }
+    faults: dict[str, str] = {}
+    for name, process in running.items():
+        try:
+            _, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            faults[name] = f"nothing after {seconds:.0f} s"
+            continue
+        if process.returncode:
+            lines = said.strip().splitlines()
+            code = process.returncode
+            how = f"ended with signal {-code}" if code < 0 else f"ended with {code}"
+            faults[name] = lines[-1] if lines else how
+    return faults
+
+
+# ---- the machine -----------------------------------------------------------------------
+
+
+def linker(env: Mapping[str, str], which: Callable[[str], str | None]) -> Check:
+    """What links kernels into a library, here, and for the targets of other machines."""
+    try:
+        says = " ".join(link.linker("", env, which))
+    except TargetError as error:
+        return Check("linker", BAD, *(part.strip() for part in str(error).split(":", 1)))
+    for triple in sorted({t.mtriple for t in target.TARGETS.values() if t.mtriple}):
+        with suppress(TargetError):
+            other = link.linker(triple, env, which)
+            if other != link.linker("", env, which):
+                says += f"; for {triple} {' '.join(other)}"
+    return Check("linker", OK, says)
+
+
+def threads(env: Mapping[str, str]) -> list[Check]:
+    """The thread pools that an artifact and eager PyTorch would use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    checks = []
+    for variable, whose in (
+        ("TVM_NUM_THREADS", "artifacts take"),
+        ("OMP_NUM_THREADS", "eager PyTorch takes"),
+    ):
+        value = env.get(variable, "")
+        if not value:
+            checks.append(Check(variable, OK, f"not set: {whose} the default"))
+        elif not value.isdigit() or int(value) < 1:
+            checks.append(Check(variable, BAD, f"{value!r} is not a number", f"unset {variable}"))
+        elif int(value) > (usable or 1):
+            says = f"{value}, more than the {usable} processors usable"
+            checks.append(Check(variable, NOTE, says, f"set {variable}={usable}"))
+        else:
+            checks.append(Check(variable, OK, f"{whose} {value}"))
+    return checks
+
+
+def memory(meminfo: Path, cgroup: Path) -> Check:
+    """What is free, and what a container allows."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        return Check("memory", NOTE, "the system does not say how much there is")
+    says = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        if limit < total:
+            free = min(free, limit - used)
+            says = f"{free / 1e9:.1f} GB free of {limit / 1e9:.1f} GB (limit of the container)"
+    except (OSError, ValueError):
+        pass
+    if free < 2e9:
+        return Check("memory", NOTE, says, "a compilation needs about 2.5 times the weights")
+    return Check("memory", OK, says)
+
+
+def huge_pages(enabled: Path) -> Check:
+    try:
+        mode = enabled.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return Check("huge pages", OK, "the system does not say; they only help")
+    if mode == "never":
+        return Check(
+            "huge pages",
+            NOTE,
+            "never: large weights cost more address translation",
+            f"echo madvise | sudo tee {enabled}",
+        )
+    return Check("huge pages", OK, mode)
+
+
+def scratch() -> Check:
+    """Where compilers write while they work."""
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    says = f"{free / 1e9:.1f} GB free in {folder}"
+    if free < 1e9:
+        return Check("disk", NOTE, says, "free some space, or set TMPDIR to another disk")
+    return Check("disk", OK, says)
+
+
+def as_json(checks: Sequence[Check]) -> str:
+    return json.dumps(
+        {
+            "ok": all(c.state != BAD for c in checks),
+            "moec": metadata("moec")["Version"],
+            "checks": [vars(c) for c in checks],
+        },
+        indent=1,
+    )

@@ -1,0 +1,1 @@
+"""Compiled models as ONNX files, run and compared before they have their name."""

@@ -1,0 +1,160 @@
+"""A file that takes the keys and values before and gives those after: what stands in it, and how
+it is run where it is compared with eager.
+
+com.microsoft.GroupQueryAttention could hold the attention too, with what is seen as its
+attention_bias. It is not used: on a CPU (ONNX Runtime 1.31, one thread, 32 and 8 heads of 128) it
+took 1.05 to 1.2 times as long for one token after 128 and 1024, 1.25 times for a prompt of 128 and
+0.87 times for one of 512; and it refuses several tokens of several texts after a past. Its CUDA
+kernels take such a bias on their unfused way alone, and only since ONNX Runtime's pull request
+29525; the standard Attention has fused CUDA kernels of its own (pull request 27542).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moec.capture import Captured
+from moec.errors import NoMatch, UnsupportedError
+from moec.interpret.evaluate import evaluate
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.graph import Program
+from moec.passes.core.runner import Step
+from moec.passes.decode import continues_text, logits_of, past_and_present
+
+if TYPE_CHECKING:
+    from moec.model.compiled import CompiledModel
+
+Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+DECODED = 3  # tokens that go through one by one when a file is compared
+
+
+@dataclass(frozen=True)
+class Content:
+    """The program that is written, how many layers keep keys and values in it, and what to say
+    where it has none though it continues text."""
+
+    program: Program
+    caches: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def content(compiled: CompiledModel, cache: bool | None) -> Content:
+    """With a cache where it is asked for, or nothing is said and the model continues text.
+
+    Raises UnsupportedError, with the reason, where a cache is asked for and cannot be.
+    """
+    program = compiled.steps[-1].program
+    if cache is False or (cache is None and not continues_text(program.graph)):
+        return Content(program)
+    try:
+        made = past_and_present(program)
+    except NoMatch as why:
+        if cache:
+            raise UnsupportedError(
+                f"{compiled.source.name} cannot be exported with a cache: {why}; export its whole "
+                "forward with cache=False (--no-cache)"
+            ) from None
+        return Content(program, notes=(f"without a cache of keys and values: {why}",))
+    left = [v.name for v in program.graph.outputs if v is not logits_of(program.graph)]
+    notes = (f"with a cache the file gives logits, and not {', '.join(left)}",) if left else ()
+    return Content(made, (len(made.graph.inputs) - 2) // 2, notes)
+
+
+class Texts:
+    """Texts of one batch that go through `run` in pieces, as its user does it."""
+
+    def __init__(self, program: Program, run: Run, batch: int) -> None:
+        self._graph, self._run = program.graph, run
+        self._mask = torch.zeros(batch, 0, dtype=torch.int64)
+        self._past = empty(program, batch)
+
+    def feed(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids [B, S], and where they are padding 0 in the mask -> logits [B, S, V]."""
+        new = torch.ones_like(ids) if mask is None else mask
+        self._mask = torch.cat([self._mask, new], 1)
+        names = [value.name for value in self._graph.inputs]
+        made = self._run(dict(zip(names, (ids, self._mask, *self._past), strict=True)))
+        logits, *self._past = (made[value.name] for value in self._graph.outputs)
+        return logits
+
+
+def empty(program: Program, batch: int) -> list[torch.Tensor]:
+    """What a text starts with: no keys and no values."""
+    return [
+        torch.zeros(batch, int(v.shape[1]), 0, int(v.shape[3]), dtype=TORCH_DTYPES[v.dtype])
+        for v in program.graph.inputs[2:]
+    ]
+
+
+def at_once(program: Program, run: Run) -> Run:
+    """The whole text in one call, as the model itself takes it."""
+    tokens, logits = program.graph.inputs[0].name, program.graph.outputs[0].name
+
+    def run_whole(given: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        ids = given[tokens]
+        return {logits: Texts(program, run, len(ids)).feed(ids)}
+
+    return run_whole
+
+
+def in_pieces(program: Program, run: Run, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Token ids [B, S]: half of them, some one by one, and the rest; then once more in two pieces
+    of which each text has another share, so that both are padded, the second amid the text.
+    For each piece its end, and the logits [B, V] after it."""
+    batch, whole = ids.shape
+    if not ids.numel():
+        return
+    half = -(-whole // 2)
+    texts, start = Texts(program, run, batch), 0
+    for stop in sorted({*range(half, min(half + DECODED, whole) + 1), whole}):
+        yield stop, texts.feed(ids[:, start:stop])[:, -1]
+        start = stop
+    if whole > 1:
+        texts = Texts(program, run, batch)
+        counts = [1 + (half - 1 + text) % (whole - 1) for text in range(batch)]
+        texts.feed(*_padded([row[:count] for row, count in zip(ids, counts, strict=True)]))
+        rest = _padded([row[count:] for row, count in zip(ids, counts, strict=True)])
+        yield whole, texts.feed(*rest)[:, -1]
+
+
+def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the left, with token 0: ids and mask [B, S]."""
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(width) >= width - lengths[:, None]).to(torch.int64)
+    return ids, mask
+
+
+def cases(program: Program, texts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs for the program: each text at once, and its last token after all others."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for ids in texts:
+        ones, past = torch.ones_like(ids), empty(program, len(ids))
+        found.append((ids, ones, *past))
+        if ids.shape[1] > 1:
+            before = [ids[:, :-1], ones[:, :-1], *past]
+            _, *past = evaluate(program.graph, before, program.weights)
+            found.append((ids[:, -1:], ones, *past))
+    return found
+
+
+def logits_alone(captured: Captured, steps: Sequence[Step]) -> tuple[Captured, tuple[Step, ...]]:
+    """What is compared where a file gives one of the model's outputs."""
+    graph = steps[-1].program.graph
+    place = graph.outputs.index(logits_of(graph))
+
+    def only(program: Program) -> Program:
+        return replace(
+            program, graph=replace(program.graph, outputs=(program.graph.outputs[place],))
+        )
+
+    def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (captured.eager(*case)[place],)
+
+    alone = replace(captured, program=only(captured.program), eager=eager)
+    return alone, tuple(replace(step, program=only(step.program)) for step in steps)

@@ -1,0 +1,245 @@
+"""A compiled model's graph as an ONNX file that was run and compared before it has its name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+
+from moec.codegen.onnx import file
+from moec.codegen.onnx.lower import MOE_FORMS, Lowered, lower
+from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
+from moec.errors import TargetError, UsageError, VerificationError
+from moec.export import kv_cache
+from moec.export.parity import routing_parity
+from moec.export.session import open_session, runner
+from moec.formats.integer import WIDE_ROWS, parse_parts
+from moec.interpret.tolerance import computed_dtypes
+from moec.ir.graph import Stage
+from moec.passes.core.runner import run
+from moec.pipeline import quantising
+from moec.report.data import MovedLine
+from moec.report.quantisation import quantised_lines, with_exact_rows
+from moec.verify import check as checking
+
+if TYPE_CHECKING:
+    from moec.model.compiled import CompiledModel
+
+
+UNASKED = (
+    f"{WIDE_ROWS} cannot be written in standard operators: ONNX Runtime rounds the rows of such a "
+    'file to 8 bits, unless session.qdq_matmulnbits_accuracy_level is "1" in its options'
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how it was checked.
+
+    `forms` says by block whether it is "rows" (sorted rows, one product per expert and
+    projection) or "op" (com.microsoft.MoE, or QMoE for experts in few bits). `errors` are those
+    of each output against eager, and `parity` the share of tokens by block that chose the same
+    experts; both are empty where the file was not run, and `notes` say why. Where `quant` names
+    a format, both compare with the quantised weights in float32, and `moved` says how far each
+    output is from the unquantised model's. `strays` of the compared `rows` are farther off than
+    `tolerance` (see `moec.interpret.tolerance.STRAYS`). `caches` is how many layers take their keys
+    and values before and give those after; 0 where the file is the whole forward alone.
+    """
+
+    path: str
+    ep: str
+    opset: int
+    nodes: int
+    moe_nodes: int
+    bytes: int
+    forms: Mapping[str, str]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
+    parity: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    quant: str = ""
+    moved: tuple[MovedLine, ...] = ()
+    strays: int = 0
+    rows: int = 0
+    caches: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(
+    compiled: CompiledModel,
+    path: Path | str,
+    ep: str = "cpu",
+    quant: str | None = None,
+    opset: int | None = None,
+    *,
+    moe: str = "auto",
+    cache: bool | None = None,
+    tolerance: float | None = None,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Exported:
+    """See `CompiledModel.export_onnx`."""
+    profile, number, path = profile_of(ep), opset_of(opset), _path(path)
+    if moe not in MOE_FORMS:
+        raise UsageError(f"moe is {moe!r}: choose {', '.join(MOE_FORMS)}")
+    if moe == "op" and not profile.contrib:
+        raise UsageError(
+            f'com.microsoft.MoE is no standard operator: with ep="{ep}" leave out moe="op"'
+        )
+    step = compiled.steps[-1]
+    if step.stage is not Stage.GROUPED:
+        raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
+    _check_example(compiled, verify)
+    if quant is not None:
+        compiled = _quantised(compiled, quant)
+    format = compiled.quantised[0].format if compiled.quantised else ""
+    unasked: tuple[str, ...] = ()
+    if format:
+        unasked = (UNASKED,) if WIDE_ROWS in format and not profile.contrib else ()
+        compiled = _with_exact_rows(compiled, profile)
+        step = compiled.steps[-1]
+    check_dtypes(step.program.graph, profile)
+    progress("lower")
+    content = kv_cache.content(compiled, cache)
+    lowered = lower(content.program.graph, profile, number, moe)
+    about = {
+        "ep": ep,
+        "version": version("moec"),
+        "torch": torch.__version__,
+        "model": compiled.source.name,
+        "passes": list(dict.fromkeys(s.name for s in compiled.steps[1:])),
+        "moe": lowered.forms,
+        "sizes": {n: [b.low, b.high] for n, b in lowered.graph.bounds.items()},
+        "caches": content.caches,
+    }
+    with tempfile.TemporaryDirectory(prefix=".moec-", dir=path.parent) as folder:
+        # Under its final name, since the model holds the name of its data.
+        draft = Path(folder) / path.name
+        progress("write")
+        written = file.write(lowered, content.program.weights, draft, about)
+        progress("check")
+        onnx.checker.check_model(str(draft), full_check=True)
+        made = Exported(
+            str(path), ep, number, **asdict(written), forms=lowered.forms, quant=format,
+            caches=content.caches, notes=(*content.notes, *unasked),
+        )  # fmt: skip
+        if verify:
+            progress("run")
+            made = _compared(compiled, content, lowered, profile, draft, about, made, tolerance)
+        _publish(draft, path)
+    return made
+
+
+def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
+    """With its weights rounded to nearest, as `moec.compile(quant=...)` does without `calib`."""
+    if compiled.quantised:
+        raise UsageError(
+            f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
+            "leave out quant where it is exported"
+        )
+    last = compiled.steps[-1]
+    added = run(last.program, quantising(parse_parts(text)), stage=last.stage)[1:]
+    steps = (*compiled.steps, *added)
+    return replace(compiled, steps=steps, quantised=quantised_lines(steps))
+
+
+def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
+    """What a file with weights of few bits means: how rows are rounded as they meet them is the
+    business of the runtime that opens it."""
+    if profile.name == "cuda":
+        raise TargetError(
+            'quant: QMoE and MatMulNBits were not tried in CUDA kernels: with ep="cuda" leave out '
+            'quant, or choose ep="cpu" or "portable"'
+        )
+    step = compiled.steps[-1]
+    exact = replace(step, program=with_exact_rows(step.program, asked=profile.contrib))
+    return replace(compiled, steps=(*compiled.steps[:-1], exact))
+
+
+def _path(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path}: give the file a name that ends in .onnx")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    return path
+
+
+def _check_example(compiled: CompiledModel, verify: bool) -> None:
+    captured = compiled.captured
+    if verify and not captured.example and captured.program.graph.inputs:
+        raise UsageError(
+            f"{compiled.source.name} holds no example inputs to compare with: give args, or "
+            "verify=False"
+        )
+
+
+def _compared(
+    compiled: CompiledModel,
+    content: kv_cache.Content,
+    lowered: Lowered,
+    profile: Profile,
+    draft: Path,
+    about: Mapping[str, Any],
+    made: Exported,
+    tolerance: float | None,
+) -> Exported:
+    """Run on the CPU and compared with eager, whatever it was made for, where its kernels can.
+
+    Raises VerificationError where a number differs.
+    """
+    if "bf16" in computed_dtypes(lowered.graph):
+        note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
+        return replace(made, notes=(*made.notes, note))
+    captured, steps, program = compiled.captured, compiled.steps, content.program
+    try:
+        opened, pieces = runner(open_session(draft)), None
+        if content.caches:
+            captured, steps = kv_cache.logits_alone(captured, steps)
+            pieces = (program.graph.outputs[0].name, partial(kv_cache.in_pieces, program, opened))
+            opened = kv_cache.at_once(program, opened)
+        checked = checking.check(captured, opened, steps, tolerance, pieces)
+    except VerificationError as error:
+        raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
+    parity: dict[str, float] = {}
+    if lowered.choices:
+        traced = runner(open_session(draft, file.debug(lowered, draft, about)))
+        cases = checking.cases(captured)
+        if content.caches:
+            cases = kv_cache.cases(program, [ids for (ids,) in cases])
+        parity = routing_parity(lowered, program, traced, cases)
+    notes = made.notes + checked.skipped
+    if profile.name == "cuda":
+        notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
+    return replace(
+        made,
+        errors=checked.errors,
+        tolerance=checked.tolerance,
+        parity=parity,
+        notes=notes,
+        moved=checked.moved,
+        strays=checked.strays,
+        rows=checked.rows,
+    )
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """The data first: a model without its data is worse than data without a model."""
+    data = draft.with_name(f"{draft.name}.data")
+    target = path.with_name(data.name)
+    if data.exists():
+        data.replace(target)
+    else:
+        target.unlink(missing_ok=True)
+    draft.replace(path)

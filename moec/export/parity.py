@@ -1,0 +1,44 @@
+"""Routing parity: the share of tokens that chose the same experts in the file as in eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moec.codegen.onnx.lower import Lowered, block_of
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
+
+Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+
+
+def routing_parity(
+    lowered: Lowered, program: Program, run: Run, cases: Sequence[Sequence[torch.Tensor]]
+) -> dict[str, float]:
+    """By block, over all tokens of all cases. `run` gives the ids of the experts by the names of
+    `lowered.choices`; the other side is the graph's meaning in eager PyTorch. The order among a
+    token's experts does not count."""
+    graph = program.graph
+    ids = tuple(dict.fromkeys(value for value, _ in lowered.choices))
+    names = dict(lowered.choices)
+    traced = replace(graph, outputs=ids, states=())
+    same = dict.fromkeys(ids, 0)
+    tokens = dict.fromkeys(ids, 0)
+    for case in cases:
+        given = {v.name: tensor for v, tensor in zip(graph.inputs, case, strict=True)}
+        made = run(given)
+        for value, expected in zip(ids, evaluate(traced, case, program.weights), strict=True):
+            got = made[names[value]]
+            equal = (got.sort(-1).values == expected.sort(-1).values).all(-1)
+            same[value] += int(equal.sum())
+            tokens[value] += equal.numel()
+    shares: dict[str, float] = {}
+    for value in ids:
+        sort = next(op for op in graph.readers[value] if op.name in ("moe.sort", "moe.dispatch"))
+        block = block_of(graph, sort)
+        share = same[value] / tokens[value] if tokens[value] else 1.0
+        shares[block] = min(share, shares.get(block, 1.0))
+    return shares

@@ -1,0 +1,1 @@
+"""How weights of few bits are stored, and which numbers they stand for."""

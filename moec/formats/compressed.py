@@ -1,0 +1,53 @@
+"""How a stack of expert weights is compressed: by name, what is stored and what it stands for.
+
+ternary   stream i16[W], starts u8[E * N / 32, 36 or 68], grid bf16[E, N, 2] (least, greatest)
+2bit      planes i64[E, N, K / 32], grid bf16[E, N, 2] (step, zero)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from moec.formats import ternary, two_bit
+
+KINDS = ("ternary", "2bit")
+PARTS = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}
+"""The tensors of a compressed stack, the grid last."""
+MOST_WIDTH = 65535
+"""Weights of a row: sums of as many 16-bit integers fit 32 bits."""
+
+
+def grid_module(kind: str) -> ModuleType:
+    """Where `grid_of`, `codes_of` and `values` of a kind are."""
+    return ternary if kind == "ternary" else two_bit
+
+
+def compress(kind: str, codes: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    """codes u8[E, N, K] and their grid as PARTS says. Raises ValueError for other codes."""
+    if kind == "2bit":
+        return two_bit.encode(codes), grid
+    made = ternary.encode(codes.flatten(0, 1))
+    return made.stream, made.starts, grid
+
+
+def codes_in(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
+    """The codes u8[E, N, width]. Raises ValueError for a stream that does not hold them."""
+    *stored, grid = parts
+    if kind == "2bit":
+        return two_bit.decode(stored[0], width)
+    stream, starts = stored
+    rows = grid.shape[0] * grid.shape[1]
+    codes = ternary.decode(ternary.Encoded(stream, starts), rows, width)
+    return codes.view(*grid.shape[:2], width)
+
+
+def decompress(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:
+    """The weights f32[E, N, width]. Raises ValueError for a stream that does not hold them."""
+    return grid_module(kind).values(codes_in(kind, parts, width), parts[-1])  # type: ignore[no-any-return]
+
+
+def nbytes(parts: Sequence[Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in parts)

@@ -1,0 +1,217 @@
+"""Ternary weights: each is 0, its row's least or its row's greatest, kept in under one bit.
+
+A matrix of codes (0: zero, 1: least, 2: greatest) becomes a stream of codewords of 16 bits, row
+after row, where each row starts, and two bf16 numbers a row. A row of an odd number of weights is
+coded with a 0 behind it. Codewords are greedy longest matches (ternary_code.py), found in
+two passes: how many there are in each row, then which. No other match takes fewer: whatever lies
+inside of a codeword is no less likely, and so a codeword itself.
+
+    codes u8[R, K]  ->  stream i16[W] (the bits of uint16), starts u8[R / 32, 36 or 68]
+
+Rows of 768 weights are some 71 bytes, of which a start of four would be a lot. So only each 32nd
+row has one: 4 bytes of a uint32, and behind it how many codewords each of the 32 rows has, in one
+byte or two. Behind the last row the numbers are 0.
+
+Source: QMoE, arXiv 2310.16795, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moec.formats.ternary_code import ROOT, dictionary
+
+MOST_CODEWORDS = 2**31 - 1
+TOGETHER = 32
+"""Rows that share a start."""
+START = 4  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """`stream` i16[W], `starts` u8[ceil(R / 32), 36 or 68]."""
+
+    stream: Tensor
+    starts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.stream.numel() + self.starts.numel()
+
+
+def starts_shape(rows: int, bytes_of_count: int) -> tuple[int, int]:
+    return -(-rows // TOGETHER), START + TOGETHER * bytes_of_count
+
+
+def bytes_of_counts(starts: Sequence[int]) -> int:
+    """In starts of that shape."""
+    return (starts[1] - START) // TOGETHER
+
+
+def pack_starts(starts: npt.NDArray[np.int64]) -> Tensor:
+    """i64[R + 1], each row's start and the end -> u8 as above."""
+    counts = np.diff(starts)
+    kind = np.uint8 if counts.max(initial=0) < 256 else np.uint16
+    shape = starts_shape(len(counts), np.dtype(kind).itemsize)
+    padded = np.zeros(shape[0] * TOGETHER, kind)
+    padded[: len(counts)] = counts
+    first = starts[:-1:TOGETHER].astype(np.uint32).view(np.uint8).reshape(-1, START)
+    behind = padded.view(np.uint8).reshape(-1, shape[1] - START)
+    return torch.from_numpy(np.concatenate([first, behind], axis=1))
+
+
+def unpack_starts(packed: Tensor, rows: int) -> npt.NDArray[np.int64]:
+    """What `pack_starts` packed. Raises ValueError for starts of another number of rows, or such
+    as do not follow each other."""
+    bytes_of_count = bytes_of_counts(packed.shape)
+    if bytes_of_count not in (1, 2) or tuple(packed.shape) != starts_shape(rows, bytes_of_count):
+        raise ValueError(f"starts u8{list(packed.shape)} are not those of {rows} rows")
+    table = packed.contiguous().numpy()
+    first = table[:, :START].copy().view(np.uint32).reshape(-1)
+    counts = (
+        table[:, START:].copy().view(np.uint8 if bytes_of_count == 1 else np.uint16).reshape(-1)
+    )
+    starts = np.zeros(rows + 1, np.int64)
+    np.cumsum(counts[:rows], out=starts[1:])
+    if counts[rows:].any() or (starts[:-1:TOGETHER] != first).any():
+        raise ValueError("the starts of rows do not follow each other")
+    return starts
+
+
+def grid_of(weight: Tensor) -> Tensor:
+    """The least and the greatest weight of each row of [.., N, K], no greater and no less than
+    0: bf16[.., N, 2]."""
+    low, high = torch.aminmax(weight.detach().float(), dim=-1)
+    return torch.stack([low.clamp(max=0), high.clamp(min=0)], -1).bfloat16()
+
+
+def shrunk(grid: Tensor, share: float) -> Tensor:
+    """Both numbers times `share`: fewer weights are nearest to 0."""
+    return (grid.float() * share).bfloat16()
+
+
+def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
+    """u8[.., N, K]: 2 above half of the greatest, 1 below half of the least, 0 between.
+
+    `grid` [.., N, 2] holds both for each row.
+    """
+    low, high = (half[..., None] for half in (grid.float() / 2).unbind(-1))
+    return (2 * (weight > high).to(torch.uint8)) | (weight < low).to(torch.uint8)
+
+
+def levels(grid: Tensor) -> Tensor:
+    """f32[.., N, 3]: what each code of a row stands for."""
+    low, high = grid.float().unbind(-1)
+    return torch.stack([torch.zeros_like(low), low, high], -1)
+
+
+def values(codes: Tensor, grid: Tensor) -> Tensor:
+    """f32[.., N, K]: what codes stand for."""
+    return levels(grid).gather(-1, codes.long())
+
+
+def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
+    """The two numbers of each row that bring the results of its codes closest to those of
+    `weight` [.., N, K], by least squares under the inputs' Hessian [.., K, K]: bf16[.., N, 2].
+
+    A number stays what `grid` says where no code of its row and no input tell of it, and where it
+    would change its sign.
+    """
+    signs = torch.stack([codes == 1, codes == 2], -3).float()  # [.., 2, N, K]
+    seen = signs @ hessian[..., None, :, :]
+    normal = torch.einsum("...ank,...bnk->...nab", seen, signs)
+    wanted = torch.einsum("...ank,...nk->...na", seen, weight.float())
+    unknown = normal.diagonal(dim1=-2, dim2=-1) <= 0
+    fitted, info = torch.linalg.solve_ex(normal + torch.diag_embed(unknown.float()), wanted)
+    right = fitted * torch.tensor([-1.0, 1.0]) > 0
+    known = right & ~unknown & (info == 0)[..., None] & fitted.isfinite()
+    return torch.where(known, fitted, grid.float()).bfloat16()
+
+
+def encode(codes: Tensor) -> Encoded:
+    """The rows of u8[R, K]. Raises ValueError for other codes than 0, 1 and 2."""
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or (codes.numel() and int(codes.max()) > 2):
+        raise ValueError("ternary codes are u8[R, K] of 0, 1 and 2")
+    children = dictionary().children
+    rows = codes.contiguous().numpy()
+    starts = np.zeros(len(rows) + 1, np.int64)
+    _count(rows, children, starts[1:])
+    np.cumsum(starts, out=starts)
+    if starts[-1] > MOST_CODEWORDS:
+        raise ValueError(f"{starts[-1]} codewords are more than row starts of 32 bits can tell")
+    stream = np.empty(starts[-1], np.uint16)
+    _write(rows, children, starts, stream)
+    return Encoded(torch.from_numpy(stream.view(np.int16)), pack_starts(starts))
+
+
+def decode(encoded: Encoded, rows: int, width: int) -> Tensor:
+    """The codes u8[rows, width]. Raises ValueError where a row does not hold `width` weights."""
+    starts = unpack_starts(encoded.starts, rows)
+    if starts[-1] != encoded.stream.numel():
+        raise ValueError(f"rows of {starts[-1]} codewords are not {encoded.stream.numel()}")
+    made = np.zeros((rows, width), np.uint8)
+    right = np.zeros(len(made), np.bool_)
+    _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, made, right)
+    if not right.all():
+        raise ValueError(f"row {int(right.argmin())} of the stream does not hold {width} weights")
+    return torch.from_numpy(made)
+
+
+def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
+    """The longest codeword from weight `at` on, and where it ends."""
+    width, node, word = len(row), ROOT, -1
+    while at < width:
+        second = row[at + 1] if at + 1 < width else 0
+        node = children[node, 3 * row[at] + second]
+        if node < 0:
+            break
+        word = node
+        at += 2
+    return word, at
+
+
+_longest = cast(Any, numba.njit(_match))
+
+
+def _count_rows(rows: Any, children: Any, counts: Any) -> None:
+    for r in numba.prange(len(rows)):
+        at, count = 0, 0
+        while at < rows.shape[1]:
+            _, at = _longest(rows[r], at, children)
+            count += 1
+        counts[r] = count
+
+
+def _write_rows(rows: Any, children: Any, starts: Any, stream: Any) -> None:
+    for r in numba.prange(len(rows)):
+        at, place = 0, starts[r]
+        while at < rows.shape[1]:
+            word, at = _longest(rows[r], at, children)
+            stream[place] = word
+            place += 1
+
+
+def _read_rows(stream: Any, starts: Any, entries: Any, made: Any, right: Any) -> None:
+    width = made.shape[1]
+    for r in numba.prange(len(made)):
+        at = 0
+        for place in range(starts[r], starts[r + 1]):
+            word = stream[place]
+            weights = 2 * (entries[word, 0] & 15)
+            for i in range(min(weights, width - at)):
+                made[r, at + i] = entries[word, i // 14] >> (4 + 2 * (i % 14)) & 3
+            at += weights
+        right[r] = at == width + width % 2
+
+
+_count = cast(Any, numba.njit(parallel=True)(_count_rows))
+_write = cast(Any, numba.njit(parallel=True)(_write_rows))
+_read = cast(Any, numba.njit(parallel=True)(_read_rows))

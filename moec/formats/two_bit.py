@@ -1,0 +1,87 @@
+"""Weights of two bits: w = step * (code - zero), codes 0 to 3, a step and a zero for each row.
+
+The zero is a code, so that 0 stays 0. Codes are stored as two planes of bits: of 32 neighbours
+the lower bits are the lower half of a word of 64, and the upper bits the upper half. (The grid is
+that of GPTQ, arXiv 2210.17323, for two bits, as QMoE compares with, arXiv 2310.16795, table 4.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.formats.integer import TINY
+
+NEIGHBOURS = 32
+_LEVELS = 4
+
+
+def words(width: int) -> int:
+    """Words of a row of `width` codes."""
+    return -(-width // NEIGHBOURS)
+
+
+def grid_of(weight: Tensor) -> Tensor:
+    """The step and the zero of each row of [.., N, K]: bf16[.., N, 2]. Rows of zeros have
+    step 1."""
+    low, high = torch.aminmax(weight.detach().float(), dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = ((high - low) / (_LEVELS - 1)).bfloat16()
+    step = torch.where(step.float() > TINY, step, torch.ones_like(step))
+    zero = (-low / step.float()).round().clamp(0, _LEVELS - 1)
+    return torch.stack([step, zero.bfloat16()], -1)
+
+
+def shrunk(grid: Tensor, share: float) -> Tensor:
+    """The step times `share`; the zero is a code and stays."""
+    step, zero = grid.float().unbind(-1)
+    return torch.stack([step * share, zero], -1).bfloat16()
+
+
+def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
+    """The nearest codes u8[.., N, K]."""
+    step, zero = (part[..., None] for part in grid.float().unbind(-1))
+    return (weight / step + zero).round().clamp(0, _LEVELS - 1).to(torch.uint8)
+
+
+def levels(grid: Tensor) -> Tensor:
+    """f32[.., N, 4]: what each code of a row stands for."""
+    return values(torch.arange(_LEVELS), grid)
+
+
+def values(codes: Tensor, grid: Tensor) -> Tensor:
+    """f32[.., N, K]: what codes stand for."""
+    step, zero = (part[..., None] for part in grid.float().unbind(-1))
+    return step * (codes.float() - zero)
+
+
+def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tensor:
+    """The step of each row that brings the results of its codes closest to those of `weight`
+    [.., N, K], by least squares under the inputs' Hessian [.., K, K]; zeros stay: bf16[.., N, 2].
+
+    So does a step of which no input tells.
+    """
+    step, zero = grid.float().unbind(-1)
+    levels = codes.float() - zero[..., None]
+    seen = levels @ hessian
+    fitted = (seen * weight.float()).sum(-1) / (seen * levels).sum(-1)
+    step = torch.where(fitted.isfinite() & (fitted > TINY), fitted, step)
+    return torch.stack([step, zero], -1).bfloat16()
+
+
+def encode(codes: Tensor) -> Tensor:
+    """codes u8[.., K] -> planes i64[.., words], 0 behind the end of a row."""
+    padded = torch.nn.functional.pad(
+        codes, (0, words(codes.shape[-1]) * NEIGHBOURS - codes.shape[-1])
+    )
+    some = padded.reshape(*codes.shape[:-1], words(codes.shape[-1]), NEIGHBOURS).long()
+    places = torch.arange(NEIGHBOURS)
+    return ((some & 1) << places | (some >> 1) << places + NEIGHBOURS).sum(-1)
+
+
+def decode(planes: Tensor, width: int) -> Tensor:
+    """The codes u8[.., width]."""
+    places = torch.arange(NEIGHBOURS)
+    words = planes[..., None]
+    codes = (words >> places & 1) | (words >> places + NEIGHBOURS & 1) << 1
+    return codes.flatten(-2)[..., :width].to(torch.uint8)

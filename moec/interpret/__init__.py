@@ -1,0 +1,1 @@
+"""Graphs run op by op: by their meaning in PyTorch, and by their type rules."""

@@ -1,0 +1,115 @@
+"""Run a graph of any stage in eager PyTorch, op by op: the meaning that passes must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moec.errors import IRError
+from moec.ir import aten
+from moec.ir.dims import bind
+from moec.ir.graph import Graph, Op, Value
+from moec.ir.opdef import Reference
+from moec.ops import OPS
+
+
+def evaluate(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`graph.results` for `inputs` (states' contents last) and `weights` by param name.
+
+    Raises IRError where a tensor does not fit its type.
+    """
+    params = [(weights or {})[param.name] for param in graph.params]
+    return run_graph(graph, [*inputs, *params])
+
+
+def run_graph(
+    graph: Graph,
+    tensors: Sequence[torch.Tensor],
+    env: Mapping[str, int] | None = None,
+    known: Mapping[Value, torch.Tensor] | None = None,
+    meanings: Mapping[str, Reference] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """As `evaluate`, with the params' tensors after the inputs'.
+
+    `env` binds named sizes from outside, `known` gives values that need not be computed,
+    `meanings` says what some ops compute instead of what OPS says.
+    """
+    sizes = dict(env or {})
+    values: dict[Value, torch.Tensor] = dict(known or {})
+    for value, tensor in zip((*graph.inputs, *graph.params), tensors, strict=True):
+        _learn(graph.name, value, tensor, sizes)
+        values[value] = tensor
+    last = _last_reads(graph)
+    for index, op in enumerate(graph.ops):
+        if all(output in values for output in op.outputs):
+            continue
+        results = run_op(op, [values[v] for v in op.inputs], sizes, meanings)
+        for value, tensor in zip(op.outputs, results, strict=True):
+            _learn(str(op), value, tensor, sizes)
+            values[value] = tensor
+        if op.name == "moec.size":
+            sizes[str(op.attrs["name"])] = int(results[0])
+        for value in last.get(index, ()):
+            values.pop(value, None)
+    return tuple(values[v] for v in graph.results)
+
+
+def run_op(
+    op: Op,
+    tensors: Sequence[torch.Tensor],
+    sizes: Mapping[str, int],
+    meanings: Mapping[str, Reference] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of one op."""
+    reference = (meanings or {}).get(op.name)
+    if reference is None and op.name in OPS:
+        reference = OPS[op.name].reference
+    if reference is None:
+        return aten.call(op, tensors, sizes)
+    attrs: dict[str, Any] = {
+        name: aten.concrete(value, tensors, sizes) for name, value in op.attrs.items()
+    }
+
+    def run(body: Graph, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return run_graph(body, arguments, {k: v for k, v in sizes.items() if k not in own(body)})
+
+    result = reference(op, tensors, attrs, run)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def own(body: Graph) -> set[str]:
+    """The named sizes that a body's inputs bind anew: its number of rows."""
+    from moec.ir.dims import symbols
+
+    return {name for value in body.inputs for dim in value.shape for name in symbols(dim)}
+
+
+def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise IRError(f"{where}: {value.name} is {type(tensor).__name__}, not a tensor")
+    if aten.IR_DTYPES.get(tensor.dtype) != value.dtype:
+        raise IRError(f"{where}: {value.name} is {tensor.dtype}, expected {value.type}")
+    try:
+        bind(value.shape, tuple(tensor.shape), sizes)
+    except IRError as error:
+        raise IRError(f"{where}: {value.name}: {error}") from None
+
+
+def _last_reads(graph: Graph) -> dict[int, tuple[Value, ...]]:
+    """Which values nobody reads after each op: freed there, so that big models fit."""
+    kept = set(graph.results)
+    last: dict[Value, int] = {}
+    for index, op in enumerate(graph.ops):
+        for value in (*op.inputs, *op.outputs):
+            last[value] = index
+    freed: dict[int, list[Value]] = {}
+    for value, index in last.items():
+        if value not in kept:
+            freed.setdefault(index, []).append(value)
+    return {index: tuple(values) for index, values in freed.items()}

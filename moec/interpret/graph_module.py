@@ -1,0 +1,141 @@
+"""A graph as a PyTorch module: every op runs as what it means, and gradients flow.
+
+What passes made of a model can so be trained, and compiled again: `moec.compile` takes the
+module's graph and weights as they are, and traces nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moec.errors import InputError, UsageError
+from moec.interpret.evaluate import run_graph
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.graph import Graph, Program
+from moec.ir.text import parse, print_graph
+from moec.runtime.call import bind
+
+Example = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class GraphModule(nn.Module):
+    """A program that is called as the module it came from, with tensors by place or by name.
+
+    Weights named in `trainable` are parameters, all others buffers, under the names that they
+    have in the graph. Results have the `structure` of the source's. What the source did in
+    training mode alone (dropout, losses of routers) was left out when it was captured.
+    `why` says, for whom asks to save it, why it is no module of the source's class.
+    """
+
+    graph: Graph
+
+    def __init__(
+        self,
+        program: Program,
+        trainable: Mapping[str, bool],
+        example: Example,
+        structure: pytree.TreeSpec,
+        why: str = "",
+    ) -> None:
+        super().__init__()
+        if program.graph.states:
+            names = ", ".join(state.before.name for state in program.graph.states)
+            raise UsageError(
+                f"the model keeps state between calls ({names}), which cannot be trained "
+                "through: leave its cache out (use_cache=False)"
+            )
+        self.graph = program.graph
+        self.example = example
+        self.structure = structure
+        self.why = why
+        self.places: dict[str, str] = {}
+        for value in program.graph.params:
+            tensor = program.weights[value.name].detach().clone()
+            self.places[value.name] = self._hold(value.name, tensor, trainable.get(value.name))
+
+    def _hold(self, name: str, tensor: torch.Tensor, trained: bool | None) -> str:
+        """Where a weight lives: at its own name, but where that is taken on the way."""
+        *path, last = name.split(".")
+        owner: nn.Module = self
+        for depth, part in enumerate(path):
+            child = owner._modules.get(part)
+            if child is None and hasattr(owner, part):
+                path, last = path[:depth], "_".join(name.split(".")[depth:])
+                break
+            if child is None:
+                child = nn.Module()
+                owner.add_module(part, child)
+            owner = child
+        while hasattr(owner, last):
+            last += "_"
+        if trained is None:
+            owner.register_buffer(last, tensor)
+        else:
+            owner.register_parameter(last, nn.Parameter(tensor, requires_grad=trained))
+        return ".".join((*path, last))
+
+    @property
+    def program(self) -> Program:
+        """The graph with the weights as they are now. Raises UsageError for weights of another
+        dtype than the graph was captured in."""
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        weights = {name: held[place].detach() for name, place in self.places.items()}
+        self._check_dtypes(weights)
+        return Program(self.graph, weights)
+
+    def inputs(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The graph's inputs from the arguments of a call; flags and None are those of the
+        example. Raises InputError where one is missing, or a tensor is none of them."""
+        names = [value.name for value in self.graph.inputs]
+        bound = bind(names, args, kwargs or {})
+        for name in names:
+            if not isinstance(bound.get(name), torch.Tensor):
+                raise InputError(f"input {name} is missing: the model takes {', '.join(names)}")
+        for name, value in bound.items():
+            if name not in names and isinstance(value, torch.Tensor):
+                raise InputError(
+                    f"there is no input {name}: the model was captured with {', '.join(names)}"
+                )
+        return tuple(bound[name] for name in names)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The graph's outputs for its inputs, in order."""
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        weights = {name: held[place] for name, place in self.places.items()}
+        self._check_dtypes(weights)
+        return run_graph(self.graph, [*tensors, *(weights[p.name] for p in self.graph.params)])
+
+    def _check_dtypes(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for value in self.graph.params:
+            if weights[value.name].dtype != TORCH_DTYPES[value.dtype]:
+                raise UsageError(
+                    f"{value.name} is {weights[value.name].dtype}, and the model was captured in "
+                    f"{TORCH_DTYPES[value.dtype]}: convert it before, with transform(dtype=...)"
+                )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's forward. Raises InputError as `inputs` does."""
+        outputs = self.run(self.inputs(args, kwargs))
+        if self.structure.num_leaves == len(outputs):
+            return pytree.tree_unflatten(list(outputs), self.structure)
+        return {v.name: t for v, t in zip(self.graph.outputs, outputs, strict=True)}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UsageError with the reason why the module has no class to be loaded by."""
+        raise UsageError(
+            f"{self.why or 'the module is a graph and of no class of transformers'}: save its "
+            "state_dict(), or compile it and save that"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "graph": print_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=parse(state["graph"]))

@@ -1,0 +1,82 @@
+"""Random inputs for a captured program, made from the inputs that it was captured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from moec.errors import InputError
+from moec.ir.graph import FLOATS, Graph, Program, Value
+
+Inputs = Sequence[torch.Tensor]
+
+_PASS_ON = (
+    "aten.alias.default",
+    "aten.reshape.default",
+    "aten.clone.default",
+    "aten._to_copy.default",
+)
+
+
+def random_like(
+    program: Program, example: Inputs, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Inputs of the example's sizes: floats at random, ids at random within their table.
+
+    Ids whose row is all zero (padding) are left out: every router's scores are equal for such
+    a token, and torch leaves open which of equal scores its top-k chooses.
+
+    Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
+    what they start with.
+    """
+    made: list[torch.Tensor] = []
+    for value, tensor in zip(program.graph.inputs, example, strict=False):
+        rows = table_rows(program.graph, value)
+        if value.dtype in FLOATS:
+            made.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+        elif rows:
+            known = _telling(program, value, rows)
+            place = torch.randint(len(known), tensor.shape, generator=generator)
+            made.append(known[place].to(tensor.dtype))
+        else:
+            made.append(tensor)
+    return made + [program.weights[state.before.name] for state in program.graph.states]
+
+
+def _telling(program: Program, value: Value, rows: int) -> torch.Tensor:
+    """The ids below `rows` whose row in the table is not all zero; all, where that is all."""
+    table = next(iter(_tables(program.graph, value)), None)
+    weight = None if table is None else program.weights.get(table.name)
+    known = torch.arange(rows)
+    if weight is not None:
+        telling = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
+        known = telling if len(telling) else known
+    return known
+
+
+def _tables(graph: Graph, value: Value) -> Iterator[Value]:
+    for op in graph.readers.get(value, ()):
+        if op.name == "aten.embedding.default" and op.inputs[1] is value:
+            yield op.inputs[0]
+        elif op.name in _PASS_ON:
+            yield from _tables(graph, op.outputs[0])
+
+
+def table_rows(graph: Graph, value: Value) -> int:
+    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
+    sizes = [table.shape[0] for table in _tables(graph, value)]
+    return min((size for size in sizes if isinstance(size, int)), default=0)
+
+
+def random_cases(
+    program: Program, example: Inputs, *, count: int = 2, seed: int = 0
+) -> list[list[torch.Tensor]]:
+    """Random inputs for a captured program, made from the inputs that it was captured with.
+
+    Raises InputError where there are none.
+    """
+    if not example and program.graph.inputs:
+        raise InputError("the model was captured without example inputs; give some to bisect it")
+    generator = torch.Generator().manual_seed(seed)
+    return [random_like(program, example, generator) for _ in range(count)]

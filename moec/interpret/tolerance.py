@@ -1,0 +1,113 @@
+"""How far two results are apart, and how far they may be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moec.ir.graph import FLOATS, Graph, Op
+from moec.report.quantisation import QUANTISED_OPS, matrices_of
+
+TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
+"""Greatest error allowed, as a share of the greatest value of the output.
+
+Sums are reordered, so f32 may lose a few of its 24 bits; bf16 has 8 and f16 has 11, and eager
+rounds to them after every op where a fused kernel does not.
+"""
+
+
+QUANTISED = 4e-3
+"""The tolerance of a model whose rows are rounded to 8 bits: half of a 127th. A row that differs
+in its last bit may round to another code, which moves a result by a 127th of one of its terms,
+of which there are dozens to thousands; and does so again in every layer."""
+
+
+EXACT_ROWS = 3e-2
+"""The tolerance of rows that are rounded to 8 bits against rows that are not. Here every term of a
+sum moves, by up to half of a 127th of its block's greatest. Experts alone round twice and multiply
+two of the results, and their outputs move by 1 to 2.3e-2 of the greatest of a token; beside
+residuals it is less: by less than 7e-3 for nine tokens in ten of a trained model of four layers."""
+
+
+def default_tolerance(graph: Graph) -> float:
+    """The loosest tolerance among the dtypes in which the model computes."""
+    used = computed_dtypes(graph)
+    found = max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
+    rounding = _rounding(graph)
+    if not rounding:
+        return found
+    exact = any(op.attrs.get("exact_rows") for op in rounding)
+    return max(found, EXACT_ROWS if exact else QUANTISED)
+
+
+def computed_dtypes(graph: Graph) -> set[str]:
+    """The dtypes of floats that hold more than the scales of quantised weights."""
+    scales = {m.scales for op in graph.ops if op.name in QUANTISED_OPS for m in matrices_of(op)}
+    return {v.dtype for v in graph.values() if v.dtype in FLOATS and v not in scales}
+
+
+def rounds_rows(graph: Graph) -> bool:
+    """Whether rows are rounded to 8 bits. In 16 a row that rounds to another code moves a result by
+    a 32639th of one of its terms, which is within the tolerance of f32."""
+    return bool(_rounding(graph))
+
+
+def _rounding(graph: Graph) -> list[Op]:
+    ops = (op for op in graph.ops if op.name in QUANTISED_OPS)
+    return [op for op in ops if op.attrs.get("row_bits", 8) == 8]
+
+
+STRAYS = {"f16": 0.05, "bf16": 0.05}
+"""Share of the rows (tokens) that may be farther off, up to `FAR`, in 16 bits: two experts with
+nearly equal scores are told apart by rounding, and a token that went to the other one is not
+wrong, though its numbers differ. A float32 copy of the model differs from eager in the same way.
+"""
+QUANTISED_STRAYS = 0.05
+"""The same share where rows are rounded to 8 bits, for the same reason."""
+FAR = 0.5
+
+
+def row_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """For each row (all axes but the last) its greatest difference, as a share of the greatest
+    value that is expected of all rows."""
+    width = expected.shape[-1] if expected.ndim else 1
+    if not expected.numel():
+        return torch.zeros(0, dtype=torch.float64)
+    a, b = (t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (got, expected))
+    return (a - b).abs().amax(-1) / (float(b.abs().max()) or 1.0)
+
+
+def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
+    """How many rows are farther apart than `limit`, and of how many."""
+    errors = row_errors(got, expected)
+    return int((errors > limit).sum()), len(errors)
+
+
+def allowed_strays(share: float, rows: int) -> float:
+    """The most strays among `rows` of which each may be one with a chance of `share`: three
+    standard deviations above the mean, so that chance alone goes beyond it in one of 700 checks.
+    """
+    mean = share * rows
+    return mean + 3 * math.sqrt(mean)
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Greatest difference, as a share of the greatest finite value that is expected; inf where
+    shapes or dtypes differ, whole numbers differ at all, or NaNs and infinities do."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(got, expected) else float("inf")
+    a, b = got.double(), expected.double()
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        return float("inf")
+    if not torch.allclose(a[~finite], b[~finite], rtol=0, atol=0, equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(b[finite].abs().max())
+    return float((a[finite] - b[finite]).abs().max()) / (scale or 1.0)

@@ -1,0 +1,1 @@
+"""The graph: data, its text, its sizes, and how its ops are called."""

@@ -1,0 +1,53 @@
+"""A captured model some of whose inputs are bound to constants: what `specialise` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moec.capture import Captured
+from moec.ir.dims import bind as learn
+from moec.ir.dims import evaluate_dim
+from moec.passes.core.options import Given
+from moec.passes.specialise.bind_inputs import bind, seeds
+
+
+def bound(captured: Captured, passes: Iterable[Any]) -> Captured:
+    """`captured` without the inputs that passes bind: its program, its example, its eager meaning.
+
+    Raises UsageError as `moec.passes.specialise.bind_inputs.bind` does.
+    """
+    for pass_ in passes:
+        given = getattr(pass_, "inputs", None)
+        if given:
+            captured = _bound(captured, given, pass_.name)
+    return captured
+
+
+def _bound(captured: Captured, given: Given, who: str) -> Captured:
+    whole = captured.program.graph.inputs
+    program = bind(captured.program, given, who)
+    left = program.graph.inputs
+    constants = {value.name: tensor for value, tensor in seeds(program).items()}
+    own = [value for value in whole if value not in {s.before for s in program.graph.states}]
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes: dict[str, int] = {}
+        for value, tensor in zip(left, tensors, strict=False):
+            learn(value.shape, tuple(tensor.shape), sizes)
+        filled = iter(tensors)
+        return captured.eager(
+            *(
+                next(filled)
+                if value in left
+                else constants[value.name].expand([evaluate_dim(d, sizes) for d in value.shape])
+                for value in own
+            )
+        )
+
+    pairs = zip(own, captured.example, strict=False)
+    example = tuple(tensor for value, tensor in pairs if value in left)
+    return replace(captured, program=program, eager=eager, example=example)

@@ -1,0 +1,279 @@
+"""What `moec.compile` gives: a model to call, to ask, to save and to export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moec.arguments import tolerance
+from moec.capture import Captured
+from moec.capture.doors import Source
+from moec.errors import UsageError
+from moec.interpret.tolerance import default_tolerance
+from moec.ir.graph import Graph, Module, Program
+from moec.ir.text import print_graph
+from moec.model.generate import Prompts, continued, stream
+from moec.passes.core.runner import Declined, Step
+from moec.pipeline import without_effect
+from moec.report.data import Block, DeclinedLine, ErrorLine, QuantisedLine, TunedLine
+from moec.report.quantisation import left_wide
+from moec.report.report import Report, describe_graph, pass_lines
+from moec.runtime.call import Choices, call, routed, routers
+from moec.runtime.package import MAIN, RouterPorts
+from moec.target.cpu import missing
+from moec.verify import check as checking
+
+if TYPE_CHECKING:
+    from moec.export.onnx import Exported
+    from moec.runtime.artifact import Sample
+    from moec.runtime.executor import Executor
+    from moec.runtime.package import Package
+    from moec.target.cpu import Target
+
+
+@dataclass(frozen=True, repr=False)
+class CompiledModel:
+    """A model compiled for one target; call it as the module it came from.
+
+    torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
+    as it is, several come as a dict by name. `programs` are the functions of the model beside
+    `main`, such as `decode` (see `moec.runtime.package`). `package` and `executor` are None where
+    nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
+    the target needs: such a model can be saved and not called.
+    """
+
+    source: Source
+    captured: Captured
+    steps: tuple[Step, ...]
+    blocks: tuple[Block, ...]
+    declined: tuple[Declined, ...]
+    target: Target
+    programs: Mapping[str, Program] = field(default_factory=dict)
+    router_ports: tuple[RouterPorts, ...] = ()
+    package: Package | None = None
+    executor: Executor | None = None
+    checked: checking.Checked | None = None
+    quantised: tuple[QuantisedLine, ...] = ()
+    tuned: tuple[TunedLine, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises InputError where an input does not fit."""
+        package, executor = self.ready()
+        return call(executor, [port.name for port in package.main.inputs], args, kwargs)
+
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """Continue texts: `prompts` are token ids [B, S], or a list of lists of any lengths.
+
+        Gives the prompts with their new tokens, of the kind that was given; a row that ended
+        early is filled up with its last token. Options: `max_new_tokens` (64), `temperature`
+        (0: the likeliest token), `top_p`, `top_k`, `seed`, and `stop`, the tokens that end a
+        text (those of the model's configuration). Raises InputError where the model does not
+        continue text, or an option or a prompt is out of range.
+        """
+        return continued(self.ready()[1], prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
+        """As `generate`: the next token of each text as it comes; None where a text has ended."""
+        return stream(self.ready()[1], prompts, **options)
+
+    def routers(self, *args: Any, **kwargs: Any) -> Choices:
+        """What routers that read no hidden state choose, before the model runs: for each of their
+        layers, by name, "experts" [T, k] and "weights" [T, k]. Takes the inputs that they read.
+
+        Needs `passes="+hoist-routers"`. Raises InputError where an input does not fit, or no
+        router could be hoisted.
+        """
+        return routers(self.ready()[1], args, kwargs)
+
+    def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the choices that `routers` gave: those routers are left out."""
+        return routed(self.ready()[1], choices, args, kwargs)
+
+    def __repr__(self) -> str:
+        built = "compiled" if self.package else "not built"
+        made = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
+        return f"<{self.source.name}, {made}>"
+
+    def reset(self) -> None:
+        """Put the state (a static cache) back to what it starts from."""
+        self.ready()[1].reset()
+
+    def report(self) -> Report:
+        """What was recognised, declined, made and measured."""
+        program = next(
+            (step.program for step in reversed(self.steps) if step.damage), self.captured.program
+        )
+        package = self.package
+        idle = sum(block.parameters - block.active_parameters for block in self.blocks)
+        described = describe_graph(program.graph, program.weights)
+        kernels: dict[str, int] = {}
+        for _, kernel in package.kernels if package else ():
+            kernels[kernel] = kernels.get(kernel, 0) + 1
+        said = (f"{step.name}: {line}" for step in self.steps for line in step.says)
+        notes = (*self.captured.fixed, *said, *(package.notes if package else ()))
+        checked = self.checked
+        if package and missing(self.target):
+            notes += (
+                f"made for {self.target.name}, which this machine cannot run: not verified, and "
+                "saved without samples",
+            )
+        notes += (*left_wide(self.steps), *without_effect(self.steps))
+        if checked:
+            notes += checked.skipped
+        if checked and any(step.damage or step.changes for step in self.steps):
+            above = "; the distance to the original model is above"
+            notes += (
+                "checked against the graph as the passes changed it, and the graph before them "
+                f"against eager{above if any(step.damage for step in self.steps) else ''}",
+            )
+        if checked and checked.strays:
+            why = "in 16 bits nearly equal router scores may choose other experts than eager's"
+            if self.quantised:
+                why = "nearly equal router scores may choose other experts than the graph's"
+            notes += (
+                f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
+                f"{why}",
+            )
+        if checked and checked.ties:
+            notes += (
+                f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's and are "
+                "right: they choose among exactly equal values, where torch promises no order "
+                "and moec takes the first",
+            )
+        return Report(
+            model=self.source.name,
+            target=self.target.name,
+            active_parameters=described["parameters"] - idle,
+            bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
+            blocks=self.blocks,
+            declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
+            passes=pass_lines(self.steps),
+            kernels=kernels,
+            verification=tuple(
+                ErrorLine(name, error, checked.tolerance) for name, error in checked.errors.items()
+            )
+            if checked
+            else (),
+            quantised=self.quantised,
+            moved=checked.moved if checked else (),
+            tuned=self.tuned,
+            phases=dict(self.phases),
+            notes=notes,
+            damage=tuple(step.damage for step in self.steps if step.damage),
+            **described,
+        )
+
+    def save(self, path: Path | str, *, native: bool = True) -> None:
+        """Write the artifact, with the example inputs and their outputs as a sample.
+
+        `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
+        where `path` holds something that is not an artifact.
+        """
+        from moec.runtime import artifact
+
+        package = self._package()
+        checked = self.checked
+        artifact.write(
+            package,
+            path,
+            graphs={name: print_graph(self.module[name].graph) for name in self.module},
+            samples=self._samples(package),
+            tolerance=checked.tolerance if checked else default_tolerance(self.graph),
+            extra={"report": self.report().to_dict()},
+            files={name: file.read_bytes() for name, file in self.source.files.items()},
+            native=native,
+        )
+
+    def export_onnx(
+        self,
+        path: Path | str,
+        ep: str = "cpu",
+        quant: str | None = None,
+        opset: int | None = None,
+        *,
+        moe: str = "auto",
+        cache: bool | None = None,
+        verify: bool | float = True,
+        progress: Callable[[str], None] = lambda phase: None,
+    ) -> Exported:
+        """Write the whole model as ONNX: `path` (.onnx), and its weights as `path` + ".data".
+
+        `ep` is what it is for: "cpu" and "cuda" (ONNX Runtime), or "portable" (standard operators
+        alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one product per expert
+        and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts) or "auto": what
+        was measured to be faster, the operator for "cuda" and for quantised experts on a CPU,
+        where it can express the block, else rows.
+
+        `quant` rounds the weights of experts to a format of `moec.compile`, which also takes
+        calibration data; leave it out where the model was compiled with one.
+
+        `cache` makes a file that takes the keys and values before and gives those after (inputs
+        attention_mask and past_key_values.N.key and .value, outputs present.N.key and .value; see
+        `moec.passes.decode.kv_inputs`), for texts of any lengths, padded anywhere. Left out, it is
+        what a model that continues text becomes where it can, and the report says where not.
+
+        The file is run in ONNX Runtime and compared with eager before it gets its name, or with
+        the quantised weights in float32; `verify` is that of `moec.compile`. Nothing needs to be
+        built (`build=False`).
+
+        Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
+        TargetError for an `ep` that is unknown or does not compute in the model's dtype, and
+        UsageError.
+        """
+        from moec.export.onnx import export
+
+        wanted = verify is not False
+        limit = tolerance(verify)
+        return export(
+            self, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=wanted,
+            progress=progress,
+        )  # fmt: skip
+
+    def _samples(self, package: Package) -> list[Sample]:
+        """The example and its outputs; none where there is no example, or it cannot run here."""
+        from moec.runtime.artifact import Sample
+        from moec.runtime.executor import Executor
+
+        names = [port.name for port in package.main.inputs]
+        example = dict(zip(names, self.captured.example, strict=False))
+        if self.executor is None or len(example) < len(names):
+            return []
+        # One's own executor may be in the middle of a text: its states stay as they are.
+        executor = Executor(package) if package.states else self.executor
+        return [Sample(_arrays(example), _arrays(executor(example)))]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that code was generated from."""
+        return self.module.main.graph
+
+    @property
+    def module(self) -> Module:
+        """The programs that code is generated from, by name."""
+        return Module({MAIN: self.steps[-1].program, **self.programs})
+
+    def _package(self) -> Package:
+        if self.package is None:
+            raise UsageError("the model was not built: leave out stop_after and build=False")
+        return self.package
+
+    def ready(self) -> tuple[Package, Executor]:
+        """The package and its executor. Raises UsageError where this machine cannot run it."""
+        package = self._package()
+        if self.executor is None:
+            raise UsageError(
+                f"this machine lacks {', '.join(missing(self.target))} and cannot run code for "
+                f"{self.target.name}: save the model, and load it on a machine that has them"
+            )
+        return package, self.executor
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    from moec.codegen.package import as_array
+
+    return {name: as_array(torch.as_tensor(tensor)) for name, tensor in tensors.items()}

@@ -1,0 +1,65 @@
+"""`moec.load`: an artifact as a model to call. Needs neither torch nor the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.model.generate import Prompts, continued, stream
+from moec.runtime.artifact import Artifact, read
+from moec.runtime.call import Choices, call, routed, routers
+from moec.runtime.executor import Executor, start
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A compiled model from its artifact. Called as `moec.compile`'s result is."""
+
+    path: Path
+    artifact: Artifact
+    executor: Executor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises InputError where an input does not fit."""
+        names = [port.name for port in self.artifact.package.main.inputs]
+        return call(self.executor, names, args, kwargs)
+
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """See `CompiledModel.generate`."""
+        return continued(self.executor, prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
+        """See `CompiledModel.stream`."""
+        return stream(self.executor, prompts, **options)
+
+    def routers(self, *args: Any, **kwargs: Any) -> Choices:
+        """See `CompiledModel.routers`."""
+        return routers(self.executor, args, kwargs)
+
+    def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
+        """See `CompiledModel.routed`."""
+        return routed(self.executor, choices, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.path.name}: {len(self.artifact.package.main.inputs)} inputs>"
+
+    def reset(self) -> None:
+        """Put the state (a static cache) back to what it starts from."""
+        self.executor.reset()
+
+    def report(self) -> Any:
+        """What was recognised, declined, made and measured when the model was compiled."""
+        from moec.report.report import Report
+
+        return Report.of_dict(self.artifact.manifest.extra["report"])
+
+
+def load(path: Path | str) -> LoadedModel:
+    """The model in the artifact at `path`.
+
+    Raises ArtifactError where any part of it is damaged, or this machine cannot run it.
+    """
+    opened = read(path)
+    return LoadedModel(Path(path), opened, start(opened))

@@ -1,0 +1,54 @@
+"""`tune=True`: the kernels of one model measured on this machine, and what came of it in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from moec.cache import default_store
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.lower import lower
+from moec.codegen.tuning import Tuned, tune
+from moec.codegen.tuning.arguments import COLD
+from moec.codegen.tuning.measure import OnThisMachine
+from moec.ir.graph import Module
+from moec.report.data import TunedLine
+from moec.target.cpu import Target, last_cache
+
+
+def tune_kernels(
+    module: Module,
+    target: Target,
+    *,
+    opt_level: int,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Tuning], tuple[TunedLine, ...]]:
+    """Values for the kernels of a module that could be measured, by key, and a line for each.
+
+    Raises UnsupportedError where an op has no kernel.
+    """
+    lowered = lower(module, target)
+    size = sum(weight.nbytes for weight in module.main.weights.values())
+    # Rounded up to a power of two, so that models of nearly one size share what was measured.
+    footprint = min(1 << (size - 1).bit_length(), COLD * last_cache()) if size else 0
+    found = tune(
+        lowered.tunable,
+        target,
+        OnThisMachine(target, footprint, opt_level),
+        default_store(),
+        (footprint, opt_level),
+        progress,
+    )
+    return {t.kernel.key: t.tuning for t in found if not t.why}, tuple(map(line, found))
+
+
+def line(tuned: Tuned) -> TunedLine:
+    gain = tuned.gain
+    return TunedLine(
+        tuned.kernel.name,
+        tuned.tuning.changed(),
+        {str(t): math.exp(log) for t, (log, _) in gain.by_tokens.items()} if gain else {},
+        math.expm1(gain.noise) if gain else 0.0,
+        tuned.known,
+        tuned.why,
+    )

@@ -1,0 +1,1 @@
+"""What a compilation did, in numbers and words and pictures."""

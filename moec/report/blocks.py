@@ -1,0 +1,181 @@
+"""The MoE blocks of a graph, described for people: what was recognised, and how big it is."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from moec.ir.dims import product
+from moec.ir.graph import Graph, Op, Value
+from moec.ops.routing import Routing
+from moec.ops.zero_experts import KINDS
+from moec.report.data import WHOLE, Block
+
+_ROUTERS = ("moe.route", "moe.gate")
+_MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
+_SILENT = {
+    "linear",
+    "slice",
+    "split_with_sizes",
+    "select",
+    "reshape",
+    "permute",
+    "alias",
+    "_to_copy",
+}
+_SCALING = {"mul", "add", "sub", "div"}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
+
+
+def blocks(graph: Graph) -> tuple[Block, ...]:
+    """The blocks of a graph in stage MOE, in order."""
+    return tuple(_block(graph, op) for op in graph.ops if op.name == "moe.experts")
+
+
+def _block(graph: Graph, op: Op) -> Block:
+    dispatch = graph.producers[op.inputs[1]]
+    combine = next(
+        (r for r in graph.readers.get(op.outputs[0], ()) if r.name == "moe.combine"), None
+    )
+    experts = cast(int, dispatch.attrs["num_experts"])
+    slots = [dispatch.inputs[1].shape[1]] + ([combine.attrs["k"]] if combine is not None else [])
+    top_k = max(cast("list[int]", slots))
+    total = sum(cast(int, product(stack.shape)) for stack in op.inputs[2:])
+    assert op.body is not None
+    return Block(
+        name=op.origin.removesuffix(".experts") or WHOLE,
+        experts=experts,
+        top_k=top_k,
+        router=_router(graph, dispatch),
+        activation=activation(op.body),
+        form=str(op.attrs.get("form", "moe.experts")),
+        parameters=total,
+        active_parameters=total * top_k // experts,
+        shared=_shared(graph, combine) if combine is not None else "",
+        zero=_zero(graph, dispatch),
+    )
+
+
+def _zero(graph: Graph, dispatch: Op) -> str:
+    """The experts without a network that are chosen among: "1 copy, 2 constant, 1 zero"."""
+    readers = graph.readers[dispatch.inputs[1]]
+    kinds = [
+        str(kind)
+        for op in readers
+        if op.name == "moe.zero_experts"
+        for kind in cast("tuple[str, ...]", op.attrs["kinds"])
+    ]
+    first = cast(int, dispatch.attrs["num_experts"])
+    route = graph.producers.get(dispatch.inputs[1])
+    if route is not None and route.name == "moe.route":
+        among = cast(int, route.inputs[0].shape[-1])
+        kinds += ["zero"] * (among - first - len(kinds))
+    return ", ".join(f"{n} {kind}" for kind in KINDS[::-1] if (n := kinds.count(kind)))
+
+
+def _router(graph: Graph, dispatch: Op) -> str:
+    ids = dispatch.inputs[1]
+    after: list[str] = []
+    op = graph.producers.get(ids)
+    while op is not None and op.name in (*_MOVES, "moe.capacity", "aten.where.self"):
+        if op.name == "moe.capacity":
+            after.append(f"at most {op.attrs['capacity']} per expert, by {op.attrs['order']}")
+        if op.name == "aten.where.self":
+            after.append("some choices replaced")
+        op = graph.producers.get(op.inputs[-1])
+    if len(dispatch.inputs) > 2:
+        after.append("weights on the input")
+    known = op is not None and op.name in _ROUTERS
+    return ", ".join([phrase(cast(Op, op)) if known else "custom", *after])
+
+
+def phrase(op: Op) -> str:
+    """A router in words, in the order in which it works."""
+    routing = Routing.of(op)
+    corrected = len(op.inputs) > 1 if op.name == "moe.route" else bool(op.attrs.get("corrected"))
+    parts = [] if routing.score == "none" else [routing.score]
+    if corrected:
+        parts.append("correction bias")
+    if routing.groups > 1:
+        parts.append(
+            f"best {routing.top_groups} of {routing.groups} groups by {routing.group_score}"
+        )
+    parts.append(f"top-{routing.k}")
+    if routing.after != "none":
+        parts.append(routing.after)
+    if routing.renormalize:
+        parts.append("renormalised")
+    if routing.scale != 1.0:
+        parts.append(f"times {routing.scale:g}")
+    return ", ".join(parts)
+
+
+def activation(body: Graph) -> str:
+    """What stands between the linear layers of one expert."""
+    kinds: dict[str, Op] = {}
+    for op in body.ops:
+        kind = op.name.split(".")[1]
+        weights = [v for v in op.inputs if v in body.params]
+        if kind in _SILENT or (kind in _SCALING and (len(op.inputs) < 2 or weights)):
+            continue  # biases, gains and constant factors are no activation
+        kinds[kind] = op
+    names = set(kinds)
+    if not names:
+        return "linear"
+    functions = names - {"mul", "add", "clamp"}
+    if len(functions) != 1 or "add" in names:
+        return "custom"
+    (function,) = functions
+    clamped = "clamped " if "clamp" in names else ""
+    if "mul" not in names:
+        return clamped + function
+    if function == "sigmoid" and _multiplies_itself(body, kinds["sigmoid"]):
+        products = [o for o in body.ops if o.name == "aten.mul.Tensor" and len(o.inputs) == 2]
+        return clamped + ("swiglu" if len(products) > 1 else "silu")
+    if function == "relu" and len(set(kinds["mul"].inputs)) == 1:
+        return clamped + "relu squared"
+    return clamped + _GATED.get(function, "custom")
+
+
+def _multiplies_itself(body: Graph, sigmoid: Op) -> bool:
+    """x * sigmoid(x), or x * sigmoid(a * x)."""
+    source = sigmoid.inputs[0]
+    scaled = body.producers.get(source)
+    sources: set[Value] = {source}
+    if scaled is not None and scaled.name == "aten.mul.Tensor" and len(scaled.inputs) == 1:
+        sources.add(scaled.inputs[0])
+    readers = body.readers.get(sigmoid.outputs[0], ())
+    return any(op.name == "aten.mul.Tensor" and sources & set(op.inputs) for op in readers)
+
+
+def _shared(graph: Graph, combine: Op) -> str:
+    if combine.attrs.get("added"):
+        return _dense(graph, combine.inputs[-1])
+    value = combine.outputs[0]
+    while True:
+        readers = graph.readers.get(value, ())
+        if len(readers) != 1:
+            return ""
+        (reader,) = readers
+        if reader.name in _MOVES:
+            value = reader.outputs[0]
+        elif reader.name == "aten.add.Tensor" and len(reader.inputs) == 2:
+            return _dense(graph, next((v for v in reader.inputs if v is not value), value))
+        else:
+            return ""
+
+
+def _dense(graph: Graph, value: Value) -> str:
+    """What kind of dense branch is added; a residual stream is none."""
+    op = graph.producers.get(value)
+    while op is not None and op.name in _MOVES:
+        op = graph.producers.get(op.inputs[0])
+    if op is None:
+        return ""
+    if op.name == "aten.linear.default":
+        return "added"
+    if op.name == "aten.mul.Tensor" and len(op.inputs) == 2:
+        makers = [graph.producers.get(v) for v in op.inputs]
+        names = {m.name for m in makers if m is not None}
+        if "aten.sigmoid.default" in names:
+            return "added, gated by a sigmoid"
+    return ""

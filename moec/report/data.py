@@ -1,0 +1,179 @@
+"""What a compilation made, as data: what `--json` prints and an artifact keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from moec.passes.core.damage import Damage
+
+WHOLE = "(whole model)"
+"""The name of a block that is no module of its own."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block. `parameters` are those of its experts, `active_parameters` those of the top k.
+
+    `router` and `activation` are phrases, such as "softmax, top-2, renormalised" and "swiglu",
+    or "custom"; `form` is how the source wrote the experts. `shared` says how a dense branch is
+    added to the block's result, and is empty where none is; `kernel` names what runs the block,
+    and is empty until code is generated. `zero` counts the experts without a network that tokens
+    may choose as well ("2 constant, 1 copy, 1 zero"); `experts` are those that have one.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    router: str
+    activation: str
+    form: str
+    parameters: int
+    active_parameters: int
+    shared: str = ""
+    kernel: str = ""
+    zero: str = ""
+
+
+@dataclass(frozen=True)
+class DeclinedLine:
+    where: str
+    reason: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class PassLine:
+    name: str
+    stage: str
+    rewrites: int
+    ops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PortLine:
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+    @staticmethod
+    def of_dict(recorded: Mapping[str, Any]) -> PortLine:
+        return PortLine(recorded["name"], recorded["dtype"], tuple(recorded["shape"]))
+
+
+@dataclass(frozen=True)
+class ErrorLine:
+    """How far one output is from eager's: the greatest error relative to the greatest value."""
+
+    output: str
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class QuantisedLine:
+    """The experts of one place, or the linear layers of one name, in fewer bits. `covered` of
+    these `parts` are really quantised; errors are those of the weights, as a share of their
+    norm: over all, and of the worst part.
+
+    With calibration data, `fewest` is how many rows the part that saw fewest saw, `few` are the
+    parts that saw too few and were rounded to nearest; `nearest` and `solved` are the errors of
+    the products on these data, with all codes rounded to nearest and with those that are used.
+    """
+
+    name: str
+    format: str
+    parts: int
+    covered: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    worst: float
+    fewest: int | None = None
+    few: tuple[int, ...] = ()
+    nearest: float | None = None
+    solved: float | None = None
+
+
+@dataclass(frozen=True)
+class MovedLine:
+    """How far an output of the quantised model is from the unquantised one's over the cases of
+    the verification: the difference as a share of the norm, and in how many of the rows (tokens)
+    the greatest value stands elsewhere."""
+
+    output: str
+    error: float
+    moved: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class TunedLine:
+    """One kernel that was measured with other values than the default: `values` are those it was
+    given (none: the default), `gains` how many times as fast it is with them, by the number of
+    tokens. `noise` is twice the error of their mean, as a share. `known` were measured by a
+    compilation before; `why` says what kept a kernel from being measured.
+    """
+
+    kernel: str
+    values: Mapping[str, int] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
+    noise: float = 0.0
+    known: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
+
+    model: str
+    target: str = ""
+    parameters: int = 0
+    active_parameters: int = 0
+    bytes_by_dtype: Mapping[str, int] = field(default_factory=dict)
+    bytes_out: int | None = None
+    inputs: tuple[PortLine, ...] = ()
+    outputs: tuple[PortLine, ...] = ()
+    states: tuple[PortLine, ...] = ()
+    sizes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+    declined: tuple[DeclinedLine, ...] = ()
+    passes: tuple[PassLine, ...] = ()
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    verification: tuple[ErrorLine, ...] = ()
+    quantised: tuple[QuantisedLine, ...] = ()
+    moved: tuple[MovedLine, ...] = ()
+    tuned: tuple[TunedLine, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    damage: tuple[Damage, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As one JSON document holds it: plain dicts, lists and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def of_dict(cls, recorded: Mapping[str, Any]) -> Self:
+        """The report that `to_dict` wrote; fields that this version does not know are left out."""
+        lines: dict[str, Callable[[Any], Any]] = {
+            "inputs": PortLine.of_dict,
+            "outputs": PortLine.of_dict,
+            "states": PortLine.of_dict,
+            "blocks": lambda d: Block(**d),
+            "declined": lambda d: DeclinedLine(**d),
+            "passes": lambda d: PassLine(**d),
+            "verification": lambda d: ErrorLine(**d),
+            "damage": Damage.of_dict,
+            "quantised": lambda d: QuantisedLine(**{**d, "few": tuple(d.get("few", ()))}),
+            "moved": lambda d: MovedLine(**d),
+            "tuned": lambda d: TunedLine(**d),
+        }
+        known = {k: v for k, v in recorded.items() if k in cls.__dataclass_fields__}
+        for name, make in lines.items():
+            known[name] = tuple(make(dict(line)) for line in known.get(name, ()))
+        known["sizes"] = {name: (low, high) for name, (low, high) in known.get("sizes", {}).items()}
+        known["notes"] = tuple(known.get("notes", ()))
+        return cls(**known)

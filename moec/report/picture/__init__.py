@@ -1,0 +1,37 @@
+"""Drawing a model: `save(scene, "out.svg")`; the name's ending says which kind of picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moec.errors import UsageError
+from moec.report.picture.part import Part, Scene
+from moec.report.picture.scene import scene
+
+__all__ = ["Part", "Scene", "draw", "save", "scene"]
+
+ENDINGS = (".svg", ".html", ".dot")
+
+
+def draw(scene: Scene, ending: str) -> str:
+    """The picture as text: ".svg", ".html" (with details on click) or ".dot" (for Graphviz).
+
+    Raises UsageError for any other ending.
+    """
+    if ending == ".svg":
+        from moec.report.picture.svg import svg
+
+        return svg(scene)[0]
+    if ending == ".html":
+        from moec.report.picture.html import html
+
+        return html(scene)
+    if ending == ".dot":
+        from moec.report.picture.dot import dot
+
+        return dot(scene)
+    raise UsageError(f"a picture ends in {', '.join(ENDINGS)}, not {ending or 'nothing'!r}")
+
+
+def save(scene: Scene, path: Path) -> None:
+    path.write_text(draw(scene, path.suffix), encoding="utf-8")

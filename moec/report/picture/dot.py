@@ -1,0 +1,81 @@
+"""A scene as a Graphviz file, for those who want to lay it out themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from moec.report.data import PortLine
+from moec.report.picture.marks import LIGHT
+from moec.report.picture.part import ENTRY, Part, Scene
+from moec.report.text import shape
+from moec.report.units import count
+
+
+def dot(scene: Scene) -> str:
+    return "\n".join(_lines(scene)) + "\n"
+
+
+def _lines(scene: Scene) -> Iterator[str]:
+    yield f"digraph {quoted(scene.title)} {{"
+    yield '  graph [fontname="Helvetica"]'
+    yield '  node [shape=box, style="rounded,filled", fillcolor=white, fontname="Helvetica"]'
+    for side, ports in (("in", scene.inputs), ("out", scene.outputs)):
+        yield f'  {side} [shape=plain, style="", label={quoted(_ports(ports))}]'
+    yield from _inside(scene.whole, "n", "  ")
+    parts = scene.whole.parts
+    if parts:
+        yield f"  in -> {first(parts[0], 'n_0')}"
+        yield f"  {last(parts[-1], f'n_{len(parts) - 1}')} -> out"
+    yield "}"
+
+
+def _inside(part: Part, name: str, indent: str) -> Iterator[str]:
+    for i, inner in enumerate(part.parts):
+        own = f"{name}_{i}"
+        if inner.parts:
+            times = f" x {inner.times}" if inner.times > 1 else ""
+            yield f"{indent}subgraph cluster_{own} {{"
+            yield f"{indent}  label={quoted(f'{inner.label}{times}')}; style=rounded"
+            yield from _inside(inner, own, indent + "  ")
+            yield f"{indent}}}"
+        elif inner.kind == "sum":
+            yield f'{indent}{own} [label="+", shape=circle]'
+        else:
+            color = LIGHT[inner.kind]
+            yield f"{indent}{own} [label={quoted(_label(inner))}, color={quoted(color)}]"
+        if i:
+            before = part.parts[i - 1]
+            yield f"{indent}{last(before, f'{name}_{i - 1}')} -> {first(inner, own)}"
+    for start, end in part.edges:
+        if start != ENTRY:
+            source = last(part.parts[start], f"{name}_{start}")
+            yield f"{indent}{source} -> {first(part.parts[end], f'{name}_{end}')}"
+
+
+def first(part: Part, name: str) -> str:
+    return first(part.parts[0], f"{name}_0") if part.parts else name
+
+
+def last(part: Part, name: str) -> str:
+    if not part.parts:
+        return name
+    return last(part.parts[-1], f"{name}_{len(part.parts) - 1}")
+
+
+def _label(part: Part) -> str:
+    lines = [part.label]
+    for block in part.blocks:
+        lines.append(f"MoE: {block.top_k} of {block.experts} experts")
+        lines.append(f"{block.router}; {block.activation}")
+    if part.parameters:
+        lines.append(f"{count(part.parameters)} parameters")
+    return "\n".join(lines)
+
+
+def _ports(ports: tuple[PortLine, ...]) -> str:
+    return "\n".join(f"{line.name}: {shape(line)}" for line in ports)
+
+
+def quoted(words: str) -> str:
+    return json.dumps(words, ensure_ascii=False)

@@ -1,0 +1,106 @@
+"""Layers that are alike, as one part that says how many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moec.report.picture.part import ENTRY, Edges, Part
+
+
+def collapse(parts: Sequence[Part], edges: Edges) -> tuple[list[Part], Edges]:
+    """Layers that differ in nothing but their number, as one part that says how many.
+
+    A layer may be several parts long: blocks with additions between them.
+    """
+    made: list[Part] = []
+    place: list[int] = []  # of each old part in `made`
+    at = 0
+    while at < len(parts):
+        length, times = _period(parts, edges, at)
+        group = parts[at : at + length * times]
+        if times == 1:
+            made.append(replace(group[0], label=label(group[:1])))
+        elif length == 1:
+            made.append(replace(group[0], label=label(group), times=times))
+        else:
+            made.append(_layer(group, _within(edges, at, length), length, times))
+        place += [len(made) - 1] * len(group)
+        at += len(group)
+    kept = {(ENTRY if a == ENTRY else place[a], place[b]) for a, b in edges}
+    return made, tuple(sorted((a, b) for a, b in kept if a < b - 1))
+
+
+def _period(parts: Sequence[Part], edges: Edges, at: int) -> tuple[int, int]:
+    """How many parts from `at` make one layer, and how often it comes; (1, 1) for no layer."""
+    for length in range(1, 7):
+        first = parts[at : at + length]
+        if not any(is_numbered(p) for p in first):
+            continue
+        want = [signature(p) for p in first], _within(edges, at, length)
+        times = 1
+        while (
+            [signature(p) for p in parts[at + times * length : at + (times + 1) * length]],
+            _within(edges, at + times * length, length),
+        ) == want:
+            times += 1
+        if times > 1:
+            return length, times
+    return 1, 1
+
+
+def _within(edges: Edges, at: int, length: int) -> Edges:
+    """The edges that end in the `length` parts from `at`, counted from there."""
+    return tuple((a - at if a >= at else ENTRY, b - at) for a, b in edges if at <= b < at + length)
+
+
+HEAVY = ("moe.", "grouped.", "nn.", "moec.", "aten.linear", "aten.embedding", "aten.scaled_dot")
+
+
+def is_numbered(part: Part) -> bool:
+    return part.path.rpartition(".")[2].isdigit()
+
+
+def _layer(group: Sequence[Part], edges: Edges, length: int, times: int) -> Part:
+    first = group[:length]
+    split: Counter[str] = Counter()
+    for part in first:
+        split.update({k: n * part.times for k, n in part.split.items()})
+    return Part(
+        first[0].path,
+        label([p for p in group if is_numbered(p)]),
+        "frame",
+        sum(p.parameters for p in first),
+        sum(p.active for p in first),
+        times=times,
+        split=dict(split),
+        parts=tuple(replace(p, label=label([p])) for p in first),
+        edges=edges,
+    )
+
+
+def label(parts: Sequence[Part]) -> str:
+    """What people call a part: its own name, with the list's before a number."""
+    if not is_numbered(parts[0]):
+        return parts[0].label
+    *_, name, number = f".{parts[0].path}".split(".")
+    last = parts[-1].path.rpartition(".")[2]
+    return f"{name} {number}" + (f" … {last}" if last != number else "")
+
+
+def signature(part: Part) -> object:
+    """What two parts must share to be drawn as one."""
+    if part.kind == "sum":
+        return "sum"
+    return (
+        part.label if not part.label.isdigit() else "",
+        part.kind,
+        part.parameters,
+        tuple(sorted((n, c) for n, c in part.ops.items() if n.startswith(HEAVY))),
+        tuple(kind for _, kind in part.weights),
+        tuple(replace(block, name="") for block in part.blocks),
+        tuple((d.reason, d.rule) for d in part.declined),
+        tuple(map(signature, part.parts)),
+        part.edges,
+    )

@@ -1,0 +1,323 @@
+"""What a picture shows: the model as nested parts in the order of the flow, repeats collapsed.
+
+A part stands for a module of the source. It is opened where an MoE block or a list of layers
+lies inside it, and closed (a card) otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from moec.ir.graph import Graph, Op, Value
+from moec.report.data import WHOLE, Block, DeclinedLine
+from moec.report.picture.part import ENTRY, Part, Scene
+from moec.report.picture.repeats import collapse
+from moec.report.report import inside, port
+
+
+@dataclass
+class _Module:
+    """A module while the tree grows: children in the order in which they first compute."""
+
+    path: str
+    children: dict[str, _Module] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    params: list[Value] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    def all_ops(self) -> Iterable[Op]:
+        yield from self.ops
+        for child in self.children.values():
+            yield from child.all_ops()
+
+    def all_params(self) -> Iterable[Value]:
+        yield from self.params
+        for child in self.children.values():
+            yield from child.all_params()
+
+    def at(self, path: str) -> _Module:
+        module = self
+        for name in path.split(".") if path else ():
+            below = f"{module.path}.{name}" if module.path else name
+            module = module.children.setdefault(name, _Module(below))
+        return module
+
+
+def scene(
+    title: str,
+    graph: Graph,
+    blocks: Sequence[Block] = (),
+    declined: Sequence[DeclinedLine] = (),
+) -> Scene:
+    """The scene of `graph`, whose ops know their modules by `origin`."""
+    root = _Module("")
+    for op in graph.ops:
+        root.at(_module_path(op.origin)).ops.append(op)
+    for param in graph.params:
+        _home(root, param, graph).params.append(param)
+    reader = _Reader(graph, tuple(blocks), tuple(declined))
+    whole = reader.opened(root)
+    if any(block.name == WHOLE for block in blocks):
+        card = reader.closed(root)
+        whole = replace(card, kind="frame", blocks=(), parts=(replace(card, label="model"),))
+    states = {state.before for state in graph.states}
+    return Scene(
+        title,
+        tuple(port(v) for v in graph.inputs if v not in states),
+        tuple(port(v) for v in graph.outputs),
+        replace(whole, label=title),
+    )
+
+
+def _module_path(origin: str) -> str:
+    """Without what an origin may say beyond the module: 'layers.0.mlp (3 ops)'."""
+    return origin.split(" ")[0].split("(")[0].strip(".")
+
+
+def _path(block: Block) -> str:
+    return "" if block.name == WHOLE else block.name
+
+
+def _home(root: _Module, param: Value, graph: Graph) -> _Module:
+    """The module that a weight is shown in: the one it is named for, or the one that reads it."""
+    module = root
+    for name in param.name.split(".")[:-1]:
+        if name not in module.children:
+            break
+        module = module.children[name]
+    if module is root and (readers := graph.readers.get(param)):
+        return root.at(_module_path(readers[0].origin))
+    return module
+
+
+def numel(value: Value) -> int:
+    total = 1
+    for dim in value.shape:
+        total *= dim if isinstance(dim, int) else 1
+    return total
+
+
+@dataclass(frozen=True)
+class _Reader:
+    graph: Graph
+    blocks: tuple[Block, ...]
+    declined: tuple[DeclinedLine, ...]
+
+    def blocks_of(self, module: _Module) -> tuple[Block, ...]:
+        """The MoE blocks of a module that is one, or wraps one with only its router beside it."""
+        found = tuple(b for b in self.blocks if inside(_path(b), module.path))
+        places = {_path(b) for b in found}
+        if len(places) != 1 or not module.path:
+            return ()
+        (place,) = places
+        if place == module.path:
+            return found
+        kinds = {_kind(c) for c in module.children.values() if not inside(place, c.path)}
+        return () if kinds & {"attention", "norm"} else found
+
+    def opens(self, module: _Module) -> bool:
+        """Whether the inside is drawn: a block or a declined place lies there, or layers do."""
+        if not module.path:
+            return bool(module.children)
+        if self.blocks_of(module) or not module.children:
+            return False
+        if any(_module_path(d.where) == module.path for d in self.declined):
+            return False
+        names = [*(_path(b) for b in self.blocks), *(_module_path(d.where) for d in self.declined)]
+        if any(inside(n, module.path) for n in names):
+            return True
+        layer = module.name.isdigit() and len(module.children) > 1
+        return layer or is_list(module) or any(map(is_list, module.children.values()))
+
+    def part(self, module: _Module) -> Part:
+        return self.opened(module) if self.opens(module) else self.closed(module)
+
+    def closed(self, module: _Module) -> Part:
+        params = list(module.all_params())
+        found = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
+        total = sum(map(numel, params))
+        idle = sum(b.parameters - b.active_parameters for b in found)
+        return Part(
+            module.path,
+            module.name,
+            "moe" if found else _kind(module),
+            total,
+            max(total - idle, 0),
+            dict(Counter(op.name for op in module.all_ops())),
+            tuple((p.name, str(p.type)) for p in params),
+            blocks=found,
+            split=_split(module, found) if found else {_kind(module): total},
+            declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
+        )
+
+    def opened(self, module: _Module) -> Part:
+        """Children in order, additions between them as parts of their own, repeats collapsed."""
+        children = [c for c in _inlined(module, self) if not is_position(c)]
+        parts, edges = _flow(self.graph, module, children, [self.part(c) for c in children])
+        parts, edges = collapse(parts, edges)
+        split: dict[str, int] = {}
+        own = sum(map(numel, module.params))
+        for part in parts:
+            for kind, count in part.split.items():
+                split[kind] = split.get(kind, 0) + count * part.times
+        if own:
+            split["other"] = split.get("other", 0) + own
+        return Part(
+            module.path,
+            module.name,
+            "frame",
+            own + sum(p.parameters * p.times for p in parts),
+            own + sum(p.active * p.times for p in parts),
+            dict(Counter(op.name for op in module.all_ops())),
+            split=split,
+            declined=tuple(d for d in self.declined if _module_path(d.where) == module.path),
+            parts=tuple(parts),
+            edges=edges,
+        )
+
+
+def is_list(module: _Module) -> bool:
+    """A ModuleList of layers: nothing of its own, children by number."""
+    return (
+        bool(module.children) and not module.ops and all(name.isdigit() for name in module.children)
+    )
+
+
+def _inlined(module: _Module, reader: _Reader) -> Iterable[_Module]:
+    """Children in the order of their first op; a wrapper (one that only holds others) melts."""
+    order = {id(op): i for i, op in enumerate(reader.graph.ops)}
+
+    def first(child: _Module) -> int:
+        return min((order[id(op)] for op in child.all_ops()), default=len(order))
+
+    stacks = [c for c in module.children.values() if any(map(is_list, c.children.values()))]
+    for child in sorted(module.children.values(), key=first):
+        wraps = stacks == [child] and not child.name.isdigit()
+        if is_list(child) or (wraps and reader.opens(child)):
+            yield from _inlined(child, reader)
+        elif not is_silent(child):
+            yield child
+
+
+def is_silent(module: _Module) -> bool:
+    """Nothing happens there: dropout in a model that does not train, a holder of nothing."""
+    passing = all(
+        op.name in ("aten.alias.default", "aten.clone.default") for op in module.all_ops()
+    )
+    return passing and not any(True for _ in module.all_params())
+
+
+def is_position(module: _Module) -> bool:
+    """A rotary embedding beside the flow: every layer reads it, none of the flow runs through."""
+    return "rotary" in module.name.lower() and not module.children
+
+
+MOVES = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
+
+
+def _flow(
+    graph: Graph, module: _Module, children: Sequence[_Module], parts: Sequence[Part]
+) -> tuple[list[Part], tuple[tuple[int, int], ...]]:
+    """The parts with additions between them, and the connections that skip parts.
+
+    Other ops of the module's own (views, casts) only pass on where their inputs came from.
+    """
+    owner = {op: i for i, child in enumerate(children) for op in child.all_ops()}
+    mine = {op for op in module.all_ops()}
+    made: list[Part] = []
+    place: dict[int, int] = {}
+    ends: dict[int, int] = {}  # of each child: the part that its results come out of
+    sources: dict[Value, int] = {}
+    edges: list[tuple[int, int]] = []
+    for op in graph.ops:
+        if op not in mine:
+            continue
+        if op in owner:
+            at = owner[op]
+            if at not in place:
+                place[at] = ends[at] = len(made)
+                made.append(parts[at])
+            if (addend := folded_addend(op)) is not None:
+                source = sources.get(addend, ENTRY)
+                if source != place[at]:  # a residual that is added inside the combine
+                    ends[at] = len(made)
+                    made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
+                    edges += [(source, ends[at])] if source < ends[at] - 1 else []
+            moves = op.name in MOVES and op.inputs[0] in sources
+            sources |= dict.fromkeys(op.outputs, sources[op.inputs[0]] if moves else ends[at])
+            continue
+        found = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]
+        if folded_addend(op) is not None:
+            found = [max(found[:-1], default=ENTRY), found[-1]]
+        if (is_sum(op) or folded_addend(op)) and len(set(found)) == 2:
+            here = len(made)
+            made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
+            edges += [(s, here) for s in sorted(set(found)) if s < here - 1]
+            sources |= dict.fromkeys(op.outputs, here)
+        else:
+            sources |= dict.fromkeys(op.outputs, max(found, default=ENTRY))
+    for i, part in enumerate(parts):
+        if i not in place:
+            made.append(part)
+    return made, tuple(edges)
+
+
+def folded_addend(op: Op) -> Value | None:
+    """What a combine adds to the sum of its experts."""
+    return op.inputs[-1] if op.name == "moe.combine" and op.attrs.get("added") else None
+
+
+def is_sum(op: Op) -> bool:
+    """An addition of two tensors of the same shape: a residual connection."""
+    return (
+        op.name == "aten.add.Tensor"
+        and len(op.inputs) == 2
+        and op.inputs[0].shape == op.inputs[1].shape
+        and len(op.inputs[0].shape) >= 2
+    )
+
+
+def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
+    """The parameters of an MoE card by what they do: the experts' are known, the rest is told
+    by its shape and name."""
+    split: Counter[str] = Counter()
+    experts = blocks[0].experts
+    for param in module.all_params():
+        own = param.name[len(module.path) :]
+        if "shared" in own:
+            split["shared"] += numel(param)
+        elif "expert" not in own and len(param.shape) <= 2 and param.shape[:1] == (experts,):
+            split["router"] += numel(param)
+        else:
+            split["moe"] += numel(param)
+    beyond = split["moe"] - sum(b.parameters for b in blocks)
+    if beyond > 0:
+        split["moe"] -= beyond
+        other = "attention" if _kind(module) == "attention" else "other"
+        split["shared" if blocks[0].shared and not split["shared"] else other] += beyond
+    return dict(split)
+
+
+def _kind(module: _Module) -> str:
+    """What a module that is no MoE block does, from what it computes and how it is called."""
+    names = Counter(op.name for op in module.all_ops())
+    name = module.name.lower()
+    linears = sum(
+        names[n] for n in ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
+    )
+    if "norm" in name:
+        return "norm"
+    if any("attention" in n for n in names) or "attn" in name or "attention" in name:
+        return "attention"
+    if names["aten.embedding.default"]:
+        return "embedding"
+    if not linears and any("norm" in n or "rsqrt" in n for n in names):
+        return "norm"
+    if linears > 1:
+        return "mlp"
+    return "linear" if linears else "other"

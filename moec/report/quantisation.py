@@ -1,0 +1,192 @@
+"""What quantisation changed: bytes, weights, and the model's own outputs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+
+from moec.errors import UnsupportedError
+from moec.formats.integer import Format, dequantise
+from moec.ir.graph import Attr, Op, Program, Value
+from moec.ops.quantised import GroupedQuantised, Matrix, format_of
+from moec.ops.quantised_linear import QuantisedLinear
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.rounding_stats import Fit
+from moec.passes.core.runner import Log, Step
+from moec.report.data import MovedLine, QuantisedLine
+from moec.report.module_paths import fold
+
+BROKEN = 0.5
+"""An expert whose weights are farther off, as a share of their norm, was not quantised: that of
+an expert that was left out is 1, and four bits a weight give 0.1."""
+
+
+QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")
+
+
+def matrices_of(op: Op) -> tuple[Matrix, ...]:
+    """The weights of one of QUANTISED_OPS."""
+    if op.name == "grouped.quantised":
+        return GroupedQuantised.of(op).matrices
+    return (QuantisedLinear.of(op).matrix,)
+
+
+def unquantised_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps before the first that rounds weights."""
+    return tuple(takewhile(lambda step: not step.quantises, steps))
+
+
+def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
+    """One line for each place with quantised weights: what it was, what it is, how far off.
+
+    Raises UnsupportedError where quantisation ran and found nothing that it could do.
+    """
+    exact, last = unquantised_steps(steps), steps[-1]
+    if len(exact) == len(steps):
+        return ()
+    places: dict[str, list[Op]] = {}
+    for op in last.program.graph.ops:
+        if op.name in QUANTISED_OPS:
+            places.setdefault(_numberless(op), []).append(op)
+    if not places:
+        reasons = dict.fromkeys(d.reason for s in steps[len(exact) :] for d in s.declined)
+        raise UnsupportedError(
+            "quant: no weights were quantised: "
+            + ("; ".join(reasons) or "no experts were recognised in the model")
+        )
+    before = exact[-1].program
+    fits = {fit.place: fit for step in steps for fit in step.fits}
+    return tuple(
+        _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in places.values()
+    )
+
+
+def _fits_of(ops: Sequence[Op], fits: Mapping[str, Fit]) -> list[Fit]:
+    names = dict.fromkeys(_ORIGINAL.sub("", m.codes.name) for op in ops for m in matrices_of(op))
+    return [fits[name] for name in names if name in fits]
+
+
+def _fitted(line: QuantisedLine, fits: Sequence[Fit]) -> QuantisedLine:
+    """With what calibration did, over all matrices of the line."""
+    if not fits:
+        return line
+    return replace(
+        line,
+        fewest=min(rows for fit in fits for rows in fit.seen),
+        few=tuple(sorted({e for fit in fits for e in fit.few})),
+        nearest=_rms(fit.nearest for fit in fits),
+        solved=_rms(fit.solved for fit in fits),
+    )
+
+
+def _rms(errors: Iterable[float]) -> float:
+    found = list(errors)
+    return math.sqrt(sum(e * e for e in found) / len(found))
+
+
+def _numberless(op: Op) -> str:
+    """What ops have in common that share a line: the place of experts, the name of linears."""
+    place = _place(op)
+    return place if op.name == "grouped.quantised" else re.sub(r"\d+", "*", place)
+
+
+def with_exact_rows(program: Program, asked: bool = True) -> Program:
+    """The same weights of few bits, and rows that are not rounded as they meet them. Whoever runs
+    it may round them to `row_bits`, or to 8 where rows of 16 cannot be `asked` for."""
+
+    def rule(op: Op, b: Builder) -> Sequence[Value] | None:
+        if op.name != "grouped.quantised":
+            return None
+        kept = {name: a for name, a in op.attrs.items() if asked or name != "row_bits"}
+        attrs: dict[str, Attr] = {**kept, "exact_rows": True}
+        return b.emit(op.name, op.inputs, like=op, attrs=attrs, body=op.body)
+
+    return replace(program, graph=rewrite(program.graph, rule, Log()))
+
+
+def left_wide(steps: Sequence[Step]) -> tuple[str, ...]:
+    """In words, the experts' weights that quantisation left as they were."""
+    if len(unquantised_steps(steps)) == len(steps):
+        return ()
+    ops = steps[-1].program.graph.ops
+    left = dict.fromkeys(_place(op) for op in ops if op.name == "grouped.linear")
+    return tuple(f"the weights of {place} are not quantised" for place in left)
+
+
+def moved_lines(
+    names: Sequence[str],
+    known: Iterable[Sequence[torch.Tensor]],
+    changed: Iterable[Sequence[torch.Tensor]],
+) -> tuple[MovedLine, ...]:
+    """For each output, how far `changed` is from `known` over all cases."""
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
+    for wanted, got in zip(known, changed, strict=True):
+        for name, a, b in zip(names, wanted, got, strict=True):
+            if a.is_floating_point() and a.numel() and a.ndim:
+                pairs[name].append((a.float().flatten(0, -2), b.float().flatten(0, -2)))
+    return tuple(_moved(name, some) for name, some in pairs.items() if some)
+
+
+def _moved(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> MovedLine:
+    off = size = 0.0
+    moved = rows = 0
+    for a, b in pairs:
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        finite = a.isfinite() & b.isfinite()
+        off += float((a - b)[finite].double().pow(2).sum())
+        size += float(a[finite].double().pow(2).sum())
+        moved += int((a.argmax(-1) != b.argmax(-1)).sum())
+        rows += len(a)
+    return MovedLine(name, (off / size) ** 0.5 if size else 0.0, moved, rows)
+
+
+def _place(op: Op) -> str:
+    return op.origin or op.outputs[0].name
+
+
+def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
+    matrices = {
+        matrix.codes.name: (matrix, op) for op in ops for matrix in matrices_of(op)
+    }  # each once
+    wide = few = 0
+    off: dict[int, float] = {}
+    size: dict[int, float] = {}
+    for number, (matrix, op) in enumerate(matrices.values()):
+        format = format_of(op, matrix)
+        original = before.weights[_ORIGINAL.sub("", matrix.codes.name)]
+        wide += original.numel() * original.element_size()
+        few += format.nbytes(original.numel() // original.shape[-1], original.shape[-1])
+        for part, a, b in _parts(original, number, matrix, format, after):
+            off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
+            size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
+    errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
+    return QuantisedLine(
+        fold(tuple(dict.fromkeys(_place(op) for op in ops))),
+        str(format_of(op, matrix)),
+        parts=len(errors),
+        covered=sum(error < BROKEN for error in errors),
+        bytes_before=wide,
+        bytes_after=few,
+        error=math.sqrt(sum(off.values()) / max(sum(size.values()), 1e-300)),
+        worst=max(errors),
+    )
+
+
+_ORIGINAL = re.compile(r"\.codes(_\d+)?$")
+
+
+def _parts(
+    original: torch.Tensor, number: int, matrix: Matrix, format: Format, after: Program
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The weights of each expert, or of the one matrix, before and after, in float32."""
+    stored = [after.weights[value.name] for value in matrix.values]
+    if original.ndim == 2:
+        yield number, original.float(), dequantise(format.kind, *stored)
+        return
+    for e, weight in enumerate(original):
+        yield e, weight.float(), dequantise(format.kind, *(t[e] for t in stored))

@@ -1,0 +1,271 @@
+"""The words and tables of a report."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moec.report.damage_text import parts as damage_parts
+from moec.report.data import (
+    Block,
+    DeclinedLine,
+    ErrorLine,
+    MovedLine,
+    PassLine,
+    PortLine,
+    QuantisedLine,
+    ReportData,
+    TunedLine,
+)
+from moec.report.module_paths import fold, spans
+from moec.report.units import count, seconds, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def shape(line: PortLine) -> str:
+    return f"{line.dtype}[{', '.join(line.shape)}]"
+
+
+def render(report: ReportData, width: int = 100, color: bool = False) -> str:
+    """The report as text, at most `width` columns wide."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=color,
+        no_color=not color,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+    for part in _parts(report):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def terminal_width() -> int:
+    """How wide to print: as the terminal, within reason; 100 where there is none."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 140)
+
+
+def _parts(report: ReportData) -> Iterable[RenderableType]:
+    from rich.text import Text
+
+    title = f"{report.model} for {report.target}" if report.target else report.model
+    yield Text(title, style="bold")
+    yield _facts(report)
+    yield ""
+    if report.blocks:
+        yield from _blocks(report.blocks)
+    else:
+        yield Text("No MoE block was recognised: the model is compiled as it is.")
+    if report.declined:
+        yield ""
+        yield _declined(report.declined)
+    if report.passes:
+        yield ""
+        yield _passes(report.passes)
+    for damage in report.damage:
+        yield ""
+        yield from damage_parts(damage)
+    if report.quantised:
+        yield ""
+        yield _quantised(report.quantised)
+        yield from _calibrated(report.quantised)
+    if report.tuned:
+        yield ""
+        yield _tuned(report.tuned)
+    if report.verification:
+        yield ""
+        yield _verification(report.verification, bool(report.quantised))
+    if report.moved:
+        yield ""
+        yield _moved(report.moved)
+    for note in report.notes:
+        yield Text(f"note: {note}")
+
+
+def _grid(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        right = column in ("rewrites", "ops", "seconds")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _facts(report: ReportData) -> Any:
+    table = _facts_grid()
+    total, active = report.parameters, report.active_parameters
+    if total:
+        share = f", {count(active)} active per token ({active / total:.0%})"
+        table.add_row("parameters", f"{count(total)} total" + (share if report.blocks else ""))
+    if report.bytes_by_dtype:
+        parts = " + ".join(f"{size(n)} {dtype}" for dtype, n in report.bytes_by_dtype.items())
+        packed = "" if report.bytes_out is None else f", {size(report.bytes_out)} packed"
+        table.add_row("weights", parts + packed)
+    for label, ports in (
+        ("inputs", report.inputs),
+        ("outputs", report.outputs),
+        ("states", report.states),
+    ):
+        for i, line in enumerate(ports):
+            table.add_row(label if i == 0 else "", f"{line.name}: {shape(line)}")
+    if report.sizes:
+        table.add_row("sizes", ", ".join(_bounds(n, *b) for n, b in report.sizes.items()))
+    if report.kernels:
+        shown = ", ".join(f"{n} x {name}" for name, n in report.kernels.items())
+        table.add_row("kernels", shown)
+    if report.phases:
+        table.add_row("took", ", ".join(f"{n} {seconds(s)}" for n, s in report.phases.items()))
+    return table
+
+
+def _bounds(name: str, low: int, high: int | None) -> str:
+    return f"{name} from {low}" if high is None else f"{name} {low} to {high}"
+
+
+def _blocks(blocks: Sequence[Block]) -> Iterable[RenderableType]:
+    """Blocks that differ in nothing but their name are described once."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    plural = "block" if len(blocks) == 1 else "blocks"
+    yield Text(f"{len(blocks)} MoE {plural}", style="bold")
+    groups: dict[Block, list[str]] = {}
+    for block in blocks:
+        groups.setdefault(replace(block, name=""), []).append(block.name)
+    for block, names in groups.items():
+        yield Text(fold(names))
+        table = _facts_grid()
+        each = " each" if len(names) > 1 else ""
+        table.add_row("experts", f"{block.top_k} of {block.experts} per token, {block.activation}")
+        if block.zero:
+            table.add_row("or one of", f"{block.zero}: experts without a network")
+        table.add_row("router", block.router)
+        if block.shared:
+            table.add_row("shared", block.shared)
+        table.add_row(
+            "parameters",
+            f"{count(block.parameters)}{each}, {count(block.active_parameters)} active per token",
+        )
+        table.add_row("written as", block.form)
+        if block.kernel:
+            table.add_row("kernel", block.kernel)
+        yield Padding(table, (0, 0, 0, 2))
+
+
+def _facts_grid() -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=10)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _declined(declined: Sequence[DeclinedLine]) -> Any:
+    table = _grid("Looked at and left alone", "rule", "why")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in declined:
+        groups.setdefault((line.rule, line.reason), []).append(line.where)
+    for (rule, reason), places in groups.items():
+        table.add_row(fold(places), rule, reason)
+    return table
+
+
+def _passes(passes: Sequence[PassLine]) -> Any:
+    table = _grid("Pass", "stage", "rewrites", "ops", "seconds")
+    for line in passes:
+        table.add_row(
+            line.name, line.stage, str(line.rewrites or "-"), str(line.ops), f"{line.seconds:.2f}"
+        )
+    return table
+
+
+def _quantised(lines: Sequence[QuantisedLine]) -> Any:
+    """A line for each place, and one for all of them."""
+    table = _grid("Quantised", "format", "covered", "bytes", "error", "worst of them")
+    for line in lines:
+        table.add_row(
+            line.name,
+            line.format,
+            f"{line.covered} of {line.parts}",
+            f"{size(line.bytes_before)} to {size(line.bytes_after)}",
+            f"{line.error:.1e}",
+            f"{line.worst:.1e}",
+        )
+    if len(lines) > 1:
+        before, after = (
+            sum(getattr(line, name) for line in lines) for name in ("bytes_before", "bytes_after")
+        )
+        table.add_row(
+            "in all",
+            "",
+            f"{sum(line.covered for line in lines)} of {sum(line.parts for line in lines)}",
+            f"{size(before)} to {size(after)}",
+            f"{(sum(line.error**2 for line in lines) / len(lines)) ** 0.5:.1e}",
+            f"{max(line.worst for line in lines):.1e}",
+        )
+    return table
+
+
+def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
+    """What calibration was worth, and whom it did not reach."""
+    from rich.text import Text
+
+    fitted = [line for line in lines if line.solved is not None]
+    if not fitted:
+        return
+    yield ""
+    table = _grid("Calibrated", "fewest rows", "error rounded to nearest", "error as stored")
+    for line in fitted:
+        table.add_row(line.name, str(line.fewest), f"{line.nearest:.1e}", f"{line.solved:.1e}")
+    yield table
+    for line in fitted:
+        if line.few:
+            yield Text(
+                f"note: too few rows for experts {spans(line.few)} of {line.name}: they are "
+                "rounded to nearest"
+            )
+
+
+def _moved(lines: Sequence[MovedLine]) -> Any:
+    table = _grid("Against the unquantised model", "error", "rows with another greatest value")
+    for line in lines:
+        table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")
+    return table
+
+
+def _tuned(lines: Sequence[TunedLine]) -> Any:
+    table = _grid("tuned kernel", "values", "times as fast, by tokens")
+    for line in lines:
+        values = ", ".join(f"{name} {value}" for name, value in line.values.items())
+        gains = ", ".join(f"{tokens}: {gain:.2f}" for tokens, gain in line.gains.items())
+        noise = f" (± {line.noise:.0%})" if gains else ""
+        table.add_row(
+            line.kernel + (" (known)" if line.known else ""),
+            values or ("not measured" if line.why else "default"),
+            line.why or gains + noise,
+        )
+    return table
+
+
+def _verification(lines: Sequence[ErrorLine], quantised: bool) -> Any:
+    against = "the quantised graph" if quantised else "eager"
+    table = _grid(f"Checked against {against}", "error", "allowed", "")
+    for line in lines:
+        good = line.error <= line.tolerance
+        table.add_row(
+            line.output, f"{line.error:.1e}", f"{line.tolerance:.0e}", "ok" if good else "differs"
+        )
+    return table

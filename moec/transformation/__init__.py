@@ -1,0 +1,1 @@
+"""Models that passes changed, as PyTorch modules."""

@@ -1,0 +1,127 @@
+"""A Hugging Face model of the same class with fewer experts.
+
+The class itself says which tensors have an axis of experts: those whose shapes change when the
+number in the configuration does. No family needs a case here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.errors import NoMatch
+from moec.ir.graph import Value
+from moec.passes.calibration.evaluator import Tracked
+from moec.passes.core.moe_layer import Layer
+
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+    "moe_num_experts",
+)
+"""What configurations call the number of experts of a layer."""
+
+
+def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
+    """A copy of the model with the experts alone that are left in `tracked`.
+
+    Raises NoMatch where the layers have other experts than the model, or not all as many, or
+    where the class makes other tensors of its configuration.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "save_pretrained"):
+        raise NoMatch("it is no model of transformers")
+    if getattr(model, "config", None) is None:
+        raise NoMatch(f"{type(model).__name__} has no configuration")
+    kept = {t.layer.name: _kept(t) for t in tracked.values()}
+    before = {t.layer.count for t in tracked.values() if isinstance(t.layer, Layer)}
+    after = {len(own) for own in kept.values()}
+    if len(before) > 1 or len(after) > 1:
+        raise NoMatch(
+            f"its layers have {_numbers(after)} experts left of {_numbers(before)}, and the "
+            "configuration has one number for all"
+        )
+    if before == after:
+        raise NoMatch("no layer was changed")
+    config = _recounted(model.config, before.pop(), after.pop())
+    with torch.device("meta"):
+        made: nn.Module = type(model)(config)
+    _fill(made, model, kept)
+    made.train(model.training)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        made.generation_config = copy.deepcopy(generation)
+    return made
+
+
+def _kept(tracked: Tracked) -> list[int]:
+    name, members = tracked.layer.name, tracked.members
+    if not isinstance(tracked.layer, Layer):
+        raise NoMatch(f"{name} was dense, and its class has no experts there")
+    if members is None:
+        raise NoMatch(f"{name} has no router any more")
+    if any(len(own) != 1 for own in members):
+        raise NoMatch(f"{name} routes to experts that are several of the model's")
+    return [own[0] for own in members]
+
+
+def _numbers(counts: set[int]) -> str:
+    return ", ".join(map(str, sorted(counts)))
+
+
+def _recounted(config: Any, before: int, after: int) -> Any:
+    """The configuration with `after` in the place of `before` experts."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = [name for name in COUNTS if getattr(text, name, None) == before]
+    if not names:
+        raise NoMatch(f"its configuration has none of {', '.join(COUNTS)} that is {before}")
+    for name in names:
+        setattr(text, name, after)
+    return config
+
+
+def _fill(made: nn.Module, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Copies of the model's tensors, cut along the axes that are shorter in the class."""
+    shapes = {name: tensor.shape for name, tensor in _tensors(made).items()}
+    held = _tensors(model)
+    if set(held) != set(shapes):
+        odd = sorted(set(held) ^ set(shapes))[0]
+        raise NoMatch(f"its class and the model differ in {odd}")
+    for name, tensor in held.items():
+        cut = _cut(name, tensor.detach(), shapes[name], kept)
+        owner, _, last = name.rpartition(".")
+        module = made.get_submodule(owner)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, last, nn.Parameter(cut, requires_grad=tensor.requires_grad))
+        else:
+            setattr(module, last, cut)
+    made.tie_weights()  # type: ignore[operator]
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _cut(
+    name: str, tensor: torch.Tensor, shape: torch.Size, kept: Mapping[str, Sequence[int]]
+) -> torch.Tensor:
+    if tensor.shape == shape:
+        return tensor.clone()
+    layer = next((own for own in kept if name.startswith(f"{own}.")), None)
+    if layer is None:
+        raise NoMatch(f"{name} has an axis of experts, and belongs to no layer of the graph")
+    if tensor.ndim != len(shape):
+        raise NoMatch(f"{name} is {list(tensor.shape)}, and {list(shape)} with fewer experts")
+    for axis, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if old != new:
+            if new != len(kept[layer]):
+                raise NoMatch(
+                    f"{name} is {list(tensor.shape)}, and {list(shape)} with fewer experts"
+                )
+            tensor = tensor.index_select(axis, torch.tensor(kept[layer]))
+    return tensor

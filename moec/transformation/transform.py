@@ -1,0 +1,190 @@
+"""`moec.transform`: passes that change a model, with a PyTorch module as their result.
+
+What compiling would make of the model can so be trained further, and compiled then. Where the
+changed model is still one of its Hugging Face class, it is that; else it is a `GraphModule`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from moec.arguments import cast, changes, example_inputs, text, tolerance
+from moec.capture import Captured
+from moec.capture.call import Call
+from moec.capture.doors import Source, capture_source, open_source
+from moec.errors import NoMatch, UsageError, VerificationError
+from moec.interpret.graph_module import GraphModule
+from moec.ir.graph import FLOATS, Program, stage_of
+from moec.passes.calibration.budget import budget as budget_of
+from moec.passes.calibration.data import check as check_calibration
+from moec.passes.calibration.session import Approximate, Frame
+from moec.passes.core.damage import Damage
+from moec.passes.core.runner import Declined, Step, run
+from moec.pipeline import Changes, Chosen, choose, measured, onward
+from moec.transformation.hf_module import fewer_experts
+from moec.verify import check as checking
+
+FORMS = ("auto", "class", "graph")
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """What was done to a module: `form` is "class" or "graph", `why` says why it is not of the
+    source's class, `damage` and `declined` are those of a compilation's report."""
+
+    form: str
+    why: str
+    damage: tuple[Damage, ...]
+    declined: tuple[Declined, ...]
+
+
+def transform(
+    model: Any,
+    passes: Changes,
+    args: Sequence[Any] | torch.Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calib: Any,
+    budget: str = "",
+    strict: bool = False,
+    dtype: str | torch.dtype | None = None,
+    dynamic_shapes: Any = None,
+    form: str = "auto",
+    verify: bool | float = True,
+) -> torch.nn.Module:
+    """The model as passes that change it leave it, as a module that trains.
+
+    `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`
+    and `verify` are those of `moec.compile`; the model itself is left as it is (but for its dtype
+    and eval mode). The result computes what `moec.compile` would with the same passes, is called
+    as the model is, and can be compiled, or transformed, again.
+
+    `form="class"` asks for a module of the model's own Hugging Face class, which can be saved
+    with save_pretrained: where experts were pruned to one number in all layers. "graph" asks for
+    a `moec.interpret.graph_module.GraphModule`, which holds every result; "auto" takes the
+    class where it fits. `module.transformation` says which it is and why, and holds the measured
+    damage.
+
+    Raises what `moec.compile` raises, and UsageError where `form="class"` does not fit.
+    """
+    if form not in FORMS:
+        raise UsageError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+    chosen = _chosen(changes(passes))
+    check_calibration(calib)
+    limits = budget_of(text("budget", budget))
+    if strict and not budget:
+        raise UsageError("strict fails where the budget is exceeded: give budget too")
+    limit = tolerance(verify)
+    source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
+    captured = capture_source(source, dynamic_shapes)
+    frame = Frame(calib, source.files, limits, strict)
+    stage = stage_of(captured.program.graph)
+    steps = run(captured.program, onward(measured(chosen, frame), stage), stage=stage)
+    program = steps[-1].program
+
+    made: torch.nn.Module | None = None
+    why = "a graph was asked for"
+    if form != "graph":
+        try:
+            made = fewer_experts(source.model, frame.tracked)
+            _same_results(made, source, captured, steps, limit)
+        except NoMatch as reason:
+            made, why = None, str(reason)
+            if form == "class":
+                raise UsageError(f"{source.name} is not of its class any more: {why}") from None
+    shape = "graph" if made is None else "class"
+    if made is None:
+        trainable = _trainable(source.model, program)
+        example = (source.args, dict(source.kwargs))
+        made = GraphModule(program, trainable, example, captured.structure, why)
+        if verify is not False:
+            checking.check(captured, _runner(captured, made.run), steps, limit)
+    made.transformation = Transformation(  # type: ignore[assignment]
+        shape,
+        "" if shape == "class" else why,
+        tuple(step.damage for step in steps if step.damage),
+        tuple(dict.fromkeys(d for step in steps for d in step.declined)),
+    )
+    return made
+
+
+def _chosen(passes: Changes) -> tuple[Chosen, ...]:
+    """What recognises blocks, and the passes that were asked for. Raises UsageError where none
+    of them changes the model, or one stores codes."""
+    for item in [passes] if isinstance(passes, str) else passes:
+        if "quantise-experts" in (item if isinstance(item, str) else getattr(item, "name", "")):
+            raise UsageError(
+                "quantise-experts stores weights as codes, which have no gradient: train the "
+                "module, and quantise when it is compiled, with quant=..."
+            )
+    chosen = choose(0, passes)
+    places = [i for i, pass_ in enumerate(chosen) if isinstance(pass_, Approximate)]
+    if not places:
+        raise UsageError(
+            "passes holds none that changes the model, and there is nothing to transform; see "
+            "moec list passes"
+        )
+    return chosen[: places[-1] + 1]
+
+
+def _trainable(source: Any, program: Program) -> dict[str, bool]:
+    """For each weight that is a parameter, whether it is trained: the source's parameters as they
+    were, and floats that a pass made, as what they were made of."""
+    if isinstance(source, torch.nn.Module):
+        named = source.named_parameters(remove_duplicate=False)
+        buffers = {name for name, _ in source.named_buffers(remove_duplicate=False)}
+    else:
+        named, buffers = source.named_parameters(), {name for name, _ in source.named_buffers()}
+    if isinstance(source, GraphModule):
+        names = {place: name for name, place in source.places.items()}
+        known = {names[place]: p.requires_grad for place, p in named}
+        buffers = {names[place] for place in buffers}
+    else:
+        known = {name: p.requires_grad for name, p in named}
+    made: dict[str, bool] = {}
+    for value in program.graph.params:
+        origin = re.sub(r"_\d+$", "", value.name)
+        if value.name in known:
+            made[value.name] = known[value.name]
+        elif value.dtype in FLOATS and value.name not in buffers and origin not in buffers:
+            made[value.name] = known.get(origin, True)
+    return made
+
+
+def _runner(captured: Captured, run: Any) -> checking.Run:
+    """`run(tensors)` by the names of the graph's inputs and outputs, without gradients."""
+    graph = captured.program.graph
+    names = [value.name for value in graph.inputs]
+
+    def by_name(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        with torch.no_grad():
+            results = run([inputs[name] for name in names])
+        return {v.name: t for v, t in zip(graph.outputs, results, strict=True)}
+
+    return by_name
+
+
+def _same_results(
+    made: torch.nn.Module,
+    source: Source,
+    captured: Captured,
+    steps: Sequence[Step],
+    limit: float | None,
+) -> None:
+    """Raises NoMatch where the module does not compute what the passes' graph does."""
+    call = Call(made, source.args, source.kwargs)
+
+    def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = pytree.tree_leaves(call(*tensors))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    try:
+        checking.check(captured, _runner(captured, run), steps, limit)
+    except VerificationError as error:
+        raise NoMatch(f"with other experts its class computes something else ({error})") from None

@@ -1,0 +1,1 @@
+"""Compiled models against eager PyTorch: tolerances, blame, bisection."""

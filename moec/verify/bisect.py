@@ -1,0 +1,116 @@
+"""Which rewrite changed the numbers: passes are run with less and less fuel until it is found.
+
+Graphs are compared in eager PyTorch with every bf16 and f16 widened to float32, so that a
+difference is one of meaning and not of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from moec.interpret.run_in_float32 import MEANING, in_float32
+from moec.interpret.tolerance import distance
+from moec.ir.graph import Program, stage_of
+from moec.passes.core.runner import Pass, run
+from moec.pipeline import onward
+
+Inputs = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first rewrite after which the results differ. `rewrite` counts from 1 in the pass."""
+
+    pass_name: str
+    rewrite: int
+    of: int
+    what: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """`errors` are those after each pass, as far as it went."""
+
+    tolerance: float
+    rewrites: int
+    errors: tuple[tuple[str, float], ...]
+    culprit: Culprit | None = None
+
+    def __str__(self) -> str:
+        if self.culprit is None:
+            worst = max((error for _, error in self.errors), default=0.0)
+            return (
+                f"{self.rewrites} rewrites in {len(self.errors)} passes, and none changes the "
+                f"numbers: the greatest error is {worst:.1e}, allowed are {self.tolerance:.0e}"
+            )
+        c = self.culprit
+        which = f"{c.rewrite} of {c.of}, {c.what}" if c.of else "the pass as a whole"
+        return (
+            "The first rewrite that changes the numbers:\n"
+            f"  pass     {c.pass_name}\n"
+            f"  rewrite  {which}\n"
+            f"  error    {c.before:.1e} before, {c.after:.1e} after "
+            f"(allowed {self.tolerance:.0e})\n"
+            f"Leave the pass out with --passes -{c.pass_name}, and report it."
+        )
+
+
+def bisect(
+    program: Program,
+    passes: Sequence[Pass],
+    cases: Sequence[Inputs],
+    *,
+    tolerance: float = MEANING,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Bisection:
+    """The first rewrite of `passes` after which some case differs by more than `tolerance`.
+
+    `cases` are inputs of the program's graph (states' contents last). The search halves the
+    rewrites of the first pass that breaks, so it finds a rewrite with the numbers right before
+    it and wrong after it.
+    """
+    expected = list(map(in_float32(program), cases))
+    stage = stage_of(program.graph)
+    passes = onward(passes, stage)
+
+    def error(made: Program) -> float:
+        widened = in_float32(made)
+        return max(
+            (
+                distance(got, wanted)
+                for case, results in zip(cases, expected, strict=True)
+                for got, wanted in zip(widened(case), results, strict=True)
+            ),
+            default=0.0,
+        )
+
+    steps = run(program, passes, stage=stage)
+    rewrites = sum(step.rewrites for step in steps)
+    errors: list[tuple[str, float]] = []
+    before, spent = 0.0, 0
+    for index, (last, step) in enumerate(pairwise(steps)):
+        progress(f"compare after {step.name}")
+        after = before if step.program is last.program else error(step.program)
+        errors.append((step.name, after))
+        if not after <= tolerance:
+            low, high = spent, spent + step.rewrites  # fuel: right with low, wrong with high
+            what = step.last
+            while high - low > 1:
+                middle = (low + high) // 2
+                progress(f"halve {step.name}, {high - low} rewrites left")
+                made = run(program, passes[: index + 1], stage=stage, fuel=middle)[-1]
+                found = error(made.program)
+                if found <= tolerance:
+                    low, before = middle, found
+                else:
+                    high, after, what = middle, found, made.last
+            culprit = Culprit(step.name, high - spent, step.rewrites, what, before, after)
+            return Bisection(tolerance, rewrites, tuple(errors), culprit)
+        before, spent = after, spent + step.rewrites
+    return Bisection(tolerance, rewrites, tuple(errors))

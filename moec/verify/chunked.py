@@ -1,0 +1,27 @@
+"""Token ids that go through a compiled model in pieces, as when it generates text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moec.ir.aten import TORCH_DTYPES
+from moec.runtime.executor import Executor
+from moec.runtime.package import DECODE
+from moec.runtime.texts import Texts
+
+
+def in_pieces(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Feed token ids [B, S] in pieces: half of them, then one, then the rest. For each piece
+    its end, and the logits [B, V] after it, in the dtype of the model's."""
+    decode = executor.package.functions.get(DECODE)
+    if decode is None or not ids.numel():
+        return
+    (port,) = decode.outputs
+    whole = ids.shape[1]
+    texts, start = Texts(executor, len(ids), whole), 0
+    for stop in sorted({-(-whole // 2), min(-(-whole // 2) + 1, whole), whole}):
+        logits = texts.feed(ids[:, start:stop].tolist())
+        yield stop, torch.from_numpy(logits).to(TORCH_DTYPES[port.dtype])
+        start = stop

@@ -1,0 +1,1 @@
+"""Passes that change the model: opt-in, measured, kept within a budget."""

@@ -1,0 +1,137 @@
+"""The experts of two models of one architecture side by side, and one router over all of them.
+
+    logits = aten.linear(x, a[E, D])              logits = aten.linear(x, cat(a, b)[2*E, D])
+    w, ids = moe.route(logits)                    w, ids = moe.route(logits)
+    … = moe.dispatch(x, ids) <E>           ->     … = moe.dispatch(x, ids) <2*E>
+    out = moe.experts(…, w1[E, H, D])             out = moe.experts(…, cat(w1, v1)[2*E, H, D])
+
+Aggregation of experts (arXiv 2109.10465): a larger model to train on from two that were trained
+apart. Each expert keeps its logit; every other weight is the mean of the two models'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from moec.errors import NoMatch, UsageError
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, layer_of, name_of
+from moec.passes.core.options import Model, option, validate
+from moec.passes.core.router_columns import linear_behind, with_weights
+from moec.passes.core.runner import Log
+
+
+@dataclass(frozen=True)
+class AggregateExperts:
+    """Put the experts of another model of the same architecture beside the model's own.
+
+    `other` is what `moec.compile` takes as a model, but an exported program, or its weights by
+    name. The result is another model than either, and checked against its own graph.
+    """
+
+    other: Model = field(
+        default="", metadata={"says": "the other model: a folder, or file.py:factory"}
+    )
+    average: bool = option(True, "other weights are the mean of both models'; or the first's")
+    name: ClassVar[str] = "aggregate-experts"
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.MOE
+    exact: ClassVar[bool] = False
+    changes: ClassVar[bool] = True
+    source: ClassVar[str] = "aggregation of experts: arXiv 2109.10465"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def run(self, program: Program, log: Log) -> Program:
+        """Raises UsageError where the models, or any two of their layers, do not go together:
+        half of a model's experts would be of no use."""
+        other = Program(program.graph, _matching(program, _weights(self.other)))
+        experts = [op for op in program.graph.ops if op.name == "moe.experts"]
+        if not experts:
+            raise UsageError("aggregate-experts: the model has no MoE blocks that were recognised")
+        if not log.spend(f"experts of {len(experts)} layers"):
+            return program
+        splice = Splice(program)
+        for op in experts:
+            try:
+                layer = layer_of(program.graph, op)
+                _aggregate(splice, layer, other)
+            except NoMatch as why:
+                raise UsageError(f"aggregate-experts at {name_of(op)}: {why}") from None
+            log.says.append(f"{layer.name}: {layer.count} and {layer.count} experts")
+        made = splice.done()
+        return _averaged(made, other) if self.average else made
+
+
+def _aggregate(splice: Splice, layer: Layer, other: Program) -> None:
+    program = splice.program
+    logits, *correction = layer.route.inputs
+    behind = linear_behind(program, logits)
+    if behind is None:
+        raise NoMatch("the router's logits do not come from a linear layer with a stored weight")
+    if layer.routing.groups > 1:
+        raise NoMatch("the router chooses among groups of experts, which two models do not share")
+
+    def both(value: Value) -> torch.Tensor:
+        return torch.cat([constant(program, value), constant(other, value)])
+
+    made: list[Op] = []
+    logits = with_weights(splice, behind, [both(v) for v in behind[0].inputs[1:]], made)
+    more = [splice.weight(value.name, both(value)) for value in correction]
+    splice.put(layer.route, [*made, replace(layer.route, inputs=(logits, *more))])
+    experts_replaced(splice, layer, [both(stack) for stack in layer.stacks])
+
+
+def _averaged(program: Program, other: Program) -> Program:
+    """With the mean of the weights that both models have, in float32 and rounded once."""
+    weights = dict(program.weights)
+    for name in weights.keys() & other.weights.keys():
+        a, b = weights[name], other.weights[name]
+        if a.is_floating_point() and a.shape == b.shape:
+            weights[name] = ((a.float() + b.float()) / 2).to(a.dtype)
+    return replace(program, weights=weights)
+
+
+def _matching(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The other model's weights, of the names, shapes and dtypes that the program has."""
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in program.weights.items():
+        found = given.get(name)
+        if found is None:
+            raise UsageError(
+                f"aggregate-experts: the other model has no weight {name}: give one of the same "
+                "architecture"
+            )
+        if found.shape != tensor.shape:
+            raise UsageError(
+                f"aggregate-experts: {name} is {list(tensor.shape)}, and {list(found.shape)} in "
+                "the other model: give one of the same architecture"
+            )
+        if not tensor.is_floating_point() and not torch.equal(found, tensor):
+            raise UsageError(
+                f"aggregate-experts: {name} holds other whole numbers in the other model, which "
+                "have no mean"
+            )
+        made[name] = found.detach().to(tensor.dtype)
+    return made
+
+
+def _weights(other: Any) -> Mapping[str, torch.Tensor]:
+    if isinstance(other, Mapping):
+        return other
+    if isinstance(other, str) and other:
+        from moec.capture.doors import open_source
+
+        other = open_source(other, (), {}).model
+    if not isinstance(other, torch.nn.Module):
+        raise UsageError(
+            "aggregate-experts: other is the second model: give the folder of a checkpoint, "
+            "file.py:factory, a module or its weights by name"
+        )
+    tensors = (*other.named_parameters(remove_duplicate=False), *other.named_buffers())
+    return dict(tensors)

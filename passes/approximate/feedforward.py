@@ -1,0 +1,166 @@
+"""The dense feed-forward networks of a graph: linear layers to H channels, functions of each
+channel alone, and a linear layer back.
+
+    g = aten.linear(x, w1[H, D])
+    u = aten.linear(x, w3[H, D])
+    a = aten.silu(g)
+    h = aten.mul(a, u)
+    y = aten.linear(h, w2[D, H])
+
+No channel knows of another, so that any part of them, summed up with the rest, is the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.dims import symbol
+from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.ir.traits import is_pointwise
+from moec.passes.core.runner import Log
+
+LINEAR = "aten.linear.default"
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """`first` linear layers read `x` [.., D] and give H channels each, `inner` makes one value of
+    these, `down` reads it; all in the order of the graph."""
+
+    name: str
+    first: tuple[Op, ...]
+    inner: tuple[Op, ...]
+    down: Op
+
+    @property
+    def x(self) -> Value:
+        return self.first[0].inputs[0]
+
+    @property
+    def hidden(self) -> Value:
+        """What enters `down`: [.., H]."""
+        return self.down.inputs[0]
+
+    @property
+    def channels(self) -> int:
+        return cast(int, self.down.inputs[1].shape[1])
+
+    @property
+    def output(self) -> Value:
+        return self.down.outputs[0]
+
+
+def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForward]:
+    """Those of a graph, in order; one that cannot be taken apart is declined."""
+    for op in graph.ops:
+        found = _behind(graph, op) if op.name == LINEAR else None
+        if found is not None:
+            try:
+                yield _checked(graph, found)
+            except NoMatch as why:
+                log.decline(found.name, str(why))
+
+
+def _behind(graph: Graph, down: Op) -> FeedForward | None:
+    """What a linear layer reads, where only linear layers and functions of elements make it."""
+    inside: dict[Op, None] = {}
+    waiting = [down.inputs[0]]
+    while waiting:
+        op = graph.producers.get(waiting.pop())
+        if op is None or not (op.name == LINEAR or is_pointwise(op)):
+            return None
+        if op not in inside:
+            inside[op] = None
+            waiting += op.inputs if op.name != LINEAR else ()
+    found = sorted(inside, key=graph.ops.index)
+    first = tuple(op for op in found if op.name == LINEAR)
+    inner = tuple(op for op in found if op.name != LINEAR)
+    return FeedForward(_name(first, down), first, inner, down) if inner else None
+
+
+def _name(first: tuple[Op, ...], down: Op) -> str:
+    """Where in the model: what the names of the linear layers begin with."""
+    origins = [op.origin.split(".") for op in (*first, down)]
+    shared = [a[0] for a in zip(*origins, strict=False) if len(set(a)) == 1]
+    return ".".join(shared) or down.outputs[0].name
+
+
+def _checked(graph: Graph, found: FeedForward) -> FeedForward:
+    """Raises NoMatch where its channels are not its own, or not all alike."""
+    own = (*found.first, *found.inner, found.down)
+    for op in (*found.first, found.down):
+        if any(v not in graph.params for v in op.inputs[1:]):
+            raise NoMatch(f"the weights of {op.outputs[0].name} are computed, not stored")
+    for op in found.first:
+        if op.inputs[0] is not found.x:
+            names = f"{found.x.name} and {op.inputs[0].name}"
+            raise NoMatch(f"its linear layers do not all read the same: {names}")
+    for op in own[:-1]:
+        (value,) = op.outputs
+        if value.shape != found.hidden.shape:
+            raise NoMatch(f"{value} meets other channels than its own on the way to {found.hidden}")
+        others = [r for r in graph.readers.get(value, ()) if r not in own]
+        if others or value in graph.results:
+            reader = others[0].name if others else "the model's caller"
+            raise NoMatch(f"its channels {value.name} are also read by {reader}")
+    return found
+
+
+def body(ffn: FeedForward, channels: int, biased: bool) -> Graph:
+    """The network with some of its channels, over rows [R, D]; its params are what `weights`
+    gives."""
+    rows = symbol("R")
+    taken = {v.name for op in (*ffn.first, *ffn.inner, ffn.down) for v in op.outputs}
+
+    def named(name: str, type: TensorType) -> Value:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return Value(name, type)
+
+    width = ffn.output.shape[-1]
+    x = named("x", TensorType(ffn.x.dtype, (rows, ffn.x.shape[-1])))
+    new: dict[Value, Value] = {ffn.x: x}
+    params: list[Value] = []
+    ops: list[Op] = []
+    for op in (*ffn.first, *ffn.inner, ffn.down):
+        inputs = [new[v] for v in op.inputs if v in new]
+        outer = width if op is ffn.down else channels
+        inner = channels if op is ffn.down else ffn.x.shape[-1]
+        for weight in _stored(ffn, op, biased):
+            shape = (outer, inner) if len(weight.shape) == 2 else (outer,)
+            params.append(named(f"p{len(params)}", TensorType(weight.dtype, shape)))
+            inputs.append(params[-1])
+        (old,) = op.outputs
+        new[old] = Value(old.name, TensorType(old.dtype, (rows, outer)))
+        ops.append(replace(op, inputs=tuple(inputs), outputs=(new[old],), origin=""))
+    return Graph((x,), tuple(params), tuple(ops), (new[ffn.output],), name="body")
+
+
+def weights(
+    program: Program, ffn: FeedForward, kept: torch.Tensor, biased: bool
+) -> list[tuple[str, torch.Tensor]]:
+    """The name and the rows or columns of each weight for the channels `kept`, i64[C]: of the
+    first layers weights and biases in turn, of the last one its weight and, where `biased`, its
+    bias."""
+    made = []
+    for op in (*ffn.first, ffn.down):
+        for value in _stored(ffn, op, biased):
+            tensor = program.weights[value.name]
+            if op is not ffn.down:
+                tensor = tensor[kept]
+            elif len(value.shape) == 2:
+                tensor = tensor[:, kept]
+            made.append((value.name, tensor))
+    return made
+
+
+def _stored(ffn: FeedForward, op: Op, biased: bool) -> tuple[Value, ...]:
+    if op.name != LINEAR:
+        return ()
+    return op.inputs[1:2] if op is ffn.down and not biased else op.inputs[1:]

@@ -1,0 +1,240 @@
+"""Experts without a network beside those of a layer: tokens that choose them take no row.
+
+    logits = aten.linear(x, w[8, D])               logits = aten.linear(x, w[12, D], b[12])
+    w, ids = moe.route(logits)                     w, ids = moe.route(logits)
+    … = moe.dispatch(x, ids) <8>           ->      … = moe.dispatch(x, ids) <8>
+    y = moe.combine(…, w)                          z = moe.zero_experts(x, ids, w, mix, constants)
+                                                   y = moe.combine(…, w) + z
+
+neutral: the new columns of the router have a bias of minus infinity and never win, so that all
+outputs keep their bits; a fine-tuning sets that bias to 0, and all there is to train is there.
+
+calibrated: no training. A choice whose weight is below its expert's limit goes to what stood in
+best for this expert on the calibration data: nothing, the token itself, or the expert's mean.
+
+    ids = where(w < limits[ids], instead[ids], ids)
+
+The limits make the error that is expected of each choice, w * the root mean square of what the
+stand-in misses, the same for all experts, so that the chosen fraction costs the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+
+from moec.errors import NoMatch
+from moec.interpret.evaluate import run_graph
+from moec.ir.dims import symbols
+from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
+from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.session import Change
+from moec.passes.core.moe_layer import Layer, Splice, constant
+from moec.passes.core.options import option, validate
+from moec.passes.core.router_columns import add_columns
+from moec.passes.proof.prove import widen
+
+ROWS = 1024  # of an expert, on which its stand-in is chosen
+
+
+@dataclass(frozen=True)
+class InsertZeroExperts:
+    """Add experts without a network: untouched ones to train, or stand-ins for small choices."""
+
+    way: str = option(
+        "neutral",
+        "columns that never win, to fine-tune (neutral), or choices of small weight taken from "
+        "the experts at once (calibrated)",
+        choices=("neutral", "calibrated"),
+    )
+    zero: int = option(1, "neutral: experts that give nothing", low=0)
+    copy: int = option(1, "neutral: experts that give the token back", low=0)
+    constant: int = option(2, "neutral: experts that mix it with a learned vector", low=0)
+    fraction: float = option(0.25, "calibrated: share of the choices that goes", low=0, high=1)
+    by: str = option(
+        "best",
+        "calibrated: what stands in for an expert: nothing (zero), the token (copy), the "
+        "expert's mean (constant), or for each expert the best of the three",
+        choices=("best", "zero", "copy", "constant"),
+    )
+    seed: int = option(0, "neutral: of the new weights", low=0)
+    name: ClassVar[str] = "insert-zero-experts"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "MoE++, arXiv 2410.07348; the calibrated way is moec's own"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        _check(layer)
+        if self.way == "calibrated":
+            return _calibrated(self, program, layer, seen)
+        return _neutral(self, program, layer)
+
+
+def _check(layer: Layer) -> None:
+    """Raises NoMatch where the layer's choices cannot go to experts without a row."""
+    if any(op.name == "moe.capacity" for op in layer.between):
+        raise NoMatch("the router drops choices beyond a capacity, which counts its experts")
+    if len(layer.dispatch.inputs) > 2:
+        raise NoMatch("the router's weights scale what enters the experts, not what they give")
+    if not layer.combine.attrs.get("weighted"):
+        raise NoMatch("the experts' results have no weights")
+    if layer.combine.attrs.get("added"):
+        raise NoMatch("another branch is added inside of the combination")
+    if layer.combine.inputs[2].shape != layer.dispatch.inputs[1].shape:
+        raise NoMatch("each choice is dispatched as a token of its own")
+    if layer.output.shape != layer.dispatch.inputs[0].shape:
+        raise NoMatch(f"tokens {layer.dispatch.inputs[0].type} come back as {layer.output.type}")
+
+
+def _neutral(made: InsertZeroExperts, program: Program, layer: Layer) -> Change:
+    kinds = ("zero",) * made.zero + ("copy",) * made.copy + ("constant",) * made.constant
+    if not kinds:
+        raise NoMatch("zero, copy and constant are all 0: there is nothing to insert")
+    # The name makes layers differ, whatever their order.
+    generator = torch.Generator().manual_seed(made.seed + sum(layer.name.encode()))
+    splice = Splice(program)
+    add_columns(splice, layer, len(kinds), generator)
+    width = cast(int, layer.output.shape[-1])
+    dtype = constant(program, layer.stacks[0]).dtype
+
+    def random(*shape: int) -> torch.Tensor:
+        drawn: torch.Tensor = torch.randn(shape, generator=generator) * width**-0.5
+        return drawn.to(dtype)
+
+    weights: dict[str, torch.Tensor] = {}
+    if made.constant:
+        weights = {
+            "mix": random(made.constant, 2, width),
+            "constants": random(made.constant, width),
+        }
+    _joined(splice, layer, kinds, weights)
+    members = tuple((e,) if e < layer.count else () for e in range(layer.count + len(kinds)))
+    says = ", ".join(
+        f"{count} {kind}"
+        for kind, count in (("zero", made.zero), ("copy", made.copy), ("constant", made.constant))
+        if count
+    )
+    return Change(splice.done(), members, f"adds {says} to {layer.count} experts, none chosen")
+
+
+def _joined(
+    splice: Splice, layer: Layer, kinds: tuple[str, ...], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """The layer's result is the experts' and what those without a network give."""
+    like = layer.combine
+    dtype = cast(DType, like.attrs["dtype"])
+    attrs: dict[str, Attr] = {"first": layer.count, "kinds": kinds, "weighted": True}
+    if "mix" in weights:
+        attrs["mixed"] = True
+    inputs = [layer.dispatch.inputs[0], layer.dispatch.inputs[1], like.inputs[2]]
+    inputs += [splice.weight(f"{layer.name}.{name}", t) for name, t in weights.items()]
+    routed = splice.value(layer.output.name, layer.output.type)
+    ops = [replace(like, outputs=(routed,))]
+    type = TensorType(dtype.name, layer.output.shape)
+    given = splice.emit(ops, "moe.zero_experts", inputs, type, like, **attrs, dtype=dtype)
+    ops.append(Op("aten.add.Tensor", (routed, given), (layer.output,), {}, None, like.origin))
+    splice.put(like, ops)
+
+
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """What replaces an expert: a kind of moe.zero_experts, its vector [D], and the root mean
+    square over the rows of what it misses."""
+
+    kind: str
+    vector: torch.Tensor
+    misses: float
+
+
+def _calibrated(made: InsertZeroExperts, program: Program, layer: Layer, seen: Seen) -> Change:
+    instead = stand_ins(program, layer, seen, made.by)
+    misses = torch.tensor([one.misses for one in instead])
+    costs = seen.weights * misses[seen.experts]
+    limits, share = _limits(misses, costs, made.fraction)
+    if share == 0:
+        raise NoMatch(f"fraction={made.fraction:g} of {costs.numel()} choices is none of them")
+    constants = [e for e, one in enumerate(instead) if one.kind == "constant"]
+    others = sorted({one.kind for one in instead} - {"constant"})
+    kinds = ("constant",) * len(constants) + tuple(others)
+    table = torch.tensor(
+        [
+            layer.count + (constants.index(e) if e in constants else kinds.index(one.kind))
+            for e, one in enumerate(instead)
+        ]
+    )
+    splice = Splice(program)
+    _redirected(splice, layer, limits, table)
+    dtype = constant(program, layer.stacks[0]).dtype
+    vectors = [instead[e].vector.to(dtype) for e in constants]
+    _joined(splice, layer, kinds, {"constants": torch.stack(vectors)} if vectors else {})
+    attrs = {**layer.experts.attrs, "share": round(1 - share, 6)}
+    splice.put(layer.experts, [replace(layer.experts, attrs=attrs)])
+    members = (*((e,) for e in range(layer.count)), *(() for _ in kinds))
+    counts = {kind: sum(one.kind == kind for one in instead) for kind in ("zero", "copy")}
+    says = (
+        f"{share:.1%} of the choices take no row; instead of the experts stand "
+        f"{counts['zero']} zero, {counts['copy']} copy, {len(constants)} constant"
+    )
+    return Change(splice.done(), members, says)
+
+
+def _limits(
+    misses: torch.Tensor, costs: torch.Tensor, fraction: float
+) -> tuple[torch.Tensor, float]:
+    """The weight below which a choice of each expert goes, f32[E], and the share that does."""
+    ordered = costs.flatten().sort().values
+    count = min(round(fraction * ordered.numel()), ordered.numel())
+    limit = float(ordered[count]) if count < ordered.numel() else torch.inf
+    limits = torch.where(misses > 0, limit / misses, torch.inf if limit > 0 else 0.0)
+    limits = torch.where(misses.isinf(), 0.0, limits).float()
+    return limits, float((costs < limit).double().mean())
+
+
+def stand_ins(program: Program, layer: Layer, seen: Seen, by: str) -> list[StandIn]:
+    """For each expert what misses least of its results, among the kinds that `by` allows."""
+    allowed = ("zero", "copy", "constant") if by == "best" else (by,)
+    body = layer.experts.body
+    assert body is not None
+    stacks = [constant(program, stack).float() for stack in layer.stacks]
+    (rows,) = symbols(body.inputs[0].shape[0])
+    wide, found = widen(body), []
+    for e in range(layer.count):
+        x = seen.x[(seen.experts == e).any(-1)][:ROWS].float()
+        if not len(x):
+            found.append(StandIn(allowed[0], torch.zeros(x.shape[1]), torch.inf))
+            continue
+        with torch.no_grad():
+            y = run_graph(wide, [x, *(s[e] for s in stacks)], {rows: len(x)})[0].float()
+        mean = y.mean(0)
+        guesses = {"zero": torch.zeros_like(mean), "copy": x, "constant": mean}
+        left = {kind: float((y - guesses[kind]).square().sum(-1).mean().sqrt()) for kind in allowed}
+        best = min(left, key=lambda kind: left[kind])
+        found.append(StandIn(best, mean, left[best]))
+    return found
+
+
+def _redirected(splice: Splice, layer: Layer, limits: torch.Tensor, table: torch.Tensor) -> None:
+    """Choices of too small a weight get the id of what stands in for their expert."""
+    route = layer.route
+    weights, ids = route.outputs
+    chosen = splice.value(ids.name, ids.type)
+    ops = [replace(route, outputs=(weights, chosen))]
+
+    def looked_up(name: str, values: torch.Tensor, dtype: str) -> Value:
+        param = splice.weight(f"{layer.name}.{name}", values)
+        type, attrs = TensorType(dtype, ids.shape), {"indices": (Ref(1),)}
+        return splice.emit(ops, "aten.index.Tensor", (param, chosen), type, route, **attrs)
+
+    wide = splice.cast(ops, weights, "f32", route)
+    limit = looked_up("limits", limits, "f32")
+    flag = TensorType("bool", ids.shape)
+    small = splice.emit(ops, "aten.lt.Tensor", (wide, limit), flag, route)
+    other = looked_up("instead", table, "i64")
+    inputs = (small, other, chosen)
+    ops.append(Op("aten.where.self", inputs, (ids,), {}, None, route.origin))
+    splice.put(route, ops)

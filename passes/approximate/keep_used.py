@@ -1,0 +1,82 @@
+"""Experts that a task hardly uses are dropped, with their columns of the router.
+
+    kept = the experts with usage > threshold / k, and no fewer than the k most used
+
+The usage is that on the calibration data (of the one task), or a table that was recorded before.
+Exact where no token of the task has a dropped expert among its k best, if the router renormalises:
+else the weights of the others grow by what the dropped ones had.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from moec.errors import NoMatch, UsageError
+from moec.ir.graph import Program
+from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.session import Change
+from moec.passes.core.moe_layer import Layer
+from moec.passes.core.options import option, validate
+from moec.passes.specialise.static_routing import kept_alone
+
+
+@dataclass(frozen=True)
+class KeepUsed:
+    """Keep the experts of each layer that one task uses; for a model that is specialised on it."""
+
+    threshold: float = option(0.1, "times 1/k: the usage that an expert must have", low=0)
+    usage: str = option(
+        "", "a .json with the usage of each layer's experts, by name; empty: the data's"
+    )
+    name: ClassVar[str] = "keep-used"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "Mod-Squad, arXiv 2212.08066, per-task extraction; arXiv 2306.17165"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        kept = self.kept(layer, seen)
+        says = f"keeps {', '.join(map(str, kept))} of {layer.count}"
+        return Change(kept_alone(program, layer, kept), tuple((e,) for e in kept), says)
+
+    def kept(self, layer: Layer, seen: Seen) -> list[int]:
+        """The experts that stay, in rising order."""
+        routing = layer.routing
+        if routing.groups > 1:
+            raise NoMatch("the router chooses among groups of experts, which must stay even")
+        share = self.recorded(layer) if self.usage else seen.usage(layer.count).double()
+        share = share / share.sum().clamp(min=1e-30)
+        order = torch.sort(share, descending=True, stable=True).indices
+        used = int((share > self.threshold / routing.k).sum())
+        kept = sorted(order[: max(used, routing.k)].tolist())
+        if len(kept) == layer.count:
+            raise NoMatch(f"each of {layer.count} experts is used enough")
+        return kept
+
+    def recorded(self, layer: Layer) -> torch.Tensor:
+        """The usage in the table: f64[E]. Raises UsageError for a table that does not hold it."""
+        path = f"keep-used: {self.usage}"
+        try:
+            table = json.loads(Path(self.usage).read_text())
+            share = torch.tensor(table[layer.name], dtype=torch.float64)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        except KeyError:
+            raise UsageError(
+                f"{path} has no layer {layer.name}; it has {', '.join(table)}"
+            ) from None
+        except (ValueError, TypeError):
+            raise UsageError(
+                f'{path} is not a table of usage: write {{"{layer.name}": [0.5, 0.25, …]}}'
+            ) from None
+        if share.shape != (layer.count,) or not bool((share >= 0).all()):
+            raise UsageError(
+                f"{path}: {layer.name} has {layer.count} experts: give as many shares, none below 0"
+            )
+        return share

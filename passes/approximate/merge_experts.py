@@ -1,0 +1,132 @@
+"""Experts that give similar results become one: their neurons aligned, then averaged.
+
+    logits = aten.linear(x, w[8, D])            logits = aten.linear(x, w[8, D])
+    w, ids = moe.route(logits)                  mass = aten.linear(softmax(logits), members[4, 8])
+    … = moe.dispatch(x, ids) <8>         ->     w, ids = moe.route(log(mass))
+    out = moe.experts(…, w1[8, H, D], …)        … = moe.dispatch(x, ids) <4>
+                                                out = moe.experts(…, w1[4, H, D], …)
+
+A merged expert's score is the sum of its members' probabilities, so no routing mass is lost.
+Clusters are found from what all experts give for the same tokens (average linkage over the
+cosine distance of their outputs). Two experts may hold the same neurons in another order: they
+are matched by their weights before they are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.graph import Program, Value
+from moec.passes.approximate.assignment import assign
+from moec.passes.approximate.neurons import neuron_axes
+from moec.passes.calibration.evaluator import Members, Seen
+from moec.passes.calibration.session import Change
+from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, outputs
+from moec.passes.core.options import option, validate
+from moec.passes.core.router_columns import merge_columns
+
+TOKENS = 256  # whose outputs are compared
+
+
+@dataclass(frozen=True)
+class MergeExperts:
+    """Merge experts of similar results into one, neurons aligned, averaged by usage."""
+
+    keep: float = option(0.5, "share of each layer's experts that is left", low=0, high=1)
+    name: ClassVar[str] = "merge-experts"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "clusters: arXiv 2410.08589; alignment and mean: arXiv 2310.01334"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        count = round(self.keep * layer.count)
+        if count == layer.count:
+            raise NoMatch(f"keep={self.keep:g} of {layer.count} experts is all of them")
+        if count < layer.routing.k:
+            raise NoMatch(
+                f"keep={self.keep:g} of {layer.count} experts is {count}, and each token takes "
+                f"{layer.routing.k}"
+            )
+        body = layer.experts.body
+        assert body is not None
+        axes = neuron_axes(body)
+        stacks = dict(zip(body.params, (constant(program, s) for s in layer.stacks), strict=True))
+        for stack in stacks.values():
+            if not stack.is_floating_point():
+                raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
+        groups = clusters(outputs(layer, stacks, seen.x[:TOKENS]).flatten(1), count)
+        splice = Splice(program)
+        merge_columns(splice, layer, groups)
+        merged = [merge(stacks, axes, group, seen.usage(layer.count)) for group in groups]
+        experts_replaced(
+            splice, layer, [torch.stack([own[param] for own in merged]) for param in body.params]
+        )
+        return Change(splice.done(), groups, f"merges {_says(groups)} of {layer.count}")
+
+
+def _says(groups: Members) -> str:
+    return ", ".join("+".join(map(str, group)) for group in groups if len(group) > 1)
+
+
+def clusters(results: torch.Tensor, count: int) -> Members:
+    """`count` groups of the rows of [E, N], by average linkage over their cosine distance; each
+    group in rising order, and the groups in the order of their first members."""
+    unit = torch.nn.functional.normalize(results.double(), dim=-1)
+    far = 1 - unit @ unit.T
+    groups: list[tuple[int, ...]] = [(e,) for e in range(len(results))]
+    while len(groups) > count:
+        pairs = [
+            (float(far[list(a)][:, list(b)].mean()), i, i + 1 + j)
+            for i, a in enumerate(groups)
+            for j, b in enumerate(groups[i + 1 :])
+        ]
+        _, i, j = min(pairs)
+        joined = tuple(sorted((*groups[i], *groups[j])))
+        groups = [*groups[:i], *groups[i + 1 : j], *groups[j + 1 :], joined]
+    return tuple(sorted(groups))
+
+
+def merge(
+    stacks: Mapping[Value, torch.Tensor],
+    axes: Mapping[Value, int],
+    group: Sequence[int],
+    usage: torch.Tensor,
+) -> dict[Value, torch.Tensor]:
+    """The mean of a group's experts by usage, their neurons in the order of the most used one's.
+    A group that nobody uses is averaged evenly."""
+    first = max(group, key=lambda e: int(usage[e]))
+    shares = usage[list(group)].double()
+    shares = shares / shares.sum() if shares.sum() else torch.full_like(shares, 1 / len(group))
+    total = {
+        param: torch.zeros_like(stack[0], dtype=torch.float32) for param, stack in stacks.items()
+    }
+    for e, share in zip(group, shares.tolist(), strict=True):
+        own = {param: stack[e].float() for param, stack in stacks.items()}
+        if e != first:
+            order = aligned({p: s[first].float() for p, s in stacks.items()}, own, axes)
+            own = {p: t.index_select(axes[p], order) if p in axes else t for p, t in own.items()}
+        for param, tensor in own.items():
+            total[param] += share * tensor
+    return {param: total[param].to(stack.dtype) for param, stack in stacks.items()}
+
+
+def aligned(
+    wanted: Mapping[Value, torch.Tensor],
+    given: Mapping[Value, torch.Tensor],
+    axes: Mapping[Value, int],
+) -> torch.Tensor:
+    """For each neuron of one expert the neuron of another whose weights are most like it:
+    i64[H], a permutation. A neuron's weights of each matrix count by their direction."""
+    parts = []
+    for param, axis in axes.items():
+        a, b = (side[param].movedim(axis, 0).reshape(side[param].shape[axis], -1)
+                for side in (wanted, given))  # fmt: skip
+        parts.append(torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T)
+    return assign(torch.stack(parts).sum(0))

@@ -1,0 +1,48 @@
+"""Which axes of an expert's weights count its hidden neurons, whose order means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Value
+from moec.ir.traits import is_pointwise
+
+_SAME = ("aten.alias.default", "aten.clone.default")
+
+
+def neuron_axes(body: Graph) -> Mapping[Value, int]:
+    """For each param that has such an axis, which it is: 0 for a weight [H, D] or a bias [H]
+    that makes the hidden values, 1 for a weight [D, H] that reads them.
+
+    Raises NoMatch where the body is not linear layers, functions of each element, and linear
+    layers again, so that neurons cannot be put in another order.
+    """
+    axes: dict[Value, int] = {}
+    hidden: set[Value] = set()
+    outer: set[Value] = {body.inputs[0]}
+    for op in body.ops:
+        rows = [v for v in op.inputs if v not in body.params]
+        made = op.outputs[0]
+        if op.name == "aten.linear.default" and op.inputs[0] in outer and made not in body.results:
+            axes |= dict.fromkeys(op.inputs[1:], 0)
+            hidden.add(made)
+        elif op.name == "aten.linear.default" and op.inputs[0] in hidden:
+            axes[op.inputs[1]] = 1
+            outer.add(made)
+        elif (is_pointwise(op) or op.name in _SAME) and rows:
+            own = {v in hidden for v in rows}
+            if len(own) > 1:
+                raise NoMatch(f"an expert's body adds {made.name} to what enters it")
+            vectors = [v for v in op.inputs if v in body.params and v.shape]
+            if own == {True}:
+                axes |= dict.fromkeys(vectors, 0)
+            (hidden if own == {True} else outer).add(made)
+        else:
+            raise NoMatch(f"an expert's body holds {op.name}, which may mix its neurons")
+    if not hidden or not set(body.results) <= outer:
+        raise NoMatch("an expert has no hidden neurons that could be aligned")
+    sizes = {param.shape[axis] for param, axis in axes.items()}
+    if len(sizes) > 1:
+        raise NoMatch(f"an expert's hidden layers have {sorted(map(str, sizes))} neurons")
+    return axes

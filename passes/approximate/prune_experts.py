@@ -1,0 +1,184 @@
+"""Experts that matter little are dropped, with their columns of the router.
+
+    logits = aten.linear(x, w[8, D])          logits = aten.linear(x, w[4, D])
+    w, ids = moe.route(logits)                w, ids = moe.route(logits)
+    … = moe.dispatch(x, ids) <8>         ->   … = moe.dispatch(x, ids) <4>
+    out = moe.experts(…, w1[8, H, D], …)      out = moe.experts(…, w1[4, H, D], …)
+
+The same numbers as masking the dropped columns to minus infinity, and so exact where no token
+would have chosen a dropped expert; the memory of their weights is saved.
+
+How many stay is told for each layer, or for all: then the experts of all layers stand in one
+ranking, by what they are worth beside the mean of their layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.graph import Program, Value
+from moec.passes.approximate.reconstruction import elimination
+from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.session import Approximate, Change
+from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced
+from moec.passes.core.options import option, validate
+from moec.passes.core.router_columns import keep_columns
+
+
+@dataclass(frozen=True)
+class PruneExperts:
+    """Drop the experts that matter least, and their columns of the router."""
+
+    keep: float = option(0.5, "share of the experts that stays", low=0, high=1)
+    by: str = option(
+        "usage",
+        "what an expert is worth: how many tokens choose it (usage), the mean norm of what it "
+        "adds to them (reap), how far the layer's output moves as one expert after the other is "
+        "masked, always the one that moves it least (error), or a random number",
+        choices=("usage", "reap", "error", "random"),
+    )
+    seed: int = option(0, "of the random numbers", low=0)
+    scope: str = option(
+        "layer",
+        "whether that share of each layer stays, or of all layers together, of which each keeps "
+        "at least as many as a token takes",
+        choices=("layer", "global"),
+    )
+    name: ClassVar[str] = "prune-experts"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = (
+        "usage and random: arXiv 2109.10465; reap: arXiv 2510.13999; error: arXiv 2402.14800, "
+        "greedily; global: arXiv 2404.05089"
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def planned(self, program: Program, layers: Iterable[tuple[Layer, Seen]]) -> Approximate:
+        """The pass itself, or with scope=global the pass that knows what stays of each layer."""
+        if self.scope == "layer":
+            return self
+        reasons: dict[Value, str] = {}
+        ranked: list[tuple[Layer, torch.Tensor]] = []
+        for layer, seen in layers:
+            try:
+                ranked.append((layer, self.worth(program, layer, seen)))
+            except NoMatch as why:
+                reasons[layer.output] = str(why)
+        return Ranked(self, {**reasons, **ranking(self.keep, ranked)})
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        return dropped(program, layer, self.kept(layer, self.worth(program, layer, seen)))
+
+    def kept(self, layer: Layer, worth: torch.Tensor) -> list[int]:
+        """The experts that stay by what all are worth, [E]: in rising order, as many in each of
+        the router's groups; of equals the one with the lower number."""
+        routing, share = layer.routing, f"keep={self.keep:g} of {layer.count} experts is"
+        count = round(self.keep * layer.count)
+        each, rest = divmod(count, routing.groups)
+        if count == layer.count:
+            raise NoMatch(f"{share} all of them")
+        if rest:
+            raise NoMatch(f"{share} {count}, which {routing.groups} groups cannot share evenly")
+        if lack := too_few(layer, each):
+            raise NoMatch(f"{share} {count}, {lack}")
+        return best(layer, worth, each)
+
+    def worth(self, program: Program, layer: Layer, seen: Seen) -> torch.Tensor:
+        """What each expert is worth beside the mean of its layer: f64[E]. (An error is relative
+        to the layer's output as it is.)"""
+        if self.by == "error":
+            return elimination(program, layer, seen)
+        if self.by == "random":
+            # The name makes layers differ, whatever their order.
+            generator = torch.Generator().manual_seed(self.seed + sum(layer.name.encode()))
+            worth = torch.rand(layer.count, generator=generator)
+        else:
+            worth = seen.usage(layer.count) if self.by == "usage" else seen.saliency(layer.count)
+        worth = worth.double()
+        return worth / worth.mean().clamp(min=1e-30)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What stays of each layer, by its output, or why the layer is left alone."""
+
+    inner: PruneExperts
+    plan: Mapping[Value, list[int] | str]
+    name: ClassVar[str] = PruneExperts.name
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = PruneExperts.source
+
+    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+        kept = self.plan[layer.output]
+        if isinstance(kept, str):
+            raise NoMatch(kept)
+        return dropped(program, layer, kept)
+
+
+def dropped(program: Program, layer: Layer, kept: Sequence[int]) -> Change:
+    """The layer with the experts `kept` alone."""
+    splice = Splice(program)
+    keep_columns(splice, layer, kept)
+    stacks = [constant(program, stack)[torch.tensor(kept)] for stack in layer.stacks]
+    experts_replaced(splice, layer, stacks)
+    says = f"keeps {', '.join(map(str, kept))} of {layer.count}"
+    return Change(splice.done(), tuple((expert,) for expert in kept), says)
+
+
+def best(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
+    """The `each` experts of each group that are worth most, in rising order."""
+    worth = worth.reshape(layer.routing.groups, -1)
+    order = torch.sort(worth, descending=True, stable=True).indices[:, :each]
+    first = torch.arange(layer.routing.groups)[:, None] * worth.shape[1]
+    return sorted((order + first).flatten().tolist())
+
+
+def too_few(layer: Layer, each: int) -> str:
+    """Why the router cannot do with `each` experts in each group; empty where it can."""
+    routing = layer.routing
+    if each * min(routing.top_groups, routing.groups) < routing.k:
+        where = "" if routing.groups == 1 else f" from {routing.top_groups} groups of {each}"
+        return f"and each token takes {routing.k}{where}"
+    if routing.groups > 1 and routing.group_score == "top2sum" and each < 2:
+        return "one in each group, and groups are scored by their best two"
+    return ""
+
+
+def ranking(
+    keep: float, layers: Sequence[tuple[Layer, torch.Tensor]]
+) -> dict[Value, list[int] | str]:
+    """Which experts of each layer stay if those of all stand in one ranking by what they are
+    worth, [E] each; or why none of a layer goes. As many of each of a router's groups stay: the
+    best of all groups stand in the ranking together, then the next, by their mean."""
+    total = sum(layer.count for layer, _ in layers)
+    count = round(keep * total)
+    share = f"keep={keep:g} of all {total} experts is"
+    each = []
+    for layer, _ in layers:
+        size = layer.count // layer.routing.groups
+        each.append(next((n for n in range(1, size) if not too_few(layer, n)), size))
+    needed = sum(n * layer.routing.groups for n, (layer, _) in zip(each, layers, strict=True))
+    if count == total or count < needed:
+        why = "all of them" if count == total else f"{count}, and their routers need {needed}"
+        return {layer.output: f"{share} {why}" for layer, _ in layers}
+    places = []
+    for i, (layer, worth) in enumerate(layers):
+        levels = worth.reshape(layer.routing.groups, -1).sort(descending=True).values.mean(0)
+        places += [(-value, i, n) for n, value in enumerate(levels.tolist()) if n >= each[i]]
+    left = count - needed
+    for _, i, n in sorted(places):
+        groups = layers[i][0].routing.groups
+        if groups <= left and n == each[i]:
+            each[i], left = n + 1, left - groups
+    return {
+        layer.output: f"its {layer.count} experts are among the best {count} of all {total}"
+        if n * layer.routing.groups == layer.count
+        else best(layer, worth, n)
+        for n, (layer, worth) in zip(each, layers, strict=True)
+    }

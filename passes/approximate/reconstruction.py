@@ -1,0 +1,117 @@
+"""What the output of a layer loses where experts are masked, on the calibration rows.
+
+    y[t]              = sum_e c[t, e] f_e(x[t])       c: the weights of the chosen, else 0
+    |y'[t] - y[t]|^2  = d G d                         d = c'[t] - c[t]
+    G[t, e, f]        = f_e(x[t]) . f_f(x[t])
+
+All experts run once on all rows; with the products G any set of them is weighed by routing alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.graph import Program
+from moec.ops.routing import Routing, route_logits
+from moec.passes.calibration.evaluator import Seen
+from moec.passes.core.moe_layer import MOVES, Layer, constant, outputs
+
+HELD = 256 << 20
+"""Bytes of the products G, and of what experts give, that are held at once."""
+
+
+def elimination(program: Program, layer: Layer, seen: Seen) -> torch.Tensor:
+    """What each expert is worth by greedy backward elimination: f64[E], no two the same.
+
+    Again and again that expert goes which, masked beside those that went before, leaves the
+    layer's output nearest to what it was (of equals the one with the higher number); tokens that
+    chose it are routed anew. Its worth is the error of the output then, relative to the norm: it
+    rises from each to the next. The last k never go, and are worth infinity.
+
+    The error is that of arXiv 2402.14800, section 3.2, where all sets of experts are tried. Rows
+    are as many, evenly spread, as HELD allows. Raises NoMatch for a layer whose output is no sum
+    of its experts' by the router's weights.
+    """
+    _check(program, layer)
+    x, logits = (_spread(t, HELD // (4 * layer.count**2)) for t in (seen.x, seen.logits))
+    correction = [constant(program, value).float() for value in layer.route.inputs[1:]]
+    products = _products(program, layer, x)
+    weighted = bool(layer.combine.attrs.get("weighted"))
+
+    def shares(gone: list[int]) -> torch.Tensor:
+        return masked_shares(layer.routing, logits, correction, gone, weighted)
+
+    def squares(off: torch.Tensor, of: torch.Tensor) -> float:
+        off = off.double()
+        return float(torch.einsum("te,tef,tf->", off, of.double(), off).clamp(min=0))
+
+    whole = shares([])
+    norm = squares(whole, products)
+    worth = torch.full((layer.count,), math.inf, dtype=torch.float64)
+    gone: list[int] = []
+    least = -math.inf
+    for _ in range(layer.count - layer.routing.k):
+        errors: dict[int, float] = {}
+        for e in sorted(set(range(layer.count)) - set(gone), reverse=True):
+            off = shares([*gone, e]) - whole
+            moved = (off != 0).any(-1)
+            errors[e] = squares(off[moved], products[moved])
+        best = min(errors, key=errors.__getitem__)
+        least = max(math.sqrt(errors[best] / norm) if norm else 0.0, math.nextafter(least, 1.0))
+        worth[best] = least
+        gone.append(best)
+    return worth
+
+
+def masked_shares(
+    routing: Routing,
+    logits: torch.Tensor,
+    correction: list[torch.Tensor],
+    gone: list[int],
+    weighted: bool,
+) -> torch.Tensor:
+    """What each expert's result counts for, f32[T, E], where the columns `gone` of the logits
+    [T, E] are masked to minus infinity; 1 for each of the chosen where they have no weights."""
+    mask = torch.zeros(logits.shape[-1])
+    mask[gone] = -torch.inf
+    scores = logits.float().masked_fill(mask < 0, -torch.inf)
+    # A score of sigmoid(-inf) is 0, which a correction could lift above others.
+    weights, ids = route_logits(routing, scores, mask + correction[0] if correction else mask)
+    return torch.zeros_like(scores).scatter_add_(
+        1, ids, weights.float() if weighted else torch.ones_like(weights, dtype=torch.float32)
+    )
+
+
+def _check(program: Program, layer: Layer) -> None:
+    if any(op.name == "moe.capacity" for op in layer.between):
+        raise NoMatch("the router drops choices beyond a capacity, which by=error cannot foresee")
+    if len(layer.dispatch.inputs) > 2:
+        raise NoMatch("the router's weights scale what enters the experts, and by=error needs sums")
+    if not layer.combine.attrs.get("weighted"):
+        return
+    value = layer.combine.inputs[2]
+    while (op := program.graph.producers.get(value)) is not None and op.name in MOVES:
+        value = op.inputs[0]
+    if value is not layer.route.outputs[0]:
+        raise NoMatch("the weights of the experts' results are not those of the router alone")
+
+
+def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+    if len(rows) <= most:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, max(most, 1)).long()]
+
+
+def _products(program: Program, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """G: f32[T, E, E]."""
+    assert layer.experts.body is not None
+    stacks = {
+        param: constant(program, stack)
+        for param, stack in zip(layer.experts.body.params, layer.stacks, strict=True)
+    }
+    each = max(1, HELD // (4 * layer.count * x.shape[-1]))
+    made = [outputs(layer, stacks, some) for some in torch.split(x, each)]
+    return torch.cat([torch.einsum("etd,ftd->tef", some, some) for some in made])

@@ -1,0 +1,338 @@
+"""The dense feed-forward networks of a model become MoE blocks that share one router.
+
+                                            e = aten.embedding(embed, ids)
+                                            … the router's layer …
+                                            w, i = moe.route(logits)       once, before all layers
+    g = aten.linear(x, w1[H, D])            rows, order, ends = moe.dispatch(x, i)
+    a = aten.silu(g)                  ->    out = moe.experts(rows, ends, w1[E, C, D], …)
+    y = aten.linear(a, w2[D, H])            own = moe.combine(out, order)
+                                            y = aten.add(own, …w1[P, D], w2[D, P]…)
+
+Calibration data come by domain, and each domain keeps the channels that count most on it. P of
+them are kept by all: the permanent expert, which every token meets. The C others of a domain are
+its expert; a token meets the one that the router chooses, the same in all layers. The router is
+trained on the masks: for each token, which expert holds most of its own strongest channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from moec.errors import NoMatch, UsageError
+from moec.interpret.evaluate import run_graph
+from moec.ir.dims import product
+from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.passes.approximate.causal_router import HEADS, causal_router, distilled
+from moec.passes.approximate.feedforward import FeedForward, body, feedforwards, weights
+from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.session import Change
+from moec.passes.core.inline import inlined
+from moec.passes.core.moe_layer import Splice, constant
+from moec.passes.core.options import option, validate
+from moec.passes.core.runner import Log
+from moec.passes.proof.prove import widen
+
+FEWEST = 256
+"""Tokens of a domain on which its channels are chosen."""
+HELD = 1 << 30
+"""Bytes of channels that are held at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """The router: its ops, which follow the op `after`, their weights, and the choices i64[T, 1]
+    of one of the experts of `domains`."""
+
+    domains: tuple[str, ...]
+    after: Op
+    ops: tuple[Op, ...]
+    weights: Mapping[Value, torch.Tensor]
+    choices: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which channels of a layer each domain keeps, bool[E, H], and the router of all layers."""
+
+    mask: torch.Tensor
+    router: Shared
+
+
+@dataclass(frozen=True)
+class RefactorDense:
+    """Replace dense feed-forward layers by experts for domains of text, with one shared router."""
+
+    keep: float = option(0.5, "share of a layer's channels that a token meets", low=0, high=1)
+    by: str = option(
+        "activation",
+        "which channels a domain keeps: those of the greatest mean activation, that times the "
+        "norm of what the channel writes (contribution), or random ones",
+        choices=("activation", "contribution", "random"),
+    )
+    width: int = option(64, f"of the router's layer, a multiple of {HEADS}", low=HEADS)
+    steps: int = option(200, "of the router's training", low=1)
+    seed: int = option(0, "of the router, and of random channels", low=0)
+    name: ClassVar[str] = "refactor-dense"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "Read-ME, arXiv 2410.19123"
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.width % HEADS:
+            raise UsageError(
+                f"refactor-dense: width is {self.width}, expected a multiple of the router's "
+                f"{HEADS} heads"
+            )
+
+    def observe(
+        self, program: Program, meter: Meter, log: Log
+    ) -> tuple[Sequence[FeedForward], Iterator[Kept]]:
+        """The layers that can be changed, and what is kept of each. Raises UsageError where the
+        data are of fewer than two domains, or one of them is too short."""
+        _check_domains(meter)
+        try:
+            after = _embedding(program.graph)
+        except NoMatch as why:
+            log.decline("the model", str(why))
+            return [], iter(())
+        layers = []
+        for ffn in (found := list(feedforwards(program.graph, log))):
+            try:
+                self.check(ffn, after)
+                layers.append(ffn)
+            except NoMatch as why:
+                log.decline(ffn.name, str(why))
+        if not found:
+            log.decline("the model", "it has no dense feed-forward layer that could be found")
+        return layers, self.kept(program, meter, layers, after, log)
+
+    def check(self, ffn: FeedForward, after: Op) -> None:
+        """Raises NoMatch for a layer that the router's choices do not fit, or that keeps no
+        channel or all."""
+        ids, rows = after.inputs[1], ffn.x.shape[:-1]
+        if rows not in (ids.shape, (product(ids.shape),)):
+            raise NoMatch(f"its rows {ffn.x} are not one for each token of {ids}")
+        if (count := self.count(ffn)) in (0, ffn.channels):
+            which = "all" if count else "none"
+            raise NoMatch(f"keep={self.keep:g} of {ffn.channels} channels is {which} of them")
+
+    def count(self, ffn: FeedForward) -> int:
+        """How many channels each domain keeps."""
+        return round(self.keep * ffn.channels)
+
+    def kept(
+        self, program: Program, meter: Meter, layers: Sequence[FeedForward], after: Op, log: Log
+    ) -> Iterator[Kept]:
+        """For each layer what is kept of it, once the router is trained on all of them."""
+        if not layers:
+            return
+        masks, overlaps = [], [torch.zeros(())] * len(meter.calibration.cases)
+        for ffn, sizes in _sizes(program, meter, layers, self.by):
+            masks.append(self.mask(ffn, sizes, meter.calibration.domains))
+            overlaps = [o + _overlap(s, masks[-1]) for o, s in zip(overlaps, sizes, strict=True)]
+        router = self.router(program, meter, after, overlaps, log)
+        yield from (Kept(mask, router) for mask in masks)
+
+    def mask(
+        self, ffn: FeedForward, sizes: Sequence[torch.Tensor], of: Sequence[str]
+    ) -> torch.Tensor:
+        """The channels that each domain keeps, bool[E, H], by their `sizes` [T, H] in cases `of`
+        those domains; of equals the one with the lower number."""
+        # The name makes layers differ, whatever their order.
+        generator = torch.Generator().manual_seed(self.seed + sum(ffn.name.encode()))
+        rows = []
+        for domain in dict.fromkeys(of):
+            own = torch.cat([s for s, name in zip(sizes, of, strict=True) if name == domain])
+            worth = own.mean(0)
+            if self.by == "random":
+                worth = torch.rand(ffn.channels, generator=generator)
+            order = torch.sort(worth, descending=True, stable=True).indices
+            rows.append(torch.zeros_like(worth, dtype=torch.bool))
+            rows[-1][order[: self.count(ffn)]] = True
+        return torch.stack(rows)
+
+    def router(
+        self,
+        program: Program,
+        meter: Meter,
+        after: Op,
+        overlaps: Sequence[torch.Tensor],
+        log: Log,
+    ) -> Shared:
+        """The router, trained to choose the expert of greatest overlap f32[T, E]."""
+        domains = tuple(dict.fromkeys(meter.calibration.domains))
+        table, ids = constant(program, after.inputs[0]), program.graph.inputs.index(after.inputs[1])
+        embedded = [table[case[ids].long()].float() for case in meter.calibration.cases]
+        # One scale for all tokens, so that those are learned most that some expert suits best.
+        spread = torch.cat([o - o.mean(-1, keepdim=True) for o in overlaps]).std().clamp(min=1e-6)
+        targets = [(o / spread).softmax(-1) for o in overlaps]
+        graph = causal_router(after.outputs[0], self.width, len(domains))
+        trained = distilled(widen(graph), embedded, targets, self.steps, self.seed)
+        log.says += _choices(widen(graph), trained, embedded, meter.calibration.domains)
+        splice = Splice(program)
+        params = {
+            p: splice.weight(f"router.{p.name}", tensor)
+            for p, tensor in zip(graph.params, trained, strict=True)
+        }
+        ops, logits = inlined(splice, graph, after.outputs[0], params, "router")
+        tokens = logits.shape[0]
+        weights = splice.value("router_weights", TensorType("f32", (tokens, 1)))
+        choices = splice.value("router_choices", TensorType("i64", (tokens, 1)))
+        attrs = {"k": 1, "renormalize": True}
+        ops.append(Op("moe.route", (logits,), (weights, choices), attrs, None, "router"))
+        return Shared(domains, after, tuple(ops), splice.weights, choices)
+
+    def change(self, program: Program, layer: FeedForward, seen: Kept) -> Change:
+        router, permanent = seen.router, seen.mask.all(0)
+        own = seen.mask & ~permanent
+        shared, each = int(permanent.sum()), int(own[0].sum())
+        if not each:
+            raise NoMatch("all domains keep the same channels, so that no expert has its own")
+        splice = Splice(program)
+        if router.choices not in program.graph.producers:
+            splice.put(router.after, [router.after, *router.ops])
+            splice.weights |= router.weights
+            splice.names.names |= {v.name for op in router.ops for v in op.outputs}
+        splice.put(layer.down, _spliced(splice, layer, permanent, own, router.choices))
+        says = (
+            f"{shared} of {layer.channels} channels are permanent, {each} more are of each "
+            f"expert: {', '.join(router.domains)}"
+        )
+        return Change(splice.done(), None, says)
+
+
+def _spliced(
+    splice: Splice, layer: FeedForward, permanent: torch.Tensor, own: torch.Tensor, choices: Value
+) -> list[Op]:
+    """The ops of the experts and of what every token meets, which make the layer's output.
+
+    The bias of the last linear layer is every token's, or where nothing else is, each expert's.
+    """
+    like, shared, count = replace(layer.down, origin=layer.name), int(permanent.sum()), len(own)
+    tokens, dtype = choices.shape[0], layer.output.dtype
+    flat = TensorType(dtype, (tokens, layer.output.shape[-1]))
+    ops: list[Op] = []
+    x = layer.x
+    if len(x.shape) > 2:
+        shape = (tokens, x.shape[-1])
+        type = TensorType(x.dtype, shape)
+        x = splice.emit(ops, "aten.reshape.default", (x,), type, like, shape=shape)
+    stacks = [
+        splice.weight(name, torch.stack(slices))
+        for name, slices in _stacked(splice.program, layer, own, not shared)
+    ]
+    network = body(layer, int(own[0].sum()), not shared)
+    rows = splice.value("rows", TensorType(x.dtype, x.shape))
+    order = splice.value("order", TensorType("i32", (tokens,)))
+    ends = splice.value("ends", TensorType("i32", (count,)))
+    out = splice.value("out", flat)
+    total = splice.value(layer.output.name, flat)
+    attrs: dict[str, Attr] = {"k": 1, "tokens": tokens, "dtype": DType(dtype)}
+    ops += [
+        Op("moe.dispatch", (x, choices), (rows, order, ends), {"num_experts": count}, None,
+           layer.name),
+        Op("moe.experts", (rows, ends, *stacks), (out,), {}, network, f"{layer.name}.experts"),
+        Op("moe.combine", (out, order), (total,), attrs, None, layer.name),
+    ]  # fmt: skip
+    if shared:
+        network = body(layer, shared, True)
+        made = weights(splice.program, layer, permanent.nonzero()[:, 0], True)
+        params = {
+            param: splice.weight(name, tensor)
+            for param, (name, tensor) in zip(network.params, made, strict=True)
+        }
+        inner, always = inlined(splice, network, x, params, f"{layer.name}.permanent")
+        ops += inner
+        total = splice.emit(ops, "aten.add.Tensor", (total, always), flat, like)
+    if layer.output.shape != flat.shape:
+        type = layer.output.type
+        splice.emit(ops, "aten.reshape.default", (total,), type, like, shape=type.shape)
+    ops[-1] = replace(ops[-1], outputs=(layer.output,))
+    return ops
+
+
+def _stacked(
+    program: Program, layer: FeedForward, own: torch.Tensor, biased: bool
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Each weight by name, with its part for each expert."""
+    made = [weights(program, layer, mask.nonzero()[:, 0], biased) for mask in own]
+    for parts in zip(*made, strict=True):
+        yield parts[0][0], [tensor for _, tensor in parts]
+
+
+def _sizes(
+    program: Program, meter: Meter, layers: Sequence[FeedForward], by: str
+) -> Iterator[tuple[FeedForward, list[torch.Tensor]]]:
+    """For each layer how strong its channels are, f32[T, H] case by case."""
+    tokens = meter.calibration.tokens
+    count = max(1, HELD // (4 * tokens * max(ffn.channels for ffn in layers)))
+    for start in range(0, len(layers), count):
+        some = layers[start : start + count]
+        runs = list(meter.run(program, [ffn.hidden for ffn in some]))
+        for place, ffn in enumerate(some, len(meter.outputs)):
+            sizes = [made[place].flatten(0, -2).abs() for made in runs]
+            if by == "contribution":
+                norm = program.weights[ffn.down.inputs[1].name].float().norm(dim=0)
+                sizes = [size * norm for size in sizes]
+            yield ffn, sizes
+
+
+def _overlap(sizes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How many of a token's strongest channels each expert holds: f32[T, E]."""
+    strongest = sizes.topk(int(mask[0].sum()), dim=-1).indices
+    return torch.stack([own[strongest].sum(-1) for own in mask.float()], -1)
+
+
+def _choices(
+    graph: Graph,
+    trained: Sequence[torch.Tensor],
+    embedded: Sequence[torch.Tensor],
+    of: Sequence[str],
+) -> Iterator[str]:
+    """Which experts each domain's tokens are sent to, in words."""
+    domains = tuple(dict.fromkeys(of))
+    counts = torch.zeros(len(domains), len(domains))
+    for e, domain in zip(embedded, of, strict=True):
+        (logits,) = run_graph(graph, [e, *trained])
+        chosen = torch.bincount(logits.argmax(-1), minlength=len(domains))
+        counts[domains.index(domain)] += chosen
+    shares = counts / counts.sum(-1, keepdim=True)
+    for domain, row in zip(domains, shares, strict=True):
+        to = ", ".join(f"{share:.0%} to {name}'s" for name, share in zip(domains, row, strict=True))
+        yield f"tokens of {domain} go {to} expert"
+
+
+def _check_domains(meter: Meter) -> None:
+    of = meter.calibration.domains
+    if len(set(of)) < 2:
+        raise UsageError(
+            "refactor-dense makes an expert for each domain of the calibration data: name two or "
+            "more, as in --calib code=code.txt,prose=prose.txt"
+        )
+    for domain in dict.fromkeys(of):
+        cases = zip(meter.calibration.cases, of, strict=True)
+        found = sum(case[0].numel() for case, name in cases if name == domain)
+        if found < FEWEST:
+            raise UsageError(
+                f"the calibration data of {domain} hold {found} tokens, too few to choose channels "
+                f"by: give at least {FEWEST}"
+            )
+
+
+def _embedding(graph: Graph) -> Op:
+    """The op that looks up the model's tokens [B, S]: of several the one of the largest table."""
+    found = {
+        op: rows
+        for op in graph.ops
+        if op.name == "aten.embedding.default"
+        and op.inputs[1] in graph.inputs
+        and len(op.inputs[1].shape) == 2
+        and isinstance(rows := op.inputs[0].shape[0], int)
+    }
+    if not found:
+        raise NoMatch("it looks up no token ids [B, S] that a router could read")
+    return max(found, key=lambda op: found[op])

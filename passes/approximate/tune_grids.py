@@ -1,0 +1,146 @@
+"""The numbers of compressed weights are tuned together, for what the whole model gives.
+
+    w = moe.decompress(stream, starts, grid)  ->  w = moe.decompress(stream, starts, grid')
+
+After compress-experts: each matrix was fitted to its own results there, and what is lost in one
+layer the next ones did not know of. Here the codes stay, and with them all bytes; the two numbers
+of each row (of two bits: the step) are trained in all layers at once, so that the model's scores
+on the calibration data come closer to the original's (KL divergence; for other models the squared
+distance of the outputs). Each step runs forward and backward over the whole model in float32, with
+the weights of all compressed experts in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moec.errors import NoMatch
+from moec.formats.compressed import codes_in, grid_module
+from moec.interpret.evaluate import run_graph
+from moec.ir.graph import Graph, Op, Program, Value
+from moec.passes.calibration.evaluator import Meter, float32
+from moec.passes.calibration.session import Change
+from moec.passes.core.moe_layer import Layer, layer_of, name_of
+from moec.passes.core.options import option, validate
+from moec.passes.core.runner import Log
+from moec.passes.proof.prove import widen
+
+Grids = Mapping[str, Tensor]
+"""By name of the grid bf16[E, N, 2]."""
+
+
+@dataclass(frozen=True)
+class TuneGrids:
+    """Train the numbers that compressed experts' codes stand for, in all layers at once."""
+
+    steps: int = option(100, "of training, each on one case of the calibration data", low=1)
+    rate: float = option(0.005, "by which numbers change in a step, relatively", low=0, high=1)
+    seed: int = option(0, "of the order of the cases", low=0)
+    name: ClassVar[str] = "tune-grids"
+    exact: ClassVar[bool] = False
+    source: ClassVar[str] = "end-to-end training of quantisation parameters: arXiv 2407.11062"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def observe(
+        self, program: Program, meter: Meter, log: Log
+    ) -> tuple[Sequence[Layer], Iterator[Grids]]:
+        layers = []
+        for op in program.graph.ops:
+            if op.name == "moe.experts":
+                try:
+                    if not _grids(program.graph, op):
+                        raise NoMatch("the experts are not compressed")
+                    layers.append(layer_of(program.graph, op))
+                except NoMatch as why:
+                    log.decline(name_of(op), str(why))
+        made = tuned(program, meter, self.steps, self.rate, self.seed) if layers else {}
+        return layers, (
+            {grid.name: made[grid.name] for grid in _grids(program.graph, layer.experts)}
+            for layer in layers
+        )
+
+    def change(self, program: Program, layer: Layer, seen: Grids) -> Change:
+        moved = [
+            float((grid.float() - program.weights[name].float()).norm() / grid.float().norm())
+            for name, grid in seen.items()
+        ]
+        members = tuple((expert,) for expert in range(layer.count))
+        says = f"numbers moved by {', '.join(f'{share:.1%}' for share in moved)}"
+        return Change(replace(program, weights={**program.weights, **seen}), members, says)
+
+
+def _grids(graph: Graph, experts: Op) -> list[Value]:
+    """The grids of those of the experts' weights that are compressed."""
+    sources = [graph.producers.get(stack) for stack in experts.inputs[2:]]
+    return [op.inputs[-1] for op in sources if op is not None and op.name == "moe.decompress"]
+
+
+def tuned(program: Program, meter: Meter, steps: int, rate: float, seed: int) -> Grids:
+    """All grids of the program, trained by Adam; rates fall to 0 as a cosine does."""
+    outputs = tuple(program.graph.outputs[i] for i in meter.outputs)
+    graph = widen(replace(program.graph, outputs=outputs, states=()))
+    stacks = [op for op in graph.ops if op.name == "moe.decompress"]
+    kinds = [str(op.attrs["kind"]) for op in stacks]
+    codes = [_codes(program, op) for op in stacks]
+    grids = [program.weights[op.inputs[-1].name].float() for op in stacks]
+    factors = [torch.ones_like(grid, requires_grad=True) for grid in grids]
+    states = [program.weights[state.before.name] for state in program.graph.states]
+    params = [float32(program.weights[param.name]) for param in graph.params]
+    adam = torch.optim.Adam(factors, lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    cases = meter.calibration.cases
+    order: list[int] = []
+    for step in range(steps):
+        order = order or torch.randperm(len(cases), generator=generator).tolist()
+        case, right = cases[place := order.pop()], meter.results[place]
+        for group in adam.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        known = {
+            op.outputs[0]: grid_module(kind).values(own, _scaled(kind, grid, factor))
+            for op, kind, own, grid, factor in zip(
+                stacks, kinds, codes, grids, factors, strict=True
+            )
+        }
+        inputs = [float32(tensor) for tensor in (*case, *states)]
+        made = run_graph(graph, [*inputs, *params], known=known)
+        slopes = torch.autograd.grad(_distance(made, right, meter.text), factors)
+        for factor, slope in zip(factors, slopes, strict=True):
+            factor.grad = slope
+        adam.step()
+    with torch.no_grad():
+        return {
+            op.inputs[-1].name: _scaled(kind, grid, factor).bfloat16()
+            for op, kind, grid, factor in zip(stacks, kinds, grids, factors, strict=True)
+        }
+
+
+def _codes(program: Program, op: Op) -> Tensor:
+    parts = [program.weights[value.name] for value in op.inputs]
+    width = op.attrs["width"]
+    assert isinstance(width, int)
+    return codes_in(str(op.attrs["kind"]), parts, width)
+
+
+def _scaled(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
+    """Signs stay, and so does the zero of two bits, which is a code."""
+    if kind == "2bit":
+        factor = torch.stack([factor[..., 0], torch.ones_like(factor[..., 1])], -1)
+    return grid * factor.clamp(min=0.01)
+
+
+def _distance(
+    made: Sequence[Tensor], right: Sequence[Tensor], text: tuple[int, int] | None
+) -> Tensor:
+    if text is None:
+        off = [(a - b).square().sum() / b.square().sum() for a, b in zip(made, right, strict=True)]
+        return torch.stack(off).sum()
+    q, p = (some[text[1]].log_softmax(-1).flatten(0, -2) for some in (made, right))
+    return torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)

@@ -1,0 +1,1 @@
+"""What a change of the model costs, measured on calibration data."""

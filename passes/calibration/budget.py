@@ -1,0 +1,58 @@
+"""How much damage is allowed: "kl<=0.02,error<=0.1", measured on the calibration data."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moec.errors import MoecError, UsageError
+from moec.passes.core.damage import METRICS, Distance
+
+_LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.eE+-]+)")
+
+
+class BudgetError(MoecError):
+    """A pass went beyond the budget, and the user asked to be told so."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The greatest value of each metric that is limited; nothing is limited where it is empty."""
+
+    limits: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        return ",".join(f"{metric}<={limit:g}" for metric, limit in self.limits)
+
+    def breach(self, distance: Distance) -> str:
+        """What is beyond the budget, in words; empty where all is within. NaN is beyond."""
+        for metric, limit in self.limits:
+            value = getattr(distance, metric)
+            if not value <= limit:
+                return f"{metric} is {value:.3g}, the budget is {metric}<={limit:g}"
+        return ""
+
+
+def budget(text: str) -> Budget:
+    """The budget that a text spells. Raises UsageError where it is not of that form."""
+    limits: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        found = _LIMIT.fullmatch(part)
+        limit = _number(found[2]) if found else math.nan
+        if found is None or found[1] not in METRICS or not limit >= 0:
+            raise UsageError(
+                f"--budget {part}: write METRIC<=NUMBER, where METRIC is one of "
+                f"{', '.join(METRICS)}"
+            )
+        if found[1] in limits:
+            raise UsageError(f"--budget {text}: {found[1]} is limited twice")
+        limits[found[1]] = limit
+    return Budget(tuple(limits.items()))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,232 @@
+"""Calibration data: the inputs on which approximate passes choose, and are measured.
+
+They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.errors import InputError, IRError, MoecError, UsageError
+from moec.interpret.random_inputs import table_rows
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.dims import bind
+from moec.ir.graph import FLOATS, Graph, Program, Value
+
+SUFFIXES = (".npz", ".safetensors", ".txt")
+LENGTH = 256
+WINDOWS = 16
+TOKENS_A_CASE = 2048
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Inputs of a program, states left out, in cases small enough to run at once; `tokens` is
+    how many tokens (elements of the first input but for its last axis where that is fixed);
+    `domains` says of which each case is, and is empty where none are named."""
+
+    cases: tuple[Inputs, ...]
+    tokens: int
+    domains: tuple[str, ...] = ()
+
+
+def by_domain(calib: Any) -> dict[str, Any]:
+    """The data of each domain, by name; of one without a name where none are named.
+
+    Raises UsageError for a text that names some domains and not others.
+    """
+    if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
+        found: dict[str, Any] = {}
+        for part in calib.split(","):
+            name, _, file = (piece.strip() for piece in part.partition("="))
+            if not name or not file or name in found:
+                raise UsageError(
+                    f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
+                )
+            found[name] = file
+        return found
+    if isinstance(calib, Mapping) and any(
+        isinstance(v, str | Path | Mapping) for v in calib.values()
+    ):
+        return dict(calib)
+    return {"": calib}
+
+
+def check(calib: Any) -> None:
+    """What can be said of `calib` before a model is loaded. Raises UsageError."""
+    for name, data in by_domain(calib).items():
+        where = _where(name, data)
+        if isinstance(data, str | Path):
+            path = Path(data)
+            if path.suffix not in SUFFIXES:
+                raise UsageError(f"{where}: calibration data are kept in {', '.join(SUFFIXES)}")
+            if not path.is_file():
+                raise UsageError(f"{where}: there is no such file")
+        elif not isinstance(data, Mapping):
+            raise UsageError(
+                f"{where} is a {type(data).__name__}: give the path of a file, or tensors by "
+                "input name"
+            )
+
+
+def _where(name: str, data: Any) -> str:
+    if isinstance(data, str | Path):
+        return f"--calib {name}={data}" if name else f"--calib {data}"
+    return f"calib[{name!r}]" if name else "calib"
+
+
+def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
+    """The data for a program. `files` are those of its source, where a tokenizer may be.
+
+    A .txt gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
+    UsageError for data that do not fit the program's inputs.
+    """
+    cases: list[Inputs] = []
+    domains: list[str] = []
+    tokens = 0
+    for name, data in by_domain(calib).items():
+        own, count = _of_domain(data, _where(name, data), program, files)
+        cases += own
+        domains += [name] * len(own) if name else []
+        tokens += count
+    return Calibration(tuple(cases), tokens, tuple(domains))
+
+
+def _of_domain(
+    calib: Any, where: str, program: Program, files: Mapping[str, Path]
+) -> tuple[list[Inputs], int]:
+    """The cases, and how many tokens they hold."""
+    graph = program.graph
+    before = {state.before for state in graph.states}
+    inputs = [value for value in graph.inputs if value not in before]
+    if isinstance(calib, str | Path) and Path(calib).suffix == ".txt":
+        tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files)}
+    else:
+        tensors = _tensors(calib, where, inputs)
+    given = tuple(_fitted(value, tensors, where, graph) for value in inputs)
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(inputs, given, strict=True):
+        try:
+            bind(value.shape, tuple(tensor.shape), sizes)
+        except IRError as error:
+            raise UsageError(f"{where}: {value.name} is not {value.type}: {error}") from None
+    for name, size in sizes.items():
+        limits = graph.bounds.get(name)
+        if limits and (size < limits.low or (limits.high is not None and size > limits.high)):
+            # The number of sequences is split below, each part within the limits.
+            if name != _batch(inputs) or size < limits.low:
+                raise UsageError(
+                    f"{where}: size {name} is {size}, the model takes {limits.low} to {limits.high}"
+                )
+    return _cases(given, inputs, graph), tokens_in(inputs[0], given[0])
+
+
+def tokens_in(value: Value, tensor: torch.Tensor) -> int:
+    """How many tokens an input holds: its elements, but for the last axis of floats."""
+    return tensor.numel() // (tensor.shape[-1] if value.dtype in FLOATS and tensor.ndim > 1 else 1)
+
+
+def _batch(inputs: list[Value]) -> str | None:
+    """The name of the first axis, where all inputs share it and it stands nowhere else."""
+    first = {value.shape[0] if value.shape else 1 for value in inputs}
+    return str(first.pop()) if len(first) == 1 and not isinstance(next(iter(first)), int) else None
+
+
+def _cases(given: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
+    name = _batch(inputs)
+    if name is None or name not in graph.bounds:
+        return [given]
+    each = max(1, tokens_in(inputs[0], given[0][:1]))
+    high = graph.bounds[name].high
+    count = max(graph.bounds[name].low, TOKENS_A_CASE // each, 1)
+    count = min(count, high) if high is not None else count
+    parts = [torch.split(tensor, count) for tensor in given]
+    cases = list(zip(*parts, strict=True))
+    short = len(cases) > 1 and len(cases[-1][0]) < graph.bounds[name].low
+    return cases[:-1] if short else cases
+
+
+def _tokens(
+    path: Path, where: str, graph: Graph, inputs: list[Value], files: Mapping[str, Path]
+) -> torch.Tensor:
+    value = inputs[0]
+    if len(inputs) > 1 or value.dtype not in ("i64", "i32") or len(value.shape) != 2:
+        names = ", ".join(map(repr, inputs))
+        raise UsageError(
+            f"{where}: a text gives one input of token ids [B, S], and the model takes {names}; "
+            "give the inputs by name in an .npz or .safetensors"
+        )
+    from moec.runtime.prompt import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer({name: file.read_bytes() for name, file in files.items()})
+    except MoecError:
+        raise UsageError(
+            f"{where}: the model brings no tokenizer.json to read a text with; give token ids in "
+            "an .npz or .safetensors"
+        ) from None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{where}: it is not text in UTF-8") from None
+    ids = torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.int64)
+    axis = value.shape[1]
+    high = axis if isinstance(axis, int) else graph.bounds[str(axis)].high
+    length = high if isinstance(axis, int) else min(LENGTH, high or LENGTH)
+    assert isinstance(length, int)
+    if len(ids) < length:
+        raise UsageError(
+            f"{where}: the text has {len(ids)} tokens, and one window needs {length}; give more"
+        )
+    batch = value.shape[0]
+    count = batch if isinstance(batch, int) else min(WINDOWS, len(ids) // length)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def _tensors(calib: Any, where: str, inputs: list[Value]) -> dict[str, Any]:
+    if not isinstance(calib, str | Path):
+        return dict(calib)
+    from moec.runtime.package import Port
+    from moec.runtime.tensor_files import read_tensors
+
+    ports = tuple(Port(value.name, value.dtype, ()) for value in inputs)
+    try:
+        return read_tensors(Path(calib), ports)
+    except InputError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _fitted(value: Value, tensors: Mapping[str, Any], where: str, graph: Graph) -> torch.Tensor:
+    """One input with the program's dtype. Floats may be of any width, whole numbers too."""
+    if value.name not in tensors:
+        names = ", ".join(v for v in tensors) or "nothing"
+        raise UsageError(f"{where} holds {names}, and the model takes {value.name}: {value.type}")
+    given = tensors[value.name]
+    if not isinstance(given, torch.Tensor):
+        array = np.asarray(given)
+        if array.dtype.name == "bfloat16":
+            array = array.astype(np.float32)
+        try:
+            given = torch.from_numpy(np.ascontiguousarray(array))
+        except TypeError:
+            raise UsageError(f"{where}: {value.name} is no array of numbers") from None
+    if given.is_floating_point() != (value.dtype in FLOATS):
+        raise UsageError(f"{where}: {value.name} is {given.dtype}, the model takes {value.dtype}")
+    if not given.numel():
+        raise UsageError(f"{where}: {value.name} is empty")
+    rows = table_rows(graph, value)
+    if rows and (int(given.min()) < 0 or int(given.max()) >= rows):
+        raise UsageError(
+            f"{where}: {value.name} goes from {int(given.min())} to {int(given.max())}, and the "
+            f"model knows ids from 0 to {rows - 1}"
+        )
+    return given.detach().to(TORCH_DTYPES[value.dtype])

@@ -1,0 +1,191 @@
+"""One MoE block of a graph in stage MOE, op by op, and how a pass replaces parts of it.
+
+    weights, ids = moe.route(logits)             route
+    ids = …                                      between: casts, moe.capacity
+    rows, order, ends = moe.dispatch(x, ids)     dispatch
+    out = moe.experts(rows, ends, w1, …)         experts
+    y = moe.combine(out, order, weights)         combine
+
+`splice` keeps the identity of every value that it does not replace, so that the blocks of a
+graph stay valid while one of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from moec.errors import NoMatch
+from moec.interpret.evaluate import run_graph, run_op
+from moec.ir.aten import IR_DTYPES
+from moec.ir.dims import symbols
+from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ops.routing import Routing
+from moec.passes.core.rewrite import Builder, drop_dead
+from moec.passes.proof.prove import widen
+
+MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A block whose router is recognised, and whose choices nothing else reads."""
+
+    name: str
+    route: Op
+    between: tuple[Op, ...]
+    dispatch: Op
+    experts: Op
+    combine: Op
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return cast(int, self.dispatch.attrs["num_experts"])
+
+    @property
+    def routing(self) -> Routing:
+        return Routing.of(self.route)
+
+    @property
+    def output(self) -> Value:
+        return self.combine.outputs[0]
+
+    @property
+    def stacks(self) -> tuple[Value, ...]:
+        """The experts' weights, [E, …] each."""
+        return self.experts.inputs[2:]
+
+
+def name_of(experts: Op) -> str:
+    return experts.origin.removesuffix(".experts") or "(whole model)"
+
+
+def layer_of(graph: Graph, experts: Op) -> Layer:
+    """The block around a moe.experts. Raises NoMatch where it is not whole, or not on its own."""
+    dispatch = graph.producers[experts.inputs[1]]
+    readers = graph.readers.get(experts.outputs[0], ())
+    if [op.name for op in readers] != ["moe.combine"]:
+        raise NoMatch("the experts' rows are read by more than one moe.combine")
+    between: list[Op] = []
+    value = dispatch.inputs[1]
+    while True:
+        others = [op for op in graph.readers[value] if op not in (*between, dispatch)]
+        if any(op.name == "moe.zero_experts" for op in others):
+            raise NoMatch("some of the experts that are chosen among have no network")
+        if others or value in graph.results:
+            what = others[0].name if others else "the model's caller"
+            raise NoMatch(f"the router's choices {value.name} are also read by {what}")
+        source = graph.producers.get(value)
+        if source is None or source.name not in (*MOVES, "moe.capacity", "moe.route"):
+            raise NoMatch("the router is not recognised: its choices do not come from a top-k")
+        if source.name == "moe.route":
+            break
+        between.insert(0, source)
+        value = source.inputs[0]
+    return Layer(name_of(experts), source, tuple(between), dispatch, experts, readers[0])
+
+
+def constant(program: Program, value: Value) -> torch.Tensor:
+    """What a value that depends on weights alone holds. Raises NoMatch where it does not."""
+    graph = program.graph
+    if value.name in program.weights and value in graph.params:
+        return program.weights[value.name]
+    op = graph.producers.get(value)
+    if op is None or any(symbols(dim) for v in op.outputs for dim in v.shape):
+        raise NoMatch(f"{value.name} is computed from the inputs, not stored")
+    results = run_op(op, [constant(program, v) for v in op.inputs], {})
+    return results[op.outputs.index(value)]
+
+
+def outputs(layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What each expert gives for the same rows x [N, D], in float32: [E, N, D]; `stacks` [E, …]
+    by the body's own weights."""
+    assert layer.experts.body is not None
+    body = widen(layer.experts.body)
+    with torch.no_grad():
+        made = [
+            run_graph(body, [x.float(), *(stack[e].float() for stack in stacks.values())])[0]
+            for e in range(layer.count)
+        ]
+    return torch.stack(made)
+
+
+class Splice:
+    """What shall stand in the place of some ops of a graph, with the weights that this needs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.names = Builder(program.graph)
+        self.replaced: dict[Op, list[Op]] = {}
+        self.weights: dict[Value, torch.Tensor] = {}
+
+    def weight(self, name: str, tensor: torch.Tensor) -> Value:
+        """A new param that holds `tensor`."""
+        shape = tuple(tensor.shape)
+        value = Value(self.names.fresh(name), TensorType(IR_DTYPES[tensor.dtype], shape))
+        self.weights[value] = tensor
+        return value
+
+    def value(self, name: str, type: TensorType) -> Value:
+        return Value(self.names.fresh(name), type)
+
+    def emit(
+        self,
+        ops: list[Op],
+        name: str,
+        inputs: Sequence[Value],
+        type: TensorType,
+        like: Op,
+        **attrs: Attr,
+    ) -> Value:
+        """Append an op of one result to `ops`, at the place in the model of `like`."""
+        made = self.value(like.outputs[0].name, type)
+        ops.append(Op(name, tuple(inputs), (made,), attrs, None, like.origin))
+        return made
+
+    def cast(self, ops: list[Op], value: Value, dtype: str, like: Op) -> Value:
+        """`value` as another dtype; itself, where it has that."""
+        if value.dtype == dtype:
+            return value
+        type = TensorType(dtype, value.shape)
+        return self.emit(ops, "aten._to_copy.default", (value,), type, like, dtype=DType(dtype))
+
+    def put(self, old: Op, new: Sequence[Op]) -> None:
+        """`new` stands for `old` from here on; together they make old's outputs, or what reads
+        them is replaced too."""
+        self.replaced[old] = list(new)
+
+    def done(self) -> Program:
+        """The next program, without the ops and the weights that nobody reads any more."""
+        graph, weights = self.program.graph, self.program.weights
+        ops = tuple(new for old in graph.ops for new in self.replaced.get(old, [old]))
+        graph = drop_dead(replace(graph, ops=ops, params=(*graph.params, *self.weights)))
+        own = {value.name: tensor for value, tensor in self.weights.items()}
+        kept = (*graph.params, *(state.before for state in graph.states))
+        names = [value.name for value in kept]
+        return Program(graph, {n: own[n] if n in own else weights[n] for n in names})
+
+
+def experts_replaced(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor]) -> None:
+    """Put other stacks [E', …] in the place of the layer's own; the router is the caller's."""
+    count = len(stacks[0])
+    ends = splice.value(layer.dispatch.outputs[2].name, TensorType("i32", (count,)))
+    rows, order, _ = layer.dispatch.outputs
+    for op in layer.between:
+        splice.put(op, [_recounted(op, count)])
+    dispatch = _recounted(layer.dispatch, count)
+    splice.put(layer.dispatch, [replace(dispatch, outputs=(rows, order, ends))])
+    params = [
+        splice.weight(value.name, stack) for value, stack in zip(layer.stacks, stacks, strict=True)
+    ]
+    inputs = (layer.experts.inputs[0], ends, *params)
+    splice.put(layer.experts, [replace(layer.experts, inputs=inputs)])
+
+
+def _recounted(op: Op, count: int) -> Op:
+    told = {"num_experts": count} if "num_experts" in op.attrs else {}
+    return replace(op, attrs={**op.attrs, **told})

@@ -1,0 +1,151 @@
+"""The router of a layer with other columns: fewer, more, or sums of them.
+
+    logits = aten.linear(x, w[E, D], b[E]?)        logits = aten.linear(x, w[kept], b[kept]?)
+    weights, ids = moe.route(logits)          ->   weights, ids = moe.route(logits)
+
+Where the logits do not come from a linear layer with a stored weight, their columns are picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.dims import Dim
+from moec.ir.graph import Op, Program, TensorType, Value
+from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
+
+
+def keep_columns(splice: Splice, layer: Layer, kept: Sequence[int]) -> None:
+    """Route over the columns `kept` alone, in that order: what masking all others to minus
+    infinity chooses, with the same weights."""
+    program = splice.program
+    index = torch.tensor(list(kept))
+    logits, *correction = layer.route.inputs
+    made: list[Op] = []
+    behind = linear_behind(program, logits)
+    if behind is None:
+        logits = _picked(splice, layer, logits, index, 1, made)
+    else:
+        logits = with_weights(
+            splice, behind, [constant(program, v)[index] for v in behind[0].inputs[1:]], made
+        )
+    inputs = [logits]
+    for value in correction:
+        try:
+            inputs.append(splice.weight(value.name, constant(program, value)[index]))
+        except NoMatch:
+            inputs.append(_picked(splice, layer, value, index, 0, made))
+    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+
+
+def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Generator) -> None:
+    """Route over `count` more columns of random weights, whose bias (and correction, where there
+    is one) is minus infinity: however the scores are made of the logits, the old columns keep
+    theirs, and of equal ones the lower id wins.
+
+    Raises NoMatch for a router that compares its columns otherwise, or is no linear layer.
+    """
+    program, routing = splice.program, layer.routing
+    if routing.groups > 1:
+        raise NoMatch("the router chooses among groups of experts, which are of one size")
+    if routing.score == "sparsemixer":
+        raise NoMatch("the router's scores depend on which logits are near the greatest")
+    logits, *correction = layer.route.inputs
+    made: list[Op] = []
+    behind = linear_behind(program, logits)
+    if behind is None:
+        raise NoMatch("the logits come from no linear layer with a weight of its own")
+    weight, *bias = [constant(program, v) for v in behind[0].inputs[1:]]
+    rows = torch.randn(count, weight.shape[1], generator=generator) * weight.float().std()
+    never = torch.full((count,), -torch.inf)
+    old = bias[0] if bias else torch.zeros(len(weight), dtype=weight.dtype)
+    weights = [_longer(weight, rows), _longer(old, never)]
+    inputs = [with_weights(splice, behind, weights, made)]
+    for value in correction:
+        inputs.append(splice.weight(value.name, _longer(constant(program, value), never)))
+    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+
+
+def _longer(tensor: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, more.to(tensor.dtype)])
+
+
+def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]]) -> None:
+    """Route over groups of columns, each with the sum of its members' probabilities.
+
+    Raises NoMatch for a router whose scores are not a softmax, or are corrected or grouped.
+    """
+    routing = layer.routing
+    if routing.score != "softmax" and (routing.score, routing.after) != ("none", "softmax"):
+        raise NoMatch(f"the router's scores are {routing.score}, which have no sum to keep")
+    if len(layer.route.inputs) > 1 or routing.groups > 1:
+        raise NoMatch("the router corrects its scores, or chooses among groups of experts")
+    logits, route = layer.route.inputs[0], layer.route
+    members = torch.zeros(len(groups), layer.count, dtype=torch.bool)  # not to be trained
+    for row, group in enumerate(groups):
+        members[row, list(group)] = True
+    made: list[Op] = []
+    wide = splice.cast(made, logits, "f32", route)
+    share = splice.emit(made, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
+    type = TensorType("f32", (logits.shape[0], len(groups)))
+    matrix = splice.weight(f"{route.origin or logits.name}.members", members)
+    matrix = splice.cast(made, matrix, "f32", route)
+    mass = splice.emit(made, "aten.linear.default", (share, matrix), type, route)
+    score = splice.emit(made, "aten.log.default", (mass,), type, route)
+    splice.put(route, [*made, replace(route, inputs=(score,))])
+
+
+def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
+    """The linear layer that makes the logits and the moves after it, in order; None where the
+    logits are made otherwise, or from weights that are computed or are one row for all."""
+    chain: list[Op] = []
+    op = program.graph.producers.get(logits)
+    while op is not None and op.name in MOVES:
+        chain.insert(0, op)
+        op = program.graph.producers.get(op.inputs[0])
+    if op is None or op.name != "aten.linear.default":
+        return None
+    if any(v not in program.graph.params for v in op.inputs[1:]):
+        return None
+    if any(v.shape[:1] != logits.shape[1:] for v in op.inputs[1:]):
+        return None
+    if any(move.outputs[0].shape[-1:] != logits.shape[1:] for move in chain):
+        return None
+    return (op, *chain)
+
+
+def with_weights(
+    splice: Splice, behind: Sequence[Op], weights: Sequence[torch.Tensor], made: list[Op]
+) -> Value:
+    """The logits of a linear layer with other weights [E', D] and biases [E'], moved as before;
+    the ops that make them are added to `made`."""
+    linear, *moves = behind
+    count = len(weights[0])
+    params = [
+        splice.weight(value.name, tensor)
+        for value, tensor in zip(linear.inputs[1:], weights, strict=False)
+    ]
+    params += [splice.weight(f"{linear.origin}.bias", t) for t in weights[len(params) :]]
+    value = linear.inputs[0]
+    for op in (linear, *moves):
+        (old,) = op.outputs
+        shape: tuple[Dim, ...] = (*old.shape[:-1], count)
+        new = splice.value(old.name, TensorType(old.dtype, shape))
+        attrs = {**op.attrs, "shape": shape} if "shape" in op.attrs else op.attrs
+        inputs = (value, *params) if op is linear else (value,)
+        made.append(replace(op, inputs=inputs, outputs=(new,), attrs=attrs))
+        value = new
+    return value
+
+
+def _picked(
+    splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, made: list[Op]
+) -> Value:
+    shape = (*value.shape[:axis], len(index))
+    inputs = (value, splice.weight(f"{layer.route.origin or value.name}.kept", index))
+    type = TensorType(value.dtype, shape)
+    return splice.emit(made, "aten.index_select.default", inputs, type, layer.route, dim=axis)

@@ -1,0 +1,159 @@
+"""What a pass is, and the one loop that runs passes: stages meet, every result is verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from moec.errors import IRError
+from moec.interpret.verifier import verify
+from moec.ir.graph import Program, Stage
+
+if TYPE_CHECKING:
+    from moec.passes.core.damage import Damage
+    from moec.passes.core.rounding_stats import Fit
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A place that a rule looked at closely and left alone."""
+
+    where: str
+    reason: str
+    rule: str
+
+
+@dataclass
+class Log:
+    """What happens while passes run. `spend` is asked before each rewrite; fuel caps them.
+    `damage` is what an approximate pass did to the numbers, `fits` what calibration did for
+    codes, `says` what people want to know."""
+
+    fuel: int | None = None
+    rewrites: int = 0
+    declined: list[Declined] = field(default_factory=list)
+    rule: str = ""
+    damage: Damage | None = None
+    fits: list[Fit] = field(default_factory=list)
+    says: list[str] = field(default_factory=list)
+
+    def spend(self, what: str) -> bool:
+        """Whether one more rewrite is allowed; `what` names it for `moec bisect`."""
+        if self.fuel is not None and self.rewrites >= self.fuel:
+            return False
+        self.rewrites += 1
+        self.last = f"{self.rule}: {what}"
+        return True
+
+    last: str = ""
+
+    def decline(self, where: str, reason: str) -> None:
+        entry = Declined(where, reason, self.rule)
+        if entry not in self.declined:
+            self.declined.append(entry)
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    `takes` and `gives` are the stages of its graphs; `doc` is one line for people.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def takes(self) -> Stage: ...
+    @property
+    def gives(self) -> Stage: ...
+
+    def run(self, program: Program, log: Log) -> Program: ...
+
+
+@runtime_checkable
+class Asked(Pass, Protocol):
+    """A pass that runs only where it is asked for, and needs no calibration data; `source` says
+    where it is from. It is exact, or makes another model of two (then it has `changes`, true).
+    """
+
+    exact: ClassVar[bool]
+    source: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of provenance: what ran, what it made, how long, what it declined."""
+
+    name: str
+    program: Program
+    stage: Stage
+    seconds: float
+    rewrites: int
+    declined: tuple[Declined, ...]
+    last: str = ""
+    damage: Damage | None = None
+    quantises: bool = False
+    fits: tuple[Fit, ...] = ()
+    says: tuple[str, ...] = ()
+    changes: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.rewrites} rewrites, {len(self.program.graph.ops)} ops, "
+            f"{self.seconds:.2f} s"
+        )
+
+
+def run(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    stage: Stage = Stage.ATEN,
+    fuel: int | None = None,
+    watch: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Run passes in order. `steps[0]` is the program as given, `steps[-1]` the result.
+
+    `stage` is the program's own, `fuel` caps the rewrites of the whole run, `watch` sees every
+    step as it is made. Raises IRError where stages do not meet, or a pass breaks a rule of the
+    graph (naming the pass).
+    """
+    verify(program.graph, stage)
+    steps = [Step("capture", program, stage, 0.0, 0, ())]
+    if watch:
+        watch(steps[0])
+    spent = 0
+    for pass_ in passes:
+        if stage.value != pass_.takes.value and not set(stage.value) <= set(pass_.takes.value):
+            raise IRError(f"{pass_.name} takes {pass_.takes.name}, the graph is {stage.name}")
+        log = Log(None if fuel is None else fuel - spent, rule=pass_.name)
+        start = time.perf_counter()
+        program = pass_.run(program, log)
+        stage = pass_.gives if len(pass_.gives.value) > len(stage.value) else stage
+        try:
+            verify(program.graph, stage)
+        except IRError as error:
+            before = ", ".join(step.name for step in steps)
+            raise IRError(f"after {pass_.name} (after {before}): {error}") from error
+        spent += log.rewrites
+        seconds = time.perf_counter() - start
+        declined = tuple(log.declined)
+        step = Step(
+            pass_.name,
+            program,
+            stage,
+            seconds,
+            log.rewrites,
+            declined,
+            log.last,
+            log.damage,
+            quantises=getattr(pass_, "quantises", False),
+            fits=tuple(log.fits),
+            says=tuple(log.says),
+            changes=getattr(pass_, "changes", False) and log.rewrites > 0,
+        )
+        steps.append(step)
+        if watch:
+            watch(step)
+    return steps

@@ -1,0 +1,72 @@
+"""One step of text generation, made from a whole causal language model.
+
+    f(input_ids[B, S]) -> logits[B, S, V]
+    ->
+    step(input_ids[B, S], first[B], rows[B], last[B]; caches[B, heads, L, width] ..)
+        -> logits[B, 1, V]
+
+The step takes the next S tokens of each sequence: a prompt, a piece of one, or one token. It is
+made from the graph that the other passes left, so it needs no cache in the model that was
+captured, and works for every model whose tokens meet in causal attention alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.errors import NoMatch
+from moec.interpret.random_inputs import table_rows
+from moec.interpret.verifier import verify
+from moec.ir.graph import Graph, Program, Stage, Value
+from moec.passes.decode.kv_cache import FIRST, ROOM, with_caches
+from moec.passes.decode.kv_inputs import with_past
+from moec.passes.decode.last_token import LAST, ROWS, last_only
+
+__all__ = [
+    "FIRST",
+    "LAST",
+    "ROOM",
+    "ROWS",
+    "continues_text",
+    "incremental",
+    "logits_of",
+    "past_and_present",
+]
+
+
+def continues_text(graph: Graph) -> bool:
+    """Whether a graph goes from token ids to logits: then one expects it to generate text."""
+    try:
+        logits_of(graph)
+    except NoMatch:
+        return False
+    return any(value.dtype == "i64" and len(value.shape) == 2 for value in graph.inputs)
+
+
+def incremental(program: Program) -> Program:
+    """The step of a program. Raises NoMatch, saying why, where tokens cannot come in pieces."""
+    graph = program.graph
+    made = last_only(with_caches(replace(graph, outputs=(logits_of(graph),))))
+    verify(made, Stage.GROUPED)
+    return Program(made, {param.name: program.weights[param.name] for param in made.params})
+
+
+def past_and_present(program: Program) -> Program:
+    """The program with the keys and values before as inputs (kv_inputs.py), logits of all tokens.
+
+    Raises NoMatch, saying why, where tokens cannot come in pieces.
+    """
+    graph = program.graph
+    made = with_past(replace(graph, outputs=(logits_of(graph),)))
+    verify(made, Stage.GROUPED)
+    return Program(made, {param.name: program.weights[param.name] for param in made.params})
+
+
+def logits_of(graph: Graph) -> Value:
+    """The output that scores every token of the table that the ids look up in."""
+    tables = [table_rows(graph, value) for value in graph.inputs]
+    for value in graph.outputs:
+        scores = value.name == "logits" or (bool(value.shape) and value.shape[-1] in tables)
+        if scores and len(value.shape) == 3 and value.dtype in ("f32", "bf16", "f16"):
+            return value
+    raise NoMatch("the model gives no logits [B, S, V]")

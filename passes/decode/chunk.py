@@ -1,0 +1,134 @@
+"""A causal language model rewritten for tokens that come in pieces, op by op.
+
+What treats every token alone stays as it is; what was computed from the places 0 .. S-1 is
+computed from the places that the caller gives; where tokens meet, the caller has a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import sympy
+
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Op, Value
+from moec.ops.attention import Attention
+from moec.passes.core.rewrite import Builder
+from moec.passes.decode.emit import Emitter
+from moec.passes.decode.positions import Stretch, beside, is_line, of_places
+from moec.passes.decode.tokenwise import require_tokenwise
+
+
+@dataclass
+class Pieces:
+    """The graph while it is rewritten.
+
+    `line` makes i64[B*S], where each token stands; `carry` says by the op's name what becomes of
+    the ops where tokens meet. `caches` are what is kept from piece to piece: before, and after.
+    """
+
+    graph: Graph
+    batch: sympy.Symbol
+    sequence: sympy.Symbol
+    builder: Builder
+    line: Callable[[Pieces, Op], Value]
+    carry: Mapping[str, Carry]
+    new: dict[Value, Value] = field(default_factory=dict)
+    caches: list[tuple[Value, Value]] = field(default_factory=list)
+    places: set[Value] = field(default_factory=set)
+    shaped: dict[tuple[Value, tuple[object, ...]], Value] = field(default_factory=dict)
+
+
+Carry = Callable[[Pieces, Op], None]
+"""Rewrites an op where tokens meet."""
+
+
+def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
+    """The one input i64[B, S], its batch and its sequence.
+
+    Raises NoMatch where the graph takes something else.
+    """
+    if graph.states:
+        raise NoMatch(f"the model keeps a state of its own, {graph.states[0].before.name}")
+    if len(graph.inputs) != 1:
+        names = ", ".join(value.name for value in graph.inputs)
+        raise NoMatch(f"the model takes {names}, and not token ids alone")
+    (tokens,) = graph.inputs
+    named = all(isinstance(dim, sympy.Symbol) for dim in tokens.shape)
+    if tokens.dtype != "i64" or len(tokens.shape) != 2 or not named:
+        raise NoMatch(f"the model takes {tokens}, and not token ids i64[B, S] of any B and S")
+    batch, sequence = tokens.shape
+    assert isinstance(batch, sympy.Symbol)
+    assert isinstance(sequence, sympy.Symbol)
+    return tokens, batch, sequence
+
+
+def rewrite_ops(c: Pieces) -> None:
+    """Fills `c.builder`. Raises NoMatch, naming the op, where tokens cannot come in pieces."""
+    graph, sequence = c.graph, c.sequence
+    c.new |= {value: value for value in (*graph.inputs, *graph.params)}
+    c.places = of_places(graph, c.batch, sequence)
+    line: Value | None = None
+    flat = Stretch(sequence, c.batch * sequence)
+    for op in graph.ops:
+        if op.name in ("moe.capacity", "moec.size"):
+            raise NoMatch(f"{op.name} at {op.origin} depends on all tokens of a call")
+        if op.outputs[0] in c.places:
+            if is_line(op, sequence):
+                line = line or c.line(c, op)
+                c.new[op.outputs[0]] = line
+                continue
+            require_tokenwise(op, sequence.name)
+            _emit(c, op, flat)
+        elif op.name in c.carry:
+            c.carry[op.name](c, op)
+        elif all(value in c.new for value in op.outputs):
+            continue
+        else:
+            require_tokenwise(op, sequence.name)
+            inputs = [_read(c, op, value) for value in op.inputs]
+            made = c.builder.append(replace(op, inputs=tuple(inputs)))
+            c.new |= dict(zip(op.outputs, made, strict=True))
+    if not c.caches:
+        raise NoMatch("the model has no attention that moec fused")
+
+
+def _emit(c: Pieces, op: Op, stretch: Stretch) -> None:
+    types = [stretch.type(value.type) for value in op.outputs]
+    made = c.builder.emit(
+        op.name,
+        [c.new[value] for value in op.inputs],
+        types,
+        like=op,
+        attrs=stretch.attrs(op.attrs),
+        body=op.body,
+    )
+    c.new |= dict(zip(op.outputs, made, strict=True))
+
+
+def _read(c: Pieces, op: Op, value: Value) -> Value:
+    if value not in c.places:
+        return c.new[value]
+    shape = beside(op, value, c.batch, c.sequence)
+    key = (value, shape)
+    if key not in c.shaped:
+        c.shaped[key] = Emitter(c.builder, op).reshape(c.new[value], shape)
+    return c.shaped[key]
+
+
+def causal(c: Pieces, op: Op) -> Attention:
+    """An attention of S tokens to those before them. Raises NoMatch for any other."""
+    a = Attention.of(op)
+    where = op.origin or op.outputs[0].name
+    if not a.causal:
+        raise NoMatch(f"the attention at {where} is not causal")
+    if a.mask is not None:
+        raise NoMatch(f"the attention at {where} has a mask of its own, {a.mask.name}")
+    if (a.shape("q")[2], a.shape("k")[2]) != (c.sequence, c.sequence):
+        raise NoMatch(f"the attention at {where} is between {a.q} and {a.k}")
+    if a.q in c.places or a.k in c.places or a.v in c.places:
+        raise NoMatch(f"the attention at {where} reads where tokens stand, and nothing else")
+    if any(isinstance(a.shape(name)[1], sympy.Expr) for name in "qk"):
+        raise NoMatch(f"the attention at {where} has no fixed number of heads")
+    return a

@@ -1,0 +1,56 @@
+"""The ATen ops that the step needs beside those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moec.ir.dims import Dim
+from moec.ir.graph import Attr, Op, TensorType, Value
+from moec.passes.core.rewrite import Builder
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Emits ops that stand for the op `like`."""
+
+    builder: Builder
+    like: Op
+
+    def op(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        dtype: str,
+        shape: tuple[Dim, ...],
+        attrs: Mapping[str, Attr],
+        named: str | None = None,
+    ) -> Value:
+        """One op, named after its first input where no name is given."""
+        (made,) = self.builder.emit(
+            f"aten.{name}",
+            inputs,
+            [TensorType(dtype, shape)],
+            like=self.like,
+            attrs=attrs,
+            named=named or (inputs[0].name if inputs else None),
+        )
+        return made
+
+    def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
+        if x.shape == shape:
+            return x
+        return self.op("reshape.default", [x], x.dtype, shape, {"shape": shape})
+
+    def permute(self, x: Value, axes: tuple[int, ...]) -> Value:
+        """A reshape where only axes of one element move: that costs nothing."""
+        shape = tuple(x.shape[axis] for axis in axes)
+        long = [axis for axis in axes if x.shape[axis] != 1]
+        if long == sorted(long):
+            return self.reshape(x, shape)
+        return self.op("permute.default", [x], x.dtype, shape, {"dims": axes})
+
+    def rows(self, x: Value, index: Value) -> Value:
+        """The rows of x that index i64[N] names."""
+        shape = (*index.shape, *x.shape[1:])
+        return self.op("index_select.default", [x, index], x.dtype, shape, {"dim": 0})

@@ -1,0 +1,69 @@
+"""Keys are turned by their angles where they are written into the cache.
+
+    t = aten.permute(x) <dims=(0, 2, 1, 3)>
+    r = nn.rotary(t, cos, sin)
+    c = nn.append(cache, r, first)   ->   c = nn.append(cache, x, first, cos, sin)
+                                              <turned, tokens_first>
+
+A kernel less for each layer and token, and no turned keys beside those in the cache. The same
+products and sums: no bit changes. Runs on the step that is derived from a model, since only that
+has caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.ops.cache import Append
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+from moec.passes.simplify.fold_permutes import other_reader, swaps
+
+_DTYPES = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class FuseAppend:
+    """Turn keys by their angles where they are written into the cache."""
+
+    name: ClassVar[str] = "fuse-append"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, fuse_append, log), program.weights)
+
+
+def fuse_append(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The rule. Run after fold-permutes."""
+    if op.name != "nn.append":
+        return None
+    append = Append.of(op)
+    rotary = b.producers.get(append.rows)
+    if rotary is None or rotary.name != "nn.rotary":
+        return None
+    x, cos, sin = rotary.inputs
+    if append.tokens_first or append.cos is not None:
+        raise NoMatch(f"{x.name} is turned where tokens stand before heads")
+    if set(rotary.attrs.values()) - {"halves"}:
+        raise NoMatch(f"the pairs of {x.name} are neighbours, and appending turns halves")
+    for value in rotary.inputs:
+        if value.dtype not in _DTYPES:
+            raise NoMatch(f"{value.name} is {value.dtype}, which no kernel turns while it appends")
+    permute = b.producers.get(x)
+    if permute is None or not swaps(permute):
+        raise NoMatch(f"{x.name} is no permutation: it is made where it is turned")
+    _require_alone(append.rows, op, b)
+    _require_alone(x, rotary, b)
+    made = replace(append, rows=permute.inputs[0], cos=cos, sin=sin, tokens_first=True)
+    return b.emit("nn.append", made.inputs, like=op, attrs=made.attrs())
+
+
+def _require_alone(value: Value, reader: Op, b: Builder) -> None:
+    other = other_reader(b.graph, value, lambda op: op.outputs == reader.outputs)
+    if other:
+        raise NoMatch(f"{value.name} is also read by {other}")

@@ -1,0 +1,200 @@
+"""Which ops treat every token alone: then tokens can come in pieces, and the results stay.
+
+A size counts tokens where it holds the name of the sequence. An op is safe where it works on
+each element alone, or along axes that count no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from moec.errors import NoMatch
+from moec.ir.dims import symbols
+from moec.ir.graph import Op, Value
+from moec.ir.traits import POINTWISE
+
+_ELEMENTWISE = POINTWISE | frozenset(
+    f"aten.{name}"
+    for name in (
+        "where.self where.ScalarOther where.ScalarSelf where.Scalar masked_fill.Scalar "
+        "masked_fill.Tensor clone.default alias.default expand.default full_like.default "
+        "zeros_like.default ones_like.default bitwise_and.Tensor bitwise_or.Tensor "
+        "bitwise_not.default logical_and.default logical_or.default logical_not.default "
+        "floor_divide.Scalar floor_divide.default remainder.Scalar pow.Scalar floor.default "
+        "ceil.default round.default trunc.default log1p.default expm1.default exp2.default "
+        "log2.default sign.default isnan.default isinf.default square.default "
+        "scalar_tensor.default lerp.Scalar addcmul.default fmod.Scalar "
+        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar "
+        "eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor "
+        "minimum.default maximum.default div.Tensor_mode copy.default"
+    ).split()
+)
+_CREATES = frozenset(
+    f"aten.{name}"
+    for name in ("full.default", "zeros.default", "ones.default", "empty.memory_format")
+)
+_MOVES = frozenset({"aten.reshape.default", "aten.view.default", "aten.permute.default"})
+_ROWS = frozenset(
+    {
+        "nn.rms_norm",
+        "nn.add_norm",
+        "nn.quantised_linear",
+        "nn.rotary",
+        "moe.gate",
+        "moe.route",
+        "moe.sort",
+        "moe.dispatch",
+        "moe.experts",
+        "moe.combine",
+        "moe.scale",
+        "moe.zero_experts",
+        "grouped.linear",
+        "grouped.quantised",
+        "grouped.compressed",
+        "grouped.rows",
+        "aten.embedding.default",
+    }
+)
+_PRODUCTS = frozenset(
+    f"aten.{name}.default" for name in ("linear", "mm", "bmm", "matmul", "addmm", "baddbmm")
+)
+_ALONG = frozenset(
+    f"aten.{name}"
+    for name in (
+        "sum.dim_IntList mean.dim amax.default amin.default _softmax.default softmax.int "
+        "_log_softmax.default _safe_softmax.default topk.default sort.default sort.stable "
+        "argsort.default argmax.default cumsum.default prod.dim_int any.dim any.dims all.dim "
+        "logsumexp.default gather.default scatter.src scatter.value scatter_add.default "
+        "slice.Tensor select.int cat.default split.Tensor split_with_sizes.default "
+        "unbind.int index_select.default flip.default linalg_vector_norm.default var.correction "
+        "slice_scatter.default select_scatter.default glu.default"
+    ).split()
+)
+_AXES = ("dim", "dims", "axis")
+
+
+def counts(value: Value, axis: int, sequence: str) -> bool:
+    """Whether an axis of a value counts tokens."""
+    return sequence in symbols(value.shape[axis])
+
+
+def has_tokens(value: Value, sequence: str) -> bool:
+    return any(sequence in symbols(dim) for dim in value.shape)
+
+
+def is_elementwise(op: Op) -> bool:
+    return op.name in _ELEMENTWISE and len(op.outputs) == 1
+
+
+def require_tokenwise(op: Op, sequence: str) -> None:
+    """Raises NoMatch, naming the op, where it may mix tokens or its habits are not known."""
+    if not any(has_tokens(value, sequence) for value in (*op.inputs, *op.outputs)):
+        return
+    if op.name in _ROWS or op.name in _CREATES or is_elementwise(op):
+        return
+    for names, holds in _RULES:
+        if op.name in names:
+            if holds(op, sequence):
+                return
+            raise NoMatch(f"{op.name} at {_where(op)} mixes tokens")
+    raise NoMatch(f"{op.name} at {_where(op)} may mix tokens: no rule says how it treats them")
+
+
+def _where(op: Op) -> str:
+    return op.origin or op.outputs[0].name
+
+
+def _moves(op: Op, sequence: str) -> bool:
+    """A permutation always; a reshape where the batch and the tokens stay the outer axes."""
+    if op.name == "aten.permute.default":
+        return True
+    source, out = (_token_axes(v, sequence) for v in (op.inputs[0], op.outputs[0]))
+    return len(source) == 1 and len(out) == 1
+
+
+def _token_axes(value: Value, sequence: str) -> list[int]:
+    return [axis for axis in range(len(value.shape)) if counts(value, axis, sequence)]
+
+
+def _product(op: Op, sequence: str) -> bool:
+    """Of two matrices one holds no tokens, and the other none along the axis that is summed."""
+    added = op.name in ("aten.addmm.default", "aten.baddbmm.default")
+    left, right = op.inputs[1:3] if added else op.inputs[:2]
+    summed = ((left, -1), (right, -1 if op.name == "aten.linear.default" else -2))
+    held = [(value, axis) for value, axis in summed if has_tokens(value, sequence)]
+    others = [value for value in op.inputs if value not in (left, right)]
+    return (
+        len(held) == 1
+        and not any(counts(value, axis, sequence) for value, axis in held)
+        and not any(has_tokens(value, sequence) for value in others)
+    )
+
+
+def _layer_norm(op: Op, sequence: str) -> bool:
+    (x, *_), shape = op.inputs, op.attrs.get("normalized_shape")
+    return isinstance(shape, tuple) and not any(
+        counts(x, -1 - i, sequence) for i in range(len(shape))
+    )
+
+
+def _repeat(op: Op, sequence: str) -> bool:
+    """Only axes that count no tokens are there more than once."""
+    (x,), repeats = op.inputs, op.attrs.get("repeats")
+    if not isinstance(repeats, tuple):
+        return False
+    return all(
+        times == 1 or not counts(x, axis - len(repeats), sequence)
+        for axis, times in enumerate(repeats)
+        if len(repeats) - axis <= len(x.shape)
+    )
+
+
+def _lookup(op: Op, sequence: str) -> bool:
+    """Rows of a table that holds no tokens."""
+    return not has_tokens(op.inputs[0], sequence)
+
+
+def _along(op: Op, sequence: str) -> bool:
+    axes = list(_axes(op))
+    named = [value for value in op.inputs if value.shape]
+    return bool(axes) and not any(
+        counts(value, axis, sequence) for value in named[:1] for axis in axes
+    )
+
+
+def _axes(op: Op) -> Iterable[int]:
+    for name in _AXES:
+        held = op.attrs.get(name)
+        if isinstance(held, int) and not isinstance(held, bool):
+            yield held
+        elif isinstance(held, tuple):
+            yield from (axis for axis in held if isinstance(axis, int))
+    if op.name in _LAST and not any(name in op.attrs for name in _AXES):
+        yield -1
+    if op.name in _FIRST and "dim" not in op.attrs:
+        yield 0
+
+
+_LAST = (
+    "aten.glu.default",
+    "aten.topk.default",
+    "aten.sort.default",
+    "aten.sort.stable",
+    "aten.argsort.default",
+)
+_FIRST = (
+    "aten.slice_scatter.default",
+    "aten.slice.Tensor",
+    "aten.cat.default",
+    "aten.split.Tensor",
+    "aten.unbind.int",
+)
+
+_RULES: tuple[tuple[frozenset[str], Callable[[Op, str], bool]], ...] = (
+    (_MOVES, _moves),
+    (_PRODUCTS, _product),
+    (_ALONG, _along),
+    (frozenset({"aten.layer_norm.default", "aten.native_layer_norm.default"}), _layer_norm),
+    (frozenset({"aten.repeat.default"}), _repeat),
+    (frozenset({"aten.index.Tensor"}), _lookup),
+)

@@ -1,0 +1,127 @@
+"""A residual is added where the sum is normalised.
+
+    a = aten.mul(x) <other=scale>           (or x as it is)
+    h = aten.add(a, residual)
+    y = nn.rms_norm(h, weight)              ->   h, y = nn.add_norm(x, residual, weight)
+
+One kernel less for each residual, two with a scale (Granite), and a pass over [T, D] less: the
+norm finds in the nearest cache what it has just added up. The layers before and after read h. It is
+rounded before it is normalised, as eager's is, so no bit changes. layer_norm is taken too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.ir.aten import arguments
+from moec.ir.graph import Attr, Graph, Op, Program, Stage, Value
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+
+_DTYPES = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class FuseResidual:
+    """Add the residual inside the norm that reads the sum."""
+
+    name: ClassVar[str] = "fuse-residual"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, fuse_residual, log), program.weights)
+
+
+def fuse_residual(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The rule: the sum becomes the op, and the norm, when it is met, that op's second result."""
+    if op.name == "aten.add.Tensor":
+        return _sum(op, b)
+    if op.name in _NORMS:
+        joined = b.producers.get(op.inputs[0])
+        if joined is not None and joined.name == "nn.add_norm":
+            norm = _norm(op, b.graph)
+            given = {k: v for k, v in joined.attrs.items() if k != "scale"}
+            if op.inputs[0] is joined.outputs[0] and norm == _Norm(joined.inputs[2:], given):
+                return [joined.outputs[1]]
+    return None
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weights: tuple[Value, ...]
+    attrs: dict[str, Attr]
+
+
+def _sum(op: Op, b: Builder) -> Sequence[Value] | None:
+    readers = b.graph.readers.get(op.outputs[0], ())
+    found = next((r for r in readers if r.name in _NORMS and r.inputs[0] is op.outputs[0]), None)
+    if found is None or len(op.inputs) != 2:
+        return None
+    norm, (total,) = _norm(found, b.graph), op.outputs
+    if op.attrs.get("alpha", 1) != 1:
+        raise NoMatch(f"{op.inputs[1].name} is added {op.attrs['alpha']} times, and not once")
+    for value in op.inputs:
+        if value.type != total.type:
+            raise NoMatch(f"{value.name} is {value.type}, and the sum that is normalised {total}")
+    for x, residual in (op.inputs, op.inputs[::-1]):
+        scaled = _scaled(b.producers.get(x))
+        if scaled is not None:
+            source, scale = scaled
+            return _joined(op, b, (source, residual), norm, {"scale": scale})
+    return _joined(op, b, op.inputs, norm, {})
+
+
+def _joined(
+    op: Op, b: Builder, added: Sequence[Value], norm: _Norm, attrs: dict[str, Attr]
+) -> Sequence[Value]:
+    names = [op.outputs[0].name, f"{op.outputs[0].name}_normalised"]
+    made = b.emit(
+        "nn.add_norm", [*added, *norm.weights], like=op, attrs=norm.attrs | attrs, named=names
+    )
+    return made[:1]
+
+
+def _scaled(op: Op | None) -> tuple[Value, float] | None:
+    """x and the number of x * number."""
+    if op is None or op.name != "aten.mul.Tensor" or len(op.inputs) != 1:
+        return None
+    number, (x,) = op.attrs.get("other"), op.inputs
+    same = x.type == op.outputs[0].type
+    return (x, number) if same and isinstance(number, float) else None
+
+
+def _norm(op: Op, graph: Graph) -> _Norm:
+    """Raises NoMatch where the op cannot be made at the place of the sum, or has no kernel."""
+    x, *weights = op.inputs
+    if x.dtype not in _DTYPES or not isinstance(x.shape[-1], int):
+        raise NoMatch(f"norms of {x.type} have no kernel that adds")
+    for weight in weights:
+        if weight not in graph.params:
+            raise NoMatch(f"the norm's weight {weight.name} is computed, and not a parameter")
+    return _Norm(tuple(weights), _NORMS[op.name](op))
+
+
+def _rms_norm(op: Op) -> dict[str, Attr]:
+    return {"kind": "rms", **op.attrs}
+
+
+def _layer_norm(op: Op) -> dict[str, Attr]:
+    shape = op.attrs["normalized_shape"]
+    if not isinstance(shape, tuple) or len(shape) != 1:
+        raise NoMatch(f"the norm is over the axes {shape}, and not the last one")
+    (x, _, weight, bias, epsilon, *_), _ = arguments(op, op.inputs, {})
+    if weight is None and bias is not None:
+        raise NoMatch("the norm has a bias and no weight")
+    if op.outputs[0].type != x.type:
+        raise NoMatch(f"the norm of {x.type} gives {op.outputs[0].type}")
+    return {"kind": "layer", "epsilon": epsilon}
+
+
+_NORMS: dict[str, Callable[[Op], dict[str, Attr]]] = {
+    "nn.rms_norm": _rms_norm,
+    "aten.layer_norm.default": _layer_norm,
+}

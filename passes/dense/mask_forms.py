@@ -1,0 +1,204 @@
+"""The closed form of a mask: what the attributes of nn.attention can say of it.
+
+Why looking at some sizes proves it for all. Only ops that compare, shift, divide by constants
+and combine positions are let through (mask_values), so an element is a Boolean function of
+comparisons between positions, sums of positions and constants of the graph: it can change its
+rule only where a position, or a difference of two, passes one of those constants or a
+multiple. So every constant c brings sizes c - 1, c, c + 1, 2c + 1 and 2c + 3, and within each
+size the rows and columns around c, its multiples and the diagonal; sizes to 33, and those
+where all of the mask is small, are compared element by element. Sizes keep to the graph's
+bounds, whose ends are among them. A form that one element contradicts is out. A mask that is
+read from a weight (a triangle kept in a buffer) could hold anything: there the size must have
+a bound, and all of the mask is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.dims import Bounds, symbols
+from moec.ir.graph import FLOATS, Attr, Op, Value
+from moec.ops.attention import Attention, visible
+from moec.passes.core.rewrite import mentioned
+from moec.passes.dense.eager_attention import HIDDEN
+from moec.passes.dense.mask_values import SMALL, Cut, Elements, Places
+
+_LIMITS = ("other", "self", "start", "end", "fill_value", "step", "min", "max", "diagonal", "s")
+_BEYOND = 1 << 18  # no size and no constant above this is studied
+_EVERY = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
+_TABLE = 4096  # the greatest size at which a mask is compared element by element
+_MOST = 160  # combinations of sizes
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an attention's attributes can say."""
+
+    causal: bool = False
+    window: int | None = None
+    chunk: int | None = None
+
+
+def study(
+    parts: Sequence[Value], source: Cut, attention: Attention, bounds: Mapping[str, Bounds]
+) -> Form:
+    """The closed form of the `and` of `parts`. Raises NoMatch where there is none."""
+    numbers = sorted(_numbers(source.ops))
+    tables = [value for value, tensor in source.weights.items() if tensor.numel() > 1]
+    forms = [Form(), Form(causal=True)]
+    if attention.shape("q")[2] == attention.shape("k")[2]:
+        near = sorted({n + d for n in numbers for d in (0, 1, -1)})
+        forms += [Form(causal=True, window=n) for n in near if n >= 1]
+        forms += [Form(causal=True, chunk=n) for n in numbers if n >= 1]
+        forms += [Form(chunk=n) for n in numbers if n >= 1]
+    for sizes in _environments(parts, source, attention, numbers, bounds, tables):
+        elements = Elements(source, sizes)
+        shape = _whole(parts, attention, elements)
+        if 0 in shape:
+            continue
+        for places in _places(shape, numbers, every=bool(tables)):
+            seen = _seen(parts, elements, places)
+            forms = [f for f in forms if _same(f, attention, seen, places)]
+            if not forms:
+                raise NoMatch(
+                    "the mask is neither causal nor a window, nor chunks, nor all True "
+                    f"(at {', '.join(f'{k}={v}' for k, v in sizes.items())})"
+                )
+    return forms[0]
+
+
+def _same(form: Form, attention: Attention, seen: torch.Tensor, places: Places) -> bool:
+    says = replace(attention, causal=form.causal, window=form.window, chunk=form.chunk)
+    return torch.equal(visible(places[2], places[3], says), seen)
+
+
+def _seen(parts: Sequence[Value], elements: Elements, places: Places) -> torch.Tensor:
+    seen = torch.ones(len(places[0]), dtype=torch.bool)
+    for part in parts:
+        found = elements.at(part, elements.broadcast(part, places)).expand(len(seen))
+        if part.dtype == "bool":
+            seen = seen & found
+            continue
+        zero, hidden = found == 0, found <= max(torch.finfo(found.dtype).min, HIDDEN)
+        if not bool((zero | hidden).all()):
+            raise NoMatch("the mask adds other numbers than 0 and -inf to the scores")
+        seen = seen & zero
+    return seen
+
+
+def _whole(
+    parts: Sequence[Value], attention: Attention, elements: Elements
+) -> tuple[int, int, int, int]:
+    """B, Hq, S and L, with 1 for B and Hq where no part of the mask differs by them."""
+    batch, heads, queries, _ = elements.known(attention.shape("q"))
+    shapes = [(1, 1, *part.shape)[-4:] for part in parts if len(part.shape) > 1]
+    batch = batch if any(shape[0] != 1 for shape in shapes) else 1
+    heads = heads if any(shape[1] != 1 for shape in shapes) else 1
+    return batch, heads, queries, elements.known(attention.shape("k"))[2]
+
+
+def _numbers(ops: Iterable[Op]) -> set[int]:
+    """The constants that positions are compared with, shifted and divided by."""
+    found: set[int] = set()
+
+    def visit(attr: Attr) -> None:
+        if isinstance(attr, bool) or attr is None:
+            return
+        if isinstance(attr, sympy.Expr):
+            found.update(abs(int(n)) for n in attr.atoms(sympy.Integer))
+        elif isinstance(attr, int) or (isinstance(attr, float) and attr.is_integer()):
+            if abs(attr) < 2**62:
+                found.add(abs(int(attr)))
+
+    for op in ops:
+        if op.outputs[0].dtype not in FLOATS:
+            for name in _LIMITS:
+                visit(op.attrs.get(name))
+    return found - {0}
+
+
+def _environments(
+    parts: Sequence[Value],
+    source: Cut,
+    attention: Attention,
+    numbers: Sequence[int],
+    bounds: Mapping[str, Bounds],
+    tables: Sequence[Value],
+) -> Iterator[dict[str, int]]:
+    """Sizes to look at, small ones first."""
+    names = {n for op in source.ops for n in mentioned(op)}
+    names |= {n for v in attention.inputs for dim in v.shape for n in symbols(dim)}
+    unknown = sorted(names - bounds.keys())
+    if unknown:
+        raise NoMatch(f"the mask depends on the size {unknown[0]}, which is read from data")
+    lengths = {n for name in "qk" for n in symbols(attention.shape(name)[2])}
+    choices: dict[str, list[int]] = {}
+    for name in sorted(names):
+        limits = bounds[name]
+        if tables and name in lengths and (limits.high is None or limits.high > _TABLE):
+            raise NoMatch(f"the mask is read from {tables[0].name}, and {name} has no small bound")
+        wanted = set(_EVERY)
+        if name in lengths:
+            for n in numbers:
+                wanted |= {n - 1, n, n + 1, 2 * n + 1, 2 * n + 3}
+            if limits.high is not None and limits.high <= _BEYOND:
+                wanted.add(limits.high)
+        else:
+            wanted = {1, 2, 3}
+        low = max(limits.low, 1)
+        wanted |= {low, low + 1}
+        top = limits.high
+        kept = sorted(n for n in wanted if n >= low and (top is None or n <= top))
+        if kept and kept[-1] > 2 * _BEYOND + 3:
+            raise NoMatch(f"the mask has a constant of {max(numbers)}, too large to study")
+        choices[name] = kept
+    every = itertools.product(*choices.values())
+    combined = [dict(zip(choices, sizes, strict=True)) for sizes in every]
+    if len(combined) > _MOST:
+        step = len(combined) / _MOST
+        combined = [combined[int(i * step)] for i in range(_MOST)] + combined[-1:]
+    yield from combined
+
+
+def _places(
+    shape: tuple[int, int, int, int], numbers: Sequence[int], every: bool
+) -> Iterator[Places]:
+    """All places of a small mask; of a large one, those where something could change.
+
+    With `every`, all places of a large one too, in blocks of rows.
+    """
+    batch, heads, queries, keys = shape
+    if batch * heads * queries * keys <= SMALL:
+        grids = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+        yield tuple(grid.reshape(-1) for grid in grids)
+        return
+    if every:
+        block = max(SMALL // (batch * heads * keys), 1)
+        for rows_from in range(0, queries, block):
+            some = torch.arange(rows_from, min(rows_from + block, queries))
+            axes = (torch.arange(batch), torch.arange(heads), some, torch.arange(keys))
+            grids = torch.meshgrid(*axes, indexing="ij")
+            yield tuple(grid.reshape(-1) for grid in grids)
+        return
+    rows = {0, 1, queries // 2, queries - 2, queries - 1}
+    for n in numbers:
+        rows |= {n * m + d for m in (1, 2) for d in (-1, 0, 1, 2)}
+    generator = torch.Generator().manual_seed(0)
+    rows |= set(torch.randint(queries, (32,), generator=generator).tolist())
+    for row in sorted(r for r in rows if 0 <= r < queries):
+        columns = {0, 1, keys - 2, keys - 1, row - 1, row, row + 1}
+        for n in numbers:
+            columns |= {row + sign * n + d for sign in (-1, 1) for d in (-2, -1, 0, 1, 2)}
+            columns |= {row // n * n + d for d in (-1, 0, 1)} | {n - 1, n, n + 1}
+        columns |= set(torch.randint(keys, (32,), generator=generator).tolist())
+        inside = torch.tensor(sorted(c for c in columns if 0 <= c < keys))
+        for h in {0, heads - 1}:
+            for item in {0, batch - 1}:
+                fixed = [torch.full_like(inside, n) for n in (item, h, row)]
+                yield (*fixed, inside)

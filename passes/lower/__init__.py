@@ -1,0 +1,1 @@
+"""Graph[MOE] -> Graph[GROUPED]: bodies over all rows, and what kernels fuse."""

@@ -1,0 +1,171 @@
+"""Bodies of experts run over all rows at once.
+
+    out = moe.experts(rows, ends, w1, w2) {       h = grouped.linear(rows, ends, w1)
+      h = linear(x, b1)                            a = aten.silu(h)
+      a = silu(h)                          ->      out = grouped.linear(a, ends, w2)
+      y = linear(a, b2) }
+
+A linear becomes one grouped.linear over the stacked weights; an op that acts on each row
+alone is the same op over all rows; a param that such an op reads (the weight of a norm) is
+gathered for each row's expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+
+from moec.errors import NoMatch
+from moec.ir.dims import Dim, normal, symbol, symbols
+from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.traits import is_pointwise
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+
+_ROWWISE = frozenset(
+    {
+        "aten.mean.dim",
+        "aten.sum.dim_IntList",
+        "aten.amax.default",
+        "aten.softmax.int",
+        "aten.layer_norm.default",
+        "nn.rms_norm",
+        "aten.slice.Tensor",
+        "aten.split_with_sizes.default",
+        "aten.cat.default",
+        "aten.where.self",
+    }
+)
+_IDENTITIES = ("aten.alias.default", "aten.clone.default")
+
+
+@dataclass(frozen=True)
+class ExpandExperts:
+    """Run the bodies of experts over all rows at once: linears become grouped linears."""
+
+    name: ClassVar[str] = "expand-experts"
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.GROUPED
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, expand_experts, log), program.weights)
+
+
+def expand_experts(op: Op, b: Builder) -> Sequence[Value] | None:
+    if op.name != "moe.experts" or op.body is None:
+        return None
+    return _Expansion(op, op.body, b).outputs()
+
+
+class _Expansion:
+    """One body being written out: which of its values are rows, and which are stacks."""
+
+    def __init__(self, op: Op, body: Graph, b: Builder) -> None:
+        self.op, self.body, self.b = op, body, b
+        rows, self.ends, *stacks = op.inputs
+        (own,) = {name for name in symbols(body.inputs[0].shape[0])} or {""}
+        self.size = {symbol(own): rows.shape[0]} if own else {}
+        self.count = rows.shape[0]
+        self.rows: dict[Value, Value] = {body.inputs[0]: rows}
+        self.stacks: dict[Value, Value] = dict(zip(body.params, stacks, strict=True))
+        self.gathered: dict[Value, Value] = {}
+
+    def outputs(self) -> tuple[Value, ...]:
+        for inner in self.body.ops:
+            if inner.name in _IDENTITIES:
+                (source,), (made,) = inner.inputs, inner.outputs
+                known = self.rows if source in self.rows else self.stacks
+                known[made] = known[source]
+            elif all(v in self.stacks for v in inner.inputs) and inner.inputs:
+                self.stack_op(inner)
+            elif inner.name == "aten.linear.default":
+                self.linear(inner)
+            elif is_pointwise(inner) or inner.name in _ROWWISE:
+                self.row_op(inner)
+            else:
+                raise NoMatch(f"an expert's body holds {inner.name}, which does not act on rows")
+        result = self.rows.get(self.body.outputs[0])
+        if result is None:
+            raise NoMatch("an expert's result does not depend on its rows")
+        return (result,)
+
+    def linear(self, inner: Op) -> None:
+        x, weight, *bias = inner.inputs
+        if x not in self.rows or any(v not in self.stacks for v in (weight, *bias)):
+            raise NoMatch("a linear of an expert does not multiply rows by a weight")
+        inputs = [self.rows[x], self.ends, self.stacks[weight], *(self.stacks[v] for v in bias)]
+        attrs: dict[str, Attr] = {"matrices": 1, "dtype": DType(inner.outputs[0].dtype)}
+        if bias:
+            attrs["biased"] = True
+        (made,) = self.b.emit(
+            "grouped.linear", inputs, like=self.op, attrs=attrs, named=inner.outputs[0].name
+        )
+        self.rows[inner.outputs[0]] = made
+
+    def row_op(self, inner: Op) -> None:
+        """The same op over all rows. Attributes that name an axis count from the end, or the op
+        has two axes, so that nothing moves."""
+        inputs = [self.rows[v] if v in self.rows else self.gather(v) for v in inner.inputs]
+        attrs = {name: self.attr(value) for name, value in inner.attrs.items()}
+        types = [TensorType(v.dtype, self.shape(v)) for v in inner.outputs]
+        named = inner.outputs[0].name
+        made = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=named)
+        self.rows |= dict(zip(inner.outputs, made, strict=True))
+
+    def stack_op(self, inner: Op) -> None:
+        """An op on params alone: the same on the stack, its axes moved by one."""
+        if inner.name == "aten.permute.default":
+            dims = inner.attrs["dims"]
+            assert isinstance(dims, tuple)
+            rank = len(dims)
+            moved: Attr = (0, *(int(d) % rank + 1 for d in dims))
+            attrs: dict[str, Attr] = {"dims": moved}
+        elif inner.name == "aten.slice.Tensor":
+            axis = inner.attrs.get("dim", 0)
+            assert isinstance(axis, int)
+            attrs = {**inner.attrs, "dim": axis % len(inner.inputs[0].shape) + 1}
+        elif is_pointwise(inner) and len(inner.inputs) == 1:
+            attrs = dict(inner.attrs)
+        else:
+            raise NoMatch(f"an expert's body computes {inner.name} from its weights alone")
+        experts = self.ends.shape[0]
+        (value,) = inner.outputs
+        types = [TensorType(value.dtype, (experts, *value.shape))]
+        inputs = [self.stacks[v] for v in inner.inputs]
+        made = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=value.name)
+        self.stacks[value] = made[0]
+
+    def gather(self, param: Value) -> Value:
+        """param[expert of row] for each row: [R, ...]."""
+        if param not in self.gathered:
+            if len(param.shape) > 1:
+                raise NoMatch(f"an expert's rows meet its weight {param} outside a linear")
+            stack = self.stacks[param]
+            count: Attr = self.count
+            (owner,) = self.b.emit(
+                "grouped.expert_of", [self.ends], like=self.op, attrs={"rows": count}
+            )
+            types = [TensorType(stack.dtype, (self.count, *param.shape))]
+            (self.gathered[param],) = self.b.emit(
+                "aten.index.Tensor",
+                [stack, owner],
+                types,
+                like=self.op,
+                attrs={"indices": (Ref(1),)},
+                named=param.name,
+            )
+        return self.gathered[param]
+
+    def shape(self, value: Value) -> tuple[Dim, ...]:
+        return tuple(self.dim(d) for d in value.shape)
+
+    def dim(self, dim: Dim) -> Dim:
+        return dim if isinstance(dim, int) else normal(dim.subs(self.size))
+
+    def attr(self, attr: Attr) -> Attr:
+        if isinstance(attr, tuple):
+            return tuple(self.attr(item) for item in attr)
+        return self.dim(attr) if isinstance(attr, sympy.Expr) else attr

@@ -1,0 +1,48 @@
+"""Compressed weights are decoded inside the product that needs them.
+
+    w = moe.decompress(stream, starts, grid)
+    y = grouped.linear(x, ends, w)              ->   y = grouped.compressed(x, ends, stream,
+                                                                            starts, grid)
+
+The weights in full are then never in memory: reading them is what a product of few rows waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.ir.graph import Attr, Op, Program, Stage, Value
+from moec.ops.grouped import GroupedLinear
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+
+
+@dataclass(frozen=True)
+class FuseDecompress:
+    """Decode compressed weights of experts inside the products that need them."""
+
+    name: ClassVar[str] = "fuse-decompress"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, fuse_decompress, log), program.weights)
+
+
+def fuse_decompress(op: Op, b: Builder) -> Sequence[Value] | None:
+    if op.name != "grouped.linear":
+        return None
+    parts = GroupedLinear.of(op)
+    sources = [b.producers.get(matrix) for matrix in parts.matrices]
+    made = [s for s in sources if s is not None and s.name == "moe.decompress"]
+    if not made:
+        return None
+    if len(made) < len(sources) or len({source.attrs["kind"] for source in made}) > 1:
+        raise NoMatch("the matrices of one product are not all compressed in one way")
+    stored = [value for source in made for value in source.inputs]
+    attrs: dict[str, Attr] = {**op.attrs, "kind": made[0].attrs["kind"]}
+    inputs = parts.storing(stored)
+    return b.emit("grouped.compressed", inputs, like=op, attrs=attrs, body=op.body)

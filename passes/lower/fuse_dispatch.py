@@ -1,0 +1,94 @@
+"""Rows are never copied: the first grouped linear gathers, the last one leaves float32.
+
+    rows, order, ends = moe.dispatch(x, experts)      order, slots, ends = moe.sort(experts)
+    h = grouped.linear(rows, ends, w1)          ->    h = grouped.linear(x, ends, w1, order)
+    y = grouped.linear(h, ends, w2)                   y = grouped.linear(h, ends, w2) <dtype=f32>
+    z = moe.combine(y, order, weights)                z = moe.combine(y, slots, weights)
+
+Rows are k copies of x, written and read once each. The sum over a token's choices is in
+float32 either way; now its terms are too. An input-side weight (Llama 4) scales the row as it
+is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.ir.dims import normal
+from moec.ir.graph import DType, Op, Program, Stage, TensorType, Value
+from moec.ir.opdef import integer
+from moec.ops.grouped import GroupedLinear
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+
+_SORTED = ("order", "slots", "ends")
+
+
+@dataclass(frozen=True)
+class FuseDispatch:
+    """Gather rows inside the first grouped linear; keep the last one's rows in float32."""
+
+    name: ClassVar[str] = "fuse-dispatch"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+
+    def run(self, program: Program, log: Log) -> Program:
+        graph = rewrite(program.graph, sort_choices, log)
+        graph = rewrite(graph, gather_rows, log)
+        return Program(rewrite(graph, combine_slots, log), program.weights)
+
+
+def sort_choices(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The order and ends of a dispatch come from a sort; its rows stay for whoever reads them."""
+    if op.name != "moe.dispatch" or "sorted" in op.attrs:
+        return None
+    count = {"num_experts": op.attrs["num_experts"]}
+    order, _, ends = b.emit("moe.sort", [op.inputs[1]], like=op, attrs=count, named=_SORTED)
+    attrs = {**op.attrs, "sorted": True}
+    rows, _, _ = b.emit("moe.dispatch", op.inputs, like=op, attrs=attrs)
+    return rows, order, ends
+
+
+def gather_rows(op: Op, b: Builder) -> Sequence[Value] | None:
+    if op.name != "grouped.linear" or op.attrs.get("gather"):
+        return None
+    parts = GroupedLinear.of(op)
+    dispatch = b.producers.get(parts.x)
+    if dispatch is None or dispatch.name != "moe.dispatch":
+        return None
+    x, experts, *scale = dispatch.inputs
+    sort = _sort_of(parts.ends, b)
+    if sort is None or sort.inputs[0] is not experts:
+        raise NoMatch("the rows were dispatched by other choices than the linear's ends")
+    attrs = {**op.attrs, "gather": experts.shape[1]}
+    if scale:
+        attrs["scaled"] = True
+    inputs = [x, parts.ends, *parts.matrices, *parts.biases, sort.outputs[0], *scale]
+    return b.emit(op.name, inputs, like=op, attrs=attrs, body=op.body)
+
+
+def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
+    if op.name != "moe.combine":
+        return None
+    rows, places, *rest = op.inputs
+    sort = _sort_of(places, b)
+    if sort is None or len(places.shape) == 2:
+        return None
+    last = b.producers.get(rows)
+    if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
+        attrs = {**last.attrs, "dtype": DType("f32")}
+        (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
+    slots = sort.outputs[1]
+    shape = (normal(op.attrs["tokens"]), integer(op, "k"))
+    if slots.shape != shape:  # each choice is a token of its own: rows put back, not summed
+        types = [TensorType(slots.dtype, shape)]
+        (slots,) = b.emit("aten.reshape.default", [slots], types, like=op, attrs={"shape": shape})
+    return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)
+
+
+def _sort_of(value: Value, b: Builder) -> Op | None:
+    source = b.producers.get(value)
+    return source if source is not None and source.name == "moe.sort" else None

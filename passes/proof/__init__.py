@@ -1,0 +1,1 @@
+"""Proof by running: what replaces a region agrees with it on random inputs."""

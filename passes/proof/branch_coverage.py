@@ -1,0 +1,113 @@
+"""Where a graph treats some floats otherwise than others: a weight above a threshold, a limit.
+
+A proof by running sees such a decision only where both outcomes occur: otherwise a graph
+without it gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.graph import FLOATS, Graph, Op, Value
+
+CHOICES = frozenset(
+    {
+        "aten.topk.default",
+        "aten.argmax.default",
+        "aten.max.dim",
+        "aten.sort.default",
+        "aten.sort.stable",
+    }
+)
+"""Ops that choose the best of some scores."""
+
+
+_BOUNDING = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("abs.default", "clamp.default", "clamp_max.default", "clamp_min.default"),
+        *("hardtanh.default", "maximum.default", "minimum.default", "relu.default"),
+    )
+)
+"""Ops that leave some values as they are and others not."""
+_GUARD = 1e-4
+"""Sums are kept from being zero by no more than this: to see that bind, nothing is above it."""
+_LIMITS = ("other", "min", "max", "min_val", "max_val")
+_MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
+_SAME = frozenset(
+    {
+        "aten._to_copy.default",
+        "aten.clone.default",
+        "aten.expand.default",
+        "aten.permute.default",
+        "aten.reshape.default",
+    }
+)
+
+
+def decisions(graph: Graph) -> Iterator[Op]:
+    """The ops that bound floats, or that floats go into and none come out of: but for those that
+    ask which are best, which is compared anyway, or whether a mask of floats is set."""
+    for op in graph.ops:
+        reads = [value for value in op.inputs if value.dtype in FLOATS]
+        gives = [value for value in op.outputs if value.dtype in FLOATS]
+        if reads and not gives and op.name not in CHOICES:
+            if not all(_is_mask(graph, value) for value in reads):
+                yield op
+        elif reads and op.name in _BOUNDING and not _is_guard(op):
+            yield op
+
+
+def _is_guard(op: Op) -> bool:
+    given = [op.attrs[name] for name in _LIMITS if op.attrs.get(name) is not None]
+    lowest = op.attrs.get("min")
+    return len(given) == 1 and isinstance(lowest, int | float) and 0 < lowest <= _GUARD
+
+
+def _is_mask(graph: Graph, value: Value) -> bool:
+    maker = graph.producers.get(value)
+    while maker is not None and maker.name in _SAME and value.dtype in FLOATS:
+        value = maker.inputs[0]
+        maker = graph.producers.get(value)
+    return value.dtype not in FLOATS or (maker is not None and maker.name in _MASKS)
+
+
+def dropped(before: Graph, after: Graph, body: Graph, features: Value) -> Iterator[Op]:
+    """The decisions of a region that its replacement does not hold.
+
+    The experts' body has its own, which come from their rows: `features`.
+    """
+    kept = set(after.ops)
+    inside = {features} if any(decisions(body)) else set()
+    for op in before.ops if inside else ():
+        if inside.intersection(op.inputs):
+            inside.update(op.outputs)
+    for op in decisions(before):
+        if op not in kept and not inside.intersection(op.outputs):
+            yield op
+
+
+def thresholds(ops: Iterable[Op]) -> tuple[float, ...]:
+    """The positive numbers that floats are compared with or kept within, each once."""
+    given = (op.attrs.get(name) for op in ops for name in _LIMITS)
+    return tuple(dict.fromkeys(float(n) for n in given if isinstance(n, int | float) and n > 0))
+
+
+def outcome(op: Op, read: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """What came out of a decision: of one that bounds, whether it did."""
+    return made != read if made.is_floating_point() else made
+
+
+def require_both(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) -> None:
+    """`outcomes` [case][op]. Raises NoMatch for a decision that always comes out the same."""
+    for op, seen in zip(ops, zip(*outcomes, strict=True), strict=True):
+        found = {bound for t in seen if t.numel() for bound in (int(t.min()), int(t.max()))}
+        if len(found) < 2:
+            does = "bounds all or nothing" if op.name in _BOUNDING else "comes out the same"
+            raise NoMatch(
+                f"{op.name} of {op.inputs[0].name} {does} on all random inputs, so that no proof "
+                "sees what it is for"
+            )

@@ -1,0 +1,122 @@
+"""What the random inputs of a proof look like: ids, masks, scores, weights, or any floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.dims import evaluate_dim
+from moec.ir.graph import FLOATS, Value
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The input holds expert ids, `slots` for each token, which are distinct; `absent` allows
+    the id E, which means no expert."""
+
+    num_experts: int
+    slots: int
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """The input holds masks [.., E] with at most one expert set."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The input holds scores [.., E] before any softmax."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The input is added to scores before experts are chosen: as weak as trained ones are,
+    nothing at all, or stronger than any score."""
+
+
+@dataclass(frozen=True)
+class Positive:
+    """The input holds routing weights."""
+
+
+Feed = Ids | OneHot | Logits | Correction | Positive | None
+"""What a random input looks like; None is any float."""
+
+
+_ABOUT = "weights about "
+
+
+def patterns(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -> tuple[str, ...]:
+    """The names of the cases to draw. Weights lie on both sides of each threshold in one."""
+    has = {type(feed) for feed in feeds.values()}
+    return (
+        *("random", "tied", "one expert", "few experts"),
+        *(["uneven"] if Logits in has else []),
+        *(f"{_ABOUT}{limit!r}" for limit in thresholds if Positive in has),
+    )
+
+
+def draw(
+    value: Value, feed: Feed, pattern: str, sizes: Mapping[str, int], generator: torch.Generator
+) -> torch.Tensor:
+    shape = tuple(evaluate_dim(d, sizes) for d in value.shape)
+    dtype = TORCH_DTYPES[value.dtype]
+    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    match feed:
+        case Ids(count, slots, absent):
+            tokens = math.prod(shape) // slots
+            ids = _ids(tokens, slots, count, absent, pattern, generator)
+            return ids.reshape(shape).to(dtype)
+        case OneHot():
+            count = shape[-1]
+            ids = _ids(math.prod(shape[:-1]), 1, count, True, pattern, generator)
+            hot = torch.nn.functional.one_hot(ids, count + 1)[..., :count]
+            return hot.reshape(shape).to(dtype)
+        case Logits():
+            return _logits(shape, pattern, generator).to(dtype)
+        case Correction():
+            scale = {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+        case Positive():
+            weights = torch.rand(shape, generator=generator)
+            if pattern.startswith(_ABOUT):
+                return (weights * 2 * float(pattern.removeprefix(_ABOUT))).to(dtype)
+            return weights.add(0.1).to(dtype)
+    if value.dtype not in FLOATS:
+        raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _ids(
+    tokens: int, slots: int, count: int, absent: bool, pattern: str, generator: torch.Generator
+) -> torch.Tensor:
+    scores = torch.rand(tokens, count, generator=generator)
+    if pattern == "one expert":
+        scores[..., count // 2] += 2
+    elif pattern == "few experts":
+        scores[..., :slots] += 2
+    ids = scores.topk(slots).indices
+    if absent and pattern == "tied":
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, count, ids)
+    return ids
+
+
+def _logits(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> torch.Tensor:
+    logits = torch.randn(shape, generator=generator)
+    if pattern == "uneven":
+        share = torch.rand((*shape[:-1], 1), generator=generator)
+        low = torch.where(torch.rand(share.shape, generator=generator) < 0.5, -12.0, -3.0)
+        return logits + torch.where(torch.rand(shape, generator=generator) < share, 0.0, low)
+    if pattern == "tied":
+        return logits.round()
+    if pattern == "one expert":
+        logits[..., shape[-1] // 2] += 6
+    elif pattern == "few experts":
+        logits[..., : (shape[-1] + 1) // 2] += 3
+    return logits

@@ -1,0 +1,333 @@
+"""Proof by running: a region and what shall replace it must agree on random inputs.
+
+Two graphs over the same input and param values are evaluated in eager PyTorch: several token
+counts; routings with ties, experts that nobody chose, everything on one expert, overflowing
+capacities. Low-precision floats are widened to float32 in both graphs, so that a difference
+is one of structure and not of rounding. Weights are random and of the real shapes; large ones
+are overlapping windows of a small random pool, so that they cost no memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+
+from moec.errors import IRError, NoMatch
+from moec.interpret.evaluate import run_graph
+from moec.ir.dims import Bounds, evaluate_dim, symbols
+from moec.ir.graph import FLOATS, Attr, DType, Graph, Op, TensorType, Value
+from moec.ir.text import print_graph
+from moec.passes.proof.branch_coverage import outcome, require_both, thresholds
+from moec.passes.proof.input_generators import Feed, draw, patterns
+
+TOLERANCE = 2e-4
+"""Of the largest result: float32 sums in another order, over widths of a few thousand."""
+_POOL = 1 << 22
+_COUNTS = (1, 5, 13)
+_MOST = 1 << 11
+_ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
+_HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
+
+
+Results = Sequence[torch.Tensor]
+Given = Mapping[Value, torch.Tensor]
+Compare = Callable[[Results, Results, Given], str]
+"""Why two results differ, or an empty string."""
+
+Bind = Callable[[Given], Mapping[str, int]]
+"""The sizes that depend on the data, for the inputs of a case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random inputs in the order of the region's, and what the region makes of them."""
+
+    name: str
+    given: Sequence[torch.Tensor]
+    env: Mapping[str, int]
+    result: Results
+
+
+def _run(
+    which: str, graph: Graph, tensors: Sequence[torch.Tensor], env: Mapping[str, int]
+) -> Results:
+    try:
+        return run_graph(graph, tensors, env)
+    except (RuntimeError, IRError, IndexError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NoMatch(f"{which} cannot be run on random inputs: {reason}") from None
+
+
+@dataclass
+class Prover:
+    """Proves pairs of graphs, equal pairs once. `weights` are the program's real ones."""
+
+    weights: Mapping[str, torch.Tensor]
+    known: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, list[Case]] = field(default_factory=dict)
+    pools: dict[float, torch.Tensor] = field(default_factory=dict)
+
+    def prove(
+        self,
+        before: Graph,
+        after: Graph,
+        feeds: Mapping[Value, Feed],
+        *,
+        limits: Sequence[int] = (),
+        decisions: Sequence[Op] = (),
+        compare: Compare | None = None,
+        bind: Bind | None = None,
+    ) -> None:
+        """Raises NoMatch, saying on which case they differ, or why they cannot be run.
+
+        `limits` are counts (capacities) that some case must exceed, `decisions` ops of `before`
+        that must come out in more than one way.
+        """
+        counts = _counts([*limits, *_limits(before), *_limits(after)])
+        order = [repr(feeds.get(value)) for value in before.inputs]
+        watched = [before.ops.index(op) for op in decisions]
+        fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
+        left = "\n".join([print_graph(without_origins(before)), *fixed])
+        key = left + print_graph(without_origins(_aligned(before, after)))
+        if key not in self.known:
+            try:
+                if left not in self.runs:
+                    self.runs[left] = self._cases(before, feeds, counts, bind, decisions)
+                for case in self.runs[left]:
+                    self._compare(case, before, after, compare or close)
+                self.known[key] = ""
+            except NoMatch as why:
+                self.known[key] = str(why)
+        if self.known[key]:
+            raise NoMatch(self.known[key])
+
+    def _constants(self, graph: Graph) -> str:
+        fixed = (self.weights.get(p.name) for p in graph.params if _is_constant(p))
+        return repr([t.tolist() if t is not None and t.numel() < 4096 else None for t in fixed])
+
+    def _cases(
+        self,
+        before: Graph,
+        feeds: Mapping[Value, Feed],
+        counts: Sequence[int],
+        bind: Bind | None,
+        decisions: Sequence[Op],
+    ) -> list[Case]:
+        generator = torch.Generator().manual_seed(20)
+        if sum(math.prod(map(int, p.shape)) for p in before.params) > _HEAVY:
+            counts = counts[-1:]
+        wide = widen(before)
+        results, made = len(wide.outputs), {v.name: v for v in wide.values()}
+        watched = [made[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
+        wide = replace(wide, outputs=(*wide.outputs, *watched))
+        cases, outcomes = [], []
+        for sizes in _sizes(before, counts):
+            for pattern in patterns(feeds, thresholds(decisions)):
+                given = [
+                    draw(value, feeds.get(value), pattern, sizes, generator)
+                    for value in before.inputs
+                ]
+                named = dict(zip(before.inputs, given, strict=True))
+                env = dict(sizes) | dict(bind(named) if bind else {})
+                params = [self._param(p, i) for i, p in enumerate(before.params)]
+                result = _run("it", wide, [*given, *params], env)
+                shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+                name = f"{pattern}{'; ' + shown if shown else ''}"
+                cases.append(Case(name, given, env, result[:results]))
+                seen = result[results:]
+                outcomes.append([*map(outcome, decisions, seen[::2], seen[1::2])])
+        require_both(decisions, outcomes)
+        return cases
+
+    def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
+        given = dict(zip(before.inputs, case.given, strict=True))
+        places = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
+        tensors = [
+            *(given[v] for v in after.inputs),
+            *(self._param(p, places[p]) for p in after.params),
+        ]
+        result = _run("its replacement", widen(after), tensors, case.env)
+        wrong = compare(case.result, result, given)
+        if wrong:
+            raise NoMatch(f"{wrong} ({case.name})")
+
+    def _pool(self, scale: float) -> torch.Tensor:
+        if scale not in self.pools:
+            self.pools[scale] = _normal() * scale
+        return self.pools[scale]
+
+    def _param(self, value: Value, index: int) -> torch.Tensor:
+        shape = tuple(evaluate_dim(d, {}) for d in value.shape)
+        if _is_constant(value):
+            real = self.weights.get(value.name)
+            if real is None:
+                raise NoMatch(f"the constant {value.name} has no known content")
+            return real.float() if value.dtype in FLOATS and real.dtype != torch.float64 else real
+        dtype = torch.float64 if value.dtype == "f64" else torch.float32
+        scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
+        return window(self._pool(scale), shape, 7919 * index).to(dtype)
+
+
+@cache
+def _normal() -> torch.Tensor:
+    """What all pools are made of: drawing it takes longer than most proofs."""
+    return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
+
+
+def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tensor:
+    """A random tensor: distinct elements where it is small, overlapping windows where not."""
+    count = 1
+    for size in shape:
+        count *= size
+    if count <= 1 << 20:
+        start %= len(pool) - count
+        return pool[start : start + count].reshape(shape)
+    # Odd strides: no window is symmetric, and no two experts or rows are equal.
+    strides, reach = [], 1
+    for axis, size in enumerate(reversed(shape)):
+        strides.append((1, 7, 10007, 1000003)[min(axis, 3)])
+        reach += strides[-1] * (size - 1)
+    source = pool.repeat(-(-(reach + 8192) // len(pool))) if reach + 8192 > len(pool) else pool
+    return source.as_strided(shape, tuple(reversed(strides)), start % 8192)
+
+
+def _limits(graph: Graph) -> Iterator[int]:
+    """The fixed whole numbers that values are compared with, as places with a capacity are."""
+    for op in graph.ops:
+        other = op.attrs.get("other")
+        if op.name not in _ORDERINGS or not isinstance(other, int | float):
+            continue
+        if op.inputs[0].dtype in FLOATS:  # a threshold rather than a capacity where it is high
+            if 1 < other <= _MOST - 9 and float(other).is_integer():
+                yield int(other)
+        elif type(other) is int and op.inputs[0].dtype != "bool":
+            yield other
+
+
+def _counts(limits: Sequence[int]) -> tuple[int, ...]:
+    """Token counts to try; the last is beyond every limit, or no case would see it bind."""
+    most = max((limit + 9 for limit in limits), default=0)
+    if most > _MOST:
+        raise NoMatch(
+            f"it counts up to {most - 9}, and the proof goes up to {_MOST} tokens: what happens "
+            "beyond that count would not be seen"
+        )
+    return (*_COUNTS[:-1], max(_COUNTS[-1], most))
+
+
+def _is_constant(value: Value) -> bool:
+    """Ids, masks and scalars mean what they hold; other weights may be anything."""
+    return value.dtype not in FLOATS or not value.shape
+
+
+def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
+    names = sorted({n for v in graph.inputs for d in v.shape for n in symbols(d)})
+    if not names:
+        yield {}
+        return
+    for index in range(len(counts)):
+        sizes = {}
+        for place, name in enumerate(names):
+            limits = graph.bounds.get(name, Bounds())
+            wanted = counts[(index + place) % len(counts)] if place else counts[index]
+            wanted = max(wanted, limits.low, 1)
+            sizes[name] = wanted if limits.high is None else min(wanted, limits.high)
+        yield sizes
+
+
+def close(
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    given: Mapping[Value, torch.Tensor],
+) -> str:
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape:
+            return f"its shape is {tuple(a.shape)}, its replacement's {tuple(b.shape)}"
+        if not a.numel():
+            continue
+        a, b = a.double(), b.double()
+        if not bool(a.isfinite().all()):
+            return "it is not finite on random inputs"
+        error = float((a - b).abs().max())
+        if not error <= TOLERANCE * max(float(a.abs().max()), 1e-3):
+            return f"the numbers differ by {error:.2g} of {float(a.abs().max()):.2g}"
+    return ""
+
+
+def _aligned(before: Graph, after: Graph) -> Graph:
+    """`after` with the inputs and params of `before` first: the key tells which is which."""
+    both = dict.fromkeys((*before.inputs, *before.params))
+    return replace(after, inputs=(*both,), params=tuple(p for p in after.params if p not in both))
+
+
+def widen(graph: Graph) -> Graph:
+    """The same graph with every bf16 and f16 in types and attributes as f32."""
+    new: dict[Value, Value] = {}
+
+    def wide(value: Value) -> Value:
+        if value not in new:
+            type = TensorType(_wide_name(value.dtype), value.shape)
+            new[value] = value if type == value.type else Value(value.name, type)
+        return new[value]
+
+    ops = tuple(
+        Op(
+            op.name,
+            tuple(map(wide, op.inputs)),
+            tuple(map(wide, op.outputs)),
+            {name: _wide_attr(name, value) for name, value in op.attrs.items()},
+            widen(op.body) if op.body is not None else None,
+            op.origin,
+        )
+        for op in graph.ops
+    )
+    return Graph(
+        tuple(map(wide, graph.inputs)),
+        tuple(map(wide, graph.params)),
+        ops,
+        tuple(map(wide, graph.outputs)),
+        (),
+        graph.bounds,
+        graph.name,
+    )
+
+
+def _wide_name(dtype: str) -> str:
+    return "f32" if dtype in ("bf16", "f16") else dtype
+
+
+def _wide_attr(name: str, value: Attr) -> Attr:
+    match value:
+        case DType(dtype):
+            return DType(_wide_name(dtype))
+        case str() if name == "body":
+            return re.sub(r"\b(bf16|f16)\b", "f32", value)
+        case str() if name == "dtype":  # Routing keeps its dtype by name
+            return _wide_name(value)
+        case _:
+            return value
+
+
+def without_origins(graph: Graph) -> Graph:
+    """The graph under canonical names: equal text means equal computation."""
+    new: dict[Value, Value] = {}
+
+    def name(value: Value) -> Value:
+        return new.setdefault(value, Value(f"v{len(new)}", value.type))
+
+    inputs = tuple(map(name, graph.inputs))
+    params = tuple(map(name, graph.params))
+    ops = []
+    for op in graph.ops:
+        read = tuple(map(name, op.inputs))
+        body = without_origins(op.body) if op.body is not None else None
+        ops.append(
+            replace(op, inputs=read, outputs=tuple(map(name, op.outputs)), body=body, origin="")
+        )
+    outputs = tuple(map(name, graph.outputs))
+    return Graph(inputs, params, tuple(ops), outputs, (), graph.bounds)

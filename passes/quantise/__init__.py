@@ -1,0 +1,1 @@
+"""Weights as numbers of few bits: opt-in, and approximate."""

@@ -1,0 +1,149 @@
+"""Codes chosen on calibration data: what enters a layer says which errors of its weights count.
+
+Scales are those of rounding to nearest. Codes are found by GPTQ (passes/calibration/gptq.py) for
+each expert on its own rows; one that saw too few of them is rounded to nearest, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moec.errors import NoMatch
+from moec.formats.integer import Format, Quantised, dequantise, encode, quantise
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.ops.grouped import GroupedLinear
+from moec.passes.calibration.data import Calibration, calibration
+from moec.passes.calibration.gptq import hessian, solve
+from moec.passes.core.rewrite import drop_dead
+from moec.passes.core.rounding_stats import FEWEST, Fit
+from moec.passes.core.runner import Log
+from moec.passes.quantise.codes import Codes
+from moec.passes.quantise.quantise_experts import QuantiseExperts
+from moec.passes.quantise.quantise_linears import QuantiseLinears
+
+DAMPING = 0.01
+"""Of the Hessian, as GPTQ has it for four bits and more."""
+HELD = 256 << 20
+"""Bytes of Hessians that are worked on at once."""
+OPS_A_RUN = 8
+"""Ops whose rows are held at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A pass that quantises, with codes chosen on calibration data: `calib` as `moec.compile`
+    takes it, `files` of the model's source."""
+
+    inner: QuantiseExperts | QuantiseLinears
+    calib: Any
+    files: Mapping[str, Path]
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+    quantises: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def run(self, program: Program, log: Log) -> Program:
+        codes = Codes(program)
+        wanted = [(op, format) for op, format in self.inner.wanted(program.graph)]
+        data = calibration(self.calib, program, self.files)
+        for (op, format), rows in zip(
+            wanted, rows_of(program, data, [op for op, _ in wanted]), strict=True
+        ):
+            for matrix in stored(op):
+                try:
+                    codes.check(matrix, format)
+                except NoMatch:
+                    continue  # the pass says so where it comes to it
+                weight = program.weights[matrix.name]
+                stacked = weight if weight.ndim == 3 else weight[None]
+                made, fit = calibrate(matrix.name, format, stacked, rows)
+                codes.found[matrix.name, format] = made
+                log.fits.append(fit)
+        return self.inner.rounded(program, log, codes)
+
+
+def stored(op: Op) -> tuple[Value, ...]:
+    """The weights of a linear layer or of experts."""
+    return GroupedLinear.of(op).matrices if op.name == "grouped.linear" else op.inputs[1:2]
+
+
+def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
+    """For each op, a linear layer or experts, the rows [R, K] that enter it: of each expert."""
+    states = [program.weights[s.before.name] for s in program.graph.states]
+    for start in range(0, len(ops), OPS_A_RUN):
+        some = ops[start : start + OPS_A_RUN]
+        probes = tuple(dict.fromkeys(v for op in some for v in _read(op)))
+        graph = drop_dead(replace(program.graph, outputs=probes, states=()))
+        made: list[dict[Value, Tensor]] = []
+        for case in data.cases:
+            with torch.no_grad():
+                found = evaluate(graph, [*case, *states], program.weights)
+            made.append(dict(zip(probes, found, strict=True)))
+        for op in some:
+            yield _rows(op, made)
+
+
+def _read(op: Op) -> list[Value]:
+    if op.name != "grouped.linear":
+        return [op.inputs[0]]
+    parts = GroupedLinear.of(op)
+    return [v for v in (parts.x, parts.ends, parts.order) if v is not None]
+
+
+def _rows(op: Op, made: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
+    if op.name != "grouped.linear":
+        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in made])]
+    parts, k = GroupedLinear.of(op), op.attrs.get("gather", 1)
+    assert isinstance(k, int)
+    found: list[list[Tensor]] = []
+    for case in made:
+        x, ends = case[parts.x], case[parts.ends].tolist()
+        if parts.order is not None:
+            x = x[case[parts.order].long() // k]
+        bounds = zip([0, *ends[:-1]], ends, strict=True)
+        found.append([x[first:end] for first, end in bounds])
+    return [torch.cat(own) for own in zip(*found, strict=True)]
+
+
+def calibrate(
+    place: str, format: Format, weight: Tensor, rows: Sequence[Tensor]
+) -> tuple[Quantised, Fit]:
+    """Codes for the weights [E, N, K] of experts, by the rows [R, K] that each one sees."""
+    base, width = quantise(format, weight), weight.shape[-1]
+    each = max(1, HELD // (4 * width * width))
+    errors = torch.zeros(3, dtype=torch.float64)  # rounded to nearest, solved, the products
+    for start in range(0, len(weight), each):
+        part = slice(start, start + each)
+        full = weight[part].float()
+        seen = torch.stack([hessian(own) for own in rows[part]])
+        scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
+        nearest = dequantise(format.kind, base.codes[part], scales, zeros)
+
+        def grid(
+            column: Tensor, k: int, scales: Tensor = scales, zeros: Tensor | None = zeros
+        ) -> Tensor:
+            at = k // format.block if format.block else 0
+            own = scales[..., at : at + 1]
+            zero = None if zeros is None else zeros[..., at : at + 1]
+            codes = encode(format, column[..., None], own, zero)
+            return dequantise(format.kind, codes, own, zero)[..., 0]
+
+        values = solve(full, seen, grid, DAMPING).weight
+        few = torch.tensor([len(own) < FEWEST for own in rows[part]])[:, None, None]
+        values = torch.where(few, nearest, values)
+        base.codes[part] = encode(format, values, scales, zeros)
+        for i, off in enumerate((nearest - full, values - full, full)):
+            errors[i] += float(((off @ seen) * off).sum(dtype=torch.float64).clamp(min=0))
+    off, solved, whole = errors.tolist()
+    share = (whole or 1.0) ** -0.5
+    return base, Fit(place, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)

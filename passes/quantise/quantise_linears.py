@@ -1,0 +1,96 @@
+"""The weights of linear layers become numbers of few bits: opt-in, and approximate.
+
+    y = aten.linear(x, w[N, K], b?)   ->   y = nn.quantised_linear(x, w.codes, w.scales, b?)
+
+Beside the experts, these are what decoding reads for every token: projections of attention,
+shared experts, dense layers, and the head, the largest of them. The head (what the outputs come
+from, but for casts, scalings and slices of it) is asked for on its own, and routers are left as
+they are: a score that is off sends a token to another expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.formats.integer import Format
+from moec.ir.graph import Graph, Op, Value
+from moec.passes.core.rewrite import Builder
+from moec.passes.quantise.codes import WIDE, Codes, Quantising, attributes
+
+LINEAR = "aten.linear.default"
+FEW = 16
+"""Outputs of a layer that is not worth rounding: a gate of a shared expert has one."""
+
+
+@dataclass(frozen=True)
+class QuantiseLinears(Quantising):
+    """Store linear layers in few bits, as --quant linears=…,head=… asks."""
+
+    linears: Format | None = None
+    head: Format | None = None
+    name: ClassVar[str] = "quantise-linears"
+
+    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+        routers, heads, params = _routers(graph), _heads(graph), set(graph.params)
+        found = []
+        for op in graph.ops:
+            if op.name == LINEAR and op.inputs[1] in params and op not in routers:
+                format = self.head if op in heads else self.linears
+                if format is not None:
+                    found.append((op, format))
+        return found
+
+    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+        x, weight, *bias = op.inputs
+        if isinstance(weight.shape[0], int) and weight.shape[0] < FEW:
+            raise NoMatch(f"its {weight.shape[0]} outputs are too few to be worth rounding")
+        codes.check(weight, format)
+        if x.dtype not in WIDE or op.outputs[0].dtype != x.dtype:
+            raise NoMatch(f"the rows {x} are not of {', '.join(WIDE)}")
+        attrs = attributes(format) | ({"biased": True} if bias else {})
+        inputs = [x, *codes.params(weight, format, b), *bias]
+        return b.emit("nn.quantised_linear", inputs, like=op, attrs=attrs)
+
+
+def _routers(graph: Graph) -> set[Op]:
+    """The linear layers whose results, through whatever is no product, choose experts."""
+    chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
+    for op in graph.ops:
+        if op.name in ("moe.sort", "moe.dispatch"):
+            chosen += [v for v in op.inputs if v.dtype in ("i32", "i64")]
+    return _linears_behind(graph, chosen, lambda op: True)
+
+
+def _heads(graph: Graph) -> set[Op]:
+    return _linears_behind(graph, graph.outputs, _reshapes)
+
+
+def _reshapes(op: Op) -> bool:
+    """Whether an op has one input that counts: a cast, a scaling, a slice, a soft cap."""
+    return sum(v.shape != () for v in op.inputs) == 1
+
+
+def _linears_behind(
+    graph: Graph, values: Sequence[Value], through: Callable[[Op], bool]
+) -> set[Op]:
+    """The linear layers that values come from by ATen ops that are no products."""
+    found: set[Op] = set()
+    seen: set[Value] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        op = graph.producers.get(value)
+        if value in seen or op is None:
+            continue
+        seen.add(value)
+        if op.name == LINEAR:
+            found.add(op)
+        elif op.name.startswith("aten.") and op.name not in _PRODUCTS and through(op):
+            waiting += op.inputs
+    return found
+
+
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.matmul.default")

@@ -1,0 +1,164 @@
+"""The ids of the experts that a region's rows belong to, behind the forms in which it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from moec.ir.dims import Dim, product
+from moec.ir.graph import FLOATS, Attr, DType, Op, TensorType, Value
+from moec.passes.proof.branch_coverage import CHOICES
+from moec.passes.proof.input_generators import Feed, Ids, OneHot
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.evidence import Evidence
+from moec.passes.recognise.layout import divide
+from moec.passes.recognise.region import (
+    CASTS,
+    Emitter,
+    Scope,
+    choices,
+    routing_behind,
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A hypothesis about the ids: the values that hold them, and the recipe for [T, k]."""
+
+    values: tuple[Value, ...]
+    per_row: int
+    recipe: Recipe
+    feed: Feed
+
+    @staticmethod
+    def of(parts: tuple[Value, ...], evidence: Evidence) -> Chosen:
+        per_row = sum(cast(int, _per(v, evidence.rows_in)) for v in parts)
+        recipe = _ids_recipe(parts, evidence.rows_in)
+        slots = per_row // len(parts)
+        last = parts[0].shape[-1]
+        if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
+            slots = max(slots, last)  # distinct before they were flattened
+        feed = Ids(evidence.experts, slots, absent=evidence.open)
+        return Chosen(parts, per_row, recipe, feed)
+
+    @staticmethod
+    def mask(value: Value, evidence: Evidence) -> Chosen:
+        per_row = cast(int, _per(value, evidence.rows_in)) // evidence.experts
+        recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
+        return Chosen((value,), per_row, recipe, OneHot())
+
+
+def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
+    """One-hot masks [.., E], nearest first: the ids of choices of which some were dropped."""
+    found: list[Value] = []
+    for value in routing_behind(scope, everything, 200, stops=CHOICES):
+        per_row = _per(value, evidence.rows_in)
+        if value.shape[-1:] == (evidence.experts,) and per_row and not value.dtype.startswith("f"):
+            if per_row % evidence.experts == 0 and value not in scope.constants:
+                found.append(value)
+    yield from found[:3]
+
+
+def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
+    """The sum over e of mask[e] * (e - E), plus E: the expert that is set, or E for none."""
+
+    def make(emit: Emitter) -> Value:
+        hot = emit.reshape(emit.cast(emit.old(mask), "i64"), (*shape, experts))
+        wanted = TensorType("i64", (experts,))
+        attrs: dict[str, Attr] = {"start": -experts, "end": 0, "dtype": DType("i64")}
+        (table,) = emit("aten.arange.start_step", [], [wanted], attrs=attrs)
+        (named,) = emit("aten.mul.Tensor", [hot, table], [hot.type])
+        wanted = TensorType("i64", shape)
+        (total,) = emit("aten.sum.dim_IntList", [named], [wanted], attrs={"dim": (-1,)})
+        return emit("aten.add.Tensor", [total], [wanted], attrs={"other": experts})[0]
+
+    return make
+
+
+def _per(value: Value, rows: Dim) -> int | None:
+    count = divide(product(value.shape), rows)
+    return count if isinstance(count, int) else None
+
+
+def chosen(
+    scope: Scope, evidence: Evidence, everything: Sequence[Value]
+) -> Iterator[tuple[Value, ...]]:
+    """Values that hold the ids, nearest first; several stand side by side as slots."""
+    seen: set[tuple[Value, ...]] = set()
+    direct = [source_of_ids(scope, v) for v in evidence.values("ids")]
+    for op in choices(scope, everything):
+        if op.inputs[0].dtype not in FLOATS and op.name in (
+            "aten.sort.default",
+            "aten.sort.stable",
+        ):
+            direct.append(source_of_ids(scope, op.inputs[0]))
+    found: list[tuple[Value, ...]] = [(v,) for v in direct]
+    singles: list[Value] = []
+    for op in choices(scope, everything):
+        if op.inputs[0].dtype in FLOATS and evidence.experts in op.inputs[0].shape[-1:]:
+            value = picked(scope, op)
+            if value is not None:
+                singles.append(value)
+    found += [(v,) for v in reversed(singles)]
+    once = [v for v in singles if _per(v, evidence.rows_in) == 1]
+    if len(once) > 1:
+        found.insert(len(direct), tuple(once))
+    for parts in found:
+        whole = all(_per(v, evidence.rows_in) for v in parts)
+        if parts not in seen and whole and all(v.dtype.startswith("i") for v in parts):
+            seen.add(parts)
+            yield parts
+
+
+def chosen_among(scope: Scope, evidence: Evidence) -> int | None:
+    """How many experts the choices are among, where the scores tell."""
+    return widest_choice(scope, evidence.values("ids", "order", "weights", "mask", "mix"))
+
+
+def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
+    """Among how many scores the choices behind `values` are, at most."""
+    counts = [
+        op.inputs[0].shape[-1]
+        for op in choices(scope, values)
+        if op.inputs[0].dtype in FLOATS and op.inputs[0].shape
+    ]
+    whole = [c for c in counts if isinstance(c, int)]
+    return max(whole, default=None)
+
+
+def source_of_ids(scope: Scope, value: Value) -> Value:
+    """Ids before they were flattened, sorted or repeated along features."""
+    while True:
+        value = scope.behind(value)
+        op = scope.maker(value)
+        if op is None:
+            return value
+        sorted_ids = op.name in ("aten.sort.default", "aten.sort.stable")
+        if (sorted_ids and value is op.outputs[0]) or op.name in ("aten.expand.default", *CASTS):
+            value = op.inputs[0]
+        elif op.name in ("aten.index.Tensor", "aten.gather.default"):
+            value = op.inputs[0]
+        else:
+            return value
+
+
+def picked(scope: Scope, op: Op) -> Value | None:
+    """The ids that a choosing op gives; of a full sort, the slice that is used."""
+    ids = op.outputs[-1]
+    if op.name not in ("aten.sort.default", "aten.sort.stable"):
+        return ids
+    for reader in scope.graph.readers.get(ids, ()):
+        if reader.name == "aten.slice.Tensor":
+            return reader.outputs[0]
+    return None
+
+
+def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
+    def make(emit: Emitter) -> Value:
+        found = [emit.old(v) for v in parts]
+        if len(found) > 1:
+            return emit.stack([emit.reshape(v, (rows,)) for v in found], 1)
+        return emit.reshape(found[0], (rows, cast(int, _per(found[0], rows))))
+
+    return make

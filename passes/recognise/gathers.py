@@ -1,0 +1,130 @@
+"""Rows and weights picked by ids, rows written into zeros, parts of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from moec.errors import NoMatch
+from moec.ir.graph import Attr, Op, TensorType, Value
+from moec.passes.recognise.body import ROWS
+from moec.passes.recognise.layout import (
+    Atom,
+    Layout,
+    only_features,
+    only_rows,
+    size_of,
+)
+
+if TYPE_CHECKING:
+    from moec.passes.recognise.rows import Reader
+
+
+def index(reader: Reader, op: Op, source: Layout) -> Layout:
+    """Rows, or experts' weights, picked by ids."""
+    shape = op.outputs[0].shape
+    if op.name == "aten.index.Tensor":
+        places = [
+            i for i, v in enumerate(cast("tuple[Attr, ...]", op.attrs["indices"])) if v is not None
+        ]
+        rank = max(len(v.shape) for v in op.inputs[1:])
+    else:
+        places = [cast(int, op.attrs.get("dim", 0))]
+        rank = len(op.inputs[1].shape)
+    if places != list(range(places[0], places[0] + len(places))):
+        raise NoMatch("an index picks from axes that are not neighbours")
+    axes = source.axes
+    picked = axes[places[0] : places[-1] + 1]
+    if not all(map(only_rows, picked)):
+        raise NoMatch("an index picks features")
+    if source.param:
+        if source.expert is None or picked != ((source.expert,),):
+            name = source.base.name
+            raise NoMatch(f"an index picks from {name}, which is not stacked over experts")
+        reader.use("ids", op.inputs[1])
+    else:
+        for value in op.inputs[1:]:
+            reader.use("order", value)
+    new = tuple((Atom(d, True),) if d != 1 else () for d in shape[places[0] :][:rank])
+    return replace(source, axes=(*axes[: places[0]], *new, *axes[places[-1] + 1 :]))
+
+
+def gather(reader: Reader, op: Op, source: Layout) -> Layout:
+    dim = cast(int, op.attrs["dim"]) % len(source.axes)
+    if source.param or not only_rows(source.axes[dim]):
+        raise NoMatch("a gather picks features")
+    reader.use("order", op.inputs[1])
+    size = op.outputs[0].shape[dim]
+    axes = list(source.axes)
+    axes[dim] = (Atom(size, True),) if size != 1 else ()
+    return replace(source, axes=tuple(axes))
+
+
+def put(reader: Reader, op: Op) -> Layout | None:
+    """Rows written, or added, into zeros."""
+    values = op.inputs[-1]
+    layout = reader.read(values)
+    if layout is None or layout.param:
+        return None
+    if not reader.is_zeros(op.inputs[0]):
+        raise NoMatch(f"rows are added into {op.inputs[0].name}, which is not zero")
+    for index in op.inputs[1:-1]:
+        reader.use("order", index)
+    shape = op.outputs[0].shape
+    kept = [axis for axis in layout.axes if axis and only_features(axis)]
+    lead = len(shape) - len(kept)
+    if lead < 1 or any(not only_rows(a) for a in layout.axes[: len(layout.axes) - len(kept)]):
+        raise NoMatch("an index_put writes into features")
+    rows = tuple((Atom(d, True),) if d != 1 else () for d in shape[:lead])
+    summed = bool(op.attrs.get("accumulate")) and layout.applied
+    return replace(layout, axes=(*rows, *kept), reduced=summed)
+
+
+def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | None]:
+    """Slice, select and split along a feature axis."""
+    if source is None:
+        return [None] * len(op.outputs)
+    if len(op.outputs) == 1 and op.outputs[0].shape == op.inputs[0].shape:
+        return [source]
+    dim = cast(int, op.attrs.get("dim", 0)) % len(source.axes)
+    axis = source.axes[dim]
+    if not axis or not only_features(axis):
+        what = "an expert's slice" if source.param else "rows"
+        raise NoMatch(f"{op.name} cuts {what} out of a stack")
+    if source.param:
+        if op.outputs[0] in reader.scope.constants:
+            return [own(reader, v, source, dim) for v in op.outputs]
+        raise NoMatch(f"{op.name} cuts weights that an index has picked")
+    plain = reader.writer.ordered(source, [axis])
+    place = plain.atoms.index(plain.axes[dim][0]) + 1
+    attrs = {**op.attrs, "dim": place}
+    results = []
+    types = []
+    for value in op.outputs:
+        atoms = list(plain.atoms)
+        axes = list(plain.axes)
+        if op.name == "aten.select.int":
+            del atoms[place - 1], axes[dim]
+        else:
+            atoms[place - 1] = Atom(value.shape[dim], False)
+            axes[dim] = (atoms[place - 1],)
+        types.append(TensorType(value.dtype, (ROWS, *(a.size for a in atoms))))
+        results.append((tuple(atoms), tuple(axes)))
+    made = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
+    return [
+        replace(plain, base=base, atoms=atoms, axes=axes)
+        for base, (atoms, axes) in zip(made, results, strict=True)
+    ]
+
+
+def own(reader: Reader, value: Value, source: Layout, dim: int) -> Layout:
+    """A slice of constant weights is a weight of its own, with the expert where it was."""
+    atoms = tuple(
+        a[0]
+        if len(a) == 1 and i != dim
+        else Atom(size_of(a) if i != dim else d, only_rows(a) and bool(a))
+        for i, (a, d) in enumerate(zip(source.axes, value.shape, strict=True))
+    )
+    expert = next((a for a in atoms if a.rows), None)
+    return Layout(value, atoms, tuple((a,) if a.size != 1 else () for a in atoms), True, expert)

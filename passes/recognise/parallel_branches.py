@@ -1,0 +1,110 @@
+"""Experts' results side by side, from branches written out one by one.
+
+    cat([expert_0(x), expert_1(x), …])                    every expert for every token
+    cat([linear(a, w[0]) for a in rows.split(sizes)])     each expert for its own rows
+    cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for its row of places
+    y[ids == 0] = expert_0(rows[ids == 0]), …             each expert for its own rows, in place
+
+Each is what a product with a stack of weights would give, and is read as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from moec.errors import NoMatch
+from moec.ir.graph import FLOATS, Graph, Op, Value
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.layout import Axis
+from moec.passes.recognise.region import Scope
+from moec.passes.recognise.unrolled_experts import Branch, cone, family, read_branch, signature
+
+_SPLIT = "aten.split_with_sizes.default"
+_PART = "aten.select.int"
+
+
+@dataclass(frozen=True)
+class Fan:
+    """`body` of each expert over `x`. `own`: each row goes through one expert, and the results
+    lie as the rows do, if perhaps in other axes; else all rows go through each expert.
+    """
+
+    x: Value
+    body: Graph
+    stacks: tuple[Recipe, ...]
+    experts: int
+    axes: tuple[Axis, ...]  # of one branch
+    uses: dict[str, list[Value]]
+    own: bool
+    split: Op | None = None  # cuts x's rows by expert, into parts that depend on data
+
+
+def fan(scope: Scope, op: Op) -> Fan | None:
+    """The fan that a concatenation is, if its parts are branches of one kind.
+
+    Raises NoMatch where they are, but are not equal experts over the same rows.
+    """
+    if op.name != "aten.cat.default" or len(op.inputs) < 2:
+        return None
+    cones = [cone(scope, v) for v in op.inputs[:2]]
+    kinds = {signature(scope, c) for c in cones}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    cones += [cone(scope, v) for v in op.inputs[2:]]
+    parts = [part_of_rows(scope, ops) for ops in cones]
+    if in_order(parts):
+        cones = [
+            tuple(o for o in ops if o is not part) for ops, part in zip(cones, parts, strict=True)
+        ]
+    branches = [read_branch(scope, v, c) for v, c in zip(op.inputs, cones, strict=True)]
+    sources = [cast(Value, b.reader.x) for b in branches]
+    if in_order(parts):
+        return of(scope, branches, cast(Op, parts[0]).inputs[0], own=True)
+    split = scope.made_by(sources[0], _SPLIT)
+    if split is not None and split.outputs == tuple(sources):
+        x = split.inputs[0]
+        return of(scope, branches, x, own=True, split=split if by_data(split) else None)
+    if len({b.reader.root for b in branches}) == 1:
+        return of(scope, branches, sources[0], own=False)
+    if split is None:
+        return None
+    raise NoMatch(f"its branches read different rows: {sources[0].name}, {sources[1].name}")
+
+
+def of(
+    scope: Scope, branches: Sequence[Branch], x: Value, own: bool, split: Op | None = None
+) -> Fan:
+    """Raises NoMatch where the branches are not equal experts."""
+    found = family(scope, branches)
+    first = found.first
+    axes = first.reader.writer.in_order(first.layout).axes
+    return Fan(x, first.body, found.stacks, len(branches), axes, first.reader.uses, own, split)
+
+
+def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
+    """What picks one expert's rows from those of all, x[e] of x[E, .., D]."""
+    for op in ops:
+        if op.name == _PART and op.inputs[0] not in scope.constants:
+            x = op.inputs[0]
+            if len(x.shape) > 2 and x.dtype in FLOATS and op.attrs.get("dim", 0) == 0:
+                return op
+    return None
+
+
+def in_order(parts: Sequence[Op | None]) -> bool:
+    """Whether they are x[0], x[1], … to the last of one x."""
+    found = [part for part in parts if part is not None]
+    return (
+        len(found) == len(parts)
+        and {part.inputs[0] for part in found} == {found[0].inputs[0]}
+        and found[0].inputs[0].shape[0] == len(found)
+        and [part.attrs["index"] for part in found] == list(range(len(found)))
+    )
+
+
+def by_data(split: Op) -> bool:
+    """Whether the sizes of the parts depend on data."""
+    sizes = cast("tuple[object, ...]", split.attrs["split_sizes"])
+    return not all(isinstance(size, int) for size in sizes)

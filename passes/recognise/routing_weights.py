@@ -1,0 +1,134 @@
+"""The weights of a region's choices: values that may hold them, and recipes for [T, k]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+from moec.ir.dims import Dim, product
+from moec.ir.graph import FLOATS, Op, TensorType, Value
+from moec.passes.proof.input_generators import Ids
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.evidence import Evidence
+from moec.passes.recognise.expert_ids import Chosen
+from moec.passes.recognise.region import (
+    THROUGH,
+    Emitter,
+    Scope,
+    is_routing,
+    routing_behind,
+)
+
+
+def weightings(
+    scope: Scope, evidence: Evidence, ids: Chosen, slots: int
+) -> Iterator[tuple[Value | None, Recipe | None]]:
+    """Ways to weigh the choices: a value that the region holds, and the recipe for [T, k]."""
+    used = evidence.values("weights", "mix")
+    if not used:
+        yield None, None
+        return
+    shape = (evidence.rows_out, slots)
+    for value in candidates(scope, used, product((ids.per_row, evidence.rows_in))):
+        yield value, _reshaped(value, shape)
+    if len(ids.values) > 1:
+        singles = list(candidates(scope, used, evidence.rows_in))
+        for group in _runs(singles, len(ids.values)):
+            yield None, _side_by_side(group, evidence.rows_in)
+    if isinstance(ids.feed, Ids):
+        for dense in dense_weights(scope, used, evidence):
+            yield None, _at_ids(dense, ids, evidence, shape)
+    yield None, None  # a weight of one, or a mask that the region calls a weight
+
+
+def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Value]:
+    """Float values of `count` elements behind the weights, through routing ops: those that
+    only moved come first, farthest first; then the others, nearest first."""
+    moved: list[Value] = []
+    seen: set[Value] = set()
+    for value in used:
+        while True:
+            if value.dtype in FLOATS and product(value.shape) == count:
+                moved.append(value)
+            op = scope.maker(value)
+            if op is None or op.name not in (
+                *THROUGH,
+                "aten.index.Tensor",
+                "aten.slice.Tensor",
+                "aten.gather.default",
+            ):
+                break
+            value = op.inputs[0]
+    for value in reversed(moved):
+        if value not in seen:
+            seen.add(value)
+            yield value
+    stack, visited = list(used), set(used)
+    others: list[Value] = []
+    while stack and len(visited) < 300:
+        op = scope.maker(stack.pop())
+        if op is None or not is_routing(op):
+            continue
+        for value in (*op.inputs, *op.outputs):
+            if value in visited and value not in used:
+                continue
+            if value.dtype in FLOATS and product(value.shape) == count and value not in seen:
+                others.append(value)
+            if value in op.inputs and value not in visited:
+                visited.add(value)
+                stack.append(value)
+    for value in sorted(
+        dict.fromkeys(others),
+        key=lambda v: -scope.position[cast(Op, scope.maker(v))] if scope.maker(v) else 1,
+    )[:8]:
+        if value not in seen:
+            seen.add(value)
+            yield value
+
+
+def _runs(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]:
+    """Neighbours among values that each weigh one slot, in both orders."""
+    for start in range(len(values) - length + 1):
+        group = tuple(values[start : start + length])
+        yield tuple(reversed(group))
+        yield group
+
+
+def _reshaped(value: Value, shape: tuple[Dim, ...]) -> Recipe:
+    return lambda emit: emit.reshape(emit.old(value), shape)
+
+
+def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:
+    return lambda emit: emit.stack([emit.reshape(emit.old(v), (rows,)) for v in values], 1)
+
+
+def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> Iterator[Value]:
+    """Weights [.., E] of every expert, or [.., E, C] of every place of every expert."""
+    full = product((evidence.rows_in, evidence.experts))
+    found: dict[Value, None] = {}
+    for value in routing_behind(scope, used, 120):
+        if value.dtype in FLOATS:
+            if value.shape[-1:] == (evidence.experts,) and product(value.shape) == full:
+                found[value] = None
+            elif (
+                len(value.shape) == 3
+                and value.shape[1] == evidence.experts
+                and value.shape[0] == evidence.rows_in
+            ):
+                found[value] = None
+    yield from list(found)[:4]
+
+
+def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...]) -> Recipe:
+    def make(emit: Emitter) -> Value:
+        value = emit.old(dense)
+        if len(value.shape) == 3 and value.shape[-1] != evidence.experts:
+            wanted = TensorType(value.dtype, value.shape[:2])
+            (value,) = emit("aten.sum.dim_IntList", [value], [wanted], attrs={"dim": (2,)})
+        value = emit.reshape(value, (evidence.rows_in, evidence.experts))
+        index = ids.recipe(emit)
+        wanted = TensorType(value.dtype, index.shape)
+        (value,) = emit("aten.gather.default", [value, index], [wanted], attrs={"dim": 1})
+        return emit.reshape(value, shape)
+
+    return make

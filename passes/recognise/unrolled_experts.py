@@ -1,0 +1,222 @@
+"""Experts written out one by one: equal branches of a graph that differ in their weights.
+
+A branch is what only one expert's result needs. Each is read on its own; where all bodies are
+the same, the weights at each place of the body are stacked over the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from moec.errors import NoMatch
+from moec.ir.dims import Dim
+from moec.ir.graph import FLOATS, Attr, Graph, Op, Ref, Value
+from moec.ir.text import print_graph
+from moec.passes.proof.prove import without_origins
+from moec.passes.recognise.block import Recipe
+from moec.passes.recognise.body_writer import BodyWriter
+from moec.passes.recognise.layout import Layout
+from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS
+from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
+from moec.passes.recognise.rows import Reader
+
+_LIMIT = 300
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One expert's part: `ops` are its own, `layout` is `result` as the rows of `reader.x`."""
+
+    result: Value
+    ops: tuple[Op, ...]
+    reader: Reader
+    layout: Layout
+    body: Graph
+    number: int | None  # the expert that its mask asks for
+
+    @property
+    def text(self) -> str:
+        return print_graph(without_origins(self.body))
+
+
+def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
+    """The ops that nothing but `value` needs, in order."""
+    first = scope.maker(value)
+    if first is None:
+        return ()
+    kept: set[Op] = {first}
+    pending = [first]
+    while pending and len(kept) < _LIMIT:
+        for source in pending.pop().inputs:
+            op = scope.maker(source)
+            if op is None or op in kept or splits_rows(op):
+                continue
+            if all(r in kept for v in op.outputs for r in scope.graph.readers.get(v, ())):
+                if not any(v in scope.results for v in op.outputs):
+                    kept.add(op)
+                    pending.append(op)
+    return tuple(sorted(kept, key=scope.position.__getitem__))
+
+
+def branch_ops(scope: Scope, value: Value) -> tuple[Op, ...]:
+    """The ops of the branch that gives `value`: its cone and, where no weights are multiplied in
+    there, that of the expert's result which it weighs, as others do for other slots."""
+    own = cone(scope, value)
+    if any(first_product(scope, op) for op in own):
+        return own
+    for source in (v for op in own if op.name in MULTIPLY for v in op.inputs):
+        readers = scope.graph.readers.get(source, ())
+        if len(readers) > 1 and all(reader.name in MULTIPLY for reader in readers):
+            shared = cone(scope, source)
+            if any(first_product(scope, op) for op in shared):
+                return (*own, *shared)
+    return own
+
+
+def splits_rows(op: Op) -> bool:
+    """Whether the op cuts rows by expert: its parts are the experts' rows."""
+    return op.name == "aten.split_with_sizes.default" and bool(names_in(op))
+
+
+def signature(scope: Scope, ops: Sequence[Op]) -> tuple[str, ...] | None:
+    """What kind of branch this is; None where no weights are multiplied in."""
+    if not any(first_product(scope, op) for op in ops):
+        return None
+    return tuple(op.name for op in ops)
+
+
+def first_product(scope: Scope, op: Op) -> bool:
+    if op.name not in PRODUCTS:
+        return False
+    fixed = [v in scope.constants for v in op.inputs[:2]]
+    return any(fixed) and not all(fixed)
+
+
+def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
+    """Raises NoMatch where one expert's body cannot be read from the branch."""
+    start = next((op for op in ops if first_product(scope, op)), None)
+    if start is None:
+        raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
+    reader = Reader(scope, BodyWriter(alone=True), frozenset(ops))
+    reader.tokens(rows_behind(scope, start, ops))
+    layout = reader.read(value)
+    if layout is None or not layout.applied:
+        why = reader.why.get(value) or next(iter(reader.why.values()), "it joins other values")
+        raise NoMatch(f"the branch of {value.name} is not one expert's: {why}")
+    body, _ = reader.body(layout)
+    return Branch(value, tuple(ops), reader, layout, body, number_of(scope, ops))
+
+
+def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
+    """What the branch reads, on the way to its first weights, that is as wide as rows are."""
+    activation = next(v for v in start.inputs[:2] if v not in scope.constants)
+    own = set(ops)
+    outside = [v for op in ops for v in op.inputs if scope.maker(v) not in own]
+    path = scope.upstream([activation], outside)
+    leaves = [activation] if scope.maker(activation) not in own else scope.leaves(path, ())
+    floats = [v for v in leaves if v.dtype in FLOATS and v not in scope.constants]
+    if not floats:
+        raise NoMatch(f"{activation.name} is made of no rows")
+    return max(floats, key=lambda v: v.shape[-1] if isinstance(v.shape[-1], int) else 0)
+
+
+def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
+    """The expert id that the branch's mask compares with, or picks from a stack of masks: where
+    it does both, it picked a slot."""
+    for op in ops:
+        if op.name == "aten.eq.Scalar" and op.inputs[0] not in scope.constants:
+            if isinstance(op.attrs["other"], int):
+                return op.attrs["other"]
+    for op in ops:
+        if op.inputs and op.inputs[0] in scope.constants and op.name != "aten.index.Tensor":
+            continue
+        if op.name == "aten.select.int" and op.inputs[0] not in scope.constants:
+            return cast(int, op.attrs["index"])
+        if op.name in ("aten.index.Tensor", "aten.eq.Tensor"):
+            for value in op.inputs[1:]:
+                content = scope.content(scope.behind(value))
+                if content is not None and content.numel() == 1:
+                    return int(content)
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Branches of all experts, in the order of the experts."""
+
+    branches: tuple[Branch, ...]
+    stacks: tuple[Recipe, ...]
+
+    @property
+    def first(self) -> Branch:
+        return self.branches[0]
+
+
+def family(scope: Scope, branches: Sequence[Branch]) -> Family:
+    """Raises NoMatch where the branches are not the experts 0 … n-1 of one kind."""
+    numbers = [b.number for b in branches]
+    ordered = list(branches)
+    if all(n is not None for n in numbers):
+        if sorted(cast("list[int]", numbers)) != list(range(len(branches))):
+            raise NoMatch(
+                f"its branches are the experts {numbers}, expected 0 to {len(branches) - 1}"
+            )
+        ordered.sort(key=lambda b: cast(int, b.number))
+    return Family(tuple(ordered), alike(scope, ordered))
+
+
+def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
+    """The weights of each place of the body, stacked over the branches in this order.
+
+    Raises NoMatch where the branches differ in more than their weights.
+    """
+    first = ordered[0]
+    for branch in ordered[1:]:
+        if branch.text != first.text:
+            raise NoMatch("its experts differ in more than their weights")
+    stacks = []
+    for place, param in enumerate(first.body.params):
+        picks = [b.reader.writer.picks[b.body.params[place]] for b in ordered]
+        if any((p.places, p.sizes) != (picks[0].places, picks[0].sizes) for p in picks):
+            raise NoMatch(f"its experts arrange the weight {param.name} differently")
+        stacks.append(stacked(scope, [p.base for p in picks], picks[0].places, picks[0].sizes))
+    return tuple(stacks)
+
+
+def stacked(
+    scope: Scope, bases: Sequence[Value], places: tuple[int, ...], sizes: tuple[Dim, ...]
+) -> Recipe:
+    """[E, ..] of one weight per expert: the stack that all were cut from, or a new one."""
+    root = common_root(scope, bases)
+
+    def make(emit: Emitter) -> Value:
+        value = emit.old(root) if root else emit.stack([emit.old(b) for b in bases], 0)
+        units = [i for i in range(len(value.shape) - 1) if i not in places]
+        value = emit.permute(value, (0, *(p + 1 for p in places), *(u + 1 for u in units)))
+        return emit.reshape(value, (len(bases), *sizes))
+
+    return make
+
+
+def common_root(scope: Scope, bases: Sequence[Value]) -> Value | None:
+    """W where the bases are W[0], W[1], …"""
+    roots = set()
+    for number, base in enumerate(bases):
+        op = scope.maker(scope.behind(base, VIEWS))
+        if op is None:
+            return None
+        if op.name == "aten.select.int":
+            picked: Attr = op.attrs["index"] if op.attrs.get("dim", 0) == 0 else None
+        elif op.name == "aten.index.Tensor" and op.attrs["indices"] == (Ref(1),):
+            content = scope.content(scope.behind(op.inputs[1]))
+            picked = int(content) if content is not None and content.numel() == 1 else None
+        else:
+            return None
+        if picked != number or op.inputs[0].shape[0] != len(bases):
+            return None
+        if op.inputs[0].shape[1:] != tuple(d for d in base.shape):
+            return None
+        roots.add(op.inputs[0])
+    return roots.pop() if len(roots) == 1 else None

@@ -1,0 +1,1 @@
+"""Fewer ops that compute the same, in any graph."""

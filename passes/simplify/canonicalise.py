@@ -1,0 +1,192 @@
+"""One spelling per idea, so that later passes match one form each.
+
+t, transpose, numpy_T           -> permute
+mm(x, permute(w)), addmm, matmul(x, permute(w)) -> linear(x, w, bias)
+squeeze, unsqueeze, flatten, the only element of an axis -> reshape
+                                                    (of known or named sizes)
+clone, alias, detach, a cast to the same dtype, a slice of everything, an expand or
+reshape or permute that changes nothing, x + 0 and x * 1 of integers, dropout at
+inference                       -> their input
+reshape(reshape(x))             -> reshape(x)
+x[mask]                         -> x[where the mask is set]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+from moec.passes.simplify import mask_rows
+
+_IDENTITIES = (
+    "aten.clone.default",
+    "aten.detach.default",
+    "aten.detach_.default",
+    "aten.lift_fresh_copy.default",
+    "aten.contiguous.default",
+)
+Simplify = Callable[[Op, Builder], Sequence[Value] | None]
+
+
+@dataclass(frozen=True)
+class Canonicalise:
+    """Write each idea in one way: permute, reshape, linear; drop what changes nothing."""
+
+    name: ClassVar[str] = "canonicalise"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, canonicalise, log), program.weights)
+
+
+def canonicalise(op: Op, b: Builder) -> Sequence[Value] | None:
+    rule = _RULES.get(op.name)
+    if rule is not None:
+        return rule(op, b)
+    return op.inputs[:1] if op.name in _IDENTITIES else None
+
+
+def _same_type(op: Op, b: Builder) -> Sequence[Value] | None:
+    return op.inputs[:1] if op.inputs[0].type == op.outputs[0].type else None
+
+
+def _alias(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The aliases that name the outputs stay: they are the interface."""
+    return None if any(v.name == op.outputs[0].name for v in b.graph.outputs) else op.inputs[:1]
+
+
+def _slice(op: Op, b: Builder) -> Sequence[Value] | None:
+    """A slice that keeps the type keeps everything: its step is 1 or its axis has size 1."""
+    start, step = op.attrs.get("start"), op.attrs.get("step", 1)
+    whole = start in (None, 0) and step == 1
+    return _same_type(op, b) if whole else None
+
+
+def _neutral(neutral: int) -> Simplify:
+    """x + 0, x * 1: of integers only, since -0.0 + 0 is 0.0."""
+
+    def rule(op: Op, b: Builder) -> Sequence[Value] | None:
+        alone = len(op.inputs) == 1 and op.inputs[0].dtype[0] == "i"
+        exact = alone and op.attrs.get("other") == neutral and op.attrs.get("alpha", 1) == 1
+        return _same_type(op, b) if exact and "self" not in op.attrs else None
+
+    return rule
+
+
+def _reshape(op: Op, b: Builder) -> Sequence[Value] | None:
+    x = op.inputs[0]
+    if x.type == op.outputs[0].type:
+        return (x,)
+    source = b.producers.get(x)
+    shape = op.outputs[0].shape
+    if op.name == "aten.reshape.default" and op.attrs["shape"] == shape:
+        if source is None or source.name != "aten.reshape.default":
+            return None
+    if source is not None and source.name == "aten.reshape.default":
+        x = source.inputs[0]
+        if x.type == op.outputs[0].type:
+            return (x,)
+    return b.emit(
+        "aten.reshape.default", [x], [op.outputs[0].type], like=op, attrs={"shape": shape}
+    )
+
+
+def _select(op: Op, b: Builder) -> Sequence[Value] | None:
+    x, dim = op.inputs[0], op.attrs.get("dim", 0)
+    assert isinstance(dim, int)
+    return _reshape(op, b) if x.shape[dim] == 1 else None
+
+
+def _permute(op: Op, b: Builder) -> Sequence[Value] | None:
+    x = op.inputs[0]
+    rank = len(x.shape)
+    order = _order(op, rank)
+    source = b.producers.get(x)
+    if source is not None and source.name == "aten.permute.default":
+        inner = source.attrs["dims"]
+        assert isinstance(inner, tuple)
+        order = tuple(int(inner[axis]) for axis in order)
+        x = source.inputs[0]
+    if order == tuple(range(rank)):
+        return (x,)
+    if x is op.inputs[0] and op.name == "aten.permute.default" and op.attrs["dims"] == order:
+        return None
+    return b.emit("aten.permute.default", [x], [op.outputs[0].type], like=op, attrs={"dims": order})
+
+
+def _order(op: Op, rank: int) -> tuple[int, ...]:
+    if op.name == "aten.permute.default":
+        dims = op.attrs["dims"]
+        assert isinstance(dims, tuple)
+        return tuple(int(d) % rank for d in dims)
+    order = list(range(rank))
+    if op.name == "aten.transpose.int":
+        a, c = (int(op.attrs[name]) % rank for name in ("dim0", "dim1"))  # type: ignore[arg-type]
+        order[a], order[c] = order[c], order[a]
+    else:
+        order.reverse()
+    return tuple(order)
+
+
+def transposed(value: Value, b: Builder) -> Value | None:
+    """x where value = permute(x) swaps the last two axes of a matrix."""
+    source = b.producers.get(value)
+    if source is None or source.name != "aten.permute.default" or len(value.shape) != 2:
+        return None
+    return source.inputs[0] if source.attrs["dims"] == (1, 0) else None
+
+
+def _matmul(op: Op, b: Builder) -> Sequence[Value] | None:
+    """x @ w.T with w a param is a linear layer; the weight may be stored either way."""
+    x, matrix = op.inputs
+    if len(matrix.shape) != 2 or len(x.shape) < 2:
+        return None
+    weight = transposed(matrix, b)
+    if weight is None:
+        if matrix not in b.params:
+            return None
+        turned = TensorType(matrix.dtype, matrix.shape[::-1])
+        (weight,) = b.emit(
+            "aten.permute.default", [matrix], [turned], like=op, attrs={"dims": (1, 0)}
+        )
+    return b.emit("aten.linear.default", [x, weight], [op.outputs[0].type], like=op)
+
+
+def _addmm(op: Op, b: Builder) -> Sequence[Value] | None:
+    bias, x, matrix = op.inputs
+    weight = transposed(matrix, b)
+    plain = op.attrs.get("alpha", 1) == 1 and op.attrs.get("beta", 1) == 1
+    if weight is None or not plain or len(bias.shape) != 1:
+        return None
+    return b.emit("aten.linear.default", [x, weight, bias], [op.outputs[0].type], like=op)
+
+
+_RULES: dict[str, Simplify] = {
+    "aten.alias.default": _alias,
+    "aten._to_copy.default": _same_type,
+    "aten.expand.default": _same_type,
+    "aten.slice.Tensor": _slice,
+    "aten.add.Tensor": _neutral(0),
+    "aten.mul.Tensor": _neutral(1),
+    "aten.reshape.default": _reshape,
+    "aten.unsqueeze.default": _reshape,
+    "aten.squeeze.default": _reshape,
+    "aten.squeeze.dim": _reshape,
+    "aten.squeeze.dims": _reshape,
+    "aten.flatten.using_ints": _reshape,
+    "aten.unflatten.int": _reshape,
+    "aten.select.int": _select,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _permute,
+    "aten.t.default": _permute,
+    "aten.mm.default": _matmul,
+    "aten.matmul.default": _matmul,
+    "aten.addmm.default": _addmm,
+    "aten.index.Tensor": mask_rows.index,
+    "aten.index_put.default": mask_rows.put,
+}

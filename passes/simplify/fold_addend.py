@@ -1,0 +1,97 @@
+"""What is added to the result of a combine is added by the combine: a shared expert, a residual.
+
+    y = moe.combine(rows, slots, weights)
+    z = aten.add(y, shared)                 ->   z = moe.combine(rows, slots, weights, shared)
+
+One pass over [T, D] less. The sum stays in float32 until it is complete, where eager rounds
+the routed part first. What experts without a network give is such an addend; the one after it
+goes into moe.zero_experts, so that an expert nobody chose changes no rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir.graph import Attr, DType, Op, Program, Stage, TensorType, Value
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+
+
+@dataclass(frozen=True)
+class FoldAddend:
+    """Add a shared expert's result, or the residual, inside the combine."""
+
+    name: ClassVar[str] = "fold-addend"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.MOE
+
+    def run(self, program: Program, log: Log) -> Program:
+        graph = rewrite(program.graph, fold_addend, log)
+        return Program(rewrite(graph, fold_next, log), program.weights)
+
+
+def fold_addend(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The first addend of a combine."""
+    return _fold(op, b, lambda combine: None if combine.attrs.get("added") else combine)
+
+
+def fold_next(op: Op, b: Builder) -> Sequence[Value] | None:
+    """The second one, where the first is made by moe.zero_experts: then that adds it up."""
+
+    def free(combine: Op) -> Op | None:
+        made = b.producers.get(combine.inputs[-1]) if combine.attrs.get("added") else None
+        single = made is not None and len(b.graph.readers.get(made.outputs[0], ())) == 1
+        zero = single and made is not None and made.name == "moe.zero_experts"
+        return made if zero and made is not None and not made.attrs.get("added") else None
+
+    return _fold(op, b, free)
+
+
+def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Value] | None:
+    """`adder` answers with the op that shall add what is added to a combine: itself, the maker
+    of its own addend, or None."""
+    if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs.get("alpha", 1) != 1:
+        return None
+    for routed, other in (op.inputs, op.inputs[::-1]):
+        combine = _combine_behind(routed, b)
+        adds = None if combine is None else adder(combine)
+        if (
+            combine is not None
+            and adds is not None
+            and other.type == routed.type == op.outputs[0].type
+        ):
+            break
+    else:
+        return None
+    (y,) = combine.outputs
+    flat = other
+    if flat.shape != y.shape:
+        attrs = {"shape": y.shape}
+        types = [TensorType(other.dtype, y.shape)]
+        (flat,) = b.emit("aten.reshape.default", [other], types, like=op, attrs=attrs)
+    if adds is not combine:
+        more: dict[str, Attr] = {"added": True, "dtype": DType("f32")}
+        inputs = [*adds.inputs, flat]
+        (flat,) = b.emit(adds.name, inputs, like=adds, attrs={**adds.attrs, **more})
+    rest = combine.inputs if adds is combine else combine.inputs[:-1]
+    inputs = [*rest, flat]
+    (total,) = b.emit("moe.combine", inputs, like=op, attrs={**combine.attrs, "added": True})
+    if total.shape == op.outputs[0].shape:
+        return (total,)
+    attrs = {"shape": op.outputs[0].shape}
+    return b.emit("aten.reshape.default", [total], [op.outputs[0].type], like=op, attrs=attrs)
+
+
+def _combine_behind(value: Value, b: Builder) -> Op | None:
+    """The combine that made `value`, through a reshape, where nobody else reads its result."""
+    source = b.producers.get(value)
+    if source is not None and source.name == "aten.reshape.default":
+        if len(b.graph.readers.get(value, ())) > 1:
+            return None
+        value = source.inputs[0]
+        source = b.producers.get(value)
+    if source is None or source.name != "moe.combine":
+        return None
+    return source if len(b.graph.readers.get(value, ())) <= 1 else None

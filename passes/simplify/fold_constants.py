@@ -1,0 +1,82 @@
+"""What depends on weights alone is computed once, at compile time.
+
+    inv = aten.reciprocal(theta)            ->   a weight called inv
+    up = aten.slice(gate_up) <1, H, 2*H>    ->   a weight that shares gate_up's memory
+
+A result is kept only where it costs no memory (a view) or little: a result that is larger
+than its operands, and larger than `limit` bytes, is left in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moec.interpret.evaluate import run_op
+from moec.ir.dims import symbols
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.passes.core.rewrite import mentioned, rebuild
+from moec.passes.core.runner import Log
+
+_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """Compute what depends on weights alone; `limit` bytes bound what it may add."""
+
+    limit: int = 1 << 20
+    name: ClassVar[str] = "fold-constants"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        graph = program.graph
+        constants: dict[Value, torch.Tensor] = {
+            p: program.weights[p.name] for p in graph.params if p.name in program.weights
+        }
+        params = {p: p for p in graph.params}
+        new: dict[Value, Value] = {}
+        ops: list[Op] = []
+        for op in graph.ops:
+            made = self.fold(op, constants) if _foldable(op, constants) else None
+            if made is None or not log.spend(str(op)):
+                ops.append(op)
+                continue
+            for value, tensor in zip(op.outputs, made, strict=True):
+                constants[value] = tensor
+                params[value] = value
+        folded = rebuild(graph, ops, new, params=list(params))
+        weights = {p.name: constants[p] for p in folded.params if p in constants}
+        states = {s.before.name: program.weights[s.before.name] for s in graph.states}
+        return Program(folded, weights | states)
+
+    def fold(
+        self, op: Op, constants: Mapping[Value, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...] | None:
+        operands = [constants[v] for v in op.inputs]
+        made = run_op(op, operands, {})
+        sources = {t.untyped_storage().data_ptr() for t in operands}
+        added = sum(
+            t.numel() * t.element_size()
+            for t in made
+            if t.untyped_storage().data_ptr() not in sources
+        )
+        cost = sum(t.numel() * t.element_size() for t in operands)
+        return made if added <= max(self.limit, 0 if "stack" not in op.name else cost) else None
+
+
+def _foldable(op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
+    known = all(value in constants for value in op.inputs)
+    sized = not any(symbols(dim) for value in op.outputs for dim in value.shape)
+    return (
+        known
+        and sized
+        and not mentioned(op)
+        and op.name.startswith("aten.")
+        and op.name != "aten.alias.default"
+        and not any(word in op.name for word in _RANDOM)
+    )

@@ -1,0 +1,55 @@
+"""Two ops that compute the same value become one: same op, inputs, attributes and body text.
+
+Routing that several banks of experts share is sorted once this way: moe.dispatch and moe.sort
+are ops like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.text import print_graph, show_attr
+from moec.passes.core.rewrite import rebuild
+from moec.passes.core.runner import Log
+
+_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
+
+
+@dataclass(frozen=True)
+class ShareCommon:
+    """Compute equal values once, a shared dispatch included."""
+
+    name: ClassVar[str] = "share-common"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        graph = program.graph
+        new: dict[Value, Value] = {}
+        seen: dict[tuple[object, ...], Op] = {}
+        ops: list[Op] = []
+        for old in graph.ops:
+            op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
+            key = _key(op)
+            first = seen.get(key)
+            if first is not None and _shareable(op) and log.spend(f"{op} = {first}"):
+                new |= dict(zip(old.outputs, first.outputs, strict=True))
+                continue
+            seen.setdefault(key, op)
+            ops.append(op)
+        return Program(rebuild(graph, ops, new), program.weights)
+
+
+def _key(op: Op) -> tuple[object, ...]:
+    attrs = tuple((name, show_attr(value)) for name, value in sorted(op.attrs.items()))
+    body = print_graph(op.body) if op.body is not None else ""
+    types = tuple(str(value.type) for value in op.outputs)
+    return (op.name, op.inputs, attrs, body, types)
+
+
+def _shareable(op: Op) -> bool:
+    return op.name not in ("aten.alias.default", "moec.size") and not any(
+        word in op.name for word in _RANDOM
+    )

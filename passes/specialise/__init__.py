@@ -1,0 +1,1 @@
+"""What is known before the model runs is computed before it runs."""

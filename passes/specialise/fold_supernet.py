@@ -1,0 +1,93 @@
+"""Weights that are mixed from several become the one that they are for a given architecture.
+
+    r = softmax(linear(relu(linear(arch, w1)), w2))       arch is [0.5, 1, …]
+    w = sum_i r_i * experts[i, :H, :D]             ->     w: a weight [H, D]
+    y = aten.linear(x, w)                                 y = aten.linear(x, w)
+
+Mixture-of-Supernets (arXiv 2306.04845): the experts of a supernet are mixed before the product,
+layer by layer or neuron by neuron, by routers that read the numbers of an architecture alone.
+Once it is chosen, no router and no mixture is left, and the layer has the size of the sub-network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.stats import stored_bytes
+from moec.passes.core.options import Given
+from moec.passes.core.runner import Log
+from moec.passes.specialise.bind_inputs import bind, seeds
+from moec.passes.specialise.fold_known import fold_known
+from moec.passes.specialise.token_invariant import Uniform
+
+_MIXES = ("mul", "mm", "bmm", "matmul", "linear", "sum", "add")
+
+
+@dataclass(frozen=True)
+class FoldSupernet:
+    """Mix the weights of a supernet for one architecture, bound here or stored in the model."""
+
+    inputs: Given = field(
+        default_factory=dict, metadata={"says": "an input that describes the architecture"}
+    )
+    name: ClassVar[str] = "fold-supernet"
+    takes: ClassVar[Stage] = Stage.ATEN
+    gives: ClassVar[Stage] = Stage.ATEN
+    exact: ClassVar[bool] = True
+    source: ClassVar[str] = "Mixture-of-Supernets, arXiv 2306.04845"
+
+    def run(self, program: Program, log: Log) -> Program:
+        """Raises UsageError for an input that the model has not, or that cannot have that value."""
+        before = stored_bytes(program)
+        program = bind(program, self.inputs, self.name)
+        graph = program.graph
+        stored = {p: program.weights[p.name] for p in graph.params if p.name in program.weights}
+        known = Uniform(program, {**stored, **seeds(program)}).known
+        mixed: dict[Value, torch.Tensor] = {}
+        for op, value in _mixed_weights(graph):
+            if value in known:
+                mixed[value] = known[value]
+                continue
+            names = ", ".join(v.name for v in graph.inputs if v in _leaves(graph, value))
+            log.decline(op.origin or str(op), f"its weight is mixed by {names}: bind that too")
+        bound = {value: known[value] for value in known if _is_bound(graph, value)}
+        program = fold_known(program, {**mixed, **bound}, log)
+        fewer = before - stored_bytes(program)
+        log.says.append(f"{len(mixed)} mixed weights and biases; {fewer:,} bytes of weights fewer")
+        return program
+
+
+def _mixed_weights(graph: Graph) -> list[tuple[Op, Value]]:
+    """The weights and biases of linear layers that are sums or products of others."""
+    found = []
+    for op in graph.ops:
+        if op.name == "aten.linear.default":
+            for value in op.inputs[1:]:
+                kinds = {p.name.split(".")[1] for p in _behind(graph, value)}
+                if kinds & set(_MIXES):
+                    found.append((op, value))
+    return found
+
+
+def _behind(graph: Graph, value: Value) -> set[Op]:
+    found: set[Op] = set()
+    waiting = [value]
+    while waiting:
+        op = graph.producers.get(waiting.pop())
+        if op is not None and op not in found:
+            found.add(op)
+            waiting += op.inputs
+    return found
+
+
+def _leaves(graph: Graph, value: Value) -> set[Value]:
+    return {v for op in _behind(graph, value) for v in op.inputs}
+
+
+def _is_bound(graph: Graph, value: Value) -> bool:
+    """Whether a value depends on what was bound."""
+    return any(op.name == "moec.bound" for op in _behind(graph, value))

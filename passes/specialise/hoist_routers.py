@@ -1,0 +1,191 @@
+"""Routers that read no hidden state leave their layers, and become a function of their own.
+
+    h = …                                        logits = aten.linear(aten.embedding(e, ids), r)
+    logits = aten.linear(aten.embedding(e, ids), r)   w, i = moe.route(logits)
+    w, i = moe.route(logits)                ->   h = …
+    … = moe.dispatch(h, i)                       … = moe.dispatch(h, i)
+
+Whoever runs the model can ask for the experts of every layer before the first of them runs
+(Read-ME, arXiv 2410.19123), and keep choices that depend on a prompt or a timestep for as long as
+these stay (RAPHAEL, arXiv 2305.18295): `split` makes `route(ids) -> w, i` and `routed(…, w, i)`.
+Exact: ops are moved, not changed. Values that several routers read are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moec.errors import NoMatch
+from moec.ir.dims import symbols
+from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.passes.core.moe_layer import name_of
+from moec.passes.core.rewrite import drop_dead, mentioned
+from moec.passes.core.runner import Log
+
+_HIDDEN = ("linear", "mm", "bmm", "addmm", "matmul", "convolution", "layer_norm")
+
+
+@dataclass(frozen=True)
+class HoistRouters:
+    """Evaluate routers that read no hidden state before all layers, as a function of their own."""
+
+    name: ClassVar[str] = "hoist-routers"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+    exact: ClassVar[bool] = True
+    source: ClassVar[str] = "Read-ME, arXiv 2410.19123; RAPHAEL, arXiv 2305.18295"
+
+    def run(self, program: Program, log: Log) -> Program:
+        graph = program.graph
+        first: set[Op] = set()
+        chosen = _chosen(graph)
+        for choice in _choices(graph):
+            try:
+                cone = _hoistable(graph, choice, chosen)
+            except NoMatch as why:
+                log.decline(choice.layer, str(why))
+                continue
+            reads = ", ".join(v.name for v in graph.inputs if v in _leaves(cone)) or "weights"
+            if log.spend(f"router of {choice.layer}"):
+                first |= cone
+                log.says.append(f"{choice.layer}: its experts are known from {reads} alone")
+        order = sorted(graph.ops, key=lambda op: op not in first)
+        return replace(program, graph=replace(graph, ops=tuple(order)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer's router gives, and the value [T, D] or [R, D] that its experts start from."""
+
+    layer: str
+    experts: Value
+    weights: Value | None
+    x: Value
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """`route` computes the choices of layers from some of the inputs; `routed` takes all inputs,
+    then the outputs of `route`, and gives what the model gives."""
+
+    route: Program
+    routed: Program
+    choices: tuple[Choice, ...]
+
+
+def split(program: Program) -> Hoisted | None:
+    """The two functions of a program whose routers are hoisted; None where no router can be."""
+    graph = program.graph
+    found, cut, ops, chosen = [], dict[Value, None](), set[Op](), _chosen(graph)
+    for choice in _choices(graph):
+        try:
+            ops |= _hoistable(graph, choice, chosen)
+        except NoMatch:
+            continue
+        weights = choice.weights
+        if weights is not None and weights not in graph.params:
+            try:
+                ops |= _hoistable(graph, replace(choice, experts=weights), chosen)
+            except NoMatch:
+                weights = None
+        found.append(replace(choice, weights=weights))
+        both = (choice.experts,) if weights is None else (choice.experts, weights)
+        cut |= dict.fromkeys(v for v in both if v in graph.producers)
+    if not found:
+        return None
+    outputs = tuple(cut)
+    needed = _leaves(ops) | set(_sizing(graph, outputs, _leaves(ops)))
+    own = tuple(value for value in graph.inputs if value in needed)
+    route = Graph(own, graph.params, tuple(op for op in graph.ops if op in ops), outputs, (),
+                  graph.bounds, "route")  # fmt: skip
+    rest = tuple(op for op in graph.ops if not set(op.outputs) & set(outputs))
+    states = {state.before for state in graph.states}
+    inputs = [v for v in graph.inputs if v not in states]
+    routed = replace(graph, inputs=(*inputs, *outputs, *(v for v in graph.inputs if v in states)),
+                     ops=rest, name="routed")  # fmt: skip
+    return Hoisted(_with_weights(route, program), _with_weights(routed, program), tuple(found))
+
+
+def _with_weights(graph: Graph, program: Program) -> Program:
+    made = drop_dead(graph)
+    kept = (*made.params, *(state.before for state in made.states))
+    return Program(made, {value.name: program.weights[value.name] for value in kept})
+
+
+def _choices(graph: Graph) -> Iterator[Choice]:
+    """The choices of each layer: those that its rows are sorted by. Layers may share a sort."""
+    for op in graph.ops:
+        if op.name == "moe.sort":
+            experts, places, ends = op.inputs[0], op.outputs[:2], op.outputs[2]
+            starts = [r for r in graph.readers.get(ends, ()) if r.attrs.get("gather")]
+        elif op.name == "moe.dispatch" and not op.attrs.get("sorted"):
+            experts, places, starts = op.inputs[1], op.outputs[1:2], [op]
+        else:
+            continue
+        for combine in (r for place in places for r in graph.readers.get(place, ())):
+            if combine.name != "moe.combine" or not starts:
+                continue
+            weights = combine.inputs[2] if combine.attrs.get("weighted") else None
+            own = [r for r in starts if name_of(r) == combine.origin] or starts
+            yield Choice(name_of(combine), experts, weights, own[0].inputs[0])
+
+
+def _chosen(graph: Graph) -> set[Value]:
+    """All that routers give."""
+    both = (v for choice in _choices(graph) for v in (choice.experts, choice.weights))
+    return {value for value in both if value is not None}
+
+
+def _hoistable(graph: Graph, choice: Choice, chosen: set[Value]) -> set[Op]:
+    """The ops that a layer's choices need. Raises NoMatch where they need what layers compute.
+
+    What a layer's rows are made from is followed up to what routers have `chosen`.
+    """
+    cone, rows = _cone(graph, choice.experts), _cone(graph, choice.x, chosen)
+    for op in graph.ops:
+        if op in cone and op.name.startswith(("grouped.", "moe.experts", "moe.combine")):
+            raise NoMatch(f"its router reads what the experts of {name_of(op)} give")
+    if not cone:
+        raise NoMatch("its choices are an input or a weight, and need no router")
+    if (_leaves(rows) - _leaves(cone)) & set(graph.inputs):
+        return cone  # the rows know more than the router
+    for op in graph.ops:
+        if op in cone and op in rows and _is_hidden(op):
+            raise NoMatch(f"its router reads hidden states: {op} makes its experts' rows too")
+    return cone
+
+
+def _is_hidden(op: Op) -> bool:
+    return op.name.startswith("nn.") or op.name.split(".")[1] in _HIDDEN
+
+
+def _cone(graph: Graph, value: Value, stop: Set[Value] = frozenset()) -> set[Op]:
+    """The ops that a value depends on but by `stop`, those that sizes are read by included."""
+    sizes = {op.attrs["name"]: op for op in graph.ops if op.name == "moec.size"}
+    found: set[Op] = set()
+    waiting = [graph.producers[value]] if value in graph.producers else []
+    while waiting:
+        op = waiting.pop()
+        if op in found:
+            continue
+        found.add(op)
+        waiting += [graph.producers[v] for v in op.inputs if v in graph.producers and v not in stop]
+        waiting += [sizes[name] for name in mentioned(op) if name in sizes] if sizes else []
+    return found
+
+
+def _leaves(ops: Iterable[Op]) -> set[Value]:
+    return {value for op in ops for value in op.inputs}
+
+
+def _sizing(graph: Graph, outputs: Iterable[Value], known: set[Value]) -> Iterator[Value]:
+    """The inputs that tell the sizes of `outputs`, where the `known` ones do not."""
+    told = {str(dim) for value in graph.inputs if value in known for dim in value.shape}
+    for value in outputs:
+        for name in sorted({n for dim in value.shape for n in symbols(dim)} - told):
+            source = next((v for v in graph.inputs if name in map(str, v.shape)), None)
+            if source is not None:
+                told |= set(map(str, source.shape))
+                yield source

@@ -1,0 +1,92 @@
+"""An input of the model is always the same: what depends on it alone is computed now.
+
+    graph main(x, task; gates[8, E, D], w1[E, H, D], …)   graph main(x; w1_3[H, D], …)
+      g = aten.index_select(gates, task)                    h = aten.linear(x, w1_3)
+      logits = aten.linear(t, g)                            a = aten.silu(h)
+      w, ids = moe.route(logits)                      ->    y = aten.linear(a, w2_3)
+      … = moe.dispatch(x, ids)
+      y = moe.combine(moe.experts(…), …, w)
+
+A layer whose choices are then the same for every token becomes the sum of the experts chosen, each
+a dense layer. A router that adds minus infinity to some columns (the experts of other languages,
+say) loses these columns, and the layer their experts. Exact: no number changes but by the rounding
+of products whose rows stand in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from moec.errors import NoMatch, UsageError
+from moec.ir.graph import Op, Program, Stage
+from moec.ir.stats import stored_bytes
+from moec.passes.core.moe_layer import layer_of, name_of
+from moec.passes.core.options import Given, show_given
+from moec.passes.core.runner import Log
+from moec.passes.specialise.bind_inputs import bind, seeds
+from moec.passes.specialise.fold_known import fold_known
+from moec.passes.specialise.static_routing import Known, kept_alone, made_dense, reachable
+from moec.passes.specialise.token_invariant import Uniform
+
+
+@dataclass(frozen=True)
+class Specialise:
+    """Bind inputs to constants: fold what depends on them alone, drop experts out of reach."""
+
+    inputs: Given = field(
+        default_factory=dict, metadata={"says": "an input of the model, and what it always is"}
+    )
+    name: ClassVar[str] = "specialise"
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.MOE
+    exact: ClassVar[bool] = True
+    source: ClassVar[str] = (
+        "a task: arXiv 2306.17165, 2212.08066; a language: arXiv 2410.10626; a timestep: "
+        "arXiv 2305.18295"
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping) or not self.inputs:
+            raise UsageError("specialise: name an input of the model and what it always is")
+
+    def run(self, program: Program, log: Log) -> Program:
+        """Raises UsageError for an input that the model has not, or that cannot have that value."""
+        before = stored_bytes(program)
+        program = bind(program, self.inputs, self.name)
+        known = Uniform(program, seeds(program)).known
+        program = fold_known(program, known, log)
+        for experts in [op for op in program.graph.ops if op.name == "moe.experts"]:
+            try:
+                program = _narrowed(program, experts, known, log)
+            except NoMatch as why:
+                log.decline(name_of(experts), str(why))
+        bound = ", ".join(f"{name}={value}" for name, value in show_given(self.inputs).items())
+        log.says.append(f"{bound}: {before - stored_bytes(program):,} bytes of weights fewer")
+        return program
+
+
+def _narrowed(program: Program, experts: Op, known: Known, log: Log) -> Program:
+    """The program with a layer that holds no expert which no token can choose."""
+    where = name_of(experts)
+    dispatch = program.graph.producers[experts.inputs[1]]
+    count = cast(int, dispatch.attrs["num_experts"])
+    if dispatch.inputs[1] in known:
+        chosen = [int(expert) for expert in known[dispatch.inputs[1]][0]]
+        made = made_dense(program, experts, chosen, known)
+        listed = ", ".join(map(str, chosen))
+        says = f"{where}: every token takes {listed} of {count} experts: dense"
+    else:
+        layer = layer_of(program.graph, experts)
+        kept = reachable(program, layer, known)
+        if layer.route.outputs[1] in known:
+            raise NoMatch("every token takes the same experts, and a capacity drops some of them")
+        if len(kept) == count:
+            raise NoMatch("every expert can be chosen, whatever the inputs bound are")
+        made = kept_alone(program, layer, kept)
+        says = f"{where}: {', '.join(map(str, kept))} of {count} experts can be chosen"
+    if not log.spend(says):
+        return program
+    log.says.append(says)
+    return made

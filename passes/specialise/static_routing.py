@@ -1,0 +1,177 @@
+"""A layer whose choices are known becomes dense; experts that no token can reach are dropped.
+
+rows, order, ends = moe.dispatch(x, ids)   ids is [2, 0] for every token
+out = moe.experts(rows, ends, w1, w2) {…}
+y = moe.combine(out, order, w)         ->  y = w[:, 0] * ffn_2(x) + w[:, 1] * ffn_0(x)
+
+t = aten.add(logits, mask)                 mask is [0, -inf, 0, -inf]
+w, ids = moe.route(t)                  ->  w, ids = moe.route(t[:, [0, 2]])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from moec.errors import NoMatch
+from moec.ir.graph import Attr, DType, Op, Program, TensorType, Value
+from moec.passes.core.inline import inlined
+from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, experts_replaced
+from moec.passes.core.router_columns import keep_columns
+
+Known = Mapping[Value, torch.Tensor]
+
+
+def made_dense(program: Program, experts: Op, chosen: list[int], known: Known) -> Program:
+    """The experts of a layer as dense layers, where every token takes `chosen`, one a slot.
+
+    Raises NoMatch where the layer is not whole, or a choice is none of its experts.
+    """
+    graph = program.graph
+    dispatch, body = graph.producers[experts.inputs[1]], experts.body
+    readers = graph.readers.get(experts.outputs[0], ())
+    if [op.name for op in readers] != ["moe.combine"]:
+        raise NoMatch("the experts' rows are read by more than one moe.combine")
+    count = cast(int, dispatch.attrs["num_experts"])
+    if not all(0 <= expert < count for expert in chosen):
+        raise NoMatch(f"every token takes experts {chosen}, and there are {count}")
+    assert body is not None
+    (combine,) = readers
+    weights = combine.inputs[2] if combine.attrs.get("weighted") else None
+    splice = Splice(program)
+    ops: list[Op] = []
+    total: Value | None = None
+    for slot, expert in enumerate(chosen):
+        x = dispatch.inputs[0]
+        if len(dispatch.inputs) > 2:
+            scale = splice.cast(ops, _slot(splice, ops, dispatch.inputs[2], slot, known, dispatch),
+                                x.dtype, dispatch)  # fmt: skip
+            x = splice.emit(ops, "aten.mul.Tensor", (x, scale), x.type, dispatch)
+        params = {
+            param: splice.weight(stack.name, constant(program, stack)[expert].clone())
+            for param, stack in zip(body.params, experts.inputs[2:], strict=True)
+        }
+        made, y = inlined(splice, body, x, params, experts.origin)
+        ops += made
+        y = splice.cast(ops, y, "f32", combine)
+        if weights is not None and not _is_one(weights, slot, known):
+            scale = splice.cast(
+                ops, _slot(splice, ops, weights, slot, known, combine), "f32", combine
+            )
+            y = splice.emit(ops, "aten.mul.Tensor", (y, scale), y.type, combine)
+        total = y if total is None else _sum(splice, ops, total, y, combine)
+    assert total is not None
+    if combine.attrs.get("added"):
+        addend = splice.cast(ops, combine.inputs[-1], "f32", combine)
+        total = _sum(splice, ops, total, addend, combine)
+    total = splice.cast(ops, total, cast(DType, combine.attrs["dtype"]).name, combine)
+    if ops[-1].outputs != (total,):
+        splice.emit(ops, "aten.alias.default", (total,), total.type, combine)
+    ops[-1] = replace(ops[-1], outputs=combine.outputs)
+    splice.put(combine, ops)
+    return splice.done()
+
+
+def _sum(splice: Splice, ops: list[Op], a: Value, b: Value, like: Op) -> Value:
+    return splice.emit(ops, "aten.add.Tensor", (a, b), a.type, like)
+
+
+def _is_one(weights: Value, slot: int, known: Known) -> bool:
+    return weights in known and float(known[weights][0, slot]) == 1.0
+
+
+def _slot(
+    splice: Splice, ops: list[Op], weights: Value, slot: int, known: Known, like: Op
+) -> Value:
+    """One column [T, 1] of the weights; one number [1, 1], where it is the same for all tokens."""
+    if weights in known:
+        return splice.weight(weights.name, known[weights][:, slot : slot + 1].clone())
+    if weights.shape[1] == 1:
+        return weights
+    type = TensorType(weights.dtype, (weights.shape[0], 1))
+    cut: dict[str, Attr] = {"dim": 1, "start": slot, "end": slot + 1}
+    return splice.emit(ops, "aten.slice.Tensor", (weights,), type, like, **cut)
+
+
+# ---- experts out of reach --------------------------------------------------------------
+
+
+def kept_alone(program: Program, layer: Layer, kept: list[int]) -> Program:
+    """The layer with the experts `kept` and their columns of the router alone."""
+    splice = Splice(program)
+    keep_columns(splice, layer, kept)
+    index = torch.tensor(kept)
+    experts_replaced(splice, layer, [constant(program, s)[index] for s in layer.stacks])
+    return splice.done()
+
+
+def reachable(program: Program, layer: Layer, known: Known) -> list[int]:
+    """The experts whose logits are not minus infinity for every token.
+
+    The other logits are taken to be finite. Raises NoMatch where minus infinity does not keep the
+    router from choosing an expert.
+    """
+    columns = _columns(program, layer.route.inputs[0], known)
+    if columns is None or not (columns == -math.inf).any():
+        return list(range(layer.count))
+    kept = [int(e) for e in (columns != -math.inf).nonzero()[:, 0]]
+    routing = layer.routing
+    if len(layer.route.inputs) > 1:
+        raise NoMatch("the router corrects its scores, after which minus infinity counts no more")
+    if routing.groups > 1 or routing.score == "sparsemixer":
+        what = "sparsemixer" if routing.groups == 1 else "groups of experts"
+        raise NoMatch(f"the router chooses by {what}, not by the greatest logits alone")
+    if len(kept) < routing.k:
+        raise NoMatch(f"{len(kept)} experts are in reach, and each token takes {routing.k}")
+    return kept
+
+
+def _columns(program: Program, value: Value, known: Known) -> torch.Tensor | None:
+    """What every row of [.., E] holds, NaN in the columns that differ or are not known."""
+    if value in known:
+        return known[value].reshape(-1, known[value].shape[-1])[0].float()
+    op = program.graph.producers.get(value)
+    if op is None:
+        return None
+    if op.name in MOVES and op.inputs[0].shape[-1:] == value.shape[-1:]:
+        return _columns(program, op.inputs[0], known)
+    if op.name == "aten.add.Tensor" and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
+        return _added([_row(program, v, value, known) for v in op.inputs])
+    fill = op.attrs.get("value")
+    if op.name == "aten.masked_fill.Scalar" and isinstance(fill, int | float):
+        return _filled(_row(program, op.inputs[1], value, known), float(fill))
+    if op.name == "aten.where.self" and len(op.inputs) == 3:
+        condition, *sides = (_row(program, v, value, known) for v in op.inputs)
+        if condition is None:
+            return None
+        nothing = torch.full_like(condition.float(), math.nan)
+        a, b = (nothing if side is None else side for side in sides)
+        return torch.where(condition != 0, a, b)
+    return None
+
+
+def _row(program: Program, value: Value, whole: Value, known: Known) -> torch.Tensor | None:
+    """`_columns` of an operand that is broadcast to `whole`."""
+    columns = _columns(program, value, known)
+    if columns is None and value in program.graph.params:
+        tensor = program.weights[value.name].float()
+        columns = tensor.reshape(-1) if tensor.numel() in (1, whole.shape[-1]) else None
+    return None if columns is None else columns.expand(int(cast(int, whole.shape[-1])))
+
+
+def _added(sides: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """A sum is known where both sides are, and minus infinity where one of them is."""
+    told = [side for side in sides if side is not None]
+    if not told:
+        return None
+    total = sum(told[1:], told[0]) if len(told) == 2 else torch.full_like(told[0], math.nan)
+    out = torch.stack([side == -math.inf for side in told]).any(0)
+    return torch.where(out, -math.inf, total)
+
+
+def _filled(mask: torch.Tensor | None, fill: float) -> torch.Tensor | None:
+    return None if mask is None else torch.where(mask != 0, fill, math.nan)

@@ -1,0 +1,162 @@
+"""What is the same for every token, and known before the model runs.
+
+    task = 3                                known: 3
+    row = aten.embedding(w, task)           known: w[3]
+    all = aten.expand(row) <(B*S, 8)>       known: one row [1, 8] that stands for all B*S
+
+A known value is a tensor of the value's shape with 1 in the place of every axis whose size is
+named: the value is that tensor repeated along those axes. An op is followed where it acts on each
+place of such an axis alone, so that one place tells of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from moec.errors import NoMatch, UsageError
+from moec.interpret.evaluate import run_op
+from moec.ir.dims import Dim, symbols
+from moec.ir.graph import Attr, Op, Program, Value
+from moec.ir.traits import is_pointwise
+from moec.passes.core.moe_layer import constant
+from moec.passes.core.rewrite import mentioned
+
+_EACH = frozenset(  # element by element, as moec.ir.traits but more kinds
+    "alias bitwise_and bitwise_not bitwise_or ceil clone eq floor floor_divide fmod ge gt isnan le "
+    "logical_and logical_not logical_or lt masked_fill maximum minimum ne pow remainder round sign "
+    "trunc where".split()
+)
+_AXES = {  # those that see more than one place of an axis, and which where they do not say
+    **dict.fromkeys("slice cat split_with_sizes select index_select gather".split(), 0),
+    **dict.fromkeys("softmax log_softmax topk sort layer_norm rms_norm".split(), -1),
+    **dict.fromkeys("cumsum argmax argmin amax amin sum mean max min any all".split(), None),
+    "linalg_vector_norm": None,
+}
+_PRODUCTS = {"linear": 0, "mm": 0, "bmm": 0, "addmm": 1, "matmul": 0}
+_MADE = frozenset("full zeros ones scalar_tensor new_zeros new_ones full_like".split())
+_MOVES = frozenset("reshape expand permute embedding index stack".split())
+_SHAPES = ("size", "shape")
+
+
+@dataclass
+class Uniform:
+    """What is `known` of a program in which `seeds` are: each value by what stands for it.
+
+    Raises UsageError where an op fails on it."""
+
+    program: Program
+    seeds: Mapping[Value, torch.Tensor]
+    known: dict[Value, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.known = dict(self.seeds)
+        self.stored: dict[Value, torch.Tensor | None] = {}
+        self.sizes: dict[str, int] = {}  # read from what is known
+        for op in self.program.graph.ops:
+            if any(value in self.known for value in op.inputs) or _read(op) & set(self.sizes):
+                self.follow(op)
+
+    def follow(self, op: Op) -> None:
+        """Learn an op's results, where its inputs are known and it acts on each place alone."""
+        tensors = [self.of(value) for value in op.inputs]
+        told = [t for t in tensors if t is not None]
+        made = _run(op, told, self.sizes) if len(told) == len(tensors) else None
+        if made is not None:
+            self.known |= dict(zip(op.outputs, made, strict=True))
+            if op.name == "moec.size":
+                self.sizes[str(op.attrs["name"])] = int(made[0])
+
+    def of(self, value: Value) -> torch.Tensor | None:
+        """What stands for a value: known, or stored in the model."""
+        if value in self.known:
+            return self.known[value]
+        if value not in self.stored:
+            self.stored[value] = self._stored(value)
+        return self.stored[value]
+
+    def _stored(self, value: Value) -> torch.Tensor | None:
+        op = self.program.graph.producers.get(value)
+        if op is not None and not op.inputs and _kind(op) in _MADE:
+            made = _run(op, [], {})
+            return None if made is None else made[op.outputs.index(value)]
+        try:
+            return constant(self.program, value)
+        except NoMatch:
+            return None
+
+
+def _run(
+    op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]
+) -> tuple[torch.Tensor, ...] | None:
+    """The results where every other named size is 1; None where one place does not tell of all."""
+    if not _acts_on_each(op, tensors, sizes):
+        return None
+    try:
+        made = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
+    except (IndexError, RuntimeError) as error:
+        raise UsageError(f"{op} fails on what inputs are bound to: {error}") from None
+    fits = all(
+        tuple(tensor.shape) == tuple(1 if symbols(dim) else dim for dim in value.shape)
+        for value, tensor in zip(op.outputs, made, strict=True)
+    )
+    return made if fits else None
+
+
+def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> bool:
+    kind = _kind(op)
+    named = {n for name, attr in op.attrs.items() if name not in _SHAPES for n in _names(attr)}
+    if not named <= set(sizes):
+        return False
+    if is_pointwise(op) or kind in _EACH or op.name in ("moe.route", "moec.size"):
+        return True
+    if kind in _PRODUCTS:
+        return not symbols(op.inputs[_PRODUCTS[kind]].shape[-1])
+    if kind in _AXES:
+        seen = op.inputs[:1] if kind == "index_select" else op.inputs
+        return not any(symbols(v.shape[axis]) for v in seen for axis in _axes(op, v))
+    if kind == "reshape":
+        leads = _leads(op.inputs[0].shape) and _leads(op.outputs[0].shape)
+        return leads or all(t.numel() == 1 for t in tensors)
+    if kind in ("embedding", "index"):
+        return not any(symbols(dim) for dim in op.inputs[0].shape)
+    return kind in _MADE or kind in _MOVES
+
+
+def _axes(op: Op, value: Value) -> list[int]:
+    """The axes along which an op sees more than one place; all, where it does not say."""
+    rank = len(value.shape)
+    axes = op.attrs.get("dim", _AXES[_kind(op)])
+    if axes is None:
+        return list(range(rank))
+    listed = axes if isinstance(axes, tuple) else (axes,)
+    return [axis for axis in listed if isinstance(axis, int) and -rank <= axis < rank]
+
+
+def _read(op: Op) -> set[str]:
+    """The named sizes in an op's attributes."""
+    return {name for attr in op.attrs.values() for name in _names(attr)}
+
+
+def _names(attr: Attr) -> set[str]:
+    if isinstance(attr, tuple):
+        return {name for item in attr for name in _names(item)}
+    return symbols(attr) if isinstance(attr, sympy.Expr) else set()
+
+
+def _leads(shape: Sequence[Dim]) -> bool:
+    """Whether axes of named sizes stand before all others of more than one place: then the order
+    of elements in memory keeps what is the same for every token apart from what is not."""
+    told = [bool(symbols(dim)) for dim in shape if dim != 1]
+    return told == sorted(told, reverse=True)
+
+
+def _kind(op: Op) -> str:
+    return op.name.split(".")[1]
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,75 @@
+"""What of Python's garbage collection changes while a model is compiled, and comes back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import moec
+from moec.capture.gc_pause import seldom_collected
+from moec.errors import CaptureError
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Tests set objects aside themselves (conftest.py)."""
+    before, enabled, thresholds = gc.get_freeze_count(), gc.isenabled(), gc.get_threshold()
+    gc.unfreeze()
+    gc.enable()
+    gc.set_threshold(700, 10, 9)
+    yield
+    gc.set_threshold(*thresholds)
+    (gc.enable if enabled else gc.disable)()
+    if before:
+        gc.freeze()
+
+
+def test_objects_are_set_aside_and_come_back() -> None:
+    def export() -> None:
+        with seldom_collected():
+            assert gc.get_freeze_count() > 1000
+            assert gc.get_threshold() == (20_000, 10, 9)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        export()
+    assert gc.get_freeze_count() == 0
+    assert gc.get_threshold() == (700, 10, 9)
+
+
+def test_rarer_collections_stay_as_rare() -> None:
+    gc.set_threshold(50_000, 10, 10)
+    with seldom_collected():
+        assert gc.get_threshold() == (50_000, 10, 10)
+
+
+def test_what_the_program_set_aside_stays_there() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with seldom_collected():
+        assert gc.get_threshold() == (700, 10, 9)
+    assert gc.get_freeze_count() >= count * 0.99  # a few were deleted
+    gc.unfreeze()
+
+
+def test_where_nothing_is_collected_nothing_is_changed() -> None:
+    gc.disable()
+    with seldom_collected():
+        assert gc.get_freeze_count() == 0
+        assert not gc.isenabled()
+
+
+def test_it_is_so_until_a_model_is_compiled() -> None:
+    set_aside: dict[str, int] = {}
+
+    def progress(phase: str) -> None:
+        set_aside[phase] = gc.get_freeze_count()
+
+    with pytest.raises(CaptureError):
+        moec.compile(torch.nn.Linear(2, 2), (torch.zeros(2, 3),), progress=progress)
+    assert set_aside["capture"] > 1000
+    moec.compile(torch.nn.Linear(2, 2), (torch.zeros(3, 2),), progress=progress)
+    assert set_aside["kernels"] > 1000
+    assert gc.get_freeze_count() == 0

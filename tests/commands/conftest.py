@@ -1,0 +1,61 @@
+"""A compiler that compiles nothing, so that the commands are tested by themselves."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.ir.graph import Program, Stage
+from moec.passes.core.runner import Step
+from moec.report.report import Report
+from tests.commands import models
+
+
+@dataclass
+class FakeCompiler:
+    """Stands for moec.api: `asked` is what the last compilation was asked for."""
+
+    asked: dict[str, Any] = field(default_factory=dict)
+    error: BaseException | None = None
+    fails_in: str = "verify"
+
+    def compile(self, model: str, **options: Any) -> FakeCompiled:
+        self.asked = {"model": model, **options}
+        program = Program(models.graph(), models.weights(models.graph()))
+        steps = [
+            Step("capture", program, Stage.ATEN, 0.0, 0, ()),
+            Step("recognise", program, Stage.MOE, 0.25, 3, ()),
+        ]
+        for phase in ("capture", "passes", "kernels", "verify"):
+            options["progress"](phase)
+            if self.error and phase == self.fails_in:
+                raise self.error
+            if phase == "passes" and (watch := options.get("watch")):
+                for step in steps:
+                    watch(step)
+        return FakeCompiled(steps)
+
+
+@dataclass
+class FakeCompiled:
+    steps: list[Step]
+
+    def report(self) -> Report:
+        return models.report()
+
+    def save(self, path: Path) -> None:
+        path.write_text("artifact")
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
+    fake = FakeCompiler()
+    module = types.ModuleType("moec.api")
+    module.compile = fake.compile  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "moec.api", module)
+    return fake

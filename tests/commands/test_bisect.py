@@ -1,0 +1,131 @@
+"""Bisection finds the rewrite at fault: pass, rule, op, and the error before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from moec.errors import InputError, UsageError
+from moec.interpret.random_inputs import random_cases, table_rows
+from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.text import parse
+from moec.passes.approximate.prune_experts import PruneExperts
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log
+from moec.pipeline import choose, exact
+from moec.verify.bisect import bisect
+
+CHAIN = 9
+
+
+def program(dtype: str = "f32") -> Program:
+    """y = relu(relu(... (x @ w)))"""
+    lines = "".join(
+        f"  v{i + 1}: {dtype}[T, 4] = aten.relu.default(v{i}) @ layers.{i}\n" for i in range(CHAIN)
+    )
+    graph = parse(
+        f"graph main(x: {dtype}[T, 4]; w: {dtype}[4, 4]) {{\n"
+        f"  v0: {dtype}[T, 4] = aten.linear.default(x, w)\n{lines}  return v{CHAIN}\n}}"
+    )
+    from moec.ir.aten import TORCH_DTYPES
+
+    return Program(graph, {"w": torch.eye(4, dtype=TORCH_DTYPES[dtype])})
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Every relu becomes `right`, but the one at `at` becomes `wrong`."""
+
+    name: str
+    right: str = "aten.relu.default"
+    wrong: str = "aten.neg.default"
+    at: int = -1
+    counted: bool = True
+    takes: Stage = Stage.ATEN
+    gives: Stage = Stage.ATEN
+
+    def run(self, program: Program, log: Log) -> Program:
+        def rule(op: Op, builder: Builder) -> tuple[Value, ...] | None:
+            if op.name != "aten.relu.default":
+                return None
+            name = self.wrong if op.origin == f"layers.{self.at}" else self.right
+            return builder.emit(name, op.inputs, [op.outputs[0].type], like=op)
+
+        own = log if self.counted else Log()
+        return replace(program, graph=rewrite(program.graph, rule, own))
+
+
+INPUTS = [[torch.linspace(0.1, 1, 8).reshape(2, 4)]]
+
+
+@pytest.mark.parametrize("at", range(CHAIN))
+def test_finds_the_rewrite(at: int) -> None:
+    passes = [Swap("clean"), Swap("broken", at=at), Swap("later", at=0)]
+    found = bisect(program(), passes, INPUTS).culprit
+    assert found is not None
+    assert (found.pass_name, found.rewrite, found.of) == ("broken", at + 1, CHAIN)
+    assert f"@ layers.{at}" in found.what
+    assert found.before == 0.0
+    assert found.after > 0.5
+
+
+def test_says_what_it_found(golden: Callable[[str], None]) -> None:
+    golden(str(bisect(program(), [Swap("clean"), Swap("broken", at=3)], INPUTS)))
+
+
+def test_nothing_to_find() -> None:
+    found = bisect(program(), [Swap("one"), Swap("two")], INPUTS)
+    assert found.culprit is None
+    assert str(found) == (
+        f"{2 * CHAIN} rewrites in 2 passes, and none changes the numbers: "
+        "the greatest error is 0.0e+00, allowed are 2e-04"
+    )
+
+
+def test_a_pass_that_does_not_count_its_rewrites_is_named_as_a_whole() -> None:
+    found = bisect(program(), [Swap("broken", at=3, counted=False)], INPUTS)
+    assert found.culprit is not None
+    assert "the pass as a whole" in str(found)
+
+
+def test_tolerance_decides() -> None:
+    close = [Swap("close", wrong="aten.sin.default", at=4)]
+    assert bisect(program(), close, INPUTS).culprit is not None
+    assert bisect(program(), close, INPUTS, tolerance=0.5).culprit is None
+
+
+def test_rounding_is_no_culprit() -> None:
+    inputs = [[INPUTS[0][0].bfloat16()]]
+    assert bisect(program("bf16"), [Swap("clean")], inputs).culprit is None
+    assert bisect(program("bf16"), [Swap("broken", at=2)], inputs).culprit is not None
+
+
+def test_ids_stay_within_their_table() -> None:
+    graph = parse(
+        "graph main(ids: i64[B, S], mask: i64[B, S], x: f32[B, 4], cache: f32[2]; "
+        "t: f32[11, 4]) {\n"
+        "  flat: i64[B*S] = aten.reshape.default(ids) <shape=({B*S})>\n"
+        "  e: f32[B*S, 4] = aten.embedding.default(t, flat)\n"
+        "  state cache -> cache\n"
+        "  return e, mask, x\n}"
+    )
+    held = Program(graph, {"t": torch.zeros(11, 4), "cache": torch.ones(2)})
+    example = [torch.zeros(50, 9, dtype=torch.int64), torch.ones(50, 9, dtype=torch.int64),
+               torch.zeros(50, 4)]  # fmt: skip
+    ids, mask, x, cache = random_cases(held, example)[0]
+    assert table_rows(graph, graph.inputs[0]) == 11
+    assert (int(ids.min()), int(ids.max())) == (0, 10)
+    assert torch.equal(mask, example[1])
+    assert x.std() > 0.5
+    assert torch.equal(cache, torch.ones(2))
+    with pytest.raises(InputError, match="without example inputs"):
+        random_cases(held, [])
+
+
+def test_passes_that_change_the_model_are_not_looked_at() -> None:
+    assert exact(choose(1), "") == choose(1)
+    with pytest.raises(UsageError, match="prune-experts changes what the model computes: no"):
+        exact(choose(1, [PruneExperts()]), "no")

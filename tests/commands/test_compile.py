@@ -1,0 +1,177 @@
+"""moec compile: what reaches the compiler, what is printed where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.errors import CaptureError, VerificationError
+from moec.ir.text import parse
+from moec.report.report import Report
+from tests.commands import models
+from tests.commands.conftest import FakeCompiler
+
+
+def run(*arguments: str | Path) -> Any:
+    words = ["compile", "model", *map(str, arguments)]
+    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+
+
+def test_writes_the_artifact_and_reports(
+    compiler: FakeCompiler, tmp_path: Path, golden: Callable[[str], None]
+) -> None:
+    out = tmp_path / "out.moec"
+    result = run("-o", out)
+    assert result.exit_code == 0
+    assert out.read_text() == "artifact"
+    assert result.stdout.endswith(f"\nwrote {out}\n")
+    golden(result.stdout.replace(str(out), "out.moec"))
+    phases = [line.split("] ")[1] for line in result.stderr.splitlines()]
+    assert phases == ["start", "capture", "passes", "kernels", "verify", "save", "done"]
+
+
+def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> None:
+    result = run(
+        "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
+        "--passes", "+a,-b", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
+        "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    asked = compiler.asked
+    assert asked["model"] == "model"
+    assert (asked["target"], asked["dtype"], asked["opt_level"]) == ("avx2", "bfloat16", 1)
+    assert (asked["quant"], asked["tune"]) == ("int4:64", True)
+    assert (str(asked["calib"]), asked["budget"], asked["strict"]) == ("text.txt", "kl<=0.1", True)
+    assert (asked["passes"], asked["verify"], asked["stop_after"]) == ("+a,-b", 1e-3, None)
+    assert (asked["dynamic_shapes"]["ids"][0].min, asked["dynamic_shapes"]["ids"][0].max) == (1, 64)
+
+
+@pytest.mark.parametrize(("word", "value"), [("off", False), ("on", True)])
+def test_verification_is_on_unless_it_is_off(
+    compiler: FakeCompiler, tmp_path: Path, word: str, value: bool
+) -> None:
+    run("-o", tmp_path / "out.moec", "--verify", word)
+    assert compiler.asked["verify"] is value
+
+
+def test_json_is_one_document(compiler: FakeCompiler, tmp_path: Path) -> None:
+    out = tmp_path / "out.moec"
+    result = run("-o", out, "--json")
+    said = json.loads(result.stdout)
+    assert said.pop("output") == str(out)
+    assert Report.of_dict(said) == models.report()
+    assert result.stderr == ""
+
+
+def test_quiet_is_silent(compiler: FakeCompiler, tmp_path: Path) -> None:
+    result = run("-o", tmp_path / "out.moec", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
+    result = run("--dry-run")
+    assert result.exit_code == 0
+    assert "wrote" not in result.stdout
+    assert "3 MoE blocks" in result.stdout
+    assert "7.5 kB f32, 7.5 kB packed" in result.stdout
+    assert "note: nothing was built; the packed size is an estimate" in result.stdout
+    assert compiler.asked["build"] is False
+
+
+def test_dump_ir_writes_every_step(compiler: FakeCompiler, tmp_path: Path) -> None:
+    folder = tmp_path / "ir"
+    run("--dry-run", "--dump-ir", folder)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["00-capture.moe", "01-recognise.moe"]
+    parse(files[1].read_text())
+
+
+def test_stop_after_prints_the_graph(compiler: FakeCompiler) -> None:
+    result = run("--stop-after", "recognise")
+    assert compiler.asked["stop_after"] == "recognise"
+    assert parse(result.stdout).name == "main"
+
+
+def test_stop_after_with_a_folder_reports_instead(compiler: FakeCompiler, tmp_path: Path) -> None:
+    result = run("--stop-after", "recognise", "--dump-ir", tmp_path)
+    assert "3 MoE blocks" in result.stdout
+
+
+def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) -> None:
+    """Said before the work, not after."""
+    out = tmp_path / "out.moec"
+    out.write_text("mine")
+    cases = {
+        ("-o", str(out)): f"error: {out} exists; --force replaces it\n",
+        (): "error: give the artifact a name with -o OUT.moec, or ask for --dry-run\n",
+        ("-o", str(tmp_path / "no" / "x.moec")): (
+            f"error: {tmp_path}/no/x.moec: the folder {tmp_path}/no does not exist\n"
+        ),
+    }
+    for arguments, words in cases.items():
+        result = run(*arguments)
+        assert (result.exit_code, result.stderr) == (1, words)
+    assert compiler.asked == {}
+    assert out.read_text() == "mine"
+    assert run("-o", out, "--force").exit_code == 0
+    assert out.read_text() == "artifact"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CaptureError("model: no such file"), 1, "error: model: no such file"),
+        (VerificationError("fuse-gate changes logits"), 2, "error: fuse-gate changes logits"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("boom"), 70, "RuntimeError: boom"),
+    ],
+)
+def test_failures_leave_nothing_behind(
+    compiler: FakeCompiler, tmp_path: Path, error: BaseException, code: int, words: str
+) -> None:
+    compiler.error = error
+    result = run("-o", tmp_path / "out.moec", "--quiet")
+    assert result.exit_code == code
+    assert result.stderr.strip().splitlines()[0] == words
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW = """
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
+api = types.ModuleType("moec.api")
+def compile(model, progress, **options):
+    progress("kernels")
+    time.sleep(60)
+api.compile = compile
+sys.modules["moec.api"] = api
+from moec.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle(tmp_path: Path, sent: int, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "compile", "model", "-o", tmp_path / "out.moec"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr
+        while "kernels" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(sent)
+        said = process.stderr.read()
+    assert process.returncode == code
+    assert "stopped in kernels" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,212 @@
+"""The commands with the real compiler, on a model small enough for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.ir.graph import Program
+from moec.ir.text import parse
+from moec.passes.core.runner import Log
+from moec.passes.lower.fuse_gate import FuseGate
+from moec.report.report import Report
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Moe(nn.Module):
+    def __init__(self, width=16, hidden=24, experts=4, k=2):
+        super().__init__()
+        self.k = k
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+            for _ in range(experts)
+        )
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(self.k)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            weight = (weights * (chosen == i)).sum(-1, keepdim=True)
+            y = y + weight * expert(x)
+        return y
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.moe = Moe()
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.moe(x)
+
+
+def make():
+    torch.manual_seed(0)
+    return Net(), (torch.randn(5, 8),)
+
+
+def dense():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(5, 8),)
+
+
+def broken():
+    return 7
+
+
+def fails():
+    raise ValueError("no weights here")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "small.py"
+    path.write_text(MODEL)
+    return path
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(
+        front.cli, [str(a) for a in arguments], prog_name="moec", catch_exceptions=False
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
+    folder = tmp_path_factory.mktemp("out")
+    result = run(
+        "compile", f"{model}:make", "-o", folder / "small.moec", "--json",
+        "--shapes", "x=T[1..64]x8", "--dump-ir", folder / "ir",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    return folder / "small.moec", json.loads(result.stdout), folder / "ir"
+
+
+def test_compile(compiled: tuple[Path, Any, Path]) -> None:
+    path, said, _ = compiled
+    assert path.exists()
+    (block,) = said["blocks"]
+    assert (block["name"], block["experts"], block["top_k"]) == ("moe", 4, 2)
+    assert (block["router"], block["activation"]) == ("softmax, top-2", "silu")
+    assert said["sizes"] == {"T": [1, 64]}
+    assert said["parameters"] == 8 * 16 + 16 + 4 * 16 + 4 * (16 * 24 + 24 + 24 * 16 + 16)
+    (checked,) = said["verification"]
+    assert checked["error"] <= checked["tolerance"]
+
+
+def test_every_step_was_dumped(compiled: tuple[Path, Any, Path]) -> None:
+    _, said, folder = compiled
+    names = [file.name for file in sorted(folder.iterdir())]
+    assert names == [f"{i:02d}-{p['name']}.moe" for i, p in enumerate(said["passes"])]
+    for file in folder.iterdir():
+        parse(file.read_text())
+
+
+def test_inspect_the_artifact(compiled: tuple[Path, Any, Path], tmp_path: Path) -> None:
+    path, said, _ = compiled
+    result = run("inspect", path, "--json", "--graph", tmp_path / "out.html")
+    assert result.exit_code == 0, result.stderr
+    inspected = json.loads(result.stdout)
+    assert inspected["blocks"] == said["blocks"]
+    assert inspected["kernels"] == said["kernels"]
+    assert "softmax, top-2" in (tmp_path / "out.html").read_text()
+
+
+def test_run_the_artifact(compiled: tuple[Path, Any, Path]) -> None:
+    result = run("run", compiled[0], "--check")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_inspect_a_model(model: Path, tmp_path: Path) -> None:
+    result = run("inspect", f"{model}:make", "--quiet", "--graph", tmp_path / "out.svg")
+    assert result.exit_code == 0, result.stderr
+    assert "1 MoE block\nmoe\n  experts     2 of 4 per token, silu\n" in result.stdout
+    assert "weighted sum of 2 of 4 experts" in (tmp_path / "out.svg").read_text()
+
+
+def test_a_model_without_moe(model: Path) -> None:
+    result = run("compile", f"{model}:dense", "--dry-run", "--quiet", "--json")
+    report = Report.of_dict(json.loads(result.stdout))
+    assert report.blocks == ()
+    assert "No MoE block was recognised" in str(report)
+
+
+def test_stop_after(model: Path) -> None:
+    result = run("compile", f"{model}:make", "--stop-after", "recognise", "--quiet")
+    graph = parse(result.stdout)
+    assert "moe.experts" in {op.name for op in graph.ops}
+
+
+def test_bisect(model: Path) -> None:
+    result = run("bisect", f"{model}:make", "--quiet")
+    assert result.exit_code == 0, result.stdout
+    assert "none changes the numbers" in result.stdout
+
+
+def test_bisect_finds_a_pass_that_is_wrong(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FuseGate.run
+
+    def wrong(self: FuseGate, program: Program, log: Log) -> Program:
+        """It renormalises where the model does not."""
+        made = right(self, program, log)
+        ops = tuple(
+            replace(op, attrs={**op.attrs, "renormalize": True}) if op.name == "moe.gate" else op
+            for op in made.graph.ops
+        )
+        return replace(made, graph=replace(made.graph, ops=ops))
+
+    monkeypatch.setattr(FuseGate, "run", wrong)
+    result = run("bisect", f"{model}:make", "--json", "--quiet")
+    assert result.exit_code == 2
+    culprit = json.loads(result.stdout)["culprit"]
+    assert (culprit["pass_name"], culprit["rewrite"], culprit["of"]) == ("fuse-gate", 1, 1)
+    assert "moe.route" in culprit["what"]
+    assert culprit["before"] < 1e-5 < culprit["after"]
+
+
+def test_failed_verification(model: Path, tmp_path: Path) -> None:
+    result = run("compile", f"{model}:make", "-o", tmp_path / "x.moec", "--verify", "1e-12", "-q")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: output differs from eager by ")
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no/such/folder"], "no/such/folder does not exist: give the folder of a checkpoint"),
+        (["MODEL"], "name the function that makes the model: "),
+        (["MODEL:nothing"], "has no function nothing"),
+        (["MODEL:broken"], "must return (module, arguments)"),
+        (["MODEL:fails"], "fails() fails: ValueError: no weights here"),
+        (["MODEL:make", "--target", "z80"], "unknown target 'z80'; the known targets are cpu"),
+        (["MODEL:make", "--passes", "fuse-gate"], "--passes fuse-gate: write +name or -name"),
+        (["MODEL:make", "--passes=-expand-experts"], "cannot be generated without expand-experts"),
+        (["MODEL:make", "--stop-after", "lunch"], "--stop-after lunch: no such pass"),
+        (["MODEL:make", "--shapes", "y=Tx8"], "names y, but the arguments are x"),
+        (["MODEL:make", "--shapes", "x=TxD"], "--shapes: the model fixes D at 8; write 8 in its"),
+        (["MODEL:make", "--shapes", "x=Tx9"], "the size 9 where the example input has 8; write 8"),
+        (["MODEL:make", "--shapes", "x=T[100..200]x8"], "size 5, which is not within 100..200"),
+        (["MODEL:make", "--shapes", "x=TxSxU"], "x has 2 axes, but axis 2 is named"),
+    ],
+)
+def test_mistakes(model: Path, arguments: list[str], words: str) -> None:
+    given = [a.replace("MODEL", str(model)) for a in arguments]
+    result = run("compile", *given, "--dry-run", "--quiet")
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1

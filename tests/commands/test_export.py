@@ -1,0 +1,180 @@
+"""moec export: what is asked for, what is printed where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.commands.export import render
+from moec.export.onnx import Exported
+from moec.report.data import MovedLine
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == i)
+            y = y.index_add(0, token, expert(x[token]).relu() * weights[token, slot, None])
+        return y
+
+def block():
+    torch.manual_seed(0)
+    return Block(), (torch.randn(5, 8),)
+
+def folding():
+    class Folding(nn.Module):
+        def forward(self, x):
+            return x.unfold(1, 3, 2)
+    return Folding(), (torch.randn(5, 8),)
+"""
+
+
+def run(*arguments: str | Path) -> Any:
+    words = ["export", *map(str, arguments)]
+    return CliRunner().invoke(front.cli, words, prog_name="moec", catch_exceptions=False)
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    path = tmp_path / "models.py"
+    path.write_text(FACTORY)
+    return f"{path}:"
+
+
+def test_writes_the_file_and_says_what_it_is(factory: str, tmp_path: Path) -> None:
+    out = tmp_path / "block.onnx"
+    result = run(factory + "block", "-o", out, "--ep", "portable", "--opset", "21")
+    assert result.exit_code == 0, result.stderr
+    assert "MoE blocks  1 as sorted rows, one product per expert and projection\n" in result.stdout
+    assert "100.00% of the tokens chose eager's experts in each block\n" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"wrote {out} (")
+    assert onnx.load(out).opset_import[0].version == 21
+    phases = list(dict.fromkeys(line.split()[3] for line in result.stderr.splitlines()))
+    assert phases == ["start", "capture", "passes", "lower", "write", "check", "run", "done"]
+
+
+def test_json_is_one_document(factory: str, tmp_path: Path) -> None:
+    out = tmp_path / "block.onnx"
+    said = json.loads(run(factory + "block", "-o", out, "--json").stdout)
+    assert (said["path"], said["ep"], said["opset"]) == (str(out), "cpu", 23)
+    assert said["forms"] == {"(whole model)": "rows"}
+
+
+def test_changed_models_reach_the_file(factory: str, tmp_path: Path) -> None:
+    """Half of the experts pruned, the others in eight bits; compared with what that means."""
+    out, calib = tmp_path / "block.onnx", tmp_path / "calib.npz"
+    np.savez(calib, x=np.random.default_rng(0).standard_normal((64, 8), dtype=np.float32))
+    result = run(
+        factory + "block", "-o", out, "-q", "--json", "--ep", "portable", "--quant", "int8",
+        "--passes", "+prune-experts(keep=0.5,by=reap)", "--calib", calib,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["quant"] == "int8"
+    assert said["errors"]["output"] <= said["tolerance"]
+    kinds = [node.op_type for node in onnx.load(out).graph.node]
+    assert kinds.count("DequantizeLinear") == 2
+
+
+def test_a_budget_needs_a_pass_that_it_is_for(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "block", "-o", tmp_path / "o.onnx", "-q", "--budget", "error<=0.1")
+    assert result.exit_code == 1
+    assert "--budget is for passes that change the model, and none was asked for" in result.stderr
+
+
+def test_a_cache_that_cannot_be_is_refused(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "block", "-o", tmp_path / "out.onnx", "-q", "--cache")
+    assert result.exit_code == 1
+    assert "block cannot be exported with a cache: the model gives no logits" in result.stderr
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_what_has_no_form_is_said_and_nothing_written(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "folding", "-o", tmp_path / "out.onnx", "-q")
+    assert result.exit_code == 1
+    assert "operator aten.unfold.default has no ONNX form" in result.stderr
+    assert not (tmp_path / "out.onnx").exists()
+
+
+WRONG = [
+    ([], "give the file a name with -o OUT.onnx"),
+    (["-o", "out.pb"], "out.pb: give the file a name that ends in .onnx"),
+    (["-o", "none/out.onnx"], "the folder none does not exist"),
+    (["-o", "x.onnx", "--ep", "tpu"], "'tpu' is not one of 'cpu', 'cuda', 'portable'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_wrong_arguments(arguments: list[str], words: str) -> None:
+    result = run("model", *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+def test_an_existing_file_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    out.write_text("mine")
+    result = run("model", "-o", out)
+    assert f"{out} exists; --force replaces it" in result.stderr
+    assert out.read_text() == "mine"
+
+
+def test_report_of_few_bits(golden: Callable[[str], None]) -> None:
+    golden(
+        render(
+            Exported(
+                path="model.onnx",
+                ep="cpu",
+                opset=23,
+                nodes=86,
+                moe_nodes=20,
+                bytes=12_345_678,
+                forms={"layers.0.moe": "op", "layers.1.moe": "op"},
+                errors={"logits": 3.2e-2},
+                tolerance=3e-2,
+                strays=1,
+                rows=46,
+                parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
+                quant="int4:32",
+                moved=(MovedLine("logits", 0.0312, 2, 40),),
+            )
+        )
+    )
+
+
+def test_report(golden: Callable[[str], None]) -> None:
+    golden(
+        render(
+            Exported(
+                path="model.onnx",
+                ep="cuda",
+                opset=23,
+                nodes=300,
+                moe_nodes=100,
+                bytes=12_345_678,
+                forms={"layers.0.moe": "op", "layers.1.moe": "rows"},
+                caches=2,
+                errors={"logits": 3.2e-7},
+                tolerance=1e-4,
+                parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
+                notes=("made for CUDA, and run on the CPU: no CUDA kernel was tried",),
+            )
+        )
+    )

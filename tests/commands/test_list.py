@@ -1,0 +1,94 @@
+"""moec list: passes, targets and models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.commands.families import FAMILIES, FORMS
+from moec.passes import recognise
+from moec.pipeline import WANTED
+from moec.target import cpu as target
+from tests.models import families
+from tests.models.test_other_families import COMPILED, TRIED
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(
+        front.cli, ["list", *arguments], prog_name="moec"
+    )
+
+
+def test_targets() -> None:
+    rows = json.loads(run("targets", "--json").stdout)
+    assert [row["target"] for row in rows] == ["cpu", *target.TARGETS, "llvm:-mcpu=..."]
+    assert rows[0]["here"] == f"{target.host().name}, this machine's"
+    assert all(name in run("targets").stdout for name in target.TARGETS)
+
+
+def test_names_stay_whole_on_a_machine_that_lacks_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = target.TARGETS["amx"].features
+    monkeypatch.setattr(target, "missing", lambda wanted: features)
+    assert all(name in run("targets").stdout for name in target.TARGETS)
+
+
+def test_models() -> None:
+    shown = run("models").stdout
+    for family in FAMILIES:
+        assert family.model_type in shown
+    for form in FORMS:
+        assert form in shown
+
+
+def test_forms_are_called_what_reports_call_them() -> None:
+    folder = Path(recognise.__file__).parent
+    source = "\n".join(file.read_text() for file in folder.glob("*.py"))
+    for form in FORMS:
+        assert f'"{form}"' in source
+
+
+def test_families_are_tested() -> None:
+    tested = {*families.FAMILIES, *TRIED, *COMPILED}
+    names = {family.model_type for family in FAMILIES}
+    assert {n if n in tested else n.removesuffix("_text") for n in names} <= tested
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_families_exist(family: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, family.architecture)
+    assert model.config_class.model_type in (family.model_type, "llama4", "gpt_oss", "gemma4")
+
+
+def test_passes_in_their_order() -> None:
+    rows = json.loads(run("passes", "--json").stdout)
+    names = [row["pass"] for row in rows]
+    assert len(names) == len(set(names))
+    assert names.index("canonicalise") < names.index("recognise-experts")
+    assert names.index("recognise-experts") < names.index("expand-experts")
+    for row in rows:
+        assert row["what_it_does"], row
+        if row["kind"] == "approximate" or "source" in row:
+            assert row["from"] in ("asked for", "--quant")
+        else:
+            assert row["from"] in ("-O0", "-O1", "-O2")
+    assert "limit=" in rows[names.index("fold-constants")]["options"]
+    assert "fold-constants" in run("passes").stdout
+
+
+def test_passes_that_are_asked_for_tell_their_options_and_their_source() -> None:
+    rows = {row["pass"]: row for row in json.loads(run("passes", "--json").stdout)}
+    assert [p.name for p in WANTED] == [n for n, r in rows.items() if "source" in r]
+    shown = " ".join(run("passes").stdout.split())
+    assert "moec.transform(model, passes, calib=...), which gives a module that trains" in shown
+    for kind in WANTED:
+        row = rows[kind.name]
+        assert row["what_it_does"]
+        assert "arXiv" in row["source"]
+        for line in (*row["fields"], row["source"]):
+            assert line in shown

@@ -1,0 +1,181 @@
+"""Numbers of few bits: what is spelled, what codes mean, how far they are from the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moec.errors import UsageError
+from moec.formats.integer import (
+    E2M1_TWICE,
+    Format,
+    Quantisation,
+    dequantise,
+    parse,
+    parse_parts,
+    quantise,
+    round_rows,
+)
+
+FORMATS = (
+    "int8",
+    "int8:32",
+    "int8:asymmetric",
+    "int4",
+    "int4:32",
+    "int4:64",
+    "int4:128:asymmetric",
+    "mxfp4",
+    "mxfp4:rows16",
+)
+each_format = pytest.mark.parametrize("text", FORMATS)
+
+
+def meaning(format: Format, weight: torch.Tensor) -> torch.Tensor:
+    made = quantise(format, weight)
+    return dequantise(format.kind, made.codes, made.scales, made.zeros)
+
+
+@each_format
+def test_what_is_spelled_is_what_is_meant(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int3", "'int3' is no format; write int8 or int4"),
+        ("", "'' is no format"),
+        ("int4:48", ":48 is no block and no option"),
+        ("int4:32:64", ":64 is no block and no option, or comes twice"),
+        ("int4:asymmetric:asymmetric", "comes twice"),
+        ("mxfp4:64", "mxfp4 is symmetric, in blocks of 32: it takes no :64"),
+        ("mxfp4:asymmetric", "it takes no :asymmetric"),
+        ("int8:rows16:rows16", ":rows16 is no block and no option, or comes twice"),
+        ("int8:rows8", ":rows8 is no block and no option"),
+        ("int9", "any of them with :rows16"),
+    ],
+)
+def test_wrong_spellings_are_named(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse(text)
+    assert words in str(raised.value)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_to_nearest(text: str, dtype: torch.dtype) -> None:
+    """No weight is farther off than half of the distance between its neighbours' codes.
+
+    A symmetric range ends one code short of +amax, and a scale that was rounded to bf16 may end
+    2^-9 of the range short: weights at the end may be off by more than half of a step.
+    """
+    format = parse(text)
+    weight = (torch.randn(2, 12, 256) * 0.1).to(dtype)
+    made = quantise(format, weight)
+    off = (dequantise(format.kind, made.codes, made.scales, made.zeros) - weight.float()).abs()
+    off = off.unflatten(-1, (made.scales.shape[-1], -1))
+    if format.kind == "mxfp4":
+        step = torch.ldexp(torch.ones(made.scales.shape), made.scales.int() - 127)[..., None]
+        assert (off <= step * 2.0).all()  # beyond 6 is 6: up to 8 there is a range of 2
+        inside = off[weight.float().abs().unflatten(-1, off.shape[-2:]) <= 6 * step]
+        assert (inside <= step.expand_as(off).max() * 1.0).all()
+    else:
+        step = made.scales.float().abs()[..., None]
+        ends = 1 + 2.0**-8 * 2**format.bits / 2
+        assert (off <= step * ends).all()
+        assert ((off <= step * 0.501).float().mean()) > 0.95
+    bound = {"int8": 0.008, "int4": 0.12, "mxfp4": 0.13}[format.kind]
+    assert off.norm() <= bound * weight.float().norm()
+
+
+@each_format
+def test_zeros_stay_zeros_and_small_weights_stay_small(text: str) -> None:
+    format = parse(text)
+    assert not meaning(format, torch.zeros(1, 2, 128)).any()
+    tiny = torch.full((1, 2, 128), 1e-38)
+    assert meaning(format, tiny).abs().max() <= 2e-38
+
+
+def test_symmetric_codes_reach_both_ends() -> None:
+    weight = torch.linspace(-1, 1, 128).expand(1, 2, 128)
+    for text, levels in (("int4", 16), ("int8:asymmetric", 256)):
+        codes = quantise(parse(text), weight).codes
+        assert int(codes.min()) == 0
+        assert int(codes.max()) >= levels - 2  # a scale in bf16 may be 2^-9 too large
+
+
+def test_weights_that_were_mxfp4_are_found_again() -> None:
+    """GPT-OSS is stored so, and read in as bf16: every block of such numbers keeps its values,
+    whatever its greatest one is."""
+    codes = torch.randint(0, 16, (2, 8, 128), dtype=torch.uint8)
+    codes[0, 0, :32], codes[0, 1, :32], codes[0, 2, :32] = 1, 9, 0
+    scales = torch.randint(100, 140, (2, 8, 4), dtype=torch.uint8)
+    weight = dequantise("mxfp4", codes, scales)
+    assert torch.equal(meaning(parse("mxfp4"), weight.bfloat16()), weight)
+
+
+def test_mxfp4_takes_the_nearest_magnitude_and_of_two_the_even_code() -> None:
+    magnitudes = torch.tensor(E2M1_TWICE) / 2
+    values = torch.arange(0, 6.5, 1 / 64)
+    weight = torch.zeros(1, len(values), 32)
+    weight[0, :, 0], weight[0, :, 1] = values, 6  # the six makes the block's exponent 0
+    weight[0, -1, 0] = -2.5
+    codes = quantise(parse("mxfp4"), weight).codes[0, :, 0].long()
+    assert codes[-1] == 8 + 4
+    codes, values = codes[:-1], values[:-1]
+    distances = (values[:, None] - magnitudes).abs()
+    nearest = distances.amin(1)
+    assert torch.equal(distances.gather(1, codes[:, None])[:, 0], nearest)
+    ties = (distances == nearest[:, None]).sum(1) == 2
+    assert ties.sum() == 7
+    assert not (codes[ties] % 2).any()
+
+
+def test_a_block_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="blocks of 64 do not divide 96"):
+        quantise(parse("int4:64"), torch.zeros(1, 1, 96))
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=8, max_size=8),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([(8, 127), (16, 32639)]),
+)
+def test_rows_are_rounded_block_by_block(
+    numbers: list[float], blocks: int, levels: tuple[int, int]
+) -> None:
+    """Within half of a 127th (a 32639th) of the block's greatest, or NaN as a block. The scale,
+    its inverse and two products round by 2^-24 each, which in 16 bits is 0.4 % of such a half."""
+    x, (bits, most) = torch.tensor([numbers]), levels
+    made = round_rows(x, blocks, bits).view(blocks, -1)
+    for got, block in zip(made, x.view(blocks, -1), strict=True):
+        if not block.isfinite().all():
+            assert got.isnan().all()
+            continue
+        greatest = block.abs().max()
+        room = greatest / most * (0.5 + most * 2.0**-22) if greatest > 1e-30 else greatest
+        assert ((got - block).abs() <= room + 1e-38).all()
+
+
+def test_parts_of_a_model_are_spelled_by_name() -> None:
+    made = parse_parts("int4:64, linears=int8,head=int8:32")
+    assert made == Quantisation(parse("int4:64"), parse("int8"), parse("int8:32"))
+    assert str(made) == "experts=int4:64,linears=int8,head=int8:32"
+    assert parse_parts("head=int8") == Quantisation(head=parse("int8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int8,int4", "experts comes twice"),
+        ("int8,tail=int4", "'tail' is none of experts, linears, head"),
+        ("int8,head=int5", "'int5' is no format"),
+        ("int8,", "'' is no format"),
+    ],
+)
+def test_parts_that_are_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_parts(text)

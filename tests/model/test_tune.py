@@ -1,0 +1,111 @@
+"""tune=True: from measurements to the artifact, its report, and code rebuilt from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.codegen import module_builder
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.tuning import measure as measuring
+from moec.codegen.tuning.tunable import Tunable
+from moec.commands.inspect import of_artifact
+from moec.errors import ArtifactError, UsageError
+from moec.model.rebuild import rebuild
+from moec.report.report import Report
+from moec.runtime import artifact
+from moec.runtime.executor import Executor
+from moec.target.cpu import TARGETS
+from tests.capture.modules import WIDTH, Moe
+
+x = torch.randn(5, WIDTH)
+
+
+def fast_without_fetching(self: measuring.OnThisMachine, kernel: Tunable) -> measuring.Bench:
+    def bench(tunings: Sequence[Tuning]) -> measuring.Times:
+        seconds = [[0.8 if t.fetched == 0 else 1.0] * 9 for t in tunings]
+        return {tokens: seconds for tokens in measuring.TOKENS}
+
+    return bench
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> moec.CompiledModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEC_CACHE", str(tmp_path_factory.mktemp("cache") / "own"))
+        patch.setattr(measuring.OnThisMachine, "__call__", fast_without_fetching)
+        phases: list[str] = []
+        made = moec.compile(Moe(), (x,), tune=True, progress=phases.append)
+        assert [p.partition(" ")[0] for p in phases].index("tune") < phases.index("kernels")
+        return made
+
+
+def test_the_report_says_what_was_chosen_and_what_it_gains(compiled: moec.CompiledModel) -> None:
+    report = compiled.report()
+    assert {line.values["fetched"] for line in report.tuned} == {0}
+    assert all(gain == pytest.approx(1.25) for line in report.tuned for gain in line.gains.values())
+    assert Report.of_dict(report.to_dict()) == report
+    words = " ".join(str(report).split())
+    assert "tuned kernel" in words
+    assert "fetched 0" in words
+    assert "1: 1.25, 8: 1.25, 64: 1.25, 512: 1.25 (± 0%)" in words
+    assert "tune" in report.phases
+
+
+def test_saved_inspected_and_rebuilt(
+    compiled: moec.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = compiled(x)
+    compiled.save(path := tmp_path / "tuned.moec", native=False)
+    found, _ = of_artifact(path)
+    assert found.tuned == compiled.report().tuned
+    opened = artifact.read(path, native=False)
+    assert compiled.package is not None
+    assert opened.package.tunings == compiled.package.tunings
+    assert all(values["fetched"] == 0 for values in opened.package.tunings.values())
+    made: list[Tuning] = []
+    tuned = module_builder.Lowering.tuned
+
+    def spied(self: module_builder.Lowering, kernel: Tunable, name: str) -> object:
+        def make(name: str, tuning: Tuning) -> object:
+            made.append(tuning)
+            return kernel.make(name, tuning)
+
+        return tuned(self, replace(kernel, make=make), name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module_builder.Lowering, "tuned", spied)
+    again = Executor(rebuild(opened))
+    assert made
+    assert set(made) == {Tuning(fetched=0)}
+    (name,) = (port.name for port in compiled.package.main.inputs)
+    (given,) = again({name: x.numpy()}).values()
+    assert torch.equal(torch.as_tensor(given), wanted)
+
+
+@pytest.mark.parametrize(
+    ("tunings", "words"),
+    [
+        ({"some kernel": {"fetched": 0}}, "was tuned for kernels that this moec makes otherwise"),
+        ({"some kernel": {"speed": 0}}, "was tuned by another moec: there is no value 'speed'"),
+    ],
+)
+def test_an_artifact_that_was_tuned_by_another_moec(
+    compiled: moec.CompiledModel, tmp_path: Path, tunings: dict[str, dict[str, int]], words: str
+) -> None:
+    other = replace(compiled, package=replace(compiled._package(), tunings=tunings))
+    other.save(path := tmp_path / "other.moec", native=False)
+    with pytest.raises(ArtifactError, match=words):
+        rebuild(artifact.read(path, native=False))
+
+
+def test_refused_where_nothing_can_be_measured() -> None:
+    with pytest.raises(UsageError, match="--tune measures kernels where they will run, and this"):
+        moec.compile(Moe(), (x,), tune=True, target=TARGETS["neon-dotprod"])
+    for how in ({"build": False}, {"stop_after": "fuse-gate"}):
+        with pytest.raises(UsageError, match="nothing is built here: leave --tune out"):
+            moec.compile(Moe(), (x,), tune=True, **how)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""What the dense passes find in each Hugging Face family, and that they keep its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+
+from moec.capture import Captured, capture
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Graph, Op, Program
+from moec.ops.attention import Attention
+from moec.passes.core.runner import Pass, Step, run
+from moec.passes.dense.fold_mask import FoldMask
+from moec.passes.dense.fuse_attention import FuseAttention
+from moec.passes.dense.fuse_norm import FuseNorm
+from moec.passes.dense.fuse_rotary import FuseRotary
+from moec.passes.simplify.canonicalise import Canonicalise
+from moec.passes.simplify.fold_constants import FoldConstants
+from moec.passes.simplify.share_common import ShareCommon
+from tests.models.families import FAMILIES
+
+BEFORE: list[Pass] = [Canonicalise(), FoldConstants(), ShareCommon()]
+DENSE: list[Pass] = [FuseNorm(), FuseAttention(), FoldMask(), FuseRotary()]
+AFTER: list[Pass] = [FoldConstants(), ShareCommon()]
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many of each; `masks` are the forms of the attentions, in order."""
+
+    norms: int
+    attentions: int
+    rotaries: int
+    masks: tuple[str, ...] = ("causal", "causal")
+
+
+# Two layers each: two norms a layer and a last one, two more where queries and keys (or, in
+# DeepSeek, their compressed forms) have norms. Phimoe has layer norms. Switch has six blocks
+# of attention: two in the encoder and two of two kinds in the decoder, whose masks read data.
+FOUND = {
+    "mixtral": Found(5, 2, 4),
+    "qwen2_moe": Found(5, 2, 4),
+    "qwen3_moe": Found(9, 2, 4),
+    "olmoe": Found(9, 2, 4),
+    "deepseek_v2": Found(9, 2, 4),
+    "deepseek_v3": Found(9, 2, 4),
+    "gpt_oss": Found(5, 2, 4, ("causal window=8 sinks", "causal sinks")),
+    "granitemoe": Found(5, 2, 4),
+    "phimoe": Found(0, 2, 4),
+    "switch_transformers": Found(12, 6, 0, ("mask",) * 6),
+    "jetmoe": Found(5, 2, 4),
+    "llama4": Found(9, 2, 4, ("causal chunk=64",) * 2),
+}
+
+
+@cache
+def captured(name: str) -> Captured:
+    family = FAMILIES[name]
+    return capture(family.build(), (), family.inputs(2, 12))
+
+
+@cache
+def fused(name: str) -> tuple[Step, ...]:
+    return tuple(run(captured(name).program, [*BEFORE, *DENSE, *AFTER]))
+
+
+def form(a: Attention) -> str:
+    parts: Mapping[str, object] = {"causal": a.causal, "mask": a.mask, "sinks": a.sinks}
+    words = [word for word, held in parts.items() if held]
+    limits = {"window": a.window, "chunk": a.chunk}
+    words[1:1] = [f"{word}={limit}" for word, limit in limits.items() if limit is not None]
+    return " ".join(words)
+
+
+def found(graph: Graph) -> Found:
+    count = Counter(op.name for op in graph.ops)
+    attentions = [Attention.of(op) for op in graph.ops if op.name == "nn.attention"]
+    return Found(
+        count["nn.rms_norm"], len(attentions), count["nn.rotary"], tuple(map(form, attentions))
+    )
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name: str) -> None:
+    """All of them: no square root, no attention of another op, no complex number is left."""
+    graph = fused(name)[-1].program.graph
+    assert found(graph) == FOUND[name]
+    left = {op.name.split(".")[1] for op in graph.ops}
+    assert not left & {"rsqrt", "scaled_dot_product_attention", "view_as_complex", "polar"}
+    grouped = [a for a in map(Attention.of, _attentions(graph)) if a.k.shape[1] != a.q.shape[1]]
+    shares_keys = name not in ("deepseek_v2", "deepseek_v3", "switch_transformers", "jetmoe")
+    assert len(grouped) == (2 if shares_keys else 0)
+
+
+def _attentions(graph: Graph) -> list[Op]:
+    return [op for op in graph.ops if op.name == "nn.attention"]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_declined(name: str) -> None:
+    """Nothing but Switch's masks, which are what the user passes."""
+    reasons = [d.reason for step in fused(name) for d in step.declined]
+    masks = ["attention_mask"] * 2 + [
+        word for _ in range(2) for word in ("decoder_attention_mask", "attention_mask")
+    ]
+    expected = [f"the mask depends on what is in {mask}, not on sizes only" for mask in masks]
+    assert reasons == (expected if name == "switch_transformers" else [])
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_same_numbers(name: str) -> None:
+    """At sizes beyond the window (8), and for llama4 beyond the chunk (64)."""
+    program: Program = captured(name).program
+    after = fused(name)[-1].program
+    family = FAMILIES[name]
+    for batch, length in ((1, 1), (2, 19), (1, 70)):
+        inputs = [v for v in family.inputs(batch, length).values() if isinstance(v, torch.Tensor)]
+        want = evaluate(program.graph, inputs, program.weights)[0]
+        got = evaluate(after.graph, inputs, after.weights)[0]
+        # float32: sums in another order, two layers deep.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

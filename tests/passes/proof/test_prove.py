@@ -1,0 +1,54 @@
+"""A proof must reach the sizes at which a fixed limit binds."""
+
+from dataclasses import replace
+
+import pytest
+
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Value
+from moec.ir.text import parse
+from moec.passes.proof.input_generators import Feed, Positive
+from moec.passes.proof.prove import Prover
+
+
+def counted(limit: int | None) -> Graph:
+    """x where fewer than `limit` positive values stand before it in its column."""
+    kept = (
+        f"kept: bool[T, 4] = aten.le.Scalar(place) <other={limit}>"
+        if limit is not None
+        else "kept: bool[T, 4] = aten.ge.Scalar(place) <other=0>"
+    )
+    return parse(f"""
+    graph main(x: f32[T, 4]) {{
+      positive: bool[T, 4] = aten.gt.Scalar(x) <other=0>
+      one: i64[T, 4] = aten._to_copy.default(positive) <dtype=i64>
+      place: i64[T, 4] = aten.cumsum.default(one) <dim=0>
+      {kept}
+      y: f32[T, 4] = aten.mul.Tensor(x, kept)
+      return y
+    }}""")
+
+
+def with_inputs_of(graph: Graph, other: Graph) -> Graph:
+    """`other`, over the very input values of `graph`."""
+    new = dict(zip(other.inputs, graph.inputs, strict=True))
+    ops = tuple(replace(op, inputs=tuple(new.get(v, v) for v in op.inputs)) for op in other.ops)
+    return replace(other, inputs=graph.inputs, ops=ops)
+
+
+def feeds(graph: Graph) -> dict[Value, Feed]:
+    return {graph.inputs[0]: Positive()}
+
+
+@pytest.mark.parametrize("limit", [3, 20, 300])
+def test_a_limit_that_is_left_out_is_seen(limit):
+    before = counted(limit)
+    Prover({}).prove(before, with_inputs_of(before, counted(limit)), feeds(before))
+    with pytest.raises(NoMatch):
+        Prover({}).prove(before, with_inputs_of(before, counted(None)), feeds(before))
+
+
+def test_a_limit_that_cannot_be_reached_is_said():
+    before = counted(100_000)
+    with pytest.raises(NoMatch, match="counts up to 100000, and the proof goes up to 2048 tokens"):
+        Prover({}).prove(before, with_inputs_of(before, counted(None)), feeds(before))

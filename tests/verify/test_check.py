@@ -1,0 +1,231 @@
+"""Verification finds what is wrong, and says which part made it wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import moec
+from moec.capture import capture
+from moec.errors import CaptureError, VerificationError
+from moec.interpret.tolerance import distance, strays
+from moec.ir.graph import Program
+from moec.passes.core.runner import Log
+from moec.passes.lower.fuse_gate import FuseGate
+from moec.runtime.executor import Executor
+from moec.verify.check import cases, check
+from tests.capture.modules import WIDTH, Function, Moe
+
+x = torch.randn(5, WIDTH)
+
+
+@pytest.fixture
+def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fuse-gate makes the weights a fifth greater than they are."""
+    right = FuseGate.run
+
+    def wrong(self: FuseGate, program: Program, log: Log) -> Program:
+        made = right(self, program, log)
+        ops = tuple(
+            replace(op, attrs={**op.attrs, "scale": 1.2}) if op.name == "moe.gate" else op
+            for op in made.graph.ops
+        )
+        assert ops != made.graph.ops
+        return replace(made, graph=replace(made.graph, ops=ops))
+
+    monkeypatch.setattr(FuseGate, "run", wrong)
+
+
+@pytest.fixture
+def broken_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled code is off by a thousandth of a result."""
+    right = Executor.__call__
+
+    def wrong(self: Executor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value * 1.001 for name, value in right(self, inputs).items()}
+
+    monkeypatch.setattr(Executor, "__call__", wrong)
+
+
+@pytest.mark.usefixtures("broken_gate")
+def test_a_wrong_pass_is_named() -> None:
+    with pytest.raises(VerificationError) as raised:
+        moec.compile(Moe(), (x,))
+    words = str(raised.value)
+    assert words.startswith("output differs from eager by ")
+    assert words.endswith("the first pass after which the graph differs is fuse-gate")
+
+
+@pytest.mark.usefixtures("broken_code")
+def test_wrong_code_is_named() -> None:
+    with pytest.raises(VerificationError, match="after every pass: the generated code is wrong"):
+        moec.compile(Moe(), (x,))
+
+
+@pytest.mark.usefixtures("broken_code")
+def test_verify_sets_the_limit_or_is_off() -> None:
+    loose = moec.compile(Moe(), (x,), verify=1e-2)
+    assert loose.checked is not None
+    assert loose.checked.tolerance == 1e-2
+    assert 9e-4 < loose.checked.errors["output"] < 2e-3
+    assert moec.compile(Moe(), (x,), verify=False).checked is None
+
+
+def test_zero_allows_nothing() -> None:
+    with pytest.raises(VerificationError, match="allowed are 0e"):
+        moec.compile(Moe(), (x,), verify=0.0)
+    exact = moec.compile(Function(lambda x: x * 2), (x,), verify=0)
+    assert exact.checked is not None
+    assert exact.checked.errors == {"output": 0.0}
+
+
+def off(rows: slice) -> Any:
+    """A run of Moe in bf16 in which some rows are farther off than rounding, and not by much."""
+    captured = capture(Moe(torch.bfloat16), (torch.randn(40, WIDTH).bfloat16(),))
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        (made,) = captured.eager(inputs["x"])
+        made[rows] += 0.2 * made.abs().max()
+        return {"output": made}
+
+    return captured, run
+
+
+def test_in_16_bits_a_few_rows_may_have_gone_to_other_experts() -> None:
+    checked = check(*off(slice(30, 31)), ())
+    assert (checked.strays, checked.rows) == (2, 40 + 40 + 1 + 19)
+    assert checked.errors["output"] > checked.tolerance
+
+
+def test_in_16_bits_many_rows_may_not() -> None:
+    with pytest.raises(VerificationError, match="the generated code is wrong"):
+        check(*off(slice(0, 9)), ())
+
+
+@pytest.mark.usefixtures("broken_gate")
+@pytest.mark.parametrize("seed", [0, 22, 27])  # with the last two, eager and passes break ties
+def test_a_wrong_pass_is_named_in_16_bits(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, WIDTH, generator=generator).bfloat16()
+    with pytest.raises(VerificationError, match="the graph differs is fuse-gate"):
+        moec.compile(Moe(torch.bfloat16), (x,))
+
+
+@pytest.mark.parametrize("seed", [22, 27, 47, 55])
+def test_in_16_bits_a_tie_that_is_broken_as_in_float32_is_right(seed: int) -> None:
+    """Two of thirty rows, by more than half of the greatest value: more than chance allows."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, WIDTH, generator=generator).bfloat16()
+    checked = moec.compile(Moe(torch.bfloat16), (x,)).checked
+    assert checked is not None
+    assert checked.strays > 0
+
+
+def test_cases_have_the_sizes_that_belong_together() -> None:
+    """Two inputs of T and 2*T rows change size together, within the bounds."""
+    rows = torch.export.Dim("rows", min=2, max=11)
+    model = Function(lambda x, y: torch.cat([x, x]) + y)
+    captured = capture(
+        model, (x, torch.randn(10, WIDTH)), dynamic_shapes=({0: rows}, {0: 2 * rows})
+    )
+    sizes = [(a.shape[0], b.shape[0]) for a, b in cases(captured)]
+    assert sizes == [(5, 10), (5, 10), (2, 4), (11, 22)]
+
+
+class Positions(nn.Module):
+    """Runs up to sixteen rows, which no export can know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table(torch.arange(x.shape[0]))
+
+
+def test_sizes_that_the_module_refuses_are_left_out_and_said() -> None:
+    compiled = moec.compile(Positions(), (x,))
+    assert compiled.checked is not None
+    (said,) = compiled.checked.skipped
+    assert said.startswith("inputs (19, 8) were not compared: the model fails: ")
+    assert said in compiled.report().notes
+
+
+def test_a_module_that_fails_on_its_example() -> None:
+    model = Positions()
+    captured = capture(model, (x,))
+    model.table = nn.Embedding(2, WIDTH)
+    with pytest.raises(CaptureError, match="the model fails on its example inputs: "):
+        check(captured, lambda inputs: {}, ())
+
+
+numbers = st.lists(
+    st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=6
+).map(torch.tensor)
+
+
+@given(numbers)
+def test_nothing_is_apart_from_itself(values: torch.Tensor) -> None:
+    assert distance(values, values.clone()) == 0.0
+    assert strays(values, values.clone(), 0.0)[0] == 0
+
+
+@given(numbers, st.integers(0, 5), st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+def test_what_is_not_finite_must_be_the_same(values: torch.Tensor, place: int, odd: float) -> None:
+    changed = values.clone()
+    changed[place % len(values)] = odd
+    same = bool(((changed == values) | (changed.isnan() & values.isnan())).all())
+    assert (distance(changed, values) == 0.0) == same
+    assert (distance(values, changed) == 0.0) == same
+
+
+@pytest.mark.parametrize("other", [torch.ones(2, 2), torch.ones(2, dtype=torch.float64)])
+def test_shapes_and_dtypes_must_be_the_same(other: torch.Tensor) -> None:
+    assert distance(other, torch.ones(2)) == float("inf")
+
+
+class Sparse(nn.Module):
+    """Keeps the four greatest of scores that are mostly equal: what torch keeps is its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.relu(x - 1.5)
+        kept = torch.zeros_like(x).scatter(1, scores.topk(4).indices, 1.0)
+        return x * kept
+
+
+def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:
+    model, x = Sparse(), torch.randn(40, 90)
+    compiled = moec.compile(model, (x,))
+    checked = compiled.checked
+    assert checked is not None
+    assert checked.ties > 0
+    assert checked.strays == 0
+    assert checked.errors["output"] <= checked.tolerance
+    (note,) = [n for n in compiled.report().notes if "exactly equal" in n]
+    assert note.startswith(f"{checked.ties} of {checked.rows} rows of the outputs differ from")
+    first = torch.relu(x - 1.5).sort(descending=True, stable=True).indices[:, :4]
+    assert torch.equal(compiled(x) != 0, torch.zeros_like(x).scatter(1, first, 1.0) != 0)
+
+
+@pytest.mark.usefixtures("broken_code")
+def test_equal_values_excuse_nothing_else() -> None:
+    with pytest.raises(VerificationError, match="the generated code is wrong"):
+        moec.compile(Sparse(), (torch.randn(40, 90),))
+
+
+def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("cannot reshape tensor of 0 elements")
+
+    captured = capture(Sparse(), (torch.randn(4, 9),))
+    monkeypatch.setitem(check.__globals__, "evaluate", fails)
+    steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).steps
+    with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
+        check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)
