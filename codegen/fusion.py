@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moec.codegen.loops.reshape import only_splits
-from moec.codegen.loops.rules import EMIT, Rule, named
+from moec.codegen.loops.rules import EMIT, Rule
+from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Value
 

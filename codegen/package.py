@@ -14,9 +14,10 @@ import torch
 from moec.codegen.build import compile_module
 from moec.codegen.cpu.link import linked
 from moec.codegen.cpu.tuning import Tuning
-from moec.codegen.loops.rules import EMIT, named
+from moec.codegen.loops.rules import EMIT
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.module_builder import Param
+from moec.ir.aten import named
 from moec.ir.graph import Graph, Module, Program, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (

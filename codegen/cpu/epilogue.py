@@ -11,7 +11,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.vector import Vector
-from moec.codegen.loops.rules import named
+from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, Value
 from moec.target.cpu import Target
 

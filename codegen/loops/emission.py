@@ -18,8 +18,9 @@ from moec.codegen.cpu import parallel
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.index import Index, Position, Sizes
-from moec.codegen.loops.rules import EMIT, named
+from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
+from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.target.cpu import Target

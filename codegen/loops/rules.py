@@ -7,16 +7,15 @@ feed it are fused into those inputs that it reads once. A *view* is its input wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.errors import IRError
 from moec.ir import aten
-from moec.ir.graph import Attr, Op, Ref, Value
+from moec.ir.graph import Op, Value
 
 if TYPE_CHECKING:
     from moec.codegen.loops.emission import Emission, Point
@@ -99,51 +98,6 @@ def _full(name: str) -> str:
     if name.startswith(("nn.", "moe.", "grouped.")):
         return name
     return f"aten.{name}" if "." in name else f"aten.{name}.default"
-
-
-def named(op: Op) -> Mapping[str, Any]:
-    """The arguments of an ATen op by schema name: Values, attributes, or the schema's defaults."""
-    return _named(op)
-
-
-@cache
-def _schema(name: str) -> tuple[tuple[str, bool, Any], ...]:
-    return tuple(
-        (a.name, "Tensor" in str(a.type), a.default_value if a.has_default_value() else None)
-        for a in aten.overload(name)._schema.arguments
-    )
-
-
-def _named(op: Op) -> dict[str, Any]:
-    listed = {ref.index for attr in op.attrs.values() for ref in _refs(attr)}
-    positional = iter([v for i, v in enumerate(op.inputs) if i not in listed])
-    found: dict[str, Any] = {}
-    for name, tensor, default in _schema(op.name):
-        if name in op.attrs:
-            found[name] = _resolved(op.attrs[name], op.inputs)
-        elif tensor:
-            found[name] = next(positional, None)
-        else:
-            found[name] = tuple(default) if isinstance(default, list) else default
-    if next(positional, None) is not None:
-        raise IRError(f"{op}: has more inputs than its schema names")
-    return found
-
-
-def _refs(attr: Attr) -> list[Ref]:
-    if isinstance(attr, tuple):
-        return [ref for item in attr for ref in _refs(item)]
-    return [attr] if isinstance(attr, Ref) else []
-
-
-def _resolved(attr: Attr, inputs: tuple[Value, ...]) -> Any:
-    match attr:
-        case Ref(index):
-            return inputs[index]
-        case tuple():
-            return tuple(_resolved(item, inputs) for item in attr)
-        case _:
-            return attr
 
 
 @cache

@@ -28,10 +28,10 @@ from moec.codegen.onnx.writer import Weight, Writer
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.upcast import widen
 from moec.ops.grouped import GroupedLinear
 from moec.ops.quantised import GroupedQuantised
 from moec.ops.routing import Routing
-from moec.passes.proof.prove import widen
 
 SMALLEST = 1e-30  # a weight of zero has no logarithm
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.loops.rules import named
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
+from moec.ir.aten import named
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 

@@ -10,9 +10,9 @@ from tvm import relax
 
 from moec.codegen.cpu.attention.attention import AttentionSpec, MaskSpec, attention
 from moec.codegen.fusion import Group
-from moec.codegen.loops.rules import named
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.ir.aten import named
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, TensorType, Value
 from moec.ops.attention import Attention

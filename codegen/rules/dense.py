@@ -16,10 +16,10 @@ from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
 from moec.codegen.cpu.gemm.linear import linears
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.rules import named
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.table import VECTOR_DTYPES, kernel
 from moec.codegen.tuning.tunable import tunable
+from moec.ir.aten import named
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value
 

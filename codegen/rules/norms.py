@@ -7,9 +7,9 @@ from typing import Any, cast
 from tvm import relax
 
 from moec.codegen.cpu.norm import NormSpec, norm
-from moec.codegen.loops.rules import named
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, TensorType, Value
 

@@ -25,12 +25,12 @@ from moec.dynamo.record import RECORDER
 from moec.dynamo.regions import Region
 from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
+from moec.ir.canonical import without_origins
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.text import print_graph
 from moec.passes.core.runner import Step, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_combine import FuseCombine
-from moec.passes.proof.prove import without_origins
 from moec.runtime.package import MAIN, Package
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
-from moec.passes.proof.prove import widen
+from moec.ir.upcast import widen
 
 MEANING = 2e-4
 """Two graphs in float32 that mean the same differ by less, as a share of the greatest value."""

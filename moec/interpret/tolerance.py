@@ -7,7 +7,7 @@ import math
 import torch
 
 from moec.ir.graph import FLOATS, Graph, Op
-from moec.report.quantisation import QUANTISED_OPS, matrices_of
+from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """Greatest error allowed, as a share of the greatest value of the output.

@@ -11,7 +11,7 @@ import torch
 
 from moec.errors import IRError
 from moec.ir.dims import evaluate_dim
-from moec.ir.graph import Attr, DType, Op, Ref
+from moec.ir.graph import Attr, DType, Op, Ref, Value
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "f32": torch.float32,
@@ -92,3 +92,42 @@ def concrete(value: Attr, tensors: Sequence[Any], env: Mapping[str, int]) -> Any
             return evaluate_dim(value, env)
         case _:
             return value
+
+
+def named(op: Op) -> Mapping[str, Any]:
+    """The arguments of an ATen op by schema name: Values, attributes, or the schema's defaults."""
+    return _named(op)
+
+
+@cache
+def _schema(name: str) -> tuple[tuple[str, bool, Any], ...]:
+    return tuple(
+        (a.name, "Tensor" in str(a.type), a.default_value if a.has_default_value() else None)
+        for a in overload(name)._schema.arguments
+    )
+
+
+def _named(op: Op) -> dict[str, Any]:
+    listed = {ref.index for attr in op.attrs.values() for ref in _refs(attr)}
+    positional = iter([v for i, v in enumerate(op.inputs) if i not in listed])
+    found: dict[str, Any] = {}
+    for name, tensor, default in _schema(op.name):
+        if name in op.attrs:
+            found[name] = _resolved(op.attrs[name], op.inputs)
+        elif tensor:
+            found[name] = next(positional, None)
+        else:
+            found[name] = tuple(default) if isinstance(default, list) else default
+    if next(positional, None) is not None:
+        raise IRError(f"{op}: has more inputs than its schema names")
+    return found
+
+
+def _resolved(attr: Attr, inputs: tuple[Value, ...]) -> Any:
+    match attr:
+        case Ref(index):
+            return inputs[index]
+        case tuple():
+            return tuple(_resolved(item, inputs) for item in attr)
+        case _:
+            return attr

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from moec.ir.dims import Dim, evaluate_dim, product, symbols
 from moec.ir.graph import Graph, Op, Program
-from moec.report.report import describe_graph
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stored_bytes(program: Program) -> int:
     """Bytes of the weights that the graph reads; tensors that share memory count once."""
-    sizes: dict[str, int] = describe_graph(program.graph, program.weights)["bytes_by_dtype"]
-    return sum(sizes.values())
+    return sum(count_weights(program.graph, program.weights)[1].values())
+
+
+def count_weights(graph: Graph, weights: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, int]]:
+    """The number of parameters, and the bytes stored for each dtype of the IR.
+
+    Parameters that share storage (tied embeddings) count once.
+    """
+    bytes_by_dtype: dict[str, int] = {}
+    parameters = 0
+    counted: set[tuple[int, int]] = set()
+    # What compressed weights stand for are the parameters, not what stores them.
+    stacks = [op for op in graph.ops if op.name == "moe.decompress"]
+    compressed = {value.name for op in stacks for value in op.inputs}
+    parameters += sum(cast(int, product(op.outputs[0].shape)) for op in stacks)
+    for param in graph.params:
+        tensor = weights.get(param.name)
+        if tensor is None:
+            continue
+        storage = (tensor.data_ptr(), tensor.numel())
+        if storage[0] and storage in counted:
+            continue
+        counted.add(storage)
+        parameters += tensor.numel() if param.name not in compressed else 0
+        size = tensor.numel() * tensor.element_size()
+        bytes_by_dtype[param.dtype] = bytes_by_dtype.get(param.dtype, 0) + size
+    return parameters, bytes_by_dtype
 
 
 def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:

@@ -11,7 +11,7 @@ import torch
 from moec.formats.integer import Format, dequantise, round_rows
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, require
-from moec.ops.quantised import Matrix, format_of
+from moec.ops.quantised import GroupedQuantised, Matrix, format_of
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,13 @@ def quantised_linear(
     rows = round_rows(x, matrix[1].shape[-1], attrs.get("row_bits", 8))
     product = rows @ dequantise(attrs["kind"], *matrix).mT
     return (product + rest[0].float() if rest else product).to(x.dtype)
+
+
+QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")
+
+
+def matrices_of(op: Op) -> tuple[Matrix, ...]:
+    """The weights of one of QUANTISED_OPS."""
+    if op.name == "grouped.quantised":
+        return GroupedQuantised.of(op).matrices
+    return (QuantisedLinear.of(op).matrix,)

@@ -13,8 +13,8 @@ import torch
 from moec.errors import UnsupportedError
 from moec.formats.integer import Format, dequantise
 from moec.ir.graph import Attr, Op, Program, Value
-from moec.ops.quantised import GroupedQuantised, Matrix, format_of
-from moec.ops.quantised_linear import QuantisedLinear
+from moec.ops.quantised import Matrix, format_of
+from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import Fit
 from moec.passes.core.runner import Log, Step
@@ -24,16 +24,6 @@ from moec.report.module_paths import fold
 BROKEN = 0.5
 """An expert whose weights are farther off, as a share of their norm, was not quantised: that of
 an expert that was left out is 1, and four bits a weight give 0.1."""
-
-
-QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")
-
-
-def matrices_of(op: Op) -> tuple[Matrix, ...]:
-    """The weights of one of QUANTISED_OPS."""
-    if op.name == "grouped.quantised":
-        return GroupedQuantised.of(op).matrices
-    return (QuantisedLinear.of(op).matrix,)
 
 
 def unquantised_steps(steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from moec.ir.dims import product, show_dim
+from moec.ir.dims import show_dim
+from moec.ir.stats import count_weights
 from moec.report.data import WHOLE, PassLine, PortLine, ReportData
 
 if TYPE_CHECKING:
@@ -29,29 +30,8 @@ class Report(ReportData):
 
 
 def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The fields of a Report that a graph and its weights answer: sizes, ports, parameters.
-
-    Parameters that share storage (tied embeddings) count once.
-    """
-    bytes_by_dtype: dict[str, int] = {}
-    parameters = 0
-    seen: set[tuple[int, int]] = set()
-    dtypes = {param.name: param.dtype for param in graph.params}
-    # What compressed weights stand for are the parameters, not what stores them.
-    stacks = [op for op in graph.ops if op.name == "moe.decompress"]
-    compressed = {value.name for op in stacks for value in op.inputs}
-    parameters += sum(cast(int, product(op.outputs[0].shape)) for op in stacks)
-    for name, dtype in dtypes.items():
-        tensor = weights.get(name)
-        if tensor is None:
-            continue
-        place = (tensor.data_ptr(), tensor.numel())
-        if place[0] and place in seen:
-            continue
-        seen.add(place)
-        parameters += tensor.numel() if name not in compressed else 0
-        size = tensor.numel() * tensor.element_size()
-        bytes_by_dtype[dtype] = bytes_by_dtype.get(dtype, 0) + size
+    """The fields of a Report that a graph and its weights answer: sizes, ports, parameters."""
+    parameters, bytes_by_dtype = count_weights(graph, weights)
     before = [state.before for state in graph.states]
     return {
         "parameters": parameters,

@@ -30,6 +30,7 @@ from moec.errors import NoMatch
 from moec.formats.compressed import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import DType, Graph, Op, Program, TensorType, Value
+from moec.ir.upcast import widen
 from moec.passes.calibration.coordinate_descent import ROUNDS, descend
 from moec.passes.calibration.evaluator import Seen
 from moec.passes.calibration.gptq import DAMPING, aimed, damped, hessian, solve_ordered
@@ -37,7 +38,6 @@ from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
 from moec.passes.core.options import option, validate
 from moec.passes.core.rewrite import drop_dead
-from moec.passes.proof.prove import widen
 
 GROUP = 16
 """Experts that are solved at a time."""

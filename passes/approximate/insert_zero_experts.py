@@ -30,12 +30,12 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
+from moec.ir.upcast import widen
 from moec.passes.calibration.evaluator import Seen
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import add_columns
-from moec.passes.proof.prove import widen
 
 ROWS = 1024  # of an expert, on which its stand-in is chosen
 

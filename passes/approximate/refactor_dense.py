@@ -26,6 +26,7 @@ from moec.errors import NoMatch, UsageError
 from moec.interpret.evaluate import run_graph
 from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ir.upcast import widen
 from moec.passes.approximate.causal_router import HEADS, causal_router, distilled
 from moec.passes.approximate.feedforward import FeedForward, body, feedforwards, weights
 from moec.passes.calibration.evaluator import Meter
@@ -34,7 +35,6 @@ from moec.passes.core.inline import inlined
 from moec.passes.core.moe_layer import Splice, constant
 from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log
-from moec.passes.proof.prove import widen
 
 FEWEST = 256
 """Tokens of a domain on which its channels are chosen."""

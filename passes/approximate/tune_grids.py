@@ -24,12 +24,12 @@ from moec.errors import NoMatch
 from moec.formats.compressed import codes_in, grid_module
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.upcast import widen
 from moec.passes.calibration.evaluator import Meter, float32
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
 from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log
-from moec.passes.proof.prove import widen
 
 Grids = Mapping[str, Tensor]
 """By name of the grid bf16[E, N, 2]."""

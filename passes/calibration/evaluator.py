@@ -17,10 +17,10 @@ from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.random_inputs import table_rows
 from moec.ir.graph import FLOATS, Program, Value
+from moec.ir.upcast import widen
 from moec.passes.calibration.data import Calibration, Inputs
 from moec.passes.core.damage import Distance
 from moec.passes.core.moe_layer import Layer
-from moec.passes.proof.prove import widen
 
 LAYERS_A_RUN = 8  # whose rows are held at once
 

@@ -23,9 +23,9 @@ from moec.interpret.evaluate import run_graph, run_op
 from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ir.upcast import widen
 from moec.ops.routing import Routing
 from moec.passes.core.rewrite import Builder, drop_dead
-from moec.passes.proof.prove import widen
 
 MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
 

@@ -10,7 +10,6 @@ are overlapping windows of a small random pool, so that they cost no memory.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,9 +18,11 @@ import torch
 
 from moec.errors import IRError, NoMatch
 from moec.interpret.evaluate import run_graph
+from moec.ir.canonical import without_origins
 from moec.ir.dims import Bounds, evaluate_dim, symbols
-from moec.ir.graph import FLOATS, Attr, DType, Graph, Op, TensorType, Value
+from moec.ir.graph import FLOATS, Graph, Op, Value
 from moec.ir.text import print_graph
+from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import outcome, require_both, thresholds
 from moec.passes.proof.input_generators import Feed, draw, patterns
 
@@ -263,71 +264,3 @@ def _aligned(before: Graph, after: Graph) -> Graph:
     """`after` with the inputs and params of `before` first: the key tells which is which."""
     both = dict.fromkeys((*before.inputs, *before.params))
     return replace(after, inputs=(*both,), params=tuple(p for p in after.params if p not in both))
-
-
-def widen(graph: Graph) -> Graph:
-    """The same graph with every bf16 and f16 in types and attributes as f32."""
-    new: dict[Value, Value] = {}
-
-    def wide(value: Value) -> Value:
-        if value not in new:
-            type = TensorType(_wide_name(value.dtype), value.shape)
-            new[value] = value if type == value.type else Value(value.name, type)
-        return new[value]
-
-    ops = tuple(
-        Op(
-            op.name,
-            tuple(map(wide, op.inputs)),
-            tuple(map(wide, op.outputs)),
-            {name: _wide_attr(name, value) for name, value in op.attrs.items()},
-            widen(op.body) if op.body is not None else None,
-            op.origin,
-        )
-        for op in graph.ops
-    )
-    return Graph(
-        tuple(map(wide, graph.inputs)),
-        tuple(map(wide, graph.params)),
-        ops,
-        tuple(map(wide, graph.outputs)),
-        (),
-        graph.bounds,
-        graph.name,
-    )
-
-
-def _wide_name(dtype: str) -> str:
-    return "f32" if dtype in ("bf16", "f16") else dtype
-
-
-def _wide_attr(name: str, value: Attr) -> Attr:
-    match value:
-        case DType(dtype):
-            return DType(_wide_name(dtype))
-        case str() if name == "body":
-            return re.sub(r"\b(bf16|f16)\b", "f32", value)
-        case str() if name == "dtype":  # Routing keeps its dtype by name
-            return _wide_name(value)
-        case _:
-            return value
-
-
-def without_origins(graph: Graph) -> Graph:
-    """The graph under canonical names: equal text means equal computation."""
-    new: dict[Value, Value] = {}
-
-    def name(value: Value) -> Value:
-        return new.setdefault(value, Value(f"v{len(new)}", value.type))
-
-    inputs = tuple(map(name, graph.inputs))
-    params = tuple(map(name, graph.params))
-    ops = []
-    for op in graph.ops:
-        read = tuple(map(name, op.inputs))
-        body = without_origins(op.body) if op.body is not None else None
-        ops.append(
-            replace(op, inputs=read, outputs=tuple(map(name, op.outputs)), body=body, origin="")
-        )
-    outputs = tuple(map(name, graph.outputs))
-    return Graph(inputs, params, tuple(ops), outputs, (), graph.bounds)

@@ -1,0 +1,27 @@
+"""Graphs under canonical names, so that equal text means equal computation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.ir.graph import Graph, Value
+
+
+def without_origins(graph: Graph) -> Graph:
+    """The graph under canonical names: equal text means equal computation."""
+    new: dict[Value, Value] = {}
+
+    def name(value: Value) -> Value:
+        return new.setdefault(value, Value(f"v{len(new)}", value.type))
+
+    inputs = tuple(map(name, graph.inputs))
+    params = tuple(map(name, graph.params))
+    ops = []
+    for op in graph.ops:
+        read = tuple(map(name, op.inputs))
+        body = without_origins(op.body) if op.body is not None else None
+        ops.append(
+            replace(op, inputs=read, outputs=tuple(map(name, op.outputs)), body=body, origin="")
+        )
+    outputs = tuple(map(name, graph.outputs))
+    return Graph(inputs, params, tuple(ops), outputs, (), graph.bounds)
