@@ -26,6 +26,7 @@ lint: $(installed)
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy -p moec
+	$(venv)/bin/lint-imports
 
 format: $(installed)
 	$(python) -m ruff check --fix .
@@ -44,4 +45,4 @@ $(installed): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(venv) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(venv) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -59,6 +59,11 @@ def test_every_folder_of_code_is_a_package():
     ] == []
 
 
+def test_the_top_of_moec_is_short():
+    """What is about one thing has a folder; import-linter says what each may import."""
+    assert len(list((ROOT / "moec").glob("*.py"))) <= 12
+
+
 def test_wheel_holds_every_module(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*NOT_OURS, "tests"))
