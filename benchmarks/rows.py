@@ -26,7 +26,8 @@ from torch import Tensor
 
 from moec.bench.limits import processor
 from moec.codegen.cpu.quantised.grouped import quantised_linear
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import Format, dequantise, parse, quantise, round_rows
 from moec.target.cpu import host
 

@@ -33,13 +33,13 @@ from torch import Tensor  # noqa: E402
 from moec.arguments import target_of  # noqa: E402
 from moec.codegen.build import compile_kernels  # noqa: E402
 from moec.codegen.cpu.compressed.grouped import compressed_linear  # noqa: E402
-from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec  # noqa: E402
 from moec.codegen.cpu.compressed.weights import table  # noqa: E402
 from moec.codegen.cpu.gemm.grouped import grouped_linear  # noqa: E402
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec  # noqa: E402
+from moec.codegen.cpu.gemm.layout import Layout  # noqa: E402
 from moec.codegen.cpu.gemm.pack import pack  # noqa: E402
 from moec.codegen.cpu.quantised.layout import PAIRS  # noqa: E402
 from moec.codegen.cpu.quantised.round_rows import round_rows  # noqa: E402
+from moec.codegen.specs.products import CompressedSpec, LinearSpec  # noqa: E402
 from moec.formats.compressed import compress, decompress, nbytes  # noqa: E402
 from moec.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
 from moec.formats.ternary_code import ZEROS, dictionary  # noqa: E402

@@ -1,6 +1,6 @@
 """Graph -> TVM Relax: one function, every group of ops a call to one kernel.
 
-Ops with a kernel of our own (rules/) are called as they are; all others are fused into
+Ops that a rule of the backend takes become calls of its kernels; all others are fused into
 loops (loops/). Kernels that compute the same thing are made once, whatever layer they stand
 in and whichever function calls them, and work for every size within the bounds.
 """
@@ -16,15 +16,14 @@ from types import MappingProxyType
 import tvm
 from tvm import relax, tirx
 
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.backend import Backend, Refusal, Selection
 from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Kernels, Lowering, Param
-from moec.codegen.rules import KERNELS, has_kernel
-from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.ir.graph import Graph, Module
-from moec.target.cpu import Target
+from moec.target.base import Target
 
 BUILDERS = threading.Lock()
 """Held while Relax is written: TVM keeps the open builders of all threads on one stack."""
@@ -34,18 +33,19 @@ BUILDERS = threading.Lock()
 class Lowered:
     """`module` has a function for each program, which takes the caller's inputs, the states, then
     its weights: `params`, by the function's name. `kernels` pairs the origin of each op of the
-    first program with the kernel that computes it. `tunable` are the kernels that another tuning
-    would change.
+    first program with the kernel that computes it, `refusals` say why others have none. `tunable`
+    are the kernels that another tuning would change.
     """
 
     module: tvm.IRModule
     params: Mapping[str, tuple[Param, ...]]
     kernels: tuple[tuple[str, str], ...]
+    refusals: tuple[Refusal, ...] = ()
     tunable: tuple[Tunable, ...] = ()
 
 
 def lower(
-    module: Module, target: Target, tunings: Mapping[str, Tuning] = MappingProxyType({})
+    module: Module, target: Target, backend: Backend, tunings: Tunings = MappingProxyType({})
 ) -> Lowered:
     """`tunings` are values of kernels by their key; others have the default.
 
@@ -53,23 +53,29 @@ def lower(
     """
     with BUILDERS:
         # A kernel may not have the name of a function: `route` is the name of both.
-        kernels = Kernels(relax.BlockBuilder(), taken=Counter(module), tunings=tunings)
+        kernels = Kernels(relax.BlockBuilder(), backend, taken=Counter(module), tunings=tunings)
         params: dict[str, tuple[Param, ...]] = {}
         origins: tuple[tuple[str, str], ...] = ()
+        refusals: dict[Refusal, None] = {}
         for name in module:
-            params[name] = _function(name, module[name].graph, target, kernels)
+            graph = module[name].graph
+            selection = backend.select(graph)
+            refusals |= dict.fromkeys(selection.refusals)
+            params[name] = _function(name, graph, target, kernels, selection)
             origins = origins or tuple(kernels.places)
         tunable = tuple(kernels.tunable.values())
-        return Lowered(kernels.builder.finalize(), params, origins, tunable)
+        return Lowered(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
 
 
-def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tuple[Param, ...]:
+def _function(
+    name: str, graph: Graph, target: Target, kernels: Kernels, selection: Selection
+) -> tuple[Param, ...]:
     """Add the function of a graph; its params in their order."""
-    own = {op for op in graph.ops if has_kernel(op, graph)}
-    check(graph, own.__contains__)
+    rules = selection.rules
+    check(graph, rules.__contains__)
     known = sorted({name for v in graph.values() for name in names(*v.shape)})
     sizes = Sizes({name: tirx.Var(name, "int64") for name in known})
-    low = Lowering(graph, target, kernels, sizes)
+    low = Lowering(graph, target, kernels, sizes, selection)
     # The caller's own inputs, then the states in their order.
     before = [state.before for state in graph.states]
     ordered = [*(v for v in graph.inputs if v not in before), *before]
@@ -78,14 +84,12 @@ def _function(name: str, graph: Graph, target: Target, kernels: Kernels) -> tupl
     builder = kernels.builder
     with builder.function(name):
         with builder.dataflow():
-            for group in partition(graph, own.__contains__):
+            for group in partition(graph, rules.__contains__):
                 if all(value in low.values for value in group.root.outputs):
                     continue  # made beside another op
-                if group.root in own:
-                    made = KERNELS[group.root.name].call(low, group.root)
-                else:
-                    made = low.group(group)
-                low.values |= dict(zip(group.root.outputs, made, strict=True))
+                rule = rules.get(group.root)
+                results = low.group(group) if rule is None else rule.emit(low, group.root)
+                low.values |= dict(zip(group.root.outputs, results, strict=True))
             results = [builder.emit_output(low.value(v)) for v in graph.results]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *params])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,14 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.backend import Backend, Rule, Selection
 from moec.codegen.fusion import Group
-from moec.codegen.loop_kernel import describe, write
+from moec.codegen.loop_kernel import describe
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import Sizes
-from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.target.cpu import Target
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ class Kernels:
     values of those that were tuned, by key, and `tunable` the kernels that could be."""
 
     builder: relax.BlockBuilder
+    backend: Backend
     made: dict[object, Any] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, str]] = field(default_factory=list)
-    tunings: Mapping[str, Tuning] = field(default_factory=dict)
+    tunings: Tunings = field(default_factory=dict)
     tunable: dict[str, Tunable] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
@@ -54,9 +54,10 @@ class Lowering:
     """One Relax function while it is built; rules/ adds calls of kernels of our own."""
 
     graph: Graph
-    target: Target
+    target: Any  # of the kind that the backend and its rules are for
     kernels: Kernels
     sizes: Sizes
+    selection: Selection
     values: dict[Value, relax.Expr] = field(default_factory=dict)
     params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
@@ -87,6 +88,15 @@ class Lowering:
             self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
         return self.params[key][1]
 
+    def rule(self, op: Op) -> Rule | None:
+        """The rule that was selected for an op; None for an op of a loop."""
+        return self.selection.rules.get(op)
+
+    def kernel(self, spec: Any, name: str) -> Any:
+        """The backend's kernel for what a spec says, made once."""
+        maker = self.kernels.backend.kernels[type(spec)]
+        return self.function(spec, name, lambda unique: maker(spec, self.target, unique))
+
     def note(self, op: Op, kernel: str) -> None:
         """For the report: which kernel does an op."""
         self.kernels.places.append((op.origin or op.outputs[0].name, kernel))
@@ -101,10 +111,10 @@ class Lowering:
 
     def tuned(self, kernel: Tunable, name: str) -> Any:
         """The kernel with the values that it was tuned to, made once."""
-        if kernel.values:
+        if kernel.candidates:
             self.kernels.tunable.setdefault(kernel.key, kernel)
-        tuning = self.kernels.tunings.get(kernel.key, DEFAULT)
-        return self.function(kernel.key, name, lambda unique: kernel.make(unique, tuning))
+        values = self.kernels.tunings.get(kernel.key, {})
+        return self.function(kernel.key, name, lambda unique: kernel.make(unique, values))
 
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
@@ -152,7 +162,7 @@ class Lowering:
         written = self.kernels.made.get(text)
         if written is None:
             name = self.kernels.unique(_name(group))
-            made = write(group, name, self.target)
+            made = self.kernels.backend.loop(group, name, self.target)
             written = (self.builder.add_func(made.function, name), made.sizes, order)
             self.kernels.made[text] = written
         function, free, first_order = written

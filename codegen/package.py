@@ -11,19 +11,18 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from moec.codegen.build import compile_module
-from moec.codegen.cpu.link import linked
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.backend import Backend
+from moec.codegen.backends import backend_for
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.module_builder import Param
+from moec.codegen.tuning.tunable import Tunings
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Module, Program, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
     MAIN,
-    CpuNeeds,
     Function,
     Generation,
     Package,
@@ -31,7 +30,7 @@ from moec.runtime.package import (
     Size,
     StatePort,
 )
-from moec.target.cpu import Target
+from moec.target.base import Target
 
 __all__ = ["build"]
 
@@ -40,20 +39,23 @@ def build(
     module: Module,
     target: Target,
     opt_level: int = 2,
-    tunings: Mapping[str, Tuning] = MappingProxyType({}),
+    tunings: Tunings = MappingProxyType({}),
+    backend: Backend | None = None,
 ) -> Package:
-    """Compile programs of any stage that `lower` takes for a CPU, each as a function of the
-    library; `moec.runtime.package` says what their names mean.
+    """Compile programs of any stage that `lower` takes, each as a function of the library;
+    `moec.runtime.package` says what their names mean. `backend` is that of the target's kind
+    unless it is given.
 
     Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
     leaves LLVM's optimisation out. `tunings` are the values of kernels, by their key.
 
     Raises UnsupportedError (everything that has no kernel at once) and TargetError (no linker).
     """
-    lowered = lower(module, target, tunings)
-    library = linked(compile_module(lowered.module, target, opt_level), target)
-    names = {kernel.key: kernel.values for kernel in lowered.tunable}
-    values = {key: tuning.values(names[key]) for key, tuning in tunings.items()}
+    backend = backend or backend_for(target)
+    lowered = lower(module, target, backend, tunings)
+    library = backend.library(lowered.module, target, opt_level, None)
+    kernels = {kernel.key: kernel for kernel in lowered.tunable}
+    values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
     return replace(package(module, target, lowered, library), tunings=values)
 
 
@@ -75,11 +77,12 @@ def package(
         if state.initial:
             arrays[state.initial] = as_array(module.main.weights[state.name])
     return Package(
-        target=CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features),
+        target=target.needs,
         functions=functions,
         arrays=arrays,
         library=library,
         kernels=lowered.kernels,
+        refusals=tuple((r.origin, r.op, r.reason) for r in lowered.refusals),
         notes=tuple(_notes(lowered.params[MAIN])),
         versions={
             "moec": version("moec"),

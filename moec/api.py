@@ -14,7 +14,7 @@ import torch
 from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
 from moec.capture.doors import capture_source, open_source, stop_tokens
 from moec.capture.gc_pause import seldom_collected
-from moec.codegen.cpu.link import linker_for
+from moec.codegen.backends import backend_for
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.formats.integer import Quantisation, parse_parts
 from moec.ir.graph import Stage, stage_of
@@ -38,7 +38,8 @@ from moec.verify import check as checking
 from moec.verify.chunked import in_pieces
 
 if TYPE_CHECKING:
-    from moec.codegen.cpu.tuning import Tuning
+    from moec.codegen.backend import Backend
+    from moec.codegen.tuning.tunable import Values
     from moec.runtime.executor import Executor
     from moec.target.cpu import Target
 
@@ -64,6 +65,7 @@ def compile(
     build: bool = True,
     kv_cache: bool = True,
     tune: bool = False,
+    backend: Backend | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> CompiledModel:
@@ -78,6 +80,8 @@ def compile(
     last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
     the code that `generate` runs for one token after the other. `tune` measures kernels with other
     values than the defaults on this machine, and keeps what it finds for the next compilation.
+    `backend` is another than the target's, such as one with a rule of your own:
+    `replace(CPU, rules=(mine, *CPU.rules))`.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
     ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
@@ -104,7 +108,8 @@ def compile(
         check_tuning(target_of(target, run=False), builds)
     made_for = target_of(target, run=builds and verify is not False)
     if builds:
-        linker_for(made_for)  # found missing now rather than after minutes
+        backend = backend or backend_for(made_for)
+        backend.ready(made_for)  # found missing now rather than after minutes
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
@@ -137,7 +142,7 @@ def compile(
             compiled = _with_decode(compiled, stepped(opt_level, changes(passes)))
     if any(pass_.name == HoistRouters.name for pass_ in chosen):
         compiled = _with_routers(compiled)
-    built = _build(compiled, opt_level, clock, tune)
+    built = _build(compiled, opt_level, clock, backend, tune)
     return built if verify is False else _verify(built, limit, clock)
 
 
@@ -200,24 +205,28 @@ def _allowed(
 
 
 def _build(
-    compiled: CompiledModel, opt_level: int, clock: _Clock, tune: bool = False
+    compiled: CompiledModel,
+    opt_level: int,
+    clock: _Clock,
+    backend: Backend | None,
+    tune: bool = False,
 ) -> CompiledModel:
     """With code, and ready to run where this machine can run it."""
     module, target = compiled.module, compiled.target
-    tunings: dict[str, Tuning] = {}
+    tunings: dict[str, Values] = {}
     if tune:
         with clock.phase("tune"), _explained(compiled):
             from moec.model.tune import tune_kernels
 
             tunings, lines = tune_kernels(
-                module, target, opt_level=opt_level, progress=clock.progress
+                module, target, backend, opt_level=opt_level, progress=clock.progress
             )
             compiled = replace(compiled, tuned=lines)
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
         with _explained(compiled):
-            package = generate(module, target, opt_level, tunings)
+            package = generate(module, target, opt_level, tunings, backend)
         package = replace(package, routers=compiled.router_ports)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
@@ -227,7 +236,7 @@ def _build(
                 package = replace(package, no_generation=declined.reason)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
-    if missing(compiled.target):
+    if missing(compiled.target) or not package.library:
         return replace(compiled, package=package)
     with clock.phase("load"):
         from moec.runtime.executor import Executor

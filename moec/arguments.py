@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
 from moec.errors import UsageError
-from moec.target.cpu import Target, missing, parse
+from moec.target.cpu import NULL, Target, missing, parse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,6 +77,11 @@ def target_of(target: Any, *, run: bool) -> Target:
     if not isinstance(target, str | Target):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
     made = parse(target) if isinstance(target, str) else target
+    if run and made.kind == NULL:
+        raise UsageError(
+            f"the target {NULL!r} makes no code, so there is nothing to verify: switch "
+            "verification off (verify=False, --verify off)"
+        )
     lacking = missing(made)
     if run and lacking:
         raise UsageError(
@@ -94,6 +99,8 @@ def check_tuning(target: Target, builds: bool) -> None:
             f"{', '.join(lacking)}, which code for {target.name} needs: tune on a machine that "
             "has them"
         )
+    if target.kind == NULL:
+        raise UsageError(f"--tune measures kernels, and the target {NULL!r} makes none")
     if not builds:
         raise UsageError("--tune measures kernels, and nothing is built here: leave --tune out")
 

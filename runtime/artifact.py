@@ -34,9 +34,10 @@ from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.manifest import Manifest, Part, Stored, StoredSample
-from moec.runtime.package import CpuNeeds, Package
+from moec.runtime.package import Package
 from moec.runtime.threads import available
 from moec.target import cpu
+from moec.target.cpu import CpuNeeds
 
 LIBRARY = "kernels/lib.so"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from moec.target.cpu import CpuNeeds
+
 Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
 MAIN, DECODE = "main", "decode"
@@ -70,17 +72,6 @@ class Function:
 
 
 @dataclass(frozen=True)
-class CpuNeeds:
-    """Which CPU the library was compiled for."""
-
-    name: str
-    mcpu: str = ""
-    mattr: tuple[str, ...] = ()
-    mtriple: str = ""
-    features: tuple[str, ...] = ()  # LLVM's names of what the code may use
-
-
-@dataclass(frozen=True)
 class Generation:
     """What `decode` needs to continue text.
 
@@ -120,7 +111,9 @@ class Package:
 
     `arrays` are what the params of all functions are bound to, by name: packed, bf16 as
     ml_dtypes.bfloat16, memory-mapped where that can be. `kernels` pairs the origin of an op in
-    the model with the kernel that computes it; `notes` are sentences for the report. `generation`
+    the model with the kernel that computes it; `refusals` are the origin and the name of each op
+    that became a plain loop though there are kernels for such ops, and why. `notes` are sentences
+    for the report. `generation`
     is None where there is no `decode`, and `no_generation` says why. `routers` are the layers
     whose choices `route` gives. `tunings` are the values of kernels that were tuned, by the
     kernel's key.
@@ -131,6 +124,7 @@ class Package:
     arrays: Mapping[str, Any] = field(default_factory=dict)
     library: bytes = b""
     kernels: tuple[tuple[str, str], ...] = ()
+    refusals: tuple[tuple[str, str, str], ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     generation: Generation | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -21,33 +20,10 @@ from moec.codegen.cpu import parallel, rounding
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.norm import NormSpec
 from moec.target.cpu import Target
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """One normalisation; dtypes of x (and residual and sum), weight, bias and out.
-
-    kind rms: y = x / sqrt(mean(x^2) + eps). kind layer: y = (x - mean) / sqrt(variance + eps).
-    out = y * weight + bias, in float32 and rounded once; `plus_one` multiplies with 1 + weight
-    (Gemma); `round_first` rounds y to x's dtype before the product (Llama and most of its kin).
-    With a residual, x * scale (Granite), rounded to x's dtype, is added to it; the statistics are
-    those of the sum as stored.
-    """
-
-    kind: Literal["rms", "layer"]
-    width: int
-    eps: float
-    x: str
-    out: str
-    weight: str | None
-    bias: str | None = None
-    residual: bool = False
-    scale: float | None = None
-    plus_one: bool = False
-    round_first: bool = False
 
 
 @dataclass(frozen=True)

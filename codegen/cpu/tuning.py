@@ -6,7 +6,7 @@ order: kernels of other values give the same bits, and read the same packed weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 MOST = 1 << 30
@@ -33,14 +33,6 @@ class Tuning:
     dots_below: int = _value(24, 8, 16, 32)
     worth: int = _value(2**21, 2**20, 2**22)
 
-    def changed(self) -> dict[str, int]:
-        """The values that are not the default, by name."""
-        names = tuple(f.name for f in fields(self))
-        return {n: value for n, value in self.values(names).items() if value != getattr(DEFAULT, n)}
-
-    def values(self, names: Sequence[str]) -> dict[str, int]:
-        return {name: getattr(self, name) for name in names}
-
 
 DEFAULT = Tuning()
 
@@ -51,14 +43,14 @@ def candidates(name: str) -> tuple[int, ...]:
     return tuple(found.metadata["candidates"])
 
 
-def of_dict(recorded: Mapping[str, object]) -> Tuning:
-    """The tuning that `changed` or `values` gave.
+def tuning_of(values: Mapping[str, int]) -> Tuning:
+    """The tuning with these values, defaults elsewhere.
 
     Raises ValueError for a name or a value that no kernel can be made with.
     """
-    for name, value in recorded.items():
+    for name, value in values.items():
         if name not in Tuning.__dataclass_fields__:
             raise ValueError(f"there is no value {name!r} to tune")
         if type(value) is not int or not (name == "tiles_at_once") <= value <= MOST:
             raise ValueError(f"{name} is {value!r}, and no kernel is made so")
-    return Tuning(**recorded)  # type: ignore[arg-type]
+    return Tuning(**values)

@@ -1,34 +1,29 @@
-"""Ops with kernels of our own: which of them a kernel takes, and how it is called."""
+"""Ops with kernels, whatever the target: what a kernel is to compute, and how it is called.
+
+The kernels come from the backend, by the type of their spec. Products with packed weights are
+not here: how weights are packed is the target's, and so are the rules.
+"""
 
 from moec.codegen.rules import (
     attention,
     caches,
-    compressed,
-    dense,
     experts,
     norms,
-    quantised,
-    quantised_linears,
-    routing,
-    scans,
-    sizes,
-    zero_experts,
-)
-from moec.codegen.rules.table import KERNELS, has_kernel
-
-FILLED_BY = (
-    attention,
-    caches,
-    compressed,
-    dense,
-    experts,
-    norms,
-    quantised,
-    quantised_linears,
     routing,
     scans,
     sizes,
     zero_experts,
 )
 
-__all__ = ["KERNELS", "has_kernel"]
+RULES = (
+    *attention.RULES,
+    *caches.RULES,
+    *experts.RULES,
+    *norms.RULES,
+    *routing.RULES,
+    *scans.RULES,
+    *sizes.RULES,
+    *zero_experts.RULES,
+)
+
+__all__ = ["RULES"]

@@ -8,47 +8,51 @@ from typing import Any, cast
 
 from tvm import relax
 
-from moec.codegen.cpu.attention.attention import AttentionSpec, MaskSpec, attention
+from moec.codegen.backend import Rule, require
 from moec.codegen.fusion import Group
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.ir.aten import named
 from moec.ir.dims import Dim
-from moec.ir.graph import Op, TensorType, Value
+from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
 
 
-def _attention_inputs(op: Op) -> Attention | None:
-    """An attention of either spelling; None where the kernel cannot do it."""
+def _attention_inputs(op: Op) -> Attention:
+    """An attention of either spelling. Raises NoMatch where the kernel cannot do it."""
     if op.name == "nn.attention":
-        found = Attention.of(op)
+        attention = Attention.of(op)
     else:
-        given = named(op)
-        q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
-        if len(q.shape) != 4 or given["dropout_p"]:
-            return None
-        if q.shape[1] != k.shape[1] and not given["enable_gqa"]:
-            return None
-        width = q.shape[3]
-        scale = given["scale"] if given["scale"] is not None else width**-0.5
-        found = Attention(q, k, v, mask, None, float(scale), given["is_causal"], None, None)
-    q, k, v = (found.shape(name) for name in "qkv")
-    fixed = (d for shape in (q, k, v) for d in (shape[1], shape[3]))
-    if not all(isinstance(d, int) for d in fixed) or found.q.dtype not in VECTOR_DTYPES:
-        return None
-    if found.mask is not None and found.mask.dtype not in ("bool", *VECTOR_DTYPES):
-        return None
-    same = found.q.dtype == found.k.dtype == found.v.dtype and q[0] == k[0] == v[0]
-    return found if same and k[1:3] == v[1:3] else None
+        arguments = named(op)
+        q, k, v = arguments["query"], arguments["key"], arguments["value"]
+        require(len(q.shape) == 4, f"its queries have {len(q.shape)} axes, not 4")
+        require(not arguments["dropout_p"], "it drops probabilities")
+        grouped = arguments["enable_gqa"] or q.shape[1] == k.shape[1]
+        require(grouped, "its keys have other heads than its queries")
+        scale = arguments["scale"] if arguments["scale"] is not None else q.shape[3] ** -0.5
+        attention = Attention(
+            q, k, v, arguments["attn_mask"], None, float(scale), arguments["is_causal"], None, None
+        )
+    q, k, v = (attention.shape(name) for name in "qkv")
+    sizes = [d for shape in (q, k, v) for d in (shape[1], shape[3])]
+    require(all(isinstance(d, int) for d in sizes), "the number or the width of its heads varies")
+    dtypes = {attention.q.dtype, attention.k.dtype, attention.v.dtype}
+    require(dtypes <= set(VECTOR_DTYPES), f"it computes in {', '.join(sorted(dtypes))}")
+    require(len(dtypes) == 1, "queries, keys and values differ in dtype")
+    mask = attention.mask
+    masked = mask is None or mask.dtype in ("bool", *VECTOR_DTYPES)
+    require(masked, f"its mask is {mask.dtype if mask else None}")
+    require(q[0] == k[0] == v[0] and k[1:3] == v[1:3], "keys and values differ in shape")
+    return attention
 
 
-@kernel(
-    "nn.attention",
-    "aten.scaled_dot_product_attention.default",
-    takes=lambda op, graph: _attention_inputs(op) is not None,
-)
+def _check(op: Op, graph: Graph) -> None:
+    _attention_inputs(op)
+
+
 def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
-    a = cast(Attention, _attention_inputs(op))
+    a = _attention_inputs(op)
     _, heads, _, width = a.shape("q")
     mask, causal, window, chunk = a.mask, a.causal, a.window, a.chunk
     # Beside a cache, a mask would be as long as the cache.
@@ -70,7 +74,7 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
         placed=a.first is not None,
         tokens_first=a.tokens_first,
     )
-    function = low.function(spec, "attention", lambda name: attention(spec, low.target, name))
+    function = low.kernel(spec, "attention")
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
     if mask is not None:
         arguments.append(low.shaped(mask, TensorType(mask.dtype, shape)))
@@ -131,3 +135,13 @@ def broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:
     rank = max(len(a), len(b))
     pairs = zip((*(1,) * (rank - len(a)), *a), (*(1,) * (rank - len(b)), *b), strict=True)
     return tuple(y if x == 1 else x for x, y in pairs)
+
+
+RULES = (
+    Rule(
+        "attention",
+        ("nn.attention", "aten.scaled_dot_product_attention.default"),
+        _check,
+        _attention,
+    ),
+)

@@ -6,29 +6,30 @@ from typing import cast
 
 from tvm import relax
 
-from moec.codegen.cpu.attention.append import AnglesSpec, AppendSpec, append
+from moec.codegen.backend import Rule, require
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.cache import Append
 
 
-def _fits(op: Op, graph: Graph) -> bool:
+def _check(op: Op, graph: Graph) -> None:
     """Nobody else may read what is written over: the cache is a state, and read here alone."""
     a = Append.of(op)
-    owned = any(state.before is a.cache for state in graph.states)
-    dtypes = (v.dtype in VECTOR_DTYPES for v in a.inputs if v is not a.first)
-    return owned and len(graph.readers[a.cache]) == 1 and all(dtypes)
+    require(any(state.before is a.cache for state in graph.states), "its cache is no state")
+    require(len(graph.readers[a.cache]) == 1, "another op reads its cache as it was")
+    dtypes = sorted({v.dtype for v in a.inputs if v is not a.first} - set(VECTOR_DTYPES))
+    require(not dtypes, f"it stores {', '.join(dtypes)}")
 
 
-@kernel("nn.append", takes=_fits)
 def _append(low: Lowering, op: Op) -> list[relax.Expr]:
     a = Append.of(op)
     _, heads, _, width = a.cache.shape
     turns = None if a.cos is None or a.sin is None else (_angles(a.cos), _angles(a.sin))
     spec = AppendSpec(a.cache.dtype, cast(int, heads), cast(int, width), a.tokens_first, turns)
     name = "append" if turns is None else "turn_append"
-    function = low.function(spec, name, lambda name: append(spec, low.target, name))
+    function = low.kernel(spec, name)
     low.note(op, name)
     arguments = [low.value(value) for value in a.inputs]
     return [low.in_place(function, arguments, op.outputs[0].type)]
@@ -37,3 +38,6 @@ def _append(low: Lowering, op: Op) -> list[relax.Expr]:
 def _angles(value: Value) -> AnglesSpec:
     batch, heads, tokens = (dim != 1 for dim in value.shape[:3])
     return AnglesSpec(value.dtype, (batch, heads, tokens), cast(int, value.shape[3]))
+
+
+RULES = (Rule("append", ("nn.append",), _check, _append),)

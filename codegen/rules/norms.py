@@ -6,15 +6,15 @@ from typing import Any, cast
 
 from tvm import relax
 
-from moec.codegen.cpu.norm import NormSpec, norm
+from moec.codegen.backend import Rule, require
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.norm import NormSpec
 from moec.ir.aten import named
 from moec.ir.dims import Dim, product
-from moec.ir.graph import Op, TensorType, Value
+from moec.ir.graph import Graph, Op, TensorType, Value
 
 
-@kernel("nn.rms_norm", takes=lambda op, graph: norm_fits(op.inputs[0], *op.inputs[1:]))
 def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     x, *weights = op.inputs
     spec = NormSpec(
@@ -29,13 +29,6 @@ def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     return _normed(low, op, spec, [x], weights)
 
 
-@kernel(
-    "aten.layer_norm.default",
-    takes=lambda op, graph: (
-        len(cast(tuple[Dim, ...], named(op)["normalized_shape"])) == 1
-        and norm_fits(*(v for v in op.inputs if v is not None))
-    ),
-)
 def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     given = named(op)
     x, weight, bias = given["input"], given["weight"], given["bias"]
@@ -51,7 +44,6 @@ def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     return _normed(low, op, spec, [x], [v for v in (weight, bias) if v is not None])
 
 
-@kernel("nn.add_norm", takes=lambda op, graph: norm_fits(*op.inputs))
 def _add_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     x, residual, *weights = op.inputs
     weight, bias = [*(v.dtype for v in weights), None, None][:2]
@@ -70,8 +62,14 @@ def _add_norm(low: Lowering, op: Op) -> list[relax.Expr]:
     return _normed(low, op, spec, [x, residual], weights)
 
 
-def norm_fits(x: Value, *others: Value) -> bool:
-    return isinstance(x.shape[-1], int) and all(v.dtype in VECTOR_DTYPES for v in (x, *others))
+def check_norm(op: Op, graph: Graph) -> None:
+    """One axis of a fixed width is normalised, in dtypes that vectors hold."""
+    if op.name == "aten.layer_norm.default":
+        axes = len(cast(tuple[Dim, ...], named(op)["normalized_shape"]))
+        require(axes == 1, f"it normalises {axes} axes at once")
+    require(isinstance(op.inputs[0].shape[-1], int), "the width of its rows varies")
+    dtypes = sorted({value.dtype for value in op.inputs} - set(VECTOR_DTYPES))
+    require(not dtypes, f"it reads {', '.join(dtypes)}")
 
 
 def _normed(
@@ -80,7 +78,7 @@ def _normed(
     """`added` are one, or two whose sum is a result too."""
     rows = (product(op.outputs[0].shape[:-1]), spec.width)
     name = f"add_{spec.kind}_norm" if spec.residual else f"{spec.kind}_norm"
-    function = low.function(spec, name, lambda name: norm(spec, low.target, name))
+    function = low.kernel(spec, name)
     low.note(op, name)
     arguments = [low.shaped(v, TensorType(v.dtype, rows)) for v in added]
     arguments += [low.value(v) for v in weights]
@@ -89,3 +87,10 @@ def _normed(
         value if out.shape == rows else low.reshaped(value, out.type)
         for value, out in zip(made, op.outputs, strict=True)
     ]
+
+
+RULES = (
+    Rule("rms_norm", ("nn.rms_norm",), check_norm, _rms_norm),
+    Rule("layer_norm", ("aten.layer_norm.default",), check_norm, _layer_norm),
+    Rule("add_norm", ("nn.add_norm",), check_norm, _add_norm),
+)

@@ -6,15 +6,13 @@ from typing import cast
 
 from tvm import relax
 
-from moec.codegen.cpu.routing.gate import GateSpec, gate
-from moec.codegen.cpu.routing.route import RouteSpec, route
+from moec.codegen.backend import Rule, always
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import kernel
+from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ir.graph import DType, Op
 from moec.ops.routing import Routing
 
 
-@kernel("moe.route")
 def _route(low: Lowering, op: Op) -> list[relax.Expr]:
     logits, *correction = op.inputs
     count = logits.shape[1]
@@ -22,12 +20,11 @@ def _route(low: Lowering, op: Op) -> list[relax.Expr]:
     spec = RouteSpec(
         Routing.of(op), count, logits.dtype, correction[0].dtype if correction else None
     )
-    function = low.function(spec, "route", lambda name: route(spec, low.target, name))
+    function = low.kernel(spec, "route")
     low.note(op, "route")
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
 
 
-@kernel("moe.gate")
 def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
     x, weight, *rest = op.inputs
     bias = rest.pop(0).dtype if op.attrs.get("biased") else None
@@ -38,6 +35,12 @@ def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
     logits = cast(DType, op.attrs["logits"]).name
     routing = RouteSpec(Routing.of(op), count, logits, correction)
     spec = GateSpec(routing, width, x.dtype, weight.dtype, bias)
-    function = low.function(spec, "gate", lambda name: gate(spec, low.target, name))
+    function = low.kernel(spec, "gate")
     low.note(op, "gate")
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
+
+
+RULES = (
+    Rule("route", ("moe.route",), always, _route),
+    Rule("gate", ("moe.gate",), always, _gate),
+)

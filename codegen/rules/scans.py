@@ -6,27 +6,34 @@ from typing import cast
 
 from tvm import relax
 
-from moec.codegen.cpu.attention.linear_attention import LinearAttentionSpec, linear_attention
+from moec.codegen.backend import Rule, require
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import kernel
-from moec.ir.graph import Op
+from moec.codegen.specs.attention import LinearAttentionSpec
+from moec.ir.graph import Graph, Op
 from moec.ops.linear_attention import LinearAttention
 
 
-def _spec(op: Op) -> LinearAttentionSpec | None:
+def _spec(op: Op) -> LinearAttentionSpec:
+    """Raises NoMatch where the kernel cannot do it."""
     a = LinearAttention.of(op)
     fixed = (*a.k.shape[2:3], *a.v.shape[2:3], a.k.shape[3], a.v.shape[3])
-    if not all(isinstance(d, int) and d > 0 for d in fixed):
-        return None
+    sized = all(isinstance(d, int) and d > 0 for d in fixed)
+    require(sized, "the number or the width of its heads varies")
     shared, heads, width, features = cast("tuple[int, ...]", fixed)
     delta, started = a.beta is not None, a.start is not None
     return LinearAttentionSpec(shared, heads, width, features, a.per, delta, started)
 
 
-@kernel("nn.linear_attention", takes=lambda op, graph: _spec(op) is not None)
+def _check(op: Op, graph: Graph) -> None:
+    _spec(op)
+
+
 def _linear_attention(low: Lowering, op: Op) -> list[relax.Expr]:
-    spec = cast(LinearAttentionSpec, _spec(op))
+    spec = _spec(op)
     name = "linear_attention"
-    function = low.function(spec, name, lambda name: linear_attention(spec, low.target, name))
+    function = low.kernel(spec, name)
     low.note(op, name)
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
+
+
+RULES = (Rule("linear_attention", ("nn.linear_attention",), _check, _linear_attention),)

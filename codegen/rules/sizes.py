@@ -6,14 +6,13 @@ from typing import cast
 
 from tvm import relax
 
+from moec.codegen.backend import Rule, always
 from moec.codegen.fusion import Group
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import kernel
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, TensorType, Value
 
 
-@kernel("moec.size")
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     """From here on the size has the value that was computed."""
     name = cast(str, op.attrs["name"])
@@ -29,3 +28,6 @@ def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     shape = low.builder.emit(relax.op.tensor_to_shape(found))
     low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
     return [low.value(source)]
+
+
+RULES = (Rule("size", ("moec.size",), always, _size),)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from tvm import relax
 
-from moec.codegen.cpu.routing.zero_experts import ZeroSpec, zero_experts
+from moec.codegen.backend import Rule, require
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.routing import ZeroSpec
 from moec.ir.graph import Graph, Op
 from moec.ops.zero_experts import ZeroExperts
 
 
-def fits(op: Op, graph: Graph) -> bool:
+def _check(op: Op, graph: Graph) -> None:
     parts = ZeroExperts.of(op)
-    floats = [v for v in op.inputs if v is not parts.experts]
-    return parts.experts.dtype == "i64" and all(v.dtype in VECTOR_DTYPES for v in floats)
+    require(parts.experts.dtype == "i64", f"its choices are {parts.experts.dtype}, not i64")
+    dtypes = {v.dtype for v in op.inputs if v is not parts.experts} - set(VECTOR_DTYPES)
+    require(not dtypes, f"it reads {', '.join(sorted(dtypes))}")
 
 
-@kernel("moe.zero_experts", takes=fits)
 def _zero_experts(low: Lowering, op: Op) -> list[relax.Expr]:
     parts, out = ZeroExperts.of(op), op.outputs[0]
     top_k, width = parts.experts.shape[1], parts.x.shape[1]
@@ -37,6 +38,9 @@ def _zero_experts(low: Lowering, op: Op) -> list[relax.Expr]:
         sc.STORED[out.dtype],
         *kinds,
     )
-    function = low.function(spec, "zero_experts", lambda name: zero_experts(low.target, spec, name))
+    function = low.kernel(spec, "zero_experts")
     low.note(op, "zero_experts")
     return low.call(function, [low.value(v) for v in op.inputs], [out.type])
+
+
+RULES = (Rule("zero_experts", ("moe.zero_experts",), _check, _zero_experts),)

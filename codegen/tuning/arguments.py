@@ -60,11 +60,12 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
     wanted = -(-min(footprint, COLD * last_cache()) // max(size, 1))
     copies = max(1, min(wanted, free // 2 // max(size, 1)))
     weights = [{i: _random(dtypes[i], shapes[i]) for i in held} for _ in range(copies)]
+    experts = kernel.work.experts
     many = shapes[-1][0]  # rows of y, which comes last
 
     def draw(tokens: int) -> Callable[[int], list[Any]]:
-        rows = tokens * kernel.top_k
-        chosen = torch.rand(tokens, kernel.experts).topk(min(kernel.top_k, kernel.experts)).indices
+        rows = tokens * kernel.work.top_k
+        chosen = torch.rand(tokens, experts).topk(min(kernel.work.top_k, experts)).indices
         drawn = {}
         for i, shape in enumerate(shapes):
             if len(shape) > 1 and i not in held:
@@ -73,7 +74,7 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
 
         def call(copy: int) -> list[Any]:
             # Other experts get the same rows: those of the call before are still in the cache.
-            order, ends = sorted_by_expert(torch.randperm(kernel.experts)[chosen], kernel.experts)
+            order, ends = sorted_by_expert(torch.randperm(experts)[chosen], experts)
             given = {**drawn, **weights[copy % copies]}
             for i, shape in enumerate(shapes):
                 if len(shape) == 1:  # the one whose size is known is `ends`

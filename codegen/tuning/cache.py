@@ -7,27 +7,30 @@ from collections.abc import Mapping
 
 from moec import cache
 from moec.cache import TUNINGS, Store
-from moec.codegen.cpu.tuning import Tuning, of_dict
 from moec.codegen.tuning.choose import Gain
+from moec.codegen.tuning.tunable import Tunable, Values
 
 
-def load(store: Store, key: str) -> tuple[Tuning, Gain | None] | None:
+def load(store: Store, key: str, kernel: Tunable) -> tuple[Values, Gain | None] | None:
     """What `save` kept under a key; None where there is nothing that can be used."""
     content = cache.load(store, TUNINGS, key)
     if content is None:
         return None
     try:
         text = json.loads(content)
-        return of_dict(text["values"]), _gain(text["gain"])
+        values = {name: int(value) for name, value in text["values"].items()}
+        if not all(value in kernel.candidates[name] for name, value in values.items()):
+            return None
+        return values, _gain(text["gain"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def save(store: Store, key: str, kernel: str, tuning: Tuning, gain: Gain | None) -> None:
+def save(store: Store, key: str, kernel: str, values: Values, gain: Gain | None) -> None:
     """Keep the values of a kernel. Its name is for people who look at the file."""
     text = {
         "kernel": kernel,
-        "values": tuning.changed(),
+        "values": dict(values),
         "gain": None if gain is None else {str(t): pair for t, pair in gain.by_tokens.items()},
     }
     cache.save(store, TUNINGS, {key: json.dumps(text).encode()})

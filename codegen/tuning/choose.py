@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm_ffi import structural_equal
 
-from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
 from moec.codegen.tuning.measure import TOKENS, Bench
-from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable, Values
 
 LEAST = math.log(1.02)
 
@@ -55,50 +54,47 @@ def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
     return middle, 1.2533 * spread / math.sqrt(len(logs))
 
 
-def choose(kernel: Tunable, bench: Bench) -> tuple[Tuning, Gain | None]:
-    """The tuning of a kernel, and what it gains; None where the default stays."""
-    best = DEFAULT
-    for name in kernel.values:
+def choose(kernel: Tunable, bench: Bench) -> tuple[Values, Gain | None]:
+    """The values of a kernel that are not the default, and what they gain; none where it stays."""
+    default: Values = kernel.complete({})
+    best = default
+    for name in kernel.candidates:
         options = _different(kernel, name, best)
         if len(options) > 1:
             best = _best(options, bench)
-    if best == DEFAULT:
-        return best, None
-    found = _gain(bench([DEFAULT, best]), 1)
-    return (best, found) if found.convinces else (DEFAULT, None)
+    if best == default:
+        return {}, None
+    gains = _gain(bench([default, best]), 1)
+    return (kernel.changed(best), gains) if gains.convinces else ({}, None)
 
 
-def _best(options: Sequence[Tuning], bench: Bench) -> Tuning:
+def _best(options: Sequence[Values], bench: Bench) -> Values:
     times = bench(options)
-    gains = {options[i]: _gain(times, i) for i in range(1, len(options))}
-    convincing = [option for option, found in gains.items() if found.convinces]
-    return max(convincing, key=lambda option: gains[option].mean, default=options[0])
+    gains = [(_gain(times, i), option) for i, option in enumerate(options) if i]
+    convincing = [(gain.mean, option) for gain, option in gains if gain.convinces]
+    return max(convincing, key=lambda pair: pair[0], default=(0.0, options[0]))[1]
 
 
 def _gain(times: Mapping[int, Sequence[Sequence[float]]], other: int) -> Gain:
-    return Gain({tokens: gain(some[0], some[other]) for tokens, some in times.items()})
+    return Gain({tokens: gain(rounds[0], rounds[other]) for tokens, rounds in times.items()})
 
 
-def _different(kernel: Tunable, name: str, best: Tuning) -> list[Tuning]:
+def _different(kernel: Tunable, name: str, best: Values) -> list[Values]:
     """`best`, and others that differ from it in the value of that name and in what they do."""
-    options = [replace(best, **{name: value}) for value in candidates(name)]
+    options: list[Values] = [{**best, name: value} for value in kernel.candidates[name]]
     if name == "worth":
-        known = {
-            tuple(work(kernel, t) >= option.worth for t in TOKENS): option for option in options
-        }
-        own = tuple(work(kernel, t) >= best.worth for t in TOKENS)
-        return [best, *(option for shared, option in known.items() if shared != own)]
-    found, made = [best], [kernel.make("kernel", best)]
+        by_sharing = {_shared(kernel, option): option for option in options}
+        now = _shared(kernel, best)
+        return [best, *(option for sharing, option in by_sharing.items() if sharing != now)]
+    distinct, kernels = [best], [kernel.make("kernel", best)]
     for option in options:
         one = kernel.make("kernel", option)
-        if not any(structural_equal(one, other, map_free_vars=True) for other in made):
-            found.append(option)
-            made.append(one)
-    return found
+        if not any(structural_equal(one, other, map_free_vars=True) for other in kernels):
+            distinct.append(option)
+            kernels.append(one)
+    return distinct
 
 
-def work(kernel: Tunable, tokens: int) -> int:
-    """What a kernel's loop compares with `worth` (cpu/parallel.py)."""
-    rows = tokens * kernel.top_k
-    sums = sum(layout.sums for layout in kernel.layouts)
-    return rows * sums + min(rows, kernel.experts) * sum(layout.bytes for layout in kernel.layouts)
+def _shared(kernel: Tunable, values: Values) -> tuple[bool, ...]:
+    """At which numbers of tokens the work is shared among threads (cpu/parallel.py)."""
+    return tuple(kernel.work.of(tokens) >= values["worth"] for tokens in TOKENS)

@@ -11,9 +11,8 @@ from itertools import count
 from tvm.tirx import PrimFunc
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.tuning.arguments import Arguments, arguments
-from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable, Values
 from moec.target.cpu import Target
 
 TOKENS = (1, 8, 64, 512)
@@ -24,7 +23,7 @@ Times = Mapping[int, Sequence[Sequence[float]]]
 """By number of tokens, for each tuning: seconds of each round. Those of one round had the same
 rows, and as many for each expert, one after the other."""
 
-Bench = Callable[[Sequence[Tuning]], Times]
+Bench = Callable[[Sequence[Values]], Times]
 Measure = Callable[[Tunable], Bench]
 """What times one kernel with any tunings, as often as it is asked to."""
 
@@ -39,14 +38,14 @@ class OnThisMachine:
     clock: Callable[[], float] = time.perf_counter
 
     def __call__(self, kernel: Tunable) -> Bench:
-        given = arguments(kernel, kernel.make("measured", DEFAULT), self.footprint)
+        given = arguments(kernel, kernel.make("measured", {}), self.footprint)
 
         @cache
-        def function(tuning: Tuning) -> Callable[..., None]:
-            return self._compiled(kernel.make("measured", tuning))
+        def function(values: frozenset[tuple[str, int]]) -> Callable[..., None]:
+            return self._compiled(kernel.make("measured", dict(values)))
 
-        def bench(tunings: Sequence[Tuning]) -> Times:
-            functions = [function(tuning) for tuning in tunings]
+        def bench(tunings: Sequence[Values]) -> Times:
+            functions = [function(frozenset(values.items())) for values in tunings]
             return {tokens: self._rounds(functions, given, tokens) for tokens in TOKENS}
 
         return bench

@@ -1,52 +1,57 @@
-"""A kernel whose values can be tuned: what it is called, which values it reads, how it is made."""
+"""A kernel whose values can be tuned: what it is called, which values it has, how it is made."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.tuning import Tuning
+Values: TypeAlias = Mapping[str, int]
+"""What a kernel is to choose, by name; what is not there has its default."""
 
-Make = Callable[[str, Tuning], PrimFunc]
+Tunings: TypeAlias = Mapping[str, Values]
+"""Values by the key of the kernel."""
+
+Make: TypeAlias = Callable[[str, Values], PrimFunc]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call does, for the measurement: of each token the kernel sees `top_k` rows, of
+    `experts` experts. It compares `work(tokens)` with the value called `worth`."""
+
+    top_k: int
+    experts: int
+    sums: int
+    bytes: int
+
+    def of(self, tokens: int) -> int:
+        """Multiplications and bytes that a loop over all rows has, as `worth` counts them."""
+        rows = tokens * self.top_k
+        return rows * self.sums + min(rows, self.experts) * self.bytes
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """`make(name, tuning)` gives the kernel, which reads these `values` of its tuning; none where
-    only the default is known to be right.
+    """`make(name, values)` gives the kernel. `candidates` are what each of its values is measured
+    with, the default first; none where only the default is known to be right.
 
-    `key` stands for all that it is generated from but the target and the tuning. Of each token it
-    sees `top_k` rows. `layouts` are those of its weights: experts', or one or several dense ones
-    that the same rows meet.
+    `key` stands for all that it is generated from but the target and its values. Other values
+    change no bit of its results, and nothing about packed weights.
     """
 
     name: str
     key: str
-    layouts: tuple[Layout, ...]
-    top_k: int
+    work: Work
     make: Make
-    values: tuple[str, ...]
+    candidates: Mapping[str, tuple[int, ...]]
 
-    @property
-    def experts(self) -> int:
-        return self.layouts[0].spec.groups
+    def changed(self, values: Values) -> dict[str, int]:
+        """Those of the values that are not the default."""
+        return {name: n for name, n in values.items() if n != self.candidates[name][0]}
 
-
-def tunable(
-    name: str,
-    spec: object,
-    layouts: tuple[Layout, ...],
-    top_k: int,
-    make: Make,
-    values: tuple[str, ...],
-) -> Tunable:
-    """`spec` is whatever the kernel is generated from, with a `repr` that tells it all."""
-    first = layouts[0].spec
-    sizes = "x".join(map(str, (*((first.groups,) if first.groups > 1 else ()), first.n, first.k)))
-    digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
-    said = f"{name}, {sizes}"
-    return Tunable(said, f"{said} {digest}", layouts, top_k, make, values)
+    def complete(self, values: Values) -> dict[str, int]:
+        """All values of the kernel, defaults included."""
+        return {name: values.get(name, options[0]) for name, options in self.candidates.items()}

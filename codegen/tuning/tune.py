@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from moec.cache import Store, key_of
-from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates
 from moec.codegen.tuning import cache
 from moec.codegen.tuning.choose import Gain, choose
 from moec.codegen.tuning.measure import TOKENS, Measure
-from moec.codegen.tuning.tunable import Tunable
+from moec.codegen.tuning.tunable import Tunable, Values
 from moec.errors import NoMatch
 from moec.runtime.threads import set_threads
 from moec.target.cpu import Target, processor
@@ -23,7 +22,7 @@ class Tuned:
     was not measured now, `why` that it could not be."""
 
     kernel: Tunable
-    tuning: Tuning = DEFAULT
+    values: Values = field(default_factory=dict)
     gain: Gain | None = None
     known: bool = False
     why: str = ""
@@ -46,18 +45,18 @@ def tune(
         progress(f"tune {number}/{len(kernels)} {kernel.name}")
         key = key_of(
             "tuning", kernel.key, target, processor(), set_threads(), context, TOKENS,
-            *((name, candidates(name)) for name in kernel.values),
+            *kernel.candidates.items(),
             *(version(name) for name in ("moec", "apache-tvm")),
         )  # fmt: skip
-        known = cache.load(store, key)
+        known = cache.load(store, key, kernel)
         if known is not None:
             found.append(Tuned(kernel, *known, known=True))
             continue
         try:
-            tuning, gain = choose(kernel, measure(kernel))
+            values, gain = choose(kernel, measure(kernel))
         except NoMatch as why:
             found.append(Tuned(kernel, why=str(why)))
             continue
-        cache.save(store, key, kernel.name, tuning, gain)
-        found.append(Tuned(kernel, tuning, gain))
+        cache.save(store, key, kernel.name, values, gain)
+        found.append(Tuned(kernel, values, gain))
     return tuple(found)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from moec.cache import LIBRARIES, key_of, load, save, source_version
-from moec.codegen.build import compile_module
-from moec.codegen.cpu.link import linked
+from moec.codegen.backends import backend_for
 from moec.codegen.lower import Lowered, lower
 from moec.codegen.package import package, packed_arrays
 from moec.dynamo.options import Options, exact
@@ -82,14 +81,15 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
     steps = run(Program(graph, weights), passes[last + 1 :], stage=Stage.MOE)
     final = steps[-1].program
     module = Module.of(final)
-    lowered = lower(module, options.target)
+    backend = backend_for(options.target)
+    lowered = lower(module, options.target, backend)
     bare = package(module, options.target, lowered, b"", weights=False)
     library = load(options.cache, LIBRARIES, key)
     if library is not None:
         RECORDER.add(disk_hits=1)
     else:
         target, level = options.target, options.opt_level
-        library = linked(compile_module(lowered.module, target, level, options.cache), target)
+        library = backend.library(lowered.module, target, level, options.cache)
         RECORDER.add(code_compiled=1)
         save(options.cache, LIBRARIES, {key: library})
     made = replace(bare, library=library)

@@ -19,7 +19,7 @@ from moec.ir.text import print_graph
 from moec.model.generate import Prompts, continued, stream
 from moec.passes.core.runner import Declined, Step
 from moec.pipeline import without_effect
-from moec.report.data import Block, DeclinedLine, ErrorLine, QuantisedLine, TunedLine
+from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
 from moec.report.quantisation import left_wide
 from moec.report.report import Report, describe_graph, pass_lines
 from moec.runtime.call import Choices, call, routed, routers
@@ -154,6 +154,7 @@ class CompiledModel:
             declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
             passes=pass_lines(self.steps),
             kernels=kernels,
+            loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
             verification=tuple(
                 ErrorLine(name, error, checked.tolerance) for name, error in checked.errors.items()
             )
@@ -265,6 +266,11 @@ class CompiledModel:
     def ready(self) -> tuple[Package, Executor]:
         """The package and its executor. Raises UsageError where this machine cannot run it."""
         package = self._package()
+        if self.executor is None and not package.library:
+            raise UsageError(
+                f"the target {self.target.name!r} makes no code, so that the model cannot be run: "
+                "compile it for another target"
+            )
         if self.executor is None:
             raise UsageError(
                 f"this machine lacks {', '.join(missing(self.target))} and cannot run code for "

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from moec.errors import ArtifactError, IRError
 from moec.runtime.artifact import Artifact, graph_part
-from moec.runtime.package import CpuNeeds, Package
+from moec.runtime.package import Package
 
 
 def rebuild(opened: Artifact) -> Package:
@@ -20,9 +20,7 @@ def rebuild(opened: Artifact) -> Package:
     Raises ArtifactError where a graph of it is malformed, or moec would now pack its weights
     otherwise, and UnsupportedError where no kernel is known for an op.
     """
-    from moec.codegen.build import compile_module
-    from moec.codegen.cpu.link import linked
-    from moec.codegen.cpu.tuning import of_dict
+    from moec.codegen.backends import backend_for
     from moec.codegen.lower import lower
     from moec.codegen.package import ports
     from moec.interpret.verifier import verify
@@ -32,8 +30,7 @@ def rebuild(opened: Artifact) -> Package:
 
     needs = opened.package.target
     target = targets.parse(needs.name)
-    known = CpuNeeds(target.name, target.mcpu, target.mattr, target.mtriple, target.features)
-    if known != needs:
+    if target.needs != needs:
         raise ArtifactError(
             f"{opened.path} was compiled for a target {needs.name!r} that this moec describes "
             "otherwise, so its weights may lie otherwise too; compile the model again"
@@ -51,13 +48,13 @@ def rebuild(opened: Artifact) -> Package:
         return Program(graph, {})
 
     package = opened.package
+    module = Module({name: program(name) for name in package.functions})
+    backend = backend_for(target)
     try:
-        tunings = {kernel: of_dict(values) for kernel, values in package.tunings.items()}
+        lowered = lower(module, target, backend, package.tunings)
     except ValueError as error:
         raise ArtifactError(f"{opened.path} was tuned by another moec: {error}") from error
-    module = Module({name: program(name) for name in package.functions})
-    lowered = lower(module, target, tunings)
-    if not tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
+    if not package.tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
         raise ArtifactError(
             f"{opened.path} was tuned for kernels that this moec makes otherwise; compile the "
             "model again"
@@ -67,4 +64,4 @@ def rebuild(opened: Artifact) -> Package:
             raise ArtifactError(
                 f"{opened.path} packs its weights as this moec does not; compile the model again"
             )
-    return replace(package, library=linked(compile_module(lowered.module, target), target))
+    return replace(package, library=backend.library(lowered.module, target, 2, None))

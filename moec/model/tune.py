@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 
 from moec.cache import default_store
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.backend import Backend
+from moec.codegen.backends import backend_for
 from moec.codegen.lower import lower
 from moec.codegen.tuning import Tuned, tune
 from moec.codegen.tuning.arguments import COLD
 from moec.codegen.tuning.measure import OnThisMachine
+from moec.codegen.tuning.tunable import Values
 from moec.ir.graph import Module
 from moec.report.data import TunedLine
 from moec.target.cpu import Target, last_cache
@@ -19,15 +21,16 @@ from moec.target.cpu import Target, last_cache
 def tune_kernels(
     module: Module,
     target: Target,
+    backend: Backend | None = None,
     *,
     opt_level: int,
     progress: Callable[[str], None],
-) -> tuple[dict[str, Tuning], tuple[TunedLine, ...]]:
+) -> tuple[dict[str, Values], tuple[TunedLine, ...]]:
     """Values for the kernels of a module that could be measured, by key, and a line for each.
 
     Raises UnsupportedError where an op has no kernel.
     """
-    lowered = lower(module, target)
+    lowered = lower(module, target, backend or backend_for(target))
     size = sum(weight.nbytes for weight in module.main.weights.values())
     # Rounded up to a power of two, so that models of nearly one size share what was measured.
     footprint = min(1 << (size - 1).bit_length(), COLD * last_cache()) if size else 0
@@ -39,14 +42,14 @@ def tune_kernels(
         (footprint, opt_level),
         progress,
     )
-    return {t.kernel.key: t.tuning for t in found if not t.why}, tuple(map(line, found))
+    return {t.kernel.key: t.values for t in found if not t.why}, tuple(map(line, found))
 
 
 def line(tuned: Tuned) -> TunedLine:
     gain = tuned.gain
     return TunedLine(
         tuned.kernel.name,
-        tuned.tuning.changed(),
+        dict(tuned.values),
         {str(t): math.exp(log) for t, (log, _) in gain.by_tokens.items()} if gain else {},
         math.expm1(gain.noise) if gain else 0.0,
         tuned.known,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import msgspec
+
+from moec.errors import ArtifactError
 from moec.passes.core.damage import Damage
 
 WHOLE = "(whole model)"
@@ -57,10 +60,6 @@ class PortLine:
     name: str
     dtype: str
     shape: tuple[str, ...]
-
-    @staticmethod
-    def of_dict(recorded: Mapping[str, Any]) -> PortLine:
-        return PortLine(recorded["name"], recorded["dtype"], tuple(recorded["shape"]))
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,15 @@ class TunedLine:
 
 
 @dataclass(frozen=True)
+class LoopLine:
+    """An op that became a plain loop though there are kernels for such ops, and why."""
+
+    where: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
 
@@ -143,6 +151,7 @@ class ReportData:
     declined: tuple[DeclinedLine, ...] = ()
     passes: tuple[PassLine, ...] = ()
     kernels: Mapping[str, int] = field(default_factory=dict)
+    loops: tuple[LoopLine, ...] = ()
     verification: tuple[ErrorLine, ...] = ()
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
@@ -157,23 +166,13 @@ class ReportData:
 
     @classmethod
     def of_dict(cls, recorded: Mapping[str, Any]) -> Self:
-        """The report that `to_dict` wrote; fields that this version does not know are left out."""
-        lines: dict[str, Callable[[Any], Any]] = {
-            "inputs": PortLine.of_dict,
-            "outputs": PortLine.of_dict,
-            "states": PortLine.of_dict,
-            "blocks": lambda d: Block(**d),
-            "declined": lambda d: DeclinedLine(**d),
-            "passes": lambda d: PassLine(**d),
-            "verification": lambda d: ErrorLine(**d),
-            "damage": Damage.of_dict,
-            "quantised": lambda d: QuantisedLine(**{**d, "few": tuple(d.get("few", ()))}),
-            "moved": lambda d: MovedLine(**d),
-            "tuned": lambda d: TunedLine(**d),
-        }
-        known = {k: v for k, v in recorded.items() if k in cls.__dataclass_fields__}
-        for name, make in lines.items():
-            known[name] = tuple(make(dict(line)) for line in known.get(name, ()))
-        known["sizes"] = {name: (low, high) for name, (low, high) in known.get("sizes", {}).items()}
-        known["notes"] = tuple(known.get("notes", ()))
-        return cls(**known)
+        """The report that `to_dict` wrote; fields that this version does not know are left out.
+
+        Raises ArtifactError where it is malformed: it may come from a stranger's artifact.
+        """
+        try:
+            return msgspec.convert(recorded, cls)
+        except msgspec.ValidationError as error:
+            raise ArtifactError(
+                f"the report is malformed: {error}; compile the model again"
+            ) from error

@@ -13,6 +13,7 @@ from moec.report.data import (
     Block,
     DeclinedLine,
     ErrorLine,
+    LoopLine,
     MovedLine,
     PassLine,
     PortLine,
@@ -72,6 +73,9 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
     if report.passes:
         yield ""
         yield _passes(report.passes)
+    if report.loops:
+        yield ""
+        yield _loops(report.loops)
     for damage in report.damage:
         yield ""
         yield from damage_parts(damage)
@@ -180,6 +184,16 @@ def _declined(declined: Sequence[DeclinedLine]) -> Any:
         groups.setdefault((line.rule, line.reason), []).append(line.where)
     for (rule, reason), places in groups.items():
         table.add_row(fold(places), rule, reason)
+    return table
+
+
+def _loops(loops: Sequence[LoopLine]) -> Any:
+    table = _grid("Without a kernel, a plain loop", "op", "why")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in loops:
+        groups.setdefault((line.op, line.reason), []).append(line.where)
+    for (op, reason), origins in groups.items():
+        table.add_row(fold(origins), op, reason)
     return table
 
 

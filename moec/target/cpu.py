@@ -9,6 +9,7 @@ A target is chosen by name. "cpu" is this machine; the others are the same every
     avx512-bf16   x86-64-v4 with dot products of bf16 pairs and of int8 quadruples
     amx           avx512-bf16 with products of whole tiles of bf16 and int8
     neon-dotprod  aarch64: 4 lanes, with dot products of int8 quadruples
+    null          makes no code: what would be compiled, in a second
     llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= as LLVM spells them
 
 Only the `llvm:` form asks TVM; all else, the check of an artifact's features included, needs
@@ -26,6 +27,9 @@ from pathlib import Path
 from moec.errors import TargetError
 from moec.target import amx
 
+NULL = "null"
+"""This machine, for which no code is made: see `moec.codegen.backends.null`."""
+
 _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _AMX = ("amx-tile", "amx-bf16", "amx-int8")
@@ -40,6 +44,17 @@ _BEYOND_V4 = (
 
 
 @dataclass(frozen=True)
+class CpuNeeds:
+    """Which CPU a library was compiled for."""
+
+    name: str
+    mcpu: str = ""
+    mattr: tuple[str, ...] = ()
+    mtriple: str = ""
+    features: tuple[str, ...] = ()  # LLVM's names of what the code may use
+
+
+@dataclass(frozen=True)
 class Target:
     """One CPU, as kernels see it. `features` are LLVM's names of what the code may use."""
 
@@ -51,6 +66,12 @@ class Target:
     vector_lanes: int = 4  # of float32
     vector_registers: int = 16
     l2: int = 512 * 1024  # bytes of the second-level cache of one core
+    kind: str = "cpu"
+
+    @property
+    def needs(self) -> CpuNeeds:
+        """What decides whether code runs on a machine, and how weights are packed."""
+        return CpuNeeds(self.name, self.mcpu, self.mattr, self.mtriple, self.features)
 
     @property
     def fma(self) -> bool:
@@ -166,7 +187,7 @@ TARGETS: dict[str, Target] = {
 
 
 def parse(name: str) -> Target:
-    """The target of that name: "cpu", a name in TARGETS, or "llvm:-mcpu=...".
+    """The target of that name: "cpu", a name in TARGETS, "null" or "llvm:-mcpu=...".
 
     Raises TargetError for any other name, listing the known ones.
     """
@@ -174,9 +195,11 @@ def parse(name: str) -> Target:
         return host()
     if name in TARGETS:
         return TARGETS[name]
+    if name == NULL:
+        return replace(host(), name=NULL, kind=NULL)
     if name.startswith("llvm:"):
         return _from_llvm(name)
-    known = ", ".join(["cpu", *TARGETS, "llvm:-mcpu=..."])
+    known = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=..."])
     raise TargetError(f"unknown target {name!r}; the known targets are {known}")
 
 

@@ -7,9 +7,7 @@ matrices, per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 METRICS = {
     "kl": "KL divergence of the next token from the original model's, in nats a token",
@@ -71,13 +69,3 @@ class Damage:
     @property
     def applied(self) -> bool:
         return any(not layer.undone for layer in self.layers)
-
-    @staticmethod
-    def of_dict(recorded: Mapping[str, Any]) -> Damage:
-        """The damage that `dataclasses.asdict` wrote."""
-        layers = tuple(
-            LayerDamage(**{**layer, "after": Distance(**layer["after"])})
-            for layer in recorded["layers"]
-        )
-        ends = {name: Distance(**recorded[name]) for name in ("original", "after")}
-        return Damage(**{**recorded, **ends, "layers": layers})

@@ -9,6 +9,7 @@ import sympy
 import torch
 from tvm import tirx
 
+from moec.codegen.backends.cpu.backend import CPU
 from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes
 from moec.codegen.lower import lower
@@ -53,7 +54,7 @@ def test_products_of_the_same_rows_are_one_kernel() -> None:
         + lines.replace("  y1:", "  z: f32[T, 3] = aten.silu.default(y0)\n  y1:")
         + "  return z, y0, y1, y2, y3, y4\n}\n"
     )
-    lowered = lower(Module.of(Program(graph, {})), host())
+    lowered = lower(Module.of(Program(graph, {})), host(), CPU)
     names = [v.name_hint for v in lowered.module.get_global_vars()]
     assert sorted(n for n in names if n.startswith("linear")) == ["linear", "linears"]
     weights = {p.name: torch.randn(*map(int, p.shape)) for p in graph.params}
@@ -90,7 +91,7 @@ def test_layers_share_kernels_whatever_their_sizes_are_called() -> None:
           c: f32[T, 8] = aten.relu.default(y)
           return a, b, c
         }""")
-    lowered = lower(Module.of(Program(graph, {})), host())
+    lowered = lower(Module.of(Program(graph, {})), host(), CPU)
     kernels = [g.name_hint for g in lowered.module.get_global_vars() if g.name_hint != "main"]
     assert sorted(kernels) == ["fused_relu", "fused_silu"]
 
@@ -104,7 +105,7 @@ def test_everything_unsupported_is_listed_at_once() -> None:
       return c
     }""")
     with pytest.raises(UnsupportedError) as error:
-        lower(Module.of(Program(graph, {})), host())
+        lower(Module.of(Program(graph, {})), host(), CPU)
     text = str(error.value)
     assert "aten.nonzero.default makes a size that depends on the data (1 time: at model" in text
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
@@ -120,9 +121,9 @@ def test_a_size_that_the_export_fixed_is_refused() -> None:
       return b
     }""")
     with pytest.raises(UnsupportedError, match=r"at model.chunks .* fixed a size that varies"):
-        lower(Module.of(Program(graph, {})), host())
+        lower(Module.of(Program(graph, {})), host(), CPU)
     bounded = replace(graph, bounds={"T": Bounds(1, 64)})
-    lower(Module.of(Program(bounded, {})), host())
+    lower(Module.of(Program(bounded, {})), host(), CPU)
 
 
 def test_positions_out_of_range_read_the_nearest_row() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from moec.errors import ArtifactError
 from moec.runtime import artifact, executor, manifest
-from moec.runtime.package import CpuNeeds, Package
+from moec.runtime.package import Package
+from moec.target.cpu import CpuNeeds
 from tests.runtime import toy
 from tests.runtime.damaged import add_member, edit_manifest, edit_package, refused, same, unpacked
 

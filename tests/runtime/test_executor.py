@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from moec.errors import InputError
 from moec.runtime.dtypes import NUMPY, name_of
 from moec.runtime.executor import Executor, load
-from moec.runtime.package import CpuNeeds, Function, Package, Port, StatePort
+from moec.runtime.package import Function, Package, Port, StatePort
+from moec.target.cpu import CpuNeeds
 from tests.runtime import toy
 
 # Four products and three sums of float32, each rounded once: 7 * 2**-24 of values below 10.

@@ -17,7 +17,8 @@ import numpy as np
 
 from moec.runtime.artifact import Sample
 from moec.runtime.dtypes import Array
-from moec.runtime.package import CpuNeeds, Function, Package, Port, StatePort
+from moec.runtime.package import Function, Package, Port, StatePort
+from moec.target.cpu import CpuNeeds
 
 GRAPH = "graph main(x: f32[T, 4]) {\n  return x\n}\n"
 

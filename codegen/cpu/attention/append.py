@@ -9,7 +9,6 @@ float32 and rounded once: x * cos - y * sin, y * cos + x * sin.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -20,39 +19,13 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.parallel import ELEMENT, divide
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.target.cpu import Target
 
 _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
 """As what elements are moved, and how many of them take the room of a float32."""
 
 Row = tuple[Expr | int, ...]
-
-
-@dataclass(frozen=True)
-class AnglesSpec:
-    """cos or sin, which broadcasts to [B, H, S]; `full` says which of the three are not 1.
-
-    `width` is D, or D/2 where both halves of a row are turned alike.
-    """
-
-    dtype: str
-    full: tuple[bool, bool, bool]
-    width: int
-
-
-@dataclass(frozen=True)
-class AppendSpec:
-    """`tokens_first` rows are [B, S, H, D]; the cache never is. `turns` are cos and sin."""
-
-    dtype: str
-    heads: int
-    width: int
-    tokens_first: bool = False
-    turns: tuple[AnglesSpec, AnglesSpec] | None = None
-
-    def row(self, b: Expr, h: Expr | int, s: Expr) -> Row:
-        """The index of a row; of sizes, the shape of all."""
-        return (b, s, h) if self.tokens_first else (b, h, s)
 
 
 def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:

@@ -14,7 +14,8 @@ from tvm.tirx import PrimFunc
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.attention.decode import FEW, few
 from moec.codegen.cpu.attention.prefill import tiled
-from moec.codegen.cpu.attention.problem import AttentionSpec, MaskSpec, arguments
+from moec.codegen.cpu.attention.problem import arguments
+from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.target.cpu import Target
 
 __all__ = ["AttentionSpec", "MaskSpec", "attention"]

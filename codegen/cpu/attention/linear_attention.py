@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -21,25 +20,10 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.attention import LinearAttentionSpec
 from moec.target.cpu import Target
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
-
-
-@dataclass(frozen=True)
-class LinearAttentionSpec:
-    """The fixed sizes (G, H, Dk, Dv) of one nn.linear_attention, and which inputs it has.
-
-    `per`: what has a decay of its own, as in `moec.ops.linear_attention`.
-    """
-
-    shared: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    per: Literal["head", "key", "rate"]
-    delta: bool
-    started: bool
 
 
 @dataclass(frozen=True)

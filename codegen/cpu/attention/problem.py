@@ -19,59 +19,10 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.target.cpu import Target
 
 MINUS_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """A mask that broadcasts to [B, Hq, S, L]; `full` says which of the four dims are not 1.
-
-    A bool mask is True where a query attends; any other is added to the scaled scores.
-    """
-
-    dtype: str
-    full: tuple[bool, bool, bool, bool]
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What is known when compiling; B, S and L are sizes of the call, 0 allowed.
-
-    Position s sees key l where l <= s if `is_causal`, l > s - `window`, and l // `chunk` is
-    s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
-    `tokens_first` names those of q, k, v and out that are [B, S or L, heads, D]: what a linear
-    layer produces, and reads, without any transpose. `sinks` adds one logit per head that only
-    the denominator sees (GPT-OSS). `placed` queries count from first[b] instead: k and v are a
-    cache of L places.
-    """
-
-    dtype: str
-    q_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    scale: float
-    is_causal: bool = False
-    mask: MaskSpec | None = None
-    sinks: bool = False
-    tokens_first: tuple[str, ...] = ()
-    window: int | None = None
-    chunk: int | None = None
-    placed: bool = False
-
-    def __post_init__(self) -> None:
-        if self.q_heads % self.kv_heads:
-            raise ValueError(
-                f"attention: {self.q_heads} query heads cannot share {self.kv_heads} key heads: "
-                "the first must be a multiple of the second"
-            )
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.q_heads // self.kv_heads
 
 
 @dataclass(frozen=True)

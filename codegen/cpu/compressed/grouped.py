@@ -26,7 +26,6 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.compressed import lanes
 from moec.codegen.cpu.compressed import weights as compressed_weights
-from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
 from moec.codegen.cpu.compressed.weights import Weights
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import Output, Product
@@ -35,6 +34,7 @@ from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
+from moec.codegen.specs.products import CompressedSpec
 from moec.target.cpu import Target
 
 ROWS = 4

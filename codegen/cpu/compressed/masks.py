@@ -16,10 +16,10 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu.compressed.lanes import call
 from moec.codegen.cpu.compressed.ternary_walk import Take, Ternary
-from moec.codegen.cpu.gemm.layout import LinearSpec
 from moec.codegen.cpu.gemm.product import argument
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec
 from moec.formats.two_bit import NEIGHBOURS, words
 
 TURNS = 2

@@ -15,10 +15,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.gemm.layout import LinearSpec
 from moec.codegen.cpu.gemm.product import argument
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
 from moec.target.cpu import Target
 
@@ -27,15 +27,6 @@ AHEAD = 16
 
 Take = Callable[[int, Expr, Expr, Expr], None]
 """(which set of sums, word of x, factor, factor)"""
-
-
-@dataclass(frozen=True)
-class CompressedSpec(LinearSpec):
-    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
-
-    kind: str = "ternary"
-    bytes_of_counts: tuple[int, ...] = (1, 1)
-    """In the starts of each stack of ternary weights."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from moec.codegen.cpu.compressed.masks import Masks, TwoBits
 from moec.codegen.cpu.compressed.signs import Signs, signed
-from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
 from moec.codegen.cpu.gemm.product import argument
 from moec.codegen.cpu.llvm.frame import llvm_frame
 from moec.codegen.cpu.llvm.masks import mask_functions
 from moec.codegen.cpu.llvm.vector_text import llvm_functions
+from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
 from moec.target.cpu import Target
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu.gemm.layout import LinearSpec
 from moec.codegen.cpu.gemm.linear import plain_product
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import Target
 
 

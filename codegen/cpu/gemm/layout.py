@@ -15,28 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import Target
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """y[rows, n] = f(x[rows, k] @ w[e]^T + bias[e]) for the rows of each of `groups` experts.
-
-    Gated: y = f(x @ gate[e]^T + gate_bias[e], x @ up[e]^T + up_bias[e]).
-    `dtype` is that of x and of the weights before packing: float32, bfloat16 or float16.
-    """
-
-    n: int
-    k: int
-    dtype: str
-    out_dtype: str = ""  # empty: as dtype
-    groups: int = 1
-    gated: bool = False
-    bias: bool = False
-
-    @property
-    def y_dtype(self) -> str:
-        return self.out_dtype or self.dtype
 
 
 @dataclass(frozen=True)

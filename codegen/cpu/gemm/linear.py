@@ -15,13 +15,14 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.gemm.amx_tile import AmxTile
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.product import Output, Product, W, X, argument
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import Target
 
 MANY = 32  # rows from which on a thread takes some tiles of columns at once

@@ -11,11 +11,12 @@ from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Tile
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import QuantisedSpec
 from moec.target.cpu import Target
 
 

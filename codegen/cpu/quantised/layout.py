@@ -17,12 +17,12 @@ import ml_dtypes
 import torch
 from torch import Tensor
 
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import Array
 from moec.codegen.cpu.quantised.dot_products import Way, way
-from moec.formats.integer import E2M1_ZERO, Format
+from moec.codegen.specs.products import QuantisedSpec
+from moec.formats.integer import E2M1_ZERO
 
-INT8 = Format("int8")
 ROW_STEP = 64
 """Rows of x, as codes, are padded to a multiple of this many: a multiple of any word and vector."""
 
@@ -52,13 +52,6 @@ class RowCodes:
 BYTES = RowCodes()
 PAIRS = RowCodes(16)
 PLANES = RowCodes(16, 2)
-
-
-@dataclass(frozen=True)
-class QuantisedSpec(LinearSpec):
-    """As LinearSpec, for weights of `format`; x is codes, and `dtype` says nothing about it."""
-
-    format: Format = INT8
 
 
 @dataclass(frozen=True)

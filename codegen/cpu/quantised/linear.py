@@ -12,8 +12,8 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.gemm.linear import dense_products
 from moec.codegen.cpu.quantised.grouped import quantised_product
-from moec.codegen.cpu.quantised.layout import QuantisedSpec
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
+from moec.codegen.specs.products import QuantisedSpec
 from moec.target.cpu import Target
 
 

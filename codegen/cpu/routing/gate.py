@@ -22,7 +22,6 @@ from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.routing.route import (
     TOKENS,
-    RouteSpec,
     correction_argument,
     route_token,
     routing_functions,
@@ -31,24 +30,10 @@ from moec.codegen.cpu.routing.route import (
 )
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.routing import GateSpec
 from moec.target.cpu import Target
 
 TOKENS_OF_A_PRODUCT = 32  # that read one block of the weight, while it is in the cache
-
-
-@dataclass(frozen=True)
-class GateSpec:
-    """A router with its linear layer. dtypes: of x, weight, bias (None: there is none).
-
-    `route.logits` is the dtype that the layer's result is rounded to before the scores; the
-    products themselves are those of x and weight as they are.
-    """
-
-    route: RouteSpec
-    width: int
-    x: str
-    weight: str
-    bias: str | None = None
 
 
 @dataclass(frozen=True)

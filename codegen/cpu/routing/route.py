@@ -23,28 +23,11 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.routing.topk import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.routing import RouteSpec
 from moec.ops.routing import Routing
 from moec.target.cpu import Target
 
 TOKENS = 16  # of a task
-
-
-@dataclass(frozen=True)
-class RouteSpec:
-    """One router: `logits` and `correction` are dtypes, the latter None where there is none."""
-
-    routing: Routing
-    num_experts: int
-    logits: str
-    correction: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.routing.k <= self.num_experts:
-            raise ValueError(f"route: k={self.routing.k} of {self.num_experts} experts")
-        if self.num_experts % self.routing.groups:
-            raise ValueError(
-                f"route: {self.num_experts} experts are not {self.routing.groups} equal groups"
-            )
 
 
 @dataclass(frozen=True)

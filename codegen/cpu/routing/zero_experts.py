@@ -10,7 +10,6 @@ constant for it: where it chose none of these experts, zeros or the addend are s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -20,23 +19,8 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.routing import ZeroSpec
 from moec.target.cpu import Target
-
-
-@dataclass(frozen=True)
-class ZeroSpec:
-    """Sizes, and dtypes as TVM names them; None for an input that is not there."""
-
-    first: int
-    kinds: tuple[str, ...]
-    top_k: int
-    width: int
-    x: str
-    out: str
-    weights: str | None = None
-    mix: str | None = None
-    values: str | None = None
-    addend: str | None = None
 
 
 def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> PrimFunc:

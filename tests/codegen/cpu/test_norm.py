@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.norm import NormSpec, norm
+from moec.codegen.cpu.norm import norm
+from moec.codegen.specs.norm import NormSpec
 from moec.target.cpu import TARGETS, Target, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -12,9 +12,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.gemm.layout import LinearSpec
 from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.pipeline import PIPELINE
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import host
 
 TARGET = tvm.target.Target(host().tvm())

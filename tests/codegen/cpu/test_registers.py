@@ -9,8 +9,8 @@ import pytest
 
 from moec.codegen.build import assembly
 from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
-from moec.codegen.cpu.gemm.layout import LinearSpec
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS
 
 ADDS = re.compile(r"\t(?:vfmadd|vdpbf16ps|fmla\t|bfdot)")

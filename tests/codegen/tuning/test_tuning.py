@@ -15,18 +15,20 @@ import torch
 from tvm.tirx import PrimFunc
 
 from moec.cache import TUNINGS, Store, entries, load, save, store_in
+from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.gemm.grouped import gathered_linear
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.quantised.grouped import quantised_linear
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
-from moec.codegen.cpu.tuning import DEFAULT, Tuning, candidates, of_dict
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.codegen.cpu.tuning import Tuning, tuning_of
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.tuning import arguments as arguments_module
 from moec.codegen.tuning import cache
 from moec.codegen.tuning.arguments import arguments, sorted_by_expert
 from moec.codegen.tuning.choose import Gain, choose, gain
 from moec.codegen.tuning.measure import FEWEST, MOST, TOKENS, Bench, OnThisMachine, Times
-from moec.codegen.tuning.tunable import Tunable, tunable
+from moec.codegen.tuning.tunable import Tunable, Values
 from moec.codegen.tuning.tune import tune
 from moec.errors import NoMatch
 from moec.formats.integer import parse
@@ -48,8 +50,11 @@ def kernel_of(dtype: str = "float32", n: int = 96) -> Tunable:
     else:
         spec = LinearSpec(n, 64, dtype, **sizes)  # type: ignore[arg-type]
 
+    def make(name: str, values: Values) -> PrimFunc:
+        return made(name, tuning_of(values))
+
     @functools.cache
-    def make(name: str, tuning: Tuning) -> PrimFunc:
+    def made(name: str, tuning: Tuning) -> PrimFunc:
         def join(g, u):  # type: ignore[no-untyped-def]
             return v.silu(g) * u
 
@@ -61,7 +66,7 @@ def kernel_of(dtype: str = "float32", n: int = 96) -> Tunable:
     return tunable(f"{dtype} gathered", spec, (layout,), K, make, layout.tuned)
 
 
-def taking(seconds: Callable[[Tuning, int], float], rounds: int = 9) -> Bench:
+def taking(seconds: Callable[[Values, int], float], rounds: int = 9) -> Bench:
     """A kernel that takes what `seconds` says, a little more in odd rounds."""
     return lambda tunings: {
         tokens: [[seconds(t, tokens) * (1 + r % 2 / 100) for r in range(rounds)] for t in tunings]
@@ -73,10 +78,10 @@ def taking(seconds: Callable[[Tuning, int], float], rounds: int = 9) -> Bench:
 def test_no_bit_depends_on_it(build, dtype: str) -> None:  # type: ignore[no-untyped-def]
     """All values at both ends, and enough rows and columns that all of the loops run."""
     kernel = kernel_of(dtype, 65 * 32)
-    ends = [Tuning(**{n: end(candidates(n)) for n in kernel.values}) for end in (min, max)]
-    given = arguments(kernel, kernel.make("k", DEFAULT), 0).draw(150)(0)
+    ends = [{n: end(options) for n, options in kernel.candidates.items()} for end in (min, max)]
+    given = arguments(kernel, kernel.make("k", {}), 0).draw(150)(0)
     made = []
-    for tuning in (DEFAULT, *ends):
+    for tuning in ({}, *ends):
         *before, y = [torch.from_dlpack(one) for one in given]
         y.fill_(float("nan"))
         build(HOST, kernel.make("k", tuning))(*before, y)
@@ -109,8 +114,8 @@ def test_which_values_matter_to_which_kernels() -> None:
 )
 def test_values_that_no_kernel_has(recorded: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        of_dict(recorded)
-    assert of_dict(Tuning(fetched=0).changed()) == Tuning(fetched=0)
+        tuning_of(recorded)  # type: ignore[arg-type]
+    assert tuning_of({"fetched": 0}) == Tuning(fetched=0)
 
 
 # ---- choosing --------------------------------------------------------------------------
@@ -118,9 +123,11 @@ def test_values_that_no_kernel_has(recorded: dict[str, object], words: str) -> N
 
 def test_the_fastest_of_several_values_is_chosen() -> None:
     cost = {0: 0.9, 4096: 0.8, 16384: 1.0}
-    bench = taking(lambda t, _: cost.get(t.fetched, 1.1) * (0.9 if t.tiles_at_once == 1 else 1))
+    bench = taking(
+        lambda t, _: cost.get(t["fetched"], 1.1) * (0.9 if t["tiles_at_once"] == 1 else 1)
+    )
     chosen, found = choose(kernel_of(n=65 * 32), bench)
-    assert chosen == Tuning(fetched=4096, tiles_at_once=1)
+    assert chosen == {"fetched": 4096, "tiles_at_once": 1}
     assert found is not None
     assert found.mean == pytest.approx(-math.log(0.72))
 
@@ -129,39 +136,43 @@ def test_the_fastest_of_several_values_is_chosen() -> None:
     "seconds",
     [
         lambda t, tokens: 1.0,
-        lambda t, tokens: 0.99 if t.fetched == 0 else 1.0,  # less than counts
+        lambda t, tokens: 0.99 if t["fetched"] == 0 else 1.0,  # less than counts
         lambda t, tokens: (
-            (0.5 if tokens == 1 else 1.1) if t.fetched == 0 else 1.0
+            (0.5 if tokens == 1 else 1.1) if t["fetched"] == 0 else 1.0
         ),  # slower with many
     ],
     ids=["equal", "too little", "slower somewhere"],
 )
-def test_the_default_stays(seconds: Callable[[Tuning, int], float]) -> None:
-    assert choose(kernel_of(), taking(seconds)) == (DEFAULT, None)
+def test_the_default_stays(seconds: Callable[[Values, int], float]) -> None:
+    assert choose(kernel_of(), taking(seconds)) == ({}, None)
 
 
 def test_noise_alone_chooses_hardly_anything() -> None:
     """The spread is 20 %; what wins among several by luck is measured again."""
     random = torch.Generator().manual_seed(0)
 
-    def bench(tunings: Sequence[Tuning]) -> Times:
+    def bench(tunings: Sequence[Values]) -> Times:
         drawn = torch.randn(len(TOKENS), len(tunings), 9, generator=random).mul(0.2).exp()
         return dict(zip(TOKENS, drawn.tolist(), strict=True))
 
     chosen = [choose(kernel_of(), bench) for _ in range(30)]
-    assert all((tuning == DEFAULT) == (found is None) for tuning, found in chosen)
+    assert all((not values) == (found is None) for values, found in chosen)
     assert sum(found is not None for _, found in chosen) <= 1
 
 
 def test_what_a_second_measurement_does_not_confirm_is_dropped() -> None:
-    better, equal = taking(lambda t, _: 0.5 if t.changed() else 1.0), taking(lambda t, _: 1.0)
-    kernel = replace(kernel_of(), values=("fetched",))
+    better, equal = (
+        taking(lambda t, _: 0.5 if t["fetched"] != 16384 else 1.0),
+        taking(lambda t, _: 1.0),
+    )
+    candidates = {"fetched": kernel_of().candidates["fetched"]}
+    kernel = replace(kernel_of(), candidates=candidates)
 
-    def bench(tunings: Sequence[Tuning]) -> Times:
+    def bench(tunings: Sequence[Values]) -> Times:
         return (equal if len(tunings) == 2 else better)(tunings)
 
     assert choose(kernel, better)[1] is not None
-    assert choose(kernel, bench) == (DEFAULT, None)
+    assert choose(kernel, bench) == ({}, None)
 
 
 def test_a_disturbed_round_counts_little() -> None:
@@ -170,14 +181,15 @@ def test_a_disturbed_round_counts_little() -> None:
 
 
 def test_candidates_that_make_the_same_kernel_are_not_measured() -> None:
-    seen: list[Sequence[Tuning]] = []
+    seen: list[Sequence[Values]] = []
 
-    def bench(tunings: Sequence[Tuning]) -> Times:
+    def bench(tunings: Sequence[Values]) -> Times:
         seen.append(tunings)
         return taking(lambda t, _: 1.0)(tunings)
 
-    choose(kernel_of(), bench)  # few tiles: one at once whatever is asked for
-    varied = {name for tunings in seen for t in tunings for name in t.changed()}
+    kernel = kernel_of()
+    choose(kernel, bench)  # few tiles: one at once whatever is asked for
+    varied = {name for tunings in seen for t in tunings for name in kernel.changed(t)}
     assert varied == {"fetched", "worth"}
 
 
@@ -189,19 +201,19 @@ def test_a_kernel_is_measured_in_turn() -> None:
     measure = OnThisMachine(
         HOST, 0, clock=lambda: float(next(ticks))
     )  # a second a call: few rounds
-    times = measure(kernel_of("bfloat16"))([DEFAULT, Tuning(fetched=0)])
+    times = measure(kernel_of("bfloat16"))([{}, {"fetched": 0}])
     assert tuple(times) == TOKENS
     assert {len(some) for per_tuning in times.values() for some in per_tuning} == {FEWEST}
     quick = OnThisMachine(HOST, 0, clock=lambda: next(ticks) * 1e-9)
-    assert len(quick(kernel_of("int4:32"))([DEFAULT])[1][0]) == MOST
+    assert len(quick(kernel_of("int4:32"))([{}])[1][0]) == MOST
 
 
 def test_rows_and_copies_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     order, ends = sorted_by_expert(torch.tensor([[2, 0], [2, 3]]), E)
     assert (order.tolist(), ends.tolist()) == ([1, 0, 2, 3], [1, 1, 3, 4])
     kernel = kernel_of()
-    size = kernel.layouts[0].bytes * E
-    made = kernel.make("k", DEFAULT)
+    size = kernel.work.bytes * E
+    made = kernel.make("k", {})
     call = arguments(kernel, made, 0).draw(1)
     met = {tuple(torch.from_dlpack(call(turn)[2]).tolist()) for turn in range(20)}
     assert len(met) > 1  # on the same row, other experts
@@ -238,11 +250,11 @@ def test_a_second_time_nothing_is_measured(store: Store) -> None:
     kernel, said = kernel_of(), []
 
     def measure(kernel: Tunable) -> Bench:
-        return taking(lambda t, _: 0.8 if t.fetched == 0 else 1.0)
+        return taking(lambda t, _: 0.8 if t["fetched"] == 0 else 1.0)
 
     (first,) = tune([kernel], HOST, measure, store, progress=said.append)
     (again,) = tune([kernel], HOST, never, store)
-    assert (first.tuning, first.known) == (Tuning(fetched=0), False)
+    assert (first.values, first.known) == ({"fetched": 0}, False)
     assert again == replace(first, known=True)
     assert said == ["tune 1/1 float32 gathered, 4x96x64"]
     assert entry_of(store).stat().st_mode & 0o777 == 0o600
@@ -255,7 +267,7 @@ def test_what_differs_or_is_damaged_is_measured(
     kernel, target, context = kernel_of(), HOST, ""
 
     def measure(kernel: Tunable) -> Bench:
-        return taking(lambda t, _: 0.8 if t.fetched == 0 else 1.0)
+        return taking(lambda t, _: 0.8 if t["fetched"] == 0 else 1.0)
 
     tune([kernel], target, measure, store, context)
     entry = entry_of(store)
@@ -272,7 +284,7 @@ def test_what_differs_or_is_damaged_is_measured(
     else:
         entry.chmod(0o666)
     (found,) = tune([kernel], target, measure, store, context)
-    assert (found.tuning, found.known) == (Tuning(fetched=0), False)
+    assert (found.values, found.known) == ({"fetched": 0}, False)
     (again,) = tune([kernel], target, never, store, context)
     assert again.known
 
@@ -288,11 +300,12 @@ def test_what_differs_or_is_damaged_is_measured(
     ],
 )
 def test_an_entry_that_does_not_say_what_it_should(store: Store, change: dict[str, object]) -> None:
-    cache.save(store, "key", "a kernel", Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
-    assert cache.load(store, "key") == (Tuning(fetched=0), Gain({1: (0.1, 0.01)}))
+    kernel = kernel_of()
+    cache.save(store, "key", "a kernel", {"fetched": 0}, Gain({1: (0.1, 0.01)}))
+    assert cache.load(store, "key", kernel) == ({"fetched": 0}, Gain({1: (0.1, 0.01)}))
     text = json.loads(load(store, TUNINGS, "key") or b"")
     save(store, TUNINGS, {"key": json.dumps(text | change).encode()})
-    assert cache.load(store, "key") is None
+    assert cache.load(store, "key", kernel) is None
 
 
 def test_a_kernel_that_cannot_be_measured_keeps_the_default(store: Store) -> None:
@@ -300,5 +313,5 @@ def test_a_kernel_that_cannot_be_measured_keeps_the_default(store: Store) -> Non
         raise NoMatch("no memory")
 
     (found,) = tune([kernel_of()], HOST, measure, store)
-    assert (found.tuning, found.why) == (DEFAULT, "no memory")
+    assert (found.values, found.why) == ({}, "no memory")
     assert not list(entries(store))

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -382,4 +383,4 @@ def test_budgets() -> None:
 def test_damage_as_a_dict() -> None:
     damage = change(program(), HALF)[-1].damage
     assert damage is not None
-    assert Damage.of_dict(asdict(damage)) == damage
+    assert msgspec.convert(asdict(damage), Damage) == damage

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moec.codegen.backends.cpu.backend import CPU
 from moec.codegen.lower import lower
 from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
@@ -82,7 +83,7 @@ def test_no_kernel_moves_what_attention_reads_and_gives() -> None:
     """Neither in the whole nor in the step."""
 
     def permuting(whole: Program) -> list[str]:
-        module = lower(Module({"main": whole, "decode": incremental(whole)}), host()).module
+        module = lower(Module({"main": whole, "decode": incremental(whole)}), host(), CPU).module
         return [v.name_hint for v in module.get_global_vars() if "permute" in v.name_hint]
 
     assert permuting(program())

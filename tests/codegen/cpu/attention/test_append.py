@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.attention.append import AnglesSpec, AppendSpec, append
+from moec.codegen.cpu.attention.append import append
+from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.ir.dims import symbol
 from moec.ir.graph import Op, TensorType, Value
 from moec.ops import OPS

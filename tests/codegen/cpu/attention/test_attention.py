@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.codegen.build import assembly, compile_kernels
-from moec.codegen.cpu.attention.attention import AttentionSpec, MaskSpec, attention
+from moec.codegen.cpu.attention.attention import attention
+from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.target.cpu import TARGETS, host, parse
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

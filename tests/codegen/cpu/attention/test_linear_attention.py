@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.attention.linear_attention import LinearAttentionSpec, linear_attention
+from moec.codegen.cpu.attention.linear_attention import linear_attention
+from moec.codegen.specs.attention import LinearAttentionSpec
 from moec.ops.linear_attention import carried
 from moec.target.cpu import TARGETS, Target, host
 

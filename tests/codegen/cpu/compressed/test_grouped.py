@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from moec.codegen.build import assembly
 from moec.codegen.cpu.compressed import weights as compressed_weights
 from moec.codegen.cpu.compressed.grouped import MANY, compressed_linear
-from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
 from moec.codegen.cpu.compressed.weights import table
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import pack_bias
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import CompressedSpec
 from moec.formats.compressed import KINDS, MOST_WIDTH, compress, decompress, grid_module
 from moec.formats.integer import round_rows
 from moec.formats.ternary import bytes_of_counts

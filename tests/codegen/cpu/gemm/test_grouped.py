@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

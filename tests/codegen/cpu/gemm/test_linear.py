@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import MANY, linear, linears
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS, Target, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

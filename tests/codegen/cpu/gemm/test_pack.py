@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import pack, pack_bias, unpack
+from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,8 +14,9 @@ import torch
 
 from moec.codegen.build import assembly
 from moec.codegen.cpu.quantised.grouped import quantised_linear
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
+from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import parse
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.emulated_tiles import EMULATED, emulated

@@ -16,14 +16,10 @@ from moec.codegen.build import assembly
 from moec.codegen.cpu.gemm.pack import pack_bias
 from moec.codegen.cpu.quantised import dot_products
 from moec.codegen.cpu.quantised.grouped import quantised_linear
-from moec.codegen.cpu.quantised.layout import (
-    QuantisedLayout,
-    QuantisedSpec,
-    pack_codes,
-    pack_scales,
-)
+from moec.codegen.cpu.quantised.layout import QuantisedLayout, pack_codes, pack_scales
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
+from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import MOST_SUMMED, dequantise, parse, quantise, round_rows
 from moec.runtime.dtypes import NUMPY
 from moec.target.cpu import TARGETS, missing

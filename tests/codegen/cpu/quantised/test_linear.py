@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.codegen.cpu.quantised.layout import QuantisedSpec
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.package import build as package
+from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import parse, quantise
 from moec.interpret.evaluate import evaluate
 from moec.interpret.verifier import verify

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.cpu.routing.gate import GateSpec, gate
-from moec.codegen.cpu.routing.route import RouteSpec, route
+from moec.codegen.cpu.routing.gate import gate
+from moec.codegen.cpu.routing.route import route
+from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ops.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, Target, host
 

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.codegen.cpu.gemm.grouped import grouped_linear
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
-from moec.codegen.cpu.routing.zero_experts import ZeroSpec, zero_experts
+from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.routing.zero_experts import zero_experts
+from moec.codegen.specs.products import LinearSpec
+from moec.codegen.specs.routing import ZeroSpec
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from moec.target.cpu import TARGETS, missing

@@ -6,25 +6,25 @@ from functools import partial
 
 from tvm import relax
 
+from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
+from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
 from moec.codegen.cpu.quantised.grouped import quantised_linear
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.codes import packed_codes, packed_scales, rounded
-from moec.codegen.rules.sorted_rows import fits, product, spec_of
-from moec.codegen.rules.table import kernel
+from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.graph import Graph, Op
 from moec.ops.quantised import GroupedQuantised
 
 
-def quantised_fit(op: Op, graph: Graph) -> bool:
-    """Whether a kernel can do it, with rows rounded and stacks of one shape."""
+def _check(op: Op, graph: Graph) -> None:
+    """A kernel takes rows rounded to codes, and stacks of one shape."""
     parts = GroupedQuantised.of(op)
-    alike = len({m.codes.shape for m in parts.matrices}) == 1
-    stored = [v for m in parts.matrices for v in m.values]
-    return not op.attrs.get("exact_rows") and alike and fits(op, graph, parts, stored)
+    require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")
+    require(len({m.codes.shape for m in parts.matrices}) == 1, "its stacks differ in shape")
+    check_products(op, graph, parts, [v for m in parts.matrices for v in m.values])
 
 
-@kernel("grouped.quantised", takes=quantised_fit)
 def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedQuantised.of(op)
     spec = spec_of(QuantisedSpec, op, parts, format=parts.format)
@@ -40,3 +40,6 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     return product(
         low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned
     )
+
+
+RULES = (Rule("quantised", ("grouped.quantised",), _check, _quantised),)

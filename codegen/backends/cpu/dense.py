@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from tvm import relax
 from tvm.tirx import PrimFunc
 
+from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.gemm import pack
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linears
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
-from moec.codegen.tuning.tunable import tunable
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.products import LinearSpec
 from moec.ir.aten import named
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value
@@ -34,40 +36,43 @@ class Dense:
     bias: Value | None
 
 
-def dense_of(op: Op, graph: Graph) -> Dense | None:
-    """The dense product that an op is, if its weight is known when compiling."""
-    given = named(op)
-    if op.name == "aten.linear.default":
-        x, weight, bias, straight = given["input"], given["weight"], given["bias"], True
-    elif op.name == "aten.addmm.default":
-        if given["alpha"] != 1 or given["beta"] != 1:
-            return None
-        x, weight, bias, straight = given["mat1"], given["mat2"], given["self"], False
-    else:
-        x, weight, bias, straight = (
-            given["self"],
-            given.get("mat2", given.get("other")),
-            None,
-            False,
-        )
+def dense_of(op: Op, graph: Graph) -> Dense:
+    """The dense product that an op is. Raises NoMatch where its weight is not known when
+    compiling, or no kernel computes in its dtype."""
+    arguments = named(op)
+    x, weight, bias, straight = _operands(op, arguments)
     turned = not straight
     source = graph.producers.get(weight)
     while source is not None and source.name in _TURNS and len(weight.shape) == 2:
         axes = source.attrs.get("dims")
-        if axes in ((0, 1), (0, -1)):
-            return None
+        require(axes not in ((0, 1), (0, -1)), "its weight is permuted to what it was")
         weight, turned = source.inputs[0], not turned
         source = graph.producers.get(weight)
     params = set(graph.params)
-    fits = (
-        weight in params
-        and len(weight.shape) == 2
-        and len(x.shape) >= 1
-        and x.dtype == weight.dtype
-        and x.dtype in VECTOR_DTYPES
-        and (bias is None or (bias in params and bias.shape == op.outputs[0].shape[-1:]))
-    )
-    return Dense(x, weight, turned, bias) if fits else None
+    require(weight in params, "its second operand is computed: it is no weight of the model")
+    require(len(weight.shape) == 2, f"its weight has {len(weight.shape)} axes, not 2")
+    require(len(x.shape) >= 1, "its first operand has no axes")
+    require(x.dtype == weight.dtype, f"it multiplies {x.dtype} by {weight.dtype}")
+    require(x.dtype in VECTOR_DTYPES, f"it computes in {x.dtype}")
+    if bias is not None:
+        require(bias in params, "its bias is computed: it is no weight of the model")
+        require(bias.shape == op.outputs[0].shape[-1:], "its bias is no row")
+    return Dense(x, weight, turned, bias)
+
+
+def _operands(op: Op, arguments: Mapping[str, Any]) -> tuple[Value, Value, Value | None, bool]:
+    """x, the weight, the bias, and whether the weight is [N, K]."""
+    if op.name == "aten.linear.default":
+        return arguments["input"], arguments["weight"], arguments["bias"], True
+    if op.name == "aten.addmm.default":
+        plain = arguments["alpha"] == 1 and arguments["beta"] == 1
+        require(plain, "alpha or beta scale what it adds")
+        return arguments["mat1"], arguments["mat2"], arguments["self"], False
+    return arguments["self"], arguments.get("mat2", arguments.get("other")), None, False
+
+
+def _check(op: Op, graph: Graph) -> None:
+    dense_of(op, graph)
 
 
 _TURNS = ("aten.t.default", "aten.transpose.int", "aten.permute.default")
@@ -76,15 +81,11 @@ _TURNS = ("aten.t.default", "aten.transpose.int", "aten.permute.default")
 _NAMES = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.matmul.default")
 
 
-@kernel(
-    *_NAMES,
-    takes=lambda op, graph: dense_of(op, graph) is not None,
-)
 def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
     """With all that read the same rows: their results are then there when their turn comes."""
     together = _together(low, op)
     specs = tuple(_spec(low, one) for one in together)
-    denses = [cast(Dense, dense_of(one, low.graph)) for one in together]
+    denses = [dense_of(one, low.graph) for one in together]
     rows = product(denses[0].x.shape[:-1])
     arguments = [low.shaped(denses[0].x, TensorType(denses[0].x.dtype, (rows, specs[0].k)))]
     for one, spec, dense in zip(together, specs, denses, strict=True):
@@ -96,8 +97,8 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
     types = [TensorType(one.outputs[0].dtype, (rows, one.outputs[0].shape[-1])) for one in together]
     name = "linears" if len(specs) > 1 else "linear"
 
-    def make(name: str, tuning: Tuning) -> PrimFunc:
-        return linears(low.target, specs, name, tuning)
+    def make(name: str, values: Mapping[str, int]) -> PrimFunc:
+        return linears(low.target, specs, name, tuning_of(values))
 
     layouts = tuple(Layout(spec, low.target) for spec in specs)
     function = low.tuned(tunable(name, specs, layouts, 1, make, dense_values(layouts)), name)
@@ -119,29 +120,23 @@ MOST_TOGETHER = 4
 
 def _together(low: Lowering, op: Op) -> list[Op]:
     """The op, and other dense products of the same rows that nothing has lowered yet."""
-    dense = cast(Dense, dense_of(op, low.graph))
+    dense = dense_of(op, low.graph)
     found = [op]
     for other in dict.fromkeys(low.graph.readers.get(dense.x, ())):
         if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
             continue
-        if other.name in _NAMES and (same := dense_of(other, low.graph)) is not None:
-            if same.x is dense.x:
-                found.append(other)
+        if low.rule(other) is low.rule(op) and dense_of(other, low.graph).x is dense.x:
+            found.append(other)
     return found
 
 
 def _spec(low: Lowering, op: Op) -> LinearSpec:
-    dense = cast(Dense, dense_of(op, low.graph))
+    dense = dense_of(op, low.graph)
     n, k = op.outputs[0].shape[-1], dense.x.shape[-1]
     assert isinstance(n, int)
     assert isinstance(k, int)
     stored = sc.STORED[dense.x.dtype], sc.STORED[op.outputs[0].dtype]
     return LinearSpec(n, k, *stored, bias=dense.bias is not None)
-
-
-def _as(low: Lowering, value: Value, type: TensorType) -> relax.Expr:
-    found = low.value(value)
-    return found if value.type == type else low.reshaped(found, type)
 
 
 def packed(
@@ -162,3 +157,6 @@ def packed_bias(layout: Layout, biases: tuple[Value, ...]) -> tuple[object, Para
 
     name = "+".join(b.name for b in biases) + ".packed"
     return (layout, biases, "bias"), Param(name, TensorType("f32", layout.bias_shape), biases, make)
+
+
+RULES = (Rule("linear", _NAMES, _check, _linear),)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from tvm import relax
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu.quantised.layout import QuantisedLayout, QuantisedSpec
+from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
+from moec.codegen.backends.cpu.dense import MOST_TOGETHER, dense_values, packed_bias
+from moec.codegen.backends.cpu.tunable import tunable
+from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.codes import packed_codes, packed_scales, rounded
-from moec.codegen.rules.dense import MOST_TOGETHER, dense_values, packed_bias
-from moec.codegen.rules.table import VECTOR_DTYPES, kernel
-from moec.codegen.tuning.tunable import tunable
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType
 from moec.ops.quantised_linear import QuantisedLinear
 
-NAME = "nn.quantised_linear"
 
-
-def quantised_linear_fits(op: Op, graph: Graph) -> bool:
-    """Whether weights and bias are params, and the rows of a dtype that vectors take."""
+def _check(op: Op, graph: Graph) -> None:
+    """Weights and bias are params, and the rows of a dtype that vectors hold."""
     parts, params = QuantisedLinear.of(op), set(graph.params)
     weights = (*parts.matrix.values, *((parts.bias,) if parts.bias is not None else ()))
-    return all(v in params for v in weights) and parts.x.dtype in VECTOR_DTYPES
+    require(all(v in params for v in weights), "its weight or bias is no weight of the model")
+    require(parts.x.dtype in VECTOR_DTYPES, f"its rows are {parts.x.dtype}")
 
 
-@kernel(NAME, takes=quantised_linear_fits)
 def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     """With all that read the same rows: their results are then there when their turn comes."""
     together = _together(low, op)
@@ -48,8 +49,8 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
         low.note(one, f"{parts.format.kind} linear")
     name = f"{every[0].format.kind}_linear{'s' if len(specs) > 1 else ''}"
 
-    def make(name: str, tuning: Tuning) -> PrimFunc:
-        return quantised_linears(low.target, specs, name, tuning)
+    def make(name: str, values: Mapping[str, int]) -> PrimFunc:
+        return quantised_linears(low.target, specs, name, tuning_of(values))
 
     kernel = tunable(name, specs, tuple(layouts), 1, make, dense_values(layouts))
     function = low.tuned(kernel, name)
@@ -71,7 +72,7 @@ def _together(low: Lowering, op: Op) -> list[Op]:
     for other in dict.fromkeys(low.graph.readers.get(parts.x, ())):
         if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
             continue
-        if other.name == NAME and quantised_linear_fits(other, low.graph):
+        if low.rule(other) is low.rule(op):
             format = QuantisedLinear.of(other).format
             if (format.block, format.row_bits) == (parts.format.block, parts.format.row_bits):
                 found.append(other)
@@ -83,3 +84,6 @@ def _spec(parts: QuantisedLinear) -> QuantisedSpec:
     biased = parts.bias is not None
     stored = sc.STORED[parts.x.dtype]
     return QuantisedSpec(n, k, "float32", stored, bias=biased, format=parts.format)
+
+
+RULES = (Rule("quantised linear", ("nn.quantised_linear",), _check, _linears),)

@@ -7,29 +7,28 @@ from typing import cast
 from tvm import relax
 from tvm.tirx import PrimFunc
 
+from moec.codegen.backend import Rule
+from moec.codegen.backends.cpu.codes import rounded
+from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
 from moec.codegen.cpu.compressed.grouped import compressed_linear
-from moec.codegen.cpu.compressed.ternary_walk import CompressedSpec
 from moec.codegen.cpu.compressed.weights import table
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.module_builder import Lowering, Param
-from moec.codegen.rules.codes import rounded
-from moec.codegen.rules.sorted_rows import fits, product, spec_of
-from moec.codegen.rules.table import kernel
+from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import bytes_of_counts
 from moec.ir.graph import Graph, Op, TensorType
 from moec.ops.compressed import GroupedCompressed
 from moec.target.cpu import Target
 
 
-def compressed_fit(op: Op, graph: Graph) -> bool:
+def _check(op: Op, graph: Graph) -> None:
     parts = GroupedCompressed.of(op)
-    return fits(op, graph, parts, [value for matrix in parts.matrices for value in matrix])
+    check_products(op, graph, parts, [value for matrix in parts.matrices for value in matrix])
 
 
-@kernel("grouped.compressed", takes=compressed_fit)
 def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedCompressed.of(op)
     spec = spec_of(
@@ -66,3 +65,6 @@ def _dictionary(target: Target) -> Param:
     kind = {"int64": "i64", "int8": "i8"}[str(made.dtype)]
     name = "ternary.signs" if kind == "i8" else "ternary.masks"
     return Param(name, TensorType(kind, made.shape), (), lambda: made)
+
+
+RULES = (Rule("compressed", ("grouped.compressed",), _check, _compressed),)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from tvm import relax
 from tvm.tirx import PrimFunc
 
+from moec.codegen.backend import require
+from moec.codegen.backends.cpu.dense import packed_bias
+from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.epilogue import vector_body
-from moec.codegen.cpu.gemm.layout import Layout, LinearSpec
+from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.tile import Epilogue
-from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.cpu.tuning import Tuning, tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dense import packed_bias
-from moec.codegen.rules.table import VECTOR_DTYPES
-from moec.codegen.tuning.tunable import tunable
+from moec.codegen.rules.dtypes import VECTOR_DTYPES
+from moec.codegen.specs.products import LinearSpec
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import Grouped
 
@@ -26,15 +28,17 @@ Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
 """(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""
 
 
-def fits(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> bool:
-    """Whether what is stored are params, and the body is one that vectors can do."""
+def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> None:
+    """Raises NoMatch unless what is stored are params, and the body is one that vectors can do."""
     params = set(graph.params)
-    return (
-        len(parts.matrices) <= 2
-        and all(v in params for v in (*stored, *parts.biases))
-        and parts.x.dtype in VECTOR_DTYPES
-        and (op.body is None or vector_body(op.body) is not None)
-    )
+    count = len(parts.matrices)
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and kernels take two")
+    weights = all(value in params for value in (*stored, *parts.biases))
+    require(weights, "a stack of its weights is computed: it is no weight of the model")
+    require(parts.x.dtype in VECTOR_DTYPES, f"it computes in {parts.x.dtype}")
+    if op.body is not None:
+        vectors = vector_body(op.body) is not None
+        require(vectors, "its body has an op that vectors of the product's registers cannot do")
 
 
 def spec_of(
@@ -73,9 +77,9 @@ def product(
     body = None if op.body is None else vector_body(op.body)
     name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
 
-    def made(name: str, tuning: Tuning) -> PrimFunc:
+    def made(name: str, values: Mapping[str, int]) -> PrimFunc:
         epilogue = None if body is None else body.epilogue(low.target)
-        return make(top_k, epilogue, scale, name, tuning)
+        return make(top_k, epilogue, scale, name, tuning_of(values))
 
     key = (layout.spec, top_k, scale, None if body is None else body.text, *choices)
     said = name if body is None else f"{name} with {body.name}"

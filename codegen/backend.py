@@ -1,0 +1,112 @@
+"""What a target implements: rules for ops that have a kernel, loops for all others, a library.
+
+    op of the graph ── rules in order, the first whose `check` does not refuse ── emit ──▶ a call
+                    └─ no rule, or all refuse ──────────────── fusion ── loop ──▶ a group's kernel
+
+A backend is a value: `replace(CPU, rules=(mine, *CPU.rules))` is one that tries another kernel
+first. `moec.codegen.backends` finds the backend of a target by its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tvm import IRModule, relax
+from tvm.tirx import PrimFunc
+
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Op
+
+if TYPE_CHECKING:
+    from moec.cache import Store
+    from moec.codegen.fusion import Group
+    from moec.codegen.loop_kernel import Written
+    from moec.codegen.module_builder import Lowering
+
+Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
+"""(spec, target, name) -> the kernel that computes what the spec says."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kernel for ops of these names.
+
+    `check` raises NoMatch, saying why, where the kernel cannot do this op of this graph; `emit`
+    gives the op's outputs by a call of the kernel. `name` is for people.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    check: Callable[[Op, Graph], object]
+    emit: Callable[[Lowering, Op], list[relax.Expr]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an op that a rule is for became a plain loop: what each rule said."""
+
+    origin: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rule of each op that has a kernel, and why others that a rule is for have none."""
+
+    rules: Mapping[Op, Rule]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How code is made for targets of one `kind`.
+
+    `kernels` gives, by the type of a spec, what makes the kernel for it (`Lowering.kernel`).
+    `loop` makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
+    functions and kernels, and links it; empty bytes stand for a backend that makes no code.
+    `ready` raises TargetError where this machine lacks what `library` needs.
+    """
+
+    kind: str
+    rules: tuple[Rule, ...]
+    kernels: Mapping[type, Maker]
+    loop: Callable[[Group, str, Any], Written]
+    library: Callable[[IRModule, Any, int, Store | None], bytes]
+    ready: Callable[[Any], object] = lambda target: None
+
+    def select(self, graph: Graph) -> Selection:
+        """The first rule, in order, that does not refuse each op."""
+        by_name: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            for name in rule.ops:
+                by_name.setdefault(name, []).append(rule)
+        rules: dict[Op, Rule] = {}
+        refusals: list[Refusal] = []
+        for op in graph.ops:
+            reasons = []
+            for rule in by_name.get(op.name, ()):
+                try:
+                    rule.check(op, graph)
+                except NoMatch as why:
+                    reasons.append(f"{rule.name}: {why}")
+                    continue
+                rules[op] = rule
+                break
+            else:
+                if reasons:
+                    origin = op.origin or op.outputs[0].name
+                    refusals.append(Refusal(origin, op.name, "; ".join(reasons)))
+        return Selection(rules, tuple(dict.fromkeys(refusals)))
+
+
+def always(op: Op, graph: Graph) -> None:
+    """The check of a rule that refuses nothing."""
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise NoMatch with the reason unless the condition holds."""
+    if not condition:
+        raise NoMatch(reason)

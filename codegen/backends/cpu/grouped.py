@@ -1,0 +1,72 @@
+"""Products of experts with plain weights, packed."""
+
+from __future__ import annotations
+
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.backend import Rule
+from moec.codegen.backends.cpu.dense import packed
+from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
+from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
+from moec.codegen.cpu.gemm.layout import Layout
+from moec.codegen.cpu.gemm.tile import Epilogue
+from moec.codegen.cpu.tuning import Tuning
+from moec.codegen.loops import scalars as sc
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.experts import sorting_of
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Op, Value
+from moec.ops.grouped import GroupedLinear
+
+
+def check_linears(op: Op, graph: Graph) -> None:
+    """A kernel takes stacks of one shape and of the rows' dtype."""
+    parts = GroupedLinear.of(op)
+    first = parts.matrices[0]
+    if any((m.shape, m.dtype) != (first.shape, parts.x.dtype) for m in parts.matrices):
+        raise NoMatch("its stacks differ in shape, or from the rows in dtype")
+    check_products(op, graph, parts, parts.matrices)
+
+
+def only_owned_rows_read(rows: Value, graph: Graph) -> bool:
+    """Whether all who read these rows leave out those behind the last end."""
+
+    def leaves_out(op: Op) -> bool:
+        if op.name == "moe.combine":
+            return op.inputs[0] is rows and sorting_of(op.inputs[1], graph) is not None
+        if op.name == "grouped.linear":
+            return not op.attrs.get("gather") and _fits(op, graph)
+        return False
+
+    return rows not in graph.results and all(map(leaves_out, graph.readers.get(rows, ())))
+
+
+def _fits(op: Op, graph: Graph) -> bool:
+    try:
+        check_linears(op, graph)
+    except NoMatch:
+        return False
+    return True
+
+
+def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
+    parts = GroupedLinear.of(op)
+    spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
+    layout = Layout(spec, low.target)
+    cleared = not only_owned_rows_read(op.outputs[0], low.graph)
+
+    def make(
+        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
+    ) -> PrimFunc:
+        if top_k:
+            return gathered_linear(low.target, spec, top_k, epilogue, scale, name, cleared, tuning)
+        return grouped_linear(low.target, spec, epilogue, name, cleared, tuning)
+
+    rows = [low.value(parts.x)]
+    weights = [low.param(*packed(layout, parts.matrices))]
+    return product(low, op, parts, "", layout, make, rows, weights, cleared, values=layout.tuned)
+
+
+RULES = (Rule("grouped", ("grouped.linear",), check_linears, _grouped),)

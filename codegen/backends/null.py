@@ -1,0 +1,22 @@
+"""A backend that compiles nothing: the rules of CPUs, their packed weights, and no code.
+
+What is recognised, which kernel takes which op and what an artifact would weigh is then known in
+a second. A model made with it cannot be run; `moec run --rebuild` compiles its graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import IRModule
+
+from moec.cache import Store
+from moec.codegen.backend import Backend
+from moec.codegen.backends.cpu.backend import CPU
+
+
+def _library(module: IRModule, target: Any, opt_level: int, store: Store | None) -> bytes:
+    return b""
+
+
+NULL = Backend("null", CPU.rules, CPU.kernels, CPU.loop, _library)

@@ -1,0 +1,46 @@
+"""Products with weights that are known when compiling: what their kernels compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.formats.integer import Format
+
+INT8 = Format("int8")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """y[rows, n] = f(x[rows, k] @ w[e]^T + bias[e]) for the rows of each of `groups` experts.
+
+    Gated: y = f(x @ gate[e]^T + gate_bias[e], x @ up[e]^T + up_bias[e]).
+    `dtype` is that of x and of the weights before packing: float32, bfloat16 or float16.
+    """
+
+    n: int
+    k: int
+    dtype: str
+    out_dtype: str = ""  # empty: as dtype
+    groups: int = 1
+    gated: bool = False
+    bias: bool = False
+
+    @property
+    def y_dtype(self) -> str:
+        return self.out_dtype or self.dtype
+
+
+@dataclass(frozen=True)
+class QuantisedSpec(LinearSpec):
+    """As LinearSpec, for weights of `format`; x is codes, and `dtype` says nothing about it."""
+
+    format: Format = INT8
+
+
+@dataclass(frozen=True)
+class CompressedSpec(LinearSpec):
+    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
+
+    kind: str = "ternary"
+    bytes_of_counts: tuple[int, ...] = (1, 1)
+    """In the starts of each stack of ternary weights."""
