@@ -77,7 +77,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("mine", f"{__name__}:OUTSIDE", "moec.backends")
     monkeypatch.setattr(EntryPoint, "load", lambda self: OUTSIDE)
     monkeypatch.setattr(registry, "entry_points", lambda **how: EntryPoints([entry]).select(**how))
-    yield
 
 
 OUTSIDE = replace(CPU, kind="mine")
