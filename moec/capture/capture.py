@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from moec.capture.agreement import Eager, agree, allow_one, cut, wrong_at_one
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
@@ -25,14 +24,12 @@ from moec.capture.loops import Met, every_expert_hit
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
-from moec.errors import CaptureError, IRError
-from moec.interpret.evaluate import evaluate
+from moec.capture.trials import quiet
+from moec.capture.widening import Axis, Group, widen
+from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
-from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
-
-Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 EXPORTS = threading.RLock()
 """Held while torch exports, and its modules and the standard streams are other ones meanwhile: all
@@ -88,15 +85,23 @@ def capture(
     else:
         wishes = wished_axes(arguments, dynamic_shapes)
     asked = wished_bounds(wishes) | dict(bounds or {})
-    with EXPORTS, seldom_collected():
-        exported, met = _export(call, wishes)
-        program, structure = _convert(exported, tensor_names(arguments), wishes, asked)
-
-    program, states = detached(program)
-    eager = _from_start(states, call)
+    static: set[Axis] = set()
+    while True:
+        with EXPORTS, seldom_collected():
+            general = widen(call, wishes, static)
+            exported, met = _export(call, general.tensors, general.wishes)
+            program, structure = _convert(
+                exported, tensor_names(arguments), general.wishes, asked, general.groups
+            )
+        program, states = detached(program)
+        eager = _from_start(states, call)
+        wrong = wrong_at_one(program, eager, call.tensors, general)
+        if not wrong:
+            break
+        static.update(wrong)
     if met:
-        _check_assumed(type(model).__name__, program, eager, call.tensors, met)
-    program = _allow_one(program, asked, eager, call.tensors)
+        _check_assumed(type(model).__name__, program, eager, general.tensors, met)
+    program = allow_one(program, asked, eager, general.tensors)
     return Captured(program, eager, call.tensors, structure, _fixed(program))
 
 
@@ -118,8 +123,11 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
     return eager
 
 
-def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, Met | None]:
-    """torch.export, and what helps it where a module casts itself or loops over hit experts.
+def _export(
+    call: Call, tensors: Sequence[torch.Tensor], wishes: Sequence[Axes]
+) -> tuple[ExportedProgram, Met | None]:
+    """torch.export with `tensors`, and what helps it where a module casts itself or loops over
+    hit experts.
 
     The second result says what was taken for granted of such loops.
     """
@@ -127,7 +135,7 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, Met | 
 
     def attempt() -> ExportedProgram:
         return torch.export.export(
-            call, call.tensors, dynamic_shapes=(tuple(wishes),), strict=False
+            call, tuple(tensors), dynamic_shapes=(tuple(wishes),), strict=False
         )
 
     try:
@@ -141,14 +149,14 @@ def _export(call: Call, wishes: Sequence[Axes]) -> tuple[ExportedProgram, Met | 
                 backed_size_oblivious=True, use_duck_shape=False
             ),
             warnings.catch_warnings(),
-            _quiet(),
+            quiet(),
         ):
             warnings.simplefilter("ignore", FutureWarning)
             try:
                 return attempt(), None
             except RuntimeError as error:
                 if "Couldn't swap" in str(error):
-                    call(*call.tensors)  # a module casts a submodule: let it, then export
+                    call(*tensors)  # a module casts a submodule: let it, then export
                     return _unrolled(attempt)
                 if "data-dependent" in str(error):
                     return _unrolled(attempt)
@@ -187,7 +195,7 @@ def _check_assumed(
             "example is empty, which shows nothing of what that does; give an example with some "
             "rows"
         )
-    if not _agree(program, eager, example):
+    if not agree(program, eager, example):
         raise CaptureError(
             f"{name} loops over what nonzero() finds, or asks whether a mask is set, and running "
             "the loop for every index changes the result; write the loop over range(num_experts)"
@@ -196,7 +204,7 @@ def _check_assumed(
     for draw in (example, *_single(program, example)):
         with seen:
             eager(*draw)
-        if not _agree(program, eager, draw):
+        if not agree(program, eager, draw):
             raise CaptureError(
                 f"{name} branches on whether a mask is set, and without the branch it gives "
                 "something else; compute both sides and choose with torch.where"
@@ -214,20 +222,13 @@ def _single(program: Program, example: Sequence[torch.Tensor]) -> Iterator[list[
     """The first element of every axis that may vary, and the last: few experts have rows."""
     for place in (0, -1):
         yield [
-            _cut(tensor, [a for a, d in enumerate(value.shape) if not isinstance(d, int)], place)
+            cut(tensor, [a for a, d in enumerate(value.shape) if not isinstance(d, int)], place)
             for value, tensor in zip(program.graph.inputs, example, strict=False)
         ]
 
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export prints the whole graph where it fails; the reason is in its exception."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
 
 
 def _from_export(
@@ -282,6 +283,7 @@ def _convert(
     names: Sequence[str],
     wishes: Sequence[Axes],
     bounds: Mapping[str, Bounds],
+    groups: Iterable[Group] = (),
 ) -> tuple[Program, pytree.TreeSpec]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -292,7 +294,7 @@ def _convert(
     structure = exported.call_spec.out_spec
     program = to_program(
         exported,
-        rename=name_symbols(tensors, wishes),
+        rename=name_symbols(tensors, wishes, [group.axes for group in groups]),
         bounds=bounds,
         input_names=names,
         output_names=_output_names(structure),
@@ -322,54 +324,6 @@ def _output_names(structure: pytree.TreeSpec) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _Leaf:
     index: int
-
-
-def _allow_one(
-    program: Program, asked: Collection[str], eager: Eager, example: Sequence[torch.Tensor]
-) -> Program:
-    """Lower bounds of 2 that only torch.export's habit of treating 1 apart has set, or a branch
-    of the model's own (`if length > 1`); those that were asked for stand.
-
-    Where the graph, run at size 1, agrees with the module at size 1, the bound becomes 1.
-    """
-    graph = program.graph
-    bounds = dict(graph.bounds)
-    for name, limits in graph.bounds.items():
-        if limits.low != 2 or name in asked:
-            continue
-        tensors = [
-            _cut(tensor, [axis for axis, dim in enumerate(value.shape) if str(dim) == name])
-            for value, tensor in zip(graph.inputs, example, strict=False)
-        ]
-        try:
-            if any(_agree(program, eager, draw) for draw in _draws(tensors)):
-                bounds[name] = Bounds(1, limits.high)
-        except (RuntimeError, IRError, IndexError, ValueError):
-            pass  # the model itself cannot run at this size: the bound stands
-    return Program(replace(graph, bounds=bounds), program.weights)
-
-
-def _agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the graph computes what the module does, up to rounding."""
-    limit = default_tolerance(program.graph)
-    states = [program.weights[state.before.name] for state in program.graph.states]
-    ours = evaluate(program.graph, [*tensors, *states], program.weights)
-    theirs = eager(*tensors)
-    return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
-
-
-def _draws(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors, and the tensors reversed: in 16 bits a near tie may send the few tokens of
-    one draw to other experts, which says nothing about the size."""
-    yield list(tensors)
-    yield [tensor.flip(tuple(range(tensor.ndim))) for tensor in tensors]
-
-
-def _cut(tensor: torch.Tensor, axes: Sequence[int], place: int = 0) -> torch.Tensor:
-    for axis in axes:
-        if tensor.shape[axis]:
-            tensor = tensor.narrow(axis, place % tensor.shape[axis], 1)
-    return tensor
 
 
 def _fixed(program: Program) -> tuple[str, ...]:

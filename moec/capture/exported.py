@@ -319,10 +319,11 @@ def to_program(
     outputs, after = _outputs(exported, converter, output_names)
     ordered = tuple(State(states[name], after[name]) for name in states)
     used = {name for value in (*inputs, *states.values()) for name in _symbols(value)}
-    found = {
-        rename.get(str(name), str(name)): Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
-        for name, limits in exported.range_constraints.items()
-    }
+    found: dict[str, Bounds] = {}
+    for symbol, limits in exported.range_constraints.items():
+        name = rename.get(str(symbol), str(symbol))
+        both = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
+        found[name] = both.within(found.get(name, Bounds()))
     limits = {name: (bounds or {}).get(name, found.get(name, Bounds())) for name in sorted(used)}
     graph = Graph(
         (*inputs, *states.values()),

@@ -6,7 +6,7 @@ float input may vary. Names: T for one free axis, B and S for two, then S1, S2 â
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,20 +76,41 @@ def _entries(name: str, value: Any, shape: Any) -> list[Axes]:
     return []
 
 
-def name_symbols(tensors: Sequence[torch.Tensor], wishes: Sequence[Axes]) -> dict[str, str]:
+def name_symbols(
+    tensors: Sequence[torch.Tensor],
+    wishes: Sequence[Axes],
+    groups: Iterable[Collection[tuple[int, int]]] = (),
+) -> dict[str, str]:
     """torch's symbols (s0, s72) in the inputs' shapes -> names of the IR.
 
     A symbol that stands alone on an axis takes the name of the user's Dim, or the next free one.
+    Axes in one of `groups` (number of the tensor, axis) are one size, and have one name.
     """
     names: dict[str, str] = {}
+    same = _equated(tensors, groups)
     for tensor, wish in zip(tensors, wishes, strict=True):
         free = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt)]
         for place, axis in enumerate(free):
             expr = tensor.shape[axis].node.expr  # type: ignore[attr-defined]
             if expr.is_Symbol and expr.name not in names:
                 name = dim_name(wish.get(axis)) or _next_name(place, len(free))
-                names[expr.name] = _distinct(name, set(names.values()))
+                name = _distinct(name, set(names.values()))
+                names |= dict.fromkeys(same.get(expr.name, {expr.name}), name)
     return names
+
+
+def _equated(
+    tensors: Sequence[torch.Tensor], groups: Iterable[Collection[tuple[int, int]]]
+) -> dict[str, set[str]]:
+    """For each symbol on an axis in `groups`, all symbols that are the same size."""
+    same: dict[str, set[str]] = {}
+    for group in groups:
+        sizes = [tensors[tensor].shape[axis] for tensor, axis in group]
+        exprs = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+        names = {expr.name for expr in exprs if expr.is_Symbol}
+        names = names.union(*(same.get(name, ()) for name in names))
+        same |= dict.fromkeys(names, names)
+    return same
 
 
 def _next_name(place: int, count: int) -> str:

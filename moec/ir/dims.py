@@ -47,6 +47,11 @@ class Bounds:
     low: int = 0
     high: int | None = None
 
+    def within(self, other: Bounds) -> Bounds:
+        """What both allow."""
+        highs = [high for high in (self.high, other.high) if high is not None]
+        return Bounds(max(self.low, other.low), min(highs, default=None))
+
 
 def symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)

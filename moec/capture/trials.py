@@ -1,0 +1,75 @@
+"""Whether a module runs on tensors of other lengths, asked of the module itself."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moec.capture.call import Call
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export prints the whole graph where it fails; the reason is in its exception."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+@dataclass
+class Trials:
+    """Runs of a call on tensors of its interface; each set of lengths is run once.
+
+    A run leaves every tensor as it was: caches and counters that the module writes into are
+    filled with what they held before.
+    """
+
+    call: Call
+    answers: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
+
+    def runs(self, tensors: Sequence[torch.Tensor]) -> bool:
+        lengths = tuple(tensor.shape for tensor in tensors)
+        if lengths not in self.answers:
+            self.answers[lengths] = self._run(tensors)
+        return self.answers[lengths]
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> bool:
+        with torch.no_grad(), warnings.catch_warnings(), quiet(), _Undone():
+            warnings.simplefilter("ignore")
+            try:
+                self.call(*tensors)
+            except Exception:  # whatever the module raises, it refuses these lengths
+                return False
+        return True
+
+
+class _Undone(TorchDispatchMode):
+    """While open, what an operator is about to write into is copied; then it is put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            written = args[position] if position < len(args) else kwargs.get(argument.name)
+            for tensor in written if isinstance(written, list | tuple) else [written]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        return func(*args, **kwargs)
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        for storage, copy in self.before.values():
+            if storage.nbytes() == copy.nbytes():
+                storage.copy_(copy)
