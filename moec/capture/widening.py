@@ -244,22 +244,16 @@ class _Search:
         if len(group.axes) < 2 or group.name or not group.length:
             return ()
         used = {other.length for other in others}
-
-        def lengthened(axes: tuple[Axis, ...]) -> Group | None:
-            rest = replace(group, axes=tuple(a for a in group.axes if a not in axes))
-            for length in _other_lengths(group.length):
-                part = Group(axes, length, group.limits)
-                if length not in used and part.allows(length) and self.runs(*others, rest, part):
-                    return part
-            return None
-
-        if lengthened(group.axes) is None:  # equal by chance, and some of them cannot change
+        lengths = [n for n in _other_lengths(group.length) if n not in used and group.allows(n)]
+        other = next((n for n in lengths if self.runs(*others, replace(group, length=n))), None)
+        if other is None:  # equal by chance, and some of them cannot change
             return tuple(replace(group, axes=(axis,)) for axis in group.axes)
         for axes in _subsets(group.axes):
-            rest = tuple(a for a in group.axes if a not in axes)
-            part = lengthened(axes)
-            if part is not None and lengthened(rest) is not None:
-                return replace(group, axes=rest), part
+            part = replace(group, axes=axes)
+            rest = replace(group, axes=tuple(axis for axis in group.axes if axis not in axes))
+            moved, still = replace(part, length=other), replace(rest, length=other)
+            if self.runs(*others, moved, rest) and self.runs(*others, part, still):
+                return rest, moved
         return ()
 
     def distinct(self, groups: Sequence[Group]) -> tuple[Group, ...]:
