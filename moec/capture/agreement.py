@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from moec.capture.widening import Axis, Widened
+from moec.capture.lengths import Group, resized
+from moec.capture.widening import Widened
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.random_inputs import random_like
@@ -57,22 +58,24 @@ def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tens
 def allow_one(
     program: Program, asked: Collection[str], eager: Eager, tensors: Sequence[torch.Tensor]
 ) -> Program:
-    """The program with lower bounds of 2 made 1 where it agrees with the module at size 1.
+    """The program with lower bounds of 1 where it agrees with the module at size 1, else of 2.
 
-    Such a bound comes from torch.export, which treats 1 apart, or from a branch of the module's
-    own (`if length > 1`). The bounds in `asked` stand. A size is tried at 1 alone, and together
-    with those that may be 1 already.
+    A bound of 2 comes from torch.export, which treats 1 apart, or from a branch of the module's
+    own (`if length > 1`); a branch may as well leave none. The bounds in `asked` stand. A size is
+    tried at 1 alone, and together with those that may be 1 already.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
     lowered: set[str] = set()
     for name, limits in graph.bounds.items():
-        if limits.low != 2 or name in asked:
+        if limits.low > 2 or name in asked:
             continue
         tries = [{name}, lowered | {name}] if lowered else [{name}]
         if all(agree_at(program, eager, _at_one(program, tensors, names)) for names in tries):
-            bounds[name] = Bounds(1, limits.high)
+            bounds[name] = Bounds(min(limits.low, 1), limits.high)
             lowered.add(name)
+        else:
+            bounds[name] = Bounds(2, limits.high)
     return Program(replace(graph, bounds=bounds), program.weights)
 
 
@@ -85,31 +88,20 @@ def _at_one(
     ]
 
 
-def wrong_at_one(
+def refuted(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
-) -> tuple[Axis, ...]:
-    """Axes of length 1 in the example at which the graph of the widened one does not hold.
+) -> tuple[Group, ...]:
+    """Groups that have another length in the example, at which the graph does not hold.
 
-    None where graph and module agree on the example. Else those of each group that is wrong
-    with its own length at 1 alone, or all.
+    None where graph and module agree on the example. Else those that are wrong with their own
+    group alone at the example's length, or all.
     """
-    if not widened.single or agree_at(program, eager, example):
+    if not widened.moved or agree_at(program, eager, example):
         return ()
-    wrong = [
-        group
-        for group in widened.single
-        if not agree_at(
-            program,
-            eager,
-            [
-                cut(tensor, [axis.axis for axis in group.axes if axis.tensor == place])
-                for place, tensor in enumerate(widened.tensors)
-            ],
-        )
-    ]
-    return tuple(
-        axis
-        for group in wrong or widened.single
-        for axis in group.axes
-        if example[axis.tensor].shape[axis.axis] == 1
-    )
+    wrong = []
+    for group in widened.moved:
+        first = group.axes[0]
+        back = replace(group, length=example[first.tensor].shape[first.axis])
+        if not agree_at(program, eager, resized(widened.tensors, [back])):
+            wrong.append(group)
+    return tuple(wrong) or widened.moved

@@ -13,19 +13,21 @@ import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from moec.capture.agreement import Eager, agree, allow_one, cut, wrong_at_one
+from moec.capture.agreement import Eager, agree, allow_one, cut, refuted
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
 from moec.capture.gc_pause import seldom_collected
 from moec.capture.huggingface import experts_as_ops
+from moec.capture.lengths import Group
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
 from moec.capture.scans import scans_as_ops
-from moec.capture.shapes import Axes, default_axes, name_symbols, wished_axes, wished_bounds
+from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
+from moec.capture.sym_bools import sym_bools_answered
 from moec.capture.trials import quiet
-from moec.capture.widening import Axis, Group, widen
+from moec.capture.widening import widen
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.dims import Bounds
@@ -81,24 +83,24 @@ def capture(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_device(name, tensor)
     if dynamic_shapes is None:
-        wishes: list[Axes] = [default_axes(tensor) for tensor in call.tensors]
+        wishes, joining = default_wishes(call.tensors)
     else:
-        wishes = wished_axes(arguments, dynamic_shapes)
+        wishes, joining = wished_axes(arguments, dynamic_shapes), []
     asked = wished_bounds(wishes) | dict(bounds or {})
-    static: set[Axis] = set()
+    wrong: list[Group] = []
     while True:
         with EXPORTS, seldom_collected():
-            general = widen(call, wishes, static)
+            general = widen(call, wishes, joining, [group.axes for group in wrong])
             exported, met = _export(call, general.tensors, general.wishes)
             program, structure = _convert(
                 exported, tensor_names(arguments), general.wishes, asked, general.groups
             )
         program, states = detached(program)
         eager = _from_start(states, call)
-        wrong = wrong_at_one(program, eager, call.tensors, general)
-        if not wrong:
+        more = refuted(program, eager, call.tensors, general)
+        if not more:
             break
-        static.update(wrong)
+        wrong += more
     if met:
         _check_assumed(type(model).__name__, program, eager, general.tensors, met)
     program = allow_one(program, asked, eager, general.tensors)
@@ -145,6 +147,7 @@ def _export(
             scans_as_ops(call.module),
             lightning_as_ops(call.module),
             casts_done(),
+            sym_bools_answered(call.module),
             symbolic_config.patch(  # type: ignore[attr-defined]
                 backed_size_oblivious=True, use_duck_shape=False
             ),

@@ -24,6 +24,19 @@ def default_axes(tensor: torch.Tensor) -> Axes:
     return {axis: TorchDim.AUTO for axis in range(free)}
 
 
+def default_wishes(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[list[Axes], list[tuple[int, int]]]:
+    """`default_axes` of each tensor; and the last axes of float ones, which may vary too where
+    they are a size of another tensor (an additive mask's), as pairs (number of the tensor, axis).
+    """
+    wishes = [default_axes(tensor) for tensor in tensors]
+    last = [(i, t.ndim - 1) for i, t in enumerate(tensors) if t.ndim and t.is_floating_point()]
+    if len(tensors) == 1 or not last:
+        return wishes, []
+    return [dict.fromkeys(range(tensor.ndim), TorchDim.AUTO) for tensor in tensors], last
+
+
 def wished_axes(arguments: Mapping[str, Any], shapes: Any) -> list[Axes]:
     """The user's `dynamic_shapes` for each tensor in `arguments`, in order.
 

@@ -1,0 +1,124 @@
+"""Axes of a call's tensors that vary together, and tensors resized to other lengths of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.export import Dim as TorchDim
+
+from moec.capture.shapes import Axes, dim_name
+
+BATCH = (2, 3, 5, 7, 11)
+SEQUENCE = (16, 12, 20, 28, 36)
+SHORT = (3, 2, 4, 5, 6)
+"""Lengths for a first axis, for another axis, and for one that may not be long."""
+
+LONG = 64
+
+
+class Axis(NamedTuple):
+    """Axis number `axis` of tensor number `tensor`."""
+
+    tensor: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that are one size, of `length` in the tensors that are exported.
+
+    `limits` are the least and greatest length that the user allows; `name` is the user's for
+    axes that the user tied together.
+    """
+
+    axes: tuple[Axis, ...]
+    length: int
+    limits: tuple[int, int | None] = (0, None)
+    name: str = ""
+
+    def allows(self, length: int) -> bool:
+        low, high = self.limits
+        return low <= length and (high is None or length <= high)
+
+
+def groups_and_units(
+    example: Sequence[torch.Tensor], wishes: Sequence[Axes], joining: Collection[Axis]
+) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    """The axes that may vary: those of one length or one name; and those of length 1.
+
+    Of the latter each is alone that the user did not name. An axis in `joining` is left out
+    where it is the only one of its length.
+    """
+    members: dict[Any, list[Axis]] = {}
+    units: dict[Any, list[Axis]] = {}
+    tied = {dim_name(getattr(d, "root", None)) for wish in wishes for d in wish.values()} - {None}
+    for place, wish in enumerate(wishes):
+        for number, dim in wish.items():
+            axis, name = Axis(place, number), dim_name(dim)
+            if name in tied or not _varies(dim):
+                continue
+            length = example[place].shape[number]
+            if length == 1:
+                units.setdefault(name or axis, []).append(axis)
+            else:
+                members.setdefault(name or length, []).append(axis)
+
+    def group(key: Any, axes: Sequence[Axis]) -> Group:
+        first = axes[0]
+        length = example[first.tensor].shape[first.axis]
+        limits = _limits(wishes[first.tensor][first.axis])
+        return Group(tuple(axes), length, limits, key if isinstance(key, str) else "")
+
+    return (
+        tuple(group(key, axes) for key, axes in members.items() if not set(axes) <= set(joining)),
+        tuple(group(key, axes) for key, axes in units.items()),
+    )
+
+
+def _varies(dim: Any) -> bool:
+    """Whether the length of the axis may be chosen here: not where it is a number, or made from
+    another size (2 * S), which stays as the example has it."""
+    hints = (TorchDim.AUTO.type, TorchDim.DYNAMIC.type)
+    return dim_name(dim) is not None or getattr(dim, "type", None) in hints
+
+
+def _limits(dim: Any) -> tuple[int, int | None]:
+    low, high = getattr(dim, "min", None), getattr(dim, "max", None)
+    return (
+        low if isinstance(low, int) else 0,
+        high if isinstance(high, int) and high < 2**62 else None,
+    )
+
+
+def longer_than_one(group: Group, short: bool) -> tuple[int, ...]:
+    """Lengths for a group of length 1."""
+    return SHORT if short else BATCH if group.axes[0].axis == 0 else SEQUENCE
+
+
+def other_lengths(length: int) -> tuple[int, ...]:
+    """Multiples first, since a module may cut an axis into pieces; of a long one a part."""
+    if length > LONG:
+        return (length // 2, length - 1, 2 * length, length + 1)
+    shorter = (length // 2, length - 1) if length > 3 else ()
+    return (2 * length, 3 * length, length + 1, *shorter)
+
+
+def resized(tensors: Sequence[torch.Tensor], groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+    """The tensors with the axes of each group at its length."""
+    lengths: list[dict[int, int]] = [{} for _ in tensors]
+    for group in groups:
+        for axis in group.axes:
+            lengths[axis.tensor][axis.axis] = group.length
+    return tuple(map(resize, tensors, lengths))
+
+
+def resize(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
+    """`tensor` repeated and cut to the given lengths of its axes; an empty axis stays empty."""
+    for axis, length in lengths.items():
+        if length != tensor.shape[axis] and tensor.shape[axis]:
+            index = torch.arange(length, device=tensor.device) % tensor.shape[axis]
+            tensor = tensor.index_select(axis, index)
+    return tensor

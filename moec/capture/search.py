@@ -1,0 +1,226 @@
+"""Which axes of a call are one size, and at which lengths it runs: found by running it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from moec.capture.lengths import Axis, Group, longer_than_one, other_lengths, resized
+from moec.capture.trials import Trials
+
+FIXED = "fixed"
+MOST_ASSIGNMENTS = 64
+MOST_IN_ALL_SUBSETS = 5
+
+
+@dataclass(frozen=True)
+class Search:
+    """Questions to a call, all of which are runs on its example resized.
+
+    Lengths that other axes have (`common`, of weights above all) come last, since a module may
+    compare them. `joining` and `refuted` are those of `moec.capture.widening.widen`.
+    """
+
+    trials: Trials
+    example: Sequence[torch.Tensor]
+    common: frozenset[int]
+    joining: frozenset[Axis]
+    refuted: frozenset[frozenset[Axis]]
+
+    def runs(self, *groups: Group) -> bool:
+        return self.trials.runs(resized(self.example, groups))
+
+    def groups(self, long: Sequence[Group], units: Sequence[Group]) -> tuple[Group, ...]:
+        """The axes that vary, in groups that are one size, at lengths at which the call runs.
+
+        `units` are the axes of length 1. Tried first: those of one position are one size. Then
+        those of other positions too, and that fewer of them vary.
+        """
+        for assignment in self._running(long, units):
+            groups = self._distinct(self._joined(self._split(assignment)))
+            if any(self._refuted(group) and self._length(group) == 1 for group in groups):
+                continue
+            if self.runs(*groups):
+                return groups
+        return self._distinct(self._joined(self._split(long)))
+
+    def _refuted(self, group: Group) -> bool:
+        return frozenset(group.axes) in self.refuted
+
+    def _length(self, group: Group) -> int:
+        """The length of a group in the example."""
+        return self.example[group.axes[0].tensor].shape[group.axes[0].axis]
+
+    def _running(
+        self, long: Sequence[Group], units: Sequence[Group]
+    ) -> Iterator[tuple[Group, ...]]:
+        """The groups with the axes of length 1 among them, at lengths of their own."""
+        for labels in _assignments(units, self.joining) if units else ():
+            for short in (False, True):
+                groups = self._labelled(long, units, labels, short)
+                if groups is not None and self.runs(*groups):
+                    fixed = [u for u, key in zip(units, labels, strict=True) if key == FIXED]
+                    yield self._with_lone(groups, fixed)
+                    break
+
+    def _labelled(
+        self, long: Sequence[Group], units: Sequence[Group], labels: Sequence[Any], short: bool
+    ) -> tuple[Group, ...] | None:
+        """`long`, and a group for each label; None where there is no length for one."""
+        groups = list(long)
+        for label in dict.fromkeys(labels):
+            if label == FIXED:
+                continue
+            parts = [unit for unit, key in zip(units, labels, strict=True) if key == label]
+            axes = tuple(axis for unit in parts for axis in unit.axes)
+            longer = self._longer(replace(parts[0], axes=axes), groups, short)
+            if longer is None:
+                return None
+            groups.append(longer)
+        return tuple(groups)
+
+    def _longer(self, group: Group, others: Sequence[Group], short: bool) -> Group | None:
+        used = {other.length for other in others}
+        lengths = longer_than_one(group, short)
+        allowed = [n for n in lengths if n not in used and group.allows(n)]
+        length = min(allowed, key=self.common.__contains__, default=None)
+        return None if length is None else replace(group, length=length)
+
+    def _with_lone(self, groups: tuple[Group, ...], units: Sequence[Group]) -> tuple[Group, ...]:
+        """Units that do not belong to one of their position may still be sizes of their own."""
+        for unit in units:
+            longer = self._longer(unit, groups, short=True)
+            if longer is None or self._refuted(longer):
+                continue
+            if self.runs(*groups, longer):
+                groups = (*groups, longer)
+        return groups
+
+    def _split(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """Each group whose parts may differ in length is one group a part."""
+        done: list[Group] = []
+        waiting = list(groups)
+        while waiting:
+            group = waiting.pop(0)
+            parts = self._parts(group, [*done, *waiting])
+            if parts:
+                waiting = [*parts, *waiting]
+            else:
+                done.append(group)
+        return tuple(done)
+
+    def _parts(self, group: Group, others: Sequence[Group]) -> tuple[Group, ...]:
+        if len(group.axes) < 2 or group.name or not group.length:
+            return ()
+        used = {other.length for other in others}
+        lengths = [n for n in other_lengths(group.length) if n not in used and group.allows(n)]
+        other = next((n for n in lengths if self.runs(*others, replace(group, length=n))), None)
+        if other is None:
+            return self._changeable(group, others, lengths)
+        for axes in _subsets(group.axes):
+            part, rest = _parted(group, axes)
+            moved, still = replace(part, length=other), replace(rest, length=other)
+            if self.runs(*others, moved, rest) and self.runs(*others, part, still):
+                return rest, moved
+        return ()
+
+    def _changeable(
+        self, group: Group, others: Sequence[Group], lengths: Sequence[int]
+    ) -> tuple[Group, ...]:
+        """The axes of a group that cannot change at once: most of them, which can, and the rest,
+        which has the same length by chance; or each alone."""
+        for axes in reversed(list(_subsets(group.axes))):
+            for part, rest in (_parted(group, axes)[::-1], _parted(group, axes)):
+                for length in lengths:
+                    moved = replace(part, length=length)
+                    if self.runs(*others, moved, rest):
+                        return moved, rest
+        return tuple(replace(group, axes=(axis,)) for axis in group.axes)
+
+    def _joined(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """Without the axes in `joining` that are in no group with axes of other tensors."""
+        kept = []
+        for group in groups:
+            anchors = {axis.tensor for axis in group.axes if axis not in self.joining}
+            axes = tuple(
+                axis for axis in group.axes if axis not in self.joining or anchors - {axis.tensor}
+            )
+            if axes:
+                kept.append(replace(group, axes=axes))
+        return tuple(kept)
+
+    def _distinct(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """The groups at lengths that no other axis has, as far as the call runs so."""
+        done: list[Group] = []
+        for place, group in enumerate(groups):
+            rest = groups[place + 1 :]
+            if self._refuted(group):
+                group = replace(group, length=self._length(group))
+            elif group.length and group.length in {*self.common, *(g.length for g in done)}:
+                used = {*self.common, *(other.length for other in (*done, *rest))}
+                moves = (replace(group, length=n) for n in other_lengths(group.length))
+                group = next(
+                    (
+                        moved
+                        for moved in moves
+                        if moved.length not in used
+                        and group.allows(moved.length)
+                        and self.runs(*done, moved, *rest)
+                    ),
+                    group,
+                )
+            done.append(group)
+        return tuple(done)
+
+
+def _parted(group: Group, axes: tuple[Axis, ...]) -> tuple[Group, Group]:
+    rest = tuple(axis for axis in group.axes if axis not in axes)
+    return replace(group, axes=axes), replace(group, axes=rest)
+
+
+def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[tuple[Any, ...]]:
+    """A label for each unit, the plausible first: its name or position, that of another, FIXED.
+
+    A unit in `joining` has the position of another before it has none.
+    """
+    positions = sorted(
+        {u.axes[0].axis for u in units if not u.name and not joining.intersection(u.axes)}
+    )
+    options: list[list[tuple[int, Any]]] = []
+    for unit in units:
+        label = unit.name or unit.axes[0].axis
+        others = [(1, p) for p in reversed(positions) if p != label and not unit.name]
+        if joining.intersection(unit.axes):
+            options.append([*((0, p) for p in reversed(positions)), (1, FIXED)])
+        else:
+            options.append([(0, label), *others, (2, FIXED)])
+    first = (0,) * len(units)
+    heap, met = [(0, first)], {first}
+    for _ in range(MOST_ASSIGNMENTS):
+        if not heap:
+            return
+        _, chosen = heapq.heappop(heap)
+        yield tuple(options[i][c][1] for i, c in enumerate(chosen))
+        for i, c in enumerate(chosen):
+            more = (*chosen[:i], c + 1, *chosen[i + 1 :])
+            if c + 1 < len(options[i]) and more not in met:
+                met.add(more)
+                heapq.heappush(heap, (sum(options[j][k][0] for j, k in enumerate(more)), more))
+
+
+def _subsets(axes: tuple[Axis, ...]) -> Iterator[tuple[Axis, ...]]:
+    """Parts of the axes, each without what is left: all of them, or of many the contiguous."""
+    count = len(axes)
+    if count <= MOST_IN_ALL_SUBSETS:
+        for size in range(1, count // 2 + 1):
+            for part in combinations(axes, size):
+                if 2 * size < count or axes[0] in part:
+                    yield part
+        return
+    yield from ((axis,) for axis in axes)
+    yield from (axes[:end] for end in range(2, count - 1))
