@@ -22,23 +22,38 @@ Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 
 def agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the graph computes what the module does, up to rounding."""
+    return _equals(program, tensors, eager(*tensors))
+
+
+def _equals(
+    program: Program, tensors: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]
+) -> bool:
     limit = default_tolerance(program.graph)
     states = [program.weights[state.before.name] for state in program.graph.states]
     ours = evaluate(program.graph, [*tensors, *states], program.weights)
-    theirs = eager(*tensors)
     return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
 
 
-def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether graph and module run at the sizes of `tensors`, and agree on one draw of them.
+def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
+    """Whether graph and module agree at the sizes of `tensors`, on one draw of them at least;
+    None where the module does not run.
 
     In 16 bits a near tie may send the few tokens of one draw to other experts, which says
     nothing about the size.
     """
-    try:
-        return any(agree(program, eager, draw) for draw in _draws(program, tensors))
-    except (RuntimeError, IRError, IndexError, ValueError):
-        return False
+    runs = False
+    for draw in _draws(program, tensors):
+        try:
+            results = eager(*draw)
+        except Exception:  # whatever the module raises, it refuses these sizes
+            continue
+        runs = True
+        try:
+            if _equals(program, draw, results):
+                return True
+        except (RuntimeError, IRError, IndexError, ValueError):
+            return False
+    return False if runs else None
 
 
 def _draws(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
@@ -56,25 +71,34 @@ def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tens
 
 
 def allow_one(
-    program: Program, asked: Collection[str], eager: Eager, tensors: Sequence[torch.Tensor]
+    program: Program,
+    asked: Collection[str],
+    eager: Eager,
+    examples: Sequence[Sequence[torch.Tensor]],
 ) -> Program:
     """The program with lower bounds of 1 where it agrees with the module at size 1, else of 2.
 
     A bound of 2 comes from torch.export, which treats 1 apart, or from a branch of the module's
-    own (`if length > 1`); a branch may as well leave none. The bounds in `asked` stand. A size is
-    tried at 1 alone, and together with those that may be 1 already.
+    own (`if length > 1`); a branch may as well leave none. The bounds in `asked` stand, and those
+    of sizes that the module does not run with at 1. A size is tried at 1 alone, and together with
+    those that may be 1 already, in the first of `examples` with which the module runs.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
     lowered: set[str] = set()
+
+    def agrees(names: Collection[str]) -> bool | None:
+        answers = (agree_at(program, eager, _at_one(program, t, names)) for t in examples)
+        return next((answer for answer in answers if answer is not None), None)
+
     for name, limits in graph.bounds.items():
         if limits.low > 2 or name in asked:
             continue
-        tries = [{name}, lowered | {name}] if lowered else [{name}]
-        if all(agree_at(program, eager, _at_one(program, tensors, names)) for names in tries):
+        answers = [agrees({name}), agrees(lowered | {name})]
+        if all(answers):
             bounds[name] = Bounds(min(limits.low, 1), limits.high)
             lowered.add(name)
-        else:
+        elif False in answers:
             bounds[name] = Bounds(2, limits.high)
     return Program(replace(graph, bounds=bounds), program.weights)
 
@@ -102,6 +126,6 @@ def refuted(
     for group in widened.moved:
         first = group.axes[0]
         back = replace(group, length=example[first.tensor].shape[first.axis])
-        if not agree_at(program, eager, resized(widened.tensors, [back])):
+        if agree_at(program, eager, resized(widened.tensors, [back])) is False:
             wrong.append(group)
     return tuple(wrong) or widened.moved

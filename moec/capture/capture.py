@@ -103,7 +103,7 @@ def capture(
         wrong += more
     if met:
         _check_assumed(type(model).__name__, program, eager, general.tensors, met)
-    program = allow_one(program, asked, eager, general.tensors)
+    program = allow_one(program, asked, eager, (general.tensors, call.tensors))
     return Captured(program, eager, call.tensors, structure, _fixed(program))
 
 
