@@ -6,7 +6,6 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import torch
 
@@ -38,8 +37,8 @@ class Search:
     def groups(self, long: Sequence[Group], units: Sequence[Group]) -> tuple[Group, ...]:
         """The axes that vary, in groups that are one size, at lengths at which the call runs.
 
-        `units` are the axes of length 1. Tried first: those of one position are one size. Then
-        those of other positions too, and that fewer of them vary.
+        `units` are the axes of length 1. Tried first: all first axes are one size, and all others
+        are one. Then that one of either is of the other, and that fewer of them vary.
         """
         for assignment in self._running(long, units):
             groups = self._distinct(self._joined(self._split(assignment)))
@@ -69,7 +68,7 @@ class Search:
                     break
 
     def _labelled(
-        self, long: Sequence[Group], units: Sequence[Group], labels: Sequence[Any], short: bool
+        self, long: Sequence[Group], units: Sequence[Group], labels: Sequence[str], short: bool
     ) -> tuple[Group, ...] | None:
         """`long`, and a group for each label; None where there is no length for one."""
         groups = list(long)
@@ -92,7 +91,7 @@ class Search:
         return None if length is None else replace(group, length=length)
 
     def _with_lone(self, groups: tuple[Group, ...], units: Sequence[Group]) -> tuple[Group, ...]:
-        """Units that do not belong to one of their position may still be sizes of their own."""
+        """Units that belong to no other may still be sizes of their own."""
         for unit in units:
             longer = self._longer(unit, groups, short=True)
             if longer is None or self._refuted(longer):
@@ -183,20 +182,18 @@ def _parted(group: Group, axes: tuple[Axis, ...]) -> tuple[Group, Group]:
     return replace(group, axes=axes), replace(group, axes=rest)
 
 
-def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[tuple[Any, ...]]:
-    """A label for each unit, the plausible first: its name or position, that of another, FIXED.
+def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[tuple[str, ...]]:
+    """A label for each unit, the plausible first: its name or kind, the other kind, FIXED.
 
-    A unit in `joining` has the position of another before it has none.
+    A unit in `joining` belongs to another before it has no size of its own.
     """
-    positions = sorted(
-        {u.axes[0].axis for u in units if not u.name and not joining.intersection(u.axes)}
-    )
-    options: list[list[tuple[int, Any]]] = []
+    labels = sorted({_label(u) for u in units if not u.name and not joining.intersection(u.axes)})
+    options: list[list[tuple[int, str]]] = []
     for unit in units:
-        label = unit.name or unit.axes[0].axis
-        others = [(1, p) for p in reversed(positions) if p != label and not unit.name]
+        label = _label(unit)
+        others = [(1, other) for other in labels if other != label and not unit.name]
         if joining.intersection(unit.axes):
-            options.append([*((0, p) for p in reversed(positions)), (1, FIXED)])
+            options.append([*((0, other) for other in reversed(labels)), (1, FIXED)])
         else:
             options.append([(0, label), *others, (2, FIXED)])
     first = (0,) * len(units)
@@ -211,6 +208,11 @@ def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[t
             if c + 1 < len(options[i]) and more not in met:
                 met.add(more)
                 heapq.heappush(heap, (sum(options[j][k][0] for j, k in enumerate(more)), more))
+
+
+def _label(unit: Group) -> str:
+    """First axes are taken for batches, all others for sequences."""
+    return unit.name or ("batch" if unit.axes[0].axis == 0 else "sequence")
 
 
 def _subsets(axes: tuple[Axis, ...]) -> Iterator[tuple[Axis, ...]]:

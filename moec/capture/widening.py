@@ -19,6 +19,7 @@ from moec.capture.lengths import Axis, Group, groups_and_units, resized
 from moec.capture.search import Search
 from moec.capture.shapes import Axes
 from moec.capture.trials import Trials
+from moec.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def widen(
     An axis of length 1 becomes longer, axes that belong together at once; where the module does
     not run so, it stays 1 and may not vary. Axes of equal length become one group, unless the
     module runs with either of them the longer. Axes in `joining` vary only as part of a group
-    with axes of other tensors. Groups of the axes in `refuted` are not moved.
+    with axes of other tensors. Groups of the axes in `refuted` are not moved. Raises CaptureError
+    where a size that the user named cannot be other than 1.
     """
     example = call.tensors
     groups, units = groups_and_units(example, wishes, joining)
@@ -60,6 +62,13 @@ def widen(
     groups = search.groups(groups, units)
     varying = {axis for group in groups for axis in group.axes}
     gone = (free | set(joining)) - varying
+    for unit in units:
+        if unit.name and gone.intersection(unit.axes):
+            raise CaptureError(
+                f"{unit.name} is to vary, and the module runs only where it is 1, as in the "
+                "example: leave it out of dynamic_shapes, or see why the module fails at other "
+                "lengths"
+            )
     return Widened(
         resized(example, groups),
         tuple(
