@@ -94,7 +94,7 @@ def allow_one(
     for name, limits in graph.bounds.items():
         if limits.low > 2 or name in asked:
             continue
-        answers = [agrees({name}), agrees(lowered | {name})]
+        answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
         if all(answers):
             bounds[name] = Bounds(min(limits.low, 1), limits.high)
             lowered.add(name)

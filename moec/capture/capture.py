@@ -19,7 +19,7 @@ from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
 from moec.capture.gc_pause import seldom_collected
 from moec.capture.huggingface import experts_as_ops
-from moec.capture.lengths import Group
+from moec.capture.lengths import Axis, Group
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
 from moec.capture.scans import scans_as_ops
@@ -83,9 +83,10 @@ def capture(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_device(name, tensor)
     if dynamic_shapes is None:
-        wishes, joining = default_wishes(call.tensors)
+        wishes, last = default_wishes(call.tensors)
     else:
-        wishes, joining = wished_axes(arguments, dynamic_shapes), []
+        wishes, last = wished_axes(arguments, dynamic_shapes), []
+    joining = [Axis(*axis) for axis in last]
     asked = wished_bounds(wishes) | dict(bounds or {})
     wrong: list[Group] = []
     while True:

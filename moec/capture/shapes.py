@@ -118,7 +118,7 @@ def _equated(
     """For each symbol on an axis in `groups`, all symbols that are the same size."""
     same: dict[str, set[str]] = {}
     for group in groups:
-        sizes = [tensors[tensor].shape[axis] for tensor, axis in group]
+        sizes: list[Any] = [tensors[tensor].shape[axis] for tensor, axis in group]
         exprs = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
         names = {expr.name for expr in exprs if expr.is_Symbol}
         names = names.union(*(same.get(name, ()) for name in names))

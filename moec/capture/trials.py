@@ -49,12 +49,12 @@ class Trials:
         return True
 
 
-class _Undone(TorchDispatchMode):
+class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While open, what an operator is about to write into is copied; then it is put back."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before: dict[int, tuple[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,12 +64,12 @@ class _Undone(TorchDispatchMode):
             written = args[position] if position < len(args) else kwargs.get(argument.name)
             for tensor in written if isinstance(written, list | tuple) else [written]:
                 if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
+                    storage: Any = tensor.untyped_storage()
                     self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         return func(*args, **kwargs)
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
         for storage, copy in self.before.values():
             if storage.nbytes() == copy.nbytes():
                 storage.copy_(copy)

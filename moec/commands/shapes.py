@@ -121,6 +121,10 @@ _EXPLAINED = (
         "--shapes: the model fixes {0} at {1}; write {1} in its place",
     ),
     (
+        r"(\w+) is to vary, and the module runs only where it is 1",
+        "--shapes: the model runs only where {0} is 1; write 1 in its place",
+    ),
+    (
         r"Static shape constraint of (\d+) does not match input size of (\d+)",
         "--shapes gives an axis the size {0} where the example input has {1}; write {1}, or a name",
     ),
