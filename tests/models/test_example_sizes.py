@@ -1,0 +1,24 @@
+"""A family captured from one text, or one token, is the graph of two texts of sixteen."""
+
+from __future__ import annotations
+
+import pytest
+
+from moec.capture import capture
+from moec.ir.text import print_graph
+from tests.models.families import FAMILIES
+
+QUICK = ("mixtral", "gpt_oss", "llama4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES],
+)
+def test_one_graph_for_every_size_of_the_example(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    captures = [capture(model, (), family.inputs(*size)) for size in ((2, 16), (1, 8), (1, 1))]
+    first, *others = [print_graph(captured.program.graph) for captured in captures]
+    assert others == [first, first]
+    assert all(captured.fixed == () for captured in captures)
