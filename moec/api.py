@@ -26,8 +26,19 @@ from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame
 from moec.passes.core.runner import Declined, Pass, Step, run
 from moec.passes.decode import continues_text, incremental, logits_of
+from moec.passes.quantise.codes import Quantising
+from moec.passes.recognise import RecogniseExperts
 from moec.passes.specialise.hoist_routers import HoistRouters, split
-from moec.pipeline import Changes, Chosen, choose, measured, onward, quantising, stepped, until
+from moec.pipeline import (
+    PassChanges,
+    PassSpec,
+    choose,
+    decode_passes,
+    from_stage,
+    quantising,
+    truncate_after,
+    with_calibration,
+)
 from moec.report.blocks import blocks
 from moec.report.data import Block
 from moec.report.quantisation import quantised_lines
@@ -54,7 +65,7 @@ def compile(
     target: str | Target = "cpu",
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
-    passes: Changes = "",
+    passes: PassChanges = "",
     quant: str | None = None,
     calib: Any = None,
     budget: str = "",
@@ -101,7 +112,7 @@ def compile(
     clock = _Clock(progress)
     stored = Quantisation() if quant is None else parse_parts(quant)
     asked = (*choose(opt_level, changes(passes)), *quantising(stored))
-    chosen = until(asked, stop_after)
+    chosen = truncate_after(asked, stop_after)
     allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
     builds = build and stop_after is None
     if tune:
@@ -114,7 +125,7 @@ def compile(
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
         captured = capture_source(source, dynamic_shapes)
-        captured = bound(captured, asked)
+        captured = bound(captured, (p for p in asked if not isinstance(p, Approximate)))
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"
@@ -122,7 +133,7 @@ def compile(
     with clock.phase("passes"):
         frame = Frame(calib, source.files, allowed, strict)
         stage = stage_of(captured.program.graph)
-        todo = onward(measured(chosen, frame), stage)
+        todo = from_stage(with_calibration(chosen, frame), stage)
         steps = tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
         quantised = quantised_lines(steps)
     compiled = CompiledModel(
@@ -139,8 +150,8 @@ def compile(
         return compiled
     if kv_cache:
         with clock.phase("generation"):
-            compiled = _with_decode(compiled, stepped(opt_level, changes(passes)))
-    if any(pass_.name == HoistRouters.name for pass_ in chosen):
+            compiled = _with_decode(compiled, decode_passes(opt_level, changes(passes)))
+    if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = _with_routers(compiled)
     built = _build(compiled, opt_level, clock, backend, tune)
     return built if verify is False else _verify(built, limit, clock)
@@ -154,8 +165,8 @@ def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledMod
     try:
         steps = run(incremental(program), passes, stage=Stage.GROUPED)
     except NoMatch as why:
-        declined = Declined("text generation", str(why), "incremental")
-        return replace(compiled, declined=(*compiled.declined, declined))
+        declined = Declined("text generation", str(why), "decode")
+        return replace(compiled, declined=(*compiled.declined, declined), no_decode=str(why))
     more = (declined for step in steps for declined in step.declined)
     return replace(
         compiled,
@@ -178,7 +189,7 @@ def _with_routers(compiled: CompiledModel) -> CompiledModel:
 
 
 def _allowed(
-    asked: Sequence[Chosen], chosen: Sequence[Chosen], calib: Any, budget: str, strict: bool
+    asked: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
 ) -> Budget:
     """The budget, once it is known that the passes have what they need, and need what there is."""
     for pass_ in chosen:
@@ -194,7 +205,7 @@ def _allowed(
             "--budget is for passes that change the model, and none was asked for; see "
             "moec list passes"
         )
-    if calib is not None and not changes and not any(hasattr(p, "quantises") for p in asked):
+    if calib is not None and not changes and not any(isinstance(p, Quantising) for p in asked):
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and none was asked "
             "for; see moec list passes"
@@ -231,9 +242,8 @@ def _build(
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
             package = replace(package, generation=replace(package.generation, stop=stop))
-        for declined in compiled.declined:
-            if declined.rule == "incremental":
-                package = replace(package, no_generation=declined.reason)
+        if compiled.no_decode:
+            package = replace(package, no_generation=compiled.no_decode)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
     if missing(compiled.target) or not package.library:
@@ -256,7 +266,7 @@ def _explained(compiled: CompiledModel) -> Iterator[None]:
 
 def _not_recognised(declined: Sequence[Declined]) -> str:
     """Experts that were not recognised: what they are written with may have no kernel."""
-    experts = [d for d in declined if d.rule == "recognise-experts"]
+    experts = [d for d in declined if d.rule == RecogniseExperts.name]
     lines = dict.fromkeys(f"\n  {d.where}: {d.reason}" for d in experts)
     return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
 

@@ -1,14 +1,23 @@
-"""The ordered passes from a captured graph to one that code is generated from: read this first.
+"""The phases from a captured graph to one that code is generated from: read this first.
 
-Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2 those of the rest.
-Passes that change what a model computes (APPROXIMATE), and exact ones that need to be told
-something (ASKED), run where they are asked for alone: most of them between the two halves, when
-blocks are recognised and not fused yet.
+    CANONICALISE  one spelling for each idea
+    DENSE         the dense part of a transformer as ops of its own: norms, attention, rotary
+    RECOGNISE     routers and experts found and proved: the graph has MoE blocks from here on
+    SIMPLIFY      what recognition left between and inside of the blocks
+    LOWER         gates fused, then all rows of all experts at once, in as few kernels as possible
+    DECODE        of the program that continues texts, which is derived from the lowered one
+
+Every door runs these: `moec.compile` all, `moec.transform` up to the last pass that changes the
+model, `torch.compile` CANONICALISE and RECOGNISE on its graph and the rest on each block, ONNX
+all of a model's. Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2
+those of the rest. OPT_IN passes change what a model computes (APPROXIMATE), or need to be told
+something (EXACT_OPT_IN): they run where they are asked for alone, at the stage that they take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 from moec.errors import UsageError
 from moec.formats.integer import Format, Quantisation
@@ -24,7 +33,7 @@ from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.approximate.tune_grids import TuneGrids
 from moec.passes.calibration.session import Approximate, Frame, Measured
 from moec.passes.core.options import made_from, split
-from moec.passes.core.runner import Asked, Pass, Step
+from moec.passes.core.runner import Kind, OptInPass, Pass, Step
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention
@@ -51,39 +60,52 @@ from moec.passes.specialise.fold_supernet import FoldSupernet
 from moec.passes.specialise.hoist_routers import HoistRouters
 from moec.passes.specialise.specialise import Specialise
 
-SPELLED: tuple[tuple[int, Pass], ...] = (
-    # ATEN: one spelling per idea
-    (0, Canonicalise()),
-    (0, ShareCommon()),
+
+@dataclass(frozen=True)
+class Phase:
+    """Passes in their order, each with the least level at which it runs."""
+
+    name: str
+    leveled: tuple[tuple[int, Pass], ...]
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return tuple(pass_ for _, pass_ in self.leveled)
+
+    def at_level(
+        self, level: int, added: Set[str] = frozenset(), removed: Set[str] = frozenset()
+    ) -> tuple[Pass, ...]:
+        """The passes of a level, with those `added` to it and without those `removed`, by name."""
+        return tuple(
+            pass_
+            for least, pass_ in self.leveled
+            if pass_.name not in removed and (least <= level or pass_.name in added)
+        )
+
+
+CANONICALISE = Phase("canonicalise", ((0, Canonicalise()), (0, ShareCommon())))
+DENSE = Phase("dense", ((2, FuseNorm()), (2, FuseAttention()), (2, FoldMask()), (2, FuseRotary())))
+RECOGNISE = Phase("recognise", tuple((0, recogniser) for recogniser in RECOGNISERS))
+SIMPLIFY = Phase("simplify", ((0, Canonicalise()), (0, SplitPacked())))
+LOWER = Phase(
+    "lower",
+    (
+        (1, FuseGate()),
+        (1, FoldAddend()),
+        (0, FoldConstants()),
+        (0, ExpandExperts()),
+        (1, FuseActivation()),
+        (1, FuseDispatch()),
+        (0, FuseDecompress()),
+        (0, ShareCommon()),
+        (0, FoldConstants()),
+        (2, FuseResidual()),
+        (2, FoldPermutes()),
+    ),
 )
-RECOGNISED: tuple[tuple[int, Pass], ...] = (
-    # the dense part of a transformer
-    (2, FuseNorm()),
-    (2, FuseAttention()),
-    (2, FoldMask()),
-    (2, FuseRotary()),
-    # MOE: whose routing and experts these are
-    *((0, recogniser) for recogniser in RECOGNISERS),
-    (0, Canonicalise()),
-    (0, SplitPacked()),
-)
-LOWERED: tuple[tuple[int, Pass], ...] = (
-    (1, FuseGate()),
-    (1, FoldAddend()),
-    (0, FoldConstants()),
-    # GROUPED: all rows at once, in as few kernels as possible
-    (0, ExpandExperts()),
-    (1, FuseActivation()),
-    (1, FuseDispatch()),
-    (0, FuseDecompress()),
-    (0, ShareCommon()),
-    (0, FoldConstants()),
-    (2, FuseResidual()),
-    (2, FoldPermutes()),
-)
-ORDER = (*SPELLED, *RECOGNISED, *LOWERED)
-# Of the step for tokens that come in pieces, once it is derived from what ORDER made.
-STEPPED: tuple[tuple[int, Pass], ...] = ((2, FuseAppend()),)
+DECODE = Phase("decode", ((2, FuseAppend()),))
+PHASES = (CANONICALISE, DENSE, RECOGNISE, SIMPLIFY, LOWER)
+
 APPROXIMATE: tuple[type[Approximate], ...] = (
     PruneExperts,
     KeepUsed,
@@ -94,14 +116,14 @@ APPROXIMATE: tuple[type[Approximate], ...] = (
     InsertZeroExperts,
     RefactorDense,
 )
-ASKED: tuple[type[Asked], ...] = (
+EXACT_OPT_IN: tuple[type[OptInPass], ...] = (
     Specialise,
     HoistRouters,
     FoldLora,
     FoldSupernet,
     AggregateExperts,
 )
-WANTED: tuple[type[Approximate] | type[Asked], ...] = (*APPROXIMATE, *ASKED)
+OPT_IN: tuple[type[Approximate] | type[OptInPass], ...] = (*APPROXIMATE, *EXACT_OPT_IN)
 LEVELS = (0, 1, 2)
 
 # What options of their own ask for; these run after all others.
@@ -111,76 +133,82 @@ ON_REQUEST: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def quantising(wanted: Quantisation) -> tuple[Pass, ...]:
-    """The passes that store weights as `wanted`."""
-    experts = () if wanted.experts is None else (QuantiseExperts(wanted.experts),)
-    if wanted.linears is None and wanted.head is None:
+def quantising(formats: Quantisation) -> tuple[Pass, ...]:
+    """The passes that store weights in these formats."""
+    experts = () if formats.experts is None else (QuantiseExperts(formats.experts),)
+    if formats.linears is None and formats.head is None:
         return experts
-    return (*experts, QuantiseLinears(wanted.linears, wanted.head))
+    return (*experts, QuantiseLinears(formats.linears, formats.head))
 
 
-def distinct() -> tuple[Pass, ...]:
-    """Each pass once, in the order in which it first runs."""
-    return tuple({pass_.name: pass_ for _, pass_ in (*ORDER, *STEPPED)}.values())
+def all_passes() -> tuple[Pass, ...]:
+    """Each pass of the phases once, in the order in which it first runs."""
+    passes = (pass_ for phase in (*PHASES, DECODE) for pass_ in phase.passes)
+    return tuple({pass_.name: pass_ for pass_ in passes}.values())
 
 
-PASSES = distinct()
+PassSpec = Pass | Approximate
+PassChanges = str | Sequence[str | Approximate | OptInPass]
+"""Such as "+fuse-gate,-fold-addend", or a list of such texts and of opt-in passes."""
 
 
-Chosen = Pass | Approximate
-Wanted = Approximate | Asked
-Changes = str | Sequence[str | Wanted]
+@dataclass(frozen=True)
+class _Changes:
+    added: frozenset[str]
+    removed: frozenset[str]
+    opt_in: tuple[Approximate | OptInPass, ...]
+
+    def taking(self, *stages: Stage) -> list[Approximate | OptInPass]:
+        """The opt-in passes of these stages; an approximate one takes recognised blocks."""
+        return [
+            pass_
+            for pass_ in self.opt_in
+            if (pass_.takes if isinstance(pass_, OptInPass) else Stage.MOE) in stages
+        ]
 
 
-def choose(opt_level: int = 2, changes: Changes = "") -> tuple[Chosen, ...]:
-    """The passes of a level, with `changes` such as "+fuse-gate,-fold-addend" or a list of such
-    texts and of passes that run where they are asked for. Those come in the order given, in the
-    stage that they take: before blocks are recognised, after it, or when all else is done.
+def choose(opt_level: int = 2, changes: PassChanges = "") -> tuple[PassSpec, ...]:
+    """The passes of a level, with `changes`. Opt-in passes come in the order given, in the stage
+    that they take: before blocks are recognised, after it, or when all else is done.
 
     Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
     options that a pass does not have.
     """
     if opt_level not in LEVELS:
         raise UsageError(f"there is no optimisation level {opt_level}; levels are 0, 1 and 2")
-    added, removed, wanted = _changes(changes)
+    parsed = _parse(changes)
 
-    def those(half: Sequence[tuple[int, Pass]]) -> tuple[Pass, ...]:
-        return _those(half, opt_level, added, removed)
+    def at_level(*phases: Phase) -> list[Pass]:
+        each = (phase.at_level(opt_level, parsed.added, parsed.removed) for phase in phases)
+        return [pass_ for passes in each for pass_ in passes]
 
-    def taking(*stages: Stage) -> list[Wanted]:
-        return [pass_ for pass_ in wanted if getattr(pass_, "takes", Stage.MOE) in stages]
-
-    recognised = (*those(SPELLED), *taking(Stage.ATEN), *those(RECOGNISED))
-    return (*recognised, *taking(Stage.MOE), *those(LOWERED), *taking(Stage.GROUPED))
-
-
-def stepped(opt_level: int = 2, changes: Changes = "") -> tuple[Pass, ...]:
-    """The passes of a level, with `changes`, that run on the step for tokens in pieces."""
-    added, removed, _ = _changes(changes)
-    return _those(STEPPED, opt_level, added, removed)
-
-
-def _those(
-    passes: Sequence[tuple[int, Pass]], opt_level: int, added: set[str], removed: set[str]
-) -> tuple[Pass, ...]:
-    return tuple(
-        pass_
-        for level, pass_ in passes
-        if pass_.name not in removed and (level <= opt_level or pass_.name in added)
+    return (
+        *at_level(CANONICALISE),
+        *parsed.taking(Stage.ATEN),
+        *at_level(DENSE, RECOGNISE, SIMPLIFY),
+        *parsed.taking(Stage.MOE),
+        *at_level(LOWER),
+        *parsed.taking(Stage.GROUPED),
     )
 
 
-def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:
-    names = [pass_.name for pass_ in PASSES]
-    kinds = {str(kind.name): kind for kind in WANTED}
-    needed = {pass_.name for level, pass_ in ORDER if level == 0}
+def decode_passes(opt_level: int = 2, changes: PassChanges = "") -> tuple[Pass, ...]:
+    """The passes of a level, with `changes`, that run on the program that continues texts."""
+    parsed = _parse(changes)
+    return DECODE.at_level(opt_level, parsed.added, parsed.removed)
+
+
+def _parse(changes: PassChanges) -> _Changes:
+    names = [pass_.name for pass_ in all_passes()]
+    kinds = {str(kind.name): kind for kind in OPT_IN}
+    needed = {pass_.name for phase in PHASES for level, pass_ in phase.leveled if level == 0}
     added: set[str] = set()
     removed: set[str] = set()
-    wanted: list[Wanted] = []
+    opt_in: list[Approximate | OptInPass] = []
     items = [changes] if isinstance(changes, str) else changes
     for item in (part for one in items for part in (split(one) if isinstance(one, str) else [one])):
-        if isinstance(item, Approximate | Asked):
-            wanted.append(item)
+        if isinstance(item, Approximate | OptInPass):
+            opt_in.append(item)
             continue
         if not isinstance(item, str):
             raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
@@ -198,29 +226,29 @@ def _changes(changes: Changes) -> tuple[set[str], set[str], list[Wanted]]:
             why = f"{name} has no options" if name not in kinds else "the list ends with )"
             raise UsageError(f"--passes {item}: {why}")
         if name in kinds:
-            wanted.append(made_from(kinds[name], options.removesuffix(")"), f"--passes {item}"))
+            opt_in.append(made_from(kinds[name], options.removesuffix(")"), f"--passes {item}"))
         else:
             (added if sign == "+" else removed).add(name)
-    return added, removed, wanted
+    return _Changes(frozenset(added), frozenset(removed), tuple(opt_in))
 
 
 def _head(item: str) -> tuple[str, str]:
     return item[:1], item[1:].partition("(")[0].strip()
 
 
-def exact(passes: Sequence[Chosen], why: str) -> tuple[Pass, ...]:
+def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
     """The passes, none of which changes the model. Raises UsageError, with `why`, for one."""
     for pass_ in passes:
-        if isinstance(pass_, Approximate) or getattr(pass_, "changes", False):
+        if isinstance(pass_, Approximate) or pass_.kind is Kind.CHANGES:
             raise UsageError(f"{pass_.name} changes what the model computes: {why}")
     return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
 
 
-def measured(passes: Sequence[Chosen], frame: Frame) -> tuple[Pass, ...]:
+def with_calibration(passes: Sequence[PassSpec], frame: Frame) -> tuple[Pass, ...]:
     """The passes as they run: the approximate ones measured and kept within the budget, those
     that quantise with codes chosen on the calibration data, where there are any."""
 
-    def one(pass_: Chosen) -> Pass:
+    def one(pass_: PassSpec) -> Pass:
         if isinstance(pass_, Approximate):
             return Measured(pass_, frame)
         if isinstance(pass_, QuantiseExperts | QuantiseLinears) and frame.calib is not None:
@@ -230,13 +258,19 @@ def measured(passes: Sequence[Chosen], frame: Frame) -> tuple[Pass, ...]:
     return tuple(map(one, passes))
 
 
-def onward(passes: Sequence[Pass], stage: Stage) -> tuple[Pass, ...]:
+def from_stage(passes: Sequence[Pass], stage: Stage) -> tuple[Pass, ...]:
     """The passes without those whose work is done in a program of `stage`: a module that is a
     graph already has its blocks recognised."""
-    return tuple(p for p in passes if set(stage.value) <= set(p.takes.value))
+    return tuple(pass_ for pass_ in passes if stage <= pass_.takes)
 
 
-def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...]:
+def after_recognition(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """What is left to do for a block that is recognised."""
+    last = max(i for i, pass_ in enumerate(passes) if pass_ in RECOGNISE.passes)
+    return tuple(passes[last + 1 :])
+
+
+def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[PassSpec, ...]:
     """The passes up to the last one called `stop_after`, or `stop_after-…`.
 
     Raises UsageError where there is none.
@@ -245,26 +279,26 @@ def until(passes: Sequence[Chosen], stop_after: str | None) -> tuple[Chosen, ...
         return tuple(passes)
     if stop_after == "capture":
         return ()
-    places = [i for i, p in enumerate(passes) if p.name == stop_after]
-    places = places or [i for i, p in enumerate(passes) if p.name.startswith(f"{stop_after}-")]
-    if not places:
+    ends = [i for i, p in enumerate(passes) if p.name == stop_after]
+    ends = ends or [i for i, p in enumerate(passes) if p.name.startswith(f"{stop_after}-")]
+    if not ends:
         names = ", ".join(dict.fromkeys(p.name for p in passes))
         raise UsageError(f"--stop-after {stop_after}: no such pass; there are capture, {names}")
-    return tuple(passes[: places[-1] + 1])
+    return tuple(passes[: ends[-1] + 1])
 
 
 def without_effect(steps: Sequence[Step]) -> tuple[str, ...]:
-    """In words, the passes that somebody asked for by name and that changed nothing, and why."""
-    names = {str(kind.name) for kind in WANTED}
-    said = []
+    """In words, the opt-in passes that changed nothing, and why."""
+    names = {str(kind.name) for kind in OPT_IN}
+    sentences = []
     for step in steps:
         if step.name not in names:
             continue
         layers = step.damage.layers if step.damage else ()
         if layers and all(line.undone for line in layers):
-            said.append(f"{step.name} changed nothing: the budget undid it in every layer")
+            sentences.append(f"{step.name} changed nothing: the budget undid it in every layer")
         elif step.rewrites == 0:
             reasons = dict.fromkeys(declined.reason for declined in step.declined)
             why = "; ".join(reasons) or "the model has nothing that it applies to"
-            said.append(f"{step.name} changed nothing: {why}")
-    return tuple(said)
+            sentences.append(f"{step.name} changed nothing: {why}")
+    return tuple(sentences)

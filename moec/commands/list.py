@@ -55,14 +55,16 @@ def command(what: str, as_json: bool) -> None:
 def wanted() -> list[dict[str, Any]]:
     """One row a pass that runs where it is asked for: what it does, its options, its source."""
     from moec.passes.core.options import default, expected
-    from moec.pipeline import WANTED
+    from moec.passes.core.runner import Kind
+    from moec.pipeline import EXACT_OPT_IN, OPT_IN
 
+    exact = {kind for kind in EXACT_OPT_IN if kind.kind is not Kind.CHANGES}
     return [
         {
             "pass": kind.name,
             "gives": "MOE",
             "from": "asked for",
-            "kind": "exact" if kind.exact else "approximate",
+            "kind": "exact" if kind in exact else "approximate",
             "what_it_does": first_line(kind),
             "options": ", ".join(map(default, fields(kind))) or "-",  # type: ignore[arg-type]
             "fields": [
@@ -71,24 +73,26 @@ def wanted() -> list[dict[str, Any]]:
             ],
             "source": kind.source,
         }
-        for kind in WANTED
+        for kind in OPT_IN
     ]
 
 
 def passes() -> list[dict[str, Any]]:
     """One row a pass: the first line of its class, what may be set."""
-    from moec.pipeline import ON_REQUEST, ORDER, STEPPED
+    from moec.passes.core.runner import Kind
+    from moec.pipeline import DECODE, ON_REQUEST, PHASES
 
+    leveled = [pair for phase in (*PHASES, DECODE) for pair in phase.leveled]
     level: dict[str, str] = {p.name: option for option, p in ON_REQUEST}
-    for at, p in (*ORDER, *STEPPED):
+    for at, p in leveled:
         level[p.name] = min(f"-O{at}", level.get(p.name, f"-O{at}"))
-    every = (*(p for _, p in (*ORDER, *STEPPED)), *(p for _, p in ON_REQUEST))
+    every = (*(p for _, p in leveled), *(p for _, p in ON_REQUEST))
     return [
         {
             "pass": p.name,
             "gives": p.gives.name,
             "from": level[p.name],
-            "kind": "exact" if getattr(p, "exact", True) else "approximate",
+            "kind": "exact" if p.kind is Kind.EXACT else "approximate",
             "what_it_does": first_line(p),
             "options": ", ".join(f"{f.name}={getattr(p, f.name)}" for f in fields(p)) or "-",  # type: ignore[arg-type]
         }

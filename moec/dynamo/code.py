@@ -30,6 +30,7 @@ from moec.ir.text import print_graph
 from moec.passes.core.runner import Step, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_combine import FuseCombine
+from moec.pipeline import after_recognition
 from moec.runtime.package import MAIN, Package
 
 
@@ -76,9 +77,8 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
     if key in known:
         RECORDER.add(cache_hits=1)
         return known[key]
-    passes = exact(options)
-    last = max(i for i, pass_ in enumerate(passes) if pass_.name.startswith("recognise-"))
-    steps = run(Program(graph, weights), passes[last + 1 :], stage=Stage.MOE)
+    passes = after_recognition(exact(options))
+    steps = run(Program(graph, weights), passes, stage=Stage.MOE)
     final = steps[-1].program
     module = Module.of(final)
     backend = backend_for(options.target)

@@ -32,11 +32,10 @@ from moec.dynamo.trace import static_inputs, trace
 from moec.dynamo.training import learns, mostly, needs_gradient, stopped
 from moec.errors import IRError, MoecError, NoMatch
 from moec.passes.core.runner import run
-from moec.passes.recognise import RECOGNISERS, RecogniseExperts
-from moec.passes.simplify.canonicalise import Canonicalise
-from moec.passes.simplify.share_common import ShareCommon
+from moec.passes.recognise import RecogniseExperts
+from moec.pipeline import CANONICALISE, RECOGNISE
 
-RECOGNITION = (Canonicalise(), ShareCommon(), *RECOGNISERS)
+RECOGNITION = (*CANONICALISE.passes, *RECOGNISE.passes)
 
 _UNRECOGNISED = (
     "it chooses the best k of something, and no experts were found in it: the graph may break "

@@ -11,7 +11,7 @@ from moec.arguments import target_of, text
 from moec.cache import Store, default_store, store_in
 from moec.errors import UsageError
 from moec.passes.calibration.session import Approximate
-from moec.passes.core.runner import Asked, Pass
+from moec.passes.core.runner import OptInPass, Pass
 from moec.pipeline import choose
 from moec.target.cpu import Target
 
@@ -78,7 +78,7 @@ def exact(options: Options) -> tuple[Pass, ...]:
                 f"options: passes: {chosen.name} changes the model, which needs calibration data: "
                 "apply it with moec.compile"
             )
-        if isinstance(chosen, Asked):
+        if isinstance(chosen, OptInPass):
             raise UsageError(
                 f"options: passes: {chosen.name} rewrites whole models, and torch.compile gives "
                 "blocks: apply it with moec.compile"

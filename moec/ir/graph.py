@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, total_ordering
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -42,12 +42,17 @@ class DType:
 Attr: TypeAlias = "bool | int | float | str | sympy.Expr | Ref | DType | tuple[Attr, ...] | None"
 
 
+@total_ordering
 class Stage(Enum):
-    """Which ops a graph may hold: the value is the prefixes of their names."""
+    """Which ops a graph may hold: the value is the prefixes of their names. Stages are ordered:
+    a graph of one may stand where one of a later stage is taken."""
 
     ATEN = ("aten.", "moec.", "nn.")
     MOE = ("aten.", "moec.", "nn.", "moe.")
     GROUPED = ("aten.", "moec.", "nn.", "moe.", "grouped.")
+
+    def __lt__(self, other: Stage) -> bool:
+        return len(self.value) < len(other.value)
 
 
 def stage_of(graph: Graph) -> Stage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,18 +11,18 @@ from moec.capture import Captured
 from moec.ir.dims import bind as learn
 from moec.ir.dims import evaluate_dim
 from moec.passes.core.options import Given
+from moec.passes.core.runner import Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 
 
-def bound(captured: Captured, passes: Iterable[Any]) -> Captured:
+def bound(captured: Captured, passes: Iterable[Pass]) -> Captured:
     """`captured` without the inputs that passes bind: its program, its example, its eager meaning.
 
     Raises UsageError as `moec.passes.specialise.bind_inputs.bind` does.
     """
     for pass_ in passes:
-        given = getattr(pass_, "inputs", None)
-        if given:
-            captured = _bound(captured, given, pass_.name)
+        if pass_.binds:
+            captured = _bound(captured, pass_.binds, pass_.name)
     return captured
 
 

@@ -17,7 +17,7 @@ from moec.interpret.tolerance import default_tolerance
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import print_graph
 from moec.model.generate import Prompts, continued, stream
-from moec.passes.core.runner import Declined, Step
+from moec.passes.core.runner import Declined, Kind, Step
 from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
 from moec.report.quantisation import left_wide
@@ -41,7 +41,8 @@ class CompiledModel:
 
     torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
     as it is, several come as a dict by name. `programs` are the functions of the model beside
-    `main`, such as `decode` (see `moec.runtime.package`). `package` and `executor` are None where
+    `main`, such as `decode` (see `moec.runtime.package`); `no_decode` says why that one is not
+    there. `package` and `executor` are None where
     nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
     the target needs: such a model can be saved and not called.
     """
@@ -54,6 +55,7 @@ class CompiledModel:
     target: Target
     programs: Mapping[str, Program] = field(default_factory=dict)
     router_ports: tuple[RouterPorts, ...] = ()
+    no_decode: str = ""
     package: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
@@ -125,7 +127,7 @@ class CompiledModel:
         notes += (*left_wide(self.steps), *without_effect(self.steps))
         if checked:
             notes += checked.skipped
-        if checked and any(step.damage or step.changes for step in self.steps):
+        if checked and any(step.kind is Kind.CHANGES and step.rewrites for step in self.steps):
             above = "; the distance to the original model is above"
             notes += (
                 "checked against the graph as the passes changed it, and the graph before them "

@@ -17,7 +17,7 @@ from moec.ops.quantised import Matrix, format_of
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import Fit
-from moec.passes.core.runner import Log, Step
+from moec.passes.core.runner import Kind, Log, Step
 from moec.report.data import MovedLine, QuantisedLine
 from moec.report.module_paths import fold
 
@@ -28,7 +28,7 @@ an expert that was left out is 1, and four bits a weight give 0.1."""
 
 def unquantised_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps before the first that rounds weights."""
-    return tuple(takewhile(lambda step: not step.quantises, steps))
+    return tuple(takewhile(lambda step: step.kind is not Kind.QUANTISES, steps))
 
 
 def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:

@@ -26,7 +26,8 @@ from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame
 from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, Step, run
-from moec.pipeline import Changes, Chosen, choose, measured, onward
+from moec.passes.quantise.codes import Quantising
+from moec.pipeline import PassChanges, PassSpec, choose, from_stage, with_calibration
 from moec.transformation.hf_module import fewer_experts
 from moec.verify import check as checking
 
@@ -46,7 +47,7 @@ class Transformation:
 
 def transform(
     model: Any,
-    passes: Changes,
+    passes: PassChanges,
     args: Sequence[Any] | torch.Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -85,7 +86,7 @@ def transform(
     captured = capture_source(source, dynamic_shapes)
     frame = Frame(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
-    steps = run(captured.program, onward(measured(chosen, frame), stage), stage=stage)
+    steps = run(captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage)
     program = steps[-1].program
 
     made: torch.nn.Module | None = None
@@ -114,11 +115,11 @@ def transform(
     return made
 
 
-def _chosen(passes: Changes) -> tuple[Chosen, ...]:
+def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
     """What recognises blocks, and the passes that were asked for. Raises UsageError where none
     of them changes the model, or one stores codes."""
     for item in [passes] if isinstance(passes, str) else passes:
-        if "quantise-experts" in (item if isinstance(item, str) else getattr(item, "name", "")):
+        if item == "+quantise-experts" or isinstance(item, Quantising):
             raise UsageError(
                 "quantise-experts stores weights as codes, which have no gradient: train the "
                 "module, and quantise when it is compiled, with quant=..."

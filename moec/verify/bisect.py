@@ -16,7 +16,7 @@ from moec.interpret.run_in_float32 import MEANING, in_float32
 from moec.interpret.tolerance import distance
 from moec.ir.graph import Program, stage_of
 from moec.passes.core.runner import Pass, run
-from moec.pipeline import onward
+from moec.pipeline import from_stage
 
 Inputs = Sequence[torch.Tensor]
 
@@ -77,7 +77,7 @@ def bisect(
     """
     expected = list(map(in_float32(program), cases))
     stage = stage_of(program.graph)
-    passes = onward(passes, stage)
+    passes = from_stage(passes, stage)
 
     def error(made: Program) -> float:
         widened = in_float32(made)

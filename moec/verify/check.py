@@ -124,11 +124,7 @@ def check(
     Where passes changed the model on purpose, the graph before the first of them is compared
     with eager, and `run` with the graph after the last. Raises as `_check` does.
     """
-    places = [
-        i
-        for i, step in enumerate(steps)
-        if step.quantises or step.changes or (step.damage and step.damage.applied)
-    ]
+    places = [i for i, step in enumerate(steps) if step.changed]
     if not places:
         return _check(captured, run, steps, tolerance, pieces)
     before = steps[: places[0]]

@@ -22,11 +22,11 @@ from moec.ir.graph import Op, Program, Stage, Value
 from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, layer_of, name_of
 from moec.passes.core.options import Model, option, validate
 from moec.passes.core.router_columns import linear_behind, with_weights
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Kind, Log, Pass
 
 
 @dataclass(frozen=True)
-class AggregateExperts:
+class AggregateExperts(Pass):
     """Put the experts of another model of the same architecture beside the model's own.
 
     `other` is what `moec.compile` takes as a model, but an exported program, or its weights by
@@ -40,8 +40,7 @@ class AggregateExperts:
     name: ClassVar[str] = "aggregate-experts"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
-    exact: ClassVar[bool] = False
-    changes: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.CHANGES
     source: ClassVar[str] = "aggregation of experts: arXiv 2109.10465"
 
     def __post_init__(self) -> None:

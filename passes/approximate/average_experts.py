@@ -39,7 +39,6 @@ class AverageExperts:
         choices=("uniform", "usage"),
     )
     name: ClassVar[str] = "average-experts"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "Experts Weights Averaging, arXiv 2308.06093"
 
     def __post_init__(self) -> None:

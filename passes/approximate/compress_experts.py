@@ -80,7 +80,6 @@ class CompressExperts:
     )
     rounds: int = option(ROUNDS, "of descent over the codes after GPTQ, at most", low=0)
     name: ClassVar[str] = "compress-experts"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = (
         "format, ternary grid: arXiv 2310.16795; GPTQ: arXiv 2210.17323; descent: arXiv 2309.01885"
     )

@@ -62,7 +62,6 @@ class InsertZeroExperts:
     )
     seed: int = option(0, "neutral: of the new weights", low=0)
     name: ClassVar[str] = "insert-zero-experts"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "MoE++, arXiv 2410.07348; the calibrated way is moec's own"
 
     def __post_init__(self) -> None:

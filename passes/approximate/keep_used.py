@@ -34,7 +34,6 @@ class KeepUsed:
         "", "a .json with the usage of each layer's experts, by name; empty: the data's"
     )
     name: ClassVar[str] = "keep-used"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "Mod-Squad, arXiv 2212.08066, per-task extraction; arXiv 2306.17165"
 
     def __post_init__(self) -> None:

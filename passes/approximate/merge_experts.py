@@ -39,7 +39,6 @@ class MergeExperts:
 
     keep: float = option(0.5, "share of each layer's experts that is left", low=0, high=1)
     name: ClassVar[str] = "merge-experts"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "clusters: arXiv 2410.08589; alignment and mean: arXiv 2310.01334"
 
     def __post_init__(self) -> None:

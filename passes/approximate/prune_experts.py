@@ -50,7 +50,6 @@ class PruneExperts:
         choices=("layer", "global"),
     )
     name: ClassVar[str] = "prune-experts"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = (
         "usage and random: arXiv 2109.10465; reap: arXiv 2510.13999; error: arXiv 2402.14800, "
         "greedily; global: arXiv 2404.05089"
@@ -111,7 +110,6 @@ class Ranked:
     inner: PruneExperts
     plan: Mapping[Value, list[int] | str]
     name: ClassVar[str] = PruneExperts.name
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = PruneExperts.source
 
     def change(self, program: Program, layer: Layer, seen: Seen) -> Change:

@@ -77,7 +77,6 @@ class RefactorDense:
     steps: int = option(200, "of the router's training", low=1)
     seed: int = option(0, "of the router, and of random channels", low=0)
     name: ClassVar[str] = "refactor-dense"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "Read-ME, arXiv 2410.19123"
 
     def __post_init__(self) -> None:

@@ -43,7 +43,6 @@ class TuneGrids:
     rate: float = option(0.005, "by which numbers change in a step, relatively", low=0, high=1)
     seed: int = option(0, "of the order of the cases", low=0)
     name: ClassVar[str] = "tune-grids"
-    exact: ClassVar[bool] = False
     source: ClassVar[str] = "end-to-end training of quantisation parameters: arXiv 2407.11062"
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from moec.passes.calibration.evaluator import Members, Meter, Place, Seen, Track
 from moec.passes.core.damage import Damage, Distance, LayerDamage
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
 from moec.passes.core.options import show
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Kind, Log, Pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,6 @@ class Change:
 class Approximate(Protocol):
     """A pass that changes what a model computes. Never run unless asked for."""
 
-    exact: ClassVar[bool]
     source: ClassVar[str]
 
     @property
@@ -117,13 +116,14 @@ class Frame:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measured(Pass):
     """An approximate pass in the pipeline."""
 
     inner: Approximate
     frame: Frame
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
+    kind: ClassVar[Kind] = Kind.CHANGES
 
     @property
     def name(self) -> str:

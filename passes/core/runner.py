@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from moec.errors import IRError
 from moec.interpret.verifier import verify
@@ -55,10 +56,19 @@ class Log:
             self.declined.append(entry)
 
 
-class Pass(Protocol):
-    """A frozen dataclass whose fields are its options.
+class Kind(Enum):
+    """What a pass does to what the model computes."""
 
-    `takes` and `gives` are the stages of its graphs; `doc` is one line for people.
+    EXACT = "exact"
+    CHANGES = "approximate"
+    QUANTISES = "quantised"
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options; its docstring's first line is for people.
+
+    `takes` is the last stage that its graphs may have, `gives` the first that they have after it.
+    `binds` are inputs of the model, by name, that it fixes.
     """
 
     @property
@@ -67,17 +77,22 @@ class Pass(Protocol):
     def takes(self) -> Stage: ...
     @property
     def gives(self) -> Stage: ...
+    @property
+    def kind(self) -> Kind:
+        return Kind.EXACT
+
+    @property
+    def binds(self) -> Mapping[str, Any]:
+        return {}
 
     def run(self, program: Program, log: Log) -> Program: ...
 
 
 @runtime_checkable
-class Asked(Pass, Protocol):
+class OptInPass(Pass, Protocol):
     """A pass that runs only where it is asked for, and needs no calibration data; `source` says
-    where it is from. It is exact, or makes another model of two (then it has `changes`, true).
-    """
+    where it is from."""
 
-    exact: ClassVar[bool]
     source: ClassVar[str]
 
 
@@ -93,10 +108,16 @@ class Step:
     declined: tuple[Declined, ...]
     last: str = ""
     damage: Damage | None = None
-    quantises: bool = False
+    kind: Kind = Kind.EXACT
     fits: tuple[Fit, ...] = ()
     says: tuple[str, ...] = ()
-    changes: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether the program computes something else than the one before."""
+        if self.kind is Kind.CHANGES:
+            return self.damage.applied if self.damage else self.rewrites > 0
+        return self.kind is Kind.QUANTISES
 
     def __str__(self) -> str:
         return (
@@ -125,12 +146,12 @@ def run(
         watch(steps[0])
     spent = 0
     for pass_ in passes:
-        if stage.value != pass_.takes.value and not set(stage.value) <= set(pass_.takes.value):
+        if stage > pass_.takes:
             raise IRError(f"{pass_.name} takes {pass_.takes.name}, the graph is {stage.name}")
         log = Log(None if fuel is None else fuel - spent, rule=pass_.name)
         start = time.perf_counter()
         program = pass_.run(program, log)
-        stage = pass_.gives if len(pass_.gives.value) > len(stage.value) else stage
+        stage = max(stage, pass_.gives)
         try:
             verify(program.graph, stage)
         except IRError as error:
@@ -148,10 +169,9 @@ def run(
             declined,
             log.last,
             log.damage,
-            quantises=getattr(pass_, "quantises", False),
+            kind=pass_.kind,
             fits=tuple(log.fits),
             says=tuple(log.says),
-            changes=getattr(pass_, "changes", False) and log.rewrites > 0,
         )
         steps.append(step)
         if watch:

@@ -20,14 +20,14 @@ from moec.errors import NoMatch
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.cache import Append
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.simplify.fold_permutes import other_reader, swaps
 
 _DTYPES = ("f32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
-class FuseAppend:
+class FuseAppend(Pass):
     """Turn keys by their angles where they are written into the cache."""
 
     name: ClassVar[str] = "fuse-append"

@@ -25,7 +25,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.mask_forms import Form, study
 from moec.passes.dense.mask_values import FILLED, cut
 
@@ -33,7 +33,7 @@ _AND = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 
 
 @dataclass(frozen=True)
-class FoldMask:
+class FoldMask(Pass):
     """Say with attributes what a mask says that no input's data can change."""
 
     name: ClassVar[str] = "fold-mask"

@@ -29,14 +29,14 @@ from moec.ir.dims import Dim
 from moec.ir.graph import FLOATS, Op, Program, Stage, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.eager_attention import constant, eager_attention
 
 _SDPA = "aten.scaled_dot_product_attention.default"
 
 
 @dataclass(frozen=True)
-class FuseAttention:
+class FuseAttention(Pass):
     """Make one op of each attention, without the repeating of keys and values."""
 
     name: ClassVar[str] = "fuse-attention"

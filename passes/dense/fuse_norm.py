@@ -24,13 +24,13 @@ from typing import ClassVar
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _HALVES = ("f16", "bf16")
 
 
 @dataclass(frozen=True)
-class FuseNorm:
+class FuseNorm(Pass):
     """Make one op of each root-mean-square norm, its weight and its casts."""
 
     name: ClassVar[str] = "fuse-norm"

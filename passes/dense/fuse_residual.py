@@ -19,13 +19,13 @@ from moec.errors import NoMatch
 from moec.ir.aten import arguments
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _DTYPES = ("f32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
-class FuseResidual:
+class FuseResidual(Pass):
     """Add the residual inside the norm that reads the sum."""
 
     name: ClassVar[str] = "fuse-residual"

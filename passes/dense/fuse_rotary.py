@@ -20,12 +20,12 @@ from moec.errors import IRError, NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.complex_parts import complex_parts
 
 
 @dataclass(frozen=True)
-class FuseRotary:
+class FuseRotary(Pass):
     """Make one op of each rotary embedding of queries or keys."""
 
     name: ClassVar[str] = "fuse-rotary"

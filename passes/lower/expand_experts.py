@@ -23,7 +23,7 @@ from moec.ir.dims import Dim, normal, symbol, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.traits import is_pointwise
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _ROWWISE = frozenset(
     {
@@ -43,7 +43,7 @@ _IDENTITIES = ("aten.alias.default", "aten.clone.default")
 
 
 @dataclass(frozen=True)
-class ExpandExperts:
+class ExpandExperts(Pass):
     """Run the bodies of experts over all rows at once: linears become grouped linears."""
 
     name: ClassVar[str] = "expand-experts"

@@ -23,11 +23,11 @@ from moec.ir.graph import Attr, DType, Graph, Op, Program, Stage, TensorType, Va
 from moec.ir.traits import is_pointwise
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FuseActivation:
+class FuseActivation(Pass):
     """Evaluate what stands between two grouped linears (SwiGLU, GeGLU …) inside the first."""
 
     name: ClassVar[str] = "fuse-activation"

@@ -15,11 +15,11 @@ from typing import ClassVar
 from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FuseCombine:
+class FuseCombine(Pass):
     """Join the last grouped linear with the sum over each token's choices."""
 
     name: ClassVar[str] = "fuse-combine"

@@ -17,11 +17,11 @@ from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, Program, Stage, Value
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FuseDecompress:
+class FuseDecompress(Pass):
     """Decode compressed weights of experts inside the products that need them."""
 
     name: ClassVar[str] = "fuse-decompress"

@@ -22,13 +22,13 @@ from moec.ir.graph import DType, Op, Program, Stage, TensorType, Value
 from moec.ir.opdef import integer
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _SORTED = ("order", "slots", "ends")
 
 
 @dataclass(frozen=True)
-class FuseDispatch:
+class FuseDispatch(Pass):
     """Gather rows inside the first grouped linear; keep the last one's rows in float32."""
 
     name: ClassVar[str] = "fuse-dispatch"

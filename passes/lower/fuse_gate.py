@@ -18,14 +18,14 @@ from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Op, Program, Stage, TensorType, Value
 from moec.ops.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _REPHRASING = ("aten.reshape.default", "aten._to_copy.default")
 _WIDENINGS = {("bf16", "f32"), ("f16", "f32")}
 
 
 @dataclass(frozen=True)
-class FuseGate:
+class FuseGate(Pass):
     """Compute the router's logits and its choice in one kernel."""
 
     name: ClassVar[str] = "fuse-gate"

@@ -13,7 +13,7 @@ from moec.errors import NoMatch
 from moec.formats.integer import MOST_SUMMED, Format, Quantised, quantise
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Kind, Log, Pass
 
 WIDE = ("f32", "bf16", "f16")
 
@@ -84,13 +84,12 @@ class Codes:
         return Program(graph, {n: t for n, t in weights.items() if n in kept})
 
 
-class Quantising(ABC):
+class Quantising(Pass, ABC):
     """A pass that puts codes in the place of weights."""
 
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
-    exact: ClassVar[bool] = False
-    quantises: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.QUANTISES
 
     @abstractmethod
     def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:

@@ -23,7 +23,7 @@ from moec.passes.calibration.data import Calibration, calibration
 from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, Fit
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Kind, Log, Pass
 from moec.passes.quantise.codes import Codes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
@@ -37,7 +37,7 @@ OPS_A_RUN = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated:
+class Calibrated(Pass):
     """A pass that quantises, with codes chosen on calibration data: `calib` as `moec.compile`
     takes it, `files` of the model's source."""
 
@@ -46,7 +46,7 @@ class Calibrated:
     files: Mapping[str, Path]
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
-    quantises: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind.QUANTISES
 
     @property
     def name(self) -> str:

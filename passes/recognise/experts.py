@@ -14,7 +14,7 @@ from typing import ClassVar
 from moec.errors import IRError, NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rebuild
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, loop
@@ -30,7 +30,7 @@ FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
 
 
 @dataclass(frozen=True)
-class RecogniseExperts:
+class RecogniseExperts(Pass):
     """Experts written in any known form become moe.dispatch, moe.experts, moe.combine."""
 
     name: ClassVar[str] = "recognise-experts"

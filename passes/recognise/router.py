@@ -26,7 +26,7 @@ from moec.ir.dims import product
 from moec.ir.graph import FLOATS, Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions
 from moec.passes.proof.input_generators import Correction, Feed, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
@@ -39,7 +39,7 @@ _ROWS = 1000
 
 
 @dataclass(frozen=True)
-class RecogniseRouters:
+class RecogniseRouters(Pass):
     """The routing of each recognised block becomes moe.route."""
 
     name: ClassVar[str] = "recognise-routers"

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.simplify import mask_rows
 
 _IDENTITIES = (
@@ -33,7 +33,7 @@ Simplify = Callable[[Op, Builder], Sequence[Value] | None]
 
 
 @dataclass(frozen=True)
-class Canonicalise:
+class Canonicalise(Pass):
     """Write each idea in one way: permute, reshape, linear; drop what changes nothing."""
 
     name: ClassVar[str] = "canonicalise"

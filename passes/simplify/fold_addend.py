@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from moec.ir.graph import Attr, DType, Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FoldAddend:
+class FoldAddend(Pass):
     """Add a shared expert's result, or the residual, inside the combine."""
 
     name: ClassVar[str] = "fold-addend"

@@ -19,13 +19,13 @@ from moec.interpret.evaluate import run_op
 from moec.ir.dims import symbols
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.passes.core.rewrite import mentioned, rebuild
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
 
 
 @dataclass(frozen=True)
-class FoldConstants:
+class FoldConstants(Pass):
     """Compute what depends on weights alone; `limit` bytes bound what it may add."""
 
     limit: int = 1 << 20

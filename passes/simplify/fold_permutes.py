@@ -22,11 +22,11 @@ from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ops.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FoldPermutes:
+class FoldPermutes(Pass):
     """Let attention read and write tokens where linear layers have them."""
 
     name: ClassVar[str] = "fold-permutes"

@@ -12,13 +12,13 @@ from typing import ClassVar
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.text import print_graph, show_attr
 from moec.passes.core.rewrite import rebuild
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
 
 
 @dataclass(frozen=True)
-class ShareCommon:
+class ShareCommon(Pass):
     """Compute equal values once, a shared dispatch included."""
 
     name: ClassVar[str] = "share-common"

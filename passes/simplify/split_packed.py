@@ -17,11 +17,11 @@ from typing import ClassVar
 
 from moec.ir.graph import Graph, Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, drop_dead, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class SplitPacked:
+class SplitPacked(Pass):
     """Cut packed gate-and-up weights of experts into the parts that the body uses."""
 
     name: ClassVar[str] = "split-packed"

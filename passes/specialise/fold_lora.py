@@ -23,17 +23,16 @@ from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.stats import stored_bytes
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
-class FoldLora:
+class FoldLora(Pass):
     """Add low-rank adapters to the weights that they correct."""
 
     name: ClassVar[str] = "fold-lora"
     takes: ClassVar[Stage] = Stage.ATEN
     gives: ClassVar[Stage] = Stage.ATEN
-    exact: ClassVar[bool] = True
     source: ClassVar[str] = "LoRA, arXiv 2106.09685, 4.1; as experts: Uni-MoE, arXiv 2405.11273"
 
     def run(self, program: Program, log: Log) -> Program:

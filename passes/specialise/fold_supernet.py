@@ -19,7 +19,7 @@ import torch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ir.stats import stored_bytes
 from moec.passes.core.options import Given
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 from moec.passes.specialise.fold_known import fold_known
 from moec.passes.specialise.token_invariant import Uniform
@@ -28,7 +28,7 @@ _MIXES = ("mul", "mm", "bmm", "matmul", "linear", "sum", "add")
 
 
 @dataclass(frozen=True)
-class FoldSupernet:
+class FoldSupernet(Pass):
     """Mix the weights of a supernet for one architecture, bound here or stored in the model."""
 
     inputs: Given = field(
@@ -37,8 +37,11 @@ class FoldSupernet:
     name: ClassVar[str] = "fold-supernet"
     takes: ClassVar[Stage] = Stage.ATEN
     gives: ClassVar[Stage] = Stage.ATEN
-    exact: ClassVar[bool] = True
     source: ClassVar[str] = "Mixture-of-Supernets, arXiv 2306.04845"
+
+    @property
+    def binds(self) -> Given:
+        return self.inputs
 
     def run(self, program: Program, log: Log) -> Program:
         """Raises UsageError for an input that the model has not, or that cannot have that value."""

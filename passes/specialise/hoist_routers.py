@@ -22,19 +22,18 @@ from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.passes.core.moe_layer import name_of
 from moec.passes.core.rewrite import drop_dead, mentioned
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 
 _HIDDEN = ("linear", "mm", "bmm", "addmm", "matmul", "convolution", "layer_norm")
 
 
 @dataclass(frozen=True)
-class HoistRouters:
+class HoistRouters(Pass):
     """Evaluate routers that read no hidden state before all layers, as a function of their own."""
 
     name: ClassVar[str] = "hoist-routers"
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
-    exact: ClassVar[bool] = True
     source: ClassVar[str] = "Read-ME, arXiv 2410.19123; RAPHAEL, arXiv 2305.18295"
 
     def run(self, program: Program, log: Log) -> Program:

@@ -24,7 +24,7 @@ from moec.ir.graph import Op, Program, Stage
 from moec.ir.stats import stored_bytes
 from moec.passes.core.moe_layer import layer_of, name_of
 from moec.passes.core.options import Given, show_given
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 from moec.passes.specialise.fold_known import fold_known
 from moec.passes.specialise.static_routing import Known, kept_alone, made_dense, reachable
@@ -32,7 +32,7 @@ from moec.passes.specialise.token_invariant import Uniform
 
 
 @dataclass(frozen=True)
-class Specialise:
+class Specialise(Pass):
     """Bind inputs to constants: fold what depends on them alone, drop experts out of reach."""
 
     inputs: Given = field(
@@ -41,11 +41,14 @@ class Specialise:
     name: ClassVar[str] = "specialise"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
-    exact: ClassVar[bool] = True
     source: ClassVar[str] = (
         "a task: arXiv 2306.17165, 2212.08066; a language: arXiv 2410.10626; a timestep: "
         "arXiv 2305.18295"
     )
+
+    @property
+    def binds(self) -> Given:
+        return self.inputs
 
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Mapping) or not self.inputs:

@@ -14,7 +14,7 @@ from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.text import parse
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.pipeline import choose, exact
 from moec.verify.bisect import bisect
 
@@ -36,7 +36,7 @@ def program(dtype: str = "f32") -> Program:
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Pass):
     """Every relu becomes `right`, but the one at `at` becomes `wrong`."""
 
     name: str

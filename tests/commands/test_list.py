@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec.commands.families import FAMILIES, FORMS
 from moec.passes import recognise
-from moec.pipeline import WANTED
+from moec.pipeline import OPT_IN
 from moec.target import cpu as target
 from tests.models import families
 from tests.models.test_other_families import COMPILED, TRIED
@@ -83,10 +83,10 @@ def test_passes_in_their_order() -> None:
 
 def test_passes_that_are_asked_for_tell_their_options_and_their_source() -> None:
     rows = {row["pass"]: row for row in json.loads(run("passes", "--json").stdout)}
-    assert [p.name for p in WANTED] == [n for n, r in rows.items() if "source" in r]
+    assert [p.name for p in OPT_IN] == [n for n, r in rows.items() if "source" in r]
     shown = " ".join(run("passes").stdout.split())
     assert "moec.transform(model, passes, calib=...), which gives a module that trains" in shown
-    for kind in WANTED:
+    for kind in OPT_IN:
         row = rows[kind.name]
         assert row["what_it_does"]
         assert "arXiv" in row["source"]

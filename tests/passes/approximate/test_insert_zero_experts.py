@@ -17,7 +17,7 @@ from moec.ir.text import parse, print_graph
 from moec.ops.routing import Routing, route_logits
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.core.runner import run
-from moec.pipeline import LOWERED
+from moec.pipeline import LOWER
 from tests.passes.changed import LAYER, change, declined, program, tokens
 
 Golden = Callable[[str], None]
@@ -37,7 +37,7 @@ def test_text(golden: Golden, pass_: InsertZeroExperts) -> None:
 def test_fused_text(golden: Golden) -> None:
     """What code is generated from: the experts' sum, z and the residual are one combine."""
     changed = change(program(1), NEUTRAL)[-1].program
-    golden(print_graph(run(changed, [p for _, p in LOWERED], stage=Stage.MOE)[-1].program.graph))
+    golden(print_graph(run(changed, LOWER.passes, stage=Stage.MOE)[-1].program.graph))
 
 
 # ---- neutral -----------------------------------------------------------------------------

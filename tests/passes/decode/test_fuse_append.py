@@ -15,7 +15,7 @@ from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import Step, run
 from moec.passes.decode.fuse_append import FuseAppend
-from moec.pipeline import choose, stepped
+from moec.pipeline import choose, decode_passes
 from moec.runtime.executor import Executor
 from moec.target.cpu import host
 
@@ -168,7 +168,7 @@ def test_rows_where_tokens_stand_first_are_declined() -> None:
 
 
 def test_it_is_a_pass_of_the_step_that_can_be_left_out() -> None:
-    assert stepped() == (FuseAppend(),)
-    assert stepped(1) == stepped(2, "-fuse-append") == ()
-    assert stepped(0, "+fuse-append") == (FuseAppend(),)
+    assert decode_passes() == (FuseAppend(),)
+    assert decode_passes(1) == decode_passes(2, "-fuse-append") == ()
+    assert decode_passes(0, "+fuse-append") == (FuseAppend(),)
     assert FuseAppend() not in choose()

@@ -54,7 +54,7 @@ def test_it_means_the_graph_with_rounded_weights(text):
     of that in 16 bits."""
     before = program()
     after = quantised(before, text)
-    assert after.quantises
+    assert after.changed
     format = parse(text)
     rounded = dict(before.weights)
     for name in ("gate", "up", "down"):

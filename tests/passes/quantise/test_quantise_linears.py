@@ -74,7 +74,7 @@ def test_it_means_the_graph_with_rounded_weights(text):
     """But for the rounding of rows: half a 127th of the greatest of a block."""
     before = program()
     after = quantised(before, text, text)
-    assert after.quantises
+    assert after.changed
     format, rounded = parse(text), dict(before.weights)
     for name in ("p", "q", "table"):
         made = quantise(format, before.weights[name][None])
