@@ -58,7 +58,7 @@ def wanted() -> list[dict[str, Any]]:
     from moec.passes.core.runner import Kind
     from moec.pipeline import EXACT_OPT_IN, OPT_IN
 
-    exact = {kind for kind in EXACT_OPT_IN if kind.kind is not Kind.CHANGES}
+    exact = {kind for kind in EXACT_OPT_IN if vars(kind).get("kind") is not Kind.CHANGES}
     return [
         {
             "pass": kind.name,

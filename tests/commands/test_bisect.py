@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,13 +40,17 @@ def program(dtype: str = "f32") -> Program:
 class Swap(Pass):
     """Every relu becomes `right`, but the one at `at` becomes `wrong`."""
 
-    name: str
+    title: str
     right: str = "aten.relu.default"
     wrong: str = "aten.neg.default"
     at: int = -1
     counted: bool = True
-    takes: Stage = Stage.ATEN
-    gives: Stage = Stage.ATEN
+    takes: ClassVar[Stage] = Stage.ATEN
+    gives: ClassVar[Stage] = Stage.ATEN
+
+    @property
+    def name(self) -> str:
+        return self.title
 
     def run(self, program: Program, log: Log) -> Program:
         def rule(op: Op, builder: Builder) -> tuple[Value, ...] | None:
