@@ -11,10 +11,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
+from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.target.cpu import NULL, Target, missing, parse
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
 
 def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

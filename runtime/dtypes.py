@@ -7,20 +7,13 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from moec.dtypes import LONG_NAMES
+
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 NUMPY: dict[str, np.dtype[Any]] = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "f64": np.dtype(np.float64),
-    "i64": np.dtype(np.int64),
-    "i32": np.dtype(np.int32),
-    "i16": np.dtype(np.int16),
-    "i8": np.dtype(np.int8),
-    "u8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-    "c64": np.dtype(np.complex64),
+    name: np.dtype(ml_dtypes.bfloat16 if name == "bf16" else long)
+    for name, long in LONG_NAMES.items()
 }
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
 _SPELLED = {dtype.name: name for name, dtype in NUMPY.items()}

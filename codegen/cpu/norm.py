@@ -17,10 +17,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel, rounding
-from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.norm import NormSpec
+from moec.dtypes import LONG_NAMES
 from moec.target.cpu import Target
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
@@ -59,7 +59,7 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
             rows = T.int64()
 
             def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, TVM_DTYPES[dtype])
+                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
 
             whole = (rows, spec.width)
             x = argument("x", whole, spec.x)
@@ -83,7 +83,7 @@ def _row(c: _Rows, t: Expr) -> None:
         def add(d: Expr, count: Expr | None) -> None:
             x = c.load(c.x, (t, d), count)
             if spec.scale is not None:
-                x = rounding.rounded(v, x * v.splat(spec.scale), TVM_DTYPES[spec.x])
+                x = rounding.rounded(v, x * v.splat(spec.scale), LONG_NAMES[spec.x])
             c.store(source, t, d, x + c.load(residual, (t, d), count), count)
 
         _sweep(c, add)
@@ -98,7 +98,7 @@ def _row(c: _Rows, t: Expr) -> None:
     def finish(d: Expr, count: Expr | None) -> None:
         y = (c.load(source, (t, d), count) - mean) * scale
         if spec.round_first:
-            y = rounding.rounded(v, y, TVM_DTYPES[spec.x])
+            y = rounding.rounded(v, y, LONG_NAMES[spec.x])
         if c.weight is not None:
             weight = c.load(c.weight, (d,), count)
             y = y * (weight + v.splat(1.0) if spec.plus_one else weight)

@@ -12,7 +12,8 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.rules import HEAVY, common_dtype, point
-from moec.codegen.loops.scalars import FLOATS, INTS, Scalar
+from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import FLOATS, INTS
 
 
 def operands(p: Point, first: str = "self", second: str = "other") -> tuple[Scalar, Scalar]:

@@ -8,6 +8,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.rules import point
 from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import INTS
 
 
 def _constant(*names: str, value: float | None = None, argument: str = "") -> None:
@@ -43,7 +44,7 @@ def arange(p: Point) -> Scalar:
     place = Scalar("i64", p.at[0].expr)
     if start == 0 and step == 1:
         return sc.cast(place, p.dtype)
-    if p.dtype in sc.INTS:
+    if p.dtype in INTS:
         exprs = [p.emission.sizes.expr(v) for v in (start, step)]
         return sc.cast(Scalar("i64", exprs[0] + place.expr * exprs[1]), p.dtype)
     wide = sc.cast(place, "f64").expr

@@ -14,7 +14,8 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.arithmetic import choose, larger
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.rules import HEAVY, point
-from moec.codegen.loops.scalars import FLOATS, Scalar
+from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import FLOATS
 
 
 def number(value: float, like: Scalar) -> Expr:

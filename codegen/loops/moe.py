@@ -12,7 +12,8 @@ from moec.codegen.loops.index import Index, Position, const, loop
 from moec.codegen.loops.lookup import looked_up
 from moec.codegen.loops.reduce import Cell
 from moec.codegen.loops.rules import kernel
-from moec.codegen.loops.scalars import HALVES, Scalar
+from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import HALVES
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import integer
 from moec.ops.grouped import GroupedLinear

@@ -16,7 +16,8 @@ from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
 from moec.codegen.loops.reduce import Cell, better, kept_shape
 from moec.codegen.loops.rules import kernel
-from moec.codegen.loops.scalars import HALVES, Scalar
+from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import HALVES
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 

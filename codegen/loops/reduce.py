@@ -16,7 +16,8 @@ from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position
 from moec.codegen.loops.rules import kernel
-from moec.codegen.loops.scalars import FLOATS, HALVES, Scalar
+from moec.codegen.loops.scalars import Scalar
+from moec.dtypes import FLOATS, HALVES
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 

@@ -17,23 +17,14 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.loops import index as ix
+from moec.dtypes import FLOATS, HALVES, INTS, LONG_NAMES
 
 COMPUTE = {
-    "f32": "float32",
-    "bf16": "float32",
-    "f16": "float32",
-    "f64": "float64",
-    "i64": "int64",
-    "i32": "int32",
-    "i16": "int16",
-    "i8": "int8",
-    "u8": "uint8",
-    "bool": "bool",
+    name: "float32" if name in HALVES else long
+    for name, long in LONG_NAMES.items()
+    if name != "c64"
 }
-STORED = COMPUTE | {"bf16": "bfloat16", "f16": "float16", "c64": "float32"}
-FLOATS = ("f32", "bf16", "f16", "f64")
-INTS = ("i64", "i32", "i16", "i8", "u8")
-HALVES = ("bf16", "f16")
+STORED = LONG_NAMES | {"c64": "float32"}
 _MOST = 3.4028234663852886e38  # of float32; from halfway to the next power on it is infinity
 _INFINITE = 3.4028235677973366e38
 _LIMITS = {"i64": 63, "i32": 31, "i16": 15, "i8": 7}

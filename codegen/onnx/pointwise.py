@@ -7,8 +7,9 @@ from functools import partial
 
 from moec.codegen.loops.rules import common_dtype
 from moec.codegen.onnx.rules import Call, build
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.graph import FLOATS, Value
+from moec.ir.graph import Value
 
 # ---- functions -------------------------------------------------------------------------
 

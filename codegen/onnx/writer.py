@@ -11,20 +11,14 @@ import numpy as np
 import torch
 
 from moec.codegen.onnx.sizes import written
+from moec.dtypes import LONG_NAMES
 from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Graph, Value
 
-NUMPY = {
-    "f32": np.float32,
-    "f16": np.float16,
-    "f64": np.float64,
-    "i64": np.int64,
-    "i32": np.int32,
-    "i16": np.int16,
-    "i8": np.int8,
-    "u8": np.uint8,
-    "bool": np.bool_,
-}
+NUMPY = {name: np.dtype(long) for name, long in LONG_NAMES.items() if name not in ("bf16", "c64")}
+
+
+_ONNX_NAMES = {"f32": "FLOAT", "f64": "DOUBLE", "i4": "INT4", "u4": "UINT4"}
 
 
 @dataclass
@@ -202,18 +196,4 @@ def onnx_type(dtype: str) -> int:
     """ONNX's number for a dtype of the IR."""
     from onnx import TensorProto
 
-    known = {
-        "f32": "FLOAT",
-        "f16": "FLOAT16",
-        "bf16": "BFLOAT16",
-        "f64": "DOUBLE",
-        "i64": "INT64",
-        "i32": "INT32",
-        "i16": "INT16",
-        "i8": "INT8",
-        "u8": "UINT8",
-        "i4": "INT4",
-        "u4": "UINT4",
-        "bool": "BOOL",
-    }
-    return int(getattr(TensorProto, known[dtype]))
+    return int(getattr(TensorProto, _ONNX_NAMES.get(dtype, LONG_NAMES.get(dtype, dtype).upper())))

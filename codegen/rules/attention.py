@@ -11,8 +11,8 @@ from tvm import relax
 from moec.codegen.backend import Rule, require
 from moec.codegen.fusion import Group
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value

@@ -8,8 +8,8 @@ from tvm import relax
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.cache import Append
 

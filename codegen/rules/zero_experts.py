@@ -7,8 +7,8 @@ from tvm import relax
 from moec.codegen.backend import Rule, require
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.routing import ZeroSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op
 from moec.ops.zero_experts import ZeroExperts
 

@@ -22,13 +22,6 @@ from moec.codegen.tuning.tunable import Tunable
 from moec.errors import NoMatch
 from moec.target.cpu import last_cache
 
-_TORCH = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-}
 _BLOCK = 1 << 20  # elements that are drawn; more are the same again
 COLD = 4  # times the last cache: what goes through it between two reads of one copy
 
@@ -51,7 +44,7 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
     shapes = [tuple(buffer.shape) for buffer in made.params]
     dtypes = [str(buffer.dtype) for buffer in made.params]
     held = [i for i, shape in enumerate(shapes) if len(shape) > 1 and _is_fixed(shape)]
-    size = sum(math.prod(map(int, shapes[i])) * _TORCH[dtypes[i]].itemsize for i in held)
+    size = sum(math.prod(map(int, shapes[i])) * getattr(torch, dtypes[i]).itemsize for i in held)
     free = _free_memory()
     if size > free // 2:
         raise NoMatch(
@@ -105,7 +98,7 @@ def _size(dim: Any, many: Any, rows: int, tokens: int) -> int:
 
 
 def _random(kind: str, shape: Sequence[Any]) -> Tensor:
-    dtype, sizes = _TORCH[kind], [int(size) for size in shape]
+    dtype, sizes = getattr(torch, kind), [int(size) for size in shape]
     made = torch.empty(math.prod(sizes), dtype=dtype)
     count = min(made.numel(), _BLOCK)
     if dtype is torch.uint8:  # scales of mxfp4 are exponents

@@ -7,16 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
+from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-DTYPES = ("float32", "bfloat16", "float16")
-_SHORT = {
-    "f32": "float32",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "fp16": "float16",
-}
+_SHORT = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {"fp32": "float32", "fp16": "float16"}
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -54,8 +49,8 @@ class DTypeName(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = _SHORT.get(value, value)
-        if name not in DTYPES:
-            self.fail(f"{value!r} is not one of {', '.join(DTYPES)}")
+        if name not in MODEL_DTYPES:
+            self.fail(f"{value!r} is not one of {', '.join(MODEL_DTYPES)}")
         return str(name)
 
 

@@ -17,16 +17,13 @@ from torch import Tensor
 from moec.cache import LIBRARIES, Store, key_of, load, save, source_version
 from moec.codegen.cpu.training.loops import Stack
 from moec.codegen.gradient_library import compile_products
+from moec.dtypes import MODEL_DTYPES
 from moec.dynamo.gradients import IN_PYTORCH, Products
 from moec.dynamo.huge_pages import in_large_pages
 from moec.runtime.library import open_kernels, tvm_ffi
 from moec.target.cpu import Target
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+_DTYPES = {getattr(torch, name): name for name in MODEL_DTYPES}
 MANY = 32
 """Rows of an expert from which tile registers pay: they fill two (chosen so, and not measured)."""
 _OPENED: dict[tuple[Stack, Target], Any] = {}

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import InputError
-from moec.ir.graph import FLOATS, Graph, Program, Value
+from moec.ir.graph import Graph, Program, Value
 
 Inputs = Sequence[torch.Tensor]
 

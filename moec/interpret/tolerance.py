@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from moec.ir.graph import FLOATS, Graph, Op
+from moec.dtypes import FLOATS
+from moec.ir.graph import Graph, Op
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}

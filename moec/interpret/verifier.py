@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moec.dtypes import DTYPES
 from moec.errors import IRError
-from moec.ir.graph import DTYPES, Attr, Graph, Op, Ref, Stage, Value
+from moec.ir.graph import Attr, Graph, Op, Ref, Stage, Value
 from moec.ops import OPS
 
 

@@ -9,22 +9,13 @@ from typing import Any
 import sympy
 import torch
 
+from moec.dtypes import LONG_NAMES
 from moec.errors import IRError
 from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Attr, DType, Op, Ref, Value
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f64": torch.float64,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "bool": torch.bool,
-    "c64": torch.complex64,
+    name: getattr(torch, long) for name, long in LONG_NAMES.items()
 }
 IR_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

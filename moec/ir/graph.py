@@ -21,9 +21,6 @@ from moec.ir.dims import Bounds, Dim, normal, show_dim
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("f32", "f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8", "bool", "c64")
-FLOATS = ("f32", "f16", "bf16", "f64")
-
 
 @dataclass(frozen=True)
 class Ref:

@@ -19,9 +19,10 @@ from collections.abc import Iterator, Mapping
 
 import sympy
 
+from moec.dtypes import DTYPES
 from moec.errors import IRError
 from moec.ir.dims import Bounds, parse_dim, show_bounds, show_dim
-from moec.ir.graph import DTYPES, Attr, DType, Graph, Op, Ref, State, TensorType, Value
+from moec.ir.graph import Attr, DType, Graph, Op, Ref, State, TensorType, Value
 
 _TOKEN = re.compile(
     r"""\s*(?:

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, broadcasts
-from moec.ir.graph import FLOATS, Op, TensorType, Value
+from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, require
 
 OPERANDS = ("q", "k", "v", "out")

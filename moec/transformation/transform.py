@@ -18,9 +18,10 @@ from moec.arguments import cast, changes, example_inputs, text, tolerance
 from moec.capture import Captured
 from moec.capture.call import Call
 from moec.capture.doors import Source, capture_source, open_source
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule
-from moec.ir.graph import FLOATS, Program, stage_of
+from moec.ir.graph import Program, stage_of
 from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame

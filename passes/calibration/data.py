@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import InputError, IRError, MoecError, UsageError
 from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import bind
-from moec.ir.graph import FLOATS, Graph, Program, Value
+from moec.ir.graph import Graph, Program, Value
 
 SUFFIXES = (".npz", ".safetensors", ".txt")
 LENGTH = 256

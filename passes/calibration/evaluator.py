@@ -13,10 +13,11 @@ from typing import Protocol
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.random_inputs import table_rows
-from moec.ir.graph import FLOATS, Program, Value
+from moec.ir.graph import Program, Value
 from moec.ir.upcast import widen
 from moec.passes.calibration.data import Calibration, Inputs
 from moec.passes.core.damage import Distance

@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.graph import FLOATS, Op, Ref, TensorType, Value
+from moec.ir.graph import Op, Ref, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, symbols
-from moec.ir.graph import FLOATS, Attr, Op, Value
+from moec.ir.graph import Attr, Op, Value
 from moec.ops.attention import Attention, visible
 from moec.passes.core.rewrite import mentioned
 from moec.passes.dense.eager_attention import HIDDEN

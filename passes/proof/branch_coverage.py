@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.graph import FLOATS, Graph, Op, Value
+from moec.ir.graph import Graph, Op, Value
 
 CHOICES = frozenset(
     {

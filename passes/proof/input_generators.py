@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import evaluate_dim
-from moec.ir.graph import FLOATS, Value
+from moec.ir.graph import Value
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from functools import cache
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.ir.canonical import without_origins
 from moec.ir.dims import Bounds, evaluate_dim, symbols
-from moec.ir.graph import FLOATS, Graph, Op, Value
+from moec.ir.graph import Graph, Op, Value
 from moec.ir.text import print_graph
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import outcome, require_both, thresholds

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
-from moec.ir.graph import FLOATS, Attr, DType, Op, TensorType, Value
+from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.passes.proof.branch_coverage import CHOICES
 from moec.passes.proof.input_generators import Feed, Ids, OneHot
 from moec.passes.recognise.block import Recipe

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.graph import FLOATS, Graph, Op, Value
+from moec.ir.graph import Graph, Op, Value
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.layout import Axis
 from moec.passes.recognise.region import Scope

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+from moec.dtypes import FLOATS
 from moec.ir.dims import Dim
-from moec.ir.graph import FLOATS, Op, Value
+from moec.ir.graph import Op, Value
 from moec.passes.proof.input_generators import Feed, Logits, Positive
 from moec.passes.recognise.block import Capacity
 from moec.passes.recognise.evidence import Evidence

@@ -21,9 +21,10 @@ from typing import ClassVar, cast
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import product
-from moec.ir.graph import FLOATS, Graph, Op, Program, Stage, Value
+from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
-from moec.ir.graph import FLOATS, Op, TensorType, Value
+from moec.ir.graph import Op, TensorType, Value
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.evidence import Evidence

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.canonical import without_origins
 from moec.ir.dims import Dim
-from moec.ir.graph import FLOATS, Attr, Graph, Op, Ref, Value
+from moec.ir.graph import Attr, Graph, Op, Ref, Value
 from moec.ir.text import print_graph
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter

@@ -19,8 +19,8 @@ from moec.codegen.cpu.gemm.linear import linears
 from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.products import LinearSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value

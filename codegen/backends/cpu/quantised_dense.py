@@ -17,8 +17,8 @@ from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.products import QuantisedSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType
 from moec.ops.quantised_linear import QuantisedLinear

@@ -17,8 +17,8 @@ from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.tuning import Tuning, tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.dtypes import VECTOR_DTYPES
 from moec.codegen.specs.products import LinearSpec
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import Grouped
 

@@ -16,10 +16,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.parallel import ELEMENT, divide
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
+from moec.dtypes import LONG_NAMES
 from moec.target.cpu import Target
 
 _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
@@ -38,7 +38,7 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
             batch, room, tokens = T.int64(), T.int64(), T.int64()
 
             def argument(name: str, shape: Row, dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, TVM_DTYPES[dtype])
+                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
 
             kept = (batch, spec.heads, room, spec.width)
             new = (*spec.row(batch, spec.heads, tokens), spec.width)

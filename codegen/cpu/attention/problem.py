@@ -16,10 +16,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
+from moec.dtypes import LONG_NAMES
 from moec.target.cpu import Target
 
 MINUS_INFINITY = float("-inf")
@@ -103,7 +103,7 @@ def round_up(n: int, step: int) -> int:
 def arguments(spec: AttentionSpec, target: Target) -> Problem:
     """Declare the arguments: q, k, v, mask?, sinks?, first?, out."""
     batch, queries, keys = T.int64(), T.int64(), T.int64()
-    dtype = TVM_DTYPES[spec.dtype]
+    dtype = LONG_NAMES[spec.dtype]
 
     def argument(name: str, heads: int, n: Expr, width: int) -> Buffer:
         first = name in spec.tokens_first
@@ -117,7 +117,7 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     if spec.mask is not None:
         whole = (batch, spec.q_heads, queries, keys)
         shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
-        mask_dtype = TVM_DTYPES.get(spec.mask.dtype, "bool")
+        mask_dtype = LONG_NAMES.get(spec.mask.dtype, "bool")
         values = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
     if spec.sinks:
         sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)

@@ -15,8 +15,6 @@ from moec.codegen.cpu.gemm.layout import Layout
 
 Array = npt.NDArray[np.generic]
 
-_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = None) -> Array:
     """weight [E, N, K] ([N, K] for one group), any strides -> an array of `layout.shape`.
@@ -30,7 +28,7 @@ def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = Non
         layout.pairs and layout.spec.k % 2 == 1
     )
     elements = (*layout.shape, 2) if layout.pairs else layout.shape
-    dtype = _TORCH[layout.spec.dtype]
+    dtype = getattr(torch, layout.spec.dtype)
     packed = torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
     for half, part in enumerate(parts):
         for start, to in _places(layout, packed, half):
@@ -90,10 +88,10 @@ def _as_tensor(layout: Layout, array: Tensor | Array) -> Tensor:
     if tensor.ndim == 2:
         tensor = tensor.unsqueeze(0)
     wanted = (spec.groups, spec.n, spec.k)
-    if tuple(tensor.shape) != wanted or tensor.dtype != _TORCH[spec.dtype]:
+    if tuple(tensor.shape) != wanted or tensor.dtype != getattr(torch, spec.dtype):
         raise ValueError(
             f"the weight is {tensor.dtype} {list(array.shape)}, "
-            f"but the kernel takes {_TORCH[spec.dtype]} {list(wanted)}"
+            f"but the kernel takes torch.{spec.dtype} {list(wanted)}"
         )
     return tensor
 

@@ -17,7 +17,6 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel, rounding
-from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.routing.route import (
@@ -31,6 +30,7 @@ from moec.codegen.cpu.routing.route import (
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import GateSpec
+from moec.dtypes import LONG_NAMES
 from moec.target.cpu import Target
 
 TOKENS_OF_A_PRODUCT = 32  # that read one block of the weight, while it is in the cache
@@ -69,11 +69,11 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
             def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
                 return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
-            x = argument("x", (tokens, spec.width), TVM_DTYPES[spec.x])
-            weight = argument("weight", (count, spec.width), TVM_DTYPES[spec.weight])
-            bias = spec.bias and argument("bias", (count,), TVM_DTYPES[spec.bias])
+            x = argument("x", (tokens, spec.width), LONG_NAMES[spec.x])
+            weight = argument("weight", (count, spec.width), LONG_NAMES[spec.weight])
+            bias = spec.bias and argument("bias", (count,), LONG_NAMES[spec.bias])
             correction = correction_argument(spec.route.correction, count)
-            weights = argument("weights", (tokens, routing.k), TVM_DTYPES[routing.dtype])
+            weights = argument("weights", (tokens, routing.k), LONG_NAMES[routing.dtype])
             experts = argument("experts", (tokens, routing.k), "int64")
             with (
                 routing_functions(v),
@@ -177,4 +177,4 @@ def _finish(c: _Linear, t: Expr, block: Expr) -> None:
     if c.bias is not None:
         left = T.cast(route.num_experts - block, "int32")
         x = x + v.load_tail(c.bias, (block,), T.min(left, T.int32(v.lanes)))
-    T.buffer_store(c.logits, rounded(v, x, TVM_DTYPES[route.logits]), [t, place])
+    T.buffer_store(c.logits, rounded(v, x, LONG_NAMES[route.logits]), [t, place])

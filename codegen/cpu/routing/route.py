@@ -20,10 +20,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.dtypes import TVM_DTYPES
 from moec.codegen.cpu.routing.topk import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import RouteSpec
+from moec.dtypes import LONG_NAMES
 from moec.ops.routing import Routing
 from moec.target.cpu import Target
 
@@ -71,11 +71,11 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             tokens = T.int64()
             logits = T.match_buffer(
-                T.arg("logits", T.handle()), (tokens, experts), TVM_DTYPES[spec.logits]
+                T.arg("logits", T.handle()), (tokens, experts), LONG_NAMES[spec.logits]
             )
             correction = correction_argument(spec.correction, experts)
             weights = T.match_buffer(
-                T.arg("weights", T.handle()), (tokens, k), TVM_DTYPES[spec.routing.dtype]
+                T.arg("weights", T.handle()), (tokens, k), LONG_NAMES[spec.routing.dtype]
             )
             chosen = T.match_buffer(T.arg("experts", T.handle()), (tokens, k), "int64")
             count = T.ceildiv(tokens, TOKENS)
@@ -94,7 +94,7 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
 def correction_argument(dtype: str | None, experts: int) -> Buffer | None:
     if dtype is None:
         return None
-    return T.match_buffer(T.arg("correction", T.handle()), (experts,), TVM_DTYPES[dtype])
+    return T.match_buffer(T.arg("correction", T.handle()), (experts,), LONG_NAMES[dtype])
 
 
 def routing_functions(v: Vector) -> AbstractContextManager[object]:

@@ -1,0 +1,28 @@
+"""The dtypes of the IR and the names that numpy, torch and TVM share for them.
+
+Every other table of dtypes is made from this one.
+"""
+
+from __future__ import annotations
+
+LONG_NAMES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f64": "float64",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "bool",
+    "c64": "complex64",
+}
+DTYPES = tuple(LONG_NAMES)
+FLOATS = ("f32", "f16", "bf16", "f64")
+HALVES = ("bf16", "f16")
+INTS = ("i64", "i32", "i16", "i8", "u8")
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
+"""What the weights of a model may be converted to."""
+VECTOR_DTYPES = ("f32", "bf16", "f16")
+"""What vectors of kernels hold."""
