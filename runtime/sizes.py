@@ -21,6 +21,8 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
     "Mod": (range(2, 3), lambda a, b: a % b),
     "Max": (range(1, 17), max),
     "Min": (range(1, 17), min),
+    "f64": (range(1, 2), lambda a: Fraction(a.numerator / a.denominator)),
+    "rint": (range(1, 2), lambda a: Fraction(round(a))),
 }
 _LONGEST = 1000  # characters; what a stranger writes may nest no deeper than that
 
@@ -70,7 +72,7 @@ def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
         return env[size]
     try:
         value = _value(_parse(size), env)
-    except (KeyError, ZeroDivisionError):
+    except (KeyError, ZeroDivisionError, OverflowError):
         return None
     return int(value) if value.denominator == 1 else None
 

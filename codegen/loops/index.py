@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.errors import UnsupportedError
 from moec.ir.dims import Dim, symbols
+from moec.ir.float_sizes import f64, is_float, operation
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class Sizes:
             return tirx.const(int(dim), "int64")
         if isinstance(dim, sympy.Symbol):
             return self.variables[dim.name]
+        if is_float(dim) and type(dim).__name__ in ("floor", "ceiling", "rint"):
+            return self._rounded(type(dim).__name__, dim.args[0])
         arguments = [self._expr(a) for a in dim.args]
         # By name: torch has classes of its own for some of them.
         match type(dim).__name__:
@@ -195,6 +198,25 @@ class Sizes:
             case "Abs":
                 return T.Select(arguments[0] < 0, 0 - arguments[0], arguments[0])
         raise UnsupportedError(f"the size {dim} cannot be computed: it uses {dim.func.__name__}")
+
+    def _rounded(self, kind: str, x: sympy.Expr) -> Expr:
+        """A double as a whole number."""
+        rounding = {"floor": tirx.floor, "ceiling": tirx.ceil, "rint": tirx.nearbyint}
+        return tirx.Cast("int64", rounding[kind](self._double(x)))
+
+    def _double(self, x: sympy.Expr) -> Expr:
+        """An operand of `float_sizes.operation`: what is no f64 is exact."""
+        if x.is_Rational:
+            return tirx.const(float(x), "float64")
+        sign, rest = x.as_coeff_Mul()
+        if isinstance(rest, f64):
+            operator, left, right = operation(rest.args[0])
+            a, b = self._double(left), self._double(right)
+            made = a + b if operator == "add" else a * b if operator == "mul" else a / b
+            return made if sign == 1 else made * tirx.const(float(sign), "float64")
+        top, bottom = sympy.fraction(sympy.together(x))
+        made = tirx.Cast("float64", self._expr(top))
+        return made / tirx.const(float(bottom), "float64") if bottom != 1 else made
 
 
 def _fold(combine: object, values: list[Expr]) -> Expr:

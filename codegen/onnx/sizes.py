@@ -10,9 +10,14 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, symbols
+from moec.ir.float_sizes import f64, is_float, operation
 
 if TYPE_CHECKING:
     from moec.codegen.onnx.writer import Writer
+
+
+_DOUBLE, _INT64 = 11, 7
+"""ONNX's numbers for the types."""
 
 
 def written(w: Writer, dim: Any) -> str:
@@ -22,6 +27,9 @@ def written(w: Writer, dim: Any) -> str:
     """
     if isinstance(dim, int) or dim.is_Integer:
         return w.constant([int(dim)])
+    if is_float(dim) and type(dim).__name__ in ("floor", "ceiling", "rint"):
+        kind = {"floor": "Floor", "ceiling": "Ceil", "rint": "Round"}[type(dim).__name__]
+        return w("Cast", w(kind, _double(w, dim.args[0])), to=_INT64)
     match dim:
         case sympy.Symbol():
             if dim.name not in w.sizes:
@@ -44,6 +52,21 @@ def written(w: Writer, dim: Any) -> str:
             top, bottom = sympy.fraction(dim)
             return _folded(w, "Mul", dim.args) if bottom == 1 else _quotient(w, dim)
     raise NoMatch(f"size {dim} cannot be written")
+
+
+def _double(w: Writer, x: Any) -> str:
+    """An operand of `float_sizes.operation` as f64[1]: what is no f64 is exact."""
+    if x.is_Rational:
+        return w.constant([float(x)], "f64")
+    sign, rest = x.as_coeff_Mul()
+    if isinstance(rest, f64):
+        operator, *operands = operation(rest.args[0])
+        kind = {"add": "Add", "mul": "Mul", "div": "Div"}[operator]
+        made = w(kind, *(_double(w, operand) for operand in operands))
+        return made if sign == 1 else w("Mul", made, _double(w, sign))
+    top, bottom = sympy.fraction(sympy.together(x))
+    made = w("Cast", written(w, top), to=_DOUBLE)
+    return made if bottom == 1 else w("Div", made, _double(w, bottom))
 
 
 def _folded(w: Writer, kind: str, parts: Sequence[Any]) -> str:

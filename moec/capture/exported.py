@@ -18,11 +18,14 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from moec.capture.arithmetic import float_of, whole_of
 from moec.capture.scans import OWN
+from moec.capture.sources import named, user_line
 from moec.capture.states import as_buffers
-from moec.errors import CaptureError
+from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
-from moec.ir.dims import Bounds, Dim, from_torch
+from moec.ir.dims import Bounds, Dim, from_torch, normal
+from moec.ir.float_sizes import check as check_float
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, State, TensorType, Value
 
 KEPT = frozenset(
@@ -69,10 +72,11 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 @dataclass(frozen=True)
 class _Unknown:
-    """A float that depends on sizes or data."""
+    """A float that depends on sizes or data. `value` is it where it is made of sizes alone."""
 
     where: str
     expr: str
+    value: sympy.Expr | None = None
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Converter:
     prefix: str = ""
     ops: list[Op] = field(default_factory=list)
     made: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
     def where(self, node: torch.fx.Node) -> str:
@@ -106,7 +111,7 @@ class Converter:
         return IR_DTYPES[dtype]
 
     def type(self, tensor: torch.Tensor, where: str) -> TensorType:
-        shape = tuple(from_torch(size, self.rename) for size in tensor.shape)
+        shape = tuple(self.dim(size, where) for size in tensor.shape)
         return TensorType(self.dtype(tensor.dtype, where), shape)
 
     def node(self, node: torch.fx.Node) -> None:
@@ -115,7 +120,7 @@ class Converter:
             source, index = cast(torch.fx.Node, node.args[0]), cast(int, node.args[1])
             self.made[node] = self.made[source][index]
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            self.made[node] = from_torch(value, self.rename)
+            self.made[node] = self.whole(value, node)
             if "_local_scalar_dense" in str(node.target):
                 self.size(node, self.made[node])
         elif isinstance(value, torch.SymFloat | float):
@@ -134,13 +139,57 @@ class Converter:
                 Op("moec.size", (source,), (output,), {"name": dim.name}, None, self.where(node))
             )
 
+    def dim(self, size: torch.SymInt | int, where: str) -> Dim:
+        """Raises CaptureError for a size that was computed in floats, where it is not known how."""
+        try:
+            return from_torch(size, self.rename, self.computed)
+        except IRError as error:
+            raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
+
+    def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
+        """A size. One that is made of a float is what Python makes of that float, at every size."""
+        arguments = [self.argument(a) for a in node.args]
+        if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
+            return self.dim(value, self.where(node) or node.name)
+        result = whole_of(node.target, [_value(a) for a in arguments])
+        return normal(self.remember(value.node.expr, result, node))
+
     def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
         """A float; one that depends on sizes or data cannot stand in a graph, though a size
         may be made from it (math.ceil)."""
         if isinstance(value, float):
             return value
         expr = value.node.expr
-        return float(expr) if expr.is_number else _Unknown(self.where(node) or node.name, str(expr))
+        if expr.is_number:
+            return float(expr)
+        result = float_of(node.target, [_value(self.argument(a)) for a in node.args])
+        if result is not None:
+            self.remember(expr, result, node)
+        return _Unknown(self.where(node) or node.name, str(expr), result)
+
+    def remember(
+        self, expr: sympy.Expr, value: sympy.Expr | None, node: torch.fx.Node
+    ) -> sympy.Expr:
+        """`value` is what torch calls `expr`, of which two that round otherwise are one."""
+        line, shown = user_line(node), named(expr, self.rename)
+        if value is None:
+            raise CaptureError(
+                f"{line}: the size {shown} is made of floats with {_spelled(node.target)}, which "
+                "moec cannot repeat exactly; compute it of whole numbers (//), or as a tensor"
+            )
+        try:
+            check_float(value)
+        except ValueError as error:
+            raise CaptureError(
+                f"{line}: the size {shown} is made of floats in a way that moec cannot repeat "
+                f"exactly ({error}); compute it of whole numbers (//), or as a tensor"
+            ) from None
+        if self.computed.setdefault(expr, value) != value:
+            raise CaptureError(
+                f"{line}: torch takes {shown} for a size that was computed in another order, "
+                "and rounds otherwise; write both with the same operations, or with whole numbers"
+            )
+        return value
 
     def call(self, node: torch.fx.Node, value: Any) -> None:
         target = str(node.target)
@@ -199,7 +248,7 @@ class Converter:
         if isinstance(given, list | tuple):
             return tuple(self.argument(item) for item in given)
         if isinstance(given, torch.SymInt):
-            return from_torch(given, self.rename)
+            return from_torch(given, self.rename, self.computed)
         return given
 
     def attribute(self, made: Any, inputs: list[Value], where: str) -> Attr:
@@ -238,6 +287,14 @@ class Converter:
                 self.node(inner)
             elif inner.op == "output":
                 self.made[node] = self.argument(inner.args[0])
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, _Unknown) else argument
+
+
+def _spelled(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
 
 
 def dropped(node: torch.fx.Node) -> bool:

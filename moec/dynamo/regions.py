@@ -23,6 +23,7 @@ from torch import fx
 from moec.dynamo.convert import Converted
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
+from moec.ir.float_sizes import is_float
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.passes.recognise.region import VIEWS, Scope, unlike
 from moec.report.data import WHOLE
@@ -83,6 +84,8 @@ def _region(
     params = tuple(v for v in read if v in scope.params)
     inputs = tuple(v for v in read if v not in scope.params)
     cut = _free_sizes(Graph(inputs, params, ops, (y,), (), graph.bounds))
+    if any(map(is_float, y.shape)):
+        raise NoMatch(f"{y.name} is {y.type}, a size that is computed in floats")
     weights = {param.name: recognised.weights[param.name] for param in params}
     return Region(
         where,

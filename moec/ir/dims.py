@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import sympy
 
 from moec.errors import IRError
+from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -26,17 +27,22 @@ _FUNCTIONS = {
     "Max": sympy.Max,
     "Min": sympy.Min,
     "Abs": sympy.Abs,
+    "f64": f64,
+    "rint": rint,
 }
 _TORCH_FUNCTIONS = {
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CeilDiv": lambda a, b: sympy.ceiling(a / b),
     "CleanDiv": lambda a, b: a / b,
-    "IntTrueDiv": lambda a, b: a / b,
+    "IntTrueDiv": lambda a, b: f64(a / b),
+    "FloatTrueDiv": lambda a, b: f64(a / b),
     "PythonMod": sympy.Mod,
-    "TruncToInt": sympy.floor,
-    "FloorToInt": sympy.floor,
-    "CeilToInt": sympy.ceiling,
-    "ToFloat": lambda a: a,
+    "Mod": sympy.Mod,
+    "TruncToInt": trunc,
+    "FloorToInt": floor,
+    "CeilToInt": ceil,
+    "RoundToInt": round_half_even,
+    "ToFloat": f64,
 }
 
 
@@ -77,24 +83,52 @@ def broadcasts(shape: Sequence[Dim], whole: Sequence[Dim]) -> bool:
     )
 
 
-def from_torch(size: Any, rename: Mapping[str, str] | None = None) -> Dim:
+def from_torch(
+    size: Any,
+    rename: Mapping[str, str] | None = None,
+    computed: Mapping[sympy.Expr, sympy.Expr] | None = None,
+) -> Dim:
     """A torch.SymInt or sympy expression of torch.export as a size of the IR.
 
-    `rename` maps torch's symbols (s0, u0) to the names of the IR.
+    `rename` maps torch's symbols (s0, u0) to the names of the IR, `computed` what torch wrote of
+    floats to what they are. Raises IRError for others: sympy joins the constants of T*0.3*0.7, so
+    what was rounded in between cannot be told from its expression.
     """
     if isinstance(size, int):
         return size
-    return normal(_convert(getattr(size, "node", size), rename or {}))
+    expr, known = _expression(size), computed or {}
+    floats = expr.xreplace(dict.fromkeys(known, sympy.S.Zero)).atoms(sympy.Float)
+    if floats:
+        raise IRError(f"it is made of {min(floats)}, and in which order is not known")
+    return normal(_convert(expr, rename or {}, known))
 
 
-def _convert(node: Any, rename: Mapping[str, str]) -> sympy.Expr:
-    expr = getattr(node, "expr", node)
+def nearly_from_torch(size: Any, rename: Mapping[str, str]) -> sympy.Expr:
+    """As `from_torch`, with what sympy joined of floats rounded once: it may differ in the last
+    bit of a double, which matters to a size and not to whether a condition is worth a trial."""
+    return _convert(_expression(size), rename, {})
+
+
+def _expression(size: Any) -> sympy.Expr:
+    node = getattr(size, "node", size)
+    return getattr(node, "expr", node)
+
+
+def _convert(
+    expr: sympy.Expr, rename: Mapping[str, str], computed: Mapping[sympy.Expr, sympy.Expr]
+) -> sympy.Expr:
+    if expr in computed:
+        return computed[expr]
     if isinstance(expr, sympy.Symbol):
         return symbol(rename.get(expr.name, expr.name))
+    if expr.is_Float:
+        return sympy.Rational(*float(expr).as_integer_ratio())
     if expr.is_number:
-        return sympy.Rational(expr) if expr.is_Float else expr
-    arguments = [_convert(a, rename) for a in expr.args]
+        return expr
+    arguments = [_convert(a, rename, computed) for a in expr.args]
     function = _TORCH_FUNCTIONS.get(type(expr).__name__)
+    if function is None and any(a.is_Float for a in expr.args):
+        return f64(expr.func(*arguments))
     return function(*arguments) if function else expr.func(*arguments)
 
 

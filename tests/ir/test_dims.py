@@ -1,5 +1,7 @@
 """Sizes: algebra, text, and what a stranger's text may hold."""
 
+import math
+
 import pytest
 import sympy
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from moec.errors import IRError
 from moec.ir.dims import bind, evaluate_dim, normal, parse_dim, product, show_dim, symbol, symbols
+from moec.ir.float_sizes import ceil, check, f64, floor, round_half_even, trunc
+from moec.runtime.sizes import evaluate
 
 T, S = symbol("T"), symbol("S")
 
@@ -61,3 +65,40 @@ def test_bind_learns_and_checks():
 def test_symbols():
     assert symbols(normal(2 * T * S)) == {"S", "T"}
     assert symbols(3) == set()
+
+
+@given(n=st.integers(0, 10**6), factor=st.floats(0.01, 100), parts=st.integers(1, 512))
+def test_f64_is_what_python_rounds(n, factor, parts):
+    """As a size, and as the runtime reads its text."""
+    exact = sympy.Rational(*factor.as_integer_ratio())
+    product = f64(exact * T)
+    for dim, expected in (
+        (trunc(f64(product / parts)), int(n * factor / parts)),
+        (ceil(f64(f64(T / parts) * exact)), math.ceil(n / parts * factor)),
+        (round_half_even(product), round(n * factor)),
+        (floor(f64(product + exact)), math.floor(n * factor + factor)),
+    ):
+        check(dim)
+        assert evaluate_dim(dim, {"T": n}) == expected
+        assert parse_dim(show_dim(dim)) == dim
+        assert evaluate(show_dim(dim), {"T": n}) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (trunc(f64(f64(2 * T) / 8)), "floor(T/4)"),
+        (ceil(f64(T / 3)), "ceiling(T/3)"),
+        (ceil(f64(f64(sympy.Rational(5, 4) * T) / 6)), "ceiling(5*T/24)"),
+        (round_half_even(f64(T / 2)), "rint(T/2)"),
+        (trunc(f64(f64(T / 2) - 3)), "Max(0, floor(T/2) - 3) + Min(0, ceiling(T/2) - 3)"),
+    ],
+)
+def test_what_doubles_cannot_change_is_an_integer_form(size, text):
+    assert show_dim(size) == text
+
+
+def test_what_is_no_operation_on_doubles_is_refused():
+    tenth = sympy.Rational(*(0.1).as_integer_ratio())
+    with pytest.raises(ValueError, match="more than one operation on doubles"):
+        check(f64(f64(tenth * T) + f64(tenth * S) + f64(T / 3)))

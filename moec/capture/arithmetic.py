@@ -1,0 +1,76 @@
+"""What a traced graph computes of sizes with Python's floats, in the order of Python.
+
+    n * 0.3 * 0.7        torch's expression: 0.21*ToFloat(s0)
+                         its nodes: sym_float, mul by 0.3, mul by 0.7, which is what Python rounds
+
+Sympy joins constants, so an expression of torch does not tell what was rounded in between; the
+nodes of the graph do.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import sympy
+import torch
+
+from moec.ir.float_sizes import ceil, f64, floor, round_half_even, trunc
+
+_FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
+    torch.sym_float: f64,
+    operator.add: lambda a, b: f64(a + b),
+    operator.sub: lambda a, b: f64(a - b),
+    operator.mul: lambda a, b: f64(a * b),
+    operator.truediv: lambda a, b: f64(a / b),
+    operator.neg: lambda a: -a,
+    operator.pos: lambda a: a,
+    torch.sym_max: sympy.Max,
+    torch.sym_min: sympy.Min,
+}
+"""Operations whose result is a float; the operands are whole numbers or floats."""
+
+_WHOLE: Mapping[Any, Callable[..., sympy.Expr]] = {
+    torch.sym_int: trunc,
+    math.trunc: trunc,
+    math.floor: floor,
+    math.ceil: ceil,
+    builtins.round: lambda a, digits=None: round_half_even(a),
+}
+"""Operations that make a whole number of a float."""
+
+
+def number(value: float) -> sympy.Expr:
+    """A Python number, exactly. Raises ValueError for infinities and NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no size")
+    fraction = Fraction(value)
+    return sympy.Rational(fraction.numerator, fraction.denominator)
+
+
+def float_of(target: Any, arguments: list[Any]) -> sympy.Expr | None:
+    """The float that a node makes of sizes and floats; None where it cannot be told."""
+    return _apply(_FLOAT, target, arguments)
+
+
+def whole_of(target: Any, arguments: list[Any]) -> sympy.Expr | None:
+    """The whole number that a node makes of a float; None where it cannot be told."""
+    if target is builtins.round and arguments[1:] not in ([], [None]):
+        return None
+    return _apply(_WHOLE, target, arguments[:1])
+
+
+def _apply(
+    table: Mapping[Any, Callable[..., sympy.Expr]], target: Any, arguments: list[Any]
+) -> sympy.Expr | None:
+    function = table.get(target)
+    if function is None:
+        return None
+    operands = [number(a) if isinstance(a, int | float) else a for a in arguments]
+    if not all(isinstance(a, sympy.Expr) for a in operands):
+        return None
+    return function(*operands)
