@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -62,6 +62,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    allow_fixed: bool | str | Collection[str] = False,
     target: str | Target = "cpu",
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
@@ -84,15 +85,16 @@ def compile(
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the
     folder of a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence
-    vary unless `dynamic_shapes` (torch.export's) says otherwise. `dtype` converts the weights
-    first, in place; the module is left in eval mode. `passes` changes the passes of `opt_level`
-    ("+a,-b"). `verify` compares the result with eager; a float is the greatest error allowed, as
-    a share of the greatest value of an output. `fuel` caps the rewrites. `stop_after` names the
-    last pass to run; `build=False` stops before code generation. `kv_cache=False` leaves out
-    the code that `generate` runs for one token after the other. `tune` measures kernels with other
-    values than the defaults on this machine, and keeps what it finds for the next compilation.
-    `backend` is another than the target's, such as one with a rule of your own:
-    `replace(CPU, rules=(mine, *CPU.rules))`.
+    vary unless `dynamic_shapes` (torch.export's) says otherwise; `allow_fixed` names inputs of
+    which the module may fix sizes at the example's (True: all), which else is an error. `dtype`
+    converts the weights first, in place; the module is left in eval mode. `passes` changes the
+    passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
+    greatest error allowed, as a share of the greatest value of an output. `fuel` caps the rewrites.
+    `stop_after` names the last pass to run; `build=False` stops before code generation.
+    `kv_cache=False` leaves out the code that `generate` runs for one token after the other. `tune`
+    measures kernels with other values than the defaults on this machine, and keeps what it finds
+    for the next compilation. `backend` is another than the target's, such as one with a
+    rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
     ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
@@ -124,7 +126,7 @@ def compile(
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-        captured = capture_source(source, dynamic_shapes)
+        captured = capture_source(source, dynamic_shapes, allow_fixed)
         captured = bound(captured, (p for p in asked if not isinstance(p, Approximate)))
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(

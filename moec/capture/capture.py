@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,18 @@ from moec.capture.agreement import Eager, agree, allow_one, cut, refuted
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
 from moec.capture.conditions import Conditions
 from moec.capture.exported import decompose, to_program
+from moec.capture.fixed import causes, fixed
+from moec.capture.fixed import notes as fixed_notes
 from moec.capture.gc_pause import seldom_collected
+from moec.capture.guard_text import guards_in_text
+from moec.capture.guards import guards_of, located
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lengths import Axis, Group
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.loops import Met, every_expert_hit
+from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
+from moec.capture.settlement import required, settled
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
 from moec.capture.states import States, detached
 from moec.capture.sym_bools import sym_bools_answered
@@ -44,7 +50,8 @@ class Captured:
 
     `eager(*tensors)` runs the source on the graph's own inputs in their order (states left
     out) and gives the graph's outputs; `structure` rebuilds the source's own result from them.
-    `fixed` names axes that the caller may have expected to vary, but which the model fixes.
+    `fixed` names axes that the caller may have expected to vary, but which the model fixes, and
+    what guards of the export came to. `is_graph` says that the source is the graph itself.
     """
 
     program: Program
@@ -52,6 +59,7 @@ class Captured:
     example: tuple[torch.Tensor, ...]
     structure: pytree.TreeSpec
     fixed: tuple[str, ...] = ()
+    is_graph: bool = False
 
 
 def capture(
@@ -61,12 +69,14 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     bounds: Mapping[str, Bounds] | None = None,
+    allow_fixed: bool | str | Collection[str] = False,
 ) -> Captured:
     """Export `model` with example arguments and convert it.
 
     `dynamic_shapes` is torch.export's; None lets batch and sequence axes vary
-    (`moec.capture.shapes`). `bounds` limits named sizes. Raises CaptureError where the model
-    cannot be exported, with torch's reason.
+    (`moec.capture.shapes`). `bounds` limits named sizes. `allow_fixed` names inputs whose sizes
+    may be fixed at the example's. Raises CaptureError where the model cannot be exported, with
+    torch's reason, or where sizes of the example decide what is computed.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
@@ -93,6 +103,8 @@ def capture(
         with EXPORTS, seldom_collected():
             general = widen(call, wishes, joining, [group.axes for group in wrong])
             exported, met = _export(call, general.tensors, general.wishes)
+            guards = guards_of(exported, _names(exported, general.wishes, general.groups))
+            fixings = causes(exported)
             program, structure = _convert(
                 exported, tensor_names(arguments), general.wishes, asked, general.groups
             )
@@ -102,10 +114,13 @@ def capture(
         if not more:
             break
         wrong += more
+    name = type(model).__name__
     if met:
-        _check_assumed(type(model).__name__, program, eager, general.tensors, met)
+        _check_assumed(name, program, eager, general.tensors, met)
+    program, notes = settled(name, program, guards, eager, general.tensors)
     program = allow_one(program, asked, eager, (general.tensors, call.tensors))
-    return Captured(program, eager, call.tensors, structure, _fixed(program))
+    always = fixed(name, program, eager, general.tensors, general.wishes, allow_fixed, fixings)
+    return Captured(program, eager, call.tensors, structure, (*always, *notes))
 
 
 def _check_device(name: str, tensor: torch.Tensor) -> None:
@@ -137,8 +152,10 @@ def _export(
     name = type(call.module).__name__
 
     def attempt() -> ExportedProgram:
-        return torch.export.export(
-            call, tuple(tensors), dynamic_shapes=(tuple(wishes),), strict=False
+        return export_keeping_sizes(
+            lambda: torch.export.export(
+                call, tuple(tensors), dynamic_shapes=(tuple(wishes),), strict=False
+            )
         )
 
     try:
@@ -149,6 +166,7 @@ def _export(
             lightning_as_ops(call.module),
             casts_done(),
             sym_bools_answered(call.module),
+            located(),
             symbolic_config.patch(  # type: ignore[attr-defined]
                 backed_size_oblivious=True, use_duck_shape=False
             ),
@@ -254,17 +272,20 @@ def _from_export(
     else:
         given = exported.example_inputs or ((), {})
     example = _tensors(given)
+    names = [str(name) for name in exported.graph_signature.user_inputs]
+    guards = guards_in_text(exported, _names(exported, [{} for _ in names]))
     module = exported.module(check_guards=False)
 
     def run(*tensors: torch.Tensor) -> Any:
         positional, named = pytree.tree_unflatten(list(tensors), spec)
         return module(*positional, **named)
 
-    names = [str(name) for name in exported.graph_signature.user_inputs]
     program, structure = _convert(exported, names, [{} for _ in names], bounds or {})
     program, states = detached(program)
     eager = _from_start(states, run)
-    return Captured(program, eager, example, structure, _fixed(program))
+    program, notes = required("the exported program", program, guards, example)
+    always = fixed_notes(program, len(names))
+    return Captured(program, eager, example, structure, (*always, *notes))
 
 
 def _from_graph(
@@ -279,7 +300,7 @@ def _from_graph(
         with torch.no_grad():
             return model.run(tensors)
 
-    return Captured(model.program, eager, example, model.structure)
+    return Captured(model.program, eager, example, model.structure, is_graph=True)
 
 
 def _convert(
@@ -292,19 +313,26 @@ def _convert(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         exported = decompose(exported)
-    own = exported.graph_signature.user_inputs
-    held = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in own]
-    tensors = [value for value in held if isinstance(value, torch.Tensor)]
     structure = exported.call_spec.out_spec
     program = to_program(
         exported,
-        rename=name_symbols(tensors, wishes, [group.axes for group in groups]),
+        rename=_names(exported, wishes, groups),
         bounds=bounds,
         input_names=names,
         output_names=_output_names(structure),
         prefix=PREFIX,
     )
     return program, structure
+
+
+def _names(
+    exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[Group] = ()
+) -> dict[str, str]:
+    """torch's symbols in the inputs' shapes -> names of the IR."""
+    own = exported.graph_signature.user_inputs
+    held = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in own]
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
+    return name_symbols(tensors, wishes, [group.axes for group in groups])
 
 
 def _tensors(tree: Any) -> tuple[torch.Tensor, ...]:
@@ -328,14 +356,3 @@ def _output_names(structure: pytree.TreeSpec) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _Leaf:
     index: int
-
-
-def _fixed(program: Program) -> tuple[str, ...]:
-    states = {state.before for state in program.graph.states}
-    own = [value for value in program.graph.inputs if value not in states]
-    return tuple(
-        f"{value.name} axis {axis} is always {size}"
-        for value in own
-        for axis, size in enumerate(value.shape)
-        if isinstance(size, int) and (axis < len(value.shape) - 1 or value.dtype.startswith("i"))
-    )

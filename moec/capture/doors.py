@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,11 @@ class Source:
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
-def capture_source(source: Source, dynamic_shapes: Any = None) -> Captured:
+def capture_source(
+    source: Source,
+    dynamic_shapes: Any = None,
+    allow_fixed: bool | str | Collection[str] = False,
+) -> Captured:
     """`capture` of a source, whose own sizes hold unless there are other `dynamic_shapes`."""
     return capture(
         source.model,
@@ -52,6 +56,7 @@ def capture_source(source: Source, dynamic_shapes: Any = None) -> Captured:
         source.kwargs,
         dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
         bounds=source.bounds if dynamic_shapes is None else None,
+        allow_fixed=allow_fixed,
     )
 
 

@@ -30,6 +30,7 @@ def command(
     dtype: str | None,
     opt_level: int,
     passes: str,
+    allow_fixed: tuple[str, ...],
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
 
@@ -57,6 +58,7 @@ def command(
         captured = compile_model(
             model,
             dynamic_shapes=dynamic_shapes(wanted),
+            allow_fixed=allow_fixed,
             dtype=dtype,
             stop_after="capture",
             progress=progress.phase,

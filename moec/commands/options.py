@@ -69,6 +69,10 @@ def model_options(command: F) -> F:
             "--shapes", multiple=True, metavar="INPUT=SIZES",
             help="What may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and sequence.",
         ),
+        click.option(
+            "--allow-fixed", multiple=True, metavar="INPUT",
+            help="An input of which the model may fix sizes at the example's (images=Bx3x224x224).",
+        ),
     ):  # fmt: skip
         command = decorator(command)
     return command

@@ -7,7 +7,7 @@ changed model is still one of its Hugging Face class, it is that; else it is a `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,16 @@ def transform(
     strict: bool = False,
     dtype: str | torch.dtype | None = None,
     dynamic_shapes: Any = None,
+    allow_fixed: bool | str | Collection[str] = False,
     form: str = "auto",
     verify: bool | float = True,
 ) -> torch.nn.Module:
     """The model as passes that change it leave it, as a module that trains.
 
-    `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`
-    and `verify` are those of `moec.compile`; the model itself is left as it is (but for its dtype
-    and eval mode). The result computes what `moec.compile` would with the same passes, is called
-    as the model is, and can be compiled, or transformed, again.
+    `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`,
+    `allow_fixed` and `verify` are those of `moec.compile`; the model itself is left as it is (but
+    for its dtype and eval mode). The result computes what `moec.compile` would with the same
+    passes, is called as the model is, and can be compiled, or transformed, again.
 
     `form="class"` asks for a module of the model's own Hugging Face class, which can be saved
     with save_pretrained: where experts were pruned to one number in all layers. "graph" asks for
@@ -84,7 +85,7 @@ def transform(
         raise UsageError("strict fails where the budget is exceeded: give budget too")
     limit = tolerance(verify)
     source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-    captured = capture_source(source, dynamic_shapes)
+    captured = capture_source(source, dynamic_shapes, allow_fixed)
     frame = Frame(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
     steps = run(captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage)

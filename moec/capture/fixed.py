@@ -1,0 +1,136 @@
+"""Sizes that an export fixed at the example's, though nobody asked for it.
+
+An axis that should vary comes out fixed where the module asks for its number (a loop over
+range(n)), or where a weight has that size. In the second case the module runs at no other size,
+and there is nothing to refuse; in the first, other sizes would be lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.export import ExportedProgram
+
+from moec.capture.guards import Guard, guard_at, shape_env
+from moec.capture.settlement import Eager
+from moec.capture.shapes import Axes
+from moec.errors import CaptureError, UsageError
+from moec.interpret.resized import resized_axes
+from moec.ir.graph import Program
+
+Axis = tuple[int, int]
+"""The number of an input, and of one of its axes."""
+
+_INDEX = re.compile(r"\bidx=(\d+)")
+_TENSOR = re.compile(r"\bindex=(\d+)")
+
+
+def causes(exported: ExportedProgram) -> dict[Axis, Guard]:
+    """The guards that fixed an axis of an input, by axis."""
+    env = shape_env(exported)
+    found: dict[Axis, Guard] = {}
+    for guard in () if env is None else env.guards:
+        if isinstance(guard.expr, sympy.Eq) and guard.expr.args[1].is_number:
+            for symbol in guard.expr.free_symbols:
+                for source in env.var_to_sources.get(symbol, ()):
+                    text = repr(source)
+                    tensor, axis = _TENSOR.search(text), _INDEX.search(text)
+                    if tensor and axis:
+                        place = int(tensor[1]), int(axis[1])
+                        found.setdefault(place, guard_at(guard))
+    return found
+
+
+def fixed(
+    name: str,
+    program: Program,
+    eager: Eager,
+    example: Sequence[torch.Tensor],
+    wishes: Sequence[Axes],
+    allowed: bool | str | Collection[str],
+    guards: Mapping[Axis, Guard],
+) -> tuple[str, ...]:
+    """What is to be said of axes that are fixed; `wishes` are those that should vary.
+
+    Raises CaptureError for one at whose other sizes the module runs, unless its input is `allowed`
+    to have fixed sizes (True: all are).
+    """
+    inputs = program.graph.inputs[: len(example)]
+    inputs_allowed = _allowed(allowed, [value.name for value in inputs])
+    lost = [
+        (place, axis)
+        for place, (value, wish) in enumerate(zip(inputs, wishes, strict=True))
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, int) and _varies(wish.get(axis)) and value.name not in inputs_allowed
+    ]
+    for place, axis in lost:
+        size = example[place].shape[axis]
+        together = [(p, a) for p, a in lost if example[p].shape[a] == size]
+        other = _runs_at(eager, example, [[(place, axis)], together], size)
+        if other is not None:
+            raise CaptureError(
+                _refusal(name, inputs[place].name, axis, size, other, guards.get((place, axis)))
+            )
+    return notes(program, len(example))
+
+
+def _varies(wish: Any) -> bool:
+    """Whether an axis was meant to vary: a Dim, or a hint that is not Dim.STATIC."""
+    return wish is not None and not isinstance(wish, int) and "STATIC" not in str(wish)
+
+
+def _allowed(allowed: bool | str | Collection[str], names: Sequence[str]) -> set[str]:
+    if isinstance(allowed, bool):
+        return set(names) if allowed else set()
+    asked = {allowed} if isinstance(allowed, str) else set(allowed)
+    unknown = asked - set(names)
+    if unknown:
+        raise UsageError(
+            f"allow_fixed names {', '.join(sorted(unknown))}, but the inputs are {', '.join(names)}"
+        )
+    return asked
+
+
+def _runs_at(
+    eager: Eager, example: Sequence[torch.Tensor], groups: Sequence[Sequence[Axis]], size: int
+) -> int | None:
+    """Another size of these axes at which the module runs. 0 and 1 are none: 1 broadcasts."""
+    for other in _others(size):
+        for group in groups:
+            try:
+                eager(*resized_axes(example, group, other))
+            except Exception:  # whatever the user's code raises: it does not run
+                continue
+            return other
+    return None
+
+
+def _others(size: int) -> Iterator[int]:
+    for other in (size + 1, size - 1, 2 * size, size + 8, size + 2):
+        if other > 1 and other != size:
+            yield other
+
+
+def notes(program: Program, inputs: int) -> tuple[str, ...]:
+    """The axes that a caller may have expected to vary."""
+    return tuple(
+        f"{value.name} axis {axis} is always {size}"
+        for value in program.graph.inputs[:inputs]
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, int) and (axis < len(value.shape) - 1 or value.dtype.startswith("i"))
+    )
+
+
+def _refusal(name: str, value: str, axis: int, size: int, other: int, guard: Guard | None) -> str:
+    where = f"\n  {guard}" if guard is not None and guard.file else ""
+    return (
+        f"{name}: axis {axis} of {value} would always be {size}, as in the example, and the module "
+        f"runs at {other} too{where}\n"
+        f"  keep the size symbolic (no loop over range of it, no list of that length), or say that "
+        f"it stays {size}:\n"
+        f'  allow_fixed="{value}" (--allow-fixed {value}), or dynamic_shapes (--shapes)'
+    )

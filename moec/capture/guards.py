@@ -1,0 +1,286 @@
+"""Guards: what an export took for granted of the sizes of its inputs.
+
+torch.export traces with the sizes of the example, and writes down each question about a size that
+it answered by them: `if n > 8`, `int(n * 2.0 / 8) == 6`. None is dropped unseen. A guard is
+
+    implied    by the types of the inputs and the bounds of the sizes: nothing to do
+    a bound    an inequality of one size: it limits that size
+    harmless   the module and the graph agree where it is false, which is tried
+    or refused, in the user's names, with the line that asked
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import sympy
+from torch.export import ExportedProgram
+from torch.fx.experimental import symbolic_shapes
+
+from moec.capture.sources import is_internal, text_of
+from moec.errors import CaptureError, IRError
+from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
+from moec.ir.graph import Graph
+from moec.ir.thresholds import edges, first_true, sizes_around, truth_of
+
+Agree = Callable[[Mapping[str, int]], bool | None]
+"""Whether module and graph agree at these sizes; None where the module itself fails."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on named sizes, and the line of the user's code that asked."""
+
+    condition: sympy.Basic
+    file: str = ""
+    line: int = 0
+    function: str = ""
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(symbol.name for symbol in self.condition.free_symbols)
+
+    @property
+    def text(self) -> str:
+        return text_of(self.file, self.line) if self.file else ""
+
+    def __str__(self) -> str:
+        if not self.file:
+            return "a guard of the export"
+        where = f"{Path(self.file).name}:{self.line} in {self.function}"
+        return f"{where}: {self.text}" if self.text else where
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The bounds of the sizes, and what is to be said about them."""
+
+    bounds: Mapping[str, Bounds]
+    notes: tuple[str, ...] = ()
+
+
+class _Internal:
+    """The files in which no user's line stands, for torch's search of the line that asked."""
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, str) and is_internal(file)
+
+
+def located() -> Any:
+    """While open, torch writes down the user's line for a guard, not one of its own or moec's."""
+    return mock.patch.object(symbolic_shapes, "uninteresting_files", _Internal)
+
+
+def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
+    """The guards of an export, each once, without those that its inputs' shapes imply.
+
+    To be asked before the export is decomposed, which adds guards of its own. `rename` maps
+    torch's symbols to named sizes. Raises CaptureError for one that cannot be read.
+    """
+    env = shape_env(exported)
+    found: dict[sympy.Basic, Guard] = {}
+    for guard in () if env is None else env.guards:
+        condition = env.replace(guard.expr)
+        if condition == sympy.true:
+            continue
+        place = _place(guard.sloc.framework_loc)
+        found.setdefault(condition, _guard(condition, rename, place))
+    return tuple(found.values())
+
+
+def _guard(condition: sympy.Basic, rename: Mapping[str, str], place: tuple[str, int, str]) -> Guard:
+    try:
+        return Guard(_converted(condition, rename), *place)
+    except (IRError, AttributeError, TypeError, ValueError) as error:
+        where = Guard(condition, *place)
+        raise CaptureError(
+            f"a condition on sizes cannot be read: {condition} ({error})\n  {where}\n"
+            "  fix the sizes that it depends on: dynamic_shapes"
+        ) from None
+
+
+def shape_env(exported: ExportedProgram) -> Any:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env
+    return None
+
+
+def raw_guards(exported: ExportedProgram) -> list[Guard]:
+    """All guards of an export over torch's symbols, those that its shapes imply included."""
+    env = shape_env(exported)
+    return [] if env is None else [guard_at(guard) for guard in env.guards]
+
+
+def guard_at(guard: Any) -> Guard:
+    """A guard of torch as it is, with the line that asked."""
+    return Guard(guard.expr, *_place(guard.sloc.framework_loc))
+
+
+def _place(location: Any) -> tuple[str, int, str]:
+    if not isinstance(location, traceback.FrameSummary) or is_internal(location.filename):
+        return "", 0, ""
+    return location.filename, location.lineno or 0, location.name
+
+
+_CONNECTIVES = (sympy.And, sympy.Or, sympy.Not)
+
+
+def _converted(condition: Any, rename: Mapping[str, str]) -> sympy.Basic:
+    """A condition over the named sizes, in the functions of `moec.ir.dims`."""
+    if isinstance(condition, _CONNECTIVES):
+        return condition.func(*(_converted(a, rename) for a in condition.args))
+    if condition in (sympy.true, sympy.false):
+        return condition
+    if not isinstance(condition, sympy.core.relational.Relational):
+        raise IRError("it is no relation")
+    left, right = (nearly_from_torch(a, rename) for a in condition.args)
+    return condition.func(left, right)
+
+
+def settle(
+    name: str,
+    graph: Graph,
+    guards: Sequence[Guard],
+    example: Mapping[str, int],
+    agree: Agree | None,
+) -> Settled:
+    """What the guards of `graph` come to. `example` are the sizes that the export was made with.
+    Without `agree` the source itself holds only where its guards do, as an exported program does.
+
+    Raises CaptureError for guards that are neither implied, nor bounds, nor harmless.
+    """
+    bounds = dict(graph.bounds)
+    notes: dict[str, None] = {}
+    remaining: list[Guard] = []
+    for guard in guards:
+        if not guard.names <= bounds.keys():
+            raise CaptureError(_refusal(name, graph, guard, example))
+        limits = _limits(guard, example)
+        if limits is None:
+            remaining.append(guard)
+            continue
+        (size,) = guard.names
+        if agree and limits.low == 2 and agree({**example, size: 1}):
+            limits = replace(limits, low=0)  # `if n > 1`, which changes nothing
+        bounds[size] = _both(bounds[size], limits)
+        if limits.low > 1 or limits.high is not None:
+            notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
+    for guard in remaining:
+        false = _false_at(guard, bounds, example)
+        answers = [agree(sizes) if agree else None for sizes in false]
+        tried = [answer for answer in answers if answer is not None]
+        if False in tried or (tried and _bakes_in(guard.condition)):
+            raise CaptureError(_refusal(name, graph, guard, example))
+        if tried:
+            notes[f"the same where not {show(guard.condition)}, as was tried: {guard}"] = None
+        elif answers:
+            required = _edges(guard, example)
+            if agree is None and not required:
+                raise CaptureError(_refusal(name, graph, guard, example))
+            for size, limits in required.items():
+                bounds[size] = _both(bounds[size], limits)
+            said = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
+            fails = f"the model itself fails where not {show(guard.condition)}"
+            notes[f"{said or fails}: {guard}"] = None
+    return Settled(bounds, tuple(notes))
+
+
+_INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne)
+
+
+def _limits(guard: Guard, example: Mapping[str, int]) -> Bounds | None:
+    """The sizes for which an inequality of one size holds; None for any other guard, and where
+    they are not all sizes between two."""
+    if not isinstance(guard.condition, _INEQUALITIES):
+        return None
+    if isinstance(guard.condition, sympy.Ne):
+        left, right = guard.condition.args
+        return Bounds(2) if isinstance(left, sympy.Symbol) and right == 1 else None
+    return next(iter(_edges(guard, example).values()), None)
+
+
+def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
+    """The sizes about the example's for which a guard on one size holds, where those are all."""
+    if len(guard.names) != 1:
+        return {}
+    (size,) = guard.names
+    truth = truth_of(guard.condition)
+    near = example[size] if size in example else first_true(truth, size)
+    limits = None if near is None else edges(truth, size, Bounds(), near)
+    return {} if limits is None else {size: limits}
+
+
+def _both(a: Bounds, b: Bounds) -> Bounds:
+    highs = [high for high in (a.high, b.high) if high is not None]
+    return Bounds(max(a.low, b.low), min(highs, default=None))
+
+
+_TRIED = 3
+
+
+def _false_at(
+    guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
+) -> list[Mapping[str, int]]:
+    """A few choices of all sizes, none of them 0, for which a guard is false: the smallest."""
+    truth = truth_of(guard.condition)
+    least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
+    false = (s for s in sizes_around([truth], least, example) if not truth.holds(s))
+    return list(itertools.islice(false, _TRIED))
+
+
+def _bakes_in(condition: sympy.Basic) -> bool:
+    """Whether a number computed of sizes was baked into the graph: that it makes no difference at
+    a few sizes says nothing about others."""
+    if not isinstance(condition, sympy.Eq):
+        return False
+    left, right = condition.args
+    number, other = (left, right) if left.is_number else (right, left)
+    return bool(number.is_number) and not isinstance(other, sympy.Mod)
+
+
+def show(condition: sympy.Basic) -> str:
+    """A condition as a person writes it."""
+    if isinstance(condition, sympy.core.relational.Relational):
+        left, right = condition.args
+        return f"{show_dim(left)} {condition.rel_op} {show_dim(right)}"
+    return str(condition)
+
+
+def _shown(limits: Bounds) -> str:
+    if limits.high is None:
+        return f"is at least {limits.low}"
+    return f"is from {limits.low} to {limits.high}"
+
+
+def axes(graph: Graph, size: str) -> str:
+    """Where a size stands in the inputs: axis 1 of x."""
+    found = [
+        f"axis {axis} of {value.name}"
+        for value in graph.inputs
+        for axis, dim in enumerate(value.shape)
+        if not isinstance(dim, int) and symbols(dim) == {size}
+    ]
+    return " and ".join(found[:3])
+
+
+def _refusal(name: str, graph: Graph, guard: Guard, example: Mapping[str, int]) -> str:
+    sizes = sorted(guard.names)
+    where = ", ".join(
+        f"{size} is {axes(graph, size) or 'a size'}, {example.get(size, '?')} in the example"
+        for size in sizes
+    )
+    return (
+        f"{name}: the example's sizes decide what is computed, and other sizes would give wrong "
+        f"numbers\n  {guard}\n  the graph holds only where {show(guard.condition)}\n  ({where})\n"
+        "  compute it of symbolic sizes (//, min, max, math.ceil) or with torch.where, or give "
+        f"dynamic_shapes that fix {' and '.join(sizes)}"
+    )

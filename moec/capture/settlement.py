@@ -1,0 +1,83 @@
+"""Guards of a captured program, settled by running it beside its module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from moec.capture.guards import Guard, settle
+from moec.errors import IRError
+from moec.interpret.evaluate import evaluate
+from moec.interpret.random_inputs import random_like
+from moec.interpret.resized import resized
+from moec.interpret.tolerance import STRAYS, computed_dtypes, default_tolerance, distance
+from moec.ir.dims import bind
+from moec.ir.graph import Program
+
+Eager = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def settled(
+    name: str,
+    program: Program,
+    guards: Sequence[Guard],
+    eager: Eager,
+    example: Sequence[torch.Tensor],
+) -> tuple[Program, tuple[str, ...]]:
+    """The program with the bounds that its guards set, and what is to be said of them.
+
+    Raises CaptureError for a guard that other sizes break.
+    """
+
+    def agree(other: Mapping[str, int]) -> bool | None:
+        return _agree_at(program, eager, example, other)
+
+    result = settle(name, program.graph, guards, _sizes(program, example), agree)
+    return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
+
+
+def required(
+    name: str, program: Program, guards: Sequence[Guard], example: Sequence[torch.Tensor]
+) -> tuple[Program, tuple[str, ...]]:
+    """As `settled`, for a source that holds only where its guards do."""
+    result = settle(name, program.graph, guards, _sizes(program, example), None)
+    return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
+
+
+def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(program.graph.inputs, example, strict=False):
+        bind(value.shape, tuple(tensor.shape), sizes)
+    return sizes
+
+
+def _agree_at(
+    program: Program, eager: Eager, example: Sequence[torch.Tensor], sizes: Mapping[str, int]
+) -> bool | None:
+    """Whether graph and module agree on the example and on random inputs of these sizes; in 16
+    bits a near tie may part them on one. None where the module fails."""
+    pairs = zip(example, program.graph.inputs, strict=False)
+    given = [resized(tensor, value.shape, sizes) for tensor, value in pairs]
+    generator = torch.Generator().manual_seed(0)
+    random = random_like(program, given, generator)[: len(given)]
+    either = any(dtype in STRAYS for dtype in computed_dtypes(program.graph))
+    try:
+        draws = [(draw, eager(*draw)) for draw in (given, random)]
+    except Exception:  # whatever the user's code raises
+        return None
+    answers = [_agree(program, draw, expected) for draw, expected in draws]
+    return any(answers) if either else all(answers)
+
+
+def _agree(
+    program: Program, draw: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> bool:
+    states = [program.weights[state.before.name] for state in program.graph.states]
+    limit = default_tolerance(program.graph)
+    try:
+        got = evaluate(program.graph, [*draw, *states], program.weights)
+    except (IRError, RuntimeError, IndexError, ValueError):
+        return False
+    return all(distance(a, b) <= limit for a, b in zip(got, expected, strict=False))

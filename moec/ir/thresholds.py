@@ -1,0 +1,247 @@
+"""The sizes at which a size expression or a condition on sizes turns: to be tried on both sides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import sympy
+
+from moec.errors import IRError
+from moec.ir.dims import Bounds
+from moec.ir.float_sizes import is_float, nearest
+
+Function = Callable[[Mapping[str, int]], Any]
+
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "Add": lambda *terms: sum(terms, Fraction(0)),
+    "Mul": lambda *factors: math.prod(factors, start=Fraction(1)),
+    "Pow": lambda a, b: a ** int(b),
+    "floor": lambda x: Fraction(math.floor(x)),
+    "ceiling": lambda x: Fraction(math.ceil(x)),
+    "rint": lambda x: Fraction(round(x)),
+    "f64": nearest,
+    "Mod": operator.mod,
+    "Abs": abs,
+    "Max": lambda *xs: max(xs),
+    "Min": lambda *xs: min(xs),
+    "Equality": operator.eq,
+    "Unequality": operator.ne,
+    "StrictGreaterThan": operator.gt,
+    "GreaterThan": operator.ge,
+    "StrictLessThan": operator.lt,
+    "LessThan": operator.le,
+    "And": lambda *xs: all(xs),
+    "Or": lambda *xs: any(xs),
+    "Not": operator.not_,
+}
+_DENSE = 512
+"""Sizes from the least one that are all looked at."""
+_FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
+_COMBINATIONS = 4096
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A condition on, or an expression of, named sizes as a function."""
+
+    names: frozenset[str]
+    expression: sympy.Basic
+
+    def value(self, sizes: Mapping[str, int]) -> Any:
+        """Raises ZeroDivisionError as the expression does."""
+        return _compiled(self.expression)(sizes)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        try:
+            return bool(self.value(sizes))
+        except ZeroDivisionError:
+            return False
+
+
+def truth_of(expression: sympy.Basic) -> Truth:
+    return Truth(frozenset(s.name for s in expression.free_symbols), expression)
+
+
+@cache
+def _compiled(expression: sympy.Basic) -> Function:
+    """The expression as a function, exact: a third stays a third."""
+    if isinstance(expression, sympy.Symbol):
+        name = expression.name
+        return lambda sizes: Fraction(sizes[name])
+    if isinstance(expression, sympy.Rational):
+        value = Fraction(int(expression.p), int(expression.q))
+        return lambda sizes: value
+    if expression in (sympy.true, sympy.false):
+        answer = expression == sympy.true
+        return lambda sizes: answer
+    function = _FUNCTIONS.get(type(expression).__name__)
+    if function is None:
+        raise IRError(f"{expression} is made with {type(expression).__name__}")
+    parts = [_compiled(part) for part in expression.args]
+    return lambda sizes: function(*(part(sizes) for part in parts))
+
+
+def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:
+    """Sizes within limits: the least ones, those around the example's and the numbers, large."""
+    high = limits.high if limits.high is not None else 2**31
+    wanted = {*range(limits.low, limits.low + _DENSE), *_FAR, near, high}
+    wanted |= {n + d for n in (near, *numbers) for d in (-1, 0, 1)}
+    return sorted(n for n in wanted if limits.low <= n <= high)
+
+
+def constants(expression: sympy.Basic) -> set[int]:
+    """The whole numbers in an expression: most thresholds lie at one, or at a quotient of two."""
+    found = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**20}
+    found |= {int(r.q) for r in expression.atoms(sympy.Rational) if r.q < 2**12}
+    products = {a * b for a, b in itertools.combinations(sorted(found)[:12], 2)}
+    return found | {n for n in products if n < 2**24}
+
+
+def first_true(truth: Truth, size: str) -> int | None:
+    """The least size looked at for which a condition on it holds."""
+    tried = candidates(Bounds(), 0, constants(truth.expression))
+    return next((n for n in tried if truth.holds({size: n})), None)
+
+
+def edges(truth: Truth, size: str, limits: Bounds, example: int) -> Bounds | None:
+    """The limits within which a condition on one size holds around the example's. None where it
+    is not true at the example, or true on more than one stretch."""
+    if not truth.holds({size: example}):
+        return None
+    tried = candidates(limits, example, constants(truth.expression))
+    false = [n for n in tried if not truth.holds({size: n})]
+    below = max((n for n in false if n < example), default=None)
+    above = min((n for n in false if n > example), default=None)
+    low = limits.low if below is None else _edge(truth, size, example, below)
+    high = limits.high if above is None else _edge(truth, size, example, above)
+    inside = [n for n in tried if n >= low and (high is None or n <= high)]
+    again = [n for n in tried if n not in inside and truth.holds({size: n})]
+    return None if again else Bounds(low, high)
+
+
+def _edge(truth: Truth, size: str, true: int, false: int) -> int:
+    """The last size towards `false` at which a condition holds."""
+    while abs(false - true) > 1:
+        middle = (true + false) // 2
+        true, false = (middle, false) if truth.holds({size: middle}) else (true, middle)
+    return true
+
+
+def sizes_around(
+    truths: Sequence[Truth], bounds: Mapping[str, Bounds], example: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
+    """Choices of all sizes, with the least product first; what no truth names is as small as the
+    example allows."""
+    names = sorted(frozenset().union(*(t.names for t in truths)))
+    numbers = set().union(*(constants(t.expression) for t in truths))
+    few = max(2, round(_COMBINATIONS ** (1 / max(len(names), 1))))
+    near = {n: example.get(n, bounds[n].low) for n in names}
+    choices = [_few(candidates(bounds[n], near[n], numbers), few, near[n]) for n in names]
+    combinations = sorted(itertools.product(*choices), key=lambda c: math.prod(n + 1 for n in c))
+    rest = {n: example[n] for n in example if n not in names}
+    for combination in combinations:
+        yield rest | dict(zip(names, combination, strict=True))
+
+
+def _few(values: Sequence[int], count: int, near: int) -> list[int]:
+    """The least ones and those about the example's."""
+    if len(values) <= count:
+        return list(values)
+    nearest_ones = sorted(values, key=lambda n: abs(n - near))[: count // 2]
+    return sorted({*values[: count - count // 2], *nearest_ones})
+
+
+_ROUNDS = ("floor", "ceiling", "rint", "Mod")
+_CHOOSES = ("Max", "Min")
+_LOOKED_AT = 1 << 12
+"""Sizes up to here are looked at for thresholds."""
+
+
+def turning_sizes(
+    expressions: Iterable[sympy.Basic], bounds: Mapping[str, Bounds], example: Mapping[str, int]
+) -> list[dict[str, int]]:
+    """Sizes on both sides of the first places where a part of an expression turns: what Max and
+    Min choose, what rounding gives, and where doubles round a result onto a whole number.
+
+    One size moves at a time, the others are the example's.
+    """
+    parts: dict[sympy.Basic, None] = {}
+    for expression in expressions:
+        for part in sympy.preorder_traversal(expression):
+            if type(part).__name__ in (*_ROUNDS, *_CHOOSES) and part.free_symbols:
+                parts[part] = None
+    result: dict[tuple[str, int], None] = {}
+    for part in parts:
+        names = {s.name for s in part.free_symbols}
+        for name in sorted(names & bounds.keys()) if names <= example.keys() else ():
+            for size in _turns(part, name, bounds[name], example):
+                result[name, size] = None
+    return [{**example, name: size} for name, size in result]
+
+
+def _turns(
+    part: sympy.Basic, name: str, limits: Bounds, example: Mapping[str, int]
+) -> Iterator[int]:
+    """The sizes before and after the first turn, and at the last one that is looked at."""
+    high = _LOOKED_AT if limits.high is None else min(limits.high, _LOOKED_AT)
+    state = _state_of(part)
+    before: Any = None
+    last: int | None = None
+    for size in range(max(limits.low, 1), high + 1):
+        try:
+            now = state({**example, name: size})
+        except ZeroDivisionError:
+            continue
+        if before is not None and now != before:
+            if last is None:
+                yield size - 1
+                yield size
+            last = size
+            if type(part).__name__ in _CHOOSES:
+                return
+        before = now
+        if last is not None and size > 4 * _DENSE:
+            break
+    yield from _onto_whole_numbers(part, name, limits, example, high)
+
+
+def _state_of(part: sympy.Basic) -> Function:
+    """A function that changes where the part turns."""
+    arguments = [_compiled(a) for a in part.args]
+    match type(part).__name__:
+        case "Max":
+            return lambda sizes: _place(max, [a(sizes) for a in arguments])
+        case "Min":
+            return lambda sizes: _place(min, [a(sizes) for a in arguments])
+        case "Mod":
+            top, below = arguments
+            return lambda sizes: top(sizes) // below(sizes)
+    return _compiled(part)
+
+
+def _place(best: Callable[..., Any], values: Sequence[Any]) -> int:
+    return values.index(best(values))
+
+
+def _onto_whole_numbers(
+    part: sympy.Basic, name: str, limits: Bounds, example: Mapping[str, int], high: int
+) -> Iterator[int]:
+    """The first sizes at which doubles give a whole number, or very nearly."""
+    inner = part.args[0]
+    if not is_float(inner):
+        return
+    value, count = _compiled(inner), 0
+    for size in range(max(limits.low, 1), high + 1):
+        number = value({**example, name: size})
+        if number and abs(number - round(number)) < Fraction(1, 10**9):
+            yield size
+            count += 1
+            if count == 3:
+                return
