@@ -1,11 +1,14 @@
-"""A program in float32, whatever its dtypes: what it means, without what it rounds."""
+"""float32 in the place of 16 bits: what a model means, without what it rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
@@ -15,21 +18,49 @@ MEANING = 2e-4
 """Two graphs in float32 that mean the same differ by less, as a share of the greatest value."""
 
 Tensors = Sequence[torch.Tensor]
+_LOW = (torch.bfloat16, torch.float16)
 
 
 def in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
     """The program in eager PyTorch with every bf16 and f16 widened to float32: from inputs
     (states' contents last) to outputs and the states' new contents. Weights are widened once."""
     graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
-    weights = {param.name: _wide(program.weights[param.name]) for param in graph.params}
+    weights = {param.name: wide(program.weights[param.name]) for param in graph.params}
 
     def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return evaluate(graph, [_wide(tensor) for tensor in inputs], weights)
+            return evaluate(graph, [wide(tensor) for tensor in inputs], weights)
 
     return run
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    low = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.float() if low else tensor
+def wide(value: Any) -> Any:
+    """A tensor or a dtype of 16 bits as one of float32, anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in _LOW else value
+    low = isinstance(value, torch.Tensor) and value.dtype in _LOW
+    return value.float() if low else value
+
+
+class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While open, eager computes in float32 what it computes in 16 bits otherwise.
+
+    Operators get float32 for each tensor and dtype of 16 bits, so that a module's weights are
+    widened where they are read. What it writes into keeps its dtype.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if "_assert_tensor_metadata" in str(func):
+            return None
+        named = dict(kwargs or {})
+        if func._schema.is_mutable:
+            target = args[0] if args else None
+            if isinstance(target, torch.Tensor) and target.dtype in _LOW:
+                return func(*args, **named)
+        return func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, named))

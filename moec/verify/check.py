@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture import Captured
 from moec.errors import CaptureError, IRError, VerificationError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.random_inputs import random_like
-from moec.interpret.run_in_float32 import MEANING, in_float32
+from moec.interpret.resized import resized
+from moec.interpret.run_in_float32 import MEANING, InFloat32, in_float32, wide
 from moec.interpret.tolerance import (
     FAR,
     QUANTISED_STRAYS,
@@ -24,12 +26,13 @@ from moec.interpret.tolerance import (
     rounds_rows,
     row_errors,
 )
-from moec.ir.dims import Bounds, evaluate_dim, symbols
+from moec.ir.dims import Bounds
 from moec.ir.graph import Graph, Program
 from moec.passes.core.runner import Step
 from moec.report.data import MovedLine
 from moec.report.quantisation import moved_lines, unquantised_steps
-from moec.verify.stable_topk import first_of_equals
+from moec.verify.stable_topk import FirstOfEquals
+from moec.verify.turns import turns
 
 Case = tuple[torch.Tensor, ...]
 Answer = tuple[Case, tuple[torch.Tensor, ...]]
@@ -74,13 +77,15 @@ class Compared:
 
 
 def cases(captured: Captured) -> list[Case]:
-    """The example, random inputs of its sizes, and of the least and of odd sizes."""
+    """The example, random inputs of its sizes, of the least and of odd sizes, and of those on both
+    sides of where a size expression, a mask or a guard turns."""
     program, generator = captured.program, torch.Generator().manual_seed(0)
     own = len(captured.example)
     made = [captured.example]
-    for size in ({}, _sizes(captured, lambda b: max(b.low, 1)), _sizes(captured, _odd)):
+    few = (_sizes(captured, lambda b: max(b.low, 1)), _sizes(captured, _odd))
+    for size in ({}, *few, *turns(captured.program.graph, captured.example)):
         example = [
-            _resize(t, v.shape, size)
+            resized(t, v.shape, size)
             for t, v in zip(captured.example, program.graph.inputs, strict=False)
         ]
         made.append(tuple(random_like(program, example, generator)[:own]))
@@ -100,16 +105,6 @@ def _sizes(captured: Captured, choose: Callable[[Bounds], int]) -> dict[str, int
         name: choose(bounds) if name != "B" else min(choose(bounds), 3)
         for name, bounds in graph.bounds.items()
     }
-
-
-def _resize(tensor: torch.Tensor, shape: Sequence[Any], sizes: Mapping[str, int]) -> torch.Tensor:
-    """`tensor` repeated and cut so that its named axes have the given sizes."""
-    for axis, dim in enumerate(shape):
-        wanted = evaluate_dim(dim, sizes) if symbols(dim) <= set(sizes) else tensor.shape[axis]
-        if wanted != tensor.shape[axis] and tensor.shape[axis]:
-            index = torch.arange(wanted) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, index)
-    return tensor
 
 
 def check(
@@ -135,7 +130,7 @@ def check(
         results = evaluate(meant.graph, _with_states(meant, case), meant.weights)
         return results[: len(meant.graph.outputs)]
 
-    changed = replace(captured, program=meant, eager=eager)
+    changed = replace(captured, program=meant, eager=eager, is_graph=True)
     checked = _check(changed, run, steps[places[-1] :], tolerance, pieces)
     exact = unquantised_steps(steps)
     if len(exact) == len(steps):
@@ -200,7 +195,7 @@ def _check(
             compared.append(replace(item, right=(right,)))
             owners.append(number)
     try:
-        right_by = _right(rule, captured.program, known, compared, owners)
+        right_by = _right(rule, captured, known, compared, owners)
     except (IRError, RuntimeError):  # the captured graph does not run: the blame says so
         right_by = None
     if right_by is None:
@@ -225,16 +220,16 @@ def _name(names: Sequence[str], item: Compared) -> str:
 
 def _right(
     rule: _Rule,
-    program: Program,
+    captured: Captured,
     known: Sequence[Answer],
     compared: Sequence[Compared],
     owners: Sequence[int],
 ) -> Sequence[Compared] | None:
-    """The results beside what they are right by: eager, or eager and the program that chooses
-    the first of equal values. None if they are not."""
+    """The results beside what they are right by: eager, or eager that chooses the first of equal
+    values. None if they are not. The captured graph is never asked: it may be wrong itself."""
 
     def beside(items: Sequence[Compared], exact: Exact) -> list[Compared]:
-        results = [exact(_with_states(program, case)) for case, _ in known]
+        results = [exact(case) for case, _ in known]
         return [
             replace(item, right=(*item.right, item.of(results[owner]).to(item.right[0].dtype)))
             for item, owner in zip(items, owners, strict=True)
@@ -242,26 +237,40 @@ def _right(
 
     if rule.allows(compared):
         return compared
-    # In 16 bits a token that either program sends to the same experts is right, however near
-    # its scores are to a tie.
-    if rule.share and rule.allows(beside(compared, in_float32(program))):
+    # In 16 bits a token that eager sends to the same experts in either precision is right, however
+    # near its scores are to a tie.
+    widened = _widened(captured) if rule.share else None
+    if widened is not None and rule.allows(beside(compared, widened)):
         return compared
-    tied = first_of_equals(program)
-    if tied is None:
+    tied = FirstOfEquals()
+    right = beside(compared, _under(tied, _eager(captured)))
+    if not tied.met:
         return None
-    right = beside(compared, _eager(tied))
     if rule.allows(right):
         return right
-    if not rule.share:
+    if widened is None:
         return None
-    wide = beside(beside(right, in_float32(program)), in_float32(tied))
-    return right if rule.allows(wide) else None
+    both = beside(beside(right, widened), _under(FirstOfEquals(), widened))
+    return right if rule.allows(both) else None
 
 
-def _eager(program: Program) -> Exact:
-    def run(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            return evaluate(program.graph, inputs, program.weights)
+def _eager(captured: Captured) -> Exact:
+    return lambda case: captured.eager(*case)
+
+
+def _widened(captured: Captured) -> Exact:
+    """The source in float32. Where a graph is the source, its own types say what is widened."""
+    if captured.is_graph:
+        run = in_float32(captured.program)
+        return lambda case: run(_with_states(captured.program, case))
+    mode = InFloat32()  # type: ignore[no-untyped-call]
+    return _under(mode, lambda case: captured.eager(*map(wide, case)))
+
+
+def _under(mode: TorchDispatchMode, exact: Exact) -> Exact:
+    def run(case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with mode:
+            return exact(case)
 
     return run
 

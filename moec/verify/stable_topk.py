@@ -1,48 +1,78 @@
-"""A program in which the first of equal values is chosen, as the kernels choose.
+"""Eager PyTorch in which the first of equal values is chosen, as the kernels choose.
 
-torch.topk and torch.sort promise no order among equal values. Scores that are exactly equal are
-no rarity where a ReLU makes them: the indexers of sparse attention give 0 to every key that no
-head asks for. Both choices are right, and their numbers differ.
+torch.topk, torch.sort and torch.max promise no order among equal values. Scores that are exactly
+equal are no rarity where a ReLU makes them: the indexers of sparse attention give 0 to every key
+that no head asks for. Both choices are right, and their numbers differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from moec.ir.graph import Graph, Op, Program, TensorType, Value
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_SORTS = {
-    "aten.sort.default": "aten.sort.stable",
-    "aten.argsort.default": "aten.argsort.stable",
+aten = torch.ops.aten
+
+
+class FirstOfEquals(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While open, whatever chooses among equal values chooses the first; `met` says that
+    something did choose."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.met = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        stable = _STABLE.get(func)
+        if stable is None:
+            return func(*args, **(kwargs or {}))
+        self.met = True
+        return stable(*args, **(kwargs or {}))
+
+
+def _sort(x: torch.Tensor, dim: int = -1, descending: bool = False) -> Any:
+    return torch.sort(x, dim=dim, descending=descending, stable=True)
+
+
+def _topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if not x.ndim:
+        return x.clone(), torch.zeros((), dtype=torch.int64)
+    values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
+    return values.narrow(dim, 0, k).contiguous(), indices.narrow(dim, 0, k).contiguous()
+
+
+def _first(better: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def index(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
+        if dim is None or not x.ndim:
+            return index(x.reshape(-1), 0).reshape([1] * x.ndim if keepdim else [])
+        best = better(x, dim=dim, keepdim=True)
+        places = torch.arange(x.shape[dim]).view([-1, *[1] * (x.ndim - 1 - dim % x.ndim)])
+        equal = (x == best) | (x != x)  # a NaN counts as the best
+        return torch.where(equal, places, x.shape[dim]).amin(dim, keepdim=keepdim)
+
+    return index
+
+
+def _extreme(better: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def both(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
+        return better(x, dim=dim, keepdim=keepdim), _first(better)(x, dim, keepdim)
+
+    return both
+
+
+_STABLE: Mapping[Any, Callable[..., Any]] = {
+    aten.sort.default: _sort,
+    aten.topk.default: _topk,
+    aten.argmax.default: _first(torch.amax),
+    aten.argmin.default: _first(torch.amin),
+    aten.max.dim: _extreme(torch.amax),
+    aten.min.dim: _extreme(torch.amin),
 }
-_TOPK = "aten.topk.default"
-
-
-def first_of_equals(program: Program) -> Program | None:
-    """The program with stable sorts in the place of top-k and sort; None if it has neither."""
-    graph = program.graph
-    if not any(op.name == _TOPK or op.name in _SORTS for op in graph.ops):
-        return None
-    ops = [made for op in graph.ops for made in _stable(op, graph)]
-    return replace(program, graph=replace(graph, ops=tuple(ops)))
-
-
-def _stable(op: Op, graph: Graph) -> list[Op]:
-    if op.name in _SORTS:
-        return [replace(op, name=_SORTS[op.name], attrs={**op.attrs, "stable": True})]
-    if op.name != _TOPK:
-        return [op]
-    (x,) = op.inputs
-    dim = op.attrs.get("dim", -1)
-    attrs = {"stable": True, "dim": dim, "descending": op.attrs.get("largest", True)}
-    whole = tuple(
-        Value(f"{value.name}_sorted", TensorType(value.dtype, x.shape)) for value in op.outputs
-    )
-    cut = {"dim": dim, "start": 0, "end": op.attrs["k"]}
-    return [
-        Op("aten.sort.stable", (x,), whole, attrs, None, op.origin),
-        *(
-            Op("aten.slice.Tensor", (all_,), (some,), cut, None, op.origin)
-            for all_, some in zip(whole, op.outputs, strict=True)
-        ),
-    ]

@@ -1,0 +1,74 @@
+"""The sizes at which a graph should be compared with eager, beside the example's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import sympy
+import torch
+
+from moec.ir.dims import Bounds, bind, symbols
+from moec.ir.graph import Attr, Graph, Op
+from moec.ir.thresholds import turning_sizes
+
+_CASES = 12
+"""So many at most, the smallest ones: a verification takes seconds, not minutes."""
+_ELEMENTS = 1 << 12
+"""So many rows at most, or as many as four examples have."""
+_COMPARISONS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge", "eq", "ne"))
+
+
+def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]:
+    """Sizes on both sides of each threshold of a size expression, of a mask over positions, and
+    of the bounds, few and small."""
+    own: dict[str, int] = {}
+    for value, tensor in zip(graph.inputs, example, strict=False):
+        bind(value.shape, tuple(tensor.shape), own)
+    bounds = {name: limits for name, limits in graph.bounds.items() if name in own}
+    expressions = dict.fromkeys(e for op in graph.ops for e in _expressions(op))
+    moved = turning_sizes(expressions, bounds, own)
+    moved += [{**own, name: size} for name, size in _masks(graph, bounds)]
+    moved += [{**own, name: size} for name, size in _ends(bounds)]
+    most = max(_ELEMENTS, 4 * math.prod(own.values()))
+    small = {tuple(sorted(m.items())): m for m in moved if math.prod(m.values()) <= most}
+    small.pop(tuple(sorted(own.items())), None)
+    return sorted(small.values(), key=lambda m: math.prod(m.values()))[:_CASES]
+
+
+def _expressions(op: Op) -> Iterator[sympy.Basic]:
+    for attr in op.attrs.values():
+        yield from _in_attr(attr)
+    for value in op.outputs:
+        yield from (dim for dim in value.shape if not isinstance(dim, int))
+
+
+def _in_attr(attr: Attr) -> Iterator[sympy.Basic]:
+    if isinstance(attr, tuple):
+        for item in attr:
+            yield from _in_attr(item)
+    elif isinstance(attr, sympy.Expr):
+        yield attr
+
+
+def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
+    """Whole numbers with which positions are compared."""
+    for op in graph.ops:
+        number = op.attrs.get("other")
+        if op.name in _COMPARISONS and isinstance(number, int) and op.inputs[0].dtype == "i64":
+            names = {n for dim in op.inputs[0].shape for n in symbols(dim)} & bounds.keys()
+            for name in sorted(names):
+                for size in (number, number + 1, number + 2):
+                    if size >= max(bounds[name].low, 1) and _within(size, bounds[name]):
+                        yield name, size
+
+
+def _ends(bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
+    for name, limits in bounds.items():
+        for size in (limits.low, limits.low + 1, limits.high):
+            if size is not None and size > 1 and _within(size, limits):
+                yield name, size
+
+
+def _within(size: int, limits: Bounds) -> bool:
+    return size >= limits.low and (limits.high is None or size <= limits.high)

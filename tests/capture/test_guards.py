@@ -1,0 +1,317 @@
+"""What an export takes for granted of sizes: symbolic, a bound, harmless, or refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional
+
+import moec
+from moec.capture import capture
+from moec.errors import CaptureError, InputError, IRError, UsageError, VerificationError
+from moec.interpret.evaluate import evaluate
+from moec.ir.dims import Bounds
+from moec.ir.graph import Program
+from moec.verify.check import check
+from tests.capture.modules import Function
+from tests.capture.sized import BOUNDED, REFUSED, RIGHT, first
+
+x = torch.randn(24, 8)
+SIZES = (1, 2, 3, 7, 8, 9, 23, 24, 25, 27, 28, 31, 32, 33, 40, 55, 80, 100, 120, 240, 320, 400, 401)
+
+
+def at(function: Any, *tensors: torch.Tensor) -> None:
+    """Compare the captured graph with the function; whole numbers of rows are exact."""
+    captured = function
+    (got,) = evaluate(captured.program.graph, tensors, captured.program.weights)
+    (expected,) = captured.eager(*tensors)
+    assert torch.equal(got, expected), tensors[0].shape
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_size_that_python_computed_is_what_python_computes(name: str) -> None:
+    captured = capture(Function(RIGHT[name]), (x,))
+    for size in SIZES:
+        at(captured, torch.randn(size, 8))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_elsewhere_is_refused(name: str) -> None:
+    function, words = REFUSED[name]
+    with pytest.raises(CaptureError, match=words) as caught:
+        capture(Function(function), (x,))
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 6
+    assert re.search(r"\w+\.py:\d+", message) or "cannot be exported" in message
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_an_inequality_of_one_size_limits_it(name: str) -> None:
+    function, (low, high) = BOUNDED[name]
+    captured = capture(Function(function), (x,))
+    assert captured.program.graph.bounds == {"T": Bounds(low, high)}
+    assert any("sized.py:" in note for note in captured.fixed)
+
+
+def test_beyond_a_bound_the_compiled_model_refuses() -> None:
+    compiled = moec.compile(Function(lambda x: x * 2 if x.shape[0] > 8 else x), (x,))
+    assert torch.equal(compiled(x[:9]), x[:9] * 2)
+    with pytest.raises(InputError, match=r"axis 0 of input 'x' is 8.*T at least 9"):
+        compiled(x[:8])
+    assert "T is at least 9: test_guards.py:" in str(compiled.report())
+
+
+class Tied(nn.Module):
+    """A capacity that Python computes beside a top-k, whose ties are no excuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[1]
+        keep = (torch.arange(n) < min(n, int(n * 2.0 / 8))).float()
+        best = x.topk(2, dim=-1)[0].sum(-1, keepdim=True)
+        return self.linear(x) * keep[None, :, None] + best
+
+
+def test_a_capacity_beside_a_top_k_is_right_at_every_length() -> None:
+    module = Tied().eval()
+    compiled = moec.compile(module, (torch.randn(2, 24, 16),))
+    for length in (1, 3, 4, 24, 27, 28, 40):
+        given = torch.randn(2, length, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(given), module(given))
+
+
+def test_compiled_code_rounds_as_python_does() -> None:
+    """In kernels, where `first` compares, and in shapes, of which `slots` makes one."""
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        count = x.shape[0]
+        kept = first(x, -int(-(count / 8 * 1.1) // 1))
+        return kept + x.new_ones(round(count * 0.57 * 100 - 0.5), 8).sum(0)
+
+    compiled = moec.compile(Function(both), (x,))
+    for size in (7, 24, 80, 100, 160, 240, 320, 400):
+        given = torch.randn(size, 8)
+        assert torch.equal(compiled(given), both(given)), size
+
+
+def test_onnx_rounds_as_python_does(tmp_path: Path) -> None:
+    import onnxruntime
+
+    function = RIGHT["ceil(2*n*1.2/8)"]
+    path = tmp_path / "model.onnx"
+    moec.compile(Function(function), (x,), build=False).export_onnx(path)
+    session = onnxruntime.InferenceSession(str(path))
+    for size in (1, 24, 80, 160, 400):
+        given = torch.randn(size, 8)
+        (got,) = session.run(None, {"x": given.numpy()})
+        assert torch.equal(torch.from_numpy(got), function(given)), size
+
+
+def equal_sizes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.shape[0] == y.shape[0] else x * y.shape[0]
+
+
+def equal_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.numel() == y.numel() else x * 3
+
+
+def longer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.shape[0] >= y.shape[0] else x * 3
+
+
+def sum_of_sizes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.shape[0] + y.shape[0] == 48 else x * 3
+
+
+def same_half(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if int(x.shape[0] * 0.5) == len(y) // 2 else x * 3
+
+
+REFUSED_PAIRS = (longer, sum_of_sizes, same_half)
+
+
+@pytest.mark.parametrize("function", [equal_sizes, equal_products, longer, sum_of_sizes, same_half])
+def test_sizes_that_are_equal_by_chance_are_required_or_refused(function: Any) -> None:
+    """Either other sizes are refused by the graph, or the module is."""
+    if function in REFUSED_PAIRS:
+        with pytest.raises(CaptureError, match="the graph holds only where"):
+            capture(Function(function), (x, torch.randn(24, 8)))
+        return
+    captured = capture(Function(function), (x, torch.randn(24, 8)))
+    at(captured, torch.randn(5, 8), torch.randn(5, 8))
+    with pytest.raises(IRError, match="axis 0"):
+        evaluate(captured.program.graph, (torch.randn(5, 8), torch.randn(6, 8)), {})
+
+
+def test_a_condition_that_changes_nothing_is_dropped_and_noted() -> None:
+    def chunked(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] % 2 == 0 else x + x
+
+    captured = capture(Function(chunked), (x,))
+    assert captured.program.graph.bounds == {"T": Bounds(0)}
+    (note,) = captured.fixed
+    assert note.startswith("the same where not Mod(T, 2) == 0, as was tried: test_guards.py:")
+
+
+def test_a_size_that_the_export_fixed_is_an_error() -> None:
+    def looped(x: torch.Tensor) -> torch.Tensor:
+        return x * sum(1 for _ in range(x.shape[0]))
+
+    words = r'runs at 25 too\n.*test_guards.py(.|\n)*allow_fixed="x"'
+    with pytest.raises(CaptureError, match=words):
+        capture(Function(looped), (x,))
+    for allowed in ("x", ["x"], True):
+        captured = capture(Function(looped), (x,), allow_fixed=allowed)
+        assert captured.fixed == ("x axis 0 is always 24",)
+    shapes = {"x": None}
+    assert capture(Function(looped), (x,), dynamic_shapes=shapes).fixed == captured.fixed
+    with pytest.raises(UsageError, match="allow_fixed names y, but the inputs are x"):
+        capture(Function(looped), (x,), allow_fixed="y")
+
+
+class Patches(nn.Module):
+    """A vision model: channels, size and positions are those of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.places = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.patch(images).flatten(2).mT + self.places
+
+
+def test_sizes_that_the_weights_fix_need_no_permission() -> None:
+    captured = capture(Patches(), (torch.randn(2, 3, 16, 16),))
+    assert captured.fixed[0] == "images axis 1 is always 3"
+    assert captured.program.graph.bounds["S1"] == Bounds(16, 19)
+
+
+def test_bounds_that_were_asked_for_are_kept_within_those_of_guards() -> None:
+    rows = Dim("rows", min=1, max=64)
+    captured = capture(
+        Function(lambda x: x * 2 if x.shape[0] < 100 else x),
+        (x,),
+        dynamic_shapes={"x": {0: rows}},
+    )
+    assert captured.program.graph.bounds == {"rows": Bounds(1, 64)}
+    with pytest.raises(CaptureError, match="rows"):
+        capture(
+            Function(lambda x: x * 2 if x.shape[0] > 8 else x),
+            (x,),
+            dynamic_shapes={"x": {0: rows}},
+        )
+
+
+def test_the_captured_graph_is_no_excuse_for_itself() -> None:
+    """A wrong graph agrees with itself where ties are broken otherwise than in eager."""
+    captured = capture(Tied().eval(), (torch.randn(2, 24, 16),))
+    graph = captured.program.graph
+    ops = [
+        replace(op, attrs={**op.attrs, "other": 6}) if op.name == "aten.lt.Scalar" else op
+        for op in graph.ops
+    ]
+    wrong = Program(replace(graph, ops=tuple(ops)), captured.program.weights)
+
+    def run(inputs: Any) -> Any:
+        results = evaluate(wrong.graph, list(inputs.values()), wrong.weights)
+        return {v.name: t for v, t in zip(wrong.graph.outputs, results, strict=True)}
+
+    with pytest.raises(VerificationError, match="differs from eager"):
+        check(replace(captured, program=wrong), run, ())
+
+
+def exported(function: Any, *tensors: torch.Tensor) -> Any:
+    axes = tuple({0: Dim.AUTO} for _ in tensors)
+    return torch.export.export(Function(function), tensors, dynamic_shapes=axes, strict=False)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_guards_of_an_exported_program_bound_it(saved: bool, tmp_path: Path) -> None:
+    source = exported(RIGHT["int(n*2.0/8)"], x)
+    if saved:
+        torch.export.save(source, tmp_path / "model.pt2")
+        source = torch.export.load(tmp_path / "model.pt2")
+    captured = capture(source, (x,))
+    assert captured.program.graph.bounds == {"T": Bounds(24, 27)}
+    assert captured.fixed[-1] == "T is from 24 to 27: a guard of the export"
+
+
+def test_an_exported_program_whose_guards_are_no_bounds_is_refused() -> None:
+    source = exported(REFUSED["even"][0], x)
+    with pytest.raises(CaptureError, match=r"exported program(.|\n)*Mod\(T, 2\) == 0"):
+        capture(source, (x,))
+
+
+def test_a_guard_of_an_exported_program_that_cannot_be_read_is_refused() -> None:
+    source = exported(RIGHT["n%5"], x)
+    source._guards_code = ["__import__('os').getpid() > L['tensors'][0].size()[0]"]
+    with pytest.raises(CaptureError, match="a guard of the exported program cannot be read"):
+        capture(source, (x,))
+
+
+class Capacity(nn.Module):
+    """Two of four linear experts, each for so many rows as 1.1 times its share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 16, 32) * 0.2)
+        self.down = nn.Parameter(torch.randn(4, 32, 16) * 0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        capacity = max(int(x.shape[0] * 1.1 / 4), 2)
+        weight, expert = self.gate(x).softmax(-1).max(-1)
+        mask = functional.one_hot(expert, 4)
+        place = (mask.cumsum(0) - 1) * mask
+        mask = mask * (place < capacity)
+        slot = functional.one_hot((place * mask).sum(-1), capacity).float()
+        share = (weight[:, None] * mask).sum(-1)
+        combine = share[:, None, None] * mask[:, :, None].float() * slot[:, None, :]
+        rows = torch.einsum("tec,td->ecd", combine.bool().float(), x)
+        return torch.einsum("tec,ecd->td", combine, (rows @ self.up).relu() @ self.down)
+
+
+def test_a_capacity_of_floats_is_recognised_and_right_through_every_door() -> None:
+    module = Capacity().eval()
+    compiled = moec.compile(module, (torch.randn(24, 16),))
+    assert len(compiled.blocks) == 1
+    backend = torch.compile(module, backend="moec", dynamic=True, options={"rest": "eager"})
+    with torch.no_grad():
+        for size in (1, 8, 24, 40, 80, 200, 400):
+            given = torch.randn(size, 16)
+            torch.testing.assert_close(compiled(given), module(given), rtol=1e-4, atol=1e-5)
+        for size in (24, 40, 80):
+            given = torch.randn(size, 16)
+            torch.testing.assert_close(backend(given), module(given), rtol=1e-4, atol=1e-5)
+
+
+def test_int_and_float_are_still_types_while_sizes_are_kept() -> None:
+    def typed(x: torch.Tensor) -> torch.Tensor:
+        kept = int(len(x) * 0.5)
+        plain = isinstance(3, int) and not isinstance(3.0, int) and int("7") == 7
+        return first(x, kept) if plain else x
+
+    captured = capture(Function(typed), (x,))
+    for size in (5, 24, 40):
+        at(captured, torch.randn(size, 8))
+
+
+def test_a_module_that_needs_the_real_int_is_refused_with_its_line() -> None:
+    def typed(x: torch.Tensor) -> torch.Tensor:
+        return first(x, int(x.shape[0] * 0.5)) + torch.zeros(8, dtype=int)
+
+    with pytest.raises(CaptureError, match=r"test_guards.py:\d+ in typed(.|\n)*floor\(T/2\) == 12"):
+        capture(Function(typed), (x,))
