@@ -9,13 +9,17 @@ import sympy
 import torch
 
 from moec.ir.dims import Bounds, bind, symbols
-from moec.ir.graph import Attr, Graph, Op
+from moec.ir.graph import Attr, Graph, Op, Value
 from moec.ir.thresholds import turning_sizes
 
 _CASES = 12
 """So many at most, the smallest ones: a verification takes seconds, not minutes."""
 _ELEMENTS = 1 << 12
 """So many rows at most, or as many as four examples have."""
+_KEEPS = (
+    *(f"aten.{name}.default" for name in ("unsqueeze", "reshape", "expand", "_to_copy", "permute")),
+    *("aten.slice.Tensor", "aten.sub.Tensor", "aten.add.Tensor"),
+)
 _COMPARISONS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
@@ -55,7 +59,8 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
     """Whole numbers with which positions are compared."""
     for op in graph.ops:
         number = op.attrs.get("other")
-        if op.name in _COMPARISONS and isinstance(number, int) and op.inputs[0].dtype == "i64":
+        compared = op.name in _COMPARISONS and isinstance(number, int)
+        if compared and _is_position(graph, op.inputs[0]):
             names = {n for dim in op.inputs[0].shape for n in symbols(dim)} & bounds.keys()
             for name in sorted(names):
                 for size in (number, number + 1, number + 2):
@@ -63,10 +68,21 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
                         yield name, size
 
 
+def _is_position(graph: Graph, value: Value) -> bool:
+    """Whether a value counts along an axis: made of aten.arange, and of nothing that is data."""
+    op = graph.producers.get(value)
+    if op is None or value.dtype != "i64":
+        return False
+    if op.name.startswith("aten.arange."):
+        return True
+    return op.name in _KEEPS and any(_is_position(graph, source) for source in op.inputs)
+
+
 def _ends(bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
     for name, limits in bounds.items():
-        for size in (limits.low, limits.low + 1, limits.high):
-            if size is not None and size > 1 and _within(size, limits):
+        first = (limits.low, limits.low + 1) if limits.low > 1 else ()
+        for size in (*first, limits.high):
+            if size is not None and _within(size, limits):
                 yield name, size
 
 
