@@ -59,8 +59,9 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
     """Whole numbers with which positions are compared."""
     for op in graph.ops:
         number = op.attrs.get("other")
-        compared = op.name in _COMPARISONS and isinstance(number, int)
-        if compared and _is_position(graph, op.inputs[0]):
+        if op.name not in _COMPARISONS or not isinstance(number, int):
+            continue
+        if _is_position(graph, op.inputs[0]):
             names = {n for dim in op.inputs[0].shape for n in symbols(dim)} & bounds.keys()
             for name in sorted(names):
                 for size in (number, number + 1, number + 2):
