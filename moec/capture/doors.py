@@ -18,6 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.capture import Captured, capture
+from moec.capture.pt2 import check_archive
 from moec.errors import CaptureError, UsageError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.dims import Bounds
@@ -117,6 +118,7 @@ def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _export(path: Path) -> Source:
+    check_archive(path)
     try:
         return Source(torch.export.load(str(path)), name=path.name)
     except Exception as error:
