@@ -31,7 +31,7 @@ import numpy as np
 
 from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
-from moec.runtime.container import Buffer, open_container, replacing
+from moec.runtime.container import Buffer, open_container, replacing, stamps
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.manifest import Manifest, Part, Stored, StoredSample
 from moec.runtime.package import Package
@@ -80,12 +80,23 @@ class MappedArrays(Mapping[str, Array]):
         self._path, self._manifest = path, manifest
         self._parts = {a.part: parts[a.part] for a in manifest.arrays.values()}
         self._lock, self._verified = threading.Lock(), False
+        self._stamps = stamps(path, self._parts)
 
     def verify(self) -> None:
         with self._lock:
             if not self._verified:
                 _verify(self._path, self._parts, self._manifest.parts)
                 self._verified = True
+
+    def check_unchanged(self) -> None:
+        """Raises ArtifactError where the file was written to since it was opened: a weight that
+        was not read yet would be another one."""
+        for stamp in self._stamps:
+            if stamp.changed():
+                raise ArtifactError(
+                    f"{stamp.path} was changed while the model in it is in use: load it again. "
+                    "To replace an artifact that may be in use, write another file and rename it"
+                )
 
     def __getitem__(self, name: str) -> Array:
         stored = self._manifest.arrays[name]

@@ -3,7 +3,8 @@
 In the zip, members are stored, not compressed, and each starts on a page boundary: padding sits
 in the extra field of its local header. So the whole file is mapped once and a weight is a
 slice of the mapping; nothing is copied and nothing is ever extracted by name. Mappings are
-private: writing to a weight does not reach the file.
+private: writing to a weight does not reach the file. Writing to the file can reach a mapping, so
+that whoever runs from one asks its `stamps` first.
 
 Both forms are written beside their destination and renamed when whole; a failure leaves what
 was there. (A file is swapped in one step; between an old folder and a new one is a short gap.)
@@ -18,8 +19,9 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -53,6 +55,36 @@ def open_container(path: Path) -> Mapping[str, memoryview]:
         return _read_zip(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells whether a file was written to since it was mapped."""
+
+    path: Path
+    inode: tuple[int, int]
+    version: tuple[int, int, int]
+
+    @staticmethod
+    def of(path: Path) -> Stamp:
+        state = path.stat()
+        version = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        return Stamp(path, (state.st_dev, state.st_ino), version)
+
+    def changed(self) -> bool:
+        """Whether the file that was mapped has been written to. One that was replaced by another
+        has not: the mapping keeps it."""
+        try:
+            now = Stamp.of(self.path)
+        except OSError:
+            return False
+        return now.inode == self.inode and now.version[:2] != self.version[:2]
+
+
+def stamps(path: Path, names: Iterable[str]) -> tuple[Stamp, ...]:
+    """Those of an artifact's file, or of these parts of its folder."""
+    paths = [path / name for name in names] if path.is_dir() else [path]
+    return tuple(map(Stamp.of, paths))
 
 
 def _map(path: Path) -> memoryview:

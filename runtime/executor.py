@@ -7,8 +7,10 @@ kernels need it: contiguous, and aligned to 64 bytes.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy as np
 
 from moec.errors import InputError
 from moec.runtime import artifact
-from moec.runtime.artifact import Artifact
+from moec.runtime.artifact import Artifact, MappedArrays
 from moec.runtime.checks import check_inputs
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
@@ -54,8 +56,25 @@ class _Entry:
     params: list[Any] = field(default_factory=list)
 
 
+_EXECUTORS: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for executor in _EXECUTORS:
+        executor._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Executor:
-    """A model ready to run. Safe to call from several threads: calls take turns."""
+    """A model ready to run. Safe to call from several threads: calls take turns.
+
+    A process that was forked has none of the threads that TVM's kernels share work with, and
+    would wait for them for ever. TVM has such threads for each thread that calls it: so in a
+    forked process a thread of its own calls the functions.
+    """
 
     def __init__(self, package: Package) -> None:
         """Open the library and bind the weights. Raises ArtifactError where they do not fit."""
@@ -64,12 +83,30 @@ class Executor:
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
         self._lock = threading.Lock()
+        self._caller: ThreadPoolExecutor | None = None
+        arrays = package.arrays
+        self._mapped = arrays if isinstance(arrays, MappedArrays) else None
         self.bind(package.arrays)
         self._states: dict[str, Any] = {}
         self.reset()
+        _EXECUTORS.add(self)
+
+    def _after_fork(self) -> None:
+        """In the child: another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+        self._caller = ThreadPoolExecutor(1, "moec")
+
+    def _invoke(self, entry: _Entry, arguments: Sequence[Any]) -> Any:
+        if self._mapped is not None:
+            self._mapped.check_unchanged()
+        if self._caller is None:
+            return entry.function(*arguments, *entry.params)
+        return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
         """Run with these weights, by name and packed as the package's are, from now on."""
+        if arrays is not self.package.arrays:
+            self._mapped = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
             tensors = {name: _from_numpy(array) for name, array in self._arrays.items()}
@@ -111,7 +148,7 @@ class Executor:
         outputs, states = entry.signature.outputs, entry.signature.states
         with self._lock:
             before = [self._states[port.name] for port in states]
-            raw = entry.function(*arguments, *before, *entry.params)
+            raw = self._invoke(entry, [*arguments, *before])
             count = len(outputs)
             results = _results(raw, count + len(states))
             shared = (*arguments, *before, *results[count:])
@@ -141,7 +178,7 @@ class Executor:
         arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock:
-            results = entry.function(*arguments, *entry.params)
+            results = self._invoke(entry, arguments)
             scores = _to_numpy(item(results, 0), logits)
             pairs = zip(entry.signature.caches, caches, strict=True)
             for index, (port, cache) in enumerate(pairs, 1):

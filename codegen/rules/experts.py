@@ -12,7 +12,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
+from moec.ir.dims import Dim, product
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 
 
@@ -53,7 +53,7 @@ def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
     rows, places, *rest = op.inputs
     out = op.outputs[0]
     source = cast(Op, sorting_of(places, low.graph))
-    experts = source.inputs[1 if source.name == "moe.dispatch" else 0]
+    experts = choices_of(source)
     _, slots, ends = _sorted(low, source, experts)
     weights = rest.pop(0) if op.attrs.get("weighted") else None
     addend = rest.pop(0) if op.attrs.get("added") else None
@@ -104,8 +104,41 @@ def _dispatch(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _check_combine(op: Op, graph: Graph) -> None:
-    if sorting_of(op.inputs[1], graph) is None:
+    """Slots index rows: the kernel believes them because a sort of as many choices made them."""
+    rows, places = op.inputs[:2]
+    source = sorting_of(places, graph)
+    if source is None:
         raise NoMatch("its slots come from no sort of choices")
+    choices = choices_of(source)
+    if rows.shape[0] != product(choices.shape):
+        raise NoMatch("its rows are not as many as the choices that were sorted")
+    root = places if places in source.outputs else graph.producers[places].inputs[0]
+    if root is source.outputs[2] or product(places.shape) != product(choices.shape):
+        raise NoMatch("its slots are not those of the sort")
+
+
+def choices_of(source: Op) -> Value:
+    """The experts [T, k] that a sort orders."""
+    return source.inputs[1 if source.name == "moe.dispatch" else 0]
+
+
+def check_sorted(ends: Value, order: Value | None, x: Value, top_k: int, graph: Graph) -> None:
+    """Raises NoMatch unless the rows that a kernel reads are those of a sort that the graph makes
+    itself: `ends` and `order` index x, and nothing else bounds them."""
+    source = graph.producers.get(ends)
+    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+        raise NoMatch("the ends of its experts come from no sort of choices")
+    if ends is not source.outputs[2]:
+        raise NoMatch("the ends of its experts are another result of the sort")
+    tokens, k = choices_of(source).shape
+    if not top_k:
+        if x.shape[0] != product((tokens, k)):
+            raise NoMatch("its rows are not as many as the choices that were sorted")
+        return
+    if order is not None and order is not source.outputs[source.name == "moe.dispatch"]:
+        raise NoMatch("its order is not that of the sort that its ends come from")
+    if top_k != k or x.shape[0] != tokens:
+        raise NoMatch("its rows are not the tokens whose choices were sorted")
 
 
 RULES = (

@@ -17,6 +17,7 @@ from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.tuning import Tuning, tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.experts import check_sorted
 from moec.codegen.specs.products import LinearSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
@@ -36,6 +37,8 @@ def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[V
     weights = all(value in params for value in (*stored, *parts.biases))
     require(weights, "a stack of its weights is computed: it is no weight of the model")
     require(parts.x.dtype in VECTOR_DTYPES, f"it computes in {parts.x.dtype}")
+    top_k = cast(int, op.attrs.get("gather", 0))
+    check_sorted(parts.ends, parts.order, parts.x, top_k, graph)
     if op.body is not None:
         vectors = vector_body(op.body) is not None
         require(vectors, "its body has an op that vectors of the product's registers cannot do")

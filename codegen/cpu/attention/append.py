@@ -29,7 +29,8 @@ Row = tuple[Expr | int, ...]
 
 
 def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
-    """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L."""
+    """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L;
+    where it is not, the last slots are written and nothing beyond them."""
     v = Vector(target)
     with IRBuilder() as ib:
         with T.prim_func():
@@ -49,13 +50,13 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
                 sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
                 shape = (*(size if full else 1 for full, size in sizes), of.width)
                 turns.append((of, argument(name, shape, of.dtype)))
-            count = batch * spec.heads * tokens
+            count = T.Select(room > 0, batch * spec.heads * tokens, T.int64(0))
             work = count * (spec.width * ELEMENT)
             with v.functions(), parallel.functions(), parallel.shared(count, work) as task:
                 head, s = divide(task, tokens)
                 b = T.bind(T.floordiv(head, spec.heads))
                 h = T.bind(T.floormod(head, spec.heads))
-                to = (b, h, T.bind(first[b] + s))
+                to = (b, h, T.bind(T.max(T.min(first[b] + s, room - 1), 0)))
                 row = spec.row(b, h, s)
                 if turns:
                     cos, sin = (_angles(v, *turn, (b, h, s)) for turn in turns)

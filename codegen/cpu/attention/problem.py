@@ -80,14 +80,20 @@ class Problem:
 
     def place(self, batch: Expr, position: Expr) -> Expr:
         """Where a query stands among the keys."""
-        return position if self.first is None else position + self.first[batch]
+        return position if self.first is None else position + self.start(batch)
+
+    def start(self, batch: Expr) -> Expr:
+        """Where the first query of a text stands: such that all of them have a key, whatever the
+        argument holds."""
+        assert self.first is not None
+        return T.max(T.min(self.first[batch], self.keys - self.queries), 0)
 
     def end(self, head: Expr) -> Expr:
         """The end of the keys that any query of a key head may see."""
         if self.first is None or not self.spec.is_causal:
             return self.keys
         b, _ = self.split(head)
-        return T.bind(T.min(self.keys, self.first[b] + self.queries))
+        return T.bind(T.min(self.keys, self.start(b) + self.queries))
 
     def query_at(self, head: Expr, row: Expr) -> tuple[Expr, Expr, Expr]:
         """batch, query head, position <- a key head and its row"""

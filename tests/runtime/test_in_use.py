@@ -1,0 +1,89 @@
+"""Models in use: the process is forked, the file under them is written to or replaced."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moec.codegen.package import build
+from moec.errors import ArtifactError
+from moec.ir.graph import Module, Program
+from moec.ir.text import parse
+from moec.runtime import artifact
+from moec.runtime.executor import load
+from moec.target import cpu
+from tests.runtime import toy
+
+GRAPH = """graph main(x: f32[T, 512]; w: f32[512, 512]) {
+  y: f32[T, 512] = aten.linear.default(x, w)
+  return y
+}
+"""
+FORKS = """
+import os, sys, signal
+import numpy as np
+from moec.runtime.executor import load
+model = load(sys.argv[1])
+x = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+right = model({"x": x})["y"]  # large: its kernels share work among threads
+for turn in range(3):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for threads that it does not have
+        same = all(np.array_equal(model({"x": x})["y"], right) for _ in range(2))
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    print(status)
+print(np.array_equal(model({"x": x})["y"], right))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_forked_process_runs_the_model(tmp_path: Path) -> None:
+    graph = parse(GRAPH)
+    weights = {"w": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))}
+    package = build(Module.of(Program(graph, weights)), cpu.parse("cpu"))
+    artifact.write(package, path := tmp_path / "large.moec", graphs={"main": GRAPH})
+    environment = {**os.environ, "TVM_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, str(path)],
+        capture_output=True, text=True, env=environment, timeout=100,
+    )  # fmt: skip
+    assert (done.stdout.split(), done.stderr) == (["0", "0", "0", "True"], "")
+
+
+def test_a_file_that_is_written_to(saved: Path) -> None:
+    model = load(saved)
+    model(toy.inputs())
+    content = saved.read_bytes()
+    saved.write_bytes(content)  # the same file, as cp writes it
+    with pytest.raises(ArtifactError, match="was changed while the model in it is in use: load it"):
+        model(toy.inputs())
+
+
+def test_a_part_of_a_folder_that_is_cut(saved: Path) -> None:
+    folder = saved.with_suffix(".folder")
+    shutil.unpack_archive(saved, folder, "zip")
+    model = load(folder)
+    part = max(folder.glob("weights/*.bin"), key=lambda path: path.stat().st_size)
+    os.truncate(part, 1)
+    with pytest.raises(ArtifactError, match=f"{part.name} was changed while"):
+        model(toy.inputs())
+
+
+def test_a_file_that_is_replaced_stays_mapped(saved: Path, original: Path) -> None:
+    model = load(saved)
+    before = model(toy.inputs())["y"]
+    other = saved.with_name("other.moec")
+    other.write_bytes(b"something else")
+    other.rename(saved)
+    np.testing.assert_array_equal(model(toy.inputs())["y"], before)
+    saved.unlink()
+    np.testing.assert_array_equal(model(toy.inputs())["y"], before)
