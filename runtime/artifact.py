@@ -121,12 +121,14 @@ def write(
     files: Mapping[str, Buffer] | None = None,
     native: bool = True,
     folder: bool | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write `package` as one file, or as a folder (by default where `path` is a folder already).
 
     `graphs` are the texts of the functions' graphs by name, "main" at least. `files` are further
     parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the manifest and must be plain
-    JSON. `native=False` leaves the compiled code out. Raises UsageError where `path` holds
+    JSON. `native=False` leaves the compiled code out; without `overwrite` what exists stays as it
+    is. Raises UsageError where `path` holds
     something that is not an artifact, or is not writable.
     """
     path = Path(path)
@@ -165,7 +167,7 @@ def write(
         dict(extra or {}),
     )
     as_folder = path.is_dir() if folder is None else folder
-    with replacing(path, folder=as_folder) as writer:
+    with replacing(path, folder=as_folder, overwrite=overwrite) as writer:
         writer.add(manifests.NAME, manifests.dump(manifest))
         for name, content in parts.items():
             writer.add(name, content)

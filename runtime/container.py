@@ -12,8 +12,10 @@ was there. (A file is swapped in one step; between an old folder and a new one i
 
 from __future__ import annotations
 
+import glob
 import mmap
 import os
+import platform
 import re
 import shutil
 import struct
@@ -170,15 +172,18 @@ def _sentence(error: Exception) -> str:
 
 
 @contextmanager
-def replacing(path: Path, *, folder: bool) -> Iterator[Writer]:
+def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[Writer]:
     """Write the artifact at `path` anew: it appears whole when the block ends without an error.
+    What writers that were killed left beside it is removed.
 
-    Raises UsageError where `path` holds something that is not an artifact, or cannot be written.
+    Raises UsageError where `path` holds something that is not an artifact, or anything at all
+    unless `overwrite`, also where another process has written it meanwhile, or cannot be written.
     """
     if path.exists() and not _replaceable(path):
         raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
+    _remove_stale(path)
     try:
-        made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        made = Path(tempfile.mkdtemp(prefix=f"{_writer(path)}{os.getpid()}.", dir=path.parent))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     try:
@@ -189,6 +194,8 @@ def replacing(path: Path, *, folder: bool) -> Iterator[Writer]:
         else:
             with zipfile.ZipFile(new, "w") as archive:
                 yield _ZipWriter(archive)
+        if not overwrite and path.exists():
+            raise UsageError(f"{path} was written by another process meanwhile; it is left so")
         if path.is_dir() or (folder and path.exists()):
             path.rename(made / "old")
         new.rename(path)
@@ -196,6 +203,31 @@ def replacing(path: Path, *, folder: bool) -> Iterator[Writer]:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _writer(path: Path) -> str:
+    """How the temporary folders of writers on this machine begin; the process's number follows."""
+    host = re.sub(r"[^\w-]", "-", platform.node())
+    return f".{path.name}.{host}."
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what writers of `path` left whose processes are gone."""
+    start = _writer(path)
+    for folder in path.parent.glob(f"{glob.escape(start)}*"):
+        process = folder.name.removeprefix(start).partition(".")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _replaceable(path: Path) -> bool:

@@ -119,7 +119,7 @@ def command(
         )
         if builds and output is not None:
             progress.phase("save")
-            compiled.save(output)
+            compiled.save(output, overwrite=force)
     if quiet:
         from moec.pipeline import without_effect
 

@@ -171,11 +171,11 @@ class CompiledModel:
             **described,
         )
 
-    def save(self, path: Path | str, *, native: bool = True) -> None:
+    def save(self, path: Path | str, *, native: bool = True, overwrite: bool = True) -> None:
         """Write the artifact, with the example inputs and their outputs as a sample.
 
         `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
-        where `path` holds something that is not an artifact.
+        where `path` holds something that is not an artifact, or anything unless `overwrite`.
         """
         from moec.runtime import artifact
 
@@ -190,6 +190,7 @@ class CompiledModel:
             extra={"report": self.report().to_dict()},
             files={name: file.read_bytes() for name, file in self.source.files.items()},
             native=native,
+            overwrite=overwrite,
         )
 
     def export_onnx(

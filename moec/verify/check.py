@@ -200,6 +200,7 @@ def _check(
         right_by = None
     if right_by is None:
         error, name, case = farthest
+        _check_no_nan(captured.program, known)
         raise VerificationError(
             f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
             f"{rule.limit:.0e} (inputs {_shapes(case)}); {_blame(rule, known, steps)}"
@@ -212,6 +213,24 @@ def _check(
             name = _name(names, item)
             worst[name] = max(worst[name], *_nearest(item).tolist(), 0.0)
     return Checked(worst, rule.limit, strays, rows, ties, skipped)
+
+
+def _check_no_nan(program: Program, known: Sequence[Answer]) -> None:
+    """Raises VerificationError where eager itself gives NaN: code may give it elsewhere."""
+    for case, expected in known:
+        outputs = (tensor for tensor in expected if tensor.is_floating_point())
+        if not any(tensor.isnan().any() for tensor in outputs):
+            continue
+        weights = [
+            name
+            for name, tensor in program.weights.items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        cause = f": its weight {weights[0]} holds NaN or infinity" if weights else ""
+        raise VerificationError(
+            f"the model itself gives NaN (inputs {_shapes(case)}){cause}, so that there is nothing "
+            "to compare with: mend the model, or compile it with verify=False (--verify off)"
+        )
 
 
 def _name(names: Sequence[str], item: Compared) -> str:

@@ -48,7 +48,7 @@ class FakeCompiled:
     def report(self) -> Report:
         return models.report()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, overwrite: bool = True) -> None:
         path.write_text("artifact")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from moec.codegen.package import build
-from moec.errors import ArtifactError
+from moec.errors import ArtifactError, UsageError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from moec.runtime import artifact
+from moec.runtime import artifact, container
 from moec.runtime.executor import load
+from moec.runtime.package import Package
 from moec.target import cpu
 from tests.runtime import toy
 
@@ -30,6 +32,7 @@ FORKS = """
 import os, sys, signal
 import numpy as np
 from moec.runtime.executor import load
+from moec.runtime.package import Package
 model = load(sys.argv[1])
 x = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
 right = model({"x": x})["y"]  # large: its kernels share work among threads
@@ -87,3 +90,33 @@ def test_a_file_that_is_replaced_stays_mapped(saved: Path, original: Path) -> No
     np.testing.assert_array_equal(model(toy.inputs())["y"], before)
     saved.unlink()
     np.testing.assert_array_equal(model(toy.inputs())["y"], before)
+
+
+def test_what_a_killed_writer_left_is_removed(saved: Path) -> None:
+    package = artifact.read(saved).package
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True)  # fmt: skip
+    gone, here = int(done.stdout), os.getpid()
+    from moec.runtime.container import _writer
+
+    stale, others = (saved.with_name(f"{_writer(saved)}{n}.x") for n in (gone, here))
+    for folder in (stale, others):
+        folder.mkdir()
+        (folder / "new").write_bytes(b"half")
+    artifact.write(replace(package, arrays=dict(package.arrays)), saved, graphs={"main": toy.GRAPH})
+    assert not stale.exists()
+    assert others.exists()
+
+
+def test_of_two_writers_the_later_one_refuses(package: Package, tmp_path: Path) -> None:
+    path = tmp_path / "model.moec"
+
+    def write_while_another_does() -> None:
+        with container.replacing(path, folder=False, overwrite=False) as writer:
+            writer.add("a", b"late")
+            artifact.write(package, path, graphs={"main": toy.GRAPH})
+
+    with pytest.raises(UsageError, match="was written by another process meanwhile; it is left"):
+        write_while_another_does()
+    load(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.moec"]

@@ -229,3 +229,18 @@ def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.Mo
     steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).steps
     with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
         check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)
+
+
+def test_a_model_that_gives_nan_itself_is_named_first() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Softmax(-1))
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("nan")
+    captured = capture(model, (torch.randn(3, 4),))
+
+    def run(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        return {
+            v.name: torch.zeros(len(inputs["input"]), 4) for v in captured.program.graph.outputs
+        }
+
+    with pytest.raises(VerificationError, match=r"gives NaN .*: its weight 0\.weight holds NaN"):
+        check(captured, run, [])
