@@ -6,6 +6,8 @@ Tensors of numpy and of torch are looked at alike, through `dtype`, `shape` and 
 from __future__ import annotations
 
 import difflib
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +15,10 @@ import numpy as np
 
 from moec.errors import InputError
 from moec.runtime import sizes
-from moec.runtime.dtypes import Array, name_of
+from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.package import Function, Port, Size
+
+_SMALL = 1 << 26  # bytes of outputs below which nobody asks how much memory is free
 
 
 def show_port(port: Port) -> str:
@@ -124,6 +128,33 @@ def _check_range(port: Port, value: Any, low: int, high: int) -> None:
         f"input {port.name!r} holds {array[tuple(at)]} at {show_shape(at)}, "
         f"and its values must lie from {low} to {high}"
     )
+
+
+def check_memory(function: Function, env: Mapping[str, int]) -> None:
+    """Raise InputError where the outputs of a call with these sizes are larger than the memory
+    that is free. What is computed on the way comes on top, and is not known here."""
+    size = 0
+    for port in function.outputs:
+        shape = [sizes.evaluate(dim, env) for dim in port.shape]
+        size += math.prod(n or 0 for n in shape) * NUMPY[port.dtype].itemsize
+    if size < _SMALL:
+        return
+    free = free_memory()
+    if size > free:
+        raise InputError(
+            f"the outputs take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; "
+            "give fewer or shorter inputs at once"
+        )
+
+
+def free_memory() -> int:
+    """Bytes that a process may still take; without limit where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            entries = dict(line.split(":", 1) for line in lines)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize
 
 
 def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:

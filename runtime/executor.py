@@ -22,7 +22,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact, MappedArrays
-from moec.runtime.checks import check_inputs
+from moec.runtime.checks import check_inputs, check_memory
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
 from moec.runtime.package import DECODE, MAIN, Function, Package, Port, grows
@@ -136,7 +136,8 @@ class Executor:
             names = ", ".join(self._entries)
             raise InputError(f"the model has no function {function!r}; it has {names}")
         entry = self._entries[function]
-        check_inputs(entry.signature, inputs)
+        sizes = check_inputs(entry.signature, inputs)
+        check_memory(entry.signature, sizes)
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs])
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:

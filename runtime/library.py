@@ -79,7 +79,8 @@ def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
 
 def _module(path: Path) -> Any:
     try:
-        return tvm_ffi().load_module(str(path))
+        # Unloaded with the last function of it; kept alive, each load would stay mapped for ever.
+        return tvm_ffi().load_module(str(path), keep_module_alive=False)
     except (RuntimeError, ValueError, OSError) as error:
         raise _damaged(error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -14,10 +15,10 @@ import pytest
 import torch
 
 from moec.codegen.package import build
-from moec.errors import ArtifactError, UsageError
+from moec.errors import ArtifactError, InputError, UsageError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from moec.runtime import artifact, container
+from moec.runtime import artifact, checks, container
 from moec.runtime.executor import load
 from moec.runtime.package import Package
 from moec.target import cpu
@@ -120,3 +121,24 @@ def test_of_two_writers_the_later_one_refuses(package: Package, tmp_path: Path) 
         write_while_another_does()
     load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.moec"]
+
+
+def test_libraries_are_unloaded(saved: Path) -> None:
+    def mappings() -> int:
+        gc.collect()
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    load(saved)(toy.inputs())
+    before = mappings()
+    for _ in range(20):
+        result = load(saved)(toy.inputs())
+    assert mappings() - before < 20
+    assert np.isfinite(result["y"]).all()  # belongs to the caller, whatever became of the model
+
+
+def test_outputs_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(saved)
+    monkeypatch.setattr(checks, "_SMALL", 1)
+    monkeypatch.setattr(checks, "free_memory", lambda: 10)
+    with pytest.raises(InputError, match=r"the outputs take 0\.0 GB, and 0\.0 GB of memory are"):
+        model(toy.inputs())

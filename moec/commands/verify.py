@@ -1,0 +1,68 @@
+"""`moec verify ARTIFACT`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moec.commands.options import json_option, quiet_option
+
+
+@click.command("verify", short_help="Check an artifact; run nothing of it.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+def command(artifact: Path, as_json: bool, quiet: bool) -> None:
+    """Check ARTIFACT as `moec run` does before it runs, and more; run nothing of it.
+
+    The manifest against its digest and its own rules, the size and the SHA-256 of every part, the
+    text of every graph against the rules of the IR where the compiler is installed. Code for
+    another machine or version of TVM is checked as well. The digests find damage, not malice.
+    """
+    from moec.runtime import artifact as artifacts
+
+    opened = artifacts.read(artifact, native=False)
+    opened.verify()
+    graphs = _check_graphs(opened)
+    size = sum(part.size for part in opened.manifest.parts.values())
+    facts = {
+        "artifact": str(artifact),
+        "parts": len(opened.manifest.parts),
+        "bytes": size,
+        "functions": list(opened.package.functions),
+        "graphs_checked": graphs,
+        "target": opened.package.target.name,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    elif not quiet:
+        checked = "" if graphs else "; its graphs were not read: the compiler is not installed"
+        names = ", ".join(opened.package.functions)
+        click.echo(
+            f"{artifact} is intact: {facts['parts']} parts, {size / 1e6:.1f} MB, "
+            f"functions {names}, for {opened.package.target.name}{checked}"
+        )
+
+
+def _check_graphs(opened: object) -> bool:
+    """Whether the graphs could be read. Raises ArtifactError for one that is malformed."""
+    from moec.errors import ArtifactError, IRError
+    from moec.runtime.artifact import Artifact, graph_part
+
+    assert isinstance(opened, Artifact)
+    try:
+        from moec.interpret.verifier import verify
+        from moec.ir.graph import Stage
+        from moec.ir.text import parse
+    except ImportError:
+        return False
+    for name, text in opened.graphs.items():
+        try:
+            verify(parse(text), Stage.GROUPED)
+        except IRError as error:
+            raise ArtifactError(
+                f"{opened.path}: {graph_part(name)} is malformed: {error}"
+            ) from error
+    return True
