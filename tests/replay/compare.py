@@ -106,18 +106,14 @@ def _pairs(old: Counter[Record], new: Counter[Record]) -> Iterator[Change]:
 
 
 def report(comparison: Comparison, before: Folder, after: Folder) -> Iterator[str]:
-    """Lines for people: what only one run has, each difference once, and the sum of it."""
+    """Lines for people: what only one run has, each difference once, and how many there are."""
     for side, keys in (("base", comparison.only_before), ("this commit", comparison.only_after)):
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             yield f"only at {side}, compared with nothing: {', '.join(keys[:5])}{more}"
-    for change, owners in comparison.changes.items():
-        more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
+    for lines, (title, *others) in _alike(comparison, before, after):
         yield ""
-        yield f"{change.kind} {change.name} of {owners[0]}{more}"
-        old = [] if change.before is None else before.text(change.before).splitlines()
-        new = [] if change.after is None else after.text(change.after).splitlines()
-        lines = list(difflib.unified_diff(old, new, "base", "this commit", lineterm="", n=2))
+        yield f"{title}, and {len(others)} more that differ alike:" if others else title
         yield from lines[:LINES]
         if len(lines) > LINES:
             yield f"... {len(lines) - LINES} lines more"
@@ -127,3 +123,18 @@ def report(comparison: Comparison, before: Folder, after: Folder) -> Iterator[st
         yield f"replay: {len(comparison.changes)} differences in {len(tests)} tests"
     else:
         yield f"replay: no difference in {comparison.texts} graphs, programs and kernels"
+
+
+def _alike(
+    comparison: Comparison, before: Folder, after: Folder
+) -> Iterator[tuple[list[str], list[str]]]:
+    """The difference of two texts, and the titles of all changes that have its changed lines."""
+    differences: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for change, owners in comparison.changes.items():
+        old = [] if change.before is None else before.text(change.before).splitlines()
+        new = [] if change.after is None else after.text(change.after).splitlines()
+        lines = list(difflib.unified_diff(old, new, "base", "this commit", lineterm="", n=2))
+        changed = (change.kind, *(line for line in lines[2:] if line[0] in "+-"))
+        _, titles = differences.setdefault(changed, (lines, []))
+        titles.extend(f"{change.kind} {change.name} of {owner}" for owner in owners)
+    yield from differences.values()

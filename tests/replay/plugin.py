@@ -3,10 +3,11 @@
     python -m pytest -p tests.replay.plugin --replay=FOLDER
 
 `graph`: what a pass made, and what it declined. `kernel`: the function as LLVM receives it, after
-all passes of TVM and moec, with its target and options. `program`: the calls of kernels and the
-memory that Relax planned.
+all passes of TVM and moec, with its target and options; `llvm`: the functions that it imports.
+`program`: the calls of kernels and the memory that Relax planned.
 
-Of a Hypothesis test the explicit examples run, and one generated example, the simplest: all others
+Each owner of records starts with an empty cache of moec: what it finds there it would not make. Of
+a Hypothesis test the explicit examples run, and one generated example, the simplest: all others
 depend on the source of the tests. What runs in another process than the test is not recorded.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,16 +91,15 @@ class Recorder:
         self._patch.setattr(Step, "__init__", record)
 
     def _watch_programs(self) -> None:
-        from tvm import relax
+        from tvm.relax import ExecBuilder, _ffi_api
 
-        make = relax.build
+        make = _ffi_api.VMLink
 
-        def record(*args: Any, **options: Any) -> relax.VMExecutable:
-            executable = make(*args, **options)
-            self._add("program", "main", executable.as_text())
-            return executable
+        def record(builder: ExecBuilder, *args: Any) -> Any:
+            self._add("program", "main", builder.get().as_text())
+            return make(builder, *args)
 
-        self._patch.setattr(relax, "build", record)
+        self._patch.setattr(_ffi_api, "VMLink", record)
 
     def _watch_kernels(self) -> Callable[..., Any]:
         """TVM looks up the function that calls LLVM by name."""
@@ -110,6 +111,7 @@ class Recorder:
             kernels = ((str(v.name_hint), f) for v, f in module.functions_items())
             for name, kernel in sorted(kernels, key=lambda pair: pair[0]):
                 self._add("kernel", name, f"# {target}\n{kernel.script()}\n")
+                self._add("llvm", name, _imports(kernel))
             return make(module, target)
 
         tvm.register_global_func(LLVM, record, override=True)
@@ -121,7 +123,10 @@ class Recorder:
     def _owner(self, key: str, *, shared: bool) -> Iterator[None]:
         self._open.append([])
         try:
-            yield
+            with tempfile.TemporaryDirectory(prefix="moec-replay-") as cache:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("MOEC_CACHE", cache)
+                    yield
         finally:
             records = self._open.pop()
             if records:
@@ -163,6 +168,21 @@ class Recorder:
                 return cached(*args, **options)
 
         return call
+
+
+def _imports(kernel: Any) -> str:
+    """The text of LLVM functions in a kernel, which its own text leaves out."""
+    from tvm.tirx import AttrStmt
+    from tvm_ffi.structural import structural_walk
+
+    texts: list[str] = []
+
+    def visit(attribute: AttrStmt) -> None:
+        if attribute.attr_key == "pragma_import_llvm":
+            texts.append(str(attribute.value.value))
+
+    structural_walk(kernel.body, (AttrStmt, visit))
+    return "\n".join(texts)
 
 
 def _simplest_example(item: pytest.Item) -> None:

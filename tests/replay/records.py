@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class Record(NamedTuple):
-    """One text: a `kind` (graph, kernel, program), the name of what it describes, its hash."""
+    """One text: its kind (graph, kernel, llvm or program), what it describes, and its hash."""
 
     kind: str
     name: str

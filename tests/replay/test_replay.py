@@ -38,18 +38,19 @@ def test_a_changed_text_is_shown_once(tmp_path):
     before = folder(
         tmp_path / "a",
         ("test_gate", {"kernel gate": "a\nb\nc\n", "graph fuse": "g"}),
-        ("test_gate[2]", {"kernel gate": "a\nb\nc\n"}),
+        ("test_gate[2]", {"kernel gate": "a\nb\nc\nd\n"}),
     )
     after = folder(
         tmp_path / "b",
-        ("test_gate[2]", {"kernel gate": "a\nB\nc\n"}),
+        ("test_gate[2]", {"kernel gate": "a\nB\nc\nd\n"}),
         ("test_gate", {"kernel gate": "a\nB\nc\n", "graph fuse": "g"}),
     )
     text = lines(before, after)
-    assert text.count("kernel gate of test_gate and 1 more") == 1
+    assert text.count("kernel gate of test_gate, and 1 more that differ alike:") == 1
+    assert text.count("--- base") == 1
     assert "\n-b\n+B\n" in text
     assert "graph" not in text
-    assert text.endswith("replay: 1 differences in 2 tests")
+    assert text.endswith("replay: 2 differences in 2 tests")
 
 
 def test_records_come_and_go(tmp_path):
@@ -117,7 +118,8 @@ SUITE = """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
-    from moec.codegen.build import compile_kernels
+    from moec.codegen.build import compile_kernels, compile_module
+    from moec.codegen.lower import lower
     from moec.ir.graph import Program
     from moec.passes.simplify.canonicalise import Canonicalise
     from moec.passes.core.runner import run
@@ -153,6 +155,10 @@ SUITE = """
 
     def test_program(program):
         pass
+
+    def test_module():
+        target = TARGETS["avx2"]
+        compile_module(lower(parse(TEXT), target).module, target)
 """
 
 
@@ -186,7 +192,12 @@ def test_a_suite_is_recorded(tmp_path):
     names = {owner.key: [r[:2] for r in owner.records] for owner in before.owners()}
     assert names == {
         "fixture program": [("graph", "capture"), ("graph", "canonicalise")],
-        "cached kernel": [("kernel", "fill")],
+        "cached kernel": [("kernel", "fill"), ("llvm", "fill")],
+        "test_module": [
+            ("kernel", "fused_relu"),
+            ("llvm", "fused_relu"),
+            ("program", "main"),
+        ],
     }
     kernels = [o.records[0].digest for o in before.owners() if o.key == "cached kernel"]
     texts = [before.text(digest) for digest in kernels]
@@ -198,6 +209,7 @@ def test_a_suite_is_recorded(tmp_path):
     assert "aten.tanh" in text
     assert "7.0" in text
     assert "90.0" not in text
+    assert ["moec_fma_f32" in before.text(o.records[1].digest) for o in before.owners()][-1]
 
 
 @pytest.fixture
