@@ -110,7 +110,7 @@ class Recorder:
         def record(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
             kernels = ((str(v.name_hint), f) for v, f in module.functions_items())
             for name, kernel in sorted(kernels, key=lambda pair: pair[0]):
-                self._add("kernel", name, f"# {target}\n{kernel.script()}\n")
+                self._add("kernel", name, f"# {target}\n{stable(name, kernel.script())}\n")
                 self._add("llvm", name, _imports(kernel))
             return make(module, target)
 
@@ -168,6 +168,12 @@ class Recorder:
                 return cached(*args, **options)
 
         return call
+
+
+def stable(name: str, text: str) -> str:
+    """TVM's functions that compute sizes have their statements in the order of addresses."""
+    lines = text.splitlines()
+    return "\n".join(sorted(lines) if name.startswith("shape_func") else lines)
 
 
 def _imports(kernel: Any) -> str:

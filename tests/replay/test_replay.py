@@ -13,6 +13,7 @@ import pytest
 from moec.target.cpu import TARGETS
 from tests.replay.__main__ import main
 from tests.replay.compare import LINES, compare, report
+from tests.replay.plugin import stable
 from tests.replay.records import FORMAT, Folder, Owner, Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,6 +211,13 @@ def test_a_suite_is_recorded(tmp_path):
     assert "7.0" in text
     assert "90.0" not in text
     assert ["moec_fma_f32" in before.text(o.records[1].digest) for o in before.owners()][-1]
+
+
+def test_statements_of_shape_functions_have_no_order():
+    assert stable("shape_func1", "H[2] = 4\nH[1] = 3") == stable(
+        "shape_func1", "H[1] = 3\nH[2] = 4"
+    )
+    assert stable("gate", "b\na") == "b\na"
 
 
 @pytest.fixture
