@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -29,6 +30,8 @@ from tests.replay.records import Folder, Owner, Record
 
 PLUGIN = "moec-replay"
 LLVM = "target.build.llvm"
+CONTENT = re.compile(r"_[0-9a-f]{16}\b")
+"""The hash of its content in the name of a kernel."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,7 +99,7 @@ class Recorder:
         make = _ffi_api.VMLink
 
         def record(builder: ExecBuilder, *args: Any) -> Any:
-            self._add("program", "main", builder.get().as_text())
+            self._add("program", "main", stable("main", builder.get().as_text()))
             return make(builder, *args)
 
         self._patch.setattr(_ffi_api, "VMLink", record)
@@ -110,8 +113,9 @@ class Recorder:
         def record(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
             kernels = ((str(v.name_hint), f) for v, f in module.functions_items())
             for name, kernel in sorted(kernels, key=lambda pair: pair[0]):
-                self._add("kernel", name, f"# {target}\n{stable(name, kernel.script())}\n")
-                self._add("llvm", name, _imports(kernel))
+                short = CONTENT.sub("", name)
+                self._add("kernel", short, f"# {target}\n{stable(name, kernel.script())}\n")
+                self._add("llvm", short, _imports(kernel))
             return make(module, target)
 
         tvm.register_global_func(LLVM, record, override=True)
@@ -171,8 +175,11 @@ class Recorder:
 
 
 def stable(name: str, text: str) -> str:
-    """TVM's functions that compute sizes have their statements in the order of addresses."""
-    lines = text.splitlines()
+    """The text without what differs from run to run, or tells again what a kernel holds.
+
+    TVM's functions that compute sizes have their statements in the order of addresses.
+    """
+    lines = CONTENT.sub("", text).splitlines()
     return "\n".join(sorted(lines) if name.startswith("shape_func") else lines)
 
 
