@@ -55,7 +55,7 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
     with IRBuilder() as ib:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             rows = T.int64()
 
             def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:

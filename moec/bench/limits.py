@@ -41,7 +41,7 @@ def peak(dtype: str) -> float:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("peak")
-            T.func_attr({"global_symbol": "peak", "tir.noalias": True})
+            T.func_attr({"global_symbol": "peak", "tirx.noalias": True})
             x = T.match_buffer(T.arg("x", T.handle()), (1,), "int32")
             y = T.match_buffer(T.arg("y", T.handle()), (THREADS, sums * v.lanes), "float32")
             with v.functions(), T.parallel(0, THREADS) as thread:
@@ -101,7 +101,7 @@ def reading() -> Callable[[], float]:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("read")
-            T.func_attr({"global_symbol": "read", "tir.noalias": True})
+            T.func_attr({"global_symbol": "read", "tirx.noalias": True})
             x = T.match_buffer(T.arg("x", T.handle()), (parts, each), "float32")
             y = T.match_buffer(T.arg("y", T.handle()), (parts, 8 * v.lanes), "float32")
             with v.functions(), T.parallel(0, parts) as part:

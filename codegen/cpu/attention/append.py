@@ -35,7 +35,7 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
     with IRBuilder() as ib:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             batch, room, tokens = T.int64(), T.int64(), T.int64()
 
             def argument(name: str, shape: Row, dtype: str) -> Buffer:

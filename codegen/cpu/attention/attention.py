@@ -29,7 +29,7 @@ def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> P
     with IRBuilder() as ib:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             p = arguments(spec, target)
             with p.vector.functions(), p.soft.functions(), parallel.functions():
                 with T.If(p.rows <= FEW):

@@ -65,7 +65,7 @@ def linear_attention(
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             batch, length = T.int64(), T.int64()
             per_head = (batch, length, spec.heads)
             keys = (batch, length, spec.shared, spec.key_dim)

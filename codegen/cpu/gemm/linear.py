@@ -85,7 +85,7 @@ def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             t = T.int64()
             x = products[0].rows(t)
             read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]

@@ -39,7 +39,7 @@ def sorted_product(
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             t, r = T.int64(), T.int64()
             x = product.rows(t if top_k else r)
             order = argument("order", (r,), "int32") if top_k else None

@@ -58,7 +58,7 @@ def round_rows(
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             rows = T.int64()
             x = T.match_buffer(T.arg("x", T.handle()), (rows, width), dtype)
             codes = T.match_buffer(T.arg("codes", T.handle()), (rows, planes * words), "int32")

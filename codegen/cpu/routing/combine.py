@@ -45,7 +45,7 @@ def combine(
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             t, r = T.int64(), T.int64()
             y = T.match_buffer(T.arg("y", T.handle()), (r, width), y_dtype)
             slots = T.match_buffer(T.arg("slots", T.handle()), (t, top_k), "int32")

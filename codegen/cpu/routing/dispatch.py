@@ -21,7 +21,7 @@ def dispatch(num_experts: int, top_k: int, name: str = "dispatch") -> PrimFunc:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             t, r = T.int64(), T.int64()
             experts = T.match_buffer(T.arg("experts", T.handle()), (t, top_k), "int64")
             order = T.match_buffer(T.arg("order", T.handle()), (r,), "int32")

@@ -63,7 +63,7 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
     with IRBuilder() as ib:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             tokens = T.int64()
 
             def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:

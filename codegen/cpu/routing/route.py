@@ -68,7 +68,7 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
     with IRBuilder() as ib:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             tokens = T.int64()
             logits = T.match_buffer(
                 T.arg("logits", T.handle()), (tokens, experts), LONG_NAMES[spec.logits]

@@ -31,7 +31,7 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             t = T.int64()
             x = T.match_buffer(T.arg("x", T.handle()), (t, width), spec.x)
             experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")

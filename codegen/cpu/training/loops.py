@@ -55,7 +55,7 @@ def kernel(name: str, emit: Callable[[Expr], None]) -> PrimFunc:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
-            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
             emit(T.int64())
     return builder.get()
 

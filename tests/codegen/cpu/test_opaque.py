@@ -19,7 +19,7 @@ def kernel(body: Any) -> tvm.tirx.PrimFunc:
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("kernel")
-            T.func_attr({"global_symbol": "kernel", "tir.noalias": True})
+            T.func_attr({"global_symbol": "kernel", "tirx.noalias": True})
             n = T.int64()
             x = T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
             y = T.match_buffer(T.arg("y", T.handle()), (n,), "float32")

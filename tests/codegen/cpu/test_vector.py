@@ -22,7 +22,7 @@ def elementwise(target, functions, x_dtype="float32", y_dtype="float32"):
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("f")
-            T.func_attr({"global_symbol": "f", "tir.noalias": True})
+            T.func_attr({"global_symbol": "f", "tirx.noalias": True})
             n = T.int64()
             x = T.match_buffer(T.arg("x", T.handle()), (n,), x_dtype)
             y = T.match_buffer(T.arg("y", T.handle()), (len(functions), n), y_dtype)
@@ -65,7 +65,7 @@ def test_tails_touch_nothing_beyond(build, target, dtype):
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name("f")
-            T.func_attr({"global_symbol": "f", "tir.noalias": True})
+            T.func_attr({"global_symbol": "f", "tirx.noalias": True})
             x, stored, loaded, late = (
                 T.match_buffer(T.arg(name, T.handle()), (n, 2 * n), dtype)
                 for name in ("x", "stored", "loaded", "late")

@@ -20,7 +20,7 @@ def test_rows_ask_for_all_weights_together(build, count, begin):
     """y[i] = where the block of row i begins to ask, and how far it goes with each step."""
     with IRBuilder() as builder, T.prim_func():
         T.func_name("asked")
-        T.func_attr({"global_symbol": "asked", "tir.noalias": True})
+        T.func_attr({"global_symbol": "asked", "tirx.noalias": True})
         rows, n = T.int64(), T.int64()
         begin_of, y = argument("begin", (n,), "int64"), argument("y", (rows, 2), "int64")
         start = T.bind(begin_of[0])
@@ -47,7 +47,7 @@ def test_rows_ask_for_all_weights_together(build, count, begin):
 def test_a_stream_is_chosen_whole(build, yes):
     with IRBuilder() as builder, T.prim_func():
         T.func_name("chosen")
-        T.func_attr({"global_symbol": "chosen", "tir.noalias": True})
+        T.func_attr({"global_symbol": "chosen", "tirx.noalias": True})
         n = T.int64()
         y = argument("y", (n, 4), "int64")
         one, two = Stream(T.int32(1), T.int32(2), 3, 4, 5), Stream(n, n, n, n, n)

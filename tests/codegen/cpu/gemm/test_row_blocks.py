@@ -17,7 +17,7 @@ from moec.target.cpu import host
 def test_rows_are_shared_where_few_are_left(most: int) -> None:
     with IRBuilder() as builder, T.prim_func():
         T.func_name("blocks")
-        T.func_attr({"global_symbol": "blocks", "tir.noalias": True})
+        T.func_attr({"global_symbol": "blocks", "tirx.noalias": True})
         n = T.int64()
         T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
         y = T.match_buffer(T.arg("y", T.handle()), (3,), "int64")
