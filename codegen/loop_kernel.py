@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import sympy
 from tvm import tirx
 from tvm.ir import Var
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.llvm.frame import llvm_frame
 from moec.codegen.cpu.llvm.scalar_text import llvm_functions
 from moec.codegen.cpu.vector import Vector
@@ -87,33 +87,30 @@ def _text(attr: Attr) -> str:
 def write(group: Group, name: str, target: Target) -> Written:
     root = group.root
     order = sorted(sizes_of(group))
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            variables = {size: T.int64() for size in order}
-            sizes = Sizes(variables, inside_kernel=True)
-            flat = is_flat(group)
-            inputs = {v: _argument(f"a{i}", v, sizes) for i, v in enumerate(group.inputs)}
-            bound = {d.name for v in group.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
-            free = tuple(size for size in order if size not in bound)
-            for size in free:
-                T.arg(size, variables[size])
-            outputs = {v: _argument(f"y{i}", v, sizes) for i, v in enumerate(root.outputs)}
-            inputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in inputs.items()}
-            outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
-            producers = {value: op for op in group.ops for value in op.outputs}
-            emission = Emission(inputs, outputs, producers, sizes, target, flat)
-            with llvm_frame(llvm_functions(target)), Vector(target).functions():
-                _body(emission, group)
-    return Written(builder.get(), free)
+    with kernel(name) as frame:
+        variables = {size: T.int64() for size in order}
+        sizes = Sizes(variables, inside_kernel=True)
+        flat = is_flat(group)
+        inputs = {v: _argument(f"a{i}", v, sizes) for i, v in enumerate(group.inputs)}
+        bound = {d.name for v in group.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
+        free = tuple(size for size in order if size not in bound)
+        for size in free:
+            T.arg(size, variables[size])
+        outputs = {v: _argument(f"y{i}", v, sizes) for i, v in enumerate(root.outputs)}
+        inputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in inputs.items()}
+        outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
+        producers = {value: op for op in group.ops for value in op.outputs}
+        emission = Emission(inputs, outputs, producers, sizes, target, flat)
+        with llvm_frame(llvm_functions(target)), Vector(target).functions():
+            _body(emission, group)
+    return Written(frame.function, free)
 
 
 def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
     shape: list[object] = [sizes.expr(d) for d in value.shape]
     if value.dtype == "c64":
         shape.append(2)
-    return T.match_buffer(T.arg(name, T.handle()), tuple(shape), sc.STORED[value.dtype])
+    return argument(name, tuple(shape), sc.STORED[value.dtype])
 
 
 def _seen(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel, rounding
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.norm import NormSpec
@@ -52,26 +52,23 @@ class _Rows:
 def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
     """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
     v = Vector(target)
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            rows = T.int64()
+    with kernel(name) as frame:
+        rows = T.int64()
 
-            def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
+        def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+            return argument(name, shape, LONG_NAMES[dtype])
 
-            whole = (rows, spec.width)
-            x = argument("x", whole, spec.x)
-            residual = argument("residual", whole, spec.x) if spec.residual else None
-            weight = argument("weight", (spec.width,), spec.weight) if spec.weight else None
-            bias = argument("bias", (spec.width,), spec.bias) if spec.bias else None
-            total = argument("sum", whole, spec.x) if spec.residual else None
-            out = argument("out", whole, spec.out)
-            work = rows * (spec.width * ELEMENT)
-            with v.functions(), rounding.functions(v), parallel.shared(rows, work) as t:
-                _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
-    return ib.get()
+        whole = (rows, spec.width)
+        x = tensor("x", whole, spec.x)
+        residual = tensor("residual", whole, spec.x) if spec.residual else None
+        weight = tensor("weight", (spec.width,), spec.weight) if spec.weight else None
+        bias = tensor("bias", (spec.width,), spec.bias) if spec.bias else None
+        total = tensor("sum", whole, spec.x) if spec.residual else None
+        out = tensor("out", whole, spec.out)
+        work = rows * (spec.width * ELEMENT)
+        with v.functions(), rounding.functions(v), parallel.shared(rows, work) as t:
+            _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
+    return frame.function
 
 
 def _row(c: _Rows, t: Expr) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 import tvm
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.llvm.amx import SUMS, TILE_BYTES, TILE_ROWS
 from moec.codegen.cpu.vector import Vector
 from moec.runtime.threads import available
@@ -38,15 +38,12 @@ def peak(dtype: str) -> float:
         sums = target.tile_rows * target.tile_vectors
         flops = v.lanes * (4 if bf16 and target.bf16_dot else 2)
         body = _pair_sums if bf16 and target.bf16_dot else _float_sums
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("peak")
-            T.func_attr({"global_symbol": "peak", "tirx.noalias": True})
-            x = T.match_buffer(T.arg("x", T.handle()), (1,), "int32")
-            y = T.match_buffer(T.arg("y", T.handle()), (THREADS, sums * v.lanes), "float32")
-            with v.functions(), T.parallel(0, THREADS) as thread:
-                body(v, x, y, thread, sums, steps)
-    function = tvm.compile(builder.get(), tvm.target.Target(target.tvm()))["peak"]
+    with kernel("peak") as frame:
+        x = argument("x", (1,), "int32")
+        y = argument("y", (THREADS, sums * v.lanes), "float32")
+        with v.functions(), T.parallel(0, THREADS) as thread:
+            body(v, x, y, thread, sums, steps)
+    function = tvm.compile(frame.function, tvm.target.Target(target.tvm()))["peak"]
     x, y = torch.zeros(1, dtype=torch.int32), torch.empty(THREADS, sums * v.lanes)
     seconds = best(lambda: function(_tvm(x), _tvm(y)))
     return THREADS * steps * sums * flops / seconds
@@ -98,25 +95,22 @@ def reading() -> Callable[[], float]:
     target, parts = host(), 64
     v = Vector(target)
     each = (1 << 27) // parts
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("read")
-            T.func_attr({"global_symbol": "read", "tirx.noalias": True})
-            x = T.match_buffer(T.arg("x", T.handle()), (parts, each), "float32")
-            y = T.match_buffer(T.arg("y", T.handle()), (parts, 8 * v.lanes), "float32")
-            with v.functions(), T.parallel(0, parts) as part:
-                lanes = T.ramp(0, 1, v.lanes)
-                acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(8)]
-                for a in acc:
-                    T.buffer_store(a, v.splat(0.0), [lanes])
-                with T.serial(0, each // (8 * v.lanes)) as i:
-                    for j, a in enumerate(acc):
-                        v.prefetch(x, [part, (i * 8 + j) * v.lanes + AHEAD // 4])
-                        new = a[lanes] + v.load(x, [part, (i * 8 + j) * v.lanes])
-                        T.buffer_store(a, new, [lanes])
+    with kernel("read") as frame:
+        x = argument("x", (parts, each), "float32")
+        y = argument("y", (parts, 8 * v.lanes), "float32")
+        with v.functions(), T.parallel(0, parts) as part:
+            lanes = T.ramp(0, 1, v.lanes)
+            acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(8)]
+            for a in acc:
+                T.buffer_store(a, v.splat(0.0), [lanes])
+            with T.serial(0, each // (8 * v.lanes)) as i:
                 for j, a in enumerate(acc):
-                    v.store(y, [part, j * v.lanes], a[lanes])
-    function = tvm.compile(builder.get(), tvm.target.Target(target.tvm()))["read"]
+                    v.prefetch(x, [part, (i * 8 + j) * v.lanes + AHEAD // 4])
+                    new = a[lanes] + v.load(x, [part, (i * 8 + j) * v.lanes])
+                    T.buffer_store(a, new, [lanes])
+            for j, a in enumerate(acc):
+                v.store(y, [part, j * v.lanes], a[lanes])
+    function = tvm.compile(frame.function, tvm.target.Target(target.tvm()))["read"]
     x, y = torch.zeros(parts, each), torch.empty(parts, 8 * v.lanes)
     return lambda: x.numel() * 4 / timed(lambda: function(_tvm(x), _tvm(y)))
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT, divide
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
@@ -32,38 +32,35 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
     """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L;
     where it is not, the last slots are written and nothing beyond them."""
     v = Vector(target)
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            batch, room, tokens = T.int64(), T.int64(), T.int64()
+    with kernel(name) as frame:
+        batch, room, tokens = T.int64(), T.int64(), T.int64()
 
-            def argument(name: str, shape: Row, dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, LONG_NAMES[dtype])
+        def tensor(name: str, shape: Row, dtype: str) -> Buffer:
+            return argument(name, shape, LONG_NAMES[dtype])
 
-            kept = (batch, spec.heads, room, spec.width)
-            new = (*spec.row(batch, spec.heads, tokens), spec.width)
-            cache, rows = argument("cache", kept, spec.dtype), argument("rows", new, spec.dtype)
-            first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
-            turns = []
-            for of, name in zip(spec.turns or (), ("cos", "sin"), strict=False):
-                sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
-                shape = (*(size if full else 1 for full, size in sizes), of.width)
-                turns.append((of, argument(name, shape, of.dtype)))
-            count = T.Select(room > 0, batch * spec.heads * tokens, T.int64(0))
-            work = count * (spec.width * ELEMENT)
-            with v.functions(), parallel.functions(), parallel.shared(count, work) as task:
-                head, s = divide(task, tokens)
-                b = T.bind(T.floordiv(head, spec.heads))
-                h = T.bind(T.floormod(head, spec.heads))
-                to = (b, h, T.bind(T.max(T.min(first[b] + s, room - 1), 0)))
-                row = spec.row(b, h, s)
-                if turns:
-                    cos, sin = (_angles(v, *turn, (b, h, s)) for turn in turns)
-                    _turn(v, spec, (rows, row), (cache, to), cos, sin)
-                else:
-                    _copy(target, spec, (rows, row), (cache, to))
-    return ib.get()
+        kept = (batch, spec.heads, room, spec.width)
+        new = (*spec.row(batch, spec.heads, tokens), spec.width)
+        cache, rows = tensor("cache", kept, spec.dtype), tensor("rows", new, spec.dtype)
+        first = argument("first", (batch,), "int64")
+        turns = []
+        for of, name in zip(spec.turns or (), ("cos", "sin"), strict=False):
+            sizes = zip(of.full, (batch, spec.heads, tokens), strict=True)
+            shape = (*(size if full else 1 for full, size in sizes), of.width)
+            turns.append((of, tensor(name, shape, of.dtype)))
+        count = T.Select(room > 0, batch * spec.heads * tokens, T.int64(0))
+        work = count * (spec.width * ELEMENT)
+        with v.functions(), parallel.functions(), parallel.shared(count, work) as task:
+            head, s = divide(task, tokens)
+            b = T.bind(T.floordiv(head, spec.heads))
+            h = T.bind(T.floormod(head, spec.heads))
+            to = (b, h, T.bind(T.max(T.min(first[b] + s, room - 1), 0)))
+            row = spec.row(b, h, s)
+            if turns:
+                cos, sin = (_angles(v, *turn, (b, h, s)) for turn in turns)
+                _turn(v, spec, (rows, row), (cache, to), cos, sin)
+            else:
+                _copy(target, spec, (rows, row), (cache, to))
+    return frame.function
 
 
 def _copy(

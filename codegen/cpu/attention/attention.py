@@ -7,7 +7,6 @@ order, whatever the number of threads.
 
 from __future__ import annotations
 
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -15,6 +14,7 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.attention.decode import FEW, few
 from moec.codegen.cpu.attention.prefill import tiled
 from moec.codegen.cpu.attention.problem import arguments
+from moec.codegen.cpu.frame import kernel
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.target.cpu import Target
 
@@ -26,15 +26,12 @@ def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> P
 
     A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.
     """
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            p = arguments(spec, target)
-            with p.vector.functions(), p.soft.functions(), parallel.functions():
-                with T.If(p.rows <= FEW):
-                    with T.Then():
-                        few(p)
-                    with T.Else():
-                        tiled(p)
-    return ib.get()
+    with kernel(name) as frame:
+        p = arguments(spec, target)
+        with p.vector.functions(), p.soft.functions(), parallel.functions():
+            with T.If(p.rows <= FEW):
+                with T.Then():
+                    few(p)
+                with T.Else():
+                    tiled(p)
+    return frame.function

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import LinearAttentionSpec
@@ -62,49 +62,43 @@ def linear_attention(
     """The kernel (q, k, v, decay, rates?, beta?, start?, y, end), all of float32."""
     v = Vector(target)
     state = (spec.heads, spec.key_dim, spec.value_dim)
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            batch, length = T.int64(), T.int64()
-            per_head = (batch, length, spec.heads)
-            keys = (batch, length, spec.shared, spec.key_dim)
-            values = (*per_head, spec.value_dim)
-            each = {"head": (), "key": (spec.key_dim,), "rate": (spec.value_dim,)}[spec.per]
-            shapes: dict[str, Sequence[Expr | int]] = {"q": keys, "k": keys, "v": values}
-            shapes["decay"] = (*per_head, *each)
-            if spec.per == "rate":
-                shapes["rates"] = state
-            if spec.delta:
-                shapes["beta"] = per_head
-            if spec.started:
-                shapes["start"] = (batch, *state)
-            shapes |= {"y": values, "end": (batch, *state)}
-            buffers = {
-                name: T.match_buffer(T.arg(name, T.handle()), shape, "float32")
-                for name, shape in shapes.items()
-            }
-            blocks = -(-spec.value_dim // v.lanes)
-            count = batch * (spec.heads * blocks)
-            work = length * (count * (spec.key_dim * v.lanes * ELEMENT))
-            with v.functions(), parallel.shared(count, work) as task:
-                head = T.bind(T.floordiv(task, blocks))
-                column = T.bind((task - head * blocks) * v.lanes)
-                whole = spec.value_dim % v.lanes == 0
-                _carry(
-                    _Task(
-                        spec,
-                        v,
-                        buffers,
-                        T.bind(T.floordiv(head, spec.heads)),
-                        T.bind(T.floormod(head, spec.heads)),
-                        column,
-                        None if whole else T.bind(T.min(spec.value_dim - column, v.lanes)),
-                        T.alloc_buffer((spec.key_dim, v.lanes), "float32"),
-                    ),
-                    length,
-                )
-    return builder.get()
+    with kernel(name) as frame:
+        batch, length = T.int64(), T.int64()
+        per_head = (batch, length, spec.heads)
+        keys = (batch, length, spec.shared, spec.key_dim)
+        values = (*per_head, spec.value_dim)
+        each = {"head": (), "key": (spec.key_dim,), "rate": (spec.value_dim,)}[spec.per]
+        shapes: dict[str, Sequence[Expr | int]] = {"q": keys, "k": keys, "v": values}
+        shapes["decay"] = (*per_head, *each)
+        if spec.per == "rate":
+            shapes["rates"] = state
+        if spec.delta:
+            shapes["beta"] = per_head
+        if spec.started:
+            shapes["start"] = (batch, *state)
+        shapes |= {"y": values, "end": (batch, *state)}
+        buffers = {name: argument(name, shape, "float32") for name, shape in shapes.items()}
+        blocks = -(-spec.value_dim // v.lanes)
+        count = batch * (spec.heads * blocks)
+        work = length * (count * (spec.key_dim * v.lanes * ELEMENT))
+        with v.functions(), parallel.shared(count, work) as task:
+            head = T.bind(T.floordiv(task, blocks))
+            column = T.bind((task - head * blocks) * v.lanes)
+            whole = spec.value_dim % v.lanes == 0
+            _carry(
+                _Task(
+                    spec,
+                    v,
+                    buffers,
+                    T.bind(T.floordiv(head, spec.heads)),
+                    T.bind(T.floormod(head, spec.heads)),
+                    column,
+                    None if whole else T.bind(T.min(spec.value_dim - column, v.lanes)),
+                    T.alloc_buffer((spec.key_dim, v.lanes), "float32"),
+                ),
+                length,
+            )
+    return frame.function
 
 
 def _carry(c: _Task, length: Expr) -> None:

@@ -16,6 +16,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
@@ -111,25 +112,25 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = LONG_NAMES[spec.dtype]
 
-    def argument(name: str, heads: int, n: Expr, width: int) -> Buffer:
+    def tensor(name: str, heads: int, n: Expr, width: int) -> Buffer:
         first = name in spec.tokens_first
         shape = (batch, n, heads, width) if first else (batch, heads, n, width)
-        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+        return argument(name, shape, dtype)
 
-    q = argument("q", spec.q_heads, queries, spec.key_dim)
-    k = argument("k", spec.kv_heads, keys, spec.key_dim)
-    v = argument("v", spec.kv_heads, keys, spec.value_dim)
+    q = tensor("q", spec.q_heads, queries, spec.key_dim)
+    k = tensor("k", spec.kv_heads, keys, spec.key_dim)
+    v = tensor("v", spec.kv_heads, keys, spec.value_dim)
     values = sinks = first = None
     if spec.mask is not None:
         whole = (batch, spec.q_heads, queries, keys)
         shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
         mask_dtype = LONG_NAMES.get(spec.mask.dtype, "bool")
-        values = T.match_buffer(T.arg("mask", T.handle()), shape, mask_dtype)
+        values = argument("mask", shape, mask_dtype)
     if spec.sinks:
-        sinks = T.match_buffer(T.arg("sinks", T.handle()), (spec.q_heads,), dtype)
+        sinks = argument("sinks", (spec.q_heads,), dtype)
     if spec.placed:
-        first = T.match_buffer(T.arg("first", T.handle()), (batch,), "int64")
-    out = argument("out", spec.q_heads, queries, spec.value_dim)
+        first = argument("first", (batch,), "int64")
+    out = tensor("out", spec.q_heads, queries, spec.value_dim)
     mask = None
     if spec.mask is not None and values is not None:
         if spec.mask.dtype == "bool":

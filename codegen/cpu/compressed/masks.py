@@ -16,7 +16,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cpu.compressed.lanes import call
 from moec.codegen.cpu.compressed.ternary_walk import Take, Ternary
-from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec

@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec

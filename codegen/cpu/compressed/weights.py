@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moec.codegen.cpu.compressed.masks import Masks, TwoBits
 from moec.codegen.cpu.compressed.signs import Signs, signed
-from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.llvm.frame import llvm_frame
 from moec.codegen.cpu.llvm.masks import mask_functions
 from moec.codegen.cpu.llvm.vector_text import llvm_functions

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.amx_tile import AmxTile
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.product import Output, Product, W, X, argument
+from moec.codegen.cpu.gemm.product import Output, Product, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
@@ -82,21 +82,18 @@ def plain_product(
 
 def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
     """A kernel (rows of x, (weights[, bias packed]) of each product, y[T, n] of each)."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            t = T.int64()
-            x = products[0].rows(t)
-            read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
-            tiles = []
-            for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
-                spec = product.layout.spec
-                y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
-                tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
-            with products[0].functions():
-                shared_out(tiles, t)
-    return builder.get()
+    with kernel(name) as frame:
+        t = T.int64()
+        x = products[0].rows(t)
+        read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
+        tiles = []
+        for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
+            spec = product.layout.spec
+            y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
+            tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
+        with products[0].functions():
+            shared_out(tiles, t)
+    return frame.function
 
 
 def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:

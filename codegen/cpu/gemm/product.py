@@ -7,25 +7,20 @@ x and weights, and in the tile that multiplies them. The rest of a kernel is one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.tile import Tile
 
 X = TypeVar("X")
 W = TypeVar("W")
-
-
-def argument(name: str, shape: Sequence[Expr | int], dtype: str) -> Buffer:
-    """The next argument of the kernel that is being made."""
-    return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
 
 class Output(NamedTuple):

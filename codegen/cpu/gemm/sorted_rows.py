@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.gemm.product import Output, Product, W, X, argument
+from moec.codegen.cpu.frame import argument, kernel
+from moec.codegen.cpu.gemm.product import Output, Product, W, X
 from moec.codegen.cpu.gemm.tile import Tile
 from moec.codegen.cpu.vector import Vector
 
@@ -36,24 +36,21 @@ def sorted_product(
     """
     layout = product.layout
     spec = layout.spec
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            t, r = T.int64(), T.int64()
-            x = product.rows(t if top_k else r)
-            order = argument("order", (r,), "int32") if top_k else None
-            ends = argument("ends", (spec.groups,), "int32")
-            w = product.weights("")
-            bias = product.bias("")
-            scale = argument("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
-            y = argument("y", (r, spec.n), spec.y_dtype)
-            tokens = token_of(order, top_k)
-            scales = scale_of(Vector(layout.target), scale, order, top_k)
-            tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
-            with product.functions():
-                each_expert(tile, ends, r, cleared)
-    return builder.get()
+    with kernel(name) as frame:
+        t, r = T.int64(), T.int64()
+        x = product.rows(t if top_k else r)
+        order = argument("order", (r,), "int32") if top_k else None
+        ends = argument("ends", (spec.groups,), "int32")
+        w = product.weights("")
+        bias = product.bias("")
+        scale = argument("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
+        y = argument("y", (r, spec.n), spec.y_dtype)
+        tokens = token_of(order, top_k)
+        scales = scale_of(Vector(layout.target), scale, order, top_k)
+        tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
+        with product.functions():
+            each_expert(tile, ends, r, cleared)
+    return frame.function
 
 
 def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu.gemm.product import Output, Product, argument
+from moec.codegen.cpu.frame import argument
+from moec.codegen.cpu.gemm.product import Output, Product
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Tile
 from moec.codegen.cpu.quantised import integers

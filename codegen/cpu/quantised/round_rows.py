@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
-from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.layout import BYTES, RowCodes
@@ -55,24 +54,21 @@ def round_rows(
 ) -> PrimFunc:
     """A kernel (x[R, width], codes, scales, sums); `blocks` divides `width`."""
     words, planes = form.words(width), form.planes
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            rows = T.int64()
-            x = T.match_buffer(T.arg("x", T.handle()), (rows, width), dtype)
-            codes = T.match_buffer(T.arg("codes", T.handle()), (rows, planes * words), "int32")
-            scales = T.match_buffer(T.arg("scales", T.handle()), (rows, blocks), "float32")
-            sums = T.match_buffer(T.arg("sums", T.handle()), (rows, planes * blocks), "int32")
-            v = Vector(target)
-            work = rows * (width * ELEMENT)
-            with integers.functions(v), parallel.shared(rows, work) as row:
-                for word in range(-(-width // v.lanes) * v.lanes // form.per_word, words):
-                    for plane in range(planes):
-                        T.buffer_store(codes, T.int32(0), [row, plane * words + word])
-                with T.serial(0, blocks) as block:
-                    _Block(v, x, codes, row, block, blocks, form).run(scales, sums)
-    return builder.get()
+    with kernel(name) as frame:
+        rows = T.int64()
+        x = argument("x", (rows, width), dtype)
+        codes = argument("codes", (rows, planes * words), "int32")
+        scales = argument("scales", (rows, blocks), "float32")
+        sums = argument("sums", (rows, planes * blocks), "int32")
+        v = Vector(target)
+        work = rows * (width * ELEMENT)
+        with integers.functions(v), parallel.shared(rows, work) as row:
+            for word in range(-(-width // v.lanes) * v.lanes // form.per_word, words):
+                for plane in range(planes):
+                    T.buffer_store(codes, T.int32(0), [row, plane * words + word])
+            with T.serial(0, blocks) as block:
+                _Block(v, x, codes, row, block, blocks, form).run(scales, sums)
+    return frame.function
 
 
 class _Block:

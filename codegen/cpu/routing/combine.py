@@ -10,11 +10,11 @@ out (token, stretch of columns) pairs, so that one token keeps all of them busy.
 from __future__ import annotations
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import Target
@@ -42,69 +42,66 @@ def combine(
     step = _VECTORS * v.lanes
     stretch = min(max(_STRETCH, step), -(-width // step) * step)
     stretches = -(-width // stretch)
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            t, r = T.int64(), T.int64()
-            y = T.match_buffer(T.arg("y", T.handle()), (r, width), y_dtype)
-            slots = T.match_buffer(T.arg("slots", T.handle()), (t, top_k), "int32")
-            ends = T.match_buffer(T.arg("ends", T.handle()), (num_experts,), "int32")
-            weights = addend = None
-            if weights_dtype is not None:
-                weights = T.match_buffer(T.arg("weights", T.handle()), (t, top_k), weights_dtype)
-            if addend_dtype is not None:
-                addend = T.match_buffer(T.arg("addend", T.handle()), (t, width), addend_dtype)
-            out = T.match_buffer(T.arg("out", T.handle()), (t, width), out_dtype)
+    with kernel(name) as frame:
+        t, r = T.int64(), T.int64()
+        y = argument("y", (r, width), y_dtype)
+        slots = argument("slots", (t, top_k), "int32")
+        ends = argument("ends", (num_experts,), "int32")
+        weights = addend = None
+        if weights_dtype is not None:
+            weights = argument("weights", (t, top_k), weights_dtype)
+        if addend_dtype is not None:
+            addend = argument("addend", (t, width), addend_dtype)
+        out = argument("out", (t, width), out_dtype)
 
-            def columns(token: Expr, first: Expr, count: int, tail: int) -> None:
-                """`count` vectors from column `first`; with `tail`, one of only so many lanes."""
+        def columns(token: Expr, first: Expr, count: int, tail: int) -> None:
+            """`count` vectors from column `first`; with `tail`, one of only so many lanes."""
 
-                def load(buffer: object, row: Expr, j: int) -> Expr:
-                    at = [row, first + j * v.lanes]
-                    return v.load_tail(buffer, at, tail) if tail else v.load(buffer, at)
+            def load(buffer: object, row: Expr, j: int) -> Expr:
+                at = [row, first + j * v.lanes]
+                return v.load_tail(buffer, at, tail) if tail else v.load(buffer, at)
 
-                lanes = T.ramp(0, 1, v.lanes)
-                acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(count)]
-                for a in acc:
-                    T.buffer_store(a, v.splat(0.0), [lanes])
-                with T.serial(0, top_k) as s:
-                    row = T.bind(slots[token, s])
-                    with T.If(row < ends[num_experts - 1]), T.Then():
-                        row = T.cast(row, "int64")
-                        weight = None
-                        if weights is not None:
-                            weight = T.bind(v.splat(v.scalar(weights, [token, s])))
-                        for j, a in enumerate(acc):
-                            part = load(y, row, j)
-                            if weight is not None:
-                                part = v.fma(weight, part, a[lanes])
-                            else:
-                                part = a[lanes] + part
-                            T.buffer_store(a, part, [lanes])
-                for j, a in enumerate(acc):
-                    value = a[lanes]
-                    if addend is not None:
-                        value = value + load(addend, token, j)
-                    at = [token, first + j * v.lanes]
-                    if tail:
-                        v.store_tail(out, at, value, tail)
-                    else:
-                        v.store(out, at, value)
+            lanes = T.ramp(0, 1, v.lanes)
+            acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(count)]
+            for a in acc:
+                T.buffer_store(a, v.splat(0.0), [lanes])
+            with T.serial(0, top_k) as s:
+                row = T.bind(slots[token, s])
+                with T.If(row < ends[num_experts - 1]), T.Then():
+                    row = T.cast(row, "int64")
+                    weight = None
+                    if weights is not None:
+                        weight = T.bind(v.splat(v.scalar(weights, [token, s])))
+                    for j, a in enumerate(acc):
+                        part = load(y, row, j)
+                        if weight is not None:
+                            part = v.fma(weight, part, a[lanes])
+                        else:
+                            part = a[lanes] + part
+                        T.buffer_store(a, part, [lanes])
+            for j, a in enumerate(acc):
+                value = a[lanes]
+                if addend is not None:
+                    value = value + load(addend, token, j)
+                at = [token, first + j * v.lanes]
+                if tail:
+                    v.store_tail(out, at, value, tail)
+                else:
+                    v.store(out, at, value)
 
-            work = t * (top_k * width * ELEMENT)
-            with v.functions(), parallel.shared(t * stretches, work) as unit:
-                token = T.bind(T.truncdiv(unit, stretches))
-                begin = T.bind(T.truncmod(unit, stretches) * stretch)
-                end = T.bind(T.min(begin + stretch, width))
-                steps = T.bind(T.truncdiv(end - begin, step))
-                with T.serial(0, steps) as i:
-                    columns(token, begin + i * step, _VECTORS, 0)
-                if width % step:
-                    with T.If(end == width), T.Then():
-                        first = T.bind(begin + steps * step)
-                        with T.serial(0, width % step // v.lanes) as i:
-                            columns(token, first + i * v.lanes, 1, 0)
-                        if width % v.lanes:
-                            columns(token, T.int64(width - width % v.lanes), 1, width % v.lanes)
-    return builder.get()
+        work = t * (top_k * width * ELEMENT)
+        with v.functions(), parallel.shared(t * stretches, work) as unit:
+            token = T.bind(T.truncdiv(unit, stretches))
+            begin = T.bind(T.truncmod(unit, stretches) * stretch)
+            end = T.bind(T.min(begin + stretch, width))
+            steps = T.bind(T.truncdiv(end - begin, step))
+            with T.serial(0, steps) as i:
+                columns(token, begin + i * step, _VECTORS, 0)
+            if width % step:
+                with T.If(end == width), T.Then():
+                    first = T.bind(begin + steps * step)
+                    with T.serial(0, width % step // v.lanes) as i:
+                        columns(token, first + i * v.lanes, 1, 0)
+                    if width % v.lanes:
+                        columns(token, T.int64(width - width % v.lanes), 1, width % v.lanes)
+    return frame.function

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel, rounding
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.routing.route import (
@@ -60,44 +60,33 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
     v = Vector(target)
     soft = Softmax(v)
     routing, count = spec.route.routing, spec.route.num_experts
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            tokens = T.int64()
+    with kernel(name) as frame:
+        tokens = T.int64()
 
-            def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-                return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
-            x = argument("x", (tokens, spec.width), LONG_NAMES[spec.x])
-            weight = argument("weight", (count, spec.width), LONG_NAMES[spec.weight])
-            bias = spec.bias and argument("bias", (count,), LONG_NAMES[spec.bias])
-            correction = correction_argument(spec.route.correction, count)
-            weights = argument("weights", (tokens, routing.k), LONG_NAMES[routing.dtype])
-            experts = argument("experts", (tokens, routing.k), "int64")
-            with (
-                routing_functions(v),
-                soft.functions(),
-                parallel.functions(),
-                rounding.functions(v),
-            ):
-                columns = -(-count // v.lanes) * v.lanes
-                logits = T.alloc_buffer((tokens, columns), "float32")
-                _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
-                work = routing_work(count, tokens)
-                with parallel.shared(T.ceildiv(tokens, TOKENS), work) as task:
-                    router = scratch(routing, count, v, correction)
-                    first = T.bind(task * TOKENS)
-                    with T.serial(0, T.min(tokens - first, TOKENS)) as i:
-                        t = T.bind(first + i)
-                        route_token(
-                            router,
-                            lambda j: logits[t, T.ramp(j * v.lanes, 1, v.lanes)],
-                            weights,
-                            experts,
-                            t,
-                        )
-    return ib.get()
+        x = argument("x", (tokens, spec.width), LONG_NAMES[spec.x])
+        weight = argument("weight", (count, spec.width), LONG_NAMES[spec.weight])
+        bias = spec.bias and argument("bias", (count,), LONG_NAMES[spec.bias])
+        correction = correction_argument(spec.route.correction, count)
+        weights = argument("weights", (tokens, routing.k), LONG_NAMES[routing.dtype])
+        experts = argument("experts", (tokens, routing.k), "int64")
+        with routing_functions(v), soft.functions(), parallel.functions(), rounding.functions(v):
+            columns = -(-count // v.lanes) * v.lanes
+            logits = T.alloc_buffer((tokens, columns), "float32")
+            _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
+            work = routing_work(count, tokens)
+            with parallel.shared(T.ceildiv(tokens, TOKENS), work) as task:
+                router = scratch(routing, count, v, correction)
+                first = T.bind(task * TOKENS)
+                with T.serial(0, T.min(tokens - first, TOKENS)) as i:
+                    t = T.bind(first + i)
+                    route_token(
+                        router,
+                        lambda j: logits[t, T.ramp(j * v.lanes, 1, v.lanes)],
+                        weights,
+                        experts,
+                        t,
+                    )
+    return frame.function
 
 
 def _linear(c: _Linear) -> None:

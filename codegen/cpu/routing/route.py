@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.routing.topk import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import RouteSpec
@@ -65,36 +65,27 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
     """The kernel (logits, correction?, weights, experts)."""
     v = Vector(target)
     k, experts = spec.routing.k, spec.num_experts
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            tokens = T.int64()
-            logits = T.match_buffer(
-                T.arg("logits", T.handle()), (tokens, experts), LONG_NAMES[spec.logits]
-            )
-            correction = correction_argument(spec.correction, experts)
-            weights = T.match_buffer(
-                T.arg("weights", T.handle()), (tokens, k), LONG_NAMES[spec.routing.dtype]
-            )
-            chosen = T.match_buffer(T.arg("experts", T.handle()), (tokens, k), "int64")
-            count = T.ceildiv(tokens, TOKENS)
-            work = routing_work(experts, tokens)
-            with routing_functions(v), parallel.shared(count, work) as task:
-                router = scratch(spec.routing, experts, v, correction)
-                first = T.bind(task * TOKENS)
-                with T.serial(0, T.min(tokens - first, TOKENS)) as i:
-                    t = T.bind(first + i)
-                    route_token(
-                        router, lambda j: load(v, logits, t, j, experts), weights, chosen, t
-                    )
-    return ib.get()
+    with kernel(name) as frame:
+        tokens = T.int64()
+        logits = argument("logits", (tokens, experts), LONG_NAMES[spec.logits])
+        correction = correction_argument(spec.correction, experts)
+        weights = argument("weights", (tokens, k), LONG_NAMES[spec.routing.dtype])
+        chosen = argument("experts", (tokens, k), "int64")
+        count = T.ceildiv(tokens, TOKENS)
+        work = routing_work(experts, tokens)
+        with routing_functions(v), parallel.shared(count, work) as task:
+            router = scratch(spec.routing, experts, v, correction)
+            first = T.bind(task * TOKENS)
+            with T.serial(0, T.min(tokens - first, TOKENS)) as i:
+                t = T.bind(first + i)
+                route_token(router, lambda j: load(v, logits, t, j, experts), weights, chosen, t)
+    return frame.function
 
 
 def correction_argument(dtype: str | None, experts: int) -> Buffer | None:
     if dtype is None:
         return None
-    return T.match_buffer(T.arg("correction", T.handle()), (experts,), LONG_NAMES[dtype])
+    return argument("correction", (experts,), LONG_NAMES[dtype])
 
 
 def routing_functions(v: Vector) -> AbstractContextManager[object]:

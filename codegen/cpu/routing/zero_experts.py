@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import ZeroSpec
@@ -28,87 +28,82 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
     [, addend[T, D]], out[T, D])."""
     v = Vector(target)
     count, width = spec.kinds.count("constant"), spec.width
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            t = T.int64()
-            x = T.match_buffer(T.arg("x", T.handle()), (t, width), spec.x)
-            experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")
-            weights = mix = values = None
-            if spec.weights is not None:
-                weights = T.match_buffer(
-                    T.arg("weights", T.handle()), (t, spec.top_k), spec.weights
-                )
-            if spec.mix is not None:
-                mix = T.match_buffer(T.arg("mix", T.handle()), (count, 2, width), spec.mix)
-            if spec.values is not None:
-                values = T.match_buffer(T.arg("values", T.handle()), (count, width), spec.values)
-            addend = None
-            if spec.addend is not None:
-                addend = T.match_buffer(T.arg("addend", T.handle()), (t, width), spec.addend)
-            out = T.match_buffer(T.arg("out", T.handle()), (t, width), spec.out)
-            lanes = T.ramp(0, 1, v.lanes)
+    with kernel(name) as frame:
+        t = T.int64()
+        x = argument("x", (t, width), spec.x)
+        experts = argument("experts", (t, spec.top_k), "int64")
+        weights = mix = values = None
+        if spec.weights is not None:
+            weights = argument("weights", (t, spec.top_k), spec.weights)
+        if spec.mix is not None:
+            mix = argument("mix", (count, 2, width), spec.mix)
+        if spec.values is not None:
+            values = argument("values", (count, width), spec.values)
+        addend = None
+        if spec.addend is not None:
+            addend = argument("addend", (t, width), spec.addend)
+        out = argument("out", (t, width), spec.out)
+        lanes = T.ramp(0, 1, v.lanes)
 
-            def register() -> Buffer:
-                made = T.alloc_buffer((v.lanes,), "float32")
-                T.buffer_store(made, v.splat(0.0), [lanes])
-                return made
+        def register() -> Buffer:
+            made = T.alloc_buffer((v.lanes,), "float32")
+            T.buffer_store(made, v.splat(0.0), [lanes])
+            return made
 
-            def add(to: Buffer, value: Expr) -> None:
-                T.buffer_store(to, to[lanes] + value, [lanes])
+        def add(to: Buffer, value: Expr) -> None:
+            T.buffer_store(to, to[lanes] + value, [lanes])
 
-            work = t * (width * ELEMENT)
-            with v.functions(), parallel.shared(t, work) as token:
-                share = register()
-                pulls = [register() for _ in range(count)]
-                with T.serial(0, spec.top_k) as s:
-                    e = T.bind(experts[token, s])
-                    with T.If(e >= spec.first), T.Then():
-                        weight = v.splat(1.0)
-                        if weights is not None:
-                            weight = T.bind(v.splat(v.scalar(weights, [token, s])))
-                        rows = iter(range(count))
-                        for number, kind in enumerate(spec.kinds, spec.first):
-                            if kind == "zero":
+        work = t * (width * ELEMENT)
+        with v.functions(), parallel.shared(t, work) as token:
+            share = register()
+            pulls = [register() for _ in range(count)]
+            with T.serial(0, spec.top_k) as s:
+                e = T.bind(experts[token, s])
+                with T.If(e >= spec.first), T.Then():
+                    weight = v.splat(1.0)
+                    if weights is not None:
+                        weight = T.bind(v.splat(v.scalar(weights, [token, s])))
+                    rows = iter(range(count))
+                    for number, kind in enumerate(spec.kinds, spec.first):
+                        if kind == "zero":
+                            continue
+                        with T.If(e == number), T.Then():
+                            if kind == "copy":
+                                add(share, weight)
                                 continue
-                            with T.If(e == number), T.Then():
-                                if kind == "copy":
-                                    add(share, weight)
-                                    continue
-                                c, rest = next(rows), weight
-                                if mix is not None:
-                                    part = _part(v, x, mix, token, c, width)
-                                    add(share, weight * part)
-                                    rest = weight * (v.splat(1.0) - part)
-                                add(pulls[c], rest)
+                            c, rest = next(rows), weight
+                            if mix is not None:
+                                part = _part(v, x, mix, token, c, width)
+                                add(share, weight * part)
+                                rest = weight * (v.splat(1.0) - part)
+                            add(pulls[c], rest)
 
-                def written(
-                    load: Callable[[Buffer, Expr], Expr], store: Callable[[Expr], None]
-                ) -> None:
-                    total = register()
-                    with T.If(share[0] != 0.0), T.Then():
-                        add(total, share[lanes] * load(x, token))
-                    for c, pull in enumerate(pulls):
-                        with T.If(pull[0] != 0.0), T.Then():
-                            T.buffer_store(
-                                total, v.fma(pull[lanes], load(values, c), total[lanes]), [lanes]
-                            )
-                    if addend is not None:
-                        add(total, load(addend, token))
-                    store(total[lanes])
+            def written(
+                load: Callable[[Buffer, Expr], Expr], store: Callable[[Expr], None]
+            ) -> None:
+                total = register()
+                with T.If(share[0] != 0.0), T.Then():
+                    add(total, share[lanes] * load(x, token))
+                for c, pull in enumerate(pulls):
+                    with T.If(pull[0] != 0.0), T.Then():
+                        T.buffer_store(
+                            total, v.fma(pull[lanes], load(values, c), total[lanes]), [lanes]
+                        )
+                if addend is not None:
+                    add(total, load(addend, token))
+                store(total[lanes])
 
-                with T.serial(0, width // v.lanes) as j:
-                    written(
-                        lambda buffer, row: v.load(buffer, [row, j * v.lanes]),
-                        lambda value: v.store(out, [token, j * v.lanes], value),
-                    )
-                if tail := width % v.lanes:
-                    written(
-                        lambda buffer, row: v.load_tail(buffer, [row, width - tail], tail),
-                        lambda value: v.store_tail(out, [token, width - tail], value, tail),
-                    )
-    return builder.get()
+            with T.serial(0, width // v.lanes) as j:
+                written(
+                    lambda buffer, row: v.load(buffer, [row, j * v.lanes]),
+                    lambda value: v.store(out, [token, j * v.lanes], value),
+                )
+            if tail := width % v.lanes:
+                written(
+                    lambda buffer, row: v.load_tail(buffer, [row, width - tail], tail),
+                    lambda value: v.store_tail(out, [token, width - tail], value, tail),
+                )
+    return frame.function
 
 
 def _part(v: Vector, x: Buffer, mix: Buffer, token: Expr, c: int, width: int) -> Expr:

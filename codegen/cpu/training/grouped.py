@@ -17,7 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu.gemm.product import argument
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.row_blocks import ceildiv
 from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Partial
 from moec.codegen.cpu.training.loops import (
@@ -28,7 +28,6 @@ from moec.codegen.cpu.training.loops import (
     columns_of,
     each_piece,
     existing,
-    kernel,
     pieces,
     plus,
     put,
@@ -47,7 +46,8 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
     v, dots = Vector(target), Dots(target, stack.k, stack.paired(target))
     width = 2 * v.lanes  # columns of y that a thread takes at once
 
-    def emit(r: Expr) -> None:
+    with kernel(name) as frame:
+        r = T.int64()
         x = argument("x", (r, stack.k), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
@@ -92,8 +92,7 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
 
             chunks(some, ROW_CHUNK, chunk)
             cleared(some, stack, r, clear)
-
-    return kernel(name, emit)
+    return frame.function
 
 
 def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> PrimFunc:
@@ -102,7 +101,8 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
     blocks = -(-stack.n // DEPTH)
     pair = 2 if tile.paired else 1
 
-    def emit(r: Expr) -> None:
+    with kernel(name) as frame:
+        r = T.int64()
         dy = argument("dy", (r, stack.n), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
@@ -165,8 +165,7 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
                 )
 
             cleared(some, stack, r, clear)
-
-    return kernel(name, emit)
+    return frame.function
 
 
 def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
@@ -175,7 +174,8 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
     high = TILES * target.tile_rows  # rows of dw that a thread takes at once
     pair = 2 if tile.paired else 1
 
-    def emit(r: Expr) -> None:
+    with kernel(name) as frame:
+        r = T.int64()
         dy = argument("dy", (r, stack.n), stack.dtype)
         x = argument("x", (r, stack.k), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
@@ -238,8 +238,7 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
                         piece,
                         lambda t, c, width: zero(v, dw, [some.expert, n + i, c], width),
                     )
-
-    return kernel(name, emit)
+    return frame.function
 
 
 def _factor(v: Vector, dy: Buffer, row: Expr, n: Expr, step: Expr, paired: bool) -> Expr:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import Buffer
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.gemm.row_blocks import ceildiv
@@ -48,16 +47,6 @@ class Some:
     piece: Expr
     first: Expr
     end: Expr
-
-
-def kernel(name: str, emit: Callable[[Expr], None]) -> PrimFunc:
-    """`emit` declares the arguments, of R rows, and writes the loops."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            emit(T.int64())
-    return builder.get()
 
 
 @contextmanager

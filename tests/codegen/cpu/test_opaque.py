@@ -6,25 +6,22 @@ from typing import Any
 
 import torch
 import tvm
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.build import assembly, compile_kernels
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.opaque import opaque
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.target.cpu import host
 
 
-def kernel(body: Any) -> tvm.tirx.PrimFunc:
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("kernel")
-            T.func_attr({"global_symbol": "kernel", "tirx.noalias": True})
-            n = T.int64()
-            x = T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
-            y = T.match_buffer(T.arg("y", T.handle()), (n,), "float32")
-            body(n, x, y)
-    return builder.get()
+def with_arguments(body: Any) -> tvm.tirx.PrimFunc:
+    with kernel("kernel") as frame:
+        n = T.int64()
+        x = argument("x", (n,), "float32")
+        y = argument("y", (n,), "float32")
+        body(n, x, y)
+    return frame.function
 
 
 def shifted(n: Any, x: Any, y: Any) -> None:
@@ -46,7 +43,7 @@ def shifted(n: Any, x: Any, y: Any) -> None:
 
 
 def test_numbers_are_hidden_but_for_sizes_and_names() -> None:
-    text = opaque(kernel(shifted), None, None).script()
+    text = opaque(with_arguments(shifted), None, None).script()
     assert "T.Div(" in text  # the size of a buffer
     assert 'moec_number_64", T.Div' not in text
     assert text.count('T.call_extern("int64", "moec_number_64"') == 1
@@ -58,19 +55,19 @@ def test_what_binds_nothing_is_left_as_it_is() -> None:
         with T.serial(0, n) as i:
             T.buffer_store(y, x[i], [i])
 
-    plain = kernel(copied)
+    plain = with_arguments(copied)
     assert opaque(plain, None, None).same_as(plain)
 
 
 def test_numbers_are_the_same() -> None:
     x, y = torch.arange(1.0, 9.0), torch.empty(8)
-    built = compile_kernels(kernel(shifted), target=host())
+    built = compile_kernels(with_arguments(shifted), target=host())
     built["kernel"](tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y))
     assert torch.equal(y, torch.cat([x[:4], -x[:4]]))
 
 
 def test_nothing_is_left_of_the_calls() -> None:
-    made = assembly(kernel(shifted), host())
+    made = assembly(with_arguments(shifted), host())
     assert "moec_number" not in made
 
 
@@ -83,7 +80,7 @@ def test_the_simplifier_is_given_the_calls() -> None:
         def run_before_pass(self, module: tvm.IRModule, info: Any) -> None:
             seen.setdefault(str(info.name), module.script().count("moec_number_64"))
 
-    module = tvm.IRModule({"kernel": kernel(shifted)})
+    module = tvm.IRModule({"kernel": with_arguments(shifted)})
     with tvm.transform.PassContext(opt_level=3, instruments=[Seen()]):
         tvm.compile(module, tvm.target.Target(host().tvm()), tir_pipeline=PIPELINE)
     simplified = [count for name, count in seen.items() if name.endswith("StmtSimplify")]

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import tvm
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu import parallel
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.codegen.specs.products import LinearSpec
@@ -73,15 +73,12 @@ def test_threads_wake_for_as_much_as_they_are_worth():
 
 def filled(sums, count=4):
     """y[i] = i, by a loop of `sums`."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("f")
-            T.func_attr({"global_symbol": "f"})
-            n = T.int64()
-            y = T.match_buffer(T.arg("y", T.handle()), (n,), "int64")
-            with parallel.shared(count, sums(n)) as i:
-                T.buffer_store(y, T.cast(i, "int64"), [i])
-    return builder.get()
+    with kernel("f") as frame:
+        n = T.int64()
+        y = argument("y", (n,), "int64")
+        with parallel.shared(count, sums(n)) as i:
+            T.buffer_store(y, T.cast(i, "int64"), [i])
+    return frame.function
 
 
 @pytest.mark.parametrize(
@@ -95,5 +92,5 @@ def filled(sums, count=4):
 )
 def test_work_that_is_known_leaves_one_loop(sums, launches, calls):
     text = code(filled(sums), PIPELINE)
-    assert text.count("i32 0), !dbg") == launches
+    assert text.count("ptr nonnull @__tvm_parallel_lambda,") == launches
     assert ("f_task_1" in text) == bool(calls)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import TARGETS, missing
 
@@ -19,17 +19,14 @@ each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 def elementwise(target, functions, x_dtype="float32", y_dtype="float32"):
     """A kernel (x[n], y[len(functions), n]), n a multiple of the lanes."""
     v = Vector(target)
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("f")
-            T.func_attr({"global_symbol": "f", "tirx.noalias": True})
-            n = T.int64()
-            x = T.match_buffer(T.arg("x", T.handle()), (n,), x_dtype)
-            y = T.match_buffer(T.arg("y", T.handle()), (len(functions), n), y_dtype)
-            with v.functions(), T.serial(0, T.truncdiv(n, T.int64(v.lanes))) as i:
-                for row, function in enumerate(functions):
-                    v.store(y, [row, i * v.lanes], function(v, v.load(x, [i * v.lanes])))
-    return builder.get()
+    with kernel("f") as frame:
+        n = T.int64()
+        x = argument("x", (n,), x_dtype)
+        y = argument("y", (len(functions), n), y_dtype)
+        with v.functions(), T.serial(0, T.truncdiv(n, T.int64(v.lanes))) as i:
+            for row, function in enumerate(functions):
+                v.store(y, [row, i * v.lanes], function(v, v.load(x, [i * v.lanes])))
+    return frame.function
 
 
 @each_target
@@ -62,25 +59,21 @@ def test_tails_touch_nothing_beyond(build, target, dtype):
     """All counts, known when the kernel is built and not."""
     v = Vector(target)
     n = v.lanes
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name("f")
-            T.func_attr({"global_symbol": "f", "tirx.noalias": True})
-            x, stored, loaded, late = (
-                T.match_buffer(T.arg(name, T.handle()), (n, 2 * n), dtype)
-                for name in ("x", "stored", "loaded", "late")
-            )
-            counts = T.match_buffer(T.arg("counts", T.handle()), (n,), "int32")
-            with v.functions():
-                for i in range(n):
-                    v.store_tail(stored, [i, 3], v.load(x, [i, 1]) + v.splat(1.0), i)
-                    v.store(loaded, [i, 3], v.load_tail(x, [i, 1], i) + v.splat(1.0))
-                with T.serial(0, n) as i:
-                    value = v.load_tail(x, [i, 1], counts[i]) + v.splat(1.0)
-                    v.store_tail(late, [i, 3], value, counts[i])
+    with kernel("f") as frame:
+        x, stored, loaded, late = (
+            argument(name, (n, 2 * n), dtype) for name in ("x", "stored", "loaded", "late")
+        )
+        counts = argument("counts", (n,), "int32")
+        with v.functions():
+            for i in range(n):
+                v.store_tail(stored, [i, 3], v.load(x, [i, 1]) + v.splat(1.0), i)
+                v.store(loaded, [i, 3], v.load_tail(x, [i, 1], i) + v.splat(1.0))
+            with T.serial(0, n) as i:
+                value = v.load_tail(x, [i, 1], counts[i]) + v.splat(1.0)
+                v.store_tail(late, [i, 3], value, counts[i])
     x = torch.randint(1, 100, (n, 2 * n)).to(DTYPES[dtype])
     stored, loaded, late = (torch.full_like(x, -1) for _ in range(3))
-    build(target, builder.get())(x, stored, loaded, late, torch.arange(n, dtype=torch.int32))
+    build(target, frame.function)(x, stored, loaded, late, torch.arange(n, dtype=torch.int32))
     for i in range(n):
         row = torch.full_like(x[0], -1)
         row[3 : 3 + i] = x[i, 1 : 1 + i] + 1

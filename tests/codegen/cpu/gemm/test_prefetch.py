@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.prefetch import Following, Stream, either
-from moec.codegen.cpu.gemm.product import argument
 from moec.target.cpu import host
 
 COLUMNS, STEPS, MOST = 64, 40, 6
@@ -18,9 +17,7 @@ COLUMNS, STEPS, MOST = 64, 40, 6
 @pytest.mark.parametrize("count", [1, 6, 7, 12, 31, 64, 500])
 def test_rows_ask_for_all_weights_together(build, count, begin):
     """y[i] = where the block of row i begins to ask, and how far it goes with each step."""
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("asked")
-        T.func_attr({"global_symbol": "asked", "tirx.noalias": True})
+    with kernel("asked") as frame:
         rows, n = T.int64(), T.int64()
         begin_of, y = argument("begin", (n,), "int64"), argument("y", (rows, 2), "int64")
         start = T.bind(begin_of[0])
@@ -32,7 +29,7 @@ def test_rows_ask_for_all_weights_together(build, count, begin):
             T.buffer_store(y, stream.at(start)[-1], [i, 0])
             T.buffer_store(y, stream.each, [i, 1])
     y = torch.empty(count, 2, dtype=torch.int64)
-    build(host(), builder.get())(torch.tensor([begin]), y)
+    build(host(), frame.function)(torch.tensor([begin]), y)
     end = 0
     for before in range(0, count, MOST):
         at, each = y[before].tolist()
@@ -45,14 +42,12 @@ def test_rows_ask_for_all_weights_together(build, count, begin):
 
 @pytest.mark.parametrize("yes", [True, False])
 def test_a_stream_is_chosen_whole(build, yes):
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("chosen")
-        T.func_attr({"global_symbol": "chosen", "tirx.noalias": True})
+    with kernel("chosen") as frame:
         n = T.int64()
         y = argument("y", (n, 4), "int64")
         one, two = Stream(T.int32(1), T.int32(2), 3, 4, 5), Stream(n, n, n, n, n)
         for i, value in enumerate(either(n == 1, one, two).at(T.int64(10))):
             T.buffer_store(y, value, [0, i])
     y = torch.empty(1 if yes else 2, 4, dtype=torch.int64)
-    build(host(), builder.get())(y)
+    build(host(), frame.function)(y)
     assert y[0].tolist() == ([1, 2, 3, 4 + 10 * 5] if yes else [2, 2, 2, 2 + 10 * 2])

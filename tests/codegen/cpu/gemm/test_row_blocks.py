@@ -5,25 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import tvm
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.build import compile_kernels
+from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.row_blocks import halves, row_blocks
 from moec.target.cpu import host
 
 
 @pytest.mark.parametrize("most", [2, 6])
 def test_rows_are_shared_where_few_are_left(most: int) -> None:
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("blocks")
-        T.func_attr({"global_symbol": "blocks", "tirx.noalias": True})
+    with kernel("blocks") as frame:
         n = T.int64()
-        T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
-        y = T.match_buffer(T.arg("y", T.handle()), (3,), "int64")
+        argument("x", (n,), "float32")
+        y = argument("y", (3,), "int64")
         for i, number in enumerate(row_blocks(n, most)):
             T.buffer_store(y, number, [i])
-    blocks = compile_kernels(builder.get(), target=host())["blocks"]
+    blocks = compile_kernels(frame.function, target=host())["blocks"]
     for rows in range(1, 5 * most):
         made = torch.zeros(3, dtype=torch.int64)
         blocks(*map(tvm.runtime.from_dlpack, (torch.zeros(rows), made)))
