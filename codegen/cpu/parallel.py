@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.scalar_text import DIVIDE
 
 WORTH = "moec.worth"
 """The attribute around a parallel loop that says whether to run it in parallel (outline.py)."""
@@ -35,15 +36,6 @@ float32 (half of this) gained nothing from the second thread (5.4 to 9.4 against
 """
 ELEMENT = 8
 """Sums in whose time a kernel reads, changes and writes one element."""
-
-_DIVIDE = """
-define linkonce_odr i64 @moec_quotient(i64 %a, i64 %b) alwaysinline {
-  %none = icmp slt i64 %b, 1
-  %c = select i1 %none, i64 1, i64 %b
-  %r = udiv i64 %a, %c
-  ret i64 %r
-}
-"""
 
 
 @contextmanager
@@ -64,7 +56,7 @@ def bytes_of(buffer: Buffer) -> int:
 
 def functions() -> AbstractContextManager[object]:
     """The frame that `divide` must be called in."""
-    return llvm_frame(_DIVIDE)
+    return llvm_frame(DIVIDE)
 
 
 def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:

@@ -6,13 +6,11 @@ in vector_text.py.
 
 from __future__ import annotations
 
+from moec.codegen.cpu.llvm.constants import splat
+
 
 def row_functions(n: int) -> str:
     return _words(n) + _sums(n)
-
-
-def _splat(n: int, value: int) -> str:
-    return "<" + ", ".join([f"i32 {value}"] * n) + ">"
 
 
 def _words(n: int) -> str:
@@ -24,14 +22,14 @@ define linkonce_odr {i} @moec_words_{n}(ptr %p) alwaysinline {{
   ret {i} %w
 }}
 define linkonce_odr {i} @moec_even_{n}({i} %a, {i} %b) alwaysinline {{
-  %l = and {i} %a, {_splat(n, 0xFFFF)}
-  %h = shl {i} %b, {_splat(n, 16)}
+  %l = and {i} %a, {splat(n, "i32", 0xFFFF)}
+  %h = shl {i} %b, {splat(n, "i32", 16)}
   %r = or {i} %l, %h
   ret {i} %r
 }}
 define linkonce_odr {i} @moec_odd_{n}({i} %a, {i} %b) alwaysinline {{
-  %l = lshr {i} %a, {_splat(n, 16)}
-  %h = and {i} %b, {_splat(n, -65536)}
+  %l = lshr {i} %a, {splat(n, "i32", 16)}
+  %h = and {i} %b, {splat(n, "i32", -65536)}
   %r = or {i} %l, %h
   ret {i} %r
 }}
@@ -49,7 +47,7 @@ define linkonce_odr i32 @moec_store_columns_{n}(ptr %p, {f} %even, {f} %odd) alw
   %o = load {h}, ptr %q, align 2
   %l = zext {h} %e to {i}
   %u = zext {h} %o to {i}
-  %h = shl {i} %u, {_splat(n, 16)}
+  %h = shl {i} %u, {splat(n, "i32", 16)}
   %r = or {i} %l, %h
   store {i} %r, ptr %p, align 2
   ret i32 0

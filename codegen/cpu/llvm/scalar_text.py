@@ -5,17 +5,11 @@ All are always inlined, and LLVM vectorises them with the loop around them.
 
 from __future__ import annotations
 
-import struct
 from functools import cache
 
+from moec.codegen.cpu.llvm.constants import f32
 from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
 from moec.target.cpu import Target
-
-
-def _hex(value: float) -> str:
-    """A float32 constant as LLVM reads it."""
-    single = struct.unpack("<f", struct.pack("<f", value))[0]
-    return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"
 
 
 @cache
@@ -92,7 +86,7 @@ def _f16(target: Target) -> str:
   %m0 = and i32 %w, {0x7FFF}
   %m1 = shl i32 %m0, 13
   %m2 = bitcast i32 %m1 to float
-  %m3 = fmul float %m2, {_hex(2.0**112)}
+  %m3 = fmul float %m2, {f32(2.0**112)}
   %m4 = bitcast float %m3 to i32
   %big = icmp uge i32 %m0, {0x7C00}
   %top = or i32 %m1, {0x7F800000}
@@ -196,10 +190,10 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 
 def _horner(name: str, coefficients: tuple[float, ...], x: str) -> str:
     lines = []
-    value = _hex(coefficients[0])
+    value = f32(coefficients[0])
     for step, c in enumerate(coefficients[1:]):
         lines.append(
-            f"  %{name}{step} = call float @moec_fma_f32(float {value}, float {x}, float {_hex(c)})"
+            f"  %{name}{step} = call float @moec_fma_f32(float {value}, float {x}, float {f32(c)})"
         )
         value = f"%{name}{step}"
     return "\n".join(lines)
@@ -210,14 +204,14 @@ def _exp() -> str:
     fma = "call float @moec_fma_f32"
     return f"""
 define linkonce_odr float @moec_exp_f32(float %x0) alwaysinline {{
-  %hi = fcmp ogt float %x0, {_hex(89.0)}
-  %x1 = select i1 %hi, float {_hex(89.0)}, float %x0
-  %lo = fcmp olt float %x1, {_hex(-104.0)}
-  %x = select i1 %lo, float {_hex(-104.0)}, float %x1
-  %t = {fma}(float %x, float {_hex(1.4426950408889634)}, float {_hex(12582912.0)})
-  %k = fsub float %t, {_hex(12582912.0)}
-  %r0 = {fma}(float %k, float {_hex(-0.693359375)}, float %x)
-  %r = {fma}(float %k, float {_hex(2.12194440e-4)}, float %r0)
+  %hi = fcmp ogt float %x0, {f32(89.0)}
+  %x1 = select i1 %hi, float {f32(89.0)}, float %x0
+  %lo = fcmp olt float %x1, {f32(-104.0)}
+  %x = select i1 %lo, float {f32(-104.0)}, float %x1
+  %t = {fma}(float %x, float {f32(1.4426950408889634)}, float {f32(12582912.0)})
+  %k = fsub float %t, {f32(12582912.0)}
+  %r0 = {fma}(float %k, float {f32(-0.693359375)}, float %x)
+  %r = {fma}(float %k, float {f32(2.12194440e-4)}, float %r0)
 {_horner("q", _EXP, "%r")}
   %r2 = fmul float %r, %r
   %p0 = {fma}(float %q{len(_EXP) - 2}, float %r2, float %r)
@@ -242,10 +236,10 @@ def _rational(name: str, limit: float, p: tuple[float, ...], q: tuple[float, ...
     top, bottom = f"%p{len(p) - 2}", f"%q{len(q) - 2}"
     return f"""
 define linkonce_odr float @moec_{name}_f32(float %x0) alwaysinline {{
-  %hi = fcmp ogt float %x0, {_hex(limit)}
-  %x1 = select i1 %hi, float {_hex(limit)}, float %x0
-  %lo = fcmp olt float %x1, {_hex(-limit)}
-  %x = select i1 %lo, float {_hex(-limit)}, float %x1
+  %hi = fcmp ogt float %x0, {f32(limit)}
+  %x1 = select i1 %hi, float {f32(limit)}, float %x0
+  %lo = fcmp olt float %x1, {f32(-limit)}
+  %x = select i1 %lo, float {f32(-limit)}, float %x1
   %s = fmul float %x, %x
 {_horner("p", p, "%s")}
 {_horner("q", q, "%s")}
@@ -261,3 +255,13 @@ def _tanh() -> str:
 
 def _erf() -> str:
     return _rational("erf", 4.0, ERF_P, ERF_Q)
+
+
+DIVIDE = """
+define linkonce_odr i64 @moec_quotient(i64 %a, i64 %b) alwaysinline {
+  %none = icmp slt i64 %b, 1
+  %c = select i1 %none, i64 1, i64 %b
+  %r = udiv i64 %a, %c
+  ret i64 %r
+}
+"""

@@ -8,10 +8,10 @@ modules made for different targets can be linked together only if their widths d
 
 from __future__ import annotations
 
-import struct
 from functools import cache
 
 from moec.codegen.cpu.llvm.amx import tile_functions
+from moec.codegen.cpu.llvm.constants import f32, splat
 from moec.codegen.cpu.llvm.rows import row_functions
 from moec.target.cpu import Target
 
@@ -35,16 +35,6 @@ def llvm_functions(target: Target) -> str:
     lines = "\n".join(parts).splitlines()
     declarations = dict.fromkeys(line for line in lines if line.startswith("declare"))
     return "\n".join([*declarations, *(line for line in lines if line not in declarations)])
-
-
-def _f32(value: float) -> str:
-    """A float32 constant as LLVM wants it: the bits of the equal double."""
-    single = struct.unpack("<f", struct.pack("<f", value))[0]
-    return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"
-
-
-def _splat(n: int, kind: str, value: str) -> str:
-    return "<" + ", ".join([f"{kind} {value}"] * n) + ">"
 
 
 def _memory(n: int, name: str, element: str, widen: str, narrow: str) -> str:
@@ -110,7 +100,7 @@ def _memory_bf16(n: int, target: Target) -> str:
     i = f"<{n} x i32>"
     widen = f"""
   %w = zext <{n} x i16> %e to {i}
-  %s = shl {i} %w, {_splat(n, "i32", "16")}
+  %s = shl {i} %w, {splat(n, "i32", "16")}
   %f = bitcast {i} %s to <{n} x float>"""
     if target.bf16_dot:  # it comes with the conversion
         narrow = f"""
@@ -120,12 +110,12 @@ def _memory_bf16(n: int, target: Target) -> str:
     else:  # to nearest, ties to even; a NaN stays one
         narrow = f"""
   %b = bitcast <{n} x float> %f to {i}
-  %h = lshr {i} %b, {_splat(n, "i32", "16")}
-  %o = and {i} %h, {_splat(n, "i32", "1")}
-  %r1 = add {i} %b, {_splat(n, "i32", "32767")}
+  %h = lshr {i} %b, {splat(n, "i32", "16")}
+  %o = and {i} %h, {splat(n, "i32", "1")}
+  %r1 = add {i} %b, {splat(n, "i32", "32767")}
   %r2 = add {i} %r1, %o
-  %r3 = lshr {i} %r2, {_splat(n, "i32", "16")}
-  %q = or {i} %h, {_splat(n, "i32", "64")}
+  %r3 = lshr {i} %r2, {splat(n, "i32", "16")}
+  %q = or {i} %h, {splat(n, "i32", "64")}
   %nan = fcmp uno <{n} x float> %f, zeroinitializer
   %k = select <{n} x i1> %nan, {i} %q, {i} %r3
   %e = trunc {i} %k to <{n} x i16>"""
@@ -147,39 +137,39 @@ def _memory_f16(n: int, target: Target) -> str:
     # need the greatest exponent put back.
     widen = f"""
   %w = zext <{n} x i16> %e to {i}
-  %s0 = and {i} %w, {_splat(n, "i32", str(0x8000))}
-  %s = shl {i} %s0, {_splat(n, "i32", "16")}
-  %m0 = and {i} %w, {_splat(n, "i32", str(0x7FFF))}
-  %m1 = shl {i} %m0, {_splat(n, "i32", "13")}
+  %s0 = and {i} %w, {splat(n, "i32", str(0x8000))}
+  %s = shl {i} %s0, {splat(n, "i32", "16")}
+  %m0 = and {i} %w, {splat(n, "i32", str(0x7FFF))}
+  %m1 = shl {i} %m0, {splat(n, "i32", "13")}
   %m2 = bitcast {i} %m1 to {f}
-  %m3 = fmul {f} %m2, {_splat(n, "float", _f32(2.0**112))}
+  %m3 = fmul {f} %m2, {splat(n, "float", f32(2.0**112))}
   %m4 = bitcast {f} %m3 to {i}
-  %big = icmp uge {i} %m0, {_splat(n, "i32", str(0x7C00))}
-  %top = or {i} %m1, {_splat(n, "i32", str(0x7F800000))}
+  %big = icmp uge {i} %m0, {splat(n, "i32", str(0x7C00))}
+  %top = or {i} %m1, {splat(n, "i32", str(0x7F800000))}
   %m5 = select <{n} x i1> %big, {i} %top, {i} %m4
   %m6 = or {i} %m5, %s
   %f = bitcast {i} %m6 to {f}"""
     # Subnormal halves: adding 0.5 rounds the value to a multiple of 2^-24 in the low bits.
     narrow = f"""
   %b = bitcast {f} %f to {i}
-  %a = and {i} %b, {_splat(n, "i32", str(0x7FFFFFFF))}
+  %a = and {i} %b, {splat(n, "i32", str(0x7FFFFFFF))}
   %sg0 = xor {i} %b, %a
-  %sg = lshr {i} %sg0, {_splat(n, "i32", "16")}
-  %o0 = lshr {i} %a, {_splat(n, "i32", "13")}
-  %o = and {i} %o0, {_splat(n, "i32", "1")}
-  %n1 = add {i} %a, {_splat(n, "i32", str(0xFFF - (112 << 23)))}
+  %sg = lshr {i} %sg0, {splat(n, "i32", "16")}
+  %o0 = lshr {i} %a, {splat(n, "i32", "13")}
+  %o = and {i} %o0, {splat(n, "i32", "1")}
+  %n1 = add {i} %a, {splat(n, "i32", str(0xFFF - (112 << 23)))}
   %n2 = add {i} %n1, %o
-  %n3 = lshr {i} %n2, {_splat(n, "i32", "13")}
+  %n3 = lshr {i} %n2, {splat(n, "i32", "13")}
   %d0 = bitcast {i} %a to {f}
-  %d1 = fadd {f} %d0, {_splat(n, "float", _f32(0.5))}
+  %d1 = fadd {f} %d0, {splat(n, "float", f32(0.5))}
   %d2 = bitcast {f} %d1 to {i}
-  %d3 = sub {i} %d2, {_splat(n, "i32", str(0x3F000000))}
-  %small = icmp ult {i} %a, {_splat(n, "i32", str(113 << 23))}
+  %d3 = sub {i} %d2, {splat(n, "i32", str(0x3F000000))}
+  %small = icmp ult {i} %a, {splat(n, "i32", str(113 << 23))}
   %k0 = select <{n} x i1> %small, {i} %d3, {i} %n3
-  %over = icmp uge {i} %a, {_splat(n, "i32", str(0x477FF000))}
-  %k1 = select <{n} x i1> %over, {i} {_splat(n, "i32", str(0x7C00))}, {i} %k0
-  %nan = icmp ugt {i} %a, {_splat(n, "i32", str(0x7F800000))}
-  %k2 = select <{n} x i1> %nan, {i} {_splat(n, "i32", str(0x7E00))}, {i} %k1
+  %over = icmp uge {i} %a, {splat(n, "i32", str(0x477FF000))}
+  %k1 = select <{n} x i1> %over, {i} {splat(n, "i32", str(0x7C00))}, {i} %k0
+  %nan = icmp ugt {i} %a, {splat(n, "i32", str(0x7F800000))}
+  %k2 = select <{n} x i1> %nan, {i} {splat(n, "i32", str(0x7E00))}, {i} %k1
   %k3 = or {i} %k2, %sg
   %e = trunc {i} %k3 to <{n} x i16>"""
     return _memory(n, "float16", "i16", widen, narrow)
@@ -263,12 +253,12 @@ define linkonce_odr float @moec_max_{n}({f} %a) alwaysinline {{
   ret float %r
 }}
 define linkonce_odr {f} @moec_low_{n}(<{n} x i32> %a) alwaysinline {{
-  %s = shl <{n} x i32> %a, {_splat(n, "i32", "16")}
+  %s = shl <{n} x i32> %a, {splat(n, "i32", "16")}
   %r = bitcast <{n} x i32> %s to {f}
   ret {f} %r
 }}
 define linkonce_odr {f} @moec_high_{n}(<{n} x i32> %a) alwaysinline {{
-  %s = and <{n} x i32> %a, {_splat(n, "i32", "-65536")}
+  %s = and <{n} x i32> %a, {splat(n, "i32", "-65536")}
   %r = bitcast <{n} x i32> %s to {f}
   ret {f} %r
 }}{unary}"""
@@ -279,7 +269,7 @@ def _exp(n: int) -> str:
     f, i = f"<{n} x float>", f"<{n} x i32>"
 
     def const(value: float) -> str:
-        return _splat(n, "float", _f32(value))
+        return splat(n, "float", f32(value))
 
     def fma(a: str, b: str, c: str) -> str:
         return f"call {f} @moec_fma_{n}({f} {a}, {f} {b}, {f} {c})"
@@ -305,19 +295,38 @@ define linkonce_odr {f} @moec_exp_{n}({f} %x0) alwaysinline {{
   %p0 = {fma(f"%q{len(_EXP) - 1}", "%r2", "%r")}
   %p = fadd {f} %p0, {const(1.0)}
   %tb = bitcast {f} %t to {i}
-  %ki = sub {i} %tb, {_splat(n, "i32", str(_ROUNDER_BITS))}
-  %k1 = ashr {i} %ki, {_splat(n, "i32", "1")}
+  %ki = sub {i} %tb, {splat(n, "i32", str(_ROUNDER_BITS))}
+  %k1 = ashr {i} %ki, {splat(n, "i32", "1")}
   %k2 = sub {i} %ki, %k1
-  %e1 = add {i} %k1, {_splat(n, "i32", "127")}
-  %e2 = add {i} %k2, {_splat(n, "i32", "127")}
-  %s1 = shl {i} %e1, {_splat(n, "i32", "23")}
-  %s2 = shl {i} %e2, {_splat(n, "i32", "23")}
+  %e1 = add {i} %k1, {splat(n, "i32", "127")}
+  %e2 = add {i} %k2, {splat(n, "i32", "127")}
+  %s1 = shl {i} %e1, {splat(n, "i32", "23")}
+  %s2 = shl {i} %e2, {splat(n, "i32", "23")}
   %f1 = bitcast {i} %s1 to {f}
   %f2 = bitcast {i} %s2 to {f}
   %y1 = fmul {f} %p, %f1
   %y = fmul {f} %y1, %f2
   ret {f} %y
 }}"""
+
+
+def round_functions(n: int) -> str:
+    """Functions that round float32 vectors to a narrower float and back."""
+    return "".join(_round(n, dtype) for dtype in ("bfloat16", "float16"))
+
+
+def _round(n: int, dtype: str) -> str:
+    """To `dtype` and back. Stored and loaded: LLVM keeps it in registers. (TVM does not: it moves
+    a scratch buffer of 16-bit floats to another name, and misses the addresses taken of it.)"""
+    f = f"<{n} x float>"
+    return f"""
+define linkonce_odr {f} @moec_round_{dtype}_{n}({f} %x) alwaysinline {{
+  %p = alloca <{n} x i16>
+  %s = call i32 @moec_store_{dtype}_{n}(ptr %p, {f} %x)
+  %r = call {f} @moec_load_{dtype}_{n}(ptr %p)
+  ret {f} %r
+}}
+"""
 
 
 _F, _P = "<16 x float>", "<16 x i32>"

@@ -9,27 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.integer_text import integer_functions
 from moec.codegen.cpu.llvm.vector_text import llvm_functions
-from moec.codegen.cpu.quantised import dot_products
-from moec.codegen.cpu.quantised.dot_products import splat
 from moec.codegen.cpu.vector import Vector
-from moec.formats.integer import E2M1_TWICE, E2M1_ZERO
-from moec.target.cpu import Target
-
-_ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and its bits
 
 
 def functions(v: Vector) -> AbstractContextManager[object]:
     """The frame that everything here, and all of `Vector`, must be called in."""
-    text = llvm_functions(v.target) + _functions(v.target)
-    return llvm_frame(text)
+    return llvm_frame(llvm_functions(v.target) + integer_functions(v.target))
 
 
 def rounded(v: Vector, x: Expr, inverse: Expr) -> Expr:
@@ -93,109 +86,3 @@ def e2m1(v: Vector, codes: Expr) -> Expr:
 
 def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
     return T.call_extern(dtype, f"moec_{name}_{v.lanes}", *args)
-
-
-@cache
-def _functions(target: Target) -> str:
-    n = target.vector_lanes
-    return (
-        _rounded(n)
-        + _store_narrow(n, 8)
-        + _store_narrow(n, 16)
-        + _total(n)
-        + _minus4(n)
-        + dot_products.functions(target)
-        + _e2m1(target)
-    )
-
-
-def _rounded(n: int) -> str:
-    f, i = f"<{n} x float>", f"<{n} x i32>"
-    return f"""
-define linkonce_odr {i} @moec_rounded_{n}({f} %x, {f} %inverse) alwaysinline {{
-  %m = fmul {f} %x, %inverse
-  %t = fadd {f} %m, {splat(n, "float", _ROUNDER)}
-  %b = bitcast {f} %t to {i}
-  %q = sub {i} %b, {splat(n, "i32", _ROUNDER_BITS)}
-  ret {i} %q
-}}
-"""
-
-
-def _store_narrow(n: int, bits: int) -> str:
-    i, e = f"<{n} x i32>", f"<{n} x i{bits}>"
-    return f"""
-define linkonce_odr i32 @moec_store_narrow{bits}_{n}(ptr %p, {i} %x) alwaysinline {{
-  %e = trunc {i} %x to {e}
-  store {e} %e, ptr %p, align 4
-  ret i32 0
-}}
-"""
-
-
-def _total(n: int) -> str:
-    i = f"<{n} x i32>"
-    return f"""
-declare i32 @llvm.vector.reduce.add.v{n}i32({i})
-define linkonce_odr i32 @moec_total_{n}({i} %a) alwaysinline {{
-  %r = call i32 @llvm.vector.reduce.add.v{n}i32({i} %a)
-  ret i32 %r
-}}
-"""
-
-
-def _minus4(n: int) -> str:
-    i, b = f"<{n} x i32>", f"<{4 * n} x i8>"
-    return f"""
-define linkonce_odr {i} @moec_minus4_{n}({i} %a, {i} %b) alwaysinline {{
-  %x = bitcast {i} %a to {b}
-  %y = bitcast {i} %b to {b}
-  %d = sub {b} %x, %y
-  %r = bitcast {b} %d to {i}
-  ret {i} %r
-}}
-"""
-
-
-def _e2m1(target: Target) -> str:
-    n = target.vector_lanes
-    i, c = f"<{n} x i32>", f"<{4 * n} x i8>"
-    head = f"""define linkonce_odr {i} @moec_e2m1_{n}({i} %codes) alwaysinline {{
-  %c = bitcast {i} %codes to {c}"""
-    tail = f"""
-  %r = bitcast {c} %v to {i}
-  ret {i} %r
-}}
-"""
-    shuffle = {
-        8: ("avx2", "@llvm.x86.avx2.pshuf.b"),
-        16: ("avx512bw", "@llvm.x86.avx512.pshuf.b.512"),
-    }.get(n)
-    if shuffle is not None and shuffle[0] in target.features:
-        values = [E2M1_ZERO + s * value for s in (1, -1) for value in E2M1_TWICE]
-        table = "<" + ", ".join(f"i8 {value}" for value in values * (n // 4)) + ">"
-        return f"""
-declare {c} {shuffle[1]}({c}, {c})
-{head}
-  %v = call {c} {shuffle[1]}({c} {table}, {c} %c){tail}"""
-    b = f"<{4 * n} x i1>"
-
-    def const(value: int) -> str:
-        return splat(4 * n, "i8", str(value))
-
-    # Magnitudes 0 1 2 3 4 6 8 12: m below 4, then 2m - 4, then 4m - 16.
-    return f"""
-{head}
-  %m = and {c} %c, {const(7)}
-  %m2 = add {c} %m, %m
-  %m4 = add {c} %m2, %m2
-  %two = sub {c} %m2, {const(4)}
-  %four = sub {c} %m4, {const(16)}
-  %small = icmp ult {c} %m, {const(4)}
-  %middle = icmp ult {c} %m, {const(6)}
-  %upper = select {b} %middle, {c} %two, {c} %four
-  %size = select {b} %small, {c} %m, {c} %upper
-  %negative = icmp ugt {c} %c, {const(7)}
-  %minus = sub {c} zeroinitializer, %size
-  %signed = select {b} %negative, {c} %minus, {c} %size
-  %v = add {c} %signed, {const(E2M1_ZERO)}{tail}"""

@@ -14,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.llvm.frame import llvm_frame
+from moec.codegen.cpu.llvm.rank_text import rank_functions
 from moec.codegen.cpu.vector import Vector
 
 TAKEN = -(2**31)
@@ -26,8 +27,7 @@ class Ranking:
 
     def functions(self) -> AbstractContextManager[object]:
         """The frame that makes the functions known: all other calls belong inside it."""
-        text = _llvm(self.v.lanes)
-        return llvm_frame(text)
+        return llvm_frame(rank_functions(self.v.lanes))
 
     def ranks(self, x: Expr) -> Expr:
         """float32 lanes -> int32 lanes."""
@@ -60,35 +60,3 @@ def float_of(rank: Expr) -> Expr:
     """int32 scalar -> the float32 it ranks."""
     flip = T.bitwise_and(T.shift_right(rank, T.int32(31)), T.int32(2**31 - 1))
     return T.bind(T.reinterpret("float32", T.bitwise_xor(rank, flip)))
-
-
-def _llvm(n: int) -> str:
-    f, i = f"<{n} x float>", f"<{n} x i32>"
-
-    def const(value: int) -> str:
-        return "<" + ", ".join([f"i32 {value}"] * n) + ">"
-
-    # Adding 0.0 turns -0.0 into 0.0. Negative floats order backwards as integers: flip them.
-    return f"""
-declare i32 @llvm.vector.reduce.smax.v{n}i32({i})
-declare i32 @llvm.vector.reduce.smin.v{n}i32({i})
-define linkonce_odr {i} @moec_ranks_{n}({f} %a) alwaysinline {{
-  %x = fadd {f} %a, zeroinitializer
-  %b = bitcast {f} %x to {i}
-  %s = ashr {i} %b, {const(31)}
-  %m = and {i} %s, {const(2**31 - 1)}
-  %k = xor {i} %b, %m
-  %nan = fcmp uno {f} %a, %a
-  %r = select <{n} x i1> %nan, {i} {const(2**31 - 1)}, {i} %k
-  ret {i} %r
-}}
-define linkonce_odr i32 @moec_first_{n}({i} %ranks, {i} %ids) alwaysinline {{
-  %top = call i32 @llvm.vector.reduce.smax.v{n}i32({i} %ranks)
-  %t0 = insertelement {i} poison, i32 %top, i32 0
-  %tops = shufflevector {i} %t0, {i} poison, {i} zeroinitializer
-  %equal = icmp eq {i} %ranks, %tops
-  %among = select <{n} x i1> %equal, {i} %ids, {i} {const(2**31 - 1)}
-  %r = call i32 @llvm.vector.reduce.smin.v{n}i32({i} %among)
-  ret i32 %r
-}}
-"""
