@@ -12,9 +12,6 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.scalar_text import llvm_functions
-from moec.codegen.cpu.vector import Vector
 from moec.codegen.fusion import Group
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Emission
@@ -87,7 +84,7 @@ def _text(attr: Attr) -> str:
 def write(group: Group, name: str, target: Target) -> Written:
     root = group.root
     order = sorted(sizes_of(group))
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         variables = {size: T.int64() for size in order}
         sizes = Sizes(variables, inside_kernel=True)
         flat = is_flat(group)
@@ -101,8 +98,7 @@ def write(group: Group, name: str, target: Target) -> Written:
         outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
         producers = {value: op for op in group.ops for value in op.outputs}
         emission = Emission(inputs, outputs, producers, sizes, target, flat)
-        with llvm_frame(llvm_functions(target)), Vector(target).functions():
-            _body(emission, group)
+        _body(emission, group)
     return Written(frame.function, free)
 
 

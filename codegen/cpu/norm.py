@@ -52,7 +52,7 @@ class _Rows:
 def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
     """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
     v = Vector(target)
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         rows = T.int64()
 
         def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
@@ -66,7 +66,7 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
         total = tensor("sum", whole, spec.x) if spec.residual else None
         out = tensor("out", whole, spec.out)
         work = rows * (spec.width * ELEMENT)
-        with v.functions(), rounding.functions(v), parallel.shared(rows, work) as t:
+        with parallel.shared(rows, work) as t:
             _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
     return frame.function
 

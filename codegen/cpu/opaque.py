@@ -28,7 +28,7 @@ from tvm.tirx import (
 )
 from tvm.tirx.analysis import undefined_vars
 
-from moec.codegen.cpu.llvm.frame import IMPORT
+from moec.codegen.cpu.frame import IMPORT
 
 _BITS = {"bool": 1, "int32": 32, "int64": 64}
 _TEXT = "".join(

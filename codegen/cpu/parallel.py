@@ -10,16 +10,13 @@ the one that calls (it refuses more tasks than it has threads, and code cannot a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import tvm
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
-
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.scalar_text import DIVIDE
 
 WORTH = "moec.worth"
 """The attribute around a parallel loop that says whether to run it in parallel (outline.py)."""
@@ -52,11 +49,6 @@ def shared(
 def bytes_of(buffer: Buffer) -> int:
     """Of one element."""
     return int(tvm.DataType(buffer.dtype).bits) // 8
-
-
-def functions() -> AbstractContextManager[object]:
-    """The frame that `divide` must be called in."""
-    return llvm_frame(DIVIDE)
 
 
 def divide(task: Expr, parts: Expr) -> tuple[Expr, Expr]:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.vector_text import llvm_functions, round_functions
 from moec.codegen.cpu.vector import Vector
-
-
-def functions(v: Vector) -> AbstractContextManager[object]:
-    """The frame that `rounded` must be called in."""
-    # With the functions it calls: a module's unused functions are gone before the next is read.
-    return llvm_frame(llvm_functions(v.target) + round_functions(v.lanes))
 
 
 def rounded(v: Vector, x: Expr, dtype: str) -> Expr:

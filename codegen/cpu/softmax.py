@@ -1,20 +1,13 @@
-"""What softmax needs beyond `Vector`, in LLVM: a short exp, sums of many vectors, bf16 pairs.
-
-s = Softmax(Vector(target))
-with v.functions(), s.functions(): ...
-"""
+"""What softmax needs beyond `Vector`: a short exp, sums of many vectors, bf16 pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.softmax_text import softmax_functions
 from moec.codegen.cpu.vector import Vector
 
 
@@ -23,10 +16,6 @@ class Softmax:
     """Functions on float32 vectors of `v.lanes` lanes, for softmax over many of them."""
 
     v: Vector
-
-    def functions(self) -> AbstractContextManager[object]:
-        """The frame that makes the functions known: all other calls belong inside it."""
-        return llvm_frame(softmax_functions(self.v.target))
 
     def exp(self, x: Expr) -> Expr:
         """exp(x) for x <= 0, within 1e-7 (absolute); 0 below -88; NaN stays NaN."""

@@ -1,9 +1,9 @@
 """The vectors that CPU kernels compute with: float32 lanes of one target, as TIR expressions.
 
     v = Vector(target)
-    with T.prim_func():
+    with kernel(name, target):
         ...
-        with v.functions(), T.parallel(0, t) as i:
+        with T.parallel(0, t) as i:
             x = v.load(X, [i, d * v.lanes])         # X: float32, bfloat16 or float16
             v.store(Y, [i, d * v.lanes], v.fma(x, x, v.splat(1.0)))
 
@@ -14,16 +14,13 @@ it is bound. `load` and every function here bind their results; bind others with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.llvm.frame import llvm_frame
 from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
-from moec.codegen.cpu.llvm.vector_text import llvm_functions
 from moec.target.cpu import Target
 
 _TANH_LIMIT = 7.90531110763549805
@@ -55,10 +52,6 @@ class Vector:
     @property
     def dtype(self) -> str:
         return f"float32x{self.lanes}"
-
-    def functions(self) -> AbstractContextManager[object]:
-        """The frame that makes the LLVM functions known: all other calls belong inside it."""
-        return llvm_frame(llvm_functions(self.target))
 
     def bind(self, value: Expr) -> Expr:
         """The value as a variable, computed here and once."""

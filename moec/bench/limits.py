@@ -38,10 +38,10 @@ def peak(dtype: str) -> float:
         sums = target.tile_rows * target.tile_vectors
         flops = v.lanes * (4 if bf16 and target.bf16_dot else 2)
         body = _pair_sums if bf16 and target.bf16_dot else _float_sums
-    with kernel("peak") as frame:
+    with kernel("peak", target) as frame:
         x = argument("x", (1,), "int32")
         y = argument("y", (THREADS, sums * v.lanes), "float32")
-        with v.functions(), T.parallel(0, THREADS) as thread:
+        with T.parallel(0, THREADS) as thread:
             body(v, x, y, thread, sums, steps)
     function = tvm.compile(frame.function, tvm.target.Target(target.tvm()))["peak"]
     x, y = torch.zeros(1, dtype=torch.int32), torch.empty(THREADS, sums * v.lanes)
@@ -95,10 +95,10 @@ def reading() -> Callable[[], float]:
     target, parts = host(), 64
     v = Vector(target)
     each = (1 << 27) // parts
-    with kernel("read") as frame:
+    with kernel("read", target) as frame:
         x = argument("x", (parts, each), "float32")
         y = argument("y", (parts, 8 * v.lanes), "float32")
-        with v.functions(), T.parallel(0, parts) as part:
+        with T.parallel(0, parts) as part:
             lanes = T.ramp(0, 1, v.lanes)
             acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(8)]
             for a in acc:

@@ -32,7 +32,7 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
     """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L;
     where it is not, the last slots are written and nothing beyond them."""
     v = Vector(target)
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         batch, room, tokens = T.int64(), T.int64(), T.int64()
 
         def tensor(name: str, shape: Row, dtype: str) -> Buffer:
@@ -49,7 +49,7 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
             turns.append((of, tensor(name, shape, of.dtype)))
         count = T.Select(room > 0, batch * spec.heads * tokens, T.int64(0))
         work = count * (spec.width * ELEMENT)
-        with v.functions(), parallel.functions(), parallel.shared(count, work) as task:
+        with parallel.shared(count, work) as task:
             head, s = divide(task, tokens)
             b = T.bind(T.floordiv(head, spec.heads))
             h = T.bind(T.floormod(head, spec.heads))

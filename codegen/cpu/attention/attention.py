@@ -10,7 +10,6 @@ from __future__ import annotations
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu import parallel
 from moec.codegen.cpu.attention.decode import FEW, few
 from moec.codegen.cpu.attention.prefill import tiled
 from moec.codegen.cpu.attention.problem import arguments
@@ -26,12 +25,11 @@ def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> P
 
     A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.
     """
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         p = arguments(spec, target)
-        with p.vector.functions(), p.soft.functions(), parallel.functions():
-            with T.If(p.rows <= FEW):
-                with T.Then():
-                    few(p)
-                with T.Else():
-                    tiled(p)
+        with T.If(p.rows <= FEW):
+            with T.Then():
+                few(p)
+            with T.Else():
+                tiled(p)
     return frame.function

@@ -62,7 +62,7 @@ def linear_attention(
     """The kernel (q, k, v, decay, rates?, beta?, start?, y, end), all of float32."""
     v = Vector(target)
     state = (spec.heads, spec.key_dim, spec.value_dim)
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         batch, length = T.int64(), T.int64()
         per_head = (batch, length, spec.heads)
         keys = (batch, length, spec.shared, spec.key_dim)
@@ -81,7 +81,7 @@ def linear_attention(
         blocks = -(-spec.value_dim // v.lanes)
         count = batch * (spec.heads * blocks)
         work = length * (count * (spec.key_dim * v.lanes * ELEMENT))
-        with v.functions(), parallel.shared(count, work) as task:
+        with parallel.shared(count, work) as task:
             head = T.bind(T.floordiv(task, blocks))
             column = T.bind((task - head * blocks) * v.lanes)
             whole = spec.value_dim % v.lanes == 0

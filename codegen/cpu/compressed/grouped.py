@@ -262,6 +262,5 @@ def compressed_linear(
         lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
         lambda suffix: compressed_weights.weights(spec, target),
         tile,
-        lambda: compressed_weights.functions(target),
     )
     return sorted_product(product, name, top_k, scale_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,6 @@ import numpy.typing as npt
 from moec.codegen.cpu.compressed.masks import Masks, TwoBits
 from moec.codegen.cpu.compressed.signs import Signs, signed
 from moec.codegen.cpu.frame import argument
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.masks import mask_functions
-from moec.codegen.cpu.llvm.vector_text import llvm_functions
 from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
 from moec.target.cpu import Target
@@ -38,9 +34,3 @@ def table(target: Target) -> npt.NDArray[Any]:
     signs."""
     entries = dictionary().entries
     return signs(entries) if signed(target) else masks(entries).view(np.int64)
-
-
-def functions(target: Target) -> AbstractContextManager[object]:
-    """The frame that the kernel must be made in."""
-    text = llvm_functions(target) + mask_functions(target)
-    return llvm_frame(text)

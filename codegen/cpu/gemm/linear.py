@@ -21,7 +21,6 @@ from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
-from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import Target
 
@@ -76,13 +75,12 @@ def plain_product(
         lambda rows: argument("x", (rows, spec.k), spec.dtype),
         lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
         lambda x, w, out: kind(layout, Operands(x, w, *out), epilogue),
-        Vector(target).functions,
     )
 
 
 def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
     """A kernel (rows of x, (weights[, bias packed]) of each product, y[T, n] of each)."""
-    with kernel(name) as frame:
+    with kernel(name, products[0].layout.target) as frame:
         t = T.int64()
         x = products[0].rows(t)
         read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
@@ -91,8 +89,7 @@ def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
             spec = product.layout.spec
             y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
             tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
-        with products[0].functions():
-            shared_out(tiles, t)
+        shared_out(tiles, t)
     return frame.function
 
 

@@ -8,7 +8,6 @@ x and weights, and in the tile that multiplies them. The rest of a kernel is one
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -35,14 +34,12 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Product(Generic[X, W]):
-    """`rows(count)` and `weights(suffix)` declare arguments, `tile` multiplies what they gave, in
-    the frame that `functions` opens."""
+    """`rows(count)` and `weights(suffix)` declare arguments, `tile` multiplies what they gave."""
 
     layout: Layout
     rows: Callable[[Expr], X]
     weights: Callable[[str], W]
     tile: Callable[[X, W, Output], Tile]
-    functions: Callable[[], AbstractContextManager[object]]
 
     def bias(self, suffix: str) -> Buffer | None:
         """Declares the bias, where there is one."""

@@ -36,7 +36,7 @@ def sorted_product(
     """
     layout = product.layout
     spec = layout.spec
-    with kernel(name) as frame:
+    with kernel(name, layout.target) as frame:
         t, r = T.int64(), T.int64()
         x = product.rows(t if top_k else r)
         order = argument("order", (r,), "int32") if top_k else None
@@ -48,8 +48,7 @@ def sorted_product(
         tokens = token_of(order, top_k)
         scales = scale_of(Vector(layout.target), scale, order, top_k)
         tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
-        with product.functions():
-            each_expert(tile, ends, r, cleared)
+        each_expert(tile, ends, r, cleared)
     return frame.function
 
 
@@ -86,7 +85,6 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> N
     weights = T.cast(count, "int64") * tile.layout.bytes
     worth = tile.layout.tuning.worth
     with (
-        parallel.functions(),
         parallel.shared(units, rows * tile.layout.sums, weights, worth) as unit,
     ):
 

@@ -13,8 +13,7 @@ from moec.target.cpu import Target
 
 
 @cache
-def llvm_functions(target: Target) -> str:
-    """The text that `pragma_import_llvm` takes."""
+def scalar_functions(target: Target) -> str:
     return "\n".join([_fma(target), _bf16(target), _f16(target), _plain(), _exp(), _tanh(), _erf()])
 
 

@@ -23,7 +23,7 @@ _ROUNDER_BITS = 0x4B400000
 
 
 @cache
-def llvm_functions(target: Target) -> str:
+def vector_functions(target: Target) -> str:
     """The text for `pragma_import_llvm`: every function that `vector.Vector` calls."""
     n = target.vector_lanes
     parts = [_memory_f32(n), _memory_bf16(n, target), _memory_f16(n, target), _scalars(target)]

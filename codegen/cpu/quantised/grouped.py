@@ -10,13 +10,11 @@ from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.product import Output, Product
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Tile
-from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
-from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import QuantisedSpec
 from moec.target.cpu import Target
 
@@ -57,7 +55,6 @@ def quantised_product(
         lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
         lambda suffix: QuantisedWeights.of(lay, suffix),
         tile,
-        lambda: integers.functions(Vector(target)),
     )
 
 

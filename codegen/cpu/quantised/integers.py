@@ -8,21 +8,12 @@ those of activations signed; dot_products.py multiplies them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.integer_text import integer_functions
-from moec.codegen.cpu.llvm.vector_text import llvm_functions
 from moec.codegen.cpu.vector import Vector
-
-
-def functions(v: Vector) -> AbstractContextManager[object]:
-    """The frame that everything here, and all of `Vector`, must be called in."""
-    return llvm_frame(llvm_functions(v.target) + integer_functions(v.target))
 
 
 def rounded(v: Vector, x: Expr, inverse: Expr) -> Expr:

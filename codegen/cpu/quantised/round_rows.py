@@ -54,7 +54,7 @@ def round_rows(
 ) -> PrimFunc:
     """A kernel (x[R, width], codes, scales, sums); `blocks` divides `width`."""
     words, planes = form.words(width), form.planes
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         rows = T.int64()
         x = argument("x", (rows, width), dtype)
         codes = argument("codes", (rows, planes * words), "int32")
@@ -62,7 +62,7 @@ def round_rows(
         sums = argument("sums", (rows, planes * blocks), "int32")
         v = Vector(target)
         work = rows * (width * ELEMENT)
-        with integers.functions(v), parallel.shared(rows, work) as row:
+        with parallel.shared(rows, work) as row:
             for word in range(-(-width // v.lanes) * v.lanes // form.per_word, words):
                 for plane in range(planes):
                     T.buffer_store(codes, T.int32(0), [row, plane * words + word])

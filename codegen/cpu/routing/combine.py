@@ -42,7 +42,7 @@ def combine(
     step = _VECTORS * v.lanes
     stretch = min(max(_STRETCH, step), -(-width // step) * step)
     stretches = -(-width // stretch)
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         t, r = T.int64(), T.int64()
         y = argument("y", (r, width), y_dtype)
         slots = argument("slots", (t, top_k), "int32")
@@ -90,7 +90,7 @@ def combine(
                     v.store(out, at, value)
 
         work = t * (top_k * width * ELEMENT)
-        with v.functions(), parallel.shared(t * stretches, work) as unit:
+        with parallel.shared(t * stretches, work) as unit:
             token = T.bind(T.truncdiv(unit, stretches))
             begin = T.bind(T.truncmod(unit, stretches) * stretch)
             end = T.bind(T.min(begin + stretch, width))

@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cpu import parallel, rounding
+from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.rounding import rounded
@@ -23,7 +23,6 @@ from moec.codegen.cpu.routing.route import (
     TOKENS,
     correction_argument,
     route_token,
-    routing_functions,
     routing_work,
     scratch,
 )
@@ -60,7 +59,7 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
     v = Vector(target)
     soft = Softmax(v)
     routing, count = spec.route.routing, spec.route.num_experts
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         tokens = T.int64()
 
         x = argument("x", (tokens, spec.width), LONG_NAMES[spec.x])
@@ -69,23 +68,22 @@ def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
         correction = correction_argument(spec.route.correction, count)
         weights = argument("weights", (tokens, routing.k), LONG_NAMES[routing.dtype])
         experts = argument("experts", (tokens, routing.k), "int64")
-        with routing_functions(v), soft.functions(), parallel.functions(), rounding.functions(v):
-            columns = -(-count // v.lanes) * v.lanes
-            logits = T.alloc_buffer((tokens, columns), "float32")
-            _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
-            work = routing_work(count, tokens)
-            with parallel.shared(T.ceildiv(tokens, TOKENS), work) as task:
-                router = scratch(routing, count, v, correction)
-                first = T.bind(task * TOKENS)
-                with T.serial(0, T.min(tokens - first, TOKENS)) as i:
-                    t = T.bind(first + i)
-                    route_token(
-                        router,
-                        lambda j: logits[t, T.ramp(j * v.lanes, 1, v.lanes)],
-                        weights,
-                        experts,
-                        t,
-                    )
+        columns = -(-count // v.lanes) * v.lanes
+        logits = T.alloc_buffer((tokens, columns), "float32")
+        _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
+        work = routing_work(count, tokens)
+        with parallel.shared(T.ceildiv(tokens, TOKENS), work) as task:
+            router = scratch(routing, count, v, correction)
+            first = T.bind(task * TOKENS)
+            with T.serial(0, T.min(tokens - first, TOKENS)) as i:
+                t = T.bind(first + i)
+                route_token(
+                    router,
+                    lambda j: logits[t, T.ramp(j * v.lanes, 1, v.lanes)],
+                    weights,
+                    experts,
+                    t,
+                )
     return frame.function
 
 

@@ -11,7 +11,6 @@ token are k different ids below E, except that a sparsemixer may choose twice am
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -65,7 +64,7 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
     """The kernel (logits, correction?, weights, experts)."""
     v = Vector(target)
     k, experts = spec.routing.k, spec.num_experts
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         tokens = T.int64()
         logits = argument("logits", (tokens, experts), LONG_NAMES[spec.logits])
         correction = correction_argument(spec.correction, experts)
@@ -73,7 +72,7 @@ def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
         chosen = argument("experts", (tokens, k), "int64")
         count = T.ceildiv(tokens, TOKENS)
         work = routing_work(experts, tokens)
-        with routing_functions(v), parallel.shared(count, work) as task:
+        with parallel.shared(count, work) as task:
             router = scratch(spec.routing, experts, v, correction)
             first = T.bind(task * TOKENS)
             with T.serial(0, T.min(tokens - first, TOKENS)) as i:
@@ -86,14 +85,6 @@ def correction_argument(dtype: str | None, experts: int) -> Buffer | None:
     if dtype is None:
         return None
     return argument("correction", (experts,), LONG_NAMES[dtype])
-
-
-def routing_functions(v: Vector) -> AbstractContextManager[object]:
-    """The frames of everything that `route_token` calls."""
-    stack = ExitStack()
-    stack.enter_context(v.functions())
-    stack.enter_context(Ranking(v).functions())
-    return stack
 
 
 def routing_work(experts: int, tokens: Expr) -> Expr:

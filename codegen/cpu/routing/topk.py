@@ -6,15 +6,12 @@ below all ranks. Buffers of ranks are padded to whole vectors with TAKEN.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.llvm.frame import llvm_frame
-from moec.codegen.cpu.llvm.rank_text import rank_functions
 from moec.codegen.cpu.vector import Vector
 
 TAKEN = -(2**31)
@@ -24,10 +21,6 @@ LOWEST = -0x7F800001  # the rank of -infinity
 @dataclass(frozen=True)
 class Ranking:
     v: Vector
-
-    def functions(self) -> AbstractContextManager[object]:
-        """The frame that makes the functions known: all other calls belong inside it."""
-        return llvm_frame(rank_functions(self.v.lanes))
 
     def ranks(self, x: Expr) -> Expr:
         """float32 lanes -> int32 lanes."""

@@ -28,7 +28,7 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
     [, addend[T, D]], out[T, D])."""
     v = Vector(target)
     count, width = spec.kinds.count("constant"), spec.width
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         t = T.int64()
         x = argument("x", (t, width), spec.x)
         experts = argument("experts", (t, spec.top_k), "int64")
@@ -54,7 +54,7 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
             T.buffer_store(to, to[lanes] + value, [lanes])
 
         work = t * (width * ELEMENT)
-        with v.functions(), parallel.shared(t, work) as token:
+        with parallel.shared(t, work) as token:
             share = register()
             pulls = [register() for _ in range(count)]
             with T.serial(0, spec.top_k) as s:

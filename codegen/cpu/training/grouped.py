@@ -46,14 +46,14 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
     v, dots = Vector(target), Dots(target, stack.k, stack.paired(target))
     width = 2 * v.lanes  # columns of y that a thread takes at once
 
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         r = T.int64()
         x = argument("x", (r, stack.k), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
         b = argument("b", (stack.experts, stack.n), stack.dtype) if biased else None
         y = argument("y", (r, stack.n), stack.dtype)
-        with v.functions(), each_piece(stack, ends, r, -(-stack.n // width)) as some:
+        with each_piece(stack, ends, r, -(-stack.n // width)) as some:
             column = T.bind(some.piece * width)
             sums = v.scratch((ROW_CHUNK, width), "float32")
 
@@ -101,14 +101,14 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
     blocks = -(-stack.n // DEPTH)
     pair = 2 if tile.paired else 1
 
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         r = T.int64()
         dy = argument("dy", (r, stack.n), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
         b = argument("b", (stack.experts, stack.k), stack.dtype) if biased else None
         dx = argument("dx", (r, stack.k), stack.dtype)
-        with v.functions(), each_piece(stack, ends, r, pieces(tile, stack.k)) as some:
+        with each_piece(stack, ends, r, pieces(tile, stack.k)) as some:
             partial = v.scratch((ROW_CHUNK, TILES * tile.columns), "float32")
 
             def finish(row: Expr, column: Expr, count: int, sums: list[Expr]) -> None:
@@ -174,13 +174,13 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
     high = TILES * target.tile_rows  # rows of dw that a thread takes at once
     pair = 2 if tile.paired else 1
 
-    with kernel(name) as frame:
+    with kernel(name, target) as frame:
         r = T.int64()
         dy = argument("dy", (r, stack.n), stack.dtype)
         x = argument("x", (r, stack.k), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         dw = argument("dw", (stack.experts, stack.n, stack.k), stack.dtype)
-        with v.functions(), each_piece(stack, ends, r, -(-stack.n // high), written=True) as some:
+        with each_piece(stack, ends, r, -(-stack.n // high), written=True) as some:
             n = T.bind(some.piece * high)
             rows = T.bind(T.min(T.int64(high), stack.n - n))
             partial = v.scratch((high, TILES * tile.columns), "float32")

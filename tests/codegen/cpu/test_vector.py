@@ -19,11 +19,11 @@ each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 def elementwise(target, functions, x_dtype="float32", y_dtype="float32"):
     """A kernel (x[n], y[len(functions), n]), n a multiple of the lanes."""
     v = Vector(target)
-    with kernel("f") as frame:
+    with kernel("f", target) as frame:
         n = T.int64()
         x = argument("x", (n,), x_dtype)
         y = argument("y", (len(functions), n), y_dtype)
-        with v.functions(), T.serial(0, T.truncdiv(n, T.int64(v.lanes))) as i:
+        with T.serial(0, T.truncdiv(n, T.int64(v.lanes))) as i:
             for row, function in enumerate(functions):
                 v.store(y, [row, i * v.lanes], function(v, v.load(x, [i * v.lanes])))
     return frame.function
@@ -59,18 +59,17 @@ def test_tails_touch_nothing_beyond(build, target, dtype):
     """All counts, known when the kernel is built and not."""
     v = Vector(target)
     n = v.lanes
-    with kernel("f") as frame:
+    with kernel("f", target) as frame:
         x, stored, loaded, late = (
             argument(name, (n, 2 * n), dtype) for name in ("x", "stored", "loaded", "late")
         )
         counts = argument("counts", (n,), "int32")
-        with v.functions():
-            for i in range(n):
-                v.store_tail(stored, [i, 3], v.load(x, [i, 1]) + v.splat(1.0), i)
-                v.store(loaded, [i, 3], v.load_tail(x, [i, 1], i) + v.splat(1.0))
-            with T.serial(0, n) as i:
-                value = v.load_tail(x, [i, 1], counts[i]) + v.splat(1.0)
-                v.store_tail(late, [i, 3], value, counts[i])
+        for i in range(n):
+            v.store_tail(stored, [i, 3], v.load(x, [i, 1]) + v.splat(1.0), i)
+            v.store(loaded, [i, 3], v.load_tail(x, [i, 1], i) + v.splat(1.0))
+        with T.serial(0, n) as i:
+            value = v.load_tail(x, [i, 1], counts[i]) + v.splat(1.0)
+            v.store_tail(late, [i, 3], value, counts[i])
     x = torch.randint(1, 100, (n, 2 * n)).to(DTYPES[dtype])
     stored, loaded, late = (torch.full_like(x, -1) for _ in range(3))
     build(target, frame.function)(x, stored, loaded, late, torch.arange(n, dtype=torch.int32))
