@@ -41,7 +41,7 @@ $(installed): pyproject.toml
 	  f"moec needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
 	@$(python) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(venv)
 	@echo 'installing moec and what it needs into $(venv): a minute or two'
-	@$(python) -m pip install --quiet --disable-pip-version-check --editable '.[hf,dev]'
+	@$(python) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@touch $@
 
 clean:

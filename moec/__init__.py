@@ -9,7 +9,11 @@ Names are imported when they are first used: `moec run` needs neither torch nor 
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from moec.errors import UsageError
+from moec.extras import missing_extra
 
 if TYPE_CHECKING:
     from moec import train
@@ -45,8 +49,20 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("moec")
     if name == "train":
         return importlib.import_module("moec.train")
     if name not in _WHERE:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    try:
+        module = importlib.import_module(_WHERE[name])
+    except ModuleNotFoundError as error:
+        if sentence := missing_extra(error):
+            raise UsageError(sentence) from error
+        raise
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from moec.errors import MoecError, UsageError
+from moec.extras import missing_extra
 
 # What each command is, so that `moec --help` and completion import none of them.
 COMMANDS = {
@@ -110,6 +111,8 @@ def verdict(error: Exception) -> tuple[int, str]:
             return 1, f"error: {error.format_message()}"
         case click.Abort():
             return 130, "interrupted"
+        case ModuleNotFoundError() if extra := missing_extra(error):
+            return 1, f"error: {extra}"
         case MemoryError():
             return 1, "error: this machine has too little free memory for the model"
         case OSError() if error.errno in _USERS_OWN:

@@ -41,11 +41,14 @@ def command(
     """
     if picture and picture.suffix not in (".svg", ".html", ".dot"):
         raise UsageError(f"--graph {picture}: the name must end in .svg, .html or .dot")
+    graph: Graph | None = None
     if is_artifact(Path(model)):
-        report, graph = of_artifact(Path(model))
+        report, text = of_artifact(Path(model))
+        if picture:
+            graph = _parsed(text)
     else:
         report, graph = of_model(model, asked(**options), quiet or as_json)
-    if picture:
+    if picture and graph is not None:
         from moec.report.picture import save, scene
 
         save(scene(report.model, graph, report.blocks, report.declined), picture)
@@ -68,12 +71,12 @@ def is_artifact(path: Path) -> bool:
     return path.is_file() and path.suffix == ".moec"
 
 
-def of_artifact(path: Path) -> tuple[Report, Graph]:
-    """What was recorded when it was compiled. Artifacts for other machines can be read too.
+def of_artifact(path: Path) -> tuple[Report, str]:
+    """What was recorded when it was compiled, and the text of its graph. Artifacts for other
+    machines can be read too, and without the compiler.
 
     Raises ArtifactError where the parts that are read here are missing or altered.
     """
-    from moec.ir.text import parse
     from moec.report.report import Report
     from moec.runtime import manifest as manifests
     from moec.runtime.artifact import graph_part
@@ -89,10 +92,15 @@ def of_artifact(path: Path) -> tuple[Report, Graph]:
     if part not in manifest.parts:
         raise ArtifactError(f"{path} holds no {part}; compile or copy the artifact again")
     text = _verified(path, container, part, manifest.parts[part].sha256)
-    graph = parse(bytes(text).decode())
     report = Report.of_dict(recorded)
     packed = sum(part.size for name, part in manifest.parts.items() if name.startswith("weights/"))
-    return replace(report, bytes_out=packed, phases={}), graph
+    return replace(report, bytes_out=packed, phases={}), bytes(text).decode()
+
+
+def _parsed(text: str) -> Graph:
+    from moec.ir.text import parse
+
+    return parse(text)
 
 
 def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str | None) -> Any:

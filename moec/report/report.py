@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moec.ir.dims import show_dim
-from moec.ir.stats import count_weights
 from moec.report.data import WHOLE, PassLine, PortLine, ReportData
 
 if TYPE_CHECKING:
@@ -31,6 +29,8 @@ class Report(ReportData):
 
 def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The fields of a Report that a graph and its weights answer: sizes, ports, parameters."""
+    from moec.ir.stats import count_weights
+
     parameters, bytes_by_dtype = count_weights(graph, weights)
     before = [state.before for state in graph.states]
     return {
@@ -44,7 +44,9 @@ def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def port(value: Value) -> PortLine:
-    return PortLine(value.name, value.dtype, tuple(show_dim(dim) for dim in value.shape))
+    from moec.ir.dims import show_dim
+
+    return PortLine(value.name, value.dtype, tuple(map(show_dim, value.shape)))
 
 
 def pass_lines(steps: Iterable[Step]) -> tuple[PassLine, ...]:

@@ -1,0 +1,28 @@
+"""Which extra installs what a command lacks."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "compile": ("torch", "networkx", "numba", "scipy", "sympy"),
+    "onnx": ("onnx", "onnxruntime"),
+    "hf": ("transformers",),
+    "bench": ("matplotlib", "sklearn", "gguf", "accelerate"),
+}
+NEEDED_FOR = {
+    "compile": "compiling a model",
+    "onnx": "ONNX files",
+    "hf": "Hugging Face checkpoints",
+    "bench": "this benchmark",
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """What to install, in one sentence; empty where the module is no extra's."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return (
+                f"{NEEDED_FOR[extra]} needs {package}, which is not installed: "
+                f"pip install 'moec[{extra}]'"
+            )
+    return ""

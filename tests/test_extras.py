@@ -1,0 +1,110 @@
+"""Without the compiler an artifact runs, and every command that needs more says what to install."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.extras import EXTRAS, missing_extra
+from moec.runtime import artifact
+from tests.commands import models
+from tests.runtime import toy
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = """
+import runpy, sys
+BLOCKED = {"torch", "networkx", "numba", "llvmlite", "scipy", "sympy", "onnx", "onnxruntime",
+           "transformers", "matplotlib", "sklearn"}
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+MOEC = BLOCKED + 'runpy.run_module("moec", run_name="__main__")'
+
+
+def moec(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process where only the base installation can be imported."""
+    command = [sys.executable, "-W", "ignore", "-c", MOEC, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "speaker.moec"
+    artifact.write(
+        toy.language_model(),
+        path,
+        graphs={"main": toy.GRAPH},
+        files=toy.tokenizer_files(),
+        extra={"report": models.report().to_dict()},
+    )
+    return path
+
+
+def test_an_artifact_runs_is_inspected_and_verified(path: Path, tmp_path: Path) -> None:
+    done = moec("run", path, "--prompt", "a b", "--max-new-tokens", 3)
+    assert (done.returncode, done.stdout) == (0, "c d e\n"), done.stderr
+    ids = np.ones((1, 2), np.int64)
+    np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=ids)
+    done = moec("run", path, "--input", tmp_path / "in.npz")
+    assert (done.returncode, done.stdout) == (0, "logits: f32[1, 2, 8]\n"), done.stderr
+    done = moec("inspect", path)
+    assert done.returncode == 0, done.stderr
+    assert "MoE blocks" in done.stdout
+    done = moec("verify", path)
+    assert done.returncode == 0, done.stderr
+    assert "its graphs were not read: the compiler is not installed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (("compile", "model.py:make", "-o", "x.moec"), "torch"),
+        (("export", "model.py:make", "-o", "x.onnx"), "torch"),
+        (("inspect", "model.py:make"), "torch"),
+        (("list", "passes"), "sympy"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks(words: tuple[str, ...], package: str) -> None:
+    done = moec(*words)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line == (
+        f"error: compiling a model needs {package}, which is not installed: "
+        "pip install 'moec[compile]'"
+    )
+
+
+def test_python_says_the_same() -> None:
+    lines = (
+        "import moec",
+        "moec.load",
+        "try: moec.compile",
+        "except moec.MoecError as e: print(e)",
+    )
+    code = "\n".join((BLOCKED, *lines))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("compiling a model needs torch"), done.stderr
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {"sklearn": "scikit-learn", "onnxruntime": "onnxruntime-gpu"}
+    for extra, packages in EXTRAS.items():
+        listed = {re.split(r"[\[<>=]", item)[0] for item in project["optional-dependencies"][extra]}
+        assert {names.get(package, package) for package in packages} <= listed
+
+
+def test_a_module_of_no_extra() -> None:
+    assert missing_extra(ModuleNotFoundError("No module named 'mine'", name="mine")) == ""
+    assert missing_extra(ModuleNotFoundError("torch", name="torch.nn")).endswith("'moec[compile]'")
