@@ -53,7 +53,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_artifact_runs_is_inspected_and_verified(path: Path, tmp_path: Path) -> None:
     done = moec("run", path, "--prompt", "a b", "--max-new-tokens", 3)
-    assert (done.returncode, done.stdout) == (0, "c d e\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, " c d e\n"), done.stderr
     ids = np.ones((1, 2), np.int64)
     np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=ids)
     done = moec("run", path, "--input", tmp_path / "in.npz")
@@ -86,13 +86,9 @@ def test_a_command_names_the_extra_that_it_lacks(words: tuple[str, ...], package
 
 
 def test_python_says_the_same() -> None:
-    lines = (
-        "import moec",
-        "moec.load",
-        "try: moec.compile",
-        "except moec.MoecError as e: print(e)",
-    )
-    code = "\n".join((BLOCKED, *lines))
+    lines = ["import moec", "moec.load", "try: moec.compile"]
+    lines.append("except moec.MoecError as error: print(error)")
+    code = "\n".join([BLOCKED, *lines])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("compiling a model needs torch"), done.stderr
 

@@ -115,6 +115,7 @@ _PROBES = {
     "transformers": "import transformers",
 }
 _PURPOSE = {
+    "torch": "needed for compiling only",
     "onnxruntime-gpu": "only the ONNX export is checked with it",
     "transformers": "needed for Hugging Face checkpoints only",
     "tokenizers": "needed for prompts only",
@@ -125,14 +126,26 @@ def packages() -> list[Check]:
     """The packages that moec asks for: there, of a version in range, and loadable."""
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(text) for text in requires("moec") or ()]
-    optional = [r for r in wanted if r.marker and r.marker.evaluate({"extra": "hf"})]
-    needed = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
-    programs = {r.name: _PROBES[r.name] for r in (*needed, *optional) if r.name in _PROBES}
-    faults = probe({name: code for name, code in programs.items() if _version(name)})
-    found = [_package(str(r.name), r.specifier, "", faults) for r in needed]
-    found += [_package(str(r.name), r.specifier, "hf", faults) for r in optional]
-    return found
+    requirements = [Requirement(text) for text in requires("moec") or ()]
+    by_extra = {
+        extra: [r for r in requirements if _belongs(r.marker, extra) and r.name != "moec"]
+        for extra in ("", "compile", "onnx", "hf")
+    }
+    names = {r.name for group in by_extra.values() for r in group}
+    programs = {name: _PROBES[name] for name in names if name in _PROBES and _version(name)}
+    faults = probe(programs)
+    return [
+        _package(str(r.name), r.specifier, extra, faults)
+        for extra, group in by_extra.items()
+        for r in group
+    ]
+
+
+def _belongs(marker: Any, extra: str) -> bool:
+    """Whether a requirement is that of an extra; of the base where there is no marker."""
+    if marker is None:
+        return not extra
+    return bool(extra) and bool(marker.evaluate({"extra": extra}))
 
 
 def _package(name: str, wanted: object, extra: str, faults: Mapping[str, str]) -> Check:
