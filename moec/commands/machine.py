@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from typing import Any
 
 from moec.codegen.cpu import link
 from moec.errors import TargetError
@@ -115,7 +116,6 @@ _PROBES = {
     "transformers": "import transformers",
 }
 _PURPOSE = {
-    "torch": "needed for compiling only",
     "onnxruntime-gpu": "only the ONNX export is checked with it",
     "transformers": "needed for Hugging Face checkpoints only",
     "tokenizers": "needed for prompts only",
