@@ -1,7 +1,7 @@
 """What compressing trained experts costs: bits a weight, and perplexity of text not fitted to.
 
     python benchmarks/compress.py [--models tiny_moe,switch,smollm2] [--tokens 4096]
-                                  [--folder FOLDER] [--append benchmarks/RESULTS.md]
+                                  [--folder FOLDER] [--append FILE.md]
 
 tiny_moe is examples/tiny_moe, switch the Switch Transformer of benchmarks/switch.py (trained where
 --folder holds none), smollm2 the upcycled model of benchmarks/upcycle.py: four of its 30 layers

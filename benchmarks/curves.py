@@ -1,7 +1,7 @@
 """Perplexity against memory of pruned, merged and averaged experts, by criterion, as a table.
 
     python benchmarks/curves.py [--models tiny_moe,smollm2] [--budget "kl<=0.1"]
-                                [--plot FILE.png] [--append benchmarks/RESULTS.md]
+                                [--plot FILE.png] [--append FILE.md]
 
 tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/upcycle.py (four of its 30
 layers have experts). Experts are chosen on one file of Python's standard library, perplexity is

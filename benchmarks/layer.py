@@ -1,7 +1,8 @@
 """One MoE layer, by moec and by the ways that transformers has to run it.
 
     python benchmarks/layer.py [--shape olmoe] [--tokens 1,8,64,512] [--dtypes float32,bfloat16]
-    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …] [--append RESULTS.md]
+                               [--record FILE.jsonl --machine "AMD EPYC, Zen 4"]
+    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …]
 
 The layer is OLMoE's whole block in the sizes of some model, router included, compiled by
 `moec.compile` as any module is. Shared experts are one MLP beside it, as DeepSeek has them; they
@@ -21,26 +22,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import os
-import shlex
 import statistics
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 from moec.runtime.threads import set_threads
 
 THREADS = set_threads()
 
 import torch  # noqa: E402
+from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OlmoeConfig  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
@@ -147,17 +143,27 @@ def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
     return found
 
 
+@dataclass(frozen=True)
+class Table:
+    """What was printed of one dtype or format, for benchmarks/results/layers.jsonl."""
+
+    claim: str
+    case: str
+    rows: list[dict[str, Cell]]
+    conditions: str
+
+
 def compare(
     shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool, onnx: bool
-) -> bool:
-    """Print the table of one dtype; whether moec was ahead by 1.2 times everywhere."""
+) -> Table:
+    """Print the table of one dtype, and return it."""
     layer = block(DTYPES[dtype], shape=shape)
     ways = contenders(layer, inductor, onnx)
     top, read = peak(dtype), reading()
     print(f"\n{dtype}: {THREADS} threads, {top / 1e9:.0f} GFLOP/s")
     heads = "".join(f"{c.name:>12}" for c in ways)
     print(f"tokens{heads}   ratio    GB/s  % of limit", flush=True)
-    ahead = True
+    table: list[dict[str, Cell]] = []
     for t in tokens:
         x = torch.randn(1, t, shape.D).to(DTYPES[dtype])
         running = [c for c in ways if t <= c.most_tokens]
@@ -187,9 +193,18 @@ def compare(
             f"{median[c.name] * 1e3:12.2f}" if c.name in median else f"{'-':>12}" for c in ways
         )
         ratio, share = other / median["moec"], limit / median["moec"]
-        ahead &= ratio >= 1.2
+        table.append(
+            {
+                "tokens": t,
+                **{name: round(m * 1e3, 2) for name, m in median.items()},
+                "ratio": round(ratio, 2),
+                "GB/s": round(stream / 1e9, 1),
+                "% of limit": round(share * 100),
+            }
+        )
         print(f"{t:6}{cells}{ratio:8.2f}{stream / 1e9:8.1f}{share:12.0%}", flush=True)
-    return ahead
+    claim = {"bfloat16": "layer-bf16", "float32": "layer-f32"}[dtype]
+    return Table(claim, "", table, f"{THREADS} threads, {top / 1e9:.0f} GFLOP/s")
 
 
 def clear_tokens(layer: Block, count: int) -> Tensor:
@@ -201,9 +216,9 @@ def clear_tokens(layer: Block, count: int) -> Tensor:
     return rows[best[:, k - 1] - best[:, k] > BF16_LOGIT][:count][None]
 
 
-def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -> None:
-    """Print the table of one format: times, and errors against eager in float32 with the same
-    weights, over tokens that go to the same experts everywhere."""
+def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -> Table:
+    """Print the table of one format, and return it: times, and errors against eager in float32
+    with the same weights, over tokens that go to the same experts everywhere."""
     from qmoe import qmoe
 
     layer, format = block(torch.bfloat16, True, shape), integer.parse(text)
@@ -219,6 +234,7 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
     read, stored = reading(), sum(line.bytes_after for line in compiled.quantised)
     print(f"\n{text}: {THREADS} threads")
     print("tokens" + "".join(f"{c.name:>12}" for c in ways) + "    GB/s   % of it   errors")
+    table: list[dict[str, Cell]] = []
     for t in tokens:
         x = clear_tokens(exact, t)
         wanted = exact(x.float())
@@ -237,7 +253,17 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
         share = stored * used / shape.E / stream / median["quantised"]
         cells = "".join(f"{median[c.name] * 1e3:12.2f}" for c in ways)
         said = ", ".join(f"{e:.1e}" for e in errors)
+        table.append(
+            {
+                "tokens": t,
+                **{name: round(m * 1e3, 2) for name, m in median.items()},
+                "GB/s": round(stream / 1e9, 1),
+                "% of bandwidth": round(share * 100),
+                "errors": said,
+            }
+        )
         print(f"{t:6}{cells}{stream / 1e9:8.1f}{share:10.0%}   {said}", flush=True)
+    return Table("layer-quantised", text, table, f"{THREADS} threads")
 
 
 def main() -> int:
@@ -249,24 +275,12 @@ def main() -> int:
     parser.add_argument("--no-inductor", action="store_true", help="it takes minutes to compile")
     parser.add_argument("--onnx", action="store_true", help="also ONNX Runtime, in float32")
     parser.add_argument("--quant", help="a format of moec compile --quant, beside QMoE")
-    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    add_record_options(parser, processor())
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\._dynamo")
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    if options.append is None:
-        run(options)
-        return 0
-    said = io.StringIO()
-    with redirect_stdout(said):
-        run(options)
-    print(said.getvalue(), end="")
-    command = shlex.join(["python", "benchmarks/layer.py", *_without_append(sys.argv[1:])])
-    body = textwrap.indent(said.getvalue(), "    ")
-    with options.append.open("a", encoding="utf-8") as file:
-        file.write(
-            f"\n## One layer of {options.shape}\n\n{date.today()}\n\n    $ {command}\n{body}"
-        )
+    run(options)
     return 0
 
 
@@ -277,22 +291,27 @@ def run(options: argparse.Namespace) -> None:
     shared = f" + {shape.shared} shared" if shape.shared else ""
     sizes = f"D={shape.D} H={shape.H} E={shape.E} k={shape.K}{shared}"
     print(f"{options.shape}: {sizes}, torch {torch.__version__}")
-    print(f"{processor()}, target {host().name}, load average before: {os.getloadavg()[0]:.1f}")
+    load = os.getloadavg()[0]
+    print(f"{processor()}, target {host().name}, load average before: {load:.1f}")
     tokens = [int(t) for t in options.tokens.split(",")]
+    inductor, onnx = not options.no_inductor, options.onnx
     with torch.inference_mode():
         if options.quant:
-            compare_quantised(shape, options.quant, tokens, options.rounds)
-            return
-        results = [
-            compare(shape, dtype, tokens, options.rounds, not options.no_inductor, options.onnx)
-            for dtype in options.dtypes.split(",")
-        ]
-    print("moec is at least 1.2 times faster everywhere:", "yes" if all(results) else "NO")
-
-
-def _without_append(words: list[str]) -> list[str]:
-    at = words.index("--append") if "--append" in words else len(words)
-    return words[:at] + words[at + 2 :]
+            tables = [compare_quantised(shape, options.quant, tokens, options.rounds)]
+        else:
+            tables = [
+                compare(shape, dtype, tokens, options.rounds, inductor, onnx)
+                for dtype in options.dtypes.split(",")
+            ]
+            ahead = all(float(str(row["ratio"])) >= 1.2 for t in tables for row in t.rows)
+            print("moec is at least 1.2 times faster everywhere:", "yes" if ahead else "NO")
+    for table in tables:
+        case = f"{options.shape}, {table.case}" if table.case else options.shape
+        conditions = (
+            f"{options.shape}: {sizes}; target {host().name}; {table.conditions}; "
+            f"load average {load:.1f}"
+        )
+        record_if_asked(options, table.claim, case, table.rows, conditions)
 
 
 if __name__ == "__main__":

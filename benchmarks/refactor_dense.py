@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as experts for code and prose: what refactor-dense makes of it.
 
     python benchmarks/refactor_dense.py [--keep 0.3,0.5] [--train STEPS] [--compile]
-        [--append RESULTS.md]
+        [--append FILE.md]
 
 Code is Python's standard library, prose the topics of its manual (pydoc). Channels are chosen on
 some files and topics; perplexity is that of others. "active" is the share of the dense model's

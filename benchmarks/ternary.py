@@ -28,6 +28,7 @@ THREADS = set_threads()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tvm  # noqa: E402
+from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moec.arguments import target_of  # noqa: E402
@@ -43,7 +44,7 @@ from moec.codegen.specs.products import CompressedSpec, LinearSpec  # noqa: E402
 from moec.formats.compressed import compress, decompress, nbytes  # noqa: E402
 from moec.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
 from moec.formats.ternary_code import ZEROS, dictionary  # noqa: E402
-from moec.target.cpu import Target  # noqa: E402
+from moec.target.cpu import Target, processor  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
 COLD = 2  # times the last-level cache
@@ -83,8 +84,8 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
     return [stream.repeat(times), moved, grid.repeat(times, 1, 1)]
 
 
-def product(target: Target, kind: str, n: int, k: int, tokens: int, rounds: int) -> None:
-    """Print the line of one shape."""
+def product(target: Target, kind: str, n: int, k: int, tokens: int, rounds: int) -> dict[str, Cell]:
+    """Print the line of one shape, and return it."""
     codes = source(DISTINCT, n, k, kind)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
     if kind == "2bit":
@@ -147,6 +148,16 @@ def product(target: Target, kind: str, n: int, k: int, tokens: int, rounds: int)
         f"{size / a / 1e3:10.1f}{speed:10.1f}",
         flush=True,
     )
+    return {
+        "kind": kind,
+        "matrix": f"{n} x {k}",
+        "times smaller": round(ratio, 2),
+        "µs": round(a, 1),
+        "bf16 µs": round(b, 1),
+        "ratio": round(each, 2),
+        "GB/s": round(size / a / 1e3, 1),
+        "bf16 GB/s": round(speed, 1),
+    }
 
 
 def encoding(millions: int = 100) -> None:
@@ -174,19 +185,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1, help="rows that meet each expert")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--target", default="cpu", help="of both kernels")
+    add_record_options(parser, processor())
     options = parser.parse_args()
     target = target_of(options.target, run=True)
     torch.manual_seed(0)
-    print(
-        f"{Path(__file__).name}: {THREADS} threads, {target.name}, last-level cache "
-        f"{cache_bytes() >> 20} MiB, load average before {os.getloadavg()[0]:.1f}"
+    conditions = (
+        f"{THREADS} threads, {target.name}, last-level cache {cache_bytes() >> 20} MiB, load "
+        f"average before {os.getloadavg()[0]:.1f}"
     )
+    print(f"{Path(__file__).name}: {conditions}")
+    rows: list[dict[str, Cell]] = []
     encoding()
     print("kind     rows   wide  smaller  its µs   bf16 µs   ratio      GB/s bf16 GB/s")
     for kind in options.kinds.split(","):
         for shape in options.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            product(target, kind, n, k, options.tokens, options.rounds)
+            rows.append(product(target, kind, n, k, options.tokens, options.rounds))
+    count = "one row" if options.tokens == 1 else f"{options.tokens} rows"
+    target_named = "" if options.target == "cpu" else f", --target {options.target}"
+    case = f"{count} by one expert{target_named}"
+    record_if_asked(options, "compressed-kernels", case, rows, conditions)
 
 
 if __name__ == "__main__":

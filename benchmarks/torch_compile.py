@@ -27,12 +27,14 @@ THREADS = set_threads()
 
 import torch  # noqa: E402
 from layer import DTYPES, OLMOE, TOLERANCES, block, way  # noqa: E402
+from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import moec  # noqa: E402
 import moec.dynamo  # noqa: E402
 from moec.bench.limits import timed, warm  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
+from moec.target.cpu import processor  # noqa: E402
 
 MOEC = "moec"
 Run = Callable[[Tensor], Tensor]
@@ -102,6 +104,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--only", help="contenders, with commas between them")
+    add_record_options(parser, processor())
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\._dynamo")
     torch.set_num_threads(THREADS)
@@ -113,7 +116,9 @@ def main() -> int:
     tokens = options.tokens or ("64,512" if options.train else "1,64,512")
     what = "training" if options.train else "inference"
     print(f"{Path(__file__).name}: {what}, {options.dtype}, {OLMOE}")
-    print(f"torch {torch.__version__}, {THREADS} threads, load average {os.getloadavg()[0]:.1f}")
+    load = os.getloadavg()[0]
+    print(f"torch {torch.__version__}, {THREADS} threads, load average {load:.1f}")
+    rows: list[dict[str, Cell]] = []
     print("tokens" + "".join(f"{name:>16}" for name in names))
     layer = block(DTYPES[options.dtype])
     with torch.set_grad_enabled(options.train):
@@ -127,6 +132,14 @@ def main() -> int:
                 f"{found[name] * 1e3:9.2f}{found[name] / found[names[0]]:6.2f}x" for name in names
             )
             print(f"{t:6}{cells}", flush=True)
+            rows.append({"tokens": t})
+            for name in names:
+                rows[-1][name] = round(found[name] * 1e3, 2)
+                rows[-1][f"{name} ratio"] = round(found[name] / found[names[0]], 2)
+    claim = "torch-compile-training" if options.train else "torch-compile"
+    case = f"olmoe, {options.dtype.replace('bfloat16', 'bf16')}"
+    conditions = f"{OLMOE}; {THREADS} threads, load average {load:.1f}; milliseconds"
+    record_if_asked(options, claim, case, rows, conditions)
     return 0
 
 

@@ -1,7 +1,7 @@
 """One MoE layer, compiled with and without --tune.
 
     python benchmarks/tune.py [--shape olmoe] [--dtype bfloat16] [--quant FORMAT]
-                              [--tokens 1,8,64,512] [--rounds 21] [--append RESULTS.md]
+                              [--tokens 1,8,64,512] [--rounds 21] [--append FILE.md]
 
 The layers of benchmarks/layer.py. Both run in one process, in turn, on the same new tokens in each
 round. Printed are medians in milliseconds, the median of the rounds' ratios with its error, and

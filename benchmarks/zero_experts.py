@@ -29,12 +29,14 @@ from moec.runtime.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
+from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import moec  # noqa: E402
 from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
+from moec.target.cpu import processor  # noqa: E402
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 K = 2
@@ -129,8 +131,9 @@ def shares(shape: Shape, tau: float) -> Tensor:
     return each / each.sum()
 
 
-def compare(name: str, tokens: int, rounds: int) -> bool:
+def compare(name: str, options: argparse.Namespace, conditions: str) -> bool:
     """Print the table of one shape; whether all ratios are nearer to theory than the paper's."""
+    tokens, rounds = options.tokens, options.rounds
     shape = SHAPES[name]
     networks = [Expert(shape) for _ in range(shape.networks)]
     constants = [Constant(shape) for _ in range(shape.constants)]
@@ -159,16 +162,26 @@ def compare(name: str, tokens: int, rounds: int) -> bool:
             some.append(timed(way))
     vanilla, *medians = [statistics.median(some) for some in times]
     flops = K * tokens * 6 * shape.width * shape.hidden
-    print(
-        f"\n{name}/({shape.networks}+{shape.zero}): vanilla MoE {vanilla * 1e3:.2f} ms, "
-        f"{flops / vanilla / 1e9:.0f} GFLOP/s"
-    )
+    case = f"{name}/({shape.networks}+{shape.zero})"
+    speed = f"vanilla MoE {vanilla * 1e3:.2f} ms, {flops / vanilla / 1e9:.0f} GFLOP/s"
+    print(f"\n{case}: {speed}")
+    rows_of_table: list[dict[str, Cell]] = []
     print("tau      ms   ratio   paper  theory", flush=True)
     nearer = True
     for tau, median, paper in zip(TAUS, medians, shape.paper, strict=True):
         ratio, theory = median / vanilla, shape.theory(tau)
         nearer &= abs(ratio - theory) < abs(paper - theory)
         print(f"{tau:4}{median * 1e3:7.2f}{ratio:8.3f}{paper:8.3f}{theory:8.3f}", flush=True)
+        rows_of_table.append(
+            {
+                "tau": tau,
+                "ms": round(median * 1e3, 2),
+                "ratio": round(ratio, 3),
+                "paper": round(paper, 3),
+                "theory": round(theory, 3),
+            }
+        )
+    record_if_asked(options, "zero-experts", case, rows_of_table, f"{conditions}; {speed}")
     return nearer
 
 
@@ -177,17 +190,23 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
+    add_record_options(parser, processor())
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     print(f"{Path(__file__).name}: T={options.tokens} k={K}, bf16, torch {torch.__version__}")
-    print(f"load average before: {os.getloadavg()[0]:.1f}")
-    print(f"{THREADS} threads, {peak('bfloat16') / 1e9:.0f} GFLOP/s, {bandwidth() / 1e9:.1f} GB/s")
+    load = os.getloadavg()[0]
+    print(f"load average before: {load:.1f}")
+    machine = (
+        f"{THREADS} threads, {peak('bfloat16') / 1e9:.0f} GFLOP/s, {bandwidth() / 1e9:.1f} GB/s"
+    )
+    print(machine)
+    conditions = f"T={options.tokens}, k={K}, bf16; {machine}; load average {load:.1f}"
     with torch.inference_mode():
         results = []
         for name in options.shapes.split(","):
             start = time.perf_counter()
-            results.append(compare(name, options.tokens, options.rounds))
+            results.append(compare(name, options, conditions))
             print(f"(all of it took {time.perf_counter() - start:.0f} s)", file=sys.stderr)
     print("nearer to theory than the paper everywhere:", "yes" if all(results) else "NO")
     return 0

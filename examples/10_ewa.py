@@ -8,8 +8,8 @@ Rate and decay are the best of nine pairs for the dense model, the share rate th
 EWA, by the loss on 300 of the training images, in runs of other seeds. The two are a tie.
 
 With 100 images, all in each batch, gradients have no noise but that of the random partition: there
-EWA is ahead of dense training, and behind dense training with dropout. benchmarks/RESULTS.md has
-both tables and the search that led there.
+EWA is ahead of dense training, and behind dense training with dropout. docs/benchmarks.md has
+both tables, benchmarks/results/ewa_search.txt the search that led there.
 
     python examples/10_ewa.py           # a few steps of one seed, to see it run
     python examples/10_ewa.py --full    # twenty seeds, the means and their confidence intervals

@@ -1,0 +1,137 @@
+"""What the measurements are about: one claim a table of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`name` is the field of the records; `text` says what the columns mean and what was seen.
+
+    `by_case`: each case has columns of its own, and so a table of its own.
+    """
+
+    name: str
+    title: str
+    text: str
+    by_case: bool = False
+
+
+CLAIMS = (
+    Claim(
+        "model",
+        "A model beside other runtimes",
+        "Prompts of 512 tokens are read, then tokens are written one by one. The model has the "
+        "shape of Granite-3.0-1B-A400M with random weights (`benchmarks/granite.py`). Tokens per "
+        "second are medians; `from` and `to` bound the middle half of all measurements; a ratio "
+        "says how many times as long as moec a runtime takes. In the bf16 rows OpenVINO and ONNX "
+        "Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
+    ),
+    Claim(
+        "layer-bf16",
+        "One MoE layer in bf16",
+        "Milliseconds a call, medians. `eager`, `grouped_mm` and `batched_mm` are implementations "
+        "of experts in transformers, `inductor` is `grouped_mm` through torch.compile. `ratio` is "
+        "the time of the fastest other contender over moec's; `% of limit` compares moec with the "
+        "machine's measured arithmetic peak or memory bandwidth, whichever binds. More than 100 % "
+        "means that weights came from a cache.",
+    ),
+    Claim(
+        "layer-f32",
+        "One MoE layer in float32",
+        "As above. `MoE op` is ONNX Runtime's com.microsoft.MoE, `ONNX rows` is moec's export "
+        "with one product per expert, both run by ONNX Runtime.",
+    ),
+    Claim(
+        "layer-quantised",
+        "One MoE layer with quantised experts",
+        "Milliseconds a call, beside moec's bf16 layer and ONNX Runtime's com.microsoft.QMoE with "
+        "the same codes. The share is that of the measured memory bandwidth. The three errors are "
+        "those of moec quantised, moec bf16 and QMoE against eager in float32, as shares of the "
+        "norm. On the Xeon with AMX, int4:32 takes longer than bf16 for 512 tokens.",
+    ),
+    Claim(
+        "torch-compile",
+        "A layer through torch.compile",
+        "Milliseconds a call of a layer of OLMoE. `moec` is the whole layer by the backend, "
+        "`moec-eager` the same with `options={'rest': 'eager'}`, `artifact` the layer compiled by "
+        "`moec.compile`, `inductor` PyTorch's own compiler on transformers' experts.",
+    ),
+    Claim(
+        "torch-compile-training",
+        "A layer trained through torch.compile",
+        "Milliseconds a forward and a backward pass of a layer of OLMoE, every gradient wanted, "
+        "no optimiser step.",
+    ),
+    Claim(
+        "onnx-files",
+        "ONNX files in ONNX Runtime",
+        "Milliseconds a call of one OLMoE layer's model; `transformers` is the file that "
+        "transformers exports with onnxscript, the others are moec's.",
+    ),
+    Claim(
+        "zero-experts",
+        "Experts without a network (MoE++)",
+        "Time of the experts relative to a vanilla MoE layer with the same experts, both compiled "
+        "by moec, for the shapes of table 2 of arXiv 2410.07348. `paper` follows from its table 3; "
+        "`theory` is the share of choices that fall on experts with networks.",
+    ),
+    Claim(
+        "compressed-kernels",
+        "Compressed experts: one product",
+        "Microseconds of one matrix-vector product with weights that are not in a cache, beside "
+        "bf16. `ternary` is QMoE's format, `2bit` moec's own.",
+    ),
+    Claim(
+        "compressed-models",
+        "Compressed experts: what trained models lose",
+        "Perplexity on text that the model never saw. `left` is the loss as a share of that of "
+        "rounding to nearest. QMoE (arXiv 2310.16795, table 4) reports about a tenth.",
+    ),
+    Claim(
+        "compressed-parts",
+        "Compressed experts: what each part of the fit does",
+        "Variants that were tried on held-out files other than those above.",
+    ),
+    Claim(
+        "perplexity",
+        "Quantised experts: perplexity of tiny_moe",
+        "Held-out text; `calibrated` chooses codes by GPTQ.",
+    ),
+    Claim(
+        "approximate-passes",
+        "Pruned, merged and averaged experts",
+        "Megabytes and perplexity with a share of the experts left; the kl columns ask for 50 % "
+        "within a budget of KL divergence 0.1.\n\n"
+        "![Perplexity against memory, by method](images/curves.png)",
+    ),
+    Claim(
+        "refactor-dense",
+        "A dense model as experts for domains",
+        "Shares of the parameters that are active for a token; perplexity by domain; the share of "
+        "tokens that the router sends to the experts of their domain.",
+    ),
+    Claim(
+        "row-bits",
+        "Activations of 8 and of 16 bits",
+        "Quantised experts round their input rows to 8 bits, with `:rows16` to 16. Rows of 16 bits "
+        "take up to twice as long where rows multiply. For int8 they halve the error; for int4 "
+        "they gain nothing.",
+        by_case=True,
+    ),
+    Claim("tuning", "Tuned kernels", "`--tune` on one layer; milliseconds a call."),
+    Claim(
+        "changes",
+        "Single changes, before and after",
+        "Artifacts of both commits run by turns on one machine.",
+        by_case=True,
+    ),
+    Claim(
+        "ewa",
+        "Experts Weights Averaging",
+        "A small vision transformer on handwritten digits, trained dense and with EWA "
+        "(arXiv 2308.06093) for the same number of steps. EWA is ahead of dense training where "
+        "nothing else regularises, and behind dense training with dropout.",
+    ),
+)

@@ -1,0 +1,138 @@
+"""Measurements as JSON lines: one record a run of one command on one machine.
+
+    {"claim": "layer-bf16", "case": "olmoe", "machine": "AMD EPYC, Zen 4", "date": "2026-11-26",
+     "recorded": "5c9f335", "command": "python benchmarks/layer.py ...", "rows": [{...}, ...]}
+
+`rows` holds the figures, one object a row of the claim's table. `commit` is the one that was
+measured; older records have `recorded` instead, the commit that wrote the figures down. `versions`,
+`conditions` and `notes` are text for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+UNRECORDED = "not recorded"
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    claim: str
+    machine: str
+    rows: tuple[Mapping[str, Cell], ...]
+    case: str = ""
+    date: str = ""
+    commit: str = ""
+    recorded: str = ""
+    command: str = ""
+    versions: str = ""
+    conditions: str = ""
+    notes: str = ""
+
+
+def parse_record(line: str, where: str) -> Record:
+    """One line. Raises ValueError, naming `where`, for a field that a record does not have."""
+    entry = json.loads(line)
+    unknown = set(entry) - {field.name for field in fields(Record)}
+    missing = {"claim", "machine", "rows"} - set(entry)
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown fields {sorted(unknown)}, missing {sorted(missing)}")
+    if not entry["rows"]:
+        raise ValueError(f"{where}: no rows")
+    return Record(**{**entry, "rows": tuple(entry["rows"])})
+
+
+def read_records(folder: Path = RESULTS) -> Iterator[Record]:
+    """All records of a folder's .jsonl files, in the order of their lines."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield parse_record(line, f"{path.name}:{number}")
+
+
+def measured_now(
+    claim: str, case: str, machine: str, rows: Sequence[Mapping[str, Cell]], conditions: str
+) -> Record:
+    """The record of what this process measured: its command, today, the commit, the versions."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    script = Path(sys.argv[0])
+    words = [f"{script.parent.name}/{script.name}", *_without_record(sys.argv[1:])]
+    return Record(
+        claim,
+        machine,
+        tuple(rows),
+        case,
+        date.today().isoformat(),
+        commit.stdout.strip(),
+        command=shlex.join(["python", *words]),
+        versions=f"torch {version('torch')}, apache-tvm {version('apache-tvm')}",
+        conditions=conditions,
+    )
+
+
+def _without_record(words: Sequence[str]) -> list[str]:
+    """A command without --record FILE and --machine NAME, which say where its figures go."""
+    dropped = {
+        i + offset
+        for i, word in enumerate(words)
+        if word in ("--record", "--machine")
+        for offset in (0, 1)
+    }
+    return [word for i, word in enumerate(words) if i not in dropped]
+
+
+def add_record_options(parser: argparse.ArgumentParser, machine: str) -> None:
+    """--record and --machine, whose default is the name of this machine's processor."""
+    parser.add_argument("--record", type=Path, help="add what is measured to this .jsonl file")
+    parser.add_argument("--machine", default=machine, help="its kind, as in the other records")
+
+
+def record_if_asked(
+    options: argparse.Namespace,
+    claim: str,
+    case: str,
+    rows: Sequence[Mapping[str, Cell]],
+    conditions: str,
+) -> None:
+    """Append what was measured to the file of --record, where there is one."""
+    if options.record is not None:
+        record = measured_now(claim, case, options.machine, rows, conditions)
+        append_record(record, options.record)
+
+
+def append_record(record: Record, path: Path) -> None:
+    """Write a record behind those of a file; empty fields are left out."""
+    entry = {f.name: getattr(record, f.name) for f in fields(Record)}
+    text = json.dumps({k: v for k, v in entry.items() if v}, ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """For each machine and case the record with the latest date, the last line of equal dates.
+
+    A record of an unrecorded machine is left out where its case has one of a recorded machine.
+    """
+    latest: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = (record.machine, record.case)
+        if key not in latest or record.date >= latest[key].date:
+            latest[key] = record
+    recorded = {case for machine, case in latest if machine != UNRECORDED}
+    return [r for r in latest.values() if r.machine != UNRECORDED or r.case not in recorded]

@@ -1,0 +1,123 @@
+"""docs/benchmarks.md from benchmarks/results/*.jsonl: one table a claim.
+
+python -m benchmarks.render
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.claims import CLAIMS, Claim
+from benchmarks.records import RESULTS, Cell, Record, newest, read_records
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEAD = """\
+# Benchmarks
+
+<!-- Written by `python -m benchmarks.render` from benchmarks/results/*.jsonl; not edited. -->
+
+Each table is one claim and holds the newest run of each case on each kind of machine. Every machine
+is a virtual one with two cores, shared with others: its speed changes from minute to minute.
+Compare rows of one run, not of two. Weights are random unless a table says otherwise. The Xeon
+shares a third-level cache of 480 MB with other machines, so that the few weights of one token may
+come from there faster than the measured bandwidth of the memory. For the records whose machine says
+"generation not recorded" or "not recorded" nobody wrote down more.
+
+Commands, dates and conditions are below each table. `recorded` is the commit that wrote the figures
+down.
+"""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def decimals(cell: Cell) -> int:
+    return len(str(cell).partition(".")[2]) if isinstance(cell, float) else 0
+
+
+def show(cell: Cell, places: int) -> str:
+    """A cell as text; floats of one column have the same number of decimals."""
+    if cell is None:
+        return ""
+    return f"{cell:.{places}f}" if isinstance(cell, float) else str(cell)
+
+
+def cells(records: Sequence[Record]) -> list[list[str]]:
+    """The rows of records in one table; of several, machine and case are columns too."""
+    columns = list(dict.fromkeys(name for r in records for row in r.rows for name in row))
+    places = {c: max(decimals(row.get(c)) for r in records for row in r.rows) for c in columns}
+    about = ["machine", "case"] if len(records) > 1 else []
+    body = [
+        [*([r.machine, r.case] if about else []), *(show(row.get(c), places[c]) for c in columns)]
+        for r in records
+        for row in r.rows
+    ]
+    return [[*about, *columns], *body]
+
+
+def provenance(record: Record) -> Iterator[str]:
+    facts = [
+        record.date,
+        f"commit {record.commit}" if record.commit else "",
+        f"recorded in {record.recorded}" if record.recorded else "",
+    ]
+    about = ", ".join(fact for fact in (*facts, record.versions) if fact)
+    yield f"    **{record.machine}: {record.case}** ({about})"
+    yield ""
+    if record.command:
+        yield f"        {record.command}"
+        yield ""
+    for text in (record.conditions, record.notes):
+        if text:
+            yield f"    {text}"
+            yield ""
+
+
+def section(claim: Claim, records: Sequence[Record]) -> str:
+    shown = newest(records)
+    shown.sort(key=lambda record: record.machine)
+    tables = [[record] for record in shown] if claim.by_case else [shown]
+    lines = [f"## {claim.title}", "", claim.text, ""]
+    for part in tables:
+        caption = [f"**{part[0].case}** ({part[0].machine})", ""] if len(part) == 1 else []
+        lines += [*caption, table(cells(part)), ""]
+    lines += ['??? note "Commands, dates, conditions"', ""]
+    lines += [line for record in shown for line in provenance(record)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render(folder: Path = RESULTS) -> str:
+    """The page. Raises ValueError for a record whose claim does not exist."""
+    by_claim: dict[str, list[Record]] = {}
+    for record in read_records(folder):
+        by_claim.setdefault(record.claim, []).append(record)
+    if unknown := set(by_claim) - {claim.name for claim in CLAIMS}:
+        raise ValueError(f"no such claims: {sorted(unknown)}; they are listed in claims.py")
+    parts = [section(claim, by_claim[claim.name]) for claim in CLAIMS if claim.name in by_claim]
+    return "\n".join((HEAD, *parts))
+
+
+def readme_table(machine: str = "AMD EPYC, Zen 4") -> str:
+    """Tokens per second of moec and of other runtimes in the same run, for README.md."""
+    head = ["moec in", "beside", "prefill: moec", "other", "", "decode: moec", "other", ""]
+    rows = [head]
+    for record in newest(r for r in read_records() if r.claim == "model"):
+        if record.machine != machine:
+            continue
+        ours, *others = record.rows
+        for row in others:
+            cells = [record.case.partition(" ")[0], str(row["runtime"])]
+            for phase in ("prefill", "decode"):
+                speed, ratio = f"{phase} tokens/s", f"{phase} ratio"
+                cells += [str(ours[speed]), str(row[speed]), f"{show(row[ratio], 2)} x"]
+            rows.append(cells)
+    return table(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
