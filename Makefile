@@ -10,7 +10,7 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 
-.PHONY: demo test replay lint format golden clean
+.PHONY: demo test replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
@@ -28,6 +28,16 @@ lint: $(installed)
 	$(python) -m mypy -p moec
 	$(venv)/bin/lint-imports
 
+# The pages, into build/site; a broken link, anchor or page that nobody links to is an error.
+docs: $(installed)
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+
+# What is written from tables: docs/ops.md, passes.md, benchmarks.md, the picture.
+pages: $(installed)
+	$(python) -m docs.catalogue
+	$(python) -m docs.pictures
+	$(python) -m benchmarks.render
+
 format: $(installed)
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
@@ -41,7 +51,7 @@ $(installed): pyproject.toml
 	  f"moec needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
 	@$(python) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(venv)
 	@echo 'installing moec and what it needs into $(venv): a minute or two'
-	@$(python) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@$(python) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev,docs]'
 	@touch $@
 
 clean:

@@ -1,0 +1,136 @@
+"""docs/ops.md and docs/passes.md, from the tables of ops and passes.
+
+python -m docs.catalogue
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from moec import pipeline
+from moec.codegen.loops.emit import EMIT
+from moec.commands.list import first_line, passes, wanted
+from moec.ops import OPS
+
+FOLDER = Path(__file__).parent
+FAMILIES = {
+    "moec": "Sizes and constants",
+    "nn": "The dense part of a transformer",
+    "moe": "MoE blocks: routing, dispatch, experts, combine",
+    "grouped": "Experts over all rows at once",
+}
+WRITTEN = "<!-- Written by `python -m docs.catalogue`; not edited. -->"
+
+
+def fenced(text: str) -> str:
+    return f"```text\n{inspect.cleandoc(text)}\n```"
+
+
+def family(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def ops_page() -> str:
+    """One section a family of ops, with the docstring of each op's meaning."""
+    return "\n\n".join(_ops()) + "\n"
+
+
+def _ops() -> Iterator[str]:
+    yield "# Ops"
+    yield WRITTEN
+    yield (
+        "A graph holds operators of ATen, with the names and arguments of PyTorch's schemas, and "
+        "the ops of moec below. Each has a type rule and a meaning in eager PyTorch "
+        "(`moec/ops/`), so that a graph runs at any stage."
+    )
+    yield fenced(sys.modules["moec.ops"].__doc__ or "")
+    for prefix, names in groupby(sorted(OPS, key=_order), key=family):
+        yield f"## `{prefix}.*`: {FAMILIES[prefix]}"
+        for name in names:
+            reference = OPS[name].reference
+            yield f"### {name}"
+            yield f"`{_file(reference.__module__)}`"
+            yield fenced(reference.__doc__ or "")
+    yield "## Operators of ATen that become loops"
+    yield (
+        "These compile on every target. Linear layers, attention, norms and top-k have kernels "
+        "of their own besides (`codegen/rules/`). Any other operator stops the compilation; all "
+        "of them are named in one message."
+    )
+    aten = sorted(name.removeprefix("aten.") for name in EMIT if name.startswith("aten."))
+    yield ", ".join(f"`{name}`" for name in aten)
+
+
+def _order(name: str) -> tuple[int, str]:
+    return list(FAMILIES).index(family(name)), name
+
+
+def passes_page() -> str:
+    """The passes in the order in which they first run, then those that run when asked for."""
+    return "\n\n".join(_passes()) + "\n"
+
+
+def _passes() -> Iterator[str]:
+    yield "# Passes"
+    yield WRITTEN
+    yield (
+        "The passes of `moec/pipeline.py` in the order in which they first run. `-O0`, `-O1` and "
+        "`-O2` are the optimisation levels from which on a pass runs; `--passes -NAME` leaves "
+        "one out. `moec list passes` prints this list."
+    )
+    yield fenced(pipeline.__doc__ or "")
+    yield "## In their order"
+    known = {p.name: p for p in _defaults()}
+    for row in passes():
+        yield f"### {row['pass']}"
+        yield f"{row['what_it_does']}."
+        facts = [row["from"], row["kind"], f"gives {row['gives']}"]
+        if row["options"] != "-":
+            facts.append(f"options `{row['options']}`")
+        module = type(known[row["pass"]]).__module__
+        yield f"{', '.join(facts)}; `{_file(module)}`"
+        yield fenced(sys.modules[module].__doc__ or "")
+    yield "## When asked for"
+    yield (
+        '`--passes "+NAME(OPTION=VALUE)"` asks for one. An approximate pass needs calibration '
+        "data and is measured ([Passes that change the model](approximate.md))."
+    )
+    kinds = {str(kind.name): kind for kind in pipeline.OPT_IN}
+    for row in wanted():
+        kind = kinds[row["pass"]]
+        yield f"### {row['pass']}"
+        yield f"{first_line(kind)}."
+        yield f"{row['kind']}; source: {row['source']}; `{_file(kind.__module__)}`"
+        if row["fields"]:
+            yield "\n".join(f"- `{name}`: {text}" for name, text in map(_field, row["fields"]))
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, text = line.partition(": ")
+    return name, text
+
+
+def _defaults() -> Iterator[Any]:
+    for phase in (*pipeline.PHASES, pipeline.DECODE):
+        yield from phase.passes
+    for _, pass_ in pipeline.ON_REQUEST:
+        yield pass_
+
+
+def _file(module: str) -> str:
+    """moec.passes.core.x -> passes/core/x.py: the folders as they lie in the repository."""
+    parts = module.split(".")
+    linked = len(parts) > 1 and parts[1] in ("passes", "codegen", "runtime")
+    return "/".join(parts[1:] if linked else parts) + ".py"
+
+
+PAGES = {"ops.md": ops_page, "passes.md": passes_page}
+
+if __name__ == "__main__":
+    for page, text in PAGES.items():
+        (FOLDER / page).write_text(text(), encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Pages that are written from tables are up to date; the code of the others runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from docs.catalogue import PAGES
+from docs.pictures import PICTURE, picture
+from moec import cache
+from moec.codegen.cpu import tuning
+from moec.interpret import tolerance
+from moec.ops import OPS
+from moec.pipeline import OPT_IN, all_passes
+from moec.runtime import manifest
+from tests.pages import ROOT, Block, blocks, run_block
+
+DOCS = ROOT / "docs"
+
+
+def script(page: str) -> Block | None:
+    """All Python blocks of a page as one script; lines count from the page's first."""
+    text = ""
+    for block in blocks((DOCS / page).read_text(encoding="utf-8")):
+        if block.kind == "python":
+            text += "\n" * (block.line - text.count("\n")) + block.text
+    return Block("python", text, 1) if text else None
+
+
+WITH_CODE = [page.name for page in sorted(DOCS.glob("*.md")) if script(page.name)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_of_tables_are_up_to_date(page):
+    assert (DOCS / page).read_text(encoding="utf-8") == PAGES[page](), "run make pages"
+
+
+def test_the_picture_is_up_to_date():
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "run make pages"
+
+
+def test_the_picture_names_every_pass():
+    svg = picture()
+    assert [p.name for p in (*all_passes(), *OPT_IN) if f">{p.name}</text>" not in svg] == []
+
+
+def test_every_op_has_a_section():
+    page = PAGES["ops.md"]()
+    assert [name for name in OPS if f"### {name}\n" not in page] == []
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    assert {page.name for page in DOCS.glob("*.md")} == set(re.findall(r"[\w-]+\.md", navigation))
+
+
+def test_files_that_pages_name_exist():
+    """Paths in backticks that begin with a folder of the repository."""
+    folders = r"(?:moec|passes|codegen|runtime|tests|examples|benchmarks|docs)/"
+    missing = [
+        f"{page.name}: {name}"
+        for page in (*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+        for name in re.findall(rf"`({folders}[\w./-]+)`", page.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
+def text_of(page: str) -> str:
+    return " ".join((DOCS / page).read_text(encoding="utf-8").split())
+
+
+def scientific(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def test_the_page_of_artifacts_has_their_format():
+    assert f"The format's version is {manifest.FORMAT};" in text_of("artifact.md")
+
+
+def test_the_page_of_verification_has_the_tolerances():
+    page = text_of("verification.md")
+    for row in (
+        f"| f64, f32 | {scientific(tolerance.TOLERANCES['f32'])} |",
+        f"| f16 | {scientific(tolerance.TOLERANCES['f16'])} |",
+        f"| bf16 | {scientific(tolerance.TOLERANCES['bf16'])} |",
+        f"| {scientific(tolerance.QUANTISED)}, or the dtype's",
+        f"| {scientific(tolerance.EXACT_ROWS)} | every term",
+        f"Up to {tolerance.STRAYS['bf16'] * 100:.0f} % of the rows",
+        f"none is above {tolerance.FAR}",
+    ):
+        assert row in page
+
+
+def test_the_page_of_tuning_has_every_value_and_its_candidates():
+    page = text_of("tuning.md").replace("2^", "2**")
+    for field in fields(tuning.Tuning):
+        default, *others = (re.escape(_power(n)) for n in tuning.candidates(field.name))
+        assert re.search(rf"\| `{field.name}` \| {default} \| {', '.join(others)} \|", page)
+
+
+def _power(number: int) -> str:
+    return f"2**{number.bit_length() - 1}" if number > 2**19 else str(number)
+
+
+def test_the_page_of_the_cache_names_its_kinds_and_variables():
+    page = text_of("cache.md")
+    assert all(f"`{kind}/KEY`" in page for kind in cache.KINDS)
+    assert f"in GiB, {cache.DEFAULT_LIMIT // 2**30} by default" in page
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs(page, tmp_path):
+    block = script(page)
+    assert block is not None
+    run_block(block, tmp_path, f"docs/{page}")
