@@ -10,6 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
 from moec.capture.doors import capture_source, open_source, stop_tokens
@@ -17,6 +19,7 @@ from moec.capture.gc_pause import seldom_collected
 from moec.codegen.backends import backend_for
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.formats.integer import Quantisation, parse_parts
+from moec.interpret.threads import threads_for
 from moec.ir.graph import Stage, stage_of
 from moec.model.bind_inputs import bound
 from moec.model.compiled import CompiledModel
@@ -126,7 +129,8 @@ def compile(
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-        captured = capture_source(source, dynamic_shapes, allow_fixed)
+        with threads_for(_elements(source.model)):
+            captured = capture_source(source, dynamic_shapes, allow_fixed)
         captured = bound(captured, (p for p in asked if not isinstance(p, Approximate)))
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
@@ -157,6 +161,16 @@ def compile(
         compiled = _with_routers(compiled)
     built = _build(compiled, opt_level, clock, backend, tune)
     return built if verify is False else _verify(built, limit, clock)
+
+
+def _elements(model: Any) -> int:
+    """Of the weights of what is captured."""
+    tensors = (
+        model.state_dict.values()
+        if isinstance(model, ExportedProgram)
+        else (*model.parameters(), *model.buffers())
+    )
+    return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
 
 
 def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:
@@ -280,7 +294,8 @@ def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> Comp
         executor.reset()
         return executor(inputs)
 
-    with clock.phase("verify"):
+    weights = compiled.captured.program.weights.values()
+    with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
         pieces = None
         if DECODE in compiled.module:
             pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))

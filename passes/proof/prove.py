@@ -19,6 +19,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.interpret.evaluate import run_graph
+from moec.interpret.threads import threads_for
 from moec.ir.canonical import without_origins
 from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
@@ -90,6 +91,20 @@ class Prover:
         `limits` are counts (capacities) that some case must exceed, `decisions` ops of `before`
         that must come out in more than one way.
         """
+        elements = sum(math.prod(map(int, param.shape)) for param in before.params)
+        with threads_for(elements):
+            self._prove(before, after, feeds, limits, decisions, compare, bind)
+
+    def _prove(
+        self,
+        before: Graph,
+        after: Graph,
+        feeds: Mapping[Value, Feed],
+        limits: Sequence[int],
+        decisions: Sequence[Op],
+        compare: Compare | None,
+        bind: Bind | None,
+    ) -> None:
         counts = _counts([*limits, *_limits(before), *_limits(after)])
         order = [repr(feeds.get(value)) for value in before.inputs]
         watched = [before.ops.index(op) for op in decisions]
