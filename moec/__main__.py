@@ -31,6 +31,7 @@ COMMANDS = {
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
+    "cache": ("moec.commands.cache", "Show or clear what was compiled before."),
     "list": ("moec.commands.list", "List passes, targets or models."),
 }
 _USERS_OWN = (

@@ -3,9 +3,10 @@
     $MOEC_CACHE, or moec in the user's cache folder; "off" keeps nothing
       objects/KEY     native code of one kernel
       libraries/KEY   native code of one block, or of the products of one stack of weights
+      artifacts/KEY   what `moec compile` made of one checkpoint
       tunings/KEY     what was measured for one kernel, as JSON
 
-Threat model: objects and libraries are native code that moec links and runs, and a hash in the
+Threat model: all but tunings is native code that moec links and runs, and a hash in the
 same file keeps nobody out who can write there. So the folder is believed because it is the
 user's: nothing is read from a folder, or an entry, that belongs to another user or that others
 may write. The hash is against damage: an entry that is cut, changed or misnamed counts as none.
@@ -32,7 +33,8 @@ import platformdirs
 
 from moec.errors import UsageError
 
-OBJECTS, LIBRARIES, TUNINGS = KINDS = ("objects", "libraries", "tunings")
+OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS = "objects", "libraries", "artifacts", "tunings"
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 
 _MAGIC = b"moec cache 1\n"
@@ -218,10 +220,15 @@ def entries(store: Store) -> Iterator[Entry]:
                     yield Entry(Path(file.path), kind, state.st_size, state.st_mtime)
 
 
-def clear(store: Store) -> None:
-    """Remove every entry, and what interrupted writers left. Raises OSError where it cannot."""
-    for entry in entries(store):
+def clear(store: Store) -> int:
+    """Remove every entry, and what interrupted writers left; how many files that were.
+
+    Raises OSError where it cannot.
+    """
+    present = [*entries(store)]
+    for entry in present:
         entry.path.unlink(missing_ok=True)
+    return len(present)
 
 
 def _header(kind: str, key: str, payload: bytes) -> bytes:

@@ -1,0 +1,61 @@
+"""`moec cache`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from moec.commands.options import json_option
+from moec.errors import UsageError
+
+
+@click.group(
+    "cache", short_help="Show or clear what was compiled before.", invoke_without_command=True
+)
+@json_option
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """Show the folder in which compiled kernels are kept, and what it holds.
+
+    The folder is $MOEC_CACHE, or moec in the user's cache folder; MOEC_CACHE=off keeps nothing.
+    It grows to $MOEC_CACHE_SIZE GiB (2 where that is not set), then the entries go that were not
+    used for longest.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from moec import cache
+
+    folder = cache.default_folder()
+    if folder is None:
+        click.echo(
+            json.dumps({"folder": None}) if as_json else "MOEC_CACHE is off: nothing is kept"
+        )
+        return
+    limit = cache.limit()
+    store = cache.Store(folder, limit)
+    counts = {kind: [0, 0] for kind in cache.KINDS}
+    for entry in cache.entries(store):
+        counts[entry.kind][0] += 1
+        counts[entry.kind][1] += entry.size
+    if as_json:
+        kinds = {kind: {"entries": n, "bytes": size} for kind, (n, size) in counts.items()}
+        click.echo(json.dumps({"folder": str(folder), "limit": limit, "kinds": kinds}, indent=1))
+        return
+    from moec.report.units import size as size_text
+
+    click.echo(f"{folder}, at most {size_text(limit)}")
+    for kind, (number, size) in counts.items():
+        click.echo(f"  {kind:10} {number:6}  {size_text(size)}")
+
+
+@command.command("clear", short_help="Remove every entry.")
+def clear() -> None:
+    """Remove every entry; what is needed again is compiled again."""
+    from moec import cache
+
+    folder = cache.default_folder()
+    if folder is None:
+        raise UsageError("MOEC_CACHE is off: there is no cache to clear")
+    number = cache.clear(cache.Store(folder))
+    click.echo(f"removed {number} {'entry' if number == 1 else 'entries'} from {folder}")

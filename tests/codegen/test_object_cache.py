@@ -1,0 +1,229 @@
+"""Kernels are compiled once: what their key holds, and that a hit is the same code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tvm
+from tvm import relax
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from moec.cache import OBJECTS, Store, entries, store_in
+from moec.codegen import object_cache
+from moec.codegen.build import compile_kernels, compile_module
+from moec.codegen.cpu.frame import IMPORT
+from moec.errors import IRError
+from moec.target.cpu import TARGETS, host
+
+ROOT = Path(__file__).resolve().parents[2]
+LLVM = """define linkonce_odr float @moec_test(float %x) {{
+  %y = fmul float %x, {}
+  ret float %y
+}}"""
+
+
+def kernel(name: str = "scale", factor: float = 2.0, text: str = "") -> tvm.tirx.PrimFunc:
+    """y[i] = x[i] * factor, by the function of `text` where there is one."""
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name})
+            n = T.int64()
+            x = T.match_buffer(T.arg("x", T.handle()), (n,), "float32")
+            y = T.match_buffer(T.arg("y", T.handle()), (n,), "float32")
+            with T.attr(tvm.tirx.const(0, "int32"), IMPORT, text), T.serial(0, n) as i:
+                called = T.call_extern("float32", "moec_test", x[i])
+                T.buffer_store(y, called if text else x[i] * T.float32(factor), [i])
+    return builder.get()
+
+
+def run(built: Any, name: str = "scale") -> list[float]:
+    x, y = torch.tensor([1.0, -3.0]), torch.empty(2)
+    built[name](tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y))
+    return y.tolist()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_in(tmp_path / "cache")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that LLVM was given, in order."""
+    names: list[str] = []
+    original = object_cache.llvm_modules
+
+    def counted(kernels: Any, *rest: Any) -> Any:
+        names.extend(kernels)
+        return original(kernels, *rest)
+
+    monkeypatch.setattr(object_cache, "llvm_modules", counted)
+    return names
+
+
+def test_a_second_time_nothing_is_compiled(store: Store, compiled: list[str]) -> None:
+    first = compile_kernels(kernel(), target=host(), store=store)
+    again = compile_kernels(kernel(), target=host(), store=store)
+    assert compiled == ["scale"]
+    assert first.kernels == again.kernels
+    assert run(first) == run(again) == [2.0, -6.0]
+
+
+CODE = """
+import sys
+from pathlib import Path
+from moec.cache import store_in
+from moec.codegen import object_cache
+from moec.codegen.build import compile_kernels
+from moec.target.cpu import host
+from tests.codegen.test_object_cache import kernel, run
+def given_none(kernels, *rest):
+    assert not kernels
+    return {}
+object_cache.llvm_modules = given_none
+built = compile_kernels(kernel(), target=host(), store=store_in(Path(sys.argv[1])))
+assert run(built) == [2.0, -6.0]
+"""
+
+
+def test_another_process_compiles_nothing(store: Store) -> None:
+    compile_kernels(kernel(), target=host(), store=store)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(store.folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_what_is_new_is_compiled(store: Store, compiled: list[str]) -> None:
+    compile_kernels(kernel("a"), kernel("b", 3.0), target=host(), store=store)
+    built = compile_kernels(kernel("b", 3.0), kernel("c", 4.0), target=host(), store=store)
+    assert compiled == ["a", "b", "c"]
+    assert run(built, "b") == [3.0, -9.0]
+    assert run(built, "c") == [4.0, -12.0]
+
+
+@pytest.mark.parametrize(
+    "change", ["factor", "last bit", "text", "name", "target", "level", "checked", "versions"]
+)
+def test_what_differs_is_compiled(
+    store: Store, compiled: list[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """LLVM functions that a kernel imports are not in the text that TVM prints of it."""
+    before, after = kernel(text=LLVM.format("2.0")), kernel(text=LLVM.format("2.0"))
+    options: dict[str, Any] = {}
+    match change:
+        case "factor":
+            before, after = kernel(factor=2.0), kernel(factor=3.0)
+        case "last bit":
+            before, after = kernel(factor=1.0), kernel(factor=1.0 + 2.0**-23)
+        case "text":
+            after = kernel(text=LLVM.format("3.0"))
+        case "name":
+            after = kernel("other", text=LLVM.format("2.0"))
+        case "target":
+            options["target"] = TARGETS["generic"]
+        case "level":
+            options["opt_level"] = 0
+        case "checked":
+            options["checked"] = True
+    compile_kernels(before, target=host(), store=store)
+    assert len(compiled) == 1
+    if change == "versions":
+        monkeypatch.setattr(object_cache, "_compiler", lambda: ("another TVM",))
+    compile_kernels(after, **{"target": host(), "store": store, **options})
+    assert len(compiled) == 2
+    compile_kernels(after, **{"target": host(), "store": store, **options})
+    assert len(compiled) == 2
+
+
+def test_damage_is_compiled_anew_and_mended(store: Store, compiled: list[str]) -> None:
+    compile_kernels(kernel(), target=host(), store=store)
+    (entry,) = entries(store)
+    assert entry.kind == OBJECTS
+    content = entry.path.read_bytes()
+    for damaged in (b"", content[:-1], content[:200] + b"\xff" + content[201:]):
+        del compiled[:]
+        entry.path.write_bytes(damaged)
+        assert run(compile_kernels(kernel(), target=host(), store=store)) == [2.0, -6.0]
+        assert compiled == ["scale"]
+        assert entry.path.read_bytes() == content
+
+
+def test_without_a_cache_everything_is_compiled(compiled: list[str]) -> None:
+    for _ in range(2):
+        assert run(compile_kernels(kernel(), target=host(), store=Store(None))) == [2.0, -6.0]
+    assert compiled == ["scale", "scale"]
+
+
+def test_a_function_that_nothing_defines_is_refused_and_not_kept(store: Store) -> None:
+    declared = "declare float @moec_test(float)\n"
+    for _ in range(2):
+        with pytest.raises(IRError, match="kernels call moec_test, which nothing defines"):
+            compile_kernels(kernel(text=declared), target=host(), store=store)
+    assert not list(entries(store))
+
+
+def module(*kernels: tvm.tirx.PrimFunc) -> tvm.IRModule:
+    """main(x) calls each of the kernels, one on the result of the other."""
+    builder = relax.BlockBuilder()
+    n = tvm.tirx.Var("n", "int64")
+    x = relax.Var("x", relax.TensorType((n,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            value: relax.Expr = x
+            for number, function in enumerate(kernels):
+                var = builder.add_func(function, f"scale_{number}")
+                value = builder.emit(relax.call_tir(var, [value], x.ty))
+            value = builder.emit_output(value)
+        builder.emit_func_output(value)
+    return builder.finalize()
+
+
+def test_equal_kernels_of_a_module_are_one_whatever_their_numbers(
+    store: Store, compiled: list[str]
+) -> None:
+    kernels = kernel("scale"), kernel("scale_2"), kernel("scale_3", 3.0)
+    compile_module(module(*kernels), host(), store=store)
+    assert sorted(name.rpartition("_")[0] for name in compiled) == ["scale", "scale", "shape_func"]
+    del compiled[:]
+    compile_module(module(kernel("scale_7", 3.0), kernel("scale_8", 4.0)), host(), store=store)
+    (name,) = compiled
+    assert name.startswith("scale_")
+
+
+def test_equal_functions_of_two_objects_are_linked_as_one(store: Store) -> None:
+    text = LLVM.format("2.0")
+    one, two = kernel("one", text=text), kernel("two", text=text + "\n; the same function\n")
+    built = compile_kernels(one, two, target=host(), store=store)
+    assert run(built, "one") == run(built, "two") == [2.0, -6.0]
+
+
+def test_a_folder_that_cannot_be_used_costs_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="file/cache is not used"):
+        assert run(compile_kernels(kernel(), target=host())) == [2.0, -6.0]
+
+
+def test_a_folder_that_can_only_be_read_gives_what_it_has(
+    store: Store, compiled: list[str]
+) -> None:
+    compile_kernels(kernel(), target=host(), store=store)
+    assert store.folder is not None
+    os.chmod(store.folder / OBJECTS, 0o500)
+    try:
+        assert run(compile_kernels(kernel(), target=host(), store=store)) == [2.0, -6.0]
+    finally:
+        os.chmod(store.folder / OBJECTS, 0o700)
+    assert compiled == ["scale"]

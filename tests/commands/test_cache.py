@@ -1,0 +1,73 @@
+"""moec cache: what is kept, and its removal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.cache import OBJECTS, TUNINGS, save, store_in
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(front.cli, ["cache", *arguments], prog_name="moec")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MOEC_CACHE", str(folder))
+    monkeypatch.setenv("MOEC_CACHE_SIZE", "1")
+    store = store_in(folder)
+    save(store, OBJECTS, {"a": bytes(1000), "b": bytes(3000)})
+    save(store, TUNINGS, {"c": b"{}"})
+    return folder
+
+
+def test_it_shows_what_is_kept(folder: Path) -> None:
+    lines = run().stdout.splitlines()
+    assert lines[0] == f"{folder}, at most 1.1 GB"
+    assert [line.split() for line in lines[1:]] == [
+        ["objects", "2", "4.1", "kB"],
+        ["libraries", "0", "0", "bytes"],
+        ["artifacts", "0", "0", "bytes"],
+        ["tunings", "1", "47", "bytes"],
+    ]
+    shown = json.loads(run("--json").stdout)
+    assert (shown["folder"], shown["limit"]) == (str(folder), 2**30)
+    assert shown["kinds"]["objects"] == {"entries": 2, "bytes": 4090}
+
+
+def test_it_clears(folder: Path) -> None:
+    (folder / "mine.txt").write_text("no entry")
+    assert run("clear").stdout == f"removed 3 entries from {folder}\n"
+    assert run("clear").stdout == f"removed 0 entries from {folder}\n"
+    assert (folder / "mine.txt").exists()
+
+
+def test_nothing_was_kept_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "none"))
+    assert "0 bytes" in run().stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEC_CACHE", "off")
+    assert run().stdout == "MOEC_CACHE is off: nothing is kept\n"
+    assert json.loads(run("--json").stdout) == {"folder": None}
+    result = run("clear")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: MOEC_CACHE is off: there is no cache to clear\n",
+    )
+
+
+def test_a_limit_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEC_CACHE_SIZE", "much")
+    result = run()
+    assert result.exit_code == 1
+    assert "MOEC_CACHE_SIZE is 'much': give GiB" in result.stderr
