@@ -179,7 +179,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[W
     Raises UsageError where `path` holds something that is not an artifact, or anything at all
     unless `overwrite`, also where another process has written it meanwhile, or cannot be written.
     """
-    if path.exists() and not _replaceable(path):
+    if path.exists() and not replaceable(path):
         raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
     _remove_stale(path)
     try:
@@ -230,7 +230,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _replaceable(path: Path) -> bool:
+def replaceable(path: Path) -> bool:
+    """Whether what is at `path` may be lost where an artifact is written there."""
     if path.is_dir():
         return (path / "manifest.json").is_file() or not any(path.iterdir())
     if not path.is_file():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.cache import default_store
+from moec.commands.artifact_cache import fetch, keep, key_for
 from moec.commands.options import (
     Tolerance,
     asked,
@@ -23,6 +25,7 @@ from moec.errors import UsageError
 if TYPE_CHECKING:
     from moec.ir.graph import Program
     from moec.passes.core.runner import Step
+    from moec.report.report import Report
 
 
 @click.command("compile", short_help="Compile a model into an artifact.")
@@ -90,6 +93,15 @@ def command(
     builds = not (dry_run or stop_after)
     _check_output(output, builds, force)
     arguments = asked(**options)
+    key = None
+    if output is not None and builds and not (dump_ir or tune or options["calib"]):
+        store = default_store()
+        described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
+        key = key_for(model, described, store)
+        if key is not None and fetch(store, key, output, overwrite=force):
+            last = f"wrote {output}, which the cache had"
+            _tell(_recorded(output), output, as_json, quiet, last)
+            return
 
     from moec.commands.progress import Progress, hush
 
@@ -120,27 +132,42 @@ def command(
         if builds and output is not None:
             progress.phase("save")
             compiled.save(output, overwrite=force)
-    if quiet:
-        from moec.pipeline import without_effect
+    from moec.pipeline import without_effect
 
-        for line in without_effect(compiled.steps):
+    warnings = without_effect(compiled.steps)
+    if key is not None and output is not None and not warnings:
+        keep(store, key, output)
+    if quiet:
+        for line in warnings:
             click.echo(f"warning: {line}", err=True)
     report = compiled.report()
     if dry_run:
         size = weight_bytes(compiled.steps[-1].program)
         report = replace(report, bytes_out=size, notes=(*report.notes, _NOT_BUILT))
-    if as_json:
-        click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
-    elif stop_after and not dump_ir:
+    if stop_after and not dump_ir and not as_json:
         from moec.ir.text import print_graph
 
         click.echo(print_graph(compiled.steps[-1].program.graph), nl=False)
+        return
+    _tell(report, output, as_json, quiet, f"wrote {output}" if builds else "")
+
+
+def _tell(report: Report, output: Path | None, as_json: bool, quiet: bool, last: str) -> None:
+    if as_json:
+        click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
     elif not quiet:
         from moec.report.text import render, terminal_width
 
         click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
-        if builds:
-            click.echo(f"wrote {output}")
+        if last:
+            click.echo(last)
+
+
+def _recorded(output: Path) -> Report:
+    """What was reported when an artifact was compiled."""
+    from moec.commands.inspect import of_artifact
+
+    return of_artifact(output)[0]
 
 
 _NOT_BUILT = "nothing was built; the packed size is an estimate, without padding and copies"
