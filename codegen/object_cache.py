@@ -19,10 +19,12 @@ import hashlib
 import platform
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import tvm
 import tvm_ffi
@@ -34,8 +36,11 @@ from tvm_ffi.structural import structural_map, structural_walk
 from moec.cache import OBJECTS, Store, key_of, load, save
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
+from moec.runtime.threads import available
 
 _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
+A = TypeVar("A")
+B = TypeVar("B")
 _CONTENT = 16  # digits of a kernel's content in its name
 
 
@@ -54,7 +59,8 @@ def compiled_objects(
         if content is not None:
             objects[name] = content
     missing = {name: kernel for name, kernel in kernels.items() if name not in objects}
-    compiled = {name: _emit(m) for name, m in llvm_modules(missing, target, checked).items()}
+    modules = llvm_modules(missing, target, checked)
+    compiled = dict(zip(modules, _in_threads(_emit, [*modules.values()]), strict=True))
     save(store, OBJECTS, {keys[name]: content for name, content in compiled.items()})
     return objects | compiled
 
@@ -71,8 +77,29 @@ def llvm_modules(
     if not checked:
         module = tirx.transform.SkipAssert()(module)
     build = tvm.get_global_func("target.build.llvm")
-    functions = module.functions.items()
-    return {var.name_hint: build(tvm.IRModule({var: f}), target) for var, f in functions}
+
+    def optimised(item: tuple[GlobalVar, PrimFunc]) -> tvm.runtime.Module:
+        return build(tvm.IRModule(dict([item])), target)
+
+    functions = [*module.functions.items()]
+    built = _in_threads(optimised, functions)
+    return {var.name_hint: one for (var, _), one in zip(functions, built, strict=True)}
+
+
+def _in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """The results for all items, in order, by as many threads as there are cores: TVM lets other
+    Python threads run while LLVM works. A PassContext belongs to a thread, so each enters it.
+
+    Raises what the first item that failed raised, when all are through.
+    """
+    context = tvm.transform.PassContext.current()
+
+    def within(item: A) -> B:
+        with context:
+            return function(item)
+
+    with ThreadPoolExecutor(available()) as pool:
+        return list(pool.map(within, items))
 
 
 def named_by_content(module: tvm.IRModule) -> tvm.IRModule:

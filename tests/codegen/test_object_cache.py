@@ -111,6 +111,16 @@ def test_only_what_is_new_is_compiled(store: Store, compiled: list[str]) -> None
     assert run(built, "c") == [4.0, -12.0]
 
 
+def test_threads_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [kernel(f"scale_{factor}", float(factor)) for factor in range(8)]
+    objects = []
+    for count in (1, 4):
+        monkeypatch.setattr(object_cache, "available", lambda count=count: count)
+        built = compile_kernels(*kernels, target=host(), store=Store(None), checked=True)
+        objects.append(built.kernels)
+    assert objects[0] == objects[1]
+
+
 @pytest.mark.parametrize(
     "change", ["factor", "last bit", "text", "name", "target", "level", "checked", "versions"]
 )
