@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -138,7 +139,25 @@ def main() -> None:
     if threading.current_thread() is threading.main_thread():
         # A polite kill unwinds like Ctrl-C does, so that nothing is left half-written.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    warnings.showwarning = _show_warning
     cli(prog_name="moec")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning about the cache is one sentence, as errors are; others name their line of code."""
+    from moec.cache import CacheWarning
+
+    if issubclass(category, CacheWarning):
+        click.echo(f"warning: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)
 
 
 if __name__ == "__main__":

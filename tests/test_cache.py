@@ -211,6 +211,18 @@ def test_a_full_or_read_only_disk_warns_once(
     assert load(store, OBJECTS, "a") == b"one"
 
 
+def test_commands_say_it_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "moec", "compile", str(tmp_path), "-o", str(tmp_path / "out.moec")],
+        cwd=ROOT, env={**os.environ, "MOEC_CACHE": str(tmp_path / "file" / "x")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    first = done.stderr.splitlines()[0]
+    assert first.startswith(f"warning: the cache {tmp_path / 'file' / 'x'} is not used: ")
+    assert done.returncode == 1
+
+
 def test_keys_tell_parts_apart() -> None:
     assert key_of("ab", "c") != key_of("a", "bc")
     assert key_of("a", "") != key_of("a")

@@ -59,7 +59,7 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
             return True
         try:
             os.link(path, output)  # which another process may have written meanwhile
-        except FileExistsError:
+        except OSError:
             return False
     return True
 
@@ -76,10 +76,12 @@ def _digest(path: Path) -> str:
 
 
 def _versions() -> list[str]:
-    found = []
-    for name in _PACKAGES:
-        try:
-            found.append(version(name))
-        except PackageNotFoundError:
-            found.append("")
-    return found
+    return [_version(name) for name in _PACKAGES]
+
+
+def _version(name: str) -> str:
+    """Of an installed package; empty for one that is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

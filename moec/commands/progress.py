@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from moec.cache import CacheWarning
+
 if TYPE_CHECKING:
     from rich.live import Live
 
@@ -27,6 +29,7 @@ def hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
+    warnings.simplefilter("default", CacheWarning)
     logging.disable(logging.WARNING)
 
 
