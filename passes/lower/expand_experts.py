@@ -13,7 +13,7 @@ gathered for each row's expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import sympy
@@ -83,6 +83,8 @@ class _Expansion:
                 self.stack_op(inner)
             elif inner.name == "aten.linear.default":
                 self.linear(inner)
+            elif inner.name == "aten.layer_norm.default" and len(inner.inputs) > 1:
+                self.layer_norm(inner)
             elif is_pointwise(inner) or inner.name in _ROWWISE:
                 self.row_op(inner)
             else:
@@ -114,6 +116,17 @@ class _Expansion:
         named = inner.outputs[0].name
         made = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=named)
         self.rows |= dict(zip(inner.outputs, made, strict=True))
+
+    def layer_norm(self, inner: Op) -> None:
+        """Without its weight and bias, which differ from row to row, and then by them."""
+        x, *affine = inner.inputs
+        (value,) = inner.outputs
+        plain = replace(inner, inputs=(x,))
+        self.row_op(plain)
+        for name, param in zip(("aten.mul.Tensor", "aten.add.Tensor"), affine, strict=False):
+            inputs = [self.rows[value], self.gather(param)]
+            types = [TensorType(value.dtype, self.shape(value))]
+            (self.rows[value],) = self.b.emit(name, inputs, types, like=self.op, named=value.name)
 
     def stack_op(self, inner: Op) -> None:
         """An op on params alone: the same on the stack, its axes moved by one."""
