@@ -18,6 +18,7 @@ from moec.extras import missing_extra
 if TYPE_CHECKING:
     from moec import train
     from moec.api import compile
+    from moec.capture.behaviour.describe import describe
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.model.compiled import CompiledModel
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedModel",
     "MoecError",
     "compile",
+    "describe",
     "load",
     "prepare",
     "stats",
@@ -41,6 +43,7 @@ _WHERE = {
     "LoadedModel": "moec.model.load",
     "MoecError": "moec.errors",
     "compile": "moec.api",
+    "describe": "moec.capture.behaviour.describe",
     "load": "moec.model.load",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",

@@ -14,7 +14,17 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
-from moec.capture.doors import capture_source, open_source, stop_tokens
+from moec.capture.behaviour.door import Declared, Described, observe
+from moec.capture.behaviour.parts import modules_without_block
+from moec.capture.capture import Captured
+from moec.capture.doors import (
+    Source,
+    capture_source,
+    example_of,
+    open_source,
+    stop_tokens,
+    traceable,
+)
 from moec.capture.gc_pause import seldom_collected
 from moec.codegen.backends import backend_for
 from moec.errors import NoMatch, UnsupportedError, UsageError
@@ -83,6 +93,7 @@ def compile(
     backend: Backend | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
+    descriptions: Sequence[Declared] = (),
 ) -> CompiledModel:
     """Compile a mixture-of-experts model, whole, for a CPU.
 
@@ -111,6 +122,9 @@ def compile(
     layer or, where `strict`, fails. `verify` then compares with the changed graph. Exact passes
     that are asked for, `[Specialise({"task_id": 3})]`, need neither.
 
+    `descriptions` (`moec.describe`) say what modules do that cannot be traced or recognised; each
+    is proved beside the module.
+
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
     """
@@ -129,25 +143,43 @@ def compile(
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-        with threads_for(_elements(source.model)):
-            captured = capture_source(source, dynamic_shapes, allow_fixed)
-        captured = bound(captured, (p for p in asked if not isinstance(p, Approximate)))
+        exact = [p for p in asked if not isinstance(p, Approximate)]
+
+        def capture_again(observed: Sequence[Described] = ()) -> Captured:
+            with threads_for(_elements(source.model)):
+                return capture_source(source, dynamic_shapes, allow_fixed, descriptions, observed)
+
+        captured = bound(capture_again(), exact)
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
         frame = Frame(calib, source.files, allowed, strict)
-        stage = stage_of(captured.program.graph)
-        todo = from_stage(with_calibration(chosen, frame), stage)
-        steps = tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
+
+        def passed(captured: Captured) -> tuple[Step, ...]:
+            stage = stage_of(captured.program.graph)
+            todo = from_stage(with_calibration(chosen, frame), stage)
+            return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
+
+        steps = passed(captured)
+        refusals: dict[str, str] = {}
+        missed = _modules_missed(source, steps, captured) if stop_after is None else []
+        if missed:
+            described, refusals = observe(example_of(source), missed)
+            if described:
+                captured = bound(capture_again(described), exact)
+                steps = passed(captured)
         quantised = quantised_lines(steps)
     compiled = CompiledModel(
         source=source,
         captured=captured,
         steps=steps,
         blocks=_blocks(steps),
-        declined=tuple(dict.fromkeys(d for step in steps for d in step.declined)),
+        declined=(
+            *dict.fromkeys(d for step in steps for d in step.declined),
+            *(Declined(name, why, "behaviour") for name, why in refusals.items()),
+        ),
         target=made_for,
         quantised=quantised,
         phases=clock.seconds,
@@ -171,6 +203,18 @@ def _elements(model: Any) -> int:
         else (*model.parameters(), *model.buffers())
     )
     return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
+
+
+def _modules_missed(source: Source, steps: Sequence[Step], captured: Captured) -> list[str]:
+    """Modules that may hold experts and in which none were recognised, though a rule looked.
+    Those that are described stay as they are."""
+    if not traceable(source):
+        return []
+    if not any(d.rule == "recognise-experts" for step in steps for d in step.declined):
+        return []
+    assert isinstance(source.model, torch.nn.Module)
+    names = modules_without_block(source.model, [block.name for block in _blocks(steps)])
+    return [name for name in names if name not in captured.described]
 
 
 def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:

@@ -52,6 +52,7 @@ class Captured:
     out) and gives the graph's outputs; `structure` rebuilds the source's own result from them.
     `fixed` names axes that the caller may have expected to vary, but which the model fixes, and
     what guards of the export came to. `is_graph` says that the source is the graph itself.
+    `described` names modules that were captured as what they do, and `notes` says so.
     """
 
     program: Program
@@ -60,6 +61,8 @@ class Captured:
     structure: pytree.TreeSpec
     fixed: tuple[str, ...] = ()
     is_graph: bool = False
+    notes: tuple[str, ...] = ()
+    described: tuple[str, ...] = ()
 
 
 def capture(

@@ -11,12 +11,14 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from moec.capture.behaviour.door import Declared, Described, Model, capture_described
 from moec.capture.capture import Captured, capture
 from moec.capture.pt2 import check_archive
 from moec.errors import CaptureError, UsageError
@@ -49,9 +51,13 @@ def capture_source(
     source: Source,
     dynamic_shapes: Any = None,
     allow_fixed: bool | str | Collection[str] = False,
+    declared: Sequence[Declared] = (),
+    observed: Sequence[Described] = (),
 ) -> Captured:
-    """`capture` of a source, whose own sizes hold unless there are other `dynamic_shapes`."""
-    return capture(
+    """`capture` of a source, whose own sizes hold unless there are other `dynamic_shapes`. What
+    is declared is proved, and what is observed stands for the modules that it was observed of."""
+    run = partial(
+        capture,
         source.model,
         source.args,
         source.kwargs,
@@ -59,6 +65,21 @@ def capture_source(
         bounds=source.bounds if dynamic_shapes is None else None,
         allow_fixed=allow_fixed,
     )
+    if not traceable(source):
+        if declared:
+            raise UsageError(f"{source.name} is a graph already: nothing is left to describe")
+        return run()
+    return capture_described(example_of(source), run, declared, observed)
+
+
+def traceable(source: Source) -> bool:
+    """Whether its modules are code yet, and not a graph."""
+    return isinstance(source.model, torch.nn.Module) and not isinstance(source.model, GraphModule)
+
+
+def example_of(source: Source) -> Model:
+    assert isinstance(source.model, torch.nn.Module)
+    return Model(source.model, source.args, source.kwargs)
 
 
 def open_source(

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moec.commands.options import Tolerance, json_option, model_options
+from moec.commands.options import Tolerance, asked, json_option, model_options
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -31,6 +31,7 @@ def command(
     opt_level: int,
     passes: str,
     allow_fixed: tuple[str, ...],
+    describe: str | None,
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
 
@@ -40,9 +41,9 @@ def command(
     from dataclasses import asdict
 
     from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import dynamic_shapes, explained, parse
+    from moec.commands.shapes import explained
 
-    wanted = parse(shapes)
+    arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed)
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
@@ -57,9 +58,7 @@ def command(
         chosen = exact(choose(opt_level, passes), why)
         captured = compile_model(
             model,
-            dynamic_shapes=dynamic_shapes(wanted),
-            allow_fixed=allow_fixed,
-            dtype=dtype,
+            **arguments,
             stop_after="capture",
             progress=progress.phase,
         ).captured

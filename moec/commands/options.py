@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -66,6 +67,10 @@ def model_options(command: F) -> F:
         ),
         click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
         click.option(
+            "--describe", metavar="FILE.yaml",
+            help="What modules do that cannot be traced: class name, router, experts, top_k, …",
+        ),
+        click.option(
             "--shapes", multiple=True, metavar="INPUT=SIZES",
             help="What may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and sequence.",
         ),
@@ -103,12 +108,16 @@ def changing_options(command: F) -> F:
     return command
 
 
-def asked(shapes: tuple[str, ...], **options: Any) -> dict[str, Any]:
+def asked(shapes: tuple[str, ...], describe: str | None = None, **options: Any) -> dict[str, Any]:
     """The options of `model_options` and `changing_options` as arguments of `moec.compile`, which
     has them under the same names.
 
-    Raises UsageError for shapes that cannot be read.
+    Raises UsageError for shapes, or descriptions of modules, that cannot be read.
     """
     from moec.commands.shapes import dynamic_shapes, parse
 
+    if describe is not None:
+        from moec.capture.behaviour.describe import read_descriptions
+
+        options["descriptions"] = read_descriptions(Path(describe))
     return {"dynamic_shapes": dynamic_shapes(parse(shapes)), **options}

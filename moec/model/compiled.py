@@ -117,7 +117,8 @@ class CompiledModel:
         for _, kernel in package.kernels if package else ():
             kernels[kernel] = kernels.get(kernel, 0) + 1
         said = (f"{step.name}: {line}" for step in self.steps for line in step.says)
-        notes = (*self.captured.fixed, *said, *(package.notes if package else ()))
+        notes = (*self.captured.fixed, *self.captured.notes, *said)
+        notes += package.notes if package else ()
         checked = self.checked
         if package and missing(self.target):
             notes += (

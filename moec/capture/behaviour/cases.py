@@ -1,0 +1,95 @@
+"""What a description is tried on: inputs that tell rules apart, of many sizes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moec.capture.behaviour.draws import all_on, draws, near_threshold, ties
+from moec.capture.behaviour.probe import Probe
+
+SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
+LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
+SCALES = (1.0, 0.01, 20.0, 1000.0)
+_SEEDS = 2
+_WHOLE_SIZES = 40
+"""Lengths at which a capacity is a whole number before it is rounded: there a product of floats
+may round to the other side."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, with logits to be given for the router's own; `size` is batch and length."""
+
+    kind: str
+    size: tuple[int, int]
+    inputs: tuple[torch.Tensor, ...]
+    logits: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.size[0]} x {self.size[1]} tokens, {self.kind}"
+
+
+def cases(probe: Probe) -> Iterator[Case]:
+    """Natural and steered routings of all kinds at small sizes, and long ones in which all
+    tokens choose one expert."""
+    generator = torch.Generator().manual_seed(11)
+    for seed, size in itertools.product(range(_SEEDS), SIZES):
+        for scale in SCALES:
+            inputs = probe.inputs(*size, scale, seed)
+            yield Case(f"tokens times {scale:g}", size, inputs, scale=scale)
+        yield from _alike(probe, size, seed)
+        for kind, logits in _steered(probe, size[0] * size[1], generator).items():
+            yield Case(kind, size, probe.inputs(*size, seed=seed), logits)
+    for length in (*(n for n in LENGTHS if n < probe.longest), probe.longest):
+        inputs = probe.inputs(1, length, seed=_SEEDS)
+        yield Case("tokens times 1", (1, length), inputs)
+        steered = _steered(probe, length, generator)
+        for kind in ("usual logits", "equal logits"):
+            if kind in steered:
+                yield Case(kind, (1, length), inputs, steered[kind])
+    for length in _whole_sizes(probe):
+        logits = all_on(0, length, probe.columns, 5.0)
+        inputs = probe.inputs(1, length, seed=_SEEDS)
+        yield Case("a length at which the capacity is whole", (1, length), inputs, logits)
+
+
+def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[Case]:
+    """Tokens that are all alike, of two kinds, and zero: their routing is tied or all on one."""
+    x, *rest = probe.inputs(*size, seed=seed)
+    rows = size[0] * size[1]
+    first = x.reshape(-1, probe.width)[:1].expand(rows, -1)
+    odd = (torch.arange(rows) % 2)[:, None]
+    kinds = {
+        "tokens all alike": first,
+        "tokens of two kinds": torch.where(odd == 1, -first, first),
+        "tokens of zeros": torch.zeros_like(first),
+    }
+    for kind, tokens in kinds.items():
+        yield Case(kind, size, (tokens.reshape(x.shape), *rest))
+
+
+def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Logits of every kind, where the module has a router that can be steered."""
+    rule, columns = probe.description.routing, probe.columns
+    if rule is None:
+        return {}
+    kinds = draws(columns, rows, generator)
+    kinds["tied"] = ties(columns, rows, generator)
+    kinds["close"] = near_threshold(rule, columns, rows, generator)
+    kinds["equal"] = all_on(rows % columns, rows, columns, 5.0)
+    return {f"{kind} logits": logits for kind, logits in kinds.items()}
+
+
+def _whole_sizes(probe: Probe) -> list[int]:
+    """Lengths up to the longest at which n * factor / C is whole, evenly spread."""
+    capacity = probe.description.capacity
+    if capacity is None or not capacity.factor:
+        return []
+    step = (capacity.factor / probe.columns).denominator
+    whole = list(range(step, probe.longest, step))
+    return whole[:: max(1, len(whole) // _WHOLE_SIZES)]

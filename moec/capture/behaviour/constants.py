@@ -1,0 +1,94 @@
+"""Parts of the output that no choice decides, and columns of the router without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moec.capture.behaviour.description import Added, NoNetwork, Path, RoutingRule
+from moec.capture.behaviour.draws import all_on
+from moec.capture.behaviour.probe import Probe
+from moec.capture.behaviour.rules import choose
+from moec.errors import NoMatch
+
+SAFE = 4
+"""The first rows of a long run: no capacity drops them."""
+
+
+def find_added(probe: Probe, inputs: Sequence[torch.Tensor], count: int) -> tuple[Added, ...]:
+    """The coefficients of submodules' results when all tokens are sent to one expert: fixed, or
+    the sigmoid of a column that a submodule gives.
+
+    Raises NoMatch where a coefficient varies by token and no gate gives it.
+    """
+    rows = inputs[0].numel() // probe.width
+    weights, _ = probe.solve(inputs, all_on(0, rows, probe.columns))
+    found: list[Added] = []
+    for path, factor in zip(probe.wide_paths(), weights[:SAFE, count:].T, strict=False):
+        gate = next(
+            (
+                p for p, v in probe.nodes.items()
+                if v.shape[-1] == 1 and torch.allclose(v[:SAFE, 0].sigmoid(), factor, atol=1e-3)
+            ),
+            (),
+        )  # fmt: skip
+        if factor.max() - factor.min() > 1e-3 and not gate:
+            name = ".".join(path) or "the token itself"
+            raise NoMatch(f"{name} is added with a weight that no gate of it gives")
+        if factor.abs().max() > 1e-3:
+            value = 1.0 if gate else float(f"{float(factor.mean()):.4g}")
+            found.append(Added(path, value, gate))
+    return tuple(found)
+
+
+def find_no_network(
+    probe: Probe,
+    rule: RoutingRule,
+    inputs: Sequence[torch.Tensor],
+    count: int,
+    added: tuple[Added, ...],
+) -> tuple[NoNetwork, ...]:
+    """What stands behind each column beyond the experts: all tokens are sent there.
+
+    Raises NoMatch for a column that is neither zero, copy nor constant.
+    """
+    rows = [(name, i) for name, value in probe.constants for i in range(value.shape[1])]
+    tokens = inputs[0].numel() // probe.width
+    always = next((a.factor for a in added if not a.path), 0.0)
+    found = []
+    for column in range(count, probe.columns):
+        logits = all_on(column, tokens, probe.columns)
+        probe.watch(inputs, logits)
+        share = choose(rule, logits).dense()[:, column, None]
+        weights = probe.solve(inputs, logits)[0] / share
+        copied = weights[:, count] - always
+        fixed = weights[:, count + len(probe.wide_paths()) :]
+        found.append(_no_network(probe, column, copied, fixed, rows))
+    return tuple(found)
+
+
+def _no_network(
+    probe: Probe,
+    column: int,
+    copied: torch.Tensor,
+    fixed: torch.Tensor,
+    rows: Sequence[tuple[str, int]],
+) -> NoNetwork:
+    if rows:
+        used = int(fixed.abs().sum(0).argmax())
+        shares = torch.stack([copied, fixed[:, used]], 1)
+        mix: Path | None = next(
+            (
+                p for p, v in probe.nodes.items()
+                if v.shape[-1] == 2 and torch.allclose(v.softmax(-1), shares, atol=1e-3)
+            ),
+            None,
+        )  # fmt: skip
+        if mix is not None:
+            name, row = rows[used]
+            return NoNetwork("constant", name, row, mix)
+    for kind, value in (("zero", 0.0), ("copy", 1.0)):
+        if (copied - value).abs().max() < 1e-3:
+            return NoNetwork(kind)
+    raise NoMatch(f"column {column} of the router is neither an expert nor zero, copy or constant")

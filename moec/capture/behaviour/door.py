@@ -1,0 +1,222 @@
+"""Modules that cannot be traced are captured as what they were observed to do.
+
+Where a capture fails inside a module, that module, or the nearest around it that holds experts,
+is recognised by its behaviour; what a user describes is proved in the same way. For the time of
+the capture its forward is the replacement over the same parameters; the model is as it was
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from moec.capture.behaviour.arguments import Arguments, Recorded, record
+from moec.capture.behaviour.failure import Failure, shown
+from moec.capture.behaviour.forward import Forward, proved_forward
+from moec.capture.behaviour.hints import Hints, describe_by_hints
+from moec.capture.behaviour.parts import may_hold_experts
+from moec.capture.behaviour.proof import Proof
+from moec.capture.behaviour.recognise import recognise
+from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.behaviour.side_outputs import result_like
+from moec.capture.capture import EXPORTS, Captured
+from moec.errors import CaptureError, NoMatch, UsageError
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a user says of the modules of a class, named by the class or by its name: hints, or a
+    forward in plain PyTorch. Neither: they are to be recognised by their behaviour."""
+
+    kind: type[nn.Module] | str
+    hints: Hints | None = None
+    forward: Forward | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind if isinstance(self.kind, str) else self.kind.__name__
+
+    def matches(self, module: nn.Module) -> bool:
+        if isinstance(self.kind, str):
+            return type(module).__name__ == self.kind
+        return type(module) is self.kind
+
+
+@dataclass(frozen=True)
+class Described:
+    """A module of the model, what it does, how the model called it, and the forward that is
+    captured. `by` says who described it."""
+
+    name: str
+    module: nn.Module
+    proof: Proof
+    forward: Callable[..., Any]
+    by: str
+
+    def __str__(self) -> str:
+        what = f"{self.proof.description}; " if self.proof.description else ""
+        return f"{shown(self.name, self.module)} was described by {self.by}: {what}{self.proof}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module and its example."""
+
+    module: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def record(self, names: Sequence[str]) -> dict[str, Recorded]:
+        """How the example calls the modules of these names, as far as it does."""
+        modules = dict(self.module.named_modules())
+        return record(
+            lambda: self.module(*self.args, **self.kwargs), [(n, modules[n]) for n in names]
+        )
+
+
+def capture_described(
+    model: Model,
+    capture: Callable[[], Captured],
+    declared: Sequence[Declared] = (),
+    observed: Sequence[Described] = (),
+) -> Captured:
+    """What `capture` gives, modules in which it fails replaced by what they do.
+
+    Raises CaptureError where a description is wrong, with the input that shows it, and where a
+    module can be neither captured nor recognised.
+    """
+    described = [*observed, *_declared(model, declared)]
+    while True:
+        try:
+            with replaced(described):
+                captured = capture()
+        except CaptureError as error:
+            described.append(_describe(model, error, described))
+            continue
+        names = tuple(item.name for item in described)
+        notes = (*captured.notes, *map(str, described))
+        return replace(captured, notes=notes, described=names)
+
+
+@contextmanager
+def replaced(described: Sequence[Described]) -> Iterator[None]:
+    """While open, the forward of each module is what stands for it; one thread at a time."""
+    with EXPORTS:
+        for item in described:
+            item.module.forward = item.forward
+        try:
+            yield
+        finally:
+            for item in described:
+                del item.module.forward
+
+
+def observe(model: Model, names: Sequence[str]) -> tuple[list[Described], dict[str, str]]:
+    """The modules of these names as they are recognised by behaviour, and why others are not."""
+    described, refusals = [], {}
+    modules = dict(model.module.named_modules())
+    for name, call in model.record(names).items():
+        try:
+            described.append(_recognised(name, modules[name], call))
+        except NoMatch as why:
+            refusals[name] = str(why)
+    return described, refusals
+
+
+def _recognised(name: str, module: nn.Module, call: Recorded) -> Described:
+    arguments = Arguments.of(call.args, call.kwargs)
+    proof = recognise(module, arguments)
+    return Described(name, module, proof, _forward(module, arguments, call, proof), "behaviour")
+
+
+def _forward(
+    module: nn.Module, arguments: Arguments, call: Recorded, proof: Proof
+) -> Callable[..., Any]:
+    assert proof.description is not None
+    replacement = Replacement(module, proof.description, arguments.shape[-1])
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens, ids = arguments.tensors(args, kwargs)
+        return result_like(call.result, outputs(replacement, tokens, ids))
+
+    return forward
+
+
+def _describe(model: Model, error: CaptureError, described: Sequence[Described]) -> Described:
+    """The innermost module around the failure that can be described.
+
+    Raises CaptureError, with the module, the line and the reason, where none can.
+    """
+    failure = Failure.of(error, model.module)
+    modules = dict(model.module.named_modules())
+    names = [
+        name
+        for name in failure.modules or reversed(modules)
+        if may_hold_experts(modules[name]) and all(name != item.name for item in described)
+    ]
+    try:
+        calls = model.record(names) if names else {}
+    except Exception as eager:  # the user's code fails without a capture too: that is the message
+        raise error from eager
+    refusals: dict[str, str] = {}
+    for name in names:
+        if name not in calls:
+            continue
+        try:
+            return _recognised(name, modules[name], calls[name])
+        except NoMatch as why:
+            refusals[name] = str(why)
+    raise _refusal(error, failure, refusals, modules) from error
+
+
+def _refusal(
+    error: CaptureError,
+    failure: Failure,
+    refusals: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+) -> CaptureError:
+    text = str(error).split("\n")[0]
+    if failure.line and str(failure.line) not in text:
+        text += f"\nat {failure.line}"
+    for name, why in list(refusals.items())[-2:]:
+        text += f"\n{shown(name, modules[name])} is not recognised by its behaviour: {why}"
+    if refusals:
+        kind = type(modules[list(refusals)[-1]]).__name__
+        text += f"\ndescribe it: moec.describe({kind}, router=..., experts=..., top_k=...)"
+    return CaptureError(text)
+
+
+def _declared(model: Model, declared: Sequence[Declared]) -> list[Described]:
+    described = []
+    modules = dict(model.module.named_modules())
+    for item in declared:
+        names = [name for name, module in modules.items() if item.matches(module)]
+        if not names:
+            raise UsageError(f"{item.name} is described, and the model has no module of that class")
+        calls = model.record(names)
+        for name in names:
+            if name not in calls:
+                raise UsageError(f"{name}, a {item.name}, is described and never called")
+            try:
+                described.append(_as_declared(item, name, modules[name], calls[name]))
+            except NoMatch as why:
+                raise CaptureError(
+                    f"{shown(name, modules[name])} is not what it is described to be: {why}"
+                ) from None
+    return described
+
+
+def _as_declared(item: Declared, name: str, module: nn.Module, call: Recorded) -> Described:
+    arguments = Arguments.of(call.args, call.kwargs)
+    if item.forward is not None:
+        proof, forward = proved_forward(module, arguments, call, item.forward)
+        return Described(name, module, proof, forward, "a forward of the user's")
+    if item.hints is None:
+        return _recognised(name, module, call)
+    proof = describe_by_hints(module, arguments, item.hints)
+    return Described(name, module, proof, _forward(module, arguments, call, proof), "the user")

@@ -1,0 +1,77 @@
+"""Where an export failed: the modules whose code was running, and the user's line."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import moec
+
+_FRAMEWORKS = tuple(str(Path(package.__file__ or "").parent) for package in (torch, moec))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of somebody's code."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        text = linecache.getline(self.file, self.line).strip()
+        return f"{Path(self.file).name}:{self.line}" + (f", `{text}`" if text else "")
+
+
+def shown(name: str, module: nn.Module) -> str:
+    """A module as a person finds it: its name, its class, and the line of its forward."""
+    kind = type(module)
+    try:
+        file = inspect.getsourcefile(kind.forward) or ""
+        where = f" ({Path(file).name}:{inspect.getsourcelines(kind.forward)[1]})"
+    except (OSError, TypeError):
+        where = ""
+    return f"{name or 'the model'}, a {kind.__name__}{where},"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Names of the modules that were running, the innermost first; the last line of the user's;
+    and the error in one line."""
+
+    modules: tuple[str, ...]
+    line: Line | None
+    reason: str
+
+    @staticmethod
+    def of(error: BaseException, model: nn.Module) -> Failure:
+        names = {id(module): name for name, module in model.named_modules()}
+        running: list[str] = []
+        line = None
+        for frame, number in _frames(error):
+            subject = frame.f_locals.get("self")
+            if isinstance(subject, nn.Module) and id(subject) in names:
+                running.append(names[id(subject)])
+            file = frame.f_code.co_filename
+            if not file.startswith((*_FRAMEWORKS, "<")):
+                line = Line(file, number)
+        innermost = tuple(dict.fromkeys(reversed(running)))
+        first = " ".join(str(error).split("\n\n")[0].split())
+        return Failure(innermost, line, f"{type(error).__name__}: {first[:200]}")
+
+
+def _frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
+    """The frames of an error and of those that it was raised from, the oldest error first."""
+    earlier = error.__cause__ or error.__context__
+    if earlier is not None and earlier is not error:
+        yield from _frames(earlier)
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame, trace.tb_lineno
+        trace = trace.tb_next

@@ -1,0 +1,153 @@
+"""A description in a user's words, completed with what the module itself shows, and proved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from moec.capture.behaviour.arguments import Arguments
+from moec.capture.behaviour.description import (
+    Added,
+    Capacity,
+    Description,
+    FeedForward,
+    Router,
+    RoutingRule,
+)
+from moec.capture.behaviour.parts import shaken, tensor
+from moec.capture.behaviour.probe import Probe, affordable_length
+from moec.capture.behaviour.proof import Proof, prove
+from moec.capture.behaviour.rules import SCORES
+from moec.errors import NoMatch, UsageError
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Names as the module has them. `experts` is a list of submodules, or the stacked parameters
+    that `body` reads; `router` a submodule, several one after the other, or a parameter;
+    `shared` submodules that are added, each with the submodule that gates it, or "". `rule` has
+    no order of ties: both are tried."""
+
+    experts: tuple[str, ...]
+    router: tuple[str, ...]
+    rule: RoutingRule
+    source: tuple[str, ...] = ()
+    body: FeedForward | None = None
+    weighs: str = "output"
+    capacity: Capacity | None = None
+    shared: tuple[tuple[str, str], ...] = ()
+
+
+def hints(
+    *,
+    router: str | Sequence[str],
+    experts: str | Sequence[str],
+    top_k: int,
+    score: str = "softmax",
+    body: Mapping[str, Any] | None = None,
+    source: str | Sequence[str] = (),
+    weighs: str = "output",
+    capacity: Mapping[str, Any] | None = None,
+    shared: str | Sequence[str] | Mapping[str, str] = (),
+    **rule: Any,
+) -> Hints:
+    """Raises UsageError for a field or a value that does not exist."""
+    if score not in SCORES:
+        raise UsageError(f"score={score!r} is none of {', '.join(SCORES)}")
+    if weighs not in ("output", "input"):
+        raise UsageError(f"weighs={weighs!r} is neither 'output' nor 'input'")
+    gates = shared if isinstance(shared, Mapping) else dict.fromkeys(_names(shared), "")
+    return Hints(
+        experts=_names(experts),
+        router=_names(router),
+        rule=_filled(RoutingRule, {"score": score, "top_k": top_k} | _tuples(rule)),
+        source=_names(source),
+        body=None if body is None else _filled(FeedForward, _tuples(body)),
+        weighs=weighs,
+        capacity=None if capacity is None else _filled(Capacity, _fractions(capacity)),
+        shared=tuple(gates.items()),
+    )
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _fractions(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A factor is meant as it is written: 1.1 is 11/10."""
+    exact = {"factor": Fraction(str(values["factor"]))} if "factor" in values else {}
+    return {**values, **exact}
+
+
+def _filled(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    fields = kind.__dataclass_fields__
+    for name in values:
+        if name not in fields:
+            raise UsageError(f"{name!r} is no part of a description; there are {', '.join(fields)}")
+    return kind(**values)
+
+
+def describe_by_hints(module: nn.Module, arguments: Arguments, given: Hints) -> Proof:
+    """The proved description. Raises NoMatch with the input that shows it wrong, and UsageError
+    for names that the module does not have."""
+    probe = Probe(shaken(module), arguments)
+    probe.longest = affordable_length(probe)
+    experts = _experts(module, given)
+    router, probe.weight_name, probe.columns = _router(probe.module, given)
+    added = tuple(Added((name,), 1.0, (gate,) if gate else ()) for name, gate in given.shared)
+    description = Description(
+        experts=experts,
+        body=given.body,
+        source=given.source,
+        router=router,
+        weighs=given.weighs,
+        added=added,
+        capacity=given.capacity,
+    )
+    reasons = []
+    for order in ("topk", "first"):
+        rule = replace(given.rule, ties=order)
+        if rule.top_k > probe.columns:
+            raise NoMatch(f"top_k={rule.top_k} of {probe.columns} columns")
+        try:
+            return prove(module, probe, replace(description, routing=rule))
+        except NoMatch as why:
+            reasons.append(str(why))
+    raise NoMatch(reasons[-1] if "tied" in reasons[0] else reasons[0])
+
+
+def _experts(module: nn.Module, given: Hints) -> tuple[str, ...]:
+    if given.body is not None or len(given.experts) > 1:
+        return given.experts
+    (name,) = given.experts
+    try:
+        members = [f"{name}.{child}" for child, _ in module.get_submodule(name).named_children()]
+    except AttributeError:
+        raise UsageError(f"experts={name!r}: {type(module).__name__} has no such part") from None
+    return tuple(members)
+
+
+def _router(module: nn.Module, given: Hints) -> tuple[Router, str, int]:
+    """The router, the weight by which it is steered, and its columns."""
+    last = given.router[-1]
+    parameters = dict(module.named_parameters())
+    if last in parameters:
+        weight = parameters[last]
+        return Router(given.router[:-1], last), last, min(weight.shape)
+    try:
+        part = module.get_submodule(last)
+    except AttributeError:
+        raise UsageError(f"router={last!r}: {type(module).__name__} has no such part") from None
+    weights = [f"{last}.{n}" for n, p in part.named_parameters() if p.dim() == 2]
+    if not weights:
+        raise UsageError(f"router={last!r} has no weight [C, D] by which it can be steered")
+    columns = tensor(module, weights[-1]).shape[0]
+    return Router(given.router), weights[-1], columns

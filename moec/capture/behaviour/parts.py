@@ -1,0 +1,120 @@
+"""A module's parts by name: parameters, stacks over a list of submodules, chains of submodules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from moec.capture.behaviour.description import Path
+
+
+def tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer; "list.*.weight" stacks those of a list's members."""
+    if ".*." in name:
+        head, rest = name.split(".*.")
+        members = module.get_submodule(head).children()
+        return torch.stack([tensor(member, rest) for member in members])
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), attribute)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def walk(module: nn.Module, path: Path, rows: torch.Tensor) -> torch.Tensor:
+    """What the submodules of `path` make of rows, one after the other."""
+    for name in path:
+        rows = module.get_submodule(name)(rows)
+    return rows
+
+
+def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:
+    """Lists of submodules with parameters of equal shapes that map [n, D] to [n, D], by name;
+    the largest first. A list of lists is flattened."""
+    lists = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1
+    }
+    groups = [[f"{name}.{i}" for i, _ in part.named_children()] for name, part in lists.items()]
+
+    def members(name: str) -> list[str]:
+        if name not in lists:
+            return [name]
+        return [f"{name}.{i}" for i, _ in lists[name].named_children()]
+
+    flattened = [[inner for name in group for inner in members(name)] for group in groups]
+    for group in sorted(flattened, key=len, reverse=True):
+        if _alike(module, group) and _keeps_width(module.get_submodule(group[0]), width):
+            yield tuple(group)
+
+
+def _alike(module: nn.Module, group: list[str]) -> bool:
+    shapes = {str([p.shape for p in module.get_submodule(name).parameters()]) for name in group}
+    return len(shapes) == 1
+
+
+def _keeps_width(expert: nn.Module, width: int) -> bool:
+    reference = next(iter(expert.parameters()), None)
+    dtype = reference.dtype if reference is not None else torch.float32
+    try:
+        with torch.no_grad():
+            result = expert(torch.randn(3, width, dtype=dtype))
+    except Exception:  # whatever somebody's forward raises: it is no expert of this width
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (3, width)
+
+
+def may_hold_experts(module: nn.Module) -> bool:
+    """Whether it has a list of submodules of its own, or stacked parameters [E, ..] anywhere."""
+    for part in module.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1:
+            return True
+    return any(p.dim() == 3 for p in module.parameters())
+
+
+def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of modules that may hold experts, inside or at which no block of these names stands,
+    innermost first."""
+    names = []
+    for name, module in reversed(list(model.named_modules())):
+        if not may_hold_experts(module):
+            continue
+        inside = (block == name or block.startswith(f"{name}." if name else "") for block in blocks)
+        if not any(inside):
+            names.append(name)
+    return names
+
+
+def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Parameters of one leading size [E, ..] that may be the experts, a group for each size;
+    those of a list's members count as stacked."""
+    stacks: dict[str, torch.Tensor] = {
+        name: p for name, p in module.named_parameters() if p.dim() in (2, 3)
+    }
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList) or len(part) < 2:
+            continue
+        shapes = [{n: p.shape for n, p in member.named_parameters()} for member in part]
+        if all(shape == shapes[0] for shape in shapes):
+            stacks |= {f"{name}.*.{n}": tensor(module, f"{name}.*.{n}") for n in shapes[0]}
+    for count in dict.fromkeys(p.shape[0] for p in stacks.values() if p.dim() == 3):
+        yield {name: p for name, p in stacks.items() if p.shape[0] == count}
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """A float32 copy in which no tensor is constant: a bias of zeros that was never trained hides
+    what the module does with it."""
+    twin, generator = copy.deepcopy(module).float(), torch.Generator().manual_seed(7)
+    for t in itertools.chain(twin.parameters(), twin.buffers()):
+        if not t.is_floating_point() or t.numel() < 2:
+            continue
+        if t.isfinite().all() and not (t == t.flatten()[0]).all():
+            continue
+        value = float(torch.nan_to_num(t.detach().flatten()[0]))
+        noise = torch.rand(t.shape, generator=generator)
+        t.data.copy_(value * (0.5 + noise) if value else 0.6 * noise - 0.3)
+    return twin

@@ -1,0 +1,229 @@
+"""A module under experiment: runs with chosen logits, what its submodules read, weights solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.capture.behaviour.arguments import Arguments
+from moec.capture.behaviour.description import Description, Path
+from moec.capture.behaviour.feed_forward import feed_forward
+from moec.capture.behaviour.parts import tensor, walk
+from moec.capture.behaviour.steering import Steer
+from moec.errors import NoMatch
+
+TOLERANCE = 2e-5
+"""Of the greatest output: two float32 programs that sum in different orders come nearer."""
+
+
+_AFFORDABLE = ((0.15, 4097), (0.6, 1025))
+"""Seconds that 256 tokens take, and the longest run that is then made: some ten are."""
+LONGEST = 4097
+"""Rows of one expert that are tried: a capacity beyond it is not seen."""
+
+
+@dataclass(frozen=True)
+class SubmoduleCall:
+    name: str
+    read: torch.Tensor  # [n, d]
+    result: torch.Tensor
+    alone: bool  # it read nothing else
+
+
+@dataclass
+class Run:
+    """One run: the leaves of the result by name, its hidden rows[T, D], and the router's logits
+    as the module itself computed them."""
+
+    leaves: list[tuple[str, Any]]
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+
+@dataclass
+class Probe:
+    """The module, how it is called, its router's weight, and what is known of it so far."""
+
+    module: nn.Module
+    arguments: Arguments
+    description: Description = field(default_factory=Description)
+    weight_name: str = ""
+    columns: int = 0
+    longest: int = LONGEST
+    constants: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    nodes: dict[Path, torch.Tensor] = field(default_factory=dict)
+    """What chains of submodules make of the tokens in the last run watched: [T, d] each."""
+
+    @property
+    def width(self) -> int:
+        return self.arguments.shape[-1]
+
+    def inputs(
+        self, batch: int, length: int, scale: float = 1.0, seed: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """Random tokens, and random ids where the choice is an input."""
+        generator = torch.Generator().manual_seed(seed + 1000 * batch + length)
+        flat = len(self.arguments.shape) == 2
+        size = (batch * length,) if flat else (batch, length)
+        x = torch.randn(*size, self.width, generator=generator) * scale
+        if self.arguments.ids is None:
+            return (x,)
+        return (x, torch.randint(0, self._ids(), size, generator=generator))
+
+    def _ids(self) -> int:
+        return len(self.description.experts) or 1
+
+    def run(self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None) -> Run:
+        """Raises NoMatch where no output has the size of the tokens."""
+        copies = [t.clone() for t in inputs]
+        args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
+        with torch.no_grad(), self.steered(logits) as steer:
+            leaves = result_leaves(self.module(*args, **kwargs))
+        return Run(leaves, self._hidden(leaves, inputs[0]), steer.seen)
+
+    def steered(self, logits: torch.Tensor | None) -> Steer:
+        """A context in which the router gives `logits`: for what stands beside the module."""
+        weight = tensor(self.module, self.weight_name) if self.weight_name else None
+        return Steer(weight, self.columns, logits)
+
+    def _hidden(self, leaves: list[tuple[str, Any]], x: torch.Tensor) -> torch.Tensor:
+        for _, value in leaves:
+            if isinstance(value, torch.Tensor) and value.dim():
+                if (value.numel(), value.shape[-1]) == (x.numel(), self.width):
+                    return value.reshape(-1, self.width)
+        raise NoMatch("no output has the size of its tokens")
+
+    def watch(
+        self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
+    ) -> list[SubmoduleCall]:
+        """The calls of submodules in one run; `nodes` holds what chains of them make of tokens."""
+        calls: list[SubmoduleCall] = []
+
+        def hook(name: str) -> Callable[..., None]:
+            def record(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+                tensors = [t for t in (*args[:1], result) if isinstance(t, torch.Tensor)]
+                if len(tensors) == 2 and all(t.dim() for t in tensors):
+                    read, given = (t.reshape(-1, t.shape[-1]).clone() for t in tensors)
+                    calls.append(SubmoduleCall(name, read, given, len(args) == 1 and not kwargs))
+
+            return record
+
+        handles = [
+            part.register_forward_hook(hook(name), with_kwargs=True)
+            for name, part in self.module.named_modules()
+            if name
+        ]
+        try:
+            self.run(inputs, logits)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.nodes = self._chains(calls, inputs[0].reshape(-1, self.width))
+        return calls
+
+    def _chains(
+        self, calls: Sequence[SubmoduleCall], flat: torch.Tensor
+    ) -> dict[Path, torch.Tensor]:
+        """Values that calls make of the tokens, by the shortest path of names; what experts are
+        made of is left out."""
+        nodes: dict[Path, torch.Tensor] = {(): flat}
+        inside = tuple(name.split("*")[0].rstrip(".") + "." for name in self.description.experts)
+        for call in calls:
+            if inside and f"{call.name}.".startswith(inside):
+                continue
+            start = next(
+                (p for p, v in nodes.items() if call.alone and torch.equal(call.read, v)), None
+            )
+            if start is None:
+                continue
+            path = (*start, call.name)
+            old = next((p for p, v in nodes.items() if torch.equal(v, call.result)), None)
+            if old and len("".join(old)) > len("".join(path)):
+                del nodes[old]  # the last part of this one
+                old = None
+            if old is None:
+                nodes[path] = call.result
+        return nodes
+
+    def wide_paths(self) -> list[Path]:
+        """Chains that give rows as wide as the tokens."""
+        return [path for path, value in self.nodes.items() if value.shape[-1] == self.width]
+
+    def solve(
+        self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, float]:
+        """Weights [T, N] of every expert, then of what chains of submodules make of the tokens,
+        then of constants, whose sum comes nearest the output; and the share that is left.
+
+        Raises NoMatch where there are more parts than the width can tell apart.
+        """
+        hidden = self.run(inputs, logits).hidden
+        flat = inputs[0].reshape(-1, self.width)
+        log_sum_exp = self.description.log_sum_exp
+        with torch.no_grad():
+            rows = walk(self.module, self.description.source, flat)
+            parts = [expert_results(self.module, self.description, rows)]
+            if not log_sum_exp:
+                wide = [walk(self.module, path, flat) for path in self.wide_paths()]
+                parts += [torch.stack(wide, 1)]
+                parts += [value.expand(len(flat), -1, -1) for _, value in self.constants]
+        columns, target = torch.cat(parts, 1).double().mT, hidden.double()[..., None]
+        if log_sum_exp:
+            columns, target = columns.exp(), target.exp()
+        if columns.shape[2] > columns.shape[1]:
+            raise NoMatch(
+                f"{columns.shape[2]} parts cannot be told apart in a width of {columns.shape[1]}"
+            )
+        weights = torch.linalg.lstsq(columns, target).solution
+        size = target.norm(dim=(1, 2))
+        left = (columns @ weights - target).norm(dim=(1, 2))
+        share = float((left / (size + 1e-3 * size.max() + 1e-30)).max())
+        return weights[..., 0].float(), share
+
+
+def affordable_length(probe: Probe) -> int:
+    """How long the longest runs may be: `LONGEST`, and less for a module that takes long. The
+    proof says how long they were."""
+    inputs = probe.inputs(1, 256)
+    probe.run(inputs)
+    start = time.perf_counter()
+    probe.run(inputs)
+    seconds = time.perf_counter() - start
+    return next((n for limit, n in _AFFORDABLE if seconds < limit), 257)
+
+
+def expert_results(module: nn.Module, description: Description, rows: torch.Tensor) -> torch.Tensor:
+    """What every expert makes of every row: [T, E, D]."""
+    if description.body is None:
+        return torch.stack([module.get_submodule(n)(rows) for n in description.experts], 1)
+    stacks = [tensor(module, name) for name in description.experts]
+    return feed_forward(description.body, rows, stacks).transpose(0, 1)
+
+
+def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
+    """(name, value) of everything in a result: tensors, numbers, None."""
+    items: list[tuple[object, Any]]
+    if isinstance(result, tuple | list):
+        items = list(enumerate(result))
+    elif isinstance(result, dict):
+        items = list(result.items())
+    elif is_dataclass(result) and not isinstance(result, type):
+        items = [(f.name, getattr(result, f.name)) for f in fields(result)]
+    else:
+        return [(name, result)]
+    return [leaf for key, value in items for leaf in result_leaves(value, f"{name}.{key}")]
+
+
+def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Equal to `tolerance` of the greatest of b; infinities and NaN in the same entries."""
+    if a.shape != b.shape:
+        return False
+    finite = b.detach()[b.isfinite()].double().abs()
+    limit = tolerance * (float(finite.max()) if finite.numel() else 1.0) + 1e-12
+    near = (a.double() - b.double()).abs() <= limit
+    return bool((near | (a == b) | (a.isnan() & b.isnan())).all())

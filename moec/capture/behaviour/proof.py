@@ -1,0 +1,141 @@
+"""A description is proved by running the module beside its replacement, outputs and all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.capture.behaviour.cases import SCALES, Case, cases
+from moec.capture.behaviour.description import Description
+from moec.capture.behaviour.probe import LONGEST, TOLERANCE, Probe, Run, result_leaves, same
+from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.behaviour.side_outputs import find_outputs
+from moec.errors import NoMatch
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A description that held in all of `runs`, and what those reached; in `overflows` more,
+    eager's own results were not finite."""
+
+    description: Description | None
+    runs: int
+    overflows: int = 0
+    longest: int = LONGEST
+    tolerance: float = TOLERANCE
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.runs} runs beside eager, tokens scaled by {min(SCALES):g} to {max(SCALES):g}, "
+            f"up to {self.longest} tokens, agree to {self.tolerance:g} of the greatest value; "
+            "what lies below or beyond was not seen"
+        )
+        if self.overflows:
+            text += f", nor {self.overflows} runs in which eager overflows"
+        return text
+
+
+class Differs(NoMatch):
+    """The module and what stands for it differ in this case."""
+
+    def __init__(self, text: str, case: Case) -> None:
+        super().__init__(text)
+        self.case = case
+
+
+def prove(
+    module: nn.Module, probe: Probe, description: Description, suspect: Case | None = None
+) -> Proof:
+    """Runs the replacement beside the probe's shaken copy and beside the module itself; a
+    `suspect`, which refused another description, comes first.
+
+    Raises NoMatch with the first input on which they differ.
+    """
+    probe.description = description
+    replacement = Replacement(probe.module, description, probe.width)
+    description = replace(description, outputs=find_outputs(probe, replacement))
+    runs, overflows = 0, 0
+    for subject in (probe.module, module):
+        here = replace(probe, module=subject, description=description)
+        if not description.routing:
+            here.weight_name = ""
+        block = Replacement(subject, description, probe.width)
+        for case in itertools.chain(_again(suspect, here), cases(here)):
+            compared = _compare(here, block, case)
+            runs, overflows = runs + compared, overflows + (not compared)
+    return Proof(description, runs, overflows, probe.longest)
+
+
+def _again(suspect: Case | None, probe: Probe) -> list[Case]:
+    """The case that refused another description, where it is one for this router too."""
+    if suspect is None:
+        return []
+    if suspect.logits is None:
+        return [suspect]
+    steers = bool(probe.weight_name) and suspect.logits.shape[-1] == probe.columns
+    return [suspect] if steers else []
+
+
+def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
+    """As `prove`, of a forward that stands for the module's: the router, which is not known, is
+    not steered; tokens that are all alike send all to one expert.
+
+    Raises NoMatch with the first input on which they differ.
+    """
+    runs, overflows = 0, 0
+    for case in cases(probe):
+        run = probe.run(case.inputs)
+        if _overflows(run, case):
+            overflows += 1
+            continue
+        with torch.no_grad():
+            leaves = result_leaves(forward(*case.inputs))
+        names, given = ([name for name, _ in each] for each in (run.leaves, leaves))
+        if names != given:
+            raise NoMatch(f"it returns {', '.join(names)}, and the forward {', '.join(given)}")
+        _compare_leaves(run, [value for _, value in leaves], case)
+        runs += 1
+    return Proof(None, runs, overflows, probe.longest)
+
+
+def _overflows(run: Run, case: Case) -> bool:
+    """Whether the tokens are so large that eager's own result is not finite."""
+    return case.scale > 1 and not bool(run.hidden.isfinite().all())
+
+
+def _compare(probe: Probe, block: Replacement, case: Case) -> bool:
+    """False where there is nothing to compare with."""
+    run = probe.run(case.inputs, case.logits)
+    if _overflows(run, case):
+        return False
+    with torch.no_grad(), probe.steered(case.logits):
+        given = outputs(block, *case.inputs)
+    _compare_leaves(run, given, case)
+    return True
+
+
+def _compare_leaves(run: Run, given: Sequence[object], case: Case) -> None:
+    for (name, value), ours in zip(run.leaves, given, strict=True):
+        if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor):
+            if not same(ours, value):
+                raise Differs(_difference(name, value, ours, case), case)
+        elif ours is not value and ours != value:
+            raise Differs(f"{name} is {value!r}, described {ours!r} ({case})", case)
+
+
+def _difference(name: str, value: torch.Tensor, given: torch.Tensor, case: Case) -> str:
+    if given.shape != value.shape:
+        return f"{name} is {tuple(value.shape)}, described {tuple(given.shape)} ({case})"
+    last = value.shape[-1] if value.dim() else 1
+    value, given = (t.reshape(-1, last).double() for t in (value, given))
+    row = int((given - value).nan_to_num(1e30, 1e30, 1e30).abs().amax(1).argmax())
+    eager, described = ([float(f"{float(v):.5g}") for v in t[row][:3]] for t in (value, given))
+    text = f"{name} differs on {case}: row {row} begins {eager}, described {described}"
+    if case.logits is not None and len(case.logits) == len(value):
+        text += f"; its logits are {[float(f'{float(v):.5g}') for v in case.logits[row]]}"
+    return text

@@ -1,0 +1,78 @@
+"""What else a module returns: every tensor is one of a few names, every number is constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+from moec.capture.behaviour.description import Constant, Output
+from moec.capture.behaviour.probe import Probe, same
+from moec.capture.behaviour.replacement import Replacement, shaped
+from moec.errors import NoMatch
+
+
+def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Constant, ...]:
+    """What each leaf of the result is.
+
+    Raises NoMatch for a tensor that the description does not give, and for a number that
+    depends on the input.
+    """
+    inputs = probe.inputs(2, 12)
+    first, other = probe.run(inputs), probe.run(probe.inputs(1, 5))
+    with torch.no_grad():
+        named = replacement(*inputs)
+    items: list[Output | Constant] = []
+    for (name, value), (_, again) in zip(first.leaves, other.leaves, strict=True):
+        if isinstance(value, torch.Tensor):
+            items.append(_output(name, value, named, inputs[0]))
+        elif value != again:
+            raise NoMatch(f"{name} is a number that depends on the input: {value}, then {again}")
+        else:
+            items.append(Constant(value))
+    return tuple(items)
+
+
+def _output(
+    name: str, value: torch.Tensor, named: Mapping[str, torch.Tensor], x: torch.Tensor
+) -> Output:
+    dtype = str(value.dtype).removeprefix("torch.")
+    leading = _leading(value, x)
+    for key, given in named.items():
+        output = Output(key, leading, dtype)
+        if given.numel() == value.numel():
+            formed = shaped(given, output, x)
+            if formed.dtype == value.dtype and same(formed, value):
+                return output
+    if value.numel() == x.numel() and leading:  # the proof says by how much it differs
+        return Output("hidden", leading, dtype)
+    raise NoMatch(f"{name}, of shape {tuple(value.shape)}, is not reproduced")
+
+
+def _leading(value: torch.Tensor, x: torch.Tensor) -> str:
+    tokens = x.numel() // x.shape[-1]
+    if value.dim() and value.shape[:-1] == x.shape[:-1]:
+        return "tokens"
+    if value.shape == x.shape[:-1]:
+        return "token"
+    return "rows" if value.dim() == 2 and value.shape[0] == tokens else ""
+
+
+def result_like(result: Any, values: Sequence[Any]) -> Any:
+    """A result with the containers of `result` around other leaves."""
+    return _rebuilt(result, iter(values))
+
+
+def _rebuilt(result: Any, values: Iterator[Any]) -> Any:
+    if isinstance(result, tuple) and hasattr(result, "_fields"):
+        return type(result)(*(_rebuilt(item, values) for item in result))
+    if isinstance(result, tuple | list):
+        return type(result)(_rebuilt(item, values) for item in result)
+    if isinstance(result, dict):
+        return type(result)(**{key: _rebuilt(item, values) for key, item in result.items()})
+    if is_dataclass(result) and not isinstance(result, type):
+        named = {f.name: _rebuilt(getattr(result, f.name), values) for f in fields(result)}
+        return type(result)(**named)
+    return next(values)

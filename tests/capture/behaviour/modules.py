@@ -1,0 +1,63 @@
+"""MoE layers that torch.export refuses, written in ways that research code has."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+WIDTH, HIDDEN, EXPERTS, TOP_K = 16, 24, 4, 2
+
+
+def expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, WIDTH))
+
+
+class Layer(nn.Module):
+    """A gate, a list of experts, and a softmax over the best two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+
+    def choose(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = self.gate(flat).softmax(-1).topk(TOP_K, -1)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+
+class CountsInNumpy(Layer):
+    """DiT-like: counts are read into numpy, and rows are sorted."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.view(-1, WIDTH)
+        weights, ids = self.choose(flat)
+        order = ids.view(-1).argsort()
+        ends = ids.view(-1).bincount().cpu().numpy().cumsum(0)
+        out, start = torch.zeros_like(flat), 0
+        for i, end in enumerate(ends):
+            if end > start:
+                chosen = order[start:end]
+                y = self.experts[i](flat[chosen // TOP_K]) * weights.view(-1, 1)[chosen]
+                out.index_add_(0, chosen // TOP_K, y)
+            start = end
+        return out.view_as(x)
+
+
+class TableOfTokens(Layer):
+    """Rows by a table of tokens with a row of zeros behind it: traced, and not recognised."""
+
+    capacity = 6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, WIDTH)
+        p, ids = self.gate(flat).softmax(-1).max(-1)
+        mask = nn.functional.one_hot(ids, EXPERTS)
+        slot = (mask.cumsum(0) - 1).gather(1, ids[:, None])[:, 0]
+        fits, tokens = slot < self.capacity, flat.shape[0]
+        end = EXPERTS * self.capacity
+        where = torch.where(fits, ids * self.capacity + slot, end)
+        table = torch.full((end + 1,), tokens).scatter(0, where, torch.arange(tokens))[:-1]
+        rows = torch.cat([flat, flat.new_zeros(1, WIDTH)])[table].view(EXPERTS, -1, WIDTH)
+        ys = torch.cat([e(r) for e, r in zip(self.experts, rows, strict=True)])
+        ys = torch.cat([ys, ys.new_zeros(1, WIDTH)])
+        return (ys[where] * (p * fits)[:, None]).view_as(x)

@@ -1,0 +1,129 @@
+"""What a user says of a module is proved beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.capture.behaviour.describe import read_descriptions
+from moec.errors import CaptureError, UsageError
+from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy
+
+RIGHT: dict[str, Any] = {
+    "router": "gate",
+    "experts": "experts",
+    "top_k": TOP_K,
+    "score": "softmax",
+    "renormalise": True,
+}
+
+
+def compiled(description: Any, module: nn.Module | None = None) -> moec.CompiledModel:
+    torch.manual_seed(0)
+    module = (CountsInNumpy() if module is None else module).eval()
+    x = torch.randn(2, 12, WIDTH)
+    return moec.compile(module, (x,), build=False, descriptions=[description])
+
+
+def plain(module: CountsInNumpy, x: torch.Tensor) -> torch.Tensor:
+    flat = x.view(-1, WIDTH)
+    weights, ids = module.choose(flat)
+    full = torch.zeros(flat.shape[0], len(module.experts)).scatter(1, ids, weights)
+    return sum(full[:, i, None] * e(flat) for i, e in enumerate(module.experts)).view_as(x)
+
+
+def without_renormalising(module: CountsInNumpy, x: torch.Tensor) -> torch.Tensor:
+    flat = x.view(-1, WIDTH)
+    weights, ids = module.gate(flat).softmax(-1).topk(TOP_K, -1)
+    full = torch.zeros(flat.shape[0], len(module.experts)).scatter(1, ids, weights)
+    return sum(full[:, i, None] * e(flat) for i, e in enumerate(module.experts)).view_as(x)
+
+
+def test_a_right_description_is_trusted() -> None:
+    result = compiled(moec.describe(CountsInNumpy, **RIGHT))
+    assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
+    assert "was described by the user: experts=" in result.captured.notes[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": 1},
+        {"score": "sigmoid"},
+        {"renormalise": False},
+        {"scale": 1.01},
+        {"threshold_on": "weight", "threshold": 0.02},
+        {"capacity": {"factor": 1}},
+        {"weighs": "input"},
+        {"correction": "gate.bias", "router": "gate"},
+    ],
+    ids=str,
+)
+def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict[str, Any]) -> None:
+    module = CountsInNumpy()
+    module.gate = nn.Linear(WIDTH, 4, bias=True)
+    with pytest.raises(CaptureError) as raised:
+        compiled(moec.describe(CountsInNumpy, **(RIGHT | wrong)), module)
+    text = str(raised.value)
+    assert "a CountsInNumpy (modules.py:" in text
+    assert "is not what it is described to be: output differs on" in text
+    assert "begins" in text
+
+
+def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
+    result = compiled(moec.describe(CountsInNumpy, forward=plain))
+    assert len(result.blocks) == 1
+    assert "was described by a forward of the user's" in result.captured.notes[0]
+    with pytest.raises(CaptureError, match="output differs on 2 x 12 tokens, tokens times 1"):
+        compiled(moec.describe(CountsInNumpy, forward=without_renormalising))
+
+
+@pytest.mark.parametrize(
+    ("kind", "description", "words"),
+    [
+        (CountsInNumpy, {"router": "gate"}, "the description lacks experts, top_k"),
+        (CountsInNumpy, RIGHT | {"score": "max"}, "score='max' is none of softmax, sigmoid"),
+        (CountsInNumpy, RIGHT | {"colour": 1}, "'colour' is no part of a description; there are"),
+        (CountsInNumpy, RIGHT | {"router": "door"}, "router='door': CountsInNumpy has no such"),
+        (CountsInNumpy, RIGHT | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),
+        ("Other", RIGHT, "Other is described, and the model has no module of that class"),
+        (CountsInNumpy, RIGHT | {"forward": plain}, "a forward, or names and numbers: not both"),
+    ],
+)
+def test_what_is_no_description(kind: Any, description: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        compiled(moec.describe(kind, **description))
+    assert words in str(raised.value)
+
+
+def test_a_file_describes_classes_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "moe.yaml"
+    file.write_text(
+        "CountsInNumpy:\n  router: gate\n  experts: experts\n  top_k: 2\n  renormalise: true\n"
+        "Other:\n"
+    )
+    first, second = read_descriptions(file)
+    assert first == moec.describe("CountsInNumpy", **RIGHT)
+    assert second == moec.describe("Other")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "write a class's name and, indented"),
+        ("A: 3", "A: write what it does as name: value"),
+        ("A: {router: gate}", "A: the description lacks experts, top_k"),
+    ],
+)
+def test_what_is_no_file_of_descriptions(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "moe.yaml"
+    file.write_text(content)
+    with pytest.raises(UsageError) as raised:
+        read_descriptions(file)
+    assert words in str(raised.value)
