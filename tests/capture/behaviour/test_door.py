@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import moec
+from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
+from tests.capture.behaviour import loops
 from tests.capture.behaviour.modules import WIDTH, CountsInNumpy, TableOfTokens
 
 SIZES = ((2, 12), (1, 1), (3, 29), (1, 5))
@@ -20,21 +23,69 @@ def assert_equal(compiled: moec.CompiledModel, module: nn.Module) -> None:
     for size in SIZES:
         x = torch.randn(*size, WIDTH)
         with torch.no_grad():
-            expected = module(x)
-        (result,) = evaluate(program.graph, [x], program.weights)
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+            expected = tree_leaves(module(x))
+        results = evaluate(program.graph, [x], program.weights)
+        for result, leaf in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, leaf, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [CountsInNumpy])
-def test_a_loop_over_counts_becomes_a_block(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "experts", "router", "words"),
+    [
+        (CountsInNumpy, 4, "softmax, top-2, renormalised", "top_k=2, renormalise=True)"),
+        (
+            loops.DeepSeekLike,
+            8,
+            "sigmoid, correction bias, best 2 of 4 groups by top2sum, top-3, renormalised, "
+            "times 2.5",
+            "correction=gate.bias, groups=(4, 2, 2)), added=(path=(shared_experts))",
+        ),
+        (loops.FastMoELike, 4, "softmax, top-2, renormalised", "transposed=(True, True))"),
+        (loops.DiTLike, 4, "softmax, top-2", "added=(path=(shared))"),
+        (loops.SwitchLike, 4, "custom, some choices replaced", "per=sequence, factor=5/4, round"),
+        (loops.NumpyRouting, 4, "sigmoid, top-2, renormalised, times 1.5", "eps=1e-20"),
+        (loops.GatedShared, 4, "softmax, top-2, renormalised", "gate=(norm, shared_gate)"),
+        (loops.InputSide, 4, "softmax, top-1, softmax", "weighs=input"),
+        (loops.CosineGate, 4, "softmax, top-2", "cosine=True), routing=(score=softmax, top_k=2, t"),
+        (loops.ByKeyword, 4, "softmax, top-2", "moe, a KeywordLayer (loops.py:"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_loop_that_reads_data_becomes_a_block(
+    kind: type[nn.Module], experts: int, router: str, words: str
+) -> None:
     torch.manual_seed(0)
     module = kind().eval()
-    compiled = moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    observed = moec.describe(loops.KeywordLayer if kind is loops.ByKeyword else kind)
+    x = torch.randn(2, 12, WIDTH)
+    compiled = moec.compile(module, (x,), build=False, descriptions=[observed])
     (block,) = compiled.blocks
-    assert (block.experts, block.top_k) == (4, 2)
-    assert block.router == "softmax, top-2, renormalised"
+    assert (block.experts, block.router) == (experts, router)
+    assert words in compiled.captured.notes[0]
     assert_equal(compiled, module)
-    assert "forward" not in vars(module)
+    assert all("forward" not in vars(part) for part in module.modules())
+
+
+def test_what_is_not_captured_is_observed_and_runs() -> None:
+    torch.manual_seed(0)
+    module = loops.DiTLike().eval()
+    compiled = moec.compile(module, (torch.randn(2, 12, WIDTH),))
+    assert "a DiTLike (loops.py:" in str(compiled.report())
+    for size in SIZES:
+        x = torch.randn(*size, WIDTH)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
+    module = loops.ExpertChoice().eval()
+    with pytest.raises(CaptureError) as raised:
+        moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    text = str(raised.value)
+    assert len(text.splitlines()) <= 6
+    assert "the model, a ExpertChoice (loops.py:" in text
+    assert "is not recognised by its behaviour: a token's weights depend on the logits of" in text
+    assert "describe it: moec.describe(ExpertChoice, router=..., experts=..., top_k=...)" in text
 
 
 def test_the_report_says_how_and_on_what_it_was_proved() -> None:
