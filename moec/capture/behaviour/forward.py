@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from moec.capture.behaviour.arguments import Arguments, Recorded
+from moec.capture.behaviour.parts import in_float32
 from moec.capture.behaviour.probe import Probe, affordable_length
 from moec.capture.behaviour.proof import Proof, prove_forward
 
@@ -21,13 +23,11 @@ def proved_forward(
 ) -> tuple[Proof, Callable[..., Any]]:
     """Raises NoMatch with the first input on which the two differ."""
 
-    def bound(*args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs)
+    probe = Probe(in_float32(module), arguments)
+    probe.longest = affordable_length(probe)
 
     def run(*tensors: torch.Tensor) -> Any:
         args, kwargs = arguments.build(*tensors)
-        return bound(*args, **kwargs)
+        return forward(probe.module, *args, **kwargs)
 
-    probe = Probe(module, arguments)
-    probe.longest = affordable_length(probe)
-    return prove_forward(probe, run), bound
+    return prove_forward(probe, run), partial(forward, module)

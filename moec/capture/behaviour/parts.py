@@ -105,6 +105,15 @@ def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: p for name, p in stacks.items() if p.shape[0] == count}
 
 
+def in_float32(module: nn.Module) -> nn.Module:
+    """The module, or a copy in float32 where it is not: what 16 bits round away tells no rules
+    apart."""
+    floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    if all(t.dtype is torch.float32 for t in floats):
+        return module
+    return copy.deepcopy(module).float()
+
+
 def shaken(module: nn.Module) -> nn.Module:
     """A float32 copy in which no tensor is constant: a bias of zeros that was never trained hides
     what the module does with it."""

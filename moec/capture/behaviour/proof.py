@@ -12,6 +12,7 @@ from torch import nn
 
 from moec.capture.behaviour.cases import SCALES, Case, cases
 from moec.capture.behaviour.description import Description
+from moec.capture.behaviour.parts import in_float32
 from moec.capture.behaviour.probe import LONGEST, TOLERANCE, Probe, Run, result_leaves, same
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.behaviour.side_outputs import find_outputs
@@ -60,11 +61,11 @@ def prove(
     replacement = Replacement(probe.module, description, probe.width)
     description = replace(description, outputs=find_outputs(probe, replacement))
     runs, overflows = 0, 0
-    for subject in (probe.module, module):
+    for subject in (probe.module, in_float32(module)):
         here = replace(probe, module=subject, description=description)
         if not description.routing:
             here.weight_name = ""
-        block = Replacement(subject, description, probe.width)
+        block = Replacement(subject, description, probe.width, replacement.body)
         for case in itertools.chain(_again(suspect, here), cases(here)):
             compared = _compare(here, block, case)
             runs, overflows = runs + compared, overflows + (not compared)

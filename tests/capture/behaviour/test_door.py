@@ -106,3 +106,26 @@ def test_what_traces_and_is_not_recognised_is_observed() -> None:
     assert (block.experts, block.top_k) == (4, 1)
     assert "capacity=(least=6)" in compiled.captured.notes[0]
     assert_equal(compiled, module)
+
+
+def test_sixteen_bits_are_observed_in_float32() -> None:
+    torch.manual_seed(0)
+    module = CountsInNumpy().eval().bfloat16()
+    x = torch.randn(2, 12, WIDTH, dtype=torch.bfloat16)
+    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
+    assert len(compiled.blocks) == 1
+    program = compiled.steps[-1].program
+    (result,) = evaluate(program.graph, [x], program.weights)
+    assert result.dtype is torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(result, module(x), rtol=2e-2, atol=2e-2)  # a few roundings
+
+
+def test_no_tokens() -> None:
+    torch.manual_seed(0)
+    module = CountsInNumpy().eval()
+    x = torch.randn(2, 12, WIDTH)
+    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
+    program = compiled.steps[-1].program
+    (result,) = evaluate(program.graph, [x[:, :0]], program.weights)
+    assert result.shape == module(x[:, :0]).shape == (2, 0, WIDTH)
