@@ -22,6 +22,7 @@ from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Kernels, Lowering, Param
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
+from moec.errors import UnsupportedError
 from moec.ir.graph import Graph, Module
 from moec.target.base import Target
 
@@ -65,6 +66,15 @@ def lower(
             origins = origins or tuple(kernels.places)
         tunable = tuple(kernels.tunable.values())
         return Lowered(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
+
+
+def supported(graph: Graph, backend: Backend) -> bool:
+    """Whether every op and every size of the graph can be compiled."""
+    try:
+        check(graph, backend.select(graph).rules.__contains__)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _function(

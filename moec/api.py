@@ -27,6 +27,7 @@ from moec.capture.doors import (
 )
 from moec.capture.gc_pause import seldom_collected
 from moec.codegen.backends import backend_for
+from moec.codegen.lower import supported
 from moec.errors import NoMatch, UnsupportedError, UsageError
 from moec.formats.integer import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
@@ -164,7 +165,8 @@ def compile(
 
         steps = passed(captured)
         refusals: dict[str, str] = {}
-        missed = _modules_missed(source, steps, captured) if stop_after is None else []
+        rules = backend or backend_for(made_for)
+        missed = _modules_missed(source, steps, captured, rules) if stop_after is None else []
         if missed:
             described, refusals = observe(example_of(source), missed)
             if described:
@@ -205,15 +207,22 @@ def _elements(model: Any) -> int:
     return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
 
 
-def _modules_missed(source: Source, steps: Sequence[Step], captured: Captured) -> list[str]:
-    """Modules that may hold experts and in which none were recognised, though a rule looked.
-    Those that are described stay as they are."""
+def _modules_missed(
+    source: Source, steps: Sequence[Step], captured: Captured, backend: Backend
+) -> list[str]:
+    """Modules that may hold experts and were not recognised: all that have no block, where a rule
+    looked at some or there is none at all; all, where the graph cannot be compiled. Those that
+    are described stay as they are."""
     if not traceable(source):
         return []
-    if not any(d.rule == "recognise-experts" for step in steps for d in step.declined):
+    looked = any(d.rule == "recognise-experts" for step in steps for d in step.declined)
+    recognised = [block.name for block in _blocks(steps)]
+    if not supported(steps[-1].program.graph, backend):
+        recognised = []
+    elif recognised and not looked:
         return []
     assert isinstance(source.model, torch.nn.Module)
-    names = modules_without_block(source.model, [block.name for block in _blocks(steps)])
+    names = modules_without_block(source.model, recognised)
     return [name for name in names if name not in captured.described]
 
 

@@ -21,7 +21,7 @@ from moec.capture.behaviour.forward import Forward, proved_forward
 from moec.capture.behaviour.hints import Hints, describe_by_hints
 from moec.capture.behaviour.parts import may_hold_experts
 from moec.capture.behaviour.proof import Proof
-from moec.capture.behaviour.recognise import recognise
+from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.behaviour.side_outputs import result_like
 from moec.capture.capture import EXPORTS, Captured
@@ -123,6 +123,8 @@ def observe(model: Model, names: Sequence[str]) -> tuple[list[Described], dict[s
     for name, call in model.record(names).items():
         try:
             described.append(_recognised(name, modules[name], call))
+        except NoExperts:
+            continue
         except NoMatch as why:
             refusals[name] = str(why)
     return described, refusals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -27,8 +28,21 @@ def tensor(module: nn.Module, name: str) -> torch.Tensor:
 def walk(module: nn.Module, path: Path, rows: torch.Tensor) -> torch.Tensor:
     """What the submodules of `path` make of rows, one after the other."""
     for name in path:
-        rows = module.get_submodule(name)(rows)
+        part = module.get_submodule(name)
+        rows = _batch_normed(part, rows) if _is_fixed_batch_norm(part) else part(rows)
     return rows
+
+
+def _is_fixed_batch_norm(part: nn.Module) -> TypeGuard[nn.BatchNorm1d]:
+    return isinstance(part, nn.BatchNorm1d) and not part.training and part.track_running_stats
+
+
+def _batch_normed(part: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
+    """With the statistics that it holds: torch's own operator has no kernel."""
+    assert part.running_mean is not None
+    assert part.running_var is not None
+    rows = (rows - part.running_mean) * (part.running_var + part.eps).rsqrt()
+    return rows if part.weight is None else rows * part.weight + part.bias
 
 
 def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:

@@ -39,12 +39,19 @@ _MOST_RULES = 6
 """Rules that fit alike and are proved, before the module is refused."""
 
 
+class NoExperts(NoMatch):
+    """A module without anything that looks like experts: nobody needs to know."""
+
+
 def recognise(module: nn.Module, arguments: Arguments) -> Proof:
     """The proved description of a module. Raises NoMatch, which says why there is none."""
-    probe = Probe(shaken(module), arguments)
+    probe = Probe(module, arguments)
+    if next(_groups(probe), None) is None:
+        raise NoExperts("it has no group of like parts that may be experts")
+    probe.module = shaken(module)
     probe.longest = affordable_length(probe)
     _check_repeats(probe)
-    reasons: list[tuple[int, str]] = [(0, "it has no group of like parts that may be experts")]
+    reasons: list[tuple[int, str]] = [(0, "nothing of it looks like experts")]
     suspect: Case | None = None
     for names, stacks in _groups(probe):
         try:
