@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXTRAS = {
-    "compile": ("torch", "networkx", "numba", "scipy", "sympy"),
+    "compile": ("torch", "networkx", "numba", "scipy", "sympy", "yaml"),
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
     "bench": ("matplotlib", "sklearn", "gguf", "accelerate"),

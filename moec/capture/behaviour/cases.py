@@ -15,7 +15,7 @@ SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
 LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
 SCALES = (1.0, 0.01, 20.0, 1000.0)
 _SEEDS = 2
-_WHOLE_SIZES = 40
+_EXACT_LENGTHS = 40
 """Lengths at which a capacity is a whole number before it is rounded: there a product of floats
 may round to the other side."""
 
@@ -52,7 +52,7 @@ def cases(probe: Probe) -> Iterator[Case]:
         for kind in ("usual logits", "equal logits"):
             if kind in steered:
                 yield Case(kind, (1, length), inputs, steered[kind])
-    for length in _whole_sizes(probe):
+    for length in _exact_lengths(probe):
         logits = all_on(0, length, probe.columns, 5.0)
         inputs = probe.inputs(1, length, seed=_SEEDS)
         yield Case("a length at which the capacity is whole", (1, length), inputs, logits)
@@ -85,11 +85,11 @@ def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, t
     return {f"{kind} logits": logits for kind, logits in kinds.items()}
 
 
-def _whole_sizes(probe: Probe) -> list[int]:
+def _exact_lengths(probe: Probe) -> list[int]:
     """Lengths up to the longest at which n * factor / C is whole, evenly spread."""
     capacity = probe.description.capacity
     if capacity is None or not capacity.factor:
         return []
     step = (capacity.factor / probe.columns).denominator
-    whole = list(range(step, probe.longest, step))
-    return whole[:: max(1, len(whole) // _WHOLE_SIZES)]
+    lengths = list(range(step, probe.longest, step))
+    return lengths[:: max(1, len(lengths) // _EXACT_LENGTHS)]

@@ -24,7 +24,7 @@ def find_added(probe: Probe, inputs: Sequence[torch.Tensor], count: int) -> tupl
     """
     rows = inputs[0].numel() // probe.width
     weights, _ = probe.solve(inputs, all_on(0, rows, probe.columns))
-    found: list[Added] = []
+    parts: list[Added] = []
     for path, factor in zip(probe.wide_paths(), weights[:SAFE, count:].T, strict=False):
         gate = next(
             (
@@ -38,8 +38,8 @@ def find_added(probe: Probe, inputs: Sequence[torch.Tensor], count: int) -> tupl
             raise NoMatch(f"{name} is added with a weight that no gate of it gives")
         if factor.abs().max() > 1e-3:
             value = 1.0 if gate else float(f"{float(factor.mean()):.4g}")
-            found.append(Added(path, value, gate))
-    return tuple(found)
+            parts.append(Added(path, value, gate))
+    return tuple(parts)
 
 
 def find_no_network(
@@ -56,7 +56,7 @@ def find_no_network(
     rows = [(name, i) for name, value in probe.constants for i in range(value.shape[1])]
     tokens = inputs[0].numel() // probe.width
     always = next((a.factor for a in added if not a.path), 0.0)
-    found = []
+    parts = []
     for column in range(count, probe.columns):
         logits = all_on(column, tokens, probe.columns)
         probe.watch(inputs, logits)
@@ -64,8 +64,8 @@ def find_no_network(
         weights = probe.solve(inputs, logits)[0] / share
         copied = weights[:, count] - always
         fixed = weights[:, count + len(probe.wide_paths()) :]
-        found.append(_no_network(probe, column, copied, fixed, rows))
-    return tuple(found)
+        parts.append(_no_network(probe, column, copied, fixed, rows))
+    return tuple(parts)
 
 
 def _no_network(

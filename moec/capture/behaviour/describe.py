@@ -10,7 +10,7 @@ from torch import nn
 
 from moec.capture.behaviour.door import Declared
 from moec.capture.behaviour.forward import Forward
-from moec.capture.behaviour.hints import hints
+from moec.capture.behaviour.hints import as_hints
 from moec.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def describe(
     missing = [name for name in ("router", "experts", "top_k") if name not in description]
     if missing:
         raise UsageError(f"the description lacks {', '.join(missing)}")
-    return Declared(kind, hints(**description))
+    return Declared(kind, as_hints(**description))
 
 
 def read_descriptions(path: Path) -> tuple[Declared, ...]:
@@ -60,12 +60,12 @@ def read_descriptions(path: Path) -> tuple[Declared, ...]:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{path}: write a class's name and, indented, what its modules do")
-    found = []
+    descriptions = []
     for name, description in content.items():
         if not isinstance(description, Mapping | None):
             raise UsageError(f"{path}: {name}: write what it does as name: value")
         try:
-            found.append(describe(str(name), **dict(description or {})))
+            descriptions.append(describe(str(name), **dict(description or {})))
         except (UsageError, TypeError) as error:
             raise UsageError(f"{path}: {name}: {error}") from None
-    return tuple(found)
+    return tuple(descriptions)

@@ -98,14 +98,14 @@ def _families(
         usual += [replace(r, temperature=temperature) for r in plain if r.score == "softmax"]
     yield usual
     yield [
-        replace(r, groups=(count, kept, best))
+        replace(r, groups=(count, top, best))
         for count in range(2, columns)
         if columns % count == 0
-        for kept in range(1, count)
+        for top in range(1, count)
         for best in (1, 2)
         if best <= columns // count
         for r in usual
-        if r.top_k <= kept * columns // count
+        if r.top_k <= top * columns // count
     ]
 
 
@@ -143,13 +143,13 @@ def _scaled(
         return replace(rule, scale=scale)
     if int(right.sum()) > nearest.rows:
         i = int((~right).nonzero()[0])
-        row, observed, given = (
+        row, observed, ruled_row = (
             [round(float(v), 4) for v in t[i]] for t in (logits, weights, scale * ruled)
         )
         nearest.rows = int(right.sum())
         nearest.text = (
             f"the nearest is {replace(rule, scale=scale)}, right for {nearest.rows} of "
-            f"{len(right)} rows; logits {row} give {observed}, not {given}"
+            f"{len(right)} rows; logits {row} give {observed}, not {ruled_row}"
         )
     return None
 
@@ -174,14 +174,14 @@ def _with_threshold(
     """Where all that was dropped lies below all that was kept, a threshold between them."""
     choices = choose(rule, logits)
     assert choices.measure is not None
-    assert choices.unkept is not None
+    assert choices.full_weights is not None
     inside = choices.ids < weights.shape[1]
     observed = weights.gather(1, choices.ids.clamp(max=weights.shape[1] - 1)).abs() > _SMALL
-    dropped = choices.measure[inside & ~observed & (choices.unkept.abs() > 3e-4)]
-    kept = choices.measure[inside & observed]
-    if not len(dropped) or not len(kept) or not dropped.max() < kept.min():
+    dropped = choices.measure[inside & ~observed & (choices.full_weights.abs() > 3e-4)]
+    served = choices.measure[inside & observed]
+    if not len(dropped) or not len(served) or not dropped.max() < served.min():
         return
-    low, high = float(dropped.max()), float(kept.min())
+    low, high = float(dropped.max()), float(served.min())
     threshold = (low + high) / 2 * (-1 if rule.threshold_on == "mass" else 1)
     for again in (False, True):
         guess = replace(rule, threshold=threshold, renormalise_again=again)
@@ -199,11 +199,13 @@ def shortest_number(low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def kept_and_measure(choices: Choices, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def served_and_measure(
+    choices: Choices, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all choices among the experts that would weigh something: which were kept, and what
     the threshold is compared with."""
     assert choices.measure is not None
-    assert choices.unkept is not None
-    inside = (choices.ids < weights.shape[1]) & (choices.unkept.abs() > 3e-4)
+    assert choices.full_weights is not None
+    inside = (choices.ids < weights.shape[1]) & (choices.full_weights.abs() > 3e-4)
     observed = weights.gather(1, choices.ids.clamp(max=weights.shape[1] - 1)).abs() > _SMALL
     return observed[inside], choices.measure[inside]

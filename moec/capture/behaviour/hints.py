@@ -42,7 +42,7 @@ class Hints:
     shared: tuple[tuple[str, str], ...] = ()
 
 
-def hints(
+def as_hints(
     *,
     router: str | Sequence[str],
     experts: str | Sequence[str],
@@ -95,26 +95,26 @@ def _filled(kind: type[Any], values: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def describe_by_hints(module: nn.Module, arguments: Arguments, given: Hints) -> Proof:
+def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> Proof:
     """The proved description. Raises NoMatch with the input that shows it wrong, and UsageError
     for names that the module does not have."""
     probe = Probe(shaken(module), arguments)
     probe.longest = affordable_length(probe)
-    experts = _experts(module, given)
-    router, probe.weight_name, probe.columns = _router(probe.module, given)
-    added = tuple(Added((name,), 1.0, (gate,) if gate else ()) for name, gate in given.shared)
+    experts = _experts(module, hints)
+    router, probe.weight_name, probe.columns = _router(probe.module, hints)
+    added = tuple(Added((name,), 1.0, (gate,) if gate else ()) for name, gate in hints.shared)
     description = Description(
         experts=experts,
-        body=given.body,
-        source=given.source,
+        body=hints.body,
+        source=hints.source,
         router=router,
-        weighs=given.weighs,
+        weighs=hints.weighs,
         added=added,
-        capacity=given.capacity,
+        capacity=hints.capacity,
     )
     reasons = []
     for order in ("topk", "first"):
-        rule = replace(given.rule, ties=order)
+        rule = replace(hints.rule, ties=order)
         if rule.top_k > probe.columns:
             raise NoMatch(f"top_k={rule.top_k} of {probe.columns} columns")
         try:
@@ -124,10 +124,10 @@ def describe_by_hints(module: nn.Module, arguments: Arguments, given: Hints) -> 
     raise NoMatch(reasons[-1] if "tied" in reasons[0] else reasons[0])
 
 
-def _experts(module: nn.Module, given: Hints) -> tuple[str, ...]:
-    if given.body is not None or len(given.experts) > 1:
-        return given.experts
-    (name,) = given.experts
+def _experts(module: nn.Module, hints: Hints) -> tuple[str, ...]:
+    if hints.body is not None or len(hints.experts) > 1:
+        return hints.experts
+    (name,) = hints.experts
     try:
         members = [f"{name}.{child}" for child, _ in module.get_submodule(name).named_children()]
     except AttributeError:
@@ -135,13 +135,13 @@ def _experts(module: nn.Module, given: Hints) -> tuple[str, ...]:
     return tuple(members)
 
 
-def _router(module: nn.Module, given: Hints) -> tuple[Router, str, int]:
+def _router(module: nn.Module, hints: Hints) -> tuple[Router, str, int]:
     """The router, the weight by which it is steered, and its columns."""
-    last = given.router[-1]
+    last = hints.router[-1]
     parameters = dict(module.named_parameters())
     if last in parameters:
         weight = parameters[last]
-        return Router(given.router[:-1], last), last, min(weight.shape)
+        return Router(hints.router[:-1], last), last, min(weight.shape)
     try:
         part = module.get_submodule(last)
     except AttributeError:
@@ -150,4 +150,4 @@ def _router(module: nn.Module, given: Hints) -> tuple[Router, str, int]:
     if not weights:
         raise UsageError(f"router={last!r} has no weight [C, D] by which it can be steered")
     columns = tensor(module, weights[-1]).shape[0]
-    return Router(given.router), weights[-1], columns
+    return Router(hints.router), weights[-1], columns

@@ -84,7 +84,7 @@ class Probe:
         args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
         with torch.no_grad(), self.steered(logits) as steer:
             leaves = result_leaves(self.module(*args, **kwargs))
-        return Run(leaves, self._hidden(leaves, inputs[0]), steer.seen)
+        return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
 
     def steered(self, logits: torch.Tensor | None) -> Steer:
         """A context in which the router gives `logits`: for what stands beside the module."""
@@ -108,8 +108,8 @@ class Probe:
             def record(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
                 tensors = [t for t in (*args[:1], result) if isinstance(t, torch.Tensor)]
                 if len(tensors) == 2 and all(t.dim() for t in tensors):
-                    read, given = (t.reshape(-1, t.shape[-1]).clone() for t in tensors)
-                    calls.append(SubmoduleCall(name, read, given, len(args) == 1 and not kwargs))
+                    read, result = (t.reshape(-1, t.shape[-1]).clone() for t in tensors)
+                    calls.append(SubmoduleCall(name, read, result, len(args) == 1 and not kwargs))
 
             return record
 
@@ -181,8 +181,8 @@ class Probe:
             )
         weights = torch.linalg.lstsq(columns, target).solution
         size = target.norm(dim=(1, 2))
-        left = (columns @ weights - target).norm(dim=(1, 2))
-        share = float((left / (size + 1e-3 * size.max() + 1e-30)).max())
+        remainder = (columns @ weights - target).norm(dim=(1, 2))
+        share = float((remainder / (size + 1e-3 * size.max() + 1e-30)).max())
         return weights[..., 0].float(), share
 
 

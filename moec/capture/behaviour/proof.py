@@ -96,9 +96,9 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
             continue
         with torch.no_grad():
             leaves = result_leaves(forward(*case.inputs))
-        names, given = ([name for name, _ in each] for each in (run.leaves, leaves))
-        if names != given:
-            raise NoMatch(f"it returns {', '.join(names)}, and the forward {', '.join(given)}")
+        names, results = ([name for name, _ in each] for each in (run.leaves, leaves))
+        if names != results:
+            raise NoMatch(f"it returns {', '.join(names)}, and the forward {', '.join(results)}")
         _compare_leaves(run, [value for _, value in leaves], case)
         runs += 1
     return Proof(None, runs, overflows, probe.longest)
@@ -115,13 +115,13 @@ def _compare(probe: Probe, block: Replacement, case: Case) -> bool:
     if _overflows(run, case):
         return False
     with torch.no_grad(), probe.steered(case.logits):
-        given = outputs(block, *case.inputs)
-    _compare_leaves(run, given, case)
+        results = outputs(block, *case.inputs)
+    _compare_leaves(run, results, case)
     return True
 
 
-def _compare_leaves(run: Run, given: Sequence[object], case: Case) -> None:
-    for (name, value), ours in zip(run.leaves, given, strict=True):
+def _compare_leaves(run: Run, results: Sequence[object], case: Case) -> None:
+    for (name, value), ours in zip(run.leaves, results, strict=True):
         if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor):
             if not same(ours, value):
                 raise Differs(_difference(name, value, ours, case), case)
@@ -129,13 +129,13 @@ def _compare_leaves(run: Run, given: Sequence[object], case: Case) -> None:
             raise Differs(f"{name} is {value!r}, described {ours!r} ({case})", case)
 
 
-def _difference(name: str, value: torch.Tensor, given: torch.Tensor, case: Case) -> str:
-    if given.shape != value.shape:
-        return f"{name} is {tuple(value.shape)}, described {tuple(given.shape)} ({case})"
+def _difference(name: str, value: torch.Tensor, results: torch.Tensor, case: Case) -> str:
+    if results.shape != value.shape:
+        return f"{name} is {tuple(value.shape)}, described {tuple(results.shape)} ({case})"
     last = value.shape[-1] if value.dim() else 1
-    value, given = (t.reshape(-1, last).double() for t in (value, given))
-    row = int((given - value).nan_to_num(1e30, 1e30, 1e30).abs().amax(1).argmax())
-    eager, described = ([float(f"{float(v):.5g}") for v in t[row][:3]] for t in (value, given))
+    value, results = (t.reshape(-1, last).double() for t in (value, results))
+    row = int((results - value).nan_to_num(1e30, 1e30, 1e30).abs().amax(1).argmax())
+    eager, described = ([float(f"{float(v):.5g}") for v in t[row][:3]] for t in (value, results))
     text = f"{name} differs on {case}: row {row} begins {eager}, described {described}"
     if case.logits is not None and len(case.logits) == len(value):
         text += f"; its logits are {[float(f'{float(v):.5g}') for v in case.logits[row]]}"

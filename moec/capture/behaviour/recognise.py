@@ -108,8 +108,8 @@ def _descriptions(
         for columns in dict.fromkeys(c for c in weight.shape if count <= c <= count + 8):
             probe.description, probe.weight_name = Description(experts=names), name
             probe.columns = columns
-            seen = probe.run(probe.inputs(2, 12)).logits
-            if seen is None or seen.numel() != 24 * columns:
+            observed = probe.run(probe.inputs(2, 12)).logits
+            if observed is None or observed.numel() != 24 * columns:
                 continue
             try:
                 yield from _routed(probe, stacks, count)
@@ -168,12 +168,12 @@ def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Ite
     inputs, kinds = probe.inputs(1, _ROWS), draws(columns, _ROWS, generator)
     _check_steers(probe, inputs, kinds)
     calls = probe.watch(inputs)
-    seen = probe.run(inputs).logits
-    assert seen is not None
+    observed = probe.run(inputs).logits
+    assert observed is not None
     probe.constants = _constants(probe, count)
     find_experts(probe, calls, stacks, inputs, kinds["one"], kinds["usual"])
     flat = inputs[0].reshape(-1, probe.width)
-    router = find_router(probe, seen.reshape(-1, columns), flat)
+    router = find_router(probe, observed.reshape(-1, columns), flat)
     probe.description = replace(probe.description, router=router)
     corrections = _corrections(probe, router)
     probe.watch(inputs, all_on(0, _ROWS, columns))
@@ -190,9 +190,9 @@ def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Ite
             rule = narrowed(probe, rule, fitted.interval, logits, inputs, count)
         no_network = find_no_network(probe, rule, inputs, count, added)
         capacity = find_capacity(probe, count)
-        whole = replace(probe.description, no_network=no_network, capacity=capacity)
+        complete = replace(probe.description, no_network=no_network, capacity=capacity)
         for tied in _ties(probe, rule, inputs, count, generator):
-            yield replace(whole, routing=tied)
+            yield replace(complete, routing=tied)
 
 
 def _check_steers(
@@ -287,8 +287,8 @@ def _ties(
     for order in ("topk", "first"):
         ordered = replace(rule, ties=order)
         description = replace(probe.description, routing=ordered)
-        given = choices(probe.module, description, tied).dense()[:SAFE, :count]
-        if same(given, eager, 1e-3):
+        ruled = choices(probe.module, description, tied).dense()[:SAFE, :count]
+        if same(ruled, eager, 1e-3):
             alike = True
             yield ordered
     if not alike:

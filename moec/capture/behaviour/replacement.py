@@ -89,7 +89,7 @@ class Replacement:
     def _weighted_sum(self, x: torch.Tensor, flat: torch.Tensor, chosen: Choices) -> torch.Tensor:
         description = self.description
         rows = walk(self.module, description.source, flat)
-        kept, weights = chosen.kept, chosen.weights
+        mask, weights = chosen.mask, chosen.weights
         lost = None
         if description.capacity is not None:
             fits = self._fits(x, chosen, description.capacity)
@@ -97,9 +97,9 @@ class Replacement:
             if description.capacity.dropped == "weighted":
                 dropped = dropped * weights
             lost = dropped.sum(-1, keepdim=True)
-            kept = fits if kept is None else kept & fits
+            mask = fits if mask is None else mask & fits
             weights = weights * fits
-        ids = chosen.ids if kept is None else torch.where(kept, chosen.ids, self.sentinel)
+        ids = chosen.ids if mask is None else torch.where(mask, chosen.ids, self.sentinel)
         if description.weighs == "input":
             out = self._input_side(rows, ids, weights)
         else:
@@ -132,10 +132,10 @@ class Replacement:
         """bool[T, k]: whether earlier tokens leave a place in the chosen expert."""
         size = x.shape[-2] if capacity.per == "sequence" else x.numel() // x.shape[-1]
         columns = chosen.scores.shape[-1]
-        taken = chosen.chosen().reshape(-1, size, columns)
-        before = (taken.cumsum(1) - taken).reshape(-1, columns)
-        places = before.gather(1, chosen.ids)
-        return places < capacity_rows(capacity, size, columns)
+        chosen_by_sequence = chosen.chosen().reshape(-1, size, columns)
+        before = (chosen_by_sequence.cumsum(1) - chosen_by_sequence).reshape(-1, columns)
+        positions = before.gather(1, chosen.ids)
+        return positions < capacity_rows(capacity, size, columns)
 
     def _without_network(self, other: NoNetwork, flat: torch.Tensor) -> torch.Tensor:
         if other.kind == "copy":

@@ -15,13 +15,13 @@ from moec.capture.behaviour.description import RoutingRule
 def _sparsemixer(logits: torch.Tensor, jitter: float = 0.01) -> torch.Tensor:
     """PhiMoE's two choices at inference (arXiv 2310.00811): each weighs a softmax over the
     logits near the greatest that is left."""
-    weights, left = torch.zeros_like(logits), logits
+    weights, remaining = torch.zeros_like(logits), logits
     for _ in range(2):
-        top, ids = left.max(-1, keepdim=True)
+        top, ids = remaining.max(-1, keepdim=True)
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * jitter
-        near = left.masked_fill(far, -math.inf).softmax(-1).gather(1, ids)
+        near = remaining.masked_fill(far, -math.inf).softmax(-1).gather(1, ids)
         weights = weights.scatter(1, ids, near)
-        left = left.scatter(1, ids, -math.inf)
+        remaining = remaining.scatter(1, ids, -math.inf)
     return weights
 
 
@@ -38,15 +38,16 @@ SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Choices:
-    """ids[T, k] and weights[T, k]; `kept` [T, k] is None where nothing is dropped by a threshold,
-    and `measure` [T, k] is what the threshold is compared with, before it is applied."""
+    """ids[T, k] and weights[T, k]; `mask` [T, k] is false for choices that a threshold drops, and
+    None where there is no threshold; `measure` and `full_weights` [T, k] are what the threshold
+    is compared with, and the weights before it."""
 
     ids: torch.Tensor
     weights: torch.Tensor
     scores: torch.Tensor
-    kept: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     measure: torch.Tensor | None = None
-    unkept: torch.Tensor | None = None
+    full_weights: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
         """Weights[T, C], zero where a column was not chosen."""
@@ -54,7 +55,7 @@ class Choices:
 
     def chosen(self) -> torch.Tensor:
         """One for each column that was chosen and kept, else zero: [T, C]."""
-        ones = torch.ones_like(self.weights) if self.kept is None else self.kept.to(self.scores)
+        ones = torch.ones_like(self.weights) if self.mask is None else self.mask.to(self.scores)
         return torch.zeros_like(self.scores).scatter(1, self.ids, ones)
 
 
@@ -72,15 +73,15 @@ def choose(
     weights = scores.gather(1, ids)
     if rule.renormalise:
         weights = weights / _sum(weights, rule)
-    unkept, kept, measure = weights, None, None
+    full_weights, mask, measure = weights, None, None
     if rule.threshold_on:
         measure = _measure(rule, scores, weights, ids)
-        kept = measure > (-rule.threshold if rule.threshold_on == "mass" else rule.threshold)
-        weights = weights * kept
+        mask = measure > (-rule.threshold if rule.threshold_on == "mass" else rule.threshold)
+        weights = weights * mask
     if rule.renormalise_again:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights if rule.scale == 1.0 else weights * rule.scale
-    return Choices(ids, weights, scores, kept, measure, unkept)
+    return Choices(ids, weights, scores, mask, measure, full_weights)
 
 
 def _best(rank: torch.Tensor, rule: RoutingRule) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Steer(TorchFunctionMode):
         super().__init__()
         self.derived = {} if weight is None else {id(weight): weight}
         self.columns, self.logits = columns, logits
-        self.seen: torch.Tensor | None = None
+        self.observed: torch.Tensor | None = None
 
     def __torch_function__(
         self,
@@ -45,7 +45,7 @@ class Steer(TorchFunctionMode):
             return result
         if not (result.is_floating_point() and result.dim() and result.shape[-1] == self.columns):
             return result
-        self.seen = result.detach().clone()
+        self.observed = result.detach().clone()
         if self.logits is None:
             return result
         return self.logits.to(result.dtype).reshape(result.shape).clone()

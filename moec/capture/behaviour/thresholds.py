@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from moec.capture.behaviour.description import RoutingRule
-from moec.capture.behaviour.fit import kept_and_measure, shortest_number
+from moec.capture.behaviour.fit import served_and_measure, shortest_number
 from moec.capture.behaviour.probe import Probe
 from moec.capture.behaviour.rules import choose
 
@@ -42,9 +42,9 @@ def narrowed(
         end[pair] = end[pair[::-1]]
         logits = torch.lerp(logits[row], end, torch.linspace(0, 1, rows)[:, None])
         weights, _ = probe.solve(inputs, logits)
-        kept, measure = kept_and_measure(choose(rule, logits), weights[:, :count])
-        low = max([low, *measure[~kept].tolist()])
-        high = min([high, *measure[kept].tolist()])
+        served, measure = served_and_measure(choose(rule, logits), weights[:, :count])
+        low = max([low, *measure[~served].tolist()])
+        high = min([high, *measure[served].tolist()])
     if rule.threshold_on == "mass":
         return replace(rule, threshold=shortest_number(-high, -low))
     return replace(rule, threshold=shortest_number(low, high))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import moec
+from moec import __main__ as front
 from moec.capture.behaviour.describe import read_descriptions
 from moec.errors import CaptureError, UsageError
 from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy
@@ -127,3 +129,27 @@ def test_what_is_no_file_of_descriptions(tmp_path: Path, content: str, words: st
     with pytest.raises(UsageError) as raised:
         read_descriptions(file)
     assert words in str(raised.value)
+
+
+def test_the_command_line_reads_a_file(tmp_path: Path) -> None:
+    (tmp_path / "layer.py").write_text(
+        "import torch\n"
+        "from tests.capture.behaviour.modules import WIDTH, CountsInNumpy\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return CountsInNumpy().eval(), (torch.randn(2, 12, WIDTH),)\n"
+    )
+    file = tmp_path / "moe.yaml"
+    words = ["inspect", f"{tmp_path / 'layer.py'}:make", "--describe", str(file)]
+    file.write_text(
+        "CountsInNumpy: {router: gate, experts: experts, top_k: 2, renormalise: true}\n"
+    )
+    right = CliRunner().invoke(front.cli, words, prog_name="moec")
+    assert right.exit_code == 0, right.stderr
+    text = " ".join(right.stdout.split())
+    assert "1 MoE block" in text
+    assert "was described by the user: experts=(experts.0, ..., experts.3)" in text
+    file.write_text("CountsInNumpy: {router: gate, experts: experts, top_k: 1}\n")
+    wrong = CliRunner().invoke(front.cli, words, prog_name="moec")
+    assert wrong.exit_code == 1
+    assert "is not what it is described to be: output differs on 2 x 12 tokens" in wrong.stderr
