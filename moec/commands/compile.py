@@ -94,7 +94,11 @@ def command(
     _check_output(output, builds, force)
     arguments = asked(**options)
     key = None
-    if output is not None and builds and not (dump_ir or tune or options["calib"]):
+    if (
+        output is not None
+        and builds
+        and not (dump_ir or tune or options["calib"] or options["describe"])
+    ):
         store = default_store()
         described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
         key = key_for(model, described, store)
