@@ -95,9 +95,8 @@ def lerp(p: Point) -> Scalar:
     a, b, w = (p.get(p[name], p.dtype) for name in ("self", "end", "weight"))
     near = a.expr + w.expr * (b.expr - a.expr)
     far = b.expr - (b.expr - a.expr) * (1 - w.expr)
-    return Scalar(
-        p.dtype, T.Select(sc.absolute(w).expr < sc.constant(0.5, p.dtype).expr, near, far)
-    )
+    close = sc.absolute(w).expr < sc.constant(0.5, p.dtype).expr
+    return Scalar(p.dtype, _select(close, Scalar(p.dtype, near), Scalar(p.dtype, far)))
 
 
 # ---- division --------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def remainder_of(p: Point, a: Scalar, b: Scalar) -> Scalar:
     zero = sc.constant(0.0, a.dtype).expr
     rest = p.emission.bind_expr(sc.fmod(a, b))
     wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
-    return Scalar(a.dtype, T.Select(wrong, rest + b.expr, rest))
+    return Scalar(a.dtype, _select(wrong, Scalar(a.dtype, rest + b.expr), Scalar(a.dtype, rest)))
 
 
 @point("div.Tensor", "div.Scalar", cost=2)
@@ -250,7 +249,7 @@ def larger(a: Scalar, b: Scalar, sign: int = 1) -> Scalar:
     wins = tirx.GT(a.expr, b.expr) if sign > 0 else tirx.LT(a.expr, b.expr)
     if a.dtype == "f64":
         wins = tirx.Or(wins, sc.is_nan(a))
-    return Scalar(a.dtype, T.Select(wins, a.expr, b.expr))
+    return Scalar(a.dtype, _select(wins, a, b))
 
 
 @point("maximum", exact=True)
@@ -285,7 +284,20 @@ def clamp_max(p: Point) -> Scalar:
 
 def choose(condition: Expr, a: Scalar, b: Scalar) -> Scalar:
     imag = None if a.imag is None else T.Select(condition, a.imag, b.imag)
-    return Scalar(a.dtype, T.Select(condition, a.expr, b.expr), imag)
+    return Scalar(a.dtype, _select(condition, a, b), imag)
+
+
+_BITS = {"float32": "int32", "float64": "int64"}
+
+
+def _select(condition: Expr, a: Scalar, b: Scalar) -> Expr:
+    """Floats are chosen as integers of their bits: where a product holds a Select of floats, TVM's
+    bounds of it are integers that are floats, and it fails."""
+    bits = _BITS.get(sc.COMPUTE[a.dtype])
+    if bits is None:
+        return T.Select(condition, a.expr, b.expr)
+    chosen = T.Select(condition, T.reinterpret(bits, a.expr), T.reinterpret(bits, b.expr))
+    return T.reinterpret(sc.COMPUTE[a.dtype], chosen)
 
 
 @point("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")

@@ -58,6 +58,8 @@ GROUPS: dict[str, dict[str, Function]] = {
         "clamp": lambda x, y, i: x.clamp(-0.5, 0.5),
         "clamp between": lambda x, y, i: torch.clamp(x, y, y + 1),
         "where": lambda x, y, i: torch.where(x > 0, i, y),
+        "a choice times": lambda x, y, i: torch.where(x > 0, x + 1, y) * (y + 1),
+        "a remainder times": lambda x, y, i: ((x + 1) % y) * (y + 1),
         "masked": lambda x, y, i: x.masked_fill(x > 0, -INF),
         "is nan": lambda x, y, i: x.isnan() | x.isinf(),
     },
