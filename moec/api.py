@@ -28,7 +28,7 @@ from moec.capture.doors import (
 from moec.capture.gc_pause import seldom_collected
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
-from moec.errors import NoMatch, UnsupportedError, UsageError
+from moec.errors import CaptureError, NoMatch, UnsupportedError, UsageError
 from moec.formats.integer import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Stage, stage_of
@@ -172,6 +172,8 @@ def compile(
             if described:
                 captured = bound(capture_again(described), exact)
                 steps = passed(captured)
+        if stop_after is None:
+            captured, steps = _in_supported_form(captured, steps, passed, exact, rules)
         quantised = quantised_lines(steps)
     compiled = CompiledModel(
         source=source,
@@ -195,6 +197,27 @@ def compile(
         compiled = _with_routers(compiled)
     built = _build(compiled, opt_level, clock, backend, tune)
     return built if verify is False else _verify(built, limit, clock)
+
+
+def _in_supported_form(
+    captured: Captured,
+    steps: tuple[Step, ...],
+    passed: Callable[[Captured], tuple[Step, ...]],
+    exact: Sequence[Any],
+    backend: Backend,
+) -> tuple[Captured, tuple[Step, ...]]:
+    """The first form of the capture that has kernels for all that its passes leave, after those.
+    What came in is given back where there is none: its message is the one to read."""
+    form, after = captured, steps
+    while not supported(after[-1].program.graph, backend):
+        if form.other is None:
+            return captured, steps
+        try:
+            form = bound(form.other(), exact)
+        except CaptureError:
+            return captured, steps
+        after = passed(form)
+    return form, after
 
 
 def _elements(model: Any) -> int:

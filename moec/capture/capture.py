@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from moec.capture.agreement import Eager, agree, allow_one, cut, refuted
+from moec.capture.agreement import Eager, allow_one, refuted
 from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
-from moec.capture.conditions import Conditions
-from moec.capture.exported import decompose, to_program
+from moec.capture.exported import decompose, structure_of, to_program
 from moec.capture.fixed import causes, fixed
 from moec.capture.fixed import notes as fixed_notes
 from moec.capture.gc_pause import seldom_collected
@@ -25,17 +25,24 @@ from moec.capture.guards import guards_of, located
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lengths import Axis, Group
 from moec.capture.lightning import lightning_as_ops
-from moec.capture.loops import Met, every_expert_hit
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
 from moec.capture.settlement import required, settled
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
+from moec.capture.speculate import (
+    Converted,
+    masked,
+    refuse_random,
+    scripts_as_python,
+    speculate,
+)
 from moec.capture.states import States, detached
 from moec.capture.sym_bools import sym_bools_answered
 from moec.capture.trials import quiet
-from moec.capture.widening import widen
+from moec.capture.widening import Widened, widen
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
+from moec.interpret.outputs import Structure, flatten
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
 
@@ -53,16 +60,18 @@ class Captured:
     `fixed` names axes that the caller may have expected to vary, but which the model fixes, and
     what guards of the export came to. `is_graph` says that the source is the graph itself.
     `described` names modules that were captured as what they do, and `notes` says so.
+    `other` captures the same in another form, for where this one cannot be compiled.
     """
 
     program: Program
     eager: Eager
     example: tuple[torch.Tensor, ...]
-    structure: pytree.TreeSpec
+    structure: Structure
     fixed: tuple[str, ...] = ()
     is_graph: bool = False
     notes: tuple[str, ...] = ()
     described: tuple[str, ...] = ()
+    other: Callable[[], Captured] | None = None
 
 
 def capture(
@@ -99,31 +108,102 @@ def capture(
         wishes, last = default_wishes(call.tensors)
     else:
         wishes, last = wished_axes(arguments, dynamic_shapes), []
-    joining = [Axis(*axis) for axis in last]
-    asked = wished_bounds(wishes) | dict(bounds or {})
-    wrong: list[Group] = []
+    request = _Request(
+        call,
+        wishes,
+        [Axis(*axis) for axis in last],
+        tensor_names(arguments),
+        wished_bounds(wishes) | dict(bounds or {}),
+        allow_fixed,
+    )
+    try:
+        return _traced(request)
+    except CaptureError:
+        return _speculated(request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is captured: a call, which axes of its tensors vary and which vary only together with
+    others, the names of the tensors, the bounds that the user set, and which inputs may have
+    fixed sizes."""
+
+    call: Call
+    wishes: Sequence[Axes]
+    joining: Sequence[Axis]
+    names: Sequence[str]
+    bounds: Mapping[str, Bounds]
+    allow_fixed: bool | str | Collection[str]
+
+
+def _traced(request: _Request) -> Captured:
+    """As torch.export takes it."""
+    call, wrong = request.call, list[Group]()
     while True:
         with EXPORTS, seldom_collected():
-            general = widen(call, wishes, joining, [group.axes for group in wrong])
-            exported, met = _export(call, general.tensors, general.wishes)
-            guards = guards_of(exported, _names(exported, general.wishes, general.groups))
-            fixings = causes(exported)
-            program, structure = _convert(
-                exported, tensor_names(arguments), general.wishes, asked, general.groups
-            )
-        program, states = detached(program)
-        eager = _from_start(states, call)
-        more = refuted(program, eager, call.tensors, general)
+            refused = [group.axes for group in wrong]
+            general = widen(call, request.wishes, request.joining, refused)
+            exported = _export(call, general)
+            refuse_random(type(call.module).__name__, exported)
+            structure = structure_of(exported)
+            converted = _converted(request, general, exported, structure.names)
+        more = refuted(converted.program, converted.eager, call.tensors, general)
         if not more:
             break
         wrong += more
-    name = type(model).__name__
-    if met:
-        _check_assumed(name, program, eager, general.tensors, met)
-    program, notes = settled(name, program, guards, eager, general.tensors)
-    program = allow_one(program, asked, eager, (general.tensors, call.tensors))
-    always = fixed(name, program, eager, general.tensors, general.wishes, allow_fixed, fixings)
-    return Captured(program, eager, call.tensors, structure, (*always, *notes))
+    return _captured(request, general, converted, structure, partial(_speculated, request))
+
+
+def _speculated(request: _Request) -> Captured:
+    """With branches on data answered and proved. Raises CaptureError where one is not."""
+    call = request.call
+    with EXPORTS, seldom_collected():
+        general = widen(call, request.wishes, request.joining)
+    export = partial(_exported, general)
+    convert = partial(_converted, request, general)
+    examples = (general.tensors, call.tensors)
+
+    def with_masks() -> Captured:
+        with EXPORTS, seldom_collected():
+            decomposed = _decomposed(index.traced.exported)
+            form = masked(decomposed, index, export, convert, examples)
+        return _captured(request, general, form.converted, form.traced.structure)
+
+    with EXPORTS, seldom_collected():
+        index = speculate(call, export, convert, examples)
+    return _captured(request, general, index.converted, index.traced.structure, with_masks)
+
+
+def _converted(
+    request: _Request, general: Widened, exported: ExportedProgram, outputs: Sequence[str]
+) -> Converted:
+    """The program of an export, which was not retraced yet: that adds guards of its own."""
+    guards = guards_of(exported, _names(exported, general.wishes, general.groups))
+    fixings = causes(exported)
+    program = _convert(
+        exported, request.names, general.wishes, request.bounds, outputs, general.groups
+    )
+    program, states = detached(program)
+    return Converted(program, _from_start(states, request.call), guards, fixings)
+
+
+def _captured(
+    request: _Request,
+    general: Widened,
+    converted: Converted,
+    structure: Structure,
+    other: Callable[[], Captured] | None = None,
+) -> Captured:
+    """With the bounds that guards and sizes of 1 set. Raises CaptureError where the example's
+    sizes decide what is computed."""
+    name, eager, tensors = type(request.call.module).__name__, converted.eager, general.tensors
+    program, notes = settled(name, converted.program, converted.guards, eager, tensors)
+    program = allow_one(program, request.bounds, eager, (tensors, request.call.tensors))
+    always = fixed(
+        name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings
+    )
+    example = request.call.tensors
+    return Captured(program, eager, example, structure, (*always, *notes), other=other)
 
 
 def _check_device(name: str, tensor: torch.Tensor) -> None:
@@ -138,118 +218,53 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), states.from_start():
-            made = _tensors(run(*tensors))
+            made, _ = flatten(run(*tensors))
             return tuple(t.clone() for t in made) if states.live else made
 
     return eager
 
 
-def _export(
-    call: Call, tensors: Sequence[torch.Tensor], wishes: Sequence[Axes]
-) -> tuple[ExportedProgram, Met | None]:
-    """torch.export with `tensors`, and what helps it where a module casts itself or loops over
-    hit experts.
-
-    The second result says what was taken for granted of such loops.
-    """
-    name = type(call.module).__name__
-
-    def attempt() -> ExportedProgram:
-        return export_keeping_sizes(
-            lambda: torch.export.export(
-                call, tuple(tensors), dynamic_shapes=(tuple(wishes),), strict=False
-            )
-        )
-
+def _export(call: Call, general: Widened) -> ExportedProgram:
+    """torch.export. Raises CaptureError with torch's reason."""
+    attempt = partial(export_keeping_sizes, partial(_exported, general, call))
     try:
-        with (
-            torch.no_grad(),
-            experts_as_ops(call.module),
-            scans_as_ops(call.module),
-            lightning_as_ops(call.module),
-            casts_done(),
-            sym_bools_answered(call.module),
-            located(),
-            symbolic_config.patch(  # type: ignore[attr-defined]
-                backed_size_oblivious=True, use_duck_shape=False
-            ),
-            warnings.catch_warnings(),
-            quiet(),
-        ):
-            warnings.simplefilter("ignore", FutureWarning)
-            try:
-                return attempt(), None
-            except RuntimeError as error:
-                if "Couldn't swap" in str(error):
-                    call(*tensors)  # a module casts a submodule: let it, then export
-                    return _unrolled(attempt)
-                if "data-dependent" in str(error):
-                    return _unrolled(attempt)
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if "Couldn't swap" not in str(error):
                 raise
+            call(*general.tensors)  # a module casts a submodule: let it, then export
+            return attempt()
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(
-            f"{name} cannot be exported: {type(error).__name__}: {_first_lines(error)}"
+            f"{type(call.module).__name__} cannot be exported: {type(error).__name__}: "
+            f"{_first_lines(error)}"
         ) from error
 
 
-def _unrolled(attempt: Callable[[], ExportedProgram]) -> tuple[ExportedProgram, Met]:
-    """Masks may have a place more than there are experts, for tokens of no expert. Where the
-    loop's body has nothing at that place, the module cannot hold such tokens: it is left out."""
-    last: set[int] = set()
-    while True:
-        with every_expert_hit(last) as met:
-            try:
-                return attempt(), met
-            except IndexError:
-                if not met.lengths or met.lengths[-1] in last:
-                    raise
-                last.add(met.lengths[-1])
-
-
-def _check_assumed(
-    name: str, program: Program, eager: Eager, example: Sequence[torch.Tensor], met: Met
-) -> None:
-    """Raises CaptureError where the module disagrees with what its capture took for granted, or
-    where a condition was never seen to skip its rows: then nothing shows that it may be left out.
-    """
-    if example and not any(tensor.numel() for tensor in example):
-        raise CaptureError(
-            f"{name} loops over what nonzero() finds, or asks whether a mask is set, and its "
-            "example is empty, which shows nothing of what that does; give an example with some "
-            "rows"
+def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
+    """`module` with the tensors of `general`. Raises what torch.export does."""
+    with (
+        torch.no_grad(),
+        experts_as_ops(module),
+        scans_as_ops(module),
+        lightning_as_ops(module),
+        casts_done(),
+        scripts_as_python(),
+        sym_bools_answered(module),
+        located(),
+        symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=True, use_duck_shape=False
+        ),
+        warnings.catch_warnings(),
+        quiet(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.export.export(
+            module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
         )
-    if not agree(program, eager, example):
-        raise CaptureError(
-            f"{name} loops over what nonzero() finds, or asks whether a mask is set, and running "
-            "the loop for every index changes the result; write the loop over range(num_experts)"
-        )
-    seen = Conditions(assumed=False)
-    for draw in (example, *_single(program, example)):
-        with seen:
-            eager(*draw)
-        if not agree(program, eager, draw):
-            raise CaptureError(
-                f"{name} branches on whether a mask is set, and without the branch it gives "
-                "something else; compute both sides and choose with torch.where"
-            )
-    unseen = [str(place) for place in met.conditions.met if place not in seen.skipped]
-    if unseen:
-        raise CaptureError(
-            f"{name} asks whether a mask is set at {', '.join(unseen[:3])}, which no example left "
-            "unset: whether the branch matters cannot be told; leave the condition out, or compute "
-            "both sides and choose with torch.where"
-        )
-
-
-def _single(program: Program, example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The first element of every axis that may vary, and the last: few experts have rows."""
-    for place in (0, -1):
-        yield [
-            cut(tensor, [a for a, d in enumerate(value.shape) if not isinstance(d, int)], place)
-            for value, tensor in zip(program.graph.inputs, example, strict=False)
-        ]
 
 
 def _first_lines(error: Exception) -> str:
@@ -283,7 +298,8 @@ def _from_export(
         positional, named = pytree.tree_unflatten(list(tensors), spec)
         return module(*positional, **named)
 
-    program, structure = _convert(exported, names, [{} for _ in names], bounds or {})
+    structure = structure_of(exported)
+    program = _convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
     program, states = detached(program)
     eager = _from_start(states, run)
     program, notes = required("the exported program", program, guards, example)
@@ -306,26 +322,29 @@ def _from_graph(
     return Captured(model.program, eager, example, model.structure, is_graph=True)
 
 
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return decompose(exported)
+
+
 def _convert(
     exported: ExportedProgram,
     names: Sequence[str],
     wishes: Sequence[Axes],
     bounds: Mapping[str, Bounds],
+    outputs: Sequence[str],
     groups: Iterable[Group] = (),
-) -> tuple[Program, pytree.TreeSpec]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        exported = decompose(exported)
-    structure = exported.call_spec.out_spec
-    program = to_program(
+) -> Program:
+    exported = _decomposed(exported)
+    return to_program(
         exported,
         rename=_names(exported, wishes, groups),
         bounds=bounds,
         input_names=names,
-        output_names=_output_names(structure),
+        output_names=outputs,
         prefix=PREFIX,
     )
-    return program, structure
 
 
 def _names(
@@ -340,22 +359,3 @@ def _names(
 
 def _tensors(tree: Any) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-
-def _output_names(structure: pytree.TreeSpec) -> tuple[str, ...]:
-    """Names for the outputs: keys where the module returns a mapping, else output_0, …"""
-    count = structure.num_leaves
-    whole = pytree.tree_unflatten([_Leaf(i) for i in range(count)], structure)
-    if isinstance(whole, Mapping):
-        named = [""] * count
-        for key, part in whole.items():
-            leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, _Leaf)]
-            for place, leaf in enumerate(leaves):
-                named[leaf.index] = str(key) if len(leaves) == 1 else f"{key}_{place}"
-        return tuple(named)
-    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    index: int

@@ -16,13 +16,19 @@ from typing import Any, cast
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    OutputKind,
+    TensorArgument,
+)
 
 from moec.capture.arithmetic import float_of, whole_of
 from moec.capture.scans import OWN
 from moec.capture.sources import named, user_line
 from moec.capture.states import as_buffers
 from moec.errors import CaptureError, IRError
+from moec.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import Bounds, Dim, from_torch, normal
 from moec.ir.float_sizes import check as check_float
@@ -413,6 +419,26 @@ def _weight(exported: ExportedProgram, kind: InputKind, target: str) -> torch.Te
     raise CaptureError(f"the export names the weight {target} but does not hold it")
 
 
+def structure_of(exported: ExportedProgram) -> Structure:
+    """What the program returns: its tensors, and constants (None, numbers) where it has such.
+
+    Raises CaptureError for a number that depends on sizes or data.
+    """
+    leaves: list[Any] = []
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            continue
+        if isinstance(spec.arg, TensorArgument):
+            leaves.append(SLOT)
+        elif isinstance(spec.arg, ConstantArgument):
+            leaves.append(spec.arg.value)
+        else:
+            raise CaptureError(
+                f"output {spec.arg.name} is a Python number that may vary; return it as a tensor"
+            )
+    return of_leaves(exported.call_spec.out_spec, leaves)
+
+
 def _outputs(
     exported: ExportedProgram, converter: Converter, names: Sequence[str]
 ) -> tuple[tuple[Value, ...], dict[str, Value]]:
@@ -433,9 +459,7 @@ def _outputs(
                 "it a buffer"
             )
         if not isinstance(result, Value):
-            if spec.kind is OutputKind.USER_OUTPUT and result is not None:
-                raise CaptureError(f"output {result!r} is not a tensor; return tensors only")
-            continue
+            continue  # a constant: it stands in the structure of the results
         if spec.kind is OutputKind.BUFFER_MUTATION:
             after[cast(str, spec.target)] = result
             continue

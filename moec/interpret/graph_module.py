@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moec.errors import InputError, UsageError
 from moec.interpret.evaluate import run_graph
+from moec.interpret.outputs import Structure
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
@@ -39,7 +39,7 @@ class GraphModule(nn.Module):
         program: Program,
         trainable: Mapping[str, bool],
         example: Example,
-        structure: pytree.TreeSpec,
+        structure: Structure,
         why: str = "",
     ) -> None:
         super().__init__()
@@ -123,8 +123,8 @@ class GraphModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's forward. Raises InputError as `inputs` does."""
         outputs = self.run(self.inputs(args, kwargs))
-        if self.structure.num_leaves == len(outputs):
-            return pytree.tree_unflatten(list(outputs), self.structure)
+        if self.structure.count == len(outputs):
+            return self.structure.rebuild(outputs)
         return {v.name: t for v, t in zip(self.graph.outputs, outputs, strict=True)}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
 from moec.report.quantisation import left_wide
 from moec.report.report import Report, describe_graph, pass_lines
-from moec.runtime.call import Choices, call, routed, routers
+from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RouterPorts
 from moec.target.cpu import missing
 from moec.verify import check as checking
@@ -40,7 +40,8 @@ class CompiledModel:
     """A model compiled for one target; call it as the module it came from.
 
     torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
-    as it is, several come as a dict by name. `programs` are the functions of the model beside
+    as it is, those of a mapping as a dict by name, and all others as the module returns them:
+    tuples, dataclasses, numbers. `programs` are the functions of the model beside
     `main`, such as `decode` (see `moec.runtime.package`); `no_decode` says why that one is not
     there. `package` and `executor` are None where
     nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
@@ -66,7 +67,11 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError where an input does not fit."""
         package, executor = self.ready()
-        return call(executor, [port.name for port in package.main.inputs], args, kwargs)
+        names = [port.name for port in package.main.inputs]
+        structure = self.captured.structure
+        if structure.named or structure.count != len(package.main.outputs):
+            return call(executor, names, args, kwargs)
+        return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
         """Continue texts: `prompts` are token ids [B, S], or a list of lists of any lengths.
@@ -118,6 +123,7 @@ class CompiledModel:
             kernels[kernel] = kernels.get(kernel, 0) + 1
         said = (f"{step.name}: {line}" for step in self.steps for line in step.says)
         notes = (*self.captured.fixed, *self.captured.notes, *said)
+        notes += self.captured.structure.constants
         notes += package.notes if package else ()
         checked = self.checked
         if package and missing(self.target):

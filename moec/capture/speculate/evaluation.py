@@ -1,0 +1,57 @@
+"""Hooks for what eval mode leaves of training: batch statistics, noise that comes to nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.hooks import Hook, Hooks, Trace
+
+
+def evaluation_hooks(trace: Trace) -> Hooks:
+    def batch_norm(
+        func: Hook,
+        x: torch.Tensor,
+        mean: torch.Tensor | None,
+        var: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Any:
+        """(x - mean) / sqrt(var + eps) * weight + bias, with the running statistics."""
+        if training or mean is None or var is None:
+            return NotImplemented
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
+
+    def noise(func: Hook, *args: Any, **kwargs: Any) -> Any:
+        """Zeros in the place of random numbers: that those come to nothing is proved."""
+        trace.noise[trace.at()] = None
+        result = func(*args, **kwargs)
+        return torch.zeros(result.shape, dtype=result.dtype)
+
+    def drawn(func: Hook, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As `noise`, written into x."""
+        trace.noise[trace.at()] = None
+        trace.written(x)
+        return x.zero_()
+
+    def dropped(func: Hook, *args: Any, **kwargs: Any) -> Any:
+        """Random numbers that do not come to nothing as zeros: they are refused, with this line."""
+        trace.noise[trace.at()] = None
+        return NotImplemented
+
+    created = ("randn_like", "rand_like", "randn", "rand", "normal")
+    in_place = ("normal_", "uniform_")
+    others = ("dropout", "bernoulli", "bernoulli_", "multinomial", "exponential_", "randint")
+    return {
+        "batch_norm": batch_norm,
+        **dict.fromkeys(created, noise),
+        **dict.fromkeys(in_place, drawn),
+        **dict.fromkeys(others, dropped),
+    }

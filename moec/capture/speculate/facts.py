@@ -1,0 +1,114 @@
+"""What is known of tensors beyond their types, while a module is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+Recipe = Callable[[torch.Tensor], torch.Tensor]
+Truth = Literal["count", "some", "none"]
+
+
+@dataclass(eq=False)
+class Choice:
+    """A choice among `classes`, such as the experts of all tokens.
+
+    `sorted`: the flat ids whose sort order is used. `rows`: where those are each class, one list
+    a class.
+    """
+
+    classes: int
+    sorted: torch.Tensor | None = None
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Counts:
+    """How often each class of a choice is chosen, `total` times in all; `numbers` are the same
+    once Python has read them."""
+
+    choice: Choice
+    total: Any
+    numbers: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A function of the order that sorts a choice: `recipe` makes its values from any places."""
+
+    choice: Choice
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Member:
+    """`ids == expert`, of a choice."""
+
+    ids: torch.Tensor
+    expert: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start to stop of a buffer, along its first axis."""
+
+    buffer: torch.Tensor
+    start: Any
+    stop: Any
+
+
+@dataclass(frozen=True)
+class Fact:
+    """choice: the values are classes of it. high: none is greater. distinct: no two along the last
+    axis are equal. single: along this axis at most one is not 0. counts, ends: how often each
+    class is chosen, and the sums of that so far. order: the values are rows in the order that
+    sorts a choice. size: a 0-d tensor that holds this number. truth: what a bool of it asks.
+    greatest: read into Python it is this upper bound. member: the values are `ids == expert`.
+    piece: which rows of a buffer these are. column: the rows that stand in a matrix of one column,
+    or are repeated along the features.
+    """
+
+    choice: Choice | None = None
+    high: Any = None
+    distinct: bool = False
+    single: int | None = None
+    counts: Counts | None = None
+    ends: Counts | None = None
+    order: Order | None = None
+    size: Any = None
+    truth: Truth | None = None
+    greatest: Any = None
+    member: Member | None = None
+    piece: Piece | None = None
+    column: torch.Tensor | None = None
+
+
+NOTHING = Fact()
+
+
+class Facts:
+    """Facts by tensor. Tensors are held, lest another gets the id of one that is gone."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[torch.Tensor, Fact]] = {}
+
+    def of(self, value: Any) -> Fact:
+        return self._held[id(value)][1] if id(value) in self._held else NOTHING
+
+    def note(self, value: Any, **changes: Any) -> Any:
+        """`value`, of which `changes` are known from now on."""
+        if isinstance(value, torch.Tensor):
+            self._held[id(value)] = (value, replace(self.of(value), **changes))
+        return value
+
+    def forget(self, value: Any) -> None:
+        """Nothing holds any longer of a tensor that was written, nor of views of its memory."""
+        if not isinstance(value, torch.Tensor) or not self._held:
+            return
+        memory = value.untyped_storage()._cdata
+        for key, (tensor, _) in list(self._held.items()):
+            if tensor is value or tensor.untyped_storage()._cdata == memory:
+                del self._held[key]

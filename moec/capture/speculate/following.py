@@ -1,0 +1,196 @@
+"""How facts about tensors go through the operations between a router and its experts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.facts import NOTHING, Choice, Facts, Order
+
+Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
+
+_VIEWS = (
+    "view reshape flatten unsqueeze squeeze to long int cpu clone contiguous detach ravel float "
+    "type view_as expand type_as int64 int32 double"
+).split()
+_COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long contiguous clone".split()
+_COMPARISONS = ("gt", "ge", "ne", "eq", "lt", "le")
+
+
+def follow(
+    facts: Facts, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> None:
+    """Note what is known of `result`, which `name` made of tensors of which `facts` tell."""
+    rule = _RULES.get(name)
+    if args and isinstance(args[0], torch.Tensor):
+        if rule is not None:
+            rule(facts, args, kwargs, result)
+        if name in _COLUMNS:
+            _columns(facts, args, kwargs, result)
+
+
+def _dim(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, default: Any) -> Any:
+    value = kwargs.get("dim", args[place] if len(args) > place else default)
+    return value if type(value) is int or value is default else default
+
+
+def _chosen(place: int, default: int | None, distinct: bool) -> Rule:
+    """topk, sort, argmax along an axis: the indices are a choice among what the axis has."""
+
+    def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        index = result[1] if isinstance(result, tuple) else result
+        first, dim = args[0], _dim(args, kwargs, place, default)
+        if dim is None or not isinstance(index, torch.Tensor):
+            return
+        choice = facts.of(first).choice
+        if choice is not None and first.ndim == 1 and distinct:
+            choice.sorted = first
+            facts.note(index, order=Order(choice, lambda places: places))
+            return
+        size = first.shape[dim] if first.ndim else 1
+        if isinstance(size, int):
+            facts.note(index, choice=Choice(size), high=size - 1, distinct=distinct)
+
+    return rule
+
+
+_along = _chosen(1, None, distinct=False)
+
+
+def _extreme(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """max along an axis is a choice; that of all values is no greater than each may be."""
+    high = facts.of(args[0]).high
+    if isinstance(result, torch.Tensor) and high is not None and len(args) == 1:
+        facts.note(result, high=high, greatest=high)
+    _along(facts, args, kwargs, result)
+
+
+def _columns(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Rows [n] as a column [n, 1], and the column repeated along the features [n, D]."""
+    if not isinstance(result, torch.Tensor) or result.ndim != 2:
+        return
+    first = args[0]
+    if first.ndim == 1 and isinstance(result.shape[1], int) and result.shape[1] == 1:
+        facts.note(result, column=first)
+    elif first.ndim == 2 and facts.of(first).column is not None:
+        facts.note(result, column=facts.of(first).column)
+
+
+def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    fact = facts.of(args[0])
+    if fact is NOTHING or not isinstance(result, torch.Tensor):
+        return
+    if result.shape != args[0].shape:
+        fact = replace(fact, distinct=False, order=None, single=None, member=None, ends=None)
+        fact = replace(fact, column=None)
+        fact = replace(fact, counts=fact.counts if result.ndim == 1 else None)
+    facts.note(result, **vars(replace(fact, piece=None)))
+
+
+def _sum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    first = args[0]
+    fact, dim = facts.of(first), _dim(args, kwargs, 1, None)
+    facts.note(result, truth="count")
+    high = 1 if first.dtype == torch.bool else fact.high
+    if high is not None and isinstance(dim, int):
+        single = fact.single is not None and fact.single == dim % first.ndim
+        facts.note(result, high=1 if single else high * first.shape[dim])
+
+
+def _cumsum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    first = args[0]
+    fact, dim = facts.of(first), _dim(args, kwargs, 1, None)
+    high = 1 if first.dtype == torch.bool else fact.high
+    if high is not None and isinstance(dim, int):
+        facts.note(result, high=high * first.shape[dim])
+    if fact.counts is not None and dim in (0, -1):
+        facts.note(result, ends=fact.counts)
+
+
+def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
+    """The greatest value of what is made of numbers of which none is less than 0."""
+
+    def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        other = args[1] if len(args) > 1 else 0
+        high = facts.of(args[0]).high
+        more = facts.of(other).high if isinstance(other, torch.Tensor) else other
+        if high is None or more is None or isinstance(more, float | bool | torch.SymFloat):
+            return
+        if not isinstance(other, torch.Tensor) and not (isinstance(other, int) and other >= 0):
+            return
+        facts.note(result, high=combine(high, more))
+
+    return rule
+
+
+def _any(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    facts.note(result, truth="some")
+
+
+def _compared(name: str) -> Rule:
+    def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if facts.of(args[0]).truth == "count":
+            facts.note(result, truth="some" if name in ("gt", "ge", "ne") else "none")
+
+    return rule
+
+
+_OPPOSITE = {"some": "none", "none": "some"}
+
+
+def _not(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    truth = _OPPOSITE.get(str(facts.of(args[0]).truth))
+    if truth is not None:
+        facts.note(result, truth=truth)
+
+
+def _select(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    truth = facts.of(args[0]).truth
+    if truth is not None and isinstance(result, torch.Tensor):
+        facts.note(result, truth=truth)
+
+
+def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
+    """`order // k` and `order % k`: what is made of rows in an order follows that order."""
+
+    def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        order, number = facts.of(args[0]).order, args[1]
+        if order is not None and isinstance(number, int):
+            recipe = order.recipe
+            facts.note(result, order=Order(order.choice, lambda places: op(recipe(places), number)))
+        if op is operator.mod and isinstance(number, int) and number > 0 and order is None:
+            facts.note(result, choice=Choice(number), high=number - 1)
+
+    return rule
+
+
+_RULES: dict[str, Rule] = {
+    "topk": _chosen(2, -1, distinct=True),
+    "sort": _chosen(1, -1, distinct=True),
+    "argsort": _chosen(1, -1, distinct=True),
+    "argmax": _along,
+    "argmin": _along,
+    "max": _extreme,
+    "min": _along,
+    "sum": _sum,
+    "count_nonzero": _sum,
+    "cumsum": _cumsum,
+    "mul": _arithmetic(operator.mul),
+    "add": _arithmetic(operator.add),
+    "sub": _arithmetic(lambda high, _: high),
+    "clamp": _arithmetic(lambda high, _: high),
+    "any": _any,
+    "logical_not": _not,
+    "invert": _not,
+    "bitwise_not": _not,
+    "getitem": _select,
+    "select": _select,
+    **{name: _view for name in _VIEWS},
+    **{name: _compared(name) for name in _COMPARISONS},
+    **{name: _ordered(operator.floordiv) for name in ("floordiv", "floor_divide", "div")},
+    **{name: _ordered(operator.mod) for name in ("mod", "remainder")},
+}

@@ -1,0 +1,98 @@
+"""Lists of indices that data decide, as Python meets them."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from moec.errors import CaptureError
+
+
+class Index(int):
+    """A number that was read from a tensor, and still answers to a tensor's methods."""
+
+    def item(self) -> builtins.int:
+        return builtins.int(self)
+
+    tolist = item
+
+    def _itself(self, *_: Any, **__: Any) -> Index:
+        return self
+
+    to = cpu = long = view = reshape = flatten = squeeze = detach = clone = _itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def __getitem__(self, index: Any) -> Index:
+        return self
+
+
+class Hits(list[Any]):
+    """Every index that a mask of a fixed length may be set at, in the place of those where it is:
+    iterating it unrolls the loop. `column`: each is a row of one number, as nonzero gives them."""
+
+    def __init__(self, count: int, column: bool = False) -> None:
+        super().__init__(Index(index) for index in range(count))
+        self.column = column
+
+    def tolist(self) -> list[Any]:
+        return [[index] for index in self] if self.column else list(self)
+
+    def _flat(self, *_: Any, **__: Any) -> Hits:
+        return Hits(len(self))
+
+    flatten = squeeze = view = reshape = ravel = _flat
+
+    def _itself(self, *_: Any, **__: Any) -> Hits:
+        return self
+
+    to = cpu = long = detach = numpy = contiguous = _itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), 1) if self.column else (len(self),)
+
+    def size(self, axis: int | None = None) -> Any:
+        return self.shape if axis is None else self.shape[axis]
+
+    def numel(self) -> int:
+        return len(self)
+
+    def unbind(self, axis: int = 0) -> list[Any]:
+        return list(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) and len(index) == 2 and index[1] == 0:
+            return Hits(len(self)) if index[0] == slice(None) else super().__getitem__(index[0])
+        return super().__getitem__(index)
+
+
+class Rows(list[Any]):
+    """A Python list of row numbers, as many as data say; as an index it is its tensor."""
+
+    def __init__(self, tensor: torch.Tensor, asks: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.asks = asks
+
+    def __bool__(self) -> bool:
+        return self.asks(self.tensor.shape[0] > 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise CaptureError("a loop over rows, as many as the data say, cannot be unrolled")
+
+    def __len__(self) -> int:
+        raise CaptureError("the length of a list of rows depends on data")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise CaptureError("one row of a list that is as long as the data say cannot be read")
+
+
+def as_tensor(value: Any) -> Any:
+    """The tensor that a list of rows stands for; any other value as it is."""
+    return value.tensor if isinstance(value, Rows) else value

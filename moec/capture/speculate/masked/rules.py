@@ -1,0 +1,218 @@
+"""Ops of which some rows are a mask and all rows: one rule an op that needs more than each row.
+
+A rule takes the node and its arguments, and gives a result, or NotImplemented where all of its
+arguments are ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.masked.values import Count, Rows, Unmasked, between, count, full
+from moec.capture.speculate.symbols import reads_data
+
+Rule = Callable[..., Any]
+ATEN = torch.ops.aten
+
+
+def split_with_sizes(node: Any, x: Any, sizes: Sequence[Any], dim: int = 0) -> Any:
+    if not any(isinstance(size, Count) for size in sizes):
+        return NotImplemented
+    parts: list[Rows] = []
+    start: Any = 0
+    for size in sizes:
+        first = isinstance(start, int) and start == 0
+        stop = size if first else count(torch.add, start, size)
+        parts.append(between(x, dim, start, stop))
+        start = stop
+    return parts
+
+
+def slice_(
+    node: Any, x: Any, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1
+) -> Any:
+    counted = any(isinstance(end, Count) for end in (start, stop))
+    if not isinstance(x, Rows):
+        return between(x, dim, start or 0, stop) if counted else NotImplemented
+    everything = not counted and not start and (stop is None or _is_end(stop))
+    if x.axis != dim or everything:
+        return NotImplemented
+    return between(
+        x, dim, 0 if start is None else start, x.tensor.shape[dim] if stop is None else stop
+    )
+
+
+def _is_end(stop: Any) -> bool:
+    return isinstance(stop, int) and stop > 2**62
+
+
+def nonzero(node: Any, mask: Any) -> Any:
+    if isinstance(mask, Rows):
+        raise Unmasked("nonzero of some rows")
+    place = torch.arange(mask.numel())
+    columns: list[torch.Tensor] = []
+    below: Any = 1
+    for axis in reversed(range(mask.ndim)):
+        column = place if mask.ndim == 1 else place // below
+        columns.insert(0, column % mask.shape[axis] if axis else column)
+        below = below * mask.shape[axis]
+    return Rows(torch.stack(columns, 1), mask.reshape(-1).bool(), 0, mask.ndim == 1)
+
+
+def index(node: Any, x: Any, indices: Sequence[Any]) -> Any:
+    chosen = [i for i in indices if isinstance(i, Rows)]
+    if isinstance(x, Rows) and not chosen:
+        raise Unmasked("some rows are read by their place")
+    if not chosen:
+        return NotImplemented
+    tensor = x.tensor if isinstance(x, Rows) else x
+    lead = next(place for place, i in enumerate(indices) if i is not None)
+    alone = sum(i is not None for i in indices) == 1
+    if isinstance(x, Rows) and not (alone and lead == 0 and x.axis == 0 and x.identity):
+        raise Unmasked("some rows are read by their place")
+    if alone and chosen[0].identity and chosen[0].tensor.ndim == 1:
+        return Rows(tensor, chosen[0].mask, lead)
+    return Rows(ATEN.index.Tensor(tensor, full(list(indices), None)), chosen[0].mask, lead)
+
+
+def index_put(node: Any, x: Any, indices: Sequence[Any], y: Any, accumulate: bool = False) -> Any:
+    chosen = [i for i in indices if isinstance(i, Rows)]
+    if not chosen:
+        return NotImplemented
+    if isinstance(x, Rows):
+        raise Unmasked("some rows are written by their place")
+    if not isinstance(y, Rows):
+        rows = chosen[0].mask.shape[0]
+        y = Rows(y.expand(rows, *y.shape[1:]) if y.ndim else y.expand(rows), chosen[0].mask)
+    if accumulate:
+        return _added(x, indices, y)
+    more = _increment(node)
+    if more is not None:
+        return Increment(x, indices, more)
+    if len(indices) == 1 and chosen[0].identity:
+        shape = (-1, *[1] * (y.tensor.ndim - 1))
+        return torch.where(y.mask.view(shape), y.tensor, x)
+    before = ATEN.index.Tensor(x, full(list(indices), None))
+    return _added(x, indices, Rows(y.tensor - before, y.mask))
+
+
+@dataclass
+class Increment:
+    """x with what `more` makes, of the rows that are there, added at `indices`."""
+
+    x: Any
+    indices: Sequence[Any]
+    more: torch.fx.Node
+
+    def of(self, y: Any) -> Any:
+        return _added(self.x, self.indices, y if isinstance(y, Rows) else Rows(y, _mask(self)))
+
+
+def _mask(increment: Increment) -> torch.Tensor:
+    mask: torch.Tensor = next(i.mask for i in increment.indices if isinstance(i, Rows))
+    return mask
+
+
+def _increment(node: torch.fx.Node) -> torch.fx.Node | None:
+    """What `x[i] += y` adds, where index_put writes the sum of what it read there and of y."""
+    x, indices, value = node.args[:3]
+    if not isinstance(value, torch.fx.Node) or str(value.target) != "aten.add.Tensor":
+        return None
+    for picked, more in (value.args[:2], value.args[1::-1]):
+        if isinstance(picked, torch.fx.Node) and str(picked.target) == "aten.index.Tensor":
+            if picked.args[0] is x and list(picked.args[1]) == list(indices):  # type: ignore[arg-type]
+                return more if isinstance(more, torch.fx.Node) else None
+    return None
+
+
+def _added(x: Any, indices: Sequence[Any], y: Rows) -> Any:
+    if isinstance(x, Rows):
+        raise Unmasked("rows are added to some rows")
+    first = indices[0]
+    if len(indices) == 1 and first.identity:
+        return x + y.zeroed().to(x.dtype)
+    if len(indices) == 1:
+        return x.index_add(0, first.tensor, y.zeroed().to(x.dtype))
+    places = full(list(indices), None)
+    return x.index_put(places, y.zeroed().to(x.dtype), accumulate=True)
+
+
+def index_add(node: Any, x: Any, dim: int, i: Any, y: Any, alpha: Any = 1) -> Any:
+    if not isinstance(i, Rows):
+        return NotImplemented
+    if dim != 0 or alpha != 1:
+        raise Unmasked("rows are added along another axis than the first")
+    return _added(x, [i], y if isinstance(y, Rows) else Rows(y, i.mask))
+
+
+def scatter_add(node: Any, x: Any, dim: int, i: Any, y: Any) -> Any:
+    if not isinstance(i, Rows):
+        return NotImplemented
+    y = y if isinstance(y, Rows) else Rows(y, i.mask)
+    return x.scatter_add(dim, i.tensor, y.zeroed())
+
+
+def scatter_reduce(
+    node: Any, x: Any, dim: int, i: Any, y: Any, how: str, include_self: bool = True
+) -> Any:
+    if not isinstance(i, Rows):
+        return NotImplemented
+    if how != "sum" or not include_self:
+        raise Unmasked(f"rows are scattered with {how}")
+    return scatter_add(node, x, dim, i, y)
+
+
+def cat(node: Any, parts: Sequence[Any], dim: int = 0) -> Any:
+    """Parts of all rows that follow one another: each row is in one of them."""
+    if not all(isinstance(part, Rows) and part.axis == dim for part in parts):
+        return NotImplemented
+    total, mask = parts[0].zeroed(), parts[0].mask
+    for part in parts[1:]:
+        total, mask = total + part.zeroed(), mask | part.mask
+    partial = any(map(reads_data, node.meta["val"].shape))
+    return Rows(total, mask, dim) if partial else total
+
+
+def sum_(node: Any, x: Any, dim: Any = (), *rest: Any, **named: Any) -> Any:
+    if not isinstance(x, Rows) or (dim and x.axis not in [d % x.tensor.ndim for d in dim]):
+        return NotImplemented
+    return node.target(x.zeroed(), *([dim] if dim else []), *rest, **named)
+
+
+def along(node: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Ops along one axis: along that of the rows they would need to know which are there."""
+    if not isinstance(x, Rows):
+        return NotImplemented
+    names = [argument.name for argument in node.target._schema.arguments]
+    dim = {**dict(zip(names[1:], args, strict=False)), **kwargs}.get("dim")
+    dims = [dim] if isinstance(dim, int) else list(dim or range(x.tensor.ndim))
+    if x.axis in [d % x.tensor.ndim for d in dims]:
+        raise Unmasked(f"{names_of(node)} along rows that data choose")
+    return NotImplemented
+
+
+def names_of(node: torch.fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+_ALONG = (
+    "sort cumsum topk argsort mean softmax log_softmax amax amin max min var argmax flip".split()
+)
+
+RULES: dict[str, Rule] = {
+    "split_with_sizes": split_with_sizes,
+    "slice": slice_,
+    "nonzero": nonzero,
+    "index": index,
+    "index_put": index_put,
+    "index_add": index_add,
+    "scatter_add": scatter_add,
+    "scatter_reduce": scatter_reduce,
+    "cat": cat,
+    "sum": sum_,
+    **dict.fromkeys(_ALONG, along),
+}

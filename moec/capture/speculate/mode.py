@@ -1,0 +1,68 @@
+"""The hooks as a mode of torch: every function of torch that the user's code calls goes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from moec.capture.speculate.evaluation import evaluation_hooks
+from moec.capture.speculate.following import follow
+from moec.capture.speculate.hooks import Hook, Trace
+from moec.capture.speculate.python_numbers import python_type
+from moec.capture.speculate.reading import reading_hooks
+from moec.capture.speculate.scattering import scattering_hooks
+from moec.capture.speculate.slicing import slicing_hooks
+from moec.capture.speculate.writing import writing_hooks
+
+
+class Speculation(TorchFunctionMode):
+    """Runs the hooks of `trace`, and follows what is known of tensors through all other calls."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.hooks: Mapping[str, Hook] = {
+            **reading_hooks(trace),
+            **slicing_hooks(trace),
+            **writing_hooks(trace),
+            **scattering_hooks(trace),
+            **evaluation_hooks(trace),
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args, named = self.latest((args, dict(kwargs or {})))
+        args = tuple(map(python_type, args))
+        named = {name: python_type(value) for name, value in named.items()}
+        name = getattr(func, "__name__", "")
+        name = name.strip("_") if name.startswith("__") else name
+        out = named.pop("out", None)
+        if isinstance(out, torch.Tensor):
+            return self.hooks["out="](func, out, func(*args, **named))
+        hook = self.hooks.get(name)
+        if hook is not None:
+            result = hook(func, *args, **named)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **named)
+        if name.endswith("_") and args:
+            self.trace.written(args[0])
+        else:
+            follow(self.trace.facts, name, args, named, result)
+        return result
+
+    def latest(self, tree: Any) -> Any:
+        """`tree` with each buffer that was filled piece by piece as what it holds by now."""
+        buffers = self.trace.buffers
+        if not buffers:
+            return tree
+        return pytree.tree_map(lambda leaf: buffers.get(id(leaf), (leaf, leaf))[1], tree)

@@ -1,0 +1,87 @@
+"""What a person reads where a module cannot be captured: at most six lines, with their own line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+from moec.capture.speculate.proof import Verdict
+from moec.capture.speculate.sites import Site, foreign
+from moec.capture.speculate.trace import Assumed
+from moec.errors import CaptureError
+
+_REMEDY = "  compute both sides and choose with torch.where, or keep the numbers in tensors"
+
+
+def differs(name: str, assumed: Assumed, verdict: Verdict) -> str:
+    """Eager, where an assumption does not hold, gives something else."""
+    lines = [f"{name} cannot be captured: its result depends on what it reads from its data"]
+    shown = [_branch(site, assumed) for site in assumed.branches]
+    shown += [f"  {noise} draws random numbers, taken to change nothing" for noise in assumed.noise]
+    shown += [f"  {read} reads data into Python" for read in assumed.reads]
+    lines += shown[:2]
+    lines.append(f"  eager differs by {verdict.error:.1e} at inputs {verdict.inputs}")
+    return "\n".join([*lines, _REMEDY])
+
+
+def unproved(name: str, assumed: Assumed, verdict: Verdict) -> str:
+    """Nothing shows what a branch does on its other side."""
+    lines = [
+        f"{name} cannot be captured: a branch depends on data, and was seen to go one way only"
+    ]
+    lines += [_branch(site, assumed) for site in verdict.unproved[:2]]
+    lines.append(f"  in {verdict.compared} runs of eager it never went the other way")
+    lines.append("  leave the branch out, or compute both sides and choose with torch.where")
+    return "\n".join(lines)
+
+
+def _branch(site: Site, assumed: Assumed) -> str:
+    return f"  {site}: `{site.text}` was taken to be {assumed.branches[site]}"
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Whatever the tracing of a module raises becomes a CaptureError with the user's line."""
+    try:
+        yield
+    except CaptureError as error:
+        if "\n" in str(error) or ".py:" in str(error):
+            raise
+        raise CaptureError(_failed(name, error, error.__traceback__)) from error
+    except Exception as error:
+        raise CaptureError(_failed(name, error, error.__traceback__)) from error
+
+
+def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
+    site = _last_of_user(trace)
+    lines = [f"{name} cannot be exported: {type(error).__name__}"]
+    if isinstance(error, CaptureError):
+        lines = [f"{name} cannot be captured"]
+    if site is not None:
+        lines.append(f"  {site}: `{site.text}`")
+    lines.append(f"  {_reason(error)}")
+    if "data-dependent" in str(error) or "data_dependent" in type(error).__name__:
+        lines.append("  keep the number in a tensor, or write it so that its size is known")
+    if os.environ.get("MOEC_DEBUG") == "1":
+        lines.append(str(error))
+    return "\n".join(lines)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what torch says, in one line."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if len(text) <= 240 else f"{text[:237]}..."
+
+
+def _last_of_user(trace: TracebackType | None) -> Site | None:
+    """The innermost frame of the user's through which an error went."""
+    others = foreign(("torch", "numpy", "sympy", "moec.capture"))
+    frame: FrameType | None = None
+    last = 0
+    while trace is not None:
+        if not others.holds(trace.tb_frame):
+            frame, last = trace.tb_frame, trace.tb_lasti
+        trace = trace.tb_next
+    return None if frame is None else Site(frame.f_code, last)

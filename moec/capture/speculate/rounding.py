@@ -1,0 +1,64 @@
+"""floor, ceil and trunc of a float that a size makes, as an integer division.
+
+`int(tokens * 1.25 / 6)` is `tokens * 5 // 24` only where no rounding of the floats tells the two
+apart. That is computed for every size up to `LIMIT`; where they differ, the float stays.
+"""
+
+from __future__ import annotations
+
+import fractions
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moec.capture.speculate.symbols import expression
+
+LIMIT = 1 << 20
+"""Sizes (tokens of one call) below which the floats are compared with the integers."""
+
+Rounding = Literal["floor", "ceil", "trunc"]
+_ROUND: dict[str, Callable[[Any], Any]] = {"floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
+_FLOATS = {
+    "ToFloat": np.float64,
+    "FloatTrueDiv": np.true_divide,
+    "IntTrueDiv": np.true_divide,
+    "FloatPow": np.power,
+}
+
+
+def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) -> Any:
+    """`value` rounded, as an integer division of one of `sizes` (or of a product of them).
+
+    None where the float is no multiple of such a size, or rounds otherwise than the integers do.
+    """
+    expr = expression(value)
+    if not expr.free_symbols or free_unbacked_symbols(value):
+        return None
+    tokens = sympy.Symbol("tokens", integer=True, positive=True)
+    for size, number in sizes.items():
+        alone = expr.xreplace({size: tokens})
+        if alone.free_symbols == {tokens}:
+            up, down = _ratio(alone, tokens, how) or (0, 0)
+            if down and how == "ceil":
+                return -((-number * up) // down)
+            return (number * up) // down if down else None
+    return None
+
+
+def _ratio(expr: Any, tokens: sympy.Symbol, how: Rounding) -> tuple[int, int] | None:
+    """The ratio whose multiples round as the float does, for every number of tokens."""
+    value = sympy.lambdify([tokens], expr, [_FLOATS, "numpy"])
+    counts = np.arange(1, LIMIT, dtype=np.float64)
+    floats = value(counts) * np.ones_like(counts)
+    if not math.isfinite(floats[0]) or floats[0] < 0:
+        return None
+    ratio = fractions.Fraction(float(floats[0])).limit_denominator(10**6)
+    up, down = ratio.numerator, ratio.denominator
+    whole = np.arange(1, LIMIT, dtype=np.int64)
+    exact = -((-whole * up) // down) if how == "ceil" else (whole * up) // down
+    return (up, down) if bool((_ROUND[how](floats) == exact).all()) else None

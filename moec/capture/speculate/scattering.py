@@ -1,0 +1,68 @@
+"""Hooks for rows that are given as an index repeated along the features: index_add, said longer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.hooks import Hook, Hooks, Trace
+
+
+def scattering_hooks(trace: Trace) -> Hooks:
+    def rows(x: torch.Tensor, dim: int, index: torch.Tensor, y: Any) -> torch.Tensor | None:
+        """The rows [n] of an index [n, D] into x [T, D], where y [n, D] has a row for each."""
+        column = trace.facts.of(index).column
+        matrices = x.ndim == index.ndim == 2 and isinstance(y, torch.Tensor) and y.ndim == 2
+        if column is None or dim != 0 or not matrices:
+            return None
+        return column if index.shape[1] == x.shape[1] == y.shape[1] else None
+
+    def scatter_add(func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor, src: Any) -> Any:
+        column = rows(x, dim, index, src)
+        return NotImplemented if column is None else x.index_add(0, column, src)
+
+    def scatter_add_(func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor, src: Any) -> Any:
+        column = rows(x, dim, index, src)
+        if column is None:
+            return NotImplemented
+        trace.written(x)
+        return x.index_add_(0, column, src)
+
+    def scatter_reduce(
+        func: Hook,
+        x: torch.Tensor,
+        dim: int,
+        index: torch.Tensor,
+        src: Any,
+        reduce: str,
+        *,
+        include_self: bool = True,
+    ) -> Any:
+        sums = reduce == "sum" and include_self
+        return scatter_add(func, x, dim, index, src) if sums else NotImplemented
+
+    def scatter_reduce_(
+        func: Hook,
+        x: torch.Tensor,
+        dim: int,
+        index: torch.Tensor,
+        src: Any,
+        reduce: str,
+        *,
+        include_self: bool = True,
+    ) -> Any:
+        sums = reduce == "sum" and include_self
+        return scatter_add_(func, x, dim, index, src) if sums else NotImplemented
+
+    def gather(func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor, **_: Any) -> Any:
+        column = rows(x, dim, index, index)
+        return NotImplemented if column is None else x[column]
+
+    return {
+        "scatter_add": scatter_add,
+        "scatter_add_": scatter_add_,
+        "scatter_reduce": scatter_reduce,
+        "scatter_reduce_": scatter_reduce_,
+        "gather": gather,
+    }

@@ -1,0 +1,111 @@
+"""Capture by speculation: assume, export, prove beside eager, and refuse what is not proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moec.capture.call import Call
+from moec.capture.speculate.masked import Masked
+from moec.capture.speculate.proof import Eager, Verdict, examine
+from moec.capture.speculate.refusals import differs, explained, unproved
+from moec.capture.speculate.sites import Site
+from moec.capture.speculate.trace import Assumed, Export, Traced, trace
+from moec.errors import CaptureError
+from moec.ir.graph import Program
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The program of an export, the module in eager, and the export's guards: all of them, and
+    those that fixed an axis."""
+
+    program: Program
+    eager: Eager
+    guards: Any = ()
+    fixings: Any = ()
+
+
+Convert = Callable[[ExportedProgram, Sequence[str]], Converted]
+"""From an export and the names of its outputs."""
+Examples = Sequence[Sequence[torch.Tensor]]
+
+MOST_FLIPS = 8
+"""How many branches are tried the other way, one at a time, before a capture is refused."""
+
+
+@dataclass(frozen=True)
+class Speculated:
+    """A program with its trace, and what the proof came to."""
+
+    converted: Converted
+    traced: Traced
+    verdict: Verdict
+
+
+def speculate(call: Call, export: Export, convert: Convert, examples: Examples) -> Speculated:
+    """The program of `call`, with every assumption proved. Raises CaptureError where one is not.
+
+    Branches on data are answered as they come out with many rows; where eager differs, one after
+    the other is answered the other way.
+    """
+    name = type(call.module).__name__
+
+    def attempt(answers: Mapping[Site, bool]) -> Speculated:
+        with explained(name):
+            traced = trace(call, export, answers)
+            converted = convert(traced.exported, traced.structure.names)
+        count, program = traced.structure.count, converted.program
+        verdict = examine(program, converted.eager, examples, traced.assumed, count)
+        return Speculated(replace(converted, program=_cut(program, count)), traced, verdict)
+
+    first = attempt({})
+    speculated = first
+    if not first.verdict.agrees:
+        met = first.traced.assumed.branches
+        flipped = (attempt({site: not met[site]}) for site in list(met)[:MOST_FLIPS])
+        speculated = next((s for s in flipped if s.verdict.agrees), first)
+    if not speculated.verdict.agrees:
+        raise CaptureError(differs(name, first.traced.assumed, first.verdict))
+    if speculated.verdict.unproved:
+        raise CaptureError(unproved(name, speculated.traced.assumed, speculated.verdict))
+    return speculated
+
+
+def masked(
+    decomposed: ExportedProgram,
+    index: Speculated,
+    export: Export,
+    convert: Convert,
+    examples: Examples,
+) -> Speculated:
+    """The masked form of a program that was captured and decomposed, proved as that was.
+
+    Raises CaptureError where a mask does not express what the program does with rows.
+    """
+    structure, assumed = index.traced.structure, index.traced.assumed
+    with explained("the masked form"):
+        exported = export(Masked(decomposed, structure.count))
+        converted = convert(exported, structure.names)
+    verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
+    if not verdict.agrees:
+        raise CaptureError(differs("the masked form", assumed, verdict))
+    return Speculated(converted, Traced(exported, structure, assumed), verdict)
+
+
+def _cut(program: Program, outputs: int) -> Program:
+    """The program with its first outputs alone, without what only the others need."""
+    graph = program.graph
+    results = graph.outputs[:outputs]
+    needed = {*results, *(state.after for state in graph.states)}
+    ops = []
+    for op in reversed(graph.ops):
+        if needed.isdisjoint(op.outputs) and not (op.name == "moec.size" and op.outputs):
+            continue
+        ops.append(op)
+        needed.update(op.inputs)
+    return replace(program, graph=replace(graph, outputs=results, ops=tuple(reversed(ops))))

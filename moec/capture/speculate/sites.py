@@ -1,0 +1,83 @@
+"""Where the user's code stands: the line that asks, and the instruction at which it asks."""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, FrameType
+
+
+@dataclass(frozen=True)
+class Site:
+    """An instruction of somebody's code. Where it is a jump, a branch; else a call or the like."""
+
+    code: CodeType
+    offset: int
+
+    @property
+    def file(self) -> str:
+        return self.code.co_filename
+
+    @property
+    def line(self) -> int:
+        positions = list(self.code.co_positions())
+        return positions[self.offset // 2][0] or self.code.co_firstlineno
+
+    @property
+    def text(self) -> str:
+        """What stands on the line; empty where the source is not there."""
+        return linecache.getline(self.file, self.line).strip()
+
+    @property
+    def jumps(self) -> bool:
+        return "JUMP" in _names(self.code).get(self.offset, "")
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Files that are not the user's, by the beginnings of their paths."""
+
+    prefixes: tuple[str, ...]
+
+    def holds(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename.startswith(self.prefixes)
+
+    def nearest(self, frame: FrameType | None) -> FrameType | None:
+        """The nearest frame that is the user's, from `frame` outwards."""
+        while frame is not None and self.holds(frame):
+            frame = frame.f_back
+        return frame
+
+
+def foreign(packages: Iterable[str]) -> Foreign:
+    """The files of the named packages, which must be imported, and this folder's."""
+    paths = [str(Path(sys.modules[name].__file__ or "").parent) for name in packages]
+    return Foreign((*paths, str(Path(__file__).parent), "<frozen", "<string>"))
+
+
+def site_of(frame: FrameType) -> Site:
+    """The branch that `frame` is about to take, or the instruction that it is at.
+
+    A condition is made a bool, negated or copied by instructions of their own before the jump.
+    """
+    code, offset = frame.f_code, frame.f_lasti
+    names = _names(code)
+    order = list(names)
+    at = order.index(offset) if offset in names else -1
+    while 0 <= at < len(order) - 1 and names[order[at]] in ("TO_BOOL", "UNARY_NOT"):
+        at += 1
+    return Site(code, order[at] if at >= 0 and "JUMP" in names[order[at]] else offset)
+
+
+@lru_cache(maxsize=256)
+def _names(code: CodeType) -> dict[int, str]:
+    """The names of the instructions by their offsets, without the caches between them."""
+    return {step.offset: step.opname for step in dis.get_instructions(code)}

@@ -1,0 +1,128 @@
+"""Hooks for rows: those between two numbers that were read from data, and those of a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.facts import Member, Piece
+from moec.capture.speculate.following import follow
+from moec.capture.speculate.hits import Rows, as_tensor
+from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.symbols import expression, reads_data
+
+
+def slicing_hooks(trace: Trace) -> Hooks:
+    facts = trace.facts
+
+    def getitem(func: Hook, x: torch.Tensor, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, Rows) for part in parts):
+            return func(x, tuple(as_tensor(part) for part in parts))
+        first, *rest = parts
+        if isinstance(first, torch.Tensor) and all(part is None for part in rest):
+            if first.dtype == torch.bool and first.ndim:
+                return func(x, (*trace.rows_of(first), *rest))
+            order = facts.of(first).order
+            if order is not None:
+                return _gathered(trace, x, order, rest, func(x, index))
+        full = all(isinstance(part, slice) and part == slice(None) for part in rest)
+        if isinstance(first, slice) and first.step is None and full:
+            if any(map(reads_data, (first.start, first.stop, x.shape[0]))):
+                return between(x, first.start, first.stop)
+        return NotImplemented
+
+    def between(x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
+        """Rows start to stop of x, which has exactly so many: a slice of torch's would have a
+        length of its own each time.
+
+        Of what is sorted by a choice the rows between two sums of its counts are those of one
+        class.
+        """
+        length = x.shape[0]
+        start, stop = 0 if start is None else start, length if stop is None else stop
+        order, segment = facts.of(x).order, trace.segments.get(expression(stop - start))
+        if order is not None and segment is not None:
+            counts, number = segment
+            choice, before = order.choice, sum(counts.numbers[:number], 0)
+            keys, aligned = choice.sorted, expression(start - before) == 0
+            if keys is not None and aligned and counts.choice is choice:
+                if number not in choice.rows:
+                    choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
+                return order.recipe(choice.rows[number])
+        if reads_data(length) and not reads_data(stop):
+            stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
+        part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
+        facts.note(part, piece=Piece(x, start, stop))
+        return part
+
+    def narrow(func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
+        if dim != 0 or not any(map(reads_data, (start, length))):
+            return NotImplemented
+        return between(x, start, start + length)
+
+    def split(func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
+        """The last size is what the others leave: that they add up is known so."""
+        sizes = list(sizes) if isinstance(sizes, list | tuple) else sizes
+        if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
+            return NotImplemented
+        trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
+        rest = x.shape[dim] - sum(sizes[:-1], 0)
+        return torch.split(x, [*sizes[:-1], rest], dim)
+
+    def eq(func: Hook, ids: torch.Tensor, expert: Any) -> Any:
+        result = func(ids, expert)
+        choice = facts.of(ids).choice
+        if facts.of(ids).truth == "count":
+            facts.note(result, truth="none")
+        if choice is None or not isinstance(expert, int):
+            return result
+        return facts.note(result, member=Member(ids, expert))
+
+    def both(func: Hook, a: Any, b: Any) -> Any:
+        """(ids == e) & other is where(other, ids, no expert) == e, which recognition reads."""
+        for one, other in ((a, b), (b, a)):
+            member = facts.of(one).member
+            if member is None or not isinstance(other, torch.Tensor):
+                continue
+            choice = facts.of(member.ids).choice
+            if choice is None or other.shape != member.ids.shape or facts.of(other).member:
+                continue
+            key = ("left", id(member.ids), id(other))
+            if key not in trace.listed:
+                left = torch.where(other, member.ids, choice.classes)
+                trace.listed[key] = (member.ids, other, left)
+            return trace.listed[key][2] == member.expert
+        return NotImplemented
+
+    def sort(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Equal classes stay in the order of their rows, as the lists of their rows have it."""
+        if facts.of(ids).choice is None or ids.ndim != 1:
+            return NotImplemented
+        options = {**dict(zip(("dim", "descending"), args, strict=False)), **kwargs}
+        result = func(ids, **{**options, "stable": True})
+        if not options.get("descending"):
+            follow(facts, "sort", (ids,), options, result)
+        return result
+
+    return {
+        "sort": sort,
+        "argsort": sort,
+        "getitem": getitem,
+        "narrow": narrow,
+        "split": split,
+        "split_with_sizes": split,
+        "eq": eq,
+        "and": both,
+        "logical_and": both,
+        "bitwise_and": both,
+    }
+
+
+def _gathered(trace: Trace, x: torch.Tensor, order: Any, rest: Any, result: Any) -> Any:
+    """x in the order that sorts a choice is a function of that order as well."""
+    recipe = order.recipe
+    return trace.facts.note(
+        result, order=type(order)(order.choice, lambda rows: x[(recipe(rows), *rest)])
+    )

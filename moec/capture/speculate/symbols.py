@@ -1,0 +1,28 @@
+"""Questions about torch's symbolic numbers."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+Number = int | torch.SymInt
+Real = int | float | torch.SymInt | torch.SymFloat
+
+
+def is_symbolic(value: Any) -> TypeGuard[torch.SymInt | torch.SymFloat]:
+    return isinstance(value, torch.SymInt | torch.SymFloat)
+
+
+def reads_data(value: Any) -> bool:
+    """Whether a number depends on data, and not on sizes of the inputs alone."""
+    return is_symbolic(value) and bool(free_unbacked_symbols(value))
+
+
+def expression(value: Any) -> Any:
+    """A number as a sympy expression, which two equal numbers share."""
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value.node.expr
+    return sympy.sympify(value)

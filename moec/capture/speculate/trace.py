@@ -1,0 +1,150 @@
+"""One export of a module under hooks, with what its capture took for granted."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moec.capture.call import Call
+from moec.capture.speculate.branches import Branches, Question
+from moec.capture.speculate.hooks import Trace
+from moec.capture.speculate.patches import speculating
+from moec.capture.speculate.randomness import refuse_random
+from moec.capture.speculate.sites import Site, foreign
+from moec.capture.speculate.symbols import expression, is_symbolic
+from moec.interpret.outputs import Structure, flatten
+
+Export = Callable[[torch.nn.Module], ExportedProgram]
+_ASSERTIONS = ("_assert", "sym_constrain")
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What a capture took for granted: how each branch on data comes out, what was asked there,
+    where random numbers were left out, and where data were read into Python.
+
+    The export gives what the questions are about behind its outputs: `readouts` are symbols of
+    the questions, or the numbers of questions about tensors, in that order. `sizes` says of which
+    input and axis a symbol is the size."""
+
+    branches: Mapping[Site, bool] = field(default_factory=dict)
+    questions: Sequence[Question] = ()
+    readouts: Sequence[Any] = ()
+    sizes: Mapping[Any, tuple[int, int]] = field(default_factory=dict)
+    noise: Sequence[str] = ()
+    reads: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Traced:
+    exported: ExportedProgram
+    structure: Structure
+    assumed: Assumed
+
+
+@dataclass
+class _Record:
+    """What a forward under hooks leaves behind: attributes of a module that is exported go."""
+
+    trace: Trace
+    structure: Structure | None = None
+    readouts: tuple[Any, ...] = ()
+    sizes: dict[Any, tuple[int, int]] = field(default_factory=dict)
+
+
+class _Hooked(Call):
+    """A call whose module runs under hooks. Its outputs are tensors, in a tuple."""
+
+    def __init__(self, call: Call, record: _Record) -> None:
+        super().__init__(call.module, (), {})
+        self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
+        self.record = record
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        trace = self.record.trace
+        trace.sizes.update(_sizes(tensors))
+        self.record.sizes.update(_axes(tensors))
+        with speculating(self.module, trace) as mode:
+            outputs, self.record.structure = flatten(super().forward(*tensors))
+            outputs = tuple(mode.latest(list(outputs)))
+        readouts = _readouts(trace)
+        self.record.readouts = tuple(readouts)
+        return (*outputs, *(tensor.detach().clone() for tensor in readouts.values()))
+
+
+def trace(
+    call: Call,
+    export: Export,
+    answers: Mapping[Site, bool],
+    open_lengths: frozenset[int] = frozenset(),
+) -> Traced:
+    """Export `call` with the given answers to branches on data. Raises what `export` raises.
+
+    A mask may have an index more than there are experts, for tokens of no expert. Where the body
+    of a loop has nothing at that index, the module cannot hold such tokens: it is left out.
+    """
+    branches = Branches(foreign(("torch", "numpy", "sympy")), answers)
+    record = _Record(Trace(branches, open=open_lengths))
+    try:
+        exported = _without_assertions(export(_Hooked(call, record)))
+    except IndexError:
+        last = record.trace.lengths[-1:]
+        if not last or last[0] in open_lengths:
+            raise
+        return trace(call, export, answers, open_lengths | {last[0]})
+    refuse_random(type(call.module).__name__, exported, tuple(record.trace.noise))
+    assert record.structure is not None
+    noise, reads = tuple(record.trace.noise), tuple(record.trace.reads)
+    assumed = Assumed(branches.met, branches.questions, record.readouts, record.sizes, noise, reads)
+    return Traced(exported, record.structure, assumed)
+
+
+def _readouts(trace: Trace) -> dict[Any, torch.Tensor]:
+    """What the questions are about: tensors, and those that hold the numbers of comparisons."""
+    readouts: dict[Any, torch.Tensor] = {}
+    for number, question in enumerate(trace.branches.questions):
+        if question.tensor is not None:
+            readouts[number] = (question.tensor != 0).reshape(())
+        else:
+            symbols = sorted(question.condition.free_symbols, key=str)
+            readouts |= {s: trace.readouts[s] for s in symbols if s in trace.readouts}
+    return readouts
+
+
+def _axes(tensors: Sequence[torch.Tensor]) -> dict[Any, tuple[int, int]]:
+    return {
+        expression(size): (place, axis)
+        for place, tensor in enumerate(tensors)
+        for axis, size in enumerate(tensor.shape)
+        if is_symbolic(size) and expression(size).is_Symbol
+    }
+
+
+def _sizes(tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
+    """Each symbolic size of the inputs, and the products of those of one input, largest first."""
+    sizes: dict[Any, Any] = {}
+    for tensor in tensors:
+        symbolic = [size for size in tensor.shape if is_symbolic(size)]
+        for count in range(len(symbolic), 0, -1):
+            for group in itertools.combinations(symbolic, count):
+                number = reduce(operator.mul, group)
+                sizes.setdefault(expression(number), number)
+    return sizes
+
+
+def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
+    """What was assumed is proved, and not asserted in the graph."""
+    graph = exported.graph
+    for node in reversed(list(graph.nodes)):
+        if any(part in str(node.target) for part in _ASSERTIONS) and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+    return exported

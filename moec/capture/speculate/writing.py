@@ -1,0 +1,68 @@
+"""Hooks for results that are written: into rows of a mask, and piece by piece into a buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moec.capture.speculate.facts import Piece
+from moec.capture.speculate.hits import Rows, as_tensor
+from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.symbols import expression, reads_data
+from moec.errors import CaptureError
+
+
+@dataclass
+class _Filling:
+    """A buffer that is being filled from its first row on: to where, and with what."""
+
+    stop: Any = 0
+    parts: list[torch.Tensor] = field(default_factory=list)
+
+
+def writing_hooks(trace: Trace) -> Hooks:
+    filling: dict[int, _Filling] = {}
+
+    def fill(piece: Piece, values: torch.Tensor) -> torch.Tensor:
+        """Pieces that follow one another become the buffer once the last is there."""
+        buffer = piece.buffer
+        state = filling.setdefault(id(buffer), _Filling())
+        if expression(piece.start) != expression(state.stop):
+            raise CaptureError("a buffer is filled in pieces that do not follow one another")
+        state.stop = piece.stop
+        state.parts.append(values)
+        if expression(piece.stop - buffer.shape[0]) in trace.totals | {0}:
+            trace.buffers[id(buffer)] = buffer, torch.cat(filling.pop(id(buffer)).parts)
+        return values
+
+    def setitem(func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
+        trace.written(x)
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim:
+            if isinstance(values, torch.Tensor) and values.ndim:
+                func(x, trace.rows_of(index), values)
+            else:
+                x.masked_fill_(index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), values)
+            return None
+        if isinstance(index, slice) and any(map(reads_data, (index.start, index.stop))):
+            stop = x.shape[0] if index.stop is None else index.stop
+            fill(Piece(x, 0 if index.start is None else index.start, stop), values)
+            return None
+        if isinstance(index, Rows):
+            return func(x, as_tensor(index), values)
+        if isinstance(index, tuple) and any(isinstance(part, Rows) for part in index):
+            return func(x, tuple(map(as_tensor, index)), values)
+        return NotImplemented
+
+    def copy_(func: Hook, x: torch.Tensor, values: torch.Tensor, *args: Any) -> Any:
+        piece = trace.facts.of(x).piece
+        return NotImplemented if piece is None else fill(piece, values)
+
+    def out(func: Hook, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`values` into the tensor that was given as out=."""
+        piece = trace.facts.of(x).piece
+        trace.written(x)
+        return x.copy_(values) if piece is None else fill(piece, values)
+
+    return {"setitem": setitem, "copy_": copy_, "out=": out}

@@ -1,0 +1,397 @@
+"""Dispatch as people write it where counts, sizes and lists are read into Python.
+
+Each function takes a `Layer` and x [B, S, D] and gives y [B, S, D]: top-2 of four experts, by the
+spelling that its docstring names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+D, H, E, K = 8, 12, 4, 2
+Form = Callable[["Layer", Tensor], Any]
+
+
+class Layer(nn.Module):
+    """A router and four experts, as submodules and as stacked matrices, run by `form`."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, D)) for _ in range(E)
+        )
+        self.w1 = nn.Parameter(torch.randn(E, D, H) * 0.3)
+        self.w2 = nn.Parameter(torch.randn(E, H, D) * 0.3)
+        self.norm = nn.BatchNorm1d(D)
+        self.form = form
+
+    def choose(self, flat: Tensor, k: int = K) -> tuple[Tensor, Tensor]:
+        weights, ids = self.gate(flat).softmax(-1).topk(k, -1)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def dense(self, flat: Tensor) -> Tensor:
+        weights, ids = self.choose(flat)
+        full = torch.zeros(flat.shape[0], E).scatter(1, ids, weights)
+        return sum((full[:, i, None] * e(flat) for i, e in enumerate(self.experts)), start=0 * flat)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self, x)
+
+
+# ---- counts read into Python; experts without rows are skipped -------------------------
+
+
+def counts_as_a_list(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    counts = torch.bincount(ids.flatten(), minlength=E).tolist()
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        if counts[i] == 0:
+            continue
+        token, slot = torch.where(ids == i)
+        out[token] += layer.experts[i](flat[token]) * weights[token, slot, None]
+    return out.view(x.shape)
+
+
+def a_count_as_a_truth(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.flatten(0, 1)
+    weights, ids = layer.choose(flat)
+    out = flat.new_zeros(flat.shape)
+    for i, expert in enumerate(layer.experts):
+        hit = ids == i
+        if not hit.sum().item():
+            continue
+        token, slot = hit.nonzero(as_tuple=True)
+        out.index_add_(0, token, expert(flat[token]) * weights[token, slot].unsqueeze(-1))
+    return out.unflatten(0, x.shape[:2])
+
+
+def a_mask_that_is_set(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.view(-1, D)
+    weights, ids = layer.choose(flat)
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        mask = (ids == i).any(-1)
+        if mask.any():
+            share = (weights * (ids == i)).sum(-1, keepdim=True)
+            out[mask] += layer.experts[i](flat[mask]) * share[mask]
+    return out.view_as(x)
+
+
+def counts_of_a_one_hot(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    hot = F.one_hot(ids, E)
+    counts = hot.sum((0, 1)).tolist()
+    out = torch.zeros_like(flat)
+    for i, count in enumerate(counts):
+        if count > 0:
+            token, slot = torch.where(hot[..., i] == 1)
+            out.index_add_(0, token, layer.experts[i](flat[token]) * weights[token, slot, None])
+    return out.view_as(x)
+
+
+def the_experts_that_were_hit(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    out = torch.zeros_like(flat)
+    for expert in torch.unique(ids).tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        out[token] += layer.experts[expert](flat[token]) * weights[token, slot, None]
+    return out.view_as(x)
+
+
+def unique_without_lists(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    out = torch.zeros_like(flat)
+    for index in ids.unique():
+        token, slot = torch.where(ids == index)
+        out[token] += layer.experts[index.item()](flat[token]) * weights[token, slot, None]
+    return out.view_as(x)
+
+
+def nonzero_counts(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    busy = torch.bincount(ids.flatten(), minlength=E).nonzero().flatten()
+    out = torch.zeros_like(flat)
+    for i in busy:
+        token, slot = torch.where(ids == i)
+        out.index_add_(0, token, layer.experts[int(i)](flat[token]) * weights[token, slot, None])
+    return out.view_as(x)
+
+
+# ---- rows sorted by expert, and cut by counts ------------------------------------------
+
+
+def numpy_ends(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.view(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.view(-1).argsort()
+    ends = ids.view(-1).bincount().cpu().numpy().cumsum(0)
+    token = order // K
+    out = torch.zeros_like(flat)
+    for i, end in enumerate(ends):
+        start = 0 if i == 0 else ends[i - 1]
+        if start == end:
+            continue
+        rows = token[start:end]
+        y = layer.experts[i](flat[rows]).mul_(weights.view(-1, 1)[order[start:end]])
+        out.scatter_reduce_(0, rows.view(-1, 1).repeat(1, D), y, reduce="sum")
+    return out.view_as(x)
+
+
+def numpy_starts(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = torch.argsort(ids.flatten(), stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=E).numpy()
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        if counts[i] > 0:
+            rows = order[starts[i] : starts[i + 1]]
+            y = layer.experts[i](flat[rows // K]) * weights.flatten()[rows, None]
+            out.index_add_(0, rows // K, y)
+    return out.view_as(x)
+
+
+def ends_on_the_tensor(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort()
+    ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0).tolist()
+    out, start = torch.zeros_like(flat), 0
+    for expert, end in zip(layer.experts, ends, strict=True):
+        if end == start:
+            continue
+        rows = order[start:end]
+        token = rows // K
+        out.index_add_(0, token, expert(flat[token]) * weights.flatten()[rows, None])
+        start = end
+    return out.view_as(x)
+
+
+def split_and_cat(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.flatten(0, 1)
+    weights, ids = layer.choose(flat)
+    values, order = ids.flatten().sort(stable=True)
+    counts = (values[:, None] == torch.arange(E)).sum(0)
+    parts = flat[order // K].split(counts.tolist(), dim=0)
+    ys = torch.cat([layer.experts[i](part) for i, part in enumerate(parts)])
+    back = torch.empty_like(ys)
+    back[order] = ys
+    return (back.view(-1, K, D) * weights[..., None]).sum(1).view_as(x)
+
+
+def split_without_the_empty(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort()
+    sizes = torch.bincount(ids.flatten(), minlength=E).tolist()
+    results = []
+    for i, part in enumerate(torch.split(flat[order // K], sizes)):
+        if part.shape[0] == 0:
+            continue
+        results.append(layer.experts[i](part))
+    y = torch.cat(results) * weights.flatten()[order, None]
+    return torch.zeros_like(flat).index_add_(0, order // K, y).view_as(x)
+
+
+def a_buffer_in_pieces(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort()
+    rows = flat[order // K]
+    y, start = torch.empty_like(rows), 0
+    for i, count in enumerate(torch.bincount(ids.flatten(), minlength=E).tolist()):
+        y[start : start + count] = layer.experts[i](rows[start : start + count])
+        start += count
+    y = y * weights.flatten()[order, None]
+    return torch.zeros_like(flat).index_add(0, order // K, y).view_as(x)
+
+
+class Grouped(torch.autograd.Function):
+    """Rows times the matrix of their expert, products written where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+        sizes = counts.tolist()
+        out = rows.new_empty(rows.shape[0], weight.shape[2])
+        start = 0
+        ctx.save_for_backward(rows, counts)
+        for i, part in enumerate(rows.split(sizes)):
+            torch.mm(part, weight[i], out=out[start : start + sizes[i]])
+            start += sizes[i]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def a_function_of_its_own(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort()
+    counts = ids.flatten().bincount(minlength=E)
+    h = torch.relu(Grouped.apply(flat[order // K], counts, layer.w1))
+    y = Grouped.apply(h, counts, layer.w2) * weights.flatten()[order, None]
+    return torch.zeros_like(flat).index_add(0, order // K, y).view_as(x)
+
+
+def lists_of_rows(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    mask = F.one_hot(ids, E).permute(2, 1, 0)
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        slot, token = torch.where(mask[i])
+        if token.shape[0] == 0:
+            continue
+        tokens, slots = token.tolist(), slot.tolist()
+        y = layer.experts[i](flat[None, tokens].reshape(-1, D)) * weights[tokens, slots, None]
+        out.index_add_(0, token, y)
+    return out.view_as(x)
+
+
+def a_list_that_is_empty(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        token, slot = torch.where(ids == i)
+        tokens = token.tolist()
+        if not tokens:
+            continue
+        y = layer.experts[i](flat[tokens]) * weights[token, slot, None]
+        out.index_add_(0, torch.tensor(tokens), y)
+    return out.view_as(x)
+
+
+# ---- capacities, from floats and from data ---------------------------------------------
+
+
+def _kept(layer: Layer, x: Tensor, capacity: Any) -> Tensor:
+    flat = x.reshape(-1, D)
+    p, ids = layer.gate(flat).softmax(-1).max(-1)
+    mask = F.one_hot(ids, E)
+    place = (mask.cumsum(0) - 1).gather(1, ids[:, None])[:, 0]
+    kept = place < capacity
+    out = torch.zeros_like(flat)
+    for i, e in enumerate(layer.experts):
+        m = (ids == i) & kept
+        out[m] = e(flat[m]) * p[m, None]
+    return out.view_as(x)
+
+
+def capacity_of_a_float(layer: Layer, x: Tensor) -> Tensor:
+    return _kept(layer, x, max(int(x.shape[0] * x.shape[1] * 1.25 / E), 4))
+
+
+def capacity_rounded_up(layer: Layer, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D).shape[0]
+    return _kept(layer, x, min(math.ceil(tokens / E * 1.5), tokens))
+
+
+@torch.jit.script
+def scripted_capacity(flat: torch.Tensor, experts: int, factor: float) -> torch.Tensor:
+    return torch.ceil(torch.tensor(float(flat.shape[0]) / experts * factor)).to(torch.int64)
+
+
+def capacity_of_a_script(layer: Layer, x: Tensor) -> Tensor:
+    return _kept(layer, x, int(scripted_capacity(x.reshape(-1, D), E, 1.0)))
+
+
+def capacity_compared(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    p, ids = layer.gate(flat).softmax(-1).max(-1)
+    capacity = max(int(flat.shape[0] / E), 2)
+    out = flat.clone()
+    for i, e in enumerate(layer.experts):
+        rows = (ids == i).nonzero(as_tuple=True)[0]
+        if len(rows) > capacity:
+            rows = rows[:capacity]
+        out[rows] = e(flat[rows])
+    return (out * p[:, None]).view_as(x)
+
+
+def the_greatest_count(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    mask = F.one_hot(ids, E).sum(1)
+    place = mask.cumsum(0) * mask - 1
+    most = int(mask.sum(0).max().item())
+    slots = F.one_hot(place.clamp(min=0), most) * mask[..., None]
+    picked = torch.einsum("tec,td->ecd", slots.to(flat.dtype), flat)
+    y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)
+    full = torch.zeros(flat.shape[0], E).scatter(1, ids, weights)
+    return torch.einsum("tec,te,ecd->td", slots.to(flat.dtype), full, y).view_as(x)
+
+
+# ---- what eval mode leaves -------------------------------------------------------------
+
+
+def noise_of_no_size(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    scale = 1.0 if layer.training else 0.0
+    return layer.dense(flat + torch.randn_like(flat) * scale).view_as(x)
+
+
+def noise_scaled_from_the_left(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    jitter = 0.0 * torch.empty_like(flat).uniform_(-1, 1)
+    return layer.dense(flat + jitter).view_as(x)
+
+
+def a_batch_norm(layer: Layer, x: Tensor) -> Tensor:
+    return layer.dense(layer.norm(x.reshape(-1, D))).view_as(x)
+
+
+def a_number_by_a_mask(layer: Layer, x: Tensor) -> Tensor:
+    y = layer.dense(x.reshape(-1, D)).relu()
+    y[y == 0] = 1e-9
+    return y.log().view_as(x)
+
+
+FORMS: dict[str, Form] = {
+    form.__name__.replace("_", " "): form
+    for form in (
+        counts_as_a_list,
+        a_count_as_a_truth,
+        a_mask_that_is_set,
+        counts_of_a_one_hot,
+        the_experts_that_were_hit,
+        unique_without_lists,
+        nonzero_counts,
+        numpy_ends,
+        numpy_starts,
+        ends_on_the_tensor,
+        split_and_cat,
+        split_without_the_empty,
+        a_buffer_in_pieces,
+        a_function_of_its_own,
+        lists_of_rows,
+        a_list_that_is_empty,
+        capacity_of_a_float,
+        capacity_rounded_up,
+        capacity_of_a_script,
+        capacity_compared,
+        the_greatest_count,
+        noise_of_no_size,
+        noise_scaled_from_the_left,
+        a_batch_norm,
+        a_number_by_a_mask,
+    )
+}
