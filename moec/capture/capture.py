@@ -31,6 +31,8 @@ from moec.capture.settlement import required, settled
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
 from moec.capture.speculate import (
     Converted,
+    Untraceable,
+    explained,
     masked,
     refuse_random,
     scripts_as_python,
@@ -118,8 +120,11 @@ def capture(
     )
     try:
         return _traced(request)
-    except CaptureError:
-        return _speculated(request)
+    except CaptureError as error:
+        try:
+            return _speculated(request)
+        except Untraceable:
+            raise error from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
 def _export(call: Call, general: Widened) -> ExportedProgram:
     """torch.export. Raises CaptureError with torch's reason."""
     attempt = partial(export_keeping_sizes, partial(_exported, general, call))
-    try:
+    with explained(type(call.module).__name__):
         try:
             return attempt()
         except RuntimeError as error:
@@ -235,13 +240,6 @@ def _export(call: Call, general: Widened) -> ExportedProgram:
                 raise
             call(*general.tensors)  # a module casts a submodule: let it, then export
             return attempt()
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"{type(call.module).__name__} cannot be exported: {type(error).__name__}: "
-            f"{_first_lines(error)}"
-        ) from error
 
 
 def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
@@ -265,10 +263,6 @@ def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         return torch.export.export(
             module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
         )
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _from_export(

@@ -8,6 +8,15 @@ user's line. Read `search.py` first.
 
 from moec.capture.speculate.patches import scripts_as_python
 from moec.capture.speculate.randomness import refuse_random
+from moec.capture.speculate.refusals import Untraceable, explained
 from moec.capture.speculate.search import Converted, masked, speculate
 
-__all__ = ["Converted", "masked", "refuse_random", "scripts_as_python", "speculate"]
+__all__ = [
+    "Converted",
+    "Untraceable",
+    "explained",
+    "masked",
+    "refuse_random",
+    "scripts_as_python",
+    "speculate",
+]

@@ -15,7 +15,7 @@ def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = (
     of the user's that draw."""
     graph = exported.graph
     for node in reversed(list(graph.nodes)):
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        if not _draws(node):
             continue
         if node.users:
             shown = "".join(f"  {line}\n" for line in list(lines)[-2:])
@@ -25,3 +25,16 @@ def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = (
                 "  leave it out where the module is not training, or make the numbers an input"
             )
         graph.erase_node(node)
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an op draws random numbers: dropout does not in eval mode, nor where it drops none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    idle = values.get("train") is False or values.get("training") is False
+    if idle or any(name in names and not values.get(name) for name in ("dropout_p", "p")):
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags

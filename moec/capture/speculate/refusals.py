@@ -15,7 +15,11 @@ from moec.errors import CaptureError
 _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers in tensors"
 
 
-def differs(name: str, assumed: Assumed, verdict: Verdict) -> str:
+class Untraceable(CaptureError):
+    """The trace itself failed, or it assumed nothing: whatever refused the module before says why."""
+
+
+def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
     """Eager, where an assumption does not hold, gives something else."""
     lines = [f"{name} cannot be captured: its result depends on what it reads from its data"]
     shown = [_branch(site, assumed) for site in assumed.branches]
@@ -23,7 +27,7 @@ def differs(name: str, assumed: Assumed, verdict: Verdict) -> str:
     shown += [f"  {read} reads data into Python" for read in assumed.reads]
     lines += shown[:2]
     lines.append(f"  eager differs by {verdict.error:.1e} at inputs {verdict.inputs}")
-    return "\n".join([*lines, _REMEDY])
+    return (CaptureError if shown else Untraceable)("\n".join([*lines, _REMEDY]))
 
 
 def unproved(name: str, assumed: Assumed, verdict: Verdict) -> str:
@@ -51,7 +55,7 @@ def explained(name: str) -> Iterator[None]:
             raise
         raise CaptureError(_failed(name, error, error.__traceback__)) from error
     except Exception as error:
-        raise CaptureError(_failed(name, error, error.__traceback__)) from error
+        raise Untraceable(_failed(name, error, error.__traceback__)) from error
 
 
 def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:

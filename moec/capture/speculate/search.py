@@ -70,7 +70,7 @@ def speculate(call: Call, export: Export, convert: Convert, examples: Examples) 
         flipped = (attempt({site: not met[site]}) for site in list(met)[:MOST_FLIPS])
         speculated = next((s for s in flipped if s.verdict.agrees), first)
     if not speculated.verdict.agrees:
-        raise CaptureError(differs(name, first.traced.assumed, first.verdict))
+        raise differs(name, first.traced.assumed, first.verdict)
     if speculated.verdict.unproved:
         raise CaptureError(unproved(name, speculated.traced.assumed, speculated.verdict))
     return speculated
@@ -93,7 +93,7 @@ def masked(
         converted = convert(exported, structure.names)
     verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
     if not verdict.agrees:
-        raise CaptureError(differs("the masked form", assumed, verdict))
+        raise differs("the masked form", assumed, verdict)
     return Speculated(converted, Traced(exported, structure, assumed), verdict)
 
 
