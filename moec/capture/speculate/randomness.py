@@ -28,7 +28,7 @@ def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = (
 
 
 def _draws(node: torch.fx.Node) -> bool:
-    """Whether an op draws random numbers: dropout does not in eval mode, nor where it drops none."""
+    """Whether an op draws random numbers; dropout does not in eval mode, or where it drops none."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

@@ -16,7 +16,7 @@ _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers
 
 
 class Untraceable(CaptureError):
-    """The trace itself failed, or it assumed nothing: whatever refused the module before says why."""
+    """The trace itself failed, or it assumed nothing: what refused the module before says why."""
 
 
 def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
