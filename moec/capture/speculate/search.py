@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from moec.capture.call import Call
 from moec.capture.speculate.masked import Masked
 from moec.capture.speculate.proof import Eager, Verdict, examine
-from moec.capture.speculate.refusals import differs, explained, unproved
+from moec.capture.speculate.refusals import Untraceable, differs, explained, unproved
+from moec.capture.speculate.self_test import hooks_fit
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed, Export, Traced, trace
 from moec.errors import CaptureError
@@ -54,6 +55,8 @@ def speculate(call: Call, export: Export, convert: Convert, examples: Examples) 
     the other is answered the other way.
     """
     name = type(call.module).__name__
+    if not hooks_fit():
+        raise Untraceable(f"{name} reads data into Python, and this torch is not known")
 
     def attempt(answers: Mapping[Site, bool]) -> Speculated:
         with explained(name):

@@ -1,0 +1,52 @@
+"""Whether the hooks fit the torch that is installed: tried once, on a small module."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch.export import Dim, ExportedProgram
+
+from moec.capture.call import Call
+from moec.capture.probe import Probe
+from moec.capture.speculate.trace import trace
+
+
+@cache
+def hooks_fit() -> bool:
+    """Whether a probe is captured as it should be. Warns, once, where it is not."""
+    reason = _misfit()
+    if reason:
+        warnings.warn(
+            f"moec does not know torch {torch.__version__} ({reason}): modules that read data into "
+            "Python are captured only where torch.export takes them",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _misfit() -> str:
+    """What went wrong; empty where nothing did."""
+    x = torch.randn(5, 3)
+
+    def export(module: torch.nn.Module) -> ExportedProgram:
+        options = symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=True, use_duck_shape=False
+        )
+        with torch.no_grad(), options, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                module, (x,), dynamic_shapes=(({0: Dim.AUTO},),), strict=False
+            )
+
+    try:
+        traced = trace(Call(Probe(), (x,), {}), export, {})
+        met = list(traced.assumed.branches.values())
+        results = traced.exported.module(check_guards=False)(x)
+    except Exception as error:
+        return f"{type(error).__name__} where a small module is traced"
+    if met != [False]:
+        return "a branch on data is not seen"
+    return "" if torch.equal(results[0], Probe()(x)) else "a small module gives something else"

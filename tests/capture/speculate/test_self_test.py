@@ -1,0 +1,37 @@
+"""Where torch is not what the hooks were written for, capture says so and goes on without them."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from moec.capture import capture
+from moec.capture.speculate import self_test
+from moec.errors import CaptureError
+from tests.capture.speculate.forms import FORMS, D, Layer
+
+UNKNOWN = r"moec does not know torch .* \(.*\): modules that read data into Python"
+
+
+def test_this_torch_is_known() -> None:
+    assert self_test._misfit() == ""
+
+
+def test_an_unknown_torch_is_named_and_the_first_reason_stands() -> None:
+    layer = Layer(FORMS["counts as a list"]).eval()
+    self_test.hooks_fit.cache_clear()
+    with (
+        mock.patch.object(self_test, "trace", side_effect=AttributeError("evaluate_expr")),
+        pytest.warns(UserWarning, match=UNKNOWN),
+        pytest.raises(CaptureError, match=r"cannot be exported(.|\n)*forms\.py:\d+: `"),
+    ):
+        capture(layer, (torch.randn(2, 6, D),))
+    self_test.hooks_fit.cache_clear()
+
+
+def test_an_export_that_torch_takes_needs_no_hooks() -> None:
+    self_test.hooks_fit.cache_clear()
+    with mock.patch.object(self_test, "trace", side_effect=AttributeError("evaluate_expr")):
+        capture(torch.nn.Linear(3, 4).eval(), (torch.randn(5, 3),))
