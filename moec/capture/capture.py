@@ -31,6 +31,7 @@ from moec.capture.settlement import required, settled
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
 from moec.capture.speculate import (
     Converted,
+    Form,
     Untraceable,
     explained,
     masked,
@@ -156,7 +157,8 @@ def _traced(request: _Request) -> Captured:
         if not more:
             break
         wrong += more
-    return _captured(request, general, converted, structure, partial(_speculated, request))
+    form = Form(converted, structure)
+    return _captured(request, general, form, partial(_speculated, request))
 
 
 def _speculated(request: _Request) -> Captured:
@@ -170,13 +172,13 @@ def _speculated(request: _Request) -> Captured:
 
     def with_masks() -> Captured:
         with EXPORTS, seldom_collected():
-            decomposed = _decomposed(index.traced.exported)
+            decomposed = _decomposed(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
-        return _captured(request, general, form.converted, form.traced.structure)
+        return _captured(request, general, form)
 
     with EXPORTS, seldom_collected():
         index = speculate(call, export, convert, examples)
-    return _captured(request, general, index.converted, index.traced.structure, with_masks)
+    return _captured(request, general, index[0], with_masks)
 
 
 def _converted(
@@ -195,20 +197,21 @@ def _converted(
 def _captured(
     request: _Request,
     general: Widened,
-    converted: Converted,
-    structure: Structure,
+    form: Form,
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
     """With the bounds that guards and sizes of 1 set. Raises CaptureError where the example's
     sizes decide what is computed."""
-    name, eager, tensors = type(request.call.module).__name__, converted.eager, general.tensors
+    converted, name = form.converted, type(request.call.module).__name__
+    eager, tensors = converted.eager, general.tensors
     program, notes = settled(name, converted.program, converted.guards, eager, tensors)
     program = allow_one(program, request.bounds, eager, (tensors, request.call.tensors))
     always = fixed(
         name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings
     )
     example = request.call.tensors
-    return Captured(program, eager, example, structure, (*always, *notes), other=other)
+    said = (*always, *notes, *form.notes)
+    return Captured(program, eager, example, form.structure, said, other=other)
 
 
 def _check_device(name: str, tensor: torch.Tensor) -> None:

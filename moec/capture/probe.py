@@ -20,7 +20,8 @@ class Probe(torch.nn.Module):
                 continue
             rows = order[start : start + count]
             start += count
-            y.index_add_(0, rows, Doubled.apply(x[rows]))
+            doubled = Doubled.apply(x[rows])  # type: ignore[no-untyped-call]
+            y.index_add_(0, rows, doubled)
         return y * (torch.arange(x.shape[0]) < limit)[:, None]
 
 

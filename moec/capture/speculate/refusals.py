@@ -41,6 +41,18 @@ def unproved(name: str, assumed: Assumed, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def assumptions(assumed: Assumed, verdict: Verdict) -> tuple[str, ...]:
+    """What a report says of a capture whose assumptions are proved."""
+    branches = [f"{site} `{site.text}` as {answer}" for site, answer in assumed.branches.items()]
+    lines = [
+        f"branches on data were taken one way, and equal eager's both ways in {verdict.compared} "
+        f"runs: {'; '.join(branches[:3])}{f' and {len(branches) - 3} more' * (len(branches) > 3)}"
+    ][: len(branches)]
+    noise = list(assumed.noise)[:3]
+    lines += [f"random numbers that change nothing were left out: {'; '.join(noise)}"][: len(noise)]
+    return tuple(lines)
+
+
 def _branch(site: Site, assumed: Assumed) -> str:
     return f"  {site}: `{site.text}` was taken to be {assumed.branches[site]}"
 

@@ -12,11 +12,18 @@ from torch.export import ExportedProgram
 from moec.capture.call import Call
 from moec.capture.speculate.masked import Masked
 from moec.capture.speculate.proof import Eager, Verdict, examine
-from moec.capture.speculate.refusals import Untraceable, differs, explained, unproved
+from moec.capture.speculate.refusals import (
+    Untraceable,
+    assumptions,
+    differs,
+    explained,
+    unproved,
+)
 from moec.capture.speculate.self_test import hooks_fit
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed, Export, Traced, trace
 from moec.errors import CaptureError
+from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
 
 
@@ -40,16 +47,26 @@ MOST_FLIPS = 8
 
 
 @dataclass(frozen=True)
-class Speculated:
-    """A program with its trace, and what the proof came to."""
+class Form:
+    """One form of a capture: its program, what the module returns, and what a report says of it."""
 
     converted: Converted
+    structure: Structure
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    form: Form
     traced: Traced
     verdict: Verdict
 
 
-def speculate(call: Call, export: Export, convert: Convert, examples: Examples) -> Speculated:
-    """The program of `call`, with every assumption proved. Raises CaptureError where one is not.
+def speculate(
+    call: Call, export: Export, convert: Convert, examples: Examples
+) -> tuple[Form, Traced]:
+    """The program of `call`, with every assumption proved, and the trace that it comes from.
+    Raises CaptureError where an assumption is not proved.
 
     Branches on data are answered as they come out with many rows; where eager differs, one after
     the other is answered the other way.
@@ -58,46 +75,55 @@ def speculate(call: Call, export: Export, convert: Convert, examples: Examples) 
     if not hooks_fit():
         raise Untraceable(f"{name} reads data into Python, and this torch is not known")
 
-    def attempt(answers: Mapping[Site, bool]) -> Speculated:
+    def attempt(answers: Mapping[Site, bool]) -> _Attempt:
         with explained(name):
             traced = trace(call, export, answers)
             converted = convert(traced.exported, traced.structure.names)
-        count, program = traced.structure.count, converted.program
-        verdict = examine(program, converted.eager, examples, traced.assumed, count)
-        return Speculated(replace(converted, program=_cut(program, count)), traced, verdict)
+        count, program, assumed = traced.structure.count, converted.program, traced.assumed
+        verdict = examine(program, converted.eager, examples, assumed, count)
+        converted = replace(converted, program=_cut(program, count))
+        notes = assumptions(assumed, verdict)
+        return _Attempt(Form(converted, traced.structure, notes), traced, verdict)
 
     first = attempt({})
-    speculated = first
+    chosen = first
     if not first.verdict.agrees:
         met = first.traced.assumed.branches
         flipped = (attempt({site: not met[site]}) for site in list(met)[:MOST_FLIPS])
-        speculated = next((s for s in flipped if s.verdict.agrees), first)
-    if not speculated.verdict.agrees:
+        chosen = next((other for other in flipped if other.verdict.agrees), first)
+    if not chosen.verdict.agrees:
         raise differs(name, first.traced.assumed, first.verdict)
-    if speculated.verdict.unproved:
-        raise CaptureError(unproved(name, speculated.traced.assumed, speculated.verdict))
-    return speculated
+    if chosen.verdict.unproved:
+        raise CaptureError(unproved(name, chosen.traced.assumed, chosen.verdict))
+    return chosen.form, chosen.traced
+
+
+MASKED = (
+    "rows that data choose have no kernel of their own here: every row is computed, and masked, "
+    "which is the work of all experts"
+)
 
 
 def masked(
     decomposed: ExportedProgram,
-    index: Speculated,
+    index: tuple[Form, Traced],
     export: Export,
     convert: Convert,
     examples: Examples,
-) -> Speculated:
+) -> Form:
     """The masked form of a program that was captured and decomposed, proved as that was.
 
     Raises CaptureError where a mask does not express what the program does with rows.
     """
-    structure, assumed = index.traced.structure, index.traced.assumed
+    form, traced = index
+    structure = form.structure
     with explained("the masked form"):
         exported = export(Masked(decomposed, structure.count))
         converted = convert(exported, structure.names)
     verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
     if not verdict.agrees:
-        raise differs("the masked form", assumed, verdict)
-    return Speculated(converted, Traced(exported, structure, assumed), verdict)
+        raise differs("the masked form", traced.assumed, verdict)
+    return Form(converted, structure, (*form.notes, MASKED))
 
 
 def _cut(program: Program, outputs: int) -> Program:

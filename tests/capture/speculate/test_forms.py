@@ -58,6 +58,10 @@ def test_rows_are_masked_where_no_block_is_recognised() -> None:
     compiled = moec.compile(layer, (inputs((2, 6)),))
     names = {op.name for op in compiled.steps[0].program.graph.ops}
     assert "aten.nonzero.default" not in names
+    notes = " ".join(compiled.report().notes)
+    assert "every row is computed, and masked" in notes
+    assert "forms.py" in notes
+    assert "`if len(rows) > capacity:` as True" in notes
     for size in SIZES[1:3]:
         x = inputs(size, 3)
         with torch.no_grad():
