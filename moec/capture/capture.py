@@ -210,8 +210,8 @@ def _captured(
         name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings
     )
     example = request.call.tensors
-    said = (*always, *notes, *form.notes)
-    return Captured(program, eager, example, form.structure, said, other=other)
+    remarks = (*always, *notes, *form.notes)
+    return Captured(program, eager, example, form.structure, remarks, other=other)
 
 
 def _check_device(name: str, tensor: torch.Tensor) -> None:
@@ -226,8 +226,8 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), states.from_start():
-            made, _ = flatten(run(*tensors))
-            return tuple(t.clone() for t in made) if states.live else made
+            results, _ = flatten(run(*tensors))
+            return tuple(t.clone() for t in results) if states.live else results
 
     return eager
 

@@ -33,23 +33,23 @@ def follow(
             _columns(facts, args, kwargs, result)
 
 
-def _dim(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, default: Any) -> Any:
-    value = kwargs.get("dim", args[place] if len(args) > place else default)
+def _dim(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, default: Any) -> Any:
+    value = kwargs.get("dim", args[position] if len(args) > position else default)
     return value if type(value) is int or value is default else default
 
 
-def _chosen(place: int, default: int | None, distinct: bool) -> Rule:
+def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
     """topk, sort, argmax along an axis: the indices are a choice among what the axis has."""
 
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         index = result[1] if isinstance(result, tuple) else result
-        first, dim = args[0], _dim(args, kwargs, place, default)
+        first, dim = args[0], _dim(args, kwargs, position, default)
         if dim is None or not isinstance(index, torch.Tensor):
             return
         choice = facts.of(first).choice
         if choice is not None and first.ndim == 1 and distinct:
             choice.sorted = first
-            facts.note(index, order=Order(choice, lambda places: places))
+            facts.note(index, order=Order(choice, lambda rows: rows))
             return
         size = first.shape[dim] if first.ndim else 1
         if isinstance(size, int):
@@ -161,7 +161,7 @@ def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
         order, number = facts.of(args[0]).order, args[1]
         if order is not None and isinstance(number, int):
             recipe = order.recipe
-            facts.note(result, order=Order(order.choice, lambda places: op(recipe(places), number)))
+            facts.note(result, order=Order(order.choice, lambda rows: op(recipe(rows), number)))
         if op is operator.mod and isinstance(number, int) and number > 0 and order is None:
             facts.note(result, choice=Choice(number), high=number - 1)
 

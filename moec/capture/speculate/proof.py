@@ -84,7 +84,7 @@ def _outcomes(
 ) -> Iterator[tuple[int, bool]]:
     """How each question came out in the program, by its number, where the readouts tell."""
     values = dict(zip(assumed.readouts, (int(tensor) for tensor in readouts), strict=True))
-    sizes = {s: case[place].shape[axis] for s, (place, axis) in assumed.sizes.items()}
+    sizes = {s: case[number].shape[axis] for s, (number, axis) in assumed.sizes.items()}
     for number, question in enumerate(assumed.questions):
         if question.condition is None:
             yield number, bool(values[number])

@@ -59,6 +59,6 @@ def _ratio(expr: Any, tokens: sympy.Symbol, how: Rounding) -> tuple[int, int] | 
         return None
     ratio = fractions.Fraction(float(floats[0])).limit_denominator(10**6)
     up, down = ratio.numerator, ratio.denominator
-    whole = np.arange(1, LIMIT, dtype=np.int64)
-    exact = -((-whole * up) // down) if how == "ceil" else (whole * up) // down
+    integers = np.arange(1, LIMIT, dtype=np.int64)
+    exact = -((-integers * up) // down) if how == "ceil" else (integers * up) // down
     return (up, down) if bool((_ROUND[how](floats) == exact).all()) else None

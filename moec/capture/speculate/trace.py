@@ -120,8 +120,8 @@ def _readouts(trace: Trace) -> dict[Any, torch.Tensor]:
 
 def _axes(tensors: Sequence[torch.Tensor]) -> dict[Any, tuple[int, int]]:
     return {
-        expression(size): (place, axis)
-        for place, tensor in enumerate(tensors)
+        expression(size): (number, axis)
+        for number, tensor in enumerate(tensors)
         for axis, size in enumerate(tensor.shape)
         if is_symbolic(size) and expression(size).is_Symbol
     }

@@ -44,13 +44,13 @@ class Masked(nn.Module):
                 self.held[node] = spec.target
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        given = iter(tensors)
+        users = iter(tensors)
         values: dict[torch.fx.Node, Any] = {}
         with fx_traceback.preserve_node_meta():
             for node in self.nodes:
                 if node.op == "placeholder":
                     path = self.held.get(node)
-                    values[node] = next(given) if path is None else _at(self, path)
+                    values[node] = next(users) if path is None else _at(self, path)
                 elif node.op == "output":
                     return tuple(values[result] for result in node.args[0][: self.outputs])
                 else:

@@ -53,11 +53,11 @@ def _is_end(stop: Any) -> bool:
 def nonzero(node: Any, mask: Any) -> Any:
     if isinstance(mask, Rows):
         raise Unmasked("nonzero of some rows")
-    place = torch.arange(mask.numel())
+    position = torch.arange(mask.numel())
     columns: list[torch.Tensor] = []
     below: Any = 1
     for axis in reversed(range(mask.ndim)):
-        column = place if mask.ndim == 1 else place // below
+        column = position if mask.ndim == 1 else position // below
         columns.insert(0, column % mask.shape[axis] if axis else column)
         below = below * mask.shape[axis]
     return Rows(torch.stack(columns, 1), mask.reshape(-1).bool(), 0, mask.ndim == 1)
@@ -70,7 +70,7 @@ def index(node: Any, x: Any, indices: Sequence[Any]) -> Any:
     if not chosen:
         return NotImplemented
     tensor = x.tensor if isinstance(x, Rows) else x
-    lead = next(place for place, i in enumerate(indices) if i is not None)
+    lead = next(axis for axis, i in enumerate(indices) if i is not None)
     alone = sum(i is not None for i in indices) == 1
     if isinstance(x, Rows) and not (alone and lead == 0 and x.axis == 0 and x.identity):
         raise Unmasked("some rows are read by their place")
@@ -137,8 +137,8 @@ def _added(x: Any, indices: Sequence[Any], y: Rows) -> Any:
         return x + y.zeroed().to(x.dtype)
     if len(indices) == 1:
         return x.index_add(0, first.tensor, y.zeroed().to(x.dtype))
-    places = full(list(indices), None)
-    return x.index_put(places, y.zeroed().to(x.dtype), accumulate=True)
+    positions = full(list(indices), None)
+    return x.index_put(positions, y.zeroed().to(x.dtype), accumulate=True)
 
 
 def index_add(node: Any, x: Any, dim: int, i: Any, y: Any, alpha: Any = 1) -> Any:

@@ -86,7 +86,7 @@ def between(x: Any, dim: int, start: Any, stop: Any) -> Rows:
     if isinstance(x, Rows) and not nested:
         raise Unmasked("rows are cut along two axes")
     length = tensor.shape[dim]
-    place = x.mask.to(torch.int64).cumsum(0) - 1 if nested else torch.arange(length)
+    position = x.mask.to(torch.int64).cumsum(0) - 1 if nested else torch.arange(length)
     low, high = (end.tensor if isinstance(end, Count) else end for end in (start, stop))
-    mask = (place >= low) & (place < high)
+    mask = (position >= low) & (position < high)
     return Rows(tensor, mask & x.mask if nested else mask, dim, nested and x.identity)
