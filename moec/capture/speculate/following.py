@@ -18,7 +18,6 @@ _VIEWS = (
     "type view_as expand type_as int64 int32 double"
 ).split()
 _COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long contiguous clone".split()
-_COMPARISONS = ("gt", "ge", "ne", "eq", "lt", "le")
 
 
 def follow(
@@ -131,10 +130,14 @@ def _any(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
     facts.note(result, truth="some")
 
 
+_SOME = ("gt", "ge", "ne", "greater", "greater_equal", "not_equal")
+_NONE = ("eq", "lt", "le", "less", "less_equal")
+
+
 def _compared(name: str) -> Rule:
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         if facts.of(args[0]).truth == "count":
-            facts.note(result, truth="some" if name in ("gt", "ge", "ne") else "none")
+            facts.note(result, truth="some" if name in _SOME else "none")
 
     return rule
 
@@ -190,7 +193,7 @@ _RULES: dict[str, Rule] = {
     "getitem": _select,
     "select": _select,
     **{name: _view for name in _VIEWS},
-    **{name: _compared(name) for name in _COMPARISONS},
+    **{name: _compared(name) for name in (*_SOME, *_NONE)},
     **{name: _ordered(operator.floordiv) for name in ("floordiv", "floor_divide", "div")},
     **{name: _ordered(operator.mod) for name in ("mod", "remainder")},
 }

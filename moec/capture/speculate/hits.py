@@ -32,16 +32,43 @@ class Index(int):
         return self
 
 
+class Row(list[Any]):
+    """One row of what nonzero gives of a mask with one axis: a list of one number."""
+
+    def item(self) -> int:
+        return int(self[0])
+
+    def __int__(self) -> int:
+        return int(self[0])
+
+    __index__ = __int__
+
+    def _alone(self, *_: Any, **__: Any) -> Index:
+        index: Index = self[0]
+        return index
+
+    squeeze = _alone
+
+    def _itself(self, *_: Any, **__: Any) -> Row:
+        return self
+
+    to = cpu = long = view = reshape = flatten = detach = _itself
+
+    def tolist(self) -> list[Any]:
+        return list(self)
+
+
 class Hits(list[Any]):
     """Every index that a mask of a fixed length may be set at, in the place of those where it is:
     iterating it unrolls the loop. `column`: each is a row of one number, as nonzero gives them."""
 
     def __init__(self, count: int, column: bool = False) -> None:
-        super().__init__(Index(index) for index in range(count))
+        indices = map(Index, range(count))
+        super().__init__(Row([index]) for index in indices) if column else super().__init__(indices)
         self.column = column
 
     def tolist(self) -> list[Any]:
-        return [[index] for index in self] if self.column else list(self)
+        return [[row.item()] for row in self] if self.column else list(self)
 
     def _flat(self, *_: Any, **__: Any) -> Hits:
         return Hits(len(self))
@@ -68,7 +95,7 @@ class Hits(list[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple) and len(index) == 2 and index[1] == 0:
-            return Hits(len(self)) if index[0] == slice(None) else super().__getitem__(index[0])
+            return Hits(len(self)) if index[0] == slice(None) else Index(index[0])
         return super().__getitem__(index)
 
 
@@ -96,3 +123,8 @@ class Rows(list[Any]):
 def as_tensor(value: Any) -> Any:
     """The tensor that a list of rows stands for; any other value as it is."""
     return value.tensor if isinstance(value, Rows) else value
+
+
+def as_slice(value: Any) -> Any:
+    """What a row of one number selects, where it is an index: that one, with its axis."""
+    return slice(value.item(), value.item() + 1) if isinstance(value, Row) else value

@@ -132,6 +132,17 @@ def nonzero_counts(layer: Layer, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
+def hits_as_rows(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    mask = F.one_hot(ids, E).permute(2, 1, 0)
+    out = torch.zeros_like(flat)
+    for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[hit].squeeze(0))
+        out.index_add_(0, token, layer.experts[hit[0]](flat[token]) * weights[token, slot, None])
+    return out.view_as(x)
+
+
 # ---- rows sorted by expert, and cut by counts ------------------------------------------
 
 
@@ -375,6 +386,7 @@ FORMS: dict[str, Form] = {
         the_experts_that_were_hit,
         unique_without_lists,
         nonzero_counts,
+        hits_as_rows,
         numpy_ends,
         numpy_starts,
         ends_on_the_tensor,
