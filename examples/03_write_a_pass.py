@@ -25,7 +25,7 @@ CLAMP = "aten.clamp.default"
 
 
 @dataclass(frozen=True)
-class MergeClamps:
+class MergeClamps(runner.Pass):
     """Clamp once where a clamp follows a clamp."""
 
     name: ClassVar[str] = "merge-clamps"
