@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),
+    "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
     "cache": ("moec.commands.cache", "Show or clear what was compiled before."),
     "list": ("moec.commands.list", "List passes, targets or models."),

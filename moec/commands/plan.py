@@ -1,0 +1,208 @@
+"""`moec plan MODEL`: parallel degrees, placement and exchange for a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moec.commands.options import force_option, json_option
+from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.plan.cluster import Cluster
+    from moec.plan.model import Model
+    from moec.plan.plan import Plan
+    from moec.plan.planner import Planner
+    from moec.plan.workload import Workload
+
+OUT = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("plan", short_help="Plan how a model runs on many devices.")
+@click.argument("model")
+@click.option("--cluster", required=True, metavar="NAME|FILE", help="A preset or a YAML file.")
+@click.option("--trace", type=Path, metavar="FILE.npz", help="Recorded routing: see moec routing.")
+@click.option(
+    "--routing", metavar="FORM", default="uniform", show_default=True,
+    help="Instead of a trace: uniform, zipf:EXPONENT or lognormal:SIGMA, then :SEED.",
+)  # fmt: skip
+@click.option(
+    "--phase", type=click.Choice(["prefill", "decode", "training"]), default="decode",
+    show_default=True,
+)  # fmt: skip
+@click.option("--tokens", type=click.IntRange(1), help="Of one step; default 128 a device.")
+@click.option("--sequences", type=click.IntRange(0), help="In the cache; default 8 a device.")
+@click.option(
+    "--context", type=click.IntRange(0), default=2048, show_default=True, metavar="TOKENS"
+)
+@click.option("--compute", default="bf16", show_default=True, help="The dtype of products.")
+@click.option("--send", default="bf16", show_default=True, help="The dtype of rows to experts.")
+@click.option("--latency", type=float, metavar="SECONDS", help="Target of a step.")
+@click.option("--uniform", is_flag=True, help="The same degrees in all layers.")
+@click.option(
+    "--spare", default="0,0.0625,0.125,0.25", show_default=True, metavar="SHARE,…",
+    help="Shares of further slots for copies of hot experts.",
+)  # fmt: skip
+@click.option("-o", "--output", type=OUT, metavar="FILE.json", help="Write the plan.")
+@click.option(
+    "--placement", type=OUT, metavar="FILE.json", help="Write the map of vLLM and SGLang."
+)
+@click.option("--explain", type=click.IntRange(0), metavar="LAYER", help="Why a layer is as it is.")
+@click.option("--compare", "other", type=Path, metavar="PLAN.json", help="Beside another plan.")
+@json_option
+@force_option
+def command(
+    model: str,
+    cluster: str,
+    trace: Path | None,
+    routing: str,
+    phase: str,
+    tokens: int | None,
+    sequences: int | None,
+    context: int,
+    compute: str,
+    send: str,
+    latency: float | None,
+    uniform: bool,
+    spare: str,
+    output: Path | None,
+    placement: Path | None,
+    explain: int | None,
+    other: Path | None,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Choose degrees, exchange and placement of every layer for a cluster.
+
+    MODEL is the name of a described model (moec plan x --cluster x lists them), a YAML description,
+    a folder with a config.json, or a compiled artifact. Nothing needs weights.
+    """
+    import msgspec
+
+    from moec.plan import text
+    from moec.plan.cluster import read_cluster
+    from moec.plan.plan import read_plan, write_plan
+
+    for path in (output, placement):
+        if path and path.exists() and not force:
+            raise UsageError(f"{path} exists; --force replaces it")
+    machine = read_cluster(cluster)
+    work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
+    planner = planner_of(described(model), machine, work, trace, routing, shares(spare))
+    plan = planner.best_uniform() if uniform else planner.best()
+    if output:
+        write_plan(plan, output)
+    if placement:
+        export(plan, placement)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(plan), indent=1).decode())
+        return
+    if explain is not None:
+        if explain >= len(plan.layers):
+            raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
+        options = planner.candidates[explain]
+        click.echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
+        return
+    click.echo(text.show(plan), nl=False)
+    if other:
+        click.echo()
+        click.echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
+    for path in (output, placement):
+        if path:
+            click.echo(f"wrote {path}")
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """The shares of --spare. Raises UsageError."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (-1.0,)
+    if any(not 0 <= value <= 16 for value in values):
+        raise UsageError(f"--spare {text}: write shares such as 0,0.125")
+    return values
+
+
+def described(model: str) -> Model:
+    """The sizes of a model, from whatever names it. Raises UsageError or ArtifactError."""
+    from moec.commands.inspect import is_artifact, of_artifact
+    from moec.plan.model import of_graph, read_model
+
+    if is_artifact(Path(model)):
+        _, graph = of_artifact(Path(model))
+        return of_graph(graph, model)
+    return read_model(model)
+
+
+def workload(
+    cluster: Cluster,
+    phase: str,
+    tokens: int | None,
+    sequences: int | None,
+    context: int,
+    compute: str,
+    send: str,
+    latency: float | None,
+) -> Workload:
+    """Raises UsageError for a dtype that cannot be sent."""
+    from moec.plan.files import Quantity
+    from moec.plan.workload import Workload
+
+    try:
+        return Workload(
+            tokens=tokens or 128 * cluster.devices,
+            sequences=8 * cluster.devices if sequences is None else sequences,
+            context=context,
+            phase=phase,  # type: ignore[arg-type]
+            compute=compute,
+            send=send,
+            latency=Quantity(latency, "assumed", "asked for") if latency else None,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def planner_of(
+    model: Model,
+    cluster: Cluster,
+    work: Workload,
+    trace: Path | None,
+    routing: str,
+    spare: tuple[float, ...],
+) -> Planner:
+    """The planner, with the loads of a trace or of a distribution. Raises UsageError."""
+    import numpy as np
+
+    from moec.plan.planner import Planner
+    from moec.plan.popularity import normalised, of_distribution
+    from moec.plan.routing_trace import load_trace
+
+    experts = [layer.experts for layer in model.each_layer]
+    if trace is None:
+        says = f"{routing} (assumed)"
+        return Planner(model, cluster, work, of_distribution(routing, experts), says, spare)
+    record = load_trace(trace)
+    sparse = [count for count in experts if count]
+    if record.experts.tolist() != sparse:
+        raise UsageError(
+            f"{trace} is of {record.layers} layers with {record.experts.tolist()[:3]}… experts, "
+            f"{model.name} has {len(sparse)} MoE layers with {sparse[:3]}…"
+        )
+    counts = iter(record.counts())
+    loads = tuple(
+        normalised((next(counts) if count else np.empty(0)).astype(float)) for count in experts
+    )
+    says = f"{trace}, {record.tokens} tokens (measured)"
+    return Planner(model, cluster, work, loads, says, spare)
+
+
+def export(plan: Plan, path: Path) -> None:
+    """The map that vLLM and SGLang read. Raises UsageError where they cannot express the plan."""
+    import json
+
+    from moec.plan.plan import physical_to_logical
+
+    table = physical_to_logical(plan)
+    path.write_text(json.dumps({"physical_to_logical_map": table.tolist()}) + "\n")

@@ -1,0 +1,133 @@
+"""A cluster: devices, and the levels of links that join them, as a file and as a link graph.
+
+Level 0 joins devices into a node, level 1 nodes into a cluster or a part of one, and so on. Every
+device reaches every level over a link of its own, or over one that `devices_per_link` share.
+"""
+
+from __future__ import annotations
+
+import math
+
+import networkx as nx
+from msgspec.structs import replace
+
+from moec.errors import UsageError
+from moec.plan.files import Positive, Quantity, Record, read_preset_or_file
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """`flops` by dtype; `efficiency` is the share of FLOP/s and bytes/s that kernels reach;
+    `reserved` are bytes that libraries and the runtime need for themselves."""
+
+    name: str
+    memory: Quantity
+    reserved: Quantity
+    memory_bandwidth: Quantity
+    flops: dict[str, Quantity]
+    efficiency: Quantity
+
+
+class Level(Record, frozen=True, kw_only=True):
+    """Links that join `joins` units of the level below; latency of one message from device to
+    device in seconds, bandwidth of one link one way in bytes/s."""
+
+    name: str
+    joins: Positive
+    latency: Quantity
+    bandwidth: Quantity
+    devices_per_link: Positive = 1
+
+    def share(self) -> float:
+        """Bytes/s of a device while all devices send."""
+        return self.bandwidth.value / self.devices_per_link
+
+
+class Cluster(Record, frozen=True, kw_only=True):
+    name: str
+    device: Device
+    levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("a cluster has at least one level of links")
+        if any(level.bandwidth.value == 0 for level in self.levels):
+            raise ValueError("a link's bandwidth is above 0")
+
+    @property
+    def devices(self) -> int:
+        return self.span(len(self.levels) - 1)
+
+    @property
+    def node_size(self) -> int:
+        return self.levels[0].joins
+
+    @property
+    def nodes(self) -> int:
+        return self.devices // self.node_size
+
+    def span(self, level: int) -> int:
+        """How many devices a unit of this level holds."""
+        return math.prod(entry.joins for entry in self.levels[: level + 1])
+
+    def level_of(self, ranks: int) -> Level:
+        """The lowest level that joins so many neighbouring devices."""
+        for index, level in enumerate(self.levels):
+            if self.span(index) >= ranks:
+                return level
+        raise UsageError(f"{self.name} has {self.devices} devices, not {ranks}")
+
+    def flops(self, dtype: str) -> Quantity:
+        if dtype not in self.device.flops:
+            known = ", ".join(self.device.flops)
+            raise UsageError(f"{self.name}: {self.device.name} has no FLOP/s of {dtype}: {known}")
+        return self.device.flops[dtype]
+
+    def quantities(self) -> list[tuple[str, Quantity]]:
+        """Every number of the file by name."""
+        device = self.device
+        rows = [
+            ("memory of a device, bytes", device.memory),
+            ("memory kept for libraries, bytes", device.reserved),
+            ("memory bandwidth, bytes/s", device.memory_bandwidth),
+            *((f"{dtype} FLOP/s", value) for dtype, value in device.flops.items()),
+            ("efficiency of kernels", device.efficiency),
+        ]
+        for level in self.levels:
+            rows.append((f"{level.name} latency, s", level.latency))
+            rows.append((f"{level.name} bandwidth of a link, bytes/s", level.bandwidth))
+        return rows
+
+
+def read_cluster(source: str) -> Cluster:
+    """A preset by name, or a YAML file. Raises UsageError."""
+    return read_preset_or_file(source, Cluster, "clusters")
+
+
+def with_nodes(cluster: Cluster, nodes: int) -> Cluster:
+    """The same nodes, so many of them, all joined by the links of level 1."""
+    inside = cluster.levels[0]
+    if nodes == 1:
+        return replace(cluster, levels=(inside,))
+    if len(cluster.levels) == 1:
+        raise UsageError(f"{cluster.name} has no links between nodes")
+    return replace(cluster, levels=(inside, replace(cluster.levels[1], joins=nodes)))
+
+
+def link_graph(cluster: Cluster) -> nx.Graph:
+    """Devices 0..p-1, ports and switches as nodes; edges have `latency` (s) and `bandwidth`."""
+    graph = nx.Graph()
+    for index, level in enumerate(cluster.levels):
+        for device in range(cluster.devices):
+            port = (level.name, "port", device // level.devices_per_link)
+            switch = (level.name, "switch", device // cluster.span(index))
+            half = {"latency": level.latency.value / 2, "bandwidth": level.bandwidth.value}
+            graph.add_edge(device, port, **half)
+            graph.add_edge(port, switch, latency=0.0, bandwidth=level.bandwidth.value)
+    return graph
+
+
+def route(graph: nx.Graph, source: int, target: int) -> tuple[float, float]:
+    """Latency in s and bandwidth in bytes/s of the quickest way between two devices."""
+    path = nx.shortest_path(graph, source, target, weight="latency")
+    edges = [graph.edges[edge] for edge in nx.utils.pairwise(path)]
+    return sum(edge["latency"] for edge in edges), min(edge["bandwidth"] for edge in edges)

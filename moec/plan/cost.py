@@ -1,0 +1,187 @@
+"""Seconds and bytes of one layer under some degrees: products, exchange, collectives.
+
+A layer takes as long as its slowest rank: products and links are charged with the load of the
+busiest rank of the placement. T tokens a rank, k experts a token, D model width, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moec.plan.cluster import Cluster
+from moec.plan.degrees import Degrees
+from moec.plan.exchange import collective_seconds, exchange, seconds
+from moec.plan.model import Layers, Model
+from moec.plan.workload import Workload
+
+CACHE_BYTES = 2.0
+"""Bytes of a number in the KV cache, and of activations in collectives: bf16."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """`parts` are seconds by what takes them; those of `hidden` run while others do."""
+
+    parts: Mapping[str, float]
+    hidden: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values()) - self.hidden
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """`imbalance(layer, ranks, slots)` is the busiest rank's load over the mean."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    imbalance: Callable[[int, int, int], float]
+    _parts: dict[tuple[int, int], Mapping[str, float]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def layers(self) -> tuple[Layers, ...]:
+        return self.model.each_layer
+
+    def layer(self, index: int, degrees: Degrees) -> LayerCost:
+        """The cost of layer `index`."""
+        busiest = 1.0
+        if self.layers[index].experts:
+            busiest = self.imbalance(index, degrees.experts, degrees.slots)
+        return self.with_load(index, degrees, busiest, busiest)
+
+    def with_load(self, index: int, degrees: Degrees, busiest: float, link: float) -> LayerCost:
+        """The cost of layer `index` where the busiest rank computes, and the busiest link carries,
+        so many times the mean."""
+        layer = self.layers[index]
+        parts = dict(self._common(index, degrees.attention))
+        hidden = 0.0
+        if layer.experts:
+            parts |= self._experts(layer, degrees, busiest, link)
+            if layer.dense_hidden:
+                hidden = min(parts["dense"], parts["exchange out"])
+        if sums := self._gradients(layer, degrees):
+            parts["gradients"] = sums
+        return LayerCost(parts, hidden, self._memory(layer, degrees))
+
+    def reshard(self, one: int, two: int) -> float:
+        """Seconds between layers of different attention degrees: activations are gathered."""
+        if one == two:
+            return 0.0
+        wide = max(one, two)
+        size = self.workload.tokens / self.cluster.devices * wide * self.model.width * CACHE_BYTES
+        return collective_seconds("all_gather", size, wide, wide, self.cluster)
+
+    @property
+    def memory_limit(self) -> float:
+        """Bytes a device has for weights and caches, after libraries, embedding and buffers."""
+        device = self.cluster.device
+        weights = self.workload.weight_bytes or self.model.bytes_per_weight
+        ends = 2 * self.model.vocabulary * self.model.width * weights / self.cluster.node_size
+        return device.memory.value - device.reserved.value - ends - self.buffers
+
+    @property
+    def buffers(self) -> float:
+        """Bytes of rows in flight on a rank, both ways, with room for twice the mean."""
+        most = max((layer.k for layer in self.model.layers), default=0)
+        rows = self.workload.tokens / self.cluster.devices * most
+        return 2 * rows * self.model.width * sum(self.workload.row_bytes)
+
+    def _common(self, index: int, degree: int) -> Mapping[str, float]:
+        """The parts that depend on the attention degree alone, computed once."""
+        if (index, degree) not in self._parts:
+            layer = self.layers[index]
+            self._parts[index, degree] = {
+                "attention": self._attention(layer, degree),
+                "dense": self._dense(layer, degree),
+                "collectives": self._collectives(layer, degree),
+            }
+        return self._parts[index, degree]
+
+    def _roofline(self, flop: float, size: float) -> float:
+        device = self.cluster.device
+        rate = self.cluster.flops(self.workload.compute).value * device.efficiency.value
+        return max(flop / rate, size / (device.memory_bandwidth.value * device.efficiency.value))
+
+    def _attention(self, layer: Layers, degree: int) -> float:
+        work, share = self.workload, 1 / self.cluster.devices
+        tokens = work.tokens * share
+        flop = work.passes * tokens * 2 * layer.attention
+        flop += work.passes * tokens * 4 * layer.heads * layer.head_width * work.context
+        size = layer.attention * self.model.bytes_per_weight / degree + self._cache(layer, degree)
+        return self._roofline(flop, size)
+
+    def _cache(self, layer: Layers, degree: int) -> float:
+        """Bytes of a rank's share of the KV cache of a layer."""
+        numbers = self.workload.sequences * self.workload.context * layer.kv_values
+        copies = degree / min(degree, layer.kv_heads)
+        return numbers * CACHE_BYTES * copies / self.cluster.devices
+
+    def _dense(self, layer: Layers, degree: int) -> float:
+        parameters = self.model.dense_parameters(layer) - layer.attention
+        flop = self.workload.passes * 2 * parameters * self.workload.tokens / self.cluster.devices
+        return self._roofline(flop, parameters * self.model.bytes_per_weight / degree)
+
+    def _experts(
+        self, layer: Layers, degrees: Degrees, busiest: float, link: float
+    ) -> dict[str, float]:
+        work, model, devices = self.workload, self.model, self.cluster.devices
+        k = layer.k * layer.experts / (layer.experts + layer.zero_experts)
+        tokens = work.tokens / degrees.copies(devices)
+        rows = busiest * tokens * k / degrees.experts
+        parameters = model.expert_parameters(layer) / degrees.slices
+        held = -(-degrees.slots // degrees.experts)
+        read = held * (1 - (1 - min(1.0, k / layer.experts)) ** tokens)
+        moved = rows * CACHE_BYTES * (2 * model.width + layer.hidden / degrees.slices)
+        size = read * parameters * model.bytes_per_weight + moved
+        parts = {"experts": self._roofline(work.passes * 2 * rows * parameters, size)}
+        sent = work.tokens / devices * k * model.width * link
+        ways = ("exchange out", "exchange back")
+        for way, width in zip(ways, work.row_bytes, strict=True):
+            parts[way] = self._exchange(degrees, sent * width) * (2 if work.passes > 1 else 1)
+        return parts
+
+    def _exchange(self, degrees: Degrees, volume: float) -> float:
+        """One way; rows reach all slices of an expert, or one and are gathered there."""
+        slices, span = degrees.slices, degrees.experts * degrees.slices
+        if degrees.form == "flat":
+            ranks, node, volume = span, self.cluster.node_size, volume * slices
+            return seconds(exchange("flat", ranks, node, volume), self.cluster, span)
+        node = max(1, self.cluster.node_size // slices)
+        step = exchange(degrees.form, degrees.experts, node, volume)
+        shared = collective_seconds("all_gather", slices * volume, slices, slices, self.cluster)
+        return seconds(step, self.cluster, span) + shared
+
+    def _collectives(self, layer: Layers, degree: int) -> float:
+        """Around attention and dense products: their sums, or scattered and gathered rows."""
+        work, cluster = self.workload, self.cluster
+        size = work.tokens / cluster.devices * degree * self.model.width * CACHE_BYTES
+        kinds = ("reduce_scatter", "all_gather") if layer.experts else ("all_reduce",) * 2
+        total = sum(collective_seconds(kind, size, degree, degree, cluster) for kind in kinds)
+        return total * (2 if work.passes > 1 else 1)
+
+    def _gradients(self, layer: Layers, degrees: Degrees) -> float:
+        """Training: the sum of gradients over the ranks that hold the same weights."""
+        if self.workload.phase != "training":
+            return 0.0
+        cluster, devices = self.cluster, self.cluster.devices
+        size = self.model.dense_parameters(layer) / degrees.attention * CACHE_BYTES
+        data = devices // degrees.attention
+        total = collective_seconds("all_reduce", size, data, devices, cluster)
+        if layer.experts:
+            held = -(-degrees.slots // degrees.experts)
+            size = held * self.model.expert_parameters(layer) / degrees.slices * CACHE_BYTES
+            copies = degrees.copies(devices)
+            total += collective_seconds("all_reduce", size, copies, devices, cluster)
+        return total
+
+    def _memory(self, layer: Layers, degrees: Degrees) -> float:
+        weights = self.workload.weight_bytes or self.model.bytes_per_weight
+        held = -(-degrees.slots // degrees.experts)
+        expert = held * self.model.expert_parameters(layer) / degrees.slices
+        dense = self.model.dense_parameters(layer) / degrees.attention
+        return (expert + dense) * weights + self._cache(layer, degrees.attention)

@@ -1,0 +1,82 @@
+"""The parallel degrees that a layer may have.
+
+p = attention degree (tensor) x data degree = experts degree (EP) x slices x expert-data degree.
+Slices of an expert, then ranks of an expert group, lie side by side; data copies lie farthest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moec.plan.cluster import Cluster
+from moec.plan.exchange import Form
+from moec.plan.model import Layers
+
+SPARE = (0.0, 0.0625, 0.125, 0.25)
+"""Slots for copies of hot experts, as shares of the number of experts."""
+
+
+@dataclass(frozen=True, order=True)
+class Degrees:
+    """`attention` ranks share a layer's attention and dense products; `experts` ranks (EP) share
+    the experts, each cut into `slices`; `slots` copies of experts in all over these ranks."""
+
+    attention: int
+    experts: int = 1
+    slices: int = 1
+    slots: int = 0
+    form: Form = "flat"
+
+    def copies(self, devices: int) -> int:
+        """How many expert groups hold the same experts: their data degree."""
+        return devices // (self.experts * self.slices)
+
+
+def divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def attention_degrees(layer: Layers, cluster: Cluster) -> list[int]:
+    """Those within a node that cut the heads evenly."""
+    return [
+        degree
+        for degree in divisors(cluster.devices)
+        if degree <= cluster.node_size and layer.heads % degree == 0
+    ]
+
+
+def legal(layer: Layers, cluster: Cluster, spare: tuple[float, ...] = SPARE) -> Iterator[Degrees]:
+    """Every combination of degrees that a layer may have, in one order."""
+    for attention in attention_degrees(layer, cluster):
+        if not layer.experts:
+            yield Degrees(attention)
+            continue
+        for slices in divisors(cluster.devices):
+            if slices > cluster.node_size or layer.hidden % slices:
+                continue
+            for experts in divisors(cluster.devices // slices):
+                for slots in _slots(layer.experts, experts, spare):
+                    for form in _forms(experts, slices, cluster.node_size):
+                        yield Degrees(attention, experts, slices, slots, form)
+
+
+def _slots(experts: int, ranks: int, spare: tuple[float, ...]) -> list[int]:
+    """Numbers of slots over the ranks of a group, at most a copy of each expert on each rank."""
+    least = max(experts, ranks)
+    if ranks == 1:
+        return [experts]
+    numbers = {min(experts * ranks, least + round(experts * share)) for share in spare}
+    return sorted(numbers)
+
+
+def _forms(experts: int, slices: int, node: int) -> list[Form]:
+    if experts == 1 and slices == 1:
+        return ["flat"]
+    forms: list[Form] = ["flat"]
+    if slices > 1:
+        forms.append("coordinated")
+    near = max(1, node // slices)
+    if experts > near and experts % near == 0 and near > 1:
+        forms += ["hierarchical", "rail"]
+    return forms

@@ -1,0 +1,116 @@
+"""What an exchange of rows between the ranks of a group costs: hops, bytes and seconds.
+
+n ranks in a group, G of them in each node, N = n/G nodes, V bytes that a rank sends to all ranks
+together, its own share included. Bytes are those that leave a rank one way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import Literal
+
+from moec.plan.cluster import Cluster
+
+Form = Literal["flat", "hierarchical", "rail", "coordinated"]
+FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "coordinated")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One way of an exchange: messages that a rank sends one after the other, bytes that it sends
+    inside its node and across nodes, and bytes that are copied in its own memory."""
+
+    hops_inside: int
+    hops_across: int
+    bytes_inside: float
+    bytes_across: float
+    bytes_copied: float = 0.0
+    staged: bool = False
+
+    @property
+    def published_hops(self) -> int:
+        """Hops as DeepSpeed-MoE counts them: the message of a rank to itself is one."""
+        return self.hops_inside + self.hops_across + 1
+
+
+def flat(ranks: int, node: int, volume: float) -> Exchange:
+    """All ranks to all ranks: n - 1 messages."""
+    node = min(node, ranks)
+    inside, across = node - 1, ranks - node
+    return Exchange(inside, across, volume * inside / ranks, volume * across / ranks)
+
+
+def hierarchical(ranks: int, node: int, volume: float) -> Exchange:
+    """Inside the node first, then across, with a change of layout before each (DeepSpeed-MoE,
+    arXiv 2201.05596, section 5.3): O(G + n/G) messages, twice the volume."""
+    node = min(node, ranks)
+    nodes = ranks // node
+    return Exchange(
+        node - 1,
+        nodes - 1,
+        volume * (node - 1) / node,
+        volume * (nodes - 1) / nodes,
+        bytes_copied=2 * volume,
+        staged=True,
+    )
+
+
+def rail_aligned(ranks: int, node: int, volume: float, busiest_rail: float = 1.0) -> Exchange:
+    """Inside the node to the rank whose number is the destination's, then only among equal numbers
+    (SE-MoE, arXiv 2205.10034): the hops of `hierarchical`, and the busiest rail decides;
+    `busiest_rail` is its share of bytes over the mean."""
+    plain = hierarchical(ranks, node, volume)
+    return Exchange(
+        plain.hops_inside,
+        plain.hops_across,
+        plain.bytes_inside,
+        plain.bytes_across * busiest_rail,
+        bytes_copied=volume,
+        staged=True,
+    )
+
+
+def coordinated(ranks: int, node: int, slices: int, volume: float) -> Exchange:
+    """Among the n/L ranks of equal slice only, where slicing of degree L has made the rows of L
+    ranks equal (DeepSpeed-MoE, section 5.3); `gather` on the way back is counted by itself."""
+    return flat(ranks // slices, max(1, node // slices), volume)
+
+
+def exchange(form: Form, ranks: int, node: int, volume: float) -> Exchange:
+    """The exchange among `ranks` of which `node` share a node."""
+    match form:
+        case "hierarchical":
+            return hierarchical(ranks, node, volume)
+        case "rail":
+            return rail_aligned(ranks, node, volume)
+        case _:
+            return flat(ranks, node, volume)
+
+
+def seconds(step: Exchange, cluster: Cluster, span: int) -> float:
+    """Of one way, where the group's ranks lie within `span` neighbouring devices."""
+    inside, across = cluster.levels[0], cluster.level_of(span)
+    near = step.bytes_inside / inside.share()
+    far = step.bytes_across / across.share()
+    moved = near + far if step.staged else max(near, far)
+    latency = step.hops_inside * inside.latency.value + step.hops_across * across.latency.value
+    return latency + moved + 2 * step.bytes_copied / cluster.device.memory_bandwidth.value
+
+
+def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: Cluster) -> float:
+    """Of all_gather, reduce_scatter or all_reduce of `size` bytes in all on `ranks` ranks within
+    `span` devices: (n-1)/n of the bytes over the slowest link, twice that for all_reduce."""
+    if ranks == 1:
+        return 0.0
+    level = cluster.level_of(span)
+    times = 2 if kind == "all_reduce" else 1
+    steps = times * (ranks - 1)
+    return steps * level.latency.value + times * size * (ranks - 1) / ranks / level.share()
+
+
+def distinct_nodes(experts: int, k: int, nodes: int) -> float:
+    """How many of `nodes` a token's k experts lie on, where all choices are equally likely:
+    N (1 - C(E - E/N, k) / C(E, k))."""
+    each = experts // nodes
+    return nodes * (1 - comb(experts - each, k) / comb(experts, k))

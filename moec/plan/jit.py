@@ -1,0 +1,14 @@
+"""numba's compiler, typed: a function keeps its type, and its machine code is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    return cast(F, numba.njit(cache=True)(function))

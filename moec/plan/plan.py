@@ -1,0 +1,134 @@
+"""A plan: degrees, exchange and placement of every layer, and what they are predicted to cost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.errors import UsageError
+from moec.plan.exchange import Form
+from moec.plan.files import Natural, Positive, Record, Source
+from moec.plan.workload import Workload
+
+Expert = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Number(Record, frozen=True, kw_only=True):
+    """A number that the plan rests on."""
+
+    name: str
+    value: float
+    source: Source
+    note: str = ""
+
+
+class LayerPlan(Record, frozen=True, kw_only=True):
+    """`attention` ranks share attention and dense products. `ranks` (EP) share the experts, each
+    cut into `slices`, in `copies` groups; `slots[r]` are the experts of rank r of a group.
+    Predicted: `seconds` by part, of which `hidden` run beside others; `memory` bytes a rank;
+    `imbalance` the busiest rank's load over the mean, and `bound` below which none can be."""
+
+    layer: Natural
+    experts: Natural
+    attention: Positive
+    ranks: Positive = 1
+    slices: Positive = 1
+    copies: Positive = 1
+    form: Form = "flat"
+    slots: tuple[tuple[Expert, ...], ...] = ()
+    imbalance: float = 1.0
+    bound: float = 1.0
+    seconds: dict[str, float]
+    hidden: float = 0.0
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            return
+        if len(self.slots) != self.ranks:
+            raise ValueError(f"layer {self.layer}: {len(self.slots)} of {self.ranks} ranks")
+        held = {expert for slots in self.slots for expert in slots}
+        if held != set(range(self.experts)):
+            raise ValueError(f"layer {self.layer}: the ranks do not hold experts 0..E-1")
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values()) - self.hidden
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    version: Literal[1] = 1
+    model: str
+    cluster: str
+    devices: Positive
+    node_size: Positive
+    workload: Workload
+    routing: str
+    layers: tuple[LayerPlan, ...]
+    seconds: float
+    memory: float
+    memory_limit: float
+    numbers: tuple[Number, ...] = ()
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            if layer.experts and layer.ranks * layer.slices * layer.copies != self.devices:
+                raise ValueError(
+                    f"layer {layer.layer}: {layer.ranks} ranks x {layer.slices} slices x "
+                    f"{layer.copies} copies are not {self.devices} devices"
+                )
+            if self.devices % layer.attention:
+                raise ValueError(f"layer {layer.layer}: attention of {layer.attention} ranks")
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """As JSON, in one step: a failure leaves no half of a file."""
+    text = msgspec.json.format(msgspec.json.encode(plan), indent=1)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(text + b"\n")
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises UsageError that says what in the file is not a plan."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Plan)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a plan: {error}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+
+
+def physical_to_logical(plan: Plan) -> NDArray[np.int64]:
+    """The placement as vLLM and SGLang read it: [L, P], slot q on rank q // (P / ranks).
+
+    Raises UsageError where layers differ in their number of slots, or ranks of a layer do: those
+    engines know equal numbers only.
+    """
+    rows = []
+    for layer in plan.layers:
+        if not layer.experts:
+            continue
+        widths = {len(slots) for slots in layer.slots}
+        if len(widths) > 1:
+            raise UsageError(
+                f"layer {layer.layer} has ranks with {min(widths)} and {max(widths)} slots; vLLM "
+                "and SGLang need equal numbers: plan with --spare that divides by the ranks"
+            )
+        rows.append([expert for slots in layer.slots for expert in slots])
+    if not rows:
+        raise UsageError("the plan has no MoE layer")
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError("layers have different numbers of slots; vLLM and SGLang need equal ones")
+    return np.array(rows, np.int64)

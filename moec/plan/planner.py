@@ -1,0 +1,203 @@
+"""From a model, a cluster, a workload and the experts' loads to a plan, and why it is that one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.errors import UsageError
+from moec.plan.cluster import Cluster
+from moec.plan.cost import CostModel, LayerCost
+from moec.plan.degrees import SPARE, Degrees, legal
+from moec.plan.eplb import rebalance
+from moec.plan.model import Model
+from moec.plan.placement import Placement, place
+from moec.plan.plan import LayerPlan, Number, Plan
+from moec.plan.search import Choice, search
+from moec.plan.workload import Workload
+
+Loads = NDArray[np.float64]
+
+
+LEVEL = 1.005
+"""Busiest over mean, below which copies of experts bring nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    degrees: Degrees
+    cost: LayerCost
+
+
+@dataclass(frozen=True)
+class Planner:
+    """`loads[l]` are the shares of rows of the experts of layer l (empty for a dense layer),
+    `routing` says in words where they are from, `spare` are the shares of slots for copies."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    loads: tuple[Loads, ...]
+    routing: str
+    spare: tuple[float, ...] = SPARE
+    _placements: dict[tuple[int, int, int], Placement] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.model.each_layer):
+            if len(self.loads[index]) != layer.experts:
+                raise UsageError(
+                    f"layer {index} of {self.model.name} has {layer.experts} experts, the routing "
+                    f"is of {len(self.loads[index])}"
+                )
+
+    @cached_property
+    def cost(self) -> CostModel:
+        def imbalance(layer: int, ranks: int, slots: int) -> float:
+            return self.placement(layer, ranks, slots).imbalance
+
+        return CostModel(self.model, self.cluster, self.workload, imbalance)
+
+    def placement(self, layer: int, ranks: int, slots: int) -> Placement:
+        key = (layer, ranks, slots)
+        if key not in self._placements:
+            self._placements[key] = place(self.loads[layer], ranks, slots)
+        return self._placements[key]
+
+    @cached_property
+    def candidates(self) -> tuple[tuple[Candidate, ...], ...]:
+        """All legal degrees of each layer, with their costs."""
+        return tuple(
+            tuple(
+                Candidate(degrees, self.cost.layer(index, degrees))
+                for degrees in legal(layer, self.cluster, self.spare)
+                if not self._spare_is_useless(index, layer.experts, degrees)
+            )
+            for index, layer in enumerate(self.cost.layers)
+        )
+
+    def _spare_is_useless(self, index: int, experts: int, degrees: Degrees) -> bool:
+        """More slots than needed, where the ranks are level without them."""
+        least = max(experts, degrees.experts)
+        if degrees.slots <= least:
+            return False
+        return self.placement(index, degrees.experts, least).imbalance < LEVEL
+
+    def best(self) -> Plan:
+        """Degrees that may differ from layer to layer. Raises UsageError where none fit."""
+        layers = [
+            [Choice(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
+            for options in self.candidates
+        ]
+        found = search(layers, self.cost.reshard, self.cost.memory_limit)
+        if found is None:
+            raise UsageError(self._too_large())
+        chosen = [self.candidates[i][choice] for i, choice in enumerate(found.indices)]
+        return self.plan([candidate.degrees for candidate in chosen], found.seconds)
+
+    def best_uniform(self) -> Plan:
+        """The best of the plans that have the same degrees, form and share of spare slots in all
+        layers: what a grid search finds. Raises UsageError where none fit."""
+        table: list[dict[Degrees, Candidate]] = []
+        for options in self.candidates:
+            first: dict[Degrees, Candidate] = {}
+            sizes: dict[Degrees, int] = {}
+            for candidate in options:
+                plain = replace(candidate.degrees, slots=0)
+                sizes[plain] = sizes.get(plain, -1) + 1
+                first[replace(plain, slots=sizes[plain])] = candidate
+                for more in range(sizes[plain] + 1, len(self.spare)):
+                    first[replace(plain, slots=more)] = candidate
+            table.append(first)
+        routed = [row for row, layer in zip(table, self.cost.layers, strict=True) if layer.experts]
+        keys = list(routed[0]) if routed else list(table[0])
+        best: tuple[float, list[Candidate]] | None = None
+        for key in keys:
+            dense = Degrees(key.attention)
+            rows = [row.get(key) or row.get(dense) for row in table]
+            row = [candidate for candidate in rows if candidate is not None]
+            total = sum(c.cost.seconds for c in row)
+            fits = sum(c.cost.memory for c in row) <= self.cost.memory_limit
+            if len(row) == len(table) and fits and (best is None or total < best[0]):
+                best = (total, row)
+        if best is None:
+            raise UsageError(self._too_large())
+        return self.plan([candidate.degrees for candidate in best[1]], best[0])
+
+    def with_eplb(self, plan: Plan) -> Plan:
+        """The degrees of `plan` with the placement of EPLB, which needs equal slots on all ranks:
+        their number is the next that divides."""
+        layers = []
+        for layer in plan.layers:
+            if layer.experts:
+                each = max(len(slots) for slots in layer.slots)
+                row = self.loads[layer.layer][None, :]
+                table = rebalance(row, each * layer.ranks, 1, 1, layer.ranks)[0]
+                slots = tuple(tuple(r) for r in table.reshape(layer.ranks, each).tolist())
+                layer = _with_slots(layer, slots)
+            layers.append(layer)
+        return _with_layers(plan, tuple(layers))
+
+    def plan(self, degrees: Sequence[Degrees], seconds: float) -> Plan:
+        layers = tuple(self._layer(index, entry) for index, entry in enumerate(degrees))
+        return Plan(
+            model=self.model.name,
+            cluster=self.cluster.name,
+            devices=self.cluster.devices,
+            node_size=self.cluster.node_size,
+            workload=self.workload,
+            routing=self.routing,
+            layers=layers,
+            seconds=seconds,
+            memory=sum(layer.memory for layer in layers),
+            memory_limit=self.cost.memory_limit,
+            numbers=tuple(
+                Number(name=name, value=q.value, source=q.source, note=q.note)
+                for name, q in self.cluster.quantities()
+            ),
+        )
+
+    def _layer(self, index: int, degrees: Degrees) -> LayerPlan:
+        layer, cost = self.cost.layers[index], self.cost.layer(index, degrees)
+        plain = {
+            "layer": index,
+            "experts": layer.experts,
+            "attention": degrees.attention,
+            "seconds": dict(cost.parts),
+            "hidden": cost.hidden,
+            "memory": cost.memory,
+        }
+        if not layer.experts:
+            return LayerPlan(**plain)  # type: ignore[arg-type]
+        placement = self.placement(index, degrees.experts, degrees.slots)
+        return LayerPlan(
+            **plain,  # type: ignore[arg-type]
+            ranks=degrees.experts,
+            slices=degrees.slices,
+            copies=degrees.copies(self.cluster.devices),
+            form=degrees.form,
+            slots=placement.slots,
+            imbalance=placement.imbalance,
+            bound=placement.bound_imbalance,
+        )
+
+    def _too_large(self) -> str:
+        least = sum(min(c.cost.memory for c in options) for options in self.candidates)
+        limit = max(0.0, self.cost.memory_limit)
+        return (
+            f"{self.model.name} does not fit {self.cluster.name}: at least {least / 1e9:.1f} GB a "
+            f"device for weights and caches, {limit / 1e9:.1f} GB are free; use more devices, "
+            "fewer sequences or weights of fewer bits"
+        )
+
+
+def _with_slots(layer: LayerPlan, slots: tuple[tuple[int, ...], ...]) -> LayerPlan:
+    return msgspec.structs.replace(layer, slots=slots)
+
+
+def _with_layers(plan: Plan, layers: tuple[LayerPlan, ...]) -> Plan:
+    return msgspec.structs.replace(plan, layers=layers)

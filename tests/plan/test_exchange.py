@@ -1,0 +1,68 @@
+"""Hop counts and volumes equal those that the papers print."""
+
+from __future__ import annotations
+
+import pytest
+
+from moec.plan.cluster import link_graph, read_cluster, route
+from moec.plan.exchange import (
+    coordinated,
+    distinct_nodes,
+    flat,
+    hierarchical,
+    rail_aligned,
+    seconds,
+)
+
+
+@pytest.mark.parametrize(("ranks", "slices", "hops"), [(128, 1, 128), (128, 8, 16), (64, 4, 16)])
+def test_coordinated_hops_are_those_of_deepspeed_moe(ranks: int, slices: int, hops: int) -> None:
+    """Section 5.3: 128 C1 + C2 becomes 16 C1 + C2 for L = 8."""
+    step = coordinated(ranks, 8, slices, 1.0) if slices > 1 else flat(ranks, 8, 1.0)
+    assert step.published_hops == hops
+
+
+@pytest.mark.parametrize(("ranks", "node"), [(128, 8), (64, 8), (256, 16), (8, 8), (8, 1)])
+def test_two_stages_need_the_sum_of_their_hops_and_move_rows_twice(ranks: int, node: int) -> None:
+    volume = float(ranks * node)
+    one, two = flat(ranks, node, volume), hierarchical(ranks, node, volume)
+    assert one.hops_inside + one.hops_across == ranks - 1
+    assert (two.hops_inside, two.hops_across) == (node - 1, ranks // node - 1)
+    assert one.bytes_inside + one.bytes_across == pytest.approx(volume * (ranks - 1) / ranks)
+    assert two.bytes_inside == pytest.approx(volume * (node - 1) / node)
+    assert two.bytes_across == pytest.approx(volume * (1 - node / ranks))
+    assert two.bytes_copied == 2 * volume
+
+
+def test_rail_form_charges_the_busiest_rail() -> None:
+    """SE-MoE's figure: 4 nodes of 8, inside first, then between equal local ranks."""
+    level, skewed = rail_aligned(32, 8, 32.0), rail_aligned(32, 8, 32.0, busiest_rail=1.5)
+    assert (level.hops_inside, level.hops_across) == (7, 3)
+    assert (level.bytes_inside, level.bytes_across) == (28.0, 24.0)
+    assert (skewed.bytes_inside, skewed.bytes_across) == (28.0, 36.0)
+
+
+@pytest.mark.parametrize(("nodes", "mean"), [(2, 1.99), (4, 3.61), (8, 5.29), (16, 6.52)])
+def test_distinct_nodes_of_a_token(nodes: int, mean: float) -> None:
+    """E = 256, k = 8."""
+    assert distinct_nodes(256, 8, nodes) == pytest.approx(mean, abs=0.02)
+
+
+def test_two_stages_pay_for_small_messages_only() -> None:
+    cluster = read_cluster("superpod-32")
+
+    def faster(volume: float) -> bool:
+        two = seconds(hierarchical(256, 8, volume), cluster, 256)
+        return two < seconds(flat(256, 8, volume), cluster, 256)
+
+    assert faster(1e6)
+    assert not faster(1e9)
+
+
+def test_levels_are_the_ways_of_the_link_graph() -> None:
+    cluster = read_cluster("superpod-32")
+    graph = link_graph(cluster)
+    for target, level in ((1, cluster.levels[0]), (9, cluster.levels[1])):
+        latency, bandwidth = route(graph, 0, target)
+        assert latency == pytest.approx(level.latency.value)
+        assert bandwidth == level.bandwidth.value
