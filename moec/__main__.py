@@ -32,6 +32,7 @@ COMMANDS = {
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
+    "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
     "cache": ("moec.commands.cache", "Show or clear what was compiled before."),
     "list": ("moec.commands.list", "List passes, targets or models."),

@@ -11,6 +11,9 @@ from moec.commands.options import force_option, json_option
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moec.plan.cluster import Cluster
     from moec.plan.model import Model
     from moec.plan.plan import Plan
@@ -49,6 +52,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--placement", type=OUT, metavar="FILE.json", help="Write the map of vLLM and SGLang."
 )
+@click.option("--picture", type=OUT, metavar="FILE", help="Loads of the ranks: .svg or .html.")
 @click.option("--explain", type=click.IntRange(0), metavar="LAYER", help="Why a layer is as it is.")
 @click.option("--compare", "other", type=Path, metavar="PLAN.json", help="Beside another plan.")
 @json_option
@@ -69,6 +73,7 @@ def command(
     spare: str,
     output: Path | None,
     placement: Path | None,
+    picture: Path | None,
     explain: int | None,
     other: Path | None,
     as_json: bool,
@@ -85,7 +90,7 @@ def command(
     from moec.plan.cluster import read_cluster
     from moec.plan.plan import read_plan, write_plan
 
-    for path in (output, placement):
+    for path in (output, placement, picture):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
     machine = read_cluster(cluster)
@@ -96,6 +101,8 @@ def command(
         write_plan(plan, output)
     if placement:
         export(plan, placement)
+    if picture:
+        draw(plan, planner, picture)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(plan), indent=1).decode())
         return
@@ -109,7 +116,7 @@ def command(
     if other:
         click.echo()
         click.echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
-    for path in (output, placement):
+    for path in (output, placement, picture):
         if path:
             click.echo(f"wrote {path}")
 
@@ -175,27 +182,44 @@ def planner_of(
     """The planner, with the loads of a trace or of a distribution. Raises UsageError."""
     import numpy as np
 
+    from moec.plan.importers import read_routing
     from moec.plan.planner import Planner
     from moec.plan.popularity import normalised, of_distribution
-    from moec.plan.routing_trace import load_trace
 
     experts = [layer.experts for layer in model.each_layer]
     if trace is None:
         says = f"{routing} (assumed)"
         return Planner(model, cluster, work, of_distribution(routing, experts), says, spare)
-    record = load_trace(trace)
+    routing_of = read_routing(trace)
     sparse = [count for count in experts if count]
-    if record.experts.tolist() != sparse:
+    recorded = [len(count) for count in routing_of.counts]
+    if len(recorded) != len(sparse) or any(a > b for a, b in zip(recorded, sparse, strict=True)):
         raise UsageError(
-            f"{trace} is of {record.layers} layers with {record.experts.tolist()[:3]}… experts, "
-            f"{model.name} has {len(sparse)} MoE layers with {sparse[:3]}…"
+            f"{trace} is of {len(recorded)} layers with {recorded[:3]}… experts, {model.name} has "
+            f"{len(sparse)} MoE layers with {sparse[:3]}…"
         )
-    counts = iter(record.counts())
-    loads = tuple(
-        normalised((next(counts) if count else np.empty(0)).astype(float)) for count in experts
-    )
-    says = f"{trace}, {record.tokens} tokens (measured)"
+    counts = iter(routing_of.counts)
+    loads = tuple(normalised(padded(next(counts), e) if e else np.empty(0)) for e in experts)
+    says = f"{trace}, {routing_of.rows} choices (measured)"
     return Planner(model, cluster, work, loads, says, spare)
+
+
+def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
+    """Counts of all experts, where the last ones were never chosen."""
+    import numpy as np
+
+    return np.pad(counts, (0, experts - len(counts)))
+
+
+def draw(plan: Plan, planner: Planner, path: Path) -> None:
+    """The predicted load of every rank of an expert group, a row for each layer."""
+    from moec.plan.heat_map import heat_map, save_picture
+    from moec.plan.placement import rank_loads
+
+    layers = [layer for layer in plan.layers if layer.experts]
+    rows = [rank_loads(planner.loads[layer.layer], layer.slots) for layer in layers]
+    title = f"Load of ranks, {plan.model} on {plan.cluster}"
+    save_picture(heat_map(rows, title, "MoE layer", "rank"), path, title)
 
 
 def export(plan: Plan, path: Path) -> None:

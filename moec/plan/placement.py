@@ -6,6 +6,7 @@ of the busiest rank's load is the mean load, or the load of the greatest copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,13 @@ def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0)
     busiest = float(np.bincount(rank_of, weight, ranks).max())
     held = tuple(tuple(sorted(owner[rank_of == rank].tolist())) for rank in range(ranks))
     return Placement(held, busiest, bound)
+
+
+def rank_loads(loads: Loads, slots: Sequence[Sequence[int]]) -> Loads:
+    """What each rank with these slots computes, as a share of all rows [ranks]."""
+    shares = loads / max(float(loads.sum()), 1e-300)
+    copies = np.bincount([e for held in slots for e in held], minlength=len(loads))
+    return np.array([sum(shares[e] / copies[e] for e in held) for held in slots])
 
 
 def replicate(shares: Loads, slots: int, most: int) -> Ids:

@@ -108,39 +108,40 @@ def _count(
     got_across = np.zeros(devices, np.int64)
     rail_across = np.zeros(devices, np.int64)
     once = np.zeros(1, np.int64)
-    nodes = np.empty(k, np.int64)
+    nodes = np.empty(k, np.int32)
     experts = len(first) - 1
+    node_of = (np.arange(devices) // node).astype(np.int32)
     for token in range(tokens):
         home = token * devices // tokens
         group, home_node, home_slice = home // span, home // node, home % slices
+        low, high = (0, slices) if spread else (home_slice, home_slice + 1)
         distinct = 0
         for choice in range(k):
             expert = ids[token, choice]
             if expert < 0 or expert >= experts:
                 continue
             copies = first[expert + 1] - first[expert]
-            rank = holder[first[expert] + (token + choice) % copies]
+            copy = 0 if copies == 1 else (token + choice) % copies
+            rank = holder[first[expert] + copy]
             rows[group * ranks + rank] += 1
             base = group * span + rank * slices
-            for part in range(slices):
-                if not spread and part != home_slice:
-                    continue
+            for part in range(low, high):
                 target = base + part
                 if target == home:
                     continue
-                if target // node == home_node:
+                if node_of[target] == home_node:
                     sent_inside[home] += 1
                     got_inside[target] += 1
                     continue
                 got_across[target] += 1
                 if staged:
-                    carrier = home_node * node + target % node
+                    carrier = (home_node - node_of[target]) * node + target
                     rail_across[carrier] += 1
                     if carrier != home:
                         sent_inside[home] += 1
                 else:
                     sent_across[home] += 1
-            away = base // node
+            away = node_of[base]
             if away != home_node:
                 fresh = True
                 for index in range(distinct):

@@ -1,0 +1,66 @@
+"""`moec routing FILE`: what a recorded routing shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moec.commands.options import force_option, json_option
+from moec.errors import UsageError
+
+OUT = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("routing", short_help="Show which experts a recorded routing chose.")
+@click.argument("source", type=Path, metavar="FILE")
+@click.option("--picture", type=OUT, metavar="FILE", help="Heat-map of the load: .svg or .html.")
+@click.option("-o", "--output", type=OUT, metavar="FILE.npz", help="Write it as moec's trace.")
+@json_option
+@force_option
+def command(
+    source: Path, picture: Path | None, output: Path | None, as_json: bool, force: bool
+) -> None:
+    """Show the load of experts by layer: balance, unused experts, drift and co-activation.
+
+    FILE is a trace of moec (.npz), counts (.npy, .json), records a line (.jsonl) or a dump of
+    SGLang's recorder (.pt).
+    """
+    from moec.plan.balance import balance
+    from moec.plan.heat_map import heat_map, save_picture
+    from moec.plan.importers import read_routing
+    from moec.plan.routing_trace import save_trace
+
+    for path in (picture, output):
+        if path and path.exists() and not force:
+            raise UsageError(f"{path} exists; --force replaces it")
+    routing = read_routing(source)
+    if output:
+        if routing.trace is None:
+            raise UsageError(f"{source} holds counts; a trace needs the experts of each token")
+        save_trace(routing.trace, output)
+    layers = balance(routing)
+    if picture:
+        title = f"Load of experts, {source.name}"
+        save_picture(heat_map(routing.counts, title, "layer", "expert"), picture, title)
+    if as_json:
+        click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
+        return
+    from moec.plan.text import columns
+
+    tokens = f"{routing.trace.tokens} tokens, " if routing.trace else "counts only, "
+    click.echo(f"{source} ({routing.source}): {tokens}{routing.rows} choices, {len(layers)} layers")
+    click.echo()
+    rows = [("layer", "experts", "busiest/mean", "entropy", "unused", "drift", "strongest pair")]
+    for layer in layers:
+        pair = "-" if layer.pair is None else f"{layer.pair[0]}+{layer.pair[1]} x{layer.lift:.1f}"
+        drift = "-" if layer.drift is None else f"{layer.drift:.3f}"
+        cells = f"{layer.busiest:.2f}", f"{layer.entropy:.3f}", str(layer.unused), drift, pair
+        rows.append((str(layer.layer), str(layer.experts), *cells))
+    click.echo("\n".join(line.rstrip() for line in columns(rows)))
+    click.echo("\ndrift: shares that moved between the halves of the tokens; pair: how many times")
+    click.echo("as often as by chance two experts meet in a token (measured on this file)")
+    for path in (picture, output):
+        if path:
+            click.echo(f"wrote {path}")

@@ -1,0 +1,167 @@
+"""Routing as other tools record it: SGLang, vLLM and EPLB, MoE-Infinity, one record a line.
+
+Counts say how often each expert was chosen; which experts a token chose together only traces say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.errors import InputError
+from moec.plan.routing_trace import RoutingTrace, load_trace, of_ids
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`counts[l]` [E_l] of each MoE layer, and the trace where tokens were recorded."""
+
+    counts: tuple[NDArray[np.float64], ...]
+    trace: RoutingTrace | None
+    source: str
+
+    @property
+    def rows(self) -> int:
+        """How many choices there are in all."""
+        return int(sum(count.sum() for count in self.counts))
+
+
+def read_routing(path: Path) -> Routing:
+    """By the kind of file: .npz of moec; .npy counts [L, E] or [requests, L, E] (MoE-Infinity);
+    .json with `logical_count`; .jsonl of {layer_idx, token_idx, selected_ids}; .pt of SGLang.
+
+    Raises InputError that says what the file lacks.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    match path.suffix:
+        case ".npz":
+            return of_trace(load_trace(path), "moec")
+        case ".npy":
+            return _of_counts(_array(path), path, "counts")
+        case ".json":
+            return _of_json(path)
+        case ".jsonl":
+            return _of_lines(path)
+        case ".pt":
+            return _of_sglang(path)
+    raise InputError(f"{path}: routing is read from .npz, .npy, .json, .jsonl and .pt files")
+
+
+def of_trace(trace: RoutingTrace, source: str) -> Routing:
+    return Routing(tuple(count.astype(float) for count in trace.counts()), trace, source)
+
+
+def _array(path: Path) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _of_counts(array: NDArray[Any], path: Path, source: str) -> Routing:
+    """[L, E], or [steps or requests, L, E] which are summed."""
+    if array.ndim == 3:
+        array = array.sum(axis=0)
+    if array.ndim != 2 or array.dtype.kind not in "iuf" or not array.size:
+        raise InputError(f"{path}: counts are [layers, experts], not {list(array.shape)}")
+    counts = array.astype(float)
+    if not np.isfinite(counts).all() or (counts < 0).any():
+        raise InputError(f"{path}: a count is negative or not a number")
+    return Routing(tuple(counts), None, source)
+
+
+def _of_json(path: Path) -> Routing:
+    content = _json(path.read_bytes(), path)
+    counts = content.get("logical_count") if isinstance(content, Mapping) else content
+    if not isinstance(counts, Sequence):
+        raise InputError(f"{path} holds no logical_count [layers, experts]")
+    try:
+        array = np.array(counts, float)
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: logical_count is no array of numbers") from None
+    return _of_counts(array, path, "logical_count of SGLang or vLLM")
+
+
+def _json(text: bytes, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _of_lines(path: Path) -> Routing:
+    """Every token of every layer once, with equal numbers of ids."""
+    chosen: dict[tuple[int, int], list[int]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        record = _json(line, path)
+        try:
+            key = int(record["token_idx"]), int(record["layer_idx"])
+            chosen[key] = [int(expert) for expert in record["selected_ids"]]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{path}, line {number}: no layer_idx, token_idx and selected_ids"
+            ) from None
+    tokens, layers = (sorted({key[axis] for key in chosen}) for axis in (0, 1))
+    widths = {len(ids) for ids in chosen.values()}
+    if len(widths) != 1 or len(chosen) != len(tokens) * len(layers):
+        raise InputError(f"{path}: not every token has the same number of experts in every layer")
+    ids = np.array([[chosen[token, layer] for layer in layers] for token in tokens])
+    return of_trace(_checked(ids, path), "records a line")
+
+
+def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
+    """Ids [T, L, K]; the number of experts is not recorded and taken from the greatest id."""
+    if ids.size == 0 or int(ids.min()) < -1 or int(ids.max()) > np.iinfo(np.int16).max:
+        most = np.iinfo(np.int16).max
+        raise InputError(f"{path}: ids lie outside -1 to {most}, or there are none")
+    return of_ids(ids, int(ids.max()) + 1)
+
+
+def _of_sglang(path: Path) -> Routing:
+    """What its recorder dumps: `logical_count` (stat), or records with `topk_ids_of_layer`
+    (per_token) or `global_physical_count` and a map (per_pass)."""
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is no dump of SGLang's recorder: {str(error)[:80]}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} is no dump of SGLang's recorder: it holds no dictionary")
+    if "logical_count" in content:
+        return _of_counts(np.asarray(content["logical_count"]), path, "SGLang, stat")
+    records = content.get("records")
+    if not isinstance(records, Sequence) or not records:
+        raise InputError(f"{path} holds neither logical_count nor records")
+    if "topk_ids_of_layer" in records[0]:
+        parts = [np.asarray(record["topk_ids_of_layer"]) for record in records]
+        ids = np.concatenate(parts, axis=1).transpose(1, 0, 2)
+        return of_trace(_checked(ids, path), "SGLang, per_token")
+    return _of_counts(_logical(content, records, path), path, "SGLang, per_pass")
+
+
+def _logical(content: Mapping[str, Any], records: Sequence[Any], path: Path) -> NDArray[Any]:
+    """Counts of experts from those of slots."""
+    try:
+        slots = sum(np.asarray(record["global_physical_count"], float) for record in records)
+        table = np.asarray(content["last_physical_to_logical_map"], np.int64)
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: records without global_physical_count, or no map") from None
+    physical = np.asarray(slots)
+    if table.shape != physical.shape or int(table.min()) < 0:
+        raise InputError(f"{path}: the map is {table.shape}, the counts are {physical.shape}")
+    counts = np.zeros((len(table), int(table.max()) + 1))
+    for layer, row in enumerate(table):
+        np.add.at(counts[layer], row, physical[layer])
+    return counts
