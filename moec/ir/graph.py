@@ -45,8 +45,8 @@ class Stage(Enum):
     a graph of one may stand where one of a later stage is taken."""
 
     ATEN = ("aten.", "moec.", "nn.")
-    MOE = ("aten.", "moec.", "nn.", "moe.")
-    GROUPED = ("aten.", "moec.", "nn.", "moe.", "grouped.")
+    MOE = ("aten.", "moec.", "nn.", "moe.", "dist.")
+    GROUPED = ("aten.", "moec.", "nn.", "moe.", "dist.", "grouped.")
 
     def __lt__(self, other: Stage) -> bool:
         return len(self.value) < len(other.value)

@@ -1,0 +1,112 @@
+"""Evaluate the programs of many ranks in one process, a thread each: what a parallel plan means."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moec.errors import IRError
+from moec.interpret.evaluate import run_graph
+from moec.ir.graph import Module
+from moec.ops.dist import meanings
+
+Groups = Mapping[str, Sequence[Sequence[int]]]
+"""The ranks of each group by name: parts of 0..p-1, in the order that the collectives keep."""
+_PATIENCE = 60.0
+
+
+@dataclass
+class _Meeting:
+    """Where the ranks of one group lay down what they send."""
+
+    barrier: threading.Barrier
+    rows: dict[int, tuple[torch.Tensor, Sequence[int]]] = field(default_factory=dict)
+
+
+class _SimulatedRank:
+    def __init__(self, rank: int, groups: Groups, meetings: Mapping[tuple[int, ...], _Meeting]):
+        self.rank, self.groups, self.meetings = rank, groups, meetings
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        for part in self.groups.get(group, ()):
+            if self.rank in part:
+                return tuple(part)
+        raise IRError(f"rank {self.rank} is in no group {group}")
+
+    def size(self, group: str) -> int:
+        return len(self._members(group))
+
+    def exchange(
+        self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        members = self._members(group)
+        mine = members.index(self.rank)
+        if len(send) != len(members):
+            raise IRError(f"{len(send)} counts for the {len(members)} ranks of group {group}")
+        meeting = self.meetings[members]
+        meeting.rows[self.rank] = rows, send
+        meeting.barrier.wait(_PATIENCE)
+        parts = []
+        for index, other in enumerate(members):
+            sent, count = meeting.rows[other]
+            start = sum(count[:mine])
+            parts.append(sent[start : start + count[mine]])
+            if len(parts[-1]) != receive[index]:
+                raise IRError(
+                    f"rank {self.rank} expects {receive[index]} rows from rank {other} in group "
+                    f"{group}, {len(parts[-1])} were sent"
+                )
+        result = torch.cat(parts)
+        meeting.barrier.wait(_PATIENCE)
+        return result
+
+    def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
+        count = self.size(group)
+        rows = x.reshape(1, *x.shape)
+        parts = self.exchange(group, torch.cat([rows] * count), [1] * count, [1] * count)
+        return parts.float().sum(0).to(x.dtype)
+
+
+def evaluate_ranks(
+    module: Module, inputs: Sequence[Sequence[torch.Tensor]], groups: Groups
+) -> list[tuple[torch.Tensor, ...]]:
+    """The results of `rank.N.main` for every rank N, run side by side on `inputs[N]`.
+
+    Raises IRError for counts that two ranks disagree about, or what the first rank to fail raises.
+    """
+    meetings = {
+        tuple(part): _Meeting(threading.Barrier(len(part)))
+        for parts in groups.values()
+        for part in parts
+    }
+    results: dict[int, tuple[torch.Tensor, ...]] = {}
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        program = module[f"rank.{rank}.main"]
+        tensors = [*inputs[rank], *(program.weights[p.name] for p in program.graph.params)]
+        try:
+            with torch.no_grad():
+                table = meanings(_SimulatedRank(rank, groups, meetings))
+                results[rank] = run_graph(program.graph, tensors, meanings=table)
+        except threading.BrokenBarrierError:
+            pass  # another rank failed first, and its error is the one to show
+        except BaseException as error:
+            errors.append(error)
+            for meeting in meetings.values():
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    if len(results) < len(inputs):
+        missing = sorted(set(range(len(inputs))) - set(results))
+        raise IRError(f"ranks {missing} waited for others that never came")
+    return [results[rank] for rank in range(len(inputs))]

@@ -1,0 +1,195 @@
+"""dist.*: rows between ranks. Groups have names (ep, slice, node, rail); who is in one, the caller
+of the graph says.
+
+What an op means depends on the ranks that run beside it: `meanings` gives it from a `Ranks`, which
+moec.interpret.ranks simulates in one process and torch.distributed provides between processes. By
+itself a graph is evaluated as the only rank of every group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+
+from moec.errors import IRError
+from moec.ir.dims import Dim, normal
+from moec.ir.graph import Op, TensorType
+from moec.ir.opdef import Reference, Runner, defop, require
+
+
+class Ranks(Protocol):
+    """What a rank can do with the others of a group."""
+
+    def exchange(
+        self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        """Send the first send[0] rows to the group's first rank, and so on; the rows that arrive,
+        receive[i] of them from rank i, in order of the ranks."""
+
+    def size(self, group: str) -> int:
+        """How many ranks the group has."""
+
+    def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the group's ranks, added in their order."""
+
+
+class OnlyRank:
+    """A rank that is alone in every group."""
+
+    def exchange(
+        self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        if len(send) != 1 or list(send) != list(receive):
+            raise IRError(f"group {group} has {len(send)} ranks: evaluate them together")
+        return rows[: send[0]]
+
+    def size(self, group: str) -> int:
+        return 1
+
+    def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def _rows(op: Op) -> tuple[TensorType, ...]:
+    x = op.inputs[0]
+    require(op, isinstance(op.attrs.get("group"), str), "names no group")
+    rows = normal(cast(Dim, op.attrs["rows"]))
+    return (TensorType(x.dtype, (rows, *x.shape[1:])),)
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` rows, the missing ones zero."""
+    if len(rows) == count:
+        return rows
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
+
+
+def all_to_all(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
+    """rows[R, …], send i32[n]?, receive i32[n]? -> [rows, …].
+
+    send[i] rows go to rank i of the group, in order; rows beyond their sum stay. What arrives
+    stands in order of the ranks, zeros after it. Without counts, equal parts go to all.
+    """
+    rows = tensors[0]
+    if len(tensors) == 3:
+        send, receive = (t.tolist() for t in tensors[1:])
+    else:
+        count = r.size(attrs["group"])
+        send = receive = [len(rows) // count] * count
+    return _padded(r.exchange(attrs["group"], rows, send, receive), attrs["rows"])
+
+
+def all_gather(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
+    """x[R, …], counts i32[n]? -> [rows, …]: the rows of all ranks of the group, in their order.
+    counts[i] is the number of rows of rank i; without it all have R."""
+    x, count = tensors[0], r.size(attrs["group"])
+    receive = tensors[1].tolist() if len(tensors) == 2 else [len(x)] * count
+    return r.exchange(attrs["group"], torch.cat([x] * count), [len(x)] * count, receive)
+
+
+def reduce_scatter(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks
+) -> Any:
+    """x[S, …], counts i32[n] -> [rows, …]: counts[i] rows of the sum over the group go to rank i.
+
+    Added in float32 in the order of the ranks, and rounded once.
+    """
+    x, send = tensors[0], tensors[1].tolist()
+    count, rows = len(send), attrs["rows"]
+    parts = r.exchange(attrs["group"], x, send, [rows] * count)
+    total = parts[:rows].float()
+    for rank in range(1, count):
+        total = total + parts[rank * rows : (rank + 1) * rows].float()
+    return total.to(x.dtype)
+
+
+def all_reduce(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
+    """x -> its sum over the ranks of the group."""
+    return r.sum(attrs["group"], tensors[0])
+
+
+_COLLECTIVES = {
+    "dist.all_to_all": (all_to_all, _rows),
+    "dist.all_gather": (all_gather, _rows),
+    "dist.reduce_scatter": (reduce_scatter, _rows),
+    "dist.all_reduce": (all_reduce, lambda op: (op.inputs[0].type,)),
+}
+
+
+def meanings(ranks: Ranks) -> dict[str, Reference]:
+    """What the collectives compute on a rank, given the ranks beside it."""
+
+    def of(collective: Any) -> Reference:
+        def reference(
+            op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+        ) -> Any:
+            return collective(op, tensors, attrs, ranks)
+
+        return reference
+
+    return {name: of(collective) for name, (collective, _) in _COLLECTIVES.items()}
+
+
+for _name, _reference in meanings(OnlyRank()).items():
+    defop(_name, _COLLECTIVES[_name][1])(_reference)
+
+
+def _infer_assign(op: Op) -> tuple[TensorType, ...]:
+    ids, first, holders = op.inputs
+    require(op, len(ids.shape) == 2, f"{ids} is not [T, k]")
+    require(op, len(first.shape) == 1 and len(holders.shape) == 1, f"{first}, {holders}")
+    return (ids.type,)
+
+
+@defop("dist.assign", _infer_assign)
+def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """experts[T, k], first i64[E + 1], slots i64[P] -> slot[T, k]: choice s of token t goes to copy
+    (t + s) % copies of its expert, copies standing at slots[first[e]:first[e + 1]]. Ids from E on
+    become P: no slot."""
+    ids, first, slots = tensors
+    tokens, k = ids.shape
+    experts = len(first) - 1
+    chosen = ids.clamp(max=experts - 1)
+    copies = (first[1:] - first[:-1])[chosen]
+    turn = torch.arange(tokens)[:, None] + torch.arange(k)[None, :]
+    slot = slots[first[chosen] + turn % copies]
+    return torch.where(ids < experts, slot, len(slots)).to(ids.dtype)
+
+
+def _infer_slot_of(op: Op) -> tuple[TensorType, ...]:
+    return (TensorType("i64", (normal(cast(Dim, op.attrs["rows"])),)),)
+
+
+@defop("dist.slot_of", _infer_slot_of)
+def slot_of(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """ends[P] -> the slot of each of `rows` sorted rows, i64[rows]; P for rows of no slot."""
+    (ends,) = tensors
+    return torch.searchsorted(ends.long(), torch.arange(attrs["rows"]), right=True)
+
+
+def _infer_row_count(op: Op) -> tuple[TensorType, ...]:
+    return (TensorType("i32", (1,)),)
+
+
+@defop("dist.row_count", _infer_row_count)
+def row_count(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """x[R, …] -> i32[1]: R."""
+    return torch.tensor([len(tensors[0])], dtype=torch.int32)
+
+
+def _infer_counts(op: Op) -> tuple[TensorType, ...]:
+    parts = op.attrs["parts"]
+    require(op, isinstance(parts, tuple), "names no parts")
+    return (TensorType("i32", (len(cast("tuple[int, ...]", parts)),)),)
+
+
+@defop("dist.counts", _infer_counts)
+def counts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """ends[P] -> i32[n]: how many rows stand in each run of parts[i] slots."""
+    last = torch.tensor(attrs["parts"]).cumsum(0) - 1
+    ends = tensors[0].long()[last]
+    return torch.diff(ends, prepend=ends.new_zeros(1)).int()
