@@ -45,6 +45,7 @@ from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
+from moec.passes.parallel.plan_parallelism import PlanParallelism
 from moec.passes.quantise.gptq_codes import Calibrated
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
@@ -122,6 +123,7 @@ EXACT_OPT_IN: tuple[type[OptInPass], ...] = (
     FoldLora,
     FoldSupernet,
     AggregateExperts,
+    PlanParallelism,
 )
 OPT_IN: tuple[type[Approximate] | type[OptInPass], ...] = (*APPROXIMATE, *EXACT_OPT_IN)
 LEVELS = (0, 1, 2)

@@ -1,0 +1,63 @@
+"""Which ranks a group of a layer's exchange has: parts of 0..p-1 by name.
+
+Rank = (copy * EP + expert rank) * slices + slice. A node holds consecutive ranks.
+"""
+
+from __future__ import annotations
+
+from moec.errors import UsageError
+from moec.plan.plan import LayerPlan, Plan
+
+Parts = tuple[tuple[int, ...], ...]
+
+
+def suffix(layer: LayerPlan) -> str:
+    """What tells the groups of layers of different degrees apart."""
+    return f"{layer.ranks}x{layer.slices}"
+
+
+def near(layer: LayerPlan, node_size: int) -> int:
+    """How many ranks of equal slice of an expert group share a node.
+
+    Raises UsageError where a staged exchange cannot cut the group by nodes.
+    """
+    ranks = min(layer.ranks, max(1, node_size // layer.slices))
+    if layer.form in ("hierarchical", "rail") and layer.ranks % ranks:
+        raise UsageError(
+            f"layer {layer.layer}: {layer.ranks} ranks do not fill nodes of {ranks} for a "
+            f"{layer.form} exchange; plan it flat"
+        )
+    return ranks
+
+
+def groups_of(plan: Plan) -> dict[str, Parts]:
+    """All groups that the layers of a plan name: `ep` (equal slice), `slice`, and the `node` and
+    `rail` parts of an `ep` group."""
+    result: dict[str, Parts] = {}
+    for layer in plan.layers:
+        if not layer.experts:
+            continue
+        name = suffix(layer)
+        ep, by_slice = _ep(layer, plan.devices), _slices(layer, plan.devices)
+        result |= {f"ep.{name}": ep, f"slice.{name}": by_slice}
+        if layer.form in ("hierarchical", "rail"):
+            g = near(layer, plan.node_size)
+            result[f"node.{name}"] = tuple(
+                part[start : start + g] for part in ep for start in range(0, layer.ranks, g)
+            )
+            result[f"rail.{name}"] = tuple(part[local::g] for part in ep for local in range(g))
+    return result
+
+
+def _ep(layer: LayerPlan, devices: int) -> Parts:
+    span = layer.ranks * layer.slices
+    return tuple(
+        tuple(range(base + part, base + span, layer.slices))
+        for base in range(0, devices, span)
+        for part in range(layer.slices)
+    )
+
+
+def _slices(layer: LayerPlan, devices: int) -> Parts:
+    size = layer.slices
+    return tuple(tuple(range(base, base + size)) for base in range(0, devices, size))

@@ -1,0 +1,1 @@
+"""A graph for each rank of a plan, with the exchange of rows between them."""

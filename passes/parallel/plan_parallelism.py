@@ -1,0 +1,116 @@
+"""The graph of one rank of a plan: it holds its part of the experts, and rows travel to them.
+
+    rows, order, ends = moe.dispatch(x, ids)      slots = dist.assign(ids, first, holders)
+    out = moe.experts(rows, ends, w1, …)          rows, order, ends = moe.dispatch(x, slots)
+                                                  send = dist.counts(ends)
+                                           ->     receive = dist.all_to_all(send) <group="ep">
+                                                  got = dist.all_to_all(rows, send, receive)
+                                                  mine, o, e = moe.dispatch(got, slot of each row)
+                                                  out = moe.experts(mine, e, w1[this rank], …)
+                                                  back = moe.combine(out, o)
+                                                  out = dist.all_to_all(back, receive, send)
+
+Counts travel before rows, and how many rows arrive is read from what arrived. Every rank starts
+from tokens of its own (data parallel); the ranks' outputs together are those of the model on all
+tokens, up to the rounding of products over other numbers of rows. Staged forms go through the node
+first, then along the rail; slices of an expert gather the rows and scatter the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, cast
+
+from moec.errors import NoMatch, UsageError
+from moec.ir.graph import Graph, Module, Op, Program, Stage
+from moec.passes.core.moe_layer import Splice, name_of
+from moec.passes.core.options import option, validate
+from moec.passes.core.runner import Log
+from moec.passes.parallel.exchange_rows import Exchanged
+from moec.passes.parallel.slice_experts import slice_body
+from moec.plan.plan import LayerPlan, Plan, read_plan
+
+
+@dataclass(frozen=True)
+class PlanParallelism:
+    """Make the graph of one rank of a plan: its experts, and the exchange of rows."""
+
+    plan: str = option("", "the file of the plan, as moec plan -o writes it")
+    rank: int = option(0, "which rank", low=0)
+
+    name: ClassVar[str] = "plan-parallelism"
+    takes: ClassVar[Stage] = Stage.MOE
+    gives: ClassVar[Stage] = Stage.MOE
+    exact: ClassVar[bool] = True
+    source: ClassVar[str] = "DeepSpeed-MoE, arXiv 2201.05596; SE-MoE, arXiv 2205.10034; EPLB"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def run(self, program: Program, log: Log) -> Program:
+        return parallelise(program, read_plan(Path(self.plan)), self.rank, log)
+
+
+def rank_programs(program: Program, plan: Plan, log: Log | None = None) -> Module:
+    """`rank.N.main` for every rank of the plan. Raises UsageError where the plan is of another
+    model."""
+    return Module(
+        {
+            f"rank.{rank}.main": parallelise(program, plan, rank, log or Log())
+            for rank in range(plan.devices)
+        }
+    )
+
+
+def parallelise(program: Program, plan: Plan, rank: int, log: Log) -> Program:
+    """The program of one rank. A layer that cannot be cut as planned stays whole on every rank,
+    with the reason in the log. Raises UsageError where the plan is of another model."""
+    if rank >= plan.devices:
+        raise UsageError(f"rank {rank}: the plan is for {plan.devices} devices")
+    splice = Splice(program)
+    bounds = dict(program.graph.bounds)
+    for number, (experts, layer) in enumerate(_pairs(program.graph, plan)):
+        where = name_of(experts)
+        if layer.attention > 1:
+            log.decline(where, f"attention of degree {layer.attention} is whole on every rank")
+        try:
+            slices = (
+                None if layer.slices == 1 else slice_body(cast(Graph, experts.body), layer.slices)
+            )
+            dispatch = _dispatch(program.graph, experts)
+        except NoMatch as why:
+            log.decline(where, str(why))
+            continue
+        if layer.ranks * layer.slices == 1 or not log.spend(f"layer {layer.layer} of {where}"):
+            continue
+        exchanged = Exchanged(splice, plan, layer, rank, number, experts, dispatch, slices)
+        bounds |= exchanged.build()
+    result = splice.done()
+    return replace(result, graph=replace(result.graph, bounds=bounds))
+
+
+def _pairs(graph: Graph, plan: Plan) -> Iterator[tuple[Op, LayerPlan]]:
+    ops = [op for op in graph.ops if op.name == "moe.experts"]
+    layers = [layer for layer in plan.layers if layer.experts]
+    counts = [op.inputs[2].shape[0] for op in ops]
+    if counts != [layer.experts for layer in layers]:
+        raise UsageError(
+            f"the plan of {plan.model} is for {len(layers)} MoE layers with "
+            f"{[layer.experts for layer in layers][:4]}… experts, this model has {len(ops)} with "
+            f"{counts[:4]}…"
+        )
+    yield from zip(ops, layers, strict=True)
+
+
+def _dispatch(graph: Graph, experts: Op) -> Op:
+    dispatch = graph.producers[experts.inputs[1]]
+    if dispatch.name != "moe.dispatch":
+        raise NoMatch(f"the rows come from {dispatch.name}, not from a dispatch")
+    source = graph.producers.get(dispatch.inputs[1])
+    while source is not None and source.name not in ("moe.route", "moe.capacity"):
+        source = graph.producers.get(source.inputs[0]) if source.inputs else None
+    if source is not None and source.name == "moe.capacity":
+        raise NoMatch("a capacity is counted over all tokens, and each rank has only its own")
+    return dispatch
