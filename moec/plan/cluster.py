@@ -105,12 +105,13 @@ def read_cluster(source: str) -> Cluster:
 
 def with_nodes(cluster: Cluster, nodes: int) -> Cluster:
     """The same nodes, so many of them, all joined by the links of level 1."""
-    inside = cluster.levels[0]
+    inside, name = cluster.levels[0], f"{cluster.name}; resized to {nodes} nodes"
     if nodes == 1:
-        return replace(cluster, levels=(inside,))
+        return replace(cluster, name=name, levels=(inside,))
     if len(cluster.levels) == 1:
         raise UsageError(f"{cluster.name} has no links between nodes")
-    return replace(cluster, levels=(inside, replace(cluster.levels[1], joins=nodes)))
+    across = replace(cluster.levels[1], joins=nodes)
+    return replace(cluster, name=name, levels=(inside, across))
 
 
 def link_graph(cluster: Cluster) -> nx.Graph:

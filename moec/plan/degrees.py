@@ -71,11 +71,9 @@ def _slots(experts: int, ranks: int, spare: tuple[float, ...]) -> list[int]:
 
 
 def _forms(experts: int, slices: int, node: int) -> list[Form]:
-    if experts == 1 and slices == 1:
-        return ["flat"]
-    forms: list[Form] = ["flat"]
-    if slices > 1:
-        forms.append("coordinated")
+    """With slices, rows reach one slice of an expert and are gathered there: the flat exchange is
+    then the coordinated one, which has fewer hops and bytes than rows for every slice."""
+    forms: list[Form] = ["flat" if slices == 1 else "coordinated"]
     near = max(1, node // slices)
     if experts > near and experts % near == 0 and near > 1:
         forms += ["hierarchical", "rail"]
