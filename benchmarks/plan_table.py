@@ -60,9 +60,8 @@ def row(model: Model, cluster: Cluster, name: str) -> None:
     seconds = time.perf_counter() - start
     uniform = planner.best_uniform()
     eplb = planner.with_eplb(uniform)
-    even = Planner(
-        model, cluster, work, of_distribution("uniform", [e.experts for e in layers]), ""
-    )
+    equal = of_distribution("uniform", [layer.experts for layer in layers])
+    even = Planner(model, cluster, work, equal, "")
     times = [
         simulate(p, planner.cost, iter(other)).seconds * 1e3
         for p in (plan, uniform, eplb, even.best())

@@ -55,27 +55,24 @@ def test_a_pyramid_gets_degrees_of_its_own() -> None:
 
 
 def test_a_model_that_does_not_fit() -> None:
-    with pytest.raises(UsageError, match="does not fit one node of 8 H100: at least"):
+    with pytest.raises(UsageError, match=r"does not fit .* resized to 1 nodes: at least"):
         planner(read_model("deepseek-v3"), 8).best()
 
 
 def test_routing_of_other_experts() -> None:
     model = read_model("mixtral-8x7b")
     work = Workload(tokens=8, sequences=0, context=0)
-    with pytest.raises(
-        UsageError, match="layer 0 of Mixtral-8x7B has 8 experts, the routing is of 4"
-    ):
+    with pytest.raises(UsageError, match="layer 0 of Mixtral-8x7B has 8 experts, the"):
         Planner(model, read_cluster("h100-8"), work, tuple([np.ones(4)] * 32), "")
 
 
 def test_training_needs_more_of_all() -> None:
-    model = Model(name="m", width=512, weights="bf16", layers=(
-        Layers(attention=4 * 512**2, heads=8, head_width=64, experts=8, k=2, hidden=1024),))  # fmt: skip
+    layer = Layers(attention=4 * 512**2, heads=8, head_width=64, experts=8, k=2, hidden=1024)
+    model = Model(name="m", width=512, weights="bf16", layers=(layer,))
     loads = of_distribution("uniform", [8])
     cluster = with_nodes(read_cluster("superpod-32"), 2)
-    works = [
-        Workload(tokens=2**16, sequences=0, context=0, phase=p) for p in ("prefill", "training")
-    ]  # type: ignore[arg-type]
+    sizes = {"tokens": 2**16, "sequences": 0, "context": 0}
+    works = Workload(**sizes, phase="prefill"), Workload(**sizes, phase="training")
     serve, train = (Planner(model, cluster, work, loads, "").best() for work in works)
     assert train.seconds > 2 * serve.seconds
     assert "gradients" in train.layers[0].seconds
