@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     "--tune", is_flag=True,
     help="Measure kernels with other values than the defaults on this machine; kept for later.",
 )  # fmt: skip
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
+    help="For the ranks of a plan of `moec plan`: writes a folder that `moec run --nproc` runs.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
 @json_option
 @quiet_option
@@ -66,6 +70,7 @@ def command(
     stop_after: str | None,
     kv_cache: bool,
     tune: bool,
+    plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -109,6 +114,17 @@ def command(
 
     from moec.commands.progress import Progress, hush
 
+    if plan_file is not None:
+        from moec.commands.ranks import compile_ranks
+
+        if not builds or output is None or target != "cpu" or tune or dump_ir:
+            raise UsageError("--plan goes with MODEL, -o and --verify; run the rest without it")
+        hush()
+        with explained():
+            compile_ranks(model, plan_file, output, arguments, verify, force)
+        if not quiet:
+            click.echo(f"wrote {output}")
+        return
     dump = None if dump_ir is None else Dump(dump_ir)
 
     def watch(step: Step) -> None:

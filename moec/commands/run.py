@@ -47,6 +47,14 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of the kernels; default: cores."
 )
+@click.option(
+    "--nproc", type=click.IntRange(min=1), metavar="N",
+    help="Run the N ranks of a plan (moec compile --plan) on this host; torchrun does on several.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True,
+    help="Seconds that a rank waits for the others.",
+)  # fmt: skip
 @json_option
 @quiet_option
 def command(
@@ -62,6 +70,8 @@ def command(
     check: bool,
     rebuild: bool,
     threads: int | None,
+    nproc: int | None,
+    timeout: float,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -70,6 +80,15 @@ def command(
     The outputs are described on stdout, or written with --output; a prompt's continuation
     goes to stdout as it comes. Exit code 2 means that --check found a difference.
     """
+    if (artifact / "ranks.json").is_file():
+        from moec.commands.ranks import run_ranks
+
+        if prompt is not None or check or rebuild:
+            raise UsageError(f"{artifact} holds the ranks of a plan, which run on --input alone")
+        run_ranks(artifact, source, output, nproc, timeout, threads, as_json)
+        return
+    if nproc is not None:
+        raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
     if source is None and prompt is None and not (check or rebuild):
         raise UsageError("say what to run: --input FILE, --prompt TEXT or --check")
     if source is not None and prompt is not None:

@@ -1,0 +1,1 @@
+"""Running the ranks of a plan as processes, on torch.distributed."""

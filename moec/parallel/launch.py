@@ -1,0 +1,82 @@
+"""All ranks of a plan on this host: start them, and say which one failed, where and why."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moec.parallel.process_ranks import RankError
+from moec.parallel.store import manifest_of
+from moec.parallel.worker import Job, run_rank
+
+
+def launch(
+    job: Job, count: int, entry: Callable[[Job], dict[str, list[int]]] = run_rank
+) -> dict[str, list[int]]:
+    """Run `count` ranks as processes; the shapes of the outputs by name.
+
+    Raises RankError naming the rank that failed first, how it ended, and where the others were.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    manifest, _ = manifest_of(job.folder)
+    if manifest.devices != count:
+        raise RankError(f"{job.folder} is planned for {manifest.devices} ranks, not {count}")
+    with tempfile.TemporaryDirectory(prefix="moec-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+        )
+        marked = replace(job, marks=Path(folder))
+        for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the error says it in one line
+        try:
+            results: dict[int, Any] = elastic_launch(config, entry)(marked)
+        except ChildFailedError as error:
+            rank, first = error.get_first_failure()
+            raise RankError(_explained(Path(folder), count, rank, first)) from None
+        silent = [rank for rank in range(count) if _marked(Path(folder), rank, "done") is None]
+        if silent:
+            raise RankError(f"rank {silent[0]} ended before its work was done")
+        return dict(results[0])
+
+
+def _marked(folder: Path, rank: int, kind: str) -> str | None:
+    path = folder / f"rank.{rank}.{kind}"
+    return path.read_text() if path.exists() else None
+
+
+def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
+    """The culprit is a rank that neither failed nor finished by its own word; else the first."""
+    failed = {r: text for r in range(count) if (text := _marked(folder, r, "failed")) is not None}
+    silent = [r for r in range(count) if r not in failed and _marked(folder, r, "done") is None]
+    waiting = "; ".join(failed[r] for r in sorted(failed))
+    if not silent:
+        return failed.get(rank, waiting) or str(first.message)
+    end = ""
+    if rank == silent[0] and first.exitcode < 0:
+        end = f" by signal {signal.Signals(-first.exitcode).name}"
+    elif rank == silent[0]:
+        end = f" with exit code {first.exitcode}: {_last_line(first.message)}"
+    who = f"rank {', '.join(map(str, silent))} ended{end} or stopped before its work was done"
+    return f"{who}; {waiting}" if waiting else who
+
+
+def _last_line(message: Any) -> str:
+    text = message.get("message", "") if isinstance(message, dict) else str(message)
+    lines = [line for line in str(text).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

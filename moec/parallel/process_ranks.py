@@ -1,0 +1,86 @@
+"""The ranks of a plan as processes: exchanges by torch.distributed, each with a name for errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moec.errors import MoecError
+from moec.interpret.ranks import Groups
+from moec.ir.graph import Op
+from moec.ir.opdef import Reference, Runner
+from moec.ops.dist import meanings
+
+
+class RankError(MoecError):
+    """A rank ended, or an exchange between ranks failed: which rank, where and in what."""
+
+
+class ProcessRanks:
+    """This process among the others. Groups are made once, by all ranks in the same order."""
+
+    def __init__(self, rank: int, groups: Groups) -> None:
+        self.rank = rank
+        self.members: dict[str, tuple[int, ...]] = {}
+        self.handles: dict[tuple[int, ...], Any] = {}
+        for name in sorted(groups):
+            for part in map(tuple, groups[name]):
+                if len(part) > 1 and part not in self.handles:
+                    self.handles[part] = dist.new_group(list(part))
+                if rank in part:
+                    self.members[name] = part
+
+    def size(self, group: str) -> int:
+        return len(self.members[group])
+
+    def exchange(
+        self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        part = self.members[group]
+        rows = rows[: sum(send)].contiguous()
+        if len(part) == 1:
+            return rows
+        result = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(result, rows, list(receive), list(send), self.handles[part])
+        return result
+
+    def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
+        """In float32, in the order of the ranks, so that every rank has the same bits."""
+        count = self.size(group)
+        rows = x.reshape(1, *x.shape)
+        parts = self.exchange(group, torch.cat([rows] * count), [1] * count, [1] * count)
+        return parts.float().sum(0).to(x.dtype)
+
+
+def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
+    """The collectives between processes; one that fails raises RankError with its layer."""
+
+    def named(reference: Reference) -> Reference:
+        def run(
+            op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], runner: Runner
+        ) -> Any:
+            try:
+                return reference(op, tensors, attrs, runner)
+            except RuntimeError as error:
+                where = op.origin.removesuffix(".experts") or "the model"
+                raise RankError(
+                    f"rank {ranks.rank}, layer {where}, {op.name} over {op.attrs['group']}: "
+                    f"{reason(error)}"
+                ) from error
+
+        return run
+
+    return {name: named(reference) for name, reference in meanings(ranks).items()}
+
+
+def reason(error: BaseException) -> str:
+    """What gloo says of a failure, in words."""
+    text = str(error)
+    if "Timed out" in text or "timed out" in text.lower():
+        return "another rank did not come in time"
+    if "Connection closed" in text or "Connection reset" in text or "Broken pipe" in text:
+        return "another rank ended"
+    return " ".join(text.split())[:200]

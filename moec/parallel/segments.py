@@ -1,0 +1,168 @@
+"""One rank's program as compiled segments with exchanges between them.
+
+    graph in stage GROUPED  ->  segment, dist.all_to_all, segment, dist.all_to_all, …
+
+A segment is what stands between two exchanges, as a function of one library. Exchanges, counts and
+the few ops that only look up or add counts run in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+
+from moec.codegen.package import build
+from moec.errors import UnsupportedError
+from moec.interpret.evaluate import run_op
+from moec.ir.dims import bind, symbols
+from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
+from moec.ir.opdef import Reference
+from moec.passes.core.runner import Pass, run
+from moec.pipeline import choose, onward
+from moec.runtime.executor import Executor
+from moec.runtime.package import MAIN
+from moec.target.base import Target
+
+_SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A function of the library, and the values of the rank's graph that it takes and gives."""
+
+    name: str
+    program: Program
+
+
+class RankModel:
+    """One rank's program, compiled. Raises UnsupportedError for a model with states (a cache)."""
+
+    def __init__(self, program: Program, target: Target) -> None:
+        if program.graph.states:
+            raise UnsupportedError("models with states do not run on several ranks yet")
+        passes = onward(_exact(), Stage.MOE)
+        self.program = run(program, passes, stage=Stage.MOE)[-1].program
+        self.steps = cut(self.program)
+        parts = {step.name: step.program for step in self.steps if isinstance(step, Segment)}
+        self.executor = Executor(build(Module(parts), target)) if parts else None
+
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], meanings: Mapping[str, Reference]
+    ) -> tuple[torch.Tensor, ...]:
+        """The graph's outputs. Raises RankError where an exchange fails."""
+        graph = self.program.graph
+        sizes: dict[str, int] = {}
+        values: dict[Value, torch.Tensor] = {}
+
+        def learn(value: Value, tensor: torch.Tensor) -> None:
+            bind(value.shape, tuple(tensor.shape), sizes)
+            values[value] = tensor
+
+        for value, tensor in zip(graph.inputs, inputs, strict=True):
+            learn(value, tensor)
+        values |= {param: self.program.weights[param.name] for param in graph.params}
+        for step in self.steps:
+            if isinstance(step, Op):
+                results = run_op(step, [values[v] for v in step.inputs], sizes, meanings)
+                if step.name == "moec.size":
+                    sizes[str(step.attrs["name"])] = int(results[0])
+                outputs: Sequence[Value] = step.outputs
+            else:
+                assert self.executor is not None
+                part = step.program.graph
+                given = {value.name: values[value] for value in part.inputs}
+                made = self.executor(given, step.name)
+                outputs, results = part.outputs, tuple(made[v.name] for v in part.outputs)
+            for value, tensor in zip(outputs, results, strict=True):
+                learn(value, tensor)
+        return tuple(values[value] for value in graph.outputs)
+
+
+def _exact() -> list[Pass]:
+    return [pass_ for pass_ in choose() if not hasattr(pass_, "change")]  # type: ignore[misc]
+
+
+def cut(program: Program) -> tuple[Segment | Op, ...]:
+    """Ops that run in torch as they are, runs of others as segments, in order."""
+    graph = program.graph
+    runs: list[list[Op]] = [[]]
+    for op in graph.ops:
+        if op.name.startswith("dist.") or op.name == "moec.size":
+            runs += [[op], []]
+        else:
+            runs[-1].append(op)
+    steps: list[Segment | Op] = []
+    known: list[Value] = list(graph.inputs)
+    for ops in filter(None, runs):
+        if all(op.name.startswith("dist.") or op.name in _SMALL for op in ops):
+            steps += ops
+        else:
+            count = sum(isinstance(step, Segment) for step in steps)
+            name = f"segment_{count}" if count else MAIN
+            steps.append(Segment(name, _part(program, ops, known)))
+        known += [value for op in ops for value in op.outputs]
+    return tuple(steps)
+
+
+def _part(program: Program, ops: Sequence[Op], known: Sequence[Value]) -> Program:
+    """The program of some ops: what they read from outside goes in, what others read comes out."""
+    graph = program.graph
+    again = _sorts(ops, graph)
+    outputs = tuple(
+        value
+        for op in ops
+        for value in op.outputs
+        if value in graph.results or any(r not in ops for r in graph.readers.get(value, ()))
+    )
+    ops = [*again, *ops]
+    inner = {value for op in ops for value in op.outputs}
+    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
+    params = tuple(value for value in read if value in graph.params)
+    inputs = [value for value in read if value not in params]
+    inputs += _telling(ops, inputs, known)
+    names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
+    bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
+    part = Graph(tuple(inputs), params, tuple(ops), outputs, (), bounds)
+    return Program(part, {param.name: program.weights[param.name] for param in params})
+
+
+def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
+    """The sorts outside of `ops` whose slots its sums read: the kernel of a sum wants the sort
+    beside it, and sorting again is cheaper than an exchange by far."""
+    found: dict[Op, None] = {}
+    for op in ops:
+        if op.name != "moe.combine":
+            continue
+        chain: list[Op] = []
+        value = op.inputs[1]
+        while (source := graph.producers.get(value)) is not None and source not in ops:
+            chain.insert(0, source)
+            if source.name in ("moe.sort", "moe.dispatch"):
+                found |= dict.fromkeys(chain)
+                break
+            value = source.inputs[0]
+    return list(found)
+
+
+def _telling(ops: Sequence[Op], inputs: Sequence[Value], known: Sequence[Value]) -> list[Value]:
+    """Further values, read for their sizes alone: one for each size that no input has."""
+    used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
+    told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
+    more: list[Value] = []
+    for name in sorted(set(map(str, used)) - told):
+        more.append(next(v for v in known if any(str(dim) == name for dim in v.shape)))
+    return list(dict.fromkeys(more))
+
+
+def evaluated(
+    program: Program, inputs: Sequence[torch.Tensor], meanings: Mapping[str, Reference]
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of a rank's program, op by op in torch."""
+    from moec.interpret.evaluate import run_graph
+
+    tensors = [*inputs, *(program.weights[param.name] for param in program.graph.params)]
+    with torch.no_grad():
+        return run_graph(replace(program.graph), tensors, meanings=meanings)
