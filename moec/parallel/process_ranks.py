@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,16 +21,17 @@ class RankError(MoecError):
 
 
 class ProcessRanks:
-    """This process among the others. Groups are made once, by all ranks in the same order."""
+    """This process among the others. Groups are made once, by all ranks in the same order; each
+    has `patience` of its own, which torch does not take from the first group."""
 
-    def __init__(self, rank: int, groups: Groups) -> None:
+    def __init__(self, rank: int, groups: Groups, patience: timedelta) -> None:
         self.rank = rank
         self.members: dict[str, tuple[int, ...]] = {}
         self.handles: dict[tuple[int, ...], Any] = {}
         for name in sorted(groups):
             for part in map(tuple, groups[name]):
                 if len(part) > 1 and part not in self.handles:
-                    self.handles[part] = dist.new_group(list(part))
+                    self.handles[part] = dist.new_group(list(part), timeout=patience)
                 if rank in part:
                     self.members[name] = part
 

@@ -82,7 +82,7 @@ class RankModel:
 
 
 def _exact() -> list[Pass]:
-    return [pass_ for pass_ in choose() if not hasattr(pass_, "change")]  # type: ignore[misc]
+    return [pass_ for pass_ in choose() if not hasattr(pass_, "change")]
 
 
 def cut(program: Program) -> tuple[Segment | Op, ...]:

@@ -69,7 +69,7 @@ def _run(job: Job, rank: int, world: int) -> dict[str, list[int]]:
     set_threads(job.threads)
     files = load_rank(job.folder, rank)
     groups = {**groups_of(files.plan), WORLD: (tuple(range(world)),)}
-    ranks = ProcessRanks(rank, groups)
+    ranks = ProcessRanks(rank, groups, timedelta(seconds=job.timeout))
     _same_everywhere(ranks, files.digest, world)
     model = RankModel(files.program, cpu.host())
     inputs = _inputs(job.source, [v.name for v in files.program.graph.inputs], rank, world)
@@ -89,7 +89,7 @@ def _inputs(source: Path, names: list[str], rank: int, world: int) -> list[torch
     """This rank's share of every input along its first axis. Raises UsageError."""
     try:
         with np.load(source, allow_pickle=False) as file:
-            arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file}  # type: ignore[type-arg]
+            arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file}
     except (OSError, ValueError) as error:
         raise UsageError(f"{source}: {error}") from None
     missing = [name for name in names if name not in arrays]
