@@ -61,18 +61,21 @@ def _marked(folder: Path, rank: int, kind: str) -> str | None:
 
 
 def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
-    """The culprit is a rank that neither failed nor finished by its own word; else the first."""
+    """The culprit is the first that a signal ended, or one that others found gone or silent; else
+    the first that failed by its own word."""
     failed = {r: text for r in range(count) if (text := _marked(folder, r, "failed")) is not None}
-    silent = [r for r in range(count) if r not in failed and _marked(folder, r, "done") is None]
-    waiting = "; ".join(failed[r] for r in sorted(failed))
-    if not silent:
-        return failed.get(rank, waiting) or str(first.message)
-    end = ""
-    if rank == silent[0] and first.exitcode < 0:
-        end = f" by signal {signal.Signals(-first.exitcode).name}"
-    elif rank == silent[0]:
-        end = f" with exit code {first.exitcode}: {_last_line(first.message)}"
-    who = f"rank {', '.join(map(str, silent))} ended{end} or stopped before its work was done"
+    gone = {r: text for r in range(count) if (text := _marked(folder, r, "gone")) is not None}
+    waiting = "; ".join(failed[r] for r in sorted(failed) if r not in gone)
+    if rank not in failed and rank not in gone:
+        end = f"exit code {first.exitcode}: {_last_line(first.message)}"
+        if first.exitcode < 0:
+            end = f"signal {signal.Signals(-first.exitcode).name}"
+        gone = {rank: f"ended by {end}"}
+    elif rank in gone and first.exitcode < 0 and gone[rank] == "ended":
+        gone = {rank: f"ended by signal {signal.Signals(-first.exitcode).name}"}
+    if not gone:
+        return failed[rank]
+    who = ", ".join(f"rank {r} {text} before its work was done" for r, text in gone.items())
     return f"{who}; {waiting}" if waiting else who
 
 

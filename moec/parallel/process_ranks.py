@@ -15,6 +15,8 @@ from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
 from moec.ops.dist import meanings
 
+LATE = "another rank did not come in time"
+
 
 class RankError(MoecError):
     """A rank ended, or an exchange between ranks failed: which rank, where and in what."""
@@ -82,7 +84,7 @@ def reason(error: BaseException) -> str:
     """What gloo says of a failure, in words."""
     text = str(error)
     if "Timed out" in text or "timed out" in text.lower():
-        return "another rank did not come in time"
+        return LATE
     if "Connection closed" in text or "Connection reset" in text or "Broken pipe" in text:
         return "another rank ended"
     return " ".join(text.split())[:200]

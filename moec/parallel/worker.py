@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moec.errors import MoecError, UsageError
-from moec.parallel.process_ranks import ProcessRanks, RankError, named_meanings, reason
+from moec.parallel.process_ranks import LATE, ProcessRanks, RankError, named_meanings, reason
 from moec.parallel.segments import RankModel
 from moec.parallel.store import load_rank, manifest_of
 from moec.plan.groups import groups_of
@@ -27,7 +27,7 @@ WORLD = "world"
 @dataclass(frozen=True)
 class Job:
     """What the ranks of a run do. `marks` is a folder of this host in which ranks say how far they
-    are: rank.N.pid, then rank.N.failed or rank.N.done."""
+    are: rank.N.pid, then rank.N.failed, rank.N.done, or by others rank.N.gone."""
 
     folder: Path
     source: Path
@@ -136,34 +136,50 @@ def _group(job: Job, rank: int) -> Iterator[None]:
 
 @contextmanager
 def _failing(job: Job, rank: int) -> Iterator[None]:
-    """On a failure: say so, then end the ranks of this host that say nothing."""
+    """On a failure: say so, and which ranks of this host are gone or silent."""
     try:
         yield
     except BaseException as error:
         text = str(error) if isinstance(error, MoecError) else f"rank {rank}: {reason(error)}"
         _mark(job, rank, "failed", text)
-        _end_the_silent(job)
+        if job.marks is not None:
+            _accuse(job, job.marks, timed_out=LATE in text)
         if isinstance(error, MoecError) or not isinstance(error, Exception):
             raise
         raise RankError(text) from error
 
 
-def _end_the_silent(job: Job) -> None:
-    """A stopped process ignores the launcher's polite signal for 30 s: kill it at once."""
-    if job.marks is None:
-        return
-    time.sleep(0.2)  # the others mark their own failure within milliseconds
-    for file in job.marks.glob("rank.*.pid"):
-        stem = file.name.removesuffix(".pid")
-        if not any((job.marks / f"{stem}.{end}").exists() for end in ("failed", "done")):
-            try:
-                os.kill(int(file.read_text()), signal.SIGKILL)
-            except (ProcessLookupError, ValueError):
-                continue
+def _accuse(job: Job, marks: Path, timed_out: bool) -> None:
+    """Mark ranks whose process has ended without a word. After a time-out also those that are
+    still silent: a stopped process ignores the launcher's polite signal for 30 s, so it is killed.
+    """
+    if timed_out:
+        time.sleep(1.0)  # the others' patience ends at about the same time
+    for file in marks.glob("rank.*.pid"):
+        rank = int(file.name.split(".")[1])
+        if any((marks / f"rank.{rank}.{end}").exists() for end in ("failed", "done")):
+            continue
+        pid = int(file.read_text())
+        if _has_ended(pid):
+            _mark(job, rank, "gone", "ended")
+        elif timed_out:
+            _mark(job, rank, "gone", "did not answer")
+            os.kill(pid, signal.SIGKILL)
+
+
+def _has_ended(pid: int) -> bool:
+    """Also of a process that its parent has not looked at yet; False where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _mark(job: Job, rank: int, kind: str, text: str) -> None:
     if job.marks is not None:
         path = job.marks / f"rank.{rank}.{kind}"
-        path.with_suffix(".new").write_text(text)
-        path.with_suffix(".new").replace(path)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(text)
+        new.replace(path)

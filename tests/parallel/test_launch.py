@@ -53,14 +53,14 @@ def test_equal_to_one_process(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        (entries.killed, r"^rank 1 ended by signal SIGKILL before its work was done"),
         (
-            entries.killed,
-            r"rank 1 ended by signal SIGKILL.*layer mlp, dist\.all_to_all over ep\.4x1",
+            entries.stopped,
+            r"^rank 1 did not answer before.*layer mlp, dist\.all_to_all over ep\.4x1",
         ),
-        (entries.stopped, r"rank 1 ended.*layer mlp, dist\.all_to_all over ep\.4x1"),
-        (entries.hanging, r"rank 1 ended.*another rank did not come in time"),
-        (entries.leaving, r"rank 1 ended.*layer mlp, dist\.all_to_all.*another rank ended"),
-        (entries.raising, "rank 1: too little memory"),
+        (entries.hanging, r"^rank 1 did not answer.*another rank did not come in time"),
+        (entries.leaving, r"^rank 1 ended before.*layer mlp, dist\.all_to_all.*another rank ended"),
+        (entries.raising, "^rank 1: too little memory"),
     ],
     ids=["killed", "stopped", "hanging", "leaving", "raising"],
 )

@@ -1,0 +1,54 @@
+"""The replay of DeepSeek-V3's MoE layers on 8 to 10,000 ranks, and how long it takes.
+
+    python benchmarks/plan_scaling.py
+
+Routing is log-normal with sigma 1 (assumed), 100 tokens a rank, EP over at most 256 ranks, flat up
+to a node and by rail beyond; nodes of 8 H100 with 400 Gb/s each (data sheet; latencies assumed).
+"""
+
+from __future__ import annotations
+
+import time
+
+from moec.plan.cluster import read_cluster, with_nodes
+from moec.plan.degrees import Degrees
+from moec.plan.model import Layers, Model, read_model
+from moec.plan.planner import Planner
+from moec.plan.popularity import of_distribution
+from moec.plan.simulate import drawn, simulate
+from moec.plan.workload import Workload
+
+LAYERS = 61
+SIZES = ((8, 8), (64, 64), (256, 256), (1_024, 256), (4_096, 256), (10_000, 200))
+
+
+def main() -> None:
+    print("| ranks | tokens | EP | step, exchange and experts | busiest/mean | replay, seconds |")
+    print("|---|---|---|---|---|---|")
+    source = read_model("deepseek-v3")
+    layer = source.layers[-1]
+    sizes = {name: getattr(layer, name) for name in layer.__struct_fields__ if name != "repeat"}
+    group = Layers(**sizes, repeat=LAYERS)
+    model = Model(
+        name="DeepSeek-V3, MoE layers", width=source.width, weights="fp8", layers=(group,)
+    )
+    loads = of_distribution("lognormal:1", [256] * LAYERS)
+    for devices, ranks in SIZES:
+        cluster = with_nodes(read_cluster("superpod-32"), devices // 8)
+        work = Workload(tokens=100 * devices, sequences=0, context=0)
+        planner = Planner(model, cluster, work, loads, "lognormal:1", (0.0,))
+        form = "flat" if ranks == 8 else "rail"
+        plan = planner.plan([Degrees(1, ranks, 1, 256, form)] * LAYERS, 0.0)  # type: ignore[arg-type]
+        start = time.perf_counter()
+        result = simulate(plan, planner.cost, drawn(loads, [8] * LAYERS, work.tokens))
+        seconds = time.perf_counter() - start
+        worst = max(one.imbalance for one in result.layers)
+        print(
+            f"| {devices:,} | {work.tokens:,} | {ranks} | {result.seconds * 1e3:.1f} ms | "
+            f"{worst:.2f} | {seconds:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
