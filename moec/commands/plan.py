@@ -82,12 +82,13 @@ def command(
     """Choose degrees, exchange and placement of every layer for a cluster.
 
     MODEL is the name of a described model (moec plan x --cluster x lists them), a YAML description,
-    a folder with a config.json, or a compiled artifact. Nothing needs weights.
+    or a folder with a config.json. Nothing needs weights.
     """
     import msgspec
 
     from moec.plan import text
     from moec.plan.cluster import read_cluster
+    from moec.plan.model import read_model
     from moec.plan.plan import read_plan, write_plan
 
     for path in (output, placement, picture):
@@ -95,7 +96,7 @@ def command(
             raise UsageError(f"{path} exists; --force replaces it")
     machine = read_cluster(cluster)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
-    planner = planner_of(described(model), machine, work, trace, routing, shares(spare))
+    planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare))
     plan = planner.best_uniform() if uniform else planner.best()
     if output:
         write_plan(plan, output)
@@ -130,17 +131,6 @@ def shares(text: str) -> tuple[float, ...]:
     if any(not 0 <= value <= 16 for value in values):
         raise UsageError(f"--spare {text}: write shares such as 0,0.125")
     return values
-
-
-def described(model: str) -> Model:
-    """The sizes of a model, from whatever names it. Raises UsageError or ArtifactError."""
-    from moec.commands.inspect import is_artifact, of_artifact
-    from moec.plan.model import of_graph, read_model
-
-    if is_artifact(Path(model)):
-        _, graph = of_artifact(Path(model))
-        return of_graph(graph, model)
-    return read_model(model)
 
 
 def workload(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moec.parallel.process_ranks import RankError
+from moec.parallel.process_ranks import ENDED, LATE, RankError
 from moec.parallel.store import manifest_of
 from moec.parallel.worker import Job, run_rank
 
@@ -73,8 +73,9 @@ def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
         gone = {rank: f"ended by {end}"}
     elif rank in gone and first.exitcode < 0 and gone[rank] == "ended":
         gone = {rank: f"ended by signal {signal.Signals(-first.exitcode).name}"}
-    if not gone:
-        return failed[rank]
+    causes = [text for text in failed.values() if not text.endswith((ENDED, LATE))]
+    if causes or not gone:
+        return (causes or [failed[rank]])[0]
     who = ", ".join(f"rank {r} {text} before its work was done" for r, text in gone.items())
     return f"{who}; {waiting}" if waiting else who
 

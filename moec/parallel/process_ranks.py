@@ -16,6 +16,7 @@ from moec.ir.opdef import Reference, Runner
 from moec.ops.dist import meanings
 
 LATE = "another rank did not come in time"
+ENDED = "another rank ended"
 
 
 class RankError(MoecError):
@@ -86,5 +87,5 @@ def reason(error: BaseException) -> str:
     if "Timed out" in text or "timed out" in text.lower():
         return LATE
     if "Connection closed" in text or "Connection reset" in text or "Broken pipe" in text:
-        return "another rank ended"
+        return ENDED
     return " ".join(text.split())[:200]

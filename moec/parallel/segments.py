@@ -9,7 +9,7 @@ the few ops that only look up or add counts run in torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -20,8 +20,8 @@ from moec.interpret.evaluate import run_op
 from moec.ir.dims import bind, symbols
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.opdef import Reference
-from moec.passes.core.runner import Pass, run
-from moec.pipeline import choose, onward
+from moec.passes.core.runner import run
+from moec.pipeline import LEVELS, LOWER
 from moec.runtime.executor import Executor
 from moec.runtime.package import MAIN
 from moec.target.base import Target
@@ -43,7 +43,7 @@ class RankModel:
     def __init__(self, program: Program, target: Target) -> None:
         if program.graph.states:
             raise UnsupportedError("models with states do not run on several ranks yet")
-        passes = onward(_exact(), Stage.MOE)
+        passes = LOWER.at_level(max(LEVELS))
         self.program = run(program, passes, stage=Stage.MOE)[-1].program
         self.steps = cut(self.program)
         parts = {step.name: step.program for step in self.steps if isinstance(step, Segment)}
@@ -79,10 +79,6 @@ class RankModel:
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)
         return tuple(values[value] for value in graph.outputs)
-
-
-def _exact() -> list[Pass]:
-    return [pass_ for pass_ in choose() if not hasattr(pass_, "change")]
 
 
 def cut(program: Program) -> tuple[Segment | Op, ...]:
@@ -155,14 +151,3 @@ def _telling(ops: Sequence[Op], inputs: Sequence[Value], known: Sequence[Value])
     for name in sorted(set(map(str, used)) - told):
         more.append(next(v for v in known if any(str(dim) == name for dim in v.shape)))
     return list(dict.fromkeys(more))
-
-
-def evaluated(
-    program: Program, inputs: Sequence[torch.Tensor], meanings: Mapping[str, Reference]
-) -> tuple[torch.Tensor, ...]:
-    """The outputs of a rank's program, op by op in torch."""
-    from moec.interpret.evaluate import run_graph
-
-    tensors = [*inputs, *(program.weights[param.name] for param in program.graph.params)]
-    with torch.no_grad():
-        return run_graph(replace(program.graph), tensors, meanings=meanings)

@@ -27,14 +27,14 @@ from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Graph, Module, Op, Program, Stage
 from moec.passes.core.moe_layer import Splice, name_of
 from moec.passes.core.options import option, validate
-from moec.passes.core.runner import Log
+from moec.passes.core.runner import Log, Pass
 from moec.passes.parallel.exchange_rows import Exchanged
 from moec.passes.parallel.slice_experts import slice_body
 from moec.plan.plan import LayerPlan, Plan, read_plan
 
 
 @dataclass(frozen=True)
-class PlanParallelism:
+class PlanParallelism(Pass):
     """Make the graph of one rank of a plan: its experts, and the exchange of rows."""
 
     plan: str = option("", "the file of the plan, as moec plan -o writes it")
@@ -43,7 +43,6 @@ class PlanParallelism:
     name: ClassVar[str] = "plan-parallelism"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
-    exact: ClassVar[bool] = True
     source: ClassVar[str] = "DeepSpeed-MoE, arXiv 2201.05596; SE-MoE, arXiv 2205.10034; EPLB"
 
     def __post_init__(self) -> None:
