@@ -23,7 +23,9 @@ SIZES = ((8, 8), (64, 64), (256, 256), (1_024, 256), (4_096, 256), (10_000, 200)
 
 
 def main() -> None:
-    print("| ranks | tokens | EP | step, exchange and experts | busiest/mean | replay, CPU seconds |")
+    print(
+        "| ranks | tokens | EP | step, exchange and experts | busiest/mean | replay, CPU seconds |"
+    )
     print("|---|---|---|---|---|---|")
     source = read_model("deepseek-v3")
     layer = source.layers[-1]

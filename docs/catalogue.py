@@ -23,6 +23,7 @@ FAMILIES = {
     "nn": "The dense part of a transformer",
     "moe": "MoE blocks: routing, dispatch, experts, combine",
     "grouped": "Experts over all rows at once",
+    "dist": "Rows between the ranks of a plan",
 }
 WRITTEN = "<!-- Written by `python -m docs.catalogue`; not edited. -->"
 

@@ -127,6 +127,7 @@ def meanings(ranks: Ranks) -> dict[str, Reference]:
         ) -> Any:
             return collective(op, tensors, attrs, ranks)
 
+        reference.__doc__ = collective.__doc__
         return reference
 
     return {name: of(collective) for name, (collective, _) in _COLLECTIVES.items()}
