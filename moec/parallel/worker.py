@@ -157,7 +157,7 @@ def _accuse(job: Job, marks: Path, timed_out: bool) -> None:
         time.sleep(1.0)  # the others' patience ends at about the same time
     for file in marks.glob("rank.*.pid"):
         rank = int(file.name.split(".")[1])
-        if any((marks / f"rank.{rank}.{end}").exists() for end in ("failed", "done")):
+        if any((marks / f"rank.{rank}.{end}").exists() for end in ("failed", "done", "gone")):
             continue
         pid = int(file.read_text())
         if _has_ended(pid):
