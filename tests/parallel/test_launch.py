@@ -27,7 +27,7 @@ FOUR = {
 }
 
 
-def job_of(p, tmp_path: Path, timeout: float = 60.0) -> tuple[Job, torch.Tensor]:  # type: ignore[no-untyped-def]
+def job_of(p, tmp_path: Path, timeout: float = 300.0) -> tuple[Job, torch.Tensor]:  # type: ignore[no-untyped-def]
     x = torch.randn(11, D, generator=torch.Generator().manual_seed(1))
     np.savez(tmp_path / "in.npz", x=x.numpy())
     save_ranks(rank_programs(model(), p), p, tmp_path / "m.ranks")
@@ -65,12 +65,12 @@ def test_equal_to_one_process(form: str, tmp_path: Path) -> None:
     ids=["killed", "stopped", "hanging", "leaving", "raising"],
 )
 def test_a_rank_that_fails(entry, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    job, _ = job_of(FORMS["flat"], tmp_path, timeout=5.0)
+    job, _ = job_of(FORMS["flat"], tmp_path, timeout=20.0)
     start = time.monotonic()
     with pytest.raises(RankError, match=message):
         launch(job, 4, entry)
-    # Five seconds of patience beside the start of four processes on a busy machine.
-    assert time.monotonic() - start < 60
+    # Twenty seconds of patience beside the start of four processes on a busy machine.
+    assert time.monotonic() - start < 180
     assert not (tmp_path / "out.npz").exists()
 
 
