@@ -335,8 +335,14 @@ class _Rule:
             nearest = _nearest(item)
             if len(nearest) and not nearest.max() <= self.greatest:
                 return False
-        found, rows = self.strays(compared)
-        return not self.share or found <= allowed_strays(self.share, rows)
+        if not self.share:
+            return True
+        # Pieces of a text are few beside whole ones, and would hide among them.
+        groups: dict[tuple[int, bool], list[Compared]] = {}
+        for item in compared:
+            groups.setdefault((item.output, item.stop is not None), []).append(item)
+        counts = map(self.strays, groups.values())
+        return all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
 
 
 def _nearest(item: Compared) -> torch.Tensor:
