@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,26 +19,26 @@ from moec.capture.doors import (
     capture_source,
     example_of,
     open_source,
-    stop_tokens,
     traceable,
 )
 from moec.capture.gc_pause import seldom_collected
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
-from moec.errors import CaptureError, NoMatch, UnsupportedError, UsageError
+from moec.errors import CaptureError, NoMatch, UsageError
 from moec.formats.integer import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Stage, stage_of
 from moec.model.bind_inputs import bound
+from moec.model.build import build_model, verify_model
+from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.calibration.budget import Budget
 from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame
 from moec.passes.core.runner import Declined, Pass, Step, run
-from moec.passes.decode import continues_text, incremental, logits_of
+from moec.passes.decode import continues_text, incremental
 from moec.passes.quantise.codes import Quantising
-from moec.passes.recognise import RecogniseExperts
 from moec.passes.specialise.hoist_routers import HoistRouters, split
 from moec.pipeline import (
     PassChanges,
@@ -56,16 +53,10 @@ from moec.pipeline import (
 from moec.report.blocks import blocks
 from moec.report.data import Block
 from moec.report.quantisation import quantised_lines
-from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, ROUTE, ROUTED, RouterPorts
-from moec.target.cpu import missing
-from moec.verify import check as checking
-from moec.verify.chunked import in_pieces
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.codegen.tuning.tunable import Values
-    from moec.runtime.executor import Executor
     from moec.target.cpu import Target
 
 
@@ -129,7 +120,7 @@ def compile(
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
     """
-    clock = _Clock(progress)
+    clock = Clock(progress)
     stored = Quantisation() if quant is None else parse_parts(quant)
     asked = (*choose(opt_level, changes(passes)), *quantising(stored))
     chosen = truncate_after(asked, stop_after)
@@ -195,8 +186,8 @@ def compile(
             compiled = _with_decode(compiled, decode_passes(opt_level, changes(passes)))
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = _with_routers(compiled)
-    built = _build(compiled, opt_level, clock, backend, tune)
-    return built if verify is False else _verify(built, limit, clock)
+    built = build_model(compiled, opt_level, clock, backend, tune)
+    return built if verify is False else verify_model(built, limit, clock)
 
 
 def _in_supported_form(
@@ -307,107 +298,7 @@ def _allowed(
     return budget_of(budget)
 
 
-def _build(
-    compiled: CompiledModel,
-    opt_level: int,
-    clock: _Clock,
-    backend: Backend | None,
-    tune: bool = False,
-) -> CompiledModel:
-    """With code, and ready to run where this machine can run it."""
-    module, target = compiled.module, compiled.target
-    tunings: dict[str, Values] = {}
-    if tune:
-        with clock.phase("tune"), _explained(compiled):
-            from moec.model.tune import tune_kernels
-
-            tunings, lines = tune_kernels(
-                module, target, backend, opt_level=opt_level, progress=clock.progress
-            )
-            compiled = replace(compiled, tuned=lines)
-    with clock.phase("kernels"):
-        from moec.codegen.package import build as generate
-
-        with _explained(compiled):
-            package = generate(module, target, opt_level, tunings, backend)
-        package = replace(package, routers=compiled.router_ports)
-        if package.generation is not None:
-            stop = stop_tokens(compiled.source.model)
-            package = replace(package, generation=replace(package.generation, stop=stop))
-        if compiled.no_decode:
-            package = replace(package, no_generation=compiled.no_decode)
-        named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
-        compiled = replace(compiled, blocks=tuple(named))
-    if missing(compiled.target) or not package.library:
-        return replace(compiled, package=package)
-    with clock.phase("load"):
-        from moec.runtime.executor import Executor
-
-        executor = Executor(package)
-    return replace(compiled, package=package, executor=executor)
-
-
-@contextmanager
-def _explained(compiled: CompiledModel) -> Iterator[None]:
-    """What is not supported may be experts that were not recognised."""
-    try:
-        yield
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
-
-
-def _not_recognised(declined: Sequence[Declined]) -> str:
-    """Experts that were not recognised: what they are written with may have no kernel."""
-    experts = [d for d in declined if d.rule == RecogniseExperts.name]
-    lines = dict.fromkeys(f"\n  {d.where}: {d.reason}" for d in experts)
-    return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
-
-
-def _verify(compiled: CompiledModel, limit: float | None, clock: _Clock) -> CompiledModel:
-    _, executor = compiled.ready()
-
-    def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        executor.reset()
-        return executor(inputs)
-
-    weights = compiled.captured.program.weights.values()
-    with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
-        pieces = None
-        if DECODE in compiled.module:
-            pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
-        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
-        if ROUTED in compiled.module:
-            checking.check(compiled.captured, partial(_by_parts, executor), compiled.steps, limit)
-        executor.reset()
-    return replace(compiled, checked=checked)
-
-
-def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model, its hoisted routers first."""
-    executor.reset()
-    ports = executor.package.functions[ROUTE].inputs
-    choices = executor({port.name: inputs[port.name] for port in ports}, ROUTE)
-    return executor({**inputs, **choices}, ROUTED)
-
-
 def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
     """The blocks of the last graph that still has bodies of experts in it."""
     last = [step for step in steps if step.stage in (Stage.ATEN, Stage.MOE)][-1]
     return blocks(last.program.graph)
-
-
-@dataclass
-class _Clock:
-    """Tells the phases and keeps how long each took."""
-
-    progress: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - start

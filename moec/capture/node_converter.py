@@ -1,0 +1,269 @@
+"""Nodes of an export -> ops of a graph: arguments into inputs and attributes, sizes folded away."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import sympy
+import torch
+
+from moec.capture.arithmetic import float_of, whole_of
+from moec.capture.scans import OWN
+from moec.capture.sources import named, user_line
+from moec.errors import CaptureError, IRError
+from moec.ir.aten import IR_DTYPES
+from moec.ir.dims import Dim, from_torch, normal
+from moec.ir.float_sizes import check as check_float
+from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
+
+_DROPPED = ("_assert", "sym_constrain", "sym_size", "sym_numel", "sym_stride", "_guard")
+_IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """A float that depends on sizes or data. `value` is it where it is made of sizes alone."""
+
+    where: str
+    expr: str
+    value: sympy.Expr | None = None
+
+
+@dataclass
+class Converter:
+    """The state of one conversion: what each node of the export became."""
+
+    rename: Mapping[str, str]
+    root: torch.nn.Module
+    prefix: str = ""
+    ops: list[Op] = field(default_factory=list)
+    made: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def where(self, node: torch.fx.Node) -> str:
+        return without(self.prefix, origin(node))
+
+    def fresh(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def dtype(self, dtype: torch.dtype, where: str) -> str:
+        if dtype not in IR_DTYPES:
+            raise CaptureError(
+                f"{where}: moec has no dtype {dtype}; cast to one of "
+                f"{', '.join(str(d) for d in IR_DTYPES)}"
+            )
+        return IR_DTYPES[dtype]
+
+    def type(self, tensor: torch.Tensor, where: str) -> TensorType:
+        shape = tuple(self.dim(size, where) for size in tensor.shape)
+        return TensorType(self.dtype(tensor.dtype, where), shape)
+
+    def node(self, node: torch.fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            source, index = cast(torch.fx.Node, node.args[0]), cast(int, node.args[1])
+            self.made[node] = self.made[source][index]
+        elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            self.made[node] = self.whole(value, node)
+            if "_local_scalar_dense" in str(node.target):
+                self.size(node, self.made[node])
+        elif isinstance(value, torch.SymFloat | float):
+            self.made[node] = self.number(value, node)
+        elif value is None or isinstance(value, torch.SymBool | bool):
+            self.made[node] = None
+        else:
+            self.call(node, value)
+
+    def size(self, node: torch.fx.Node, dim: Dim) -> None:
+        """A size that is read from data (`.item()`, `.tolist()`): an op binds its name."""
+        if isinstance(dim, sympy.Symbol):
+            source = self.made[cast(torch.fx.Node, node.args[0])]
+            output = Value(self.fresh(node.name), source.type)
+            self.ops.append(
+                Op("moec.size", (source,), (output,), {"name": dim.name}, None, self.where(node))
+            )
+
+    def dim(self, size: torch.SymInt | int, where: str) -> Dim:
+        """Raises CaptureError for a size that was computed in floats, where it is not known how."""
+        try:
+            return from_torch(size, self.rename, self.computed)
+        except IRError as error:
+            raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
+
+    def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
+        """A size. One that is made of a float is what Python makes of that float, at every size."""
+        arguments = [self.argument(a) for a in node.args]
+        if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
+            return self.dim(value, self.where(node) or node.name)
+        result = whole_of(node.target, [value_of(a) for a in arguments])
+        return normal(self.remember(value.node.expr, result, node))
+
+    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
+        """A float; one that depends on sizes or data cannot stand in a graph, though a size
+        may be made from it (math.ceil)."""
+        if isinstance(value, float):
+            return value
+        expr = value.node.expr
+        if expr.is_number:
+            return float(expr)
+        result = float_of(node.target, [value_of(self.argument(a)) for a in node.args])
+        if result is not None:
+            self.remember(expr, result, node)
+        return _Unknown(self.where(node) or node.name, str(expr), result)
+
+    def remember(
+        self, expr: sympy.Expr, value: sympy.Expr | None, node: torch.fx.Node
+    ) -> sympy.Expr:
+        """`value` is what torch calls `expr`, of which two that round otherwise are one."""
+        line, shown = user_line(node), named(expr, self.rename)
+        if value is None:
+            raise CaptureError(
+                f"{line}: the size {shown} is made of floats with {_spelled(node.target)}, which "
+                "moec cannot repeat exactly; compute it of whole numbers (//), or as a tensor"
+            )
+        try:
+            check_float(value)
+        except ValueError as error:
+            raise CaptureError(
+                f"{line}: the size {shown} is made of floats in a way that moec cannot repeat "
+                f"exactly ({error}); compute it of whole numbers (//), or as a tensor"
+            ) from None
+        if self.computed.setdefault(expr, value) != value:
+            raise CaptureError(
+                f"{line}: torch takes {shown} for a size that was computed in another order, "
+                "and rounds otherwise; write both with the same operations, or with whole numbers"
+            )
+        return value
+
+    def call(self, node: torch.fx.Node, value: Any) -> None:
+        target = str(node.target)
+        if any(name in target for name in _INLINED):
+            self.inline(node)
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"{self.where(node) or node.name}: control flow ({target}) cannot be compiled; "
+                "write it with torch.where, or fix the branch before the export"
+            )
+        inputs: list[Value] = []
+        attrs = self.attributes(node, inputs)
+        results = list(value) if isinstance(value, tuple | list) else [value]
+        where = self.where(node)
+        outputs = tuple(
+            Value(self.fresh(node.name), self.type(result, where or node.name))
+            for result in results
+            if isinstance(result, torch.Tensor)
+        )
+        if target in _VIEWS:  # a graph has no strides: every view is a reshape
+            target, attrs = "aten.reshape.default", {"shape": attrs["size"]}
+        if target in OWN:  # its inputs stand in the order of the op's own
+            target = OWN[target]
+            attrs = {name: attr for name, attr in attrs.items() if attr is True}
+        self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
+        self.made[node] = outputs if isinstance(value, tuple | list) else outputs[0]
+
+    def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
+        """The arguments that are not plain tensors; plain tensors are added to `inputs`."""
+        attrs: dict[str, Attr] = {}
+        schema = cast(Any, node.target)._schema.arguments
+        for index, argument in enumerate(schema):
+            if index < len(node.args) and not argument.kwarg_only:
+                given = node.args[index]
+            elif argument.name in node.kwargs:
+                given = node.kwargs[argument.name]
+            else:
+                continue
+            if argument.name in _IGNORED_ARGUMENTS:
+                continue
+            made = self.argument(given)
+            if isinstance(made, Value):
+                inputs.append(made)
+            elif argument.has_default_value() and made == argument.default_value:
+                # None would end the row of plain tensors early: later ones need its place.
+                if made is None and "Tensor" in str(argument.type):
+                    attrs[argument.name] = None
+            else:
+                attrs[argument.name] = self.attribute(made, inputs, self.where(node) or node.name)
+        return attrs
+
+    def argument(self, given: Any) -> Any:
+        if isinstance(given, torch.fx.Node):
+            return self.made[given]
+        if isinstance(given, list | tuple):
+            return tuple(self.argument(item) for item in given)
+        if isinstance(given, torch.SymInt):
+            return from_torch(given, self.rename, self.computed)
+        return given
+
+    def attribute(self, made: Any, inputs: list[Value], where: str) -> Attr:
+        if isinstance(made, Value):
+            inputs.append(made)
+            return Ref(len(inputs) - 1)
+        if isinstance(made, tuple):
+            return tuple(self.attribute(item, inputs, where) for item in made)
+        if isinstance(made, torch.dtype):
+            return DType(self.dtype(made, where))
+        if made is None or isinstance(made, bool | int | float | str | sympy.Expr):
+            return made
+        if isinstance(made, _Unknown):
+            raise CaptureError(
+                f"{made.where}: the float {made.expr} depends on a size or on data; "
+                "compute it as a tensor"
+            )
+        raise CaptureError(
+            f"{where}: an argument of type {type(made).__name__} cannot stand in a graph"
+        )
+
+    def inline(self, node: torch.fx.Node) -> None:
+        """A region under no_grad or without autocast: its ops stand where the region stood."""
+        position = next(
+            i
+            for i, a in enumerate(node.args)
+            if isinstance(a, torch.fx.Node) and a.op == "get_attr"
+        )
+        module = self.root.get_submodule(str(cast(torch.fx.Node, node.args[position]).target))
+        arguments = [self.argument(a) for a in node.args[position + 1 :]]
+        graph = cast(torch.fx.GraphModule, module).graph
+        holders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.made |= dict(zip(holders, arguments, strict=True))
+        for inner in graph.nodes:
+            if inner.op == "call_function" and not dropped(inner):
+                self.node(inner)
+            elif inner.op == "output":
+                self.made[node] = self.argument(inner.args[0])
+
+
+def value_of(argument: Any) -> Any:
+    return argument.value if isinstance(argument, _Unknown) else argument
+
+
+def _spelled(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
+
+
+def dropped(node: torch.fx.Node) -> bool:
+    return any(part in str(node.target) for part in _DROPPED) and not isinstance(
+        node.meta.get("val"), torch.SymInt | int
+    )
+
+
+def without(prefix: str, path: str) -> str:
+    return path if not prefix else path.removeprefix(prefix).removeprefix(".")
+
+
+def origin(node: torch.fx.Node) -> str:
+    """The path of the module that the user wrote, such as "model.layers.0.mlp"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
+    return str(paths[-1]).replace("L__self___", "").strip(".") if paths else ""

@@ -1,0 +1,116 @@
+"""A model with its passes done -> kernels, a package that is loaded, and compared with eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moec.capture.doors import (
+    stop_tokens,
+)
+from moec.errors import UnsupportedError
+from moec.interpret.threads import threads_for
+from moec.model.compiled import CompiledModel
+from moec.passes.core.runner import Declined
+from moec.passes.decode import logits_of
+from moec.passes.recognise import RecogniseExperts
+from moec.report.report import kernels_of
+from moec.runtime.package import DECODE, ROUTE, ROUTED
+from moec.target.cpu import missing
+from moec.verify import check as checking
+from moec.verify.chunked import in_pieces
+
+if TYPE_CHECKING:
+    from moec.codegen.backend import Backend
+    from moec.codegen.tuning.tunable import Values
+    from moec.runtime.executor import Executor
+
+
+from moec.model.clock import Clock
+
+
+def build_model(
+    compiled: CompiledModel,
+    opt_level: int,
+    clock: Clock,
+    backend: Backend | None,
+    tune: bool = False,
+) -> CompiledModel:
+    """With code, and ready to run where this machine can run it."""
+    module, target = compiled.module, compiled.target
+    tunings: dict[str, Values] = {}
+    if tune:
+        with clock.phase("tune"), explained(compiled):
+            from moec.model.tune import tune_kernels
+
+            tunings, lines = tune_kernels(
+                module, target, backend, opt_level=opt_level, progress=clock.progress
+            )
+            compiled = replace(compiled, tuned=lines)
+    with clock.phase("kernels"):
+        from moec.codegen.package import build as generate
+
+        with explained(compiled):
+            package = generate(module, target, opt_level, tunings, backend)
+        package = replace(package, routers=compiled.router_ports)
+        if package.generation is not None:
+            stop = stop_tokens(compiled.source.model)
+            package = replace(package, generation=replace(package.generation, stop=stop))
+        if compiled.no_decode:
+            package = replace(package, no_generation=compiled.no_decode)
+        named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
+        compiled = replace(compiled, blocks=tuple(named))
+    if missing(compiled.target) or not package.library:
+        return replace(compiled, package=package)
+    with clock.phase("load"):
+        from moec.runtime.executor import Executor
+
+        executor = Executor(package)
+    return replace(compiled, package=package, executor=executor)
+
+
+@contextmanager
+def explained(compiled: CompiledModel) -> Iterator[None]:
+    """What is not supported may be experts that were not recognised."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}{_not_recognised(compiled.declined)}") from None
+
+
+def _not_recognised(declined: Sequence[Declined]) -> str:
+    """Experts that were not recognised: what they are written with may have no kernel."""
+    experts = [d for d in declined if d.rule == RecogniseExperts.name]
+    lines = dict.fromkeys(f"\n  {d.where}: {d.reason}" for d in experts)
+    return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
+
+
+def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> CompiledModel:
+    """Compared with eager, see `moec.verify.check`. Raises VerificationError."""
+    _, executor = compiled.ready()
+
+    def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        executor.reset()
+        return executor(inputs)
+
+    weights = compiled.captured.program.weights.values()
+    with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
+        pieces = None
+        if DECODE in compiled.module:
+            pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
+        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
+        if ROUTED in compiled.module:
+            checking.check(compiled.captured, partial(_by_parts, executor), compiled.steps, limit)
+        executor.reset()
+    return replace(compiled, checked=checked)
+
+
+def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model, its hoisted routers first."""
+    executor.reset()
+    ports = executor.package.functions[ROUTE].inputs
+    choices = executor({port.name: inputs[port.name] for port in ports}, ROUTE)
+    return executor({**inputs, **choices}, ROUTED)
