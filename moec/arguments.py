@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
-from moec.errors import UsageError
-from moec.target.cpu import NULL, Target, missing, parse
+from moec.errors import TargetError, UsageError
+from moec.target.cpu import NULL, Target, missing
+from moec.target.cuda import CudaTarget
+from moec.target.named import parse
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
@@ -73,11 +75,18 @@ def tolerance(verify: Any) -> float | None:
 def target_of(target: Any, *, run: bool) -> Target:
     """The target by name. `run` says that its code is to be run here, as verification does.
 
-    Raises TargetError for an unknown name, UsageError where this machine cannot run the code.
+    Raises TargetError for an unknown name and for a GPU, UsageError where this machine cannot run
+    the code.
     """
-    if not isinstance(target, str | Target):
+    if not isinstance(target, str | Target | CudaTarget):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
     made = parse(target) if isinstance(target, str) else target
+    if isinstance(made, CudaTarget):
+        raise TargetError(
+            f"target {made.name!r}: moec has CUDA kernels for routing, sorting, expert products "
+            "and combining rows, but cannot yet compile a model of them, so nothing was built; "
+            "compile for 'cpu'"
+        )
     if run and made.kind == NULL:
         raise UsageError(
             f"the target {NULL!r} makes no code, so there is nothing to verify: switch "

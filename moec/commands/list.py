@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moec.commands.options import json_option
+
+if TYPE_CHECKING:
+    from moec.target.cuda import CudaTarget
 
 _NAMES = {"pass", "gives", "target", "model", "class"}
 """Columns that stay whole: people copy and search what is in them."""
@@ -106,7 +109,7 @@ def first_line(thing: Any) -> str:
 
 
 def targets() -> list[dict[str, Any]]:
-    from moec.target import cpu
+    from moec.target import cpu, cuda
 
     host = cpu.host()
     rows = [
@@ -130,7 +133,28 @@ def targets() -> list[dict[str, Any]]:
             "needs": "what LLVM knows of that CPU",
         }
     )
+    rows += [
+        {
+            "target": t.name,
+            "here": gpu_here(t),
+            "lanes": 32,
+            "needs": f"{t.example} or alike, with {' '.join(t.tensor_cores)}",
+        }
+        for t in cuda.TARGETS.values()
+    ]
     return rows
+
+
+def gpu_here(target: CudaTarget) -> str:
+    """What this machine can do for a GPU target: nothing compiles whole models for one yet."""
+    from moec.target import nvidia
+
+    driver = nvidia.driver()
+    gpus = driver.gpus if driver else ()
+    kernels = "kernels only"
+    if any(target.runs_on(gpu.capability) for gpu in gpus):
+        return f"{kernels}; its GPU is here"
+    return f"{kernels}, " + ("compiled by nvcc; no such GPU" if nvidia.nvcc() else "as CUDA C")
 
 
 def models() -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 from moec.codegen.cpu import link
 from moec.errors import TargetError
 from moec.target import cpu as target
+from moec.target import nvidia
 
 OK, NOTE, BAD = "ok", "note", "bad"
 
@@ -44,6 +45,7 @@ def examine() -> list[Check]:
         memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup")),
         huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         scratch(),
+        *gpus(nvidia.driver(), nvidia.nvcc(), nvidia.nvrtc()),
     ]
 
 
@@ -284,6 +286,20 @@ def scratch() -> Check:
     if free < 1e9:
         return Check("disk", NOTE, says, "free some space, or set TMPDIR to another disk")
     return Check("disk", OK, says)
+
+
+def gpus(driver: nvidia.Driver | None, nvcc: nvidia.Compiler | None, nvrtc: str) -> list[Check]:
+    """NVIDIA's driver, GPUs and compilers. Where one is missing all is well: CPUs need none."""
+    if driver is None:
+        text = "none; only cuda targets need one"
+    else:
+        names = [f"{gpu.name} ({gpu.digits}, {gpu.memory / 1e9:.0f} GB)" for gpu in driver.gpus]
+        text = f"{', '.join(names) or 'none'}; the driver runs CUDA {driver.version}"
+    return [
+        Check("gpu", OK, text),
+        Check("nvcc", OK, f"{nvcc.version}, {nvcc.path}" if nvcc else "none; see gpu"),
+        Check("nvrtc", OK, nvrtc or "none; see gpu"),
+    ]
 
 
 def as_json(checks: Sequence[Check]) -> str:

@@ -199,8 +199,11 @@ def parse(name: str) -> Target:
         return replace(host(), name=NULL, kind=NULL)
     if name.startswith("llvm:"):
         return _from_llvm(name)
-    known = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=..."])
-    raise TargetError(f"unknown target {name!r}; the known targets are {known}")
+    known = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"])
+    raise TargetError(
+        f"unknown target {name!r}; the known targets are {known} and other GPUs "
+        "(see `moec list targets`)"
+    )
 
 
 @cache

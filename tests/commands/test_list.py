@@ -14,6 +14,7 @@ from moec.commands.families import FAMILIES, FORMS
 from moec.passes import recognise
 from moec.pipeline import OPT_IN
 from moec.target import cpu as target
+from moec.target import cuda
 from tests.models import families
 from tests.models.test_other_families import COMPILED, TRIED
 
@@ -26,7 +27,8 @@ def run(*arguments: str) -> Any:
 
 def test_targets() -> None:
     rows = json.loads(run("targets", "--json").stdout)
-    assert [row["target"] for row in rows] == ["cpu", *target.TARGETS, "llvm:-mcpu=..."]
+    names = ["cpu", *target.TARGETS, "llvm:-mcpu=...", *cuda.TARGETS]
+    assert [row["target"] for row in rows] == names
     assert rows[0]["here"] == f"{target.host().name}, this machine's"
     assert all(name in run("targets").stdout for name in target.TARGETS)
 

@@ -1,0 +1,122 @@
+"""What an NVIDIA GPU can do: the description that CUDA kernels are generated from.
+
+    cuda:sm_80    A100        mma.sync, cp.async
+    cuda:sm_86    A40         as sm_80, less shared memory
+    cuda:sm_89    L40S        as sm_86, with fp8
+    cuda:sm_90a   H100, H200  as sm_80, with wgmma and TMA
+    cuda:sm_100a  B200        as sm_80, with tcgen05 and TMA
+    cuda:sm_120   RTX 5090    as sm_89, with TMA
+    cuda          this machine's GPU
+
+Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
+bandwidths and peaks are those of the data sheet of the GPU named as `example`: kernels are sized
+by them and times modelled, no result depends on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.errors import TargetError
+from moec.target import nvidia
+
+KIND = "cuda"
+
+
+@dataclass(frozen=True)
+class CudaNeeds:
+    """Which GPU a cubin was compiled for."""
+
+    name: str
+    arch: str
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """One GPU architecture, as kernels see it."""
+
+    name: str
+    example: str
+    tensor_cores: tuple[str, ...]  # families of instructions, as PTX names them
+    shared_memory: int  # bytes that one block may have
+    sms: int
+    bandwidth: float  # bytes a second
+    bf16_peak: float  # FLOPs a second, dense, float32 sums
+    registers: int = 65536  # 32-bit, of one SM
+    kind: str = KIND
+
+    @property
+    def arch(self) -> str:
+        """As nvcc spells it."""
+        return self.name.partition(":")[2]
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        digits = self.arch.removeprefix("sm_").rstrip("a")
+        return int(digits[:-1]), int(digits[-1])
+
+    @property
+    def exact(self) -> bool:
+        """Whether its code runs on this architecture alone, and on no later one."""
+        return self.arch.endswith("a")
+
+    @property
+    def needs(self) -> CudaNeeds:
+        return CudaNeeds(self.name, self.arch)
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability runs its cubins: same major, not older."""
+        major, minor = self.capability
+        if self.exact:
+            return capability == (major, minor)
+        return capability[0] == major and capability[1] >= minor
+
+    def tvm(self) -> dict[str, object]:
+        """The argument of `tvm.target.Target` that compiles for this GPU."""
+        limit = self.shared_memory
+        return {"kind": "cuda", "arch": self.arch, "max_shared_memory_per_block": limit}
+
+
+_SMALL, _A100, _LARGE = 99 * 1024, 163 * 1024, 227 * 1024
+
+TARGETS: dict[str, CudaTarget] = {
+    t.name: t
+    for t in (
+        CudaTarget("cuda:sm_80", "A100 SXM 80 GB", ("mma",), _A100, 108, 2.039e12, 312e12),
+        CudaTarget("cuda:sm_86", "A40", ("mma",), _SMALL, 84, 0.696e12, 149.7e12),
+        CudaTarget("cuda:sm_89", "L40S", ("mma",), _SMALL, 142, 0.864e12, 362e12),
+        CudaTarget("cuda:sm_90a", "H100 SXM", ("mma", "wgmma"), _LARGE, 132, 3.35e12, 989e12),
+        CudaTarget("cuda:sm_100a", "B200", ("mma", "tcgen05"), _LARGE, 148, 8.0e12, 2250e12),
+        CudaTarget("cuda:sm_120", "RTX 5090", ("mma",), _SMALL, 170, 1.792e12, 209.5e12),
+    )
+}
+
+
+def parse(name: str) -> CudaTarget:
+    """The target of that name: one of TARGETS, or "cuda", which is this machine's first GPU.
+
+    Raises TargetError for another name, and for "cuda" where there is no GPU.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if name == KIND:
+        return _host()
+    raise TargetError(f"unknown target {name!r}; the known GPUs are {', '.join([KIND, *TARGETS])}")
+
+
+def _host() -> CudaTarget:
+    driver = nvidia.driver()
+    if driver is None or not driver.gpus:
+        reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
+        raise TargetError(
+            f"target {KIND!r} is this machine's GPU, and {reason}; name the GPU that the code is "
+            f"for, such as {next(iter(TARGETS))!r}"
+        )
+    gpu = driver.gpus[0]
+    usable = [t for t in TARGETS.values() if t.runs_on(gpu.capability)]
+    if not usable:
+        raise TargetError(
+            f"target {KIND!r}: {gpu.name} has compute capability {gpu.digits}, and moec makes "
+            f"code for {', '.join(TARGETS)}"
+        )
+    return max(usable, key=lambda t: t.capability)

@@ -1,0 +1,123 @@
+"""What this machine has of NVIDIA's: the driver with its GPUs, nvcc, NVRTC.
+
+Nothing here is imported or needed where the target is a CPU, and nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+NO_DRIVER = "there is no NVIDIA driver here (libcuda.so.1)"
+_NAME = 256  # bytes for the name of a GPU
+# CUDA Driver API, CUdevice_attribute.
+_MAJOR, _MINOR = 75, 76
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`memory` in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def digits(self) -> str:
+        return ".".join(map(str, self.capability))
+
+
+@dataclass(frozen=True)
+class Driver:
+    """`version` is the newest CUDA that it runs, such as 13.0."""
+
+    version: str
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """nvcc, with the version of its toolkit."""
+
+    path: str
+    version: str
+
+
+@cache
+def driver() -> Driver | None:
+    """This machine's driver; None where there is none, or it does not start."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    if library.cuInit(0):
+        return None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    library.cuDeviceGetCount(ctypes.byref(count))
+    gpus = tuple(_gpu(library, index) for index in range(count.value))
+    return Driver(f"{version.value // 1000}.{version.value % 1000 // 10}", gpus)
+
+
+def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(_NAME), ctypes.c_size_t()
+    library.cuDeviceGet(ctypes.byref(device), index)
+    library.cuDeviceGetName(name, _NAME, device)
+    library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+
+    def attribute(code: int) -> int:
+        value = ctypes.c_int()
+        library.cuDeviceGetAttribute(ctypes.byref(value), code, device)
+        return value.value
+
+    text = name.value.decode(errors="replace")
+    return Gpu(text, (attribute(_MAJOR), attribute(_MINOR)), memory.value)
+
+
+def nvcc() -> Compiler | None:
+    """The nvcc of $CUDA_HOME or $PATH; None where there is none that answers."""
+    return _nvcc(_search_path(os.environ))
+
+
+def _search_path(env: Mapping[str, str]) -> str:
+    home = env.get("CUDA_HOME", "")
+    return os.pathsep.join(filter(None, [home and str(Path(home, "bin")), env.get("PATH", "")]))
+
+
+@cache
+def _nvcc(search: str) -> Compiler | None:
+    path = shutil.which("nvcc", path=search)
+    if path is None:
+        return None
+    try:
+        answer = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    version = re.search(r"V(\d+(?:\.\d+)+)", answer.stdout)
+    return Compiler(path, version[1]) if version and not answer.returncode else None
+
+
+def nvrtc() -> str:
+    """Where NVRTC comes from; empty where there is none."""
+    if importlib.util.find_spec("cuda") and importlib.util.find_spec("nvidia"):
+        root = importlib.util.find_spec("nvidia")
+        for folder in (root and root.submodule_search_locations) or ():
+            for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+                return str(library)
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return name
+    return ""

@@ -1,0 +1,106 @@
+"""GPU targets: their names, which GPU runs which, and what is said where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moec
+from moec.commands import machine
+from moec.errors import TargetError
+from moec.target import cpu, nvidia
+from moec.target.cuda import TARGETS, parse
+from moec.target.named import parse as parse_any
+
+H100 = nvidia.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_names(name: str) -> None:
+    target = parse_any(name)
+    assert target == parse(name) == TARGETS[name]
+    assert target.kind == "cuda"
+    assert target.needs == TARGETS[name].needs
+    assert TARGETS[name].tvm()["arch"] == name.removeprefix("cuda:")
+
+
+def test_other_names_are_those_of_cpus() -> None:
+    assert parse_any("avx2") is cpu.TARGETS["avx2"]
+    with pytest.raises(TargetError, match=r"unknown target 'z80'; .* cuda:sm_80 and other GPUs"):
+        parse_any("z80")
+
+
+@pytest.mark.parametrize("name", ["cuda:sm_70", "cuda:", "cuda:sm_80,sm_90a"])
+def test_unknown_gpus(name: str) -> None:
+    with pytest.raises(
+        TargetError, match=f"unknown target '{name}'; the known GPUs are cuda, cuda:"
+    ):
+        parse_any(name)
+
+
+def test_which_gpu_runs_which() -> None:
+    by_arch = {t.arch: t for t in TARGETS.values()}
+    runs = {arch: t.runs_on((8, 9)) for arch, t in by_arch.items()}
+    assert [arch for arch, yes in runs.items() if yes] == ["sm_80", "sm_86", "sm_89"]
+    assert [a for a, t in by_arch.items() if t.runs_on((9, 0))] == ["sm_90a"]
+    assert not by_arch["sm_100a"].runs_on((10, 3)), "the code of an `a` runs on that chip alone"
+    assert not by_arch["sm_89"].runs_on((8, 0)), "no code runs on an older GPU"
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (None, r"there is no NVIDIA driver here \(libcuda.so.1\); name the GPU"),
+        (nvidia.Driver("13.0", ()), "the NVIDIA driver finds no GPU; name the GPU"),
+        (
+            nvidia.Driver("12.0", (nvidia.Gpu("Tesla V100", (7, 0), 16 * 10**9),)),
+            "Tesla V100 has compute capability 7.0, and moec makes code for cuda:sm_80",
+        ),
+    ],
+)
+def test_this_machines_gpu_is_missing(
+    monkeypatch: pytest.MonkeyPatch, driver: nvidia.Driver | None, words: str
+) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: driver)
+    with pytest.raises(TargetError, match=words):
+        parse("cuda")
+
+
+def test_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver("13.0", (H100,)))
+    assert parse("cuda") is TARGETS["cuda:sm_90a"]
+    ada = nvidia.Gpu("L4", (8, 9), 24 * 10**9)
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver("13.0", (ada,)))
+    assert parse("cuda") is TARGETS["cuda:sm_89"]
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", TARGETS["cuda:sm_90a"]])
+def test_compile_refuses_before_it_looks_at_the_model(target: object) -> None:
+    name = getattr(target, "name", target)
+    words = f"target '{name}': moec has CUDA kernels .* cannot yet compile a model of them"
+    with pytest.raises(TargetError, match=words):
+        moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target=target)
+
+
+def test_doctor() -> None:
+    without = {check.name: check.says for check in machine.gpus(None, None, "")}
+    assert without["gpu"] == "none; only cuda targets need one"
+    nvcc = nvidia.Compiler("/usr/bin/nvcc", "13.0.88")
+    driver = nvidia.Driver("13.0", (H100,))
+    checks = {check.name: check.says for check in machine.gpus(driver, nvcc, "libnvrtc.so.13")}
+    assert checks == {
+        "gpu": "NVIDIA H100 80GB HBM3 (9.0, 80 GB); the driver runs CUDA 13.0",
+        "nvcc": "13.0.88, /usr/bin/nvcc",
+        "nvrtc": "libnvrtc.so.13",
+    }
+
+
+def test_cpu_code_imports_nothing_of_cuda() -> None:
+    code = (
+        "import sys, moec, moec.api, moec.codegen.package\n"
+        "assert not [m for m in sys.modules if m.startswith('moec.codegen.cuda')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
