@@ -1,0 +1,1 @@
+"""Kernels that choose experts, sort the choices and bring rows back."""

@@ -1,0 +1,138 @@
+"""Sorting the choices of all tokens by expert: a stable counting sort, by one block.
+
+    experts[T, k] -> order[r] = t * k + s       the choice at sorted row r
+                     slots[t, s] = r            its inverse
+                     ends[e]                    the rows of e are ends[e-1] .. ends[e]
+
+Ids outside 0 .. E-1 sort last and belong to nobody. Choices are counted, the counts summed up, and
+then written stretch by stretch: within a warp a choice stands behind the equal ones of lower
+lanes, within a block behind those of lower warps. So the order is that of the CPU's kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cuda.instructions import WARP, add_atomically, barrier, count_bits, match
+from moec.codegen.cuda.scan import each, running_sums
+from moec.codegen.specs.routing import DispatchSpec
+from moec.target.cuda import CudaTarget
+
+_STATIC_SHARED = 48 * 1024  # bytes that a block may have without asking for more
+
+
+@dataclass(frozen=True)
+class _Sort:
+    experts: int
+    top_k: int
+    warps: int
+    thread: Expr
+    chosen: Buffer
+    following: Buffer  # shared [E+1]: where the next row of each expert goes
+    rows: Buffer  # shared [warps * (E+1)]: the same for each warp of a stretch
+
+    @property
+    def threads(self) -> int:
+        return self.warps * WARP
+
+    @property
+    def size(self) -> int:
+        """Owners: the experts, and nobody."""
+        return self.experts + 1
+
+    def owner(self, choice: Expr) -> Expr:
+        """int32: the expert of a choice, or E."""
+        e = T.bind(self.chosen[choice // self.top_k, choice % self.top_k])
+        owned = T.And(e >= T.int64(0), e < T.int64(self.experts))
+        return T.bind(T.Select(owned, T.cast(e, "int32"), T.int32(self.experts)))
+
+
+def dispatch(spec: DispatchSpec, target: CudaTarget, name: str = "dispatch") -> PrimFunc:
+    """A kernel (experts i64[T, k], order i32[R], slots i32[T, k], ends i32[E]); R = T * k."""
+    size = spec.num_experts + 1
+    warps = max(1, min(16, (_STATIC_SHARED // 4 - 3 * size) // size))
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            t, r = T.int32(), T.int32()
+            experts = T.match_buffer(T.arg("experts", T.handle()), (t, spec.top_k), "int64")
+            order = T.match_buffer(T.arg("order", T.handle()), (r,), "int32")
+            slots = T.match_buffer(T.arg("slots", T.handle()), (t, spec.top_k), "int32")
+            ends = T.match_buffer(T.arg("ends", T.handle()), (spec.num_experts,), "int32")
+            grid = T.launch_thread("blockIdx.x", 1)
+            with grid, T.launch_thread("threadIdx.x", warps * WARP) as thread:
+                following = T.alloc_buffer((size,), "int32", scope="shared")
+                rows = T.alloc_buffer((warps * size,), "int32", scope="shared")
+                sort = _Sort(spec.num_experts, spec.top_k, warps, thread, experts, following, rows)
+                choices = T.bind(t * spec.top_k)
+                _starts(sort, choices, ends)
+                _write(sort, choices, order, slots)
+    return builder.get()
+
+
+def _starts(sort: _Sort, choices: Expr, ends: Buffer) -> None:
+    """ends, and the first row of each owner."""
+    sums = T.alloc_buffer((2 * sort.size,), "int32", scope="shared")
+    each(sort.size, sort.threads, sort.thread, lambda e: T.buffer_store(sums, T.int32(0), [e]))
+    barrier()
+    with T.serial(0, (choices + (sort.threads - 1)) // sort.threads) as turn:
+        choice = T.bind(turn * sort.threads + sort.thread)
+        with T.If(choice < choices), T.Then():
+            add_atomically(sums, sort.owner(choice), 1)
+    barrier()
+    base = running_sums(sums, sort.size, sort.threads, sort.thread)
+
+    def store(e: Expr) -> None:
+        start = T.if_then_else(e > 0, sums[base + T.max(e - 1, 0)], 0)
+        T.buffer_store(sort.following, start, [e])
+        with T.If(e < sort.experts), T.Then():
+            T.buffer_store(ends, sums[base + e], [e])
+
+    each(sort.size, sort.threads, sort.thread, store)
+
+
+def _write(sort: _Sort, choices: Expr, order: Buffer, slots: Buffer) -> None:
+    lane, warp = T.bind(sort.thread % WARP), T.bind(sort.thread // WARP)
+    lower = T.bind(T.shift_left(T.uint32(1), T.cast(lane, "uint32")) - T.uint32(1))
+    with T.serial(0, (choices + (sort.threads - 1)) // sort.threads) as turn:
+        choice = T.bind(turn * sort.threads + sort.thread)
+        owner = T.alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(owner, T.int32(-1), [0])
+        with T.If(choice < choices), T.Then():
+            T.buffer_store(owner, sort.owner(choice), [0])
+
+        def clear(i: Expr) -> None:
+            T.buffer_store(sort.rows, T.int32(0), [i])
+
+        each(sort.warps * sort.size, sort.threads, sort.thread, clear)
+        barrier()
+        equals = match(owner[0])
+        before = count_bits(T.bitwise_and(equals, lower))
+        total = count_bits(equals)
+        with T.If(T.And(before == 0, choice < choices)), T.Then():
+            T.buffer_store(sort.rows, total, [warp * sort.size + owner[0]])
+        barrier()
+        each(sort.size, sort.threads, sort.thread, lambda e: _first_rows(sort, e))
+        barrier()
+        with T.If(choice < choices), T.Then():
+            row = T.bind(sort.rows[warp * sort.size + owner[0]] + before)
+            T.buffer_store(order, choice, [row])
+            T.buffer_store(slots, row, [choice // sort.top_k, choice % sort.top_k])
+        barrier()  # the next stretch clears what slower warps read
+
+
+def _first_rows(sort: _Sort, e: Expr) -> None:
+    """Counts of the warps -> the first row of each, and of the next stretch."""
+    row = T.alloc_buffer((1,), "int32", scope="local")
+    T.buffer_store(row, sort.following[e], [0])
+    for warp in range(sort.warps):
+        count = T.bind(sort.rows[warp * sort.size + e])
+        T.buffer_store(sort.rows, row[0], [warp * sort.size + e])
+        T.buffer_store(row, row[0] + count, [0])
+    T.buffer_store(sort.following, row[0], [e])

@@ -1,0 +1,118 @@
+"""Which block computes which tile: persistent blocks, tiles of rows that one expert owns.
+
+    ends[e]      the rows of e are ends[e-1] .. ends[e]; it stays on the device
+    block b      tiles b, b + blocks, b + 2 blocks, ...; columns run faster than rows
+
+A grid depends on nothing but the GPU, so that the launch is the same whatever the routing: it may
+be captured in a CUDA graph. An expert without rows has no tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cuda.instructions import barrier
+from moec.codegen.cuda.scan import each, running_sums
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What one block multiplies at once: [rows, depth] @ [columns, depth]^T, `stages` of which
+    lie in shared memory, by warps in a grid."""
+
+    rows: int
+    columns: int
+    depth: int
+    warp_rows: int
+    warp_columns: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        pieces = self.depth // 8
+        if self.depth not in (32, 64):
+            raise ValueError(f"a tile is {self.depth} deep: only 32 and 64 are laid out")
+        if self.rows % (16 * self.warp_rows) or self.columns % (16 * self.warp_columns):
+            raise ValueError("a warp multiplies whole 16x16 tiles")
+        if self.rows * pieces % self.threads or self.columns * pieces % self.threads:
+            raise ValueError("each thread copies as many 16-byte pieces as every other")
+        if self.stages < 2:
+            raise ValueError("one stage is loaded while another is multiplied")
+
+    @property
+    def threads(self) -> int:
+        return self.warp_rows * self.warp_columns * 32
+
+    @property
+    def stage(self) -> int:
+        """Elements of one stage."""
+        return (self.rows + self.columns) * self.depth
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of the stages, of 16-bit elements."""
+        return self.stages * self.stage * 2
+
+
+LARGE = TileShape(128, 128, 32, warp_rows=2, warp_columns=4, stages=4)
+"""From 64 rows an expert."""
+MIDDLE = TileShape(64, 128, 64, warp_rows=2, warp_columns=2, stages=3)
+SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
+"""For decoding: a few rows an expert."""
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """int32: rows `first` .. `end` of an expert; the tile may end before, or behind."""
+
+    expert: Expr
+    first: Expr
+    end: Expr
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How many tiles of `rows` rows all experts before each have: sums[base + e]."""
+
+    ends: Buffer
+    experts: int
+    rows: int
+    sums: Buffer
+    base: int
+
+    @property
+    def total(self) -> Expr:
+        return self.sums[self.base + self.experts]
+
+    def find(self, tile: Expr) -> ExpertRows:
+        """By binary search: the last expert that has no more tiles before it than `tile`."""
+        expert = T.alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(expert, 0, [0])
+        step = 1 << (self.experts.bit_length() - 1)
+        while step:
+            with T.If(expert[0] + step < self.experts), T.Then():
+                with T.If(self.sums[self.base + expert[0] + step] <= tile), T.Then():
+                    T.buffer_store(expert, expert[0] + step, [0])
+            step //= 2
+        e = T.bind(expert[0])
+        start = T.if_then_else(e > 0, self.ends[T.max(e - 1, 0)], 0)
+        first = T.bind(start + (tile - self.sums[self.base + e]) * self.rows)
+        return ExpertRows(e, first, T.bind(self.ends[e]))
+
+
+def row_tiles(ends: Buffer, experts: int, rows: int, threads: int, thread: Expr) -> RowTiles:
+    """The tiles of all experts, counted by the block; all threads may read them then."""
+    size = experts + 1
+    sums = T.alloc_buffer((2 * size,), "int32", scope="shared")
+
+    def count(e: Expr) -> None:  # of expert e - 1
+        before = T.if_then_else(e > 1, ends[T.max(e - 2, 0)], 0)
+        owned = ends[T.max(e - 1, 0)] - before
+        T.buffer_store(sums, T.if_then_else(e > 0, (owned + (rows - 1)) // rows, 0), [e])
+
+    each(size, threads, thread, count)
+    barrier()
+    return RowTiles(ends, experts, rows, sums, running_sums(sums, size, threads, thread))
