@@ -1,0 +1,146 @@
+"""What nvcc makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
+
+A spill or a local array that is indexed by a variable goes to local memory, which is as slow as
+any: LDL and STL must not be there.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tvm.tirx import PrimFunc
+
+from moec.cache import OBJECTS, Store, entries
+from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.grouped import grouped_linear
+from moec.codegen.cuda.nvcc import Cubin, cubin
+from moec.codegen.cuda.routing.combine import combine
+from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.route import route
+from moec.codegen.cuda.source import lowered
+from moec.codegen.cuda.tiles import LARGE, MIDDLE, SMALL, TileShape
+from moec.codegen.specs.products import LinearSpec
+from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
+from moec.errors import TargetError
+from moec.ops.routing import Routing
+from moec.target import nvidia
+from moec.target.cuda import TARGETS, CudaTarget
+
+ARCHES = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a")
+SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL}
+needs_nvcc = pytest.mark.skipif(nvidia.nvcc() is None, reason="no nvcc")
+
+
+def grouped(shape: TileShape, *, is_gated: bool = True) -> Callable[[CudaTarget], PrimFunc]:
+    """Qwen3-30B-A3B's products: 128 experts, 768 wide, of a model of 2048."""
+    spec = LinearSpec(768, 2048, "bfloat16", groups=128, gated=True)
+    plain = LinearSpec(2048, 768, "bfloat16", groups=128)
+    if is_gated:
+        return lambda target: grouped_linear(
+            spec, target, epilogue=gated(silu), top_k=8, shape=shape
+        )
+    return lambda target: grouped_linear(plain, target, shape=shape)
+
+
+GROUPS = Routing(
+    8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
+)
+KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
+    **{f"gated-{name}": grouped(shape) for name, shape in SHAPES.items()},
+    "plain-large": grouped(LARGE, is_gated=False),
+    "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
+    "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
+    "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
+    "combine": lambda t: combine(CombineSpec(128, 8, 2048, "bfloat16", "bfloat16", "float32"), t),
+}
+PRODUCTS = [name for name in KERNELS if "-" in name and "route" not in name]
+
+
+@cache
+def compiled(name: str, arch: str) -> Cubin:
+    target = TARGETS[arch]
+    return cubin(lowered(KERNELS[name](target), target).source, target)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_spills(name: str, arch: str) -> None:
+    result = compiled(name, arch)
+    assert result.spills == 0
+    threads = SHAPES[name.partition("-")[2]].threads if name in PRODUCTS else 512
+    assert result.registers * threads <= TARGETS[arch].registers, "no block fits an SM"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_shared_memory_is_within_the_limit(name: str, arch: str) -> None:
+    stages = SHAPES[name.partition("-")[2]].shared_memory
+    assert compiled(name, arch).static_shared + stages <= TARGETS[arch].shared_memory
+
+
+def tool(name: str) -> str | None:
+    """CUDA's, from $PATH or from the wheels that hold it."""
+    spec = find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec else None
+    wheels = [str(path) for folder in folders or () for path in Path(folder).glob("*/bin")]
+    return shutil.which(name) or shutil.which(name, path=":".join(wheels))
+
+
+@needs_nvcc
+@pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm")
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("name", ["gated-large", "gated-small", "route", "dispatch"])
+def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled(name, arch).content)
+    command = [str(tool("nvdisasm")), "-c", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = set(
+        re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]+)", text, re.M)
+    )
+    stems = {word.partition(".")[0] for word in words}
+    assert not stems & {"LDL", "STL"}
+    if name in PRODUCTS:
+        assert {"HMMA", "LDSM", "LDGSTS"} <= stems
+        assert any(word.startswith("HMMA.16816.F32.BF16") for word in words)
+        assert any(word.startswith("LDSM.16.M88.4") or word == "LDSM.16.M88.4" for word in words)
+        assert "STG.E.U16" not in words, "neighbours are stored as one word"
+    else:
+        assert {"route": "REDUX", "dispatch": "MATCH"}[name] in stems | {
+            word.lstrip("C") for word in stems
+        }
+
+
+@needs_nvcc
+def test_the_second_compilation_comes_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, store = TARGETS["cuda:sm_80"], Store(tmp_path)
+    source = lowered(KERNELS["combine"](target), target).source
+    first = cubin(source, target, store)
+    assert [entry.kind for entry in entries(store)] == [OBJECTS, OBJECTS]
+    monkeypatch.setattr("moec.codegen.cuda.nvcc._compile", None)
+    assert cubin(source, target, store) == first
+    assert first.registers > 0
+
+
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "nvcc", lambda: None)
+    with pytest.raises(TargetError, match="target 'cuda:sm_80': there is no nvcc, which compiles"):
+        cubin("", TARGETS["cuda:sm_80"], Store(None))
+
+
+@needs_nvcc
+def test_nvcc_that_fails() -> None:
+    words = r"(?s)target 'cuda:sm_80': .*nvcc fails: kernel.cu\(1\): error"
+    with pytest.raises(TargetError, match=words):
+        cubin("nothing", TARGETS["cuda:sm_80"], Store(None))

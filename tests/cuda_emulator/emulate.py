@@ -1,0 +1,204 @@
+"""CUDA kernels on the CPU: CUDA C compiled as C++, under the host code that would launch it.
+
+    kernel --TVM--> CUDA C --g++ with kernel.hpp--> library --imported by--> TVM's host function
+
+So grids, shared memory and the order of arguments are those of the real launch. Tensors end where
+a page without access begins: a read or write behind the end is an EmulationError, as are threads
+that wait for each other for ever and warps that part. What is not emulated: docs/cuda.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import re
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tvm
+import tvm_ffi
+from torch import Tensor
+from tvm.tirx import PrimFunc
+
+from moec.cache import LIBRARIES, default_store, key_of, load, save
+from moec.codegen.cuda.source import Lowered, launcher, lowered
+from moec.target.cuda import TARGETS, CudaTarget
+
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.hpp")))
+FLAGS = ("-O1", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+SM_80 = TARGETS["cuda:sm_80"]
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no g++, which compiles CUDA C for the emulator"
+)
+
+tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
+
+
+class EmulationError(Exception):
+    """The kernel does what a GPU would not let pass, or would never end."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`late`: copies happen when they are waited for, else at once. `skewed`: one warp runs until
+    it is stuck before another moves, else all in turn."""
+
+    late: bool
+    skewed: bool
+
+    def __str__(self) -> str:
+        return f"{'late' if self.late else 'early'}{'-skewed' if self.skewed else ''}"
+
+
+SCHEDULES = tuple(itertools.starmap(Schedule, itertools.product((True, False), (False, True))))
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A kernel that takes torch tensors of the CPU, the results last."""
+
+    host: tvm.runtime.Module
+    library: ctypes.CDLL
+    name: str
+
+    def __call__(self, *tensors: Tensor, schedule: Schedule = SCHEDULES[0]) -> None:
+        """Raises EmulationError; results are undefined then."""
+        self.library.emulator_schedule(schedule.late, schedule.skewed)
+        copies = [_guarded(t) for t in tensors]
+        self.host[self.name](*map(_argument, copies))
+        if message := self.library.emulator_message().decode():
+            raise EmulationError(message)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.copy_(copy)
+
+
+def emulated(
+    kernel: PrimFunc, target: CudaTarget = SM_80, change: Callable[[str], str] = str
+) -> Emulated:
+    """The kernel as it is compiled for `target`; `change` edits its CUDA C: a bug, planted.
+
+    Raises EmulationError where it uses an instruction that the emulator does not have.
+    """
+    low = lowered(kernel, target)
+    code = _cpp(change(low.source), low)
+    file = tempfile.NamedTemporaryFile(suffix=".so", prefix="moec-", delete=False)
+    with file:
+        file.write(_compiled(code))
+    host = launcher(low)
+    host.import_module(tvm.runtime.load_module(file.name))
+    library = ctypes.CDLL(file.name)
+    library.emulator_message.restype = ctypes.c_char_p
+    Path(file.name).unlink()
+    return Emulated(host, library, str(kernel.attrs["global_symbol"]))
+
+
+# ---- CUDA C as C++ ---------------------------------------------------------------------
+
+
+def _cpp(source: str, low: Lowered) -> str:
+    code = source[source.index('extern "C" __global__') :]
+    dynamic = r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];"
+    code = re.sub(dynamic, r"\1* \2 = (\1*)emulator::dynamic_memory;", code)
+    section = r'static __attribute__((section("block_memory"), aligned(\1))) '
+    code = re.sub(r"__shared__ alignas\((\d+)\) ", section, code)
+    entries = [
+        _entry(code, var.name_hint, function) for var, function in low.device.functions.items()
+    ]
+    return "\n".join(['#include "kernel.hpp"', code, *entries])
+
+
+def _entry(code: str, name: str, function: PrimFunc) -> str:
+    """What TVM's host code calls: arguments, then the sizes of the launch by their tags."""
+    signature = re.search(rf"\b{name}\((.*?)\);", code)
+    assert signature is not None
+    kinds = [re.sub(r"__restrict__|const|\w+$", "", p).strip() for p in signature[1].split(", ")]
+    tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
+    launch = {tag: f"int(a[{len(kinds) + i}].i)" for i, tag in enumerate(tags)}
+    arguments = [f"({kind})a[{i}].{_field(kind)}" for i, kind in enumerate(kinds)]
+    grid, threads = (
+        ", ".join(launch.get(f"{of}.{axis}", "1") for axis in "xyz")
+        for of in ("blockIdx", "threadIdx")
+    )
+    dynamic = launch.get("tirx.use_dyn_shared_memory", "0")
+    return f"""
+extern "C" int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result) {{
+  emulator::launch({{{grid}}}, {{{threads}}}, {dynamic}, [=] {{ {name}({", ".join(arguments)}); }});
+  *result = {{}};
+  return 0;
+}}"""
+
+
+def _field(kind: str) -> str:
+    return "p" if "*" in kind else "d" if kind in ("float", "double") else "i"
+
+
+def _compiled(code: str) -> bytes:
+    store = default_store()
+    headers = [path.read_text() for path in HEADERS]
+    key = key_of("emulated", code, *headers, *FLAGS)
+    if (library := load(store, LIBRARIES, key)) is not None:
+        return library
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        source, output = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        source.write_text(code)
+        command = ["g++", *FLAGS, "-shared", f"-I{_precompiled()}", str(source), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            lines = [line for line in result.stderr.splitlines() if "error:" in line]
+            raise EmulationError("\n".join(lines) or result.stderr)
+        library = output.read_bytes()
+    save(store, LIBRARIES, {key: library})
+    return library
+
+
+@cache
+def _precompiled() -> str:
+    """A folder with the headers, compiled once: that is most of a kernel's compile time."""
+    folder = tempfile.mkdtemp(prefix="moec-emulator-")
+    weakref.finalize(_precompiled, shutil.rmtree, folder, ignore_errors=True)
+    for header in HEADERS:
+        shutil.copy(header, folder)
+    path = Path(folder, "kernel.hpp")
+    words = ["g++", *FLAGS, "-x", "c++-header", str(path), "-o", f"{path}.gch"]
+    subprocess.run(words, check=True)
+    return folder
+
+
+# ---- tensors that end where a page without access begins ---------------------------------
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NO_ACCESS = 0
+
+
+def _guarded(tensor: Tensor) -> Tensor:
+    """A copy of it, behind which nothing may be read or written."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor.contiguous()
+    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, usable + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    end = ctypes.c_void_p(address + usable)
+    if _LIBC.mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), _NO_ACCESS):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=usable - size)
+    return copy.reshape(tensor.shape).copy_(tensor)
+
+
+def _argument(tensor: Tensor) -> Any:
+    """Torch gives empty tensors strides that TVM takes for a gap."""
+    if tensor.numel():
+        return tvm_ffi.from_dlpack(tensor)
+    return tvm.runtime.empty(tensor.shape, str(tensor.dtype).removeprefix("torch."))

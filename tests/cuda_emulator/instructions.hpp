@@ -1,0 +1,174 @@
+// Each function that TVM writes around one PTX instruction, and the CUDA functions that kernels
+// call, under their names: what is missing here is an error when a kernel is compiled.
+#pragma once
+#include "block.hpp"
+#include "types.hpp"
+
+template <class T> static T min(T a, T b) { return a < b ? a : b; }
+template <class T> static T max(T a, T b) { return a > b ? a : b; }
+
+// ---- the block ---------------------------------------------------------------------------
+
+static void __syncthreads() {
+  using namespace emulator;
+  if (alive != int(fibers.size())) fail("a barrier that threads which have ended do not reach" + where());
+  meet(block, "__syncthreads", now->index, fibers.size(), nullptr, [](void**) {});
+}
+
+static int atomicAdd(int* to, int value) {
+  int before = *to;
+  *to += value;
+  return before;
+}
+
+// ---- values of the lanes of a warp ---------------------------------------------------------
+
+static int __syncwarp() {
+  emulator::warp("__syncwarp", nullptr, [](void**) {});
+  return 0;
+}
+
+// Every lane gives a value and gets what `choose` makes of all 32.
+template <class T, class R, class Choose>
+static R exchange(const char* what, unsigned mask, T value, Choose choose) {
+  struct Lane { T value; R result; } mine{value, R()};
+  if (mask != 0xffffffffu) emulator::fail(std::string(what) + " of a part of a warp is not emulated");
+  emulator::warp(what, &mine, [&](void** lanes) {
+    T values[32];
+    for (int l = 0; l < 32; l++) values[l] = ((Lane*)lanes[l])->value;
+    for (int l = 0; l < 32; l++) ((Lane*)lanes[l])->result = choose(values, l);
+  });
+  return mine.result;
+}
+
+static float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+  return exchange<float, float>("__shfl_xor_sync", mask, value, [lanes](float* v, int l) { return v[l ^ lanes]; });
+}
+static int __reduce_max_sync(unsigned mask, int value) {
+  return exchange<int, int>("__reduce_max_sync", mask, value, [](int* v, int) {
+    int r = v[0];
+    for (int l = 1; l < 32; l++) r = max(r, v[l]);
+    return r;
+  });
+}
+static int __reduce_min_sync(unsigned mask, int value) {
+  return exchange<int, int>("__reduce_min_sync", mask, value, [](int* v, int) {
+    int r = v[0];
+    for (int l = 1; l < 32; l++) r = min(r, v[l]);
+    return r;
+  });
+}
+static unsigned __ballot_sync(unsigned mask, int condition) {
+  return exchange<int, unsigned>("__ballot_sync", mask, condition, [](int* v, int) {
+    unsigned r = 0;
+    for (int l = 0; l < 32; l++) r |= unsigned(v[l] != 0) << l;
+    return r;
+  });
+}
+static unsigned __match_any_sync(unsigned mask, int value) {
+  return exchange<int, unsigned>("__match_any_sync", mask, value, [](int* v, int mine) {
+    unsigned r = 0;
+    for (int l = 0; l < 32; l++) r |= unsigned(v[l] == v[mine]) << l;
+    return r;
+  });
+}
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// ---- shared memory: addresses and asynchronous copies ---------------------------------------
+
+static uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* pointer) {
+  char* p = (char*)pointer;
+  if (p >= __start_block_memory && p < __stop_block_memory) return emulator::STATIC + uint32_t(p - __start_block_memory);
+  return uint32_t(p - emulator::dynamic_memory);
+}
+
+namespace emulator {
+static void copy(const Copy& c) {
+  char* to = shared(c.to, 16);
+  memcpy(to, c.from, c.size);
+  memset(to + c.size, 0, 16 - c.size);
+}
+static void copy_async(uint32_t to, const void* from, uint32_t size) {
+  if (to % 16 || uintptr_t(from) % 16) fail("cp.async of memory that is not aligned to 16 bytes" + where());
+  if (size > 16) fail("cp.async of more than 16 bytes" + where());
+  if (late) now->open.push_back({to, from, size});
+  else copy({to, from, size});
+}
+static void wait_copies(size_t left) {
+  for (auto& groups = now->groups; groups.size() > left; groups.pop_front())
+    for (auto& c : groups.front()) copy(c);
+}
+}  // namespace emulator
+
+static void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t to, const void* from) { emulator::copy_async(to, from, 16); }
+static void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(uint32_t to, const void* from, uint32_t size) {
+  emulator::copy_async(to, from, size);
+}
+static void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
+  emulator::now->groups.push_back(std::move(emulator::now->open));
+  emulator::now->open.clear();
+}
+#define WAIT(n) \
+  static void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_##n() { emulator::wait_copies(n); }
+WAIT(0) WAIT(1) WAIT(2) WAIT(3) WAIT(4) WAIT(5)
+#undef WAIT
+
+// ---- matrices of a warp ----------------------------------------------------------------------
+
+// PTX ISA, ldmatrix: lane l has two neighbours of row l / 4 of each matrix.
+static void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t row) {
+  struct Lane { uint32_t *r[4], row; } mine{{&r0, &r1, &r2, &r3}, row};
+  if (row % 16) emulator::fail("ldmatrix of a row that is not aligned to 16 bytes" + emulator::where());
+  emulator::warp("ldmatrix", &mine, [](void** lanes) {
+    for (int i = 0; i < 4; i++)
+      for (int l = 0; l < 32; l++) {
+        uint32_t from = ((Lane*)lanes[i * 8 + l / 4])->row;
+        memcpy(((Lane*)lanes[l])->r[i], emulator::shared(from, 16) + l % 4 * 4, 4);
+      }
+  });
+}
+
+namespace emulator {
+// PTX ISA, mma.m16n8k16: which elements of A, B and D a lane has.
+template <class T>
+static void multiply(float* const d[4], const uint32_t a[4], const uint32_t b[2], const float c[4]) {
+  struct Lane { float* const* d; const uint32_t *a, *b; const float* c; } mine{d, a, b, c};
+  warp("mma", &mine, [](void** lanes) {
+    auto lane = [&](int l) -> Lane& { return *(Lane*)lanes[l]; };
+    auto part = [](uint32_t word, int high) {
+      T t;
+      t.bits = high ? word >> 16 : word & 0xffff;
+      return float(t);
+    };
+    float left[16][16], right[8][16];
+    for (int l = 0; l < 32; l++)
+      for (int h = 0; h < 2; h++) {
+        for (int q = 0; q < 4; q++) left[l / 4 + q % 2 * 8][l % 4 * 2 + q / 2 * 8 + h] = part(lane(l).a[q], h);
+        for (int q = 0; q < 2; q++) right[l / 4][l % 4 * 2 + q * 8 + h] = part(lane(l).b[q], h);
+      }
+    for (int l = 0; l < 32; l++)
+      for (int q = 0; q < 4; q++) {
+        float sum = 0;
+        for (int k = 0; k < 16; k++) sum += left[l / 4 + q / 2 * 8][k] * right[l % 4 * 2 + q % 2][k];
+        *lane(l).d[q] = lane(l).c[q] + sum;
+      }
+  });
+}
+}  // namespace emulator
+
+#define MMA(name, type)                                                                                              \
+  static void tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_##name##_##name##_f32(                           \
+      float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,   \
+      uint32_t b1, float c0, float c1, float c2, float c3) {                                                         \
+    float* d[4] = {&d0, &d1, &d2, &d3};                                                                              \
+    uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};                                                               \
+    float c[4] = {c0, c1, c2, c3};                                                                                   \
+    emulator::multiply<type>(d, a, b, c);                                                                            \
+  }
+MMA(bf16, nv_bfloat16)
+MMA(f16, half)
+#undef MMA
+
+template <class T> static uint32_t pair_of(float high, float low) { return uint32_t(T(high).bits) << 16 | T(low).bits; }
+static void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& d, float high, float low) { d = pair_of<nv_bfloat16>(high, low); }
+static void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& d, float high, float low) { d = pair_of<half>(high, low); }
