@@ -69,6 +69,76 @@ def round_pair(dtype: str, word: Expr, low: Expr, high: Expr) -> None:
     ptx(f"cvt.rn.{_MMA[dtype]}x2.f32", word, high, low)  # the high half comes first
 
 
+# ---- sm_90a: barriers that copies complete, TMA, products of four warps ----------------------
+
+
+def init_barrier(barrier: Expr, arrivals: int) -> None:
+    """A barrier in shared memory (uint64): a phase ends after so many arrivals, and all bytes."""
+    ptx("mbarrier.init.shared.b64", barrier, T.uint32(arrivals))
+
+
+def publish_barriers() -> None:
+    """Barriers that were initialised are so for copies too."""
+    ptx("fence.mbarrier_init.release.cluster")
+
+
+def expect_bytes(barrier: Expr, size: int) -> None:
+    """Arrive, and have the phase wait for so many bytes."""
+    ptx("mbarrier.arrive.expect_tx.shared.b64", barrier, T.uint32(size))
+
+
+def arrive(barrier: Expr) -> None:
+    ptx("mbarrier.arrive.shared.b64", barrier)
+
+
+def wait_barrier(barrier: Expr, parity: Expr) -> None:
+    """Until the phase of this parity, the first of which is 0, has ended."""
+    T.evaluate(T.cuda.mbarrier_wait(barrier, parity))
+
+
+def copy_box(to: Expr, tensor_map: Expr, column: Expr, row: Expr, barrier: Expr) -> None:
+    """The box of the map at (row, column), zeros outside of the tensor; completes the barrier."""
+    form = "2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    ptx(f"cp.async.bulk.tensor.{form}", to, T.address_of(tensor_map), column, row, barrier)
+
+
+def describe_matrix(descriptor: Expr, matrix: Expr) -> None:
+    """uint64: rows of 64 16-bit elements with the 128-byte swizzle, 1024 bytes for 8 of them."""
+    address = T.address_of(descriptor)
+    T.evaluate(T.cuda.wgmma.encode_matrix_descriptor(address, matrix, 1, 64, 3))
+
+
+def fence_products() -> None:
+    ptx("wgmma.fence.sync.aligned")
+
+
+def multiply_group(
+    dtype: str, sums: Sequence[Expr], a: Expr, b: Expr, adds: Expr, columns: int
+) -> None:
+    """sums[64, columns] (+)= a[64, 16] @ b[columns, 16]^T by four warps, from shared memory."""
+    name = _MMA[dtype]
+    text = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name}"
+    ptx(text, *sums, a, b, T.ptx.pred(adds), 1, 1, 0, 0)
+
+
+def commit_products() -> None:
+    ptx("wgmma.commit_group.sync.aligned")
+
+
+def wait_products(groups: int) -> None:
+    """Until at most `groups` of the latest groups of products are still open."""
+    ptx("wgmma.wait_group.sync.aligned", groups)
+
+
+def give_registers(count: int) -> None:
+    """All threads of this warpgroup go down to so many."""
+    ptx("setmaxnreg.dec.sync.aligned.u32", count)
+
+
+def take_registers(count: int) -> None:
+    ptx("setmaxnreg.inc.sync.aligned.u32", count)
+
+
 # ---- values of all lanes of a warp -----------------------------------------------------
 
 

@@ -33,6 +33,7 @@ struct Fiber {
   ucontext_t context;
   int index;
   bool done;
+  std::string waits;                     // for what, while it does
   std::vector<Copy> open;                // copies since the last commit
   std::deque<std::vector<Copy>> groups;  // committed and not waited for
 };
@@ -51,6 +52,7 @@ static std::function<void()> body;
 static std::string message;
 static char* dynamic_memory;  // ends where a page without access begins
 static size_t dynamic_size;
+static std::vector<void (*)()> block_starts;  // what else of a block begins anew
 
 [[noreturn]] static void fail(const std::string& reason) {
   message = reason;
@@ -61,6 +63,18 @@ static size_t dynamic_size;
 static std::string where() {
   char text[96];
   snprintf(text, sizeof text, " (block %d, thread %d)", blockIdx.x, now->index);
+  return text;
+}
+
+// "for mbarrier 16777216: 128..255" and so on, of the threads that are not done.
+static std::string who_waits() {
+  std::string text;
+  for (size_t i = 0, first = 0; i < fibers.size(); i++) {
+    bool last = i + 1 == fibers.size() || fibers[i + 1].waits != fibers[i].waits || fibers[i + 1].done != fibers[i].done;
+    if (!last) continue;
+    if (!fibers[i].done) text += "; " + std::to_string(first) + ".." + std::to_string(i) + " for " + fibers[i].waits;
+    first = i + 1;
+  }
   return text;
 }
 
@@ -93,7 +107,7 @@ static Fiber* after(Fiber* fiber, bool stays) {
 static void yield() {
   static int spins;
   if (++stuck == 1) spins = 0;
-  if (stuck > 8 * long(fibers.size()) + 256) fail("threads wait for each other for ever" + where());
+  if (stuck > 8 * long(fibers.size()) + 256) fail("threads wait for each other for ever" + where() + who_waits());
   Fiber *was = now, *next = after(was, skewed && ++spins % 33);
   if (next == was) return;
   enter(next);
@@ -115,6 +129,7 @@ static void meet(Meeting& meeting, const char* what, int index, int count, void*
     stuck = 0;
     return;
   }
+  now->waits = what;
   for (long round = meeting.round; meeting.round == round;) yield();
 }
 
@@ -157,6 +172,7 @@ static void prepare(int threads) {
   fibers = std::vector<Fiber>(threads);
   warps.assign((threads + 31) / 32, Meeting{});
   block = Meeting{};
+  for (auto start_anew : block_starts) start_anew();
   alive = threads;
   stuck = 0;
   for (int i = 0; i < threads; i++) {

@@ -14,6 +14,7 @@ import itertools
 import mmap
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import weakref
@@ -42,7 +43,28 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no g++, which compiles CUDA C for the emulator"
 )
 
+
+def _encode(
+    encoded: Any,
+    dtype: object,
+    rank: int,
+    base: Any,
+    columns: int,
+    rows: int,
+    stride: int,
+    box_columns: int,
+    box_rows: int,
+    *options: int,
+) -> int:
+    """What the driver would encode, as the CUtensorMap of sm_90a.hpp: matrices of 16 bits."""
+    swizzle = options[3]
+    values = (base.value, columns, rows, stride, box_columns, box_rows, 2, swizzle)
+    ctypes.memmove(encoded.value, struct.pack("<8q", *values), 64)
+    return 0
+
+
 tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
+tvm_ffi.register_global_func("runtime.cuTensorMapEncodeTiled", _encode, override=True)
 
 
 class EmulationError(Exception):
@@ -123,10 +145,11 @@ def _entry(code: str, name: str, function: PrimFunc) -> str:
     """What TVM's host code calls: arguments, then the sizes of the launch by their tags."""
     signature = re.search(rf"\b{name}\((.*?)\);", code)
     assert signature is not None
-    kinds = [re.sub(r"__restrict__|const|\w+$", "", p).strip() for p in signature[1].split(", ")]
+    words = r"__restrict__|__grid_constant__|const|\w+$"
+    kinds = [re.sub(words, "", p).strip() for p in signature[1].split(", ")]
     tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
     launch = {tag: f"int(a[{len(kinds) + i}].i)" for i, tag in enumerate(tags)}
-    arguments = [f"({kind})a[{i}].{_field(kind)}" for i, kind in enumerate(kinds)]
+    arguments = [_argument_of(kind, i) for i, kind in enumerate(kinds)]
     grid, threads = (
         ", ".join(launch.get(f"{of}.{axis}", "1") for axis in "xyz")
         for of in ("blockIdx", "threadIdx")
@@ -140,8 +163,11 @@ extern "C" int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result)
 }}"""
 
 
-def _field(kind: str) -> str:
-    return "p" if "*" in kind else "d" if kind in ("float", "double") else "i"
+def _argument_of(kind: str, index: int) -> str:
+    if kind == "CUtensorMap":
+        return f"*(CUtensorMap*)a[{index}].p"
+    field = "p" if "*" in kind else "d" if kind in ("float", "double") else "i"
+    return f"({kind})a[{index}].{field}"
 
 
 def _compiled(code: str) -> bytes:

@@ -1,6 +1,7 @@
 // What stands before the CUDA C of a kernel when it is compiled as C++ for the CPU.
 #pragma once
 #include "instructions.hpp"
+#include "sm_90a.hpp"
 
 // An argument as TVM's host code passes it.
 struct Argument { int32_t type; uint32_t zero; union { int64_t i; double d; void* p; }; };
@@ -11,4 +12,5 @@ struct Argument { int32_t type; uint32_t zero; union { int64_t i; double d; void
 #define uchar unsigned char
 #define ushort unsigned short
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(n)

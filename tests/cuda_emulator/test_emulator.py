@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.tiles import TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
+from tests.cuda_emulator.bugs import EARLY, WHERE_LATE, WHERE_SKEWED, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
     SM_80,
@@ -30,35 +29,9 @@ pytestmark = needs_compiler
 
 SHAPE = TileShape(32, 32, 64, warp_rows=1, warp_columns=2, stages=3)
 SPEC = LinearSpec(64, 256, "bfloat16", groups=3)
-LATE, LATE_SKEWED, EARLY, EARLY_SKEWED = SCHEDULES
-ALL = frozenset(SCHEDULES)
 WAIT = "tvm_builtin_ptx_cp_async_wait_group_async_wait_group_{}();"
 
 
-@dataclass(frozen=True)
-class Bug:
-    """Every `pattern` of the CUDA C becomes `text`, or the last one alone; results are wrong, or
-    the launch fails with `words`, under these schedules and no others."""
-
-    name: str
-    pattern: str
-    text: str
-    found: frozenset[Schedule] = ALL
-    words: str = ""
-    last: bool = False
-
-    def plant(self, source: str) -> str:
-        start = source.index('extern "C" __global__')
-        head, code = source[:start], source[start:]
-        matches = list(re.finditer(self.pattern, code))
-        assert matches, f"{self.name}: the kernel has no {self.pattern}"
-        if not self.last:
-            return head + re.sub(self.pattern, self.text, code)
-        match = matches[-1]
-        return head + code[: match.start()] + match.expand(self.text) + code[match.end() :]
-
-
-WHERE_LATE, WHERE_SKEWED = frozenset({LATE, LATE_SKEWED}), frozenset({LATE_SKEWED, EARLY_SKEWED})
 ONE, TWO, NONE = (re.escape(WAIT.format(n)) for n in (1, 2, 0))
 COMMIT = r"tvm_builtin_ptx_cp_async_commit_group_async_commit_group\(\);"
 PRODUCT_BUGS = (
@@ -123,19 +96,6 @@ def right(run: Emulated, schedule: Schedule) -> bool:
     y = torch.full(exact.shape, torch.nan, dtype=torch.bfloat16)
     run(x, ends, w, y, schedule=schedule)
     return torch.allclose(y.float(), exact, rtol=2.0**-7, atol=1e-2, equal_nan=True)
-
-
-def check_found(bug: Bug, is_right: Callable[[Schedule], bool]) -> None:
-    """The results are wrong, or the launch fails in the bug's words, where they should."""
-    outcomes: dict[str, str] = {}
-    for schedule in SCHEDULES:
-        try:
-            outcomes[str(schedule)] = "" if is_right(schedule) else "wrong"
-        except EmulationError as error:
-            outcomes[str(schedule)] = str(error)
-    assert {name for name, outcome in outcomes.items() if outcome} == set(map(str, bug.found))
-    if bug.words:
-        assert all(bug.words in outcome for outcome in outcomes.values() if outcome), outcomes
 
 
 def test_the_kernels_themselves_are_right() -> None:

@@ -1,0 +1,116 @@
+"""Products of experts on sm_90a: as grouped, with rows that lie sorted, by TMA and wgmma.
+
+    y[r] = f(x[r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
+
+Boxes may reach behind an expert's rows, and behind its weights: what is computed there is not
+stored, and outside of the tensors are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.instructions import give_registers, take_registers
+from moec.codegen.cuda.product import Product, arguments, check_product, store_row
+from moec.codegen.cuda.tiles import ExpertRows, RowTiles, row_tiles
+from moec.codegen.cuda.wgmma_tile import (
+    COLUMNS,
+    ROWS,
+    SHARED_MEMORY,
+    THREADS,
+    WgmmaTile,
+    tensor_map,
+    wgmma_tile,
+)
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.target.cuda import CudaTarget
+
+_LOADING, _MULTIPLYING = 40, 232  # registers of a thread; the launch gives 168 to each
+
+
+def grouped_linear_wgmma(
+    spec: LinearSpec,
+    target: CudaTarget,
+    *,
+    epilogue: Epilogue | None = None,
+    blocks: int = 0,
+    name: str = "grouped",
+) -> PrimFunc:
+    """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n]).
+
+    `blocks` is the grid: 0 for one block on each SM. Raises NoMatch for what the tile cannot do.
+    """
+    check_product(spec, target, epilogue, SHARED_MEMORY)
+    if "wgmma" not in target.tensor_cores:
+        raise NoMatch(f"{target.name} has no wgmma, sm_90a alone has")
+    count = blocks or target.sms
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            p = arguments(spec, epilogue, 0)
+            x = tensor_map(p.x, T.cast(p.rows, "int64"), spec.k, spec.dtype)
+            w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec.k, spec.dtype)
+            grid = T.launch_thread("blockIdx.x", count)
+            with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
+                tile = wgmma_tile(spec.dtype, spec.k, thread)
+                tile.start()
+                tiles = row_tiles(p.ends, spec.groups, ROWS, THREADS, thread)
+                with T.If(tile.group == 0):
+                    with T.Then():
+                        give_registers(_LOADING)
+                        with T.If(thread == 0), T.Then():
+                            _each_tile(p, tile, tiles, count, block, _loader(p, tile, x, w))
+                    with T.Else():
+                        take_registers(_MULTIPLYING)
+                        _each_tile(p, tile, tiles, count, block, _multiplier(p, tile))
+    return builder.get()
+
+
+def _each_tile(
+    p: Product,
+    tile: WgmmaTile,
+    tiles: RowTiles,
+    blocks: int,
+    block: Expr,
+    body: Callable[[ExpertRows, Expr, Expr], None],
+) -> None:
+    """body(rows, first column, stages before it) for each tile of this block, in order."""
+    across = -(-p.columns // COLUMNS)
+    with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
+        index = T.bind(block + turn * blocks)
+        owned = tiles.find(index // across)
+        body(owned, T.bind(index % across * COLUMNS), T.bind(turn * tile.steps))
+
+
+def _loader(
+    p: Product, tile: WgmmaTile, x: Expr, w: Expr
+) -> Callable[[ExpertRows, Expr, Expr], None]:
+    def load(owned: ExpertRows, column: Expr, done: Expr) -> None:
+        tile.load(x, w, owned.first, owned.expert * p.columns + column, done)
+
+    return load
+
+
+def _multiplier(p: Product, tile: WgmmaTile) -> Callable[[ExpertRows, Expr, Expr], None]:
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    lane, warp = tile.thread % 32, tile.thread % 128 // 32
+
+    def compute(owned: ExpertRows, column: Expr, done: Expr) -> None:
+        tile.compute(done)
+        first = T.bind(column + lane % 4 * 2)
+        for half in range(2):
+            above = owned.first + (tile.group - 1) * 64
+            row = T.bind(above + warp * 16 + half * 8 + lane // 4)
+            at = [u * 4 + half * 2 for u in range(COLUMNS // 8)]
+            fragments = [(tile.sums[i], tile.sums[i + 1]) for i in at]
+            store_row(p, COLUMNS, owned, row, first, fragments, word)
+
+    return compute

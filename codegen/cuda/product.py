@@ -1,0 +1,134 @@
+"""What a product of experts reads and writes, whatever multiplies it.
+
+y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.instructions import round_pair
+from moec.codegen.cuda.layout import GROUP
+from moec.codegen.cuda.tiles import ExpertRows
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.target.cuda import CudaTarget
+
+HALVES = ("bfloat16", "float16")
+
+Pair: TypeAlias = tuple[Expr, Expr]
+"""float32 sums of two neighbouring columns, which one thread holds."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """The arguments of a kernel. `order` is there where rows are gathered by it."""
+
+    spec: LinearSpec
+    epilogue: Epilogue | None
+    ends: Buffer
+    x: Buffer
+    order: Buffer | None
+    top_k: int
+    w: Buffer
+    bias: Buffer | None
+    y: Buffer
+    rows: Expr
+
+    @property
+    def columns(self) -> int:
+        """Of the packed weights."""
+        return self.spec.n * (2 if self.spec.gated else 1)
+
+
+def check_product(
+    spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None, shared_memory: int
+) -> None:
+    """Raises NoMatch where tensor cores of 16 bits cannot compute it, in so many bytes."""
+    if spec.dtype not in HALVES:
+        raise NoMatch(f"products of {spec.dtype} have no CUDA kernel, those of 16 bits have")
+    if spec.y_dtype not in (spec.dtype, "float32"):
+        raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
+    if spec.k % 8:
+        raise NoMatch(f"its rows of {spec.k} elements are no multiple of 16 bytes")
+    if spec.n % (GROUP if spec.gated else 2):
+        raise NoMatch(f"its {spec.n} columns cannot be stored as pairs of 16-bit fragments")
+    if spec.gated and epilogue is None:
+        raise NoMatch("gate and up need an epilogue that joins them")
+    if shared_memory + 8 * (spec.groups + 1) > target.shared_memory:
+        raise NoMatch(
+            f"its tile needs {shared_memory} bytes of shared memory, and a block of "
+            f"{target.name} has {target.shared_memory}"
+        )
+
+
+def arguments(spec: LinearSpec, epilogue: Epilogue | None, top_k: int) -> Product:
+    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]."""
+    many, tokens = T.int32(), T.int32()
+    columns = spec.n * (2 if spec.gated else 1)
+    x_rows = tokens if top_k else many
+
+    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+    x = argument("x", (x_rows, spec.k), spec.dtype)
+    order = argument("order", (many,), "int32") if top_k else None
+    ends = argument("ends", (spec.groups,), "int32")
+    w = argument("w", (spec.groups, columns, spec.k), spec.dtype)
+    bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
+    y = argument("y", (many, spec.n), spec.y_dtype)
+    return Product(spec, epilogue, ends, x, order, top_k, w, bias, y, many)
+
+
+def store_row(
+    p: Product,
+    tile_columns: int,
+    owned: ExpertRows,
+    row: Expr,
+    column: Expr,
+    fragments: Sequence[Pair],
+    word: Buffer,
+) -> None:
+    """This thread's part of a row, where the expert owns it: pairs 8 packed columns apart, from
+    `column` on. word: uint32[1], for this function to write in."""
+    step = 2 if p.spec.gated else 1  # fragments that one result is made of
+    with T.If(row < owned.end), T.Then():
+        for u in range(0, len(fragments), step):
+            at = T.bind(column + u * GROUP)
+            if p.columns % tile_columns:
+                with T.If(at < p.columns), T.Then():
+                    _store_pair(p, owned, row, at, fragments[u : u + step], word)
+            else:
+                _store_pair(p, owned, row, at, fragments[u : u + step], word)
+
+
+def _store_pair(
+    p: Product, owned: ExpertRows, row: Expr, column: Expr, parts: Sequence[Pair], word: Buffer
+) -> None:
+    """Two neighbours of y, from one pair, or from those of gate and up."""
+    results = []
+    for i in range(2):
+        values = []
+        for part, pair in enumerate(parts):
+            value = pair[i]
+            if p.bias is not None:
+                at = column + part * GROUP + i
+                value = value + T.cast(p.bias[owned.expert, at], "float32")
+            values.append(T.bind(value))
+        results.append(T.bind(p.epilogue(*values)) if p.epilogue else values[0])
+    to = T.bind(column // (2 * GROUP) * GROUP + column % GROUP if p.spec.gated else column)
+    wide = T.cast(row, "int64")  # 32 bits do not hold rows * n
+    if p.spec.y_dtype == "float32":
+        for i, result in enumerate(results):
+            T.buffer_store(p.y, result, [wide, to + i])
+        return
+    round_pair(p.spec.dtype, word[0], *results)
+    words = T.decl_buffer((p.rows, p.spec.n // 2), "uint32", data=p.y.data)
+    T.buffer_store(words, word[0], [wide, to // 2])
