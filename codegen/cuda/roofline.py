@@ -1,0 +1,66 @@
+"""The least time that a MoE layer's kernels could take on a GPU: a model, no measurement.
+
+    time of a kernel = max(bytes / bandwidth, FLOPs / peak)        Williams et al., 2009
+
+Each tensor is read or written once; what stays in a cache between two kernels is counted twice.
+Routing is uniform: of E experts, E * (1 - (1 - k/E)^T) have rows. Launches, which take some
+microseconds each outside of a CUDA graph, are counted and not timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.target.cuda import CudaTarget
+
+_HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Gated experts in 16 bits: `width` of the model, `hidden` of an expert."""
+
+    experts: int
+    top_k: int
+    width: int
+    hidden: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the three matrices of one expert."""
+        return 3 * self.width * self.hidden * _HALF
+
+    def active(self, tokens: int) -> float:
+        """How many experts are expected to have rows."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel moves and computes."""
+
+    kernel: str
+    bytes: float
+    flops: float = 0.0
+
+    def seconds(self, target: CudaTarget) -> float:
+        return max(self.bytes / target.bandwidth, self.flops / target.bf16_peak)
+
+
+def layer_work(layer: Layer, tokens: int) -> tuple[Work, ...]:
+    """The kernels of codegen/cuda for one layer, in their order."""
+    rows, active = tokens * layer.top_k, layer.active(tokens)
+    up, down = (part * layer.expert_bytes / 3 * active for part in (2, 1))
+    x, hidden, y = tokens * layer.width, rows * layer.hidden, rows * layer.width
+    flops = 2.0 * rows * layer.width * layer.hidden  # of one matrix
+    return (
+        Work("route", tokens * layer.experts * _FLOAT + rows * (_FLOAT + _LONG)),
+        Work("dispatch", rows * (2 * _LONG + 2 * _INT) + layer.experts * _INT),
+        Work("up", up + (x + hidden) * _HALF + rows * _INT, 2 * flops),
+        Work("down", down + (hidden + y) * _HALF, flops),
+        Work("combine", (y + x) * _HALF + rows * (_INT + _FLOAT), 2.0 * y),
+    )
+
+
+def layer_seconds(layer: Layer, tokens: int, target: CudaTarget) -> float:
+    return sum(work.seconds(target) for work in layer_work(layer, tokens))
