@@ -1,4 +1,4 @@
-"""One MoE layer of emulated kernels alone, from logits to tokens, against eager PyTorch."""
+"""One MoE layer of emulated kernels alone, its router's linear included, against eager PyTorch."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ def kernels(name: str) -> dict[str, Emulated]:
     bf16 = "bfloat16"
     back = CombineSpec(EXPERTS, k, MODEL, bf16, bf16, "float32", bf16 if shared else None)
     parts = {
+        "logits": grouped_linear(
+            LinearSpec(EXPERTS, MODEL, "bfloat16", "float32"), SM_80, shape=SHAPE, blocks=2
+        ),
         "route": route(RouteSpec(routing, EXPERTS, "f32"), SM_80),
         "dispatch": dispatch(DispatchSpec(EXPERTS, k), SM_80),
         "up": grouped_linear(up, SM_80, epilogue=epilogue, top_k=k, shape=SHAPE, blocks=3),
@@ -92,8 +95,12 @@ def test_layers(name: str, tokens: int) -> None:
         parts[part] = (torch.randn(EXPERTS, n, width) * width**-0.5).bfloat16()
         parts[f"{part}_bias"] = (torch.randn(EXPERTS, n) * biased).bfloat16()
     x, addend = torch.randn(tokens, MODEL).bfloat16(), torch.randn(tokens, MODEL).bfloat16()
-    logits = torch.rand(tokens, EXPERTS).argsort(-1).float() * 0.7 - 2
+    router = torch.randn(1, EXPERTS, MODEL).bfloat16()
 
+    logits = torch.full((tokens, EXPERTS), torch.nan)
+    rows = torch.tensor([tokens], dtype=torch.int32)
+    run["logits"](x, rows, router, logits, schedule=schedule)
+    assert torch.allclose(logits, x.float() @ router[0].float().T, rtol=1e-5, atol=1e-4)
     weights, experts = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
     run["route"](logits, weights, experts, schedule=schedule)
     order, slots = (torch.empty(s, dtype=torch.int32) for s in ((tokens * k,), (tokens, k)))
