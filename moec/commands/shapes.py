@@ -141,7 +141,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except CaptureError as error:
+        message = f"{error}\n{error.__cause__}"  # of which the error shows the beginning
         for pattern, words in _EXPLAINED:
-            if match := re.search(pattern, str(error)):
+            if match := re.search(pattern, message):
                 raise UsageError(words.format(*match.groups())) from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -91,13 +92,19 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= 240 else f"{text[:237]}..."
 
 
+def _is_python(frame: FrameType) -> bool:
+    """Whether code is the standard library's; what is installed stands below the same folder."""
+    file = frame.f_code.co_filename
+    return file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
+
+
 def _last_of_user(trace: TracebackType | None) -> Site | None:
     """The innermost frame of the user's through which an error went."""
     others = foreign(("torch", "numpy", "sympy", "moec.capture"))
     frame: FrameType | None = None
     last = 0
     while trace is not None:
-        if not others.holds(trace.tb_frame):
+        if not others.holds(trace.tb_frame) and not _is_python(trace.tb_frame):
             frame, last = trace.tb_frame, trace.tb_lasti
         trace = trace.tb_next
     return None if frame is None else Site(frame.f_code, last)
