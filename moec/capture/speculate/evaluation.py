@@ -46,11 +46,19 @@ def evaluation_hooks(trace: Trace) -> Hooks:
         trace.noise[trace.at()] = None
         return NotImplemented
 
+    def dropout(func: Hook, *args: Any, **kwargs: Any) -> Any:
+        """Draws nothing in eval mode, or where it drops none."""
+        named = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+        training = named.get("train", named.get("training", True))
+        drops = training and named.get("p", 0.5)
+        return dropped(func, *args, **kwargs) if drops else NotImplemented
+
     created = ("randn_like", "rand_like", "randn", "rand", "normal")
     in_place = ("normal_", "uniform_")
-    others = ("dropout", "bernoulli", "bernoulli_", "multinomial", "exponential_", "randint")
+    others = ("bernoulli", "bernoulli_", "multinomial", "exponential_", "randint")
     return {
         "batch_norm": batch_norm,
+        "dropout": dropout,
         **dict.fromkeys(created, noise),
         **dict.fromkeys(in_place, drawn),
         **dict.fromkeys(others, dropped),
