@@ -163,8 +163,11 @@ def compile(
             if described:
                 captured = bound(capture_again(described), exact)
                 steps = passed(captured)
+        first = steps
         if stop_after is None:
             captured, steps = _in_supported_form(captured, steps, passed, exact, rules)
+        # Of a form without blocks the reasons say little: those of the code as written come first.
+        earlier = () if steps is first or _blocks(steps) else first
         quantised = quantised_lines(steps)
     compiled = CompiledModel(
         source=source,
@@ -172,7 +175,7 @@ def compile(
         steps=steps,
         blocks=_blocks(steps),
         declined=(
-            *dict.fromkeys(d for step in steps for d in step.declined),
+            *dict.fromkeys(d for step in (*earlier, *steps) for d in step.declined),
             *(Declined(name, why, "behaviour") for name, why in refusals.items()),
         ),
         target=made_for,
