@@ -17,6 +17,7 @@ from moec.errors import InputError, UsageError
 from moec.formats.integer import Format
 from moec.interpret.evaluate import evaluate
 from moec.interpret.graph_module import GraphModule
+from moec.interpret.outputs import flatten
 from moec.ir.graph import Stage
 from moec.ir.text import print_graph
 from moec.passes.approximate.average_experts import AverageExperts
@@ -203,7 +204,7 @@ def test_weights_keep_their_names_and_their_kind():
 def test_names_on_the_way_to_others():
     given = change(program(1), MergeExperts(keep=0.5))[-1].program
     assert "layers.0.router" in given.weights  # and layers.0.router.members
-    module = GraphModule(given, {}, ((), {}), torch.utils._pytree.tree_structure(0))
+    module = GraphModule(given, {}, ((), {}), flatten(torch.zeros(0))[1])
     ids = tokens(32)
     assert torch.equal(module(ids), evaluate(given.graph, [ids], given.weights)[0])
     assert {"layers.0.router", "layers.0.router_members"} <= set(module.state_dict())
