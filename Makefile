@@ -10,13 +10,18 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 
-.PHONY: demo test replay lint docs pages format golden clean
+.PHONY: demo test test-changed replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
 
 test: $(installed)
 	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+# The tests that run code which changed since they last passed here. Tests that read files as text
+# are not seen: run all before a commit.
+test-changed: $(installed)
+	$(python) -m pytest -n $(JOBS) --testmon $(TESTS)
 
 # What passes and kernels the tests make here and at BASE, compared: 1 where any differs.
 replay: $(installed)
