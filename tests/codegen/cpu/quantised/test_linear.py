@@ -13,7 +13,7 @@ from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import parse, quantise
 from moec.interpret.evaluate import evaluate
 from moec.interpret.verifier import verify
-from moec.ir.graph import Program, Stage
+from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse as read
 from moec.runtime.executor import Executor
 from moec.target.cpu import TARGETS, missing
@@ -94,7 +94,7 @@ def test_several_of_the_same_rows(target, dtype):
     """As one kernel: formats beside each other, biases, widths that fill no vector, and rows of
     zeros, of NaN and of an infinity."""
     of = program(dtype, *THREE, WIDER, k=96)
-    built = package(of, target)
+    built = package(Module.of(of), target)
     assert [kernel for _, kernel in built.kernels].count("int8 linear") == 2
     assert [kernel for _, kernel in built.kernels].count("int4 linear") == 2
     executor = Executor(built)
@@ -108,7 +108,7 @@ def test_several_of_the_same_rows(target, dtype):
 @pytest.fixture(scope="module")
 def blocks() -> tuple[Executor, Program]:
     of = program("f32", ("int4:32", 40, False), ("int8", 20, False), k=64, x="B, T, {k}")
-    return Executor(package(of, RUNNABLE[-1])), of
+    return Executor(package(Module.of(of), RUNNABLE[-1])), of
 
 
 @settings(max_examples=30)
