@@ -195,18 +195,18 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
         raise ArtifactError(f"{path}: {error}") from error
 
     parts = {name: container.get(name) for name in manifest.parts}
-    found = {name: part for name, part in parts.items() if part is not None}
+    present = {name: part for name, part in parts.items() if part is not None}
     for name, part in manifest.parts.items():
-        if name not in found:
+        if name not in present:
             raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
-        if found[name].nbytes != part.size:
+        if present[name].nbytes != part.size:
             raise ArtifactError(
-                f"{path}: {name} has {found[name].nbytes} bytes where the manifest says "
+                f"{path}: {name} has {present[name].nbytes} bytes where the manifest says "
                 f"{part.size}; compile or copy the artifact again"
             )
-    arrays = MappedArrays(path, found, manifest)
+    arrays = MappedArrays(path, present, manifest)
     weights = {stored.part for stored in manifest.arrays.values()}
-    small = {name: part for name, part in found.items() if name not in weights}
+    small = {name: part for name, part in present.items() if name not in weights}
     _verify(path, small, manifest.parts)
 
     graphs = {}
@@ -218,8 +218,8 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
     _check_library(path, library, manifest.machine)
     sampled = tuple(
         Sample(
-            {name: _array(stored, found[stored.part]) for name, stored in s.inputs.items()},
-            {name: _array(stored, found[stored.part]) for name, stored in s.outputs.items()},
+            {name: _array(stored, present[stored.part]) for name, stored in s.inputs.items()},
+            {name: _array(stored, present[stored.part]) for name, stored in s.outputs.items()},
         )
         for s in manifest.samples
     )
@@ -251,9 +251,9 @@ def check_machine(machine: str) -> None:
 
 def check_features(needs: CpuNeeds) -> None:
     """Raise ArtifactError unless this CPU has the features that the kernels use."""
-    wanted = cpu.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
+    target = cpu.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
     try:
-        cpu.require(wanted)
+        cpu.require(target)
     except TargetError as error:
         raise ArtifactError(str(error)) from error
 
@@ -272,8 +272,11 @@ def _check_library(path: Path, library: bytes, machine: str) -> None:
     """The dynamic loader can crash on a file that is not a library of this machine."""
     if not library or not sys.platform.startswith("linux"):
         return
-    known = _ELF_MACHINES.get(machine)
-    if library[:5] != b"\x7fELF\2" or known not in (None, int.from_bytes(library[18:20], "little")):
+    elf_machine = _ELF_MACHINES.get(machine)
+    if library[:5] != b"\x7fELF\2" or elf_machine not in (
+        None,
+        int.from_bytes(library[18:20], "little"),
+    ):
         raise ArtifactError(f"{path}: {LIBRARY} is not a library for {machine}")
 
 
@@ -309,8 +312,8 @@ def _digests(contents: Iterable[Buffer]) -> list[str]:
     order = sorted(range(len(buffers)), key=lambda i: -memoryview(buffers[i]).nbytes)
     with ThreadPoolExecutor(available()) as pool:
         # The largest first, so that no core is left alone with it at the end.
-        made = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
-    return [made[i] for i in range(len(buffers))]
+        digests = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
+    return [digests[i] for i in range(len(buffers))]
 
 
 def _digest(content: Buffer) -> str:

@@ -36,23 +36,25 @@ def causal_lm(function: Function) -> CausalLM:
         for p in function.outputs
         if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
     ]
-    known_ids = [
+    vocabulary_sizes = [
         function.index_ranges[p.name][1] + 1 for p in tokens if p.name in function.index_ranges
     ]
     # Any other output of as many axes, such as the last hidden states, scores no tokens.
-    scoring = [p for p in logits if not known_ids or p.shape[2] in known_ids]
+    scoring = [p for p in logits if not vocabulary_sizes or p.shape[2] in vocabulary_sizes]
     logits = [p for p in logits if p.name == "logits"] or scoring[:1]
     if len(tokens) != 1 or not logits or len(tokens[0].shape) != 2:
         ports = "; ".join(map(show_port, function.inputs))
-        made = "; ".join(map(show_port, function.outputs))
+        outputs = "; ".join(map(show_port, function.outputs))
         raise InputError(
             "text is continued by a model from tokens i64[B, S] to logits f32[B, S, vocabulary], "
-            f"and this one takes {ports} and gives {made}; give it inputs instead of a prompt"
+            f"and this one takes {ports} and gives {outputs}; give it inputs instead of a prompt"
         )
     cached = bool(function.states)
-    known = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
+    standard_names = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
     extras = tuple(p for p in function.inputs if p is not tokens[0])
-    strange = [p for p in extras if p.name not in known or p.dtype not in ("i64", "i32", "bool")]
+    strange = [
+        p for p in extras if p.name not in standard_names or p.dtype not in ("i64", "i32", "bool")
+    ]
     if strange:
         raise InputError(
             f"a prompt does not tell what input {show_port(strange[0])} is; give all inputs instead"
@@ -72,17 +74,17 @@ def causal_lm(function: Function) -> CausalLM:
 
 def inputs(lm: CausalLM, text: list[int], start: int) -> dict[str, Array]:
     """Tokens `start` and after, as one batch, with the inputs that follow from their places."""
-    places = np.arange(start, len(text))
-    made: dict[str, Array] = {}
+    positions = np.arange(start, len(text))
+    arrays: dict[str, Array] = {}
     for port in (lm.tokens, *lm.extras):
         if port is lm.tokens:
             array = np.array(text[start:])
         elif port.name == "attention_mask":
             array = np.ones(len(text), np.int64)
         else:
-            array = places
+            array = positions
         shaped = array if len(port.shape) == 1 else array[None]
-        made[port.name] = shaped.astype(
+        arrays[port.name] = shaped.astype(
             {"i64": np.int64, "i32": np.int32, "bool": np.bool_}[port.dtype]
         )
-    return made
+    return arrays

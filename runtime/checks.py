@@ -46,18 +46,18 @@ def check_inputs(function: Function, inputs: Mapping[str, Any]) -> dict[str, int
 
 
 def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
-    known = [port.name for port in function.inputs]
-    if inputs.keys() == set(known):
+    names = [port.name for port in function.inputs]
+    if inputs.keys() == set(names):
         return
-    taken = "; ".join(map(show_port, function.inputs)) or "nothing"
-    unknown = [name for name in inputs if name not in known]
-    missing = [name for name in known if name not in inputs]
+    ports_text = "; ".join(map(show_port, function.inputs)) or "nothing"
+    unknown = [name for name in inputs if name not in names]
+    missing = [name for name in names if name not in inputs]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], missing or known, 1)
+        near = difflib.get_close_matches(unknown[0], missing or names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"there is no input {unknown[0]!r}{hint} (the model takes {taken})")
+        raise InputError(f"there is no input {unknown[0]!r}{hint} (the model takes {ports_text})")
     if missing:
-        raise InputError(f"input {missing[0]!r} is missing (the model takes {taken})")
+        raise InputError(f"input {missing[0]!r} is missing (the model takes {ports_text})")
 
 
 def _check_type(port: Port, value: Any) -> None:
@@ -66,9 +66,9 @@ def _check_type(port: Port, value: Any) -> None:
             f"input {port.name!r} is a {type(value).__name__}, expected a tensor "
             f"{port.dtype}{show_shape(port.shape)}"
         )
-    given = name_of(value.dtype)
-    if given != port.dtype:
-        raise InputError(f"input {port.name!r} is {given}, expected {port.dtype}; convert it")
+    dtype = name_of(value.dtype)
+    if dtype != port.dtype:
+        raise InputError(f"input {port.name!r} is {dtype}, expected {port.dtype}; convert it")
     device = getattr(value, "device", "cpu")
     if str(device) != "cpu":
         raise InputError(f"input {port.name!r} is on {device}, and the model runs on the CPU")
@@ -89,8 +89,8 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
     ]
     named = [axis for axis in axes if not isinstance(axis[2], int)]
     # A name that stands alone tells its value best; else 2*T does.
-    for port, axis, size, given in sorted(named, key=lambda a: sizes.names(a[2]) != {a[2]}):
-        solved = sizes.solve(size, given)
+    for port, axis, size, length in sorted(named, key=lambda a: sizes.names(a[2]) != {a[2]}):
+        solved = sizes.solve(size, length)
         if solved is not None and solved[0] not in env:
             name, value = solved
             env[name], learned[name] = value, f"axis {axis} of {port.name!r}"
@@ -98,20 +98,20 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
             if value < low or (high is not None and value > high):
                 limits = f"from {low} to {high}" if high is not None else f"at least {low}"
                 what = f", so {name} is {value}" if size != name else ""
-                zero = " (it has no tokens)" if given == 0 else ""
+                zero = " (it has no tokens)" if length == 0 else ""
                 raise InputError(
-                    f"axis {axis} of input {port.name!r} is {given}{zero}{what}, "
+                    f"axis {axis} of input {port.name!r} is {length}{zero}{what}, "
                     f"and the model was compiled for {name} {limits}"
                 )
-    for port, axis, size, given in axes:
+    for port, axis, size, length in axes:
         expected = sizes.evaluate(size, env)
-        if expected == given:
+        if expected == length:
             continue
-        where = f"axis {axis} of input {port.name!r} is {given}, expected"
+        where = f"axis {axis} of input {port.name!r} is {length}, expected"
         if expected is not None:
             names = sorted(sizes.names(size))
-            known = ", ".join(f"{learned[n]} gives {n} = {env[n]}" for n in names)
-            reason = f" ({size}), because {known}" if names else ""
+            causes = ", ".join(f"{learned[n]} gives {n} = {env[n]}" for n in names)
+            reason = f" ({size}), because {causes}" if names else ""
             raise InputError(f"{where} {expected}{reason}")
         if len(sizes.names(size)) == 1:
             raise InputError(f"{where} a size of the form {size}")
@@ -162,9 +162,9 @@ def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind not in "fcV" or array.size == 0:
             continue
-        found = np.isnan(array)
-        if found.any():
-            at = np.argwhere(found)[0]
+        is_nan = np.isnan(array)
+        if is_nan.any():
+            at = np.argwhere(is_nan)[0]
             why = (
                 "no expert can be chosen for a token with it"
                 if kind == "input"

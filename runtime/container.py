@@ -118,8 +118,8 @@ class _Folder(Mapping[str, memoryview]):
 
 
 def _read_zip(path: Path) -> Mapping[str, memoryview]:
-    whole = _map(path)
-    if bytes(whole[:2]) != b"PK":
+    content = _map(path)
+    if bytes(content[:2]) != b"PK":
         raise ArtifactError(f"{path} is not a moec artifact; `moec compile -o` makes one")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -144,23 +144,23 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
                 f"{path}: {name!r} is compressed or encrypted, so it cannot be mapped; "
                 "unpack the file and run the folder"
             )
-        start = _start(whole, member, directory)
+        start = _start(content, member, directory)
         if start is None or member.header_offset < end:
             raise ArtifactError(f"{path}: {name!r} does not lie where the zip directory says")
         end = start + member.file_size
-        parts[name] = whole[start:end]
+        parts[name] = content[start:end]
     return parts
 
 
-def _start(whole: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
+def _start(content: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
     """Where the bytes of a member begin, if its local header agrees with the directory."""
     at = member.header_offset
     if not 0 <= at <= directory - _LOCAL_HEADER.size:
         return None
-    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(whole, at)
+    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(content, at)
     name_at = at + _LOCAL_HEADER.size
     start: int = name_at + name_size + extra_size
-    if magic != b"PK\3\4" or whole[name_at : name_at + name_size] != member.filename.encode():
+    if magic != b"PK\3\4" or content[name_at : name_at + name_size] != member.filename.encode():
         return None
     fits = member.file_size == member.compress_size and start + member.file_size <= directory
     return start if fits else None
@@ -183,11 +183,11 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[W
         raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
     _remove_stale(path)
     try:
-        made = Path(tempfile.mkdtemp(prefix=f"{_writer(path)}{os.getpid()}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_writer(path)}{os.getpid()}.", dir=path.parent))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     try:
-        new = made / "new"
+        new = temporary / "new"
         if folder:
             new.mkdir()
             yield _FolderWriter(new)
@@ -197,12 +197,12 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[W
         if not overwrite and path.exists():
             raise UsageError(f"{path} was written by another process meanwhile; it is left so")
         if path.is_dir() or (folder and path.exists()):
-            path.rename(made / "old")
+            path.rename(temporary / "old")
         new.rename(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _writer(path: Path) -> str:

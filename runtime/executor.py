@@ -244,9 +244,9 @@ class Cache:
 
 
 def _aligned_copy(array: Array) -> Array:
-    made = empty(array.shape, array.dtype)
-    made[...] = array
-    return made
+    copy = empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -254,16 +254,16 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
-    made: Array = room[start : start + nbytes].view(dtype).reshape(shape)
-    return made
+    array: Array = room[start : start + nbytes].view(dtype).reshape(shape)
+    return array
 
 
-def _results(made: Any, count: int) -> list[Any]:
+def _results(result: Any, count: int) -> list[Any]:
     """What a function of the library gave, taken apart without the Python of a container."""
-    if hasattr(made, "data_ptr"):
-        return [made]
+    if hasattr(result, "data_ptr"):
+        return [result]
     item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
-    return [item(made, index) for index in range(count)]
+    return [item(result, index) for index in range(count)]
 
 
 def _compact(tensor: Any) -> Any:
@@ -271,11 +271,11 @@ def _compact(tensor: Any) -> Any:
 
     numpy and torch give axes of an empty tensor, or of size 1, whatever strides they like.
     """
-    wanted = 1
+    compact_stride = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if stride != wanted:
+        if stride != compact_stride:
             return _view(tensor, tensor.dtype)
-        wanted *= size
+        compact_stride *= size
     return tensor
 
 
@@ -298,7 +298,7 @@ def _to_caller(tensor: Any, port: Port, torch: Any, copied: bool) -> Any:
     if torch is None:
         array = _to_numpy(tensor, port)
         return array.copy() if copied or not array.flags.writeable else array
-    made = torch.from_dlpack(tensor.__dlpack__())  # of the capsule torch asks no more
+    result = torch.from_dlpack(tensor.__dlpack__())  # of the capsule torch asks no more
     if port.dtype == "c64":
-        made = torch.view_as_complex(made)
-    return made.clone() if copied else made
+        result = torch.view_as_complex(result)
+    return result.clone() if copied else result

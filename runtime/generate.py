@@ -69,7 +69,7 @@ def generate(
         open_ = [o and (limit is None or n <= limit) for o, n in zip(open_, lengths, strict=True)]
         if not any(open_):
             return
-        logits = feed([own if o else () for own, o in zip(fresh, open_, strict=True)])
+        logits = feed([new_tokens if o else () for new_tokens, o in zip(fresh, open_, strict=True)])
         for text, row in enumerate(logits):
             if open_[text] and np.isnan(row).any():
                 raise InputError(
@@ -113,10 +113,10 @@ def _whole(
 ) -> Array:
     """Runs each text from its start, or from where the model's own cache ends."""
     rows: list[Array] = []
-    for text, own in zip(texts, tokens, strict=True):
+    for text, new_tokens in zip(texts, tokens, strict=True):
         start = len(text) if lm.cached else 0
-        text += own
-        if own:
+        text += new_tokens
+        if new_tokens:
             logits = executor(inputs(lm, text, start))[lm.logits.name]
             rows.append(logits[0, -1].astype(np.float32))
         else:

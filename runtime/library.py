@@ -37,10 +37,10 @@ def tvm_ffi() -> ModuleType:
         if keep_out:
             del sys.modules["torch"]
     if "tvm" not in sys.modules:
-        found = importlib.util.find_spec("tvm")
-        if found is None or not found.submodule_search_locations:
+        tvm_spec = importlib.util.find_spec("tvm")
+        if tvm_spec is None or not tvm_spec.submodule_search_locations:
             raise ArtifactError("TVM's runtime is missing; install apache-tvm")
-        folder = Path(found.submodule_search_locations[0]) / "lib"
+        folder = Path(tvm_spec.submodule_search_locations[0]) / "lib"
         # Global: compiled code finds the thread pool by its symbol, and crashes without it.
         ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(folder / "libtvm_runtime_extra.so"), ctypes.RTLD_LOCAL)  # sort, for topk

@@ -53,30 +53,30 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     except ImportError as error:
         raise UsageError("--prompt needs the package tokenizers; install moec[hf]") from error
     try:
-        made = tokenizers.Tokenizer.from_buffer(content)
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises nothing narrower
         raise ArtifactError(f"{FOLDER}tokenizer.json is malformed: {error}") from error
-    made.no_truncation()
-    made.no_padding()
-    return Tokenizer(made, _stop(made, files))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Tokenizer(tokenizer, _stop(tokenizer, files))
 
 
 def _stop(tokenizer: Any, files: Mapping[str, bytes]) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
-        found = _json(files, name).get("eos_token_id")
-        if isinstance(found, int):
-            return frozenset([found])
-        if isinstance(found, list):
-            return frozenset(token for token in found if isinstance(token, int))
+        token_ids = _json(files, name).get("eos_token_id")
+        if isinstance(token_ids, int):
+            return frozenset([token_ids])
+        if isinstance(token_ids, list):
+            return frozenset(token for token in token_ids if isinstance(token, int))
     token = _json(files, "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(text) if isinstance(text, str) else None
-    return frozenset() if found is None else frozenset([found])
+    token_ids = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    return frozenset() if token_ids is None else frozenset([token_ids])
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
-        made = json.loads(files.get(FOLDER + name, b"{}"))
+        content = json.loads(files.get(FOLDER + name, b"{}"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{FOLDER}{name} is malformed: {error}") from error
-    return made if isinstance(made, dict) else {}
+    return content if isinstance(content, dict) else {}

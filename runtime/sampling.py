@@ -68,8 +68,8 @@ def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> 
     shares = np.exp(scores[order] - scores[order[0]])
     shares /= shares.sum()
     if sampling.top_p < 1:
-        kept = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1
-        order, shares = order[:kept], shares[:kept]
+        count = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1
+        order, shares = order[:count], shares[:count]
     ends = np.cumsum(shares)
-    place = np.searchsorted(ends, generator.random() * ends[-1], side="right")
-    return int(order[min(int(place), len(order) - 1)])
+    index = np.searchsorted(ends, generator.random() * ends[-1], side="right")
+    return int(order[min(int(index), len(order) - 1)])

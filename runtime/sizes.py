@@ -60,8 +60,8 @@ def names(size: Size) -> frozenset[str]:
     """The named sizes that `size` depends on. Raises ArtifactError if it is not a size."""
     if isinstance(size, int):
         return frozenset()
-    found = {node.id for node in ast.walk(_parse(size)) if isinstance(node, ast.Name)}
-    return frozenset(found - _FUNCTIONS.keys())
+    identifiers = {node.id for node in ast.walk(_parse(size)) if isinstance(node, ast.Name)}
+    return frozenset(identifiers - _FUNCTIONS.keys())
 
 
 def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
@@ -79,10 +79,10 @@ def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
 
 def solve(size: Size, value: int) -> tuple[str, int] | None:
     """(name, n) where `size` is a*name + b alone and equals `value` at n; else None."""
-    found = names(size)
-    if len(found) != 1:
+    size_names = names(size)
+    if len(size_names) != 1:
         return None
-    (name,) = found
+    (name,) = size_names
     if name == size:
         return (name, value) if value >= 0 else None
     first, second = evaluate(size, {name: 0}), evaluate(size, {name: 1})

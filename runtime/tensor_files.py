@@ -77,15 +77,15 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
     check_suffix(path)
     if path.suffix == ".npy" and len(arrays) != 1:
         raise UsageError(f"{path}: a .npy holds one array, and there are {len(arrays)}; use .npz")
-    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with made.open("xb") as file:
+        with temporary.open("xb") as file:
             _write(file, path.suffix, arrays)
-        made.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:

@@ -41,71 +41,73 @@ class Texts:
         logits: Array | None = None
         for left in reversed(range(0, most, piece)):  # tokens that come after this piece
             padded = np.zeros((len(tokens), piece), np.int64)
-            given = np.zeros(len(tokens), np.int64)
-            for text, own in enumerate(tokens):
-                stop = max(0, len(own) - left)
-                part = own[max(0, stop - piece) : stop]
+            counts = np.zeros(len(tokens), np.int64)
+            for text, new_tokens in enumerate(tokens):
+                stop = max(0, len(new_tokens) - left)
+                part = new_tokens[max(0, stop - piece) : stop]
                 padded[text, : len(part)] = part
-                given[text] = len(part)
-            logits = self._run(padded, given)
+                counts[text] = len(part)
+            logits = self._run(padded, counts)
         assert logits is not None
         return logits
 
     def _feed_exactly(self, tokens: Sequence[Sequence[int]]) -> Array:
         """Without padding, which would count. Texts that are not fed with the others are over:
         what they carry goes on with a token that is not theirs."""
-        lengths = {len(own) for own in tokens if len(own)}
+        lengths = {len(new_tokens) for new_tokens in tokens if len(new_tokens)}
         if len(lengths) > 1:
             return self._feed_alone(tokens)
         (most,) = lengths
         piece = max(1, PIECE // len(tokens))
-        whole = np.array([own if len(own) else [0] * most for own in tokens], np.int64)
-        given = np.array([len(own) > 0 for own in tokens])
+        rectangle = np.array(
+            [new_tokens if len(new_tokens) else [0] * most for new_tokens in tokens], np.int64
+        )
+        fed = np.array([len(new_tokens) > 0 for new_tokens in tokens])
         for start in range(0, most, piece):
-            part = np.ascontiguousarray(whole[:, start : start + piece])
-            logits = self._run(part, given * part.shape[1])
+            part = np.ascontiguousarray(rectangle[:, start : start + piece])
+            logits = self._run(part, fed * part.shape[1])
         return logits
 
     def _feed_alone(self, tokens: Sequence[Sequence[int]]) -> Array:
         """Each text in caches of its own, which then become its part of all."""
         rows: list[Array] = []
-        for text, own in enumerate(tokens):
+        for text, new_tokens in enumerate(tokens):
             alone = Texts(self._executor, 1, self._room)
             alone._first[:] = self._first[text]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
                 mine.array[0] = cache.array[text]
-            rows.append(alone.feed([own])[0] if len(own) else np.zeros(0, np.float32))
+            rows.append(alone.feed([new_tokens])[0] if len(new_tokens) else np.zeros(0, np.float32))
             self._first[text] = alone._first[0]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
                 cache.array[text] = mine.array[0]
         width = max(row.size for row in rows)
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 
-    def _run(self, padded: Array, given: Array) -> Array:
+    def _run(self, padded: Array, counts: Array) -> Array:
         """One piece; text b has given[b] tokens in it, then padding."""
         texts, piece = padded.shape
-        self._check(padded, given)
+        self._check(padded, counts)
         first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle
-        last = np.maximum(given - 1, 0)
+        last = np.maximum(counts - 1, 0)
         rows = np.arange(texts) * piece + last
         logits = self._executor.decode([padded, first, rows, first + last], self._caches)
-        self._first += given
+        self._first += counts
         return logits
 
-    def _check(self, padded: Array, given: Array) -> None:
+    def _check(self, padded: Array, counts: Array) -> None:
         low, high = int(padded.min()), int(padded.max())
         if low < 0 or high >= self._vocabulary:
             raise InputError(
                 f"token {low if low < 0 else high} is not one of the model's "
                 f"{self._vocabulary} tokens"
             )
-        if int((self._first + given).max()) > self._room:
+        if int((self._first + counts).max()) > self._room:
             raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
 
 
 def _cache(port: Port, texts: int, room: int) -> Cache:
     inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
-    made = Cache.of((texts, *inner), NUMPY[port.dtype])
+    cache = Cache.of((texts, *inner), NUMPY[port.dtype])
     if not grows(port):
-        made.array[...] = 0
-    return made
+        cache.array[...] = 0
+    return cache

@@ -72,16 +72,16 @@ def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tens
 
 def allow_one(
     program: Program,
-    asked: Collection[str],
+    fixed_bounds: Collection[str],
     eager: Eager,
     examples: Sequence[Sequence[torch.Tensor]],
 ) -> Program:
     """The program with lower bounds of 1 where it agrees with the module at size 1, else of 2.
 
     A bound of 2 comes from torch.export, which treats 1 apart, or from a branch of the module's
-    own (`if length > 1`); a branch may as well leave none. The bounds in `asked` stand, and those
-    of sizes that the module does not run with at 1. A size is tried at 1 alone, and together with
-    those that may be 1 already, in the first of `examples` with which the module runs.
+    own (`if length > 1`); a branch may as well leave none. Sizes in `fixed_bounds` keep their
+    bounds, and so does a size at which the module does not run with 1. A size is tried at 1 alone,
+    and together with the sizes lowered before it, in the first of `examples` that the module runs.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
@@ -92,7 +92,7 @@ def allow_one(
         return next((answer for answer in answers if answer is not None), None)
 
     for name, limits in graph.bounds.items():
-        if limits.low > 2 or name in asked:
+        if limits.low > 2 or name in fixed_bounds:
             continue
         answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
         if all(answers):

@@ -32,12 +32,12 @@ class Call(torch.nn.Module):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self.leaves[place] for place in self.places)
+        return tuple(self.leaves[index] for index in self.places)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         filled = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            filled[place] = tensor
+        for index, tensor in zip(self.places, tensors, strict=True):
+            filled[index] = tensor
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         return self.module(*args, **kwargs)
 
@@ -67,7 +67,7 @@ def casts_done() -> Iterator[None]:
 def named_arguments(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Each argument under the name of its parameter; those of *args under name_0, name_1, …
+    """Each argument under the name of its parameter; an element of *args under name_0, name_1, …
 
     Raises CaptureError where the module does not take the arguments.
     """
@@ -76,16 +76,16 @@ def named_arguments(
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise CaptureError(f"{type(module).__name__}.forward: {error}") from None
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            found |= {f"{name}_{i}": item for i, item in enumerate(value)}
+            arguments |= {f"{name}_{i}": item for i, item in enumerate(value)}
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            found |= value
+            arguments |= value
         else:
-            found[name] = value
-    return found
+            arguments[name] = value
+    return arguments
 
 
 def tensor_names(arguments: Mapping[str, Any]) -> list[str]:

@@ -274,19 +274,22 @@ def _from_export(
     kwargs: Mapping[str, Any],
     bounds: Mapping[str, Bounds] | None,
 ) -> Captured:
-    """A program that somebody else exported: its own sizes and meaning hold, and its example
-    where none is given. The example is empty where there is none at all."""
+    """The captured form of an ExportedProgram that the user made, with the sizes it declares.
+
+    Its stored example inputs are used where the caller gives no arguments; without either, the
+    example is empty. Raises CaptureError where the arguments have another structure.
+    """
     spec = exported.call_spec.in_spec
     if args or kwargs:
-        given = (tuple(args), dict(kwargs))
-        if pytree.tree_structure(given) != spec:
+        arguments = (tuple(args), dict(kwargs))
+        if pytree.tree_structure(arguments) != spec:
             raise CaptureError(
                 "the exported program was not exported with arguments such as these: it takes "
                 f"{', '.join(map(str, exported.graph_signature.user_inputs))}"
             )
     else:
-        given = exported.example_inputs or ((), {})
-    example = _tensors(given)
+        arguments = exported.example_inputs or ((), {})
+    example = _tensors(arguments)
     names = [str(name) for name in exported.graph_signature.user_inputs]
     guards = guards_in_text(exported, _names(exported, [{} for _ in names]))
     module = exported.module(check_guards=False)
@@ -348,8 +351,12 @@ def _names(
     exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[Group] = ()
 ) -> dict[str, str]:
     """torch's symbols in the inputs' shapes -> names of the IR."""
-    own = exported.graph_signature.user_inputs
-    held = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in own]
+    input_names = exported.graph_signature.user_inputs
+    held = [
+        n.meta["val"]
+        for n in exported.graph.nodes
+        if n.op == "placeholder" and n.name in input_names
+    ]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
     return name_symbols(tensors, wishes, [group.axes for group in groups])
 

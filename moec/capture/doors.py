@@ -165,20 +165,20 @@ def _factory(path: Path, name: str) -> Source:
     if not callable(factory):
         raise UsageError(f"{path} has no function {name}")
     try:
-        made = factory()
+        returned = factory()
     except Exception as error:
         raise CaptureError(f"{path}:{name}() fails: {_shown(error)}") from error
     if not (
-        isinstance(made, tuple)
-        and len(made) in (2, 3)
-        and isinstance(made[0], torch.nn.Module)
-        and isinstance(made[1], tuple | dict)
+        isinstance(returned, tuple)
+        and len(returned) in (2, 3)
+        and isinstance(returned[0], torch.nn.Module)
+        and isinstance(returned[1], tuple | dict)
     ):
         raise UsageError(
             f"{path}:{name}() must return (module, arguments) or (module, arguments, "
             "dynamic_shapes), with the arguments in a tuple or a dict"
         )
-    model, arguments, *shapes = made
+    model, arguments, *shapes = returned
     args = arguments if isinstance(arguments, tuple) else ()
     kwargs = arguments if isinstance(arguments, dict) else {}
     source = _module(model, args, dict(kwargs))
@@ -250,9 +250,9 @@ def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:
 def stop_tokens(model: Any) -> tuple[int, ...]:
     """The tokens that end a text, as the configuration of a Hugging Face model has them."""
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return (found,) if isinstance(found, int) else tuple(map(int, found))
+        token_ids = getattr(config, "eos_token_id", None)
+        if token_ids is not None:
+            return (token_ids,) if isinstance(token_ids, int) else tuple(map(int, token_ids))
     return ()
 
 

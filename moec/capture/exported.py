@@ -91,7 +91,7 @@ def to_program(
     shared: dict[tuple[Any, ...], Value] = {}
     for spec, node in zip(signature.input_specs, holders, strict=True):
         if not isinstance(spec.arg, TensorArgument):
-            converter.made[node] = getattr(spec.arg, "value", None)
+            converter.values[node] = getattr(spec.arg, "value", None)
             if isinstance(node.meta.get("val"), torch.SymInt):
                 raise CaptureError(
                     f"input {node.name} is a Python number that may vary; pass it as a tensor"
@@ -99,8 +99,8 @@ def to_program(
             continue
         tensor = node.meta["val"]
         if spec.kind is InputKind.USER_INPUT:
-            place = len(inputs)
-            wish = input_names[place] if place < len(input_names) else node.name
+            index = len(inputs)
+            wish = input_names[index] if index < len(input_names) else node.name
             name = converter.fresh(wish)
             value = Value(name, converter.type(tensor, f"input {name}"))
             inputs.append(value)
@@ -119,19 +119,19 @@ def to_program(
                 else:
                     shared[key] = params[target] = value
                     weights[value.name] = data
-        converter.made[node] = value
+        converter.values[node] = value
     for node in exported.graph.nodes:
         if node.op == "call_function" and not dropped(node):
             converter.node(node)
     outputs, after = _outputs(exported, converter, output_names)
     ordered = tuple(State(states[name], after[name]) for name in states)
     used = {name for value in (*inputs, *states.values()) for name in _symbols(value)}
-    found: dict[str, Bounds] = {}
+    ranges: dict[str, Bounds] = {}
     for symbol, limits in exported.range_constraints.items():
         name = rename.get(str(symbol), str(symbol))
-        both = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
-        found[name] = both.within(found.get(name, Bounds()))
-    limits = {name: (bounds or {}).get(name, found.get(name, Bounds())) for name in sorted(used)}
+        declared = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
+        ranges[name] = declared.within(ranges.get(name, Bounds()))
+    limits = {name: (bounds or {}).get(name, ranges.get(name, Bounds())) for name in sorted(used)}
     graph = Graph(
         (*inputs, *states.values()),
         tuple(params.values()),
@@ -197,7 +197,7 @@ def _outputs(
     after: dict[str, Value] = {}
     for spec, result in zip(exported.graph_signature.output_specs, results, strict=True):
         if spec.kind is OutputKind.USER_INPUT_MUTATION:
-            written = next(v for n, v in converter.made.items() if n.name == spec.target)
+            written = next(v for n, v in converter.values.items() if n.name == spec.target)
             raise CaptureError(
                 f"the model writes into its input {written.name}; copy the input first, or make "
                 "it a buffer"

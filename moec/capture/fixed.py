@@ -32,7 +32,7 @@ _TENSOR = re.compile(r"\bindex=(\d+)")
 def causes(exported: ExportedProgram) -> dict[Axis, Guard]:
     """The guards that fixed an axis of an input, by axis."""
     env = shape_env(exported)
-    found: dict[Axis, Guard] = {}
+    guards: dict[Axis, Guard] = {}
     for guard in () if env is None else env.guards:
         if isinstance(guard.expr, sympy.Eq) and guard.expr.args[1].is_number:
             for symbol in guard.expr.free_symbols:
@@ -40,9 +40,9 @@ def causes(exported: ExportedProgram) -> dict[Axis, Guard]:
                     text = repr(source)
                     tensor, axis = _TENSOR.search(text), _INDEX.search(text)
                     if tensor and axis:
-                        place = int(tensor[1]), int(axis[1])
-                        found.setdefault(place, guard_at(guard))
-    return found
+                        input_axis = int(tensor[1]), int(axis[1])
+                        guards.setdefault(input_axis, guard_at(guard))
+    return guards
 
 
 def fixed(
@@ -54,26 +54,26 @@ def fixed(
     allowed: bool | str | Collection[str],
     guards: Mapping[Axis, Guard],
 ) -> tuple[str, ...]:
-    """What is to be said of axes that are fixed; `wishes` are those that should vary.
+    """Notes for the report about axes that the export fixed, where `wishes` has them vary.
 
-    Raises CaptureError for one at whose other sizes the module runs, unless its input is `allowed`
-    to have fixed sizes (True: all are).
+    Raises CaptureError for a fixed axis where the module itself runs with another size, unless
+    its input is `allowed` to have fixed sizes (True: every input).
     """
     inputs = program.graph.inputs[: len(example)]
     inputs_allowed = _allowed(allowed, [value.name for value in inputs])
     lost = [
-        (place, axis)
-        for place, (value, wish) in enumerate(zip(inputs, wishes, strict=True))
+        (index, axis)
+        for index, (value, wish) in enumerate(zip(inputs, wishes, strict=True))
         for axis, size in enumerate(value.shape)
         if isinstance(size, int) and _varies(wish.get(axis)) and value.name not in inputs_allowed
     ]
-    for place, axis in lost:
-        size = example[place].shape[axis]
+    for index, axis in lost:
+        size = example[index].shape[axis]
         together = [(p, a) for p, a in lost if example[p].shape[a] == size]
-        other = _runs_at(eager, example, [[(place, axis)], together], size)
+        other = _runs_at(eager, example, [[(index, axis)], together], size)
         if other is not None:
             raise CaptureError(
-                _refusal(name, inputs[place].name, axis, size, other, guards.get((place, axis)))
+                _refusal(name, inputs[index].name, axis, size, other, guards.get((index, axis)))
             )
     return notes(program, len(example))
 
@@ -86,13 +86,13 @@ def _varies(wish: Any) -> bool:
 def _allowed(allowed: bool | str | Collection[str], names: Sequence[str]) -> set[str]:
     if isinstance(allowed, bool):
         return set(names) if allowed else set()
-    asked = {allowed} if isinstance(allowed, str) else set(allowed)
-    unknown = asked - set(names)
+    input_names = {allowed} if isinstance(allowed, str) else set(allowed)
+    unknown = input_names - set(names)
     if unknown:
         raise UsageError(
             f"allow_fixed names {', '.join(sorted(unknown))}, but the inputs are {', '.join(names)}"
         )
-    return asked
+    return input_names
 
 
 def _runs_at(

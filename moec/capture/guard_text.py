@@ -72,8 +72,8 @@ def guards_in_text(exported: ExportedProgram, rename: Mapping[str, str]) -> tupl
 
 def _shapes(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, Sequence[Dim]]:
     """The shapes of the inputs by the names that the program has for them, in order."""
-    own = exported.graph_signature.user_inputs
-    holders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in own]
+    input_names = exported.graph_signature.user_inputs
+    holders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in input_names]
     return {
         node.name: tuple(from_torch(size, rename) for size in node.meta["val"].shape)
         for node in holders

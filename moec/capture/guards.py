@@ -78,27 +78,29 @@ def located() -> Any:
 
 
 def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """The guards of an export, each once, without those that its inputs' shapes imply.
+    """The guards of an export without duplicates and without guards that its inputs' shapes imply.
 
-    To be asked before the export is decomposed, which adds guards of its own. `rename` maps
-    torch's symbols to named sizes. Raises CaptureError for one that cannot be read.
+    Call it before the export is decomposed, because decomposition adds guards. `rename` maps
+    torch's symbols to named sizes. Raises CaptureError for a guard that cannot be converted.
     """
     env = shape_env(exported)
-    found: dict[sympy.Basic, Guard] = {}
+    guards: dict[sympy.Basic, Guard] = {}
     for guard in () if env is None else env.guards:
         condition = env.replace(guard.expr)
         if condition == sympy.true:
             continue
-        place = _place(guard.sloc.framework_loc)
-        found.setdefault(condition, _guard(condition, rename, place))
-    return tuple(found.values())
+        location = _place(guard.sloc.framework_loc)
+        guards.setdefault(condition, _guard(condition, rename, location))
+    return tuple(guards.values())
 
 
-def _guard(condition: sympy.Basic, rename: Mapping[str, str], place: tuple[str, int, str]) -> Guard:
+def _guard(
+    condition: sympy.Basic, rename: Mapping[str, str], location: tuple[str, int, str]
+) -> Guard:
     try:
-        return Guard(_converted(condition, rename), *place)
+        return Guard(_converted(condition, rename), *location)
     except (IRError, AttributeError, TypeError, ValueError) as error:
-        where = Guard(condition, *place)
+        where = Guard(condition, *location)
         raise CaptureError(
             f"a condition on sizes cannot be read: {condition} ({error})\n  {where}\n"
             "  fix the sizes that it depends on: dynamic_shapes"
@@ -153,10 +155,11 @@ def settle(
     example: Mapping[str, int],
     agree: Agree | None,
 ) -> Settled:
-    """What the guards of `graph` come to. `example` are the sizes that the export was made with.
-    Without `agree` the source itself holds only where its guards do, as an exported program does.
+    """The bounds of `graph` under its guards, and notes about them. `example` holds the sizes of
+    the export's example. `agree` compares graph and module at other sizes; None means that the
+    source is an exported program, which is valid only where its guards hold.
 
-    Raises CaptureError for guards that are neither implied, nor bounds, nor harmless.
+    Raises CaptureError for a guard that is neither implied, nor a bound, nor harmless.
     """
     bounds = dict(graph.bounds)
     notes: dict[str, None] = {}
@@ -188,9 +191,9 @@ def settle(
                 raise CaptureError(_refusal(name, graph, guard, example))
             for size, limits in required.items():
                 bounds[size] = _both(bounds[size], limits)
-            said = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
+            limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
             fails = f"the model itself fails where not {show(guard.condition)}"
-            notes[f"{said or fails}: {guard}"] = None
+            notes[f"{limits_text or fails}: {guard}"] = None
     return Settled(bounds, tuple(notes))
 
 
@@ -262,14 +265,14 @@ def _shown(limits: Bounds) -> str:
 
 
 def axes(graph: Graph, size: str) -> str:
-    """Where a size stands in the inputs: axis 1 of x."""
-    found = [
+    """The axes of the inputs that have this size, as text: "axis 1 of x"; at most three."""
+    labels = [
         f"axis {axis} of {value.name}"
         for value in graph.inputs
         for axis, dim in enumerate(value.shape)
         if not isinstance(dim, int) and symbols(dim) == {size}
     ]
-    return " and ".join(found[:3])
+    return " and ".join(labels[:3])
 
 
 def _refusal(name: str, graph: Graph, guard: Guard, example: Mapping[str, int]) -> str:

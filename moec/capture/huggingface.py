@@ -43,7 +43,7 @@ def _experts(
     slices = [p.unbind() for p in params]  # the gradient of a stack is then written once
     for expert in range(num_experts):
         token, slot = torch.where(top_k_index == expert)
-        rows = run_graph(graph, [hidden[token], *(own[expert] for own in slices)])[0]
+        rows = run_graph(graph, [hidden[token], *(stack[expert] for stack in slices)])[0]
         weighted = rows * top_k_weights[token, slot, None]
         total.index_add_(0, token, weighted.to(total.dtype))
     return total
@@ -90,8 +90,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     hidden, index, weights, *params = ctx.saved_tensors
-    made = experts_backward(grad, hidden, index, weights, params, ctx.num_experts, ctx.body)
-    return made[0], None, made[1], made[2:], None, None
+    grads = experts_backward(grad, hidden, index, weights, params, ctx.num_experts, ctx.body)
+    return grads[0], None, grads[1], grads[2:], None, None
 
 
 experts_op.register_autograd(_backward, setup_context=_setup)
@@ -140,8 +140,8 @@ def stacked(experts: Any) -> list[torch.Tensor]:
         names = [first, f"{first}_bias", "down_proj", "down_proj_bias"]
     params = [getattr(experts, name) for name in names]
     if experts.has_post_expert_norm:  # every expert reads the same norm
-        own = experts.post_expert_norm.parameters()
-        params += [p.expand(experts.num_experts, *p.shape) for p in own]
+        norm_params = experts.post_expert_norm.parameters()
+        params += [p.expand(experts.num_experts, *p.shape) for p in norm_params]
     return params
 
 
@@ -201,19 +201,19 @@ def _forward(
 def switch_experts(model: torch.nn.Module) -> dict[int, tuple[Any, Any]]:
     """Make every decorated experts module of the model one `moec::experts` call.
 
-    Gives the configs that were changed, by id, with the implementation that each named before.
+    Returns {id: (config, previous experts implementation)} of the configs that it changed.
     Raises CaptureError for experts that cannot be traced.
     """
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    if not found:
+    modules = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if not modules:
         return {}
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    bodies = _bodies(found)
+    bodies = _bodies(modules)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-    for module in found.values():
+    for module in modules.values():
         setattr(module, _BODY, bodies[id(module)])
-    configs = {id(module.config): module.config for module in found.values()}
+    configs = {id(module.config): module.config for module in modules.values()}
     before = {key: (c, c._experts_implementation) for key, c in configs.items()}
     for config in configs.values():
         config._experts_implementation = NAME
@@ -231,11 +231,11 @@ def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-def _bodies(found: dict[str, Any]) -> dict[int, str]:
+def _bodies(modules: dict[str, Any]) -> dict[int, str]:
     """The body text of each experts module; modules of one kind and shape share one trace."""
     texts: dict[tuple[Any, ...], str] = {}
     bodies: dict[int, str] = {}
-    for name, module in found.items():
+    for name, module in modules.items():
         shapes = tuple((p.shape, p.dtype, p.stride()) for p in stacked(module))
         plain = tuple(
             sorted(

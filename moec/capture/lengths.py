@@ -47,20 +47,20 @@ class Group:
 def groups_and_units(
     example: Sequence[torch.Tensor], wishes: Sequence[Axes], joining: Collection[Axis]
 ) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """The axes that may vary: those of one length or one name; and those of length 1.
+    """(groups, units): the axes that may vary, grouped by equal length or equal name; and the
+    axes of length 1, grouped by the user's name for them, else one axis a group.
 
-    Of the latter each is alone that the user did not name. An axis in `joining` is left out
-    where it is the only one of its length.
+    A group whose axes are all in `joining` is left out.
     """
     members: dict[Any, list[Axis]] = {}
     units: dict[Any, list[Axis]] = {}
     tied = {dim_name(getattr(d, "root", None)) for wish in wishes for d in wish.values()} - {None}
-    for place, wish in enumerate(wishes):
+    for index, wish in enumerate(wishes):
         for number, dim in wish.items():
-            axis, name = Axis(place, number), dim_name(dim)
+            axis, name = Axis(index, number), dim_name(dim)
             if name in tied or not _varies(dim):
                 continue
-            length = example[place].shape[number]
+            length = example[index].shape[number]
             if length == 1:
                 units.setdefault(name or axis, []).append(axis)
             else:

@@ -61,30 +61,31 @@ def _spelled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agrees(module: Any) -> bool:
-    """Whether the class's own forward does the same, over more than one block."""
+    """Whether the class's forward equals its form with the op on random input, over more than one
+    block of the recurrence."""
     weight = module.qkv_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, module.block_size + 3, weight.shape[1], generator=generator)
-    own = type(module).forward
+    forward = type(module).forward
     try:
         with torch.no_grad():
             x = x.to(weight.dtype)
-            wanted, made = (
-                call(module, x, None, None)[0].double() for call in (own, _spelled(own))
+            expected, actual = (
+                call(module, x, None, None)[0].double() for call in (forward, _spelled(forward))
             )
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     limit = 1e-4 if weight.dtype == torch.float32 else 5e-2
-    return bool((made - wanted).abs().max() <= limit * wanted.abs().max())
+    return bool((actual - expected).abs().max() <= limit * expected.abs().max())
 
 
 @contextmanager
 def lightning_as_ops(model: torch.nn.Module) -> Iterator[None]:
     """While open, the model's lightning attention is `moec::linear_attention`. A class whose
-    forward does something else stays as it is."""
-    found = {type(module): module for module in model.modules() if is_lightning(module)}
+    forward computes something else is not patched."""
+    modules = {type(module): module for module in model.modules() if is_lightning(module)}
     with ExitStack() as stack:
-        for kind, module in found.items():
+        for kind, module in modules.items():
             if _agrees(module):
                 stack.enter_context(mock.patch.object(kind, "forward", _spelled(kind.forward)))
         yield

@@ -42,7 +42,7 @@ class Converter:
     root: torch.nn.Module
     prefix: str = ""
     ops: list[Op] = field(default_factory=list)
-    made: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    values: dict[torch.fx.Node, Any] = field(default_factory=dict)
     computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
@@ -73,22 +73,22 @@ class Converter:
         value = node.meta.get("val")
         if node.target is operator.getitem:
             source, index = cast(torch.fx.Node, node.args[0]), cast(int, node.args[1])
-            self.made[node] = self.made[source][index]
+            self.values[node] = self.values[source][index]
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            self.made[node] = self.whole(value, node)
+            self.values[node] = self.whole(value, node)
             if "_local_scalar_dense" in str(node.target):
-                self.size(node, self.made[node])
+                self.size(node, self.values[node])
         elif isinstance(value, torch.SymFloat | float):
-            self.made[node] = self.number(value, node)
+            self.values[node] = self.number(value, node)
         elif value is None or isinstance(value, torch.SymBool | bool):
-            self.made[node] = None
+            self.values[node] = None
         else:
             self.call(node, value)
 
     def size(self, node: torch.fx.Node, dim: Dim) -> None:
         """A size that is read from data (`.item()`, `.tolist()`): an op binds its name."""
         if isinstance(dim, sympy.Symbol):
-            source = self.made[cast(torch.fx.Node, node.args[0])]
+            source = self.values[cast(torch.fx.Node, node.args[0])]
             output = Value(self.fresh(node.name), source.type)
             self.ops.append(
                 Op("moec.size", (source,), (output,), {"name": dim.name}, None, self.where(node))
@@ -171,7 +171,7 @@ class Converter:
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}
         self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
-        self.made[node] = outputs if isinstance(value, tuple | list) else outputs[0]
+        self.values[node] = outputs if isinstance(value, tuple | list) else outputs[0]
 
     def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
         """The arguments that are not plain tensors; plain tensors are added to `inputs`."""
@@ -179,50 +179,52 @@ class Converter:
         schema = cast(Any, node.target)._schema.arguments
         for index, argument in enumerate(schema):
             if index < len(node.args) and not argument.kwarg_only:
-                given = node.args[index]
+                node_arg = node.args[index]
             elif argument.name in node.kwargs:
-                given = node.kwargs[argument.name]
+                node_arg = node.kwargs[argument.name]
             else:
                 continue
             if argument.name in _IGNORED_ARGUMENTS:
                 continue
-            made = self.argument(given)
-            if isinstance(made, Value):
-                inputs.append(made)
-            elif argument.has_default_value() and made == argument.default_value:
+            converted = self.argument(node_arg)
+            if isinstance(converted, Value):
+                inputs.append(converted)
+            elif argument.has_default_value() and converted == argument.default_value:
                 # None would end the row of plain tensors early: later ones need its place.
-                if made is None and "Tensor" in str(argument.type):
+                if converted is None and "Tensor" in str(argument.type):
                     attrs[argument.name] = None
             else:
-                attrs[argument.name] = self.attribute(made, inputs, self.where(node) or node.name)
+                attrs[argument.name] = self.attribute(
+                    converted, inputs, self.where(node) or node.name
+                )
         return attrs
 
-    def argument(self, given: Any) -> Any:
-        if isinstance(given, torch.fx.Node):
-            return self.made[given]
-        if isinstance(given, list | tuple):
-            return tuple(self.argument(item) for item in given)
-        if isinstance(given, torch.SymInt):
-            return from_torch(given, self.rename, self.computed)
-        return given
+    def argument(self, node_arg: Any) -> Any:
+        if isinstance(node_arg, torch.fx.Node):
+            return self.values[node_arg]
+        if isinstance(node_arg, list | tuple):
+            return tuple(self.argument(item) for item in node_arg)
+        if isinstance(node_arg, torch.SymInt):
+            return from_torch(node_arg, self.rename, self.computed)
+        return node_arg
 
-    def attribute(self, made: Any, inputs: list[Value], where: str) -> Attr:
-        if isinstance(made, Value):
-            inputs.append(made)
+    def attribute(self, converted: Any, inputs: list[Value], where: str) -> Attr:
+        if isinstance(converted, Value):
+            inputs.append(converted)
             return Ref(len(inputs) - 1)
-        if isinstance(made, tuple):
-            return tuple(self.attribute(item, inputs, where) for item in made)
-        if isinstance(made, torch.dtype):
-            return DType(self.dtype(made, where))
-        if made is None or isinstance(made, bool | int | float | str | sympy.Expr):
-            return made
-        if isinstance(made, _Unknown):
+        if isinstance(converted, tuple):
+            return tuple(self.attribute(item, inputs, where) for item in converted)
+        if isinstance(converted, torch.dtype):
+            return DType(self.dtype(converted, where))
+        if converted is None or isinstance(converted, bool | int | float | str | sympy.Expr):
+            return converted
+        if isinstance(converted, _Unknown):
             raise CaptureError(
-                f"{made.where}: the float {made.expr} depends on a size or on data; "
+                f"{converted.where}: the float {converted.expr} depends on a size or on data; "
                 "compute it as a tensor"
             )
         raise CaptureError(
-            f"{where}: an argument of type {type(made).__name__} cannot stand in a graph"
+            f"{where}: an argument of type {type(converted).__name__} cannot stand in a graph"
         )
 
     def inline(self, node: torch.fx.Node) -> None:
@@ -236,12 +238,12 @@ class Converter:
         arguments = [self.argument(a) for a in node.args[position + 1 :]]
         graph = cast(torch.fx.GraphModule, module).graph
         holders = [n for n in graph.nodes if n.op == "placeholder"]
-        self.made |= dict(zip(holders, arguments, strict=True))
+        self.values |= dict(zip(holders, arguments, strict=True))
         for inner in graph.nodes:
             if inner.op == "call_function" and not dropped(inner):
                 self.node(inner)
             elif inner.op == "output":
-                self.made[node] = self.argument(inner.args[0])
+                self.values[node] = self.argument(inner.args[0])
 
 
 def value_of(argument: Any) -> Any:

@@ -46,8 +46,8 @@ def _(tensors: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, torch.T
     return torch.empty_like(v), v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
 
 
-Given = Mapping[str, Any]
-Scan = Callable[[Given], tuple[torch.Tensor, torch.Tensor]]
+Arguments = Mapping[str, Any]
+Scan = Callable[[Arguments], tuple[torch.Tensor, torch.Tensor]]
 
 
 def carry(
@@ -62,12 +62,12 @@ def carry(
     """nn.linear_attention in float32, as an operator that an export holds: y, the last state."""
     optional = (rates, beta, start)
     rest = [x.float() for x in optional if x is not None]
-    given = [x.float() for x in (q, k, v, decay)]
-    y, end = linear_attention_op(given, rest, *(x is not None for x in optional))
+    required = [x.float() for x in (q, k, v, decay)]
+    y, end = linear_attention_op(required, rest, *(x is not None for x in optional))
     return y, end
 
 
-def _delta_rule(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def _delta_rule(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k [B, S, G, Dk], v [B, S, H, Dv], g [B, S, H] or [B, S, H, Dk], beta [B, S, H]."""
     q, k = a["query"].float(), a["key"].float()
     if a["use_qk_l2norm_in_kernel"]:
@@ -77,7 +77,7 @@ def _delta_rule(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
     return y.to(a["query"].dtype), end
 
 
-def _mamba2(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def _mamba2(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """x [B, S, H, P], dt [B, S, H], A [H], B and C [B, S, G, N]; states [B, H, P, N]."""
     x, dt, start = a["hidden_states"].float(), a["dt"], a["initial_states"]
     if a["dt_bias"] is not None:
@@ -92,7 +92,7 @@ def _mamba2(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
     return y, end.transpose(2, 3)
 
 
-def _mamba(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def _mamba(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """x, dt, z [B, D, S], A [D, N], B and C [B, N, S]; states [B, D, N]."""
     x, dt, dtype = a["hidden_states"], a["dt"], a["hidden_states"].dtype
     if a["delta_bias"] is not None:
@@ -110,9 +110,12 @@ def _mamba(a: Given) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What a kernel computes, the arguments that this reads, and the one that asks for the
-    last state. `sizes` are those of the tensors of `example`, where one letter is one size."""
+class _ScanKernel:
+    """A linear-attention kernel of transformers, as moec computes it.
+
+    `state` is the argument that requests the last state; `example` maps each tensor argument to
+    its axes, one letter a size (`_SIZES`); `options` are the other arguments that `scan` reads.
+    """
 
     scan: Scan
     state: str
@@ -122,10 +125,10 @@ class _Known:
 
 _RULE = {"query": "bsgk", "key": "bsgk", "value": "bshv", "beta": "bsh", "initial_state": "bhkv"}
 _NORMED = {"use_qk_l2norm_in_kernel": True}
-_GATED = _Known(_delta_rule, "output_final_state", {**_RULE, "g": "bsh"}, _NORMED)
+_GATED = _ScanKernel(_delta_rule, "output_final_state", {**_RULE, "g": "bsh"}, _NORMED)
 _CHANNELS = {**{name: axes.replace("g", "h") for name, axes in _RULE.items()}, "g": "bshk"}
-_KIMI = _Known(_delta_rule, "output_final_state", _CHANNELS, _NORMED)
-_MAMBA2 = _Known(
+_KIMI = _ScanKernel(_delta_rule, "output_final_state", _CHANNELS, _NORMED)
+_MAMBA2 = _ScanKernel(
     _mamba2,
     "return_final_states",
     {
@@ -140,7 +143,7 @@ _MAMBA2 = _Known(
     },
     {"dt_softplus": True, "dt_limit": (0.1, 2.0), "chunk_size": 8},
 )
-_MAMBA = _Known(
+_MAMBA = _ScanKernel(
     _mamba,
     "return_last_state",
     {
@@ -155,7 +158,7 @@ _MAMBA = _Known(
     },
     {"delta_softplus": True},
 )
-_KNOWN = {
+_SCAN_KERNELS = {
     "chunk_gated_delta_rule": _GATED,
     "fused_recurrent_gated_delta_rule": _GATED,
     "chunk_kda": _KIMI,
@@ -182,44 +185,44 @@ def kernel_name(function: Any) -> str | None:
     return None
 
 
-def _spelled(function: Any, known: _Known) -> Callable[..., Any]:
-    """The function with its loop as one op. Raises CaptureError where an argument is given
-    that this does not know."""
+def _spelled(function: Any, kernel: _ScanKernel) -> Callable[..., Any]:
+    """The function with its loop as one op. The result raises CaptureError where it is called
+    with an argument that `kernel` does not read."""
     signature = inspect.signature(function)
-    taken = {*known.example, *known.options, known.state, *_IGNORED, "kwargs"}
+    readable = {*kernel.example, *kernel.options, kernel.state, *_IGNORED, "kwargs"}
 
     @wraps(function)
     def scan(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = dict(bound.arguments)
-        for name, value in (*given.items(), *given.get("kwargs", {}).items()):
-            default = signature.parameters[name].default if name in given else None
-            unread = name in _PACKED or (name in given and name not in taken)
+        arguments = dict(bound.arguments)
+        for name, value in (*arguments.items(), *arguments.get("kwargs", {}).items()):
+            default = signature.parameters[name].default if name in arguments else None
+            unread = name in _PACKED or (name in arguments and name not in readable)
             if unread and value is not default:
                 raise CaptureError(
                     f"{function.__name__} is called with {name}, which moec does not know: call "
                     "the model without it"
                 )
-        y, end = known.scan(given)
-        if known.scan is _delta_rule:
-            return y, end if given[known.state] else None
-        return (y, end) if given[known.state] else y
+        y, end = kernel.scan(arguments)
+        if kernel.scan is _delta_rule:
+            return y, end if arguments[kernel.state] else None
+        return (y, end) if arguments[kernel.state] else y
 
     return scan
 
 
-def _agrees(function: Any, known: _Known) -> bool:
-    """Whether a function computes what is known of its name, on random numbers."""
+def _agrees(function: Any, kernel: _ScanKernel) -> bool:
+    """Whether a function equals `kernel.scan` on random inputs."""
     generator = torch.Generator().manual_seed(0)
-    given: dict[str, Any] = {known.state: True, **known.options}
-    for name, axes in known.example.items():
+    arguments: dict[str, Any] = {kernel.state: True, **kernel.options}
+    for name, axes in kernel.example.items():
         x = torch.randn([_SIZES[axis] for axis in axes], generator=generator) * 0.5
-        given[name] = -x.abs() if name in _LOGARITHMS else x
-    taken = inspect.signature(function).parameters
-    given = {name: x for name, x in given.items() if name in taken}
+        arguments[name] = -x.abs() if name in _LOGARITHMS else x
+    parameters = inspect.signature(function).parameters
+    arguments = {name: x for name, x in arguments.items() if name in parameters}
     try:
-        pairs = zip(function(**given), _spelled(function, known)(**given), strict=True)
+        pairs = zip(function(**arguments), _spelled(function, kernel)(**arguments), strict=True)
         return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)
     except (RuntimeError, TypeError, KeyError, ValueError):
         return False
@@ -229,14 +232,20 @@ def _agrees(function: Any, known: _Known) -> bool:
 def scans_as_ops(model: torch.nn.Module) -> Iterator[None]:
     """While open, the linear attention of the model's classes is `moec::linear_attention`.
 
-    A function that does not compute what its kernel's name stands for stays as it is.
+    A function that does not compute what the kernel of its name does is not patched.
     """
     files = {c.__module__ for module in model.modules() for c in type(module).__mro__}
     with ExitStack() as stack:
         for file in files:
-            place = sys.modules.get(file)
-            for name, value in list(vars(place).items()) if place else ():
-                known = _KNOWN.get(kernel_name(value) or "") if inspect.isfunction(value) else None
-                if known is not None and _agrees(value, known):
-                    stack.enter_context(mock.patch.object(place, name, _spelled(value, known)))
+            python_module = sys.modules.get(file)
+            for name, value in list(vars(python_module).items()) if python_module else ():
+                kernel = (
+                    _SCAN_KERNELS.get(kernel_name(value) or "")
+                    if inspect.isfunction(value)
+                    else None
+                )
+                if kernel is not None and _agrees(value, kernel):
+                    stack.enter_context(
+                        mock.patch.object(python_module, name, _spelled(value, kernel))
+                    )
         yield

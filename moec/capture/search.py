@@ -142,22 +142,22 @@ class Search:
         return tuple(replace(group, axes=(axis,)) for axis in group.axes)
 
     def _joined(self, groups: Sequence[Group]) -> tuple[Group, ...]:
-        """Without the axes in `joining` that are in no group with axes of other tensors."""
-        kept = []
+        """The groups without each axis in `joining` that shares no group with another tensor."""
+        joined = []
         for group in groups:
             anchors = {axis.tensor for axis in group.axes if axis not in self.joining}
             axes = tuple(
                 axis for axis in group.axes if axis not in self.joining or anchors - {axis.tensor}
             )
             if axes:
-                kept.append(replace(group, axes=axes))
-        return tuple(kept)
+                joined.append(replace(group, axes=axes))
+        return tuple(joined)
 
     def _distinct(self, groups: Sequence[Group]) -> tuple[Group, ...]:
         """The groups at lengths that no other axis has, as far as the call runs so."""
         done: list[Group] = []
-        for place, group in enumerate(groups):
-            rest = groups[place + 1 :]
+        for index, group in enumerate(groups):
+            rest = groups[index + 1 :]
             if self._refuted(group):
                 group = replace(group, length=self._length(group))
             elif group.length and group.length in {*self.common, *(g.length for g in done)}:

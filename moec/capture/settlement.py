@@ -56,15 +56,16 @@ def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
 def _agree_at(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> bool | None:
-    """Whether graph and module agree on the example and on random inputs of these sizes; in 16
-    bits a near tie may part them on one. None where the module fails."""
+    """Whether graph and module agree on the example and on random inputs of these sizes. Where 16
+    bits are computed with, one of both suffices: a near tie may choose other experts in the other.
+    None where the module fails."""
     pairs = zip(example, program.graph.inputs, strict=False)
-    given = [resized(tensor, value.shape, sizes) for tensor, value in pairs]
+    resized_example = [resized(tensor, value.shape, sizes) for tensor, value in pairs]
     generator = torch.Generator().manual_seed(0)
-    random = random_like(program, given, generator)[: len(given)]
+    random = random_like(program, resized_example, generator)[: len(resized_example)]
     either = any(dtype in STRAYS for dtype in computed_dtypes(program.graph))
     try:
-        draws = [(draw, eager(*draw)) for draw in (given, random)]
+        draws = [(draw, eager(*draw)) for draw in (resized_example, random)]
     except Exception:  # whatever the user's code raises
         return None
     answers = [_agree(program, draw, expected) for draw, expected in draws]

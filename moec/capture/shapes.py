@@ -73,13 +73,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _entries(name: str, value: Any, shape: Any) -> list[Axes]:
     if isinstance(value, torch.Tensor):
-        given = dict(enumerate(shape)) if isinstance(shape, list | tuple) else dict(shape or {})
-        beyond = [axis for axis in given if not -value.ndim <= axis < value.ndim]
+        dims = dict(enumerate(shape)) if isinstance(shape, list | tuple) else dict(shape or {})
+        beyond = [axis for axis in dims if not -value.ndim <= axis < value.ndim]
         if beyond:
             raise CaptureError(
                 f"dynamic_shapes: {name} has {value.ndim} axes, but axis {beyond[0]} is named"
             )
-        return [{axis % value.ndim: dim for axis, dim in given.items() if dim is not None}]
+        return [{axis % value.ndim: dim for axis, dim in dims.items() if dim is not None}]
     if isinstance(value, Mapping):
         shape = shape or {}
         return [e for key in value for e in _entries(name, value[key], shape.get(key))]
@@ -103,10 +103,10 @@ def name_symbols(
     same = _equated(tensors, groups)
     for tensor, wish in zip(tensors, wishes, strict=True):
         free = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt)]
-        for place, axis in enumerate(free):
+        for position, axis in enumerate(free):
             expr = tensor.shape[axis].node.expr  # type: ignore[attr-defined]
             if expr.is_Symbol and expr.name not in names:
-                name = dim_name(wish.get(axis)) or _next_name(place, len(free))
+                name = dim_name(wish.get(axis)) or _next_name(position, len(free))
                 name = _distinct(name, set(names.values()))
                 names |= dict.fromkeys(same.get(expr.name, {expr.name}), name)
     return names
@@ -126,15 +126,15 @@ def _equated(
     return same
 
 
-def _next_name(place: int, count: int) -> str:
+def _next_name(position: int, count: int) -> str:
     if count == 1:
         return "T"
-    return ("B", "S")[place] if place < 2 else f"S{place - 1}"
+    return ("B", "S")[position] if position < 2 else f"S{position - 1}"
 
 
-def _distinct(name: str, taken: set[str]) -> str:
+def _distinct(name: str, used: set[str]) -> str:
     candidate, number = name, 1
-    while candidate in taken:
+    while candidate in used:
         number += 1
         candidate = f"{name}{number}"
     return candidate
@@ -148,10 +148,10 @@ def dim_name(wish: Any) -> str | None:
 
 def wished_bounds(wishes: Sequence[Axes]) -> dict[str, Bounds]:
     """The limits that the user's named Dims carry."""
-    found: dict[str, Bounds] = {}
+    bounds: dict[str, Bounds] = {}
     for wish in wishes:
         for dim in wish.values():
             name, low, high = dim_name(dim), getattr(dim, "min", None), getattr(dim, "max", None)
             if name and isinstance(low, int):
-                found[name] = Bounds(low, high if isinstance(high, int) and high < 2**62 else None)
-    return found
+                bounds[name] = Bounds(low, high if isinstance(high, int) and high < 2**62 else None)
+    return bounds

@@ -18,8 +18,8 @@ _MOEC = str(Path(__file__).parent)
 def user_line(node: torch.fx.Node) -> str:
     """The innermost line of the user's that made a node, as file.py:12, or the node's name."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f"{Path(file).name}:{line}" for file, line in frames if not is_internal(file)]
-    return own[-1] if own else node.name
+    user_frames = [f"{Path(file).name}:{line}" for file, line in frames if not is_internal(file)]
+    return user_frames[-1] if user_frames else node.name
 
 
 def is_internal(file: str) -> bool:
@@ -33,4 +33,4 @@ def text_of(file: str, line: int) -> str:
 
 def named(expr: Any, names: Mapping[str, str]) -> str:
     """An expression of torch with each of its symbols under its name in `names`."""
-    return re.sub(r"\b[a-z]+\d+\b", lambda found: names.get(found[0], found[0]), str(expr))
+    return re.sub(r"\b[a-z]+\d+\b", lambda match: names.get(match[0], match[0]), str(expr))

@@ -20,11 +20,10 @@ from moec.ir.graph import Program
 
 
 def as_buffers(exported: ExportedProgram) -> ExportedProgram:
-    """The program with the constants that the trace found on its way as buffers, which a model
-    may write into.
+    """The program with its lifted tensor constants as buffers, which a model may write into.
 
     torch.export lifts a tensor that is reached around the module (through a cache object) as a
-    constant of its own, even where it is a parameter or buffer too; then both are one again.
+    constant, even where it is a parameter or buffer too; such a pair becomes one input again.
     """
     signature = exported.graph_signature
     if not any(spec.kind is InputKind.CONSTANT_TENSOR for spec in signature.input_specs):
@@ -33,12 +32,12 @@ def as_buffers(exported: ExportedProgram) -> ExportedProgram:
     graph = module.graph
     holders = [node for node in graph.nodes if node.op == "placeholder"]
     owners: dict[tuple[Any, ...], torch.fx.Node] = {}
-    kept: list[InputSpec] = []
+    input_specs: list[InputSpec] = []
     for spec, node in zip(signature.input_specs, holders, strict=True):
         name = spec.target
         held = exported.state_dict.get(name, constants.get(name)) if name else None
         if not isinstance(held, torch.Tensor):
-            kept.append(spec)
+            input_specs.append(spec)
             continue
         constant = spec.kind is InputKind.CONSTANT_TENSOR
         key = (held.data_ptr(), held.shape, held.stride(), held.dtype)
@@ -48,12 +47,14 @@ def as_buffers(exported: ExportedProgram) -> ExportedProgram:
             del constants[name]
             continue
         owners.setdefault(key, node)
-        kept.append(replace(spec, kind=InputKind.BUFFER, persistent=False) if constant else spec)
+        input_specs.append(
+            replace(spec, kind=InputKind.BUFFER, persistent=False) if constant else spec
+        )
     module.recompile()
-    made: ExportedProgram = exported._update(
-        module, replace(signature, input_specs=kept), constants=constants
+    updated: ExportedProgram = exported._update(
+        module, replace(signature, input_specs=input_specs), constants=constants
     )
-    return made
+    return updated
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ def widen(
     joining: Collection[Axis] = (),
     refuted: Collection[Collection[Axis]] = (),
 ) -> Widened:
-    """`call`'s example at general lengths.
+    """`call`'s example resized so that no axis has a special length.
 
-    An axis of length 1 becomes longer, axes that belong together at once; where the module does
-    not run so, it stays 1 and may not vary. Axes of equal length become one group, unless the
-    module runs with either of them the longer. Axes in `joining` vary only as part of a group
-    with axes of other tensors. Groups of the axes in `refuted` are not moved. Raises CaptureError
-    where a size that the user named cannot be other than 1.
+    Axes of length 1 are lengthened, a group at a time; where the module fails then, they keep 1
+    and may not vary. Axes of equal length become one group, unless the module runs with either
+    of them longer. Axes in `joining` vary only in a group with axes of other tensors. Groups of
+    the axes in `refuted` keep their length. Raises CaptureError where a size that the user named
+    can only be 1.
     """
     example = call.tensors
     groups, units = groups_and_units(example, wishes, joining)
@@ -72,8 +72,8 @@ def widen(
     return Widened(
         resized(example, groups),
         tuple(
-            {axis: dim for axis, dim in wish.items() if (place, axis) not in gone}
-            for place, wish in enumerate(wishes)
+            {axis: dim for axis, dim in wish.items() if (index, axis) not in gone}
+            for index, wish in enumerate(wishes)
         ),
         groups,
         tuple(g for g in groups if g.length != example[g.axes[0].tensor].shape[g.axes[0].axis]),
@@ -84,8 +84,8 @@ def _fixed_sizes(call: Call, free: Collection[Axis]) -> frozenset[int]:
     weights = chain(call.parameters(), call.buffers())
     fixed = {
         size
-        for place, tensor in enumerate(call.tensors)
+        for index, tensor in enumerate(call.tensors)
         for number, size in enumerate(tensor.shape)
-        if Axis(place, number) not in free
+        if Axis(index, number) not in free
     }
     return frozenset(fixed.union(*(weight.shape for weight in weights)))

@@ -99,7 +99,7 @@ def command(
     hush()
     with Progress(quiet=quiet or as_json) as progress:
         opened = path if of_artifact else artifact
-        made = _bench(
+        report = _bench(
             model,
             opened,
             names,
@@ -113,11 +113,11 @@ def command(
     if plot:
         from moec.bench.result import plot as draw
 
-        draw(made, plot)
+        draw(report, plot)
     if append:
         with append.open("a", encoding="utf-8") as file:
-            file.write(made.section(_command()))
-    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+            file.write(report.section(_command()))
+    click.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
     if plot and not as_json:
         click.echo(f"drew {plot}")
 
@@ -185,9 +185,9 @@ def _bench(
     peak, stream = max(first[0], second[0]), max(first[1], second[1])
     sizes = {"B": batch, "L": prompt + new}
 
-    def least(tokens: int, seen: int) -> float:
-        wanted = cost(graph, sizes | {"S": tokens}, seen)
-        return max(wanted.flops / peak, wanted.bytes / stream)
+    def least(tokens: int, context: int) -> float:
+        needed = cost(graph, sizes | {"S": tokens}, context)
+        return max(needed.flops / peak, needed.bytes / stream)
 
     packages = ["moec", "torch", "apache-tvm", "transformers"]
     packages += [PACKAGES[name] for name in with_files]

@@ -64,7 +64,7 @@ def command(
         ).captured
         captured = bound(captured, chosen)
         progress.phase("passes")
-        found = bisect(
+        bisection = bisect(
             captured.program,
             chosen,
             random_cases(captured.program, captured.example, seed=seed),
@@ -72,7 +72,7 @@ def command(
             progress=progress.phase,
         )
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=1))
+        click.echo(json.dumps(asdict(bisection), indent=1))
     else:
-        click.echo(str(found))
-    ctx.exit(2 if found.culprit else 0)
+        click.echo(str(bisection))
+    ctx.exit(2 if bisection.culprit else 0)

@@ -98,44 +98,46 @@ def command(
             watch=lambda step: progress.phase(f"passes {step.name}"),
             progress=progress.phase,
         )
-        made = compiled.export_onnx(
+        exported = compiled.export_onnx(
             path, ep, opset=opset, moe=moe, cache=cache, verify=verify, progress=progress.phase
         )
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=1))
+        click.echo(json.dumps(exported.to_dict(), indent=1))
     elif not quiet:
-        click.echo(render(made))
+        click.echo(render(exported))
 
 
-def render(made: Exported) -> str:
+def render(exported: Exported) -> str:
     """What was written, in a few lines."""
-    forms = list(made.forms.values())
+    forms = list(exported.forms.values())
     blocks = len(forms)
-    rows = [("for", f"{made.ep}, opset {made.opset}")]
-    each = f", {made.moe_nodes / blocks:.0f} for an MoE block" if blocks else ""
-    rows.append(("nodes", f"{made.nodes}{each}"))
+    rows = [("for", f"{exported.ep}, opset {exported.opset}")]
+    each = f", {exported.moe_nodes / blocks:.0f} for an MoE block" if blocks else ""
+    rows.append(("nodes", f"{exported.nodes}{each}"))
     for form, words in (
         ("rows", "as sorted rows, one product per expert and projection"),
-        ("op", f"as com.microsoft.{'QMoE' if made.quant else 'MoE'}"),
+        ("op", f"as com.microsoft.{'QMoE' if exported.quant else 'MoE'}"),
     ):
         if form in forms:
             rows.append(("MoE blocks", f"{forms.count(form)} {words}"))
-    if made.caches:
-        rows.append(("cache", f"keys and values of {made.caches} layers: past in, present out"))
-    for name, error in made.errors.items():
-        against = f" of {made.quant} in float32" if made.quant else ""
-        rows.append(("error", f"{name} {error:.1e}{against}, allowed {made.tolerance:.0e}"))
-    if made.strays:
-        rows.append(("rows", f"{made.strays} of {made.rows} are beyond that: {NEAR_TIES}"))
-    for line in made.moved:
-        rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {made.quant}"))
-    if made.parity:
-        share = min(made.parity.values())
-        whose = "the quantised graph's" if made.quant else "eager's"
+    if exported.caches:
+        rows.append(("cache", f"keys and values of {exported.caches} layers: past in, present out"))
+    for name, error in exported.errors.items():
+        against = f" of {exported.quant} in float32" if exported.quant else ""
+        rows.append(("error", f"{name} {error:.1e}{against}, allowed {exported.tolerance:.0e}"))
+    if exported.strays:
+        rows.append(("rows", f"{exported.strays} of {exported.rows} are beyond that: {NEAR_TIES}"))
+    for line in exported.moved:
+        rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {exported.quant}"))
+    if exported.parity:
+        share = min(exported.parity.values())
+        whose = "the quantised graph's" if exported.quant else "eager's"
         rows.append(("routing", f"{share:.2%} of the tokens chose {whose} experts in each block"))
-    rows += [("note", note) for note in made.notes]
+    rows += [("note", note) for note in exported.notes]
     lines = [f"{name:<10}  {text}" for name, text in rows]
-    return "\n".join([*lines, f"wrote {made.path} ({made.bytes / 1e6:.1f} MB with its weights)"])
+    return "\n".join(
+        [*lines, f"wrote {exported.path} ({exported.bytes / 1e6:.1f} MB with its weights)"]
+    )
 
 
 def _output(output: Path | None, force: bool) -> Path:

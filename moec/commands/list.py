@@ -104,8 +104,8 @@ def passes() -> list[dict[str, Any]]:
 
 
 def first_line(thing: Any) -> str:
-    said = getattr(thing, "doc", None) or thing.__doc__ or ""
-    return str(said).strip().partition("\n")[0].rstrip(".")
+    doc = getattr(thing, "doc", None) or thing.__doc__ or ""
+    return str(doc).strip().partition("\n")[0].rstrip(".")
 
 
 def targets() -> list[dict[str, Any]]:

@@ -150,20 +150,20 @@ def _belongs(marker: Any, extra: str) -> bool:
     return bool(extra) and bool(marker.evaluate({"extra": extra}))
 
 
-def _package(name: str, wanted: object, extra: str, faults: Mapping[str, str]) -> Check:
+def _package(name: str, versions: object, extra: str, faults: Mapping[str, str]) -> Check:
     from packaging.specifiers import SpecifierSet
 
-    have = _version(name)
+    installed = _version(name)
     weak = NOTE if extra or name in _PURPOSE else BAD
     purpose = f" ({_PURPOSE[name]})" if name in _PURPOSE else ""
-    install = f"pip install 'moec[{extra}]'" if extra else f"pip install '{name}{wanted}'"
-    if not have:
+    install = f"pip install 'moec[{extra}]'" if extra else f"pip install '{name}{versions}'"
+    if not installed:
         return Check(name, weak, f"not installed{purpose}", install)
-    if not SpecifierSet(str(wanted)).contains(have, prereleases=True):
-        return Check(name, weak, f"{have}, but moec needs {wanted}{purpose}", install)
+    if not SpecifierSet(str(versions)).contains(installed, prereleases=True):
+        return Check(name, weak, f"{installed}, but moec needs {versions}{purpose}", install)
     if fault := faults.get(name):
-        return Check(name, weak, f"{have} does not load: {fault}", f"reinstall it: {install}")
-    return Check(name, OK, have)
+        return Check(name, weak, f"{installed} does not load: {fault}", f"reinstall it: {install}")
+    return Check(name, OK, installed)
 
 
 def _version(name: str) -> str:
@@ -188,14 +188,14 @@ def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
     faults: dict[str, str] = {}
     for name, process in running.items():
         try:
-            _, said = process.communicate(timeout=seconds)
+            _, stderr = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             faults[name] = f"nothing after {seconds:.0f} s"
             continue
         if process.returncode:
-            lines = said.strip().splitlines()
+            lines = stderr.strip().splitlines()
             code = process.returncode
             how = f"ended with signal {-code}" if code < 0 else f"ended with {code}"
             faults[name] = lines[-1] if lines else how

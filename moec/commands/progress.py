@@ -104,11 +104,11 @@ class Progress:
 
     def times(self) -> dict[str, float]:
         """Seconds by phase, of those that have ended."""
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for phase in self.phases:
             if phase.end is not None:
-                found[phase.name] = found.get(phase.name, 0.0) + phase.seconds(phase.end)
-        return found
+                seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds(phase.end)
+        return seconds
 
     def _finish(self, now: float) -> None:
         if self.phases and self.phases[-1].end is None:

@@ -113,20 +113,20 @@ def command(
 
         opened = replace(opened, package=recompile(opened))
     executor = start(opened)
-    said: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
+    answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code has to show that it is right
-        said["check"] = _check(opened, executor, quiet or as_json)
+        answer["check"] = _check(opened, executor, quiet or as_json)
     if source is not None:
-        said["outputs"] = _run(executor, source, output, said)
+        answer["outputs"] = _run(executor, source, output, answer)
         if not (quiet or as_json):
-            for name, port in said["outputs"].items():
+            for name, port in answer["outputs"].items():
                 click.echo(f"{name}: {port['dtype']}{port['shape']}")
     if prompt is not None:
-        said["prompt"] = prompt
+        answer["prompt"] = prompt
         request = (max_new_tokens, sampling)
-        said |= _generate(opened, executor, prompt, request, not as_json, quiet)
+        answer |= _generate(opened, executor, prompt, request, not as_json, quiet)
     if as_json:
-        click.echo(json.dumps(said, indent=1))
+        click.echo(json.dumps(answer, indent=1))
 
 
 def _since(start: float) -> float:
@@ -160,7 +160,7 @@ def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
 
 
 def _run(
-    executor: Executor, source: Path, output: Path | None, said: dict[str, Any]
+    executor: Executor, source: Path, output: Path | None, answer: dict[str, Any]
 ) -> dict[str, Any]:
     from moec.runtime.checks import check_no_nan
     from moec.runtime.tensor_files import read_tensors, write_tensors
@@ -169,7 +169,7 @@ def _run(
     check_no_nan("input", inputs)
     started = time.perf_counter()
     outputs = executor(inputs)
-    said["run_seconds"] = _since(started)
+    answer["run_seconds"] = _since(started)
     check_no_nan("output", outputs)
     if output is not None:
         write_tensors(output, outputs)
@@ -181,7 +181,7 @@ def _generate(
     opened: Artifact,
     executor: Executor,
     prompt: str,
-    wanted: tuple[int, Sampling],
+    limits: tuple[int, Sampling],
     stream: bool,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -195,17 +195,17 @@ def _generate(
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     tokens = tokenizer.encode(prompt)
-    made: list[int] = []
+    new_tokens: list[int] = []
     text, first = "", 0.0
     started = time.perf_counter()
 
     def counted() -> Iterator[int]:
         nonlocal first
-        for (token,) in generate(executor, [tokens], Request(*wanted, stop)):
+        for (token,) in generate(executor, [tokens], Request(*limits, stop)):
             first = first or time.perf_counter() - started
             if token is None or token in stop:
                 return
-            made.append(token)
+            new_tokens.append(token)
             yield token
 
     for piece in tokenizer.stream(tokens, counted()):
@@ -216,18 +216,18 @@ def _generate(
     seconds = time.perf_counter() - started
     if stream:
         click.echo()
-    speed = (len(made) - 1) / (seconds - first) if len(made) > 1 else 0.0
-    full = longest is not None and len(tokens) + len(made) > longest
+    speed = (len(new_tokens) - 1) / (seconds - first) if len(new_tokens) > 1 else 0.0
+    full = longest is not None and len(tokens) + len(new_tokens) > longest
     if stream and not quiet:
         limit = f"; the model takes no more than {longest} tokens" if full else ""
         click.echo(
-            f"{len(tokens)} tokens read in {first:.2f} s, then {len(made)} tokens at "
+            f"{len(tokens)} tokens read in {first:.2f} s, then {len(new_tokens)} tokens at "
             f"{speed:.1f} tokens/s{limit}",
             err=True,
         )
     return {
         "text": text,
-        "tokens": made,
+        "tokens": new_tokens,
         "prompt_tokens": len(tokens),
         "first_token_seconds": round(first, 4),
         "generate_seconds": round(seconds, 4),

@@ -41,15 +41,15 @@ def parse(texts: tuple[str, ...]) -> dict[str, tuple[Axis, ...]]:
     Raises UsageError where a text is not of the form above, an input is named twice, or one
     name has two bounds.
     """
-    found: dict[str, tuple[Axis, ...]] = {}
+    shapes: dict[str, tuple[Axis, ...]] = {}
     for spec in (part.strip() for text in texts for part in text.split(",")):
         name, equals, axes = spec.partition("=")
         if not equals or not name.strip() or not axes.strip():
             raise UsageError(f"--shapes {spec!r} is not INPUT=SIZES; {_HOW}")
-        if name.strip() in found:
+        if name.strip() in shapes:
             raise UsageError(f"--shapes gives {name.strip()} twice")
-        found[name.strip()] = _axes(spec, axes.strip())
-    return _with_common_bounds(found)
+        shapes[name.strip()] = _axes(spec, axes.strip())
+    return _with_common_bounds(shapes)
 
 
 def _axes(spec: str, text: str) -> tuple[Axis, ...]:
@@ -84,12 +84,12 @@ def _with_common_bounds(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, tuple[
     """Bounds may be written once: every axis of that name gets them."""
     bounds: dict[str, Axis] = {}
     for axis in (axis for axes in shapes.values() for axis in axes if axis.name):
-        known = bounds.get(axis.name)
+        previous = bounds.get(axis.name)
         unbounded = axis == Axis(name=axis.name)
-        if known is None or known == Axis(name=axis.name):
+        if previous is None or previous == Axis(name=axis.name):
             bounds[axis.name] = axis
-        elif not unbounded and axis != known:
-            shown = [f"{a.low}..{'' if a.high is None else a.high}" for a in (known, axis)]
+        elif not unbounded and axis != previous:
+            shown = [f"{a.low}..{'' if a.high is None else a.high}" for a in (previous, axis)]
             raise UsageError(f"--shapes gives {axis.name} two bounds: {shown[0]} and {shown[1]}")
     return {
         name: tuple(bounds.get(axis.name, axis) for axis in axes) for name, axes in shapes.items()

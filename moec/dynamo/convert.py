@@ -49,16 +49,16 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
             value = Value(converter.fresh(node.name), converter.type(tensor, node.name))
             into.append(value)
             leaves[value] = node
-            converter.made[node] = value
+            converter.values[node] = value
 
     for node in module.graph.nodes:
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, torch.SymInt | int):
-            converter.made[node] = from_torch(val)
+            converter.values[node] = from_torch(val)
         elif node.op in ("placeholder", "get_attr"):
             leaf(node, params if node in static else inputs)
-            if node in static and node in converter.made:
-                weights[converter.made[node].name] = static[node]
+            if node in static and node in converter.values:
+                weights[converter.values[node].name] = static[node]
         elif node.op == "call_function" and not dropped(node):
             if not _known(node, converter):
                 leaf(node, inputs)
@@ -69,7 +69,7 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
                 leaf(node, inputs)
     tied = {
         node: value
-        for node, value in converter.made.items()
+        for node, value in converter.values.items()
         if isinstance(value, Value) and node.op == "call_function" and value not in leaves
     }
     read = {n for node in module.graph.nodes if node not in tied for n in node.all_input_nodes}
@@ -95,7 +95,7 @@ def _prefix(module: fx.GraphModule) -> str:
 
 def _known(node: fx.Node, converter: Converter) -> bool:
     """Whether the IR has words for the node, and for all that it reads."""
-    if any(source not in converter.made for source in node.all_input_nodes):
+    if any(source not in converter.values for source in node.all_input_nodes):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         # Arithmetic of sizes; `getitem` takes a tuple apart.

@@ -29,8 +29,8 @@ def compress(kind: str, codes: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
     """codes u8[E, N, K] and their grid as PARTS says. Raises ValueError for other codes."""
     if kind == "2bit":
         return two_bit.encode(codes), grid
-    made = ternary.encode(codes.flatten(0, 1))
-    return made.stream, made.starts, grid
+    encoded = ternary.encode(codes.flatten(0, 1))
+    return encoded.stream, encoded.starts, grid
 
 
 def codes_in(kind: str, parts: Sequence[Tensor], width: int) -> Tensor:

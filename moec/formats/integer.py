@@ -115,8 +115,8 @@ class Quantisation:
     head: Format | None = None
 
     def __str__(self) -> str:
-        given = ((part, getattr(self, part)) for part in PARTS)
-        return ",".join(f"{part}={format}" for part, format in given if format is not None)
+        formats = ((part, getattr(self, part)) for part in PARTS)
+        return ",".join(f"{part}={format}" for part, format in formats if format is not None)
 
 
 def parse_parts(text: str) -> Quantisation:
@@ -127,18 +127,18 @@ def parse_parts(text: str) -> Quantisation:
     """
     if not isinstance(text, str):
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
-    found: dict[str, Format] = {}
+    formats: dict[str, Format] = {}
     for item in text.split(","):
         part, equals, format = item.strip().partition("=")
         if not equals:
             part, format = "experts", part
         if part not in PARTS:
             raise UsageError(f"quant {text!r}: {part!r} is none of {', '.join(PARTS)}")
-        made = parse(format)
-        if part in found:
+        parsed = parse(format)
+        if part in formats:
             raise UsageError(f"quant {text!r}: {part} comes twice")
-        found[part] = made
-    return Quantisation(**found)
+        formats[part] = parsed
+    return Quantisation(**formats)
 
 
 @dataclass(frozen=True)

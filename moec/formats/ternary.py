@@ -126,14 +126,14 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
     would change its sign.
     """
     signs = torch.stack([codes == 1, codes == 2], -3).float()  # [.., 2, N, K]
-    seen = signs @ hessian[..., None, :, :]
-    normal = torch.einsum("...ank,...bnk->...nab", seen, signs)
-    wanted = torch.einsum("...ank,...nk->...na", seen, weight.float())
+    products = signs @ hessian[..., None, :, :]
+    normal = torch.einsum("...ank,...bnk->...nab", products, signs)
+    targets = torch.einsum("...ank,...nk->...na", products, weight.float())
     unknown = normal.diagonal(dim1=-2, dim2=-1) <= 0
-    fitted, info = torch.linalg.solve_ex(normal + torch.diag_embed(unknown.float()), wanted)
+    fitted, info = torch.linalg.solve_ex(normal + torch.diag_embed(unknown.float()), targets)
     right = fitted * torch.tensor([-1.0, 1.0]) > 0
-    known = right & ~unknown & (info == 0)[..., None] & fitted.isfinite()
-    return torch.where(known, fitted, grid.float()).bfloat16()
+    solved = right & ~unknown & (info == 0)[..., None] & fitted.isfinite()
+    return torch.where(solved, fitted, grid.float()).bfloat16()
 
 
 def encode(codes: Tensor) -> Encoded:
@@ -157,12 +157,14 @@ def decode(encoded: Encoded, rows: int, width: int) -> Tensor:
     starts = unpack_starts(encoded.starts, rows)
     if starts[-1] != encoded.stream.numel():
         raise ValueError(f"rows of {starts[-1]} codewords are not {encoded.stream.numel()}")
-    made = np.zeros((rows, width), np.uint8)
-    right = np.zeros(len(made), np.bool_)
-    _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, made, right)
-    if not right.all():
-        raise ValueError(f"row {int(right.argmin())} of the stream does not hold {width} weights")
-    return torch.from_numpy(made)
+    codes = np.zeros((rows, width), np.uint8)
+    complete = np.zeros(len(codes), np.bool_)
+    _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, codes, complete)
+    if not complete.all():
+        raise ValueError(
+            f"row {int(complete.argmin())} of the stream does not hold {width} weights"
+        )
+    return torch.from_numpy(codes)
 
 
 def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
@@ -192,24 +194,24 @@ def _count_rows(rows: Any, children: Any, counts: Any) -> None:
 
 def _write_rows(rows: Any, children: Any, starts: Any, stream: Any) -> None:
     for r in numba.prange(len(rows)):
-        at, place = 0, starts[r]
+        at, position = 0, starts[r]
         while at < rows.shape[1]:
             word, at = _longest(rows[r], at, children)
-            stream[place] = word
-            place += 1
+            stream[position] = word
+            position += 1
 
 
-def _read_rows(stream: Any, starts: Any, entries: Any, made: Any, right: Any) -> None:
-    width = made.shape[1]
-    for r in numba.prange(len(made)):
+def _read_rows(stream: Any, starts: Any, entries: Any, codes: Any, complete: Any) -> None:
+    width = codes.shape[1]
+    for r in numba.prange(len(codes)):
         at = 0
-        for place in range(starts[r], starts[r + 1]):
-            word = stream[place]
+        for position in range(starts[r], starts[r + 1]):
+            word = stream[position]
             weights = 2 * (entries[word, 0] & 15)
             for i in range(min(weights, width - at)):
-                made[r, at + i] = entries[word, i // 14] >> (4 + 2 * (i % 14)) & 3
+                codes[r, at + i] = entries[word, i // 14] >> (4 + 2 * (i % 14)) & 3
             at += weights
-        right[r] = at == width + width % 2
+        complete[r] = at == width + width % 2
 
 
 _count = cast(Any, numba.njit(parallel=True)(_count_rows))

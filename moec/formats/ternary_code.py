@@ -48,40 +48,40 @@ def dictionary(zeros: float = ZEROS) -> Dictionary:
     which they were found, by symbols."""
     each = {0: zeros, 1: (1 - zeros) / 2, 2: (1 - zeros) / 2}
     symbols = [each[a] * each[b] for a, b in PAIRS]
-    number = count()
+    ticket = count()
     waiting: list[tuple[float, int, tuple[int, ...]]]
-    waiting = [(-p, next(number), (s,)) for s, p in enumerate(symbols)]
+    waiting = [(-p, next(ticket), (s,)) for s, p in enumerate(symbols)]
     heapq.heapify(waiting)
-    taken: list[tuple[float, tuple[int, ...]]] = []
-    while len(taken) < CODEWORDS:
+    codewords: list[tuple[float, tuple[int, ...]]] = []
+    while len(codewords) < CODEWORDS:
         least, _, sequence = heapq.heappop(waiting)
-        taken.append((-least, sequence))
+        codewords.append((-least, sequence))
         if len(sequence) < MOST_PAIRS:
             for s, p in enumerate(symbols):
-                heapq.heappush(waiting, (least * p, next(number), (*sequence, s)))
-    places = {sequence: place for place, (_, sequence) in enumerate(taken)}
+                heapq.heappush(waiting, (least * p, next(ticket), (*sequence, s)))
+    numbers = {sequence: number for number, (_, sequence) in enumerate(codewords)}
     entries = np.zeros((CODEWORDS, 2), np.uint32)
     children = np.full((CODEWORDS + 1, len(PAIRS)), -1, np.int32)
-    for place, (_, sequence) in enumerate(taken):
-        parent = places.get(sequence[:-1], ROOT)
-        children[parent, sequence[-1]] = place
+    for number, (_, sequence) in enumerate(codewords):
+        parent = numbers.get(sequence[:-1], ROOT)
+        children[parent, sequence[-1]] = number
         words = [len(sequence), len(sequence)]
         for i, s in enumerate(sequence):
             a, b = PAIRS[s]
             words[i // 7] |= (a | b << 2) << 4 + 4 * (i % 7)
-        entries[place] = words
-    return Dictionary(entries, children, np.array([p for p, _ in taken]))
+        entries[number] = words
+    return Dictionary(entries, children, np.array([p for p, _ in codewords]))
 
 
 def masks(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
     """Entries as a kernel wants them: u64[65536], bits 0 to 27 the weights that are 1, bits 32
     to 59 those that are 2, and bits 60 to 63 the number of pairs."""
-    made = (entries[:, 0].astype(np.uint64) & np.uint64(15)) << np.uint64(60)
+    packed = (entries[:, 0].astype(np.uint64) & np.uint64(15)) << np.uint64(60)
     for i in range(WEIGHTS):
         code = entries[:, i // 14] >> np.uint32(4 + 2 * (i % 14)) & np.uint32(3)
-        made |= (code == 1).astype(np.uint64) << np.uint64(i)
-        made |= (code == 2).astype(np.uint64) << np.uint64(32 + i)
-    return made
+        packed |= (code == 1).astype(np.uint64) << np.uint64(i)
+        packed |= (code == 2).astype(np.uint64) << np.uint64(32 + i)
+    return packed
 
 
 SIGNED = 32
@@ -91,9 +91,9 @@ SIGNED = 32
 def signs(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.int8]:
     """Entries as kernels want them where no instruction makes lanes of bits: i8[65536, 32], -1
     for each weight that is 1 and 1 for each that is 2, and last the number of pairs."""
-    made = np.zeros((CODEWORDS, SIGNED), np.int8)
-    made[:, -1] = entries[:, 0] & np.uint32(15)
+    lanes = np.zeros((CODEWORDS, SIGNED), np.int8)
+    lanes[:, -1] = entries[:, 0] & np.uint32(15)
     for i in range(WEIGHTS):
         code = entries[:, i // 14] >> np.uint32(4 + 2 * (i % 14)) & np.uint32(3)
-        made[:, i] = (code == 2).astype(np.int8) - (code == 1).astype(np.int8)
-    return made
+        lanes[:, i] = (code == 2).astype(np.int8) - (code == 1).astype(np.int8)
+    return lanes

@@ -63,8 +63,8 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
     """
     step, zero = grid.float().unbind(-1)
     levels = codes.float() - zero[..., None]
-    seen = levels @ hessian
-    fitted = (seen * weight.float()).sum(-1) / (seen * levels).sum(-1)
+    products = levels @ hessian
+    fitted = (products * weight.float()).sum(-1) / (products * levels).sum(-1)
     step = torch.where(fitted.isfinite() & (fitted > TINY), fitted, step)
     return torch.stack([step, zero], -1).bfloat16()
 
@@ -74,14 +74,14 @@ def encode(codes: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(
         codes, (0, words(codes.shape[-1]) * NEIGHBOURS - codes.shape[-1])
     )
-    some = padded.reshape(*codes.shape[:-1], words(codes.shape[-1]), NEIGHBOURS).long()
-    places = torch.arange(NEIGHBOURS)
-    return ((some & 1) << places | (some >> 1) << places + NEIGHBOURS).sum(-1)
+    groups = padded.reshape(*codes.shape[:-1], words(codes.shape[-1]), NEIGHBOURS).long()
+    shifts = torch.arange(NEIGHBOURS)
+    return ((groups & 1) << shifts | (groups >> 1) << shifts + NEIGHBOURS).sum(-1)
 
 
 def decode(planes: Tensor, width: int) -> Tensor:
     """The codes u8[.., width]."""
-    places = torch.arange(NEIGHBOURS)
+    shifts = torch.arange(NEIGHBOURS)
     words = planes[..., None]
-    codes = (words >> places & 1) | (words >> places + NEIGHBOURS & 1) << 1
+    codes = (words >> shifts & 1) | (words >> shifts + NEIGHBOURS & 1) << 1
     return codes.flatten(-2)[..., :width].to(torch.uint8)

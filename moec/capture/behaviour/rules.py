@@ -113,8 +113,8 @@ def _measure(
         return weights
     if rule.threshold_on == "score":
         return scores.gather(1, ids)
-    ordered, places = scores.sort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(scores).scatter(1, places, ordered - ordered.cumsum(-1)).gather(1, ids)
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores).scatter(1, order, ordered - ordered.cumsum(-1)).gather(1, ids)
 
 
 LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -40,10 +40,10 @@ def _output(
 ) -> Output:
     dtype = str(value.dtype).removeprefix("torch.")
     leading = _leading(value, x)
-    for key, given in named.items():
+    for key, tensor in named.items():
         output = Output(key, leading, dtype)
-        if given.numel() == value.numel():
-            formed = shaped(given, output, x)
+        if tensor.numel() == value.numel():
+            formed = shaped(tensor, output, x)
             if formed.dtype == value.dtype and same(formed, value):
                 return output
     if value.numel() == x.numel() and leading:  # the proof says by how much it differs

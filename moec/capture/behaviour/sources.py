@@ -115,10 +115,10 @@ def find_router(probe: Probe, logits: torch.Tensor, flat: torch.Tensor) -> Route
     for router in (*(Router(path) for path in paths), *products):
         try:
             with torch.no_grad():
-                given = router_logits(probe.module, Description(router=router), flat)
+                candidate = router_logits(probe.module, Description(router=router), flat)
         except (RuntimeError, TypeError):
             continue
-        if same(given, logits):
+        if same(candidate, logits):
             return router
     raise NoMatch(
         f"what {probe.weight_name} multiplies is neither its input nor what submodules make of it"
