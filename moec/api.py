@@ -122,9 +122,9 @@ def compile(
     """
     clock = Clock(progress)
     stored = Quantisation() if quant is None else parse_parts(quant)
-    asked = (*choose(opt_level, changes(passes)), *quantising(stored))
-    chosen = truncate_after(asked, stop_after)
-    allowed = _allowed(asked, chosen, calib, text("budget", budget), strict)
+    requested = (*choose(opt_level, changes(passes)), *quantising(stored))
+    chosen = truncate_after(requested, stop_after)
+    allowed = _allowed(requested, chosen, calib, text("budget", budget), strict)
     builds = build and stop_after is None
     if tune:
         check_tuning(target_of(target, run=False), builds)
@@ -135,7 +135,7 @@ def compile(
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
-        exact = [p for p in asked if not isinstance(p, Approximate)]
+        exact = [p for p in requested if not isinstance(p, Approximate)]
 
         def capture_again(observed: Sequence[Described] = ()) -> Captured:
             with threads_for(_elements(source.model)):
@@ -275,7 +275,7 @@ def _with_routers(compiled: CompiledModel) -> CompiledModel:
 
 
 def _allowed(
-    asked: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
+    requested: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
 ) -> Budget:
     """The budget, once it is known that the passes have what they need, and need what there is."""
     for pass_ in chosen:
@@ -285,13 +285,13 @@ def _allowed(
             )
     if strict and not budget:
         raise UsageError("--strict fails where the budget is exceeded: give --budget too")
-    changes = any(isinstance(pass_, Approximate) for pass_ in asked)
+    changes = any(isinstance(pass_, Approximate) for pass_ in requested)
     if budget and not changes:
         raise UsageError(
             "--budget is for passes that change the model, and none was asked for; see "
             "moec list passes"
         )
-    if calib is not None and not changes and not any(isinstance(p, Quantising) for p in asked):
+    if calib is not None and not changes and not any(isinstance(p, Quantising) for p in requested):
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and none was asked "
             "for; see moec list passes"

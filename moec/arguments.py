@@ -80,25 +80,25 @@ def target_of(target: Any, *, run: bool) -> Target:
     """
     if not isinstance(target, str | Target | CudaTarget):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
-    made = parse(target) if isinstance(target, str) else target
-    if isinstance(made, CudaTarget):
+    parsed = parse(target) if isinstance(target, str) else target
+    if isinstance(parsed, CudaTarget):
         raise TargetError(
-            f"target {made.name!r}: moec has CUDA kernels for routing, sorting, expert products "
+            f"target {parsed.name!r}: moec has CUDA kernels for routing, sorting, expert products "
             "and combining rows, but cannot yet compile a model of them, so nothing was built; "
             "compile for 'cpu'"
         )
-    if run and made.kind == NULL:
+    if run and parsed.kind == NULL:
         raise UsageError(
             f"the target {NULL!r} makes no code, so there is nothing to verify: switch "
             "verification off (verify=False, --verify off)"
         )
-    lacking = missing(made)
+    lacking = missing(parsed)
     if run and lacking:
         raise UsageError(
-            f"this machine lacks {', '.join(lacking)}, so the result for {made.name} cannot be "
+            f"this machine lacks {', '.join(lacking)}, so the result for {parsed.name} cannot be "
             "verified here: switch verification off (verify=False, --verify off)"
         )
-    return made
+    return parsed
 
 
 def check_tuning(target: Target, builds: bool) -> None:
@@ -122,15 +122,15 @@ def cast(source: Source, dtype: Any) -> Source:
     """
     if dtype is None:
         return source
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted not in DTYPES.values():
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in DTYPES.values():
         raise UsageError(f"dtype {dtype}: models are {', '.join(DTYPES)}")
     if not isinstance(source.model, torch.nn.Module):
         raise UsageError("the weights of an exported program cannot be converted: export it anew")
 
     def converted(value: Any) -> Any:
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(wanted) if floating else value
+        return value.to(torch_dtype) if floating else value
 
     args, kwargs = pytree.tree_map(converted, (source.args, dict(source.kwargs)))
-    return replace(source, model=source.model.to(wanted), args=args, kwargs=kwargs)
+    return replace(source, model=source.model.to(torch_dtype), args=args, kwargs=kwargs)

@@ -18,13 +18,13 @@ from moec.target.cpu import Target, processor
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a kernel was tuned to; `gain` is None where the default stays. `known` says that it
-    was not measured now, `why` that it could not be."""
+    """The tuning values of a kernel; `gain` is None where the default is best. `from_cache`: an
+    earlier compilation measured them. `why`: the reason where the kernel was not measured."""
 
     kernel: Tunable
     values: Values = field(default_factory=dict)
     gain: Gain | None = None
-    known: bool = False
+    from_cache: bool = False
     why: str = ""
 
 
@@ -50,7 +50,7 @@ def tune(
         )  # fmt: skip
         known = cache.load(store, key, kernel)
         if known is not None:
-            found.append(Tuned(kernel, *known, known=True))
+            found.append(Tuned(kernel, *known, from_cache=True))
             continue
         try:
             values, gain = choose(kernel, measure(kernel))

@@ -45,14 +45,14 @@ class _Transformers:
 
     def feed(self, tokens: Tokens) -> torch.Tensor:
         with torch.inference_mode():
-            made = self.forward(
+            output = self.forward(
                 input_ids=torch.tensor(tokens),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self.cache = made.past_key_values
-        logits: torch.Tensor = made.logits[:, -1]
+        self.cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
 

@@ -31,7 +31,7 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
-def cost(graph: Graph, env: Env, seen: int) -> Cost:
+def cost(graph: Graph, env: Env, context: int) -> Cost:
     """The cost of one call whose sizes are `env`, when `seen` keys of each cache are read."""
     params = set(graph.params)
     total = Cost()
@@ -45,7 +45,7 @@ def cost(graph: Graph, env: Env, seen: int) -> Cost:
         elif op.name == "grouped.compressed":
             total += _compressed(op, env)
         elif op.name == "nn.attention":
-            total += _attention(op, env, seen)
+            total += _attention(op, env, context)
         elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
             total += _product(op, env, params)
         elif op.name == "moe.gate":
@@ -117,11 +117,11 @@ def _compressed(op: Op, env: Env) -> Cost:
     return Cost(2.0 * _count(op.outputs[0], env) * width * len(parts.matrices), held * share)
 
 
-def _attention(op: Op, env: Env, seen: int) -> Cost:
+def _attention(op: Op, env: Env, context: int) -> Cost:
     """Query s of S sees the keys up to its own place: on average seen - S/2 of them."""
     a = Attention.of(op)
     queries = evaluate_dim(a.shape("q")[2], env)
-    keys = seen if a.first is not None else queries
+    keys = context if a.first is not None else queries
     per_row = keys - (queries - 1) / 2
     widths = evaluate_dim(a.q.shape[3], env) + evaluate_dim(a.v.shape[3], env)
     rows = _count(a.q, env) / evaluate_dim(a.q.shape[3], env)

@@ -60,8 +60,8 @@ def _tile_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: 
 
 
 def _pair_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: int) -> None:
-    whole = T.bind(T.broadcast(x[0], v.lanes))
-    _sums(v, y, thread, sums, steps, lambda old: v.dot2(old, whole, whole))
+    pair = T.bind(T.broadcast(x[0], v.lanes))
+    _sums(v, y, thread, sums, steps, lambda old: v.dot2(old, pair, pair))
 
 
 def _float_sums(v: Vector, x: Buffer, y: Buffer, thread: Expr, sums: int, steps: int) -> None:

@@ -23,24 +23,24 @@ def of_files(names: Sequence[str], files: Sequence[Path], threads: int) -> list[
 
     Raises UsageError where a file or a package is missing, or a file is not needed.
     """
-    found = []
+    contenders = []
     for name in names:
-        own = [file for file in files if file.suffix == SUFFIXES[name]]
-        if len(own) != 1:
+        matching = [file for file in files if file.suffix == SUFFIXES[name]]
+        if len(matching) != 1:
             raise UsageError(
                 f"--baseline {name} runs a file that you bring: give one "
                 f"--file FILE{SUFFIXES[name]}"
             )
-        if not own[0].is_file():
-            raise UsageError(f"--file {own[0]}: there is no such file")
-        found.append(_MAKE[name](own[0], threads))
-    wanted = {SUFFIXES[name] for name in names}
+        if not matching[0].is_file():
+            raise UsageError(f"--file {matching[0]}: there is no such file")
+        contenders.append(_MAKE[name](matching[0], threads))
+    suffixes = {SUFFIXES[name] for name in names}
     for file in files:
-        if file.suffix not in wanted:
+        if file.suffix not in suffixes:
             raise UsageError(
                 f"--file {file}: no --baseline reads a {file.suffix or 'nameless'} file"
             )
-    return found
+    return contenders
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _WithPast:
 
     engine: _Engine
     texts: int
-    seen: int = 0
+    length: int = 0
     past: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,14 +70,14 @@ class _WithPast:
 
     def feed(self, tokens: Tokens) -> np.ndarray[Any, Any]:
         ids = np.array(tokens, dtype=np.int64)
-        places = np.arange(self.seen, self.seen + ids.shape[1])[None].repeat(self.texts, 0)
-        self.seen += ids.shape[1]
-        whole = np.ones((self.texts, self.seen), dtype=np.int64)
-        own = {"input_ids": ids, "attention_mask": whole, "position_ids": places}
-        feeds = {n: self.engine.zeros(a) for n, a in own.items() if n in self.engine.inputs}
-        made = self.engine.run({**feeds, **self.past})
-        self.past = {n: made[PRESENT + n.removeprefix(PAST)] for n in self.past}
-        return self.engine.logits(made["logits"])[:, -1]
+        positions = np.arange(self.length, self.length + ids.shape[1])[None].repeat(self.texts, 0)
+        self.length += ids.shape[1]
+        mask = np.ones((self.texts, self.length), dtype=np.int64)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {n: self.engine.zeros(a) for n, a in inputs.items() if n in self.engine.inputs}
+        outputs = self.engine.run({**feeds, **self.past})
+        self.past = {n: outputs[PRESENT + n.removeprefix(PAST)] for n in self.past}
+        return self.engine.logits(outputs["logits"])[:, -1]
 
 
 def _check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:

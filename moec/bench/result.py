@@ -133,7 +133,7 @@ def _times(ahead: float) -> str:
     return f"{ahead:.2f}x"
 
 
-def plot(made: Result, path: Path) -> None:
+def plot(report: Result, path: Path) -> None:
     """Bars of both rates, with the limit. Raises UsageError where matplotlib is missing."""
     try:
         import matplotlib
@@ -143,18 +143,18 @@ def plot(made: Result, path: Path) -> None:
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install 'moec[bench]'") from None
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    tokens = {"prefill": made.load.batch * made.load.prompt, "decode": made.load.batch}
+    tokens = {"prefill": report.load.batch * report.load.prompt, "decode": report.load.batch}
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
-        figures: list[Figure] = [getattr(line, phase) for line in made.lines]
-        names = [line.name for line in made.lines]
+        figures: list[Figure] = [getattr(line, phase) for line in report.lines]
+        names = [line.name for line in report.lines]
         low = [f.median - f.low for f in figures]
         high = [f.high - f.median for f in figures]
         colours = ["#0b6e4f"] + ["#9aa5a1"] * (len(names) - 1)
         axis.bar(names, [f.median for f in figures], yerr=[low, high], color=colours, capsize=3)
-        axis.axhline(tokens[phase] / getattr(made.limits, phase), color="#b23a48", linestyle="--")
+        axis.axhline(tokens[phase] / getattr(report.limits, phase), color="#b23a48", linestyle="--")
         axis.set_title(f"{phase}, tokens a second (dashed: the machine's limit)", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{made.model}, {made.dtype}, {made.threads} threads", fontsize=10)
+    figure.suptitle(f"{report.model}, {report.dtype}, {report.threads} threads", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -57,26 +57,26 @@ class Code:
         return key_of(print_graph(self.folded), arrays, kernels, self.package.target)
 
     def arrays(self, weights: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """What the kernels read, packed from tensors in the order of the region's params; ids
-        and masks that the block was recognised by may follow them."""
-        given = {p.name: w for p, w in zip(self.graph.params, weights, strict=False)}
-        made = evaluate(self.folded, [], given)
-        named = {v.name: t for v, t in zip(self.folded.outputs, made, strict=True)}
+        """The kernels' packed weights by name. `weights` are in the order of the region's params;
+        further tensors (ids and masks that recognition read) may follow and are ignored."""
+        weights_by_name = {p.name: w for p, w in zip(self.graph.params, weights, strict=False)}
+        results = evaluate(self.folded, [], weights_by_name)
+        named = {v.name: t for v, t in zip(self.folded.outputs, results, strict=True)}
         return packed_arrays(self.lowered.params[MAIN], named)
 
 
-def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Code:
-    """The code of a region: known from an equal one, from the cache, or made.
+def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Code:
+    """The code of a region: that of an equal region in `codes`, from the cache, or compiled.
 
-    Raises MoecError where it cannot be made.
+    Raises MoecError where the region cannot be compiled.
     """
     graph = without_origins(region.program.graph)
     names = zip(graph.params, region.program.graph.params, strict=True)
     weights = {new.name: region.program.weights[old.name] for new, old in names}
     key = _key(graph, weights, options)
-    if key in known:
+    if key in codes:
         RECORDER.add(cache_hits=1)
-        return known[key]
+        return codes[key]
     passes = after_recognition(exact(options))
     steps = run(Program(graph, weights), passes, stage=Stage.MOE)
     final = steps[-1].program
@@ -92,9 +92,9 @@ def generate(region: Region, options: Options, known: Mapping[str, Code]) -> Cod
         library = backend.library(lowered.module, target, level, options.cache)
         RECORDER.add(code_compiled=1)
         save(options.cache, LIBRARIES, {key: library})
-    made = replace(bare, library=library)
+    native = replace(bare, library=library)
     joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
-    return Code(key, graph, joined[-1].program.graph, _folded(steps, graph), lowered, made)
+    return Code(key, graph, joined[-1].program.graph, _folded(steps, graph), lowered, native)
 
 
 def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:

@@ -55,13 +55,13 @@ def backend(
 
     Raises UsageError for options that do not exist, FallbackError under `strict`.
     """
-    asked = parse(options, mode)
+    settings = parse(options, mode)
     watch(backend)
     with torch._dynamo.utils.dynamo_timed("moec_backend"):
-        sites, module, left = _replace_blocks(module, inputs, asked)
-    run = (direct(module) if sites else None) or compile_rest(module, inputs, asked.rest)
+        sites, module, left = _replace_blocks(module, inputs, settings)
+    run = (direct(module) if sites else None) or compile_rest(module, inputs, settings.rest)
     RECORDER.add(compilations=1, blocks=len(sites))
-    RECORDER.fall_back(left, strict=asked.strict)
+    RECORDER.fall_back(left, strict=settings.strict)
     call = partial(run)  # which costs no call of Python's
     call.sites = sites  # type: ignore[attr-defined]  # they live as long as the graph
     return call
@@ -70,8 +70,8 @@ def backend(
 def _replace_blocks(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options
 ) -> tuple[list[Site], fx.GraphModule, list[Fallback]]:
-    """The sites made, the graph that calls them, and what was left to PyTorch. A graph without
-    blocks stays as it was."""
+    """(sites, graph that calls them, blocks left to PyTorch with their reasons). Without sites
+    the graph is `module` itself, unchanged."""
     choices = _choices(module)
     if choices and all(_is_empty(node) for node in choices):
         return [], module, []  # no token chooses, so there is nothing to leave to PyTorch
@@ -94,24 +94,26 @@ def _replace_blocks(
     ]
     sites: list[Site] = []
     products = Kernels(options.target, options.cache)
-    known: dict[str, Code] = {}
-    for found in regions(converted, steps[-1].program):
-        if not isinstance(found, Region):
-            left.append(Fallback(found[0], str(found[1])))
+    codes: dict[str, Code] = {}
+    for candidate in regions(converted, steps[-1].program):
+        if not isinstance(candidate, Region):
+            left.append(Fallback(candidate[0], str(candidate[1])))
             continue
         try:
-            if training and (reason := stopped(traced, found)):
+            if training and (reason := stopped(traced, candidate)):
                 raise NoMatch(reason)
-            code = generate(found, options, known)
+            code = generate(candidate, options, codes)
         except (NoMatch, MoecError, IRError) as why:
-            left.append(Fallback(found.where, str(why)))
+            left.append(Fallback(candidate.where, str(why)))
             continue
-        known[code.key] = code
-        trained = training and mostly(found.params, learning)
-        sites.append(place(found.where, code, products, trained=trained))
-        relied = [node for node in found.inside() if node in static and is_constant(static[node])]
-        fixed = [node for node in relied if node not in found.params]
-        _insert(traced, found, sites[-1], fixed, training)
+        codes[code.key] = code
+        trained = training and mostly(candidate.params, learning)
+        sites.append(place(candidate.where, code, products, trained=trained))
+        relied = [
+            node for node in candidate.inside() if node in static and is_constant(static[node])
+        ]
+        fixed = [node for node in relied if node not in candidate.params]
+        _insert(traced, candidate, sites[-1], fixed, training)
     if not sites:
         if hint and not left:
             left.append(Fallback("the graph", hint))
@@ -138,18 +140,18 @@ def _insert(
 
 
 def _choices(module: fx.GraphModule) -> list[fx.Node]:
-    """What chooses the best few of something."""
-    found = []
+    """The top-k nodes and experts calls: signs of a router."""
+    nodes = []
     for node in module.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target))
         if name.endswith(("topk", "topk.default", "experts")):
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes
 
 
 def _is_empty(node: fx.Node) -> bool:
-    made = node.meta.get("example_value")
-    first = made[0] if isinstance(made, tuple) else made
+    example = node.meta.get("example_value")
+    first = example[0] if isinstance(example, tuple) else example
     # A size that is a symbol is not 0: Dynamo sets 0 apart.
     return isinstance(first, torch.Tensor) and any(
         isinstance(size, int) and size == 0 for size in first.shape

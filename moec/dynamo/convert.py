@@ -36,7 +36,8 @@ class Converted:
 
 
 def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> Converted:
-    """`static` holds the inputs that become params, with their contents."""
+    """The IR of a traced graph. `static` maps the inputs that become params to their tensors;
+    a node without an IR op becomes an input of the IR."""
     converter = Converter({}, module, _prefix(module))
     inputs: list[Value] = []
     params: list[Value] = []
@@ -60,7 +61,7 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
             if node in static and node in converter.values:
                 weights[converter.values[node].name] = static[node]
         elif node.op == "call_function" and not dropped(node):
-            if not _known(node, converter):
+            if not _convertible(node, converter):
                 leaf(node, inputs)
                 continue
             try:
@@ -73,7 +74,9 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
         if isinstance(value, Value) and node.op == "call_function" and value not in leaves
     }
     read = {n for node in module.graph.nodes if node not in tied for n in node.all_input_nodes}
-    names = {name for v in (*inputs, *params, *_made(converter)) for name in _symbols(v)}
+    names = {
+        name for v in (*inputs, *params, *_converted_values(converter)) for name in _symbols(v)
+    }
     bounds = {name: Bounds() for name in sorted(names)}
     graph = Graph(
         tuple(inputs), tuple(params), tuple(converter.ops), tuple(tied.values()), (), bounds
@@ -83,32 +86,34 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
     for value, node in zip(spelled.outputs, tied, strict=True):
         nodes.setdefault(value, node)
     outside = [v for v, node in zip(spelled.outputs, tied, strict=True) if node in read]
-    kept = drop_dead(replace(spelled, outputs=tuple(dict.fromkeys(outside))))
-    return Converted(Program(kept, {p.name: weights[p.name] for p in kept.params}), nodes)
+    live_graph = drop_dead(replace(spelled, outputs=tuple(dict.fromkeys(outside))))
+    return Converted(
+        Program(live_graph, {p.name: weights[p.name] for p in live_graph.params}), nodes
+    )
 
 
 def _prefix(module: fx.GraphModule) -> str:
-    """What Dynamo calls the module that it was given, such as L['self']."""
-    found = (re.match(r"L\['\w+'\]", origin(node)) for node in module.graph.nodes)
-    return next((match.group() for match in found if match), "")
+    """Dynamo's name of the compiled module, such as L['self']; empty where no origin has one."""
+    matches = (re.match(r"L\['\w+'\]", origin(node)) for node in module.graph.nodes)
+    return next((match.group() for match in matches if match), "")
 
 
-def _known(node: fx.Node, converter: Converter) -> bool:
-    """Whether the IR has words for the node, and for all that it reads."""
+def _convertible(node: fx.Node, converter: Converter) -> bool:
+    """Whether the IR has an op for the node, and values for all of its inputs."""
     if any(source not in converter.values for source in node.all_input_nodes):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         # Arithmetic of sizes; `getitem` takes a tuple apart.
         return node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor)
-    known = node.target.namespace in ("aten", "moec") and not node.target._schema.is_mutable
-    return known and torch.Tag.nondeterministic_seeded not in node.target.tags
+    supported = node.target.namespace in ("aten", "moec") and not node.target._schema.is_mutable
+    return supported and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def _dense(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.device.type == "cpu"
 
 
-def _made(converter: Converter) -> list[Value]:
+def _converted_values(converter: Converter) -> list[Value]:
     return [value for op in converter.ops for value in op.outputs]
 
 

@@ -18,8 +18,8 @@ from moec.dynamo.operators import SITES
 
 
 def direct(module: fx.GraphModule) -> Callable[..., Any] | None:
-    """A function that calls the graph's sites itself, where blocks that want no gradient, views
-    and arithmetic of sizes are all that the graph holds; else None."""
+    """A function that calls the graph's sites without dispatch, if the graph holds only blocks
+    without gradients, views and arithmetic on sizes; else None."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -34,5 +34,5 @@ def direct(module: fx.GraphModule) -> Callable[..., Any] | None:
             copied.op, copied.target = "call_method", "view"
         else:
             return None
-    made: Callable[..., Any] = fx.GraphModule({}, graph).forward
-    return made
+    forward: Callable[..., Any] = fx.GraphModule({}, graph).forward
+    return forward

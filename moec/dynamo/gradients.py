@@ -75,27 +75,27 @@ class _InPyTorch:
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         y = rows.new_empty(len(rows), w.shape[1])
         spans = ends.tolist()
-        for expert, some in _owned(spans):
+        for expert, span in _owned(spans):
             if b is None:
-                torch.mm(rows[some], w[expert].t(), out=y[some])
+                torch.mm(rows[span], w[expert].t(), out=y[span])
             else:
-                torch.addmm(b[expert], rows[some], w[expert].t(), out=y[some])
+                torch.addmm(b[expert], rows[span], w[expert].t(), out=y[span])
         y[spans[-1] :].zero_()
         return y
 
     def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
         drows = grad.new_empty(len(grad), w.shape[2])
         spans = ends.tolist()
-        for expert, some in _owned(spans):
-            torch.mm(grad[some], w[expert], out=drows[some])
+        for expert, span in _owned(spans):
+            torch.mm(grad[span], w[expert], out=drows[span])
         drows[spans[-1] :].zero_()
         return drows
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
         dw = torch.empty_like(w)
         spans = ends.tolist()
-        for expert, some in _owned(spans):
-            _outer(grad[some], rows[some], dw[expert])
+        for expert, span in _owned(spans):
+            _outer(grad[span], rows[span], dw[expert])
         busy = {expert for expert, _ in _owned(spans)}
         for expert in set(range(len(dw))) - busy:
             dw[expert].zero_()
@@ -139,8 +139,8 @@ def _owned(ends: Sequence[int]) -> list[tuple[int, slice]]:
 def _sums(grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
     """grad[R, N] -> the sum of each expert's rows, [E, N], as the bias of w[E, N, K]."""
     db = grad.new_zeros(w.shape[:2], dtype=w.dtype)
-    for expert, some in _owned(ends.tolist()):
-        torch.sum(grad[some], 0, dtype=w.dtype, out=db[expert])
+    for expert, span in _owned(ends.tolist()):
+        torch.sum(grad[span], 0, dtype=w.dtype, out=db[expert])
     return db
 
 
@@ -241,8 +241,8 @@ class _LastProduct(torch.autograd.Function):
             if need_weights:
                 dots = (unscaled.float() * rows).sum(-1)
                 if b is not None:
-                    for expert, some in _owned(ends.tolist()):
-                        dots[some] += dz[some].float() @ b[expert].float()
+                    for expert, span in _owned(ends.tolist()):
+                        dots[span] += dz[span].float() @ b[expert].float()
                 dweights = dots[slots].to(weights.dtype)
         if need_w:
             scaled = rows if scale is None else (rows * scale).to(rows.dtype)
@@ -253,8 +253,8 @@ class _LastProduct(torch.autograd.Function):
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
-    made: Tensor = function.apply(*arguments)
-    return made
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 def _sort(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,13 +275,13 @@ def _linear(
     products: Products, op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
     rows, ends, w, *b = tensors
-    made = _apply(_Product, rows, ends, w, b[0] if b else None, products)
-    return made.to(attrs["dtype"])
+    product = _apply(_Product, rows, ends, w, b[0] if b else None, products)
+    return product.to(attrs["dtype"])
 
 
 def _combine(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    rows, places, *rest = tensors
-    order, slots = _places(places, attrs["k"])
+    rows, permutation, *rest = tensors
+    order, slots = _places(permutation, attrs["k"])
     weights = rest[0] if attrs.get("weighted") else None
     return _apply(_Combine, rows, order, slots, weights, attrs["dtype"])
 

@@ -71,8 +71,8 @@ class Site:
             names = (port.name for port in main.inputs)
             check_inputs(main, dict(zip(names, inputs, strict=True)))
         (result,) = executor.run(inputs).values()
-        made: torch.Tensor = result
-        return made
+        output: torch.Tensor = result
+        return output
 
     def _ready(self, params: Sequence[torch.Tensor]) -> Executor:
         now = _states(params)
@@ -99,10 +99,11 @@ class Site:
     def differentiable(
         self, tensors: Sequence[torch.Tensor], *, valued: bool = True
     ) -> torch.Tensor:
-        """The block op by op, all rows at once; for its gradient alone it need not be `valued`."""
+        """The block op by op with gradients, all rows at once. `valued=False` may skip work that
+        only the value needs, for a backward pass."""
         graph = self.code.expanded
-        given = tensors[: len(graph.inputs) + len(graph.params)]
-        return run_graph(graph, given, meanings=differentiable(self.products, valued=valued))[0]
+        operands = tensors[: len(graph.inputs) + len(graph.params)]
+        return run_graph(graph, operands, meanings=differentiable(self.products, valued=valued))[0]
 
     def result(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """An empty tensor such as a call gives; the sizes may be symbols."""
@@ -119,12 +120,12 @@ class Site:
 def _packed(code: Code, params: Sequence[torch.Tensor], now: Sequence[object]) -> Packed:
     key = (code.packing, tuple(now))
     with _PACKING:
-        found = PACKED.get(key)
-        if found is None:
-            found = Packed(code.arrays(params), [param.detach() for param in params])
-            PACKED[key] = found
+        packed = PACKED.get(key)
+        if packed is None:
+            packed = Packed(code.arrays(params), [param.detach() for param in params])
+            PACKED[key] = packed
             RECORDER.add(packs=1)
-    return found
+    return packed
 
 
 def _size(dim: Any, sizes: dict[str, Any]) -> Any:
@@ -186,26 +187,27 @@ def block_backward(
     site: str,
     needed: list[bool],
 ) -> list[torch.Tensor]:
-    """The gradients of those of `inputs` and `params` that are `needed`, in order."""
+    """The gradients of the `needed` tensors of [*inputs, *params], in order."""
     tensors = [
-        tensor.detach().requires_grad_(wanted)
-        for tensor, wanted in zip([*inputs, *params], needed, strict=True)
+        tensor.detach().requires_grad_(need)
+        for tensor, need in zip([*inputs, *params], needed, strict=True)
     ]
-    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
     with autograd_inside():
         y = SITES[site].differentiable(tensors, valued=False)
-        grads = torch.autograd.grad(y, wanted, grad, materialize_grads=True)
-    taken = {tensor.untyped_storage().data_ptr() for tensor in (grad, *tensors)}
-    return [_own(made, taken) for made in grads]
+        grads = torch.autograd.grad(y, leaves, grad, materialize_grads=True)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (grad, *tensors)}
+    return [_own(gradient, storages) for gradient in grads]
 
 
-def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """In memory that is not `taken`, as the results of an operator must be; it is then."""
-    place = tensor.untyped_storage().data_ptr()
-    if place in taken or not tensor.is_contiguous():
+def _own(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """The tensor, copied if its memory is in `storages`: the results of a custom operator must
+    alias neither its inputs nor each other. Adds its memory to `storages`."""
+    address = tensor.untyped_storage().data_ptr()
+    if address in storages or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-        place = tensor.untyped_storage().data_ptr()
-    taken.add(place)
+        address = tensor.untyped_storage().data_ptr()
+    storages.add(address)
     return tensor
 
 
@@ -218,21 +220,21 @@ def _(
     needed: list[bool],
 ) -> list[torch.Tensor]:
     pairs = zip([*inputs, *params], needed, strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, wanted in pairs if wanted]
+    return [tensor.new_empty(tensor.shape) for tensor, need in pairs if need]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    given, params, ctx.site = inputs
-    ctx.count = len(given)
-    ctx.needed = [tensor.requires_grad for tensor in (*given, *params)]
-    ctx.save_for_backward(*given, *params)
+    block_inputs, params, ctx.site = inputs
+    ctx.count = len(block_inputs)
+    ctx.needed = [tensor.requires_grad for tensor in (*block_inputs, *params)]
+    ctx.save_for_backward(*block_inputs, *params)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     inputs, params = saved[: ctx.count], saved[ctx.count :]
-    made = iter(block_backward(grad, inputs, params, ctx.site, ctx.needed))
-    grads = [next(made) if wanted else None for wanted in ctx.needed]
+    gradients = iter(block_backward(grad, inputs, params, ctx.site, ctx.needed))
+    grads = [next(gradients) if need else None for need in ctx.needed]
     return grads[: ctx.count], grads[ctx.count :], None
 
 

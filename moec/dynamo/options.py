@@ -44,34 +44,34 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
 
     Raises UsageError for an unknown name or value, TargetError for a target that is unknown.
     """
-    given = dict(options or {})
+    settings = dict(options or {})
     if mode not in (None, "default"):
         raise UsageError(
             f"mode={mode!r} is Inductor's: leave it out, or set torch._inductor.config, which "
             "holds for what moec leaves to Inductor"
         )
-    for name in given:
+    for name in settings:
         if name in _ELSEWHERE:
             raise UsageError(f"options: there is no {name!r}: {_ELSEWHERE[name]}")
         if name not in Options.__dataclass_fields__:
-            known = ", ".join(Options.__dataclass_fields__)
-            raise UsageError(f"options: there is no {name!r}; there are {known}")
-    rest = given.get("rest", "inductor")
+            names = ", ".join(Options.__dataclass_fields__)
+            raise UsageError(f"options: there is no {name!r}; there are {names}")
+    rest = settings.get("rest", "inductor")
     if rest not in REST:
         raise UsageError(f"options: rest is {rest!r}: give one of {', '.join(REST)}")
-    strict = given.get("strict", False)
+    strict = settings.get("strict", False)
     if not isinstance(strict, bool):
         raise UsageError(f"options: strict is {strict!r}: give True or False")
-    level, passes = given.get("opt_level", 2), text("passes", given.get("passes", ""))
-    target = target_of(given.get("target", "cpu"), run=True)
-    made = Options(rest, target, level, passes, strict, _store(given.get("cache", True)))
-    exact(made)
-    return made
+    level, passes = settings.get("opt_level", 2), text("passes", settings.get("passes", ""))
+    target = target_of(settings.get("target", "cpu"), run=True)
+    parsed = Options(rest, target, level, passes, strict, _store(settings.get("cache", True)))
+    exact(parsed)
+    return parsed
 
 
 def exact(options: Options) -> tuple[Pass, ...]:
-    """The passes that are asked for. Raises UsageError for one that needs the whole model."""
-    found: list[Pass] = []
+    """The passes that `options` select. Raises UsageError for a pass that needs a whole model."""
+    passes: list[Pass] = []
     for chosen in choose(options.opt_level, options.passes):
         if isinstance(chosen, Approximate):
             raise UsageError(
@@ -83,8 +83,8 @@ def exact(options: Options) -> tuple[Pass, ...]:
                 f"options: passes: {chosen.name} rewrites whole models, and torch.compile gives "
                 "blocks: apply it with moec.compile"
             )
-        found.append(chosen)
-    return tuple(found)
+        passes.append(chosen)
+    return tuple(passes)
 
 
 def _store(cache: Any) -> Store:

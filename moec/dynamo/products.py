@@ -43,10 +43,10 @@ class Kernels(Products):
     cache: Store
 
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        found = self._lying(rows, w)
-        if found is None:
+        match = self._kernels_for(rows, w)
+        if match is None:
             return IN_PYTORCH.product(rows, ends, w, b)
-        kernels, stack, transposed = found
+        kernels, stack, transposed = match
         y = rows.new_empty(len(rows), w.shape[1])
         name = "mixed" if transposed else "product"
         biases = () if b is None else (b.contiguous(),)
@@ -54,26 +54,27 @@ class Kernels(Products):
         return y
 
     def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
-        found = self._lying(grad, w)
-        if found is None:
+        match = self._kernels_for(grad, w)
+        if match is None:
             return IN_PYTORCH.mixed(grad, ends, w)
-        kernels, stack, transposed = found
+        kernels, stack, transposed = match
         dx = grad.new_empty(len(grad), w.shape[2])
         _call(kernels["product" if transposed else "mixed"], grad, ends, stack, dx)
         return dx
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
-        found = self._lying(rows, w)
-        if found is None:
+        match = self._kernels_for(rows, w)
+        if match is None:
             return IN_PYTORCH.outer(grad, rows, ends, w)
-        kernels, stack, transposed = found
+        kernels, stack, transposed = match
         dw = in_large_pages(torch.empty_like(stack))
         factors = (rows, grad) if transposed else (grad, rows)
         _call(kernels["outer"], *factors, ends, dw)
         return dw.mT if transposed else dw
 
-    def _lying(self, rows: Tensor, w: Tensor) -> tuple[Any, Tensor, bool] | None:
-        """The kernels for a stack of weights, it as it lies, and whether that is transposed."""
+    def _kernels_for(self, rows: Tensor, w: Tensor) -> tuple[Any, Tensor, bool] | None:
+        """(kernels, contiguous stack, whether it is `w` transposed), or None where PyTorch is
+        used: another dtype or device, neither layout contiguous, or AMX tiles with many rows."""
         if w.dtype not in _DTYPES or rows.dtype != w.dtype or not w.is_cpu:
             return None
         if self.target.bf16_tiles and w.dtype is torch.bfloat16 and len(rows) >= MANY * len(w):

@@ -73,12 +73,12 @@ class Recorder:
 
         Raises FallbackError instead of the warning where `strict`.
         """
-        found = tuple(dict.fromkeys(fallbacks))
-        if not found:
+        unique = tuple(dict.fromkeys(fallbacks))
+        if not unique:
             return
         with self._lock:
-            self._stats = replace(self._stats, fallbacks=self._stats.fallbacks + found)
-        listed = "; ".join(map(str, found))
+            self._stats = replace(self._stats, fallbacks=self._stats.fallbacks + unique)
+        listed = "; ".join(map(str, unique))
         if strict:
             raise FallbackError(f"strict=True, and moec leaves to PyTorch: {listed}")
         warnings.warn(f"moec leaves to PyTorch: {listed}", FallbackWarning, stacklevel=2)

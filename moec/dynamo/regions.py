@@ -40,12 +40,12 @@ class Region:
     output: fx.Node
 
     def inside(self) -> Iterator[fx.Node]:
-        """The nodes that the output is made of, down to the inputs, params and others included."""
-        pending, seen = [self.output], set(self.inputs)
+        """The nodes that the output depends on, down to the inputs; params are included."""
+        pending, visited = [self.output], set(self.inputs)
         while pending:
             node = pending.pop()
-            if node not in seen:
-                seen.add(node)
+            if node not in visited:
+                visited.add(node)
                 yield node
                 pending += node.all_input_nodes
 
@@ -79,8 +79,8 @@ def _region(
     graph = scope.graph
     x = _source(combine, scope, nodes)
     ops = tuple(map(unlike, _between(x, y, scope, nodes)))
-    made = {value for op in ops for value in op.outputs}
-    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
+    results = {value for op in ops for value in op.outputs}
+    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in results))
     params = tuple(v for v in read if v in scope.params)
     inputs = tuple(v for v in read if v not in scope.params)
     cut = _free_sizes(Graph(inputs, params, ops, (y,), (), graph.bounds))
@@ -97,39 +97,41 @@ def _region(
 
 
 def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
-    """The block's result, and the value of the graph before recognition that it stands for.
+    """The block's result in `after`, and the value of `before` that it replaces.
 
-    Recognition leaves the readers of a block as they were but for what they read.
+    Recognition changes the readers of a block only in their inputs. Raises NoMatch where nothing
+    reads the result.
     """
     readers = {value: op for op in before.ops for value in op.outputs}
     pending = [combine.outputs[0]]
     for value in pending:
-        for place, output in enumerate(after.outputs):
+        for index, output in enumerate(after.outputs):
             if output is value:
-                return value, before.outputs[place]
+                return value, before.outputs[index]
         for op in after.readers.get(value, ()):
             old = readers.get(op.outputs[0])
             if old is None:
                 pending.append(op.outputs[0])
             elif old.inputs != op.inputs:
-                place = op.inputs.index(value)
-                return value, old.inputs[place]
+                index = op.inputs.index(value)
+                return value, old.inputs[index]
     raise NoMatch("nothing reads its result")
 
 
 def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
-    """The block's input, as near to the way it was before it was flattened as there is a node."""
+    """The block's input before it was flattened, through as many views as have a node. Raises
+    NoMatch where none has."""
     experts = scope.graph.producers[combine.inputs[0]]
     while experts.name != "moe.experts":
         experts = scope.graph.producers[experts.inputs[0]]
     value = scope.graph.producers[experts.inputs[0]].inputs[0]
-    found = value if value in nodes else None
+    source = value if value in nodes else None
     while (view := scope.made_by(value, *VIEWS)) is not None:
         value = view.inputs[0]
-        found = value if value in nodes else found
-    if found is None:
+        source = value if value in nodes else source
+    if source is None:
         raise NoMatch("its input is no value of the traced graph")
-    return found
+    return source
 
 
 def _between(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -> tuple[Op, ...]:
@@ -157,8 +159,8 @@ def _between(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -
 
 
 def _free_sizes(graph: Graph) -> Graph:
-    """The region with sizes of its own, each of which an input tells: T0 is B where an input has
-    an axis B, and B*S where none has."""
+    """The region with fresh size names that its inputs' axes determine: T0 replaces B where an
+    input has an axis B, and B*S where no input has B and S."""
     dims = [dim for value in graph.inputs for dim in value.shape if not isinstance(dim, int)]
     alone = {dim for dim in dims if isinstance(dim, sympy.Symbol)}
     names = {str(dim) for dim in alone}
@@ -166,12 +168,12 @@ def _free_sizes(graph: Graph) -> Graph:
     new = {dim: symbol(f"T{index}") for index, dim in enumerate(free)}
     products = sorted(new, key=lambda dim: dim in alone)  # before what they are made of
     renamed = _substituted(graph, [(dim, new[dim]) for dim in products])
-    known = {str(name) for name in new.values()}
+    size_names = {str(name) for name in new.values()}
     for value in renamed.values():
         for dim in value.shape:
-            if not symbols(dim) <= known:
+            if not symbols(dim) <= size_names:
                 raise NoMatch(f"{value.name} is {value.type}, a size that none of its inputs has")
-    return replace(renamed, bounds={name: Bounds() for name in sorted(known)})
+    return replace(renamed, bounds={name: Bounds() for name in sorted(size_names)})
 
 
 def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph:
@@ -180,10 +182,10 @@ def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph
     def size(dim: Dim) -> Dim:
         return dim if isinstance(dim, int) else normal(dim.subs(new))
 
-    def attr(given: Attr) -> Attr:
-        if isinstance(given, tuple):
-            return tuple(attr(item) for item in given)
-        return size(given) if isinstance(given, sympy.Expr) else given
+    def attr(attribute: Attr) -> Attr:
+        if isinstance(attribute, tuple):
+            return tuple(attr(item) for item in attribute)
+        return size(attribute) if isinstance(attribute, sympy.Expr) else attribute
 
     def value(old: Value) -> Value:
         if old not in values:
@@ -195,7 +197,7 @@ def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph
             op,
             inputs=tuple(map(value, op.inputs)),
             outputs=tuple(map(value, op.outputs)),
-            attrs={name: attr(given) for name, given in op.attrs.items()},
+            attrs={name: attr(attribute) for name, attribute in op.attrs.items()},
         )
         for op in graph.ops
     )

@@ -19,15 +19,15 @@ def compile_rest(module: fx.GraphModule, inputs: Sequence[Any], how: str) -> Cal
     """Raises UsageError where Inductor has no C++ compiler."""
     if how == "inductor":
         return _inductor(module, inputs)
-    made: Callee = aot_autograd(
+    callee: Callee = aot_autograd(
         fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition
     )(module, inputs)
-    return made
+    return callee
 
 
 def _as_it_is(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
-    made: Callee = make_boxed_func(module.forward)
-    return made
+    callee: Callee = make_boxed_func(module.forward)
+    return callee
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:

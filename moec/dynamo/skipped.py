@@ -66,9 +66,9 @@ def _listener(backend: object) -> Callable[[object], None]:
 
 def _why(error: BaseException | None) -> str | None:
     texts = [str(cause) for cause in _causes(error)]
-    for names, said in _SAID.items():
+    for names, reason in _SAID.items():
         if any(all(name in text for name in names) for text in texts):
-            return said
+            return reason
     return None
 
 
@@ -86,7 +86,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _calls(called: Any, backend: object) -> bool:
-    """Whether an attempt would have ended in a call of `backend`."""
+    """Whether Dynamo would call `backend` for this callable."""
     dynamo: Any = torch._dynamo
-    found = dynamo.eval_frame.innermost_backend(called)
-    return getattr(found, "compiler_fn", found) is backend
+    innermost = dynamo.eval_frame.innermost_backend(called)
+    return getattr(innermost, "compiler_fn", innermost) is backend

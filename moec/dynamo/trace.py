@@ -34,8 +34,8 @@ STATIC = "_dynamo_static_input_type"
 
 
 def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> fx.GraphModule:
-    """The same computation over the same inputs. Raises NoMatch, with the reason, where PyTorch
-    cannot write it so."""
+    """The module traced to ATen operators, with the same inputs. Raises NoMatch, with the reason,
+    where PyTorch cannot trace it."""
     if torch.is_autocast_enabled("cpu") or any(
         "autocast" in str(node.target) for node in module.graph.nodes
     ):
@@ -49,7 +49,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
     context = TracingContext.get()
     mode = context.fake_mode
     assert mode is not None
-    fake = [_fake(mode, context, given) for given in inputs]
+    fake = [_fake(mode, context, value) for value in inputs]
     depth = _torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with mode, enable_python_dispatcher(), fx_traceback.preserve_node_meta():
@@ -80,14 +80,14 @@ def _fix_numbers(module: fx.GraphModule) -> None:
     With `dynamic=True` they are symbols, and no recogniser can tell what a router does whose
     epsilon may be anything. Floats that the caller passes stay symbols.
     """
-    found = False
+    restart = False
     for node in _placeholders(module):
         memo = getattr(node.meta.get("example_value"), "item_memo", None)
         source = getattr(node.meta.get("grapharg"), "source", None)
         if isinstance(memo, torch.SymFloat) and not _passed(source):
             TensorifyState.specialize(str(memo.node._expr))
-            found = True
-    if found:
+            restart = True
+    if restart:
         raise TensorifyScalarRestartAnalysis
 
 
@@ -107,17 +107,17 @@ def _plain(traced: fx.GraphModule) -> None:
         elif name == "aten.copy.default":
             _written_over(node)
         elif name.startswith("aten.to."):
-            source, wanted = node.args[0], node.meta["val"]
-            given = source.meta["val"]
-            if (given.dtype, given.device) != (wanted.dtype, wanted.device):
+            source, result = node.args[0], node.meta["val"]
+            operand = source.meta["val"]
+            if (operand.dtype, operand.device) != (result.dtype, result.device):
                 with traced.graph.inserting_before(node):
-                    made = traced.graph.call_function(
+                    cast_node = traced.graph.call_function(
                         torch.ops.aten._to_copy.default,
                         (source,),
-                        {"dtype": wanted.dtype, "device": wanted.device},
+                        {"dtype": result.dtype, "device": result.device},
                     )
-                made.meta = dict(node.meta)
-                source = made
+                cast_node.meta = dict(node.meta)
+                source = cast_node
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
@@ -125,40 +125,44 @@ def _plain(traced: fx.GraphModule) -> None:
 
 
 def _says_a_size_is_one(node: fx.Node) -> bool:
-    """Whether the node asserts size >= 0, as is said of all sizes that depend on data."""
+    """Whether the node asserts size >= 0, as torch does for every size that depends on data."""
     if node.target is not torch.ops.aten._assert_scalar.default:
         return False
-    said = node.args[0]
-    if not isinstance(said, fx.Node) or said.target is not operator.ge or said.args[1] != 0:
+    condition = node.args[0]
+    if (
+        not isinstance(condition, fx.Node)
+        or condition.target is not operator.ge
+        or condition.args[1] != 0
+    ):
         return False
-    size = said.args[0]
+    size = condition.args[0]
     return isinstance(size, fx.Node) and size.target is torch.ops.aten.sym_size.int
 
 
 def _written_over(node: fx.Node) -> None:
     """`a.copy_(b)`, once functional, has no gradient in PyTorch: b in the shape and dtype of a."""
-    made, source = node.meta["val"], cast(fx.Node, node.args[1])
+    destination, source = node.meta["val"], cast(fx.Node, node.args[1])
     with node.graph.inserting_before(node):
         new = node.graph.call_function(torch.ops.aten.expand_as.default, (source, node.args[0]))
-        new.meta = {**node.meta, "val": source.meta["val"].expand_as(made)}
-        if source.meta["val"].dtype != made.dtype:
+        new.meta = {**node.meta, "val": source.meta["val"].expand_as(destination)}
+        if source.meta["val"].dtype != destination.dtype:
             new = node.graph.call_function(
-                torch.ops.aten._to_copy.default, (new,), {"dtype": made.dtype}
+                torch.ops.aten._to_copy.default, (new,), {"dtype": destination.dtype}
             )
             new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
-def _fake(mode: FakeTensorMode, context: TracingContext, given: Any) -> Any:
+def _fake(mode: FakeTensorMode, context: TracingContext, value: Any) -> Any:
     """An input in Dynamo's fake mode, with the symbols that Dynamo gave its sizes, or for a
     Python float its value."""
-    if not isinstance(given, torch.Tensor):
-        return given
-    known: Any = context.tensor_to_context
-    symbolic = known.get(given)
+    if not isinstance(value, torch.Tensor):
+        return value
+    contexts: Any = context.tensor_to_context
+    symbolic = contexts.get(value)
     source = symbolic.tensor_source if symbolic else None
-    return mode.from_tensor(given, symbolic_context=symbolic, source=source, trace=False)
+    return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False)
 
 
 def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
@@ -166,17 +170,17 @@ def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def static_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
-    """The parameters and buffers among the inputs, which keep their memory between calls; those
-    that the graph writes into are none."""
+    """The parameters and buffers among the inputs, which keep their memory between calls, without
+    buffers that the graph writes into."""
     written = {
         node.args[0] for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default
     }
     return {
-        node: given.detach()
-        for node, given in zip(_placeholders(module), inputs, strict=True)
-        if isinstance(given, torch.Tensor)
+        node: value.detach()
+        for node, value in zip(_placeholders(module), inputs, strict=True)
+        if isinstance(value, torch.Tensor)
         and node not in written
-        and (STATIC in node.meta.get("tensor_dict", {}) or isinstance(given, torch.nn.Parameter))
+        and (STATIC in node.meta.get("tensor_dict", {}) or isinstance(value, torch.nn.Parameter))
     }
 
 
@@ -227,8 +231,8 @@ def _functional(module: fx.GraphModule) -> Any:
 
 def _synced(tensor: FunctionalTensor) -> torch.Tensor:
     _torch._sync(tensor)
-    made: torch.Tensor = _torch._from_functional_tensor(tensor.elem)
-    return made
+    inner: torch.Tensor = _torch._from_functional_tensor(tensor.elem)
+    return inner
 
 
 def _written(argument: Any) -> torch.Tensor | None:

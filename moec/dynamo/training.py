@@ -19,15 +19,15 @@ _SWITCH = torch._C._set_grad_enabled
 
 def needs_gradient(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
-        isinstance(given, torch.Tensor) and given.requires_grad for given in inputs
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
     )
 
 
 def learns(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
-    """The inputs of a graph whose gradient is wanted."""
+    """The inputs of a graph that need a gradient."""
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     pairs = zip(placeholders, inputs, strict=True)
-    return {node for node, given in pairs if needs_gradient([given])}
+    return {node for node, value in pairs if needs_gradient([value])}
 
 
 def mostly(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
@@ -39,12 +39,12 @@ def mostly(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
 def stopped(traced: fx.GraphModule, region: Region) -> str:
     """Why the gradient of a region is not that of its values; empty where it is."""
     without = _without_gradient(traced)
-    pending, seen = [region.output], {*region.inputs, *region.params}
+    pending, visited = [region.output], {*region.inputs, *region.params}
     while pending:  # along floats: choices carry no gradient
         node = pending.pop()
-        if node in seen or not _floating(node):
+        if node in visited or not _floating(node):
             continue
-        seen.add(node)
+        visited.add(node)
         if node in without:
             return f"gradients stop at {node.name} inside the block (detach or no_grad)"
         pending += node.all_input_nodes
@@ -58,11 +58,11 @@ def _floating(node: fx.Node) -> bool:
 
 
 def _without_gradient(traced: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that autograd does not look behind."""
-    enabled, found = True, set()
+    """The nodes at which gradients stop: detach, and nodes under no_grad."""
+    enabled, barriers = True, set()
     for node in traced.graph.nodes:
         if node.target is _SWITCH:
             enabled = bool(node.args[0])
         elif not enabled or node.target is torch.ops.aten.detach.default:
-            found.add(node)
-    return found
+            barriers.add(node)
+    return barriers

@@ -102,8 +102,8 @@ class MoecRunner(ModelRunner):  # type: ignore[misc]
     def __call__(
         self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        made = self.program(**kwargs)
-        return self.unflatten(list(made.values()) if isinstance(made, dict) else [made])
+        outputs = self.program(**kwargs)
+        return self.unflatten(list(outputs.values()) if isinstance(outputs, dict) else [outputs])
 
 
 def _metadata(model: Any, inputs: Mapping[str, Any]) -> ExportMetadata:

@@ -51,7 +51,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
     if cache is False or (cache is None and not continues_text(program.graph)):
         return Content(program)
     try:
-        made = past_and_present(program)
+        cached_program = past_and_present(program)
     except NoMatch as why:
         if cache:
             raise UnsupportedError(
@@ -61,7 +61,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
         return Content(program, notes=(f"without a cache of keys and values: {why}",))
     left = [v.name for v in program.graph.outputs if v is not logits_of(program.graph)]
     notes = (f"with a cache the file gives logits, and not {', '.join(left)}",) if left else ()
-    return Content(made, (len(made.graph.inputs) - 2) // 2, notes)
+    return Content(cached_program, (len(cached_program.graph.inputs) - 2) // 2, notes)
 
 
 class Texts:
@@ -77,8 +77,8 @@ class Texts:
         new = torch.ones_like(ids) if mask is None else mask
         self._mask = torch.cat([self._mask, new], 1)
         names = [value.name for value in self._graph.inputs]
-        made = self._run(dict(zip(names, (ids, self._mask, *self._past), strict=True)))
-        logits, *self._past = (made[value.name] for value in self._graph.outputs)
+        outputs = self._run(dict(zip(names, (ids, self._mask, *self._past), strict=True)))
+        logits, *self._past = (outputs[value.name] for value in self._graph.outputs)
         return logits
 
 
@@ -94,8 +94,8 @@ def at_once(program: Program, run: Run) -> Run:
     """The whole text in one call, as the model itself takes it."""
     tokens, logits = program.graph.inputs[0].name, program.graph.outputs[0].name
 
-    def run_whole(given: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        ids = given[tokens]
+    def run_whole(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        ids = inputs[tokens]
         return {logits: Texts(program, run, len(ids)).feed(ids)}
 
     return run_whole
@@ -105,20 +105,20 @@ def in_pieces(program: Program, run: Run, ids: torch.Tensor) -> Iterator[tuple[i
     """Token ids [B, S]: half of them, some one by one, and the rest; then once more in two pieces
     of which each text has another share, so that both are padded, the second amid the text.
     For each piece its end, and the logits [B, V] after it."""
-    batch, whole = ids.shape
+    batch, length = ids.shape
     if not ids.numel():
         return
-    half = -(-whole // 2)
+    half = -(-length // 2)
     texts, start = Texts(program, run, batch), 0
-    for stop in sorted({*range(half, min(half + DECODED, whole) + 1), whole}):
+    for stop in sorted({*range(half, min(half + DECODED, length) + 1), length}):
         yield stop, texts.feed(ids[:, start:stop])[:, -1]
         start = stop
-    if whole > 1:
+    if length > 1:
         texts = Texts(program, run, batch)
-        counts = [1 + (half - 1 + text) % (whole - 1) for text in range(batch)]
+        counts = [1 + (half - 1 + text) % (length - 1) for text in range(batch)]
         texts.feed(*_padded([row[:count] for row, count in zip(ids, counts, strict=True)]))
         rest = _padded([row[count:] for row, count in zip(ids, counts, strict=True)])
-        yield whole, texts.feed(*rest)[:, -1]
+        yield length, texts.feed(*rest)[:, -1]
 
 
 def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,29 +132,29 @@ def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cases(program: Program, texts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
     """Inputs for the program: each text at once, and its last token after all others."""
-    found: list[tuple[torch.Tensor, ...]] = []
+    feeds: list[tuple[torch.Tensor, ...]] = []
     for ids in texts:
         ones, past = torch.ones_like(ids), empty(program, len(ids))
-        found.append((ids, ones, *past))
+        feeds.append((ids, ones, *past))
         if ids.shape[1] > 1:
             before = [ids[:, :-1], ones[:, :-1], *past]
             _, *past = evaluate(program.graph, before, program.weights)
-            found.append((ids[:, -1:], ones, *past))
-    return found
+            feeds.append((ids[:, -1:], ones, *past))
+    return feeds
 
 
 def logits_alone(captured: Captured, steps: Sequence[Step]) -> tuple[Captured, tuple[Step, ...]]:
     """What is compared where a file gives one of the model's outputs."""
     graph = steps[-1].program.graph
-    place = graph.outputs.index(logits_of(graph))
+    index = graph.outputs.index(logits_of(graph))
 
     def only(program: Program) -> Program:
         return replace(
-            program, graph=replace(program.graph, outputs=(program.graph.outputs[place],))
+            program, graph=replace(program.graph, outputs=(program.graph.outputs[index],))
         )
 
     def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (captured.eager(*case)[place],)
+        return (captured.eager(*case)[index],)
 
     alone = replace(captured, program=only(captured.program), eager=eager)
     return alone, tuple(replace(step, program=only(step.program)) for step in steps)

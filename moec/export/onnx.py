@@ -128,15 +128,17 @@ def export(
         written = file.write(lowered, content.program.weights, draft, about)
         progress("check")
         onnx.checker.check_model(str(draft), full_check=True)
-        made = Exported(
+        exported = Exported(
             str(path), ep, number, **asdict(written), forms=lowered.forms, quant=format,
             caches=content.caches, notes=(*content.notes, *unasked),
         )  # fmt: skip
         if verify:
             progress("run")
-            made = _compared(compiled, content, lowered, profile, draft, about, made, tolerance)
+            exported = _compared(
+                compiled, content, lowered, profile, draft, about, exported, tolerance
+            )
         _publish(draft, path)
-    return made
+    return exported
 
 
 def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
@@ -161,7 +163,7 @@ def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel
             'quant, or choose ep="cpu" or "portable"'
         )
     step = compiled.steps[-1]
-    exact = replace(step, program=with_exact_rows(step.program, asked=profile.contrib))
+    exact = replace(step, program=with_exact_rows(step.program, keep_row_bits=profile.contrib))
     return replace(compiled, steps=(*compiled.steps[:-1], exact))
 
 
@@ -192,7 +194,7 @@ def _compared(
     profile: Profile,
     draft: Path,
     about: Mapping[str, Any],
-    made: Exported,
+    exported: Exported,
     tolerance: float | None,
 ) -> Exported:
     """Run on the CPU and compared with eager, whatever it was made for, where its kernels can.
@@ -201,7 +203,7 @@ def _compared(
     """
     if "bf16" in computed_dtypes(lowered.graph):
         note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
-        return replace(made, notes=(*made.notes, note))
+        return replace(exported, notes=(*exported.notes, note))
     captured, steps, program = compiled.captured, compiled.steps, content.program
     try:
         opened, pieces = runner(open_session(draft)), None
@@ -219,11 +221,11 @@ def _compared(
         if content.caches:
             cases = kv_cache.cases(program, [ids for (ids,) in cases])
         parity = routing_parity(lowered, program, traced, cases)
-    notes = made.notes + checked.skipped
+    notes = exported.notes + checked.skipped
     if profile.name == "cuda":
         notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
     return replace(
-        made,
+        exported,
         errors=checked.errors,
         tolerance=checked.tolerance,
         parity=parity,

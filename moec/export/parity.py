@@ -28,10 +28,10 @@ def routing_parity(
     same = dict.fromkeys(ids, 0)
     tokens = dict.fromkeys(ids, 0)
     for case in cases:
-        given = {v.name: tensor for v, tensor in zip(graph.inputs, case, strict=True)}
-        made = run(given)
+        feeds = {v.name: tensor for v, tensor in zip(graph.inputs, case, strict=True)}
+        choices = run(feeds)
         for value, expected in zip(ids, evaluate(traced, case, program.weights), strict=True):
-            got = made[names[value]]
+            got = choices[names[value]]
             equal = (got.sort(-1).values == expected.sort(-1).values).all(-1)
             same[value] += int(equal.sum())
             tokens[value] += equal.numel()

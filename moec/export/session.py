@@ -42,18 +42,18 @@ def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
 
     Raises VerificationError where ONNX Runtime fails.
     """
-    inputs = {given.name for given in session.get_inputs()}
-    outputs = [made.name for made in session.get_outputs()]
+    inputs = {port.name for port in session.get_inputs()}
+    outputs = [port.name for port in session.get_outputs()]
 
-    def run(given: Mapping[str, Any]) -> Results:
-        feeds = {k: np.ascontiguousarray(_array(v)) for k, v in given.items() if k in inputs}
+    def run(values: Mapping[str, Any]) -> Results:
+        feeds = {k: np.ascontiguousarray(_array(v)) for k, v in values.items() if k in inputs}
         try:
-            made = session.run(None, feeds)
+            results = session.run(None, feeds)
         except Exception as error:
             shapes = ", ".join(f"{name} {feed.shape}" for name, feed in feeds.items())
             raise VerificationError(f"the file fails for {shapes}: {_said(error)}") from error
         return {
-            name: torch.from_numpy(np.asarray(m)) for name, m in zip(outputs, made, strict=True)
+            name: torch.from_numpy(np.asarray(r)) for name, r in zip(outputs, results, strict=True)
         }
 
     return run

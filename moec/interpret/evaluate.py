@@ -32,7 +32,7 @@ def run_graph(
     graph: Graph,
     tensors: Sequence[torch.Tensor],
     env: Mapping[str, int] | None = None,
-    known: Mapping[Value, torch.Tensor] | None = None,
+    precomputed: Mapping[Value, torch.Tensor] | None = None,
     meanings: Mapping[str, Reference] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """As `evaluate`, with the params' tensors after the inputs'.
@@ -41,7 +41,7 @@ def run_graph(
     `meanings` says what some ops compute instead of what OPS says.
     """
     sizes = dict(env or {})
-    values: dict[Value, torch.Tensor] = dict(known or {})
+    values: dict[Value, torch.Tensor] = dict(precomputed or {})
     for value, tensor in zip((*graph.inputs, *graph.params), tensors, strict=True):
         _learn(graph.name, value, tensor, sizes)
         values[value] = tensor
@@ -103,13 +103,13 @@ def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]
 
 def _last_reads(graph: Graph) -> dict[int, tuple[Value, ...]]:
     """Which values nobody reads after each op: freed there, so that big models fit."""
-    kept = set(graph.results)
+    results = set(graph.results)
     last: dict[Value, int] = {}
     for index, op in enumerate(graph.ops):
         for value in (*op.inputs, *op.outputs):
             last[value] = index
     freed: dict[int, list[Value]] = {}
     for value, index in last.items():
-        if value not in kept:
+        if value not in results:
             freed.setdefault(index, []).append(value)
     return {index: tuple(values) for index, values in freed.items()}

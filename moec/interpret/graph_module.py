@@ -53,10 +53,12 @@ class GraphModule(nn.Module):
         self.example = example
         self.structure = structure
         self.why = why
-        self.places: dict[str, str] = {}
+        self.registered_names: dict[str, str] = {}
         for value in program.graph.params:
             tensor = program.weights[value.name].detach().clone()
-            self.places[value.name] = self._hold(value.name, tensor, trainable.get(value.name))
+            self.registered_names[value.name] = self._hold(
+                value.name, tensor, trainable.get(value.name)
+            )
 
     def _hold(self, name: str, tensor: torch.Tensor, trained: bool | None) -> str:
         """Where a weight lives: at its own name, but where that is taken on the way."""
@@ -84,7 +86,7 @@ class GraphModule(nn.Module):
         """The graph with the weights as they are now. Raises UsageError for weights of another
         dtype than the graph was captured in."""
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        weights = {name: held[place].detach() for name, place in self.places.items()}
+        weights = {name: held[key].detach() for name, key in self.registered_names.items()}
         self._check_dtypes(weights)
         return Program(self.graph, weights)
 
@@ -108,7 +110,7 @@ class GraphModule(nn.Module):
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The graph's outputs for its inputs, in order."""
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        weights = {name: held[place] for name, place in self.places.items()}
+        weights = {name: held[key] for name, key in self.registered_names.items()}
         self._check_dtypes(weights)
         return run_graph(self.graph, [*tensors, *(weights[p.name] for p in self.graph.params)])
 

@@ -31,29 +31,29 @@ def random_like(
     Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
     what they start with.
     """
-    made: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     for value, tensor in zip(program.graph.inputs, example, strict=False):
         rows = table_rows(program.graph, value)
         if value.dtype in FLOATS:
-            made.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+            inputs.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
         elif rows:
-            known = _telling(program, value, rows)
-            place = torch.randint(len(known), tensor.shape, generator=generator)
-            made.append(known[place].to(tensor.dtype))
+            ids = _telling(program, value, rows)
+            index = torch.randint(len(ids), tensor.shape, generator=generator)
+            inputs.append(ids[index].to(tensor.dtype))
         else:
-            made.append(tensor)
-    return made + [program.weights[state.before.name] for state in program.graph.states]
+            inputs.append(tensor)
+    return inputs + [program.weights[state.before.name] for state in program.graph.states]
 
 
 def _telling(program: Program, value: Value, rows: int) -> torch.Tensor:
     """The ids below `rows` whose row in the table is not all zero; all, where that is all."""
     table = next(iter(_tables(program.graph, value)), None)
     weight = None if table is None else program.weights.get(table.name)
-    known = torch.arange(rows)
+    ids = torch.arange(rows)
     if weight is not None:
         telling = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
-        known = telling if len(telling) else known
-    return known
+        ids = telling if len(telling) else ids
+    return ids
 
 
 def _tables(graph: Graph, value: Value) -> Iterator[Value]:

@@ -25,9 +25,9 @@ def resized_axes(
 ) -> list[torch.Tensor]:
     """The tensors, with each (tensor, axis) repeated or cut to one size."""
     result = list(tensors)
-    for place, axis in axes:
-        tensor = result[place]
+    for index, axis in axes:
+        tensor = result[index]
         if tensor.shape[axis]:
-            index = torch.arange(size) % tensor.shape[axis]
-            result[place] = tensor.index_select(axis, index)
+            source = torch.arange(size) % tensor.shape[axis]
+            result[index] = tensor.index_select(axis, source)
     return result

@@ -34,12 +34,12 @@ residuals it is less: by less than 7e-3 for nine tokens in ten of a trained mode
 def default_tolerance(graph: Graph) -> float:
     """The loosest tolerance among the dtypes in which the model computes."""
     used = computed_dtypes(graph)
-    found = max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
+    limit = max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
     rounding = _rounding(graph)
     if not rounding:
-        return found
+        return limit
     exact = any(op.attrs.get("exact_rows") for op in rounding)
-    return max(found, EXACT_ROWS if exact else QUANTISED)
+    return max(limit, EXACT_ROWS if exact else QUANTISED)
 
 
 def computed_dtypes(graph: Graph) -> set[str]:

@@ -101,17 +101,17 @@ def _schema(name: str) -> tuple[tuple[str, bool, Any], ...]:
 def _named(op: Op) -> dict[str, Any]:
     listed = {ref.index for attr in op.attrs.values() for ref in _refs(attr)}
     positional = iter([v for i, v in enumerate(op.inputs) if i not in listed])
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, tensor, default in _schema(op.name):
         if name in op.attrs:
-            found[name] = _resolved(op.attrs[name], op.inputs)
+            arguments[name] = _resolved(op.attrs[name], op.inputs)
         elif tensor:
-            found[name] = next(positional, None)
+            arguments[name] = next(positional, None)
         else:
-            found[name] = tuple(default) if isinstance(default, list) else default
+            arguments[name] = tuple(default) if isinstance(default, list) else default
     if next(positional, None) is not None:
         raise IRError(f"{op}: has more inputs than its schema names")
-    return found
+    return arguments
 
 
 def _resolved(attr: Attr, inputs: tuple[Value, ...]) -> Any:

@@ -76,10 +76,10 @@ def product(dims: tuple[Dim, ...]) -> Dim:
     return normal(sympy.Mul(*dims)) if dims else 1
 
 
-def broadcasts(shape: Sequence[Dim], whole: Sequence[Dim]) -> bool:
+def broadcasts(shape: Sequence[Dim], target: Sequence[Dim]) -> bool:
     """Whether each of as many axes is 1 or that of `whole`."""
-    return len(shape) == len(whole) and all(
-        size in (1, full) for size, full in zip(shape, whole, strict=True)
+    return len(shape) == len(target) and all(
+        size in (1, full) for size, full in zip(shape, target, strict=True)
     )
 
 
@@ -96,11 +96,11 @@ def from_torch(
     """
     if isinstance(size, int):
         return size
-    expr, known = _expression(size), computed or {}
-    floats = expr.xreplace(dict.fromkeys(known, sympy.S.Zero)).atoms(sympy.Float)
+    expr, substitutions = _expression(size), computed or {}
+    floats = expr.xreplace(dict.fromkeys(substitutions, sympy.S.Zero)).atoms(sympy.Float)
     if floats:
         raise IRError(f"it is made of {min(floats)}, and in which order is not known")
-    return normal(_convert(expr, rename or {}, known))
+    return normal(_convert(expr, rename or {}, substitutions))
 
 
 def nearly_from_torch(size: Any, rename: Mapping[str, str]) -> sympy.Expr:

@@ -58,8 +58,8 @@ class f64(sympy.Function):  # type: ignore[misc]  # as the IR writes it
 def _terms(x: sympy.Expr) -> list[tuple[sympy.Rational, sympy.Expr]] | None:
     """x as a short sum of rationals times whole numbers, or None where it is none."""
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(x)]
-    whole = all(c.is_Rational and rest.is_integer for c, rest in terms)
-    return terms if whole and len(terms) <= 4 else None
+    exact = all(c.is_Rational and rest.is_integer for c, rest in terms)
+    return terms if exact and len(terms) <= 4 else None
 
 
 def _is_exact(x: sympy.Expr) -> bool:
@@ -148,13 +148,13 @@ def operation(x: sympy.Expr) -> tuple[Operator, sympy.Expr, sympy.Expr]:
 
 def _operands(factors: Sequence[sympy.Expr], number: sympy.Rational) -> list[sympy.Expr]:
     """Whole factors are one operand: their product is exact."""
-    whole = sympy.Mul(*(f for f in factors if f.is_integer))
+    integer = sympy.Mul(*(f for f in factors if f.is_integer))
     doubles: list[sympy.Expr] = []
     for f in factors:
         if not f.is_integer:
             base, power = f.as_base_exp()
             doubles += [base] * int(power) if power.is_Integer else [f]
-    return [f for f in (*doubles, whole, number) if f != 1]
+    return [f for f in (*doubles, integer, number) if f != 1]
 
 
 def _scales(

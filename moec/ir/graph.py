@@ -135,11 +135,11 @@ class Graph:
     @cached_property
     def readers(self) -> Mapping[Value, tuple[Op, ...]]:
         """The ops that read each value, in order, one entry per read."""
-        found: dict[Value, list[Op]] = {}
+        readers: dict[Value, list[Op]] = {}
         for op in self.ops:
             for value in op.inputs:
-                found.setdefault(value, []).append(op)
-        return {value: tuple(ops) for value, ops in found.items()}
+                readers.setdefault(value, []).append(op)
+        return {value: tuple(ops) for value, ops in readers.items()}
 
     @property
     def results(self) -> tuple[Value, ...]:

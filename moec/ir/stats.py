@@ -52,10 +52,10 @@ def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
     for op in graph.ops:
         if op.name == "moe.experts" and op.body is not None:
             rows = evaluate_dim(op.inputs[0].shape[0], sizes)
-            own = dict.fromkeys(symbols(op.body.inputs[0].shape[0]), rows)
+            body_sizes = dict.fromkeys(symbols(op.body.inputs[0].shape[0]), rows)
             share = op.attrs.get("share", 1.0)
             assert isinstance(share, float)
-            total += round(share * product_flops(op.body, {**sizes, **own}))
+            total += round(share * product_flops(op.body, {**sizes, **body_sizes}))
         elif (inner := _inner(op)) is not None:
             total += 2 * evaluate_dim(product((*op.outputs[0].shape, inner)), sizes)
     return total

@@ -107,8 +107,8 @@ class _Reader:
 
     def fail(self, expected: str) -> IRError:
         line = self.text.count("\n", 0, self.at) + 1
-        found = self.token or "the end"
-        return IRError(f"line {line}: expected {expected}, found {found!r}")
+        token = self.token or "the end"
+        return IRError(f"line {line}: expected {expected}, found {token!r}")
 
     def next(self) -> str:
         """Step to the next token; answer the one left behind."""
@@ -161,12 +161,12 @@ class _Reader:
         return Value(name, self.type())
 
     def typed_list(self, *stops: str) -> tuple[Value, ...]:
-        found: list[Value] = []
+        values: list[Value] = []
         while self.token not in stops:
-            found.append(self.typed())
+            values.append(self.typed())
             if not self.skip(","):
                 break
-        return tuple(found)
+        return tuple(values)
 
     def graph(self) -> Graph:
         self.take("graph")
@@ -203,12 +203,12 @@ class _Reader:
         return scope[self.next()]
 
     def used_list(self, scope: Mapping[str, Value]) -> tuple[Value, ...]:
-        found: list[Value] = []
+        values: list[Value] = []
         while self.kind == "name":
-            found.append(self.used(scope))
+            values.append(self.used(scope))
             if not self.skip(","):
                 break
-        return tuple(found)
+        return tuple(values)
 
     def bounds(self) -> Bounds:
         self.take("[")

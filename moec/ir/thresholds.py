@@ -91,17 +91,17 @@ def _compiled(expression: sympy.Basic) -> Function:
 def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:
     """Sizes within limits: the least ones, those around the example's and the numbers, large."""
     high = limits.high if limits.high is not None else 2**31
-    wanted = {*range(limits.low, limits.low + _DENSE), *_FAR, near, high}
-    wanted |= {n + d for n in (near, *numbers) for d in (-1, 0, 1)}
-    return sorted(n for n in wanted if limits.low <= n <= high)
+    sizes = {*range(limits.low, limits.low + _DENSE), *_FAR, near, high}
+    sizes |= {n + d for n in (near, *numbers) for d in (-1, 0, 1)}
+    return sorted(n for n in sizes if limits.low <= n <= high)
 
 
 def constants(expression: sympy.Basic) -> set[int]:
     """The whole numbers in an expression: most thresholds lie at one, or at a quotient of two."""
-    found = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**20}
-    found |= {int(r.q) for r in expression.atoms(sympy.Rational) if r.q < 2**12}
-    products = {a * b for a, b in itertools.combinations(sorted(found)[:12], 2)}
-    return found | {n for n in products if n < 2**24}
+    numbers = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**20}
+    numbers |= {int(r.q) for r in expression.atoms(sympy.Rational) if r.q < 2**12}
+    products = {a * b for a, b in itertools.combinations(sorted(numbers)[:12], 2)}
+    return numbers | {n for n in products if n < 2**24}
 
 
 def first_true(truth: Truth, size: str) -> int | None:

@@ -26,12 +26,12 @@ def bound(captured: Captured, passes: Iterable[Pass]) -> Captured:
     return captured
 
 
-def _bound(captured: Captured, given: Given, who: str) -> Captured:
-    whole = captured.program.graph.inputs
-    program = bind(captured.program, given, who)
+def _bound(captured: Captured, bindings: Given, who: str) -> Captured:
+    inputs = captured.program.graph.inputs
+    program = bind(captured.program, bindings, who)
     left = program.graph.inputs
     constants = {value.name: tensor for value, tensor in seeds(program).items()}
-    own = [value for value in whole if value not in {s.before for s in program.graph.states}]
+    arguments = [value for value in inputs if value not in {s.before for s in program.graph.states}]
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sizes: dict[str, int] = {}
@@ -43,10 +43,10 @@ def _bound(captured: Captured, given: Given, who: str) -> Captured:
                 next(filled)
                 if value in left
                 else constants[value.name].expand([evaluate_dim(d, sizes) for d in value.shape])
-                for value in own
+                for value in arguments
             )
         )
 
-    pairs = zip(own, captured.example, strict=False)
+    pairs = zip(arguments, captured.example, strict=False)
     example = tuple(tensor for value, tensor in pairs if value in left)
     return replace(captured, program=program, eager=eager, example=example)

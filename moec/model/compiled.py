@@ -103,8 +103,8 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
-        made = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
-        return f"<{self.source.name}, {made}>"
+        summary = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
+        return f"<{self.source.name}, {summary}>"
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""
@@ -121,8 +121,8 @@ class CompiledModel:
         kernels: dict[str, int] = {}
         for _, kernel in package.kernels if package else ():
             kernels[kernel] = kernels.get(kernel, 0) + 1
-        said = (f"{step.name}: {line}" for step in self.steps for line in step.says)
-        notes = (*self.captured.fixed, *self.captured.notes, *said)
+        messages = (f"{step.name}: {line}" for step in self.steps for line in step.says)
+        notes = (*self.captured.fixed, *self.captured.notes, *messages)
         notes += self.captured.structure.constants
         notes += package.notes if package else ()
         checked = self.checked
@@ -238,10 +238,10 @@ class CompiledModel:
         """
         from moec.export.onnx import export
 
-        wanted = verify is not False
+        compare = verify is not False
         limit = tolerance(verify)
         return export(
-            self, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=wanted,
+            self, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=compare,
             progress=progress,
         )  # fmt: skip
 

@@ -42,15 +42,15 @@ def continued(executor: Executor, prompts: Prompts, **options: Any) -> Any:
     [B, S + N] of the kind that was given, where a text that ended is filled up with the token
     that ended it (its last one, where the model took no more)."""
     texts = texts_of(prompts)
-    made: list[list[int]] = [list(text) for text in texts]
+    results: list[list[int]] = [list(text) for text in texts]
     for tokens in stream(executor, texts, **options):
-        for text, token in zip(made, tokens, strict=True):
+        for text, token in zip(results, tokens, strict=True):
             if token is not None:
                 text.append(token)
     if isinstance(prompts, list | tuple):
-        return made
-    most = max(map(len, made))
-    filled = np.array([text + [text[-1]] * (most - len(text)) for text in made], np.int64)
+        return results
+    most = max(map(len, results))
+    filled = np.array([text + [text[-1]] * (most - len(text)) for text in results], np.int64)
     torch = sys.modules.get("torch")
     is_torch = torch is not None and isinstance(prompts, torch.Tensor)
     return torch.from_numpy(filled) if torch is not None and is_torch else filled

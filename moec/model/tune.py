@@ -34,7 +34,7 @@ def tune_kernels(
     size = sum(weight.nbytes for weight in module.main.weights.values())
     # Rounded up to a power of two, so that models of nearly one size share what was measured.
     footprint = min(1 << (size - 1).bit_length(), COLD * last_cache()) if size else 0
-    found = tune(
+    tunings = tune(
         lowered.tunable,
         target,
         OnThisMachine(target, footprint, opt_level),
@@ -42,7 +42,7 @@ def tune_kernels(
         (footprint, opt_level),
         progress,
     )
-    return {t.kernel.key: t.values for t in found if not t.why}, tuple(map(line, found))
+    return {t.kernel.key: t.values for t in tunings if not t.why}, tuple(map(line, tunings))
 
 
 def line(tuned: Tuned) -> TunedLine:
@@ -52,6 +52,6 @@ def line(tuned: Tuned) -> TunedLine:
         dict(tuned.values),
         {str(t): math.exp(log) for t, (log, _) in gain.by_tokens.items()} if gain else {},
         math.expm1(gain.noise) if gain else 0.0,
-        tuned.known,
+        tuned.from_cache,
         tuned.why,
     )

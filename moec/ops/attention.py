@@ -68,8 +68,8 @@ class Attention:
         limits: dict[str, int | None] = {}
         for name in ("window", "chunk"):
             limit = op.attrs.get(name)
-            whole = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
-            require(op, limit is None or whole, f"{name} is not a positive int")
+            positive = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+            require(op, limit is None or positive, f"{name} is not a positive int")
             limits[name] = cast("int | None", limit)
         causal = bool(op.attrs.get("causal", False))
         named = op.attrs.get("tokens_first", ())
@@ -81,22 +81,22 @@ class Attention:
 
     def attrs(self) -> dict[str, Any]:
         """As attributes of an op: scale, and those that are not their defaults."""
-        found: dict[str, Any] = {"scale": self.scale}
+        attrs: dict[str, Any] = {"scale": self.scale}
         if self.causal:
-            found["causal"] = True
+            attrs["causal"] = True
         if self.window is not None:
-            found["window"] = self.window
+            attrs["window"] = self.window
         if self.chunk is not None:
-            found["chunk"] = self.chunk
+            attrs["chunk"] = self.chunk
         if self.mask is not None:
-            found["masked"] = True
+            attrs["masked"] = True
         if self.sinks is not None:
-            found["sinked"] = True
+            attrs["sinked"] = True
         if self.first is not None:
-            found["placed"] = True
+            attrs["placed"] = True
         if self.tokens_first:
-            found["tokens_first"] = self.tokens_first
-        return found
+            attrs["tokens_first"] = self.tokens_first
+        return attrs
 
     def shape(self, name: str) -> tuple[Dim, ...]:
         """[B, heads, tokens, features] of q, k or v, wherever its tokens stand."""
@@ -126,9 +126,13 @@ def _infer_attention(op: Op) -> tuple[TensorType, ...]:
     require(op, a.shape("v")[1:3] == (shared, keys), f"k is {a.k.type}, v is {a.v.type}")
     require(op, divides(shared, heads), f"{heads} query heads share {shared} key heads")
     if a.mask is not None:
-        whole = (batch, heads, queries, keys)
+        scores_shape = (batch, heads, queries, keys)
         require(op, a.mask.dtype in ("bool", *FLOATS), f"the mask is {a.mask.type}")
-        require(op, broadcasts(a.mask.shape, whole), f"the mask {a.mask.type} is not for {whole}")
+        require(
+            op,
+            broadcasts(a.mask.shape, scores_shape),
+            f"the mask {a.mask.type} is not for {scores_shape}",
+        )
     if a.sinks is not None:
         require(op, a.sinks.type == TensorType(a.q.dtype, (heads,)), "sinks are not one per head")
     if a.first is not None:
@@ -172,11 +176,11 @@ def attention(
             scores = scores.masked_fill(~mask, -torch.inf)
         else:
             scores = scores + mask.to(full)
-    places = torch.arange(q.shape[2])[:, None]
+    positions = torch.arange(q.shape[2])[:, None]
     if a.first is not None:
-        places = rest.pop()[:, None, None, None] + places
-    seen = visible(places, torch.arange(k.shape[2]), a)
-    scores = scores.masked_fill(~seen, -torch.inf)
+        positions = rest.pop()[:, None, None, None] + positions
+    allowed = visible(positions, torch.arange(k.shape[2]), a)
+    scores = scores.masked_fill(~allowed, -torch.inf)
     if a.sinks is not None:
         sinks = rest.pop(0).to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
@@ -187,11 +191,11 @@ def attention(
 
 def visible(query: torch.Tensor, key: torch.Tensor, a: Attention) -> torch.Tensor:
     """Which keys the attributes of `a` let queries see; positions broadcast."""
-    seen = (query >= 0) & (key >= 0)
+    allowed = (query >= 0) & (key >= 0)
     if a.causal:
-        seen = seen & (key <= query)
+        allowed = allowed & (key <= query)
     if a.window is not None:
-        seen = seen & (key > query - a.window)
+        allowed = allowed & (key > query - a.window)
     if a.chunk is not None:
-        seen = seen & (key // a.chunk == query // a.chunk)
-    return seen
+        allowed = allowed & (key // a.chunk == query // a.chunk)
+    return allowed

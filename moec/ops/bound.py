@@ -22,8 +22,10 @@ def place(op: Op) -> torch.Tensor:
 
 def _infer_bound(op: Op) -> tuple[TensorType, ...]:
     shape, value = cast("tuple[Dim, ...]", op.attrs["shape"]), op.attrs["value"]
-    known = product(tuple(1 if symbols(dim) else dim for dim in shape))
-    require(op, isinstance(value, tuple) and len(value) == known, f"{value} does not fill {shape}")
+    elements = product(tuple(1 if symbols(dim) else dim for dim in shape))
+    require(
+        op, isinstance(value, tuple) and len(value) == elements, f"{value} does not fill {shape}"
+    )
     return (TensorType(cast(DType, op.attrs["dtype"]).name, shape),)
 
 

@@ -37,8 +37,8 @@ class Append:
 
     def attrs(self) -> dict[str, bool]:
         """As attributes of an op: those that are set."""
-        found = {"turned": self.cos is not None, "tokens_first": self.tokens_first}
-        return {name: True for name, held in found.items() if held}
+        flags = {"turned": self.cos is not None, "tokens_first": self.tokens_first}
+        return {name: True for name, held in flags.items() if held}
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -72,6 +72,6 @@ def append(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     cache, rows, first, *turns = tensors
     rows = rows.permute(SWAP) if attrs.get("tokens_first") else rows
     rows = turned(rows, turns[0], turns[1]) if turns else rows
-    places = first[:, None] + torch.arange(rows.shape[2])
-    index = places[:, None, :, None].expand(rows.shape)
+    positions = first[:, None] + torch.arange(rows.shape[2])
+    index = positions[:, None, :, None].expand(rows.shape)
     return cache.scatter(2, index, rows)

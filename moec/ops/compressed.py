@@ -35,8 +35,8 @@ def _check(op: Op, kind: str, matrix: Sequence[Value], width: object) -> None:
     require(op, fits, f"{grid} is not bf16[E, N, 2]")
     experts, rows, _ = grid.shape
     if kind == "2bit":
-        wanted = TensorType("i64", (experts, rows, words(width)))
-        require(op, matrix[0].type == wanted, f"{matrix[0]} is not {wanted}")
+        expected = TensorType("i64", (experts, rows, words(width)))
+        require(op, matrix[0].type == expected, f"{matrix[0]} is not {expected}")
         return
     stream, starts = matrix[:2]
     require(op, stream.dtype == "i16" and len(stream.shape) == 1, f"{stream} is not i16[W]")

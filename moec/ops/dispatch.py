@@ -85,7 +85,7 @@ def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     slices = [stack.unbind() for stack in stacks]
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):
-        parts.append(run(op.body, [rows[start:end], *(own[expert] for own in slices)])[0])
+        parts.append(run(op.body, [rows[start:end], *(param[expert] for param in slices)])[0])
         start = end
     rest = rows.shape[0] - start
     parts.append(parts[0].new_zeros(rest, *parts[0].shape[1:]))
@@ -93,10 +93,14 @@ def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
 
 
 def _infer_combine(op: Op) -> tuple[TensorType, ...]:
-    rows, places = op.inputs[:2]
+    rows, permutation = op.inputs[:2]
     k = integer(op, "k")
     tokens = cast(Dim, op.attrs["tokens"])
-    require(op, places.shape in ((k * tokens,), (tokens, k)), f"{places} does not hold the choices")
+    require(
+        op,
+        permutation.shape in ((k * tokens,), (tokens, k)),
+        f"{permutation} does not hold the choices",
+    )
     dtype = cast(DType, op.attrs["dtype"]).name
     return (TensorType(dtype, (tokens, rows.shape[1])),)
 
@@ -108,10 +112,10 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 in
     the order of the slots. Attributes: `k`, `tokens` (T), `dtype` of y, `weighted`, `added`.
     """
-    rows, places, *rest = tensors
+    rows, permutation, *rest = tensors
     k = attrs["k"]
-    order = places.long()
-    if places.ndim == 1:
+    order = permutation.long()
+    if permutation.ndim == 1:
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     else:
         slots = order.reshape(-1)

@@ -84,7 +84,7 @@ def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], 
     by_slot = attrs.get("order", "slot") == "slot"
     flat = (experts.t() if by_slot else experts).reshape(-1)
     hot = torch.nn.functional.one_hot(flat, count + 1)
-    place = (hot.cumsum(0) - hot).gather(1, flat[:, None])[:, 0]
-    kept = torch.where(place < attrs["capacity"], flat, count)
+    position = (hot.cumsum(0) - hot).gather(1, flat[:, None])[:, 0]
+    choices = torch.where(position < attrs["capacity"], flat, count)
     tokens, k = experts.shape
-    return kept.reshape(k, tokens).t().contiguous() if by_slot else kept.reshape(tokens, k)
+    return choices.reshape(k, tokens).t().contiguous() if by_slot else choices.reshape(tokens, k)

@@ -83,9 +83,11 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
         "beta": (a.beta, (batch, length, heads)),
         "start": (a.start, (batch, *state)),
     }
-    for name, (given, shape) in expected.items():
-        fits = given is None or given.shape == shape
-        require(op, fits, f"{name} is {given and given.type}, expected {TensorType('f32', shape)}")
+    for name, (operand, shape) in expected.items():
+        fits = operand is None or operand.shape == shape
+        require(
+            op, fits, f"{name} is {operand and operand.type}, expected {TensorType('f32', shape)}"
+        )
     return (a.v.type, TensorType("f32", (batch, *state)))
 
 

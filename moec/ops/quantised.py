@@ -70,8 +70,8 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     require(op, scales.shape[:-1] == codes.shape[:-1], f"{scales} for {codes}")
     require(op, scales.dtype == format.scale_dtype, f"{scales} of {format}")
     if matrix.zeros is not None:
-        wanted = TensorType("u8", scales.shape)
-        require(op, matrix.zeros.type == wanted, f"{matrix.zeros} is not {wanted}")
+        expected = TensorType("u8", scales.shape)
+        require(op, matrix.zeros.type == expected, f"{matrix.zeros} is not {expected}")
     return format
 
 

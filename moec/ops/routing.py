@@ -35,8 +35,8 @@ class Routing:
 
     @staticmethod
     def of(op: Op) -> Routing:
-        known = {name: op.attrs[name] for name in Routing.__dataclass_fields__ if name in op.attrs}
-        return Routing(**known)  # type: ignore[arg-type]
+        fields = {name: op.attrs[name] for name in Routing.__dataclass_fields__ if name in op.attrs}
+        return Routing(**fields)  # type: ignore[arg-type]
 
     def attrs(self) -> dict[str, Any]:
         """As attributes of an op: k, and the fields that differ from their defaults."""
@@ -91,9 +91,9 @@ def route_logits(
     if routing.groups > 1:
         groups = group_scores(routing, choice)
         best = top_k(groups, routing.top_groups)
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+        chosen_groups = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
         grouped = _grouped(routing, choice)
-        choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+        choice = grouped.masked_fill(~chosen_groups.unsqueeze(-1), -torch.inf).flatten(-2)
     experts = top_k(choice, routing.k)
     weights = scores.gather(-1, experts)
     if routing.after == "softmax":

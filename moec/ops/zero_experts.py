@@ -86,20 +86,20 @@ def zero_experts(
     mix = rest.pop(0).float() if attrs.get("mixed") else None
     constants = rest.pop(0).float() if "constant" in attrs["kinds"] else torch.empty(0)
     wide = x.float()
-    total, kept, c = torch.zeros(wide.shape), torch.zeros(len(wide), 1), 0
+    total, copy_weight, c = torch.zeros(wide.shape), torch.zeros(len(wide), 1), 0
     for number, kind in enumerate(attrs["kinds"], attrs["first"]):
         part = torch.where(experts == number, weights, 0.0).sum(-1, keepdim=True)
         if kind == "copy":
-            kept = kept + part
+            copy_weight = copy_weight + part
         elif kind == "constant":
             pulled = part
             if mix is not None:
                 alpha = (wide @ mix[c].T).softmax(-1)
-                kept = kept + torch.where(part != 0, part * alpha[:, :1], 0.0)
+                copy_weight = copy_weight + torch.where(part != 0, part * alpha[:, :1], 0.0)
                 pulled = part * alpha[:, 1:]
             total = total + torch.where(part != 0, pulled * constants[c], 0.0)
             c += 1
-    total = total + torch.where(kept != 0, kept * wide, 0.0)
+    total = total + torch.where(copy_weight != 0, copy_weight * wide, 0.0)
     if attrs.get("added"):
         total = total + rest.pop(0).float()
     return total.to(attrs["dtype"])

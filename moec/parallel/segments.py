@@ -73,9 +73,9 @@ class RankModel:
             else:
                 assert self.executor is not None
                 part = step.program.graph
-                given = {value.name: values[value] for value in part.inputs}
-                made = self.executor(given, step.name)
-                outputs, results = part.outputs, tuple(made[v.name] for v in part.outputs)
+                feeds = {value.name: values[value] for value in part.inputs}
+                arrays = self.executor(feeds, step.name)
+                outputs, results = part.outputs, tuple(arrays[v.name] for v in part.outputs)
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)
         return tuple(values[value] for value in graph.outputs)
@@ -91,19 +91,19 @@ def cut(program: Program) -> tuple[Segment | Op, ...]:
         else:
             runs[-1].append(op)
     steps: list[Segment | Op] = []
-    known: list[Value] = list(graph.inputs)
+    available: list[Value] = list(graph.inputs)
     for ops in filter(None, runs):
         if all(op.name.startswith("dist.") or op.name in _SMALL for op in ops):
             steps += ops
         else:
             count = sum(isinstance(step, Segment) for step in steps)
             name = f"segment_{count}" if count else MAIN
-            steps.append(Segment(name, _part(program, ops, known)))
-        known += [value for op in ops for value in op.outputs]
+            steps.append(Segment(name, _part(program, ops, available)))
+        available += [value for op in ops for value in op.outputs]
     return tuple(steps)
 
 
-def _part(program: Program, ops: Sequence[Op], known: Sequence[Value]) -> Program:
+def _part(program: Program, ops: Sequence[Op], available: Sequence[Value]) -> Program:
     """The program of some ops: what they read from outside goes in, what others read comes out."""
     graph = program.graph
     again = _sorts(ops, graph)
@@ -118,7 +118,7 @@ def _part(program: Program, ops: Sequence[Op], known: Sequence[Value]) -> Progra
     read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
     params = tuple(value for value in read if value in graph.params)
     inputs = [value for value in read if value not in params]
-    inputs += _telling(ops, inputs, known)
+    inputs += _telling(ops, inputs, available)
     names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
     bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
     part = Graph(tuple(inputs), params, tuple(ops), outputs, (), bounds)
@@ -128,7 +128,7 @@ def _part(program: Program, ops: Sequence[Op], known: Sequence[Value]) -> Progra
 def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
     """The sorts outside of `ops` whose slots its sums read: the kernel of a sum wants the sort
     beside it, and sorting again is cheaper than an exchange by far."""
-    found: dict[Op, None] = {}
+    sorts: dict[Op, None] = {}
     for op in ops:
         if op.name != "moe.combine":
             continue
@@ -137,17 +137,17 @@ def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
         while (source := graph.producers.get(value)) is not None and source not in ops:
             chain.insert(0, source)
             if source.name in ("moe.sort", "moe.dispatch"):
-                found |= dict.fromkeys(chain)
+                sorts |= dict.fromkeys(chain)
                 break
             value = source.inputs[0]
-    return list(found)
+    return list(sorts)
 
 
-def _telling(ops: Sequence[Op], inputs: Sequence[Value], known: Sequence[Value]) -> list[Value]:
+def _telling(ops: Sequence[Op], inputs: Sequence[Value], available: Sequence[Value]) -> list[Value]:
     """Further values, read for their sizes alone: one for each size that no input has."""
     used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
     told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
     more: list[Value] = []
     for name in sorted(set(map(str, used)) - told):
-        more.append(next(v for v in known if any(str(dim) == name for dim in v.shape)))
+        more.append(next(v for v in available if any(str(dim) == name for dim in v.shape)))
     return list(dict.fromkeys(more))

@@ -112,8 +112,8 @@ def _on_first(ranks: ProcessRanks, tensor: torch.Tensor, world: int) -> torch.Te
 
 def _same_everywhere(ranks: ProcessRanks, digest: bytes, world: int) -> None:
     """Raises RankError where two ranks read different plans or weights."""
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
-    all_of_them = ranks.exchange(WORLD, own.repeat(world, 1), [1] * world, [1] * world)
+    digest_row = torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
+    all_of_them = ranks.exchange(WORLD, digest_row.repeat(world, 1), [1] * world, [1] * world)
     other = [r for r in range(world) if not torch.equal(all_of_them[r], all_of_them[0])]
     if other:
         raise RankError(

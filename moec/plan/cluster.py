@@ -78,8 +78,8 @@ class Cluster(Record, frozen=True, kw_only=True):
 
     def flops(self, dtype: str) -> Quantity:
         if dtype not in self.device.flops:
-            known = ", ".join(self.device.flops)
-            raise UsageError(f"{self.name}: {self.device.name} has no FLOP/s of {dtype}: {known}")
+            dtypes = ", ".join(self.device.flops)
+            raise UsageError(f"{self.name}: {self.device.name} has no FLOP/s of {dtype}: {dtypes}")
         return self.device.flops[dtype]
 
     def quantities(self) -> list[tuple[str, Quantity]]:

@@ -38,9 +38,9 @@ def _layer(load: NDArray[np.float64], slots: int, groups: int, nodes: int, ranks
         local = load[experts]
         copy_of, copies = _replicate(local, slots // nodes)
         bin_of, index = _pack((local / copies)[copy_of], ranks // nodes)
-        place = bin_of * (slots // ranks) + index
+        slot = bin_of * (slots // ranks) + index
         filled = np.empty(slots // nodes, np.int64)
-        filled[place] = experts[copy_of]
+        filled[slot] = experts[copy_of]
         result.append(filled)
     return np.concatenate(result)
 

@@ -93,11 +93,11 @@ class Planner:
             [Choice(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
             for options in self.candidates
         ]
-        found = search(layers, self.cost.reshard, self.cost.memory_limit)
-        if found is None:
+        solution = search(layers, self.cost.reshard, self.cost.memory_limit)
+        if solution is None:
             raise UsageError(self._too_large())
-        chosen = [self.candidates[i][choice] for i, choice in enumerate(found.indices)]
-        return self.plan([candidate.degrees for candidate in chosen], found.seconds)
+        chosen = [self.candidates[i][choice] for i, choice in enumerate(solution.indices)]
+        return self.plan([candidate.degrees for candidate in chosen], solution.seconds)
 
     def best_uniform(self) -> Plan:
         """The best of the plans that have the same degrees, form and share of spare slots in all

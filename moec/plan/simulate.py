@@ -260,11 +260,11 @@ def _draw(
                 tries += 1
                 if tries > 64:
                     expert = (expert + tries) % size
-                taken = False
+                duplicate = False
                 for before in range(choice):
                     if ids[token, before] == expert:
-                        taken = True
-                if not taken:
+                        duplicate = True
+                if not duplicate:
                     ids[token, choice] = expert
                     break
     return ids

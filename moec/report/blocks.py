@@ -84,8 +84,8 @@ def _router(graph: Graph, dispatch: Op) -> str:
         op = graph.producers.get(op.inputs[-1])
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
-    known = op is not None and op.name in _ROUTERS
-    return ", ".join([phrase(cast(Op, op)) if known else "custom", *after])
+    standard = op is not None and op.name in _ROUTERS
+    return ", ".join([phrase(cast(Op, op)) if standard else "custom", *after])
 
 
 def phrase(op: Op) -> str:

@@ -60,22 +60,22 @@ def _table(damage: Damage) -> Any:
 def summary(damage: Damage) -> list[str]:
     """What was saved and what it cost, in sentences; first the columns where there are layers."""
     before, after = damage.bytes_before, damage.bytes_after
-    said = []
+    lines = []
     if damage.layers:
-        said.append(
+        lines.append(
             "off: error of the layer's output; moved: share of tokens with other experts there; "
             "then the whole model after it"
         )
-    said.append(
+    lines.append(
         f"in all: {_bytes(before)} of weights become {_bytes(after)}, "
         f"{_flops(damage.flops_before)} FLOPs a token become {_flops(damage.flops_after)}"
     )
-    said.append(f"distance from the original: {distance(damage.original, damage.after)}")
+    lines.append(f"distance from the original: {distance(damage.original, damage.after)}")
     undone = sum(line.undone for line in damage.layers)
     if damage.budget:
         left = f"; {undone} of {len(damage.layers)} layers were left as they are" if undone else ""
-        said.append(f"within the budget {damage.budget}{left}")
-    return said
+        lines.append(f"within the budget {damage.budget}{left}")
+    return lines
 
 
 def distance(original: Distance, after: Distance) -> str:

@@ -110,17 +110,18 @@ class MovedLine:
 
 @dataclass(frozen=True)
 class TunedLine:
-    """One kernel that was measured with other values than the default: `values` are those it was
-    given (none: the default), `gains` how many times as fast it is with them, by the number of
-    tokens. `noise` is twice the error of their mean, as a share. `known` were measured by a
-    compilation before; `why` says what kept a kernel from being measured.
+    """One kernel that was measured with several sets of tuning values.
+
+    `values` is the best set (empty: the default), `gains` its speed relative to the default by the
+    number of tokens, `noise` twice the standard error of their mean, as a share. `from_cache`:
+    an earlier compilation measured them. `why`: the reason where the kernel was not measured.
     """
 
     kernel: str
     values: Mapping[str, int] = field(default_factory=dict)
     gains: Mapping[str, float] = field(default_factory=dict)
     noise: float = 0.0
-    known: bool = False
+    from_cache: bool = False
     why: str = ""
 
 

@@ -39,11 +39,11 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
     exact, last = unquantised_steps(steps), steps[-1]
     if len(exact) == len(steps):
         return ()
-    places: dict[str, list[Op]] = {}
+    groups: dict[str, list[Op]] = {}
     for op in last.program.graph.ops:
         if op.name in QUANTISED_OPS:
-            places.setdefault(_numberless(op), []).append(op)
-    if not places:
+            groups.setdefault(_numberless(op), []).append(op)
+    if not groups:
         reasons = dict.fromkeys(d.reason for s in steps[len(exact) :] for d in s.declined)
         raise UnsupportedError(
             "quant: no weights were quantised: "
@@ -52,7 +52,7 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
     before = exact[-1].program
     fits = {fit.place: fit for step in steps for fit in step.fits}
     return tuple(
-        _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in places.values()
+        _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in groups.values()
     )
 
 
@@ -75,25 +75,25 @@ def _fitted(line: QuantisedLine, fits: Sequence[Fit]) -> QuantisedLine:
 
 
 def _rms(errors: Iterable[float]) -> float:
-    found = list(errors)
-    return math.sqrt(sum(e * e for e in found) / len(found))
+    values = list(errors)
+    return math.sqrt(sum(e * e for e in values) / len(values))
 
 
 def _numberless(op: Op) -> str:
     """What ops have in common that share a line: the place of experts, the name of linears."""
-    place = _place(op)
-    return place if op.name == "grouped.quantised" else re.sub(r"\d+", "*", place)
+    name = _place(op)
+    return name if op.name == "grouped.quantised" else re.sub(r"\d+", "*", name)
 
 
-def with_exact_rows(program: Program, asked: bool = True) -> Program:
+def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
     """The same weights of few bits, and rows that are not rounded as they meet them. Whoever runs
     it may round them to `row_bits`, or to 8 where rows of 16 cannot be `asked` for."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
         if op.name != "grouped.quantised":
             return None
-        kept = {name: a for name, a in op.attrs.items() if asked or name != "row_bits"}
-        attrs: dict[str, Attr] = {**kept, "exact_rows": True}
+        copied = {name: a for name, a in op.attrs.items() if keep_row_bits or name != "row_bits"}
+        attrs: dict[str, Attr] = {**copied, "exact_rows": True}
         return b.emit(op.name, op.inputs, like=op, attrs=attrs, body=op.body)
 
     return replace(program, graph=rewrite(program.graph, rule, Log()))
@@ -105,21 +105,21 @@ def left_wide(steps: Sequence[Step]) -> tuple[str, ...]:
         return ()
     ops = steps[-1].program.graph.ops
     left = dict.fromkeys(_place(op) for op in ops if op.name == "grouped.linear")
-    return tuple(f"the weights of {place} are not quantised" for place in left)
+    return tuple(f"the weights of {name} are not quantised" for name in left)
 
 
 def moved_lines(
     names: Sequence[str],
-    known: Iterable[Sequence[torch.Tensor]],
+    references: Iterable[Sequence[torch.Tensor]],
     changed: Iterable[Sequence[torch.Tensor]],
 ) -> tuple[MovedLine, ...]:
     """For each output, how far `changed` is from `known` over all cases."""
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
-    for wanted, got in zip(known, changed, strict=True):
-        for name, a, b in zip(names, wanted, got, strict=True):
+    for expected, got in zip(references, changed, strict=True):
+        for name, a, b in zip(names, expected, got, strict=True):
             if a.is_floating_point() and a.numel() and a.ndim:
                 pairs[name].append((a.float().flatten(0, -2), b.float().flatten(0, -2)))
-    return tuple(_moved(name, some) for name, some in pairs.items() if some)
+    return tuple(_moved(name, tensors) for name, tensors in pairs.items() if tensors)
 
 
 def _moved(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> MovedLine:

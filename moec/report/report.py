@@ -58,8 +58,8 @@ def pass_lines(steps: Iterable[Step]) -> tuple[PassLine, ...]:
 
 def kernels_of(path: str, kernels: Sequence[tuple[str, str]]) -> str:
     """The kernels that run what stands at `path` in the model, each once, in order."""
-    found = (kernel for where, kernel in kernels if path == WHOLE or inside(where, path))
-    return ", ".join(dict.fromkeys(found))
+    names = (kernel for where, kernel in kernels if path == WHOLE or inside(where, path))
+    return ", ".join(dict.fromkeys(names))
 
 
 def inside(where: str, path: str) -> bool:

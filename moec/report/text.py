@@ -182,8 +182,8 @@ def _declined(declined: Sequence[DeclinedLine]) -> Any:
     groups: dict[tuple[str, str], list[str]] = {}
     for line in declined:
         groups.setdefault((line.rule, line.reason), []).append(line.where)
-    for (rule, reason), places in groups.items():
-        table.add_row(fold(places), rule, reason)
+    for (rule, reason), paths in groups.items():
+        table.add_row(fold(paths), rule, reason)
     return table
 
 
@@ -267,7 +267,7 @@ def _tuned(lines: Sequence[TunedLine]) -> Any:
         gains = ", ".join(f"{tokens}: {gain:.2f}" for tokens, gain in line.gains.items())
         noise = f" (± {line.noise:.0%})" if gains else ""
         table.add_row(
-            line.kernel + (" (known)" if line.known else ""),
+            line.kernel + (" (known)" if line.from_cache else ""),
             values or ("not measured" if line.why else "default"),
             line.why or gains + noise,
         )

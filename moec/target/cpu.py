@@ -125,14 +125,14 @@ class Target:
 
     def tvm(self) -> dict[str, object]:
         """The argument of `tvm.target.Target` that compiles for this CPU."""
-        made: dict[str, object] = {"kind": "llvm"}
+        arguments: dict[str, object] = {"kind": "llvm"}
         if self.mcpu:
-            made["mcpu"] = self.mcpu
+            arguments["mcpu"] = self.mcpu
         if self.mattr:
-            made["mattr"] = list(self.mattr)
+            arguments["mattr"] = list(self.mattr)
         if self.mtriple:
-            made["mtriple"] = self.mtriple
-        return made
+            arguments["mtriple"] = self.mtriple
+        return arguments
 
 
 TARGETS: dict[str, Target] = {
@@ -199,9 +199,9 @@ def parse(name: str) -> Target:
         return replace(host(), name=NULL, kind=NULL)
     if name.startswith("llvm:"):
         return _from_llvm(name)
-    known = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"])
+    names = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"])
     raise TargetError(
-        f"unknown target {name!r}; the known targets are {known} and other GPUs "
+        f"unknown target {name!r}; the known targets are {names} and other GPUs "
         "(see `moec list targets`)"
     )
 
@@ -217,8 +217,8 @@ def host_features() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    found = features_of(text)
-    return found if found.isdisjoint(_AMX) or amx.permitted() else found - set(_AMX)
+    features = features_of(text)
+    return features if features.isdisjoint(_AMX) or amx.permitted() else features - set(_AMX)
 
 
 def features_of(cpuinfo: str) -> frozenset[str]:

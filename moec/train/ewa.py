@@ -118,13 +118,13 @@ class ExpertLinear(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         order = self.partition.of(self, tokens)
         parts = tokens[order].tensor_split(self.partition.count)
-        made = [
+        outputs = [
             nn.functional.linear(
                 part, self.weights[e], None if self.biases is None else self.biases[e]
             )
             for e, part in enumerate(parts)
         ]
-        rows = torch.cat(made)
+        rows = torch.cat(outputs)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         return rows[back].reshape(*x.shape[:-1], self.out_features)
 

@@ -32,21 +32,21 @@ def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[F
     Without names an FFN widens (H > D). A module that is named may narrow, where it has no other
     linear layers. Raises UsageError where there is none, for the model or for a pattern.
     """
-    found = tuple(_found(model, named))
-    for ffn in found:
+    ffns = tuple(_found(model, named))
+    for ffn in ffns:
         _check_alone(model, ffn)
-    return found
+    return ffns
 
 
 def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[FeedForward]:
     if named is None:
-        found = tuple(_widening(_linears(model)))
-        if not found:
+        widening = tuple(_widening(_linears(model)))
+        if not widening:
             raise UsageError(
                 f"{type(model).__name__} has no FFN that could be found, a linear layer from D to "
                 'H > D and one back: name the modules that hold one, such as ffns="blocks.*.mlp"'
             )
-        return found
+        return widening
     patterns = [named] if isinstance(named, str) else list(named)
     modules = dict(model.named_modules())
     ffns: dict[str, FeedForward] = {}
@@ -68,7 +68,7 @@ def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[Feed
 
 
 def _inside(name: str, module: nn.Module) -> Sequence[FeedForward]:
-    linears = [(f"{name}.{own}".strip("."), m) for own, m in _linears(module)]
+    linears = [(f"{name}.{path}".strip("."), m) for path, m in _linears(module)]
     return tuple(_widening(linears)) or tuple(_whole(linears))
 
 

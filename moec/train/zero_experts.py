@@ -144,5 +144,7 @@ class MoEPlusPlus(nn.Module):
         return y, logits
 
     def _limits(self, ids: Tensor) -> Tensor:
-        own, other = capacities(ids.numel(), self.networks, self.others, self.tau, self.gamma)
-        return torch.tensor([own] * self.networks + [other] * self.others, device=ids.device)
+        per_expert, other = capacities(
+            ids.numel(), self.networks, self.others, self.tau, self.gamma
+        )
+        return torch.tensor([per_expert] * self.networks + [other] * self.others, device=ids.device)

@@ -38,9 +38,9 @@ def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
         raise NoMatch("it is no model of transformers")
     if getattr(model, "config", None) is None:
         raise NoMatch(f"{type(model).__name__} has no configuration")
-    kept = {t.layer.name: _kept(t) for t in tracked.values()}
+    kept_experts = {t.layer.name: _kept(t) for t in tracked.values()}
     before = {t.layer.count for t in tracked.values() if isinstance(t.layer, Layer)}
-    after = {len(own) for own in kept.values()}
+    after = {len(experts) for experts in kept_experts.values()}
     if len(before) > 1 or len(after) > 1:
         raise NoMatch(
             f"its layers have {_numbers(after)} experts left of {_numbers(before)}, and the "
@@ -50,12 +50,12 @@ def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
         raise NoMatch("no layer was changed")
     config = _recounted(model.config, before.pop(), after.pop())
     with torch.device("meta"):
-        made: nn.Module = type(model)(config)
-    _fill(made, model, kept)
-    made.train(model.training)
+        module: nn.Module = type(model)(config)
+    _fill(module, model, kept_experts)
+    module.train(model.training)
     if (generation := getattr(model, "generation_config", None)) is not None:
-        made.generation_config = copy.deepcopy(generation)
-    return made
+        module.generation_config = copy.deepcopy(generation)
+    return module
 
 
 def _kept(tracked: Tracked) -> list[int]:
@@ -64,9 +64,9 @@ def _kept(tracked: Tracked) -> list[int]:
         raise NoMatch(f"{name} was dense, and its class has no experts there")
     if members is None:
         raise NoMatch(f"{name} has no router any more")
-    if any(len(own) != 1 for own in members):
+    if any(len(sources) != 1 for sources in members):
         raise NoMatch(f"{name} routes to experts that are several of the model's")
-    return [own[0] for own in members]
+    return [sources[0] for sources in members]
 
 
 def _numbers(counts: set[int]) -> str:
@@ -85,22 +85,22 @@ def _recounted(config: Any, before: int, after: int) -> Any:
     return config
 
 
-def _fill(made: nn.Module, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+def _fill(smaller: nn.Module, model: nn.Module, kept_experts: Mapping[str, Sequence[int]]) -> None:
     """Copies of the model's tensors, cut along the axes that are shorter in the class."""
-    shapes = {name: tensor.shape for name, tensor in _tensors(made).items()}
+    shapes = {name: tensor.shape for name, tensor in _tensors(smaller).items()}
     held = _tensors(model)
     if set(held) != set(shapes):
         odd = sorted(set(held) ^ set(shapes))[0]
         raise NoMatch(f"its class and the model differ in {odd}")
     for name, tensor in held.items():
-        cut = _cut(name, tensor.detach(), shapes[name], kept)
+        cut = _cut(name, tensor.detach(), shapes[name], kept_experts)
         owner, _, last = name.rpartition(".")
-        module = made.get_submodule(owner)
+        module = smaller.get_submodule(owner)
         if isinstance(tensor, nn.Parameter):
             setattr(module, last, nn.Parameter(cut, requires_grad=tensor.requires_grad))
         else:
             setattr(module, last, cut)
-    made.tie_weights()  # type: ignore[operator]
+    smaller.tie_weights()  # type: ignore[operator]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -108,20 +108,22 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _cut(
-    name: str, tensor: torch.Tensor, shape: torch.Size, kept: Mapping[str, Sequence[int]]
+    name: str, tensor: torch.Tensor, shape: torch.Size, kept_experts: Mapping[str, Sequence[int]]
 ) -> torch.Tensor:
     if tensor.shape == shape:
         return tensor.clone()
-    layer = next((own for own in kept if name.startswith(f"{own}.")), None)
+    layer = next(
+        (layer_name for layer_name in kept_experts if name.startswith(f"{layer_name}.")), None
+    )
     if layer is None:
         raise NoMatch(f"{name} has an axis of experts, and belongs to no layer of the graph")
     if tensor.ndim != len(shape):
         raise NoMatch(f"{name} is {list(tensor.shape)}, and {list(shape)} with fewer experts")
     for axis, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
         if old != new:
-            if new != len(kept[layer]):
+            if new != len(kept_experts[layer]):
                 raise NoMatch(
                     f"{name} is {list(tensor.shape)}, and {list(shape)} with fewer experts"
                 )
-            tensor = tensor.index_select(axis, torch.tensor(kept[layer]))
+            tensor = tensor.index_select(axis, torch.tensor(kept_experts[layer]))
     return tensor

@@ -91,30 +91,30 @@ def transform(
     steps = run(captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage)
     program = steps[-1].program
 
-    made: torch.nn.Module | None = None
+    result: torch.nn.Module | None = None
     why = "a graph was asked for"
     if form != "graph":
         try:
-            made = fewer_experts(source.model, frame.tracked)
-            _same_results(made, source, captured, steps, limit)
+            result = fewer_experts(source.model, frame.tracked)
+            _same_results(result, source, captured, steps, limit)
         except NoMatch as reason:
-            made, why = None, str(reason)
+            result, why = None, str(reason)
             if form == "class":
                 raise UsageError(f"{source.name} is not of its class any more: {why}") from None
-    shape = "graph" if made is None else "class"
-    if made is None:
+    shape = "graph" if result is None else "class"
+    if result is None:
         trainable = _trainable(source.model, program)
         example = (source.args, dict(source.kwargs))
-        made = GraphModule(program, trainable, example, captured.structure, why)
+        result = GraphModule(program, trainable, example, captured.structure, why)
         if verify is not False:
-            checking.check(captured, _runner(captured, made.run), steps, limit)
-    made.transformation = Transformation(  # type: ignore[assignment]
+            checking.check(captured, _runner(captured, result.run), steps, limit)
+    result.transformation = Transformation(  # type: ignore[assignment]
         shape,
         "" if shape == "class" else why,
         tuple(step.damage for step in steps if step.damage),
         tuple(dict.fromkeys(d for step in steps for d in step.declined)),
     )
-    return made
+    return result
 
 
 def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
@@ -127,13 +127,13 @@ def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
                 "module, and quantise when it is compiled, with quant=..."
             )
     chosen = choose(0, passes)
-    places = [i for i, pass_ in enumerate(chosen) if isinstance(pass_, Approximate)]
-    if not places:
+    indices = [i for i, pass_ in enumerate(chosen) if isinstance(pass_, Approximate)]
+    if not indices:
         raise UsageError(
             "passes holds none that changes the model, and there is nothing to transform; see "
             "moec list passes"
         )
-    return chosen[: places[-1] + 1]
+    return chosen[: indices[-1] + 1]
 
 
 def _trainable(source: Any, program: Program) -> dict[str, bool]:
@@ -145,19 +145,19 @@ def _trainable(source: Any, program: Program) -> dict[str, bool]:
     else:
         named, buffers = source.named_parameters(), {name for name, _ in source.named_buffers()}
     if isinstance(source, GraphModule):
-        names = {place: name for name, place in source.places.items()}
-        known = {names[place]: p.requires_grad for place, p in named}
-        buffers = {names[place] for place in buffers}
+        names = {key: name for name, key in source.registered_names.items()}
+        requires_grad = {names[key]: p.requires_grad for key, p in named}
+        buffers = {names[key] for key in buffers}
     else:
-        known = {name: p.requires_grad for name, p in named}
-    made: dict[str, bool] = {}
+        requires_grad = {name: p.requires_grad for name, p in named}
+    trainable: dict[str, bool] = {}
     for value in program.graph.params:
         origin = re.sub(r"_\d+$", "", value.name)
-        if value.name in known:
-            made[value.name] = known[value.name]
+        if value.name in requires_grad:
+            trainable[value.name] = requires_grad[value.name]
         elif value.dtype in FLOATS and value.name not in buffers and origin not in buffers:
-            made[value.name] = known.get(origin, True)
-    return made
+            trainable[value.name] = requires_grad.get(origin, True)
+    return trainable
 
 
 def _runner(captured: Captured, run: Any) -> checking.Run:
@@ -174,14 +174,14 @@ def _runner(captured: Captured, run: Any) -> checking.Run:
 
 
 def _same_results(
-    made: torch.nn.Module,
+    module: torch.nn.Module,
     source: Source,
     captured: Captured,
     steps: Sequence[Step],
     limit: float | None,
 ) -> None:
     """Raises NoMatch where the module does not compute what the passes' graph does."""
-    call = Call(made, source.args, source.kwargs)
+    call = Call(module, source.args, source.kwargs)
 
     def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         leaves = pytree.tree_leaves(call(*tensors))

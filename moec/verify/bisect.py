@@ -79,13 +79,13 @@ def bisect(
     stage = stage_of(program.graph)
     passes = from_stage(passes, stage)
 
-    def error(made: Program) -> float:
-        widened = in_float32(made)
+    def error(candidate: Program) -> float:
+        widened = in_float32(candidate)
         return max(
             (
-                distance(got, wanted)
+                distance(got, reference)
                 for case, results in zip(cases, expected, strict=True)
-                for got, wanted in zip(widened(case), results, strict=True)
+                for got, reference in zip(widened(case), results, strict=True)
             ),
             default=0.0,
         )
@@ -104,12 +104,12 @@ def bisect(
             while high - low > 1:
                 middle = (low + high) // 2
                 progress(f"halve {step.name}, {high - low} rewrites left")
-                made = run(program, passes[: index + 1], stage=stage, fuel=middle)[-1]
-                found = error(made.program)
-                if found <= tolerance:
-                    low, before = middle, found
+                candidate = run(program, passes[: index + 1], stage=stage, fuel=middle)[-1]
+                candidate_error = error(candidate.program)
+                if candidate_error <= tolerance:
+                    low, before = middle, candidate_error
                 else:
-                    high, after, what = middle, found, made.last
+                    high, after, what = middle, candidate_error, candidate.last
             culprit = Culprit(step.name, high - spent, step.rewrites, what, before, after)
             return Bisection(tolerance, rewrites, tuple(errors), culprit)
         before, spent = after, spent + step.rewrites

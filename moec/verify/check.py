@@ -72,24 +72,24 @@ class Compared:
     stop: int | None = None
 
     def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
-        whole = results[self.output]
-        return whole if self.stop is None else whole[:, self.stop - 1]
+        output = results[self.output]
+        return output if self.stop is None else output[:, self.stop - 1]
 
 
 def cases(captured: Captured) -> list[Case]:
     """The example, random inputs of its sizes, of the least and of odd sizes, and of those on both
     sides of where a size expression, a mask or a guard turns."""
     program, generator = captured.program, torch.Generator().manual_seed(0)
-    own = len(captured.example)
-    made = [captured.example]
+    count = len(captured.example)
+    inputs = [captured.example]
     few = (_sizes(captured, lambda b: max(b.low, 1)), _sizes(captured, _odd))
     for size in ({}, *few, *turns(captured.program.graph, captured.example)):
         example = [
             resized(t, v.shape, size)
             for t, v in zip(captured.example, program.graph.inputs, strict=False)
         ]
-        made.append(tuple(random_like(program, example, generator)[:own]))
-    return made
+        inputs.append(tuple(random_like(program, example, generator)[:count]))
+    return inputs
 
 
 def _odd(bounds: Bounds) -> int:
@@ -119,30 +119,32 @@ def check(
     Where passes changed the model on purpose, the graph before the first of them is compared
     with eager, and `run` with the graph after the last. Raises as `_check` does.
     """
-    places = [i for i, step in enumerate(steps) if step.changed]
-    if not places:
+    changes = [i for i, step in enumerate(steps) if step.changed]
+    if not changes:
         return _check(captured, run, steps, tolerance, pieces)
-    before = steps[: places[0]]
+    before = steps[: changes[0]]
     _check(captured, _in_eager(before[-1].program), before, tolerance, None)
-    meant = steps[places[-1]].program
+    meant = steps[changes[-1]].program
 
     def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results = evaluate(meant.graph, _with_states(meant, case), meant.weights)
         return results[: len(meant.graph.outputs)]
 
     changed = replace(captured, program=meant, eager=eager, is_graph=True)
-    checked = _check(changed, run, steps[places[-1] :], tolerance, pieces)
+    checked = _check(changed, run, steps[changes[-1] :], tolerance, pieces)
     exact = unquantised_steps(steps)
     if len(exact) == len(steps):
         return checked
-    known, _ = _answers(changed)
+    answers, _ = _answers(changed)
     original = _in_eager(exact[-1].program)
     inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
     names = [value.name for value in meant.graph.outputs]
-    found = [original(dict(zip(inputs, case, strict=True))) for case, _ in known]
+    originals = [original(dict(zip(inputs, case, strict=True))) for case, _ in answers]
     return replace(
         checked,
-        moved=moved_lines(names, [[f[n] for n in names] for f in found], [e for _, e in known]),
+        moved=moved_lines(
+            names, [[f[n] for n in names] for f in originals], [e for _, e in answers]
+        ),
     )
 
 
@@ -179,31 +181,33 @@ def _check(
     farthest: tuple[float, str, Case] = (-1.0, "", ())
     compared: list[Compared] = []
     owners: list[int] = []  # which case each is of
-    known, skipped = _answers(captured)
-    for number, (case, expected) in enumerate(known):
+    answers, skipped = _answers(captured)
+    for number, (case, expected) in enumerate(answers):
         got = run(dict(zip(inputs, case, strict=True)))
-        found = [Compared(got[name], (), i) for i, name in enumerate(names)]
+        comparisons = [Compared(got[name], (), i) for i, name in enumerate(names)]
         if pieces is not None:
             name, fed = pieces
-            found += [Compared(made, (), names.index(name), stop) for stop, made in fed(case[0])]
-        for item in found:
+            comparisons += [
+                Compared(logits, (), names.index(name), stop) for stop, logits in fed(case[0])
+            ]
+        for item in comparisons:
             name = _name(names, item)
             right = item.of(expected)
             error = distance(item.got, right)
             worst[name] = max(worst.get(name, 0.0), error)
-            farthest = max(farthest, (error, name, case), key=lambda found: found[0])
+            farthest = max(farthest, (error, name, case), key=lambda entry: entry[0])
             compared.append(replace(item, right=(right,)))
             owners.append(number)
     try:
-        right_by = _right(rule, captured, known, compared, owners)
+        right_by = _right(rule, captured, answers, compared, owners)
     except (IRError, RuntimeError):  # the captured graph does not run: the blame says so
         right_by = None
     if right_by is None:
         error, name, case = farthest
-        _check_no_nan(captured.program, known)
+        _check_no_nan(captured.program, answers)
         raise VerificationError(
             f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
-            f"{rule.limit:.0e} (inputs {_shapes(case)}); {_blame(rule, known, steps)}"
+            f"{rule.limit:.0e} (inputs {_shapes(case)}); {_blame(rule, answers, steps)}"
         )
     strays, rows = rule.strays(right_by)
     ties = rule.strays(compared)[0] - strays
@@ -215,9 +219,9 @@ def _check(
     return Checked(worst, rule.limit, strays, rows, ties, skipped)
 
 
-def _check_no_nan(program: Program, known: Sequence[Answer]) -> None:
+def _check_no_nan(program: Program, answers: Sequence[Answer]) -> None:
     """Raises VerificationError where eager itself gives NaN: code may give it elsewhere."""
-    for case, expected in known:
+    for case, expected in answers:
         outputs = (tensor for tensor in expected if tensor.is_floating_point())
         if not any(tensor.isnan().any() for tensor in outputs):
             continue
@@ -240,7 +244,7 @@ def _name(names: Sequence[str], item: Compared) -> str:
 def _right(
     rule: _Rule,
     captured: Captured,
-    known: Sequence[Answer],
+    answers: Sequence[Answer],
     compared: Sequence[Compared],
     owners: Sequence[int],
 ) -> Sequence[Compared] | None:
@@ -248,7 +252,7 @@ def _right(
     values. None if they are not. The captured graph is never asked: it may be wrong itself."""
 
     def beside(items: Sequence[Compared], exact: Exact) -> list[Compared]:
-        results = [exact(case) for case, _ in known]
+        results = [exact(case) for case, _ in answers]
         return [
             replace(item, right=(*item.right, item.of(results[owner]).to(item.right[0].dtype)))
             for item, owner in zip(items, owners, strict=True)
@@ -296,16 +300,16 @@ def _under(mode: TorchDispatchMode, exact: Exact) -> Exact:
 
 def _answers(captured: Captured) -> tuple[list[Answer], tuple[str, ...]]:
     """What eager gives in each case, and in words the cases in which it fails."""
-    known: list[Answer] = []
+    answers: list[Answer] = []
     skipped: list[str] = []
     for case in cases(captured):
         try:
-            known.append((case, captured.eager(*case)))
+            answers.append((case, captured.eager(*case)))
         except Exception as error:
             if case is captured.example:
                 raise CaptureError(f"the model fails on its example inputs: {error}") from error
             skipped.append(f"inputs {_shapes(case)} were not compared: the model fails: {error}")
-    return known, tuple(dict.fromkeys(skipped))
+    return answers, tuple(dict.fromkeys(skipped))
 
 
 @dataclass(frozen=True)
@@ -353,7 +357,7 @@ def _shapes(case: Case) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in case)
 
 
-def _blame(rule: _Rule, known: Sequence[Answer], steps: Sequence[Step]) -> str:
+def _blame(rule: _Rule, answers: Sequence[Answer], steps: Sequence[Step]) -> str:
     """Which pass first made a graph that differs, or that it was none of them.
 
     The captured graph is compared with eager. Those after it are compared with the captured
@@ -365,23 +369,23 @@ def _blame(rule: _Rule, known: Sequence[Answer], steps: Sequence[Step]) -> str:
         start = steps[0].program
         compared = [
             Compared(got, (value,), 0)
-            for case, expected in known
+            for case, expected in answers
             for got, value in _pairs(
                 evaluate(start.graph, _with_states(start, case), start.weights), expected
             )
         ]
         if not rule.allows(compared):
             return f"the first pass after which the graph differs is {steps[0].name}"
-        inputs = [_with_states(start, case) for case, _ in known]
-        wanted = list(map(in_float32(start), inputs))
+        inputs = [_with_states(start, case) for case, _ in answers]
+        references = list(map(in_float32(start), inputs))
     except (IRError, RuntimeError) as error:
         return f"the graph after {steps[0].name} does not run: {error}"
     for step in steps[1:]:
         try:
-            made = map(in_float32(step.program), inputs)
+            outputs = map(in_float32(step.program), inputs)
             if any(
                 not distance(got, value) <= limit
-                for results, right in zip(made, wanted, strict=True)
+                for results, right in zip(outputs, references, strict=True)
                 for got, value in _pairs(results, right)
             ):
                 return f"the first pass after which the graph differs is {step.name}"

@@ -19,9 +19,9 @@ def in_pieces(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torc
     if decode is None or not ids.numel():
         return
     (port,) = decode.outputs
-    whole = ids.shape[1]
-    texts, start = Texts(executor, len(ids), whole), 0
-    for stop in sorted({-(-whole // 2), min(-(-whole // 2) + 1, whole), whole}):
+    length = ids.shape[1]
+    texts, start = Texts(executor, len(ids), length), 0
+    for stop in sorted({-(-length // 2), min(-(-length // 2) + 1, length), length}):
         logits = texts.feed(ids[:, start:stop].tolist())
         yield stop, torch.from_numpy(logits).to(TORCH_DTYPES[port.dtype])
         start = stop

@@ -54,9 +54,9 @@ def _first(better: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if dim is None or not x.ndim:
             return index(x.reshape(-1), 0).reshape([1] * x.ndim if keepdim else [])
         best = better(x, dim=dim, keepdim=True)
-        places = torch.arange(x.shape[dim]).view([-1, *[1] * (x.ndim - 1 - dim % x.ndim)])
+        positions = torch.arange(x.shape[dim]).view([-1, *[1] * (x.ndim - 1 - dim % x.ndim)])
         equal = (x == best) | (x != x)  # a NaN counts as the best
-        return torch.where(equal, places, x.shape[dim]).amin(dim, keepdim=keepdim)
+        return torch.where(equal, positions, x.shape[dim]).amin(dim, keepdim=keepdim)
 
     return index
 

@@ -26,17 +26,17 @@ _COMPARISONS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge", 
 def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]:
     """Sizes on both sides of each threshold of a size expression, of a mask over positions, and
     of the bounds, few and small."""
-    own: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for value, tensor in zip(graph.inputs, example, strict=False):
-        bind(value.shape, tuple(tensor.shape), own)
-    bounds = {name: limits for name, limits in graph.bounds.items() if name in own}
+        bind(value.shape, tuple(tensor.shape), sizes)
+    bounds = {name: limits for name, limits in graph.bounds.items() if name in sizes}
     expressions = dict.fromkeys(e for op in graph.ops for e in _expressions(op))
-    moved = turning_sizes(expressions, bounds, own)
-    moved += [{**own, name: size} for name, size in _masks(graph, bounds)]
-    moved += [{**own, name: size} for name, size in _ends(bounds)]
-    most = max(_ELEMENTS, 4 * math.prod(own.values()))
+    moved = turning_sizes(expressions, bounds, sizes)
+    moved += [{**sizes, name: size} for name, size in _masks(graph, bounds)]
+    moved += [{**sizes, name: size} for name, size in _ends(bounds)]
+    most = max(_ELEMENTS, 4 * math.prod(sizes.values()))
     small = {tuple(sorted(m.items())): m for m in moved if math.prod(m.values()) <= most}
-    small.pop(tuple(sorted(own.items())), None)
+    small.pop(tuple(sorted(sizes.items())), None)
     return sorted(small.values(), key=lambda m: math.prod(m.values()))[:_CASES]
 
 

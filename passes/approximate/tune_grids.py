@@ -109,7 +109,7 @@ def tuned(program: Program, meter: Meter, steps: int, rate: float, seed: int) ->
             )
         }
         inputs = [float32(tensor) for tensor in (*case, *states)]
-        made = run_graph(graph, [*inputs, *params], known=known)
+        made = run_graph(graph, [*inputs, *params], precomputed=known)
         slopes = torch.autograd.grad(_distance(made, right, meter.text), factors)
         for factor, slope in zip(factors, slopes, strict=True):
             factor.grad = slope

@@ -39,7 +39,7 @@ w: bf16[16, 8], gate: bf16[4, 8], up: bf16[4, 6, 8], down: bf16[4, 8, 6]) {
 
 def test_the_least_that_a_call_costs() -> None:
     """One token of two texts: 4 rows of experts; all counted by hand."""
-    made = cost(parse(GRAPH), {"B": 2, "S": 1, "L": 32}, seen=10)
+    made = cost(parse(GRAPH), {"B": 2, "S": 1, "L": 32}, context=10)
     linear, gate = 2 * 2 * 16 * 8, 2 * 2 * 4 * 8
     experts = 2 * 4 * (6 * 8 + 8 * 6)
     attention = 2 * (2 * 4) * 10 * (2 + 2)
@@ -57,7 +57,7 @@ def test_codes_of_four_bits() -> None:
         "  y: f32[2, 16] = grouped.quantised(x, ends, codes, scales) "
         '<matrices=1, dtype=f32, kind="int4">\n  return y\n}\n'
     )
-    made = cost(parse(text), {}, seen=0)
+    made = cost(parse(text), {}, context=0)
     assert made.flops == 2 * 2 * 16 * 32
     assert made.bytes == (1 - 0.75**2) * (4 * 16 * 32 / 2 + 4 * 16 * 2)
 
@@ -68,7 +68,7 @@ def test_a_linear_layer_of_four_bits() -> None:
         '  y: f32[2, 3, 16] = nn.quantised_linear(x, codes, scales) <kind="int4">\n'
         "  return y\n}\n"
     )
-    assert cost(parse(text), {}, seen=0) == Cost(2 * 6 * 16 * 32, 16 * 32 / 2 + 16 * 2)
+    assert cost(parse(text), {}, context=0) == Cost(2 * 6 * 16 * 32, 16 * 32 / 2 + 16 * 2)
 
 
 def test_compressed_experts_cost_what_their_parts_hold() -> None:
@@ -78,14 +78,14 @@ def test_compressed_experts_cost_what_their_parts_hold() -> None:
         "  y: f32[2, 16] = grouped.compressed(x, ends, s, t, g) "
         '<matrices=1, dtype=f32, kind="ternary">\n  return y\n}\n'
     )
-    made = cost(parse(text), {}, seen=0)
+    made = cost(parse(text), {}, context=0)
     assert made.flops == 2 * 2 * 16 * 32
     assert made.bytes == (1 - 0.75**2) * (2 * 40 + 4 * 65 + 2 * 4 * 16 * 2)
 
 
 def test_a_prompt_sees_half_of_itself() -> None:
-    prompt = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=10)
-    without = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, seen=0)
+    prompt = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, context=10)
+    without = cost(parse(GRAPH), {"B": 1, "S": 10, "L": 32}, context=0)
     assert prompt.flops - without.flops == 2 * (4 * 10) * 10 * 4
     assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
 

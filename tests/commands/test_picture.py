@@ -44,7 +44,7 @@ def outline(part: Part, depth: int = 0) -> list[str]:
 
 
 def test_alike_layers_are_drawn_once() -> None:
-    assert outline(tiny().whole) == [
+    assert outline(tiny().root) == [
         "embed: embedding 400",
         "layers 0 … 2 x3: frame 360",
         "  norm: norm 8",
@@ -58,7 +58,7 @@ def test_alike_layers_are_drawn_once() -> None:
 
 
 def test_parameters_are_all_counted() -> None:
-    whole = tiny().whole
+    whole = tiny().root
     assert whole.parameters == 400 + 3 * (8 + 64 + 32 + 256) + 400
     assert whole.active == whole.parameters - 3 * (288 - 160)
     assert sum(whole.split.values()) == whole.parameters
@@ -71,7 +71,7 @@ def test_a_layer_that_differs_stands_apart() -> None:
     report = models.report(3)
     other = replace(report.blocks[1], router="sigmoid, top-2")
     drawn = scene("tiny", models.graph(3), (report.blocks[0], other, report.blocks[2]))
-    labels = [part.label for part in drawn.whole.parts]
+    labels = [part.label for part in drawn.root.parts]
     assert labels == ["embed", "layers 0", "layers 1", "layers 2", "head"]
 
 
@@ -84,7 +84,7 @@ def test_blocks_in_a_row_with_residuals_between_them_are_one_layer() -> None:
     )
     params = ", ".join(f"blocks.{i}.weight: f32[4, 4]" for i in range(4))
     graph = parse(f"graph main(x0: f32[T, 4]; {params}) {{\n{lines}  return x4\n}}")
-    assert outline(scene("residual", graph).whole) == [
+    assert outline(scene("residual", graph).root) == [
         "blocks 0 … 3 x4: frame 16",
         "  blocks 0: linear 16",
         "  +: sum 0",
@@ -103,7 +103,7 @@ def test_a_residual_folded_into_the_combine_is_drawn(origin: str) -> None:
         text = text.replace(f"aten.add.Tensor(r{i}, c{i})", f"aten.clone.default(c{i})")
         text = text.replace(f"added=true> @ layers.{i}.moe", f"added=true> @ layers.{i}{origin}")
     drawn = scene("folded", parse(text), models.report().blocks)
-    assert outline(drawn.whole)[1:8] == outline(tiny().whole)[1:8]
+    assert outline(drawn.root)[1:8] == outline(tiny().root)[1:8]
 
 
 def test_a_model_that_is_one_block() -> None:
@@ -111,7 +111,7 @@ def test_a_model_that_is_one_block() -> None:
     for path in ("layers.0.moe.router", "layers.0.moe", "layers.0", "embed", "head"):
         text = text.replace(f" @ {path}\n", "\n").replace(f" @ {path} {{", " {")
     block = replace(models.block(0), name="(whole model)")
-    (card,) = scene("one", parse(text), [block]).whole.parts
+    (card,) = scene("one", parse(text), [block]).root.parts
     assert card.blocks == (block,)
     assert card.parameters == sum(card.split.values())
 
@@ -119,7 +119,7 @@ def test_a_model_that_is_one_block() -> None:
 def test_two_blocks_in_one_module_share_a_card() -> None:
     blocks = [models.block(0), models.block(0)]
     drawn = scene("two", models.graph(1), blocks)
-    (frame,) = [p for p in drawn.whole.parts if p.parts]
+    (frame,) = [p for p in drawn.root.parts if p.parts]
     (card,) = [p for p in frame.parts if p.blocks]
     assert len(card.blocks) == 2
     assert "first of 2 MoE blocks here" in draw(drawn, ".svg")

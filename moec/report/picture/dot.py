@@ -22,8 +22,8 @@ def _lines(scene: Scene) -> Iterator[str]:
     yield '  node [shape=box, style="rounded,filled", fillcolor=white, fontname="Helvetica"]'
     for side, ports in (("in", scene.inputs), ("out", scene.outputs)):
         yield f'  {side} [shape=plain, style="", label={quoted(_ports(ports))}]'
-    yield from _inside(scene.whole, "n", "  ")
-    parts = scene.whole.parts
+    yield from _inside(scene.root, "n", "  ")
+    parts = scene.root.parts
     if parts:
         yield f"  in -> {first(parts[0], 'n_0')}"
         yield f"  {last(parts[-1], f'n_{len(parts) - 1}')} -> out"
@@ -32,21 +32,21 @@ def _lines(scene: Scene) -> Iterator[str]:
 
 def _inside(part: Part, name: str, indent: str) -> Iterator[str]:
     for i, inner in enumerate(part.parts):
-        own = f"{name}_{i}"
+        node_id = f"{name}_{i}"
         if inner.parts:
             times = f" x {inner.times}" if inner.times > 1 else ""
-            yield f"{indent}subgraph cluster_{own} {{"
+            yield f"{indent}subgraph cluster_{node_id} {{"
             yield f"{indent}  label={quoted(f'{inner.label}{times}')}; style=rounded"
-            yield from _inside(inner, own, indent + "  ")
+            yield from _inside(inner, node_id, indent + "  ")
             yield f"{indent}}}"
         elif inner.kind == "sum":
-            yield f'{indent}{own} [label="+", shape=circle]'
+            yield f'{indent}{node_id} [label="+", shape=circle]'
         else:
             color = LIGHT[inner.kind]
-            yield f"{indent}{own} [label={quoted(_label(inner))}, color={quoted(color)}]"
+            yield f"{indent}{node_id} [label={quoted(_label(inner))}, color={quoted(color)}]"
         if i:
             before = part.parts[i - 1]
-            yield f"{indent}{last(before, f'{name}_{i - 1}')} -> {first(inner, own)}"
+            yield f"{indent}{last(before, f'{name}_{i - 1}')} -> {first(inner, node_id)}"
     for start, end in part.edges:
         if start != ENTRY:
             source = last(part.parts[start], f"{name}_{start}")

@@ -105,8 +105,8 @@ def details(part: Part) -> Mapping[str, Any]:
     if part.active != part.parameters:
         facts.append(["active per token", f"{part.active:,}"])
     for block in part.blocks:
-        known = {k: str(v) for k, v in asdict(block).items() if v != "" and k not in _TOLD}
-        facts += [[key.replace("_", "-"), value] for key, value in known.items()]
+        fields = {k: str(v) for k, v in asdict(block).items() if v != "" and k not in _TOLD}
+        facts += [[key.replace("_", "-"), value] for key, value in fields.items()]
     says = {"sum": "Residual addition.", "moe": "A mixture of experts."}.get(part.kind, "")
     return {
         "name": part.label if part.kind != "sum" else part.path,

@@ -40,12 +40,12 @@ class Scene:
     title: str
     inputs: tuple[PortLine, ...]
     outputs: tuple[PortLine, ...]
-    whole: Part
+    root: Part
 
     @property
     def parameters(self) -> int:
-        return self.whole.parameters
+        return self.root.parameters
 
     @property
     def active(self) -> int:
-        return self.whole.active
+        return self.root.active

@@ -14,22 +14,22 @@ def collapse(parts: Sequence[Part], edges: Edges) -> tuple[list[Part], Edges]:
 
     A layer may be several parts long: blocks with additions between them.
     """
-    made: list[Part] = []
-    place: list[int] = []  # of each old part in `made`
+    collapsed: list[Part] = []
+    new_index: list[int] = []  # of each old part in `made`
     at = 0
     while at < len(parts):
         length, times = _period(parts, edges, at)
         group = parts[at : at + length * times]
         if times == 1:
-            made.append(replace(group[0], label=label(group[:1])))
+            collapsed.append(replace(group[0], label=label(group[:1])))
         elif length == 1:
-            made.append(replace(group[0], label=label(group), times=times))
+            collapsed.append(replace(group[0], label=label(group), times=times))
         else:
-            made.append(_layer(group, _within(edges, at, length), length, times))
-        place += [len(made) - 1] * len(group)
+            collapsed.append(_layer(group, _within(edges, at, length), length, times))
+        new_index += [len(collapsed) - 1] * len(group)
         at += len(group)
-    kept = {(ENTRY if a == ENTRY else place[a], place[b]) for a, b in edges}
-    return made, tuple(sorted((a, b) for a, b in kept if a < b - 1))
+    new_edges = {(ENTRY if a == ENTRY else new_index[a], new_index[b]) for a, b in edges}
+    return collapsed, tuple(sorted((a, b) for a, b in new_edges if a < b - 1))
 
 
 def _period(parts: Sequence[Part], edges: Edges, at: int) -> tuple[int, int]:

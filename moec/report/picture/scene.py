@@ -61,16 +61,16 @@ def scene(
     for param in graph.params:
         _home(root, param, graph).params.append(param)
     reader = _Reader(graph, tuple(blocks), tuple(declined))
-    whole = reader.opened(root)
+    top = reader.opened(root)
     if any(block.name == WHOLE for block in blocks):
         card = reader.closed(root)
-        whole = replace(card, kind="frame", blocks=(), parts=(replace(card, label="model"),))
+        top = replace(card, kind="frame", blocks=(), parts=(replace(card, label="model"),))
     states = {state.before for state in graph.states}
     return Scene(
         title,
         tuple(port(v) for v in graph.inputs if v not in states),
         tuple(port(v) for v in graph.outputs),
-        replace(whole, label=title),
+        replace(top, label=title),
     )
 
 
@@ -110,15 +110,15 @@ class _Reader:
 
     def blocks_of(self, module: _Module) -> tuple[Block, ...]:
         """The MoE blocks of a module that is one, or wraps one with only its router beside it."""
-        found = tuple(b for b in self.blocks if inside(_path(b), module.path))
-        places = {_path(b) for b in found}
-        if len(places) != 1 or not module.path:
+        blocks = tuple(b for b in self.blocks if inside(_path(b), module.path))
+        paths = {_path(b) for b in blocks}
+        if len(paths) != 1 or not module.path:
             return ()
-        (place,) = places
-        if place == module.path:
-            return found
-        kinds = {_kind(c) for c in module.children.values() if not inside(place, c.path)}
-        return () if kinds & {"attention", "norm"} else found
+        (path,) = paths
+        if path == module.path:
+            return blocks
+        kinds = {_kind(c) for c in module.children.values() if not inside(path, c.path)}
+        return () if kinds & {"attention", "norm"} else blocks
 
     def opens(self, module: _Module) -> bool:
         """Whether the inside is drawn: a block or a declined place lies there, or layers do."""
@@ -139,19 +139,19 @@ class _Reader:
 
     def closed(self, module: _Module) -> Part:
         params = list(module.all_params())
-        found = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
+        blocks = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
         total = sum(map(numel, params))
-        idle = sum(b.parameters - b.active_parameters for b in found)
+        idle = sum(b.parameters - b.active_parameters for b in blocks)
         return Part(
             module.path,
             module.name,
-            "moe" if found else _kind(module),
+            "moe" if blocks else _kind(module),
             total,
             max(total - idle, 0),
             dict(Counter(op.name for op in module.all_ops())),
             tuple((p.name, str(p.type)) for p in params),
-            blocks=found,
-            split=_split(module, found) if found else {_kind(module): total},
+            blocks=blocks,
+            split=_split(module, blocks) if blocks else {_kind(module): total},
             declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
         )
 
@@ -161,18 +161,18 @@ class _Reader:
         parts, edges = _flow(self.graph, module, children, [self.part(c) for c in children])
         parts, edges = collapse(parts, edges)
         split: dict[str, int] = {}
-        own = sum(map(numel, module.params))
+        parameters = sum(map(numel, module.params))
         for part in parts:
             for kind, count in part.split.items():
                 split[kind] = split.get(kind, 0) + count * part.times
-        if own:
-            split["other"] = split.get("other", 0) + own
+        if parameters:
+            split["other"] = split.get("other", 0) + parameters
         return Part(
             module.path,
             module.name,
             "frame",
-            own + sum(p.parameters * p.times for p in parts),
-            own + sum(p.active * p.times for p in parts),
+            parameters + sum(p.parameters * p.times for p in parts),
+            parameters + sum(p.active * p.times for p in parts),
             dict(Counter(op.name for op in module.all_ops())),
             split=split,
             declined=tuple(d for d in self.declined if _module_path(d.where) == module.path),
@@ -229,8 +229,8 @@ def _flow(
     """
     owner = {op: i for i, child in enumerate(children) for op in child.all_ops()}
     mine = {op for op in module.all_ops()}
-    made: list[Part] = []
-    place: dict[int, int] = {}
+    flow: list[Part] = []
+    index_of: dict[int, int] = {}
     ends: dict[int, int] = {}  # of each child: the part that its results come out of
     sources: dict[Value, int] = {}
     edges: list[tuple[int, int]] = []
@@ -239,32 +239,32 @@ def _flow(
             continue
         if op in owner:
             at = owner[op]
-            if at not in place:
-                place[at] = ends[at] = len(made)
-                made.append(parts[at])
+            if at not in index_of:
+                index_of[at] = ends[at] = len(flow)
+                flow.append(parts[at])
             if (addend := folded_addend(op)) is not None:
                 source = sources.get(addend, ENTRY)
-                if source != place[at]:  # a residual that is added inside the combine
-                    ends[at] = len(made)
-                    made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
+                if source != index_of[at]:  # a residual that is added inside the combine
+                    ends[at] = len(flow)
+                    flow.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
                     edges += [(source, ends[at])] if source < ends[at] - 1 else []
             moves = op.name in MOVES and op.inputs[0] in sources
             sources |= dict.fromkeys(op.outputs, sources[op.inputs[0]] if moves else ends[at])
             continue
-        found = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]
+        origins = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]
         if folded_addend(op) is not None:
-            found = [max(found[:-1], default=ENTRY), found[-1]]
-        if (is_sum(op) or folded_addend(op)) and len(set(found)) == 2:
-            here = len(made)
-            made.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
-            edges += [(s, here) for s in sorted(set(found)) if s < here - 1]
+            origins = [max(origins[:-1], default=ENTRY), origins[-1]]
+        if (is_sum(op) or folded_addend(op)) and len(set(origins)) == 2:
+            here = len(flow)
+            flow.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
+            edges += [(s, here) for s in sorted(set(origins)) if s < here - 1]
             sources |= dict.fromkeys(op.outputs, here)
         else:
-            sources |= dict.fromkeys(op.outputs, max(found, default=ENTRY))
+            sources |= dict.fromkeys(op.outputs, max(origins, default=ENTRY))
     for i, part in enumerate(parts):
-        if i not in place:
-            made.append(part)
-    return made, tuple(edges)
+        if i not in index_of:
+            flow.append(part)
+    return flow, tuple(edges)
 
 
 def folded_addend(op: Op) -> Value | None:
@@ -288,10 +288,10 @@ def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
     split: Counter[str] = Counter()
     experts = blocks[0].experts
     for param in module.all_params():
-        own = param.name[len(module.path) :]
-        if "shared" in own:
+        suffix = param.name[len(module.path) :]
+        if "shared" in suffix:
             split["shared"] += numel(param)
-        elif "expert" not in own and len(param.shape) <= 2 and param.shape[:1] == (experts,):
+        elif "expert" not in suffix and len(param.shape) <= 2 and param.shape[:1] == (experts,):
             split["router"] += numel(param)
         else:
             split["moe"] += numel(param)

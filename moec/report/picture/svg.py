@@ -52,12 +52,12 @@ def hover(part: Part) -> str:
 def svg(scene: Scene) -> tuple[str, list[Part]]:
     """The picture, and the part behind each `data-part` number."""
     canvas = Canvas(total=max(scene.parameters, 1))
-    width = max(measure(scene.whole)[0] + 2 * PAD, MOE + 120)
+    width = max(measure(scene.root)[0] + 2 * PAD, MOE + 120)
     middle = width / 2
     y = _header(canvas, scene, width)
     y = _ports(canvas, scene.inputs, middle, y)
     arrow(canvas, middle, y, y + GAP)
-    y = _column(canvas, scene.whole, middle, y + GAP, first=y + 4)
+    y = _column(canvas, scene.root, middle, y + GAP, first=y + 4)
     arrow(canvas, middle, y, y + GAP)
     y = _ports(canvas, scene.outputs, middle, y + GAP)
     y = _left_alone(canvas, scene, width, y + 18)
@@ -100,13 +100,13 @@ def _lanes(part: Part) -> int:
 
 def lanes(edges: Sequence[tuple[int, int]]) -> list[int]:
     """A lane for each edge, so that edges whose spans overlap stand apart."""
-    taken: list[int] = []  # by lane: where its last edge ends
-    found: dict[tuple[int, int], int] = {}
+    lane_ends: list[int] = []  # by lane: where its last edge ends
+    lane_of: dict[tuple[int, int], int] = {}
     for start, end in sorted(set(edges)):
-        lane = next((i for i, stop in enumerate(taken) if stop <= start), len(taken))
-        taken[lane : lane + 1] = [end]
-        found[start, end] = lane
-    return [found[edge] for edge in edges]
+        lane = next((i for i, stop in enumerate(lane_ends) if stop <= start), len(lane_ends))
+        lane_ends[lane : lane + 1] = [end]
+        lane_of[start, end] = lane
+    return [lane_of[edge] for edge in edges]
 
 
 def _cells(experts: int) -> tuple[int, int, float]:
@@ -130,10 +130,10 @@ def _shared_words(shared: str) -> str:
 def foot(part: Part) -> list[str]:
     """What an MoE card says at its end, line by line."""
     block = part.blocks[0]
-    said = f"{block.activation} experts, written as {block.form}"
+    summary = f"{block.activation} experts, written as {block.form}"
     if len(part.blocks) > 1:
-        said += f"; first of {len(part.blocks)} MoE blocks here"
-    return [said, *wrapped(f"kernels: {block.kernel}", 80)] if block.kernel else [said]
+        summary += f"; first of {len(part.blocks)} MoE blocks here"
+    return [summary, *wrapped(f"kernels: {block.kernel}", 80)] if block.kernel else [summary]
 
 
 # ---- parts -----------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def _card(canvas: Canvas, part: Part, middle: float, y: float) -> None:
         )
     if low:
         return
-    said = f"not recognised: {part.declined[0].reason}" if part.declined else NAMES[part.kind]
-    canvas.add(text(x + 18, y + 39, said, "soft small", 36))
+    caption = f"not recognised: {part.declined[0].reason}" if part.declined else NAMES[part.kind]
+    canvas.add(text(x + 18, y + 39, caption, "soft small", 36))
     _share(canvas, part, x + width - 94, y + 33, 80)
 
 
@@ -296,7 +296,7 @@ def picked(experts: int, top_k: int) -> list[int]:
 def _header(canvas: Canvas, scene: Scene, width: float) -> float:
     """Title, totals, a bar of where the parameters are, and what its colors mean."""
     canvas.add(text(PAD, 42, scene.title, "ink title", int(width / 13)))
-    blocks = _count_blocks(scene.whole)
+    blocks = _count_blocks(scene.root)
     facts = f"{count(scene.parameters)} parameters"
     if blocks:
         share = scene.active / canvas.total
@@ -305,7 +305,7 @@ def _header(canvas: Canvas, scene: Scene, width: float) -> float:
     else:
         facts += ", no MoE block"
     canvas.add(text(PAD, 64, facts, "soft", int(width / 7)))
-    split = {k: n for k in NAMES if (n := scene.whole.split.get(k, 0))}
+    split = {k: n for k in NAMES if (n := scene.root.split.get(k, 0))}
     full = width - 2 * PAD
     canvas.add(
         f'<clipPath id="bar">{rect(PAD, 78, full, 12, "", 6)}</clipPath><g clip-path="url(#bar)">'
@@ -350,12 +350,12 @@ def _ports(canvas: Canvas, ports: Sequence[PortLine], middle: float, y: float) -
 
 def _left_alone(canvas: Canvas, scene: Scene, width: float, y: float) -> float:
     """Every declined candidate with its reason."""
-    found = _all_declined(scene.whole)
-    if not found:
+    declined = _all_declined(scene.root)
+    if not declined:
         return y
     canvas.add(text(PAD, y + 16, "Looked at and left alone", "ink name", 60))
     y += 24
-    for where, rule, reason in found:
+    for where, rule, reason in declined:
         canvas.add(text(PAD, y + 14, f"{where}: {rule}", "ink mono", int(width / 7.4)))
         y += 18
         for line in wrapped(reason, int((width - 2 * PAD) / 6.1)):
@@ -366,5 +366,5 @@ def _left_alone(canvas: Canvas, scene: Scene, width: float, y: float) -> float:
 
 
 def _all_declined(part: Part) -> list[tuple[str, str, str]]:
-    own = [(d.where, d.rule, d.reason) for d in part.declined]
-    return [*own, *(line for inner in part.parts for line in _all_declined(inner))]
+    lines = [(d.where, d.rule, d.reason) for d in part.declined]
+    return [*lines, *(line for inner in part.parts for line in _all_declined(inner))]

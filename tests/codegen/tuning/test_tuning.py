@@ -254,8 +254,8 @@ def test_a_second_time_nothing_is_measured(store: Store) -> None:
 
     (first,) = tune([kernel], HOST, measure, store, progress=said.append)
     (again,) = tune([kernel], HOST, never, store)
-    assert (first.values, first.known) == ({"fetched": 0}, False)
-    assert again == replace(first, known=True)
+    assert (first.values, first.from_cache) == ({"fetched": 0}, False)
+    assert again == replace(first, from_cache=True)
     assert said == ["tune 1/1 float32 gathered, 4x96x64"]
     assert entry_of(store).stat().st_mode & 0o777 == 0o600
 
@@ -284,9 +284,9 @@ def test_what_differs_or_is_damaged_is_measured(
     else:
         entry.chmod(0o666)
     (found,) = tune([kernel], target, measure, store, context)
-    assert (found.values, found.known) == ({"fetched": 0}, False)
+    assert (found.values, found.from_cache) == ({"fetched": 0}, False)
     (again,) = tune([kernel], target, never, store, context)
-    assert again.known
+    assert again.from_cache
 
 
 @pytest.mark.parametrize(
