@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from moec.parallel.record import record_routing
+import moec
 from moec.plan.cluster import Cluster, read_cluster
 from moec.plan.model import read_model
 from moec.plan.planner import Planner
 from moec.plan.popularity import normalised, of_distribution
-from moec.plan.routing_trace import RoutingTrace
 from moec.plan.simulate import of_trace, simulate
 from moec.plan.workload import Workload
+from moec.runtime.routing_trace import RoutingTrace
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "tiny_moe" / "checkpoint"
@@ -41,7 +41,11 @@ def recorded(name: str) -> RoutingTrace:
     text = "\n".join(path.read_text() for path in sorted((ROOT / folder).glob(pattern)))
     ids = torch.tensor(tokenizer.encode(text).ids[:TOKENS])
     ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
-    return record_routing(str(CHECKPOINT), [{"input_ids": part} for part in ids.split(8)])
+    model = moec.compile(CHECKPOINT, record_routing=True, verify=False)
+    with model.record_routing() as routing:
+        for part in ids.split(8):
+            model(part)
+    return routing.trace()
 
 
 def row(name: str, trace: RoutingTrace) -> None:

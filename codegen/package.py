@@ -23,6 +23,7 @@ from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
     MAIN,
+    WITH_CACHES,
     Function,
     Generation,
     Package,
@@ -100,8 +101,8 @@ def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
 def _function(name: str, program: Program, params: tuple[Port, ...]) -> Function:
     graph = program.graph
     held = [state.before for state in graph.states]
-    caches = tuple(map(_port, held)) if name == DECODE else ()
-    states = () if name == DECODE else tuple(_state(value, program.weights) for value in held)
+    caches = tuple(map(_port, held)) if name in WITH_CACHES else ()
+    states = () if name in WITH_CACHES else tuple(_state(value, program.weights) for value in held)
     return Function(
         inputs=tuple(_port(v) for v in graph.inputs if v not in held),
         outputs=tuple(map(_port, graph.outputs)),

@@ -40,6 +40,7 @@ from moec.passes.core.runner import Declined, Pass, Step, run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.quantise.codes import Quantising
 from moec.passes.specialise.hoist_routers import HoistRouters, split
+from moec.passes.specialise.record_routing import recorded_layers, with_choices
 from moec.pipeline import (
     PassChanges,
     PassSpec,
@@ -53,7 +54,15 @@ from moec.pipeline import (
 from moec.report.blocks import blocks
 from moec.report.data import Block
 from moec.report.quantisation import quantised_lines
-from moec.runtime.package import DECODE, ROUTE, ROUTED, RouterPorts
+from moec.runtime.package import (
+    DECODE,
+    RECORDED,
+    RECORDED_DECODE,
+    ROUTE,
+    ROUTED,
+    RecordedLayer,
+    RouterPorts,
+)
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
@@ -81,6 +90,7 @@ def compile(
     stop_after: str | None = None,
     build: bool = True,
     kv_cache: bool = True,
+    record_routing: bool = False,
     tune: bool = False,
     backend: Backend | None = None,
     watch: Callable[[Step], None] | None = None,
@@ -97,9 +107,10 @@ def compile(
     passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
     greatest error allowed, as a share of the greatest value of an output. `fuel` caps the rewrites.
     `stop_after` names the last pass to run; `build=False` stops before code generation.
-    `kv_cache=False` leaves out the code that `generate` runs for one token after the other. `tune`
-    measures kernels with other values than the defaults on this machine, and keeps what it finds
-    for the next compilation. `backend` is another than the target's, such as one with a
+    `kv_cache=False` leaves out the code that `generate` runs for one token after the other.
+    `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
+    `tune` measures kernels with other values than the defaults on this machine, and keeps what
+    it finds for the next compilation. `backend` is another than the target's, such as one with a
     rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
@@ -189,6 +200,8 @@ def compile(
             compiled = _with_decode(compiled, decode_passes(opt_level, changes(passes)))
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = _with_routers(compiled)
+    if record_routing:
+        compiled = _with_recording(compiled)
     built = build_model(compiled, opt_level, clock, backend, tune)
     return built if verify is False else verify_model(built, limit, clock)
 
@@ -272,6 +285,26 @@ def _with_routers(compiled: CompiledModel) -> CompiledModel:
     )
     programs = {**compiled.programs, ROUTE: hoisted.route, ROUTED: hoisted.routed}
     return replace(compiled, programs=programs, router_ports=layers)
+
+
+def _with_recording(compiled: CompiledModel) -> CompiledModel:
+    """With `main` and `decode` once more, giving choices too. Raises UsageError where none of
+    the layers routes, or not one row a token."""
+    programs = dict(compiled.programs)
+    try:
+        programs[RECORDED] = with_choices(compiled.module.main)
+        if DECODE in programs:
+            texts, piece = programs[DECODE].graph.inputs[0].shape
+            programs[RECORDED_DECODE] = with_choices(programs[DECODE], (texts * piece, texts))
+    except NoMatch as why:
+        raise UsageError(
+            f"the routing of {compiled.source.name} cannot be recorded: {why}"
+        ) from None
+    layers = tuple(
+        RecordedLayer(layer.layer, layer.experts)
+        for layer in recorded_layers(compiled.module.main.graph)
+    )
+    return replace(compiled, programs=programs, recorded=layers)
 
 
 def _allowed(

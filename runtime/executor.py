@@ -25,7 +25,17 @@ from moec.runtime.artifact import Artifact, MappedArrays
 from moec.runtime.checks import check_inputs, check_memory
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import open_library, tvm_ffi
-from moec.runtime.package import DECODE, MAIN, Function, Package, Port, grows
+from moec.runtime.package import (
+    DECODE,
+    MAIN,
+    RECORDED,
+    RECORDED_DECODE,
+    Function,
+    Package,
+    Port,
+    grows,
+)
+from moec.runtime.recording import Recorder
 
 ALIGNMENT = 64  # bytes: what kernels assume of every address
 
@@ -84,6 +94,8 @@ class Executor:
         self._main = self._entries[MAIN]
         self._lock = threading.Lock()
         self._caller: ThreadPoolExecutor | None = None
+        self._recorder: Recorder | None = None
+        self._requests = 0
         arrays = package.arrays
         self._mapped = arrays if isinstance(arrays, MappedArrays) else None
         self.bind(package.arrays)
@@ -126,6 +138,23 @@ class Executor:
         with self._lock:
             self._states = states
 
+    def start_recording(self, recorder: Recorder) -> None:
+        """Add the choices of each call to `recorder`, see `moec.runtime.recording`."""
+        with self._lock:
+            if self._recorder is not None:
+                raise InputError("the routing of this model is being recorded")
+            self._recorder = recorder
+
+    def stop_recording(self) -> None:
+        with self._lock:
+            self._recorder = None
+
+    def number_requests(self, count: int) -> Array:
+        """The numbers i32[count] of the next requests, which traces tell apart by them."""
+        with self._lock:
+            first, self._requests = self._requests, self._requests + count
+        return np.arange(first, first + count, dtype=np.int32)
+
     def __call__(self, inputs: Mapping[str, Any], function: str = MAIN) -> dict[str, Any]:
         """The outputs of a function by name, of the kind of the inputs.
 
@@ -146,15 +175,24 @@ class Executor:
 
     def _call(self, entry: _Entry, inputs: Sequence[Any]) -> dict[str, Any]:
         arguments, torch = _arguments(inputs)
-        outputs, states = entry.signature.outputs, entry.signature.states
+        shape: Sequence[int] = arguments[0].shape if arguments else ()
+        requests = self.number_requests(int(shape[0]) if len(shape) else 1)
         with self._lock:
+            recorder = self._recorder if entry is self._main else None
+            if recorder:
+                entry = self._entries[RECORDED]
+            outputs, states = entry.signature.outputs, entry.signature.states
             before = [self._states[port.name] for port in states]
             raw = self._invoke(entry, [*arguments, *before])
             count = len(outputs)
             results = _results(raw, count + len(states))
             shared = (*arguments, *before, *results[count:])
             self._states |= {p.name: t for p, t in zip(states, results[count:], strict=True)}
-            return self._returned(results[:count], outputs, shared, torch)
+            if recorder:
+                count -= len(recorder.layers)
+                choices = zip(results[count:], outputs[count:], strict=False)
+                recorder.add_main([_to_numpy(*choice) for choice in choices], requests)
+            return self._returned(results[:count], outputs[:count], shared, torch)
 
     def _returned(
         self, results: Sequence[Any], ports: Sequence[Port], shared: Sequence[Any], torch: Any
@@ -168,21 +206,28 @@ class Executor:
             returned[port.name] = _to_caller(result, port, torch, copied)
         return returned
 
-    def decode(self, counts: Sequence[Array], caches: Sequence[Cache]) -> Array:
+    def decode(
+        self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
+    ) -> Array:
         """Logits f32[B, V] of the function `decode`, which writes into `caches`.
 
         `counts` are input_ids, first, rows and last, all i64 and within their bounds: the
-        caller has seen to that.
+        caller has seen to that. `requests` i32[B] are the numbers of the texts, and `lengths`
+        i64[B] says how many of the S tokens of each are no padding: for recordings.
         """
-        entry = self._entries[DECODE]
-        (logits,) = entry.signature.outputs
         arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock:
+            recorder = self._recorder
+            entry = self._entries[RECORDED_DECODE if recorder else DECODE]
+            logits, *layers = entry.signature.outputs
             results = self._invoke(entry, arguments)
             scores = _to_numpy(item(results, 0), logits)
+            if recorder:
+                choices = [_to_numpy(item(results, n), port) for n, port in enumerate(layers, 1)]
+                recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
             pairs = zip(entry.signature.caches, caches, strict=True)
-            for index, (port, cache) in enumerate(pairs, 1):
+            for index, (port, cache) in enumerate(pairs, 1 + len(layers)):
                 if not grows(port):  # the others were written in place
                     cache.array[...] = _to_numpy(item(results, index), port)
         return scores[:, 0].astype(np.float32)

@@ -19,7 +19,18 @@ import msgspec
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import DECODE, MAIN, ROUTE, Function, Package, Port, Size, grows
+from moec.runtime.package import (
+    DECODE,
+    MAIN,
+    RECORDED,
+    RECORDED_DECODE,
+    ROUTE,
+    Function,
+    Package,
+    Port,
+    Size,
+    grows,
+)
 
 FORMAT = 3  # 3: functions by name
 NAME = "manifest.json"
@@ -157,6 +168,30 @@ def _check(manifest: Manifest) -> None:
     for layer in package.routers:
         if not {layer.experts, layer.weights or layer.experts} <= set(outputs):
             raise ValueError(f"{ROUTE!r} does not give the choices of {layer.layer}")
+    _check_recorded(package)
+
+
+def _check_recorded(package: Package) -> None:
+    """The recorded functions differ from the plain ones in outputs alone: the choices."""
+    for name, recorded in ((MAIN, RECORDED), (DECODE, RECORDED_DECODE)):
+        both = name in package.functions and bool(package.recorded)
+        if (recorded in package.functions) != both:
+            raise ValueError(f"the function {recorded!r} and the layers that it records differ")
+        if not both:
+            continue
+        plain, function = package.functions[name], package.functions[recorded]
+        choices = function.outputs[len(plain.outputs) :]
+        alike = (function.inputs, function.states, function.caches) == (
+            plain.inputs,
+            plain.states,
+            plain.caches,
+        )
+        same = alike and function.outputs[: len(plain.outputs)] == plain.outputs
+        if not same or len(choices) != len(package.recorded):
+            raise ValueError(f"{recorded!r} is not {name!r} with the choices of its layers")
+        for port in choices:
+            if port.dtype not in ("i64", "i32") or len(port.shape) != 2:
+                raise ValueError(f"{port.name} of {recorded!r} holds no choices [T, k]")
 
 
 def _check_bound(

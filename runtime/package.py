@@ -15,6 +15,9 @@ imaginary part. `main` is the model as it was captured. The other names have the
         The routers that read no hidden state, from the inputs that they need.
     routed(inputs..., outputs of route..., states..., params...) -> outputs of main
         The model with the choices of its hoisted routers given.
+    recorded, recorded_decode
+        `main` and `decode` with the choices [T, k] of every layer of `Package.recorded` as further
+        outputs, the last ones.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ Size: TypeAlias = int | str  # a number, or an expression over named sizes (size
 
 MAIN, DECODE = "main", "decode"
 ROUTE, ROUTED = "route", "routed"
+RECORDED, RECORDED_DECODE = "recorded", "recorded_decode"
+WITH_CACHES = (DECODE, RECORDED_DECODE)
+"""Functions whose states are held by the caller."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,14 @@ class RouterPorts:
 
 
 @dataclass(frozen=True)
+class RecordedLayer:
+    """A layer whose choices can be recorded, and the number of its experts."""
+
+    layer: str
+    experts: int
+
+
+@dataclass(frozen=True)
 class Package:
     """A compiled model.
 
@@ -113,10 +127,9 @@ class Package:
     ml_dtypes.bfloat16, memory-mapped where that can be. `kernels` pairs the origin of an op in
     the model with the kernel that computes it; `refusals` are the origin and the name of each op
     that became a plain loop though there are kernels for such ops, and why. `notes` are sentences
-    for the report. `generation`
-    is None where there is no `decode`, and `no_generation` says why. `routers` are the layers
-    whose choices `route` gives. `tunings` are the values of kernels that were tuned, by the
-    kernel's key.
+    for the report. `generation` is None where there is no `decode`, and `no_generation` says why.
+    `routers` are the layers whose choices `route` gives, `recorded` those whose choices can be
+    recorded. `tunings` are the values of kernels that were tuned, by the kernel's key.
     """
 
     target: CpuNeeds
@@ -130,6 +143,7 @@ class Package:
     generation: Generation | None = None
     no_generation: str = "the model was compiled without a cache"
     routers: tuple[RouterPorts, ...] = ()
+    recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

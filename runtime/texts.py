@@ -26,6 +26,7 @@ class Texts:
         self._executor, self._room = executor, room
         self._vocabulary, self._carries = generation.vocabulary, carries(decode)
         self._first = np.zeros(texts, np.int64)
+        self._requests = executor.number_requests(texts)
         self._caches = [_cache(port, texts, room) for port in decode.caches]
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
@@ -74,6 +75,7 @@ class Texts:
         for text, new_tokens in enumerate(tokens):
             alone = Texts(self._executor, 1, self._room)
             alone._first[:] = self._first[text]
+            alone._requests = self._requests[text : text + 1]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
                 mine.array[0] = cache.array[text]
             rows.append(alone.feed([new_tokens])[0] if len(new_tokens) else np.zeros(0, np.float32))
@@ -84,13 +86,14 @@ class Texts:
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 
     def _run(self, padded: Array, counts: Array) -> Array:
-        """One piece; text b has given[b] tokens in it, then padding."""
+        """One piece; text b has counts[b] tokens in it, then padding."""
         texts, piece = padded.shape
         self._check(padded, counts)
         first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle
         last = np.maximum(counts - 1, 0)
         rows = np.arange(texts) * piece + last
-        logits = self._executor.decode([padded, first, rows, first + last], self._caches)
+        inputs = [padded, first, rows, first + last]
+        logits = self._executor.decode(inputs, self._caches, self._requests, counts)
         self._first += counts
         return logits
 

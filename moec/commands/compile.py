@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     help="With code that generates text token by token, where the model continues text.",
 )  # fmt: skip
 @click.option(
+    "--record-routing", is_flag=True,
+    help="With code that tells what routers choose: moec run --record-routing FILE.npz.",
+)  # fmt: skip
+@click.option(
     "--tune", is_flag=True,
     help="Measure kernels with other values than the defaults on this machine; kept for later.",
 )  # fmt: skip
@@ -69,6 +73,7 @@ def command(
     dump_ir: Path | None,
     stop_after: str | None,
     kv_cache: bool,
+    record_routing: bool,
     tune: bool,
     plan_file: Path | None,
     dry_run: bool,
@@ -106,6 +111,7 @@ def command(
     ):
         store = default_store()
         described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
+        described["record_routing"] = record_routing
         key = key_for(model, described, store)
         if key is not None and fetch(store, key, output, overwrite=force):
             last = f"wrote {output}, which the cache had"
@@ -117,7 +123,7 @@ def command(
     if plan_file is not None:
         from moec.commands.ranks import compile_ranks
 
-        if not builds or output is None or target != "cpu" or tune or dump_ir:
+        if not builds or output is None or target != "cpu" or tune or dump_ir or record_routing:
             raise UsageError("--plan goes with MODEL, -o and --verify; run the rest without it")
         hush()
         with explained():
@@ -145,6 +151,7 @@ def command(
             stop_after=stop_after,
             build=builds,
             kv_cache=kv_cache,
+            record_routing=record_routing,
             tune=tune,
             watch=watch,
             progress=progress.phase,

@@ -30,7 +30,7 @@ def command(
     from moec.plan.balance import balance
     from moec.plan.heat_map import heat_map, save_picture
     from moec.plan.importers import read_routing
-    from moec.plan.routing_trace import save_trace
+    from moec.runtime.routing_trace import save_trace
 
     for path in (picture, output):
         if path and path.exists() and not force:

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 @click.option(
     "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
 )
+@click.option(
+    "--record-routing", "trace", type=click.Path(path_type=Path), metavar="FILE.npz",
+    help="Write which experts every token chose, for moec routing and moec plan.",
+)  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Compile the stored graph anew; use no stored code.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of the kernels; default: cores."
@@ -68,6 +72,7 @@ def command(
     top_k: int | None,
     seed: int | None,
     check: bool,
+    trace: Path | None,
     rebuild: bool,
     threads: int | None,
     nproc: int | None,
@@ -83,7 +88,7 @@ def command(
     if (artifact / "ranks.json").is_file():
         from moec.commands.ranks import run_ranks
 
-        if prompt is not None or check or rebuild:
+        if prompt is not None or check or rebuild or trace:
             raise UsageError(f"{artifact} holds the ranks of a plan, which run on --input alone")
         run_ranks(artifact, source, output, nproc, timeout, threads, as_json)
         return
@@ -95,6 +100,7 @@ def command(
         raise UsageError("--input and --prompt exclude each other")
     if output is not None and source is None:
         raise UsageError("--output needs --input")
+    from moec.commands.recording import check_trace, recorded
     from moec.runtime import artifact as artifacts
     from moec.runtime.executor import start
     from moec.runtime.sampling import Sampling
@@ -106,6 +112,8 @@ def command(
     for path in (source, output):
         if path is not None:
             check_suffix(path)
+    if trace is not None:
+        check_trace(trace)
     started = time.perf_counter()
     opened = artifacts.read(artifact, native=not rebuild)
     if rebuild:  # the compiler: slow to import, and seldom needed
@@ -116,15 +124,16 @@ def command(
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code has to show that it is right
         answer["check"] = _check(opened, executor, quiet or as_json)
-    if source is not None:
-        answer["outputs"] = _run(executor, source, output, answer)
-        if not (quiet or as_json):
-            for name, port in answer["outputs"].items():
-                click.echo(f"{name}: {port['dtype']}{port['shape']}")
-    if prompt is not None:
-        answer["prompt"] = prompt
-        request = (max_new_tokens, sampling)
-        answer |= _generate(opened, executor, prompt, request, not as_json, quiet)
+    with recorded(executor, trace):
+        if source is not None:
+            answer["outputs"] = _run(executor, source, output, answer)
+            if not (quiet or as_json):
+                for name, port in answer["outputs"].items():
+                    click.echo(f"{name}: {port['dtype']}{port['shape']}")
+        if prompt is not None:
+            answer["prompt"] = prompt
+            request = (max_new_tokens, sampling)
+            answer |= _generate(opened, executor, prompt, request, not as_json, quiet)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
 

@@ -55,7 +55,7 @@ def build_model(
 
         with explained(compiled):
             package = generate(module, target, opt_level, tunings, backend)
-        package = replace(package, routers=compiled.router_ports)
+        package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
             package = replace(package, generation=replace(package.generation, stop=stop))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, Quantised
 from moec.report.quantisation import left_wide
 from moec.report.report import Report, describe_graph, pass_lines
 from moec.runtime.call import Choices, bind, call, routed, routers
-from moec.runtime.package import MAIN, RouterPorts
+from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
+from moec.runtime.recording import Recorder, record_routing
 from moec.target.cpu import missing
 from moec.verify import check as checking
 
@@ -56,6 +58,7 @@ class CompiledModel:
     target: Target
     programs: Mapping[str, Program] = field(default_factory=dict)
     router_ports: tuple[RouterPorts, ...] = ()
+    recorded: tuple[RecordedLayer, ...] = ()
     no_decode: str = ""
     package: Package | None = None
     executor: Executor | None = None
@@ -100,6 +103,14 @@ class CompiledModel:
     def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the choices that `routers` gave: those routers are left out."""
         return routed(self.ready()[1], choices, args, kwargs)
+
+    def record_routing(self) -> AbstractContextManager[Recorder]:
+        """Record which experts are chosen: `with m.record_routing() as routing: m.generate(...)`,
+        then `routing.trace()` is a `RoutingTrace`, which `save_trace` writes for `moec plan`.
+
+        Needs `record_routing=True`. Raises InputError where the model was compiled without it.
+        """
+        return record_routing(self.ready()[1])
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"

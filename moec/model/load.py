@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from moec.model.generate import Prompts, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.call import Choices, call, routed, routers
 from moec.runtime.executor import Executor, start
+from moec.runtime.recording import Recorder, record_routing
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +43,10 @@ class LoadedModel:
     def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
         """See `CompiledModel.routed`."""
         return routed(self.executor, choices, args, kwargs)
+
+    def record_routing(self) -> AbstractContextManager[Recorder]:
+        """See `CompiledModel.record_routing`."""
+        return record_routing(self.executor)
 
     def __repr__(self) -> str:
         return f"<{self.path.name}: {len(self.artifact.package.main.inputs)} inputs>"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moec.plan.importers import Routing
 from moec.plan.popularity import normalised
-from moec.plan.routing_trace import RoutingTrace
+from moec.runtime.routing_trace import RoutingTrace
 
 
 @dataclass(frozen=True)

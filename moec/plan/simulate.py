@@ -17,7 +17,7 @@ from moec.plan.cost import CostModel
 from moec.plan.degrees import Degrees
 from moec.plan.jit import compiled
 from moec.plan.plan import LayerPlan, Plan
-from moec.plan.routing_trace import RoutingTrace
+from moec.runtime.routing_trace import RoutingTrace
 
 Counts = NDArray[np.int64]
 Ids = NDArray[np.int16]

@@ -13,7 +13,7 @@ from moec.errors import InputError
 from moec.plan.balance import balance, coactivation
 from moec.plan.heat_map import heat_map
 from moec.plan.importers import of_trace, read_routing
-from moec.plan.routing_trace import load_trace, of_ids, save_trace
+from moec.runtime.routing_trace import load_trace, of_ids, save_trace
 
 IDS = np.array([[[0, 1], [2, 3]], [[1, 0], [2, 0]], [[0, 1], [2, 1]], [[3, -1], [2, 3]]])
 

@@ -1,0 +1,65 @@
+"""A program that also gives what its routers choose, for `moec.runtime.recording`.
+
+    f(x) -> y                        f(x) -> y, i_0, i_1
+    w_0, i_0 = moe.gate(h_0)    ->   w_0, i_0 = moe.gate(h_0)
+    … = moe.sort(i_0)                … = moe.sort(i_0)
+
+Exact: ops are neither moved nor changed, their choices are outputs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moec.errors import NoMatch
+from moec.ir.dims import Dim, show_dim
+from moec.ir.graph import Graph, Program, Value
+from moec.ir.opdef import integer
+from moec.passes.core.moe_layer import name_of
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The choices [T, k] of a layer, among `experts`."""
+
+    layer: str
+    experts: int
+    choices: Value
+
+
+def recorded_layers(graph: Graph) -> tuple[Recorded, ...]:
+    """The layers whose rows are sorted by choices; layers that share a sort are one."""
+    layers: dict[Value, Recorded] = {}
+    for op in graph.ops:
+        if op.name == "moe.sort":
+            choices = op.inputs[0]
+        elif op.name == "moe.dispatch" and not op.attrs.get("sorted"):
+            choices = op.inputs[1]
+        else:
+            continue
+        layers.setdefault(choices, Recorded(name_of(op), integer(op, "num_experts"), choices))
+    return tuple(layers.values())
+
+
+def with_choices(program: Program, rows: Sequence[Dim] | None = None) -> Program:
+    """The program whose last outputs are the choices of its layers, in order.
+
+    A trace has one row a token: all layers have to route as many, or one of the numbers `rows`.
+    Raises NoMatch where they do not, or there is no layer that routes.
+    """
+    layers = recorded_layers(program.graph)
+    if not layers:
+        raise NoMatch("no layer of it routes tokens to experts")
+    allowed = rows or (layers[0].choices.shape[0],)
+    for layer in layers:
+        count = layer.choices.shape[0]
+        if count not in allowed:
+            expected = " or ".join(map(show_dim, allowed))
+            raise NoMatch(
+                f"{layer.layer} routes {show_dim(count)} rows and other layers {expected}: a trace "
+                "has one row a token"
+            )
+    graph = program.graph
+    outputs = (*graph.outputs, *(layer.choices for layer in layers))
+    return replace(program, graph=replace(graph, outputs=outputs))

@@ -1,0 +1,117 @@
+"""Record which experts a running model chooses: a trace of every call in between.
+
+A model that was compiled with `record_routing` has a second form of `main` and of `decode`, whose
+last outputs are the choices of its layers (`moec.runtime.package`). Nothing else differs: the
+same kernels run in the same order, and no call outside of a recording computes anything more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.errors import InputError
+from moec.runtime.dtypes import Array
+from moec.runtime.package import RecordedLayer
+from moec.runtime.routing_trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from moec.runtime.executor import Executor
+
+PREFILL, DECODED = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """ids i16[T, L, K], the phase, and the request i32[T] of each token."""
+
+    ids: NDArray[np.int16]
+    phase: int
+    requests: NDArray[np.int32]
+
+
+@dataclass(eq=False)
+class Recorder:
+    """The choices of the calls so far. The executor adds to it, one call at a time."""
+
+    layers: tuple[RecordedLayer, ...]
+    _calls: list[_Call] = field(default_factory=list)
+
+    def add_main(self, choices: Sequence[Array], requests: NDArray[np.int32]) -> None:
+        """Choices [T, k] of each layer, for tokens of B requests of one length each."""
+        tokens = len(choices[0])
+        owners = np.repeat(requests, tokens // max(1, len(requests)))
+        if len(owners) != tokens:  # tokens that are no multiple of the first axis
+            owners = np.resize(requests[:1], tokens)
+        self._calls.append(_Call(self._ids(choices, np.arange(tokens)), PREFILL, owners))
+
+    def add_decode(
+        self, choices: Sequence[Array], lengths: Array, piece: int, requests: NDArray[np.int32]
+    ) -> None:
+        """Choices of a piece of B texts, of which lengths[b] of `piece` tokens are no padding.
+
+        A layer has a row [B * piece, k] for each token or, where the rest of the model needs no
+        other, one for the last token of each text [B, k]: its other tokens have no expert.
+        """
+        tokens = np.concatenate([b * piece + np.arange(n) for b, n in enumerate(lengths)])
+        phase = DECODED if int(lengths.max(initial=0)) == 1 else PREFILL
+        ends = np.arange(len(lengths)) * piece + np.maximum(lengths - 1, 0)
+        spread = []
+        for layer in choices:
+            if len(layer) == len(lengths) * piece:
+                spread.append(layer)
+                continue
+            rows = np.full((len(lengths) * piece, layer.shape[1]), -1, layer.dtype)
+            rows[ends] = layer
+            spread.append(rows)
+        owners = np.repeat(requests, lengths)
+        self._calls.append(_Call(self._ids(spread, tokens), phase, owners))
+
+    def _ids(self, choices: Sequence[Array], tokens: NDArray[np.int64]) -> NDArray[np.int16]:
+        """[T, L, K] of the `tokens`; choices that are no expert of the layer become -1."""
+        width = max(layer.shape[1] for layer in choices)
+        ids = np.full((len(tokens), len(choices), width), -1, np.int16)
+        for index, (chosen, layer) in enumerate(zip(choices, self.layers, strict=True)):
+            rows = chosen[tokens]
+            valid = (rows >= 0) & (rows < layer.experts)
+            ids[:, index, : rows.shape[1]] = np.where(valid, rows, -1)
+        return ids
+
+    def trace(self) -> RoutingTrace:
+        """All calls so far, each a step. Raises InputError where there was none."""
+        if not self._calls:
+            raise InputError("no call was recorded: run the model inside of record_routing()")
+        sizes = [len(call.ids) for call in self._calls]
+        phases = np.array([call.phase for call in self._calls], np.uint8)
+        return RoutingTrace(
+            np.concatenate([call.ids for call in self._calls]),
+            np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            np.repeat(phases, sizes),
+            np.concatenate([call.requests for call in self._calls]),
+            np.array([layer.experts for layer in self.layers], np.int32),
+        )
+
+
+@contextmanager
+def record_routing(executor: Executor) -> Iterator[Recorder]:
+    """Record every call of the executor, from any thread, until the end of the block.
+
+    Raises InputError where the model was compiled without, or is being recorded.
+    """
+    layers = executor.package.recorded
+    if not layers:
+        raise InputError(
+            "this model does not tell what its routers choose: compile it with --record-routing "
+            "(record_routing=True in Python)"
+        )
+    recorder = Recorder(layers)
+    executor.start_recording(recorder)
+    try:
+        yield recorder
+    finally:
+        executor.stop_recording()
