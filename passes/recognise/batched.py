@@ -37,12 +37,12 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
             yield Candidate(op, partial(propose, scope, op, fans))
         elif op.name == "aten.cat.default":
             try:
-                found = fan(scope, op)
+                match = fan(scope, op)
             except NoMatch as why:
                 yield Candidate(op, partial(refuse, why))
                 continue
-            if found is not None:
-                fans[op] = found
+            if match is not None:
+                fans[op] = match
     for op in fans:
         yield Candidate(op, partial(propose, scope, op, fans))
 
@@ -65,10 +65,10 @@ def stacked(scope: Scope, value: Value) -> bool:
 
 def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:
     reader = Reader(scope, fans=fans.get)
-    made = reader.apply(anchor)
-    if made[0] is None:
+    layouts = reader.apply(anchor)
+    if layouts[0] is None:
         raise NoMatch(f"{anchor.name} is no product of rows with a stack")
-    reader.keep(anchor, made)
+    reader.keep(anchor, layouts)
     splits = {fan.split: op for op, fan in fans.items() if fan.split is not None}
     ends = walk(reader, anchor, splits)
     if not ends:
@@ -85,12 +85,12 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
     """
     scope = reader.scope
     heap: list[tuple[int, Op]] = []
-    seen: set[Op] = set()
+    visited: set[Op] = set()
 
     def push(value: Value) -> None:
         for op in scope.graph.readers.get(value, ()):
-            if op not in seen:
-                seen.add(op)
+            if op not in visited:
+                visited.add(op)
                 heapq.heappush(heap, (scope.position[op], op))
 
     tokens = rows_of(reader)
@@ -99,7 +99,7 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
     unsummed: list[tuple[Value, Layout]] = []
     push(anchor.outputs[0])
     last = ""
-    while heap and len(seen) < 3000:
+    while heap and len(visited) < 3000:
         _, op = heapq.heappop(heap)
         if op in splits:
             heapq.heappush(heap, (scope.position[splits[op]], splits[op]))

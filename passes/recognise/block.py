@@ -1,4 +1,4 @@
-"""A proposal: this region is an MoE block. What it consists of, and the ops that say so."""
+"""A proposal that a region is an MoE block: its parts, and the ops that replace the region."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def same(value: Value) -> Recipe:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place that looks like a block; `propose` says what it might be, or why it is none."""
+    """An op that may belong to a block. `propose` yields proposals; it raises NoMatch with the
+    reason where there are none."""
 
     at: Op
     propose: Callable[[], Iterator[Proposal]]
@@ -35,8 +36,8 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Zero:
-    """Experts without a network, from `num_experts` on: the kinds of moe.zero_experts, and how
-    `mix` [C, 2, D] and `constants` [C, D] are made where some are constants."""
+    """Experts without a network, with ids from `num_experts` on: the kinds of moe.zero_experts,
+    and recipes for `mix` [C, 2, D] and `constants` [C, D], where C of them are constants."""
 
     kinds: tuple[str, ...]
     mix: Recipe | None = None
@@ -45,7 +46,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Proposal:
-    """`output` is what `body` of the chosen experts makes of `x`, weighted and summed.
+    """`output` is the weighted sum, over a token's experts, of their `body` applied to `x`.
 
     `experts` and `weights` give [T, k]; weights of None mean 1. `stacks` are [E, ..], in the
     order of the body's params. `cut` and `feeds` say where the region begins and how to feed
@@ -71,7 +72,7 @@ class Proposal:
 
 
 def emit_block(block: Proposal, emit: Emitter) -> Value:
-    """The ops of the block; answers with what stands for `block.output`."""
+    """Emits the ops of the block. Returns the value that replaces `block.output`."""
     x = emit.rows(emit.old(block.x))
     choice = block.experts(emit)
     if block.capacity:
@@ -90,14 +91,14 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
     attrs = {"num_experts": block.num_experts}
     stem = block.output.name
     rows, order, ends = emit("moe.dispatch", dispatched, attrs=attrs, named=f"{stem}_rows")
-    (made,) = emit(
+    (outputs,) = emit(
         "moe.experts",
         [rows, ends, *stacks],
         attrs={"form": block.form},
         body=body,
         named=f"{stem}_out",
     )
-    combined = [made, order]
+    combined = [outputs, order]
     k = block.top_k
     tokens = product(block.output.shape[:-1])
     attrs = {"k": k, "tokens": tokens, "dtype": DType(block.output.dtype)}
@@ -106,8 +107,8 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
         attrs["weighted"] = True
     (y,) = emit("moe.combine", combined, attrs=attrs, named=stem)
     if block.zero is not None:
-        given = _zero(block.zero, block, x, choice, weights, emit)
-        (y,) = emit("aten.add.Tensor", [y, given], [y.type])
+        zero_output = _zero(block.zero, block, x, choice, weights, emit)
+        (y,) = emit("aten.add.Tensor", [y, zero_output], [y.type])
     y = emit.reshape(y, block.output.shape)
     if block.addend is None:
         return y
@@ -118,7 +119,7 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
 def _zero(
     zero: Zero, block: Proposal, x: Value, choice: Value, weights: Value | None, emit: Emitter
 ) -> Value:
-    """What the experts without a network give: [T, D]."""
+    """The sum over each token's experts without a network: [T, D]."""
     inputs = [x, choice]
     attrs: dict[str, Attr] = {"first": block.num_experts, "kinds": zero.kinds}
     if weights is not None:

@@ -30,10 +30,10 @@ def _shifted(*names: str) -> Shift:
                 return tuple(map(up, axis))
             return axis + 1 if isinstance(axis, int) and axis >= 0 else axis
 
-        found = {name: up(value) for name, value in attrs.items() if name in names}
+        shifted = {name: up(value) for name, value in attrs.items() if name in names}
         if "dim" in names and "dim" not in attrs:
-            found["dim"] = 1
-        return {**attrs, **found}
+            shifted["dim"] = 1
+        return {**attrs, **shifted}
 
     return shift
 
@@ -80,26 +80,26 @@ def canonical(body: Graph, experts: int) -> tuple[Graph, tuple[Prepared, ...]]:
     state = _Canonical(body, experts)
     for op in body.ops:
         state.op(op)
-    params = tuple(state.made)
+    params = tuple(state.prepared)
     outputs = tuple(state.new.get(v, v) for v in body.outputs)
     graph = Graph(body.inputs, params, tuple(state.ops), outputs, (), body.bounds, "body")
     needed = {v for op in state.ops for v in op.inputs} | set(outputs)
-    kept = sorted((p for p in params if p in needed), key=lambda p: state.made[p].source)
-    return replace(graph, params=tuple(kept)), tuple(state.made[p] for p in kept)
+    used = sorted((p for p in params if p in needed), key=lambda p: state.prepared[p].source)
+    return replace(graph, params=tuple(used)), tuple(state.prepared[p] for p in used)
 
 
 class _Canonical:
     def __init__(self, body: Graph, experts: int) -> None:
         self.experts = experts
         self.new: dict[Value, Value] = {}
-        self.made: dict[Value, Prepared] = {p: Prepared(i) for i, p in enumerate(body.params)}
+        self.prepared: dict[Value, Prepared] = {p: Prepared(i) for i, p in enumerate(body.params)}
         self.ops: list[Op] = []
         self.reads = Counter(v for op in body.ops for v in op.inputs)
 
     def op(self, old: Op) -> None:
         inputs = tuple(self.new.get(v, v) for v in old.inputs)
         op = replace(old, inputs=inputs)
-        if len(inputs) == 1 and inputs[0] in self.made:
+        if len(inputs) == 1 and inputs[0] in self.prepared:
             self.hoist(op)
         elif op.name in ("aten.mm.default", "aten.matmul.default") and self.is_weight(inputs[1]):
             self.linear(op, inputs[0], inputs[1], None)
@@ -111,7 +111,7 @@ class _Canonical:
             self.ops.append(op)
 
     def bias(self, op: Op) -> bool:
-        """linear(x, w) + b becomes linear(x, w, b) where nothing else stands between."""
+        """linear(x, w) + b becomes linear(x, w, b), where the add alone reads the product."""
         if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs or not self.ops:
             return False
         last = self.ops[-1]
@@ -120,7 +120,7 @@ class _Canonical:
                 last.name == "aten.linear.default"
                 and last.outputs == (product,)
                 and len(last.inputs) == 2
-                and bias in self.made
+                and bias in self.prepared
                 and bias.shape == product.shape[-1:]
                 and op.outputs[0].type == product.type
                 and self.reads[product] == 1
@@ -130,7 +130,7 @@ class _Canonical:
         return False
 
     def is_weight(self, value: Value) -> bool:
-        return value in self.made and len(value.shape) == 2
+        return value in self.prepared and len(value.shape) == 2
 
     def linear(self, op: Op, x: Value, weight: Value, bias: Value | None) -> None:
         turned = self.then(
@@ -156,17 +156,17 @@ class _Canonical:
         shape: Sequence[Dim],
         dtype: str | None = None,
     ) -> Value:
-        before = self.made[value]
+        before = self.prepared[value]
         if name in ("aten.clone.default", "aten.alias.default"):
             return value
         dtype = dtype or value.dtype
         steps = (*before.steps, (name, dict(attrs), (self.experts, *shape), dtype))
         steps = _without_double_turns(steps)
-        for known, made in self.made.items():
-            if made.source == before.source and made.steps == steps:
-                return known
-        turned = Value(_fresh(value.name, self.made), TensorType(dtype, tuple(shape)))
-        self.made[turned] = Prepared(before.source, steps)
+        for param, prepared in self.prepared.items():
+            if prepared.source == before.source and prepared.steps == steps:
+                return param
+        turned = Value(_fresh(value.name, self.prepared), TensorType(dtype, tuple(shape)))
+        self.prepared[turned] = Prepared(before.source, steps)
         return turned
 
 
@@ -180,8 +180,8 @@ def _without_double_turns(
     return steps
 
 
-def _fresh(name: str, taken: Mapping[Value, Prepared]) -> str:
-    names = {v.name for v in taken}
+def _fresh(name: str, values: Mapping[Value, Prepared]) -> str:
+    names = {v.name for v in values}
     count = 2
     while f"{name}_{count}" in names:
         count += 1

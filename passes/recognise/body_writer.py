@@ -23,7 +23,7 @@ class Pick:
     """A body's param: the axes `places` of a weight, in this order, grouped to `sizes`."""
 
     base: Value
-    places: tuple[int, ...]
+    axes: tuple[int, ...]
     sizes: tuple[Dim, ...]
 
 
@@ -37,7 +37,7 @@ class BodyWriter:
     stacks: dict[Value, Recipe] = field(default_factory=dict)
     leaves: list[Value] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
-    known: dict[tuple[object, ...], Value] = field(default_factory=dict)
+    memo: dict[tuple[object, ...], Value] = field(default_factory=dict)
     picks: dict[Value, Pick] = field(default_factory=dict)
 
     def fresh(self, name: str) -> str:
@@ -58,43 +58,43 @@ class BodyWriter:
         return outputs
 
     def reshape(self, base: Value, features: Sequence[Dim]) -> Value:
-        wanted = TensorType(base.dtype, (ROWS, *features))
-        if wanted == base.type:
+        target = TensorType(base.dtype, (ROWS, *features))
+        if target == base.type:
             return base
-        attrs: dict[str, Attr] = {"shape": wanted.shape}
-        return self.add("aten.reshape.default", [base], [wanted], attrs, base.name)[0]
+        attrs: dict[str, Attr] = {"shape": target.shape}
+        return self.add("aten.reshape.default", [base], [target], attrs, base.name)[0]
 
     def in_order(self, layout: Layout) -> Layout:
         """One atom per feature axis, the base's axes in the order of the value's."""
         return self.ordered(layout, [a for a in layout.axes if a and only_features(a)])
 
     def ordered(self, layout: Layout, fuse: Sequence[Axis], last: bool = False) -> Layout:
-        """The base with its axes in the order of the value's, those of `fuse` in one piece each.
+        """The layout with the base's axes in the order of the value's, each axis of `fuse` fused.
 
-        With `last`, the one axis of `fuse` stands last in the base.
+        With `last`, the one axis of `fuse` is the last of the base.
         """
         if layout.param:
             return layout
-        wanted = list(layout.features)
+        order = list(layout.features)
         if last:
-            tail = [a for a in wanted if a in fuse[0]]
-            wanted = [a for a in wanted if a not in tail] + tail
+            tail = [a for a in order if a in fuse[0]]
+            order = [a for a in order if a not in tail] + tail
         base = layout.base
-        if tuple(wanted) != layout.atoms:
-            dims = (0, *(layout.atoms.index(a) + 1 for a in wanted))
+        if tuple(order) != layout.atoms:
+            dims = (0, *(layout.atoms.index(a) + 1 for a in order))
             type = TensorType(base.dtype, tuple(base.shape[d] for d in dims))
             (base,) = self.add("aten.permute.default", [base], [type], {"dims": dims}, base.name)
         atoms: list[Atom] = []
         renamed: dict[Axis, Atom] = {}
         position = 0
-        while position < len(wanted):
-            axis = next((f for f in fuse if f and f[0] is wanted[position]), None)
+        while position < len(order):
+            axis = next((f for f in fuse if f and f[0] is order[position]), None)
             if axis is not None and len(axis) > 1:
                 renamed[axis] = fused(axis)
                 atoms.append(renamed[axis])
                 position += len(axis)
             else:
-                atoms.append(wanted[position])
+                atoms.append(order[position])
                 position += 1
         base = self.reshape(base, tuple(a.size for a in atoms))
         if last and not fuse[0]:  # a width of one: the linear layer needs its axis
@@ -107,10 +107,10 @@ class BodyWriter:
         """The same elements with another grouping of the base's axes."""
         sizes = tuple(a.size for a in atoms)
         if layout.param:
-            wanted = TensorType(layout.base.dtype, sizes)
+            target = TensorType(layout.base.dtype, sizes)
             base = layout.base
-            if wanted != base.type:
-                view = Value(base.name, wanted)
+            if target != base.type:
+                view = Value(base.name, target)
                 self.derive(view, base)
                 base = view
             return replace(layout, base=base, atoms=atoms)
@@ -118,7 +118,7 @@ class BodyWriter:
 
     def derive(self, view: Value, base: Value) -> None:
         recipe = self.recipe(base)
-        self.known[(view,)] = view
+        self.memo[(view,)] = view
         self.stacks[view] = lambda emit: emit.reshape(recipe(emit), view.shape)
 
     def recipe(self, base: Value) -> Recipe:
@@ -138,37 +138,37 @@ class BodyWriter:
         """One expert's slice of a stack, for an element-wise op."""
         atoms = tuple(a for axis in axes for a in axis)
         sizes: list[Dim] = []
-        for place in wide:
-            if place in have:
-                sizes.append(size_of(axes[have.index(place)]))
+        for dim in wide:
+            if dim in have:
+                sizes.append(size_of(axes[have.index(dim)]))
             elif sizes:
                 sizes.append(1)
         return self.one(weight, atoms, tuple(sizes))
 
     def one(self, weight: Layout, order: Sequence[Atom], sizes: tuple[Dim, ...]) -> Value:
         """The body's param for a stack whose axes are put in this order and grouped so."""
-        places = tuple(weight.atoms.index(a) for a in order)
-        key = (weight.base, places, sizes)
-        if key in self.known:
-            return self.known[key]
+        dims = tuple(weight.atoms.index(a) for a in order)
+        key = (weight.base, dims, sizes)
+        if key in self.memo:
+            return self.memo[key]
         recipe = self.recipe(weight.base)
         head = () if weight.expert is None else (weight.atoms.index(weight.expert),)
-        units = tuple(i for i, a in enumerate(weight.atoms) if i not in places and i not in head)
+        units = tuple(i for i, a in enumerate(weight.atoms) if i not in dims and i not in head)
         if any(weight.atoms[i].size != 1 for i in units):
             raise NoMatch(f"{weight.base.name} has an axis that the product does not use")
         experts = self.experts
 
         def make(emit: Emitter) -> Value:
-            value = emit.permute(recipe(emit), (*head, *places, *units))
+            value = emit.permute(recipe(emit), (*head, *dims, *units))
             if head or self.alone:
                 return emit.reshape(value, (*([cast(int, experts)] if head else []), *sizes))
             value = emit.reshape(value, (1, *sizes))
-            wanted = TensorType(value.dtype, (cast(int, experts), *sizes))
-            return emit("aten.expand.default", [value], [wanted], attrs={"size": wanted.shape})[0]
+            target = TensorType(value.dtype, (cast(int, experts), *sizes))
+            return emit("aten.expand.default", [value], [target], attrs={"size": target.shape})[0]
 
-        param = Value(self.fresh(f"p{len(self.known)}"), TensorType(weight.base.dtype, sizes))
-        self.known[key] = param
-        self.picks[param] = Pick(weight.base, places, sizes)
+        param = Value(self.fresh(f"p{len(self.memo)}"), TensorType(weight.base.dtype, sizes))
+        self.memo[key] = param
+        self.picks[param] = Pick(weight.base, dims, sizes)
         self.stacks[param] = make
         self.leaves.append(param)
         return param
@@ -189,14 +189,14 @@ class BodyWriter:
             self.leaves.append(mine)
             new[param] = mine
         for op in body.ops:
-            made = self.add(
+            outputs = self.add(
                 op.name,
                 [new.get(v, v) for v in op.inputs],
                 [v.type for v in op.outputs],
                 op.attrs,
                 op.outputs[0].name,
             )
-            new |= dict(zip(op.outputs, made, strict=True))
+            new |= dict(zip(op.outputs, outputs, strict=True))
         base = new[body.outputs[0]]
         atoms = tuple(a for axis in axes for a in axis if not a.rows)
         return replace(plain, base=base, atoms=atoms, axes=axes, applied=True)

@@ -29,44 +29,44 @@ def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
     """Sums, means and softmax: over features in the body, over rows as part of combine."""
     if source.param:
         return None
-    given = op.attrs.get("dim")
+    dim_attr = op.attrs.get("dim")
     rank = len(source.axes)
-    dims = given if isinstance(given, tuple) else (given,)
-    if given is None or not dims:
+    dims = dim_attr if isinstance(dim_attr, tuple) else (dim_attr,)
+    if dim_attr is None or not dims:
         raise NoMatch(f"{op.name} goes over all axes")
-    places = sorted(cast(int, d) % rank for d in dims)
-    picked = [source.axes[p] for p in places]
+    positions = sorted(cast(int, d) % rank for d in dims)
+    picked = [source.axes[p] for p in positions]
     keep = bool(op.attrs.get("keepdim")) or "softmax" in op.name
     softmax = "softmax" in op.name
     if all(map(only_rows, picked)) and any(picked):
         if op.name != "aten.sum.dim_IntList":
             raise NoMatch(f"{op.name} goes over rows")
         axes = [
-            () if i in places else axis
+            () if i in positions else axis
             for i, axis in enumerate(source.axes)
-            if keep or i not in places
+            if keep or i not in positions
         ]
         return replace(source, axes=tuple(axes), reduced=True)
     if not all(a and only_features(a) for a in picked):
         raise NoMatch(f"{op.name} goes over rows and features at once")
     plain = reader.writer.ordered(source, picked)
-    gone = [plain.axes[p][0] for p in places]
+    gone = [plain.axes[p][0] for p in positions]
     at = tuple(plain.atoms.index(a) + 1 for a in gone)
     atoms = plain.atoms if softmax else tuple(a for a in plain.atoms if a not in gone)
-    kept = [
-        (() if i in places and not softmax else axis)
+    result_axes = [
+        (() if i in positions and not softmax else axis)
         for i, axis in enumerate(plain.axes)
-        if keep or i not in places
+        if keep or i not in positions
     ]
     attrs: dict[str, Attr] = {k: v for k, v in op.attrs.items() if k != "keepdim"}
-    attrs["dim"] = at if isinstance(given, tuple) else at[0]
+    attrs["dim"] = at if isinstance(dim_attr, tuple) else at[0]
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
     (base,) = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
-    return replace(plain, base=base, atoms=atoms, axes=tuple(kept))
+    return replace(plain, base=base, atoms=atoms, axes=tuple(result_axes))
 
 
 def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
-    """nn.rms_norm over the last axis, in element-wise ops: its gain is an expert's own."""
+    """nn.rms_norm over the last axis, as element-wise ops, because its gain differs by expert."""
     if source.param:
         return None
     if not source.axes[-1] or not only_features(source.axes[-1]):
@@ -79,9 +79,9 @@ def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
         return reader.writer.add(name, inputs, [type], attrs, op.outputs[0].name)[0]
 
     def as_dtype(value: Value, to: str) -> Value:
-        wanted = TensorType(to, value.shape)
+        target = TensorType(to, value.shape)
         same = value.dtype == to
-        return value if same else step("aten._to_copy.default", [value], wanted, dtype=DType(to))
+        return value if same else step("aten._to_copy.default", [value], target, dtype=DType(to))
 
     x = as_dtype(plain.base, "f32")
     square = step("aten.mul.Tensor", [x, x], full)
@@ -113,13 +113,13 @@ def cat(reader: Reader, op: Op) -> Layout | None:
         raise NoMatch("rows of several kinds are concatenated")
     ready = [reader.writer.in_order(la) for la in rows]
     atom = Atom(op.outputs[0].shape[dim], False)
-    place = ready[0].features.index(ready[0].axes[dim][0])
-    atoms = tuple(atom if i == place else a for i, a in enumerate(ready[0].atoms))
+    position = ready[0].features.index(ready[0].axes[dim][0])
+    atoms = tuple(atom if i == position else a for i, a in enumerate(ready[0].atoms))
     axes = tuple((atom,) if i == dim else a for i, a in enumerate(ready[0].axes))
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
     attrs: dict[str, Attr] = {
         "tensors": tuple(Ref(i) for i in range(len(ready))),
-        "dim": place + 1,
+        "dim": position + 1,
     }
     (base,) = reader.writer.add(
         op.name, [la.base for la in ready], types, attrs, op.outputs[0].name
@@ -157,8 +157,8 @@ def together(
     rank = len(shape)
     padded = [((),) * (rank - len(la.axes)) + la.axes for la in layouts]
     axes: list[Axis] = []
-    for place in range(rank):
-        here = [p[place] for p in padded if p[place]]
+    for dim in range(rank):
+        here = [p[dim] for p in padded if p[dim]]
         features = [a for a in here if not only_rows(a)]
         if any(not only_features(a) for a in features):
             raise NoMatch("an axis mixes rows and features")
@@ -166,11 +166,11 @@ def together(
             raise NoMatch("rows are broadcast against features")
         chosen = features or here
         axes.append((fused(chosen[0]),) if features else chosen[0] if here else ())
-    wide = [place for place in range(rank) if axes[place] and not only_rows(axes[place])]
+    wide = [dim for dim in range(rank) if axes[dim] and not only_rows(axes[dim])]
     inputs = []
     for layout, mine in zip(layouts, padded, strict=True):
         plain = reader.writer.in_order(replace(layout, axes=mine))
-        have = [place for place in wide if mine[place]]
+        have = [dim for dim in wide if mine[dim]]
         if layout.param:
             inputs.append(reader.writer.slice_of(plain, [mine[p] for p in have], wide, have))
         else:
@@ -205,15 +205,15 @@ def weighting(
     elif op.name not in (*MULTIPLY, "aten.masked_fill.Scalar") or len(others) != 1:
         raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
     axes = list(padded)
-    for place, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
+    for dim, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
         shift = len(others[0].shape) - rank
-        theirs = others[0].shape[place + shift] if place + shift >= 0 else 1
+        theirs = others[0].shape[dim + shift] if dim + shift >= 0 else 1
         if theirs == 1:
             continue
         if mine and not only_rows(mine):
             raise NoMatch(f"{others[0].name} weighs features, not rows")
         if not mine:
-            axes[place] = (Atom(size, True),)
+            axes[dim] = (Atom(size, True),)
     masks = op.name == "aten.where.reader" or op.name == "aten.masked_fill.Scalar"
     reader.use("mask" if masks else "weights", others[0])
     if not masks and not source.applied:

@@ -1,4 +1,4 @@
-"""The ids of the experts that a region's rows belong to, behind the forms in which it has them."""
+"""The ids of the experts that a region's rows belong to, found behind masks, sorts and copies."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Chosen:
 
 
 def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
-    """One-hot masks [.., E], nearest first: the ids of choices of which some were dropped."""
-    found: list[Value] = []
+    """One-hot masks [.., E], nearest first: they hold the ids where some choices were dropped."""
+    one_hot: list[Value] = []
     for value in routing_behind(scope, everything, 200, stops=CHOICES):
         per_row = _per(value, evidence.rows_in)
         if value.shape[-1:] == (evidence.experts,) and per_row and not value.dtype.startswith("f"):
             if per_row % evidence.experts == 0 and value not in scope.constants:
-                found.append(value)
-    yield from found[:3]
+                one_hot.append(value)
+    yield from one_hot[:3]
 
 
 def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
@@ -66,13 +66,13 @@ def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
 
     def make(emit: Emitter) -> Value:
         hot = emit.reshape(emit.cast(emit.old(mask), "i64"), (*shape, experts))
-        wanted = TensorType("i64", (experts,))
+        table_type = TensorType("i64", (experts,))
         attrs: dict[str, Attr] = {"start": -experts, "end": 0, "dtype": DType("i64")}
-        (table,) = emit("aten.arange.start_step", [], [wanted], attrs=attrs)
+        (table,) = emit("aten.arange.start_step", [], [table_type], attrs=attrs)
         (named,) = emit("aten.mul.Tensor", [hot, table], [hot.type])
-        wanted = TensorType("i64", shape)
-        (total,) = emit("aten.sum.dim_IntList", [named], [wanted], attrs={"dim": (-1,)})
-        return emit("aten.add.Tensor", [total], [wanted], attrs={"other": experts})[0]
+        ids_type = TensorType("i64", shape)
+        (total,) = emit("aten.sum.dim_IntList", [named], [ids_type], attrs={"dim": (-1,)})
+        return emit("aten.add.Tensor", [total], [ids_type], attrs={"other": experts})[0]
 
     return make
 
@@ -85,8 +85,8 @@ def _per(value: Value, rows: Dim) -> int | None:
 def chosen(
     scope: Scope, evidence: Evidence, everything: Sequence[Value]
 ) -> Iterator[tuple[Value, ...]]:
-    """Values that hold the ids, nearest first; several stand side by side as slots."""
-    seen: set[tuple[Value, ...]] = set()
+    """Tuples of values that hold the ids, nearest first; of several values, each is one slot."""
+    visited: set[tuple[Value, ...]] = set()
     direct = [source_of_ids(scope, v) for v in evidence.values("ids")]
     for op in choices(scope, everything):
         if op.inputs[0].dtype not in FLOATS and op.name in (
@@ -94,38 +94,38 @@ def chosen(
             "aten.sort.stable",
         ):
             direct.append(source_of_ids(scope, op.inputs[0]))
-    found: list[tuple[Value, ...]] = [(v,) for v in direct]
+    proposals: list[tuple[Value, ...]] = [(v,) for v in direct]
     singles: list[Value] = []
     for op in choices(scope, everything):
         if op.inputs[0].dtype in FLOATS and evidence.experts in op.inputs[0].shape[-1:]:
             value = picked(scope, op)
             if value is not None:
                 singles.append(value)
-    found += [(v,) for v in reversed(singles)]
+    proposals += [(v,) for v in reversed(singles)]
     once = [v for v in singles if _per(v, evidence.rows_in) == 1]
     if len(once) > 1:
-        found.insert(len(direct), tuple(once))
-    for parts in found:
-        whole = all(_per(v, evidence.rows_in) for v in parts)
-        if parts not in seen and whole and all(v.dtype.startswith("i") for v in parts):
-            seen.add(parts)
+        proposals.insert(len(direct), tuple(once))
+    for parts in proposals:
+        divides = all(_per(v, evidence.rows_in) for v in parts)
+        if parts not in visited and divides and all(v.dtype.startswith("i") for v in parts):
+            visited.add(parts)
             yield parts
 
 
 def chosen_among(scope: Scope, evidence: Evidence) -> int | None:
-    """How many experts the choices are among, where the scores tell."""
+    """The number of experts that are chosen among, where the scores tell."""
     return widest_choice(scope, evidence.values("ids", "order", "weights", "mask", "mix"))
 
 
 def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
-    """Among how many scores the choices behind `values` are, at most."""
+    """The largest number of scores that a choice behind `values` is made among."""
     counts = [
         op.inputs[0].shape[-1]
         for op in choices(scope, values)
         if op.inputs[0].dtype in FLOATS and op.inputs[0].shape
     ]
-    whole = [c for c in counts if isinstance(c, int)]
-    return max(whole, default=None)
+    int_counts = [c for c in counts if isinstance(c, int)]
+    return max(int_counts, default=None)
 
 
 def source_of_ids(scope: Scope, value: Value) -> Value:
@@ -157,9 +157,9 @@ def picked(scope: Scope, op: Op) -> Value | None:
 
 def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
     def make(emit: Emitter) -> Value:
-        found = [emit.old(v) for v in parts]
-        if len(found) > 1:
-            return emit.stack([emit.reshape(v, (rows,)) for v in found], 1)
-        return emit.reshape(found[0], (rows, cast(int, _per(found[0], rows))))
+        ids = [emit.old(v) for v in parts]
+        if len(ids) > 1:
+            return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)
+        return emit.reshape(ids[0], (rows, cast(int, _per(ids[0], rows))))
 
     return make

@@ -40,7 +40,7 @@ class RecogniseExperts(Pass):
     def run(self, program: Program, log: Log) -> Program:
         scope = Scope(program.graph, program.weights)
         prover = Prover(program.weights)
-        found: dict[Op, Proposal] = {}
+        blocks: dict[Op, Proposal] = {}
         covered: set[Op] = set()
         refused: dict[Op, str] = {}
         for candidates in FORMS:
@@ -53,14 +53,14 @@ class RecogniseExperts(Pass):
                     continue
                 at = scope.graph.producers[block.output]
                 covered.update(scope.upstream([block.output], block.cut))
-                if at not in found and log.spend(f"{block.form} {at}"):
-                    found[at] = block
+                if at not in blocks and log.spend(f"{block.form} {at}"):
+                    blocks[at] = block
         for op, reason in refused.items():
             # What adds a block's result to another value looks like more of the same sum.
-            adds = any(scope.maker(scope.behind(value)) in found for value in op.inputs)
+            adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
                 log.decline(op.origin or op.outputs[0].name, reason)
-        return replace(program, graph=splice(scope.graph, found))
+        return replace(program, graph=splice(scope.graph, blocks))
 
 
 def first_proved(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[Proposal | None, str]:
@@ -115,12 +115,12 @@ def alone(scope: Scope, block: Proposal) -> Graph:
     return Graph(block.cut, params, ops, (y,), (), scope.graph.bounds)
 
 
-def splice(graph: Graph, found: Mapping[Op, Proposal]) -> Graph:
+def splice(graph: Graph, blocks: Mapping[Op, Proposal]) -> Graph:
     """The graph with each block in place of the op that made its output."""
     builder = Builder(graph)
     new: dict[Value, Value] = {}
     for old in graph.ops:
-        block = found.get(old)
+        block = blocks.get(old)
         if block is None:
             op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
             builder.append(op)

@@ -25,17 +25,17 @@ def index(reader: Reader, op: Op, source: Layout) -> Layout:
     """Rows, or experts' weights, picked by ids."""
     shape = op.outputs[0].shape
     if op.name == "aten.index.Tensor":
-        places = [
+        dims = [
             i for i, v in enumerate(cast("tuple[Attr, ...]", op.attrs["indices"])) if v is not None
         ]
         rank = max(len(v.shape) for v in op.inputs[1:])
     else:
-        places = [cast(int, op.attrs.get("dim", 0))]
+        dims = [cast(int, op.attrs.get("dim", 0))]
         rank = len(op.inputs[1].shape)
-    if places != list(range(places[0], places[0] + len(places))):
+    if dims != list(range(dims[0], dims[0] + len(dims))):
         raise NoMatch("an index picks from axes that are not neighbours")
     axes = source.axes
-    picked = axes[places[0] : places[-1] + 1]
+    picked = axes[dims[0] : dims[-1] + 1]
     if not all(map(only_rows, picked)):
         raise NoMatch("an index picks features")
     if source.param:
@@ -46,8 +46,8 @@ def index(reader: Reader, op: Op, source: Layout) -> Layout:
     else:
         for value in op.inputs[1:]:
             reader.use("order", value)
-    new = tuple((Atom(d, True),) if d != 1 else () for d in shape[places[0] :][:rank])
-    return replace(source, axes=(*axes[: places[0]], *new, *axes[places[-1] + 1 :]))
+    new = tuple((Atom(d, True),) if d != 1 else () for d in shape[dims[0] :][:rank])
+    return replace(source, axes=(*axes[: dims[0]], *new, *axes[dims[-1] + 1 :]))
 
 
 def gather(reader: Reader, op: Op, source: Layout) -> Layout:
@@ -72,13 +72,13 @@ def put(reader: Reader, op: Op) -> Layout | None:
     for index in op.inputs[1:-1]:
         reader.use("order", index)
     shape = op.outputs[0].shape
-    kept = [axis for axis in layout.axes if axis and only_features(axis)]
-    lead = len(shape) - len(kept)
-    if lead < 1 or any(not only_rows(a) for a in layout.axes[: len(layout.axes) - len(kept)]):
+    features = [axis for axis in layout.axes if axis and only_features(axis)]
+    lead = len(shape) - len(features)
+    if lead < 1 or any(not only_rows(a) for a in layout.axes[: len(layout.axes) - len(features)]):
         raise NoMatch("an index_put writes into features")
     rows = tuple((Atom(d, True),) if d != 1 else () for d in shape[:lead])
     summed = bool(op.attrs.get("accumulate")) and layout.applied
-    return replace(layout, axes=(*rows, *kept), reduced=summed)
+    return replace(layout, axes=(*rows, *features), reduced=summed)
 
 
 def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | None]:
@@ -94,32 +94,32 @@ def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | Non
         raise NoMatch(f"{op.name} cuts {what} out of a stack")
     if source.param:
         if op.outputs[0] in reader.scope.constants:
-            return [own(reader, v, source, dim) for v in op.outputs]
+            return [slice_of_weights(v, source, dim) for v in op.outputs]
         raise NoMatch(f"{op.name} cuts weights that an index has picked")
     plain = reader.writer.ordered(source, [axis])
-    place = plain.atoms.index(plain.axes[dim][0]) + 1
-    attrs = {**op.attrs, "dim": place}
+    position = plain.atoms.index(plain.axes[dim][0]) + 1
+    attrs = {**op.attrs, "dim": position}
     results = []
     types = []
     for value in op.outputs:
         atoms = list(plain.atoms)
         axes = list(plain.axes)
         if op.name == "aten.select.int":
-            del atoms[place - 1], axes[dim]
+            del atoms[position - 1], axes[dim]
         else:
-            atoms[place - 1] = Atom(value.shape[dim], False)
-            axes[dim] = (atoms[place - 1],)
+            atoms[position - 1] = Atom(value.shape[dim], False)
+            axes[dim] = (atoms[position - 1],)
         types.append(TensorType(value.dtype, (ROWS, *(a.size for a in atoms))))
         results.append((tuple(atoms), tuple(axes)))
-    made = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
+    bases = reader.writer.add(op.name, [plain.base], types, attrs, op.outputs[0].name)
     return [
         replace(plain, base=base, atoms=atoms, axes=axes)
-        for base, (atoms, axes) in zip(made, results, strict=True)
+        for base, (atoms, axes) in zip(bases, results, strict=True)
     ]
 
 
-def own(reader: Reader, value: Value, source: Layout, dim: int) -> Layout:
-    """A slice of constant weights is a weight of its own, with the expert where it was."""
+def slice_of_weights(value: Value, source: Layout, dim: int) -> Layout:
+    """The layout of a slice of constant weights along `dim`: a weight with the same expert axis."""
     atoms = tuple(
         a[0]
         if len(a) == 1 and i != dim

@@ -72,7 +72,7 @@ def only_features(axis: Axis) -> bool:
 
 
 def likeness(axis: Axis) -> list[tuple[Dim, bool]]:
-    """What two axes have in common whose elements stand for the same, one by one."""
+    """The atoms' sizes and kinds: equal for two axes whose elements correspond one to one."""
     return [(atom.size, atom.rows) for atom in axis]
 
 
@@ -96,7 +96,7 @@ def regroup(
     splits: dict[Atom, tuple[Atom, ...]] = {}
     result: list[Axis] = []
     for dim in shape:
-        rest, taken = dim, []
+        rest, atoms = dim, []
         while rest != 1:
             if not pending:
                 raise NoMatch(f"a reshape to {dim} runs out of axes")
@@ -110,19 +110,19 @@ def regroup(
                 _split(splits, atom, (first, second))
                 pending.insert(0, second)
                 atom, left = first, 1
-            taken.append(atom)
+            atoms.append(atom)
             rest = left
-        result.append(tuple(taken))
+        result.append(tuple(atoms))
     if pending:
         raise NoMatch("a reshape leaves axes over")
     return tuple(result), splits
 
 
 def _split(splits: dict[Atom, tuple[Atom, ...]], atom: Atom, parts: tuple[Atom, ...]) -> None:
-    for whole, pieces in splits.items():
+    for original, pieces in splits.items():
         if atom in pieces:
             at = pieces.index(atom)
-            splits[whole] = (*pieces[:at], *parts, *pieces[at + 1 :])
+            splits[original] = (*pieces[:at], *parts, *pieces[at + 1 :])
             return
     splits[atom] = parts
 

@@ -8,9 +8,10 @@
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
 
 Experts without a network (moec.passes.recognise.zero_experts) come after the others.
-The links of the chain are found by their likeness; what they start from is added afterwards.
-That rows which are written were zero, or are written once each, is left to the proof. A loop over
-the slots, around it or inside, names each expert once a slot, whose result all slots may share.
+The links of a chain have branches with the same op names; the value that the chain starts from is
+added afterwards. The proof checks that written rows were zero or are written once. A loop over the
+slots, around the loop over experts or inside it, repeats each expert once a slot; the slots may
+share the expert's result.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def chains(scope: Scope) -> dict[Op, Chain]:
 
 
 def added_to_rows(scope: Scope, op: Op) -> Value:
-    """What `op` adds to the rows that it writes: y of `out[t] += y`, written as
-    `out[t] = out[t] + y`, and the whole of what it writes elsewhere."""
+    """The value that `op` adds to the rows that it writes: y of `out[t] = out[t] + y`, which is
+    how `out[t] += y` is exported; the written value in other forms."""
     before, *indices, values = op.inputs
     total = scope.made_by(values, "aten.add.Tensor")
     if op.attrs.get("accumulate") or total is None or "alpha" in total.attrs:
@@ -137,7 +138,7 @@ def added_to_rows(scope: Scope, op: Op) -> Value:
 
 
 def weighed(scope: Scope, chain: Chain) -> bool:
-    """Whether the links look like choices of experts; other sums of layers are none."""
+    """Whether the links weigh or select by a choice of experts; other sums of layers do not."""
     op, value = chain.links[-1]
     if op.name in (*ADDS, CHOOSES) or chooses(scope, value):
         return True
@@ -146,14 +147,14 @@ def weighed(scope: Scope, chain: Chain) -> bool:
 
 
 def goes_on(scope: Scope, anchor: Op, evidence: Evidence) -> bool:
-    """Whether experts of another kind are added to what the chain gives."""
+    """Whether experts of another kind are added to the result of the chain."""
     output = anchor.outputs[0]
-    own = set(choices(scope, evidence.values("ids", "order", "weights", "mask", "mix")))
+    choice_ops = set(choices(scope, evidence.values("ids", "order", "weights", "mask", "mix")))
     for reader in scope.graph.readers.get(output, ()):
         if reader.name in ADDS or reader.name == "aten.add.Tensor":
             others = [v for v in reader.inputs if v is not output]
             below = [v for other in others for op in cone(scope, other) for v in op.inputs]
-            if own & set(choices(scope, [*others, *below])):
+            if choice_ops & set(choices(scope, [*others, *below])):
                 return True
     return False
 
@@ -164,14 +165,14 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
 
 
 def selected_by(op: Op) -> list[tuple[str, Value]]:
-    """What tells which rows a link is for, by the role that it has."""
+    """The values that select the rows of a link, each with its role."""
     if op.name == CHOOSES:
         return [("mask", op.inputs[0])]
     return [("order", index) for index in op.inputs[1:-1]] if op.name in ADDS else []
 
 
 def named_by(scope: Scope, selects: Value) -> Op | None:
-    """The op that names the expert whose mask `selects` is, or lists the rows of."""
+    """The op that names the expert of `selects`, a mask of rows or a list of rows."""
     mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
     op = scope.maker(mask)
     while op is not None and op.name not in CHOICES:
@@ -182,7 +183,8 @@ def named_by(scope: Scope, selects: Value) -> Op | None:
 
 
 def once_each(branches: list[Branch]) -> list[Branch]:
-    """The first branch of each expert, where each has as many: a loop over slots is around it."""
+    """The first branch of each expert, where all experts have equally many branches: a loop over
+    slots repeats them. Otherwise all branches."""
     firsts = {branch.number: branch for branch in reversed(branches)}
     counts = Counter(branch.number for branch in branches)
     even = None not in counts and len(set(counts.values())) == 1
@@ -190,15 +192,17 @@ def once_each(branches: list[Branch]) -> list[Branch]:
 
 
 def one_slot_a_row(
-    scope: Scope, anchor: Op, found: Family, uses: dict[str, list[Value]]
+    scope: Scope, anchor: Op, experts: Family, uses: dict[str, list[Value]]
 ) -> Iterator[Proposal]:
-    """Where the rows are copies of tokens, one for each slot: the block goes on to the sum over a
-    token's slots."""
-    first = found.first
+    """Proposals for rows that are copies of tokens, one copy a slot: the block then includes the
+    sum over a token's slots."""
+    first = experts.first
     assert first.reader.x is not None
     axes = first.reader.writer.in_order(first.layout).axes
-    count = len(found.branches)
-    fan = Fan(first.reader.x, first.body, found.stacks, count, axes, uses, own=True)
+    count = len(experts.branches)
+    fan = Fan(
+        first.reader.x, first.body, experts.stacks, count, axes, uses, one_expert_per_row=True
+    )
     try:
         for proposal in batched.propose(scope, anchor, {anchor: fan}):
             yield replace(proposal, form=FORM)
@@ -223,8 +227,8 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     if len(sources) > 1:
         names = ", ".join(sorted(v.name for v in sources)[:3])
         raise NoMatch(f"its branches read different rows: {names}")
-    found = family(scope, branches)
-    first = found.first
+    experts = family(scope, branches)
+    first = experts.first
     x = first.reader.x
     assert x is not None
     uses = {role: list(values) for role, values in first.reader.uses.items()}
@@ -233,7 +237,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             uses.setdefault("ids", []).append(op.inputs[0])
     count = len(branches)
     if chain.start is None and scope.made_by(scope.behind(x), *SPREAD) is not None:
-        yield from one_slot_a_row(scope, anchor, found, uses)
+        yield from one_slot_a_row(scope, anchor, experts, uses)
     start = () if chain.start is None else (chain.start,)
     output = anchor.outputs[0]
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
@@ -262,7 +266,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             weights=choice.weights,
             top_k=choice.top_k,
             num_experts=count,
-            stacks=found.stacks,
+            stacks=experts.stacks,
             body=first.body,
             cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
             feeds=choice.feeds,

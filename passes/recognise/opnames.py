@@ -28,7 +28,7 @@ SPREAD = {
     "aten.mm.default",
     "aten.matmul.default",
 }
-"""What may lie between a token and its routed copies, and is then part of the block."""
+"""Ops that may copy tokens before they are routed; they are part of the block then."""
 REARRANGE = VIEWS | {"aten.permute.default", "aten.expand.default"}
 PICKS = {"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"}
 ZEROS = {

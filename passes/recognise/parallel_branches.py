@@ -1,11 +1,11 @@
-"""Experts' results side by side, from branches written out one by one.
+"""Concatenated results of experts, from branches written out one by one.
 
     cat([expert_0(x), expert_1(x), …])                    every expert for every token
     cat([linear(a, w[0]) for a in rows.split(sizes)])     each expert for its own rows
     cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for its row of places
     y[ids == 0] = expert_0(rows[ids == 0]), …             each expert for its own rows, in place
 
-Each is what a product with a stack of weights would give, and is read as one.
+Each computes what a product with stacked weights would, and is read as that product.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ _PART = "aten.select.int"
 
 @dataclass(frozen=True)
 class Fan:
-    """`body` of each expert over `x`. `own`: each row goes through one expert, and the results
-    lie as the rows do, if perhaps in other axes; else all rows go through each expert.
+    """`body` of each expert over `x`.
+
+    `one_expert_per_row`: each row goes through one expert, and the results are in the order of
+    the rows, perhaps in other axes. Otherwise all rows go through each expert.
     """
 
     x: Value
@@ -38,14 +40,14 @@ class Fan:
     experts: int
     axes: tuple[Axis, ...]  # of one branch
     uses: dict[str, list[Value]]
-    own: bool
+    one_expert_per_row: bool
     split: Op | None = None  # cuts x's rows by expert, into parts that depend on data
 
 
 def fan(scope: Scope, op: Op) -> Fan | None:
-    """The fan that a concatenation is, if its parts are branches of one kind.
+    """The fan of a concatenation; None unless its parts are branches of one kind.
 
-    Raises NoMatch where they are, but are not equal experts over the same rows.
+    Raises NoMatch where such branches are not equal experts over the same rows.
     """
     if op.name != "aten.cat.default" or len(op.inputs) < 2:
         return None
@@ -62,30 +64,45 @@ def fan(scope: Scope, op: Op) -> Fan | None:
     branches = [read_branch(scope, v, c) for v, c in zip(op.inputs, cones, strict=True)]
     sources = [cast(Value, b.reader.x) for b in branches]
     if in_order(parts):
-        return of(scope, branches, cast(Op, parts[0]).inputs[0], own=True)
+        return of(scope, branches, cast(Op, parts[0]).inputs[0], one_expert_per_row=True)
     split = scope.made_by(sources[0], _SPLIT)
     if split is not None and split.outputs == tuple(sources):
         x = split.inputs[0]
-        return of(scope, branches, x, own=True, split=split if by_data(split) else None)
+        return of(
+            scope, branches, x, one_expert_per_row=True, split=split if by_data(split) else None
+        )
     if len({b.reader.root for b in branches}) == 1:
-        return of(scope, branches, sources[0], own=False)
+        return of(scope, branches, sources[0], one_expert_per_row=False)
     if split is None:
         return None
     raise NoMatch(f"its branches read different rows: {sources[0].name}, {sources[1].name}")
 
 
 def of(
-    scope: Scope, branches: Sequence[Branch], x: Value, own: bool, split: Op | None = None
+    scope: Scope,
+    branches: Sequence[Branch],
+    x: Value,
+    one_expert_per_row: bool,
+    split: Op | None = None,
 ) -> Fan:
     """Raises NoMatch where the branches are not equal experts."""
-    found = family(scope, branches)
-    first = found.first
+    experts = family(scope, branches)
+    first = experts.first
     axes = first.reader.writer.in_order(first.layout).axes
-    return Fan(x, first.body, found.stacks, len(branches), axes, first.reader.uses, own, split)
+    return Fan(
+        x,
+        first.body,
+        experts.stacks,
+        len(branches),
+        axes,
+        first.reader.uses,
+        one_expert_per_row,
+        split,
+    )
 
 
 def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
-    """What picks one expert's rows from those of all, x[e] of x[E, .., D]."""
+    """The op that selects one expert's rows: x[e] of x[E, .., D]."""
     for op in ops:
         if op.name == _PART and op.inputs[0] not in scope.constants:
             x = op.inputs[0]
@@ -95,13 +112,13 @@ def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
 
 
 def in_order(parts: Sequence[Op | None]) -> bool:
-    """Whether they are x[0], x[1], … to the last of one x."""
-    found = [part for part in parts if part is not None]
+    """Whether the parts are x[0], x[1], … up to the last of one x."""
+    selects = [part for part in parts if part is not None]
     return (
-        len(found) == len(parts)
-        and {part.inputs[0] for part in found} == {found[0].inputs[0]}
-        and found[0].inputs[0].shape[0] == len(found)
-        and [part.attrs["index"] for part in found] == list(range(len(found)))
+        len(selects) == len(parts)
+        and {part.inputs[0] for part in selects} == {selects[0].inputs[0]}
+        and selects[0].inputs[0].shape[0] == len(selects)
+        and [part.attrs["index"] for part in selects] == list(range(len(selects)))
     )
 
 

@@ -52,22 +52,22 @@ def product(reader: Reader, op: Op) -> Layout | None:
     source = sides[1 - which] or reader.tokens((left, right)[1 - which])
     if source.reduced:
         raise NoMatch("summed rows go through another product")
-    made = linear(reader, op, source, weight, rows_left=which == 1)
+    result = linear(reader, op, source, weight, rows_left=which == 1)
     if bias is None:
-        return made
+        return result
     shift = reader.read(bias)
     if shift is None or not shift.param:
         raise NoMatch(f"{bias.name} is added to a product and is no weight")
     base = reader.writer.ops[-1] if reader.writer.ops else None
-    along = likeness(shift.axes[-1]) == likeness(made.axes[-1]) or only_features(shift.axes[-1])
-    own = along and shift.features == shift.atoms[-1:]
-    if base is not None and base.outputs[0] is made.base and own:
+    along = likeness(shift.axes[-1]) == likeness(result.axes[-1]) or only_features(shift.axes[-1])
+    is_bias = along and shift.features == shift.atoms[-1:]
+    if base is not None and base.outputs[0] is result.base and is_bias:
         only = reader.writer.slice_of(shift, [shift.features], [0], [0])
-        if only.shape == made.base.shape[-1:]:
+        if only.shape == result.base.shape[-1:]:
             reader.writer.ops[-1] = replace(base, inputs=(*base.inputs, only))
-            return made
+            return result
     return elementwise.together(
-        reader, "aten.add.Tensor", {}, [made, shift], op.outputs[0].shape, op
+        reader, "aten.add.Tensor", {}, [result, shift], op.outputs[0].shape, op
     )
 
 
@@ -140,10 +140,10 @@ def mix(reader: Reader, op: Op, sides: Sequence[Layout | None], values: Sequence
     free = other.shape[-1] if which == 0 else other.shape[-2]
     mine = ((),) * (rank - len(source.axes)) + source.axes
     batch = list(mine[:-2])
-    for place in range(rank - 2):
-        shift = place + len(other.shape) - rank
-        if not batch[place] and shift >= 0 and other.shape[shift] != 1:
-            batch[place] = (Atom(other.shape[shift], True),)
+    for dim in range(rank - 2):
+        shift = dim + len(other.shape) - rank
+        if not batch[dim] and shift >= 0 and other.shape[shift] != 1:
+            batch[dim] = (Atom(other.shape[shift], True),)
     new: Axis = (Atom(free, True),) if free != 1 else ()
     axes = (*batch, mine[-2], new) if which == 0 else (*batch, new, mine[-1])
     reader.use("mix" if source.applied else "dispatch", other)

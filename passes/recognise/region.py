@@ -1,4 +1,4 @@
-"""Regions of a graph: what lies between a cut and a result, and how its replacement is emitted."""
+"""Regions of a graph: the ops between a cut and a result, and the emitter of their replacement."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VIEWS = frozenset(
 
 CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
 THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
-"""Ops behind which the same elements stand, perhaps more than once or in another dtype."""
+"""Ops whose output holds the elements of their input, repeated, permuted or in another dtype."""
 
 
 SHAPED = {
@@ -43,16 +43,20 @@ SHAPED = {
     "aten.ones_like.default": 1,
     "aten.empty_like.default": 0,
 }
-"""Ops that take no more than a shape from their input, and what they fill it with."""
+"""Ops that read only the shape of their input; what they fill it with (None: `fill_value`)."""
 
 
 def unlike(op: Op) -> Op:
     """The op without its input where it reads nothing but the shape."""
     if op.name not in SHAPED:
         return op
-    (made,) = op.outputs
+    (output,) = op.outputs
     fill = SHAPED[op.name] if SHAPED[op.name] is not None else op.attrs["fill_value"]
-    attrs: dict[str, Attr] = {"size": made.shape, "fill_value": fill, "dtype": DType(made.dtype)}
+    attrs: dict[str, Attr] = {
+        "size": output.shape,
+        "fill_value": fill,
+        "dtype": DType(output.dtype),
+    }
     return Op("aten.full.default", (), op.outputs, attrs, None, op.origin)
 
 
@@ -82,12 +86,12 @@ class Scope:
 
     @cached_property
     def constants(self) -> frozenset[Value]:
-        """Params, and what is made of params alone."""
-        found = set(self.graph.params)
+        """Params, and the values that are computed from params alone."""
+        constants = set(self.graph.params)
         for op in self.graph.ops:
-            if op.inputs and op.name.startswith("aten.") and found.issuperset(op.inputs):
-                found.update(op.outputs)
-        return frozenset(found)
+            if op.inputs and op.name.startswith("aten.") and constants.issuperset(op.inputs):
+                constants.update(op.outputs)
+        return frozenset(constants)
 
     @cached_property
     def sizes(self) -> Mapping[str, tuple[Value, ...]]:
@@ -104,7 +108,8 @@ class Scope:
         return op if op is not None and op.name in names else None
 
     def behind(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
-        """What `value` is made from, seen through ops that only rename its elements."""
+        """The source of `value` before the ops `names`: by default, ops that keep the elements
+        and their order."""
         op = self.maker(value)
         while op is not None and op.name in names:
             value = op.inputs[0]
@@ -116,29 +121,29 @@ class Scope:
 
     def upstream(self, results: Iterable[Value], stops: Iterable[Value] = ()) -> tuple[Op, ...]:
         """The ops that `results` need, down to `stops`, in the order of the graph."""
-        seen, found = set(stops), set()
+        visited, ops = set(stops), set()
         stack = list(results)
         while stack:
             value = stack.pop()
-            if value in seen:
+            if value in visited:
                 continue
-            seen.add(value)
+            visited.add(value)
             op = self.maker(value)
-            if op is not None and op not in found:
-                found.add(op)
+            if op is not None and op not in ops:
+                ops.add(op)
                 stack.extend(() if op.name in SHAPED else op.inputs)
                 if self.sizes:
                     stack.extend(v for n in names_in(op) for v in self.sizes.get(n, ()))
-        return tuple(sorted(found, key=self.position.__getitem__))
+        return tuple(sorted(ops, key=self.position.__getitem__))
 
     def leaves(self, ops: Sequence[Op], stops: Iterable[Value] = ()) -> Iterator[Value]:
-        """What `ops` read and none of them makes, `stops` left out, each once."""
-        made = {value for op in ops for value in op.outputs} - set(stops)
-        seen = set(stops)
+        """The values that `ops` read and none of them produces, except `stops`; each once."""
+        produced = {value for op in ops for value in op.outputs} - set(stops)
+        visited = set(stops)
         for op in ops:
             for value in () if op.name in SHAPED else op.inputs:
-                if value not in made and value not in seen:
-                    seen.add(value)
+                if value not in produced and value not in visited:
+                    visited.add(value)
                     yield value
 
     def cut(self, results: Sequence[Value], stops: Sequence[Value]) -> Graph:
@@ -163,20 +168,20 @@ class Scope:
 
 def names_in(op: Op) -> set[str]:
     """The named sizes of an op's attributes."""
-    found: set[str] = set()
+    names: set[str] = set()
     pending: list[Attr] = list(op.attrs.values())
     while pending:
         value = pending.pop()
         if isinstance(value, tuple):
             pending.extend(value)
         elif isinstance(value, sympy.Expr):
-            found |= symbols(value)
-    return found
+            names |= symbols(value)
+    return names
 
 
 @dataclass(frozen=True)
 class Emitter:
-    """Emits what stands for a region. `new` maps values of the old graph to the next one."""
+    """Emits the ops that replace a region. `new` maps values of the old graph to the next one."""
 
     builder: Builder
     new: Mapping[Value, Value]
@@ -200,10 +205,10 @@ class Emitter:
         )
 
     def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
-        wanted = TensorType(value.dtype, tuple(shape))
-        if wanted == value.type:
+        target = TensorType(value.dtype, tuple(shape))
+        if target == value.type:
             return value
-        return self("aten.reshape.default", [value], [wanted], attrs={"shape": wanted.shape})[0]
+        return self("aten.reshape.default", [value], [target], attrs={"shape": target.shape})[0]
 
     def rows(self, value: Value) -> Value:
         """[.., D] as [T, D]."""
@@ -212,14 +217,14 @@ class Emitter:
     def cast(self, value: Value, dtype: str) -> Value:
         if value.dtype == dtype:
             return value
-        wanted = TensorType(dtype, value.shape)
-        return self("aten._to_copy.default", [value], [wanted], attrs={"dtype": DType(dtype)})[0]
+        target = TensorType(dtype, value.shape)
+        return self("aten._to_copy.default", [value], [target], attrs={"dtype": DType(dtype)})[0]
 
     def permute(self, value: Value, dims: Sequence[int]) -> Value:
         if list(dims) == list(range(len(value.shape))):
             return value
-        wanted = TensorType(value.dtype, tuple(value.shape[d] for d in dims))
-        return self("aten.permute.default", [value], [wanted], attrs={"dims": tuple(dims)})[0]
+        target = TensorType(value.dtype, tuple(value.shape[d] for d in dims))
+        return self("aten.permute.default", [value], [target], attrs={"dims": tuple(dims)})[0]
 
     def stack(self, values: Sequence[Value], axis: int) -> Value:
         from moec.ir.graph import Ref
@@ -227,11 +232,11 @@ class Emitter:
         first = values[0]
         shape = list(first.shape)
         shape.insert(axis, len(values))
-        wanted = TensorType(first.dtype, tuple(shape))
+        target = TensorType(first.dtype, tuple(shape))
         attrs: dict[str, Attr] = {"tensors": tuple(Ref(i) for i in range(len(values)))}
         if axis:
             attrs["dim"] = axis
-        return self("aten.stack.default", values, [wanted], attrs=attrs)[0]
+        return self("aten.stack.default", values, [target], attrs=attrs)[0]
 
 
 ROUTING = frozenset(
@@ -273,7 +278,7 @@ ROUTING = frozenset(
         *CASTS,
     }
 )
-"""What routers are made of, besides element-wise ops."""
+"""The ops that routers consist of, besides element-wise ones."""
 
 
 def is_routing(op: Op) -> bool:
@@ -285,37 +290,39 @@ def is_routing(op: Op) -> bool:
 def routing_behind(
     scope: Scope, values: Iterable[Value], most: int, stops: Container[str] = ()
 ) -> Iterator[Value]:
-    """`values` and what they are made of by routing ops, nearest first, until `most` were met;
-    nothing behind the ops called as in `stops`."""
+    """`values` and their sources through routing ops, nearest first, until `most` were visited.
+
+    The inputs of ops whose names are in `stops` are left out.
+    """
     waiting = list(values)
-    seen = set(waiting)
-    while waiting and len(seen) < most:
+    visited = set(waiting)
+    while waiting and len(visited) < most:
         value = waiting.pop(0)
         yield value
         op = scope.maker(value)
         if op is None or not is_routing(op) or op.name in stops:
             continue
         for source in op.inputs:
-            if source not in seen:
-                seen.add(source)
+            if source not in visited:
+                visited.add(source)
                 waiting.append(source)
 
 
 def choices(scope: Scope, values: Iterable[Value], limit: int = 400) -> tuple[Op, ...]:
     """The ops that choose experts for `values`, seen through routing alone, in order."""
-    stack, seen = list(values), set(values)
-    found: dict[Op, None] = {}
-    while stack and len(seen) < limit:
+    stack, visited = list(values), set(values)
+    choice_ops: dict[Op, None] = {}
+    while stack and len(visited) < limit:
         op = scope.maker(stack.pop())
         if op is None or not is_routing(op):
             continue
         if op.name in CHOICES:
-            found[op] = None
+            choice_ops[op] = None
         for value in op.inputs:
-            if value not in seen:
-                seen.add(value)
+            if value not in visited:
+                visited.add(value)
                 stack.append(value)
-    return tuple(sorted(found, key=scope.position.__getitem__))
+    return tuple(sorted(choice_ops, key=scope.position.__getitem__))
 
 
 def chooses(scope: Scope, value: Value) -> bool:

@@ -66,19 +66,19 @@ def closes(scope: Scope, evidence: Evidence, cut: tuple[Value, ...]) -> bool:
 
 def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:
     """Values that may be the logits: [.., E] floats behind every choice, farthest first."""
-    stack, seen = list(results), set(results)
-    found: list[Value] = []
+    stack, visited = list(results), set(results)
+    logits: list[Value] = []
     while stack:
         value = stack.pop()
         if value.dtype in FLOATS and value.shape and value.shape[-1] == experts:
             if value not in scope.constants and len(value.shape) > 1:
-                found.append(value)
+                logits.append(value)
         op = scope.maker(value)
         if op is None or not is_routing(op):
             continue
         for source in op.inputs:
-            if source not in seen:
-                seen.add(source)
+            if source not in visited:
+                visited.add(source)
                 stack.append(source)
-    found.sort(key=lambda v: scope.position.get(cast(Op, scope.maker(v)), -1))
-    yield from found[:8]
+    logits.sort(key=lambda v: scope.position.get(cast(Op, scope.maker(v)), -1))
+    yield from logits[:8]

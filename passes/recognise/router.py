@@ -7,8 +7,8 @@ random logits. Spelling does not matter, only the numbers do.
     w, i = topk(softmax(logits), 2); w = w / w.sum(-1)  ->  moe.route(logits) <k=2, renormalize>
 
 torch leaves the order of equal scores open, and so two routers agree where they choose experts
-of the same scores with the same weights; the order of a token's slots is nobody's business,
-as blocks sum over it.
+of the same scores with the same weights. The order of a token's slots does not matter, as
+blocks sum over the slots.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class RecogniseRouters(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         scope, prover = Scope(program.graph, program.weights), Prover(program.weights)
-        found: dict[Key, Router] = {}
+        routers: dict[Key, Router] = {}
         ordered = sorted(blocks(scope), key=lambda block: block.weights is None)
         for block in ordered:
             key = (block.weights, block.experts)
-            if key in found or shared(found, block) is not None:
+            if key in routers or shared(routers, block) is not None:
                 continue
             where = block.dispatch.origin or block.dispatch.outputs[0].name
             try:
@@ -62,18 +62,18 @@ class RecogniseRouters(Pass):
                 log.decline(where, f"router: custom: {why}")
                 continue
             if log.spend(f"router of {where}"):
-                found[key] = router
-        return replace(program, graph=splice(scope, found))
+                routers[key] = router
+        return replace(program, graph=splice(scope, routers))
 
 
 Key = tuple[Value | None, Value]
 
 
-def shared(found: Mapping[Key, Router], block: Routed) -> Key | None:
-    """The router of another block with the same choices, for one that weighs none."""
+def shared(routers: Mapping[Key, Router], block: Routed) -> Key | None:
+    """The key of another block's router with the same choices, for a block without weights."""
     if block.weights is not None:
         return None
-    return next((key for key in found if key[1] is block.experts), None)
+    return next((key for key in routers if key[1] is block.experts), None)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Routed:
     experts: Value  # [T, k], before any capacity
     weights: Value | None  # [T, k]
     num_experts: int
-    zero: tuple[Op, ...] = ()  # what gives the results of experts without a network
+    zero: tuple[Op, ...] = ()  # moe.zero_experts: the results of experts without a network
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
     reasons: list[str] = []
     among = widest_choice(scope, results) or 0  # more, where some experts have no network
     for count in sorted({block.num_experts, max(among, block.num_experts)}):
-        whole = replace(block, num_experts=count)
+        variant = replace(block, num_experts=count)
         for logits in logits_behind(scope, results, count):
             try:
-                return _hypothesise(scope, whole, results, logits, prover)
+                return _hypothesise(scope, variant, results, logits, prover)
             except NoMatch as why:
                 reasons.append(str(why))
     raise NoMatch(reasons[0] if reasons else "no logits [.., E] lie behind its choices")
@@ -188,50 +188,54 @@ def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Rout
         scales.append(math.prod(constants["mul"]))
     scales += [*(1.0 / c for c in constants["div"] if c), 1.0]
     groupings = [
-        (groups, kept, kind)
+        (groups, top_groups, kind)
         for groups in _group_counts(region, experts)
-        for kept in _top_ks(region)
+        for top_groups in _top_ks(region)
         for kind in ("max", "top2sum")
-        if kept < groups and not (kind == "max" and kept >= k)
+        if top_groups < groups and not (kind == "max" and top_groups >= k)
     ]
     groupings.append((1, 1, "max"))
     jitters = [c / 2 for c in constants["gt"] if c > 0]
     for score, after, renorm in itertools.product(scores, ("none", *scores[:-1]), renorms):
-        for (groups, kept, kind), scale in itertools.product(groupings, scales):
+        for (groups, top_groups, kind), scale in itertools.product(groupings, scales):
             for epsilon in epsilons if renorm else (0.0,):
                 yield Routing(
-                    k, score, after, renorm, epsilon, scale, groups, kept, kind, dtype=dtype
+                    k, score, after, renorm, epsilon, scale, groups, top_groups, kind, dtype=dtype
                 )
     for jitter in jitters:
         yield Routing(k, "sparsemixer", jitter=jitter, dtype=dtype)
 
 
 def _constants(region: Graph) -> Mapping[str, list[float]]:
-    found: dict[str, list[float]] = {"add": [], "mul": [], "div": [], "gt": []}
+    constants: dict[str, list[float]] = {"add": [], "mul": [], "div": [], "gt": []}
     for op in region.ops:
         kind = op.name.split(".")[1]
         kind = "gt" if kind in ("ge", "lt", "le") else "add" if kind == "clamp" else kind
         for name in ("other", "min"):
             value = op.attrs.get(name)
-            if kind in found and isinstance(value, int | float) and value not in found[kind]:
-                found[kind].append(float(value))
-    return found
+            if (
+                kind in constants
+                and isinstance(value, int | float)
+                and value not in constants[kind]
+            ):
+                constants[kind].append(float(value))
+    return constants
 
 
 def _group_counts(region: Graph, experts: int) -> list[int]:
-    found: dict[int, None] = {}
+    counts: dict[int, None] = {}
     for op in region.ops:
         for value in op.outputs:
             if len(value.shape) >= 3 and isinstance(value.shape[-2], int):
                 groups = value.shape[-2]
                 if 1 < groups < experts and groups * cast(int, value.shape[-1]) == experts:
-                    found[groups] = None
-    return list(found)
+                    counts[groups] = None
+    return list(counts)
 
 
 def _top_ks(region: Graph) -> list[int]:
-    found = [op.attrs["k"] for op in region.ops if op.name == "aten.topk.default"]
-    return sorted({k for k in found if isinstance(k, int)} | {1})
+    ks = [op.attrs["k"] for op in region.ops if op.name == "aten.topk.default"]
+    return sorted({k for k in ks if isinstance(k, int)} | {1})
 
 
 def _emit(emit: Emitter, router: Router) -> tuple[Value, ...]:
@@ -254,20 +258,20 @@ def _alone(region: Graph, router: Router, block: Routed) -> Graph:
 
 
 def _agree(block: Routed, router: Router) -> Compare:
-    """Equal choices and weights whatever the order of slots; ties may go to any equal score."""
+    """Compares choices and weights, ignoring the order of slots; ties may go to any equal score."""
 
     def compare(
         before: Sequence[torch.Tensor],
         after: Sequence[torch.Tensor],
-        given: Mapping[Value, torch.Tensor],
+        inputs: Mapping[Value, torch.Tensor],
     ) -> str:
         shapes = [[tuple(t.shape) for t in result] for result in (before, after)]
         if shapes[0] != shapes[1]:
             return f"its choices are {shapes[0]}, not {shapes[1]}"
         if not before[-1].numel():
             return ""
-        logits = given[router.logits].reshape(-1, block.num_experts)
-        correction = None if router.correction is None else given[router.correction]
+        logits = inputs[router.logits].reshape(-1, block.num_experts)
+        correction = None if router.correction is None else inputs[router.correction]
         choice = choice_scores(router.routing, logits, correction)
         ids, weights, scores = [], [], []
         for result in (before, after):
@@ -303,30 +307,35 @@ def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
     return _near(last[:, :1], last[:, 1:])
 
 
-def splice(scope: Scope, found: Mapping[Key, Router]) -> Graph:
-    """Blocks read the route's results; whoever else reads the old ones keeps them."""
-    wanted: dict[Op, list[tuple[int, Key, int]]] = {}
+def splice(scope: Scope, routers: Mapping[Key, Router]) -> Graph:
+    """The graph in which blocks read the results of moe.route; other readers keep the old values.
+
+    A replacement is (input of the op, key of the router, result of the route).
+    """
+    replacements: dict[Op, list[tuple[int, Key, int]]] = {}
     for block in blocks(scope):
         key: Key | None = (block.weights, block.experts)
-        key = key if key in found else shared(found, block)
-        if key is None or key not in found:
+        key = key if key in routers else shared(routers, block)
+        if key is None or key not in routers:
             continue
         drop = scope.made_by(block.dispatch.inputs[1], "moe.capacity")
-        chooser, place = (block.dispatch, 1) if drop is None else (drop, 0)
-        wanted.setdefault(chooser, []).append((place, key, 1))
+        chooser, position = (block.dispatch, 1) if drop is None else (drop, 0)
+        replacements.setdefault(chooser, []).append((position, key, 1))
         if block.weigher is not None:
-            wanted.setdefault(block.weigher, []).append((2, key, 0))
+            replacements.setdefault(block.weigher, []).append((2, key, 0))
         for op in block.zero:
-            wanted.setdefault(op, []).extend([(1, key, 1), *([(2, key, 0)] if key[0] else [])])
+            replacements.setdefault(op, []).extend(
+                [(1, key, 1), *([(2, key, 0)] if key[0] else [])]
+            )
     builder = Builder(scope.graph)
-    made: dict[Key, tuple[Value, ...]] = {}
+    routes: dict[Key, tuple[Value, ...]] = {}
     for op in scope.graph.ops:
         inputs = list(op.inputs)
-        for place, key, which in wanted.get(op, ()):
-            if key not in made:
+        for position, key, which in replacements.get(op, ()):
+            if key not in routes:
                 origin = cast(Op, scope.maker(key[1])).origin or op.origin
-                made[key] = _emit(Emitter(builder, {}, replace(op, origin=origin)), found[key])
-            value = made[key][which]
-            inputs[place] = Emitter(builder, {}, op).reshape(value, op.inputs[place].shape)
+                routes[key] = _emit(Emitter(builder, {}, replace(op, origin=origin)), routers[key])
+            value = routes[key][which]
+            inputs[position] = Emitter(builder, {}, op).reshape(value, op.inputs[position].shape)
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})

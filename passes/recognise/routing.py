@@ -1,7 +1,7 @@
 """Which experts a block's rows belong to, and with which weights: hypotheses for the proof.
 
-A region shows masks, sort orders and weights in the form its author needed. Behind them lie the
-ids [T, k] and the weights [T, k]; a dense [T, E] tensor of weights is read at the ids.
+A region holds masks, sort orders and weights in some form; all are computed from ids [T, k] and
+weights [T, k]. A dense [T, E] tensor of weights is gathered at the ids.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class Choice:
 def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
     """Raises NoMatch where nothing in the region chooses experts."""
     everything = evidence.values("ids", "order", "ends", "dispatch", "weights", "mask", "mix")
-    found = [
+    candidates = [
         *(Chosen.of(parts, evidence) for parts in chosen(scope, evidence, everything)),
         *(Chosen.mask(value, evidence) for value in masks(scope, evidence, everything)),
     ]
-    if not found and not everything:
+    if not candidates and not everything:
         raise Unlike(f"nothing weighs or chooses among {evidence.experts} results")
-    if not found:
+    if not candidates:
         raise NoMatch(
             f"every token uses all {evidence.experts} experts: nothing chooses among them"
         )
-    for ids in found[:6]:
+    for ids in candidates[:6]:
         slots = divide(product((ids.per_row, evidence.rows_in)), evidence.rows_out)
         if not isinstance(slots, int):
             continue

@@ -43,10 +43,10 @@ def weightings(
 
 
 def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Value]:
-    """Float values of `count` elements behind the weights, through routing ops: those that
-    only moved come first, farthest first; then the others, nearest first."""
+    """Float values of `count` elements behind the weights, through routing ops. Sources that
+    were only moved come first, farthest first; then the others, nearest first."""
     moved: list[Value] = []
-    seen: set[Value] = set()
+    yielded: set[Value] = set()
     for value in used:
         while True:
             if value.dtype in FLOATS and product(value.shape) == count:
@@ -61,8 +61,8 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
                 break
             value = op.inputs[0]
     for value in reversed(moved):
-        if value not in seen:
-            seen.add(value)
+        if value not in yielded:
+            yielded.add(value)
             yield value
     stack, visited = list(used), set(used)
     others: list[Value] = []
@@ -73,7 +73,7 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
         for value in (*op.inputs, *op.outputs):
             if value in visited and value not in used:
                 continue
-            if value.dtype in FLOATS and product(value.shape) == count and value not in seen:
+            if value.dtype in FLOATS and product(value.shape) == count and value not in yielded:
                 others.append(value)
             if value in op.inputs and value not in visited:
                 visited.add(value)
@@ -82,8 +82,8 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
         dict.fromkeys(others),
         key=lambda v: -scope.position[cast(Op, scope.maker(v))] if scope.maker(v) else 1,
     )[:8]:
-        if value not in seen:
-            seen.add(value)
+        if value not in yielded:
+            yielded.add(value)
             yield value
 
 
@@ -104,32 +104,32 @@ def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:
 
 
 def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> Iterator[Value]:
-    """Weights [.., E] of every expert, or [.., E, C] of every place of every expert."""
+    """Weights [.., E] of every expert, or [.., E, C] of every capacity slot of every expert."""
     full = product((evidence.rows_in, evidence.experts))
-    found: dict[Value, None] = {}
+    dense: dict[Value, None] = {}
     for value in routing_behind(scope, used, 120):
         if value.dtype in FLOATS:
             if value.shape[-1:] == (evidence.experts,) and product(value.shape) == full:
-                found[value] = None
+                dense[value] = None
             elif (
                 len(value.shape) == 3
                 and value.shape[1] == evidence.experts
                 and value.shape[0] == evidence.rows_in
             ):
-                found[value] = None
-    yield from list(found)[:4]
+                dense[value] = None
+    yield from list(dense)[:4]
 
 
 def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...]) -> Recipe:
     def make(emit: Emitter) -> Value:
         value = emit.old(dense)
         if len(value.shape) == 3 and value.shape[-1] != evidence.experts:
-            wanted = TensorType(value.dtype, value.shape[:2])
-            (value,) = emit("aten.sum.dim_IntList", [value], [wanted], attrs={"dim": (2,)})
+            target = TensorType(value.dtype, value.shape[:2])
+            (value,) = emit("aten.sum.dim_IntList", [value], [target], attrs={"dim": (2,)})
         value = emit.reshape(value, (evidence.rows_in, evidence.experts))
         index = ids.recipe(emit)
-        wanted = TensorType(value.dtype, index.shape)
-        (value,) = emit("aten.gather.default", [value, index], [wanted], attrs={"dim": 1})
+        target = TensorType(value.dtype, index.shape)
+        (value,) = emit("aten.gather.default", [value, index], [target], attrs={"dim": 1})
         return emit.reshape(value, shape)
 
     return make

@@ -56,9 +56,9 @@ class Reader:
 
     def read(self, value: Value) -> Layout | None:
         """The layout of `value`, or None where it is opaque; `why` then knows the reason."""
-        found = self.memo.get(value)
-        if found is not None or value in self.opaque_values:
-            return found
+        layout = self.memo.get(value)
+        if layout is not None or value in self.opaque_values:
+            return layout
         if value in self.scope.constants:
             self.memo[value] = self.weight(value)
             return self.memo[value]
@@ -97,7 +97,7 @@ class Reader:
         return start is None or self.scope.position[op] > self.scope.position[start]
 
     def weight(self, value: Value) -> Layout:
-        """A param, seen through what only rearranges it."""
+        """The layout of a param, or of a param that was only rearranged."""
         op = self.scope.maker(value)
         if op is not None and op.name in REARRANGE:
             source = self.read(op.inputs[0])
@@ -116,7 +116,7 @@ class Reader:
         return Layout(value, atoms, axes, param=True, expert=expert)
 
     def tokens(self, value: Value) -> Layout:
-        """Rows that no expert has touched, back to the tokens of the block."""
+        """The layout of rows before any expert's product. The first such value becomes `x`."""
         layout = self.memo.get(value)
         if layout is not None:
             return layout
@@ -126,9 +126,9 @@ class Reader:
             self.tokens(op.inputs[which])
             layouts = self.apply(op)
             self.keep(op, layouts)
-            found = self.memo.get(value)
-            if found is not None:
-                return found
+            spread = self.memo.get(value)
+            if spread is not None:
+                return spread
         if self.x is not None:
             return self.again(value)
         if op is not None and op.name in REARRANGE and value.shape[-1] == 1:  # columns of features
@@ -167,9 +167,9 @@ class Reader:
         return op is not None and op.attrs.get("fill_value", 0) in (0, 0.0, False)
 
     def use(self, role: str, value: Value) -> None:
-        found = self.uses.setdefault(role, [])
-        if value not in found:
-            found.append(value)
+        values = self.uses.setdefault(role, [])
+        if value not in values:
+            values.append(value)
 
     def apply(self, op: Op) -> Sequence[Layout | None]:
         """The layouts of the op's outputs."""
@@ -208,7 +208,7 @@ class Reader:
         return [None] * len(op.outputs)
 
     def fan(self, op: Op, fan: Fan) -> Layout:
-        """Every expert's branch over the same rows, or over the rows of its own."""
+        """The layout of a fan's result: every expert over the same rows, or over its own rows."""
         if self.writer.experts not in (None, fan.experts):
             raise NoMatch(f"it has {self.writer.experts} experts, and then {fan.experts}")
         self.writer.experts = fan.experts
@@ -222,7 +222,7 @@ class Reader:
         axes = list(fan.axes)
         if fan.split is not None:
             axes[:1] = [source.axes[0]]  # a sum of sizes that no one knows: as many rows, in all
-        elif fan.own:
+        elif fan.one_expert_per_row:
             axes[:-1] = regroup(source.axes[:-1], shape[:-1])[0]
         else:
             dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
@@ -238,10 +238,12 @@ class Reader:
         if op.name in ("aten.expand.default", "aten.repeat.default"):
             added = len(shape) - len(source.axes)
             axes: list[Axis] = []
-            for place, dim in enumerate(shape):
-                axis = source.axes[place - added] if place >= added else ()
+            for position, dim in enumerate(shape):
+                axis = source.axes[position - added] if position >= added else ()
                 if size_of(axis) != dim:
-                    times = dim if not axis else cast("tuple[Dim, ...]", op.attrs["repeats"])[place]
+                    times = (
+                        dim if not axis else cast("tuple[Dim, ...]", op.attrs["repeats"])[position]
+                    )
                     if not only_rows(axis):
                         raise NoMatch(f"{op.name} repeats a feature axis")
                     axis = (Atom(times, True), *axis)
@@ -249,16 +251,16 @@ class Reader:
             return replace(source, axes=tuple(axes))
         grouped, splits = regroup(source.axes, shape)
         moved = replace(source, axes=grouped)
-        for whole, parts in splits.items():
-            moved = self.split(moved, whole, parts)
+        for atom, parts in splits.items():
+            moved = self.split(moved, atom, parts)
         return moved
 
-    def split(self, layout: Layout, whole: Atom, parts: tuple[Atom, ...]) -> Layout:
-        if whole not in layout.atoms:
+    def split(self, layout: Layout, atom: Atom, parts: tuple[Atom, ...]) -> Layout:
+        if atom not in layout.atoms:
             return layout  # rows
-        if whole is layout.expert:
+        if atom is layout.expert:
             raise NoMatch("a reshape cuts the expert axis of a stack")
-        atoms = tuple(p for a in layout.atoms for p in (parts if a is whole else (a,)))
+        atoms = tuple(p for a in layout.atoms for p in (parts if a is atom else (a,)))
         return self.writer.rebase(layout, atoms)
 
     def opaque(self, op: Op, layouts: Sequence[Layout | None]) -> str:

@@ -1,7 +1,7 @@
 """Experts written out one by one: equal branches of a graph that differ in their weights.
 
-A branch is what only one expert's result needs. Each is read on its own; where all bodies are
-the same, the weights at each place of the body are stacked over the experts.
+A branch is the set of ops that only one expert's result needs. Each branch is read by itself;
+where all bodies are equal, each param of the body is stacked over the experts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _LIMIT = 300
 
 @dataclass(frozen=True)
 class Branch:
-    """One expert's part: `ops` are its own, `layout` is `result` as the rows of `reader.x`."""
+    """One expert's branch: the ops that compute `result`, whose layout over the rows of
+    `reader.x` is `layout`."""
 
     result: Value
     ops: tuple[Op, ...]
     reader: Reader
     layout: Layout
     body: Graph
-    number: int | None  # the expert that its mask asks for
+    number: int | None  # the expert id that its mask is compared with
 
     @property
     def text(self) -> str:
@@ -47,33 +48,36 @@ def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
     first = scope.maker(value)
     if first is None:
         return ()
-    kept: set[Op] = {first}
+    ops: set[Op] = {first}
     pending = [first]
-    while pending and len(kept) < _LIMIT:
+    while pending and len(ops) < _LIMIT:
         for source in pending.pop().inputs:
             op = scope.maker(source)
-            if op is None or op in kept or splits_rows(op):
+            if op is None or op in ops or splits_rows(op):
                 continue
-            if all(r in kept for v in op.outputs for r in scope.graph.readers.get(v, ())):
+            if all(r in ops for v in op.outputs for r in scope.graph.readers.get(v, ())):
                 if not any(v in scope.results for v in op.outputs):
-                    kept.add(op)
+                    ops.add(op)
                     pending.append(op)
-    return tuple(sorted(kept, key=scope.position.__getitem__))
+    return tuple(sorted(ops, key=scope.position.__getitem__))
 
 
 def branch_ops(scope: Scope, value: Value) -> tuple[Op, ...]:
-    """The ops of the branch that gives `value`: its cone and, where no weights are multiplied in
-    there, that of the expert's result which it weighs, as others do for other slots."""
-    own = cone(scope, value)
-    if any(first_product(scope, op) for op in own):
-        return own
-    for source in (v for op in own if op.name in MULTIPLY for v in op.inputs):
+    """The ops of the branch that computes `value`: its cone.
+
+    Where the cone only multiplies a result by routing weights, and other slots read the same
+    result, the cone of that result is added.
+    """
+    ops = cone(scope, value)
+    if any(first_product(scope, op) for op in ops):
+        return ops
+    for source in (v for op in ops if op.name in MULTIPLY for v in op.inputs):
         readers = scope.graph.readers.get(source, ())
         if len(readers) > 1 and all(reader.name in MULTIPLY for reader in readers):
             shared = cone(scope, source)
             if any(first_product(scope, op) for op in shared):
-                return (*own, *shared)
-    return own
+                return (*ops, *shared)
+    return ops
 
 
 def splits_rows(op: Op) -> bool:
@@ -111,12 +115,12 @@ def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
 
 
 def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
-    """What the branch reads, on the way to its first weights, that is as wide as rows are."""
+    """The rows of the branch: the widest float value that it reads before its first product."""
     activation = next(v for v in start.inputs[:2] if v not in scope.constants)
-    own = set(ops)
-    outside = [v for op in ops for v in op.inputs if scope.maker(v) not in own]
+    inside = set(ops)
+    outside = [v for op in ops for v in op.inputs if scope.maker(v) not in inside]
     path = scope.upstream([activation], outside)
-    leaves = [activation] if scope.maker(activation) not in own else scope.leaves(path, ())
+    leaves = [activation] if scope.maker(activation) not in inside else scope.leaves(path, ())
     floats = [v for v in leaves if v.dtype in FLOATS and v not in scope.constants]
     if not floats:
         raise NoMatch(f"{activation.name} is made of no rows")
@@ -124,8 +128,8 @@ def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
 
 
 def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
-    """The expert id that the branch's mask compares with, or picks from a stack of masks: where
-    it does both, it picked a slot."""
+    """The expert id that the branch's mask is compared with; without a comparison, the index of
+    the mask in a stack of masks. (With a comparison, such an index is that of a slot.)"""
     for op in ops:
         if op.name == "aten.eq.Scalar" and op.inputs[0] not in scope.constants:
             if isinstance(op.attrs["other"], int):
@@ -169,7 +173,7 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
 
 
 def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
-    """The weights of each place of the body, stacked over the branches in this order.
+    """For each param of the body, the recipe of its stack over the branches in this order.
 
     Raises NoMatch where the branches differ in more than their weights.
     """
@@ -178,24 +182,24 @@ def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
         if branch.text != first.text:
             raise NoMatch("its experts differ in more than their weights")
     stacks = []
-    for place, param in enumerate(first.body.params):
-        picks = [b.reader.writer.picks[b.body.params[place]] for b in ordered]
-        if any((p.places, p.sizes) != (picks[0].places, picks[0].sizes) for p in picks):
+    for position, param in enumerate(first.body.params):
+        picks = [b.reader.writer.picks[b.body.params[position]] for b in ordered]
+        if any((p.axes, p.sizes) != (picks[0].axes, picks[0].sizes) for p in picks):
             raise NoMatch(f"its experts arrange the weight {param.name} differently")
-        stacks.append(stacked(scope, [p.base for p in picks], picks[0].places, picks[0].sizes))
+        stacks.append(stacked(scope, [p.base for p in picks], picks[0].axes, picks[0].sizes))
     return tuple(stacks)
 
 
 def stacked(
-    scope: Scope, bases: Sequence[Value], places: tuple[int, ...], sizes: tuple[Dim, ...]
+    scope: Scope, bases: Sequence[Value], axes: tuple[int, ...], sizes: tuple[Dim, ...]
 ) -> Recipe:
-    """[E, ..] of one weight per expert: the stack that all were cut from, or a new one."""
+    """[E, ..] of one weight per expert: the stack that all are slices of, or a new stack."""
     root = common_root(scope, bases)
 
     def make(emit: Emitter) -> Value:
         value = emit.old(root) if root else emit.stack([emit.old(b) for b in bases], 0)
-        units = [i for i in range(len(value.shape) - 1) if i not in places]
-        value = emit.permute(value, (0, *(p + 1 for p in places), *(u + 1 for u in units)))
+        units = [i for i in range(len(value.shape) - 1) if i not in axes]
+        value = emit.permute(value, (0, *(p + 1 for p in axes), *(u + 1 for u in units)))
         return emit.reshape(value, (len(bases), *sizes))
 
     return make

@@ -4,8 +4,8 @@
     out = out + share_e * (a * x + b * v),  a, b = softmax(linear(x, w[2, D]))    a constant
 
 or the same over the rows that chose them. A zero expert leaves no trace in the graph: the
-choices are among more experts than there are links. Which weight is which follows from its
-shape; that the arithmetic is this is for the proof to tell.
+choices are among more experts than there are links. The shape of a weight tells its role; the
+proof checks the arithmetic.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moec.passes.recognise.unrolled_experts import (
 
 
 def chosen(scope: Scope, op: Op, added: Value) -> bool:
-    """Whether what is added has the weight of a choice."""
+    """Whether the added value has the weight of a choice."""
     weighted = scope.made_by(scope.behind_casts(added), "aten.mul.Tensor")
     if weighted is None:
         return False
@@ -47,16 +47,16 @@ def copied(scope: Scope, added: Value) -> bool:
 
 
 def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x: Value) -> Zero:
-    """What the links after the experts with networks are, by their ids from `first` on.
+    """The experts without a network, from id `first` on, read from the chain's last links.
 
     Raises NoMatch where one is neither a copy nor a constant.
     """
     kinds: dict[int, str] = {}
     constants: dict[int, Branch] = {}
-    for place, (_, value) in enumerate(links, first):
+    for position, (_, value) in enumerate(links, first):
         ops = cone(scope, value)
         number = number_of(scope, ops)
-        number = place if number is None else number
+        number = position if number is None else number
         if number < first or number in kinds:
             raise NoMatch(f"{value.name} belongs to expert {number}, which has a network")
         if any(first_product(scope, op) for op in ops):
@@ -70,18 +70,18 @@ def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x:
     try:
         weights = _weights(scope, [constants[number] for number in sorted(constants)], x)
     except NoMatch as why:
-        said = f"only {first} of the {first + len(links)} experts that are chosen among are alike"
-        raise NoMatch(f"{said}: {why}") from None
+        reason = f"only {first} of the {first + len(links)} experts that are chosen among are alike"
+        raise NoMatch(f"{reason}: {why}") from None
     return Zero(every, *weights)
 
 
 def _weights(scope: Scope, branches: Sequence[Branch], x: Value) -> tuple[Recipe, Recipe]:
-    found: dict[str, Recipe] = {}
+    weights: dict[str, Recipe] = {}
     width = x.shape[-1]
     roles = {(2, width): "mix", (width,): "values", (1, width): "values"}
     for param, recipe in zip(branches[0].body.params, alike(scope, branches), strict=True):
-        found[roles.get(param.shape, param.name)] = recipe
-    if set(found) != {"mix", "values"}:
+        weights[roles.get(param.shape, param.name)] = recipe
+    if set(weights) != {"mix", "values"}:
         shapes = ", ".join(str(param.type) for param in branches[0].body.params)
         raise NoMatch(f"a constant has weights [2, D] and [D], an expert of its kind {shapes}")
-    return found["mix"], found["values"]
+    return weights["mix"], weights["values"]
