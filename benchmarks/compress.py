@@ -111,7 +111,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     held_out = windows(case.tokenizer, HELD_OUT, options.windows, LENGTH)
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
     chooser = Meter(program, calibration(fitted_on, program, {}))
-    observed = list(zip(layers, chooser.seen(program, layers), strict=True))
+    observed = list(zip(layers, chooser.layer_stats(program, layers), strict=True))
     meter = Meter(program, calibration(held_out, program, {}))
     stacks = [stack for layer in layers for stack in layer.stacks]
     weights = sum(math.prod(map(int, stack.shape)) for stack in stacks)

@@ -44,7 +44,7 @@ from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.calibration.budget import budget
 from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter, Seen
+from moec.passes.calibration.evaluator import LayerStats, Meter
 from moec.passes.calibration.session import Approximate, Foresighted, Frame, Measured
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import run
@@ -113,7 +113,7 @@ def smollm2() -> Case:
     return Case("smollm2", recognised(model, (seen["input_ids"],)), seen, held_out, notes)
 
 
-def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, Seen]]) -> Program:
+def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, LayerStats]]) -> Program:
     """The program after a pass without a budget; a layer of which nothing goes stays as it is."""
     inner = pass_.planned(case.program, layers) if isinstance(pass_, Foresighted) else pass_
     program = case.program
@@ -142,7 +142,7 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
     calib = calibration(case.seen, case.program, {})
     chooser = Meter(case.program, calib, {layer.output: layer for layer in layers})
-    observed = list(zip(layers, chooser.seen(case.program, layers), strict=True))
+    observed = list(zip(layers, chooser.layer_stats(case.program, layers), strict=True))
     meter = Meter(case.program, calibration(case.held_out, case.program, {}))
     allowed = budget(limit)
 

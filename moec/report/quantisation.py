@@ -16,7 +16,7 @@ from moec.ir.graph import Attr, Op, Program, Value
 from moec.ops.quantised import Matrix, format_of
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
-from moec.passes.core.rounding_stats import Fit
+from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, Step
 from moec.report.data import MovedLine, QuantisedLine
 from moec.report.module_paths import fold
@@ -50,27 +50,27 @@ def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
             + ("; ".join(reasons) or "no experts were recognised in the model")
         )
     before = exact[-1].program
-    fits = {fit.place: fit for step in steps for fit in step.fits}
+    fits = {fit.weight: fit for step in steps for fit in step.fits}
     return tuple(
         _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in groups.values()
     )
 
 
-def _fits_of(ops: Sequence[Op], fits: Mapping[str, Fit]) -> list[Fit]:
+def _fits_of(ops: Sequence[Op], fits: Mapping[str, RoundingStats]) -> list[RoundingStats]:
     names = dict.fromkeys(_ORIGINAL.sub("", m.codes.name) for op in ops for m in matrices_of(op))
     return [fits[name] for name in names if name in fits]
 
 
-def _fitted(line: QuantisedLine, fits: Sequence[Fit]) -> QuantisedLine:
+def _fitted(line: QuantisedLine, fits: Sequence[RoundingStats]) -> QuantisedLine:
     """With what calibration did, over all matrices of the line."""
     if not fits:
         return line
     return replace(
         line,
-        fewest=min(rows for fit in fits for rows in fit.seen),
-        few=tuple(sorted({e for fit in fits for e in fit.few})),
-        nearest=_rms(fit.nearest for fit in fits),
-        solved=_rms(fit.solved for fit in fits),
+        fewest=min(rows for fit in fits for rows in fit.rows_per_expert),
+        few=tuple(sorted({e for fit in fits for e in fit.undersampled})),
+        nearest=_rms(fit.nearest_error for fit in fits),
+        solved=_rms(fit.gptq_error for fit in fits),
     )
 
 

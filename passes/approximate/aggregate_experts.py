@@ -47,8 +47,7 @@ class AggregateExperts(Pass):
         validate(self)
 
     def run(self, program: Program, log: Log) -> Program:
-        """Raises UsageError where the models, or any two of their layers, do not go together:
-        half of a model's experts would be of no use."""
+        """Raises UsageError where the models, or any two of their layers, cannot be aggregated."""
         other = Program(program.graph, _matching(program, _weights(self.other)))
         experts = [op for op in program.graph.ops if op.name == "moe.experts"]
         if not experts:
@@ -63,8 +62,8 @@ class AggregateExperts(Pass):
             except NoMatch as why:
                 raise UsageError(f"aggregate-experts at {name_of(op)}: {why}") from None
             log.says.append(f"{layer.name}: {layer.count} and {layer.count} experts")
-        made = splice.done()
-        return _averaged(made, other) if self.average else made
+        aggregated = splice.done()
+        return _averaged(aggregated, other) if self.average else aggregated
 
 
 def _aggregate(splice: Splice, layer: Layer, other: Program) -> None:
@@ -79,15 +78,15 @@ def _aggregate(splice: Splice, layer: Layer, other: Program) -> None:
     def both(value: Value) -> torch.Tensor:
         return torch.cat([constant(program, value), constant(other, value)])
 
-    made: list[Op] = []
-    logits = with_weights(splice, behind, [both(v) for v in behind[0].inputs[1:]], made)
+    ops: list[Op] = []
+    logits = with_weights(splice, behind, [both(v) for v in behind[0].inputs[1:]], ops)
     more = [splice.weight(value.name, both(value)) for value in correction]
-    splice.put(layer.route, [*made, replace(layer.route, inputs=(logits, *more))])
+    splice.put(layer.route, [*ops, replace(layer.route, inputs=(logits, *more))])
     experts_replaced(splice, layer, [both(stack) for stack in layer.stacks])
 
 
 def _averaged(program: Program, other: Program) -> Program:
-    """With the mean of the weights that both models have, in float32 and rounded once."""
+    """The program with the mean of the weights that both models have, computed in float32."""
     weights = dict(program.weights)
     for name in weights.keys() & other.weights.keys():
         a, b = weights[name], other.weights[name]
@@ -96,28 +95,31 @@ def _averaged(program: Program, other: Program) -> Program:
     return replace(program, weights=weights)
 
 
-def _matching(program: Program, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The other model's weights, of the names, shapes and dtypes that the program has."""
-    made: dict[str, torch.Tensor] = {}
+def _matching(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The other model's weights, with the names, shapes and dtypes of the program's.
+
+    Raises UsageError where one is missing, or has another shape or other integers.
+    """
+    weights: dict[str, torch.Tensor] = {}
     for name, tensor in program.weights.items():
-        found = given.get(name)
-        if found is None:
+        counterpart = tensors.get(name)
+        if counterpart is None:
             raise UsageError(
                 f"aggregate-experts: the other model has no weight {name}: give one of the same "
                 "architecture"
             )
-        if found.shape != tensor.shape:
+        if counterpart.shape != tensor.shape:
             raise UsageError(
-                f"aggregate-experts: {name} is {list(tensor.shape)}, and {list(found.shape)} in "
-                "the other model: give one of the same architecture"
+                f"aggregate-experts: {name} is {list(tensor.shape)}, and "
+                f"{list(counterpart.shape)} in the other model: give one of the same architecture"
             )
-        if not tensor.is_floating_point() and not torch.equal(found, tensor):
+        if not tensor.is_floating_point() and not torch.equal(counterpart, tensor):
             raise UsageError(
                 f"aggregate-experts: {name} holds other whole numbers in the other model, which "
                 "have no mean"
             )
-        made[name] = found.detach().to(tensor.dtype)
-    return made
+        weights[name] = counterpart.detach().to(tensor.dtype)
+    return weights
 
 
 def _weights(other: Any) -> Mapping[str, torch.Tensor]:

@@ -6,9 +6,9 @@
     y = moe.combine(out, order, w)                        a = aten.silu(h)
                                                           y = aten.linear(a, mean(w2))
 
-What experts were trained for that share their weights after every step (Experts Weights
-Averaging). Exact to rounding where the experts agree: the result is multiplied by the sum of the
-router's weights, which is one number for a router that renormalises, and else is still computed.
+For experts that were trained to average their weights after every step (Experts Weights
+Averaging). Exact up to rounding where the experts are equal: the result is multiplied by the sum of
+the router's weights, a constant for a router that renormalises and computed for any other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, TensorType, Value
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.inline import inlined
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
@@ -44,14 +44,14 @@ class AverageExperts:
     def __post_init__(self) -> None:
         validate(self)
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         if any(op.name == "moe.capacity" for op in layer.between):
             raise NoMatch("the router drops choices beyond a capacity, which a dense layer has not")
         if layer.combine.attrs.get("added"):
             raise NoMatch("another branch is added inside of the combination")
         body = layer.experts.body
         assert body is not None
-        share = self.shares(layer, seen)
+        share = self.shares(layer, stats)
         splice = Splice(program)
         ops: list[Op] = []
         x = _scaled_input(splice, layer, ops)
@@ -59,8 +59,8 @@ class AverageExperts:
             param: splice.weight(stack.name, mean(constant(program, stack), share))
             for param, stack in zip(body.params, layer.stacks, strict=True)
         }
-        made, y = inlined(splice, body, x, params, layer.experts.origin)
-        ops += made
+        body_ops, y = inlined(splice, body, x, params, layer.experts.origin)
+        ops += body_ops
         y = _times_router(splice, program, layer, y, ops)
         if ops[-1].outputs != (y,):
             splice.emit(ops, "aten.alias.default", (y,), y.type, layer.combine)
@@ -68,11 +68,11 @@ class AverageExperts:
         splice.put(layer.combine, ops)
         return Change(splice.done(), None, f"{layer.count} experts are one, by {self.by}")
 
-    def shares(self, layer: Layer, seen: Seen) -> torch.Tensor:
-        """What each expert counts for in the mean: f32[E], with a sum of 1."""
+    def shares(self, layer: Layer, stats: LayerStats) -> torch.Tensor:
+        """The weight of each expert in the mean: f32[E], with a sum of 1."""
         if self.by == "uniform":
             return torch.full((layer.count,), 1 / layer.count)
-        usage = seen.usage(layer.count).float()
+        usage = stats.usage(layer.count).float()
         return usage / usage.sum()
 
 
@@ -85,7 +85,7 @@ def mean(stack: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled_input(splice: Splice, layer: Layer, ops: list[Op]) -> Value:
-    """What enters the dense layer: x, or x times the weight of the one choice."""
+    """The input of the dense layer: x, or x times the router's weight where that scales inputs."""
     x = layer.dispatch.inputs[0]
     if len(layer.dispatch.inputs) == 2:
         return x
@@ -96,7 +96,7 @@ def _scaled_input(splice: Splice, layer: Layer, ops: list[Op]) -> Value:
 
 
 def _times_router(splice: Splice, program: Program, layer: Layer, y: Value, ops: list[Op]) -> Value:
-    """y times what the router's weights sum up to, in the dtype of the layer's result."""
+    """y times the sum of the router's weights, in the dtype of the layer's result."""
     like = layer.combine
     total = _sum_of_weights(program, layer)
     if total is None:
@@ -113,7 +113,7 @@ def _times_router(splice: Splice, program: Program, layer: Layer, y: Value, ops:
 
 
 def _sum_of_weights(program: Program, layer: Layer) -> float | None:
-    """What a token's weights always sum up to; None where that depends on the token."""
+    """The sum of each token's routing weights; None where that depends on the token."""
     if not layer.combine.attrs.get("weighted"):
         return float(layer.routing.k)
     value = layer.combine.inputs[2]
@@ -121,5 +121,5 @@ def _sum_of_weights(program: Program, layer: Layer) -> float | None:
         value = op.inputs[0]
     routing = layer.routing
     sums = routing.after == "softmax" or (routing.renormalize and routing.epsilon <= EPSILON)
-    known = value is layer.route.outputs[0] and sums and routing.score != "sparsemixer"
-    return routing.scale if known else None
+    constant_sum = value is layer.route.outputs[0] and sums and routing.score != "sparsemixer"
+    return routing.scale if constant_sum else None

@@ -1,4 +1,4 @@
-"""A router of its own for a whole model: from the tokens' embeddings to the logits of experts.
+"""One router for all layers of a model: from the tokens' embeddings to the logits of experts.
 
 One causal transformer layer, as in Read-ME (arXiv 2410.19123): RMSNorm, attention, SwiGLU, each
 token scored by what was read so far. Two things are smaller than there: it reads the model's own
@@ -28,14 +28,14 @@ def causal_router(embedded: Value, width: int, experts: int) -> Graph:
     """embedded [B, S, D] -> logits f32[B*S, experts]; `width` is a multiple of HEADS."""
     batch, length, depth = map(show_dim, embedded.shape)
     tokens = show_dim(product(embedded.shape[:2]))
-    each, whole = width // HEADS, f"f32[{batch}, {length}, {width}]"
+    each, hidden = width // HEADS, f"f32[{batch}, {length}, {width}]"
     heads = f"f32[{batch}, {length}, {HEADS}, {each}]"
     turned = f"f32[{batch}, {HEADS}, {length}, {each}]"
 
     def split(x: str) -> str:
         shape = f"({{{batch}}}, {{{length}}}, {HEADS}, {each})"
         return f"""
-      s{x}: {whole} = aten.linear.default(n, w{x})
+      s{x}: {hidden} = aten.linear.default(n, w{x})
       h{x}: {heads} = aten.reshape.default(s{x}) <shape={shape}>
       t{x}: {turned} = aten.permute.default(h{x}) <dims=(0, 2, 1, 3)>"""
 
@@ -47,21 +47,21 @@ def causal_router(embedded: Value, width: int, experts: int) -> Graph:
         head_norm: f32[{width}], head: f32[{experts}, {width}]) {{
       x: f32[{batch}, {length}, {depth}] = aten._to_copy.default(e) <dtype=f32>
       en: f32[{batch}, {length}, {depth}] = nn.rms_norm(x, embed_norm) <epsilon=1e-06>
-      a: {whole} = aten.linear.default(en, reduce)
-      n: {whole} = nn.rms_norm(a, norm) <epsilon=1e-06>{"".join(map(split, "qkv"))}
+      a: {hidden} = aten.linear.default(en, reduce)
+      n: {hidden} = nn.rms_norm(a, norm) <epsilon=1e-06>{"".join(map(split, "qkv"))}
       y: {turned} = nn.attention(tq, tk, tv) <scale={each**-0.5!r}, causal=true>
       ty: {heads} = aten.permute.default(y) <dims=(0, 2, 1, 3)>
-      sy: {whole} = aten.reshape.default(ty) <shape=({{{batch}}}, {{{length}}}, {width})>
-      o: {whole} = aten.linear.default(sy, wo)
-      r: {whole} = aten.add.Tensor(a, o)
-      fn: {whole} = nn.rms_norm(r, ffn_norm) <epsilon=1e-06>
-      g: {whole} = aten.linear.default(fn, w1)
-      u: {whole} = aten.linear.default(fn, w3)
-      ag: {whole} = aten.silu.default(g)
-      f: {whole} = aten.mul.Tensor(ag, u)
-      d: {whole} = aten.linear.default(f, w2)
-      z: {whole} = aten.add.Tensor(r, d)
-      hn: {whole} = nn.rms_norm(z, head_norm) <epsilon=1e-06>
+      sy: {hidden} = aten.reshape.default(ty) <shape=({{{batch}}}, {{{length}}}, {width})>
+      o: {hidden} = aten.linear.default(sy, wo)
+      r: {hidden} = aten.add.Tensor(a, o)
+      fn: {hidden} = nn.rms_norm(r, ffn_norm) <epsilon=1e-06>
+      g: {hidden} = aten.linear.default(fn, w1)
+      u: {hidden} = aten.linear.default(fn, w3)
+      ag: {hidden} = aten.silu.default(g)
+      f: {hidden} = aten.mul.Tensor(ag, u)
+      d: {hidden} = aten.linear.default(f, w2)
+      z: {hidden} = aten.add.Tensor(r, d)
+      hn: {hidden} = nn.rms_norm(z, head_norm) <epsilon=1e-06>
       l: f32[{batch}, {length}, {experts}] = aten.linear.default(hn, head)
       logits: f32[{tokens}, {experts}] = aten.reshape.default(l) <shape=({{{tokens}}}, {experts})>
       return logits
@@ -91,16 +91,18 @@ def distilled(
     ]
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in params], lr=RATE)
     pairs = [
-        (part, own)
+        (part, distribution)
         for e, t in zip(embedded, targets, strict=True)
-        for part, own in zip(torch.split(e, most), torch.split(t, most * e.shape[1]), strict=True)
+        for part, distribution in zip(
+            torch.split(e, most), torch.split(t, most * e.shape[1]), strict=True
+        )
     ]
     with torch.enable_grad():
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * (1 - step / steps)
-            place = int(torch.randint(len(pairs), (), generator=generator))
-            e, target = pairs[place]
+            index = int(torch.randint(len(pairs), (), generator=generator))
+            e, target = pairs[index]
             logits = run_graph(graph, [e, *params])[0]
             loss = F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
             optimizer.zero_grad()

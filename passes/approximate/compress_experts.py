@@ -1,4 +1,4 @@
-"""The weights of experts become ternary, or numbers of two bits, fitted to what experts see.
+"""The weights of experts become ternary, or numbers of two bits, fitted to calibration rows.
 
                                            w = moe.decompress(w1.stream, w1.starts, w1.grid)
     out = moe.experts(rows, ends, w1)  ->  out = moe.experts(rows, ends, w)
@@ -6,13 +6,13 @@
       w1: bf16[E, H, D], 16 bits a weight    w1.stream: i16[W], some 0.8 bits a weight
                                              w1.starts: u8[E*H/32, 36], w1.grid: bf16[E, H, 2]
 
-Each linear layer of an expert is solved on the rows that the router sends it (GPTQ). Where it reads
-what compressed layers before it make, it aims at what the original made of the original's, and so
-mends some of their errors. Least squares then fit the two numbers of each row to its codes, and
-codes and numbers take turns until none of them helps any more
-(passes/calibration/coordinate_descent.py). Experts are solved 16 at a time. No expert counts more
-rows than four times the mean, so that a favourite does not hold up the rest; one that saw none has
-nothing to be solved on, and is rounded to nearest.
+Each linear layer of an expert is solved on the rows that the router sends it (GPTQ). A layer that
+reads results of compressed layers is fitted to the original layer's results on original inputs, and
+so corrects some of their errors. Least squares then fit the two numbers of each row to its codes;
+codes and numbers are improved in turns until neither step helps
+(passes/calibration/coordinate_descent.py). Experts are solved 16 at a time. At most four times the
+mean number of rows is used of an expert, which limits the time of a popular one; an expert without
+rows is rounded to nearest.
 Routers, norms, biases and the head stay.
 """
 
@@ -32,7 +32,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.graph import DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
 from moec.passes.calibration.coordinate_descent import ROUNDS, descend
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.gptq import DAMPING, aimed, damped, hessian, solve_ordered
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
@@ -44,12 +44,12 @@ GROUP = 16
 REACHES = (1.0, 0.9, 0.8, 0.7)
 """Shares of the grid that rows of two bits are tried with: they all take the same bits."""
 MOST_ROWS = 4
-"""Times the mean number of rows that an expert counts at most."""
+"""The most rows of an expert that are used, as a multiple of the mean."""
 WIDE = ("f32", "bf16", "f16")
 
 Stacks = dict[Value, torch.Tensor]
 Weights = Sequence[Sequence[torch.Tensor]]
-"""Of each expert, in the order of the body's params."""
+"""The weights of each expert, in the order of the body's params."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CompressExperts:
     def __post_init__(self) -> None:
         validate(self)
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         body = layer.experts.body
         assert body is not None
         stacks = dict(zip(body.params, layer.stacks, strict=True))
@@ -95,28 +95,28 @@ class CompressExperts:
         before = {param: _weights(program, stack) for param, stack in stacks.items()}
         for _, param in linears:
             _check(stacks[param], before[param])
-        rows = [] if self.by == "nearest" else _rows(layer, seen)
+        rows = [] if self.by == "nearest" else _rows(layer, stats)
         codes, grids, unseen = self._solve(widen(body), body, linears, before, rows)
         splice = Splice(program)
         ops: list[Op] = []
-        made: dict[Value, Value] = {}
+        decompressed: dict[Value, Value] = {}
         stored = zeros = weights = 0
-        for param, own in codes.items():
+        for param, stack_codes in codes.items():
             stack = stacks[param]
-            parts = compress(self.kind, own, grids[param])
+            parts = compress(self.kind, stack_codes, grids[param])
             values = [
                 splice.weight(f"{stack.name}.{part}", tensor)
                 for part, tensor in zip(PARTS[self.kind], parts, strict=True)
             ]
-            width, type = own.shape[-1], TensorType(stack.dtype, stack.shape)
-            made[stack] = splice.emit(
+            width, type = stack_codes.shape[-1], TensorType(stack.dtype, stack.shape)
+            decompressed[stack] = splice.emit(
                 ops, "moe.decompress", values, type, layer.experts,
                 kind=self.kind, width=width, dtype=DType(stack.dtype),
             )  # fmt: skip
             stored += nbytes(parts)
-            zeros += int((own == 0).sum())
-            weights += own.numel()
-        inputs = tuple(made.get(v, v) for v in layer.experts.inputs)
+            zeros += int((stack_codes == 0).sum())
+            weights += stack_codes.numel()
+        inputs = tuple(decompressed.get(v, v) for v in layer.experts.inputs)
         splice.put(layer.experts, [*ops, replace(layer.experts, inputs=inputs)])
         says = f"{self.kind}, {8 * stored / weights:.3f} bits a weight"
         if self.kind == "ternary":
@@ -129,14 +129,14 @@ class CompressExperts:
     def _solve(
         self,
         body: Graph,
-        own: Graph,
+        stored_body: Graph,
         linears: Sequence[tuple[Op, Value]],
         before: Mapping[Value, torch.Tensor],
         rows: Sequence[torch.Tensor],
     ) -> tuple[Stacks, Stacks, list[int]]:
         """The codes and grids of the linear layers' stacks, and the experts that saw no rows.
 
-        `body` is `own` in float32.
+        `body` is `stored_body` in float32. Codes are u8[E, N, K], grids [E, N, 2].
         """
         module = grid_module(self.kind)
         grids = {param: module.grid_of(before[param]) for _, param in linears}
@@ -149,8 +149,8 @@ class CompressExperts:
         reads = {op.outputs[0].name: op.inputs[0] for op in body.ops}
         for start in range(0, len(rows), GROUP):
             group = range(start, min(start + GROUP, len(rows)))
-            original = [[before[p][e].float() for p in own.params] for e in group]
-            now = [list(some) for some in original]
+            original = [[before[p][e].float() for p in stored_body.params] for e in group]
+            now = [list(matrices) for matrices in original]
             moments: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
             for op, param in linears:
                 source = reads[op.outputs[0].name]
@@ -160,39 +160,42 @@ class CompressExperts:
                         to_here, body, rows[start : group.stop], original, now
                     )
                 second, cross = moments[source]
-                place = own.params.index(param)
-                wanted = torch.stack([some[place] for some in original])
+                position = stored_body.params.index(param)
+                target = torch.stack([matrices[position] for matrices in original])
                 if cross is not second:
-                    wanted = aimed(wanted, cross, second, self.damping)
-                found, grid = self._fitted(module, wanted, grids[param][list(group)], second)
-                codes[param][list(group)], grids[param][list(group)] = found, grid
-                for some, matrix in zip(now, module.values(found, grid), strict=True):
-                    some[place] = matrix
+                    target = aimed(target, cross, second, self.damping)
+                fitted_codes, grid = self._fitted(module, target, grids[param][list(group)], second)
+                codes[param][list(group)], grids[param][list(group)] = fitted_codes, grid
+                for matrices, matrix in zip(now, module.values(fitted_codes, grid), strict=True):
+                    matrices[position] = matrix
         return codes, grids, [e for e, own_rows in enumerate(rows) if not len(own_rows)]
 
     def _fitted(
-        self, module: ModuleType, wanted: torch.Tensor, grid: torch.Tensor, second: torch.Tensor
+        self, module: ModuleType, target: torch.Tensor, grid: torch.Tensor, second: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and numbers for the weights `wanted` [E, N, K] of some experts: each row's best of
-        those that start from shares of its grid. An expert without rows keeps the whole one."""
-        known = damped(second, self.damping)
+        """Codes u8[E, N, K] and grids [E, N, 2] for the weights `target` [E, N, K] of a group.
+
+        Each row has the best result of several starts, which are shares of its grid. An expert
+        without rows starts from its full grid. `second` is the Hessian, f32[E, K, K].
+        """
+        damped_hessian = damped(second, self.damping)
         unseen = (second.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         least = torch.zeros(())
         for reach in REACHES if self.kind == "2bit" else (self.reach,):
             start = torch.where(unseen, grid, module.shrunk(grid, reach))
             nearest = partial(_nearest, module, start)
-            solved = solve_ordered(wanted, second, nearest, self.damping).weight
+            solved = solve_ordered(target, second, nearest, self.damping).weight
             codes = module.codes_of(solved, start)
-            fitted = module.refit(wanted, codes, start, known)
-            made = descend(module, wanted, codes, fitted, known, self.rounds)
-            off = module.values(*made) - wanted
-            lost = ((off @ known) * off).sum(-1)
+            fitted = module.refit(target, codes, start, damped_hessian)
+            descended = descend(module, target, codes, fitted, damped_hessian, self.rounds)
+            off = module.values(*descended) - target
+            lost = ((off @ damped_hessian) * off).sum(-1)
             less = torch.ones_like(lost, dtype=torch.bool) if best is None else lost < least
-            before = best or made
+            before = best or descended
             codes, fitted = (
                 torch.where(less[..., None], new, old)
-                for new, old in zip(made, before, strict=True)
+                for new, old in zip(descended, before, strict=True)
             )
             best, least = (codes, fitted), torch.where(less, lost, least)
         assert best is not None
@@ -201,21 +204,24 @@ class CompressExperts:
 
 def _nearest(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     column = column[..., None]
-    made: torch.Tensor = module.values(module.codes_of(column, grid), grid)
-    return made[..., 0]
+    values: torch.Tensor = module.values(module.codes_of(column, grid), grid)
+    return values[..., 0]
 
 
 def _moments(
     to_here: Graph, body: Graph, rows: Sequence[torch.Tensor], original: Weights, now: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of what `to_here` gives with the weights as they are `now`, X', for each expert X' X'^T, and
-    X X'^T with the `original` ones: f32[E, K, K] each, one tensor where no weight is read."""
+    """X' X'^T and X X'^T of each expert: f32[E, K, K] each.
+
+    X' is the result of `to_here` with the weights `now`, X that with the `original` weights. Both
+    are one tensor where `to_here` reads no weight.
+    """
     seconds, crosses = [], []
-    for own, was, weights in zip(rows, original, now, strict=True):
-        entering = _run(to_here, body, own, weights)
+    for expert_rows, was, weights in zip(rows, original, now, strict=True):
+        entering = _run(to_here, body, expert_rows, weights)
         seconds.append(hessian(entering))
         if to_here.params:
-            crosses.append(_run(to_here, body, own, was).mT @ entering)
+            crosses.append(_run(to_here, body, expert_rows, was).mT @ entering)
     second = torch.stack(seconds)
     return second, torch.stack(crosses) if crosses else second
 
@@ -223,31 +229,31 @@ def _moments(
 def _run(
     to_here: Graph, body: Graph, rows: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """What enters a layer of the body: `to_here` computes it and reads some of the weights."""
-    known = dict(zip(body.params, weights, strict=True))
+    """The input of a layer of the body, which `to_here` computes from rows and some weights."""
+    by_param = dict(zip(body.params, weights, strict=True))
     with torch.no_grad():
-        return run_graph(to_here, [rows, *(known[p] for p in to_here.params)])[0]
+        return run_graph(to_here, [rows, *(by_param[p] for p in to_here.params)])[0]
 
 
 def _linears(body: Graph) -> list[tuple[Op, Value]]:
     """The linear layers of a body with the params that are their weights. Raises NoMatch where
     there are none, or where a weight is used for something else too."""
-    found = [
+    linears = [
         (op, op.inputs[1])
         for op in body.ops
         if op.name == "aten.linear.default" and op.inputs[1] in body.params
     ]
-    if not found:
+    if not linears:
         raise NoMatch("the experts hold no linear layer with a weight of their own")
     for op in body.ops:
         if op.name == "aten.linear.default" and op.inputs[1] not in body.params:
             raise NoMatch(f"the experts' weight {op.inputs[1].name} is computed from others")
-    for op, weight in found:
+    for op, weight in linears:
         if list(body.readers[weight]) != [op]:
             raise NoMatch(f"the experts' weight {weight.name} is read more than once")
         if op.inputs[0] in body.params:
             raise NoMatch(f"the experts' weight {weight.name} does not multiply rows")
-    return found
+    return linears
 
 
 def _weights(program: Program, stack: Value) -> torch.Tensor:
@@ -266,14 +272,14 @@ def _check(stack: Value, weight: torch.Tensor) -> None:
         raise NoMatch(f"the weights {stack.name} hold an infinity or a NaN")
 
 
-def _rows(layer: Layer, seen: Seen) -> list[torch.Tensor]:
+def _rows(layer: Layer, stats: LayerStats) -> list[torch.Tensor]:
     """The rows [R, D] that each expert is solved on."""
     scaled = len(layer.dispatch.inputs) > 2
-    tokens, slots = seen.experts.shape
+    tokens, slots = stats.experts.shape
     most = max(1, MOST_ROWS * tokens * slots // layer.count)
     rows = []
     for e in range(layer.count):
-        token, slot = (where[:most] for where in torch.where(seen.experts == e))
-        own = seen.x[token].float()
-        rows.append(own * seen.weights[token, slot, None] if scaled else own)
+        token, slot = (where[:most] for where in torch.where(stats.experts == e))
+        expert_rows = stats.x[token].float()
+        rows.append(expert_rows * stats.weights[token, slot, None] if scaled else expert_rows)
     return rows

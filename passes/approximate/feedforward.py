@@ -7,7 +7,7 @@ channel alone, and a linear layer back.
     h = aten.mul(a, u)
     y = aten.linear(h, w2[D, H])
 
-No channel knows of another, so that any part of them, summed up with the rest, is the whole.
+Channels are independent: the sum over any partition of the channels is the network's result.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LINEAR = "aten.linear.default"
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """`first` linear layers read `x` [.., D] and give H channels each, `inner` makes one value of
-    these, `down` reads it; all in the order of the graph."""
+    """The `first` linear layers read `x` [.., D] and give H channels each, the `inner` ops combine
+    them into `hidden` [.., H], and `down` reads that. Ops are in the order of the graph."""
 
     name: str
     first: tuple[Op, ...]
@@ -43,7 +43,7 @@ class FeedForward:
 
     @property
     def hidden(self) -> Value:
-        """What enters `down`: [.., H]."""
+        """The input of `down`: [.., H]."""
         return self.down.inputs[0]
 
     @property
@@ -56,18 +56,19 @@ class FeedForward:
 
 
 def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForward]:
-    """Those of a graph, in order; one that cannot be taken apart is declined."""
+    """The feed-forward networks of a graph, in order. Logs the reason for each that cannot be
+    split by channels."""
     for op in graph.ops:
-        found = _behind(graph, op) if op.name == LINEAR else None
-        if found is not None:
+        ffn = _behind(graph, op) if op.name == LINEAR else None
+        if ffn is not None:
             try:
-                yield _checked(graph, found)
+                yield _checked(graph, ffn)
             except NoMatch as why:
-                log.decline(found.name, str(why))
+                log.decline(ffn.name, str(why))
 
 
 def _behind(graph: Graph, down: Op) -> FeedForward | None:
-    """What a linear layer reads, where only linear layers and functions of elements make it."""
+    """The network that ends in `down`; None unless only linear layers and pointwise ops feed it."""
     inside: dict[Op, None] = {}
     waiting = [down.inputs[0]]
     while waiting:
@@ -77,50 +78,49 @@ def _behind(graph: Graph, down: Op) -> FeedForward | None:
         if op not in inside:
             inside[op] = None
             waiting += op.inputs if op.name != LINEAR else ()
-    found = sorted(inside, key=graph.ops.index)
-    first = tuple(op for op in found if op.name == LINEAR)
-    inner = tuple(op for op in found if op.name != LINEAR)
+    ordered = sorted(inside, key=graph.ops.index)
+    first = tuple(op for op in ordered if op.name == LINEAR)
+    inner = tuple(op for op in ordered if op.name != LINEAR)
     return FeedForward(_name(first, down), first, inner, down) if inner else None
 
 
 def _name(first: tuple[Op, ...], down: Op) -> str:
-    """Where in the model: what the names of the linear layers begin with."""
+    """The path of the network in the model: the common prefix of its linear layers' origins."""
     origins = [op.origin.split(".") for op in (*first, down)]
     shared = [a[0] for a in zip(*origins, strict=False) if len(set(a)) == 1]
     return ".".join(shared) or down.outputs[0].name
 
 
-def _checked(graph: Graph, found: FeedForward) -> FeedForward:
-    """Raises NoMatch where its channels are not its own, or not all alike."""
-    own = (*found.first, *found.inner, found.down)
-    for op in (*found.first, found.down):
+def _checked(graph: Graph, ffn: FeedForward) -> FeedForward:
+    """Raises NoMatch where the network's channels have other readers, or differ in shape."""
+    ops = (*ffn.first, *ffn.inner, ffn.down)
+    for op in (*ffn.first, ffn.down):
         if any(v not in graph.params for v in op.inputs[1:]):
             raise NoMatch(f"the weights of {op.outputs[0].name} are computed, not stored")
-    for op in found.first:
-        if op.inputs[0] is not found.x:
-            names = f"{found.x.name} and {op.inputs[0].name}"
+    for op in ffn.first:
+        if op.inputs[0] is not ffn.x:
+            names = f"{ffn.x.name} and {op.inputs[0].name}"
             raise NoMatch(f"its linear layers do not all read the same: {names}")
-    for op in own[:-1]:
+    for op in ops[:-1]:
         (value,) = op.outputs
-        if value.shape != found.hidden.shape:
-            raise NoMatch(f"{value} meets other channels than its own on the way to {found.hidden}")
-        others = [r for r in graph.readers.get(value, ()) if r not in own]
+        if value.shape != ffn.hidden.shape:
+            raise NoMatch(f"{value} meets other channels than its own on the way to {ffn.hidden}")
+        others = [r for r in graph.readers.get(value, ()) if r not in ops]
         if others or value in graph.results:
             reader = others[0].name if others else "the model's caller"
             raise NoMatch(f"its channels {value.name} are also read by {reader}")
-    return found
+    return ffn
 
 
 def body(ffn: FeedForward, channels: int, biased: bool) -> Graph:
-    """The network with some of its channels, over rows [R, D]; its params are what `weights`
-    gives."""
+    """The network with `channels` channels over rows [R, D]; its params are those of `weights`."""
     rows = symbol("R")
-    taken = {v.name for op in (*ffn.first, *ffn.inner, ffn.down) for v in op.outputs}
+    names = {v.name for op in (*ffn.first, *ffn.inner, ffn.down) for v in op.outputs}
 
     def named(name: str, type: TensorType) -> Value:
-        while name in taken:
+        while name in names:
             name += "_"
-        taken.add(name)
+        names.add(name)
         return Value(name, type)
 
     width = ffn.output.shape[-1]
@@ -143,21 +143,20 @@ def body(ffn: FeedForward, channels: int, biased: bool) -> Graph:
 
 
 def weights(
-    program: Program, ffn: FeedForward, kept: torch.Tensor, biased: bool
+    program: Program, ffn: FeedForward, channels: torch.Tensor, biased: bool
 ) -> list[tuple[str, torch.Tensor]]:
-    """The name and the rows or columns of each weight for the channels `kept`, i64[C]: of the
-    first layers weights and biases in turn, of the last one its weight and, where `biased`, its
-    bias."""
-    made = []
+    """The name of each weight and its slice for `channels`, i64[C]: of the first layers weights
+    and biases in turn, of the last one its weight and, where `biased`, its bias."""
+    slices = []
     for op in (*ffn.first, ffn.down):
         for value in _stored(ffn, op, biased):
             tensor = program.weights[value.name]
             if op is not ffn.down:
-                tensor = tensor[kept]
+                tensor = tensor[channels]
             elif len(value.shape) == 2:
-                tensor = tensor[:, kept]
-            made.append((value.name, tensor))
-    return made
+                tensor = tensor[:, channels]
+            slices.append((value.name, tensor))
+    return slices
 
 
 def _stored(ffn: FeedForward, op: Op, biased: bool) -> tuple[Value, ...]:

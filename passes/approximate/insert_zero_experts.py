@@ -9,8 +9,8 @@
 neutral: the new columns of the router have a bias of minus infinity and never win, so that all
 outputs keep their bits; a fine-tuning sets that bias to 0, and all there is to train is there.
 
-calibrated: no training. A choice whose weight is below its expert's limit goes to what stood in
-best for this expert on the calibration data: nothing, the token itself, or the expert's mean.
+calibrated: no training. A choice whose weight is below its expert's limit goes to the best
+stand-in for this expert on the calibration data: zero, the token itself, or the expert's mean.
 
     ids = where(w < limits[ids], instead[ids], ids)
 
@@ -31,7 +31,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
 from moec.ir.upcast import widen
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
 from moec.passes.core.options import option, validate
@@ -67,10 +67,10 @@ class InsertZeroExperts:
     def __post_init__(self) -> None:
         validate(self)
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         _check(layer)
         if self.way == "calibrated":
-            return _calibrated(self, program, layer, seen)
+            return _calibrated(self, program, layer, stats)
         return _neutral(self, program, layer)
 
 
@@ -90,12 +90,12 @@ def _check(layer: Layer) -> None:
         raise NoMatch(f"tokens {layer.dispatch.inputs[0].type} come back as {layer.output.type}")
 
 
-def _neutral(made: InsertZeroExperts, program: Program, layer: Layer) -> Change:
-    kinds = ("zero",) * made.zero + ("copy",) * made.copy + ("constant",) * made.constant
+def _neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Change:
+    kinds = ("zero",) * options.zero + ("copy",) * options.copy + ("constant",) * options.constant
     if not kinds:
         raise NoMatch("zero, copy and constant are all 0: there is nothing to insert")
     # The name makes layers differ, whatever their order.
-    generator = torch.Generator().manual_seed(made.seed + sum(layer.name.encode()))
+    generator = torch.Generator().manual_seed(options.seed + sum(layer.name.encode()))
     splice = Splice(program)
     add_columns(splice, layer, len(kinds), generator)
     width = cast(int, layer.output.shape[-1])
@@ -106,16 +106,20 @@ def _neutral(made: InsertZeroExperts, program: Program, layer: Layer) -> Change:
         return drawn.to(dtype)
 
     weights: dict[str, torch.Tensor] = {}
-    if made.constant:
+    if options.constant:
         weights = {
-            "mix": random(made.constant, 2, width),
-            "constants": random(made.constant, width),
+            "mix": random(options.constant, 2, width),
+            "constants": random(options.constant, width),
         }
     _joined(splice, layer, kinds, weights)
     members = tuple((e,) if e < layer.count else () for e in range(layer.count + len(kinds)))
     says = ", ".join(
         f"{count} {kind}"
-        for kind, count in (("zero", made.zero), ("copy", made.copy), ("constant", made.constant))
+        for kind, count in (
+            ("zero", options.zero),
+            ("copy", options.copy),
+            ("constant", options.constant),
+        )
         if count
     )
     return Change(splice.done(), members, f"adds {says} to {layer.count} experts, none chosen")
@@ -124,7 +128,7 @@ def _neutral(made: InsertZeroExperts, program: Program, layer: Layer) -> Change:
 def _joined(
     splice: Splice, layer: Layer, kinds: tuple[str, ...], weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """The layer's result is the experts' and what those without a network give."""
+    """Adds moe.zero_experts of `kinds` and `weights` to the result of the layer."""
     like = layer.combine
     dtype = cast(DType, like.attrs["dtype"])
     attrs: dict[str, Attr] = {"first": layer.count, "kinds": kinds, "weighted": True}
@@ -135,28 +139,30 @@ def _joined(
     routed = splice.value(layer.output.name, layer.output.type)
     ops = [replace(like, outputs=(routed,))]
     type = TensorType(dtype.name, layer.output.shape)
-    given = splice.emit(ops, "moe.zero_experts", inputs, type, like, **attrs, dtype=dtype)
-    ops.append(Op("aten.add.Tensor", (routed, given), (layer.output,), {}, None, like.origin))
+    zero_output = splice.emit(ops, "moe.zero_experts", inputs, type, like, **attrs, dtype=dtype)
+    ops.append(Op("aten.add.Tensor", (routed, zero_output), (layer.output,), {}, None, like.origin))
     splice.put(like, ops)
 
 
 @dataclass(frozen=True, eq=False)
 class StandIn:
     """What replaces an expert: a kind of moe.zero_experts, its vector [D], and the root mean
-    square over the rows of what it misses."""
+    square over the rows of its error."""
 
     kind: str
     vector: torch.Tensor
     misses: float
 
 
-def _calibrated(made: InsertZeroExperts, program: Program, layer: Layer, seen: Seen) -> Change:
-    instead = stand_ins(program, layer, seen, made.by)
+def _calibrated(
+    options: InsertZeroExperts, program: Program, layer: Layer, stats: LayerStats
+) -> Change:
+    instead = stand_ins(program, layer, stats, options.by)
     misses = torch.tensor([one.misses for one in instead])
-    costs = seen.weights * misses[seen.experts]
-    limits, share = _limits(misses, costs, made.fraction)
+    costs = stats.weights * misses[stats.experts]
+    limits, share = _limits(misses, costs, options.fraction)
     if share == 0:
-        raise NoMatch(f"fraction={made.fraction:g} of {costs.numel()} choices is none of them")
+        raise NoMatch(f"fraction={options.fraction:g} of {costs.numel()} choices is none of them")
     constants = [e for e, one in enumerate(instead) if one.kind == "constant"]
     others = sorted({one.kind for one in instead} - {"constant"})
     kinds = ("constant",) * len(constants) + tuple(others)
@@ -185,7 +191,8 @@ def _calibrated(made: InsertZeroExperts, program: Program, layer: Layer, seen: S
 def _limits(
     misses: torch.Tensor, costs: torch.Tensor, fraction: float
 ) -> tuple[torch.Tensor, float]:
-    """The weight below which a choice of each expert goes, f32[E], and the share that does."""
+    """For each expert the weight below which its choices are redirected, f32[E], and the share of
+    all choices that is."""
     ordered = costs.flatten().sort().values
     count = min(round(fraction * ordered.numel()), ordered.numel())
     limit = float(ordered[count]) if count < ordered.numel() else torch.inf
@@ -194,18 +201,18 @@ def _limits(
     return limits, float((costs < limit).double().mean())
 
 
-def stand_ins(program: Program, layer: Layer, seen: Seen, by: str) -> list[StandIn]:
-    """For each expert what misses least of its results, among the kinds that `by` allows."""
+def stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> list[StandIn]:
+    """For each expert the stand-in of the least error, among the kinds that `by` allows."""
     allowed = ("zero", "copy", "constant") if by == "best" else (by,)
     body = layer.experts.body
     assert body is not None
     stacks = [constant(program, stack).float() for stack in layer.stacks]
     (rows,) = symbols(body.inputs[0].shape[0])
-    wide, found = widen(body), []
+    wide, chosen = widen(body), []
     for e in range(layer.count):
-        x = seen.x[(seen.experts == e).any(-1)][:ROWS].float()
+        x = stats.x[(stats.experts == e).any(-1)][:ROWS].float()
         if not len(x):
-            found.append(StandIn(allowed[0], torch.zeros(x.shape[1]), torch.inf))
+            chosen.append(StandIn(allowed[0], torch.zeros(x.shape[1]), torch.inf))
             continue
         with torch.no_grad():
             y = run_graph(wide, [x, *(s[e] for s in stacks)], {rows: len(x)})[0].float()
@@ -213,12 +220,12 @@ def stand_ins(program: Program, layer: Layer, seen: Seen, by: str) -> list[Stand
         guesses = {"zero": torch.zeros_like(mean), "copy": x, "constant": mean}
         left = {kind: float((y - guesses[kind]).square().sum(-1).mean().sqrt()) for kind in allowed}
         best = min(left, key=lambda kind: left[kind])
-        found.append(StandIn(best, mean, left[best]))
-    return found
+        chosen.append(StandIn(best, mean, left[best]))
+    return chosen
 
 
 def _redirected(splice: Splice, layer: Layer, limits: torch.Tensor, table: torch.Tensor) -> None:
-    """Choices of too small a weight get the id of what stands in for their expert."""
+    """Gives choices whose weight is below the limit the id of their expert's stand-in."""
     route = layer.route
     weights, ids = route.outputs
     chosen = splice.value(ids.name, ids.type)

@@ -18,7 +18,7 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Program
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.options import option, validate
@@ -39,24 +39,24 @@ class KeepUsed:
     def __post_init__(self) -> None:
         validate(self)
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
-        kept = self.kept(layer, seen)
-        says = f"keeps {', '.join(map(str, kept))} of {layer.count}"
-        return Change(kept_alone(program, layer, kept), tuple((e,) for e in kept), says)
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
+        experts = self.experts_to_keep(layer, stats)
+        says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
+        return Change(kept_alone(program, layer, experts), tuple((e,) for e in experts), says)
 
-    def kept(self, layer: Layer, seen: Seen) -> list[int]:
+    def experts_to_keep(self, layer: Layer, stats: LayerStats) -> list[int]:
         """The experts that stay, in rising order."""
         routing = layer.routing
         if routing.groups > 1:
             raise NoMatch("the router chooses among groups of experts, which must stay even")
-        share = self.recorded(layer) if self.usage else seen.usage(layer.count).double()
+        share = self.recorded(layer) if self.usage else stats.usage(layer.count).double()
         share = share / share.sum().clamp(min=1e-30)
         order = torch.sort(share, descending=True, stable=True).indices
         used = int((share > self.threshold / routing.k).sum())
-        kept = sorted(order[: max(used, routing.k)].tolist())
-        if len(kept) == layer.count:
+        experts = sorted(order[: max(used, routing.k)].tolist())
+        if len(experts) == layer.count:
             raise NoMatch(f"each of {layer.count} experts is used enough")
-        return kept
+        return experts
 
     def recorded(self, layer: Layer) -> torch.Tensor:
         """The usage in the table: f64[E]. Raises UsageError for a table that does not hold it."""

@@ -24,7 +24,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Program, Value
 from moec.passes.approximate.assignment import assign
 from moec.passes.approximate.neurons import neuron_axes
-from moec.passes.calibration.evaluator import Members, Seen
+from moec.passes.calibration.evaluator import LayerStats, Members
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, outputs
 from moec.passes.core.options import option, validate
@@ -44,7 +44,7 @@ class MergeExperts:
     def __post_init__(self) -> None:
         validate(self)
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         count = round(self.keep * layer.count)
         if count == layer.count:
             raise NoMatch(f"keep={self.keep:g} of {layer.count} experts is all of them")
@@ -60,12 +60,14 @@ class MergeExperts:
         for stack in stacks.values():
             if not stack.is_floating_point():
                 raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
-        groups = clusters(outputs(layer, stacks, seen.x[:TOKENS]).flatten(1), count)
+        groups = clusters(outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
         splice = Splice(program)
         merge_columns(splice, layer, groups)
-        merged = [merge(stacks, axes, group, seen.usage(layer.count)) for group in groups]
+        merged = [merge(stacks, axes, group, stats.usage(layer.count)) for group in groups]
         experts_replaced(
-            splice, layer, [torch.stack([own[param] for own in merged]) for param in body.params]
+            splice,
+            layer,
+            [torch.stack([expert[param] for expert in merged]) for param in body.params],
         )
         return Change(splice.done(), groups, f"merges {_says(groups)} of {layer.count}")
 
@@ -98,8 +100,8 @@ def merge(
     group: Sequence[int],
     usage: torch.Tensor,
 ) -> dict[Value, torch.Tensor]:
-    """The mean of a group's experts by usage, their neurons in the order of the most used one's.
-    A group that nobody uses is averaged evenly."""
+    """The mean of a group's experts weighted by usage, their neurons aligned with the most used
+    expert's. A group without usage is averaged evenly."""
     first = max(group, key=lambda e: int(usage[e]))
     shares = usage[list(group)].double()
     shares = shares / shares.sum() if shares.sum() else torch.full_like(shares, 1 / len(group))
@@ -107,25 +109,27 @@ def merge(
         param: torch.zeros_like(stack[0], dtype=torch.float32) for param, stack in stacks.items()
     }
     for e, share in zip(group, shares.tolist(), strict=True):
-        own = {param: stack[e].float() for param, stack in stacks.items()}
+        expert = {param: stack[e].float() for param, stack in stacks.items()}
         if e != first:
-            order = aligned({p: s[first].float() for p, s in stacks.items()}, own, axes)
-            own = {p: t.index_select(axes[p], order) if p in axes else t for p, t in own.items()}
-        for param, tensor in own.items():
+            order = aligned({p: s[first].float() for p, s in stacks.items()}, expert, axes)
+            expert = {
+                p: t.index_select(axes[p], order) if p in axes else t for p, t in expert.items()
+            }
+        for param, tensor in expert.items():
             total[param] += share * tensor
     return {param: total[param].to(stack.dtype) for param, stack in stacks.items()}
 
 
 def aligned(
-    wanted: Mapping[Value, torch.Tensor],
-    given: Mapping[Value, torch.Tensor],
+    reference: Mapping[Value, torch.Tensor],
+    other: Mapping[Value, torch.Tensor],
     axes: Mapping[Value, int],
 ) -> torch.Tensor:
-    """For each neuron of one expert the neuron of another whose weights are most like it:
-    i64[H], a permutation. A neuron's weights of each matrix count by their direction."""
+    """For each neuron of `reference` the neuron of `other` with the most similar weights:
+    i64[H], a permutation. Similarity is the sum over the matrices of cosine similarities."""
     parts = []
     for param, axis in axes.items():
         a, b = (side[param].movedim(axis, 0).reshape(side[param].shape[axis], -1)
-                for side in (wanted, given))  # fmt: skip
+                for side in (reference, other))  # fmt: skip
         parts.append(torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T)
     return assign(torch.stack(parts).sum(0))

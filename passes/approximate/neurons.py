@@ -12,8 +12,8 @@ _SAME = ("aten.alias.default", "aten.clone.default")
 
 
 def neuron_axes(body: Graph) -> Mapping[Value, int]:
-    """For each param that has such an axis, which it is: 0 for a weight [H, D] or a bias [H]
-    that makes the hidden values, 1 for a weight [D, H] that reads them.
+    """The axis of the hidden neurons of each param that has one: 0 for a weight [H, D] or a bias
+    [H] of the first layers, 1 for a weight [D, H] of the last.
 
     Raises NoMatch where the body is not linear layers, functions of each element, and linear
     layers again, so that neurons cannot be put in another order.
@@ -23,21 +23,25 @@ def neuron_axes(body: Graph) -> Mapping[Value, int]:
     outer: set[Value] = {body.inputs[0]}
     for op in body.ops:
         rows = [v for v in op.inputs if v not in body.params]
-        made = op.outputs[0]
-        if op.name == "aten.linear.default" and op.inputs[0] in outer and made not in body.results:
+        output = op.outputs[0]
+        if (
+            op.name == "aten.linear.default"
+            and op.inputs[0] in outer
+            and output not in body.results
+        ):
             axes |= dict.fromkeys(op.inputs[1:], 0)
-            hidden.add(made)
+            hidden.add(output)
         elif op.name == "aten.linear.default" and op.inputs[0] in hidden:
             axes[op.inputs[1]] = 1
-            outer.add(made)
+            outer.add(output)
         elif (is_pointwise(op) or op.name in _SAME) and rows:
-            own = {v in hidden for v in rows}
-            if len(own) > 1:
-                raise NoMatch(f"an expert's body adds {made.name} to what enters it")
+            reads_hidden = {v in hidden for v in rows}
+            if len(reads_hidden) > 1:
+                raise NoMatch(f"an expert's body adds {output.name} to what enters it")
             vectors = [v for v in op.inputs if v in body.params and v.shape]
-            if own == {True}:
+            if reads_hidden == {True}:
                 axes |= dict.fromkeys(vectors, 0)
-            (hidden if own == {True} else outer).add(made)
+            (hidden if reads_hidden == {True} else outer).add(output)
         else:
             raise NoMatch(f"an expert's body holds {op.name}, which may mix its neurons")
     if not hidden or not set(body.results) <= outer:

@@ -8,8 +8,8 @@
 The same numbers as masking the dropped columns to minus infinity, and so exact where no token
 would have chosen a dropped expert; the memory of their weights is saved.
 
-How many stay is told for each layer, or for all: then the experts of all layers stand in one
-ranking, by what they are worth beside the mean of their layer.
+`keep` is the share of each layer, or of all layers: then the experts of all layers are ranked
+together, by their worth relative to the mean of their layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from moec.errors import NoMatch
 from moec.ir.graph import Program, Value
 from moec.passes.approximate.reconstruction import elimination
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Approximate, Change
 from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced
 from moec.passes.core.options import option, validate
@@ -58,25 +58,30 @@ class PruneExperts:
     def __post_init__(self) -> None:
         validate(self)
 
-    def planned(self, program: Program, layers: Iterable[tuple[Layer, Seen]]) -> Approximate:
+    def planned(self, program: Program, layers: Iterable[tuple[Layer, LayerStats]]) -> Approximate:
         """The pass itself, or with scope=global the pass that knows what stays of each layer."""
         if self.scope == "layer":
             return self
         reasons: dict[Value, str] = {}
         ranked: list[tuple[Layer, torch.Tensor]] = []
-        for layer, seen in layers:
+        for layer, stats in layers:
             try:
-                ranked.append((layer, self.worth(program, layer, seen)))
+                ranked.append((layer, self.worth(program, layer, stats)))
             except NoMatch as why:
                 reasons[layer.output] = str(why)
         return Ranked(self, {**reasons, **ranking(self.keep, ranked)})
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
-        return dropped(program, layer, self.kept(layer, self.worth(program, layer, seen)))
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
+        return dropped(
+            program, layer, self.experts_to_keep(layer, self.worth(program, layer, stats))
+        )
 
-    def kept(self, layer: Layer, worth: torch.Tensor) -> list[int]:
-        """The experts that stay by what all are worth, [E]: in rising order, as many in each of
-        the router's groups; of equals the one with the lower number."""
+    def experts_to_keep(self, layer: Layer, worth: torch.Tensor) -> list[int]:
+        """The experts of the greatest worth [E], in rising order: equally many of each of the
+        router's groups; of equals the lower id.
+
+        Raises NoMatch where the share is all experts, or the router needs more.
+        """
         routing, share = layer.routing, f"keep={self.keep:g} of {layer.count} experts is"
         count = round(self.keep * layer.count)
         each, rest = divmod(count, routing.groups)
@@ -88,45 +93,45 @@ class PruneExperts:
             raise NoMatch(f"{share} {count}, {lack}")
         return best(layer, worth, each)
 
-    def worth(self, program: Program, layer: Layer, seen: Seen) -> torch.Tensor:
-        """What each expert is worth beside the mean of its layer: f64[E]. (An error is relative
-        to the layer's output as it is.)"""
+    def worth(self, program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
+        """The worth of each expert relative to the mean of its layer: f64[E]. (For by=error: the
+        error of the layer's output without it, relative to the output's norm.)"""
         if self.by == "error":
-            return elimination(program, layer, seen)
+            return elimination(program, layer, stats)
         if self.by == "random":
             # The name makes layers differ, whatever their order.
             generator = torch.Generator().manual_seed(self.seed + sum(layer.name.encode()))
             worth = torch.rand(layer.count, generator=generator)
         else:
-            worth = seen.usage(layer.count) if self.by == "usage" else seen.saliency(layer.count)
+            worth = stats.usage(layer.count) if self.by == "usage" else stats.saliency(layer.count)
         worth = worth.double()
         return worth / worth.mean().clamp(min=1e-30)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """What stays of each layer, by its output, or why the layer is left alone."""
+    """The experts that stay, by the layer's output, or the reason why the layer is unchanged."""
 
     inner: PruneExperts
     plan: Mapping[Value, list[int] | str]
     name: ClassVar[str] = PruneExperts.name
     source: ClassVar[str] = PruneExperts.source
 
-    def change(self, program: Program, layer: Layer, seen: Seen) -> Change:
-        kept = self.plan[layer.output]
-        if isinstance(kept, str):
-            raise NoMatch(kept)
-        return dropped(program, layer, kept)
+    def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
+        experts = self.plan[layer.output]
+        if isinstance(experts, str):
+            raise NoMatch(experts)
+        return dropped(program, layer, experts)
 
 
-def dropped(program: Program, layer: Layer, kept: Sequence[int]) -> Change:
-    """The layer with the experts `kept` alone."""
+def dropped(program: Program, layer: Layer, experts: Sequence[int]) -> Change:
+    """The program in which the layer has only `experts`."""
     splice = Splice(program)
-    keep_columns(splice, layer, kept)
-    stacks = [constant(program, stack)[torch.tensor(kept)] for stack in layer.stacks]
+    keep_columns(splice, layer, experts)
+    stacks = [constant(program, stack)[torch.tensor(experts)] for stack in layer.stacks]
     experts_replaced(splice, layer, stacks)
-    says = f"keeps {', '.join(map(str, kept))} of {layer.count}"
-    return Change(splice.done(), tuple((expert,) for expert in kept), says)
+    says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
+    return Change(splice.done(), tuple((expert,) for expert in experts), says)
 
 
 def best(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
@@ -138,7 +143,7 @@ def best(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
 
 
 def too_few(layer: Layer, each: int) -> str:
-    """Why the router cannot do with `each` experts in each group; empty where it can."""
+    """Why `each` experts in each group are too few for the router; empty where they are not."""
     routing = layer.routing
     if each * min(routing.top_groups, routing.groups) < routing.k:
         where = "" if routing.groups == 1 else f" from {routing.top_groups} groups of {each}"
@@ -151,9 +156,12 @@ def too_few(layer: Layer, each: int) -> str:
 def ranking(
     keep: float, layers: Sequence[tuple[Layer, torch.Tensor]]
 ) -> dict[Value, list[int] | str]:
-    """Which experts of each layer stay if those of all stand in one ranking by what they are
-    worth, [E] each; or why none of a layer goes. As many of each of a router's groups stay: the
-    best of all groups stand in the ranking together, then the next, by their mean."""
+    """The experts of each layer that stay if all layers' experts are ranked by worth, [E] each; or
+    the reason why all of a layer stay.
+
+    Equally many of each of a router's groups stay: the n-th best experts of all groups are one
+    entry of the ranking, with their mean worth.
+    """
     total = sum(layer.count for layer, _ in layers)
     count = round(keep * total)
     share = f"keep={keep:g} of all {total} experts is"
@@ -165,12 +173,12 @@ def ranking(
     if count == total or count < needed:
         why = "all of them" if count == total else f"{count}, and their routers need {needed}"
         return {layer.output: f"{share} {why}" for layer, _ in layers}
-    places = []
+    candidates = []
     for i, (layer, worth) in enumerate(layers):
         levels = worth.reshape(layer.routing.groups, -1).sort(descending=True).values.mean(0)
-        places += [(-value, i, n) for n, value in enumerate(levels.tolist()) if n >= each[i]]
+        candidates += [(-value, i, n) for n, value in enumerate(levels.tolist()) if n >= each[i]]
     left = count - needed
-    for _, i, n in sorted(places):
+    for _, i, n in sorted(candidates):
         groups = layers[i][0].routing.groups
         if groups <= left and n == each[i]:
             each[i], left = n + 1, left - groups

@@ -1,10 +1,10 @@
-"""What the output of a layer loses where experts are masked, on the calibration rows.
+"""The error of a layer's output where experts are masked, on the calibration rows.
 
     y[t]              = sum_e c[t, e] f_e(x[t])       c: the weights of the chosen, else 0
     |y'[t] - y[t]|^2  = d G d                         d = c'[t] - c[t]
     G[t, e, f]        = f_e(x[t]) . f_f(x[t])
 
-All experts run once on all rows; with the products G any set of them is weighed by routing alone.
+All experts run once on all rows; with the products G the error of any set needs only the routing.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import torch
 from moec.errors import NoMatch
 from moec.ir.graph import Program
 from moec.ops.routing import Routing, route_logits
-from moec.passes.calibration.evaluator import Seen
+from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.core.moe_layer import MOVES, Layer, constant, outputs
 
 HELD = 256 << 20
-"""Bytes of the products G, and of what experts give, that are held at once."""
+"""Bytes of the products G, and of experts' results, that are in memory at once."""
 
 
-def elimination(program: Program, layer: Layer, seen: Seen) -> torch.Tensor:
-    """What each expert is worth by greedy backward elimination: f64[E], no two the same.
+def elimination(program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
+    """The worth of each expert by greedy backward elimination: f64[E], all different.
 
-    Again and again that expert goes which, masked beside those that went before, leaves the
-    layer's output nearest to what it was (of equals the one with the higher number); tokens that
-    chose it are routed anew. Its worth is the error of the output then, relative to the norm: it
-    rises from each to the next. The last k never go, and are worth infinity.
+    Each step masks the expert whose removal, with all masked before, changes the layer's output
+    least (of equals the higher id); tokens that chose it are routed anew. Its worth is the error
+    of the output after the step, relative to the norm; worths rise from step to step. The last k
+    experts are never masked; their worth is infinity.
 
     The error is that of arXiv 2402.14800, section 3.2, where all sets of experts are tried. Rows
     are as many, evenly spread, as HELD allows. Raises NoMatch for a layer whose output is no sum
     of its experts' by the router's weights.
     """
     _check(program, layer)
-    x, logits = (_spread(t, HELD // (4 * layer.count**2)) for t in (seen.x, seen.logits))
+    x, logits = (_spread(t, HELD // (4 * layer.count**2)) for t in (stats.x, stats.logits))
     correction = [constant(program, value).float() for value in layer.route.inputs[1:]]
     products = _products(program, layer, x)
     weighted = bool(layer.combine.attrs.get("weighted"))
@@ -48,15 +48,15 @@ def elimination(program: Program, layer: Layer, seen: Seen) -> torch.Tensor:
         off = off.double()
         return float(torch.einsum("te,tef,tf->", off, of.double(), off).clamp(min=0))
 
-    whole = shares([])
-    norm = squares(whole, products)
+    unmasked = shares([])
+    norm = squares(unmasked, products)
     worth = torch.full((layer.count,), math.inf, dtype=torch.float64)
     gone: list[int] = []
     least = -math.inf
     for _ in range(layer.count - layer.routing.k):
         errors: dict[int, float] = {}
         for e in sorted(set(range(layer.count)) - set(gone), reverse=True):
-            off = shares([*gone, e]) - whole
+            off = shares([*gone, e]) - unmasked
             moved = (off != 0).any(-1)
             errors[e] = squares(off[moved], products[moved])
         best = min(errors, key=errors.__getitem__)
@@ -73,8 +73,8 @@ def masked_shares(
     gone: list[int],
     weighted: bool,
 ) -> torch.Tensor:
-    """What each expert's result counts for, f32[T, E], where the columns `gone` of the logits
-    [T, E] are masked to minus infinity; 1 for each of the chosen where they have no weights."""
+    """The weight of each expert's result, f32[T, E], with the columns `gone` of the logits [T, E]
+    masked to minus infinity; 1 for each chosen expert of a router without weights."""
     mask = torch.zeros(logits.shape[-1])
     mask[gone] = -torch.inf
     scores = logits.float().masked_fill(mask < 0, -torch.inf)
@@ -113,5 +113,5 @@ def _products(program: Program, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         for param, stack in zip(layer.experts.body.params, layer.stacks, strict=True)
     }
     each = max(1, HELD // (4 * layer.count * x.shape[-1]))
-    made = [outputs(layer, stacks, some) for some in torch.split(x, each)]
-    return torch.cat([torch.einsum("etd,ftd->tef", some, some) for some in made])
+    results = [outputs(layer, stacks, rows) for rows in torch.split(x, each)]
+    return torch.cat([torch.einsum("etd,ftd->tef", result, result) for result in results])

@@ -9,9 +9,9 @@
                                             y = aten.add(own, …w1[P, D], w2[D, P]…)
 
 Calibration data come by domain, and each domain keeps the channels that count most on it. P of
-them are kept by all: the permanent expert, which every token meets. The C others of a domain are
-its expert; a token meets the one that the router chooses, the same in all layers. The router is
-trained on the masks: for each token, which expert holds most of its own strongest channels.
+them are kept by all: the permanent expert, which every token uses. The C others of a domain are
+its expert; a token uses the one that the router chooses, the same in all layers. The router is
+trained on the masks: for each token, the expert that holds most of its strongest channels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from moec.passes.core.runner import Log
 FEWEST = 256
 """Tokens of a domain on which its channels are chosen."""
 HELD = 1 << 30
-"""Bytes of channels that are held at once."""
+"""Bytes of channels that are in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,8 @@ class RefactorDense:
     def observe(
         self, program: Program, meter: Meter, log: Log
     ) -> tuple[Sequence[FeedForward], Iterator[Kept]]:
-        """The layers that can be changed, and what is kept of each. Raises UsageError where the
-        data are of fewer than two domains, or one of them is too short."""
+        """The layers that can be changed, and the channels that stay of each. Raises UsageError
+        where the data have fewer than two domains, or one of them is too short."""
         _check_domains(meter)
         try:
             after = _embedding(program.graph)
@@ -99,13 +99,13 @@ class RefactorDense:
             log.decline("the model", str(why))
             return [], iter(())
         layers = []
-        for ffn in (found := list(feedforwards(program.graph, log))):
+        for ffn in (ffns := list(feedforwards(program.graph, log))):
             try:
                 self.check(ffn, after)
                 layers.append(ffn)
             except NoMatch as why:
                 log.decline(ffn.name, str(why))
-        if not found:
+        if not ffns:
             log.decline("the model", "it has no dense feed-forward layer that could be found")
         return layers, self.kept(program, meter, layers, after, log)
 
@@ -126,7 +126,7 @@ class RefactorDense:
     def kept(
         self, program: Program, meter: Meter, layers: Sequence[FeedForward], after: Op, log: Log
     ) -> Iterator[Kept]:
-        """For each layer what is kept of it, once the router is trained on all of them."""
+        """For each layer the channels that stay, with the router, which all layers train."""
         if not layers:
             return
         masks, overlaps = [], [torch.zeros(())] * len(meter.calibration.cases)
@@ -139,14 +139,16 @@ class RefactorDense:
     def mask(
         self, ffn: FeedForward, sizes: Sequence[torch.Tensor], of: Sequence[str]
     ) -> torch.Tensor:
-        """The channels that each domain keeps, bool[E, H], by their `sizes` [T, H] in cases `of`
-        those domains; of equals the one with the lower number."""
+        """The channels that each domain keeps, bool[E, H], by their `sizes` [T, H] in each case;
+        `of` is the domain of each case. Of equals the channel with the lower number."""
         # The name makes layers differ, whatever their order.
         generator = torch.Generator().manual_seed(self.seed + sum(ffn.name.encode()))
         rows = []
         for domain in dict.fromkeys(of):
-            own = torch.cat([s for s, name in zip(sizes, of, strict=True) if name == domain])
-            worth = own.mean(0)
+            domain_sizes = torch.cat(
+                [s for s, name in zip(sizes, of, strict=True) if name == domain]
+            )
+            worth = domain_sizes.mean(0)
             if self.by == "random":
                 worth = torch.rand(ffn.channels, generator=generator)
             order = torch.sort(worth, descending=True, stable=True).indices
@@ -185,10 +187,10 @@ class RefactorDense:
         ops.append(Op("moe.route", (logits,), (weights, choices), attrs, None, "router"))
         return Shared(domains, after, tuple(ops), splice.weights, choices)
 
-    def change(self, program: Program, layer: FeedForward, seen: Kept) -> Change:
-        router, permanent = seen.router, seen.mask.all(0)
-        own = seen.mask & ~permanent
-        shared, each = int(permanent.sum()), int(own[0].sum())
+    def change(self, program: Program, layer: FeedForward, stats: Kept) -> Change:
+        router, permanent = stats.router, stats.mask.all(0)
+        private = stats.mask & ~permanent
+        shared, each = int(permanent.sum()), int(private[0].sum())
         if not each:
             raise NoMatch("all domains keep the same channels, so that no expert has its own")
         splice = Splice(program)
@@ -196,7 +198,7 @@ class RefactorDense:
             splice.put(router.after, [router.after, *router.ops])
             splice.weights |= router.weights
             splice.names.names |= {v.name for op in router.ops for v in op.outputs}
-        splice.put(layer.down, _spliced(splice, layer, permanent, own, router.choices))
+        splice.put(layer.down, _spliced(splice, layer, permanent, private, router.choices))
         says = (
             f"{shared} of {layer.channels} channels are permanent, {each} more are of each "
             f"expert: {', '.join(router.domains)}"
@@ -205,13 +207,18 @@ class RefactorDense:
 
 
 def _spliced(
-    splice: Splice, layer: FeedForward, permanent: torch.Tensor, own: torch.Tensor, choices: Value
+    splice: Splice,
+    layer: FeedForward,
+    permanent: torch.Tensor,
+    private: torch.Tensor,
+    choices: Value,
 ) -> list[Op]:
-    """The ops of the experts and of what every token meets, which make the layer's output.
+    """The ops of the experts and of the permanent channels, which compute the layer's output.
 
-    The bias of the last linear layer is every token's, or where nothing else is, each expert's.
+    The bias of the last linear layer belongs to the permanent channels, or without any, to each
+    expert.
     """
-    like, shared, count = replace(layer.down, origin=layer.name), int(permanent.sum()), len(own)
+    like, shared, count = replace(layer.down, origin=layer.name), int(permanent.sum()), len(private)
     tokens, dtype = choices.shape[0], layer.output.dtype
     flat = TensorType(dtype, (tokens, layer.output.shape[-1]))
     ops: list[Op] = []
@@ -222,9 +229,9 @@ def _spliced(
         x = splice.emit(ops, "aten.reshape.default", (x,), type, like, shape=shape)
     stacks = [
         splice.weight(name, torch.stack(slices))
-        for name, slices in _stacked(splice.program, layer, own, not shared)
+        for name, slices in _stacked(splice.program, layer, private, not shared)
     ]
-    network = body(layer, int(own[0].sum()), not shared)
+    network = body(layer, int(private[0].sum()), not shared)
     rows = splice.value("rows", TensorType(x.dtype, x.shape))
     order = splice.value("order", TensorType("i32", (tokens,)))
     ends = splice.value("ends", TensorType("i32", (count,)))
@@ -239,10 +246,10 @@ def _spliced(
     ]  # fmt: skip
     if shared:
         network = body(layer, shared, True)
-        made = weights(splice.program, layer, permanent.nonzero()[:, 0], True)
+        slices = weights(splice.program, layer, permanent.nonzero()[:, 0], True)
         params = {
             param: splice.weight(name, tensor)
-            for param, (name, tensor) in zip(network.params, made, strict=True)
+            for param, (name, tensor) in zip(network.params, slices, strict=True)
         }
         inner, always = inlined(splice, network, x, params, f"{layer.name}.permanent")
         ops += inner
@@ -255,11 +262,11 @@ def _spliced(
 
 
 def _stacked(
-    program: Program, layer: FeedForward, own: torch.Tensor, biased: bool
+    program: Program, layer: FeedForward, private: torch.Tensor, biased: bool
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Each weight by name, with its part for each expert."""
-    made = [weights(program, layer, mask.nonzero()[:, 0], biased) for mask in own]
-    for parts in zip(*made, strict=True):
+    slices = [weights(program, layer, mask.nonzero()[:, 0], biased) for mask in private]
+    for parts in zip(*slices, strict=True):
         yield parts[0][0], [tensor for _, tensor in parts]
 
 
@@ -270,10 +277,10 @@ def _sizes(
     tokens = meter.calibration.tokens
     count = max(1, HELD // (4 * tokens * max(ffn.channels for ffn in layers)))
     for start in range(0, len(layers), count):
-        some = layers[start : start + count]
-        runs = list(meter.run(program, [ffn.hidden for ffn in some]))
-        for place, ffn in enumerate(some, len(meter.outputs)):
-            sizes = [made[place].flatten(0, -2).abs() for made in runs]
+        group = layers[start : start + count]
+        runs = list(meter.run(program, [ffn.hidden for ffn in group]))
+        for position, ffn in enumerate(group, len(meter.outputs)):
+            sizes = [results[position].flatten(0, -2).abs() for results in runs]
             if by == "contribution":
                 norm = program.weights[ffn.down.inputs[1].name].float().norm(dim=0)
                 sizes = [size * norm for size in sizes]
@@ -283,7 +290,7 @@ def _sizes(
 def _overlap(sizes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """How many of a token's strongest channels each expert holds: f32[T, E]."""
     strongest = sizes.topk(int(mask[0].sum()), dim=-1).indices
-    return torch.stack([own[strongest].sum(-1) for own in mask.float()], -1)
+    return torch.stack([expert_mask[strongest].sum(-1) for expert_mask in mask.float()], -1)
 
 
 def _choices(
@@ -314,17 +321,17 @@ def _check_domains(meter: Meter) -> None:
         )
     for domain in dict.fromkeys(of):
         cases = zip(meter.calibration.cases, of, strict=True)
-        found = sum(case[0].numel() for case, name in cases if name == domain)
-        if found < FEWEST:
+        count = sum(case[0].numel() for case, name in cases if name == domain)
+        if count < FEWEST:
             raise UsageError(
-                f"the calibration data of {domain} hold {found} tokens, too few to choose channels "
+                f"the calibration data of {domain} hold {count} tokens, too few to choose channels "
                 f"by: give at least {FEWEST}"
             )
 
 
 def _embedding(graph: Graph) -> Op:
     """The op that looks up the model's tokens [B, S]: of several the one of the largest table."""
-    found = {
+    tables = {
         op: rows
         for op in graph.ops
         if op.name == "aten.embedding.default"
@@ -332,6 +339,6 @@ def _embedding(graph: Graph) -> Op:
         and len(op.inputs[1].shape) == 2
         and isinstance(rows := op.inputs[0].shape[0], int)
     }
-    if not found:
+    if not tables:
         raise NoMatch("it looks up no token ids [B, S] that a router could read")
-    return max(found, key=lambda op: found[op])
+    return max(tables, key=lambda op: tables[op])

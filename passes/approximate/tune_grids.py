@@ -1,13 +1,13 @@
-"""The numbers of compressed weights are tuned together, for what the whole model gives.
+"""The grids of compressed weights are trained together, on the outputs of the whole model.
 
     w = moe.decompress(stream, starts, grid)  ->  w = moe.decompress(stream, starts, grid')
 
-After compress-experts: each matrix was fitted to its own results there, and what is lost in one
-layer the next ones did not know of. Here the codes stay, and with them all bytes; the two numbers
-of each row (of two bits: the step) are trained in all layers at once, so that the model's scores
-on the calibration data come closer to the original's (KL divergence; for other models the squared
-distance of the outputs). Each step runs forward and backward over the whole model in float32, with
-the weights of all compressed experts in memory.
+After compress-experts, which fits each matrix to its own results, and so ignores the errors of
+other layers. Here the codes stay, and with them all bytes; the two numbers of each row (of two
+bits: the step) are trained in all layers at once, so that the model's scores on the calibration
+data come closer to the original's (KL divergence; for other models the squared distance of the
+outputs). Each step runs forward and backward over the whole model in float32, with the weights of
+all compressed experts in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log
 
 Grids = Mapping[str, Tensor]
-"""By name of the grid bf16[E, N, 2]."""
+"""The grids bf16[E, N, 2] by name."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ class TuneGrids:
                     layers.append(layer_of(program.graph, op))
                 except NoMatch as why:
                     log.decline(name_of(op), str(why))
-        made = tuned(program, meter, self.steps, self.rate, self.seed) if layers else {}
+        grids = tuned(program, meter, self.steps, self.rate, self.seed) if layers else {}
         return layers, (
-            {grid.name: made[grid.name] for grid in _grids(program.graph, layer.experts)}
+            {grid.name: grids[grid.name] for grid in _grids(program.graph, layer.experts)}
             for layer in layers
         )
 
-    def change(self, program: Program, layer: Layer, seen: Grids) -> Change:
+    def change(self, program: Program, layer: Layer, stats: Grids) -> Change:
         moved = [
             float((grid.float() - program.weights[name].float()).norm() / grid.float().norm())
-            for name, grid in seen.items()
+            for name, grid in stats.items()
         ]
         members = tuple((expert,) for expert in range(layer.count))
         says = f"numbers moved by {', '.join(f'{share:.1%}' for share in moved)}"
-        return Change(replace(program, weights={**program.weights, **seen}), members, says)
+        return Change(replace(program, weights={**program.weights, **stats}), members, says)
 
 
 def _grids(graph: Graph, experts: Op) -> list[Value]:
-    """The grids of those of the experts' weights that are compressed."""
+    """The grids of the experts' compressed weights."""
     sources = [graph.producers.get(stack) for stack in experts.inputs[2:]]
     return [op.inputs[-1] for op in sources if op is not None and op.name == "moe.decompress"]
 
@@ -99,18 +99,18 @@ def tuned(program: Program, meter: Meter, steps: int, rate: float, seed: int) ->
     order: list[int] = []
     for step in range(steps):
         order = order or torch.randperm(len(cases), generator=generator).tolist()
-        case, right = cases[place := order.pop()], meter.results[place]
+        case, right = cases[index := order.pop()], meter.results[index]
         for group in adam.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        known = {
-            op.outputs[0]: grid_module(kind).values(own, _scaled(kind, grid, factor))
-            for op, kind, own, grid, factor in zip(
+        weights = {
+            op.outputs[0]: grid_module(kind).values(stack_codes, _scaled(kind, grid, factor))
+            for op, kind, stack_codes, grid, factor in zip(
                 stacks, kinds, codes, grids, factors, strict=True
             )
         }
         inputs = [float32(tensor) for tensor in (*case, *states)]
-        made = run_graph(graph, [*inputs, *params], precomputed=known)
-        slopes = torch.autograd.grad(_distance(made, right, meter.text), factors)
+        results = run_graph(graph, [*inputs, *params], precomputed=weights)
+        slopes = torch.autograd.grad(_distance(results, right, meter.text), factors)
         for factor, slope in zip(factors, slopes, strict=True):
             factor.grad = slope
         adam.step()
@@ -129,17 +129,20 @@ def _codes(program: Program, op: Op) -> Tensor:
 
 
 def _scaled(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
-    """Signs stay, and so does the zero of two bits, which is a code."""
+    """The grid times `factor`, at least 0.01: signs stay. For two bits the zero point, which is a
+    code, is not scaled."""
     if kind == "2bit":
         factor = torch.stack([factor[..., 0], torch.ones_like(factor[..., 1])], -1)
     return grid * factor.clamp(min=0.01)
 
 
 def _distance(
-    made: Sequence[Tensor], right: Sequence[Tensor], text: tuple[int, int] | None
+    results: Sequence[Tensor], right: Sequence[Tensor], text: tuple[int, int] | None
 ) -> Tensor:
     if text is None:
-        off = [(a - b).square().sum() / b.square().sum() for a, b in zip(made, right, strict=True)]
+        off = [
+            (a - b).square().sum() / b.square().sum() for a, b in zip(results, right, strict=True)
+        ]
         return torch.stack(off).sum()
-    q, p = (some[text[1]].log_softmax(-1).flatten(0, -2) for some in (made, right))
+    q, p = (scores[text[1]].log_softmax(-1).flatten(0, -2) for scores in (results, right))
     return torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)

@@ -38,16 +38,16 @@ def budget(text: str) -> Budget:
     """The budget that a text spells. Raises UsageError where it is not of that form."""
     limits: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        found = _LIMIT.fullmatch(part)
-        limit = _number(found[2]) if found else math.nan
-        if found is None or found[1] not in METRICS or not limit >= 0:
+        match = _LIMIT.fullmatch(part)
+        limit = _number(match[2]) if match else math.nan
+        if match is None or match[1] not in METRICS or not limit >= 0:
             raise UsageError(
                 f"--budget {part}: write METRIC<=NUMBER, where METRIC is one of "
                 f"{', '.join(METRICS)}"
             )
-        if found[1] in limits:
-            raise UsageError(f"--budget {text}: {found[1]} is limited twice")
-        limits[found[1]] = limit
+        if match[1] in limits:
+            raise UsageError(f"--budget {text}: {match[1]} is limited twice")
+        limits[match[1]] = limit
     return Budget(tuple(limits.items()))
 
 

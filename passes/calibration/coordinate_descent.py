@@ -1,11 +1,11 @@
-"""Codes changed one by one while a layer's results come closer: what GPTQ leaves to be gained.
+"""Coordinate descent over codes: single changes that reduce the error of a layer after GPTQ.
 
 For a row w of a matrix and the Hessian H of its inputs, codes and the numbers of their grid are to
-make (q - w) H (q - w)^T least. Two steps take turns: every weight takes the code that gains most,
-the others as they are, and the numbers of each row are fitted to its codes by least squares
-(`refit`). Each round is kept by those rows alone that it made less, so that nothing ever becomes
-worse, and it ends where no code moves. Rows do not depend on one another: any number of threads
-gives the same codes.
+minimise (q - w) H (q - w)^T. Two steps alternate: every weight takes the code that reduces the
+error most with the others fixed, and the numbers of each row are fitted to its codes by least
+squares (`refit`). A round changes only the rows whose error it reduced, so that no error grows, and
+the descent ends where no code changes. Rows are independent: any number of threads gives the same
+codes.
 
     codes, grid = descend(ternary, weight, codes, grid, damped(hessian(rows)))
 
@@ -25,7 +25,7 @@ ROUNDS = 20
 SWEEPS = 4
 """Over a row's weights in a round, at most: then its numbers are fitted anew."""
 LEAST = 1e-6
-"""Share of what a change costs for itself below which a gain is taken for rounding."""
+"""Gains below this share of a change's own cost are rounding errors and ignored."""
 
 
 def descend(
@@ -36,21 +36,21 @@ def descend(
     hessian: Tensor,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """Codes u8[.., N, K] and a grid bf16[.., N, 2] of `module` that stand for weight [.., N, K] no
-    worse than those given, by the inputs' Hessian [.., K, K]; none of these is changed."""
+    """Codes u8[.., N, K] and a grid bf16[.., N, 2] of `module` for weight [.., N, K], whose error
+    by the inputs' Hessian [.., K, K] is at most that of the arguments. No argument is changed."""
     weight, hessian = weight.float(), hessian.float().contiguous()
     best = codes, grid
     slope, least = _slope(module, weight, *best, hessian)
     for _ in range(rounds):
-        made = best[0].clone(memory_format=torch.contiguous_format)
+        candidate = best[0].clone(memory_format=torch.contiguous_format)
         levels = module.levels(best[1]).contiguous()
-        now = module.values(made, best[1])
-        if not _descend(weight, now, made, levels, hessian, slope):
+        now = module.values(candidate, best[1])
+        if not _descend(weight, now, candidate, levels, hessian, slope):
             break
-        fitted = module.refit(weight, made, best[1], hessian)
-        new, off = _slope(module, weight, made, fitted, hessian)
+        fitted = module.refit(weight, candidate, best[1], hessian)
+        new, off = _slope(module, weight, candidate, fitted, hessian)
         less = (off < least)[..., None]
-        best = torch.where(less, made, best[0]), torch.where(less, fitted, best[1])
+        best = torch.where(less, candidate, best[0]), torch.where(less, fitted, best[1])
         slope, least = torch.where(less, new, slope), torch.minimum(off, least)
         if not less.any():
             break
@@ -60,7 +60,7 @@ def descend(
 def _slope(
     module: ModuleType, weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(q - w) H f32[.., N, K], and what is to become least f32[.., N]."""
+    """(q - w) H, f32[.., N, K], and the error to minimise, f32[.., N]."""
     off = module.values(codes, grid) - weight
     slope: Tensor = off @ hessian
     return slope, (slope * off).sum(-1)
@@ -74,13 +74,13 @@ def _descend(
     hessian: Tensor,
     slope: Tensor,
 ) -> int:
-    """Changes `codes`; how many changes there were."""
+    """Changes `codes` in place. Returns the number of changes."""
     *_, n, k = weight.shape
-    own = slope.reshape(-1, k).clone().numpy()
-    moved = torch.zeros(len(own), dtype=torch.int64)
+    row_slopes = slope.reshape(-1, k).clone().numpy()
+    moved = torch.zeros(len(row_slopes), dtype=torch.int64)
     _sweep(
         now.reshape(-1, k).numpy(), codes.view(-1, k).numpy(),
-        levels.view(-1, levels.shape[-1]).numpy(), hessian.view(-1, k, k).numpy(), own,
+        levels.view(-1, levels.shape[-1]).numpy(), hessian.view(-1, k, k).numpy(), row_slopes,
         n, moved.numpy(),
     )  # fmt: skip
     return int(moved.sum())

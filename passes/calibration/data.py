@@ -30,9 +30,9 @@ Inputs = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Inputs of a program, states left out, in cases small enough to run at once; `tokens` is
-    how many tokens (elements of the first input but for its last axis where that is fixed);
-    `domains` says of which each case is, and is empty where none are named."""
+    """Inputs of a program without its states, in cases small enough to run at once; `tokens` is
+    the number of tokens (elements of the first input, without its last axis where it is floats);
+    `domains` is the domain of each case, empty where none are named."""
 
     cases: tuple[Inputs, ...]
     tokens: int
@@ -40,20 +40,20 @@ class Calibration:
 
 
 def by_domain(calib: Any) -> dict[str, Any]:
-    """The data of each domain, by name; of one without a name where none are named.
+    """The data of each domain, by name; by the empty name where no domain is named.
 
     Raises UsageError for a text that names some domains and not others.
     """
     if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
-        found: dict[str, Any] = {}
+        files: dict[str, Any] = {}
         for part in calib.split(","):
             name, _, file = (piece.strip() for piece in part.partition("="))
-            if not name or not file or name in found:
+            if not name or not file or name in files:
                 raise UsageError(
                     f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
                 )
-            found[name] = file
-        return found
+            files[name] = file
+        return files
     if isinstance(calib, Mapping) and any(
         isinstance(v, str | Path | Mapping) for v in calib.values()
     ):
@@ -62,7 +62,7 @@ def by_domain(calib: Any) -> dict[str, Any]:
 
 
 def check(calib: Any) -> None:
-    """What can be said of `calib` before a model is loaded. Raises UsageError."""
+    """Raises UsageError for data that no model could use; needs no model."""
     for name, data in by_domain(calib).items():
         where = _where(name, data)
         if isinstance(data, str | Path):
@@ -94,9 +94,9 @@ def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Cali
     domains: list[str] = []
     tokens = 0
     for name, data in by_domain(calib).items():
-        own, count = _of_domain(data, _where(name, data), program, files)
-        cases += own
-        domains += [name] * len(own) if name else []
+        domain_cases, count = _of_domain(data, _where(name, data), program, files)
+        cases += domain_cases
+        domains += [name] * len(domain_cases) if name else []
         tokens += count
     return Calibration(tuple(cases), tokens, tuple(domains))
 
@@ -112,9 +112,9 @@ def _of_domain(
         tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files)}
     else:
         tensors = _tensors(calib, where, inputs)
-    given = tuple(_fitted(value, tensors, where, graph) for value in inputs)
+    batch = tuple(_fitted(value, tensors, where, graph) for value in inputs)
     sizes: dict[str, int] = {}
-    for value, tensor in zip(inputs, given, strict=True):
+    for value, tensor in zip(inputs, batch, strict=True):
         try:
             bind(value.shape, tuple(tensor.shape), sizes)
         except IRError as error:
@@ -127,7 +127,7 @@ def _of_domain(
                 raise UsageError(
                     f"{where}: size {name} is {size}, the model takes {limits.low} to {limits.high}"
                 )
-    return _cases(given, inputs, graph), tokens_in(inputs[0], given[0])
+    return _cases(batch, inputs, graph), tokens_in(inputs[0], batch[0])
 
 
 def tokens_in(value: Value, tensor: torch.Tensor) -> int:
@@ -136,20 +136,20 @@ def tokens_in(value: Value, tensor: torch.Tensor) -> int:
 
 
 def _batch(inputs: list[Value]) -> str | None:
-    """The name of the first axis, where all inputs share it and it stands nowhere else."""
+    """The name of the first axis, where all inputs share it; None otherwise."""
     first = {value.shape[0] if value.shape else 1 for value in inputs}
     return str(first.pop()) if len(first) == 1 and not isinstance(next(iter(first)), int) else None
 
 
-def _cases(given: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
+def _cases(batch: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
     name = _batch(inputs)
     if name is None or name not in graph.bounds:
-        return [given]
-    each = max(1, tokens_in(inputs[0], given[0][:1]))
+        return [batch]
+    each = max(1, tokens_in(inputs[0], batch[0][:1]))
     high = graph.bounds[name].high
     count = max(graph.bounds[name].low, TOKENS_A_CASE // each, 1)
     count = min(count, high) if high is not None else count
-    parts = [torch.split(tensor, count) for tensor in given]
+    parts = [torch.split(tensor, count) for tensor in batch]
     cases = list(zip(*parts, strict=True))
     short = len(cases) > 1 and len(cases[-1][0]) < graph.bounds[name].low
     return cases[:-1] if short else cases
@@ -211,23 +211,23 @@ def _fitted(value: Value, tensors: Mapping[str, Any], where: str, graph: Graph) 
     if value.name not in tensors:
         names = ", ".join(v for v in tensors) or "nothing"
         raise UsageError(f"{where} holds {names}, and the model takes {value.name}: {value.type}")
-    given = tensors[value.name]
-    if not isinstance(given, torch.Tensor):
-        array = np.asarray(given)
+    tensor = tensors[value.name]
+    if not isinstance(tensor, torch.Tensor):
+        array = np.asarray(tensor)
         if array.dtype.name == "bfloat16":
             array = array.astype(np.float32)
         try:
-            given = torch.from_numpy(np.ascontiguousarray(array))
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
         except TypeError:
             raise UsageError(f"{where}: {value.name} is no array of numbers") from None
-    if given.is_floating_point() != (value.dtype in FLOATS):
-        raise UsageError(f"{where}: {value.name} is {given.dtype}, the model takes {value.dtype}")
-    if not given.numel():
+    if tensor.is_floating_point() != (value.dtype in FLOATS):
+        raise UsageError(f"{where}: {value.name} is {tensor.dtype}, the model takes {value.dtype}")
+    if not tensor.numel():
         raise UsageError(f"{where}: {value.name} is empty")
     rows = table_rows(graph, value)
-    if rows and (int(given.min()) < 0 or int(given.max()) >= rows):
+    if rows and (int(tensor.min()) < 0 or int(tensor.max()) >= rows):
         raise UsageError(
-            f"{where}: {value.name} goes from {int(given.min())} to {int(given.max())}, and the "
+            f"{where}: {value.name} goes from {int(tensor.min())} to {int(tensor.max())}, and the "
             f"model knows ids from 0 to {rows - 1}"
         )
-    return given.detach().to(TORCH_DTYPES[value.dtype])
+    return tensor.detach().to(TORCH_DTYPES[value.dtype])

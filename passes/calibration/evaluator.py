@@ -1,7 +1,7 @@
-"""Runs programs on calibration data: what a layer sees there, and how far a change takes a model.
+"""Runs programs on calibration data: statistics of layers, and distances between models.
 
-Every program runs in eager PyTorch, with bf16 and f16 widened to float32, so that what is
-measured is a change of meaning. Weights that programs share are widened once.
+Every program runs in eager PyTorch with bf16 and f16 widened to float32, so that rounding does not
+hide or cause a distance. Weights that programs share are widened once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from moec.passes.calibration.data import Calibration, Inputs
 from moec.passes.core.damage import Distance
 from moec.passes.core.moe_layer import Layer
 
-LAYERS_A_RUN = 8  # whose rows are held at once
+LAYERS_A_RUN = 8  # layers whose rows are in memory at once
 
 Tensors = tuple[torch.Tensor, ...]
 Members = tuple[tuple[int, ...], ...]
-"""For each expert of a changed layer, which of the original's it stands for."""
+"""For each expert of a changed layer, the ids of the original's experts that it replaces."""
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a layer does on the calibration data, T tokens: `x` [T, D] that enters its experts,
-    `experts` i64[T, k] and `weights` f32[T, k] that the router chose by `logits` [T, E], and
-    `norms` f32[T, k] of what each chosen expert gave, times its weight."""
+class LayerStats:
+    """A MoE layer on the calibration data, T tokens: the experts' input `x` [T, D], the router's
+    `logits` [T, E], its choices `experts` i64[T, k] with `weights` f32[T, k], and `norms`
+    f32[T, k] of the chosen experts' results, times their weights."""
 
     x: torch.Tensor
     experts: torch.Tensor
@@ -56,7 +56,7 @@ class Seen:
 
 
 class Place(Protocol):
-    """A layer that passes may change, MoE block or not: its name, and the value that it gives."""
+    """A layer that passes may change, MoE block or not: its name and its result."""
 
     @property
     def name(self) -> str: ...
@@ -66,8 +66,8 @@ class Place(Protocol):
 
 @dataclass(eq=False)
 class Tracked:
-    """A layer of the original and, as passes go by, which of its experts each expert stands for;
-    `members` is None where no router is left, or none of the original's was."""
+    """A layer of the original, and the original experts that each present expert replaces;
+    `members` is None where the layer has no router any more, or never had one."""
 
     layer: Place
     members: Members | None
@@ -75,10 +75,10 @@ class Tracked:
 
 @dataclass(eq=False)
 class Meter:
-    """Measures how far programs are from `original`, the one before any approximate pass.
+    """Measures the distance of programs from `original`, the one before any approximate pass.
 
-    `layers` are the original's, by the value that each gives. `results` are the original's
-    outputs case by case, `choices` its routers' choices, i64[T, k] by layer.
+    `layers` are the original's, by their results. `results` are the original's outputs case by
+    case, `choices` its routers' choices, i64[T, k] by layer.
     """
 
     original: Program
@@ -91,9 +91,9 @@ class Meter:
         self.outputs = [i for i, v in enumerate(graph.outputs) if v.dtype in FLOATS]
         self.text = self._language_model()
         probes = [layer.route.outputs[1] for layer in self.layers.values()]
-        made = list(self.run(self.original, probes))
-        self.results = [parts[: len(self.outputs)] for parts in made]
-        ids = zip(*(parts[len(self.outputs) :] for parts in made), strict=True)
+        runs = list(self.run(self.original, probes))
+        self.results = [parts[: len(self.outputs)] for parts in runs]
+        ids = zip(*(parts[len(self.outputs) :] for parts in runs), strict=True)
         self.choices = (
             {key: torch.cat(parts) for key, parts in zip(self.layers, ids, strict=True)}
             if self.layers
@@ -106,26 +106,26 @@ class Meter:
 
     @property
     def tokens(self) -> int:
-        """How many tokens a layer routes, over all cases."""
+        """The number of tokens that a layer routes, over all cases."""
         return max((len(ids) for ids in self.choices.values()), default=self.calibration.tokens)
 
     def check_size(self) -> None:
-        """Raises UsageError where the data are too few to tell the experts apart, or where
-        nothing that the model gives can be compared."""
+        """Raises UsageError where an expert gets fewer than 16 tokens on average, or where the
+        model has no float output to compare."""
         if not self.outputs:
             raise UsageError("the model gives whole numbers alone: no distance can be measured")
         for key, layer in self.layers.items():
-            need, found = 16 * layer.count // layer.routing.k, len(self.choices[key])
-            if found < need:
+            need, tokens = 16 * layer.count // layer.routing.k, len(self.choices[key])
+            if tokens < need:
                 raise UsageError(
-                    f"the calibration data hold {found} tokens, too few to tell the {layer.count} "
+                    f"the calibration data hold {tokens} tokens, too few to tell the {layer.count} "
                     f"experts of {layer.name} apart: give at least {need}"
                 )
 
     def run(
         self, program: Program, probes: Sequence[Value], cases: Sequence[Inputs] | None = None
     ) -> Iterator[Tensors]:
-        """For each case the float outputs of the program, and after them the probed values."""
+        """For each case the float outputs of the program, followed by the `probes`."""
         graph = replace(
             program.graph,
             outputs=(*(program.graph.outputs[i] for i in self.outputs), *probes),
@@ -145,27 +145,29 @@ class Meter:
     def _widened(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype not in (torch.bfloat16, torch.float16):
             return tensor
-        known = self._wide.get(id(tensor))
-        if known is None or known[0] is not tensor:
-            known = self._wide[id(tensor)] = (tensor, tensor.float())
-        return known[1]
+        cached = self._wide.get(id(tensor))
+        if cached is None or cached[0] is not tensor:
+            cached = self._wide[id(tensor)] = (tensor, tensor.float())
+        return cached[1]
 
-    def seen(self, program: Program, layers: Sequence[Layer]) -> Iterator[Seen]:
-        """What each of the layers does on the data in this program, a few layers at a time."""
+    def layer_stats(self, program: Program, layers: Sequence[Layer]) -> Iterator[LayerStats]:
+        """The statistics of each layer in this program, computed a few layers at a time."""
         for start in range(0, len(layers), LAYERS_A_RUN):
-            some = layers[start : start + LAYERS_A_RUN]
-            probes = [value for layer in some for value in _observed(layer)]
-            parts: list[list[Tensors]] = [[] for _ in some]
-            for made in self.run(program, probes):
-                found = made[len(self.outputs) :]
-                for place, layer in enumerate(some):
-                    parts[place].append(_reduced(layer, found[6 * place : 6 * place + 6]))
-            for own in parts:
-                yield Seen(*(torch.cat(tensors) for tensors in zip(*own, strict=True)))
+            group = layers[start : start + LAYERS_A_RUN]
+            probes = [value for layer in group for value in _observed(layer)]
+            parts: list[list[Tensors]] = [[] for _ in group]
+            for results in self.run(program, probes):
+                probed = results[len(self.outputs) :]
+                for position, layer in enumerate(group):
+                    parts[position].append(_reduced(layer, probed[6 * position : 6 * position + 6]))
+            for layer_parts in parts:
+                yield LayerStats(
+                    *(torch.cat(tensors) for tensors in zip(*layer_parts, strict=True))
+                )
 
     def held(self, program: Program, value: Value) -> torch.Tensor:
-        """What a value of the program holds, the rows of all cases joined."""
-        return _rows([made[-1] for made in self.run(program, [value])])
+        """A value of the program, [R, D]: the rows of all cases concatenated."""
+        return _rows([results[-1] for results in self.run(program, [value])])
 
     def measure(
         self,
@@ -173,8 +175,8 @@ class Meter:
         tracked: Mapping[Value, Tracked] | None = None,
         outputs: Sequence[Value] = (),
     ) -> tuple[Distance, dict[Value, float], list[torch.Tensor]]:
-        """How far the program is from the original; for each tracked layer the share of tokens
-        whose experts changed; and what `outputs`, those of some layers, hold."""
+        """The program's distance from the original; for each tracked layer the share of tokens
+        whose experts changed; and the rows [R, D] of each of `outputs`, results of layers."""
         tracked = tracked or {}
         alive = [key for key, t in tracked.items() if t.members is not None]
         probes = [self.layers[key].route.outputs[1] for key in alive]
@@ -182,13 +184,13 @@ class Meter:
         sums = _Sums()
         ids: list[Tensors] = []
         rows: list[Tensors] = []
-        for case, made, right in zip(
+        for case, results, right in zip(
             self.calibration.cases, self.run(program, probes), self.results, strict=True
         ):
-            sums.add(made[: len(self.outputs)], right, self.text, case)
-            found = made[len(self.outputs) :]
-            ids.append(found[: len(alive)])
-            rows.append(found[len(alive) :])
+            sums.add(results[: len(self.outputs)], right, self.text, case)
+            probed = results[len(self.outputs) :]
+            ids.append(probed[: len(alive)])
+            rows.append(probed[len(alive) :])
         shares = dict.fromkeys(tracked, 1.0)
         for key, parts in zip(alive, zip(*ids, strict=True), strict=True):
             members = tracked[key].members
@@ -198,21 +200,21 @@ class Meter:
         return distance, shares, [_rows(parts) for parts in zip(*rows, strict=True)]
 
     def _language_model(self) -> tuple[int, int] | None:
-        """Which input holds token ids and which of the float outputs the scores of the next
-        token, where the model is a causal language model: changing a text's last token changes
-        no score before it."""
+        """The index of the input with token ids, and of the float output with the scores of the
+        next token, of a causal language model; None for any other model. Causal: a change of the
+        last token of a text changes no score before it."""
         graph = self.original.graph
         for i, value in enumerate(graph.inputs):
             rows = table_rows(graph, value)
-            for place, o in enumerate(self.outputs):
+            for position, o in enumerate(self.outputs):
                 scores = graph.outputs[o]
                 fits = value.shape == scores.shape[:-1] and len(value.shape) > 0
                 width = scores.shape[-1] if scores.shape else 0
                 if rows and fits and isinstance(width, int) and width >= rows:
-                    return (i, place) if self._causal(i, place, rows) else None
+                    return (i, position) if self._causal(i, position, rows) else None
         return None
 
-    def _causal(self, i: int, place: int, rows: int) -> bool:
+    def _causal(self, i: int, position: int, rows: int) -> bool:
         names = {str(value.shape[:1]) for value in self.original.graph.inputs}
         case = self.calibration.cases[0]
         if len(names) == 1 and self.original.graph.inputs[i].shape[0] != 1:
@@ -221,8 +223,8 @@ class Meter:
             return False
         other = tuple(tensor.clone() for tensor in case)
         other[i][..., -1] = (other[i][..., -1] + 1) % rows
-        made = self.run(self.original, (), (case, other))
-        a, b = (results[place][..., :-1, :] for results in made)
+        runs = self.run(self.original, (), (case, other))
+        a, b = (results[position][..., :-1, :] for results in runs)
         return bool((a - b).norm() <= 1e-3 * a.norm())
 
 
@@ -237,8 +239,8 @@ def _observed(layer: Layer) -> tuple[Value, ...]:
     return layer.dispatch.inputs[0], experts, weights, rows, order, layer.route.inputs[0]
 
 
-def _reduced(layer: Layer, found: Tensors) -> Tensors:
-    x, ids, weights, rows, order, logits = found
+def _reduced(layer: Layer, probed: Tensors) -> Tensors:
+    x, ids, weights, rows, order, logits = probed
     lengths = torch.zeros(ids.numel())
     lengths[order.long()] = rows.float().norm(dim=-1)
     norms = lengths.reshape(ids.shape)
@@ -248,32 +250,33 @@ def _reduced(layer: Layer, found: Tensors) -> Tensors:
 
 @dataclass
 class _Sums:
-    """What the distances add up from, case by case."""
+    """The sums, over cases, that distances are computed from: squared errors and norms, KL
+    divergence, and negative log likelihood in nats."""
 
     off: float = 0.0
-    whole: float = 0.0
+    norm: float = 0.0
     kl: float = 0.0
     nats: float = 0.0
     tokens: int = 0
     predicted: int = 0
 
     def add(
-        self, made: Tensors, right: Tensors, text: tuple[int, int] | None, case: Tensors
+        self, results: Tensors, right: Tensors, text: tuple[int, int] | None, case: Tensors
     ) -> None:
-        for got, wanted in zip(made, right, strict=True):
-            self.off += float((got - wanted).norm()) ** 2
-            self.whole += float(wanted.norm()) ** 2
+        for got, expected in zip(results, right, strict=True):
+            self.off += float((got - expected).norm()) ** 2
+            self.norm += float(expected.norm()) ** 2
         if text is None:
             return
         ids = case[text[0]]
-        q, p = (t[text[1]].log_softmax(-1) for t in (made, right))
+        q, p = (t[text[1]].log_softmax(-1) for t in (results, right))
         self.kl += float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
         self.tokens += ids.numel()
         self.nats -= float(q[..., :-1, :].gather(-1, ids[..., 1:, None].long()).sum())
         self.predicted += ids[..., 1:].numel()
 
     def distance(self, share: float) -> Distance:
-        error = math.sqrt(self.off / self.whole) if self.whole else math.sqrt(self.off)
+        error = math.sqrt(self.off / self.norm) if self.norm else math.sqrt(self.off)
         if not self.tokens:
             return Distance(error, share)
         return Distance(
@@ -282,9 +285,9 @@ class _Sums:
 
 
 def changed(original: torch.Tensor, ids: torch.Tensor, members: Members) -> float:
-    """The share of tokens that are not sent to just the experts that the original sends them to:
-    another one, or one that stands for more than itself."""
-    alone = torch.tensor([own[0] if len(own) == 1 else -1 for own in members] + [-2])
+    """The share of tokens whose experts are not exactly those of the original: one is another
+    expert, or replaces more than one."""
+    alone = torch.tensor([experts[0] if len(experts) == 1 else -1 for experts in members] + [-2])
     now = alone[ids.clamp(max=len(members))]
     if now.shape != original.shape:
         return 1.0
@@ -297,5 +300,5 @@ def _exp(nats: float) -> float:
 
 
 def float32(tensor: torch.Tensor) -> torch.Tensor:
-    """bf16 and f16 widened; any other tensor itself."""
+    """A bf16 or f16 tensor as float32; any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,14 +1,14 @@
 """Weights rounded to a grid so that a layer's results, not its weights, stay close.
 
 For y = W x over inputs X with the Hessian H = X X^T, columns are rounded one after the other, and
-what a column loses is made up for by those that are still to come (GPTQ, arXiv 2210.17323, the
+the error of a column is compensated by the columns that follow (GPTQ, arXiv 2210.17323, the
 Cholesky form of its section 3.3). Any number of matrices at once: experts that share a shape are
 solved as one batch (QMoE, arXiv 2310.16795, section 3.2).
 
     solved = solve(weight, hessian(rows), lambda column, k: column.round())
 
-Where layers before have been rounded already, what enters is X' and no longer X: `aimed` gives the
-weight whose results on X' come closest to W X, which is then solved in the place of W.
+Where earlier layers are rounded already, the inputs are X' instead of X: `aimed` gives the weight
+whose results on X' are closest to W X, which is then solved in place of W.
 """
 
 from __future__ import annotations
@@ -54,32 +54,34 @@ def solve(
         raise ValueError(f"a Hessian {list(hessian.shape)} for weights {list(weight.shape)}")
     factor, nearest = _factor(hessian.float(), damping)
     left = weight.detach().to(torch.float32, copy=True)
-    made = torch.empty_like(left)
+    rounded = torch.empty_like(left)
     for start in range(0, width, block):
         stop = min(start + block, width)
         lost = torch.empty_like(left[..., start:stop])
         for k in range(start, stop):
             column = left[..., k]
-            made[..., k] = grid(column, k)
-            lost[..., k - start] = (column - made[..., k]) / factor[..., k, k, None]
+            rounded[..., k] = grid(column, k)
+            lost[..., k - start] = (column - rounded[..., k]) / factor[..., k, k, None]
             share = lost[..., k - start, None] * factor[..., k, None, k:stop]
             left[..., k:stop] -= share
         left[..., stop:] -= lost @ factor[..., start:stop, stop:]
-    return Solved(made, nearest)
+    return Solved(rounded, nearest)
 
 
 def solve_ordered(
     weight: Tensor, hessian: Tensor, grid: Callable[[Tensor], Tensor], damping: float = DAMPING
 ) -> Solved:
-    """`solve` with the columns of the largest inputs first, so that the others are left to make up
-    for them (the act-order of GPTQ's authors). The grid is the same for all columns."""
+    """`solve` with the columns of the largest inputs first, so that the others compensate them
+    (the act-order of GPTQ's authors). The grid is the same for all columns."""
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     columns = order[..., None, :]
-    own = hessian.gather(-1, columns.expand_as(hessian))
-    own = own.gather(-2, order[..., None].expand_as(hessian))
+    ordered = hessian.gather(-1, columns.expand_as(hessian))
+    ordered = ordered.gather(-2, order[..., None].expand_as(hessian))
     columns = columns.expand_as(weight)
-    made = solve(weight.gather(-1, columns), own, lambda column, _: grid(column), damping)
-    return Solved(torch.empty_like(made.weight).scatter_(-1, columns, made.weight), made.nearest)
+    solved = solve(weight.gather(-1, columns), ordered, lambda column, _: grid(column), damping)
+    return Solved(
+        torch.empty_like(solved.weight).scatter_(-1, columns, solved.weight), solved.nearest
+    )
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
@@ -95,18 +97,20 @@ def aimed(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DAMPI
     the damped Hessian has no inverse. (The closed form for one layer, V = W X X'^T (X' X'^T)^-1.)
     """
     hessian = hessian.float()
-    known = damped(hessian, damping)
-    lower, info = torch.linalg.cholesky_ex(known)
+    damped_hessian = damped(hessian, damping)
+    lower, info = torch.linalg.cholesky_ex(damped_hessian)
     singular = (info != 0)[..., None, None]
-    wanted = weight.float() @ (cross.float() + (known - hessian))
+    rhs = weight.float() @ (cross.float() + (damped_hessian - hessian))
     unit = torch.eye(hessian.shape[-1])
-    made = torch.cholesky_solve(wanted.mT, torch.where(singular, unit, lower)).mT
-    return torch.where(singular | ~made.isfinite().all(-1).all(-1)[..., None, None], weight, made)
+    solution = torch.cholesky_solve(rhs.mT, torch.where(singular, unit, lower)).mT
+    return torch.where(
+        singular | ~solution.isfinite().all(-1).all(-1)[..., None, None], weight, solution
+    )
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the damped Hessian's inverse; the identity, under which each
-    column is rounded for itself, where there is none."""
+    """The upper Cholesky factor of the damped Hessian's inverse, f32[.., K, K], and whether the
+    Hessian is singular, bool[..]: the factor is then the identity, which rounds to nearest."""
     unit = torch.eye(hessian.shape[-1])
     lower, info = torch.linalg.cholesky_ex(damped(hessian, damping))
     singular = info != 0

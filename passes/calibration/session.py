@@ -1,9 +1,9 @@
-"""How passes run that change a model: layer by layer, each change measured, within a budget.
+"""How approximate passes run: layer by layer, each change measured, within a budget.
 
-Such a pass is a frozen dataclass whose fields are its options, as every pass; in the place of
-`run` it has `change`, which makes the next program from one layer and what that layer saw on the
-calibration data. Layers are MoE blocks, or those that the pass itself finds. Here it becomes a
-pass of the pipeline.
+An approximate pass is a frozen dataclass whose fields are its options, as every pass; in place of
+`run` it has `change`, which returns the next program for one layer and its statistics on the
+calibration data. Layers are MoE blocks, or those that `observe` of the pass returns. `Measured`
+makes it a pass of the pipeline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moec.ir.graph import Program, Stage, Value
 from moec.ir.stats import product_flops, stored_bytes
 from moec.passes.calibration.budget import Budget, BudgetError
 from moec.passes.calibration.data import calibration, tokens_in
-from moec.passes.calibration.evaluator import Members, Meter, Place, Seen, Tracked
+from moec.passes.calibration.evaluator import LayerStats, Members, Meter, Place, Tracked
 from moec.passes.core.damage import Damage, Distance, LayerDamage
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
 from moec.passes.core.options import show
@@ -30,8 +30,8 @@ from moec.passes.core.runner import Kind, Log, Pass
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a pass makes of one layer: the next program, which of the layer's experts each new
-    expert stands for (None where no router is left), and what was done, in words."""
+    """The change of one layer: the next program, for each new expert the layer's experts that it
+    replaces (None where no router is left), and a description for the report."""
 
     program: Program
     members: Members | None
@@ -47,9 +47,9 @@ class Approximate(Protocol):
     @property
     def name(self) -> str: ...
 
-    def change(self, program: Program, layer: Any, seen: Any) -> Change:
-        """The program with a layer (a `Layer`, or what `observe` finds) changed by what was
-        `seen` (a `Seen`, or what `observe` gives). Raises NoMatch for one it cannot change."""
+    def change(self, program: Program, layer: Any, stats: Any) -> Change:
+        """Changes `layer` by its statistics: a `Layer` and `LayerStats`, or a layer and an item
+        of `observe`. Raises NoMatch for a layer that it cannot change."""
         ...
 
 
@@ -60,8 +60,8 @@ class Observing(Protocol):
     def observe(
         self, program: Program, meter: Meter, log: Log
     ) -> tuple[Sequence[Place], Iterator[Any]]:
-        """The layers, and in their order what `change` is told of each. Raises UsageError for
-        data that tell too little."""
+        """The layers, and for each, in the same order, the `stats` of `change`. Raises UsageError
+        for data that do not suffice."""
         ...
 
 
@@ -69,15 +69,15 @@ class Observing(Protocol):
 class Foresighted(Protocol):
     """An approximate pass that looks at all layers before it changes the first."""
 
-    def planned(self, program: Program, layers: Iterable[tuple[Layer, Seen]]) -> Approximate:
-        """The pass that makes the changes; it is asked for those layers alone."""
+    def planned(self, program: Program, layers: Iterable[tuple[Layer, LayerStats]]) -> Approximate:
+        """The pass that changes these layers, and only these."""
         ...
 
 
 @dataclass(eq=False)
 class Frame:
-    """What the approximate passes of one compilation share: the data, the budget, the distance
-    so far. The model before the first of them is the one that all are measured against."""
+    """The state that the approximate passes of one compilation share: data, budget, and the
+    distance so far from the model before the first of them."""
 
     calib: Any
     files: Mapping[str, Path]
@@ -88,7 +88,7 @@ class Frame:
     distance: Distance | None = None
 
     def start(self, program: Program) -> Meter:
-        """Measure the program as it is, once."""
+        """The meter of this compilation; the first call measures `program` as the original."""
         if self.meter is not None:
             return self.meter
         data = calibration(self.calib, program, self.files)
@@ -139,23 +139,25 @@ class Measured(Pass):
         inner = self.inner
         if isinstance(inner, Foresighted):
             experts = _layers(program, Log())
-            inner = inner.planned(before, zip(experts, meter.seen(before, experts), strict=True))
-        held: dict[Value, torch.Tensor] = {}  # what layers give in the program as it stands
-        for layer, following, seen in zip(
+            inner = inner.planned(
+                before, zip(experts, meter.layer_stats(before, experts), strict=True)
+            )
+        held: dict[Value, torch.Tensor] = {}  # results of layers in the current program
+        for layer, following, stats in zip(
             layers, [*layers[1:], None][: len(layers)], observed, strict=True
         ):
             try:
-                change = inner.change(program, layer, seen)
+                change = inner.change(program, layer, stats)
             except NoMatch as why:
                 log.decline(layer.name, str(why))
                 continue
             if not log.spend(f"{layer.name}: {change.says}"):
                 break
             tracked = dict(frame.tracked)
-            known = tracked.get(layer.output, Tracked(layer, None))
-            tracked[layer.output] = _composed(change, known)
+            lineage = tracked.get(layer.output, Tracked(layer, None))
+            tracked[layer.output] = _composed(change, lineage)
             outputs = [layer.output] + ([following.output] if following else [])
-            distance, shares, made = meter.measure(change.program, tracked, outputs)
+            distance, shares, results = meter.measure(change.program, tracked, outputs)
             right = held.pop(layer.output, None)
             if right is None:
                 right = meter.held(program, layer.output)
@@ -171,7 +173,7 @@ class Measured(Pass):
                 bool(breach),
                 0 if breach else stored_bytes(program) - stored_bytes(change.program),
                 0.0 if breach else self._flops(program) - self._flops(change.program),
-                float((made[0] - right).norm() / right.norm().clamp(min=1e-30)),
+                float((results[0] - right).norm() / right.norm().clamp(min=1e-30)),
                 shares[layer.output],
                 distance,
             )
@@ -180,7 +182,7 @@ class Measured(Pass):
                 log.decline(layer.name, line.says)
                 continue
             program, frame.tracked, frame.distance = change.program, tracked, distance
-            held = dict(zip(outputs[1:], made[1:], strict=True))
+            held = dict(zip(outputs[1:], results[1:], strict=True))
         assert frame.distance is not None
         log.damage = Damage(
             show(self.inner),
@@ -202,10 +204,11 @@ class Measured(Pass):
         if isinstance(self.inner, Observing):
             return self.inner.observe(program, meter, log)
         layers = _layers(program, log)
-        return layers, meter.seen(program, layers)
+        return layers, meter.layer_stats(program, layers)
 
     def _flops(self, program: Program) -> float:
-        """A token's, in the first case of the data: one that a block routes, or the model reads."""
+        """FLOPs per token in the first case of the data. Tokens are those that a block routes, or
+        without blocks those of the first input."""
         meter = self.frame.meter
         assert meter is not None
         sizes: dict[str, int] = {}
@@ -218,20 +221,20 @@ class Measured(Pass):
 
 
 def _layers(program: Program, log: Log) -> list[Layer]:
-    found = []
+    layers = []
     for op in program.graph.ops:
         if op.name == "moe.experts":
             try:
-                found.append(layer_of(program.graph, op))
+                layers.append(layer_of(program.graph, op))
             except NoMatch as why:
                 log.decline(name_of(op), str(why))
-    return found
+    return layers
 
 
 def _composed(change: Change, before: Tracked) -> Tracked:
-    """Whom the new experts stand for among the original's."""
+    """The lineage after a change: the original experts that each new expert replaces."""
     if change.members is None or before.members is None:
         return Tracked(before.layer, None)
-    known = before.members
-    members = tuple(tuple(o for e in own for o in known[e]) for own in change.members)
+    originals = before.members
+    members = tuple(tuple(o for e in experts for o in originals[e]) for experts in change.members)
     return Tracked(before.layer, members)

@@ -65,7 +65,8 @@ def name_of(experts: Op) -> str:
 
 
 def layer_of(graph: Graph, experts: Op) -> Layer:
-    """The block around a moe.experts. Raises NoMatch where it is not whole, or not on its own."""
+    """The block around a moe.experts. Raises NoMatch where an op is missing, or where others read
+    its choices or rows."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
     if [op.name for op in readers] != ["moe.combine"]:
@@ -90,7 +91,7 @@ def layer_of(graph: Graph, experts: Op) -> Layer:
 
 
 def constant(program: Program, value: Value) -> torch.Tensor:
-    """What a value that depends on weights alone holds. Raises NoMatch where it does not."""
+    """A value that depends on weights alone. Raises NoMatch for one that depends on inputs."""
     graph = program.graph
     if value.name in program.weights and value in graph.params:
         return program.weights[value.name]
@@ -102,20 +103,20 @@ def constant(program: Program, value: Value) -> torch.Tensor:
 
 
 def outputs(layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What each expert gives for the same rows x [N, D], in float32: [E, N, D]; `stacks` [E, …]
-    by the body's own weights."""
+    """The result of each expert for the same rows x [N, D], in float32: [E, N, D]. `stacks` maps
+    the params of the body to tensors [E, …]."""
     assert layer.experts.body is not None
     body = widen(layer.experts.body)
     with torch.no_grad():
-        made = [
+        results = [
             run_graph(body, [x.float(), *(stack[e].float() for stack in stacks.values())])[0]
             for e in range(layer.count)
         ]
-    return torch.stack(made)
+    return torch.stack(results)
 
 
 class Splice:
-    """What shall stand in the place of some ops of a graph, with the weights that this needs."""
+    """Replacements for some ops of a graph, with their new weights."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -142,36 +143,38 @@ class Splice:
         like: Op,
         **attrs: Attr,
     ) -> Value:
-        """Append an op of one result to `ops`, at the place in the model of `like`."""
-        made = self.value(like.outputs[0].name, type)
-        ops.append(Op(name, tuple(inputs), (made,), attrs, None, like.origin))
-        return made
+        """Append an op with one result to `ops`, with the origin of `like`."""
+        value = self.value(like.outputs[0].name, type)
+        ops.append(Op(name, tuple(inputs), (value,), attrs, None, like.origin))
+        return value
 
     def cast(self, ops: list[Op], value: Value, dtype: str, like: Op) -> Value:
-        """`value` as another dtype; itself, where it has that."""
+        """`value` cast to a dtype; `value` itself where it has that dtype."""
         if value.dtype == dtype:
             return value
         type = TensorType(dtype, value.shape)
         return self.emit(ops, "aten._to_copy.default", (value,), type, like, dtype=DType(dtype))
 
     def put(self, old: Op, new: Sequence[Op]) -> None:
-        """`new` stands for `old` from here on; together they make old's outputs, or what reads
-        them is replaced too."""
+        """Replaces `old` by `new`, which computes the outputs of `old`, unless their readers are
+        replaced too."""
         self.replaced[old] = list(new)
 
     def done(self) -> Program:
-        """The next program, without the ops and the weights that nobody reads any more."""
+        """The next program, without ops and weights that are not read any more."""
         graph, weights = self.program.graph, self.program.weights
         ops = tuple(new for old in graph.ops for new in self.replaced.get(old, [old]))
         graph = drop_dead(replace(graph, ops=ops, params=(*graph.params, *self.weights)))
-        own = {value.name: tensor for value, tensor in self.weights.items()}
-        kept = (*graph.params, *(state.before for state in graph.states))
-        names = [value.name for value in kept]
-        return Program(graph, {n: own[n] if n in own else weights[n] for n in names})
+        new_weights = {value.name: tensor for value, tensor in self.weights.items()}
+        stored = (*graph.params, *(state.before for state in graph.states))
+        names = [value.name for value in stored]
+        return Program(
+            graph, {n: new_weights[n] if n in new_weights else weights[n] for n in names}
+        )
 
 
 def experts_replaced(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor]) -> None:
-    """Put other stacks [E', …] in the place of the layer's own; the router is the caller's."""
+    """Replaces the layer's stacks by others, [E', …]. The caller replaces the router."""
     count = len(stacks[0])
     ends = splice.value(layer.dispatch.outputs[2].name, TensorType("i32", (count,)))
     rows, order, _ = layer.dispatch.outputs

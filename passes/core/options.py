@@ -1,4 +1,4 @@
-"""The options of a pass: the fields of its dataclass, each with what it says and what it may be."""
+"""The options of a pass: the fields of its dataclass, with their descriptions and limits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moec.errors import UsageError
 P = TypeVar("P")
 
 Given: TypeAlias = Mapping[str, Any]
-"""Inputs of the model with what they are bound to: an option for each name that is given."""
+"""Values of inputs of the model by name: an option for each input that is bound."""
 Model: TypeAlias = Any
-"""A model besides the one that is compiled: its path, where it is given as text."""
+"""A model besides the one that is compiled: a module, or as text its path."""
 NUMBERS = "a number, or numbers with : between them"
 
 _WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}
@@ -35,15 +35,15 @@ def option(
     return field(default=default, metadata=limits)
 
 
-def validate(made: Any) -> None:
-    """What `__post_init__` of a pass calls. Raises UsageError for a value that a field refuses."""
-    hints = get_type_hints(type(made))
-    for f in fields(made):
-        value = getattr(made, f.name)
+def validate(pass_: Any) -> None:
+    """Raises UsageError for a value beyond a field's limits; for `__post_init__` of a pass."""
+    hints = get_type_hints(type(pass_))
+    for f in fields(pass_):
+        value = getattr(pass_, f.name)
         if hints[f.name] in (Given, Model):
             continue  # compared with the model as the pass runs
         if not _fits(f, hints[f.name], value):
-            raise UsageError(f"{made.name}: {f.name} is {value!r}, expected {expected(f, made)}")
+            raise UsageError(f"{pass_.name}: {f.name} is {value!r}, expected {expected(f, pass_)}")
 
 
 def _fits(f: Field[Any], kind: type, value: Any) -> bool:
@@ -60,7 +60,7 @@ def _fits(f: Field[Any], kind: type, value: Any) -> bool:
 
 
 def expected(f: Field[Any], of: Any) -> str:
-    """What a field takes: "a number from 0 to 1", "one of usage, random"."""
+    """The values that a field takes, in words: "a number from 0 to 1", "one of usage, random"."""
     if f.metadata.get("choices"):
         return f"one of {', '.join(f.metadata['choices'])}"
     kind = get_type_hints(of if isinstance(of, type) else type(of))[f.name]
@@ -80,43 +80,45 @@ def default(f: Field[Any]) -> str:
 
 
 def made_from(kind: type[P], text: str, where: str) -> P:
-    """A pass from its options as text, such as "keep=0.5,by=usage"; `where` is what was written.
+    """A pass from its options as text, such as "keep=0.5,by=usage"; `where` is the user's text.
 
     Raises UsageError for an option that does not exist or a value of another type.
     """
     hints = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    given: dict[str, Any] = {}
+    options = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     free = next((name for name, hint in hints.items() if hint == Given), None)
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if free is not None and name not in known and name and equals:
+        if free is not None and name not in options and name and equals:
             if name in inputs:
                 raise UsageError(f"{where}: {name} is given twice")
             inputs[name] = _numbers(value, name, where)
             continue
-        if name not in known or not equals:
-            names = ", ".join("INPUT=VALUE" if n == free else n for n in known)
-            have = f"takes {names}" if known else "has no options"
+        if name not in options or not equals:
+            names = ", ".join("INPUT=VALUE" if n == free else n for n in options)
+            have = f"takes {names}" if options else "has no options"
             what = f"there is no option {name}" if equals else f"write {part} as option=value"
             raise UsageError(f"{where}: {what}; {_name(kind)} {have}")
-        if name in given:
+        if name in values:
             raise UsageError(f"{where}: {name} is given twice")
         try:
-            given[name] = _read(hints[name], value)
+            values[name] = _read(hints[name], value)
         except ValueError:
-            wanted = expected(known[name], kind)
-            raise UsageError(f"{where}: {name} is {value!r}, expected {wanted}") from None
-    return kind(**given, **({free: inputs} if free else {}))
+            description = expected(options[name], kind)
+            raise UsageError(f"{where}: {name} is {value!r}, expected {description}") from None
+    return kind(**values, **({free: inputs} if free else {}))
 
 
 def _numbers(text: str, name: str, where: str) -> Any:
     try:
-        made = [float(part) if set(part) & set(".eEnN") else int(part) for part in text.split(":")]
+        numbers = [
+            float(part) if set(part) & set(".eEnN") else int(part) for part in text.split(":")
+        ]
     except ValueError:
         raise UsageError(f"{where}: {name} is {text!r}, expected {NUMBERS}") from None
-    return made if len(made) > 1 else made[0]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _name(kind: type) -> str:
@@ -133,21 +135,21 @@ def _refuse() -> Any:
     raise ValueError
 
 
-def show(made: Any) -> str:
+def show(pass_: Any) -> str:
     """A pass as it is written: "merge-experts(keep=0.5)"."""
     values: dict[str, Any] = {}
-    for f in fields(made):
-        value = getattr(made, f.name)
+    for f in fields(pass_):
+        value = getattr(pass_, f.name)
         values |= show_given(value) if isinstance(value, Mapping) else {f.name: value}
     options = ",".join(f"{name}={value}" for name, value in values.items())
-    return f"{made.name}({options})" if options else str(made.name)
+    return f"{pass_.name}({options})" if options else str(pass_.name)
 
 
-def show_given(given: Given) -> dict[str, str]:
+def show_given(inputs: Given) -> dict[str, str]:
     """The values of inputs, as they are written."""
     return {
         name: ":".join(map(str, torch.as_tensor(value).flatten().tolist()))
-        for name, value in given.items()
+        for name, value in inputs.items()
     }
 
 
@@ -162,9 +164,9 @@ def split(text: str) -> list[str]:
     items: list[str] = []
     at = 0
     while at < len(text):
-        found = _ITEM.match(text, at)
-        if found is None:
+        match = _ITEM.match(text, at)
+        if match is None:
             raise UsageError(f"--passes {text}: a parenthesis has no partner")
-        items.append(found[1].strip())
-        at = found.end()
+        items.append(match[1].strip())
+        at = match.end()
     return [item for item in items if item]

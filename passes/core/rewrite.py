@@ -1,9 +1,9 @@
 """How a rule turns one graph into the next: a walk in order, re-emitting every op.
 
-A rule sees an op whose inputs already belong to the new graph, looks up producers in the
-`Builder`, emits what shall stand for the op, and answers with the values that replace its
-outputs, or None. Rules never delete: ops left without readers are dropped at the end, so a
-match whose inner values have other readers stays correct.
+A rule gets an op whose inputs already belong to the new graph, looks up producers in the
+`Builder`, emits the replacement of the op, and returns the values that replace its outputs, or
+None. Rules never delete: ops left without readers are dropped at the end, so a match whose inner
+values have other readers stays correct.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Builder:
         self.counts: dict[str, int] = {}
 
     def fresh(self, name: str) -> str:
-        """`name`, or where that is taken its stem with the first free number: `name_2` …"""
+        """`name` if it is free, else its stem with the first free number: `name_2` …"""
         if name in self.names:
             stem = _NUMBER.sub("", name)
             count = self.counts.get(stem, 1) + 1
@@ -69,7 +69,7 @@ class Builder:
         body: Graph | None = None,
         named: str | Sequence[str] | None = None,
     ) -> tuple[Value, ...]:
-        """Append an op that stands for `like`: its origin, and names made from its names.
+        """Append an op in place of `like`: with its origin, and output names from its names.
 
         `types` may be left out for moec's own ops, whose type rule gives them; `named` is one
         name, or one for each output.
@@ -93,17 +93,17 @@ def rewrite(graph: Graph, rule: Rule, log: Log) -> Graph:
     for old in graph.ops:
         op = replace(old, inputs=tuple(new[v] for v in old.inputs))
         mark = len(builder.ops)
-        made: Sequence[Value] | None = None
+        results: Sequence[Value] | None = None
         try:
-            made = rule(op, builder)
+            results = rule(op, builder)
         except NoMatch as why:
             log.decline(op.origin or op.outputs[0].name, str(why))
-        if made is not None and not log.spend(str(op)):
-            made = None
-        if made is None:
+        if results is not None and not log.spend(str(op)):
+            results = None
+        if results is None:
             del builder.ops[mark:]
-            made = builder.append(op)
-        new |= dict(zip(old.outputs, made, strict=True))
+            results = builder.append(op)
+        new |= dict(zip(old.outputs, results, strict=True))
     return rebuild(graph, builder.ops, new, params=builder.params)
 
 
@@ -114,7 +114,7 @@ def rebuild(
     *,
     params: Sequence[Value] | None = None,
 ) -> Graph:
-    """`graph` with other ops, results mapped by `new`, and what nobody reads left out."""
+    """`graph` with other ops and results mapped by `new`, without dead ops and params."""
     outputs = tuple(new.get(v, v) for v in graph.outputs)
     states = tuple(State(s.before, new.get(s.after, s.after)) for s in graph.states)
     return drop_dead(
@@ -130,18 +130,18 @@ def rebuild(
 
 def mentioned(op: Op) -> set[str]:
     """The named sizes in an op's results and attributes."""
-    found = {name for value in op.outputs for dim in value.shape for name in symbols(dim)}
+    names = {name for value in op.outputs for dim in value.shape for name in symbols(dim)}
 
     def visit(attr: Attr) -> None:
         if isinstance(attr, tuple):
             for item in attr:
                 visit(item)
         elif isinstance(attr, sympy.Expr):
-            found.update(symbols(attr))
+            names.update(symbols(attr))
 
     for attr in op.attrs.values():
         visit(attr)
-    return found
+    return names
 
 
 def drop_dead(graph: Graph) -> Graph:
@@ -149,12 +149,12 @@ def drop_dead(graph: Graph) -> Graph:
     needed = set(graph.results)
     reads_sizes = any(op.name == "moec.size" for op in graph.ops)
     sizes: set[str] = set()
-    kept: list[Op] = []
+    ops: list[Op] = []
     for op in reversed(graph.ops):
         if needed.intersection(op.outputs) or op.attrs.get("name") in sizes:
-            kept.append(op)
+            ops.append(op)
             needed.update(op.inputs)
             if reads_sizes:
                 sizes |= mentioned(op)
     params = tuple(p for p in graph.params if p in needed)
-    return replace(graph, ops=tuple(reversed(kept)), params=params)
+    return replace(graph, ops=tuple(reversed(ops)), params=params)

@@ -9,16 +9,19 @@ FEWEST = 32
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well codes stand for the weights of `place`: `seen` are the rows of each expert; the
-    errors are those of its products on all of these, as a share of their norm."""
+class RoundingStats:
+    """How well codes reproduce the stack called `weight`.
 
-    place: str
-    seen: tuple[int, ...]
-    nearest: float
-    solved: float
+    Both errors are those of the experts' products on their calibration rows, relative to the norm
+    of the exact products: of weights rounded to nearest, and of the codes in use.
+    """
+
+    weight: str
+    rows_per_expert: tuple[int, ...]
+    nearest_error: float
+    gptq_error: float
 
     @property
-    def few(self) -> tuple[int, ...]:
-        """Experts that saw too few rows, and were rounded to nearest."""
-        return tuple(e for e, rows in enumerate(self.seen) if rows < FEWEST)
+    def undersampled(self) -> tuple[int, ...]:
+        """Experts with fewer than FEWEST rows: their weights are rounded to nearest."""
+        return tuple(e for e, rows in enumerate(self.rows_per_expert) if rows < FEWEST)

@@ -19,33 +19,33 @@ from moec.ir.graph import Op, Program, TensorType, Value
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
 
 
-def keep_columns(splice: Splice, layer: Layer, kept: Sequence[int]) -> None:
-    """Route over the columns `kept` alone, in that order: what masking all others to minus
-    infinity chooses, with the same weights."""
+def keep_columns(splice: Splice, layer: Layer, experts: Sequence[int]) -> None:
+    """Route over the columns of `experts` alone, in that order: the same choices and weights as
+    masking all other columns to minus infinity."""
     program = splice.program
-    index = torch.tensor(list(kept))
+    index = torch.tensor(list(experts))
     logits, *correction = layer.route.inputs
-    made: list[Op] = []
+    ops: list[Op] = []
     behind = linear_behind(program, logits)
     if behind is None:
-        logits = _picked(splice, layer, logits, index, 1, made)
+        logits = _picked(splice, layer, logits, index, 1, ops)
     else:
         logits = with_weights(
-            splice, behind, [constant(program, v)[index] for v in behind[0].inputs[1:]], made
+            splice, behind, [constant(program, v)[index] for v in behind[0].inputs[1:]], ops
         )
     inputs = [logits]
     for value in correction:
         try:
             inputs.append(splice.weight(value.name, constant(program, value)[index]))
         except NoMatch:
-            inputs.append(_picked(splice, layer, value, index, 0, made))
-    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+            inputs.append(_picked(splice, layer, value, index, 0, ops))
+    splice.put(layer.route, [*ops, replace(layer.route, inputs=tuple(inputs))])
 
 
 def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Generator) -> None:
     """Route over `count` more columns of random weights, whose bias (and correction, where there
-    is one) is minus infinity: however the scores are made of the logits, the old columns keep
-    theirs, and of equal ones the lower id wins.
+    is one) is minus infinity: the scores of the old columns stay, and of equal scores the lower id
+    wins.
 
     Raises NoMatch for a router that compares its columns otherwise, or is no linear layer.
     """
@@ -55,7 +55,7 @@ def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Gener
     if routing.score == "sparsemixer":
         raise NoMatch("the router's scores depend on which logits are near the greatest")
     logits, *correction = layer.route.inputs
-    made: list[Op] = []
+    ops: list[Op] = []
     behind = linear_behind(program, logits)
     if behind is None:
         raise NoMatch("the logits come from no linear layer with a weight of its own")
@@ -64,10 +64,10 @@ def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Gener
     never = torch.full((count,), -torch.inf)
     old = bias[0] if bias else torch.zeros(len(weight), dtype=weight.dtype)
     weights = [_longer(weight, rows), _longer(old, never)]
-    inputs = [with_weights(splice, behind, weights, made)]
+    inputs = [with_weights(splice, behind, weights, ops)]
     for value in correction:
         inputs.append(splice.weight(value.name, _longer(constant(program, value), never)))
-    splice.put(layer.route, [*made, replace(layer.route, inputs=tuple(inputs))])
+    splice.put(layer.route, [*ops, replace(layer.route, inputs=tuple(inputs))])
 
 
 def _longer(tensor: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
@@ -88,20 +88,20 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     members = torch.zeros(len(groups), layer.count, dtype=torch.bool)  # not to be trained
     for row, group in enumerate(groups):
         members[row, list(group)] = True
-    made: list[Op] = []
-    wide = splice.cast(made, logits, "f32", route)
-    share = splice.emit(made, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
+    ops: list[Op] = []
+    wide = splice.cast(ops, logits, "f32", route)
+    share = splice.emit(ops, "aten.softmax.int", (wide,), wide.type, route, dim=-1)
     type = TensorType("f32", (logits.shape[0], len(groups)))
     matrix = splice.weight(f"{route.origin or logits.name}.members", members)
-    matrix = splice.cast(made, matrix, "f32", route)
-    mass = splice.emit(made, "aten.linear.default", (share, matrix), type, route)
-    score = splice.emit(made, "aten.log.default", (mass,), type, route)
-    splice.put(route, [*made, replace(route, inputs=(score,))])
+    matrix = splice.cast(ops, matrix, "f32", route)
+    mass = splice.emit(ops, "aten.linear.default", (share, matrix), type, route)
+    score = splice.emit(ops, "aten.log.default", (mass,), type, route)
+    splice.put(route, [*ops, replace(route, inputs=(score,))])
 
 
 def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
-    """The linear layer that makes the logits and the moves after it, in order; None where the
-    logits are made otherwise, or from weights that are computed or are one row for all."""
+    """The linear layer of the logits and the moves after it, in order; None where the logits come
+    from another op, or the weights are computed or not one row per expert."""
     chain: list[Op] = []
     op = program.graph.producers.get(logits)
     while op is not None and op.name in MOVES:
@@ -119,10 +119,10 @@ def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
 
 
 def with_weights(
-    splice: Splice, behind: Sequence[Op], weights: Sequence[torch.Tensor], made: list[Op]
+    splice: Splice, behind: Sequence[Op], weights: Sequence[torch.Tensor], ops: list[Op]
 ) -> Value:
-    """The logits of a linear layer with other weights [E', D] and biases [E'], moved as before;
-    the ops that make them are added to `made`."""
+    """The logits of a linear layer with other weights [E', D] and biases [E'], moved as before.
+    Appends the ops that compute them to `ops`."""
     linear, *moves = behind
     count = len(weights[0])
     params = [
@@ -137,15 +137,15 @@ def with_weights(
         new = splice.value(old.name, TensorType(old.dtype, shape))
         attrs = {**op.attrs, "shape": shape} if "shape" in op.attrs else op.attrs
         inputs = (value, *params) if op is linear else (value,)
-        made.append(replace(op, inputs=inputs, outputs=(new,), attrs=attrs))
+        ops.append(replace(op, inputs=inputs, outputs=(new,), attrs=attrs))
         value = new
     return value
 
 
 def _picked(
-    splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, made: list[Op]
+    splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, ops: list[Op]
 ) -> Value:
     shape = (*value.shape[:axis], len(index))
     inputs = (value, splice.weight(f"{layer.route.origin or value.name}.kept", index))
     type = TensorType(value.dtype, shape)
-    return splice.emit(made, "aten.index_select.default", inputs, type, layer.route, dim=axis)
+    return splice.emit(ops, "aten.index_select.default", inputs, type, layer.route, dim=axis)

@@ -14,7 +14,7 @@ from moec.ir.graph import Program, Stage
 
 if TYPE_CHECKING:
     from moec.passes.core.damage import Damage
-    from moec.passes.core.rounding_stats import Fit
+    from moec.passes.core.rounding_stats import RoundingStats
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Log:
     declined: list[Declined] = field(default_factory=list)
     rule: str = ""
     damage: Damage | None = None
-    fits: list[Fit] = field(default_factory=list)
+    fits: list[RoundingStats] = field(default_factory=list)
     says: list[str] = field(default_factory=list)
 
     def spend(self, what: str) -> bool:
@@ -109,7 +109,7 @@ class Step:
     last: str = ""
     damage: Damage | None = None
     kind: Kind = Kind.EXACT
-    fits: tuple[Fit, ...] = ()
+    fits: tuple[RoundingStats, ...] = ()
     says: tuple[str, ...] = ()
 
     @property

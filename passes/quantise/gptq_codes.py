@@ -22,7 +22,7 @@ from moec.ops.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, calibration
 from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
-from moec.passes.core.rounding_stats import FEWEST, Fit
+from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
 from moec.passes.quantise.codes import Codes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
@@ -117,7 +117,7 @@ def _rows(op: Op, made: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
 
 def calibrate(
     place: str, format: Format, weight: Tensor, rows: Sequence[Tensor]
-) -> tuple[Quantised, Fit]:
+) -> tuple[Quantised, RoundingStats]:
     """Codes for the weights [E, N, K] of experts, by the rows [R, K] that each one sees."""
     base, width = quantise(format, weight), weight.shape[-1]
     each = max(1, HELD // (4 * width * width))
@@ -146,4 +146,4 @@ def calibrate(
             errors[i] += float(((off @ seen) * off).sum(dtype=torch.float64).clamp(min=0))
     off, solved, whole = errors.tolist()
     share = (whole or 1.0) ** -0.5
-    return base, Fit(place, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)
+    return base, RoundingStats(place, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)

@@ -86,7 +86,7 @@ def test_groups_stay_as_many(logits, worth, group_score):
              if o.name == "moe.route"]  # fmt: skip
     (layer,) = layers_of(program(1))
     layer = replace(layer, route=op, dispatch=replace(layer.dispatch, attrs={"num_experts": 8}))
-    columns = torch.tensor(HALF.kept(layer, torch.tensor(worth)))
+    columns = torch.tensor(HALF.experts_to_keep(layer, torch.tensor(worth)))
     assert sum(columns < 4) == 2
     scores, mask = torch.tensor(logits).reshape(-1, 8), torch.full((8,), -torch.inf)
     mask[columns] = 0

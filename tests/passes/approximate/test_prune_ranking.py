@@ -12,7 +12,7 @@ from moec.ir.text import parse, print_graph
 from moec.passes.approximate.prune_experts import PruneExperts, ranking
 from moec.passes.approximate.reconstruction import elimination
 from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter, Seen
+from moec.passes.calibration.evaluator import LayerStats, Meter
 from moec.passes.core.moe_layer import Layer
 from tests.passes.changed import (
     LAYER,
@@ -28,7 +28,7 @@ from tests.passes.masked import kept_by, with_masks
 
 def test_what_an_expert_is_worth():
     """Three tokens: expert 0 is chosen often and adds little, expert 3 once and much."""
-    seen = Seen(
+    seen = LayerStats(
         torch.zeros(3, 8),
         torch.tensor([[0, 1], [0, 3], [0, 1]]),
         torch.full((3, 2), 0.5),
@@ -40,7 +40,7 @@ def test_what_an_expert_is_worth():
 
     def kept(**options):
         pass_ = PruneExperts(**options)
-        return pass_.kept(layer, pass_.worth(original, layer, seen))
+        return pass_.experts_to_keep(layer, pass_.worth(original, layer, seen))
 
     assert seen.usage(4).tolist() == [3, 2, 0, 1]
     assert seen.saliency(4).tolist() == [1, 2, 0, 9]
@@ -73,7 +73,7 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
     (layer,) = layers_of(original)
     data = calibration({"ids": tokens(64)}, original, {})
     meter = Meter(original, data)
-    (seen,) = meter.seen(original, [layer])
+    (seen,) = meter.layer_stats(original, [layer])
     monkeypatch.setattr(
         "moec.passes.approximate.reconstruction.HELD", 4 * 4 * 4 * 64
     )  # G of 64 rows
@@ -95,7 +95,9 @@ def test_experts_that_nobody_chooses_go_first():
     """They cost nothing; of these equals the one with the higher number goes before the other."""
     original = program(1)
     (layer,) = layers_of(original)
-    (seen,) = Meter(original, calibration({"ids": tokens()}, original, {})).seen(original, [layer])
+    (seen,) = Meter(original, calibration({"ids": tokens()}, original, {})).layer_stats(
+        original, [layer]
+    )
     seen = replace(seen, logits=seen.logits * 0 + torch.tensor([-9.0, 2.0, -8.0, 2.0]))
     worth = elimination(original, layer, seen)
     assert worth.isinf().tolist() == [False, True, False, True]
@@ -187,7 +189,7 @@ def test_norms_are_those_of_what_an_expert_adds():
     original = program(1)
     (layer,) = layers_of(original)
     data = calibration({"ids": tokens(32)}, original, {})
-    (seen,) = Meter(original, data).seen(original, [layer])
+    (seen,) = Meter(original, data).layer_stats(original, [layer])
     w1, w3, w2 = (original.weights[f"layers.0.{name}"] for name in ("w1", "w3", "w2"))
     for token in (0, 17):
         for slot in range(2):

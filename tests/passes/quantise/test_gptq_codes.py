@@ -34,8 +34,8 @@ def test_products_are_nearer_than_with_the_nearest_codes(text: str) -> None:
     made, fit = calibrate("w", format, weight, seen)
     nearest = quantise(format, weight)
     assert torch.equal(made.scales, nearest.scales)
-    assert fit.seen == (200, 300, 400)
-    assert fit.few == ()
+    assert fit.rows_per_expert == (200, 300, 400)
+    assert fit.undersampled == ()
 
     def error(found: Any) -> float:
         values = dequantise(format.kind, found.codes, found.scales, found.zeros)
@@ -44,16 +44,16 @@ def test_products_are_nearer_than_with_the_nearest_codes(text: str) -> None:
         whole = sum(float((x @ a.mT).norm()) ** 2 for x, a in zip(seen, weight, strict=True))
         return (off / whole) ** 0.5
 
-    assert fit.nearest == pytest.approx(error(nearest), rel=1e-3)
-    assert fit.solved == pytest.approx(error(made), rel=1e-3)
-    assert fit.solved < 0.9 * fit.nearest
+    assert fit.nearest_error == pytest.approx(error(nearest), rel=1e-3)
+    assert fit.gptq_error == pytest.approx(error(made), rel=1e-3)
+    assert fit.gptq_error < 0.9 * fit.nearest_error
 
 
 def test_an_expert_that_saw_too_few_rows_is_rounded_to_nearest() -> None:
     format, weight = parse("int4"), torch.randn(E, N, K)
     made, fit = calibrate("w", format, weight, rows(0, FEWEST - 1, FEWEST))
     nearest = quantise(format, weight)
-    assert fit.few == (0, 1)
+    assert fit.undersampled == (0, 1)
     assert torch.equal(made.codes[:2], nearest.codes[:2])
     assert not torch.equal(made.codes[2], nearest.codes[2])
 
