@@ -22,7 +22,7 @@ from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.options import option, validate
-from moec.passes.specialise.static_routing import kept_alone
+from moec.passes.specialise.static_routing import restrict_experts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class KeepUsed:
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         experts = self.experts_to_keep(layer, stats)
         says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
-        return Change(kept_alone(program, layer, experts), tuple((e,) for e in experts), says)
+        return Change(restrict_experts(program, layer, experts), tuple((e,) for e in experts), says)
 
     def experts_to_keep(self, layer: Layer, stats: LayerStats) -> list[int]:
         """The experts that stay, in rising order."""

@@ -5,9 +5,9 @@
     step(input_ids[B, S], first[B], rows[B], last[B]; caches[B, heads, L, width] ..)
         -> logits[B, 1, V]
 
-The step takes the next S tokens of each sequence: a prompt, a piece of one, or one token. It is
-made from the graph that the other passes left, so it needs no cache in the model that was
-captured, and works for every model whose tokens meet in causal attention alone.
+The step takes the next S tokens of each sequence: a prompt, a chunk of one, or one token. It is
+derived from the graph after the other passes, so the captured model needs no cache, and every model
+whose tokens interact by causal attention alone can be rewritten.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def continues_text(graph: Graph) -> bool:
-    """Whether a graph goes from token ids to logits: then one expects it to generate text."""
+    """Whether a graph goes from token ids to logits, as a model that generates text does."""
     try:
         logits_of(graph)
     except NoMatch:
@@ -44,22 +44,26 @@ def continues_text(graph: Graph) -> bool:
 
 
 def incremental(program: Program) -> Program:
-    """The step of a program. Raises NoMatch, saying why, where tokens cannot come in pieces."""
+    """The step of a program. Raises NoMatch with the reason where tokens cannot come in chunks."""
     graph = program.graph
-    made = last_only(with_caches(replace(graph, outputs=(logits_of(graph),))))
-    verify(made, Stage.GROUPED)
-    return Program(made, {param.name: program.weights[param.name] for param in made.params})
+    rewritten = last_only(with_caches(replace(graph, outputs=(logits_of(graph),))))
+    verify(rewritten, Stage.GROUPED)
+    return Program(
+        rewritten, {param.name: program.weights[param.name] for param in rewritten.params}
+    )
 
 
 def past_and_present(program: Program) -> Program:
-    """The program with the keys and values before as inputs (kv_inputs.py), logits of all tokens.
+    """The program with past keys and values as inputs (kv_inputs.py), and logits of all tokens.
 
-    Raises NoMatch, saying why, where tokens cannot come in pieces.
+    Raises NoMatch with the reason where tokens cannot come in chunks.
     """
     graph = program.graph
-    made = with_past(replace(graph, outputs=(logits_of(graph),)))
-    verify(made, Stage.GROUPED)
-    return Program(made, {param.name: program.weights[param.name] for param in made.params})
+    rewritten = with_past(replace(graph, outputs=(logits_of(graph),)))
+    verify(rewritten, Stage.GROUPED)
+    return Program(
+        rewritten, {param.name: program.weights[param.name] for param in rewritten.params}
+    )
 
 
 def logits_of(graph: Graph) -> Value:

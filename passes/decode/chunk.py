@@ -1,7 +1,7 @@
-"""A causal language model rewritten for tokens that come in pieces, op by op.
+"""A causal language model rewritten for tokens that come in chunks, op by op.
 
-What treats every token alone stays as it is; what was computed from the places 0 .. S-1 is
-computed from the places that the caller gives; where tokens meet, the caller has a rule.
+Ops on each token alone stay; values computed from the positions 0 .. S-1 are computed from
+positions that the caller provides; for ops that mix tokens, the caller has a rule.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder
 from moec.passes.decode.emit import Emitter
-from moec.passes.decode.positions import Stretch, beside, is_line, of_places
+from moec.passes.decode.positions import Stretch, beside, is_line, position_values
 from moec.passes.decode.tokenwise import require_tokenwise
 
 
 @dataclass
-class Pieces:
+class ChunkRewrite:
     """The graph while it is rewritten.
 
-    `line` makes i64[B*S], where each token stands; `carry` says by the op's name what becomes of
-    the ops where tokens meet. `caches` are what is kept from piece to piece: before, and after.
+    `line` emits i64[B*S], the position of each token; `carry` has, by op name, the rules for ops
+    that mix tokens. `caches` are the states between chunks: (before, after).
     """
 
     graph: Graph
     batch: sympy.Symbol
     sequence: sympy.Symbol
     builder: Builder
-    line: Callable[[Pieces, Op], Value]
+    line: Callable[[ChunkRewrite, Op], Value]
     carry: Mapping[str, Carry]
     new: dict[Value, Value] = field(default_factory=dict)
     caches: list[tuple[Value, Value]] = field(default_factory=list)
-    places: set[Value] = field(default_factory=set)
+    positions: set[Value] = field(default_factory=set)
     shaped: dict[tuple[Value, tuple[object, ...]], Value] = field(default_factory=dict)
 
 
-Carry = Callable[[Pieces, Op], None]
-"""Rewrites an op where tokens meet."""
+Carry = Callable[[ChunkRewrite, Op], None]
+"""Rewrites an op that mixes tokens."""
 
 
 def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
@@ -64,17 +64,17 @@ def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
     return tokens, batch, sequence
 
 
-def rewrite_ops(c: Pieces) -> None:
-    """Fills `c.builder`. Raises NoMatch, naming the op, where tokens cannot come in pieces."""
+def rewrite_ops(c: ChunkRewrite) -> None:
+    """Fills `c.builder`. Raises NoMatch, naming the op, where tokens cannot come in chunks."""
     graph, sequence = c.graph, c.sequence
     c.new |= {value: value for value in (*graph.inputs, *graph.params)}
-    c.places = of_places(graph, c.batch, sequence)
+    c.positions = position_values(graph, c.batch, sequence)
     line: Value | None = None
     flat = Stretch(sequence, c.batch * sequence)
     for op in graph.ops:
         if op.name in ("moe.capacity", "moec.size"):
             raise NoMatch(f"{op.name} at {op.origin} depends on all tokens of a call")
-        if op.outputs[0] in c.places:
+        if op.outputs[0] in c.positions:
             if is_line(op, sequence):
                 line = line or c.line(c, op)
                 c.new[op.outputs[0]] = line
@@ -88,15 +88,15 @@ def rewrite_ops(c: Pieces) -> None:
         else:
             require_tokenwise(op, sequence.name)
             inputs = [_read(c, op, value) for value in op.inputs]
-            made = c.builder.append(replace(op, inputs=tuple(inputs)))
-            c.new |= dict(zip(op.outputs, made, strict=True))
+            outputs = c.builder.append(replace(op, inputs=tuple(inputs)))
+            c.new |= dict(zip(op.outputs, outputs, strict=True))
     if not c.caches:
         raise NoMatch("the model has no attention that moec fused")
 
 
-def _emit(c: Pieces, op: Op, stretch: Stretch) -> None:
+def _emit(c: ChunkRewrite, op: Op, stretch: Stretch) -> None:
     types = [stretch.type(value.type) for value in op.outputs]
-    made = c.builder.emit(
+    outputs = c.builder.emit(
         op.name,
         [c.new[value] for value in op.inputs],
         types,
@@ -104,11 +104,11 @@ def _emit(c: Pieces, op: Op, stretch: Stretch) -> None:
         attrs=stretch.attrs(op.attrs),
         body=op.body,
     )
-    c.new |= dict(zip(op.outputs, made, strict=True))
+    c.new |= dict(zip(op.outputs, outputs, strict=True))
 
 
-def _read(c: Pieces, op: Op, value: Value) -> Value:
-    if value not in c.places:
+def _read(c: ChunkRewrite, op: Op, value: Value) -> Value:
+    if value not in c.positions:
         return c.new[value]
     shape = beside(op, value, c.batch, c.sequence)
     key = (value, shape)
@@ -117,7 +117,7 @@ def _read(c: Pieces, op: Op, value: Value) -> Value:
     return c.shaped[key]
 
 
-def causal(c: Pieces, op: Op) -> Attention:
+def causal(c: ChunkRewrite, op: Op) -> Attention:
     """An attention of S tokens to those before them. Raises NoMatch for any other."""
     a = Attention.of(op)
     where = op.origin or op.outputs[0].name
@@ -127,7 +127,7 @@ def causal(c: Pieces, op: Op) -> Attention:
         raise NoMatch(f"the attention at {where} has a mask of its own, {a.mask.name}")
     if (a.shape("q")[2], a.shape("k")[2]) != (c.sequence, c.sequence):
         raise NoMatch(f"the attention at {where} is between {a.q} and {a.k}")
-    if a.q in c.places or a.k in c.places or a.v in c.places:
+    if a.q in c.positions or a.k in c.positions or a.v in c.positions:
         raise NoMatch(f"the attention at {where} reads where tokens stand, and nothing else")
     if any(isinstance(a.shape(name)[1], sympy.Expr) for name in "qk"):
         raise NoMatch(f"the attention at {where} has no fixed number of heads")

@@ -12,7 +12,7 @@ from moec.passes.core.rewrite import Builder
 
 @dataclass(frozen=True)
 class Emitter:
-    """Emits ops that stand for the op `like`."""
+    """Emits ops in place of the op `like`."""
 
     builder: Builder
     like: Op
@@ -26,8 +26,8 @@ class Emitter:
         attrs: Mapping[str, Attr],
         named: str | None = None,
     ) -> Value:
-        """One op, named after its first input where no name is given."""
-        (made,) = self.builder.emit(
+        """Emits one op. Its output is called `named`, or after the first input."""
+        (output,) = self.builder.emit(
             f"aten.{name}",
             inputs,
             [TensorType(dtype, shape)],
@@ -35,7 +35,7 @@ class Emitter:
             attrs=attrs,
             named=named or (inputs[0].name if inputs else None),
         )
-        return made
+        return output
 
     def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
         if x.shape == shape:
@@ -43,7 +43,8 @@ class Emitter:
         return self.op("reshape.default", [x], x.dtype, shape, {"shape": shape})
 
     def permute(self, x: Value, axes: tuple[int, ...]) -> Value:
-        """A reshape where only axes of one element move: that costs nothing."""
+        """x with its axes in another order; a reshape, which is free, where only axes of one
+        element move."""
         shape = tuple(x.shape[axis] for axis in axes)
         long = [axis for axis in axes if x.shape[axis] != 1]
         if long == sorted(long):

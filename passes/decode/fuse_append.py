@@ -59,8 +59,8 @@ def fuse_append(op: Op, b: Builder) -> Sequence[Value] | None:
         raise NoMatch(f"{x.name} is no permutation: it is made where it is turned")
     _require_alone(append.rows, op, b)
     _require_alone(x, rotary, b)
-    made = replace(append, rows=permute.inputs[0], cos=cos, sin=sin, tokens_first=True)
-    return b.emit("nn.append", made.inputs, like=op, attrs=made.attrs())
+    fused = replace(append, rows=permute.inputs[0], cos=cos, sin=sin, tokens_first=True)
+    return b.emit("nn.append", fused.inputs, like=op, attrs=fused.attrs())
 
 
 def _require_alone(value: Value, reader: Op, b: Builder) -> None:

@@ -1,12 +1,12 @@
-"""A causal language model -> the same model for tokens that come in pieces, with caches.
+"""A causal language model -> the same model for tokens that come in chunks, with caches.
 
     logits = f(input_ids[B, S])
     ->  logits, caches = g(input_ids[B, S], first[B], caches)
 
-first[b] says how many tokens of sequence b came before. Each attention writes its keys and
-values into a cache of L places a sequence (nn.append) and attends to what the cache holds; what
-was computed from the places 0 .. S-1 is computed from first[b] + 0 .. S-1. A causal convolution
-keeps its last inputs and linear attention what it carries, in states that start with zeros.
+first[b] is the number of earlier tokens of sequence b. Each attention writes its keys and values
+into a cache of L positions a sequence (nn.append) and attends to the cache; values computed from
+the positions 0 .. S-1 are computed from first[b] + 0 .. S-1. A causal convolution keeps its last
+inputs, and linear attention its recurrent state, in states that start with zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moec.ir.dims import Bounds, normal, symbol
 from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
-from moec.passes.decode.chunk import Carry, Pieces, causal, rewrite_ops, tokens_of
+from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
 from moec.passes.decode.emit import Emitter
 
 FIRST = "first"
@@ -27,7 +27,7 @@ ROOM = "L"  # the size of the caches
 
 
 def with_caches(graph: Graph) -> Graph:
-    """Raises NoMatch, naming the op, where tokens cannot come in pieces."""
+    """The graph with caches. Raises NoMatch, naming the op, where tokens cannot come in chunks."""
     tokens, batch, sequence = tokens_of(graph)
     builder = Builder(graph)
     first = Value(builder.fresh(FIRST), TensorType("i64", (batch,)))
@@ -36,7 +36,7 @@ def with_caches(graph: Graph) -> Graph:
         "aten.convolution.default": _convolution,
         "nn.linear_attention": _linear_attention,
     }
-    c = Pieces(graph, batch, sequence, builder, partial(_line, first), carry)
+    c = ChunkRewrite(graph, batch, sequence, builder, partial(_line, first), carry)
     rewrite_ops(c)
     grows = any(symbol(ROOM) in before.shape for before, _ in c.caches)
     stepped = replace(
@@ -49,33 +49,33 @@ def with_caches(graph: Graph) -> Graph:
     return rebuild(stepped, builder.ops, c.new)
 
 
-def _line(first: Value, c: Pieces, like: Op) -> Value:
-    """i64[B*S]: where each token stands."""
+def _line(first: Value, c: ChunkRewrite, like: Op) -> Value:
+    """i64[B*S]: the position of each token."""
     b, s = c.batch, c.sequence
     e = Emitter(c.builder, like)
     count = e.op("arange.start_step", (), "i64", (s,), {"start": 0, "end": s})
-    places = e.op("add.Tensor", (e.reshape(first, (b, 1)), count), "i64", (b, s), {})
-    return e.reshape(places, (normal(b * s),))
+    positions = e.op("add.Tensor", (e.reshape(first, (b, 1)), count), "i64", (b, s), {})
+    return e.reshape(positions, (normal(b * s),))
 
 
-def _attention(first: Value, c: Pieces, op: Op) -> None:
+def _attention(first: Value, c: ChunkRewrite, op: Op) -> None:
     a = causal(c, op)
-    keys, values = (_append(first, c, op, a, *kept) for kept in (("k", "keys"), ("v", "values")))
+    keys, values = (_append(first, c, op, a, *names) for names in (("k", "keys"), ("v", "values")))
     sinks = None if a.sinks is None else c.new[a.sinks]
-    made = replace(a, q=c.new[a.q], k=keys, v=values, sinks=sinks, first=first)
-    made = made.with_tokens_first({*a.tokens_first} - {"k", "v"})
-    outputs = c.builder.emit("nn.attention", made.inputs, like=op, attrs=made.attrs())
+    attention = replace(a, q=c.new[a.q], k=keys, v=values, sinks=sinks, first=first)
+    attention = attention.with_tokens_first({*a.tokens_first} - {"k", "v"})
+    outputs = c.builder.emit("nn.attention", attention.inputs, like=op, attrs=attention.attrs())
     c.new |= dict(zip(op.outputs, outputs, strict=True))
 
 
-def _convolution(c: Pieces, op: Op) -> None:
-    """Causal: padded by one place less than the kernel is long, and cut at the end. Its state is
-    the last places before, and zeros at first."""
+def _convolution(c: ChunkRewrite, op: Op) -> None:
+    """A causal convolution: padded by the kernel's length - 1, and cut at the end. Its state is
+    the last kernel length - 1 inputs, zeros at first."""
     x, where = op.inputs[0], op.origin or op.outputs[0].name
     width = op.inputs[1].shape[-1]
-    wanted = {"stride": (1,), "dilation": (1,), "padding": (width - 1,), "transposed": False}
+    expected = {"stride": (1,), "dilation": (1,), "padding": (width - 1,), "transposed": False}
     cuts = c.graph.readers.get(op.outputs[0], ())
-    causal = len(x.shape) == 3 and all(op.attrs.get(k) == v for k, v in wanted.items())
+    causal = len(x.shape) == 3 and all(op.attrs.get(k) == v for k, v in expected.items())
     if not causal or x.shape[2] != c.sequence or not all(map(partial(_cut, c), cuts)):
         raise NoMatch(f"the convolution at {where} does not end with the token that it is for")
     assert isinstance(width, int)
@@ -94,25 +94,25 @@ def _convolution(c: Pieces, op: Op) -> None:
         {"dim": 2, "start": c.sequence, "end": long},
     )
     c.caches.append((before, after))
-    (made,) = c.builder.emit(
+    (output,) = c.builder.emit(
         op.name,
         [joined, *(c.new[value] for value in op.inputs[1:])],
         [TensorType(op.outputs[0].dtype, (*op.outputs[0].shape[:2], c.sequence))],
         like=op,
         attrs={**op.attrs, "padding": (0,)},
     )
-    c.new |= {value: made for cut in cuts for value in cut.outputs}
+    c.new |= {value: output for cut in cuts for value in cut.outputs}
 
 
-def _cut(c: Pieces, op: Op) -> bool:
-    """Whether an op takes the first S places."""
-    place = (op.attrs.get("dim"), op.attrs.get("start", 0), op.attrs.get("step", 1))
+def _cut(c: ChunkRewrite, op: Op) -> bool:
+    """Whether an op slices the first S positions."""
+    selection = (op.attrs.get("dim"), op.attrs.get("start", 0), op.attrs.get("step", 1))
     ends = op.attrs.get("end") == c.sequence
-    return op.name == "aten.slice.Tensor" and place == (2, 0, 1) and bool(ends)
+    return op.name == "aten.slice.Tensor" and selection == (2, 0, 1) and bool(ends)
 
 
-def _linear_attention(c: Pieces, op: Op) -> None:
-    """Its state is what it carries from position to position."""
+def _linear_attention(c: ChunkRewrite, op: Op) -> None:
+    """Linear attention with its recurrent state as a cache."""
     where = op.origin or op.outputs[0].name
     if op.attrs.get("started"):
         raise NoMatch(f"the linear attention at {where} starts from a state of the model's own")
@@ -120,17 +120,19 @@ def _linear_attention(c: Pieces, op: Op) -> None:
         raise NoMatch(f"the linear attention at {where} is over {op.inputs[0]}")
     before = _state(c, "carried", op.outputs[1].type)
     inputs = [c.new[value] for value in op.inputs]
-    made = c.builder.emit(op.name, [*inputs, before], like=op, attrs={**op.attrs, "started": True})
-    c.new |= dict(zip(op.outputs, made, strict=True))
-    c.caches.append((before, made[1]))
+    outputs = c.builder.emit(
+        op.name, [*inputs, before], like=op, attrs={**op.attrs, "started": True}
+    )
+    c.new |= dict(zip(op.outputs, outputs, strict=True))
+    c.caches.append((before, outputs[1]))
 
 
-def _state(c: Pieces, name: str, type: TensorType) -> Value:
+def _state(c: ChunkRewrite, name: str, type: TensorType) -> Value:
     return Value(c.builder.fresh(f"{name}_{len(c.caches)}"), type)
 
 
-def _append(first: Value, c: Pieces, op: Op, a: Attention, operand: str, name: str) -> Value:
-    """The cache of k or v, with heads before tokens, after the new tokens were written."""
+def _append(first: Value, c: ChunkRewrite, op: Op, a: Attention, operand: str, name: str) -> Value:
+    """The cache of k or v, [B, heads, L, width], with the new tokens written."""
     value: Value = getattr(a, operand)
     batch, heads, _, width = a.shape(operand)
     type = TensorType(value.dtype, (batch, heads, symbol(ROOM), width))

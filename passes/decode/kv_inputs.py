@@ -1,4 +1,4 @@
-"""A causal language model -> the same model with the keys and values before as inputs.
+"""A causal language model -> the same model with past keys and values as inputs.
 
     logits = f(input_ids[B, S])
     ->  logits, present = g(input_ids[B, S], attention_mask[B, past + S], past_key_values)
@@ -6,8 +6,9 @@
 Pure. The logits are those of all tokens, under the name that the model gives them; all else has
 the names that exporters of Hugging Face models use: layer N takes `past_key_values.N.key` and
 `.value` [B, heads, past, width] and gives `present.N.key` and `.value` [B, heads, past + S, width],
-and `past` may be 0. attention_mask is 1, and 0 where a token is padding: before the text, behind it
-or amid it. A token stands where as many tokens of its own text stand before it, and sees those.
+and `past` may be 0. attention_mask is 1, and 0 where a token is padding: left, right or
+interleaved. The position of a token is the number of tokens of its text before it; it attends to
+these and itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moec.ir.dims import Bounds, Dim, normal, symbol
 from moec.ir.graph import Attr, Graph, Op, Ref, TensorType, Value
 from moec.ops.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rebuild
-from moec.passes.decode.chunk import Carry, Pieces, causal, rewrite_ops, tokens_of
+from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
 from moec.passes.decode.emit import Emitter
 
 MASK, PAST = "attention_mask", "past"
@@ -28,25 +29,28 @@ MASK, PAST = "attention_mask", "past"
 
 @dataclass
 class Padded:
-    """What follows from the mask, made where it is first needed, and once."""
+    """The mask, and the values computed from it so far, each emitted at its first use."""
 
     mask: Value
-    made: dict[object, Value] = field(default_factory=dict)
+    memo: dict[object, Value] = field(default_factory=dict)
 
 
 def with_past(graph: Graph) -> Graph:
-    """Raises NoMatch, naming the op, where tokens cannot come in pieces, or where the model
-    carries something else than keys and values."""
+    """The graph with past keys and values as inputs.
+
+    Raises NoMatch, naming the op, where tokens cannot come in chunks, or where the model has
+    states other than keys and values.
+    """
     tokens, batch, sequence = tokens_of(graph)
     builder = Builder(graph)
-    whole = normal(sequence + symbol(PAST))
-    padded = Padded(Value(builder.fresh(MASK), TensorType("i64", (batch, whole))))
+    total = normal(sequence + symbol(PAST))
+    padded = Padded(Value(builder.fresh(MASK), TensorType("i64", (batch, total))))
     carry: dict[str, Carry] = {
         "nn.attention": partial(_attention, padded),
         "aten.convolution.default": _refuse,
         "nn.linear_attention": _refuse,
     }
-    c = Pieces(graph, batch, sequence, builder, partial(_line, padded), carry)
+    c = ChunkRewrite(graph, batch, sequence, builder, partial(_line, padded), carry)
     rewrite_ops(c)
     stepped = replace(
         graph,
@@ -57,7 +61,7 @@ def with_past(graph: Graph) -> Graph:
     return rebuild(stepped, builder.ops, c.new)
 
 
-def _refuse(c: Pieces, op: Op) -> None:
+def _refuse(c: ChunkRewrite, op: Op) -> None:
     where = op.origin or op.outputs[0].name
     kind = "linear attention" if op.name == "nn.linear_attention" else "convolution"
     raise NoMatch(
@@ -66,38 +70,38 @@ def _refuse(c: Pieces, op: Op) -> None:
     )
 
 
-def _standing(padded: Padded, c: Pieces, like: Op) -> Value:
-    """i64[B, past + S]: how many tokens of its text stand before each, -1 before the first."""
-    if "standing" not in padded.made:
+def _standing(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
+    """i64[B, past + S]: the position of each token in its text, -1 before the first."""
+    if "standing" not in padded.memo:
         e, mask = Emitter(c.builder, like), padded.mask
         count = e.op("cumsum.default", [mask], "i64", mask.shape, {"dim": 1}, "standing")
-        padded.made["standing"] = e.op("sub.Tensor", [count], "i64", mask.shape, {"other": 1})
-    return padded.made["standing"]
+        padded.memo["standing"] = e.op("sub.Tensor", [count], "i64", mask.shape, {"other": 1})
+    return padded.memo["standing"]
 
 
-def _queries(padded: Padded, c: Pieces, like: Op) -> Value:
-    """i64[B, S]: where the new tokens stand; -1 for padding before the first."""
-    if "queries" not in padded.made:
+def _queries(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
+    """i64[B, S]: the positions of the new tokens; -1 for padding before the first."""
+    if "queries" not in padded.memo:
         standing, past = _standing(padded, c, like), symbol(PAST)
         attrs: dict[str, Attr] = {"dim": 1, "start": past, "end": standing.shape[1]}
-        padded.made["queries"] = Emitter(c.builder, like).op(
+        padded.memo["queries"] = Emitter(c.builder, like).op(
             "slice.Tensor", [standing], "i64", (c.batch, c.sequence), attrs, "queries"
         )
-    return padded.made["queries"]
+    return padded.memo["queries"]
 
 
-def _line(padded: Padded, c: Pieces, like: Op) -> Value:
-    """i64[B*S]: where each token stands; padding somewhere that a table has."""
+def _line(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
+    """i64[B*S]: the position of each token; 0 for padding, which any table has."""
     queries, e = _queries(padded, c, like), Emitter(c.builder, like)
-    places = e.op("clamp.default", [queries], "i64", queries.shape, {"min": 0}, "places")
-    return e.reshape(places, (normal(c.batch * c.sequence),))
+    positions = e.op("clamp.default", [queries], "i64", queries.shape, {"min": 0}, "places")
+    return e.reshape(positions, (normal(c.batch * c.sequence),))
 
 
-def _seen(padded: Padded, c: Pieces, like: Op, a: Attention) -> Value:
-    """bool[B, 1, S, past + S]: which tokens of its text each of the new ones sees."""
+def _visible(padded: Padded, c: ChunkRewrite, like: Op, a: Attention) -> Value:
+    """bool[B, 1, S, past + S]: the tokens that each new token attends to."""
     limits = ("seen", a.window, a.chunk)
-    if limits in padded.made:
-        return padded.made[limits]
+    if limits in padded.memo:
+        return padded.memo[limits]
     e, standing = Emitter(c.builder, like), _standing(padded, c, like)
     key_shape: tuple[Dim, ...] = (c.batch, 1, 1, standing.shape[1])
     query_shape: tuple[Dim, ...] = (c.batch, 1, c.sequence, 1)
@@ -117,34 +121,34 @@ def _seen(padded: Padded, c: Pieces, like: Op, a: Attention) -> Value:
             for value in (key, query)
         ]
         rules.append(e.op("eq.Tensor", chunks, "bool", shape, {}, "near"))
-    seen, *others = rules
+    mask, *others = rules
     for rule in others:
-        seen = e.op("logical_and.default", [seen, rule], "bool", shape, {}, "seen")
-    padded.made[limits] = seen
-    return seen
+        mask = e.op("logical_and.default", [mask, rule], "bool", shape, {}, "seen")
+    padded.memo[limits] = mask
+    return mask
 
 
-def _attention(padded: Padded, c: Pieces, op: Op) -> None:
+def _attention(padded: Padded, c: ChunkRewrite, op: Op) -> None:
     a = causal(c, op)
     layer = len(c.caches) // 2
     keys = _joined(c, op, a, "k", f"{layer}.key")
     values = _joined(c, op, a, "v", f"{layer}.value")
-    made = replace(
+    attention = replace(
         a,
         q=c.new[a.q],
         k=keys,
         v=values,
         sinks=None if a.sinks is None else c.new[a.sinks],
-        mask=_seen(padded, c, op, a),
+        mask=_visible(padded, c, op, a),
         causal=False,
         window=None,
         chunk=None,
     ).with_tokens_first({*a.tokens_first} - {"k", "v"})
-    outputs = c.builder.emit("nn.attention", made.inputs, like=op, attrs=made.attrs())
+    outputs = c.builder.emit("nn.attention", attention.inputs, like=op, attrs=attention.attrs())
     c.new |= dict(zip(op.outputs, outputs, strict=True))
 
 
-def _joined(c: Pieces, op: Op, a: Attention, operand: str, name: str) -> Value:
+def _joined(c: ChunkRewrite, op: Op, a: Attention, operand: str, name: str) -> Value:
     value: Value = c.new[getattr(a, operand)]
     if operand in a.tokens_first:
         value = Emitter(c.builder, op).permute(value, SWAP)

@@ -1,14 +1,14 @@
-"""Logits of one token a sequence: whatever serves no cache is computed for that token alone.
+"""Logits of one token a sequence: values that no cache needs are computed for that token alone.
 
     logits[B, S, V]  ->  logits[B, 1, V] of the token in row rows[b] of the B*S tokens
 
-What the caches need is computed for all tokens. The rest (the last layer's experts, the norm,
-the head) starts from the values that it reads of those, of which only one row a sequence is
-taken; `last[b]` is the place of that token in its sequence. Choices that layers share are sorted
-anew: where a token's row stands among those of all tokens says nothing of the few.
+Values that the caches need are computed for all tokens. The other ops (the last layer's experts,
+the norm, the head) read one row a sequence of them; `last[b]` is the position of that token in its
+sequence. Choices that layers share are sorted anew, as the order of all tokens' rows does not give
+the order of the selected rows.
 
-Logits are written also where only the likeliest token is wanted: what numpy does with them then is
-all that a head without logits could save. On an AMD EPYC that is 3 of 190 µs a token at V = 1,024
+Logits are written also for greedy decoding: a head without logits could only save numpy's argmax.
+On an AMD EPYC that is 3 of 190 µs a token at V = 1,024
 (tiny_moe, one thread) and 13 µs of 22 ms at V = 49,155 (a granite of 24 layers, two threads).
 """
 
@@ -41,7 +41,7 @@ class Narrowing:
     builder: Builder
     rows: Value
     one: Stretch
-    taken: dict[Value, Value] = field(default_factory=dict)
+    last_rows: dict[Value, Value] = field(default_factory=dict)
 
 
 def last_only(graph: Graph) -> Graph:
@@ -66,7 +66,7 @@ def last_only(graph: Graph) -> Graph:
             builder.append(op)
             continue
         inputs = [narrow[v] if v in narrow else _take(n, op, v) for v in op.inputs]
-        if op.name == "nn.attention":  # the one query of a text stands at its end
+        if op.name == "nn.attention":  # the one query of a text is at position `last`
             first = Attention.of(op).first
             inputs = [last if v is first else w for v, w in zip(op.inputs, inputs, strict=True)]
         narrow |= _narrowed(n, op, inputs)
@@ -78,8 +78,8 @@ def last_only(graph: Graph) -> Graph:
 
 
 def _narrowed(n: Narrowing, op: Op, inputs: Sequence[Value]) -> dict[Value, Value]:
-    """The op for one token a sequence: what stands for each of its outputs."""
-    made = n.builder.emit(
+    """Emits the op for one token a sequence. Returns the new value of each output."""
+    outputs = n.builder.emit(
         op.name,
         inputs,
         [n.one.type(value.type) for value in op.outputs],
@@ -88,11 +88,11 @@ def _narrowed(n: Narrowing, op: Op, inputs: Sequence[Value]) -> dict[Value, Valu
         body=op.body,
         named=[value.name for value in op.outputs],
     )
-    return dict(zip(op.outputs, made, strict=True))
+    return dict(zip(op.outputs, outputs, strict=True))
 
 
 def _is_sorted(graph: Graph, value: Value) -> bool:
-    """Whether a value tells where rows stand, sorted by expert."""
+    """Whether a value is the order of rows sorted by expert."""
     source = graph.producers.get(value)
     if source is not None and source.name == "aten.reshape.default":
         return _is_sorted(graph, source.inputs[0])
@@ -102,35 +102,35 @@ def _is_sorted(graph: Graph, value: Value) -> bool:
 def _for_caches(graph: Graph) -> set[Op]:
     """The ops that some cache needs."""
     needed = {state.after for state in graph.states}
-    found: set[Op] = set()
+    ops: set[Op] = set()
     for op in reversed(graph.ops):
         if needed.intersection(op.outputs):
-            found.add(op)
+            ops.add(op)
             needed.update(op.inputs)
-    return found
+    return ops
 
 
 def _take(n: Narrowing, op: Op, value: Value) -> Value:
     """One row a sequence of a value that holds all tokens: [B, .., S, ..] or [B*S, ..]."""
-    if value not in n.taken and _is_sorted(n.graph, value):
+    if value not in n.last_rows and _is_sorted(n.graph, value):
         source = n.graph.producers[value]
-        n.taken |= _narrowed(n, source, [_take(n, source, v) for v in source.inputs])
-    if value in n.taken:
-        return n.taken[value]
+        n.last_rows |= _narrowed(n, source, [_take(n, source, v) for v in source.inputs])
+    if value in n.last_rows:
+        return n.last_rows[value]
     if not has_tokens(value, n.sequence.name):
         return value
     e = Emitter(n.builder, op)
     axis = _token_axis(n, op, value)
     if axis == 0:
-        n.taken[value] = e.rows(value, n.rows)
+        n.last_rows[value] = e.rows(value, n.rows)
     else:
         order = (0, axis, *(a for a in range(1, len(value.shape)) if a != axis))
         first = e.permute(value, order)
         rest = first.shape[2:]
         picked = e.rows(e.reshape(first, (normal(n.batch * n.sequence), *rest)), n.rows)
         back = tuple(map(order.index, range(len(order))))
-        n.taken[value] = e.permute(e.reshape(picked, (n.batch, 1, *rest)), back)
-    return n.taken[value]
+        n.last_rows[value] = e.permute(e.reshape(picked, (n.batch, 1, *rest)), back)
+    return n.last_rows[value]
 
 
 def _token_axis(n: Narrowing, op: Op, value: Value) -> int:

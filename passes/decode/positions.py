@@ -1,7 +1,7 @@
-"""Values that depend on nothing but where a token stands: cos and sin, learned positions, scales.
+"""Values that depend only on a token's position: cos and sin, learned positions, scales.
 
-They are computed for a line of B*S tokens instead of S, from places that the caller gives, and
-take their shape beside the tokens where an op of the model reads them.
+They are computed for B*S tokens instead of S, from positions that the caller provides, and are
+reshaped to B by S tokens where an op of the model reads them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from moec.passes.decode.tokenwise import has_tokens, is_elementwise
 _LINES = ("aten.arange.start_step", "aten.arange.default", "aten.arange.start")
 
 
-def of_places(graph: Graph, batch: sympy.Symbol, sequence: sympy.Symbol) -> set[Value]:
-    """The values that hold tokens and were made from no input."""
-    known = set(graph.params)
-    found: set[Value] = set()
+def position_values(graph: Graph, batch: sympy.Symbol, sequence: sympy.Symbol) -> set[Value]:
+    """The values with an axis of tokens that depend on no input."""
+    fixed = set(graph.params)
+    positions: set[Value] = set()
     for op in graph.ops:
-        if not all(v in known or v in found for v in op.inputs):
+        if not all(v in fixed or v in positions for v in op.inputs):
             continue
         for value in op.outputs:
             if not has_tokens(value, sequence.name):
-                known.add(value)
+                fixed.add(value)
             elif batch.name not in {name for dim in value.shape for name in symbols(dim)}:
-                found.add(value)
-    return found
+                positions.add(value)
+    return positions
 
 
 def is_line(op: Op, sequence: sympy.Symbol) -> bool:
@@ -72,7 +72,7 @@ class Stretch:
 
 
 def beside(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) -> tuple[Dim, ...]:
-    """The shape in which a value of places, of B*S tokens, is read by an op of B by S tokens.
+    """The shape in which an op over B by S tokens reads a value of positions, of B*S tokens.
 
     Raises NoMatch where the op does more than broadcast it.
     """
@@ -86,5 +86,5 @@ def beside(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) -> tuple[Di
     (axis,) = axes
     if out.count(batch) != 1 or any(dim != 1 for dim in shape[:axis]) or out.index(batch) > axis:
         raise NoMatch(f"{op.name} at {op.origin} reads {value} and gives {op.outputs[0]}")
-    place = out.index(batch)
-    return (*shape[:place], batch, *shape[place + 1 :])
+    batch_axis = out.index(batch)
+    return (*shape[:batch_axis], batch, *shape[batch_axis + 1 :])

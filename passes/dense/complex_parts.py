@@ -36,9 +36,9 @@ def complex_parts(value: Value, like: Op, b: Builder) -> tuple[Value, Value]:
 
 def _each(op: Op, a: Value, c: Value, like: Op, b: Builder) -> tuple[Value, Value]:
     """`op` on either part: one that does the same to both."""
-    made = TensorType("f32", op.outputs[0].shape)
-    (real,) = b.emit(op.name, [a], [made], like=op, attrs=op.attrs)
-    (imaginary,) = b.emit(op.name, [c], [made], like=op, attrs=op.attrs)
+    target = TensorType("f32", op.outputs[0].shape)
+    (real,) = b.emit(op.name, [a], [target], like=op, attrs=op.attrs)
+    (imaginary,) = b.emit(op.name, [c], [target], like=op, attrs=op.attrs)
     return real, imaginary
 
 

@@ -33,7 +33,7 @@ _DEEPEST = 8  # of the ops between the product and the softmax
 
 @dataclass(frozen=True)
 class _Scores:
-    """q @ k^T * scale and what is added to it; `allowed` is True where a score is kept."""
+    """q @ k^T * scale and the masks added to it; `allowed` is a bool mask of visible keys."""
 
     q: Value
     turned: Value  # k^T [B, H, D, L]
@@ -68,10 +68,10 @@ def eager_attention(
     if scores is None:
         return None
     k = _turned(scores.turned, op, b)
-    found = Attention(scores.q, k, v, None, sinks, scores.scale, False, None, None)
+    attention = Attention(scores.q, k, v, None, sinks, scores.scale, False, None, None)
     if scores.allowed is None:
-        return found, scores.masks
-    return found, (*scores.masks, scores.allowed)
+        return attention, scores.masks
+    return attention, (*scores.masks, scores.allowed)
 
 
 def _softmax(value: Value, b: Builder) -> tuple[Op | None, bool]:
@@ -92,8 +92,8 @@ def _cuts_last(op: Op) -> bool:
     if op.name != "aten.slice.Tensor" or op.attrs.get("dim", 0) not in (-1, 3):
         return False
     (x,), (y,) = op.inputs, op.outputs
-    whole = op.attrs.get("start") in (None, 0) and op.attrs.get("step", 1) == 1
-    return whole and x.shape[-1] - y.shape[-1] == 1
+    from_start = op.attrs.get("start") in (None, 0) and op.attrs.get("step", 1) == 1
+    return from_start and x.shape[-1] - y.shape[-1] == 1
 
 
 def _uncast(value: Value, b: Builder) -> Value:
@@ -137,9 +137,11 @@ def _per_head(column: Value, op: Op, b: Builder) -> Value:
     heads = op.outputs[0].shape[1]
     if column.shape != (1, heads, 1, 1):
         raise NoMatch(f"the column of sinks is {column.type}, not one logit per head")
-    made = TensorType(column.dtype, (heads,))
-    shape = {"shape": made.shape}
-    return b.emit("aten.reshape.default", [column], [made], like=op, attrs=shape, named="sinks")[0]
+    target = TensorType(column.dtype, (heads,))
+    shape = {"shape": target.shape}
+    return b.emit("aten.reshape.default", [column], [target], like=op, attrs=shape, named="sinks")[
+        0
+    ]
 
 
 def _scores(
@@ -202,8 +204,8 @@ def _chosen(
         scores, other = inner(branches[1]), branches[0]
         if scores is None:
             return None
-        made = TensorType("bool", condition.shape)
-        (condition,) = b.emit("aten.logical_not.default", [condition], [made], like=op)
+        target = TensorType("bool", condition.shape)
+        (condition,) = b.emit("aten.logical_not.default", [condition], [target], like=op)
     hidden = constant(other, b, numbers)
     if hidden is None or hidden > HIDDEN:
         raise NoMatch(f"hidden scores become {other.name if hidden is None else hidden}, not -inf")
@@ -244,5 +246,5 @@ def _turned(value: Value, op: Op, b: Builder) -> Value:
     if order == (0, 1, 2, 3):
         return source
     batch, heads, width, keys = value.shape
-    made = TensorType(value.dtype, (batch, heads, keys, width))
-    return b.emit("aten.permute.default", [source], [made], like=op, attrs={"dims": order})[0]
+    target = TensorType(value.dtype, (batch, heads, keys, width))
+    return b.emit("aten.permute.default", [source], [target], like=op, attrs={"dims": order})[0]

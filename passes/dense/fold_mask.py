@@ -6,11 +6,11 @@ The mask's elements are compared with each closed form: everything is seen; caus
 within a window of W keys; causal within chunks of C keys (Llama 4); chunks alone. A bool mask
 that is an `and` of parts is taken apart, and its parts that read data (padding) stay a mask.
 
-Why looking at some sizes proves it for all is in mask_forms.
+mask_forms says why comparing some sizes proves it for all.
 
-Masks that are added may hold 0 where a key is seen, and -inf or the dtype's least number
-where it is hidden: exp(score + that - greatest) is 0 either way as long as the row sees one
-key at all, which a causal row does (key 0, or with as many keys as queries its own).
+Masks that are added may hold 0 where a key is visible, and -inf or the dtype's least number
+where it is hidden: exp(score + mask - max) is 0 either way if the row has one visible key, which
+a causal row has (key 0, or with as many keys as queries its own).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class FoldMask(Pass):
 
 @dataclass
 class _Folder:
-    """Remembers what each mask turned out to be: layers share them."""
+    """The rule, with the form of each mask so far: layers share masks."""
 
     graph: Graph
     weights: Mapping[str, torch.Tensor]
-    found: dict[tuple[Value, ...], Form | NoMatch] = field(default_factory=dict)
+    forms: dict[tuple[Value, ...], Form | NoMatch] = field(default_factory=dict)
     reading: set[Value] = field(default_factory=set)
     followed: int = 0
 
@@ -86,16 +86,16 @@ class _Folder:
         self.followed = len(b.ops)
 
     def form(self, parts: tuple[Value, ...], attention: Attention, b: Builder) -> Form:
-        if parts not in self.found:
+        if parts not in self.forms:
             try:
                 source = cut(parts, self.graph, self.weights, b.producers)
-                self.found[parts] = study(parts, source, attention, self.graph.bounds)
+                self.forms[parts] = study(parts, source, attention, self.graph.bounds)
             except NoMatch as why:
-                self.found[parts] = why
-        found = self.found[parts]
-        if isinstance(found, NoMatch):
-            raise NoMatch(str(found))
-        return found
+                self.forms[parts] = why
+        form = self.forms[parts]
+        if isinstance(form, NoMatch):
+            raise NoMatch(str(form))
+        return form
 
 
 def _conjuncts(mask: Value, b: Builder) -> Iterator[Value]:
@@ -116,13 +116,13 @@ def _joined(parts: Sequence[Value], op: Op, b: Builder) -> Value | None:
         lead = 4 - len(part.shape)
         if lead:
             shape = (*(1,) * lead, *part.shape)
-            made = TensorType("bool", shape)
+            target = TensorType("bool", shape)
             (part,) = b.emit(
-                "aten.reshape.default", [part], [made], like=op, attrs={"shape": shape}
+                "aten.reshape.default", [part], [target], like=op, attrs={"shape": shape}
             )
         if total is not None:
             pairs = zip(total.shape, part.shape, strict=True)
-            made = TensorType("bool", tuple(y if x == 1 else x for x, y in pairs))
-            (part,) = b.emit("aten.bitwise_and.Tensor", [total, part], [made], like=op)
+            target = TensorType("bool", tuple(y if x == 1 else x for x, y in pairs))
+            (part,) = b.emit("aten.bitwise_and.Tensor", [total, part], [target], like=op)
         total = part
     return total

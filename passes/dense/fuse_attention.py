@@ -58,29 +58,29 @@ class FuseAttention(Pass):
 def fuse_attention(op: Op, b: Builder, numbers: Mapping[Value, float]) -> Sequence[Value] | None:
     """The rule; `numbers` are the params of one element. Run after canonicalise."""
     if op.name == _SDPA:
-        found, masks = _sdpa(op)
+        attention, masks = _sdpa(op)
     elif op.name == "aten.matmul.default":
         eager = eager_attention(op, b, numbers)
         if eager is None:
             return None
-        found, masks = eager
+        attention, masks = eager
     else:
         return None
-    kept = [m for m in masks if m.dtype == "bool" or constant(m, b, numbers) != 0]
-    found = replace(found, mask=_mask(kept, op, b))
-    k, v = _ungrouped(found.k, op, b), _ungrouped(found.v, op, b)
+    effective = [m for m in masks if m.dtype == "bool" or constant(m, b, numbers) != 0]
+    attention = replace(attention, mask=_mask(effective, op, b))
+    k, v = _ungrouped(attention.k, op, b), _ungrouped(attention.v, op, b)
     if k.shape[1] == v.shape[1]:
-        found = replace(found, k=k, v=v)
-    for value in (found.q, found.k, found.v):
+        attention = replace(attention, k=k, v=v)
+    for value in (attention.q, attention.k, attention.v):
         if len(value.shape) == 4 and not all(isinstance(value.shape[axis], int) for axis in (1, 3)):
             raise NoMatch(f"{value.type} has heads or features whose number varies")
     try:
-        made = b.emit("nn.attention", found.inputs, like=op, attrs=found.attrs())
+        outputs = b.emit("nn.attention", attention.inputs, like=op, attrs=attention.attrs())
     except IRError as error:
         raise NoMatch(str(error).lstrip(" =")) from None
-    if made[0].type != op.outputs[0].type:
-        raise NoMatch(f"gives {op.outputs[0].type} of queries {found.q.type}")
-    return made
+    if outputs[0].type != op.outputs[0].type:
+        raise NoMatch(f"gives {op.outputs[0].type} of queries {attention.q.type}")
+    return outputs
 
 
 def _sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
@@ -98,8 +98,8 @@ def _sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
     if not isinstance(scale, int | float):
         raise NoMatch("the scale depends on a size")
     causal = bool(op.attrs.get("is_causal", False))
-    found = Attention(q, k, v, None, None, float(scale), causal, None, None)
-    return found, tuple(masks)
+    attention = Attention(q, k, v, None, None, float(scale), causal, None, None)
+    return attention, tuple(masks)
 
 
 def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
@@ -122,13 +122,13 @@ def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
         return value
     if many.shape != (batch, shared, repeats, keys, width):
         return value
-    whole = TensorType(value.dtype, (batch, shared, keys, width))
+    target = TensorType(value.dtype, (batch, shared, keys, width))
     inner = b.producers.get(one)
     if inner is not None and inner.name == "aten.reshape.default":
-        if inner.inputs[0].type == whole:
+        if inner.inputs[0].type == target:
             return inner.inputs[0]
-    shape = {"shape": whole.shape}
-    return b.emit("aten.reshape.default", [one], [whole], like=op, attrs=shape, named=one.name)[0]
+    shape = {"shape": target.shape}
+    return b.emit("aten.reshape.default", [one], [target], like=op, attrs=shape, named=one.name)[0]
 
 
 def _mask(masks: Sequence[Value], op: Op, b: Builder) -> Value | None:
@@ -149,8 +149,8 @@ def _unexpanded(mask: Value, op: Op, b: Builder) -> Value:
     if rank >= 4:
         return mask
     shape: tuple[Dim, ...] = (*(1,) * (4 - rank), *mask.shape)
-    made = TensorType(mask.dtype, shape)
-    return b.emit("aten.reshape.default", [mask], [made], like=op, attrs={"shape": shape})[0]
+    target = TensorType(mask.dtype, shape)
+    return b.emit("aten.reshape.default", [mask], [target], like=op, attrs={"shape": shape})[0]
 
 
 def _sum(a: Value, c: Value, op: Op, b: Builder) -> Value:
@@ -161,5 +161,5 @@ def _sum(a: Value, c: Value, op: Op, b: Builder) -> Value:
         raise NoMatch(f"the masks {a.type} and {c.type} do not broadcast")
     shape = tuple(y if x == 1 else x for x, y in pairs)
     dtype = IR_DTYPES[torch.promote_types(TORCH_DTYPES[a.dtype], TORCH_DTYPES[c.dtype])]
-    made = TensorType(dtype, shape)
-    return b.emit("aten.add.Tensor", [a, c], [made], like=op, named="mask")[0]
+    target = TensorType(dtype, shape)
+    return b.emit("aten.add.Tensor", [a, c], [target], like=op, named="mask")[0]

@@ -5,8 +5,8 @@
     y = nn.rms_norm(h, weight)              ->   h, y = nn.add_norm(x, residual, weight)
 
 One kernel less for each residual, two with a scale (Granite), and a pass over [T, D] less: the
-norm finds in the nearest cache what it has just added up. The layers before and after read h. It is
-rounded before it is normalised, as eager's is, so no bit changes. layer_norm is taken too.
+norm reads the sum from the nearest cache. The layers before and after read h. It is rounded before
+it is normalised, as in eager, so no bit changes. layer_norm is fused in the same way.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class FuseResidual(Pass):
 
 
 def fuse_residual(op: Op, b: Builder) -> Sequence[Value] | None:
-    """The rule: the sum becomes the op, and the norm, when it is met, that op's second result."""
+    """The rule: a sum becomes nn.add_norm, and the norm that follows becomes its second result."""
     if op.name == "aten.add.Tensor":
         return _sum(op, b)
     if op.name in _NORMS:
         joined = b.producers.get(op.inputs[0])
         if joined is not None and joined.name == "nn.add_norm":
             norm = _norm(op, b.graph)
-            given = {k: v for k, v in joined.attrs.items() if k != "scale"}
-            if op.inputs[0] is joined.outputs[0] and norm == _Norm(joined.inputs[2:], given):
+            attrs = {k: v for k, v in joined.attrs.items() if k != "scale"}
+            if op.inputs[0] is joined.outputs[0] and norm == _Norm(joined.inputs[2:], attrs):
                 return [joined.outputs[1]]
     return None
 
@@ -58,10 +58,10 @@ class _Norm:
 
 def _sum(op: Op, b: Builder) -> Sequence[Value] | None:
     readers = b.graph.readers.get(op.outputs[0], ())
-    found = next((r for r in readers if r.name in _NORMS and r.inputs[0] is op.outputs[0]), None)
-    if found is None or len(op.inputs) != 2:
+    reader = next((r for r in readers if r.name in _NORMS and r.inputs[0] is op.outputs[0]), None)
+    if reader is None or len(op.inputs) != 2:
         return None
-    norm, (total,) = _norm(found, b.graph), op.outputs
+    norm, (total,) = _norm(reader, b.graph), op.outputs
     if op.attrs.get("alpha", 1) != 1:
         raise NoMatch(f"{op.inputs[1].name} is added {op.attrs['alpha']} times, and not once")
     for value in op.inputs:
@@ -79,10 +79,10 @@ def _joined(
     op: Op, b: Builder, added: Sequence[Value], norm: _Norm, attrs: dict[str, Attr]
 ) -> Sequence[Value]:
     names = [op.outputs[0].name, f"{op.outputs[0].name}_normalised"]
-    made = b.emit(
+    outputs = b.emit(
         "nn.add_norm", [*added, *norm.weights], like=op, attrs=norm.attrs | attrs, named=names
     )
-    return made[:1]
+    return outputs[:1]
 
 
 def _scaled(op: Op | None) -> tuple[Value, float] | None:
@@ -95,7 +95,8 @@ def _scaled(op: Op | None) -> tuple[Value, float] | None:
 
 
 def _norm(op: Op, graph: Graph) -> _Norm:
-    """Raises NoMatch where the op cannot be made at the place of the sum, or has no kernel."""
+    """The norm's weights and attributes. Raises NoMatch where it has no kernel, or cannot be
+    computed where the sum is."""
     x, *weights = op.inputs
     if x.dtype not in _DTYPES or not isinstance(x.shape[-1], int):
         raise NoMatch(f"norms of {x.type} have no kernel that adds")

@@ -97,15 +97,15 @@ def _joined(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     if difference.attrs.get("alpha", 1) != 1 or total.attrs.get("alpha", 1) != 1:
         return None
-    found = _turns(difference, total, b)
-    if found is None:
+    rotation = _turns(difference, total, b)
+    if rotation is None:
         return None
-    x, pairs, cos, sin = found
+    x, pairs, cos, sin = rotation
     return _turn(op, b, x, cos, sin, pairs)
 
 
 def _turns(difference: Op, total: Op, b: Builder) -> tuple[Value, str, Value, Value] | None:
-    """x, where it holds its pairs, cos and sin."""
+    """x, the layout of its pairs, cos and sin."""
     plain, minus = (_split(value, b) for value in difference.inputs)
     ones = [_split(value, b) for value in total.inputs]
     if plain is None or minus is None or ones[0] is None or ones[1] is None:
@@ -122,7 +122,7 @@ def _turns(difference: Op, total: Op, b: Builder) -> tuple[Value, str, Value, Va
 
 
 def _split(value: Value, b: Builder) -> tuple[_Piece, Value] | None:
-    """A piece of x, and what multiplies it."""
+    """A piece of x and its factor."""
     for part, factor in _orders(_factors(value, b)):
         piece = _piece(part, b)
         if piece is not None:
@@ -159,18 +159,18 @@ def _piece(value: Value, b: Builder) -> _Piece | None:
     if width % 2 or value.shape != (*x.shape[:-1], half):
         return None
     if op.name == "aten.split_with_sizes.default":
-        whole = op.attrs["split_sizes"] == (half, half)
-        return _Piece(x, "halves", value is op.outputs[1]) if whole else None
+        halves = op.attrs["split_sizes"] == (half, half)
+        return _Piece(x, "halves", value is op.outputs[1]) if halves else None
     start, step = op.attrs.get("start") or 0, op.attrs.get("step", 1)
-    places = {
+    pieces = {
         (0, 1): ("halves", False),
         (half, 1): ("halves", True),
         (-half, 1): ("halves", True),
         (0, 2): ("neighbours", False),
         (1, 2): ("neighbours", True),
     }
-    found = places.get((start, step))  # type: ignore[arg-type]
-    return _Piece(x, *found) if found is not None else None
+    piece = pieces.get((start, step))  # type: ignore[arg-type]
+    return _Piece(x, *piece) if piece is not None else None
 
 
 def _complex(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -186,15 +186,15 @@ def _complex(op: Op, b: Builder) -> Sequence[Value] | None:
         if source is None or source.name != "aten.view_as_complex.default":
             continue
         width = product((2, pairs.shape[-1]))
-        whole = TensorType("f32", (*pairs.shape[:-1], width))
-        x = _reshaped(source.inputs[0], whole, op, b)
+        joined = TensorType("f32", (*pairs.shape[:-1], width))
+        x = _reshaped(source.inputs[0], joined, op, b)
         cos, sin = (_ranked(v, x, op, b) for v in complex_parts(turns, op, b))
         attrs = {"pairs": "neighbours", "gives": "neighbours"}
-        made = _made(op, b, (x, cos, sin), attrs)
+        outputs = _rotary(op, b, (x, cos, sin), attrs)
         return (
-            made
-            if made[0].type == op.outputs[0].type
-            else [_reshaped(made[0], op.outputs[0].type, op, b)]
+            outputs
+            if outputs[0].type == op.outputs[0].type
+            else [_reshaped(outputs[0], op.outputs[0].type, op, b)]
         )
     return None
 
@@ -218,10 +218,10 @@ def _turn(op: Op, b: Builder, x: Value, cos: Value, sin: Value, pairs: str) -> S
     if x.type != op.outputs[0].type:
         raise NoMatch(f"turns {x.type} into {op.outputs[0].type}")
     attrs = {} if pairs == "halves" else {"pairs": pairs}
-    return _made(op, b, (x, _ranked(cos, x, op, b), _ranked(sin, x, op, b)), attrs)
+    return _rotary(op, b, (x, _ranked(cos, x, op, b), _ranked(sin, x, op, b)), attrs)
 
 
-def _made(
+def _rotary(
     op: Op, b: Builder, inputs: Sequence[Value], attrs: Mapping[str, Attr]
 ) -> Sequence[Value]:
     try:

@@ -1,15 +1,14 @@
-"""The closed form of a mask: what the attributes of nn.attention can say of it.
+"""The closed form of a mask, as attributes of nn.attention express it.
 
-Why looking at some sizes proves it for all. Only ops that compare, shift, divide by constants
-and combine positions are let through (mask_values), so an element is a Boolean function of
-comparisons between positions, sums of positions and constants of the graph: it can change its
-rule only where a position, or a difference of two, passes one of those constants or a
-multiple. So every constant c brings sizes c - 1, c, c + 1, 2c + 1 and 2c + 3, and within each
-size the rows and columns around c, its multiples and the diagonal; sizes to 33, and those
-where all of the mask is small, are compared element by element. Sizes keep to the graph's
-bounds, whose ends are among them. A form that one element contradicts is out. A mask that is
-read from a weight (a triangle kept in a buffer) could hold anything: there the size must have
-a bound, and all of the mask is compared.
+Why comparing some sizes proves it for all. Only ops that compare, shift, divide by constants
+and combine positions are allowed (mask_values), so an element is a Boolean function of
+comparisons between positions, sums of positions and constants of the graph: its rule changes
+only where a position, or a difference of two, crosses a constant or a multiple of one. So every
+constant c adds sizes c - 1, c, c + 1, 2c + 1 and 2c + 3, and within each size the rows and
+columns around c, its multiples and the diagonal; masks of sizes to 33, and other small masks,
+are compared element by element. Sizes keep to the graph's bounds and include them. One element
+that differs excludes a form. A mask that is read from a weight (a triangle in a buffer) can have
+any content: there the size must have a bound, and the whole mask is compared.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from moec.ir.graph import Attr, Op, Value
 from moec.ops.attention import Attention, visible
 from moec.passes.core.rewrite import mentioned
 from moec.passes.dense.eager_attention import HIDDEN
-from moec.passes.dense.mask_values import SMALL, Cut, Elements, Places
+from moec.passes.dense.mask_values import SMALL, Cut, Elements, Positions
 
 _LIMITS = ("other", "self", "start", "end", "fill_value", "step", "min", "max", "diagonal", "s")
 _BEYOND = 1 << 18  # no size and no constant above this is studied
@@ -39,7 +38,7 @@ _MOST = 160  # combinations of sizes
 
 @dataclass(frozen=True)
 class Form:
-    """What an attention's attributes can say."""
+    """A mask as attributes of nn.attention."""
 
     causal: bool = False
     window: int | None = None
@@ -60,12 +59,12 @@ def study(
         forms += [Form(chunk=n) for n in numbers if n >= 1]
     for sizes in _environments(parts, source, attention, numbers, bounds, tables):
         elements = Elements(source, sizes)
-        shape = _whole(parts, attention, elements)
+        shape = _mask_shape(parts, attention, elements)
         if 0 in shape:
             continue
-        for places in _places(shape, numbers, every=bool(tables)):
-            seen = _seen(parts, elements, places)
-            forms = [f for f in forms if _same(f, attention, seen, places)]
+        for positions in _positions(shape, numbers, every=bool(tables)):
+            mask = _mask_at(parts, elements, positions)
+            forms = [f for f in forms if _same(f, attention, mask, positions)]
             if not forms:
                 raise NoMatch(
                     "the mask is neither causal nor a window, nor chunks, nor all True "
@@ -74,54 +73,54 @@ def study(
     return forms[0]
 
 
-def _same(form: Form, attention: Attention, seen: torch.Tensor, places: Places) -> bool:
+def _same(form: Form, attention: Attention, mask: torch.Tensor, positions: Positions) -> bool:
     says = replace(attention, causal=form.causal, window=form.window, chunk=form.chunk)
-    return torch.equal(visible(places[2], places[3], says), seen)
+    return torch.equal(visible(positions[2], positions[3], says), mask)
 
 
-def _seen(parts: Sequence[Value], elements: Elements, places: Places) -> torch.Tensor:
-    seen = torch.ones(len(places[0]), dtype=torch.bool)
+def _mask_at(parts: Sequence[Value], elements: Elements, positions: Positions) -> torch.Tensor:
+    mask = torch.ones(len(positions[0]), dtype=torch.bool)
     for part in parts:
-        found = elements.at(part, elements.broadcast(part, places)).expand(len(seen))
+        values = elements.at(part, elements.broadcast(part, positions)).expand(len(mask))
         if part.dtype == "bool":
-            seen = seen & found
+            mask = mask & values
             continue
-        zero, hidden = found == 0, found <= max(torch.finfo(found.dtype).min, HIDDEN)
+        zero, hidden = values == 0, values <= max(torch.finfo(values.dtype).min, HIDDEN)
         if not bool((zero | hidden).all()):
             raise NoMatch("the mask adds other numbers than 0 and -inf to the scores")
-        seen = seen & zero
-    return seen
+        mask = mask & zero
+    return mask
 
 
-def _whole(
+def _mask_shape(
     parts: Sequence[Value], attention: Attention, elements: Elements
 ) -> tuple[int, int, int, int]:
-    """B, Hq, S and L, with 1 for B and Hq where no part of the mask differs by them."""
-    batch, heads, queries, _ = elements.known(attention.shape("q"))
+    """B, Hq, S and L of the mask, with 1 for B and Hq where no part depends on them."""
+    batch, heads, queries, _ = elements.sizes_of(attention.shape("q"))
     shapes = [(1, 1, *part.shape)[-4:] for part in parts if len(part.shape) > 1]
     batch = batch if any(shape[0] != 1 for shape in shapes) else 1
     heads = heads if any(shape[1] != 1 for shape in shapes) else 1
-    return batch, heads, queries, elements.known(attention.shape("k"))[2]
+    return batch, heads, queries, elements.sizes_of(attention.shape("k"))[2]
 
 
 def _numbers(ops: Iterable[Op]) -> set[int]:
     """The constants that positions are compared with, shifted and divided by."""
-    found: set[int] = set()
+    numbers: set[int] = set()
 
     def visit(attr: Attr) -> None:
         if isinstance(attr, bool) or attr is None:
             return
         if isinstance(attr, sympy.Expr):
-            found.update(abs(int(n)) for n in attr.atoms(sympy.Integer))
+            numbers.update(abs(int(n)) for n in attr.atoms(sympy.Integer))
         elif isinstance(attr, int) or (isinstance(attr, float) and attr.is_integer()):
             if abs(attr) < 2**62:
-                found.add(abs(int(attr)))
+                numbers.add(abs(int(attr)))
 
     for op in ops:
         if op.outputs[0].dtype not in FLOATS:
             for name in _LIMITS:
                 visit(op.attrs.get(name))
-    return found - {0}
+    return numbers - {0}
 
 
 def _environments(
@@ -132,7 +131,7 @@ def _environments(
     bounds: Mapping[str, Bounds],
     tables: Sequence[Value],
 ) -> Iterator[dict[str, int]]:
-    """Sizes to look at, small ones first."""
+    """The combinations of sizes that are compared, small ones first."""
     names = {n for op in source.ops for n in mentioned(op)}
     names |= {n for v in attention.inputs for dim in v.shape for n in symbols(dim)}
     unknown = sorted(names - bounds.keys())
@@ -144,21 +143,21 @@ def _environments(
         limits = bounds[name]
         if tables and name in lengths and (limits.high is None or limits.high > _TABLE):
             raise NoMatch(f"the mask is read from {tables[0].name}, and {name} has no small bound")
-        wanted = set(_EVERY)
+        candidates = set(_EVERY)
         if name in lengths:
             for n in numbers:
-                wanted |= {n - 1, n, n + 1, 2 * n + 1, 2 * n + 3}
+                candidates |= {n - 1, n, n + 1, 2 * n + 1, 2 * n + 3}
             if limits.high is not None and limits.high <= _BEYOND:
-                wanted.add(limits.high)
+                candidates.add(limits.high)
         else:
-            wanted = {1, 2, 3}
+            candidates = {1, 2, 3}
         low = max(limits.low, 1)
-        wanted |= {low, low + 1}
+        candidates |= {low, low + 1}
         top = limits.high
-        kept = sorted(n for n in wanted if n >= low and (top is None or n <= top))
-        if kept and kept[-1] > 2 * _BEYOND + 3:
+        sizes = sorted(n for n in candidates if n >= low and (top is None or n <= top))
+        if sizes and sizes[-1] > 2 * _BEYOND + 3:
             raise NoMatch(f"the mask has a constant of {max(numbers)}, too large to study")
-        choices[name] = kept
+        choices[name] = sizes
     every = itertools.product(*choices.values())
     combined = [dict(zip(choices, sizes, strict=True)) for sizes in every]
     if len(combined) > _MOST:
@@ -167,12 +166,12 @@ def _environments(
     yield from combined
 
 
-def _places(
+def _positions(
     shape: tuple[int, int, int, int], numbers: Sequence[int], every: bool
-) -> Iterator[Places]:
-    """All places of a small mask; of a large one, those where something could change.
+) -> Iterator[Positions]:
+    """All positions of a small mask; of a large one, those at which its rule could change.
 
-    With `every`, all places of a large one too, in blocks of rows.
+    With `every`, all positions of a large mask too, in blocks of rows.
     """
     batch, heads, queries, keys = shape
     if batch * heads * queries * keys <= SMALL:
@@ -182,8 +181,8 @@ def _places(
     if every:
         block = max(SMALL // (batch * heads * keys), 1)
         for rows_from in range(0, queries, block):
-            some = torch.arange(rows_from, min(rows_from + block, queries))
-            axes = (torch.arange(batch), torch.arange(heads), some, torch.arange(keys))
+            block_rows = torch.arange(rows_from, min(rows_from + block, queries))
+            axes = (torch.arange(batch), torch.arange(heads), block_rows, torch.arange(keys))
             grids = torch.meshgrid(*axes, indexing="ij")
             yield tuple(grid.reshape(-1) for grid in grids)
         return

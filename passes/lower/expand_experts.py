@@ -66,8 +66,8 @@ class _Expansion:
     def __init__(self, op: Op, body: Graph, b: Builder) -> None:
         self.op, self.body, self.b = op, body, b
         rows, self.ends, *stacks = op.inputs
-        (own,) = {name for name in symbols(body.inputs[0].shape[0])} or {""}
-        self.size = {symbol(own): rows.shape[0]} if own else {}
+        (row_size,) = {name for name in symbols(body.inputs[0].shape[0])} or {""}
+        self.size = {symbol(row_size): rows.shape[0]} if row_size else {}
         self.count = rows.shape[0]
         self.rows: dict[Value, Value] = {body.inputs[0]: rows}
         self.stacks: dict[Value, Value] = dict(zip(body.params, stacks, strict=True))
@@ -76,9 +76,9 @@ class _Expansion:
     def outputs(self) -> tuple[Value, ...]:
         for inner in self.body.ops:
             if inner.name in _IDENTITIES:
-                (source,), (made,) = inner.inputs, inner.outputs
-                known = self.rows if source in self.rows else self.stacks
-                known[made] = known[source]
+                (source,), (output,) = inner.inputs, inner.outputs
+                values = self.rows if source in self.rows else self.stacks
+                values[output] = values[source]
             elif all(v in self.stacks for v in inner.inputs) and inner.inputs:
                 self.stack_op(inner)
             elif inner.name == "aten.linear.default":
@@ -102,10 +102,10 @@ class _Expansion:
         attrs: dict[str, Attr] = {"matrices": 1, "dtype": DType(inner.outputs[0].dtype)}
         if bias:
             attrs["biased"] = True
-        (made,) = self.b.emit(
+        (output,) = self.b.emit(
             "grouped.linear", inputs, like=self.op, attrs=attrs, named=inner.outputs[0].name
         )
-        self.rows[inner.outputs[0]] = made
+        self.rows[inner.outputs[0]] = output
 
     def row_op(self, inner: Op) -> None:
         """The same op over all rows. Attributes that name an axis count from the end, or the op
@@ -114,8 +114,8 @@ class _Expansion:
         attrs = {name: self.attr(value) for name, value in inner.attrs.items()}
         types = [TensorType(v.dtype, self.shape(v)) for v in inner.outputs]
         named = inner.outputs[0].name
-        made = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=named)
-        self.rows |= dict(zip(inner.outputs, made, strict=True))
+        outputs = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=named)
+        self.rows |= dict(zip(inner.outputs, outputs, strict=True))
 
     def layer_norm(self, inner: Op) -> None:
         """Without its weight and bias, which differ from row to row, and then by them."""
@@ -148,8 +148,10 @@ class _Expansion:
         (value,) = inner.outputs
         types = [TensorType(value.dtype, (experts, *value.shape))]
         inputs = [self.stacks[v] for v in inner.inputs]
-        made = self.b.emit(inner.name, inputs, types, like=self.op, attrs=attrs, named=value.name)
-        self.stacks[value] = made[0]
+        outputs = self.b.emit(
+            inner.name, inputs, types, like=self.op, attrs=attrs, named=value.name
+        )
+        self.stacks[value] = outputs[0]
 
     def gather(self, param: Value) -> Value:
         """param[expert of row] for each row: [R, ...]."""

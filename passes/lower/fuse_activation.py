@@ -91,15 +91,15 @@ def _fuse(
     parts = [GroupedLinear.of(linear) for linear in linears]
     new: dict[Value, Value] = {}
     for index, linear in enumerate(linears):
-        (made,) = linear.outputs
-        new[made] = Value(f"acc_{index}", TensorType(made.dtype, (rows, width)))
+        (output,) = linear.outputs
+        new[output] = Value(f"acc_{index}", TensorType(output.dtype, (rows, width)))
     arguments = tuple(new.values())
     ops: list[Op] = []
     for op in between:
-        (made,) = op.outputs
-        new[made] = Value(made.name, TensorType(made.dtype, (rows, width)))
+        (output,) = op.outputs
+        new[output] = Value(output.name, TensorType(output.dtype, (rows, width)))
         inputs = tuple(new[v] for v in op.inputs)
-        ops.append(replace(op, inputs=inputs, outputs=(new[made],), origin=""))
+        ops.append(replace(op, inputs=inputs, outputs=(new[output],), origin=""))
     result = new[between[-1].outputs[0]]
     body = Graph(arguments, (), tuple(ops), (result,), name="body")
     attrs: dict[str, Attr] = {"matrices": len(linears), "dtype": DType(result.dtype)}

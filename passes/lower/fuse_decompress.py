@@ -37,12 +37,15 @@ def fuse_decompress(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     parts = GroupedLinear.of(op)
     sources = [b.producers.get(matrix) for matrix in parts.matrices]
-    made = [s for s in sources if s is not None and s.name == "moe.decompress"]
-    if not made:
+    decompressed = [s for s in sources if s is not None and s.name == "moe.decompress"]
+    if not decompressed:
         return None
-    if len(made) < len(sources) or len({source.attrs["kind"] for source in made}) > 1:
+    if (
+        len(decompressed) < len(sources)
+        or len({source.attrs["kind"] for source in decompressed}) > 1
+    ):
         raise NoMatch("the matrices of one product are not all compressed in one way")
-    stored = [value for source in made for value in source.inputs]
-    attrs: dict[str, Attr] = {**op.attrs, "kind": made[0].attrs["kind"]}
+    stored = [value for source in decompressed for value in source.inputs]
+    attrs: dict[str, Attr] = {**op.attrs, "kind": decompressed[0].attrs["kind"]}
     inputs = parts.storing(stored)
     return b.emit("grouped.compressed", inputs, like=op, attrs=attrs, body=op.body)

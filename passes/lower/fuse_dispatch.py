@@ -73,9 +73,9 @@ def gather_rows(op: Op, b: Builder) -> Sequence[Value] | None:
 def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
     if op.name != "moe.combine":
         return None
-    rows, places, *rest = op.inputs
-    sort = _sort_of(places, b)
-    if sort is None or len(places.shape) == 2:
+    rows, order, *rest = op.inputs
+    sort = _sort_of(order, b)
+    if sort is None or len(order.shape) == 2:
         return None
     last = b.producers.get(rows)
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:

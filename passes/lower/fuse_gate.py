@@ -75,8 +75,8 @@ def _linear_behind(logits: Value, b: Builder) -> tuple[Op, str]:
                 raise NoMatch(f"the logits are cast from {current.dtype} to {logits.dtype}")
             rounded = current.dtype
     if source is None or source.name != "aten.linear.default":
-        made = source.name if source is not None else "an input"
-        raise NoMatch(f"the logits come from {made}, not from a linear layer")
+        producer = source.name if source is not None else "an input"
+        raise NoMatch(f"the logits come from {producer}, not from a linear layer")
     if len(b.graph.readers.get(current, ())) > 1:
         raise NoMatch(f"the logits {current.name} have other readers")
     return source, rounded

@@ -143,8 +143,8 @@ class Exchanged:
         gathered = counts = None
         if self.slices is not None:
             group = f"slice.{suffix(self.layer)}"
-            own = self._op("dist.row_count", (slots,))
-            counts = self._op("dist.all_gather", (own,), group=group, rows=self.layer.slices)
+            count = self._op("dist.row_count", (slots,))
+            counts = self._op("dist.all_gather", (count,), group=group, rows=self.layer.slices)
             size = self._size("slice", counts)
             gathered = rows.shape[0]
             rows = self._op("dist.all_gather", (rows, counts), group=group, rows=size)

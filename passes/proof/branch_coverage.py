@@ -1,7 +1,7 @@
-"""Where a graph treats some floats otherwise than others: a weight above a threshold, a limit.
+"""Branches of a graph on the values of floats: a comparison with a threshold, a clamp.
 
-A proof by running sees such a decision only where both outcomes occur: otherwise a graph
-without it gives the same numbers.
+A proof by running covers a branch only where both outcomes occur: otherwise a graph without it
+gives the same numbers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _BOUNDING = frozenset(
         *("hardtanh.default", "maximum.default", "minimum.default", "relu.default"),
     )
 )
-"""Ops that leave some values as they are and others not."""
+"""Ops that change values beyond a bound and keep the others."""
 _GUARD = 1e-4
-"""Sums are kept from being zero by no more than this: to see that bind, nothing is above it."""
+"""A lower clamp up to this only guards a sum against zero, and needs no case where it binds."""
 _LIMITS = ("other", "min", "max", "min_val", "max_val")
 _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
 _SAME = frozenset(
@@ -50,8 +50,11 @@ _SAME = frozenset(
 
 
 def decisions(graph: Graph) -> Iterator[Op]:
-    """The ops that bound floats, or that floats go into and none come out of: but for those that
-    ask which are best, which is compared anyway, or whether a mask of floats is set."""
+    """The ops that bound floats, or that map floats to other types: comparisons, roundings.
+
+    Ops that choose the best scores are left out, as proofs compare choices, and so are tests of
+    masks that are stored as floats.
+    """
     for op in graph.ops:
         reads = [value for value in op.inputs if value.dtype in FLOATS]
         gives = [value for value in op.outputs if value.dtype in FLOATS]
@@ -63,9 +66,9 @@ def decisions(graph: Graph) -> Iterator[Op]:
 
 
 def _is_guard(op: Op) -> bool:
-    given = [op.attrs[name] for name in _LIMITS if op.attrs.get(name) is not None]
+    limits = [op.attrs[name] for name in _LIMITS if op.attrs.get(name) is not None]
     lowest = op.attrs.get("min")
-    return len(given) == 1 and isinstance(lowest, int | float) and 0 < lowest <= _GUARD
+    return len(limits) == 1 and isinstance(lowest, int | float) and 0 < lowest <= _GUARD
 
 
 def _is_mask(graph: Graph, value: Value) -> bool:
@@ -77,36 +80,37 @@ def _is_mask(graph: Graph, value: Value) -> bool:
 
 
 def dropped(before: Graph, after: Graph, body: Graph, features: Value) -> Iterator[Op]:
-    """The decisions of a region that its replacement does not hold.
+    """The decisions of a region that its replacement does not contain.
 
-    The experts' body has its own, which come from their rows: `features`.
+    Decisions on values that depend on `features`, the experts' rows, are left out where the
+    experts' body has decisions too.
     """
-    kept = set(after.ops)
+    remaining = set(after.ops)
     inside = {features} if any(decisions(body)) else set()
     for op in before.ops if inside else ():
         if inside.intersection(op.inputs):
             inside.update(op.outputs)
     for op in decisions(before):
-        if op not in kept and not inside.intersection(op.outputs):
+        if op not in remaining and not inside.intersection(op.outputs):
             yield op
 
 
 def thresholds(ops: Iterable[Op]) -> tuple[float, ...]:
-    """The positive numbers that floats are compared with or kept within, each once."""
-    given = (op.attrs.get(name) for op in ops for name in _LIMITS)
-    return tuple(dict.fromkeys(float(n) for n in given if isinstance(n, int | float) and n > 0))
+    """The positive constants that floats are compared with or clamped to, each once."""
+    numbers = (op.attrs.get(name) for op in ops for name in _LIMITS)
+    return tuple(dict.fromkeys(float(n) for n in numbers if isinstance(n, int | float) and n > 0))
 
 
-def outcome(op: Op, read: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-    """What came out of a decision: of one that bounds, whether it did."""
-    return made != read if made.is_floating_point() else made
+def outcome(op: Op, read: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The outcome of a decision per element: a comparison's result, or whether a clamp bound."""
+    return result != read if result.is_floating_point() else result
 
 
 def require_both(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) -> None:
     """`outcomes` [case][op]. Raises NoMatch for a decision that always comes out the same."""
-    for op, seen in zip(ops, zip(*outcomes, strict=True), strict=True):
-        found = {bound for t in seen if t.numel() for bound in (int(t.min()), int(t.max()))}
-        if len(found) < 2:
+    for op, results in zip(ops, zip(*outcomes, strict=True), strict=True):
+        bounds = {bound for t in results if t.numel() for bound in (int(t.min()), int(t.max()))}
+        if len(bounds) < 2:
             does = "bounds all or nothing" if op.name in _BOUNDING else "comes out the same"
             raise NoMatch(
                 f"{op.name} of {op.inputs[0].name} {does} on all random inputs, so that no proof "

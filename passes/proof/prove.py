@@ -1,4 +1,4 @@
-"""Proof by running: a region and what shall replace it must agree on random inputs.
+"""Proof by running: a region and its replacement must agree on random inputs.
 
 Two graphs over the same input and param values are evaluated in eager PyTorch: several token
 counts; routings with ties, experts that nobody chose, everything on one expert, overflowing
@@ -38,20 +38,20 @@ _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
 
 
 Results = Sequence[torch.Tensor]
-Given = Mapping[Value, torch.Tensor]
-Compare = Callable[[Results, Results, Given], str]
-"""Why two results differ, or an empty string."""
+Inputs = Mapping[Value, torch.Tensor]
+Compare = Callable[[Results, Results, Inputs], str]
+"""Returns why two results differ, or an empty string."""
 
-Bind = Callable[[Given], Mapping[str, int]]
+Bind = Callable[[Inputs], Mapping[str, int]]
 """The sizes that depend on the data, for the inputs of a case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Random inputs in the order of the region's, and what the region makes of them."""
+    """Random inputs in the order of the region's, and the region's results."""
 
     name: str
-    given: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor]
     env: Mapping[str, int]
     result: Results
 
@@ -71,7 +71,7 @@ class Prover:
     """Proves pairs of graphs, equal pairs once. `weights` are the program's real ones."""
 
     weights: Mapping[str, torch.Tensor]
-    known: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[Case]] = field(default_factory=dict)
     pools: dict[float, torch.Tensor] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class Prover:
         compare: Compare | None = None,
         bind: Bind | None = None,
     ) -> None:
-        """Raises NoMatch, saying on which case they differ, or why they cannot be run.
+        """Raises NoMatch with the case on which the graphs differ, or why one cannot be run.
 
         `limits` are counts (capacities) that some case must exceed, `decisions` ops of `before`
         that must come out in more than one way.
@@ -111,17 +111,17 @@ class Prover:
         fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
         left = "\n".join([print_graph(without_origins(before)), *fixed])
         key = left + print_graph(without_origins(_aligned(before, after)))
-        if key not in self.known:
+        if key not in self.verdicts:
             try:
                 if left not in self.runs:
                     self.runs[left] = self._cases(before, feeds, counts, bind, decisions)
                 for case in self.runs[left]:
                     self._compare(case, before, after, compare or close)
-                self.known[key] = ""
+                self.verdicts[key] = ""
             except NoMatch as why:
-                self.known[key] = str(why)
-        if self.known[key]:
-            raise NoMatch(self.known[key])
+                self.verdicts[key] = str(why)
+        if self.verdicts[key]:
+            raise NoMatch(self.verdicts[key])
 
     def _constants(self, graph: Graph) -> str:
         fixed = (self.weights.get(p.name) for p in graph.params if _is_constant(p))
@@ -139,37 +139,39 @@ class Prover:
         if sum(math.prod(map(int, p.shape)) for p in before.params) > _HEAVY:
             counts = counts[-1:]
         wide = widen(before)
-        results, made = len(wide.outputs), {v.name: v for v in wide.values()}
-        watched = [made[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
+        results, by_name = len(wide.outputs), {v.name: v for v in wide.values()}
+        watched = [by_name[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
         wide = replace(wide, outputs=(*wide.outputs, *watched))
         cases, outcomes = [], []
         for sizes in _sizes(before, counts):
             for pattern in patterns(feeds, thresholds(decisions)):
-                given = [
+                inputs = [
                     draw(value, feeds.get(value), pattern, sizes, generator)
                     for value in before.inputs
                 ]
-                named = dict(zip(before.inputs, given, strict=True))
+                named = dict(zip(before.inputs, inputs, strict=True))
                 env = dict(sizes) | dict(bind(named) if bind else {})
                 params = [self._param(p, i) for i, p in enumerate(before.params)]
-                result = _run("it", wide, [*given, *params], env)
+                result = _run("it", wide, [*inputs, *params], env)
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
                 name = f"{pattern}{'; ' + shown if shown else ''}"
-                cases.append(Case(name, given, env, result[:results]))
-                seen = result[results:]
-                outcomes.append([*map(outcome, decisions, seen[::2], seen[1::2])])
+                cases.append(Case(name, inputs, env, result[:results]))
+                watched_values = result[results:]
+                outcomes.append(
+                    [*map(outcome, decisions, watched_values[::2], watched_values[1::2])]
+                )
         require_both(decisions, outcomes)
         return cases
 
     def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
-        given = dict(zip(before.inputs, case.given, strict=True))
-        places = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
+        inputs = dict(zip(before.inputs, case.inputs, strict=True))
+        indices = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
         tensors = [
-            *(given[v] for v in after.inputs),
-            *(self._param(p, places[p]) for p in after.params),
+            *(inputs[v] for v in after.inputs),
+            *(self._param(p, indices[p]) for p in after.params),
         ]
         result = _run("its replacement", widen(after), tensors, case.env)
-        wrong = compare(case.result, result, given)
+        wrong = compare(case.result, result, inputs)
         if wrong:
             raise NoMatch(f"{wrong} ({case.name})")
 
@@ -192,7 +194,7 @@ class Prover:
 
 @cache
 def _normal() -> torch.Tensor:
-    """What all pools are made of: drawing it takes longer than most proofs."""
+    """The random numbers of all pools: drawing them takes longer than most proofs."""
     return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
 
 
@@ -214,7 +216,7 @@ def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tens
 
 
 def _limits(graph: Graph) -> Iterator[int]:
-    """The fixed whole numbers that values are compared with, as places with a capacity are."""
+    """The constant integers that values are compared with, as slots are with a capacity."""
     for op in graph.ops:
         other = op.attrs.get("other")
         if op.name not in _ORDERINGS or not isinstance(other, int | float):
@@ -238,7 +240,7 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
 
 
 def _is_constant(value: Value) -> bool:
-    """Ids, masks and scalars mean what they hold; other weights may be anything."""
+    """Whether a param keeps its real content, as ids, masks and scalars do; others are random."""
     return value.dtype not in FLOATS or not value.shape
 
 
@@ -249,18 +251,18 @@ def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
         return
     for index in range(len(counts)):
         sizes = {}
-        for place, name in enumerate(names):
+        for position, name in enumerate(names):
             limits = graph.bounds.get(name, Bounds())
-            wanted = counts[(index + place) % len(counts)] if place else counts[index]
-            wanted = max(wanted, limits.low, 1)
-            sizes[name] = wanted if limits.high is None else min(wanted, limits.high)
+            count = counts[(index + position) % len(counts)] if position else counts[index]
+            count = max(count, limits.low, 1)
+            sizes[name] = count if limits.high is None else min(count, limits.high)
         yield sizes
 
 
 def close(
     before: Sequence[torch.Tensor],
     after: Sequence[torch.Tensor],
-    given: Mapping[Value, torch.Tensor],
+    inputs: Mapping[Value, torch.Tensor],
 ) -> str:
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
@@ -277,6 +279,6 @@ def close(
 
 
 def _aligned(before: Graph, after: Graph) -> Graph:
-    """`after` with the inputs and params of `before` first: the key tells which is which."""
+    """`after` with the inputs and params of `before` first, so that the key identifies them."""
     both = dict.fromkeys((*before.inputs, *before.params))
     return replace(after, inputs=(*both,), params=tuple(p for p in after.params if p not in both))

@@ -1,4 +1,4 @@
-"""Stored weights as codes, scales and zeros: what the passes that quantise share."""
+"""Stored weights as codes, scales and zeros, for all passes that quantise."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ WIDE = ("f32", "bf16", "f16")
 
 
 def attributes(format: Format) -> dict[str, Attr]:
-    """What an op says of the format of its weights."""
-    made: dict[str, Attr] = {"kind": format.kind}
-    made |= {"zeros": True} if format.asymmetric else {}
-    return made | ({"row_bits": format.row_bits} if format.row_bits != 8 else {})
+    """The attributes of an op for the format of its weights."""
+    attrs: dict[str, Attr] = {"kind": format.kind}
+    attrs |= {"zeros": True} if format.asymmetric else {}
+    return attrs | ({"row_bits": format.row_bits} if format.row_bits != 8 else {})
 
 
 @dataclass(eq=False)
 class Codes:
-    """The weights of `program` that have been quantised so far: each once, whoever reads it.
+    """The weights of `program` that have been quantised so far, each once.
 
-    `found` holds codes that were chosen on calibration data, by name and format; all other
-    weights are rounded to nearest.
+    `calibrated` holds codes that were chosen on calibration data, by name and format; all other
+    weights are rounded to nearest. `tensors` are the new params' contents.
     """
 
     program: Program
-    found: dict[tuple[str, Format], Quantised] = field(default_factory=dict)
-    made: dict[str, torch.Tensor] = field(default_factory=dict)
-    known: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
+    calibrated: dict[tuple[str, Format], Quantised] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    memo: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
 
     def check(self, matrix: Value, format: Format) -> None:
-        """Raises NoMatch where [.., N, K] are no weights that `format` can hold."""
+        """Raises NoMatch where `format` cannot hold the weights [.., N, K]."""
         weight, width = self.program.weights.get(matrix.name), matrix.shape[-1]
         if weight is None:
             raise NoMatch(f"the weights {matrix.name} are computed while the model runs")
@@ -55,33 +55,33 @@ class Codes:
 
     def params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
         """Params of the new graph with the codes, scales and, if asymmetric, zeros."""
-        if (matrix, format) not in self.known:
-            self.known[matrix, format] = self._params(matrix, format, b)
-        return self.known[matrix, format]
+        if (matrix, format) not in self.memo:
+            self.memo[matrix, format] = self._params(matrix, format, b)
+        return self.memo[matrix, format]
 
     def _params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
-        found = self.found.get((matrix.name, format))
-        if found is None:
+        quantised = self.calibrated.get((matrix.name, format))
+        if quantised is None:
             weight = self.program.weights[matrix.name]
-            found = quantise(format, weight if weight.ndim == 3 else weight[None])
-        blocks = (*matrix.shape[:-1], found.scales.shape[-1])
+            quantised = quantise(format, weight if weight.ndim == 3 else weight[None])
+        blocks = (*matrix.shape[:-1], quantised.scales.shape[-1])
         parts = [
-            ("codes", TensorType("u8", matrix.shape), found.codes),
-            ("scales", TensorType(format.scale_dtype, blocks), found.scales),
+            ("codes", TensorType("u8", matrix.shape), quantised.codes),
+            ("scales", TensorType(format.scale_dtype, blocks), quantised.scales),
         ]
-        if found.zeros is not None:
-            parts.append(("zeros", TensorType("u8", blocks), found.zeros))
+        if quantised.zeros is not None:
+            parts.append(("zeros", TensorType("u8", blocks), quantised.zeros))
         values = []
         for name, type, tensor in parts:
             values.append(b.param(f"{matrix.name}.{name}", type))
-            self.made[values[-1].name] = tensor.reshape([int(str(d)) for d in type.shape])
+            self.tensors[values[-1].name] = tensor.reshape([int(str(d)) for d in type.shape])
         return tuple(values)
 
     def program_of(self, graph: Graph) -> Program:
-        """`graph` with the weights that it reads, old and new."""
-        kept = {p.name for p in graph.params} | {s.before.name for s in graph.states}
-        weights = {**self.program.weights, **self.made}
-        return Program(graph, {n: t for n, t in weights.items() if n in kept})
+        """The program of `graph` with the weights that it reads, old and new."""
+        names = {p.name for p in graph.params} | {s.before.name for s in graph.states}
+        weights = {**self.program.weights, **self.tensors}
+        return Program(graph, {n: t for n, t in weights.items() if n in names})
 
 
 class Quantising(Pass, ABC):
@@ -92,19 +92,19 @@ class Quantising(Pass, ABC):
     kind: ClassVar[Kind] = Kind.QUANTISES
 
     @abstractmethod
-    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+    def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
         """The ops whose weights are to be quantised, each with its format."""
 
     @abstractmethod
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
-        """What the op becomes. Raises NoMatch where its weights cannot be in `format`."""
+        """Emits the quantised op. Raises NoMatch where `format` cannot hold its weights."""
 
     def run(self, program: Program, log: Log) -> Program:
         return self.rounded(program, log, Codes(program))
 
     def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
         """The program with `codes` in the place of weights."""
-        formats = {op.outputs[0].name: (op.name, f) for op, f in self.wanted(program.graph)}
+        formats = {op.outputs[0].name: (op.name, f) for op, f in self.targets(program.graph)}
 
         def rule(op: Op, b: Builder) -> Sequence[Value] | None:
             name, format = formats.get(op.outputs[0].name, ("", None))

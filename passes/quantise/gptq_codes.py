@@ -1,7 +1,7 @@
-"""Codes chosen on calibration data: what enters a layer says which errors of its weights count.
+"""Codes chosen on calibration data: the inputs of a layer weigh the errors of its weights.
 
 Scales are those of rounding to nearest. Codes are found by GPTQ (passes/calibration/gptq.py) for
-each expert on its own rows; one that saw too few of them is rounded to nearest, and counted.
+each expert on its own rows; an expert with too few rows is rounded to nearest, and reported.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Calibrated(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         codes = Codes(program)
-        wanted = [(op, format) for op, format in self.inner.wanted(program.graph)]
+        targets = [(op, format) for op, format in self.inner.targets(program.graph)]
         data = calibration(self.calib, program, self.files)
         for (op, format), rows in zip(
-            wanted, rows_of(program, data, [op for op, _ in wanted]), strict=True
+            targets, rows_of(program, data, [op for op, _ in targets]), strict=True
         ):
             for matrix in stored(op):
                 try:
@@ -66,8 +66,8 @@ class Calibrated(Pass):
                     continue  # the pass says so where it comes to it
                 weight = program.weights[matrix.name]
                 stacked = weight if weight.ndim == 3 else weight[None]
-                made, fit = calibrate(matrix.name, format, stacked, rows)
-                codes.found[matrix.name, format] = made
+                quantised, fit = calibrate(matrix.name, format, stacked, rows)
+                codes.calibrated[matrix.name, format] = quantised
                 log.fits.append(fit)
         return self.inner.rounded(program, log, codes)
 
@@ -78,19 +78,19 @@ def stored(op: Op) -> tuple[Value, ...]:
 
 
 def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
-    """For each op, a linear layer or experts, the rows [R, K] that enter it: of each expert."""
+    """For each op, a linear layer or experts, the input rows [R, K] of each expert."""
     states = [program.weights[s.before.name] for s in program.graph.states]
     for start in range(0, len(ops), OPS_A_RUN):
-        some = ops[start : start + OPS_A_RUN]
-        probes = tuple(dict.fromkeys(v for op in some for v in _read(op)))
+        group = ops[start : start + OPS_A_RUN]
+        probes = tuple(dict.fromkeys(v for op in group for v in _read(op)))
         graph = drop_dead(replace(program.graph, outputs=probes, states=()))
-        made: list[dict[Value, Tensor]] = []
+        cases: list[dict[Value, Tensor]] = []
         for case in data.cases:
             with torch.no_grad():
-                found = evaluate(graph, [*case, *states], program.weights)
-            made.append(dict(zip(probes, found, strict=True)))
-        for op in some:
-            yield _rows(op, made)
+                results = evaluate(graph, [*case, *states], program.weights)
+            cases.append(dict(zip(probes, results, strict=True)))
+        for op in group:
+            yield _rows(op, cases)
 
 
 def _read(op: Op) -> list[Value]:
@@ -100,32 +100,32 @@ def _read(op: Op) -> list[Value]:
     return [v for v in (parts.x, parts.ends, parts.order) if v is not None]
 
 
-def _rows(op: Op, made: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
+def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
     if op.name != "grouped.linear":
-        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in made])]
+        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])]
     parts, k = GroupedLinear.of(op), op.attrs.get("gather", 1)
     assert isinstance(k, int)
-    found: list[list[Tensor]] = []
-    for case in made:
+    rows: list[list[Tensor]] = []
+    for case in cases:
         x, ends = case[parts.x], case[parts.ends].tolist()
         if parts.order is not None:
             x = x[case[parts.order].long() // k]
         bounds = zip([0, *ends[:-1]], ends, strict=True)
-        found.append([x[first:end] for first, end in bounds])
-    return [torch.cat(own) for own in zip(*found, strict=True)]
+        rows.append([x[first:end] for first, end in bounds])
+    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
 def calibrate(
-    place: str, format: Format, weight: Tensor, rows: Sequence[Tensor]
+    name: str, format: Format, weight: Tensor, rows: Sequence[Tensor]
 ) -> tuple[Quantised, RoundingStats]:
-    """Codes for the weights [E, N, K] of experts, by the rows [R, K] that each one sees."""
+    """Codes for the weights [E, N, K] called `name`, by the input rows [R, K] of each expert."""
     base, width = quantise(format, weight), weight.shape[-1]
     each = max(1, HELD // (4 * width * width))
     errors = torch.zeros(3, dtype=torch.float64)  # rounded to nearest, solved, the products
     for start in range(0, len(weight), each):
         part = slice(start, start + each)
         full = weight[part].float()
-        seen = torch.stack([hessian(own) for own in rows[part]])
+        hessians = torch.stack([hessian(expert_rows) for expert_rows in rows[part]])
         scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
         nearest = dequantise(format.kind, base.codes[part], scales, zeros)
 
@@ -133,17 +133,17 @@ def calibrate(
             column: Tensor, k: int, scales: Tensor = scales, zeros: Tensor | None = zeros
         ) -> Tensor:
             at = k // format.block if format.block else 0
-            own = scales[..., at : at + 1]
+            scale = scales[..., at : at + 1]
             zero = None if zeros is None else zeros[..., at : at + 1]
-            codes = encode(format, column[..., None], own, zero)
-            return dequantise(format.kind, codes, own, zero)[..., 0]
+            codes = encode(format, column[..., None], scale, zero)
+            return dequantise(format.kind, codes, scale, zero)[..., 0]
 
-        values = solve(full, seen, grid, DAMPING).weight
-        few = torch.tensor([len(own) < FEWEST for own in rows[part]])[:, None, None]
+        values = solve(full, hessians, grid, DAMPING).weight
+        few = torch.tensor([len(expert_rows) < FEWEST for expert_rows in rows[part]])[:, None, None]
         values = torch.where(few, nearest, values)
         base.codes[part] = encode(format, values, scales, zeros)
         for i, off in enumerate((nearest - full, values - full, full)):
-            errors[i] += float(((off @ seen) * off).sum(dtype=torch.float64).clamp(min=0))
-    off, solved, whole = errors.tolist()
-    share = (whole or 1.0) ** -0.5
-    return base, RoundingStats(place, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)
+            errors[i] += float(((off @ hessians) * off).sum(dtype=torch.float64).clamp(min=0))
+    off, solved, norm = errors.tolist()
+    share = (norm or 1.0) ** -0.5
+    return base, RoundingStats(name, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)

@@ -32,7 +32,7 @@ class QuantiseExperts(Quantising):
     format: Format
     name: ClassVar[str] = "quantise-experts"
 
-    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+    def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
         return [(op, self.format) for op in graph.ops if op.name == "grouped.linear"]
 
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:

@@ -2,10 +2,10 @@
 
     y = aten.linear(x, w[N, K], b?)   ->   y = nn.quantised_linear(x, w.codes, w.scales, b?)
 
-Beside the experts, these are what decoding reads for every token: projections of attention,
-shared experts, dense layers, and the head, the largest of them. The head (what the outputs come
-from, but for casts, scalings and slices of it) is asked for on its own, and routers are left as
-they are: a score that is off sends a token to another expert.
+Besides the experts, decoding reads these weights for every token: projections of attention,
+shared experts, dense layers, and the head, the largest of them. The head (the source of the outputs
+before casts, scalings and slices) has its own option. Routers are not quantised, as an error in a
+score sends a token to another expert.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class QuantiseLinears(Quantising):
     head: Format | None = None
     name: ClassVar[str] = "quantise-linears"
 
-    def wanted(self, graph: Graph) -> list[tuple[Op, Format]]:
+    def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
         routers, heads, params = _routers(graph), _heads(graph), set(graph.params)
-        found = []
+        targets = []
         for op in graph.ops:
             if op.name == LINEAR and op.inputs[1] in params and op not in routers:
                 format = self.head if op in heads else self.linears
                 if format is not None:
-                    found.append((op, format))
-        return found
+                    targets.append((op, format))
+        return targets
 
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
         x, weight, *bias = op.inputs
@@ -56,7 +56,7 @@ class QuantiseLinears(Quantising):
 
 
 def _routers(graph: Graph) -> set[Op]:
-    """The linear layers whose results, through whatever is no product, choose experts."""
+    """The linear layers whose results, through ops that are no products, choose experts."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
         if op.name in ("moe.sort", "moe.dispatch"):
@@ -69,7 +69,7 @@ def _heads(graph: Graph) -> set[Op]:
 
 
 def _reshapes(op: Op) -> bool:
-    """Whether an op has one input that counts: a cast, a scaling, a slice, a soft cap."""
+    """Whether an op has one input that is no scalar: a cast, a scaling, a slice, a soft cap."""
     return sum(v.shape != () for v in op.inputs) == 1
 
 
@@ -77,20 +77,20 @@ def _linears_behind(
     graph: Graph, values: Sequence[Value], through: Callable[[Op], bool]
 ) -> set[Op]:
     """The linear layers that values come from by ATen ops that are no products."""
-    found: set[Op] = set()
-    seen: set[Value] = set()
+    linears: set[Op] = set()
+    visited: set[Value] = set()
     waiting = list(values)
     while waiting:
         value = waiting.pop()
         op = graph.producers.get(value)
-        if value in seen or op is None:
+        if value in visited or op is None:
             continue
-        seen.add(value)
+        visited.add(value)
         if op.name == LINEAR:
-            found.add(op)
+            linears.add(op)
         elif op.name.startswith("aten.") and op.name not in _PRODUCTS and through(op):
             waiting += op.inputs
-    return found
+    return linears
 
 
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.matmul.default")

@@ -63,8 +63,8 @@ def _alias(op: Op, b: Builder) -> Sequence[Value] | None:
 def _slice(op: Op, b: Builder) -> Sequence[Value] | None:
     """A slice that keeps the type keeps everything: its step is 1 or its axis has size 1."""
     start, step = op.attrs.get("start"), op.attrs.get("step", 1)
-    whole = start in (None, 0) and step == 1
-    return _same_type(op, b) if whole else None
+    from_start = start in (None, 0) and step == 1
+    return _same_type(op, b) if from_start else None
 
 
 def _neutral(neutral: int) -> Simplify:

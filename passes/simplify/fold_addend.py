@@ -4,8 +4,8 @@
     z = aten.add(y, shared)                 ->   z = moe.combine(rows, slots, weights, shared)
 
 One pass over [T, D] less. The sum stays in float32 until it is complete, where eager rounds
-the routed part first. What experts without a network give is such an addend; the one after it
-goes into moe.zero_experts, so that an expert nobody chose changes no rounding.
+the routed part first. The result of moe.zero_experts is such an addend; the addend after it goes
+into moe.zero_experts, so that an expert that no token chose changes no rounding.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def fold_addend(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def fold_next(op: Op, b: Builder) -> Sequence[Value] | None:
-    """The second one, where the first is made by moe.zero_experts: then that adds it up."""
+    """The second addend, where the first is the result of moe.zero_experts, which then adds it."""
 
     def free(combine: Op) -> Op | None:
-        made = b.producers.get(combine.inputs[-1]) if combine.attrs.get("added") else None
-        single = made is not None and len(b.graph.readers.get(made.outputs[0], ())) == 1
-        zero = single and made is not None and made.name == "moe.zero_experts"
-        return made if zero and made is not None and not made.attrs.get("added") else None
+        addend = b.producers.get(combine.inputs[-1]) if combine.attrs.get("added") else None
+        single = addend is not None and len(b.graph.readers.get(addend.outputs[0], ())) == 1
+        zero = single and addend is not None and addend.name == "moe.zero_experts"
+        return addend if zero and addend is not None and not addend.attrs.get("added") else None
 
     return _fold(op, b, free)
 
 
 def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Value] | None:
-    """`adder` answers with the op that shall add what is added to a combine: itself, the maker
-    of its own addend, or None."""
+    """Folds an addend of a combine into the op that `adder` returns for the combine: the combine
+    itself, or the producer of its first addend. None: nothing is folded."""
     if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs.get("alpha", 1) != 1:
         return None
     for routed, other in (op.inputs, op.inputs[::-1]):
@@ -85,7 +85,8 @@ def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Valu
 
 
 def _combine_behind(value: Value, b: Builder) -> Op | None:
-    """The combine that made `value`, through a reshape, where nobody else reads its result."""
+    """The combine that produces `value`, perhaps through a reshape, if its result has no other
+    reader."""
     source = b.producers.get(value)
     if source is not None and source.name == "aten.reshape.default":
         if len(b.graph.readers.get(value, ())) > 1:

@@ -1,10 +1,10 @@
-"""What depends on weights alone is computed once, at compile time.
+"""Values that depend on weights alone are computed once, at compile time.
 
     inv = aten.reciprocal(theta)            ->   a weight called inv
     up = aten.slice(gate_up) <1, H, 2*H>    ->   a weight that shares gate_up's memory
 
-A result is kept only where it costs no memory (a view) or little: a result that is larger
-than its operands, and larger than `limit` bytes, is left in the graph.
+A result is stored only where it costs no memory (a view) or little: an op whose result is larger
+than its operands, and larger than `limit` bytes, stays in the graph.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class FoldConstants(Pass):
         new: dict[Value, Value] = {}
         ops: list[Op] = []
         for op in graph.ops:
-            made = self.fold(op, constants) if _foldable(op, constants) else None
-            if made is None or not log.spend(str(op)):
+            tensors = self.fold(op, constants) if _foldable(op, constants) else None
+            if tensors is None or not log.spend(str(op)):
                 ops.append(op)
                 continue
-            for value, tensor in zip(op.outputs, made, strict=True):
+            for value, tensor in zip(op.outputs, tensors, strict=True):
                 constants[value] = tensor
                 params[value] = value
         folded = rebuild(graph, ops, new, params=list(params))
@@ -58,22 +58,22 @@ class FoldConstants(Pass):
         self, op: Op, constants: Mapping[Value, torch.Tensor]
     ) -> tuple[torch.Tensor, ...] | None:
         operands = [constants[v] for v in op.inputs]
-        made = run_op(op, operands, {})
+        results = run_op(op, operands, {})
         sources = {t.untyped_storage().data_ptr() for t in operands}
         added = sum(
             t.numel() * t.element_size()
-            for t in made
+            for t in results
             if t.untyped_storage().data_ptr() not in sources
         )
         cost = sum(t.numel() * t.element_size() for t in operands)
-        return made if added <= max(self.limit, 0 if "stack" not in op.name else cost) else None
+        return results if added <= max(self.limit, 0 if "stack" not in op.name else cost) else None
 
 
 def _foldable(op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
-    known = all(value in constants for value in op.inputs)
+    constant = all(value in constants for value in op.inputs)
     sized = not any(symbols(dim) for value in op.outputs for dim in value.shape)
     return (
-        known
+        constant
         and sized
         and not mentioned(op)
         and op.name.startswith("aten.")

@@ -1,4 +1,4 @@
-"""Permutations before and behind attention become where it finds its tokens, and leaves them.
+"""Permutations before and after attention become attributes: the layout of its operands.
 
     t = aten.permute(x) <dims=(0, 2, 1, 3)>      x[B, S, H, D], as a linear layer gives it
     y = nn.attention(q, k, t)                ->  y = nn.attention(q, k, x) <tokens_first=("v")>
@@ -7,8 +7,8 @@
     z = aten.permute(y) <dims=(0, 2, 1, 3)>
 
 Each saves a kernel that moves all queries, keys, values or results and computes nothing. Features
-of a token are neighbours in either layout, so attention's kernels read and write both alike, and
-no bit changes. What other ops read too would be moved for them anyway, and stays.
+of a token are contiguous in either layout, so attention's kernels read and write both at the same
+speed, and no bit changes. A permutation with other readers stays, as they need it anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FoldPermutes(Pass):
 
 
 def fold_permutes(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
-    """The rule. What is read elsewhere too is declined by itself: other operands are folded."""
+    """The rule. An operand with other readers is declined by itself; other operands are folded."""
     if op.name == "nn.attention":
         return _before(log, op, b)
     return _behind(op, b) if swaps(op) else None
@@ -50,7 +50,7 @@ def swaps(op: Op) -> bool:
 
 
 def _before(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
-    attention, found = Attention.of(op), dict[str, Value]()
+    attention, unpermuted = Attention.of(op), dict[str, Value]()
     for name in "qkv":
         value: Value = getattr(attention, name)
         source = b.producers.get(value)
@@ -60,11 +60,11 @@ def _before(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
         if other:
             log.decline(op.origin or op.outputs[0].name, f"{value.name} is also read by {other}")
             continue
-        found[name] = source.inputs[0]
-    if not found:
+        unpermuted[name] = source.inputs[0]
+    if not unpermuted:
         return None
-    folded = attention.with_tokens_first({*attention.tokens_first} ^ {*found})
-    folded = replace(folded, **found)  # type: ignore[arg-type]
+    folded = attention.with_tokens_first({*attention.tokens_first} ^ {*unpermuted})
+    folded = replace(folded, **unpermuted)  # type: ignore[arg-type]
     return b.emit("nn.attention", folded.inputs, like=op, attrs=folded.attrs())
 
 
@@ -81,9 +81,9 @@ def _behind(op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit("nn.attention", folded.inputs, like=source, attrs=folded.attrs())
 
 
-def other_reader(graph: Graph, value: Value, known: Callable[[Op], bool]) -> str | None:
-    """Who reads a value, of its readers that are not known."""
+def other_reader(graph: Graph, value: Value, expected: Callable[[Op], bool]) -> str | None:
+    """The first reader of a value that is not `expected`, in words; None where there is none."""
     for reader in graph.readers.get(value, ()):
-        if not known(reader):
+        if not expected(reader):
             return f"{reader.name} at {reader.origin}" if reader.origin else reader.name
     return "the caller" if value in graph.results else None

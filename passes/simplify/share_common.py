@@ -28,16 +28,16 @@ class ShareCommon(Pass):
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph
         new: dict[Value, Value] = {}
-        seen: dict[tuple[object, ...], Op] = {}
+        first_ops: dict[tuple[object, ...], Op] = {}
         ops: list[Op] = []
         for old in graph.ops:
             op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
             key = _key(op)
-            first = seen.get(key)
+            first = first_ops.get(key)
             if first is not None and _shareable(op) and log.spend(f"{op} = {first}"):
                 new |= dict(zip(old.outputs, first.outputs, strict=True))
                 continue
-            seen.setdefault(key, op)
+            first_ops.setdefault(key, op)
             ops.append(op)
         return Program(rebuild(graph, ops, new), program.weights)
 

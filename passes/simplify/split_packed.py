@@ -46,14 +46,14 @@ def split_packed(op: Op, b: Builder) -> Sequence[Value] | None:
     if op.name != "moe.experts" or op.body is None:
         return None
     body, stacks = op.body, dict(zip(op.body.params, op.inputs[2:], strict=True))
-    found = False
+    changed = False
     for linear in op.body.ops:
         cuts = _cuts(linear, body) if linear.name == "aten.linear.default" else None
         if cuts is None or any(v not in stacks for v in linear.inputs[1:]):
             continue
         body, stacks = _split(linear, cuts, body, stacks, op, b)
-        found = True
-    if not found:
+        changed = True
+    if not changed:
         return None
     body = drop_dead(body)
     inputs = [*op.inputs[:2], *(stacks[param] for param in body.params)]
@@ -106,7 +106,7 @@ def _split(
     """The body with one linear per cut, and the stacks of its params."""
     params = list(body.params)
     stacks = dict(stacks)
-    made: list[Op] = []
+    linears: list[Op] = []
     for value, cut in cuts.items():
         parts = []
         for source in linear.inputs[1:]:
@@ -115,12 +115,12 @@ def _split(
             params.append(param)
             stacks[param] = _cut_stack(stacks[source], cut, op, b)
             parts.append(param)
-        made.append(replace(linear, inputs=(linear.inputs[0], *parts), outputs=(value,)))
+        linears.append(replace(linear, inputs=(linear.inputs[0], *parts), outputs=(value,)))
     cutters = {reader for reader in body.readers[linear.outputs[0]]}
     ops: list[Op] = []
     for inner in body.ops:
         if inner is linear:
-            ops += made
+            ops += linears
         elif inner not in cutters:
             ops.append(inner)
     return replace(body, params=tuple(params), ops=tuple(ops)), stacks

@@ -3,8 +3,8 @@
     graph main(x: f32[B, 8], task: i64[B])  ->  graph main(x: f32[B, 8])
                                                   task = moec.bound() <value=(3), shape=(B), …>
 
-The op keeps the constant from being taken for one of the model's weights while blocks are
-recognised; the pass that asked for it folds it.
+As an op, the constant cannot be mistaken for one of the model's weights while blocks are
+recognised; the pass that bound the input folds it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from moec.ops.bound import place
 from moec.passes.core.options import Given
 
 
-def bind(program: Program, given: Given, who: str) -> Program:
-    """The program whose inputs `given` are constants; those bound before stay as they are.
+def bind(program: Program, values: Given, who: str) -> Program:
+    """The program with the inputs `values` as constants; inputs that are bound already stay.
 
-    Raises UsageError for an input that it has not, a value that the input cannot have, and where
-    the size of another input could not be known any more.
+    Raises UsageError for an input that the program does not have, a value that the input cannot
+    have, and for an input that alone tells a size.
     """
     graph = program.graph
     before = {state.before for state in graph.states}
-    own = {value.name: value for value in graph.inputs if value not in before}
+    inputs = {value.name: value for value in graph.inputs if value not in before}
     bound = {value.name for value in seeds(program)}
-    taken = {}
-    for name, value in given.items():
-        if name in own:
-            taken[own[name]] = _stands_for(program, own[name], value, who)
+    constants = {}
+    for name, value in values.items():
+        if name in inputs:
+            constants[inputs[name]] = _stands_for(program, inputs[name], value, who)
         elif name not in bound:
             raise UsageError(
-                f"{who}: the model has no input {name}; it has {', '.join(own) or 'none'}"
+                f"{who}: the model has no input {name}; it has {', '.join(inputs) or 'none'}"
             )
-    left = tuple(value for value in graph.inputs if value not in taken)
-    _check_sizes(taken, left, who)
+    left = tuple(value for value in graph.inputs if value not in constants)
+    _check_sizes(constants, left, who)
     ops = [
         Op(
             "moec.bound",
@@ -55,25 +55,25 @@ def bind(program: Program, given: Given, who: str) -> Program:
                 "dtype": DType(value.dtype),
             },
         )
-        for value, tensor in taken.items()
+        for value, tensor in constants.items()
     ]
     return replace(program, graph=replace(graph, inputs=left, ops=(*ops, *graph.ops)))
 
 
 def seeds(program: Program) -> dict[Value, torch.Tensor]:
-    """What stands for each bound input of a program (see token_invariant.py)."""
+    """The constant of each bound input of a program (see token_invariant.py)."""
     return {op.outputs[0]: place(op) for op in program.graph.ops if op.name == "moec.bound"}
 
 
-def _stands_for(program: Program, value: Value, given: Any, who: str) -> torch.Tensor:
-    """The one place [1, …] of an input that stands for all."""
+def _stands_for(program: Program, value: Value, number: Any, who: str) -> torch.Tensor:
+    """The constant of an input, with 1 for every axis of a named size, along which it repeats."""
     shape = tuple(1 if symbols(dim) else int(dim) for dim in value.shape)
     try:
-        tensor = torch.as_tensor(given)
+        tensor = torch.as_tensor(number)
     except (TypeError, ValueError, RuntimeError):
-        raise UsageError(f"{who}: {value.name} is {given!r}: give numbers") from None
-    whole = value.dtype[0] in "iu"
-    if tensor.is_floating_point() and (whole or value.dtype == "bool"):
+        raise UsageError(f"{who}: {value.name} is {number!r}: give numbers") from None
+    integral = value.dtype[0] in "iu"
+    if tensor.is_floating_point() and (integral or value.dtype == "bool"):
         raise UsageError(
             f"{who}: {value.name} is {_show(tensor)}, and the input takes whole numbers "
             f"({value.type})"
@@ -88,18 +88,20 @@ def _stands_for(program: Program, value: Value, given: Any, who: str) -> torch.T
             f"{who}: {value.name} is {_show(tensor)}, and looks up one of {rows} rows: give 0 to "
             f"{rows - 1}"
         )
-    made = tensor.to(TORCH_DTYPES[value.dtype])
-    return made.reshape(shape) if made.numel() > 1 else made.reshape(()).repeat(shape)
+    converted = tensor.to(TORCH_DTYPES[value.dtype])
+    return (
+        converted.reshape(shape) if converted.numel() > 1 else converted.reshape(()).repeat(shape)
+    )
 
 
 def _show(tensor: torch.Tensor) -> str:
     return ":".join(map(str, tensor.flatten().tolist()))
 
 
-def _check_sizes(taken: Iterable[Value], left: Iterable[Value], who: str) -> None:
-    known = {name for value in left for dim in value.shape for name in _alone(dim)}
-    for value in taken:
-        for name in {name for dim in value.shape for name in symbols(dim)} - known:
+def _check_sizes(constants: Iterable[Value], left: Iterable[Value], who: str) -> None:
+    sizes = {name for value in left for dim in value.shape for name in _alone(dim)}
+    for value in constants:
+        for name in {name for dim in value.shape for name in symbols(dim)} - sizes:
             raise UsageError(
                 f"{who}: {value.name} is the only input that tells the size {name}: give its axis "
                 "a number or the name of another input's axis (--shapes, dynamic_shapes)"

@@ -6,8 +6,8 @@
     z = aten.add(y, aten.mul(b, 2))
 
 Three products become one. Experts that are one frozen layer with an adapter each (Uni-MoE) become
-experts of one weight each, which are recognised where adapters are not, and take the memory of
-that. The sum is made in float32, and rounded once.
+experts of one weight each, which are recognised, where adapters are not, and take the memory of
+full weights. The sum is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class FoldLora(Pass):
             return fold_lora(op, b, program, merged)
 
         graph = rewrite(program.graph, rule, log)
-        known = {**program.weights, **merged}
-        kept = (*graph.params, *(state.before for state in graph.states))
-        made = Program(graph, {value.name: known[value.name] for value in kept})
-        more = stored_bytes(made) - stored_bytes(program)
+        tensors = {**program.weights, **merged}
+        stored = (*graph.params, *(state.before for state in graph.states))
+        folded = Program(graph, {value.name: tensors[value.name] for value in stored})
+        more = stored_bytes(folded) - stored_bytes(program)
         what = "more" if more >= 0 else "fewer"
         log.says.append(f"{log.rewrites} adapters; {abs(more):,} bytes of weights {what}")
-        return made
+        return folded
 
 
 def fold_lora(
@@ -58,12 +58,12 @@ def fold_lora(
         return None
     sides = [(op.inputs[0], op.inputs[1]), (op.inputs[1], op.inputs[0])]
     for base, adapter in sides:
-        layer, found = b.producers.get(base), _adapter(adapter, b)
-        if layer is not None and layer.name == "aten.linear.default" and found is not None:
+        layer, layers = b.producers.get(base), _adapter(adapter, b)
+        if layer is not None and layer.name == "aten.linear.default" and layers is not None:
             break
     else:
         return None
-    down, up, factors = found
+    down, up, factors = layers
     x, weight, *bias = layer.inputs
     if down.inputs[0] is not x:
         raise NoMatch(f"the layer reads {x.name}, and its adapter {down.inputs[0].name}")
@@ -78,13 +78,13 @@ def fold_lora(
     for factor in factors:
         scale *= factor if isinstance(factor, float) else _one(constant(program, factor))
     w, small, large = (tensor.float() for tensor in stored)
-    made = b.param(f"{weight.name}.folded", weight.type)
-    merged[made.name] = (w + scale * (large @ small)).to(stored[0].dtype)
-    return b.emit(layer.name, [x, made, *bias], [base.type], like=op)
+    param = b.param(f"{weight.name}.folded", weight.type)
+    merged[param.name] = (w + scale * (large @ small)).to(stored[0].dtype)
+    return b.emit(layer.name, [x, param, *bias], [base.type], like=op)
 
 
 def _adapter(value: Value, b: Builder) -> tuple[Op, Op, list[float | Value]] | None:
-    """The two linear layers behind a value, and what their result is multiplied by."""
+    """The two linear layers behind a value, and the factors of their result."""
     factors: list[float | Value] = []
     op = b.producers.get(value)
     while op is not None and op.name == "aten.mul.Tensor":

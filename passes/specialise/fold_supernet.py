@@ -1,4 +1,4 @@
-"""Weights that are mixed from several become the one that they are for a given architecture.
+"""Weights that are mixtures of several become one weight, for a given architecture.
 
     r = softmax(linear(relu(linear(arch, w1)), w2))       arch is [0.5, 1, …]
     w = sum_i r_i * experts[i, :H, :D]             ->     w: a weight [H, D]
@@ -22,7 +22,7 @@ from moec.passes.core.options import Given
 from moec.passes.core.runner import Log, Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 from moec.passes.specialise.fold_known import fold_known
-from moec.passes.specialise.token_invariant import Uniform
+from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
 
 _MIXES = ("mul", "mm", "bmm", "matmul", "linear", "sum", "add")
 
@@ -49,15 +49,15 @@ class FoldSupernet(Pass):
         program = bind(program, self.inputs, self.name)
         graph = program.graph
         stored = {p: program.weights[p.name] for p in graph.params if p.name in program.weights}
-        known = Uniform(program, {**stored, **seeds(program)}).known
+        constants = TokenInvariantAnalysis(program, {**stored, **seeds(program)}).constants
         mixed: dict[Value, torch.Tensor] = {}
         for op, value in _mixed_weights(graph):
-            if value in known:
-                mixed[value] = known[value]
+            if value in constants:
+                mixed[value] = constants[value]
                 continue
             names = ", ".join(v.name for v in graph.inputs if v in _leaves(graph, value))
             log.decline(op.origin or str(op), f"its weight is mixed by {names}: bind that too")
-        bound = {value: known[value] for value in known if _is_bound(graph, value)}
+        bound = {value: constants[value] for value in constants if _is_bound(graph, value)}
         program = fold_known(program, {**mixed, **bound}, log)
         fewer = before - stored_bytes(program)
         log.says.append(f"{len(mixed)} mixed weights and biases; {fewer:,} bytes of weights fewer")
@@ -66,25 +66,25 @@ class FoldSupernet(Pass):
 
 def _mixed_weights(graph: Graph) -> list[tuple[Op, Value]]:
     """The weights and biases of linear layers that are sums or products of others."""
-    found = []
+    weights = []
     for op in graph.ops:
         if op.name == "aten.linear.default":
             for value in op.inputs[1:]:
                 kinds = {p.name.split(".")[1] for p in _behind(graph, value)}
                 if kinds & set(_MIXES):
-                    found.append((op, value))
-    return found
+                    weights.append((op, value))
+    return weights
 
 
 def _behind(graph: Graph, value: Value) -> set[Op]:
-    found: set[Op] = set()
+    ops: set[Op] = set()
     waiting = [value]
     while waiting:
         op = graph.producers.get(waiting.pop())
-        if op is not None and op not in found:
-            found.add(op)
+        if op is not None and op not in ops:
+            ops.add(op)
             waiting += op.inputs
-    return found
+    return ops
 
 
 def _leaves(graph: Graph, value: Value) -> set[Value]:
@@ -92,5 +92,5 @@ def _leaves(graph: Graph, value: Value) -> set[Value]:
 
 
 def _is_bound(graph: Graph, value: Value) -> bool:
-    """Whether a value depends on what was bound."""
+    """Whether a value depends on a bound input."""
     return any(op.name == "moec.bound" for op in _behind(graph, value))

@@ -5,9 +5,9 @@
     w, i = moe.route(logits)                ->   h = …
     … = moe.dispatch(h, i)                       … = moe.dispatch(h, i)
 
-Whoever runs the model can ask for the experts of every layer before the first of them runs
-(Read-ME, arXiv 2410.19123), and keep choices that depend on a prompt or a timestep for as long as
-these stay (RAPHAEL, arXiv 2305.18295): `split` makes `route(ids) -> w, i` and `routed(…, w, i)`.
+A caller can ask for the experts of every layer before the first layer runs (Read-ME, arXiv
+2410.19123), and reuse choices that depend on a prompt or a timestep while these stay the same
+(RAPHAEL, arXiv 2305.18295): `split` returns `route(ids) -> w, i` and `routed(…, w, i)`.
 Exact: ops are moved, not changed. Values that several routers read are computed once.
 """
 
@@ -56,7 +56,7 @@ class HoistRouters(Pass):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer's router gives, and the value [T, D] or [R, D] that its experts start from."""
+    """The results of a layer's router, and the value [T, D] or [R, D] that its experts read."""
 
     layer: str
     experts: Value
@@ -67,7 +67,7 @@ class Choice:
 @dataclass(frozen=True)
 class Hoisted:
     """`route` computes the choices of layers from some of the inputs; `routed` takes all inputs,
-    then the outputs of `route`, and gives what the model gives."""
+    then the outputs of `route`, and returns the results of the model."""
 
     route: Program
     routed: Program
@@ -77,7 +77,7 @@ class Hoisted:
 def split(program: Program) -> Hoisted | None:
     """The two functions of a program whose routers are hoisted; None where no router can be."""
     graph = program.graph
-    found, cut, ops, chosen = [], dict[Value, None](), set[Op](), _chosen(graph)
+    choices, cut, ops, chosen = [], dict[Value, None](), set[Op](), _chosen(graph)
     for choice in _choices(graph):
         try:
             ops |= _hoistable(graph, choice, chosen)
@@ -89,50 +89,50 @@ def split(program: Program) -> Hoisted | None:
                 ops |= _hoistable(graph, replace(choice, experts=weights), chosen)
             except NoMatch:
                 weights = None
-        found.append(replace(choice, weights=weights))
+        choices.append(replace(choice, weights=weights))
         both = (choice.experts,) if weights is None else (choice.experts, weights)
         cut |= dict.fromkeys(v for v in both if v in graph.producers)
-    if not found:
+    if not choices:
         return None
     outputs = tuple(cut)
     needed = _leaves(ops) | set(_sizing(graph, outputs, _leaves(ops)))
-    own = tuple(value for value in graph.inputs if value in needed)
-    route = Graph(own, graph.params, tuple(op for op in graph.ops if op in ops), outputs, (),
-                  graph.bounds, "route")  # fmt: skip
+    route_inputs = tuple(value for value in graph.inputs if value in needed)
+    route_ops = tuple(op for op in graph.ops if op in ops)
+    route = Graph(route_inputs, graph.params, route_ops, outputs, (), graph.bounds, "route")
     rest = tuple(op for op in graph.ops if not set(op.outputs) & set(outputs))
     states = {state.before for state in graph.states}
     inputs = [v for v in graph.inputs if v not in states]
     routed = replace(graph, inputs=(*inputs, *outputs, *(v for v in graph.inputs if v in states)),
                      ops=rest, name="routed")  # fmt: skip
-    return Hoisted(_with_weights(route, program), _with_weights(routed, program), tuple(found))
+    return Hoisted(_with_weights(route, program), _with_weights(routed, program), tuple(choices))
 
 
 def _with_weights(graph: Graph, program: Program) -> Program:
-    made = drop_dead(graph)
-    kept = (*made.params, *(state.before for state in made.states))
-    return Program(made, {value.name: program.weights[value.name] for value in kept})
+    live = drop_dead(graph)
+    stored = (*live.params, *(state.before for state in live.states))
+    return Program(live, {value.name: program.weights[value.name] for value in stored})
 
 
 def _choices(graph: Graph) -> Iterator[Choice]:
-    """The choices of each layer: those that its rows are sorted by. Layers may share a sort."""
+    """The choices that each layer's rows are sorted by. Layers may share a sort."""
     for op in graph.ops:
         if op.name == "moe.sort":
-            experts, places, ends = op.inputs[0], op.outputs[:2], op.outputs[2]
+            experts, orders, ends = op.inputs[0], op.outputs[:2], op.outputs[2]
             starts = [r for r in graph.readers.get(ends, ()) if r.attrs.get("gather")]
         elif op.name == "moe.dispatch" and not op.attrs.get("sorted"):
-            experts, places, starts = op.inputs[1], op.outputs[1:2], [op]
+            experts, orders, starts = op.inputs[1], op.outputs[1:2], [op]
         else:
             continue
-        for combine in (r for place in places for r in graph.readers.get(place, ())):
+        for combine in (r for order in orders for r in graph.readers.get(order, ())):
             if combine.name != "moe.combine" or not starts:
                 continue
             weights = combine.inputs[2] if combine.attrs.get("weighted") else None
-            own = [r for r in starts if name_of(r) == combine.origin] or starts
-            yield Choice(name_of(combine), experts, weights, own[0].inputs[0])
+            matching = [r for r in starts if name_of(r) == combine.origin] or starts
+            yield Choice(name_of(combine), experts, weights, matching[0].inputs[0])
 
 
 def _chosen(graph: Graph) -> set[Value]:
-    """All that routers give."""
+    """All results of routers."""
     both = (v for choice in _choices(graph) for v in (choice.experts, choice.weights))
     return {value for value in both if value is not None}
 
@@ -161,27 +161,27 @@ def _is_hidden(op: Op) -> bool:
 
 
 def _cone(graph: Graph, value: Value, stop: Set[Value] = frozenset()) -> set[Op]:
-    """The ops that a value depends on but by `stop`, those that sizes are read by included."""
+    """The ops that a value depends on, not through `stop`, with the ops that read its sizes."""
     sizes = {op.attrs["name"]: op for op in graph.ops if op.name == "moec.size"}
-    found: set[Op] = set()
+    ops: set[Op] = set()
     waiting = [graph.producers[value]] if value in graph.producers else []
     while waiting:
         op = waiting.pop()
-        if op in found:
+        if op in ops:
             continue
-        found.add(op)
+        ops.add(op)
         waiting += [graph.producers[v] for v in op.inputs if v in graph.producers and v not in stop]
         waiting += [sizes[name] for name in mentioned(op) if name in sizes] if sizes else []
-    return found
+    return ops
 
 
 def _leaves(ops: Iterable[Op]) -> set[Value]:
     return {value for op in ops for value in op.inputs}
 
 
-def _sizing(graph: Graph, outputs: Iterable[Value], known: set[Value]) -> Iterator[Value]:
-    """The inputs that tell the sizes of `outputs`, where the `known` ones do not."""
-    told = {str(dim) for value in graph.inputs if value in known for dim in value.shape}
+def _sizing(graph: Graph, outputs: Iterable[Value], inputs: set[Value]) -> Iterator[Value]:
+    """The inputs that tell the sizes of `outputs`, where `inputs` do not."""
+    told = {str(dim) for value in graph.inputs if value in inputs for dim in value.shape}
     for value in outputs:
         for name in sorted({n for dim in value.shape for n in symbols(dim)} - told):
             source = next((v for v in graph.inputs if name in map(str, v.shape)), None)

@@ -1,4 +1,4 @@
-"""An input of the model is always the same: what depends on it alone is computed now.
+"""An input of the model is always the same: values that depend on it alone are computed now.
 
     graph main(x, task; gates[8, E, D], w1[E, H, D], …)   graph main(x; w1_3[H, D], …)
       g = aten.index_select(gates, task)                    h = aten.linear(x, w1_3)
@@ -7,10 +7,10 @@
       … = moe.dispatch(x, ids)
       y = moe.combine(moe.experts(…), …, w)
 
-A layer whose choices are then the same for every token becomes the sum of the experts chosen, each
-a dense layer. A router that adds minus infinity to some columns (the experts of other languages,
-say) loses these columns, and the layer their experts. Exact: no number changes but by the rounding
-of products whose rows stand in another order.
+A layer whose choices are then the same for every token becomes the sum of the chosen experts, each
+a dense layer. A router that adds minus infinity to some columns (for experts of other languages)
+loses these columns, and the layer their experts. Exact up to the rounding of products whose rows
+are in another order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from moec.passes.core.options import Given, show_given
 from moec.passes.core.runner import Log, Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 from moec.passes.specialise.fold_known import fold_known
-from moec.passes.specialise.static_routing import Known, kept_alone, made_dense, reachable
-from moec.passes.specialise.token_invariant import Uniform
+from moec.passes.specialise.static_routing import Constants, densify, reachable, restrict_experts
+from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Specialise(Pass):
         """Raises UsageError for an input that the model has not, or that cannot have that value."""
         before = stored_bytes(program)
         program = bind(program, self.inputs, self.name)
-        known = Uniform(program, seeds(program)).known
-        program = fold_known(program, known, log)
+        constants = TokenInvariantAnalysis(program, seeds(program)).constants
+        program = fold_known(program, constants, log)
         for experts in [op for op in program.graph.ops if op.name == "moe.experts"]:
             try:
-                program = _narrowed(program, experts, known, log)
+                program = _narrowed(program, experts, constants, log)
             except NoMatch as why:
                 log.decline(name_of(experts), str(why))
         bound = ", ".join(f"{name}={value}" for name, value in show_given(self.inputs).items())
@@ -70,26 +70,26 @@ class Specialise(Pass):
         return program
 
 
-def _narrowed(program: Program, experts: Op, known: Known, log: Log) -> Program:
-    """The program with a layer that holds no expert which no token can choose."""
+def _narrowed(program: Program, experts: Op, constants: Constants, log: Log) -> Program:
+    """The program with the layer restricted to the experts that some token can choose."""
     where = name_of(experts)
     dispatch = program.graph.producers[experts.inputs[1]]
     count = cast(int, dispatch.attrs["num_experts"])
-    if dispatch.inputs[1] in known:
-        chosen = [int(expert) for expert in known[dispatch.inputs[1]][0]]
-        made = made_dense(program, experts, chosen, known)
+    if dispatch.inputs[1] in constants:
+        chosen = [int(expert) for expert in constants[dispatch.inputs[1]][0]]
+        narrowed = densify(program, experts, chosen, constants)
         listed = ", ".join(map(str, chosen))
         says = f"{where}: every token takes {listed} of {count} experts: dense"
     else:
         layer = layer_of(program.graph, experts)
-        kept = reachable(program, layer, known)
-        if layer.route.outputs[1] in known:
+        ids = reachable(program, layer, constants)
+        if layer.route.outputs[1] in constants:
             raise NoMatch("every token takes the same experts, and a capacity drops some of them")
-        if len(kept) == count:
+        if len(ids) == count:
             raise NoMatch("every expert can be chosen, whatever the inputs bound are")
-        made = kept_alone(program, layer, kept)
-        says = f"{where}: {', '.join(map(str, kept))} of {count} experts can be chosen"
+        narrowed = restrict_experts(program, layer, ids)
+        says = f"{where}: {', '.join(map(str, ids))} of {count} experts can be chosen"
     if not log.spend(says):
         return program
     log.says.append(says)
-    return made
+    return narrowed

@@ -23,13 +23,13 @@ from moec.passes.core.inline import inlined
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, experts_replaced
 from moec.passes.core.router_columns import keep_columns
 
-Known = Mapping[Value, torch.Tensor]
+Constants = Mapping[Value, torch.Tensor]
 
 
-def made_dense(program: Program, experts: Op, chosen: list[int], known: Known) -> Program:
-    """The experts of a layer as dense layers, where every token takes `chosen`, one a slot.
+def densify(program: Program, experts: Op, chosen: list[int], constants: Constants) -> Program:
+    """The program with a layer's experts as dense layers; every token takes `chosen`, one a slot.
 
-    Raises NoMatch where the layer is not whole, or a choice is none of its experts.
+    Raises NoMatch where the rows have other readers, or a choice is no expert.
     """
     graph = program.graph
     dispatch, body = graph.producers[experts.inputs[1]], experts.body
@@ -48,19 +48,19 @@ def made_dense(program: Program, experts: Op, chosen: list[int], known: Known) -
     for slot, expert in enumerate(chosen):
         x = dispatch.inputs[0]
         if len(dispatch.inputs) > 2:
-            scale = splice.cast(ops, _slot(splice, ops, dispatch.inputs[2], slot, known, dispatch),
-                                x.dtype, dispatch)  # fmt: skip
+            scale = _slot(splice, ops, dispatch.inputs[2], slot, constants, dispatch)
+            scale = splice.cast(ops, scale, x.dtype, dispatch)
             x = splice.emit(ops, "aten.mul.Tensor", (x, scale), x.type, dispatch)
         params = {
             param: splice.weight(stack.name, constant(program, stack)[expert].clone())
             for param, stack in zip(body.params, experts.inputs[2:], strict=True)
         }
-        made, y = inlined(splice, body, x, params, experts.origin)
-        ops += made
+        body_ops, y = inlined(splice, body, x, params, experts.origin)
+        ops += body_ops
         y = splice.cast(ops, y, "f32", combine)
-        if weights is not None and not _is_one(weights, slot, known):
+        if weights is not None and not _is_one(weights, slot, constants):
             scale = splice.cast(
-                ops, _slot(splice, ops, weights, slot, known, combine), "f32", combine
+                ops, _slot(splice, ops, weights, slot, constants, combine), "f32", combine
             )
             y = splice.emit(ops, "aten.mul.Tensor", (y, scale), y.type, combine)
         total = y if total is None else _sum(splice, ops, total, y, combine)
@@ -80,16 +80,16 @@ def _sum(splice: Splice, ops: list[Op], a: Value, b: Value, like: Op) -> Value:
     return splice.emit(ops, "aten.add.Tensor", (a, b), a.type, like)
 
 
-def _is_one(weights: Value, slot: int, known: Known) -> bool:
-    return weights in known and float(known[weights][0, slot]) == 1.0
+def _is_one(weights: Value, slot: int, constants: Constants) -> bool:
+    return weights in constants and float(constants[weights][0, slot]) == 1.0
 
 
 def _slot(
-    splice: Splice, ops: list[Op], weights: Value, slot: int, known: Known, like: Op
+    splice: Splice, ops: list[Op], weights: Value, slot: int, constants: Constants, like: Op
 ) -> Value:
     """One column [T, 1] of the weights; one number [1, 1], where it is the same for all tokens."""
-    if weights in known:
-        return splice.weight(weights.name, known[weights][:, slot : slot + 1].clone())
+    if weights in constants:
+        return splice.weight(weights.name, constants[weights][:, slot : slot + 1].clone())
     if weights.shape[1] == 1:
         return weights
     type = TensorType(weights.dtype, (weights.shape[0], 1))
@@ -100,52 +100,52 @@ def _slot(
 # ---- experts out of reach --------------------------------------------------------------
 
 
-def kept_alone(program: Program, layer: Layer, kept: list[int]) -> Program:
-    """The layer with the experts `kept` and their columns of the router alone."""
+def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Program:
+    """The program in which the layer has only `experts` and their columns of the router."""
     splice = Splice(program)
-    keep_columns(splice, layer, kept)
-    index = torch.tensor(kept)
+    keep_columns(splice, layer, experts)
+    index = torch.tensor(experts)
     experts_replaced(splice, layer, [constant(program, s)[index] for s in layer.stacks])
     return splice.done()
 
 
-def reachable(program: Program, layer: Layer, known: Known) -> list[int]:
+def reachable(program: Program, layer: Layer, constants: Constants) -> list[int]:
     """The experts whose logits are not minus infinity for every token.
 
     The other logits are taken to be finite. Raises NoMatch where minus infinity does not keep the
     router from choosing an expert.
     """
-    columns = _columns(program, layer.route.inputs[0], known)
+    columns = _columns(program, layer.route.inputs[0], constants)
     if columns is None or not (columns == -math.inf).any():
         return list(range(layer.count))
-    kept = [int(e) for e in (columns != -math.inf).nonzero()[:, 0]]
+    experts = [int(e) for e in (columns != -math.inf).nonzero()[:, 0]]
     routing = layer.routing
     if len(layer.route.inputs) > 1:
         raise NoMatch("the router corrects its scores, after which minus infinity counts no more")
     if routing.groups > 1 or routing.score == "sparsemixer":
         what = "sparsemixer" if routing.groups == 1 else "groups of experts"
         raise NoMatch(f"the router chooses by {what}, not by the greatest logits alone")
-    if len(kept) < routing.k:
-        raise NoMatch(f"{len(kept)} experts are in reach, and each token takes {routing.k}")
-    return kept
+    if len(experts) < routing.k:
+        raise NoMatch(f"{len(experts)} experts are in reach, and each token takes {routing.k}")
+    return experts
 
 
-def _columns(program: Program, value: Value, known: Known) -> torch.Tensor | None:
-    """What every row of [.., E] holds, NaN in the columns that differ or are not known."""
-    if value in known:
-        return known[value].reshape(-1, known[value].shape[-1])[0].float()
+def _columns(program: Program, value: Value, constants: Constants) -> torch.Tensor | None:
+    """The row [E] that all rows of [.., E] equal, NaN in columns that differ or are not known."""
+    if value in constants:
+        return constants[value].reshape(-1, constants[value].shape[-1])[0].float()
     op = program.graph.producers.get(value)
     if op is None:
         return None
     if op.name in MOVES and op.inputs[0].shape[-1:] == value.shape[-1:]:
-        return _columns(program, op.inputs[0], known)
+        return _columns(program, op.inputs[0], constants)
     if op.name == "aten.add.Tensor" and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
-        return _added([_row(program, v, value, known) for v in op.inputs])
+        return _added([_row(program, v, value, constants) for v in op.inputs])
     fill = op.attrs.get("value")
     if op.name == "aten.masked_fill.Scalar" and isinstance(fill, int | float):
-        return _filled(_row(program, op.inputs[1], value, known), float(fill))
+        return _filled(_row(program, op.inputs[1], value, constants), float(fill))
     if op.name == "aten.where.self" and len(op.inputs) == 3:
-        condition, *sides = (_row(program, v, value, known) for v in op.inputs)
+        condition, *sides = (_row(program, v, value, constants) for v in op.inputs)
         if condition is None:
             return None
         nothing = torch.full_like(condition.float(), math.nan)
@@ -154,13 +154,15 @@ def _columns(program: Program, value: Value, known: Known) -> torch.Tensor | Non
     return None
 
 
-def _row(program: Program, value: Value, whole: Value, known: Known) -> torch.Tensor | None:
+def _row(
+    program: Program, value: Value, target: Value, constants: Constants
+) -> torch.Tensor | None:
     """`_columns` of an operand that is broadcast to `whole`."""
-    columns = _columns(program, value, known)
+    columns = _columns(program, value, constants)
     if columns is None and value in program.graph.params:
         tensor = program.weights[value.name].float()
-        columns = tensor.reshape(-1) if tensor.numel() in (1, whole.shape[-1]) else None
-    return None if columns is None else columns.expand(int(cast(int, whole.shape[-1])))
+        columns = tensor.reshape(-1) if tensor.numel() in (1, target.shape[-1]) else None
+    return None if columns is None else columns.expand(int(cast(int, target.shape[-1])))
 
 
 def _added(sides: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -1,12 +1,12 @@
-"""What is the same for every token, and known before the model runs.
+"""Values that are the same for every token, and known before the model runs.
 
     task = 3                                known: 3
     row = aten.embedding(w, task)           known: w[3]
     all = aten.expand(row) <(B*S, 8)>       known: one row [1, 8] that stands for all B*S
 
-A known value is a tensor of the value's shape with 1 in the place of every axis whose size is
-named: the value is that tensor repeated along those axes. An op is followed where it acts on each
-place of such an axis alone, so that one place tells of all.
+A constant is a tensor of the value's shape with 1 for every axis of a named size: the value is that
+tensor repeated along these axes. An op is followed where it acts on each position of such an axis
+alone, so that its result repeats too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EACH = frozenset(  # element by element, as moec.ir.traits but more kinds
     "logical_and logical_not logical_or lt masked_fill maximum minimum ne pow remainder round sign "
     "trunc where".split()
 )
-_AXES = {  # those that see more than one place of an axis, and which where they do not say
+_AXES = {  # kinds that read several positions of an axis, with the axis if `dim` is absent
     **dict.fromkeys("slice cat split_with_sizes select index_select gather".split(), 0),
     **dict.fromkeys("softmax log_softmax topk sort layer_norm rms_norm".split(), -1),
     **dict.fromkeys("cumsum argmax argmin amax amin sum mean max min any all".split(), None),
@@ -43,37 +43,37 @@ _SHAPES = ("size", "shape")
 
 
 @dataclass
-class Uniform:
-    """What is `known` of a program in which `seeds` are: each value by what stands for it.
+class TokenInvariantAnalysis:
+    """The `constants` of a program, computed from those of its `seeds`.
 
-    Raises UsageError where an op fails on it."""
+    Raises UsageError where an op fails on them."""
 
     program: Program
     seeds: Mapping[Value, torch.Tensor]
-    known: dict[Value, torch.Tensor] = field(init=False)
+    constants: dict[Value, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.known = dict(self.seeds)
+        self.constants = dict(self.seeds)
         self.stored: dict[Value, torch.Tensor | None] = {}
-        self.sizes: dict[str, int] = {}  # read from what is known
+        self.sizes: dict[str, int] = {}  # sizes that are read from constants
         for op in self.program.graph.ops:
-            if any(value in self.known for value in op.inputs) or _read(op) & set(self.sizes):
+            if any(value in self.constants for value in op.inputs) or _read(op) & set(self.sizes):
                 self.follow(op)
 
     def follow(self, op: Op) -> None:
-        """Learn an op's results, where its inputs are known and it acts on each place alone."""
+        """Adds the op's results, where its inputs are constants and it acts on positions alone."""
         tensors = [self.of(value) for value in op.inputs]
         told = [t for t in tensors if t is not None]
-        made = _run(op, told, self.sizes) if len(told) == len(tensors) else None
-        if made is not None:
-            self.known |= dict(zip(op.outputs, made, strict=True))
+        results = _run(op, told, self.sizes) if len(told) == len(tensors) else None
+        if results is not None:
+            self.constants |= dict(zip(op.outputs, results, strict=True))
             if op.name == "moec.size":
-                self.sizes[str(op.attrs["name"])] = int(made[0])
+                self.sizes[str(op.attrs["name"])] = int(results[0])
 
     def of(self, value: Value) -> torch.Tensor | None:
-        """What stands for a value: known, or stored in the model."""
-        if value in self.known:
-            return self.known[value]
+        """The constant of a value, or its content if the model stores it."""
+        if value in self.constants:
+            return self.constants[value]
         if value not in self.stored:
             self.stored[value] = self._stored(value)
         return self.stored[value]
@@ -81,8 +81,8 @@ class Uniform:
     def _stored(self, value: Value) -> torch.Tensor | None:
         op = self.program.graph.producers.get(value)
         if op is not None and not op.inputs and _kind(op) in _MADE:
-            made = _run(op, [], {})
-            return None if made is None else made[op.outputs.index(value)]
+            results = _run(op, [], {})
+            return None if results is None else results[op.outputs.index(value)]
         try:
             return constant(self.program, value)
         except NoMatch:
@@ -92,18 +92,18 @@ class Uniform:
 def _run(
     op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> tuple[torch.Tensor, ...] | None:
-    """The results where every other named size is 1; None where one place does not tell of all."""
+    """The results with 1 for every other named size; None where they would not repeat."""
     if not _acts_on_each(op, tensors, sizes):
         return None
     try:
-        made = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
+        results = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
     except (IndexError, RuntimeError) as error:
         raise UsageError(f"{op} fails on what inputs are bound to: {error}") from None
     fits = all(
         tuple(tensor.shape) == tuple(1 if symbols(dim) else dim for dim in value.shape)
-        for value, tensor in zip(op.outputs, made, strict=True)
+        for value, tensor in zip(op.outputs, results, strict=True)
     )
-    return made if fits else None
+    return results if fits else None
 
 
 def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> bool:
@@ -116,8 +116,8 @@ def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, i
     if kind in _PRODUCTS:
         return not symbols(op.inputs[_PRODUCTS[kind]].shape[-1])
     if kind in _AXES:
-        seen = op.inputs[:1] if kind == "index_select" else op.inputs
-        return not any(symbols(v.shape[axis]) for v in seen for axis in _axes(op, v))
+        operands = op.inputs[:1] if kind == "index_select" else op.inputs
+        return not any(symbols(v.shape[axis]) for v in operands for axis in _axes(op, v))
     if kind == "reshape":
         leads = _leads(op.inputs[0].shape) and _leads(op.outputs[0].shape)
         return leads or all(t.numel() == 1 for t in tensors)
@@ -127,7 +127,7 @@ def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, i
 
 
 def _axes(op: Op, value: Value) -> list[int]:
-    """The axes along which an op sees more than one place; all, where it does not say."""
+    """The axes of which an op reads several positions; all where it has no `dim`."""
     rank = len(value.shape)
     axes = op.attrs.get("dim", _AXES[_kind(op)])
     if axes is None:
@@ -148,8 +148,8 @@ def _names(attr: Attr) -> set[str]:
 
 
 def _leads(shape: Sequence[Dim]) -> bool:
-    """Whether axes of named sizes stand before all others of more than one place: then the order
-    of elements in memory keeps what is the same for every token apart from what is not."""
+    """Whether axes of named sizes precede all other axes of more than one element: then a reshape
+    does not mix axes that repeat with axes that do not."""
     told = [bool(symbols(dim)) for dim in shape if dim != 1]
     return told == sorted(told, reverse=True)
 

@@ -171,9 +171,9 @@ def test_single_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = mask_values.cut([mask], graph, weights, made)
     monkeypatch.setattr(mask_values, "SMALL", 30)
     by_element = mask_values.Elements(source, {"B": 2, "S": 12})
-    assert mask not in by_element.whole
+    assert mask not in by_element.computed
     monkeypatch.setattr(mask_values, "SMALL", 10**6)
-    whole = mask_values.Elements(source, {"B": 2, "S": 12}).whole[mask]
+    whole = mask_values.Elements(source, {"B": 2, "S": 12}).computed[mask]
     grids = torch.meshgrid(*map(torch.arange, whole.shape), indexing="ij")
     places = tuple(grid.reshape(-1) for grid in grids)
     assert torch.equal(by_element.at(mask, places), whole.reshape(-1))

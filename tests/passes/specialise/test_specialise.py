@@ -19,7 +19,7 @@ from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.runner import Step, run
 from moec.passes.specialise.bind_inputs import bind
 from moec.passes.specialise.specialise import Specialise
-from moec.passes.specialise.token_invariant import Uniform
+from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
 
 EXPERTS = """
   rows: f32[K*B, 8], order: i32[K*B], ends: i32[4] = moe.dispatch(x, i) <num_experts=4> @ mlp
@@ -273,7 +273,7 @@ def test_what_is_known(op: str, known: bool) -> None:
     weights = {p.name: torch.randn([int(d) for d in p.shape]) for p in graph.params}
     (value,) = graph.outputs
     seeds = {graph.inputs[1]: torch.tensor([1])}
-    assert (value in Uniform(Program(graph, weights), seeds).known) is known
+    assert (value in TokenInvariantAnalysis(Program(graph, weights), seeds).constants) is known
 
 
 def test_a_value_that_the_model_fails_on() -> None:
