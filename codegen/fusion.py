@@ -37,31 +37,31 @@ def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[Group]:
     """Groups in an order in which they can run. `own_kernel` ops are groups by themselves."""
     results = set(graph.results)
     groups: dict[Op, list[Group]] = {}
-    places: dict[tuple[Op, Group], frozenset[object]] = {}
-    made: list[Group] = []
+    positions: dict[tuple[Op, Group], frozenset[object]] = {}
+    all_groups: list[Group] = []
     cheap_chain = _cheap_to_repeat(graph)
     for op in reversed(graph.ops):
         rule = None if own_kernel(op) else EMIT.get(op.name)
         joined = None
         if rule is not None and rule.point is not None and not results.intersection(op.outputs):
-            joined = _readers(graph, op, rule, groups, places, cheap_chain, own_kernel)
+            joined = _readers(graph, op, rule, groups, positions, cheap_chain, own_kernel)
         if joined is None:
             group = Group(op)
-            made.append(group)
+            all_groups.append(group)
             joined = {group: frozenset([()])}
         groups[op] = list(joined)
         for group, at in joined.items():
-            places[op, group] = at
+            positions[op, group] = at
             group.ops.append(op)
-    for group in made:
+    for group in all_groups:
         group.ops.reverse()
-    _undo_free_views(graph, made)
-    for group in made:
+    _undo_free_views(graph, all_groups)
+    for group in all_groups:
         inside = {value for op in group.ops for value in op.outputs}
-        seen = dict.fromkeys(v for op in group.ops for v in op.inputs if v not in inside)
-        group.inputs = tuple(seen)
+        inputs = dict.fromkeys(v for op in group.ops for v in op.inputs if v not in inside)
+        group.inputs = tuple(inputs)
     order = {op: number for number, op in enumerate(graph.ops)}
-    return sorted(made, key=lambda group: order[group.root])
+    return sorted(all_groups, key=lambda group: order[group.root])
 
 
 def _readers(
@@ -69,17 +69,18 @@ def _readers(
     op: Op,
     rule: Rule,
     groups: Mapping[Op, list[Group]],
-    places: Mapping[tuple[Op, Group], frozenset[object]],
+    positions: Mapping[tuple[Op, Group], frozenset[object]],
     cheap_chain: Mapping[Op, bool],
     own_kernel: Callable[[Op], bool],
 ) -> dict[Group, frozenset[object]] | None:
-    """The groups that would compute `op`, and the places where; None where it must be stored."""
+    """The groups that would compute `op`, with the positions at which each reads it; None where
+    `op` must be stored."""
     free = rule.cost == 0 or cheap_chain[op]
     if rule.view and not only_splits(op):
         return None
     if op.name in ("aten.cat.default", "aten.stack.default") and len(op.inputs) > PIECES:
         return None
-    found: dict[Group, set[object]] = {}
+    readers: dict[Group, set[object]] = {}
     for value in op.outputs:
         for reader in dict.fromkeys(graph.readers.get(value, ())):
             if not _may_fuse(value, reader, own_kernel):
@@ -88,18 +89,18 @@ def _readers(
             for group in groups[reader]:
                 if reader is not group.root and reader not in group.ops:
                     return None
-                for place in places[reader, group]:
+                for position in positions[reader, group]:
                     same = reading.same_position and value.shape == reader.outputs[0].shape
-                    here = place if same else (reader, value, place)
-                    found.setdefault(group, set()).add(here)
-    if not found or (len(found) > 1 and not free):
+                    here = position if same else (reader, value, position)
+                    readers.setdefault(group, set()).add(here)
+    if not readers or (len(readers) > 1 and not free):
         return None
-    for group, at in found.items():
+    for group, at in readers.items():
         if len(at) > (2 * MOST_PLACES if free else MOST_PLACES) or len(group.ops) >= MOST_OPS:
             return None
         if not free and _repeats(op, group):
             return None
-    return {group: frozenset(at) for group, at in found.items()}
+    return {group: frozenset(at) for group, at in readers.items()}
 
 
 def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> bool:
@@ -111,11 +112,11 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
     if rule.kernel is not None:
         if not rule.fuses:
             return False
-        taken: list[object] = []
+        stored: list[object] = []
         for name, argument in named(reader).items():
             if name not in rule.fuses:
-                taken += argument if isinstance(argument, tuple) else [argument]
-        return not any(value is a for a in taken)
+                stored += argument if isinstance(argument, tuple) else [argument]
+        return not any(value is a for a in stored)
     return rule.point is not None
 
 
@@ -125,8 +126,12 @@ def _repeats(op: Op, group: Group) -> bool:
     domain = root.outputs[0].shape
     if EMIT[root.name].kernel is not None and EMIT[root.name].point is None and root.inputs:
         domain = root.inputs[0].shape
-    own = product(op.outputs[0].shape)
-    return own != 1 and _live(op.outputs[0].shape) != _live(domain) and own != product(domain)
+    elements = product(op.outputs[0].shape)
+    return (
+        elements != 1
+        and _live(op.outputs[0].shape) != _live(domain)
+        and elements != product(domain)
+    )
 
 
 def _live(shape: tuple[Dim, ...]) -> list[Dim]:
@@ -149,19 +154,20 @@ def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
     return cheap
 
 
-def _undo_free_views(graph: Graph, made: list[Group]) -> None:
-    """A view of something stored costs nothing: take it out of the loops that compute it."""
+def _undo_free_views(graph: Graph, all_groups: list[Group]) -> None:
+    """Makes views of stored values groups of their own: they cost nothing, unlike a copy in a
+    loop. Changes `all_groups`."""
     stored = {v for v in (*graph.inputs, *graph.params)}
-    for group in made:
+    for group in all_groups:
         stored.update(group.root.outputs)
-    own: dict[Op, Group] = {group.root: group for group in made}
+    group_of: dict[Op, Group] = {group.root: group for group in all_groups}
     for op in graph.ops:
         rule = EMIT.get(op.name)
-        if rule is None or not rule.view or op in own or op.inputs[0] not in stored:
+        if rule is None or not rule.view or op in group_of or op.inputs[0] not in stored:
             continue
-        own[op] = Group(op, [op])
+        group_of[op] = Group(op, [op])
         stored.update(op.outputs)
-    free = {op for op in own if (rule := EMIT.get(op.name)) is not None and rule.view}
-    for group in made:
+    free = {op for op in group_of if (rule := EMIT.get(op.name)) is not None and rule.view}
+    for group in all_groups:
         group.ops = [op for op in group.ops if op is group.root or op not in free]
-    made += [group for op, group in own.items() if group not in made]
+    all_groups += [group for op, group in group_of.items() if group not in all_groups]

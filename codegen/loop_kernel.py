@@ -58,15 +58,15 @@ def describe(group: Group) -> tuple[str, tuple[str, ...]]:
 
 
 def sizes_of(group: Group) -> set[str]:
-    found: set[str] = set()
+    size_names: set[str] = set()
     for value in group.inputs:
-        found |= names(*value.shape)
+        size_names |= names(*value.shape)
     for op in group.ops:
         for value in op.outputs:
-            found |= names(*value.shape)
+            size_names |= names(*value.shape)
         for attr in op.attrs.values():
-            found |= _attr_sizes(attr)
-    return found
+            size_names |= _attr_sizes(attr)
+    return size_names
 
 
 def _attr_sizes(attr: Attr) -> set[str]:
@@ -94,8 +94,8 @@ def write(group: Group, name: str, target: Target) -> Written:
         for size in free:
             T.arg(size, variables[size])
         outputs = {v: _argument(f"y{i}", v, sizes) for i, v in enumerate(root.outputs)}
-        inputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in inputs.items()}
-        outputs = {v: _seen(v, buffer, sizes, flat) for v, buffer in outputs.items()}
+        inputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in inputs.items()}
+        outputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in outputs.items()}
         producers = {value: op for op in group.ops for value in op.outputs}
         emission = Emission(inputs, outputs, producers, sizes, target, flat)
         _body(emission, group)
@@ -109,7 +109,7 @@ def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
     return argument(name, tuple(shape), sc.STORED[value.dtype])
 
 
-def _seen(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer:
+def _as_viewed(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer:
     """The buffer as expressions index it: bool as int8, one axis where that is enough."""
     if not flat and value.dtype != "bool":
         return buffer

@@ -54,7 +54,9 @@ def lower(
     """
     with BUILDERS:
         # A kernel may not have the name of a function: `route` is the name of both.
-        kernels = Kernels(relax.BlockBuilder(), backend, taken=Counter(module), tunings=tunings)
+        kernels = Kernels(
+            relax.BlockBuilder(), backend, name_counts=Counter(module), tunings=tunings
+        )
         params: dict[str, tuple[Param, ...]] = {}
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
@@ -63,7 +65,7 @@ def lower(
             selection = backend.select(graph)
             refusals |= dict.fromkeys(selection.refusals)
             params[name] = _function(name, graph, target, kernels, selection)
-            origins = origins or tuple(kernels.places)
+            origins = origins or tuple(kernels.sites)
         tunable = tuple(kernels.tunable.values())
         return Lowered(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
 
@@ -83,8 +85,8 @@ def _function(
     """Add the function of a graph; its params in their order."""
     rules = selection.rules
     check(graph, rules.__contains__)
-    known = sorted({name for v in graph.values() for name in names(*v.shape)})
-    sizes = Sizes({name: tirx.Var(name, "int64") for name in known})
+    size_names = sorted({name for v in graph.values() for name in names(*v.shape)})
+    sizes = Sizes({name: tirx.Var(name, "int64") for name in size_names})
     low = Lowering(graph, target, kernels, sizes, selection)
     # The caller's own inputs, then the states in their order.
     before = [state.before for state in graph.states]

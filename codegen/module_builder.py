@@ -38,15 +38,15 @@ class Kernels:
 
     builder: relax.BlockBuilder
     backend: Backend
-    made: dict[object, Any] = field(default_factory=dict)
-    taken: Counter[str] = field(default_factory=Counter)
-    places: list[tuple[str, str]] = field(default_factory=list)
+    functions: dict[object, Any] = field(default_factory=dict)
+    name_counts: Counter[str] = field(default_factory=Counter)
+    sites: list[tuple[str, str]] = field(default_factory=list)
     tunings: Tunings = field(default_factory=dict)
     tunable: dict[str, Tunable] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
-        self.taken[name] += 1
-        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+        self.name_counts[name] += 1
+        return name if self.name_counts[name] == 1 else f"{name}_{self.name_counts[name]}"
 
 
 @dataclass
@@ -99,15 +99,15 @@ class Lowering:
 
     def note(self, op: Op, kernel: str) -> None:
         """For the report: which kernel does an op."""
-        self.kernels.places.append((op.origin or op.outputs[0].name, kernel))
+        self.kernels.sites.append((op.origin or op.outputs[0].name, kernel))
 
     def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
         """The kernel of that key, made once."""
-        made = self.kernels.made
-        if key not in made:
+        functions = self.kernels.functions
+        if key not in functions:
             unique = self.kernels.unique(name)
-            made[key] = self.builder.add_func(make(unique), unique)
-        return made[key]
+            functions[key] = self.builder.add_func(make(unique), unique)
+        return functions[key]
 
     def tuned(self, kernel: Tunable, name: str) -> Any:
         """The kernel with the values that it was tuned to, made once."""
@@ -121,8 +121,10 @@ class Lowering:
     ) -> list[relax.Expr]:
         """The outputs of one kernel; more than one come out of a tuple."""
         types = [self.type(t) for t in outputs]
-        made = relax.call_tir(function, list(arguments), types if len(types) > 1 else types[0])
-        result = self.builder.emit(made)
+        expression = relax.call_tir(
+            function, list(arguments), types if len(types) > 1 else types[0]
+        )
+        result = self.builder.emit(expression)
         if len(types) == 1:
             return [result]
         return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
@@ -131,13 +133,15 @@ class Lowering:
         self, function: Any, arguments: Sequence[relax.Expr], output: TensorType
     ) -> relax.Expr:
         """The first argument after a kernel wrote into it. Nobody may read it as it was."""
-        made = relax.op.call_tir_inplace(function, relax.Tuple(arguments), 0, self.type(output))
-        return self.builder.emit(made)
+        expression = relax.op.call_tir_inplace(
+            function, relax.Tuple(arguments), 0, self.type(output)
+        )
+        return self.builder.emit(expression)
 
     def shaped(self, value: Value, to: TensorType) -> relax.Expr:
         """A value of the graph in another shape."""
-        found = self.value(value)
-        return found if value.type == to else self.reshaped(found, to)
+        source = self.value(value)
+        return source if value.type == to else self.reshaped(source, to)
 
     def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
         """The same memory in another shape; a shape that it had before is not made again."""
@@ -145,9 +149,9 @@ class Lowering:
         key = (base, to)
         if key not in self.views:
             shape = relax.ShapeExpr(self.type(to).shape.values)
-            made = base if _same_shape(base, shape) else self.builder.emit(_reshape(base, shape))
-            self.views[key] = made
-            self.bases[made] = base
+            view = base if _same_shape(base, shape) else self.builder.emit(_reshape(base, shape))
+            self.views[key] = view
+            self.bases[view] = base
         return self.views[key]
 
     def group(self, group: Group) -> list[relax.Expr]:
@@ -159,12 +163,12 @@ class Lowering:
             same = root.inputs[0].shape == out.shape
             return [source if same else self.reshaped(source, out.type)]
         text, order = describe(group)
-        written = self.kernels.made.get(text)
+        written = self.kernels.functions.get(text)
         if written is None:
             name = self.kernels.unique(_name(group))
-            made = self.kernels.backend.loop(group, name, self.target)
-            written = (self.builder.add_func(made.function, name), made.sizes, order)
-            self.kernels.made[text] = written
+            kernel = self.kernels.backend.loop(group, name, self.target)
+            written = (self.builder.add_func(kernel.function, name), kernel.sizes, order)
+            self.kernels.functions[text] = written
         function, free, first_order = written
         # The kernel may have been made for sizes of other names.
         now = dict(zip(first_order, order, strict=True))

@@ -150,8 +150,8 @@ def packed_arrays(
     arrays = {}
     for param in params:
         tensors = [weights[value.name].detach() for value in param.values]
-        made = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
-        arrays[param.name] = made
+        array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
+        arrays[param.name] = array
     return arrays
 
 
@@ -187,23 +187,23 @@ def index_ranges(graph: Graph) -> dict[str, tuple[int, int]]:
 
     Followed through ops that only move or copy elements.
     """
-    found: dict[str, tuple[int, int]] = {}
+    ranges: dict[str, tuple[int, int]] = {}
     for value in graph.inputs:
         if value.dtype not in ("i64", "i32"):
             continue
-        waiting, seen = [value], {value}
+        waiting, visited = [value], {value}
         while waiting:
             for op in graph.readers.get(waiting.pop(), ()):
                 if op.name in _LOOKUPS:
                     ids, table = (named(op)[name] for name in _LOOKUPS[op.name])
                     rows = table.shape[0] if op.name == "aten.embedding.default" else None
-                    if ids in seen and isinstance(rows, int):
-                        _, high = found.get(value.name, (0, rows - 1))
-                        found[value.name] = (0, min(high, rows - 1))
+                    if ids in visited and isinstance(rows, int):
+                        _, high = ranges.get(value.name, (0, rows - 1))
+                        ranges[value.name] = (0, min(high, rows - 1))
                     continue
                 rule = EMIT.get(op.name)
                 moves = rule is not None and rule.point is not None and rule.cost == 0
-                if moves and len(op.inputs) == 1 and op.outputs[0] not in seen:
-                    seen.update(op.outputs)
+                if moves and len(op.inputs) == 1 and op.outputs[0] not in visited:
+                    visited.update(op.outputs)
                     waiting += op.outputs
-    return found
+    return ranges

@@ -54,23 +54,25 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
 
 
 def line(reason: str, ops: list[Op]) -> str:
-    """What cannot be compiled, how often it stands in the graph, and where."""
-    places = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
-    shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    """One line of the error: the reason, the number of ops, and the first three origins."""
+    origins = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
+    shown = ", ".join(origins[:3]) + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
     return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
 
 
 def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
-    """A size is known when the function is called, or it is not: then nobody can compile for it.
+    """Errors for sizes that no input's axis and no moec.size determines.
 
-    Sizes that a `refused` op makes are no news.
+    Sizes of the outputs of a `refused` op are left out: that op is reported already.
     """
-    known = {dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
-    known |= {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
+    input_sizes = {
+        dim.name for v in graph.inputs for dim in v.shape if isinstance(dim, sympy.Symbol)
+    }
+    input_sizes |= {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     reported: set[str] = set()
     for op in graph.ops:
         for value in op.outputs:
-            unknown = names(*value.shape) - known - reported
+            unknown = names(*value.shape) - input_sizes - reported
             for name in sorted(unknown) if op not in refused else ():
                 yield (
                     f"size {name} of {value.name} depends on the data "
@@ -78,13 +80,13 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
                 )
             reported |= unknown
     for value in graph.inputs:
-        for name in sorted(_hidden(value) - known - reported):
+        for name in sorted(_hidden(value) - input_sizes - reported):
             yield f"size {name} stands in no input alone, only in {value}"
             reported.add(name)
 
 
 def fixed(graph: Graph) -> Iterable[str]:
-    """Sizes that an export took for constants though they vary: code made from such a graph
+    """Errors for sizes that an export fixed though they vary: code compiled from such a graph
     would read and write outside of its tensors."""
     environments = _environments(graph)
     for op in graph.ops:
@@ -98,8 +100,8 @@ def fixed(graph: Graph) -> Iterable[str]:
                 pairs = [(product(value.shape), product(out.shape))]
             elif rule.same_position and len(value.shape) <= len(out.shape):
                 pairs = list(zip(reversed(value.shape), reversed(out.shape), strict=False))
-            for own, whole in pairs:
-                if _differ(own, whole, environments, broadcast=not rule.view):
+            for size, out_size in pairs:
+                if _differ(size, out_size, environments, broadcast=not rule.view):
                     yield (
                         f"operator {op.name} at {op.origin or out.name} gives {out.type} of "
                         f"{value.type}: the export fixed a size that varies; "
@@ -110,27 +112,27 @@ def fixed(graph: Graph) -> Iterable[str]:
 
 def _environments(graph: Graph) -> list[dict[str, int]]:
     """Some values of every size within its bounds."""
-    known = sorted({name for v in graph.values() for name in names(*v.shape)})
-    made = []
+    size_names = sorted({name for v in graph.values() for name in names(*v.shape)})
+    environments = []
     for turn in range(len(_TRIED)):
         env = {}
-        for place, name in enumerate(known):
+        for index, name in enumerate(size_names):
             bounds = graph.bounds.get(name, Bounds())
-            wish = max(_TRIED[(turn + place) % len(_TRIED)], bounds.low)
+            wish = max(_TRIED[(turn + index) % len(_TRIED)], bounds.low)
             env[name] = wish if bounds.high is None else min(wish, bounds.high)
-        made.append(env)
-    return made
+        environments.append(env)
+    return environments
 
 
 _TRIED = (1, 2, 7, 33, 129, 1000)
 
 
-def _differ(own: Dim, whole: Dim, environments: list[dict[str, int]], broadcast: bool) -> bool:
-    if own == whole or (broadcast and own == 1):
+def _differ(size: Dim, out_size: Dim, environments: list[dict[str, int]], broadcast: bool) -> bool:
+    if size == out_size or (broadcast and size == 1):
         return False
     for env in environments:
         try:
-            a, b = evaluate_dim(own, env), evaluate_dim(whole, env)
+            a, b = evaluate_dim(size, env), evaluate_dim(out_size, env)
         except IRError:  # a size that is only whole for some values
             continue
         if a != b and not (broadcast and a == 1):

@@ -26,7 +26,7 @@ WORDS = {
     "wanted",
     "whole",
 }
-MOST = {"moec": 0, "passes": 0, "codegen": 398, "runtime": 0}
+MOST = {"moec": 0, "passes": 0, "codegen": 0, "runtime": 0}
 """How many assignments each folder has left. Lower a number when names become better; a commit
 that would raise one needs other names."""
 

@@ -33,8 +33,8 @@ class VectorBody:
         def run(*sums: Expr) -> Expr:
             values: dict[Value, Expr] = dict(zip(self.graph.inputs, sums, strict=True))
             for op in self.graph.ops:
-                made = VECTOR_OPS[op.name](_Call(v, op, values))
-                values[op.outputs[0]] = v.bind(made)
+                result = VECTOR_OPS[op.name](_Call(v, op, values))
+                values[op.outputs[0]] = v.bind(result)
             return values[self.graph.outputs[0]]
 
         return run
@@ -113,8 +113,10 @@ def _sub(c: _Call) -> Expr:
 
 @_vector("rsub.Scalar", "rsub.Tensor")
 def _rsub(c: _Call) -> Expr:
-    own = c.get("self")
-    return c.get("other") - (own if c["alpha"] == 1 else own * c.v.splat(float(c["alpha"])))
+    subtrahend = c.get("self")
+    return c.get("other") - (
+        subtrahend if c["alpha"] == 1 else subtrahend * c.v.splat(float(c["alpha"]))
+    )
 
 
 @_vector("mul.Tensor", "mul.Scalar")

@@ -44,8 +44,8 @@ def linked(built: Exportable, target: Target) -> bytes:
             words += ["-undefined", "dynamic_lookup"]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            said = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
-            raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {said}")
+            message = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+            raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {message}")
 
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         path = Path(folder) / "lib.so"
@@ -67,17 +67,17 @@ def linker(
     Raises TargetError where there is none, or CC names none.
     """
     machine = triple.partition("-")[0]
-    own = machine in ("", platform.machine())
-    if own and (named := env.get("CC")):
+    native = machine in ("", platform.machine())
+    if native and (named := env.get("CC")):
         if which(named.split()[0]):
             return tuple(named.split())
         raise TargetError(f"CC names {named}, which is not there: unset CC, or install it")
-    for name in COMPILERS if own else (f"{triple}-gcc",):
-        if found := which(name):
-            return (found,)
+    for name in COMPILERS if native else (f"{triple}-gcc",):
+        if path := which(name):
+            return (path,)
     if importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "cc", *(() if own else ("-target", triple)))
-    if own:
+        return (sys.executable, "-m", "ziglang", "cc", *(() if native else ("-target", triple)))
+    if native:
         raise TargetError(
             "no C compiler to link with: install one of "
             f"{', '.join(COMPILERS)}, or `pip install ziglang`"

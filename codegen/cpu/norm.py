@@ -58,13 +58,13 @@ def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
         def tensor(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
             return argument(name, shape, LONG_NAMES[dtype])
 
-        whole = (rows, spec.width)
-        x = tensor("x", whole, spec.x)
-        residual = tensor("residual", whole, spec.x) if spec.residual else None
+        matrix = (rows, spec.width)
+        x = tensor("x", matrix, spec.x)
+        residual = tensor("residual", matrix, spec.x) if spec.residual else None
         weight = tensor("weight", (spec.width,), spec.weight) if spec.weight else None
         bias = tensor("bias", (spec.width,), spec.bias) if spec.bias else None
-        total = tensor("sum", whole, spec.x) if spec.residual else None
-        out = tensor("out", whole, spec.out)
+        total = tensor("sum", matrix, spec.x) if spec.residual else None
+        out = tensor("out", matrix, spec.out)
         work = rows * (spec.width * ELEMENT)
         with parallel.shared(rows, work) as t:
             _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
@@ -108,11 +108,11 @@ def _row(c: _Rows, t: Expr) -> None:
 
 def _sweep(c: _Rows, body: Callable[[Expr, Expr | None], None]) -> None:
     """body(first column, how many of a vector) over a row; None: the whole vector."""
-    whole, rest = divmod(c.spec.width, c.v.lanes)
-    with T.serial(0, whole) as j:
+    full_vectors, rest = divmod(c.spec.width, c.v.lanes)
+    with T.serial(0, full_vectors) as j:
         body(j * c.v.lanes, None)
     if rest:
-        body(whole * c.v.lanes, T.int32(rest))
+        body(full_vectors * c.v.lanes, T.int32(rest))
 
 
 def _sum(c: _Rows, source: Buffer, t: Expr, of: Callable[[Expr], Expr]) -> Expr:
@@ -122,8 +122,8 @@ def _sum(c: _Rows, source: Buffer, t: Expr, of: Callable[[Expr], Expr]) -> Expr:
     acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(_SIDE_BY_SIDE)]
     for a in acc:
         T.buffer_store(a, v.splat(0.0), [lane])
-    whole, rest = divmod(c.spec.width, v.lanes)
-    rounds, left = divmod(whole, len(acc))
+    full_vectors, rest = divmod(c.spec.width, v.lanes)
+    rounds, left = divmod(full_vectors, len(acc))
     with T.serial(0, rounds) as j:
         for i, a in enumerate(acc):
             x = v.load(source, (t, (j * len(acc) + i) * v.lanes))
@@ -132,7 +132,7 @@ def _sum(c: _Rows, source: Buffer, t: Expr, of: Callable[[Expr], Expr]) -> Expr:
         x = v.load(source, (t, (rounds * len(acc) + i) * v.lanes))
         T.buffer_store(acc[i], acc[i][lane] + of(x), [lane])
     if rest:
-        x = v.load_tail(source, (t, whole * v.lanes), T.int32(rest))
+        x = v.load_tail(source, (t, full_vectors * v.lanes), T.int32(rest))
         inside = lane < T.broadcast(rest, v.lanes)
         T.buffer_store(acc[0], acc[0][lane] + T.Select(inside, of(x), v.splat(0.0)), [lane])
     return v.sum((acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]))

@@ -40,12 +40,13 @@ _TEXT = "".join(
 
 
 def opaque(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
-    """The function, the integers and conditions that it binds known to LLVM alone."""
+    """The function with its bound integers and conditions hidden from TVM's simplifier; LLVM
+    still sees through them."""
     body = _of(function.body, _sizes(function.body))
     if body.same_as(function.body):
         return function
-    known = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
-    return function.with_body(known)
+    statement = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
+    return function.with_body(statement)
 
 
 def _of(s: Stmt, sizes: set[Var]) -> Stmt:
@@ -74,10 +75,10 @@ def _of(s: Stmt, sizes: set[Var]) -> Stmt:
 
 
 def _sizes(body: Stmt) -> set[Var]:
-    """The variables that sizes of buffers are made of: TVM moves buffers to where it wants them,
-    which may be before a variable that it knows the value of."""
+    """The variables that buffers' sizes depend on. They must stay visible: TVM may move an
+    allocation before the statement that binds a hidden variable."""
     bound: dict[Var, tirx.Expr] = {}
-    found: list[Var] = []
+    variables: list[Var] = []
 
     def visit(s: Stmt) -> None:
         match s:
@@ -94,13 +95,13 @@ def _sizes(body: Stmt) -> set[Var]:
                 bound[s.var] = s.value
             case AllocBuffer():
                 for size in s.buffer.shape:
-                    found.extend(undefined_vars(size))
+                    variables.extend(undefined_vars(size))
 
     visit(body)
     sizes: set[Var] = set()
-    while found:
-        var = found.pop()
+    while variables:
+        var = variables.pop()
         if var in bound and var not in sizes:
             sizes.add(var)
-            found.extend(undefined_vars(bound[var]))
+            variables.extend(undefined_vars(bound[var]))
     return sizes

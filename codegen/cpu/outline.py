@@ -31,7 +31,7 @@ class _Outlining:
     """The statements of one function; `made` counts the functions cut out of it."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.made = name, 0
+        self.name, self.tasks = name, 0
 
     def of(self, s: Stmt) -> Stmt:
         match s:
@@ -53,20 +53,20 @@ class _Outlining:
         if not isinstance(loop, For):  # nothing is left of it
             return loop
 
-        def made(kind: ForKind, var: Var, body: Stmt) -> For:
+        def make_for(kind: ForKind, var: Var, body: Stmt) -> For:
             return For(var, loop.min, loop.extent, kind, body)
 
         task, body = loop.loop_var, loop.body
         if isinstance(worth, tirx.IntImm):
-            return made(ForKind.PARALLEL if worth.value else ForKind.SERIAL, task, body)
-        self.made += 1
-        name = f"{self.name}_task_{self.made}"
+            return make_for(ForKind.PARALLEL if worth.value else ForKind.SERIAL, task, body)
+        self.tasks += 1
+        name = f"{self.name}_task_{self.tasks}"
         cut = AttrStmt(tirx.const(0, "int32"), "compute_scope", StringImm(name), body)
         # What follows a cut gets its place in the debug information; without, LLVM refuses it.
-        parallel = made(ForKind.PARALLEL, task, SeqStmt([cut, Evaluate(task)]))
+        parallel = make_for(ForKind.PARALLEL, task, SeqStmt([cut, Evaluate(task)]))
         again = Var(task.name, task.ty)
-        given = [again if v.same_as(task) else v for v in undefined_vars(body)]
-        code = tirx.call_extern("int32", name, *given)
+        arguments = [again if v.same_as(task) else v for v in undefined_vars(body)]
+        code = tirx.call_extern("int32", name, *arguments)
         fail = Evaluate(tirx.tvm_throw_last_error())
-        serial = made(ForKind.SERIAL, again, IfThenElse(code != 0, fail, None))
+        serial = make_for(ForKind.SERIAL, again, IfThenElse(code != 0, fail, None))
         return IfThenElse(worth, parallel, serial)

@@ -13,8 +13,8 @@ MOST = 1 << 30
 
 
 def _value(default: int, *others: int) -> int:
-    made: int = field(default=default, metadata={"candidates": (default, *others)})
-    return made
+    value: int = field(default=default, metadata={"candidates": (default, *others)})
+    return value
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ DEFAULT = Tuning()
 
 
 def candidates(name: str) -> tuple[int, ...]:
-    """What the value of that name is measured with, its default first."""
-    (found,) = (f for f in fields(Tuning) if f.name == name)
-    return tuple(found.metadata["candidates"])
+    """The candidates that tuning measures for the value `name`, its default first."""
+    (entry,) = (f for f in fields(Tuning) if f.name == name)
+    return tuple(entry.metadata["candidates"])
 
 
 def tuning_of(values: Mapping[str, int]) -> Tuning:

@@ -85,8 +85,8 @@ class Vector:
         count: Expr,
     ) -> None:
         """Stores the first `count` (int32) lanes; memory behind them is not touched."""
-        where, some = T.address_of(buffer[tuple(index)]), T.cast(count, "int32")
-        T.evaluate(self._raw("int32", f"store_tail_{buffer.dtype}", where, value, some))
+        where, lanes = T.address_of(buffer[tuple(index)]), T.cast(count, "int32")
+        T.evaluate(self._raw("int32", f"store_tail_{buffer.dtype}", where, value, lanes))
 
     def scalar(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
         """One element of a float buffer as a float32 scalar."""
@@ -155,10 +155,10 @@ class Vector:
     def scratch(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A buffer that is read and written by address: TVM shrinks any other to the elements
         that it sees used."""
-        made = T.alloc_buffer(shape, dtype)
-        ends = made[(0,) * len(shape)], made[tuple(size - 1 for size in shape)]
+        buffer = T.alloc_buffer(shape, dtype)
+        ends = buffer[(0,) * len(shape)], buffer[tuple(size - 1 for size in shape)]
         T.evaluate(self._raw("int32", "whole", *map(T.address_of, ends)))
-        return made
+        return buffer
 
     # Tile registers, where `target.bf16_tiles`: between begin and end, in one task. An element
     # stands for its address; `stride` is in bytes, from one row of a register to the next.

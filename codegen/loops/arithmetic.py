@@ -123,8 +123,8 @@ def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
     exact = bind(tirx.div(a.expr - rest, b.expr))
     wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
     down = bind(T.Select(wrong, exact - 1, exact))
-    whole = bind(T.floor(down))
-    near = T.Select(down - whole > sc.constant(0.5, a.dtype).expr, whole + 1, whole)
+    integer = bind(T.floor(down))
+    near = T.Select(down - integer > sc.constant(0.5, a.dtype).expr, integer + 1, integer)
     return Scalar(a.dtype, T.Select(tirx.EQ(b.expr, zero), tirx.div(a.expr, b.expr), near))
 
 
@@ -156,8 +156,8 @@ def div_mode(p: Point) -> Scalar:
         return result(p, floor_quotient(p, a, b))
     if a.dtype in INTS:
         return result(p, Scalar(a.dtype, tirx.truncdiv(a.expr, _safe(p, b))))
-    whole = sc.rounded(Scalar(a.dtype, tirx.div(a.expr, b.expr)))
-    return result(p, Scalar(a.dtype, T.trunc(whole.expr)))
+    quotient = sc.rounded(Scalar(a.dtype, tirx.div(a.expr, b.expr)))
+    return result(p, Scalar(a.dtype, T.trunc(quotient.expr)))
 
 
 @point("floor_divide", "floor_divide.Scalar", cost=4)
@@ -204,14 +204,14 @@ def pow_scalar(p: Point) -> Scalar:
 
 
 def _whole_power(p: Point, x: Scalar, exponent: int) -> Scalar:
-    found = sc.constant(1, x.dtype)
+    power = sc.constant(1, x.dtype)
     square = x
     while exponent > 0:
         if exponent & 1:
-            found = p.emission.bind(times(found, square))
+            power = p.emission.bind(times(power, square))
         square = p.emission.bind(times(square, square))
         exponent >>= 1
-    return found
+    return power
 
 
 @point("pow.Tensor_Tensor", "pow.Scalar", cost=HEAVY)
@@ -220,8 +220,8 @@ def pow_tensor(p: Point) -> Scalar:
     if a.dtype in FLOATS:
         return result(p, Scalar(a.dtype, T.pow(a.expr, b.expr)))
     # Exact as long as the result is below 2^53.
-    whole = T.pow(T.cast(a.expr, "float64"), T.cast(b.expr, "float64"))
-    return result(p, Scalar("f64", whole))
+    power = T.pow(T.cast(a.expr, "float64"), T.cast(b.expr, "float64"))
+    return result(p, Scalar("f64", power))
 
 
 @point("atan2", cost=HEAVY)

@@ -41,13 +41,13 @@ _constant("fill.Scalar", "fill.Tensor", argument="value")
 def arange(p: Point) -> Scalar:
     named = p.emission.named(p.op)
     start, step = named.get("start", 0), named.get("step", 1)
-    place = Scalar("i64", p.at[0].expr)
+    position = Scalar("i64", p.at[0].expr)
     if start == 0 and step == 1:
-        return sc.cast(place, p.dtype)
+        return sc.cast(position, p.dtype)
     if p.dtype in INTS:
         exprs = [p.emission.sizes.expr(v) for v in (start, step)]
-        return sc.cast(Scalar("i64", exprs[0] + place.expr * exprs[1]), p.dtype)
-    wide = sc.cast(place, "f64").expr
+        return sc.cast(Scalar("i64", exprs[0] + position.expr * exprs[1]), p.dtype)
+    wide = sc.cast(position, "f64").expr
     first, by = (p.get(v, "f64").expr for v in (start, step))
     return sc.cast(Scalar("f64", first + wide * by), p.dtype)
 

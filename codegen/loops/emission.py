@@ -71,17 +71,17 @@ class Emission:
             if key in memo:
                 return memo[key]
         if value in self.buffers:
-            found = sc.load(self.buffers[value], [i.expr for i in at], value.dtype)
+            scalar = sc.load(self.buffers[value], [i.expr for i in at], value.dtype)
         else:
             op = self.producers[value]
             rule = EMIT[op.name]
             assert rule.point is not None
-            found = rule.point(Point(self, op, value, at))
-            assert found.dtype == value.dtype, (op, found.dtype)
-            found = found if rule.exact else sc.rounded(found)
-        found = self.bind(found)
-        self.memos[-1][key] = found
-        return found
+            scalar = rule.point(Point(self, op, value, at))
+            assert scalar.dtype == value.dtype, (op, scalar.dtype)
+            scalar = scalar if rule.exact else sc.rounded(scalar)
+        scalar = self.bind(scalar)
+        self.memos[-1][key] = scalar
+        return scalar
 
     def store(self, value: Value, at: Position, x: Scalar) -> None:
         """Write an element of an output; x has its dtype."""
@@ -125,9 +125,11 @@ class Emission:
 
     def position(self, value: Value, at: Position, shape: Sequence[Dim]) -> Position:
         """Where `value` is read when it is broadcast to `shape` and that is read at `at`."""
-        own = self.shape(value)
-        lead = len(shape) - len(own)
-        return tuple(ix.const(0) if dim == 1 else at[lead + axis] for axis, dim in enumerate(own))
+        value_shape = self.shape(value)
+        lead = len(shape) - len(value_shape)
+        return tuple(
+            ix.const(0) if dim == 1 else at[lead + axis] for axis, dim in enumerate(value_shape)
+        )
 
     # ---- loops -------------------------------------------------------------------------
 
@@ -262,8 +264,8 @@ class Point:
         """
         if isinstance(argument, Value):
             at = self.emission.position(argument, self.at, self.shape)
-            found = self.read(argument, at)
-            return found if dtype is None else self.emission.bind(sc.cast(found, dtype))
+            scalar = self.read(argument, at)
+            return scalar if dtype is None else self.emission.bind(sc.cast(scalar, dtype))
         dtype = dtype or self.dtype
         if isinstance(argument, sympy.Expr):
             return sc.cast(Scalar("i64", self.emission.sizes.expr(argument)), dtype)

@@ -182,8 +182,8 @@ def elu(p: Point) -> Scalar:
     x = p.get(p["self"])
     alpha, scale, inner = (number(float(p[n]), x) for n in ("alpha", "scale", "input_scale"))
     below = expm1(p, p.emission.bind(Scalar(x.dtype, x.expr * inner))) * alpha
-    kept = T.Select(x.expr > number(0.0, x), x.expr, below)
-    return Scalar(x.dtype, kept * scale)
+    y = T.Select(x.expr > number(0.0, x), x.expr, below)
+    return Scalar(x.dtype, y * scale)
 
 
 @point("softplus", cost=2 * HEAVY)
@@ -200,8 +200,8 @@ def softplus(p: Point) -> Scalar:
 def hardsigmoid(p: Point) -> Scalar:
     x = p.get(p["self"])
     shifted = Scalar(x.dtype, x.expr + number(3.0, x))
-    kept = larger(larger(shifted, sc.constant(0.0, x.dtype)), sc.constant(6.0, x.dtype), -1)
-    share = tirx.div(kept.expr, number(6.0, x))
+    clamp = larger(larger(shifted, sc.constant(0.0, x.dtype)), sc.constant(6.0, x.dtype), -1)
+    share = tirx.div(clamp.expr, number(6.0, x))
     swish = p.op.name == "aten.hardswish.default"
     return Scalar(x.dtype, x.expr * share if swish else share)
 

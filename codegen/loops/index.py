@@ -31,7 +31,7 @@ class Index:
     high: int | None = None
 
     @property
-    def known(self) -> int | None:
+    def constant(self) -> int | None:
         return self.low if self.low is not None and self.low == self.high else None
 
 
@@ -47,20 +47,20 @@ def loop(var: Expr, name: str, stop: Dim, start: int = 0) -> Index:
 
 
 def add(a: Index, b: Index) -> Index:
-    if a.known == 0:
+    if a.constant == 0:
         return b
-    if b.known == 0:
+    if b.constant == 0:
         return a
-    if a.known is not None and b.known is not None:
-        return const(a.known + b.known)
+    if a.constant is not None and b.constant is not None:
+        return const(a.constant + b.constant)
     return Index(a.expr + b.expr, ("+", a.key, b.key), _plus(a.low, b.low), _plus(a.high, b.high))
 
 
 def sub(a: Index, b: Index) -> Index:
-    if b.known == 0:
+    if b.constant == 0:
         return a
-    if a.known is not None and b.known is not None:
-        return const(a.known - b.known)
+    if a.constant is not None and b.constant is not None:
+        return const(a.constant - b.constant)
     low = _plus(a.low, None if b.high is None else -b.high)
     high = _plus(a.high, None if b.low is None else -b.low)
     return Index(a.expr - b.expr, ("-", a.key, b.key), low, high)
@@ -68,12 +68,12 @@ def sub(a: Index, b: Index) -> Index:
 
 def mul(a: Index, b: Index) -> Index:
     """Of two positions that are not negative."""
-    if a.known == 1:
+    if a.constant == 1:
         return b
-    if b.known == 1:
+    if b.constant == 1:
         return a
-    if a.known is not None and b.known is not None:
-        return const(a.known * b.known)
+    if a.constant is not None and b.constant is not None:
+        return const(a.constant * b.constant)
     high = a.high * b.high if a.high is not None and b.high is not None else None
     low = (a.low or 0) * (b.low or 0)
     return Index(a.expr * b.expr, ("*", a.key, b.key), low, high)
@@ -81,18 +81,18 @@ def mul(a: Index, b: Index) -> Index:
 
 def div(a: Index, b: Index) -> Index:
     """a // b of a >= 0 and b > 0."""
-    if b.known == 1:
+    if b.constant == 1:
         return a
-    if a.known is not None and b.known is not None:
-        return const(a.known // b.known)
-    high = a.high // b.known if a.high is not None and b.known else a.high
+    if a.constant is not None and b.constant is not None:
+        return const(a.constant // b.constant)
+    high = a.high // b.constant if a.high is not None and b.constant else a.high
     return Index(quotient(a.expr, b.expr), ("/", a.key, b.key), 0, high)
 
 
 def mod(a: Index, b: Index) -> Index:
     """a % b of a >= 0 and b > 0."""
-    if a.known is not None and b.known is not None:
-        return const(a.known % b.known)
+    if a.constant is not None and b.constant is not None:
+        return const(a.constant % b.constant)
     if a.high is not None and b.low is not None and a.high < b.low:
         return a
     high = None if b.high is None else b.high - 1
@@ -143,14 +143,14 @@ class Sizes:
     def __init__(self, variables: Mapping[str, Var], inside_kernel: bool = False) -> None:
         self.variables = variables
         self.inside_kernel = inside_kernel
-        self.made: dict[Dim, Expr] = {}
+        self.exprs: dict[Dim, Expr] = {}
 
     def expr(self, dim: Dim) -> Expr:
         if isinstance(dim, int):
             return tirx.const(dim, "int64")
-        if dim not in self.made:
-            self.made[dim] = self._expr(sympy.sympify(dim))
-        return self.made[dim]
+        if dim not in self.exprs:
+            self.exprs[dim] = self._expr(sympy.sympify(dim))
+        return self.exprs[dim]
 
     def _divisor(self, dim: sympy.Expr) -> Expr:
         """A size to divide by: 1 where it is 0, which only LLVM may know (see `quotient`)."""
@@ -212,11 +212,11 @@ class Sizes:
         if isinstance(rest, f64):
             operator, left, right = operation(rest.args[0])
             a, b = self._double(left), self._double(right)
-            made = a + b if operator == "add" else a * b if operator == "mul" else a / b
-            return made if sign == 1 else made * tirx.const(float(sign), "float64")
+            operand = a + b if operator == "add" else a * b if operator == "mul" else a / b
+            return operand if sign == 1 else operand * tirx.const(float(sign), "float64")
         top, bottom = sympy.fraction(sympy.together(x))
-        made = tirx.Cast("float64", self._expr(top))
-        return made / tirx.const(float(bottom), "float64") if bottom != 1 else made
+        operand = tirx.Cast("float64", self._expr(top))
+        return operand / tirx.const(float(bottom), "float64") if bottom != 1 else operand
 
 
 def _fold(combine: object, values: list[Expr]) -> Expr:

@@ -56,8 +56,8 @@ def cat(p: Point) -> Scalar:
             return piece(value, start)
         if at.low is not None and stop.high is not None and at.low >= stop.high:
             return pick(number + 1, stop)
-        if stop.known is not None:
-            p.emission.split(at, stop.known)
+        if stop.constant is not None:
+            p.emission.split(at, stop.constant)
         return branch(
             p, at.expr < stop.expr, lambda: piece(value, start), lambda: pick(number + 1, stop)
         )
@@ -92,7 +92,7 @@ def stack(p: Point) -> Scalar:
     pieces = p["tensors"]
 
     def pick(number: int) -> Scalar:
-        if number == len(pieces) - 1 or at.known == number:
+        if number == len(pieces) - 1 or at.constant == number:
             return sc.cast(p.read(pieces[number], inner), p.dtype)
         if at.low is not None and at.low > number:
             return pick(number + 1)
@@ -131,9 +131,9 @@ def pad(p: Point) -> Scalar:
         axis = len(at) - 1 - pair
         before = p.emission.sizes.expr(p["pad"][2 * pair])
         size = p.emission.sizes.expr(value.shape[axis])
-        place = p.emission.bind_expr(at[axis].expr - before)
-        at[axis] = Index(place, ("pad", p.at[axis].key, str(p["pad"][2 * pair])))
-        inside = tirx.And(inside, tirx.And(place >= 0, place < size))
+        position = p.emission.bind_expr(at[axis].expr - before)
+        at[axis] = Index(position, ("pad", p.at[axis].key, str(p["pad"][2 * pair])))
+        inside = tirx.And(inside, tirx.And(position >= 0, position < size))
     return branch(
         p, inside, lambda: p.read(value, tuple(at)), lambda: sc.constant(p["value"], p.dtype)
     )
@@ -146,11 +146,11 @@ def slice_scatter(p: Point) -> Scalar:
     start = offset(p, p["start"], p.shape[axis])
     back = p.emission.bind_expr(p.at[axis].expr - start.expr)
     step = tirx.const(p["step"], "int64")
-    place = back if p["step"] == 1 else p.emission.bind_expr(tirx.floordiv(back, step))
-    inside = tirx.And(back >= 0, place < p.emission.sizes.expr(src.shape[axis]))
+    position = back if p["step"] == 1 else p.emission.bind_expr(tirx.floordiv(back, step))
+    inside = tirx.And(back >= 0, position < p.emission.sizes.expr(src.shape[axis]))
     if p["step"] != 1:
         inside = tirx.And(inside, tirx.EQ(tirx.floormod(back, step), tirx.const(0, "int64")))
-    there = Index(place, ("scatter", p.at[axis].key, start.key, p["step"]))
+    there = Index(position, ("scatter", p.at[axis].key, start.key, p["step"]))
     return branch(
         p,
         inside,
@@ -162,11 +162,11 @@ def slice_scatter(p: Point) -> Scalar:
 @moves("select_scatter")
 def select_scatter(p: Point) -> Scalar:
     axis = wrap(p["dim"], len(p.at))
-    place = offset(p, p["index"], p.shape[axis])
+    position = offset(p, p["index"], p.shape[axis])
     inner = (*p.at[:axis], *p.at[axis + 1 :])
     return branch(
         p,
-        tirx.EQ(p.at[axis].expr, place.expr),
+        tirx.EQ(p.at[axis].expr, position.expr),
         lambda: sc.cast(p.read(p["src"], inner), p.dtype),
         lambda: p.read(p["self"], p.at),
     )
@@ -176,5 +176,5 @@ def select_scatter(p: Point) -> Scalar:
 def triangle(p: Point) -> Scalar:
     above = p.at[-1].expr - p.at[-2].expr
     limit = p.emission.sizes.expr(p["diagonal"])
-    kept = above <= limit if p.op.name == "aten.tril.default" else above >= limit
-    return choose(kept, p.read(p["self"], p.at), sc.constant(0, p.dtype))
+    inside = above <= limit if p.op.name == "aten.tril.default" else above >= limit
+    return choose(inside, p.read(p["self"], p.at), sc.constant(0, p.dtype))

@@ -23,8 +23,8 @@ def looked_up(e: Emission, ids: Value, at: Position, size: Dim) -> Index:
     limit = e.sizes.index(size)
     wrapped = e.bind_expr(T.Select(raw < 0, raw + limit.expr, raw))
     key = ("at", ids, tuple(i.key for i in at))
-    found = ix.bounded(Index(wrapped, key, None, None), limit)
-    return Index(e.bind_expr(found.expr), found.key, found.low, found.high)
+    clamp = ix.bounded(Index(wrapped, key, None, None), limit)
+    return Index(e.bind_expr(clamp.expr), clamp.key, clamp.low, clamp.high)
 
 
 @point("embedding", cost=2, same_position=False, exact=True)
@@ -40,8 +40,8 @@ def gather(p: Point) -> Scalar:
     if not value.shape:
         return p.read(value, ())
     axis = wrap(p["dim"], len(value.shape))
-    place = looked_up(p.emission, p["index"], p.at, value.shape[axis])
-    return p.read(value, (*p.at[:axis], place, *p.at[axis + 1 :]))
+    position = looked_up(p.emission, p["index"], p.at, value.shape[axis])
+    return p.read(value, (*p.at[:axis], position, *p.at[axis + 1 :]))
 
 
 @point("index_select", cost=2, same_position=False, exact=True)
@@ -50,8 +50,8 @@ def index_select(p: Point) -> Scalar:
     axis = wrap(p["dim"], len(value.shape))
     ids = p["index"]
     inner = (p.at[axis],) if ids.shape else ()
-    place = looked_up(p.emission, ids, inner, value.shape[axis])
-    return p.read(value, (*p.at[:axis], place, *p.at[axis + 1 :]))
+    position = looked_up(p.emission, ids, inner, value.shape[axis])
+    return p.read(value, (*p.at[:axis], position, *p.at[axis + 1 :]))
 
 
 @point("take", cost=2, same_position=False, exact=True)
@@ -72,9 +72,9 @@ def take_along(p: Point) -> Scalar:
     value, ids = p["self"], p["indices"]
     axis = wrap(p["dim"], len(value.shape))
     at = p.emission.position(ids, p.at, p.shape)
-    place = looked_up(p.emission, ids, at, value.shape[axis])
-    own = p.emission.position(value, p.at, p.shape)
-    return p.read(value, (*own[:axis], place, *own[axis + 1 :]))
+    position = looked_up(p.emission, ids, at, value.shape[axis])
+    value_at = p.emission.position(value, p.at, p.shape)
+    return p.read(value, (*value_at[:axis], position, *value_at[axis + 1 :]))
 
 
 def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int], int, int]:
@@ -88,9 +88,9 @@ def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int],
 @point("index.Tensor", "_unsafe_index.Tensor", cost=2, same_position=False, exact=True)
 def index(p: Point) -> Scalar:
     value, indices = p["self"], p["indices"]
-    axes, place, width = indexed_axes(indices, len(value.shape))
-    block, rest = p.at[place : place + width], list((*p.at[:place], *p.at[place + width :]))
-    shape = p.shape[place : place + width]
+    axes, lead, width = indexed_axes(indices, len(value.shape))
+    block, rest = p.at[lead : lead + width], list((*p.at[:lead], *p.at[lead + width :]))
+    shape = p.shape[lead : lead + width]
     at: list[Index] = []
     for axis, dim in enumerate(value.shape):
         if axis in axes:

@@ -69,9 +69,9 @@ def product_of(
 
 def _lead(e: Emission, value: Value, out: Value, at: Position) -> Position:
     """The leading axes of an operand that is broadcast to the batch of the output."""
-    own, batch = value.shape[:-2], at[:-2]
-    skip = len(batch) - len(own)
-    return tuple(ix.const(0) if dim == 1 else batch[skip + i] for i, dim in enumerate(own))
+    lead_shape, batch = value.shape[:-2], at[:-2]
+    skip = len(batch) - len(lead_shape)
+    return tuple(ix.const(0) if dim == 1 else batch[skip + i] for i, dim in enumerate(lead_shape))
 
 
 def _tiles(e: Emission, out: Value, a: Value, b: Value, after: Epilogue) -> None:
@@ -108,17 +108,17 @@ def _tiles(e: Emission, out: Value, a: Value, b: Value, after: Epilogue) -> None
             for j in range(width):
                 start = column + j * lanes
                 with T.serial(0, lanes if count is None else count) as lane, e.scope():
-                    place = Index(T.bind(start + T.cast(lane, "int64")), ("column", i, j))
-                    to = (*at[:-2], Index(row + i, ("row", i)), place)
-                    found = Scalar("f32", cells[i][j][lane])
-                    e.store(out, to, sc.cast(after(to, found), out.dtype))
+                    column_index = Index(T.bind(start + T.cast(lane, "int64")), ("column", i, j))
+                    to = (*at[:-2], Index(row + i, ("row", i)), column_index)
+                    total = Scalar("f32", cells[i][j][lane])
+                    e.store(out, to, sc.cast(after(to, total), out.dtype))
 
     def strip(at: Position, row: Expr, height: int) -> None:
-        whole = tirx.truncdiv(n, _i(lanes * VECTORS))
-        with T.serial(0, whole) as block:
+        full_blocks = tirx.truncdiv(n, _i(lanes * VECTORS))
+        with T.serial(0, full_blocks) as block:
             tile(at, row, height, T.bind(block * (lanes * VECTORS)), None)
         with T.serial(0, VECTORS) as part:
-            column = T.bind(whole * (lanes * VECTORS) + T.cast(part, "int64") * lanes)
+            column = T.bind(full_blocks * (lanes * VECTORS) + T.cast(part, "int64") * lanes)
             with T.If(column < n), T.Then():
                 tile(at, row, height, column, tirx.min(n - column, _i(lanes)))
 
@@ -231,18 +231,18 @@ def convolution(e: Emission, op: Op) -> None:
         first = ix.mul(ix.div(at[1], ix.const(group_out)), ix.const(group_in))
 
         def tap(inner: Position) -> None:
-            places, inside = [], tirx.const(True, "bool")
+            taps, inside = [], tirx.const(True, "bool")
             for axis in range(rank):
                 expr = at[2 + axis].expr * stride[axis] + inner[1 + axis].expr * dilation[axis]
-                place = e.bind_expr(expr - padding[axis])
+                coordinate = e.bind_expr(expr - padding[axis])
                 size = e.sizes.expr(x.shape[2 + axis])
-                inside = tirx.And(inside, tirx.And(place >= 0, place < size))
-                places.append(Index(place, ("tap", at[2 + axis].key, inner[1 + axis].key)))
+                inside = tirx.And(inside, tirx.And(coordinate >= 0, coordinate < size))
+                taps.append(Index(coordinate, ("tap", at[2 + axis].key, inner[1 + axis].key)))
             with T.If(inside), T.Then(), e.scope():
                 channel = ix.add(first, inner[0])
-                found = sc.cast(e.read(x, (at[0], channel, *places)), kind)
+                element = sc.cast(e.read(x, (at[0], channel, *taps)), kind)
                 factor = sc.cast(e.read(weight, (at[1], *inner)), kind)
-                total.set(plus(total.get(), times(found, factor)))
+                total.set(plus(total.get(), times(element, factor)))
 
         e.serially(weight.shape[1:], tap, "tap")
         result = total.get()

@@ -26,18 +26,18 @@ def capacity(e: Emission, op: Op) -> None:
     tokens, k = experts.shape
     count = integer(op, "num_experts")
     limit = e.sizes.expr(op.attrs["capacity"])
-    seen = T.alloc_buffer((count + 1,), "int64", scope="global")
+    counts = T.alloc_buffer((count + 1,), "int64", scope="global")
     with T.serial(0, count + 1) as i:
-        T.buffer_store(seen, tirx.const(0, "int64"), [i])
+        T.buffer_store(counts, tirx.const(0, "int64"), [i])
 
     def visit(at: Position) -> None:
         expert = e.bind_expr(e.read(experts, at).expr)
-        known = tirx.And(expert >= 0, expert < count)
-        place = e.bind_expr(T.Select(known, expert, tirx.const(count, "int64")))
-        before = e.bind_expr(seen[place])
-        T.buffer_store(seen, before + 1, [place])
-        kept = T.Select(before < limit, place, tirx.const(count, "int64"))
-        e.store(out, at, Scalar("i64", kept))
+        valid = tirx.And(expert >= 0, expert < count)
+        bucket = e.bind_expr(T.Select(valid, expert, tirx.const(count, "int64")))
+        before = e.bind_expr(counts[bucket])
+        T.buffer_store(counts, before + 1, [bucket])
+        choice = T.Select(before < limit, bucket, tirx.const(count, "int64"))
+        e.store(out, at, Scalar("i64", choice))
 
     if op.attrs.get("order", "slot") == "slot":
         e.serially((k, tokens), lambda at: visit((at[1], at[0])), "choice")
@@ -53,14 +53,14 @@ def expert_of(e: Emission, op: Op) -> None:
     assert isinstance(count, int)
 
     def row(at: Position) -> None:
-        found = Cell(sc.constant(0, "i64"))
+        counter = Cell(sc.constant(0, "i64"))
         with T.serial(0, tirx.const(count, "int64")) as i, e.scope():
             end = sc.cast(e.read(ends, (loop(i, "expert", count),)), "i64")
             passed = T.Select(
                 end.expr <= at[0].expr, tirx.const(1, "int64"), tirx.const(0, "int64")
             )
-            found.set(Scalar("i64", found.get().expr + passed))
-        last = tirx.min(found.get().expr, tirx.const(count - 1, "int64"))
+            counter.set(Scalar("i64", counter.get().expr + passed))
+        last = tirx.min(counter.get().expr, tirx.const(count - 1, "int64"))
         e.store(out, at, Scalar("i64", last))
 
     e.rows(out.shape, row, count)
@@ -93,10 +93,10 @@ def grouped_linear(e: Emission, op: Op) -> None:
             sums = [e.bind(times(s, scale)) for s in sums]
         for j, bias in enumerate(parts.biases):
             sums[j] = plus(sums[j], sc.cast(e.read(bias, (owner, column)), kind))
-        found = _through_body(e, op, sums, at)
+        y = _through_body(e, op, sums, at)
         owned = row.expr < _end(e, parts.ends, experts)
         empty = sc.constant(0, out.dtype)
-        expr = T.Select(owned, sc.cast(found, out.dtype).expr, empty.expr)
+        expr = T.Select(owned, sc.cast(y, out.dtype).expr, empty.expr)
         e.store(out, at, Scalar(out.dtype, expr))
 
     e.elements(out.shape, element, weight=64)
@@ -107,13 +107,13 @@ def _end(e: Emission, ends: Value, experts: int) -> object:
 
 
 def _owner(e: Emission, ends: Value, row: Index, experts: int) -> Index:
-    found = Cell(sc.constant(0, "i64"))
+    counter = Cell(sc.constant(0, "i64"))
     with T.serial(0, tirx.const(experts, "int64")) as i, e.scope():
         end = sc.cast(e.read(ends, (loop(i, "expert", experts),)), "i64")
         one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
         passed = T.Select(end.expr <= row.expr, one, zero)
-        found.set(Scalar("i64", found.get().expr + passed))
-    last = e.bind_expr(tirx.min(found.get().expr, tirx.const(experts - 1, "int64")))
+        counter.set(Scalar("i64", counter.get().expr + passed))
+    last = e.bind_expr(tirx.min(counter.get().expr, tirx.const(experts - 1, "int64")))
     return Index(last, ("owner", row.key), 0, experts - 1)
 
 
@@ -145,6 +145,6 @@ def _through_body(e: Emission, op: Op, sums: list[Scalar], at: Position) -> Scal
     inside = Emission({}, {}, producers, e.sizes, e.target)
     keys = tuple(i.key for i in at)
     for value, x in zip(body.inputs, sums, strict=True):
-        kept = x.dtype in HALVES or x.dtype == value.dtype
-        inside.memos[-1][(value, keys)] = x if kept else Scalar(value.dtype, x.expr)
+        same_dtype = x.dtype in HALVES or x.dtype == value.dtype
+        inside.memos[-1][(value, keys)] = x if same_dtype else Scalar(value.dtype, x.expr)
     return inside.read(body.outputs[0], at)

@@ -63,9 +63,9 @@ def _variance(e: Emission, op: Op, root: bool, with_mean: bool) -> None:
         zero = sc.constant(0.0, kind)
         freedom = larger(plus(number, sc.constant(correction, kind), -1), zero)
         expr = tirx.div(squares.expr, freedom.expr)
-        found = Scalar(kind, T.sqrt(expr) if root else expr)
+        variance = Scalar(kind, T.sqrt(expr) if root else expr)
         out = op.outputs[0]
-        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+        e.store(out, target(out, at, axes), sc.cast(variance, out.dtype))
         if with_mean:
             out = op.outputs[1]
             e.store(out, target(out, at, axes), sc.cast(middle, out.dtype))
@@ -106,8 +106,8 @@ def layer_norm(e: Emission, op: Op) -> None:
             e.store(op.outputs[0], full, sc.cast(y, op.outputs[0].dtype))
 
         over(e, x.shape, at, axes, write)
-        for out, found in zip(op.outputs[1:], (middle, Scalar(kind, inverse)), strict=False):
-            e.store(out, at, sc.cast(found, out.dtype))
+        for out, statistic in zip(op.outputs[1:], (middle, Scalar(kind, inverse)), strict=False):
+            e.store(out, at, sc.cast(statistic, out.dtype))
 
     e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=4)
 

@@ -17,8 +17,8 @@ from moec.codegen.loops.scalars import Scalar
 def permute(p: Point) -> Scalar:
     value = p["self"]
     at = list(p.at)
-    for place, axis in enumerate(p["dims"]):
-        at[wrap(axis, len(at))] = p.at[place]
+    for position, axis in enumerate(p["dims"]):
+        at[wrap(axis, len(at))] = p.at[position]
     return p.read(value, tuple(at))
 
 
@@ -43,8 +43,8 @@ def slice_(p: Point) -> Scalar:
     value = p["self"]
     axis = wrap(p["dim"], len(value.shape))
     start = offset(p, p["start"], value.shape[axis])
-    place = ix.add(ix.mul(p.at[axis], ix.const(p["step"])), start)
-    return p.read(value, replaced(p.at, axis, place))
+    position = ix.add(ix.mul(p.at[axis], ix.const(p["step"])), start)
+    return p.read(value, replaced(p.at, axis, position))
 
 
 @moves("narrow")
@@ -59,16 +59,16 @@ def narrow(p: Point) -> Scalar:
 def select(p: Point) -> Scalar:
     value = p["self"]
     axis = wrap(p["dim"], len(value.shape))
-    place = offset(p, p["index"], value.shape[axis])
-    return p.read(value, (*p.at[:axis], place, *p.at[axis:]))
+    position = offset(p, p["index"], value.shape[axis])
+    return p.read(value, (*p.at[:axis], position, *p.at[axis:]))
 
 
 @moves("unbind.int")
 def unbind(p: Point) -> Scalar:
     value = p["self"]
     axis = wrap(p["dim"], len(value.shape))
-    place = ix.const(p.op.outputs.index(p.value))
-    return p.read(value, (*p.at[:axis], place, *p.at[axis:]))
+    position = ix.const(p.op.outputs.index(p.value))
+    return p.read(value, (*p.at[:axis], position, *p.at[axis:]))
 
 
 @moves("split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections")
@@ -121,8 +121,8 @@ def repeat(p: Point) -> Scalar:
 def unfold(p: Point) -> Scalar:
     value = p["self"]
     axis = wrap(p["dimension"], len(value.shape))
-    place = ix.add(ix.mul(p.at[axis], ix.const(p["step"])), p.at[-1])
-    return p.read(value, replaced(p.at[:-1], axis, place))
+    position = ix.add(ix.mul(p.at[axis], ix.const(p["step"])), p.at[-1])
+    return p.read(value, replaced(p.at[:-1], axis, position))
 
 
 @moves("diagonal", "diagonal_copy")
@@ -147,8 +147,8 @@ def view_as_complex(p: Point) -> Scalar:
 @moves("view_as_real", "view_as_real_copy")
 def view_as_real(p: Point) -> Scalar:
     x = p.read(p["self"], p.at[:-1])
-    if p.at[-1].known is not None:
-        return Scalar("f32", x.imag if p.at[-1].known else x.expr)
+    if p.at[-1].constant is not None:
+        return Scalar("f32", x.imag if p.at[-1].constant else x.expr)
     return Scalar("f32", T.Select(tirx.EQ(p.at[-1].expr, tirx.const(0, "int64")), x.expr, x.imag))
 
 

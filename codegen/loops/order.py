@@ -32,11 +32,11 @@ def _int(value: int) -> Expr:
     return tirx.const(value, "int64")
 
 
-def _write(e: Emission, op: Op, at: Position, axis: int, x: Scalar | None, place: Expr) -> None:
+def _write(e: Emission, op: Op, at: Position, axis: int, x: Scalar | None, position: Expr) -> None:
     """Into (values, indices), or into the indices alone."""
     if len(op.outputs) > 1 and x is not None:
         e.store(op.outputs[0], at, Scalar(op.outputs[0].dtype, x.expr))
-    e.store(op.outputs[-1], at, Scalar("i64", T.cast(place, "int64")))
+    e.store(op.outputs[-1], at, Scalar("i64", T.cast(position, "int64")))
 
 
 def _cells(e: Emission, x: Value, many: Dim | int) -> Buffer:
@@ -44,14 +44,14 @@ def _cells(e: Emission, x: Value, many: Dim | int) -> Buffer:
     return T.alloc_buffer((e.sizes.expr(many),), sc.COMPUTE[kind], scope="global")
 
 
-def _get(buffer: Buffer, x: Value, place: Expr) -> Scalar:
+def _get(buffer: Buffer, x: Value, position: Expr) -> Scalar:
     if x.dtype == "bool":
-        return Scalar("bool", tirx.NE(buffer[place], tirx.const(0, "int8")))
-    return Scalar(x.dtype, buffer[place])
+        return Scalar("bool", tirx.NE(buffer[position], tirx.const(0, "int8")))
+    return Scalar(x.dtype, buffer[position])
 
 
-def _set(buffer: Buffer, place: Expr, x: Scalar) -> None:
-    T.buffer_store(buffer, T.cast(x.expr, "int8") if x.dtype == "bool" else x.expr, [place])
+def _set(buffer: Buffer, position: Expr, x: Scalar) -> None:
+    T.buffer_store(buffer, T.cast(x.expr, "int8") if x.dtype == "bool" else x.expr, [position])
 
 
 def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
@@ -59,26 +59,28 @@ def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
 
     def row(at: Position) -> None:
         values = _cells(e, x, max(k, 1))
-        places = T.alloc_buffer((max(k, 1),), "int64", scope="global")
+        indices = T.alloc_buffer((max(k, 1),), "int64", scope="global")
         spot = T.alloc_buffer((1,), "int64", scope="global")
         zero = _int(0)
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
-            found = e.read(x, _put(at, axis, loop(j, f"visit{axis}", x.shape[axis])))
+            candidate = e.read(x, _put(at, axis, loop(j, f"visit{axis}", x.shape[axis])))
             last = _get(values, x, _int(k - 1))
-            with T.If(tirx.Or(j < k, better(found, last, sign))), T.Then():
+            with T.If(tirx.Or(j < k, better(candidate, last, sign))), T.Then():
                 T.buffer_store(spot, tirx.min(j, _int(k - 1)), [zero])
                 # Equal ones stay behind those that came first.
                 above = tirx.max(spot[zero] - 1, zero)
-                with T.While(tirx.And(spot[zero] > 0, better(found, _get(values, x, above), sign))):
+                with T.While(
+                    tirx.And(spot[zero] > 0, better(candidate, _get(values, x, above), sign))
+                ):
                     here = spot[zero]
                     _set(values, here, _get(values, x, here - 1))
-                    T.buffer_store(places, places[here - 1], [here])
+                    T.buffer_store(indices, indices[here - 1], [here])
                     T.buffer_store(spot, here - 1, [zero])
-                _set(values, spot[zero], found)
-                T.buffer_store(places, j, [spot[zero]])
+                _set(values, spot[zero], candidate)
+                T.buffer_store(indices, j, [spot[zero]])
         with T.serial(0, _int(k)) as s, e.scope():
             to = _put(at, axis, loop(s, f"best{axis}", k))
-            _write(e, op, to, axis, _get(values, x, s), places[s])
+            _write(e, op, to, axis, _get(values, x, s), indices[s])
 
     e.rows(kept_shape(x.shape, (axis,)), row, x.shape[axis], weight=4)
 
@@ -133,9 +135,9 @@ def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
             put(side, 1 - state[side])
             put(width, 2 * state[width])
         with T.serial(0, e.sizes.expr(number)) as s, e.scope():
-            place = T.bind(order[state[side], s])
+            index = T.bind(order[state[side], s])
             to = _put(at, axis, loop(s, f"best{axis}", number))
-            _write(e, op, to, axis, _get(values, x, place), place)
+            _write(e, op, to, axis, _get(values, x, index), index)
 
     e.rows(kept_shape(x.shape, (axis,)), row, size, weight=32)
 
@@ -196,7 +198,7 @@ def cumprod(e: Emission, op: Op) -> None:
 
 @kernel("cummax", "cummin", fuses=("self",))
 def cummax(e: Emission, op: Op) -> None:
-    x, (values, places) = op.inputs[0], op.outputs
+    x, (values, indices) = op.inputs[0], op.outputs
     sign = 1 if op.name == "aten.cummax.default" else -1
     axis = wrap(e.named(op)["dim"], len(x.shape))
 
@@ -204,14 +206,14 @@ def cummax(e: Emission, op: Op) -> None:
         best, where = Cell(sc.constant(0, x.dtype)), Cell(sc.constant(0, "i64"))
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
-            found = Scalar(best.dtype, e.read(x, here).expr)
-            joined = larger(best.get(), found, sign)
+            candidate = Scalar(best.dtype, e.read(x, here).expr)
+            joined = larger(best.get(), candidate, sign)
             # The later of equals; a NaN stays, and later NaNs take its place.
-            same = tirx.Or(tirx.EQ(joined.expr, found.expr), sc.is_nan(found))
+            same = tirx.Or(tirx.EQ(joined.expr, candidate.expr), sc.is_nan(candidate))
             with T.If(tirx.Or(tirx.EQ(j, _int(0)), same)), T.Then():
-                best.set(found)
+                best.set(candidate)
                 where.set(Scalar("i64", j))
             e.store(values, here, Scalar(values.dtype, best.get().expr))
-            e.store(places, here, where.get())
+            e.store(indices, here, where.get())
 
     e.rows(kept_shape(x.shape, (axis,)), row, x.shape[axis], weight=2)

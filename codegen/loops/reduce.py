@@ -71,8 +71,8 @@ def over(
 
     def at_reduced(inner: Position) -> None:
         full = list(at)
-        for place, axis in enumerate(axes):
-            full[axis] = inner[place]
+        for index, axis in enumerate(axes):
+            full[axis] = inner[index]
         body(tuple(full))
 
     e.serially([shape[a] for a in axes], at_reduced, "reduced")
@@ -102,8 +102,8 @@ def reduce(
             axes,
             lambda full: total.set(step(total.get(), sc.cast(e.read(x, full), read_as))),
         )
-        found = last(total.get(), number)
-        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+        result = last(total.get(), number)
+        e.store(out, target(out, at, axes), sc.cast(result, out.dtype))
 
     e.rows(kept_shape(x.shape, axes), row, number)
 
@@ -190,27 +190,28 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
     def row(at: Position) -> None:
         kind = x.dtype
         start = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
-        best, place = Cell(start), Cell(sc.constant(-1, "i64"))
+        best, position = Cell(start), Cell(sc.constant(-1, "i64"))
 
         def visit(full: Position) -> None:
             here = ix.const(0)
             for axis in axes:
                 here = ix.add(ix.mul(here, e.sizes.index(x.shape[axis])), full[axis])
-            found = e.read(x, full)
-            found = Scalar(best.dtype, found.expr)
+            candidate = e.read(x, full)
+            candidate = Scalar(best.dtype, candidate.expr)
             # A minimum stays at the first NaN; a maximum likewise.
             now = best.get()
-            nan_first = tirx.And(sc.is_nan(found), tirx.Not(sc.is_nan(now)))
+            nan_first = tirx.And(sc.is_nan(candidate), tirx.Not(sc.is_nan(now)))
             wins = tirx.Or(
-                better(found, now, 1) if sign > 0 else sc.compare("lt", found, now), nan_first
+                better(candidate, now, 1) if sign > 0 else sc.compare("lt", candidate, now),
+                nan_first,
             )
-            wins = tirx.Or(wins, tirx.LT(place.get().expr, tirx.const(0, "int64")))
+            wins = tirx.Or(wins, tirx.LT(position.get().expr, tirx.const(0, "int64")))
             with T.If(wins), T.Then():
-                best.set(found)
-                place.set(Scalar("i64", here.expr))
+                best.set(candidate)
+                position.set(Scalar("i64", here.expr))
 
         over(e, x.shape, at, axes, visit)
-        last = tirx.max(place.get().expr, tirx.const(0, "int64"))
+        last = tirx.max(position.get().expr, tirx.const(0, "int64"))
         e.store(indices, target(indices, at, axes), Scalar("i64", last))
         if values:
             out = op.outputs[0]

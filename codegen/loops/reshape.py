@@ -17,12 +17,12 @@ def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int],
     """Runs of axes that hold the same elements: wherever the products so far agree."""
 
     def prefixes(shape: Sequence[Dim]) -> list[Dim]:
-        found: list[Dim] = [1]
+        products: list[Dim] = [1]
         for dim in shape:
-            found.append(product((found[-1], dim)))
-        return found
+            products.append(product((products[-1], dim)))
+        return products
 
-    own, new = prefixes(before), prefixes(after)
+    old, new = prefixes(before), prefixes(after)
     parts: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -31,7 +31,7 @@ def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int],
                 (a, b)
                 for a in range(i, len(before) + 1)
                 for b in range(j, len(after) + 1)
-                if (a, b) != (i, j) and own[a] == new[b] and own[a] != 0
+                if (a, b) != (i, j) and old[a] == new[b] and old[a] != 0
             ),
             (len(before), len(after)),
         )
@@ -43,7 +43,7 @@ def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int],
 def only_splits(op: Op) -> bool:
     """Whether each axis before becomes whole axes after: positions then need no division."""
     before, after = op.inputs[0].shape, op.outputs[0].shape
-    return all(sum(before[a] != 1 for a in own) <= 1 for own, _ in _parts(before, after))
+    return all(sum(before[a] != 1 for a in axes) <= 1 for axes, _ in _parts(before, after))
 
 
 def reshaped(p: Point) -> Scalar:
@@ -51,15 +51,15 @@ def reshaped(p: Point) -> Scalar:
     if p.emission.flat or value.shape == p.value.shape:
         return p.read(value, p.at)
     at: list[Index] = [ix.const(0)] * len(value.shape)
-    for own, new in _parts(value.shape, p.value.shape):
+    for old, new in _parts(value.shape, p.value.shape):
         flat = ix.const(0)
         for axis in new:
             flat = ix.add(ix.mul(flat, p.size(p.value.shape[axis])), p.at[axis])
-        live = [axis for axis in own if value.shape[axis] != 1]
-        for place, axis in reversed(list(enumerate(live))):
+        live = [axis for axis in old if value.shape[axis] != 1]
+        for position, axis in reversed(list(enumerate(live))):
             size = p.size(value.shape[axis])
-            at[axis] = flat if place == 0 else ix.mod(flat, size)
-            flat = flat if place == 0 else ix.div(flat, size)
+            at[axis] = flat if position == 0 else ix.mod(flat, size)
+            flat = flat if position == 0 else ix.div(flat, size)
     return p.read(value, tuple(at))
 
 

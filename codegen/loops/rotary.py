@@ -23,11 +23,11 @@ def rotary(p: Point) -> Scalar:
 
     def turned(pair: Index, first: bool) -> Scalar:
         if p.op.attrs.get("pairs", "halves") == "halves":
-            places = (pair, ix.add(pair, half))
+            members = (pair, ix.add(pair, half))
         else:
             twice = ix.mul(pair, ix.const(2))
-            places = (twice, ix.add(twice, ix.const(1)))
-        a, b = (p.read(x, (*p.at[:-1], place)).expr for place in places)
+            members = (twice, ix.add(twice, ix.const(1)))
+        a, b = (p.read(x, (*p.at[:-1], member)).expr for member in members)
         doubled = cos.shape[-1] == x.shape[-1] and not first
         at = ix.add(pair, half) if doubled else pair
         tables = [
@@ -42,7 +42,7 @@ def rotary(p: Point) -> Scalar:
         pair = ix.div(at, ix.const(2))
         even = tirx.EQ(ix.mod(at, ix.const(2)).expr, tirx.const(0, "int64"))
         return choose(even, turned(pair, True), turned(pair, False))
-    middle = half.known
+    middle = half.constant
     assert middle is not None
     if at.high is not None and at.high < middle:
         return turned(at, True)

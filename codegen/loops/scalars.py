@@ -47,10 +47,10 @@ def constant(value: bool | int | float, dtype: str) -> Scalar:
         return Scalar(dtype, tirx.const(bool(value), "bool"))
     if dtype in INTS:
         bits = 8 if dtype == "u8" else _LIMITS[dtype] + 1
-        whole = int(value) & ((1 << bits) - 1)
-        if dtype != "u8" and whole >> (bits - 1):
-            whole -= 1 << bits
-        return Scalar(dtype, tirx.const(whole, COMPUTE[dtype]))
+        integer = int(value) & ((1 << bits) - 1)
+        if dtype != "u8" and integer >> (bits - 1):
+            integer -= 1 << bits
+        return Scalar(dtype, tirx.const(integer, COMPUTE[dtype]))
     return Scalar(dtype, real(float(value), COMPUTE[dtype]))
 
 
@@ -100,9 +100,9 @@ def cast(x: Scalar, dtype: str) -> Scalar:
         expr = T.cast(expr, "float32")
     elif dtype in FLOATS and x.dtype not in FLOATS:
         # TVM's bounds analysis takes a cast from a whole number for a whole number.
-        whole = ix.wide(expr if x.dtype == "i64" else T.cast(expr, "int64"))
+        integer = ix.wide(expr if x.dtype == "i64" else T.cast(expr, "int64"))
         width = "64" if dtype == "f64" else "32"
-        expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", whole)
+        expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", integer)
     if expr.ty.dtype != COMPUTE[dtype]:
         expr = T.cast(expr, COMPUTE[dtype])
     return rounded(Scalar(dtype, expr))

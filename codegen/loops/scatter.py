@@ -36,12 +36,14 @@ def _copied(e: Emission, op: Op) -> None:
     e.elements(out.shape, lambda at: e.store(out, at, e.read(source, at)))
 
 
-def _place(e: Emission, ids: Value, at: Position, size: Dim) -> tuple[Index, Expr]:
+def _target_position(e: Emission, ids: Value, at: Position, size: Dim) -> tuple[Index, Expr]:
     """Where to write, and whether that is inside."""
     raw = e.bind_expr(sc.cast(e.read(ids, at), "i64").expr)
     limit = e.sizes.expr(size)
-    place = e.bind_expr(T.Select(raw < 0, raw + limit, raw))
-    return Index(place, ("to", ids, tuple(i.key for i in at))), tirx.And(place >= 0, place < limit)
+    position = e.bind_expr(T.Select(raw < 0, raw + limit, raw))
+    return Index(position, ("to", ids, tuple(i.key for i in at))), tirx.And(
+        position >= 0, position < limit
+    )
 
 
 def _write(e: Emission, out: Value, at: Position, inside: Expr, x: Scalar, join: Join) -> None:
@@ -88,13 +90,13 @@ def scatter(e: Emission, op: Op) -> None:
     axis = wrap(named["dim"], len(out.shape))
 
     def body(at: Position) -> None:
-        place, inside = _place(e, ids, at, out.shape[axis])
+        position, inside = _target_position(e, ids, at, out.shape[axis])
         source: Any = named.get("src", named.get("value"))
         if isinstance(source, Value):
             x = sc.cast(e.read(source, at if source.shape else ()), out.dtype)
         else:
             x = sc.constant(source, out.dtype)
-        _write(e, out, (*at[:axis], place, *at[axis + 1 :]), inside, x, join)
+        _write(e, out, (*at[:axis], position, *at[axis + 1 :]), inside, x, join)
 
     e.serially(ids.shape, body, "write")
 
@@ -104,7 +106,7 @@ def index_put(e: Emission, op: Op) -> None:
     named = e.named(op)
     out, indices, values = op.outputs[0], named["indices"], named["values"]
     join = plus if named["accumulate"] else _replace
-    axes, place, width = indexed_axes(indices, len(out.shape))
+    axes, lead, width = indexed_axes(indices, len(out.shape))
     _copied(e, op)
     lists = [ids for ids in indices if ids is not None]
     block: list[Dim] = [1] * width
@@ -113,10 +115,10 @@ def index_put(e: Emission, op: Op) -> None:
             if dim != 1:
                 block[width - len(ids.shape) + axis] = dim
     rest = [dim for axis, dim in enumerate(out.shape) if axis not in axes]
-    shape = (*rest[:place], *block, *rest[place:])
+    shape = (*rest[:lead], *block, *rest[lead:])
 
     def body(at: Position) -> None:
-        inner, others = at[place : place + width], list((*at[:place], *at[place + width :]))
+        inner, others = at[lead : lead + width], list((*at[:lead], *at[lead + width :]))
         to: list[Index] = []
         inside: Expr = tirx.const(True, "bool")
         for axis, dim in enumerate(out.shape):
@@ -124,7 +126,7 @@ def index_put(e: Emission, op: Op) -> None:
                 to.append(others.pop(0))
                 continue
             ids = indices[axis]
-            there, fits = _place(e, ids, e.position(ids, inner, block), dim)
+            there, fits = _target_position(e, ids, e.position(ids, inner, block), dim)
             to.append(there)
             inside = tirx.And(inside, fits)
         x = sc.cast(e.read(values, e.position(values, at, shape)), out.dtype)
@@ -147,7 +149,7 @@ def index_add(e: Emission, op: Op) -> None:
     shape = (*out.shape[:axis], number, *out.shape[axis + 1 :])
 
     def body(at: Position) -> None:
-        there, inside = _place(e, ids, (at[axis],) if ids.shape else (), out.shape[axis])
+        there, inside = _target_position(e, ids, (at[axis],) if ids.shape else (), out.shape[axis])
         if not isinstance(source, Value):
             x = sc.constant(source, out.dtype)
         else:
@@ -166,10 +168,10 @@ def bincount(e: Emission, op: Op) -> None:
     e.elements(out.shape, lambda at: e.store(out, at, sc.constant(0, out.dtype)))
 
     def body(at: Position) -> None:
-        place, inside = _place(e, ids, at, out.shape[0])
+        position, inside = _target_position(e, ids, at, out.shape[0])
         one = sc.constant(1, out.dtype)
         x = one if weights is None else sc.cast(e.read(weights, at), out.dtype)
-        _write(e, out, (place,), inside, x, plus)
+        _write(e, out, (position,), inside, x, plus)
 
     e.serially(ids.shape, body, "write")
 
@@ -183,12 +185,12 @@ def histc(e: Emission, op: Op) -> None:
     e.elements(out.shape, lambda at: e.store(out, at, sc.constant(0, out.dtype)))
 
     def body(at: Position) -> None:
-        found = sc.cast(e.read(x, at), "f32").expr
-        inside = tirx.And(found >= T.float32(low), found <= T.float32(high))
-        share = (found - T.float32(low)) * T.float32(bins) / T.float32(high - low)
-        kept = T.Select(inside, share, T.float32(0.0))
-        place = tirx.min(T.cast(kept, "int64"), tirx.const(bins - 1, "int64"))
-        there = Index(e.bind_expr(place), ("bin", tuple(i.key for i in at)))
+        value = sc.cast(e.read(x, at), "f32").expr
+        inside = tirx.And(value >= T.float32(low), value <= T.float32(high))
+        share = (value - T.float32(low)) * T.float32(bins) / T.float32(high - low)
+        offset = T.Select(inside, share, T.float32(0.0))
+        bucket = tirx.min(T.cast(offset, "int64"), tirx.const(bins - 1, "int64"))
+        there = Index(e.bind_expr(bucket), ("bin", tuple(i.key for i in at)))
         _write(e, out, (there,), inside, sc.constant(1, out.dtype), plus)
 
     e.serially(x.shape, body, "write")

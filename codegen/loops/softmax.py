@@ -39,19 +39,21 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
             return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
 
         over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
-        whole = e.bind(total.get())
+        denominator = e.bind(total.get())
         if safe:
-            empty = tirx.EQ(whole.expr, sc.constant(0.0, kind).expr)
-            whole = e.bind(Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, whole.expr)))
+            empty = tirx.EQ(denominator.expr, sc.constant(0.0, kind).expr)
+            denominator = e.bind(
+                Scalar(kind, T.Select(empty, sc.constant(1.0, kind).expr, denominator.expr))
+            )
         if log:
-            shift = e.bind_expr(most.expr + T.log(whole.expr))
+            shift = e.bind_expr(most.expr + T.log(denominator.expr))
 
             def result(full: Position) -> Scalar:
                 return Scalar(kind, element(full).expr - shift)
         else:
 
             def result(full: Position) -> Scalar:
-                return Scalar(kind, tirx.div(share(full).expr, whole.expr))
+                return Scalar(kind, tirx.div(share(full).expr, denominator.expr))
 
         over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
 
@@ -85,15 +87,15 @@ def logsumexp(e: Emission, op: Op) -> None:
 
         over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
         inf = sc.constant(math.inf, kind)
-        whole = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
+        infinite = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
         zero = sc.constant(0.0, kind).expr
-        most = e.bind(Scalar(kind, T.Select(whole, zero, top.get().expr)))
+        most = e.bind(Scalar(kind, T.Select(infinite, zero, top.get().expr)))
 
         def share(full: Position) -> Scalar:
             return Scalar(kind, exp(e.bind(plus(read(full), most, -1))))
 
         over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
-        found = Scalar(kind, most.expr + T.log(total.get().expr))
-        e.store(out, target(out, at, axes), sc.cast(found, out.dtype))
+        logarithm = Scalar(kind, most.expr + T.log(total.get().expr))
+        e.store(out, target(out, at, axes), sc.cast(logarithm, out.dtype))
 
     e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)

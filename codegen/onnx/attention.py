@@ -18,20 +18,20 @@ def attention(c: Call) -> str:
     a = Attention.of(c.op)
     if a.first is not None:
         raise NoMatch("queries that begin at a place of their own (a cache) have no ONNX form")
-    whole = a.causal and a.shape("q")[2] == a.shape("k")[2]
+    square = a.causal and a.shape("q")[2] == a.shape("k")[2]
     plain = a.sinks is None and a.window is None and a.chunk is None
-    made = _of_heads(c, a, whole, plain)
-    return c.w("Transpose", made, perm=SWAP) if "out" in a.tokens_first else made
+    output = _of_heads(c, a, square, plain)
+    return c.w("Transpose", output, perm=SWAP) if "out" in a.tokens_first else output
 
 
-def _of_heads(c: Call, a: Attention, whole: bool, plain: bool) -> str:
+def _of_heads(c: Call, a: Attention, square: bool, plain: bool) -> str:
     """[B, Hq, S, Dv]"""
-    if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (whole or not a.causal):
+    if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (square or not a.causal):
         if a.mask is None:
-            return _fused(c, a, "", whole)
-        seen = _seen(c.w, a)
-        made = _fused(c, a, seen.added, False)
-        return c.w("Where", seen.any, made, c.w.constant(0, a.q.dtype))
+            return _fused(c, a, "", square)
+        visibility = _visibility(c.w, a)
+        output = _fused(c, a, visibility.added, False)
+        return c.w("Where", visibility.any, output, c.w.constant(0, a.q.dtype))
     return _written_out(c, a)
 
 
@@ -47,7 +47,7 @@ def _operand(c: Call, a: Attention, name: str, dtype: str | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Visibility:
     """Which keys a query sees: `added` to the scores, minus infinity where it does not; `any`
     is whether it sees any ([.., S, 1], bool), or empty where each sees one."""
 
@@ -55,24 +55,24 @@ class _Seen:
     any: str
 
 
-def _seen(w: Writer, a: Attention) -> _Seen:
-    """Everything that limits what is seen, broadcasting to [B, Hq, S, L]. Equal limits are
-    written once, whatever layer they stand in."""
+def _visibility(w: Writer, a: Attention) -> _Visibility:
+    """All limits of attention joined, broadcasting to [B, Hq, S, L]. The writer shares equal
+    nodes, so layers with the same limits have one."""
     dtype = a.q.dtype
     low, zero = w.constant(float("-inf"), dtype), w.constant(0, dtype)
     rule = _rule(w, a)
     if a.mask is None:
         certain = a.shape("q")[2] == a.shape("k")[2] or (a.causal and not (a.window or a.chunk))
         added = w("Where", rule, zero, low)
-        return _Seen(added, "" if certain else _any(w, rule))
+        return _Visibility(added, "" if certain else _any(w, rule))
     name = w.read(a.mask)
     if a.mask.dtype == "bool":
         allowed = w("And", name, rule) if rule else name
-        return _Seen(w("Where", allowed, zero, low), _any(w, allowed))
+        return _Visibility(w("Where", allowed, zero, low), _any(w, allowed))
     added = w.cast(name, a.mask.dtype, dtype)
     if rule:
         added = w("Where", rule, added, low)
-    return _Seen(added, _any(w, w("Greater", added, low)))
+    return _Visibility(added, _any(w, w("Greater", added, low)))
 
 
 def _rule(w: Writer, a: Attention) -> str:
@@ -91,10 +91,10 @@ def _rule(w: Writer, a: Attention) -> str:
         rules.append(w("Equal", w("Div", key, size), w("Div", query, size)))
     if not rules:
         return ""
-    made = rules[0]
+    allowed = rules[0]
     for other in rules[1:]:
-        made = w("And", made, other)
-    return made
+        allowed = w("And", allowed, other)
+    return allowed
 
 
 def _any(w: Writer, allowed: str) -> str:
@@ -103,7 +103,7 @@ def _any(w: Writer, allowed: str) -> str:
 
 
 def _written_out(c: Call, a: Attention) -> str:
-    """softmax(q k.T scale + what is seen) v, with the query heads grouped by their key head:
+    """softmax(q k.T scale + mask) v, with the query heads grouped by their key head:
     q [B, Hkv, G, S, Dk] by k [B, Hkv, 1, Dk, L], so that no key is copied."""
     w, dtype = c.w, a.q.dtype
     full = "f64" if dtype == "f64" else "f32"
@@ -121,10 +121,10 @@ def _written_out(c: Call, a: Attention) -> str:
     scores = w("MatMul", scaled, w("Transpose", k, perm=turned))
     if group > 1:
         scores = reshaped(w, scores, (batch, shared, group, queries, keys), scores_shape)
-    seen = _Seen("", "")
+    visibility = _Visibility("", "")
     if limited:
-        seen = _seen(w, a)
-        scores = w("Add", scores, w.cast(seen.added, dtype, full))
+        visibility = _visibility(w, a)
+        scores = w("Add", scores, w.cast(visibility.added, dtype, full))
     if a.sinks is None:
         shares = w("Softmax", scores, axis=-1)
     else:
@@ -132,13 +132,13 @@ def _written_out(c: Call, a: Attention) -> str:
         column = w("Expand", sinks, w.shape((batch, 1, queries, 1)))
         both = w("Softmax", w("Concat", scores, column, axis=-1), axis=-1)
         shares = w("Slice", both, w.constant([0]), w.dim(keys), w.constant([-1]))
-    if a.sinks is None and seen.any:
-        shares = w("Where", seen.any, shares, w.constant(0, full))
+    if a.sinks is None and visibility.any:
+        shares = w("Where", visibility.any, shares, w.constant(0, full))
     if group > 1:
         shares = reshaped(w, shares, scores_shape, (batch, shared, group, queries, keys))
-    made = w("MatMul", shares, v)
+    output = w("MatMul", shares, v)
     if group > 1:
         width = a.v.shape[3]
         grouped = (batch, shared, group, queries, width)
-        made = reshaped(w, made, grouped, (batch, heads, queries, width))
-    return w.cast(made, full, dtype)
+        output = reshaped(w, output, grouped, (batch, heads, queries, width))
+    return w.cast(output, full, dtype)

@@ -67,8 +67,8 @@ def _positions(w: Writer, values: Sequence[Value], names: Sequence[str]) -> list
 
 
 def _read(w: Writer, value: Value) -> str:
-    known = w.memo.get(("i64", value))
-    return known if known is not None else w.cast(w.read(value), value.dtype, "i64")
+    cached = w.memo.get(("i64", value))
+    return cached if cached is not None else w.cast(w.read(value), value.dtype, "i64")
 
 
 def _ends(w: Writer, ends: Value, counts: str, count: int) -> str:
@@ -117,10 +117,10 @@ def _count(op: Op) -> int:
 
 
 def _weighed(w: Writer, rows: str, weights: Value, order: str, dtype: str) -> str:
-    """Each row times the weight of the choice that it is."""
+    """Each row times the routing weight of its choice."""
     flat = w("Reshape", w.read(weights), w.constant([-1]))
-    own = w.cast(w("Gather", flat, order, axis=0), weights.dtype, dtype)
-    return w("Mul", rows, w("Unsqueeze", own, w.constant([1])))
+    row_weights = w.cast(w("Gather", flat, order, axis=0), weights.dtype, dtype)
+    return w("Mul", rows, w("Unsqueeze", row_weights, w.constant([1])))
 
 
 @build("grouped.linear")
@@ -152,8 +152,8 @@ def by_expert(
     sums = _projected(w, parts.ends, rows, dtype, widths, product)
     if op.body is None:
         return w.cast(sums[0], dtype, out.dtype)
-    made = inlined(w, op.body, sums, dtype, out)
-    return w.cast(made, op.body.outputs[0].dtype, out.dtype)
+    output = inlined(w, op.body, sums, dtype, out)
+    return w.cast(output, op.body.outputs[0].dtype, out.dtype)
 
 
 def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
@@ -171,12 +171,12 @@ def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
 
 def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
     """The rows of each expert, and whether the rows that nobody owns are counted last."""
-    found = w.memo.get(("counts", ends))
-    if found is None:
+    counts = w.memo.get(("counts", ends))
+    if counts is None:
         raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
     producer = w.graph.producers[ends]
     ids = producer.inputs[0] if producer.name == "moe.sort" else producer.inputs[1]
-    return found, not all_chosen(w.graph, ids, int(str(ends.shape[0])))
+    return counts, not all_chosen(w.graph, ids, int(str(ends.shape[0])))
 
 
 def _projected(
@@ -187,21 +187,21 @@ def _projected(
     widths: Sequence[int],
     product: Callable[[int, str], str],
 ) -> list[str]:
-    """All rows through their experts' products, and those apart by `widths`."""
+    """The products of all rows with their experts' matrices, split into columns of `widths`."""
     counts, rest = _counts(w, ends)
     experts = int(str(ends.shape[0]))
     pieces = w.many("Split", [rows, counts], experts + rest, axis=0) if experts + rest > 1 else []
     pieces = pieces or [rows]
-    made = [product(expert, piece) for expert, piece in enumerate(pieces[:experts])]
+    products = [product(expert, piece) for expert, piece in enumerate(pieces[:experts])]
     if rest:
         left = w("Slice", counts, w.constant([experts]), w.constant([experts + 1]))
         shape = w("Concat", left, w.constant([sum(widths)]), axis=0)
         zero = w.cast(w.constant([0], "f32"), "f32", dtype)
-        made.append(w("Expand", zero, shape))
-    whole = w("Concat", *made, axis=0) if len(made) > 1 else made[0]
+        products.append(w("Expand", zero, shape))
+    joined = w("Concat", *products, axis=0) if len(products) > 1 else products[0]
     if len(widths) == 1:
-        return [whole]
-    return w.many("Split", [whole, w.constant(widths)], len(widths), axis=1)
+        return [joined]
+    return w.many("Split", [joined, w.constant(widths)], len(widths), axis=1)
 
 
 def inlined(w: Writer, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:
@@ -215,8 +215,8 @@ def inlined(w: Writer, body: Graph, inputs: Sequence[str], dtype: str, out: Valu
         builder = BUILD.get(op.name)
         if builder is None:
             raise NoMatch(f"operator {op.name} in the body of experts has no ONNX form")
-        made = builder(Call(w, op))
-        names = [made] if isinstance(made, str) else made
+        results = builder(Call(w, op))
+        names = [results] if isinstance(results, str) else results
         w.names |= dict(zip(op.outputs, names, strict=True))
     w.local = before
     return w.read(body.outputs[0])
@@ -230,20 +230,20 @@ def expert_of(c: Call) -> str:
     every = w("Range", w.constant(0), w.scalar(rows), w.constant(1))
     column = w("Unsqueeze", every, w.constant([1]))
     passed = w.cast(w("LessOrEqual", _read(w, ends), column), "bool", "i64")
-    found = w("ReduceSum", passed, w.constant([1]), keepdims=0)
-    return w("Min", found, w.constant(int(str(ends.shape[0])) - 1))
+    owners = w("ReduceSum", passed, w.constant([1]), keepdims=0)
+    return w("Min", owners, w.constant(int(str(ends.shape[0])) - 1))
 
 
 @build("moe.combine")
 def combine(c: Call) -> str:
     w, op = c.w, c.op
-    rows, places, *rest = op.inputs
+    rows, permutation, *rest = op.inputs
     k, tokens = op.attrs["k"], c.out.shape[0]
     assert isinstance(k, int)
     full = "f64" if rows.dtype == "f64" else "f32"
-    slots = _read(w, places)
-    if len(places.shape) == 1:
-        slots = reshaped(w, _inverse(w, slots), places.shape, (tokens, k))
+    slots = _read(w, permutation)
+    if len(permutation.shape) == 1:
+        slots = reshaped(w, _inverse(w, slots), permutation.shape, (tokens, k))
     picked = w("Gather", w.cast(w.read(rows), rows.dtype, full), slots, axis=0)
     if op.attrs.get("weighted"):
         weights = rest.pop(0)

@@ -67,11 +67,13 @@ def debug(lowered: Lowered, path: Path, about: Mapping[str, Any]) -> ModelProto:
     names = tuple(dict.fromkeys(name for _, name in lowered.choices))
     nodes = lowered.nodes(names)
     stored = onnx.load_model(path, load_external_data=False).graph.initializer
-    made = model(lowered, nodes, stored, about)
-    known = {output.name for output in made.graph.output}
+    proto = model(lowered, nodes, stored, about)
+    output_names = {output.name for output in proto.graph.output}
     types = {name: value for value, name in lowered.choices}
-    made.graph.output.extend(_info(name, types[name].type) for name in names if name not in known)
-    return made
+    proto.graph.output.extend(
+        _info(name, types[name].type) for name in names if name not in output_names
+    )
+    return proto
 
 
 def model(
@@ -82,7 +84,7 @@ def model(
 ) -> ModelProto:
     w, graph = lowered.writer, lowered.graph
     read = {name for node in nodes for name in node.inputs}
-    made = {name for node in nodes for name in node.outputs}
+    computed = {name for node in nodes for name in node.outputs}
     constants = [
         numpy_helper.from_array(array, name) for name, array in w.constants.items() if name in read
     ]
@@ -91,7 +93,7 @@ def model(
     infos = {
         name: _info(name, value.type)
         for value, name in w.names.items()
-        if name in made and name not in edges and value in top
+        if name in computed and name not in edges and value in top
     }
     body = helper.make_graph(
         [_node(node) for node in nodes],

@@ -24,8 +24,8 @@ def embedding(c: Call) -> str:
 def index_select(c: Call) -> str:
     value: Value = c["self"]
     dim = axis(c["dim"], len(value.shape))
-    made = c.w("Gather", c.read(value), positions(c, c["index"]), axis=dim)
-    return made if c["index"].shape else c.w("Unsqueeze", made, c.w.constant([dim]))
+    rows = c.w("Gather", c.read(value), positions(c, c["index"]), axis=dim)
+    return rows if c["index"].shape else c.w("Unsqueeze", rows, c.w.constant([dim]))
 
 
 @build("gather", "take_along_dim")
@@ -33,8 +33,8 @@ def gather(c: Call) -> str:
     value: Value = c["self"]
     index = c["index"] if "gather" in c.op.name else c["indices"]
     dim = axis(c["dim"], len(value.shape))
-    kept = [a for i, a in enumerate(value.shape) if i != dim]
-    if "take" in c.op.name and kept != [a for i, a in enumerate(index.shape) if i != dim]:
+    other_axes = [a for i, a in enumerate(value.shape) if i != dim]
+    if "take" in c.op.name and other_axes != [a for i, a in enumerate(index.shape) if i != dim]:
         raise NoMatch(f"operator {c.op.name} of shapes that broadcast has no ONNX form")
     return c.w("GatherElements", c.read(value), positions(c, index), axis=dim)
 
@@ -49,28 +49,28 @@ def index(c: Call) -> str:
     rest = [a for a in range(len(value.shape)) if a not in axes]
     if axes != list(range(len(axes))):
         x = c.w("Transpose", x, perm=[*axes, *rest])
-    made = c.w("GatherND", x, together(c, ids))
+    rows = c.w("GatherND", x, together(c, ids))
     width = max(len(v.shape) for v in ids)
-    place = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
-    if place == 0:
-        return made
-    own = list(range(width, width + len(rest)))
-    return c.w("Transpose", made, perm=[*own[:place], *range(width), *own[place:]])
+    lead = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
+    if lead == 0:
+        return rows
+    rest_axes = list(range(width, width + len(rest)))
+    return c.w("Transpose", rows, perm=[*rest_axes[:lead], *range(width), *rest_axes[lead:]])
 
 
 def indexed(c: Call) -> tuple[list[int], list[Value]]:
-    """The axes that indices stand for, and the indices."""
-    found = [(place, v) for place, v in enumerate(c["indices"]) if v is not None]
-    return [place for place, _ in found], [v for _, v in found]
+    """(indexed axes, their index tensors)."""
+    pairs = [(number, v) for number, v in enumerate(c["indices"]) if v is not None]
+    return [number for number, _ in pairs], [v for _, v in pairs]
 
 
 def together(c: Call, ids: Sequence[Value]) -> str:
     """Positions that broadcast, side by side along a last axis."""
     names = [positions(c, v) for v in ids]
-    whole = names[0]
+    total = names[0]
     for name in names[1:]:  # the shape that all of them broadcast to
-        whole = c.w("Add", whole, name)
-    shape = c.w("Shape", whole)
+        total = c.w("Add", total, name)
+    shape = c.w("Shape", total)
     last = c.w.constant([-1])
     parts = [c.w("Unsqueeze", c.w("Expand", name, shape), last) for name in names]
     return parts[0] if len(parts) == 1 else c.w("Concat", *parts, axis=-1)

@@ -84,24 +84,25 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowe
 
 
 def _write(w: Writer, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
-    """Writes one op; what cannot be written gets a name all the same, and the reason is given."""
+    """Writes the nodes of one op and returns "", or the reason why it has no ONNX form; its
+    outputs get names in either case, so that the next op can be tried."""
     w.where, w.by = op.origin, op.name
     reason = ""
     try:
         if op in blocks:
             block = blocks[op]
-            made: object = (qmoe_op if block.quantised else moe_op).write(w, op, block)
+            outputs: object = (qmoe_op if block.quantised else moe_op).write(w, op, block)
         else:
             reason = _refusal(op)
-            made = "" if reason else BUILD[op.name](Call(w, op))
+            outputs = "" if reason else BUILD[op.name](Call(w, op))
     except NoMatch as refused:
-        reason, made = str(refused), ""
+        reason, outputs = str(refused), ""
     if reason:
         names = [w.reserve(value.name) for value in op.outputs]
         if op.name in ("moe.sort", "moe.dispatch"):
             w.memo["counts", op.outputs[2]] = names[2]
     else:
-        names = [made] if isinstance(made, str) else list(made)  # type: ignore[call-overload]
+        names = [outputs] if isinstance(outputs, str) else list(outputs)  # type: ignore[call-overload]
     w.names |= dict(zip(op.outputs, names, strict=True))
     return reason
 
@@ -128,25 +129,29 @@ def _combines(op: Op) -> bool:
 
 def block_of(graph: Graph, op: Op) -> str:
     """The module of the block that an op belongs to, which is that of its sorted rows."""
-    found: Op | None = op
-    while found is not None and found.name not in ("moe.sort", "moe.dispatch"):
-        place = 1 if found.name == "moe.combine" else 0
-        found = graph.producers.get(found.inputs[place]) if len(found.inputs) > place else None
-    return (found or op).origin.removesuffix(".experts") or "(whole model)"
+    producer: Op | None = op
+    while producer is not None and producer.name not in ("moe.sort", "moe.dispatch"):
+        operand = 1 if producer.name == "moe.combine" else 0
+        producer = (
+            graph.producers.get(producer.inputs[operand])
+            if len(producer.inputs) > operand
+            else None
+        )
+    return (producer or op).origin.removesuffix(".experts") or "(whole model)"
 
 
 def _choices(graph: Graph) -> list[Value]:
-    """The ids by which rows are sorted."""
-    found = [op.inputs[0] for op in graph.ops if op.name == "moe.sort"]
-    return found + [op.inputs[1] for op in graph.ops if op.name == "moe.dispatch"]
+    """The expert ids that the sorts of the graph read, [T, k] each."""
+    ids = [op.inputs[0] for op in graph.ops if op.name == "moe.sort"]
+    return ids + [op.inputs[1] for op in graph.ops if op.name == "moe.dispatch"]
 
 
 def _blocks(
     graph: Graph, profile: Profile, moe: str
 ) -> tuple[dict[Op, moe_op.Fused], list[tuple[Op, str]]]:
-    """The blocks that become com.microsoft.MoE or QMoE, by the op that ends them; and with
-    moe="op" those that cannot, with the reason."""
-    found: dict[Op, moe_op.Fused] = {}
+    """({last op of a block: its com.microsoft.MoE or QMoE}, [(last op, reason)] of the blocks
+    that moe="op" asks for and the operator cannot express)."""
+    fused: dict[Op, moe_op.Fused] = {}
     refused: list[tuple[Op, str]] = []
     for op in filter(_combines, graph.ops):
         few = moe_op.is_quantised(graph, op)
@@ -154,31 +159,31 @@ def _blocks(
         if not profile.contrib or not (moe == "op" or (moe == "auto" and by_default)):
             continue
         try:
-            found[op] = moe_op.match(graph, op)
+            fused[op] = moe_op.match(graph, op)
             if few:
-                qmoe_op.check(found[op])
+                qmoe_op.check(fused[op])
         except NoMatch as reason:
-            found.pop(op, None)
+            fused.pop(op, None)
             name = "QMoE" if few else "MoE"
-            said = f'com.microsoft.{name} cannot express the block: {reason}; leave out moe="op"'
-            refused.append((op, said))
-    return found, refused if moe == "op" else []
+            message = f'com.microsoft.{name} cannot express the block: {reason}; leave out moe="op"'
+            refused.append((op, message))
+    return fused, refused if moe == "op" else []
 
 
 def _name_outputs(w: Writer, graph: Graph, outputs: list[str]) -> None:
     """A result that is an input, a weight or another result is passed on by an Identity; any
     other takes the output's name where it is made."""
-    made = {name: node for node in w.nodes for name in node.outputs}
-    given: dict[str, str] = {}
+    producers = {name: node for node in w.nodes for name in node.outputs}
+    renames: dict[str, str] = {}
     w.where = w.by = ""
-    for value, wanted in zip(graph.outputs, outputs, strict=True):
+    for value, target in zip(graph.outputs, outputs, strict=True):
         name = w.read(value)
-        if name in made and name not in given:
-            given[name] = wanted
+        if name in producers and name not in renames:
+            renames[name] = target
         else:
-            w.nodes.append(Node("Identity", [name], [wanted], wanted, {}))
+            w.nodes.append(Node("Identity", [name], [target], target, {}))
     for node in w.nodes:
-        node.inputs[:] = [given.get(name, name) for name in node.inputs]
-        node.outputs[:] = [given.get(name, name) for name in node.outputs]
+        node.inputs[:] = [renames.get(name, name) for name in node.inputs]
+        node.outputs[:] = [renames.get(name, name) for name in node.outputs]
     for value, name in w.names.items():
-        w.names[value] = given.get(name, name)
+        w.names[value] = renames.get(name, name)

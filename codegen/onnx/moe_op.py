@@ -152,19 +152,19 @@ def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
 
 
 def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
-    """Found by trying: the body on random numbers against each function that the kernel has.
-    The bool says that the second matrix is the gate."""
+    """(activation, whether the second matrix is the gate), found by comparing the body with each
+    activation of the kernel on random numbers. Raises NoMatch where none is equal."""
     count = len(up.matrices)
     if count > 2:
         raise NoMatch(f"{count} matrices feed the activation: the operator has fc1, or gate and up")
     generator = torch.Generator().manual_seed(0)
     shape = (97, int(str(first.outputs[0].shape[1])))
-    given = [6 * torch.randn(shape, generator=generator) for _ in range(count)]
-    wanted = given[0] if first.body is None else run_graph(widen(first.body), given)[0]
+    inputs = [6 * torch.randn(shape, generator=generator) for _ in range(count)]
+    expected = inputs[0] if first.body is None else run_graph(widen(first.body), inputs)[0]
     for turned in (False, True)[:count]:
-        gate, other = (given[-1], given[0]) if turned else (given[0], given[-1])
+        gate, other = (inputs[-1], inputs[0]) if turned else (inputs[0], inputs[-1])
         for candidate in _candidates(first.body, count):
-            if torch.allclose(candidate(gate, other), wanted, rtol=1e-5, atol=1e-5):
+            if torch.allclose(candidate(gate, other), expected, rtol=1e-5, atol=1e-5):
                 return candidate, turned
     raise NoMatch("no activation_type of the CPU kernel is what the experts compute")
 
@@ -197,10 +197,10 @@ def write(w: Writer, op: Op, block: Fused) -> str:
     inputs += [_interleaved(w, ordered(block, up.biases)) if up.biases else ""]
     inputs += [w.read(down.matrices[0])]
     inputs += [w.read(down.biases[0])] if down.biases else []
-    made = w("MoE", *inputs, domain=MICROSOFT, **attributes(block, normalize=1))
+    output = w("MoE", *inputs, domain=MICROSOFT, **attributes(block, normalize=1))
     if total:
-        made = w("Mul", made, total)
-    return finished(w, op, block, made, block.x.dtype)
+        output = w("Mul", output, total)
+    return finished(w, op, block, output, block.x.dtype)
 
 
 def ordered(block: Fused, stacks: Sequence[Value]) -> Sequence[Value]:
@@ -223,27 +223,27 @@ def attributes(block: Fused, normalize: int) -> dict[str, object]:
     return attrs
 
 
-def finished(w: Writer, op: Op, block: Fused, made: str, dtype: str) -> str:
+def finished(w: Writer, op: Op, block: Fused, output: str, dtype: str) -> str:
     """The node's result in the dtype of the block's, and the addend."""
-    made = w.cast(made, dtype, op.outputs[0].dtype)
+    output = w.cast(output, dtype, op.outputs[0].dtype)
     if block.addend is not None:
         addend = w.cast(w.read(block.addend), block.addend.dtype, op.outputs[0].dtype)
-        made = w("Add", made, addend)
-    return made
+        output = w("Add", output, addend)
+    return output
 
 
 def _router_probs(w: Writer, block: Fused) -> tuple[str, str]:
-    """What the kernel ranks, and what its result is to be multiplied by (empty: nothing)."""
+    """(router_probs input of the kernel, factor of its result or "")."""
     dtype = block.x.dtype
     if block.normal:
         return w.cast(logits_of(w, block.router)[0], "f32", dtype), ""
     weights, ids = block.router.outputs
-    own = w.cast(w.read(weights), weights.dtype, "f32")
+    row_weights = w.cast(w.read(weights), weights.dtype, "f32")
     shape = w.shape((weights.shape[0], block.experts))
     none = w("Expand", w.constant(float("-inf"), "f32"), shape)
-    logs = w("Log", w("Max", own, w.constant(SMALLEST, "f32")))
+    logs = w("Log", w("Max", row_weights, w.constant(SMALLEST, "f32")))
     probs = w("ScatterElements", none, w.read(ids), logs, axis=-1)
-    total = w("ReduceSum", own, w.constant([-1]), keepdims=1)
+    total = w("ReduceSum", row_weights, w.constant([-1]), keepdims=1)
     return w.cast(probs, "f32", dtype), w.cast(total, "f32", dtype)
 
 

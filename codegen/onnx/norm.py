@@ -43,13 +43,13 @@ def _rms(c: Call, name: str, x: Value, weight: Sequence[Value]) -> str:
         return w("RMSNormalization", name, scale, axis=-1, epsilon=epsilon)
     full = w.cast(name, x.dtype, "f32")
     mean = w("ReduceMean", w("Mul", full, full), w.constant([-1]), keepdims=1)
-    made = w("Div", full, w("Sqrt", w("Add", mean, w.constant(epsilon, "f32"))))
+    output = w("Div", full, w("Sqrt", w("Add", mean, w.constant(epsilon, "f32"))))
     dtype = "f32"
     if c.op.attrs.get("round_first"):
-        made, dtype = w.cast(made, "f32", x.dtype), x.dtype
+        output, dtype = w.cast(output, "f32", x.dtype), x.dtype
     if weight:
-        made = w("Mul", made, c.read(weight[0], dtype))
-    return w.cast(made, dtype, x.dtype)
+        output = w("Mul", output, c.read(weight[0], dtype))
+    return w.cast(output, dtype, x.dtype)
 
 
 @build("nn.rotary")
@@ -136,12 +136,12 @@ def _written_out(
     first = w("Sub", w("Mul", a, cos_a), w("Mul", b, sin_a))
     second = w("Add", w("Mul", b, cos_b), w("Mul", a, sin_b))
     if to_halves:
-        made = w("Concat", first, second, axis=-1)
+        output = w("Concat", first, second, axis=-1)
     else:
         last = w.constant([-1])
         pairs = w("Concat", w("Unsqueeze", first, last), w("Unsqueeze", second, last), axis=-1)
-        made = reshaped(w, pairs, (*x.shape[:-1], half, 2), x.shape)
-    return w.cast(made, full, x.dtype)
+        output = reshaped(w, pairs, (*x.shape[:-1], half, 2), x.shape)
+    return w.cast(output, full, x.dtype)
 
 
 def _halves(w: Writer, name: str, half: int) -> tuple[str, str]:

@@ -155,9 +155,9 @@ def _binary(kind: str, c: Call) -> str:
     dtype = common_dtype(c["self"], c["other"])
     if dtype == "bool" and kind in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Mul"):
         dtype = "i32"
-    made = c.w(kind, c.operand("self", dtype), c.operand("other", dtype))
-    have = "bool" if kind in COMPARISONS else dtype
-    return c.w.cast(made, have, c.out.dtype)
+    result = c.w(kind, c.operand("self", dtype), c.operand("other", dtype))
+    result_dtype = "bool" if kind in COMPARISONS else dtype
+    return c.w.cast(result, result_dtype, c.out.dtype)
 
 
 COMPARISONS = {

@@ -45,7 +45,7 @@ def write(w: Writer, op: Op, block: Fused) -> str:
     code = Encoding.of([up, down])
     x = w.cast(w.read(block.x), block.x.dtype, "f32")
     chosen = _chosen(w, block)
-    made = w(
+    output = w(
         "QMoE",
         *(x, chosen),
         *_layer(w, block, code, up),
@@ -59,7 +59,7 @@ def write(w: Writer, op: Op, block: Fused) -> str:
         block_size=code.block,
         accuracy_level=accuracy_level(code.format),
     )
-    return finished(w, op, block, made, "f32")
+    return finished(w, op, block, output, "f32")
 
 
 def _parts(block: Fused) -> tuple[GroupedQuantised, GroupedQuantised]:
@@ -70,10 +70,10 @@ def _parts(block: Fused) -> tuple[GroupedQuantised, GroupedQuantised]:
 
 def _chosen(w: Writer, block: Fused) -> str:
     weights, ids = block.router.outputs
-    own = w.cast(w.read(weights), weights.dtype, "f32")
+    row_weights = w.cast(w.read(weights), weights.dtype, "f32")
     shape = w.shape((weights.shape[0], block.experts))
     none = w("Expand", w.constant(0.0, "f32"), shape)
-    return w("ScatterElements", none, w.read(ids), own, axis=-1)
+    return w("ScatterElements", none, w.read(ids), row_weights, axis=-1)
 
 
 def _layer(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> Sequence[str]:
@@ -82,16 +82,16 @@ def _layer(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> S
     codes = [m.codes for m in part.matrices]
     scales = [m.scales for m in part.matrices]
     biases = [
-        _stacked(w, block, part.biases, "f32", 0, lambda whole: whole.float())
+        _stacked(w, block, part.biases, "f32", 0, lambda stack: stack.float())
         for _ in part.biases[:1]
     ]
     return (
         _stacked(
             w, block, codes, "u8", width * code.bits // 8,
-            lambda whole: packed(code.codes(whole), code.bits),
+            lambda stack: packed(code.codes(stack), code.bits),
         ),
         _stacked(
-            w, block, scales, "f32", code.blocks(width), lambda whole: code.scales(whole, width)
+            w, block, scales, "f32", code.blocks(width), lambda stack: code.scales(stack, width)
         ),
         *(biases or [""]),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _zeros(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> s
     width = int(str(part.matrices[0].codes.shape[-1]))
     last = -(-code.blocks(width) * code.bits // 8)
     return _stacked(
-        w, block, stacks, "u8", last, lambda whole: packed(code.zeros(whole, width), code.bits)
+        w, block, stacks, "u8", last, lambda stack: packed(code.zeros(stack, width), code.bits)
     )
 
 

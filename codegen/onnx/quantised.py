@@ -62,12 +62,12 @@ def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
     code, width = stored.encoding, stored.width
     short = code.blocks(width) * code.block - width
 
-    def codes(whole: Tensor) -> Tensor:
-        made = packed(torch.nn.functional.pad(whole, (0, short)), code.bits)
-        return made.reshape(*made.shape[:-1], code.blocks(width), -1)
+    def codes(stack: Tensor) -> Tensor:
+        words = packed(torch.nn.functional.pad(stack, (0, short)), code.bits)
+        return words.reshape(*words.shape[:-1], code.blocks(width), -1)
 
-    def zeros(whole: Tensor) -> Tensor:
-        return packed(whole, code.bits)
+    def zeros(stack: Tensor) -> Tensor:
+        return packed(stack, code.bits)
 
     shape = (stored.rows, code.blocks(width), code.block * code.bits // 8)
     packed_zeros = (stored.rows, -(-code.blocks(width) * code.bits // 8))
@@ -76,7 +76,7 @@ def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
         inputs = [
             rows,
             stored.codes(expert, "u8", shape, codes),
-            stored.scales(expert, (stored.rows, code.blocks(width)), lambda whole: whole),
+            stored.scales(expert, (stored.rows, code.blocks(width)), lambda stack: stack),
             stored.zeros(expert, "u8", packed_zeros, zeros),
             "",
             stored.bias(expert),
@@ -104,10 +104,10 @@ def _standard(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
     dtype = f"{'i' if signed else 'u'}{code.bits}"
     middle = 1 << (code.bits - 1) if signed else 0
 
-    def turned(whole: Tensor) -> Tensor:
+    def turned(stack: Tensor) -> Tensor:
         """[K, N] in one row of bytes; code - 2^(bits-1) in two's complement where signed."""
         mask = (1 << code.bits) - 1
-        flat = ((whole.int() - middle) & mask).byte().T.flatten()
+        flat = ((stack.int() - middle) & mask).byte().T.flatten()
         return packed(flat, code.bits)
 
     blocks = (code.blocks(width), stored.rows)
@@ -115,7 +115,7 @@ def _standard(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
     def product(expert: int, rows: str) -> str:
         inputs = [
             stored.codes(expert, dtype, (width, stored.rows), turned),
-            stored.scales(expert, blocks, lambda whole: whole.T),
+            stored.scales(expert, blocks, lambda stack: stack.T),
             stored.zeros(expert, dtype, blocks, turned),
         ]
         matrix = w("DequantizeLinear", *filter(None, inputs), axis=0, block_size=code.block)

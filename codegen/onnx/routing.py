@@ -26,10 +26,10 @@ def logits_of(w: Writer, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
     compute, rounded = (_dtype(op, name) for name in ("compute", "logits"))
     bias = rest.pop(0) if op.attrs.get("biased") else None
     turned = w.cast(transposed(w, weight), weight.dtype, compute)
-    made = w("MatMul", w.cast(w.read(x), x.dtype, compute), turned)
+    product = w("MatMul", w.cast(w.read(x), x.dtype, compute), turned)
     if bias is not None:
-        made = w("Add", made, w.cast(w.read(bias), bias.dtype, compute))
-    logits = w.cast(w.cast(made, compute, rounded), rounded, "f32")
+        product = w("Add", product, w.cast(w.read(bias), bias.dtype, compute))
+    logits = w.cast(w.cast(product, compute, rounded), rounded, "f32")
     return logits, rest[0] if rest else None, (x.shape[0], weight.shape[0])
 
 
@@ -83,11 +83,11 @@ def _best_groups(w: Writer, routing: Routing, choice: str, shape: tuple[Dim, Dim
     else:
         two = w.constant([min(2, experts // routing.groups)])
         scores = w("ReduceSum", w.many("TopK", [grouped, two], 2, axis=-1)[0], last, keepdims=0)
-    kept = w.many("TopK", [scores, w.constant([routing.top_groups])], 2, axis=-1)[1]
-    size = w("Shape", kept)
+    top = w.many("TopK", [scores, w.constant([routing.top_groups])], 2, axis=-1)[1]
+    size = w("Shape", top)
     ones = w("Expand", w.constant(1, "f32"), size)
     none = w("Expand", w.constant(0, "f32"), w("Shape", scores))
-    marks = w("ScatterElements", none, kept, ones, axis=-1)
+    marks = w("ScatterElements", none, top, ones, axis=-1)
     mask = w("Unsqueeze", w.cast(marks, "f32", "bool"), last)
     best = w("Where", mask, grouped, w.constant(LOW, "f32"))
     return reshaped(w, best, grouped_shape, shape)
@@ -108,8 +108,8 @@ def _sparsemixer(w: Writer, routing: Routing, logits: str) -> Sequence[str]:
         if turn + 1 < routing.k:
             gone = w("Expand", low, w("Shape", chosen))
             left = w("ScatterElements", left, chosen, gone, axis=-1)
-    made = w("Concat", *weights, axis=-1)
-    return w.cast(made, "f32", routing.dtype), w("Concat", *experts, axis=-1)
+    joined = w("Concat", *weights, axis=-1)
+    return w.cast(joined, "f32", routing.dtype), w("Concat", *experts, axis=-1)
 
 
 @build("moe.capacity")
@@ -129,8 +129,8 @@ def capacity(c: Call) -> str:
     every = w.constant(list(range(count + 1)))
     hot = w.cast(w("Equal", column, every), "bool", "i64")
     before = w("CumSum", hot, w.constant(0), exclusive=1)
-    place = w("ReduceSum", w("Mul", before, hot), w.constant([1]), keepdims=0)
-    fits = w("Less", place, w.dim(c.op.attrs["capacity"]))
-    kept = w("Where", fits, flat, w.constant(count))
-    shaped = reshaped(w, kept, (tokens * k,), flat_shape)
+    position = w("ReduceSum", w("Mul", before, hot), w.constant([1]), keepdims=0)
+    fits = w("Less", position, w.dim(c.op.attrs["capacity"]))
+    choices = w("Where", fits, flat, w.constant(count))
+    shaped = reshaped(w, choices, (tokens * k,), flat_shape)
     return w("Transpose", shaped, perm=[1, 0]) if by_slot else shaped

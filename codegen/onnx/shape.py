@@ -121,11 +121,11 @@ def slice_scatter(c: Call) -> str:
     if step != 1:
         raise NoMatch("operator aten.slice_scatter.default with a step has no ONNX form")
     size = value.shape[dim]
-    whole = isinstance(end, int) and (end == LAST or (isinstance(size, int) and end >= size))
+    to_end = isinstance(end, int) and (end == LAST or (isinstance(size, int) and end >= size))
     parts = [c.read(source, c.out.dtype)]
     if start != 0:
         parts.insert(0, sliced(c, c.read(value), dim, 0, start))
-    if not whole and end != size:
+    if not to_end and end != size:
         parts.append(sliced(c, c.read(value), dim, end, LAST))
     return parts[0] if len(parts) == 1 else c.w("Concat", *parts, axis=dim)
 
@@ -164,8 +164,8 @@ def flip(c: Call) -> str:
 def pad(c: Call) -> str:
     rank, amounts = len(c.out.shape), c["pad"]
     before, after = [0] * rank, [0] * rank
-    for place in range(len(amounts) // 2):
-        before[-1 - place], after[-1 - place] = amounts[2 * place : 2 * place + 2]
+    for pair in range(len(amounts) // 2):
+        before[-1 - pair], after[-1 - pair] = amounts[2 * pair : 2 * pair + 2]
     value = c.w.constant(c["value"] or 0, c.out.dtype)
     return c.w("Pad", c.read(c["self"]), c.w.shape([*before, *after]), value)
 
@@ -178,8 +178,8 @@ def filled(c: Call, value: Any) -> str:
     if not c.out.shape:
         return c.w.constant(value, c.out.dtype)
     if c.out.dtype == "bf16":
-        made = c.w("ConstantOfShape", c.w.shape(c.out.shape), value=_one(value, "f32"))
-        return c.w.cast(made, "f32", "bf16")
+        tensor = c.w("ConstantOfShape", c.w.shape(c.out.shape), value=_one(value, "f32"))
+        return c.w.cast(tensor, "f32", "bf16")
     return c.w("ConstantOfShape", c.w.shape(c.out.shape), value=_one(value, c.out.dtype))
 
 
@@ -225,8 +225,8 @@ def arange(c: Call) -> str:
     if any(isinstance(v, float) for v in (start, end, step)):
         numbers = [c.w.constant(v, "f64") for v in (start, end, step)]
         return c.w.cast(c.w("Range", *numbers), "f64", c.out.dtype)
-    made = c.w("Range", *(c.w.scalar(v) for v in (start, end, step)))
-    return c.w.cast(made, "i64", c.out.dtype)
+    integers = c.w("Range", *(c.w.scalar(v) for v in (start, end, step)))
+    return c.w.cast(integers, "i64", c.out.dtype)
 
 
 @build("tril", "triu")
@@ -234,5 +234,5 @@ def triangle(c: Call) -> str:
     value: Value = c["self"]
     upper = int("triu" in c.op.name)
     x = c.read(value, "i32" if value.dtype == "bool" else value.dtype)
-    made = c.w("Trilu", x, c.w.constant(c["diagonal"]), upper=upper)
-    return c.w.cast(made, "i32", "bool") if value.dtype == "bool" else made
+    output = c.w("Trilu", x, c.w.constant(c["diagonal"]), upper=upper)
+    return c.w.cast(output, "i32", "bool") if value.dtype == "bool" else output

@@ -62,11 +62,11 @@ def _double(w: Writer, x: Any) -> str:
     if isinstance(rest, f64):
         operator, *operands = operation(rest.args[0])
         kind = {"add": "Add", "mul": "Mul", "div": "Div"}[operator]
-        made = w(kind, *(_double(w, operand) for operand in operands))
-        return made if sign == 1 else w("Mul", made, _double(w, sign))
+        result = w(kind, *(_double(w, operand) for operand in operands))
+        return result if sign == 1 else w("Mul", result, _double(w, sign))
     top, bottom = sympy.fraction(sympy.together(x))
-    made = w("Cast", written(w, top), to=_DOUBLE)
-    return made if bottom == 1 else w("Div", made, _double(w, bottom))
+    result = w("Cast", written(w, top), to=_DOUBLE)
+    return result if bottom == 1 else w("Div", result, _double(w, bottom))
 
 
 def _folded(w: Writer, kind: str, parts: Sequence[Any]) -> str:

@@ -129,8 +129,8 @@ class Writer:
     def _params(self) -> frozenset[Value]:
         if "params" not in self.memo:
             self.memo["params"] = frozenset(self.graph.params)
-        found: frozenset[Value] = self.memo["params"]
-        return found
+        params: frozenset[Value] = self.memo["params"]
+        return params
 
     def cast(self, name: str, have: str, want: str) -> str:
         return name if have == want else self("Cast", name, to=onnx_type(want))
@@ -167,29 +167,29 @@ class Writer:
         if all(isinstance(d, int) for d in dims):
             return self.constant(np.array(dims, dtype=np.int64))
         parts: list[str] = []
-        known: list[int] = []
+        constants: list[int] = []
         for dim in dims:
             if isinstance(dim, int):
-                known.append(dim)
+                constants.append(dim)
                 continue
-            if known:
-                parts.append(self.constant(known))
-                known = []
+            if constants:
+                parts.append(self.constant(constants))
+                constants = []
             parts.append(self.dim(dim))
-        if known:
-            parts.append(self.constant(known))
+        if constants:
+            parts.append(self.constant(constants))
         return parts[0] if len(parts) == 1 else self("Concat", *parts, axis=0)
 
     # ---- the end -----------------------------------------------------------------------
 
     def live(self, outputs: Sequence[str]) -> list[Node]:
         """The nodes that `outputs` depend on, in order."""
-        needed, kept = set(outputs), []
+        needed, nodes = set(outputs), []
         for node in reversed(self.nodes):
             if needed & set(node.outputs):
-                kept.append(node)
+                nodes.append(node)
                 needed.update(node.inputs)
-        return kept[::-1]
+        return nodes[::-1]
 
 
 def onnx_type(dtype: str) -> int:

@@ -18,14 +18,14 @@ def zero_experts(c: Call) -> str:
     weights = w.constant(1.0, "f32")
     if parts.weights is not None:
         weights = w.cast(w.read(parts.weights), parts.weights.dtype, "f32")
-    kept, terms, rows = [], [], 0
+    copy_shares, terms, rows = [], [], 0
     for number, kind in enumerate(parts.kinds, parts.first):
         if kind == "zero":
             continue
         chosen = w("Where", w("Equal", ids, w.constant(number)), weights, w.constant(0.0, "f32"))
         share = w("ReduceSum", chosen, w.constant([1]), keepdims=1)
         if kind == "copy":
-            kept.append(share)
+            copy_shares.append(share)
             continue
         assert parts.constants is not None
         row = w("Gather", w.read(parts.constants), w.constant([rows]), axis=0)
@@ -35,13 +35,13 @@ def zero_experts(c: Call) -> str:
             turned = w("Transpose", w.cast(mix, parts.mix.dtype, "f32"), perm=[1, 0])
             alpha = w("Softmax", w("MatMul", x, turned), axis=-1)
             one, other = w.many("Split", [alpha], 2, axis=1, num_outputs=2)
-            kept.append(_times(w, share, one))
+            copy_shares.append(_times(w, share, one))
             pulled = _times(w, share, other)
         terms.append(_times(w, pulled, w.cast(row, parts.constants.dtype, "f32")))
         rows += 1
-    if kept:
-        total = kept[0]
-        for share in kept[1:]:
+    if copy_shares:
+        total = copy_shares[0]
+        for share in copy_shares[1:]:
             total = w("Add", total, share)
         terms.append(_times(w, total, x))
     if parts.addend is not None:

@@ -87,7 +87,8 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:
-    """What window, chunk and causality let a query see, joined with the mask that is given."""
+    """The mask of window, chunk and causality, bool [S, L], combined with the op's own mask (bool:
+    and; float: added, -inf where it is False). Cached in `low.masks`."""
     queries, keys = a.shape("q")[2], a.shape("k")[2]
     key = (queries, keys, a.causal, a.window, a.chunk, a.mask)
     if key in low.masks:
@@ -104,31 +105,33 @@ def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:
         line = emit("arange.default", (), TensorType("i64", (size,)), end=size)
         return emit("view.default", (line,), TensorType("i64", shape), size=shape)
 
-    query, place = count(queries, (queries, 1)), count(keys, (1, keys))
+    query, position = count(queries, (queries, 1)), count(keys, (1, keys))
     limits = []
     if a.causal:
-        limits.append(emit("le.Tensor", (place, query), TensorType("bool", square)))
+        limits.append(emit("le.Tensor", (position, query), TensorType("bool", square)))
     if a.window is not None:
         edge = emit("sub.Scalar", (query,), query.type, other=a.window)
-        limits.append(emit("gt.Tensor", (place, edge), TensorType("bool", square)))
+        limits.append(emit("gt.Tensor", (position, edge), TensorType("bool", square)))
     if a.chunk is not None:
-        parts = [emit("floor_divide.Scalar", (v,), v.type, other=a.chunk) for v in (place, query)]
+        parts = [
+            emit("floor_divide.Scalar", (v,), v.type, other=a.chunk) for v in (position, query)
+        ]
         limits.append(emit("eq.Tensor", parts, TensorType("bool", square)))
-    seen = limits[0]
+    visible = limits[0]
     for limit in limits[1:]:
-        seen = emit("logical_and.default", (seen, limit), seen.type)
+        visible = emit("logical_and.default", (visible, limit), visible.type)
     inputs: tuple[Value, ...] = ()
     if a.mask is not None:
         shape = broadcast(a.mask.shape, square)
         type = TensorType(a.mask.dtype, shape)
         inputs = (a.mask,)
         if a.mask.dtype == "bool":
-            seen = emit("logical_and.default", (a.mask, seen), type)
+            visible = emit("logical_and.default", (a.mask, visible), type)
         else:
-            seen = emit("where.ScalarOther", (seen, a.mask), type, other=-math.inf)
-    low.values[seen] = low.group(Group(ops[-1], ops, inputs))[0]
-    low.masks[key] = seen
-    return seen
+            visible = emit("where.ScalarOther", (visible, a.mask), type, other=-math.inf)
+    low.values[visible] = low.group(Group(ops[-1], ops, inputs))[0]
+    low.masks[key] = visible
+    return visible
 
 
 def broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:

@@ -39,9 +39,9 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
     return low.sorted[key]
 
 
-def sorting_of(places: Value, graph: Graph) -> Op | None:
-    """The op that ordered the choices by expert, through a reshape of its places."""
-    source = graph.producers.get(places)
+def sorting_of(permutation: Value, graph: Graph) -> Op | None:
+    """The moe.sort or moe.dispatch that `permutation` comes from, also through a reshape."""
+    source = graph.producers.get(permutation)
     if source is not None and source.name == "aten.reshape.default":
         source = graph.producers.get(source.inputs[0])
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
@@ -50,17 +50,17 @@ def sorting_of(places: Value, graph: Graph) -> Op | None:
 
 
 def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
-    rows, places, *rest = op.inputs
+    rows, permutation, *rest = op.inputs
     out = op.outputs[0]
-    source = cast(Op, sorting_of(places, low.graph))
+    source = cast(Op, sorting_of(permutation, low.graph))
     experts = choices_of(source)
     _, slots, ends = _sorted(low, source, experts)
     weights = rest.pop(0) if op.attrs.get("weighted") else None
     addend = rest.pop(0) if op.attrs.get("added") else None
     count, k, width = cast(int, source.attrs["num_experts"]), cast(int, op.attrs["k"]), out.shape[1]
     assert isinstance(width, int)
-    if len(places.shape) == 2:
-        slots = low.value(places)
+    if len(permutation.shape) == 2:
+        slots = low.value(permutation)
     else:  # k need not be the sort's: each choice may be a token of its own
         slots = low.reshaped(slots, TensorType("i32", (cast(Dim, op.attrs["tokens"]), k)))
     kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
@@ -99,21 +99,22 @@ def _dispatch(low: Lowering, op: Op) -> list[relax.Expr]:
             Op("aten.mul.Tensor", (picked, same), (rows,)),
         ]
         inputs.append(flat)
-    made = low.group(Group(ops[-1], ops, tuple(inputs)))
-    return [made[0], sorted_[0], sorted_[2]]
+    results = low.group(Group(ops[-1], ops, tuple(inputs)))
+    return [results[0], sorted_[0], sorted_[2]]
 
 
 def _check_combine(op: Op, graph: Graph) -> None:
-    """Slots index rows: the kernel believes them because a sort of as many choices made them."""
-    rows, places = op.inputs[:2]
-    source = sorting_of(places, graph)
+    """Raises NoMatch unless the slots come from a sort of as many choices as there are rows: the
+    kernel does not check that they index rows."""
+    rows, permutation = op.inputs[:2]
+    source = sorting_of(permutation, graph)
     if source is None:
         raise NoMatch("its slots come from no sort of choices")
     choices = choices_of(source)
     if rows.shape[0] != product(choices.shape):
         raise NoMatch("its rows are not as many as the choices that were sorted")
-    root = places if places in source.outputs else graph.producers[places].inputs[0]
-    if root is source.outputs[2] or product(places.shape) != product(choices.shape):
+    root = permutation if permutation in source.outputs else graph.producers[permutation].inputs[0]
+    if root is source.outputs[2] or product(permutation.shape) != product(choices.shape):
         raise NoMatch("its slots are not those of the sort")
 
 

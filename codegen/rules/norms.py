@@ -30,12 +30,12 @@ def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _layer_norm(low: Lowering, op: Op) -> list[relax.Expr]:
-    given = named(op)
-    x, weight, bias = given["input"], given["weight"], given["bias"]
+    arguments = named(op)
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     spec = NormSpec(
         "layer",
         x.shape[-1],
-        float(given["eps"]),
+        float(arguments["eps"]),
         x.dtype,
         op.outputs[0].dtype,
         None if weight is None else weight.dtype,
@@ -82,10 +82,10 @@ def _normed(
     low.note(op, name)
     arguments = [low.shaped(v, TensorType(v.dtype, rows)) for v in added]
     arguments += [low.value(v) for v in weights]
-    made = low.call(function, arguments, [TensorType(out.dtype, rows) for out in op.outputs])
+    results = low.call(function, arguments, [TensorType(out.dtype, rows) for out in op.outputs])
     return [
         value if out.shape == rows else low.reshaped(value, out.type)
-        for value, out in zip(made, op.outputs, strict=True)
+        for value, out in zip(results, op.outputs, strict=True)
     ]
 
 

@@ -17,15 +17,15 @@ def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     """From here on the size has the value that was computed."""
     name = cast(str, op.attrs["name"])
     source = op.inputs[0]
-    found = low.value(source)
+    scalar = low.value(source)
     if source.dtype != "i64":
         wide = Value(f"{source.name}_wide", TensorType("i64", source.shape))
         cast_ = Op("aten._to_copy.default", (source,), (wide,), {"dtype": DType("i64")})
-        found = low.group(Group(cast_, [cast_], (source,)))[0]
+        scalar = low.group(Group(cast_, [cast_], (source,)))[0]
     one: tuple[Dim, ...] = (1,)
     if source.shape != one:
-        found = low.reshaped(found, TensorType("i64", one))
-    shape = low.builder.emit(relax.op.tensor_to_shape(found))
+        scalar = low.reshaped(scalar, TensorType("i64", one))
+    shape = low.builder.emit(relax.op.tensor_to_shape(scalar))
     low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
     return [low.value(source)]
 

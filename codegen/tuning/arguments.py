@@ -35,14 +35,14 @@ class Arguments:
     draw: Callable[[int], Callable[[int], list[Any]]]
 
 
-def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
+def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> Arguments:
     """`footprint` are the bytes of all weights of the model: what fits the cache as a whole is
     there when it is needed, and is not measured cold.
 
     Raises NoMatch where the weights do not fit the free memory.
     """
-    shapes = [tuple(buffer.shape) for buffer in made.params]
-    dtypes = [str(buffer.dtype) for buffer in made.params]
+    shapes = [tuple(buffer.shape) for buffer in prim_func.params]
+    dtypes = [str(buffer.dtype) for buffer in prim_func.params]
     held = [i for i, shape in enumerate(shapes) if len(shape) > 1 and _is_fixed(shape)]
     size = sum(math.prod(map(int, shapes[i])) * getattr(torch, dtypes[i]).itemsize for i in held)
     free = _free_memory()
@@ -50,8 +50,8 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
         raise NoMatch(
             f"measuring needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
         )
-    wanted = -(-min(footprint, COLD * last_cache()) // max(size, 1))
-    copies = max(1, min(wanted, free // 2 // max(size, 1)))
+    needed = -(-min(footprint, COLD * last_cache()) // max(size, 1))
+    copies = max(1, min(needed, free // 2 // max(size, 1)))
     weights = [{i: _random(dtypes[i], shapes[i]) for i in held} for _ in range(copies)]
     experts = kernel.work.experts
     many = shapes[-1][0]  # rows of y, which comes last
@@ -68,11 +68,11 @@ def arguments(kernel: Tunable, made: PrimFunc, footprint: int) -> Arguments:
         def call(copy: int) -> list[Any]:
             # Other experts get the same rows: those of the call before are still in the cache.
             order, ends = sorted_by_expert(torch.randperm(experts)[chosen], experts)
-            given = {**drawn, **weights[copy % copies]}
+            tensors = {**drawn, **weights[copy % copies]}
             for i, shape in enumerate(shapes):
                 if len(shape) == 1:  # the one whose size is known is `ends`
-                    given[i] = ends if _is_fixed(shape) else order
-            return [tvm.runtime.from_dlpack(given[i]) for i in range(len(shapes))]
+                    tensors[i] = ends if _is_fixed(shape) else order
+            return [tvm.runtime.from_dlpack(tensors[i]) for i in range(len(shapes))]
 
         return call
 
@@ -99,26 +99,26 @@ def _size(dim: Any, many: Any, rows: int, tokens: int) -> int:
 
 def _random(kind: str, shape: Sequence[Any]) -> Tensor:
     dtype, sizes = getattr(torch, kind), [int(size) for size in shape]
-    made = torch.empty(math.prod(sizes), dtype=dtype)
-    count = min(made.numel(), _BLOCK)
+    tensor = torch.empty(math.prod(sizes), dtype=dtype)
+    count = min(tensor.numel(), _BLOCK)
     if dtype is torch.uint8:  # scales of mxfp4 are exponents
-        some = torch.randint(120, 135, (count,), dtype=dtype)
+        block = torch.randint(120, 135, (count,), dtype=dtype)
     elif dtype is torch.int32:  # pairs of bf16, or codes, which may be anything
-        some = torch.randn(2 * count).bfloat16().view(torch.int32)
+        block = torch.randn(2 * count).bfloat16().view(torch.int32)
     else:
-        some = torch.randn(count).to(dtype)
-    for start in range(0, made.numel(), _BLOCK):
-        part = made[start : start + _BLOCK]
-        part.copy_(some[: part.numel()])
-    return made.view(sizes)
+        block = torch.randn(count).to(dtype)
+    for start in range(0, tensor.numel(), _BLOCK):
+        part = tensor[start : start + _BLOCK]
+        part.copy_(block[: part.numel()])
+    return tensor.view(sizes)
 
 
 def _free_memory() -> int:
     """Bytes that this machine has not given away; a guess of 4 GB where it does not say."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
-            found = dict(line.split(":", 1) for line in lines)
-        return int(found["MemAvailable"].split()[0]) * 1024
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 4 << 30 if not hasattr(os, "sysconf") else _pages()
 

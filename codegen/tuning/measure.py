@@ -38,7 +38,7 @@ class OnThisMachine:
     clock: Callable[[], float] = time.perf_counter
 
     def __call__(self, kernel: Tunable) -> Bench:
-        given = arguments(kernel, kernel.make("measured", {}), self.footprint)
+        operands = arguments(kernel, kernel.make("measured", {}), self.footprint)
 
         @cache
         def function(values: frozenset[tuple[str, int]]) -> Callable[..., None]:
@@ -46,12 +46,12 @@ class OnThisMachine:
 
         def bench(tunings: Sequence[Values]) -> Times:
             functions = [function(frozenset(values.items())) for values in tunings]
-            return {tokens: self._rounds(functions, given, tokens) for tokens in TOKENS}
+            return {tokens: self._rounds(functions, operands, tokens) for tokens in TOKENS}
 
         return bench
 
     def _rounds(
-        self, functions: Sequence[Callable[..., None]], given: Arguments, tokens: int
+        self, functions: Sequence[Callable[..., None]], operands: Arguments, tokens: int
     ) -> list[list[float]]:
         copies = count()
 
@@ -61,18 +61,18 @@ class OnThisMachine:
             function(*values)
             return self.clock() - start
 
-        call = given.draw(tokens)
-        taken = sum(once(function, call) for function in functions)  # first calls are not counted
+        call = operands.draw(tokens)
+        elapsed = sum(once(function, call) for function in functions)  # first calls are not counted
         seconds: list[list[float]] = [[] for _ in functions]
-        for turn in range(max(FEWEST, min(MOST, int(SECONDS / max(taken, 1e-6))))):
-            call = given.draw(tokens)
+        for turn in range(max(FEWEST, min(MOST, int(SECONDS / max(elapsed, 1e-6))))):
+            call = operands.draw(tokens)
             for i in _turned(len(functions), turn):
                 seconds[i].append(once(functions[i], call))
         return seconds
 
     def _compiled(self, kernel: PrimFunc) -> Callable[..., None]:
-        made = compile_kernels(kernel, target=self.target, opt_level=self.opt_level)
-        function: Callable[..., None] = made[str(kernel.attrs["global_symbol"])]
+        library = compile_kernels(kernel, target=self.target, opt_level=self.opt_level)
+        function: Callable[..., None] = library[str(kernel.attrs["global_symbol"])]
         return function
 
 

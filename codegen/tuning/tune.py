@@ -40,7 +40,7 @@ def tune(
 
     `context` is what else the measurements depend on.
     """
-    found = []
+    tunings = []
     for number, kernel in enumerate(kernels, 1):
         progress(f"tune {number}/{len(kernels)} {kernel.name}")
         key = key_of(
@@ -48,15 +48,15 @@ def tune(
             *kernel.candidates.items(),
             *(version(name) for name in ("moec", "apache-tvm")),
         )  # fmt: skip
-        known = cache.load(store, key, kernel)
-        if known is not None:
-            found.append(Tuned(kernel, *known, from_cache=True))
+        entry = cache.load(store, key, kernel)
+        if entry is not None:
+            tunings.append(Tuned(kernel, *entry, from_cache=True))
             continue
         try:
             values, gain = choose(kernel, measure(kernel))
         except NoMatch as why:
-            found.append(Tuned(kernel, why=str(why)))
+            tunings.append(Tuned(kernel, why=str(why)))
             continue
         cache.save(store, key, kernel.name, values, gain)
-        found.append(Tuned(kernel, values, gain))
-    return tuple(found)
+        tunings.append(Tuned(kernel, values, gain))
+    return tuple(tunings)

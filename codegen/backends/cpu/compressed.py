@@ -61,10 +61,10 @@ def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
 
 def _dictionary(target: Target) -> Param:
     """Once in a package."""
-    made = table(target)
-    kind = {"int64": "i64", "int8": "i8"}[str(made.dtype)]
+    dictionary = table(target)
+    kind = {"int64": "i64", "int8": "i8"}[str(dictionary.dtype)]
     name = "ternary.signs" if kind == "i8" else "ternary.masks"
-    return Param(name, TensorType(kind, made.shape), (), lambda: made)
+    return Param(name, TensorType(kind, dictionary.shape), (), lambda: dictionary)
 
 
 RULES = (Rule("compressed", ("grouped.compressed",), _check, _compressed),)

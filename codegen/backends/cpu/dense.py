@@ -102,8 +102,8 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
 
     layouts = tuple(Layout(spec, low.target) for spec in specs)
     function = low.tuned(tunable(name, specs, layouts, 1, make, dense_values(layouts)), name)
-    made = low.call(function, arguments, types)
-    for one, value, type in zip(together, made, types, strict=True):
+    results = low.call(function, arguments, types)
+    for one, value, type in zip(together, results, types, strict=True):
         out = one.outputs[0]
         low.values[out] = value if out.type == type else low.reshaped(value, out.type)
     return [low.values[op.outputs[0]]]
@@ -121,13 +121,13 @@ MOST_TOGETHER = 4
 def _together(low: Lowering, op: Op) -> list[Op]:
     """The op, and other dense products of the same rows that nothing has lowered yet."""
     dense = dense_of(op, low.graph)
-    found = [op]
+    products = [op]
     for other in dict.fromkeys(low.graph.readers.get(dense.x, ())):
-        if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
+        if len(products) == MOST_TOGETHER or other in products or other.outputs[0] in low.values:
             continue
         if low.rule(other) is low.rule(op) and dense_of(other, low.graph).x is dense.x:
-            found.append(other)
-    return found
+            products.append(other)
+    return products
 
 
 def _spec(low: Lowering, op: Op) -> LinearSpec:

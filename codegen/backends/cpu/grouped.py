@@ -55,18 +55,22 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedLinear.of(op)
     spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
     layout = Layout(spec, low.target)
-    cleared = not only_owned_rows_read(op.outputs[0], low.graph)
+    zero_unowned_rows = not only_owned_rows_read(op.outputs[0], low.graph)
 
     def make(
         top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
     ) -> PrimFunc:
         if top_k:
-            return gathered_linear(low.target, spec, top_k, epilogue, scale, name, cleared, tuning)
-        return grouped_linear(low.target, spec, epilogue, name, cleared, tuning)
+            return gathered_linear(
+                low.target, spec, top_k, epilogue, scale, name, zero_unowned_rows, tuning
+            )
+        return grouped_linear(low.target, spec, epilogue, name, zero_unowned_rows, tuning)
 
     rows = [low.value(parts.x)]
     weights = [low.param(*packed(layout, parts.matrices))]
-    return product(low, op, parts, "", layout, make, rows, weights, cleared, values=layout.tuned)
+    return product(
+        low, op, parts, "", layout, make, rows, weights, zero_unowned_rows, values=layout.tuned
+    )
 
 
 RULES = (Rule("grouped", ("grouped.linear",), check_linears, _grouped),)

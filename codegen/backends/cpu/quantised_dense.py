@@ -59,8 +59,8 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
         TensorType(one.outputs[0].dtype, (rows, spec.n))
         for one, spec in zip(together, specs, strict=True)
     ]
-    made = low.call(function, arguments, types)
-    for one, value, type in zip(together, made, types, strict=True):
+    results = low.call(function, arguments, types)
+    for one, value, type in zip(together, results, types, strict=True):
         out = one.outputs[0]
         low.values[out] = value if out.type == type else low.reshaped(value, out.type)
     return [low.values[op.outputs[0]]]
@@ -68,15 +68,15 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
 
 def _together(low: Lowering, op: Op) -> list[Op]:
     """The op, and others of the same rows, rounded alike, that nothing has lowered yet."""
-    parts, found = QuantisedLinear.of(op), [op]
+    parts, products = QuantisedLinear.of(op), [op]
     for other in dict.fromkeys(low.graph.readers.get(parts.x, ())):
-        if len(found) == MOST_TOGETHER or other in found or other.outputs[0] in low.values:
+        if len(products) == MOST_TOGETHER or other in products or other.outputs[0] in low.values:
             continue
         if low.rule(other) is low.rule(op):
             format = QuantisedLinear.of(other).format
             if (format.block, format.row_bits) == (parts.format.block, parts.format.row_bits):
-                found.append(other)
-    return found
+                products.append(other)
+    return products
 
 
 def _spec(parts: QuantisedLinear) -> QuantisedSpec:

@@ -80,14 +80,14 @@ def product(
     body = None if op.body is None else vector_body(op.body)
     name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
 
-    def made(name: str, values: Mapping[str, int]) -> PrimFunc:
+    def make_kernel(name: str, values: Mapping[str, int]) -> PrimFunc:
         epilogue = None if body is None else body.epilogue(low.target)
         return make(top_k, epilogue, scale, name, tuning_of(values))
 
     key = (layout.spec, top_k, scale, None if body is None else body.text, *choices)
-    said = name if body is None else f"{name} with {body.name}"
+    label = name if body is None else f"{name} with {body.name}"
     many = top_k or _rows_a_token(parts, low.graph)
-    kernel = tunable(said, key, (layout,), many, made, values)
+    kernel = tunable(label, key, (layout,), many, make_kernel, values)
     function = low.tuned(kernel, name if body is None else f"{name}_{body.name}")
     arguments = list(rows)
     if top_k and parts.order is not None:
@@ -97,7 +97,7 @@ def product(
         arguments.append(low.param(*packed_bias(layout, parts.biases)))
     if parts.scale is not None:
         arguments.append(low.value(parts.scale))
-    low.note(op, said)
+    low.note(op, label)
     return low.call(function, arguments, [op.outputs[0].type])
 
 

@@ -41,27 +41,28 @@ def multiply(
     units: int,
     other: Callable[[int, int], Expr],
     other_units: int,
-    made: Callable[[int], Expr],
+    out: Callable[[int], Expr],
     vectors: int,
     added: bool,
 ) -> None:
-    """made[16 rows, 16 of vector j] (+)= rows[16, units] @ other[units, 16 of vector j].
+    """out[16 rows, 16 of vector j] (+)= rows[16, units] @ other[units, 16 of vector j].
 
-    `rows(u)`, `other(u, j)` and `made(j)` are elements, of row 0 or unit u on; a row of them has
-    `row_units` and `other_units` int32, or float32 as many as `other_units`.
+    `rows(u)`, `other(u, j)` and `out(j)` are the first elements of the blocks, at row 0 or unit u.
+    Rows of the first are `row_units` int32 apart, of the second `other_units` int32, of `out`
+    `other_units` float32. `added`: (+)= adds; else it overwrites.
     """
     for first in range(0, vectors, SUMS):
-        some = range(first, min(first + SUMS, vectors))
-        for i, j in enumerate(some):
+        group = range(first, min(first + SUMS, vectors))
+        for i, j in enumerate(group):
             if added:
-                v.tile_load(i, made(j), other_units * 4)
+                v.tile_load(i, out(j), other_units * 4)
             else:
                 v.tile_zero(i)
         for u in range(0, units, UNITS):
             v.tile_load(_ROWS, rows(u), row_units * 4)
-            for i, j in enumerate(some):
+            for i, j in enumerate(group):
                 register = _ROWS + 1 + i % _TURNS
                 v.tile_load(register, other(u, j), other_units * 4)
                 v.tile_bf16(i, _ROWS, register)
-        for i, j in enumerate(some):
-            v.tile_store(i, made(j), other_units * 4)
+        for i, j in enumerate(group):
+            v.tile_store(i, out(j), other_units * 4)

@@ -29,8 +29,8 @@ Row = tuple[Expr | int, ...]
 
 
 def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
-    """The kernel (cache, rows, first, cos?, sin?), all contiguous; first[b] + S is at most L;
-    where it is not, the last slots are written and nothing beyond them."""
+    """The kernel (cache, rows, first, cos?, sin?), all contiguous. first[b] + S must be at most L;
+    otherwise rows are written to the last slots, and never beyond the cache."""
     v = Vector(target)
     with kernel(name, target) as frame:
         batch, room, tokens = T.int64(), T.int64(), T.int64()
@@ -38,9 +38,9 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
         def tensor(name: str, shape: Row, dtype: str) -> Buffer:
             return argument(name, shape, LONG_NAMES[dtype])
 
-        kept = (batch, spec.heads, room, spec.width)
+        cache_shape = (batch, spec.heads, room, spec.width)
         new = (*spec.row(batch, spec.heads, tokens), spec.width)
-        cache, rows = tensor("cache", kept, spec.dtype), tensor("rows", new, spec.dtype)
+        cache, rows = tensor("cache", cache_shape, spec.dtype), tensor("rows", new, spec.dtype)
         first = argument("first", (batch,), "int64")
         turns = []
         for of, name in zip(spec.turns or (), ("cos", "sin"), strict=False):
@@ -68,12 +68,12 @@ def _copy(
 ) -> None:
     word, many = _WORDS[spec.dtype]
     lanes = target.vector_lanes * many
-    (rows, row), (cache, place) = source, to
+    (rows, row), (cache, slot) = source, to
     rows, cache = (T.decl_buffer(x.shape, word, data=x.data) for x in (rows, cache))
-    whole, rest = divmod(spec.width, lanes)
-    some = [T.ramp(j * lanes, 1, lanes) for j in range(whole)]
-    for d in (*some, *range(spec.width - rest, spec.width)):
-        T.buffer_store(cache, rows[(*row, d)], [*place, d])
+    full_vectors, rest = divmod(spec.width, lanes)
+    ramps = [T.ramp(j * lanes, 1, lanes) for j in range(full_vectors)]
+    for d in (*ramps, *range(spec.width - rest, spec.width)):
+        T.buffer_store(cache, rows[(*row, d)], [*slot, d])
 
 
 Angles = Callable[[int, int], Expr]
@@ -103,15 +103,15 @@ def _turn(
     cos: Angles,
     sin: Angles,
 ) -> None:
-    (rows, row), (cache, place) = source, to
+    (rows, row), (cache, slot) = source, to
     half = spec.width // 2
     for d in range(0, half, v.lanes):
         count = min(v.lanes, half - d)
         x, y = (_load(v, rows, (*row, at), count) for at in (d, half + d))
-        made = x * cos(d, count) - y * sin(d, count)
-        other = y * cos(half + d, count) + x * sin(half + d, count)
-        for at, value in ((d, made), (half + d, other)):
+        first = x * cos(d, count) - y * sin(d, count)
+        second = y * cos(half + d, count) + x * sin(half + d, count)
+        for at, value in ((d, first), (half + d, second)):
             if count == v.lanes:
-                v.store(cache, (*place, at), value)
+                v.store(cache, (*slot, at), value)
             else:
-                v.store_tail(cache, (*place, at), value, T.int32(count))
+                v.store_tail(cache, (*slot, at), value, T.int32(count))

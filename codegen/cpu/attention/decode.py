@@ -78,13 +78,13 @@ def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr, end: Expr) -> None:
     dots = _dots(p, head)
     with T.serial(0, groups) as group, T.serial(0, p.rows) as r:
         key = T.bind(first + group * v.lanes)
-        place = T.ramp(group * v.lanes, 1, v.lanes)
-        seen = T.cast(reaches[r] - key, "int32")
-        added = None if bias is None else bias[r, place]
+        lanes = T.ramp(group * v.lanes, 1, v.lanes)
+        visible = T.cast(reaches[r] - key, "int32")
+        added = None if bias is None else bias[r, lanes]
         batch, _, position = p.query_at(head, r)
         first_seen = start(p, batch, position)
         unseen = None if first_seen is None else T.cast(first_seen - key, "int32")
-        T.buffer_store(scores, scaled(p, dots(r, key), unseen, seen, added), [r, place])
+        T.buffer_store(scores, scaled(p, dots(r, key), unseen, visible, added), [r, lanes])
 
     with T.serial(0, p.rows) as r:
         state = T.alloc_buffer((v.lanes,), "float32")
@@ -97,9 +97,9 @@ def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr, end: Expr) -> None:
         base = finite(top)
         T.buffer_store(state, v.splat(0.0), [lane])
         with T.serial(0, groups) as group:
-            place = T.ramp(group * v.lanes, 1, v.lanes)
-            weight = soft.exp(scores[r, place] - v.splat(base))
-            T.buffer_store(scores, weight, [r, place])
+            lanes = T.ramp(group * v.lanes, 1, v.lanes)
+            weight = soft.exp(scores[r, lanes] - v.splat(base))
+            T.buffer_store(scores, weight, [r, lanes])
             T.buffer_store(state, state[lane] + weight, [lane])
         T.buffer_store(parts.tops, top, [head, n, r])
         T.buffer_store(parts.totals, v.sum(state[lane]), [head, n, r])
@@ -115,22 +115,22 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
     if pairs:
         query = T.alloc_buffer((FEW, spec.key_dim // 2), "int32")
         keys = T.decl_buffer((*p.k.shape[:3], spec.key_dim // 2), "int32", data=p.k.data)
-        whole, rest = divmod(spec.key_dim // 2, v.lanes)
+        full_vectors, rest = divmod(spec.key_dim // 2, v.lanes)
     else:
-        whole, rest = divmod(spec.key_dim, v.lanes)
-        query = T.alloc_buffer((FEW, (whole + (rest > 0)) * v.lanes), "float32")
+        full_vectors, rest = divmod(spec.key_dim, v.lanes)
+        query = T.alloc_buffer((FEW, (full_vectors + (rest > 0)) * v.lanes), "float32")
         keys = p.k
     with T.serial(0, p.rows) as r:
         b, h, s = p.query_at(head, r)
-        with T.serial(0, whole) as d:
-            place = T.ramp(d * v.lanes, 1, v.lanes)
+        with T.serial(0, full_vectors) as d:
+            lanes = T.ramp(d * v.lanes, 1, v.lanes)
             if pairs:
                 source = T.decl_buffer((*p.q.shape[:3], spec.key_dim // 2), "int32", data=p.q.data)
-                T.buffer_store(query, source[p.at("q", b, h, s, place)], [r, place])
+                T.buffer_store(query, source[p.at("q", b, h, s, lanes)], [r, lanes])
             else:
-                T.buffer_store(query, v.load(p.q, p.at("q", b, h, s, d * v.lanes)), [r, place])
+                T.buffer_store(query, v.load(p.q, p.at("q", b, h, s, d * v.lanes)), [r, lanes])
         if rest:
-            d = whole * v.lanes
+            d = full_vectors * v.lanes
             x = v.load_tail(p.q, p.at("q", b, h, s, d), T.int32(rest))
             T.buffer_store(query, x, [r, T.ramp(d, 1, v.lanes)])
     b, kv = p.split(head)
@@ -141,17 +141,17 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
         near = [T.bind(T.min(first + j, p.keys - 1)) for j in range(v.lanes)]
         for a in acc:
             T.buffer_store(a, v.splat(0.0), [lane])
-        with T.serial(0, whole) as d:
-            place = T.ramp(d * v.lanes, 1, v.lanes)
-            q = T.bind(query[r, place])
+        with T.serial(0, full_vectors) as d:
+            lanes = T.ramp(d * v.lanes, 1, v.lanes)
+            q = T.bind(query[r, lanes])
             for a, key in zip(acc, near, strict=True):
                 if pairs:
-                    x = v.dot2(a[lane], q, keys[p.at("k", b, kv, key, place)])
+                    x = v.dot2(a[lane], q, keys[p.at("k", b, kv, key, lanes)])
                 else:
                     x = v.fma(q, v.load(keys, p.at("k", b, kv, key, d * v.lanes)), a[lane])
                 T.buffer_store(a, x, [lane])
         if rest:
-            d = whole * v.lanes
+            d = full_vectors * v.lanes
             q = T.bind(query[r, T.ramp(d, 1, v.lanes)])
             for a, key in zip(acc, near, strict=True):
                 k = v.load_tail(keys, p.at("k", b, kv, key, d), T.int32(rest))
@@ -215,7 +215,7 @@ def _join(p: Problem, parts: Parts, head: Expr, row: Expr, chunks: Expr) -> None
     with T.serial(0, chunks) as n:
         share = v.bind(v.splat(T.exp(parts.tops[head, n, row] - base) * f))
         with T.serial(0, p.width // v.lanes) as d:
-            place = T.ramp(d * v.lanes, 1, v.lanes)
-            part = parts.sums[head, n, row, place]
-            T.buffer_store(sums, v.fma(part, share, sums[0, place]), [0, place])
+            lanes = T.ramp(d * v.lanes, 1, v.lanes)
+            part = parts.sums[head, n, row, lanes]
+            T.buffer_store(sums, v.fma(part, share, sums[0, lanes]), [0, lanes])
     write_row(p, where, sums, 0)

@@ -84,7 +84,7 @@ def linear_attention(
         with parallel.shared(count, work) as task:
             head = T.bind(T.floordiv(task, blocks))
             column = T.bind((task - head * blocks) * v.lanes)
-            whole = spec.value_dim % v.lanes == 0
+            exact = spec.value_dim % v.lanes == 0
             _carry(
                 _Task(
                     spec,
@@ -93,7 +93,7 @@ def linear_attention(
                     T.bind(T.floordiv(head, spec.heads)),
                     T.bind(T.floormod(head, spec.heads)),
                     column,
-                    None if whole else T.bind(T.min(spec.value_dim - column, v.lanes)),
+                    None if exact else T.bind(T.min(spec.value_dim - column, v.lanes)),
                     T.alloc_buffer((spec.key_dim, v.lanes), "float32"),
                 ),
                 length,
@@ -115,22 +115,22 @@ def _carry(c: _Task, length: Expr) -> None:
 
 def _step(c: _Task, t: Expr, factors: Buffer) -> None:
     v, spec, state = c.v, c.spec, c.state
-    place = (c.batch, t, c.head)
+    position = (c.batch, t, c.head)
     group = (c.batch, t, T.bind(T.floordiv(c.head, spec.heads // spec.shared)))
     factor = _decay(c, t, factors)
-    new = c.load("v", *place)
+    new = c.load("v", *position)
 
     def entry(name: str, i: Expr) -> Expr:
         return v.splat(v.scalar(c.buffers[name], (*group, i)))
 
     if spec.delta:
 
-        def read(i: Expr, known: Buffer, lane: Expr) -> None:
+        def read(i: Expr, projection: Buffer, lane: Expr) -> None:
             row = T.bind(state[c.row(i)] * factor(i))
             T.buffer_store(state, row, c.row(i))
-            T.buffer_store(known, v.fma(entry("k", i), row, known[lane]), [lane])
+            T.buffer_store(projection, v.fma(entry("k", i), row, projection[lane]), [lane])
 
-        beta = v.splat(v.scalar(c.buffers["beta"], place))
+        beta = v.splat(v.scalar(c.buffers["beta"], position))
         new = T.bind((new - _sum(c, read)) * beta)
 
     def write(i: Expr, total: Buffer, lane: Expr) -> None:
@@ -139,26 +139,26 @@ def _step(c: _Task, t: Expr, factors: Buffer) -> None:
         T.buffer_store(state, row, c.row(i))
         T.buffer_store(total, v.fma(entry("q", i), row, total[lane]), [lane])
 
-    c.store("y", _sum(c, write), *place)
+    c.store("y", _sum(c, write), *position)
 
 
 def _decay(c: _Task, t: Expr, factors: Buffer) -> Callable[[Expr], Expr]:
     """What row i of the state is multiplied with at position t."""
     v, spec, decay = c.v, c.spec, c.buffers["decay"]
-    place = (c.batch, t, c.head)
+    position = (c.batch, t, c.head)
     if spec.per == "head":
-        factor = v.exp(v.splat(v.scalar(decay, place)))
+        factor = v.exp(v.splat(v.scalar(decay, position)))
         return lambda i: factor
     if spec.per == "rate":
-        own = c.load("decay", *place)
-        return lambda i: v.exp(own * c.load("rates", c.head, i))
-    whole, rest = divmod(spec.key_dim, v.lanes)
-    with T.serial(0, whole) as j:
-        x = v.exp(v.load(decay, (*place, j * v.lanes)))
+        decay_row = c.load("decay", *position)
+        return lambda i: v.exp(decay_row * c.load("rates", c.head, i))
+    full_vectors, rest = divmod(spec.key_dim, v.lanes)
+    with T.serial(0, full_vectors) as j:
+        x = v.exp(v.load(decay, (*position, j * v.lanes)))
         T.buffer_store(factors, x, [T.ramp(j * v.lanes, 1, v.lanes)])
     if rest:
-        last = T.int64(whole * v.lanes)
-        x = v.exp(v.load_tail(decay, (*place, last), T.int32(rest)))
+        last = T.int64(full_vectors * v.lanes)
+        x = v.exp(v.load_tail(decay, (*position, last), T.int32(rest)))
         T.buffer_store(factors, x, [T.ramp(last, 1, v.lanes)])
     return lambda i: v.splat(factors[i])
 
@@ -170,11 +170,11 @@ def _sum(c: _Task, body: Callable[[Expr, Buffer, Expr], None]) -> Expr:
     parts = [T.alloc_buffer((v.lanes,), "float32") for _ in range(_SIDE_BY_SIDE)]
     for part in parts:
         T.buffer_store(part, v.splat(0.0), [lane])
-    whole, rest = divmod(c.spec.key_dim, _SIDE_BY_SIDE)
-    with T.serial(0, whole) as j:
+    rounds, rest = divmod(c.spec.key_dim, _SIDE_BY_SIDE)
+    with T.serial(0, rounds) as j:
         for n, part in enumerate(parts):
             body(j * _SIDE_BY_SIDE + n, part, lane)
     for n in range(rest):
-        body(T.int64(whole * _SIDE_BY_SIDE + n), parts[n], lane)
+        body(T.int64(rounds * _SIDE_BY_SIDE + n), parts[n], lane)
     a, b, d, e = (part[lane] for part in parts)
     return T.bind((a + b) + (d + e))

@@ -114,9 +114,9 @@ def tiled(p: Problem) -> None:
             _pack_keys(packed, head, n, end)
             with T.If((n + 1) * block <= end):
                 with T.Then():
-                    _pack_values(packed, head, n, end, whole=True)
+                    _pack_values(packed, head, n, end, full_block=True)
                 with T.Else():
-                    _pack_values(packed, head, n, end, whole=False)
+                    _pack_values(packed, head, n, end, full_block=False)
 
     tiles = T.bind(T.ceildiv(p.rows, TILE))
     with parallel.shared(p.heads * tiles, p.heads * p.rows * p.keys * p.features) as task:
@@ -139,7 +139,7 @@ def _pack_keys(c: Packed, head: Expr, n: Expr, end: Expr) -> None:
             T.buffer_store(c.keys, x, [head, n, d, j])
 
 
-def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, whole: bool) -> None:
+def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, full_block: bool) -> None:
     """Keys after the last are zeros: their weight is 0, but 0 times NaN is not."""
     p, v = c.problem, c.problem.vector
     b, kv = p.split(head)
@@ -150,7 +150,7 @@ def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, whole: bool) -> None
             def read(i: int, d: int = d, features: int = features) -> Expr:
                 key = n * c.block + unit * c.per_unit + i
                 index = p.at("v", b, kv, key, d)
-                if whole and features == v.lanes:
+                if full_block and features == v.lanes:
                     return v.load(p.v, index)
                 count = T.Select(key < end, T.int32(features), T.int32(0))
                 return v.load_tail(p.v, index, count)
@@ -227,8 +227,8 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         at = p.query_at(head, first + r)
         f = v.splat(factor(p, tops[r], v.sum(totals[r, lane]), at[1]))
         with T.serial(0, p.width // v.lanes) as d:
-            place = T.ramp(d * v.lanes, 1, v.lanes)
-            T.buffer_store(sums, sums[r, place] * f, [r, place])
+            lanes = T.ramp(d * v.lanes, 1, v.lanes)
+            T.buffer_store(sums, sums[r, lanes] * f, [r, lanes])
         write_row(p, at, sums, r)
 
 
@@ -264,7 +264,7 @@ def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
 def _lanes(c: Packed, tile: Tile, n: Expr, r: Expr, i: int | Expr, row: list[Expr]) -> list[Expr]:
     """The scores of row r + i, scaled, and minus infinity for keys that it may not see."""
     v = c.problem.vector
-    seen = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
+    visible = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
     unseen = None
     if tile.starts is not None:
         unseen = T.bind(T.cast(T.max(tile.starts[r + i] - n * c.block, 0), "int32"))
@@ -274,7 +274,7 @@ def _lanes(c: Packed, tile: Tile, n: Expr, r: Expr, i: int | Expr, row: list[Exp
         if tile.bias is not None:
             added = tile.bias[i, T.ramp(j * v.lanes, 1, v.lanes)]
         before = None if unseen is None else unseen - j * v.lanes
-        lanes.append(scaled(c.problem, x, before, seen - j * v.lanes, added))
+        lanes.append(scaled(c.problem, x, before, visible - j * v.lanes, added))
     return lanes
 
 
@@ -295,8 +295,8 @@ def _group_amx(c: Packed, tile: Tile, n: Expr, r: Expr, scratch: Scratch) -> Non
         lanes = _lanes(c, tile, n, r, i, row)
         scale = _soften(c, lanes, tile.tops, tile.totals, r + i, scratch.weights, (i,))
         for d in range(0, width, v.lanes):
-            place = T.ramp(d, 1, v.lanes)
-            T.buffer_store(tile.sums, tile.sums[r + i, place] * scale, [r + i, place])
+            features = T.ramp(d, 1, v.lanes)
+            T.buffer_store(tile.sums, tile.sums[r + i, features] * scale, [r + i, features])
     multiply(
         v,
         lambda u: scratch.weights[0, u], c.block // 2, c.block // 2,
@@ -370,17 +370,17 @@ def _accumulate(
     step = v.target.tile_vectors * v.lanes
     for first in range(0, c.problem.width, step):
         stop = min(first + step, c.problem.width)
-        places = [T.ramp(d, 1, v.lanes) for d in range(first, stop, v.lanes)]
-        acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in places] for _ in scales]
+        ramps = [T.ramp(d, 1, v.lanes) for d in range(first, stop, v.lanes)]
+        acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in ramps] for _ in scales]
         for i, scale in enumerate(scales):
-            for a, place in zip(acc[i], places, strict=True):
-                T.buffer_store(a, sums[r + i, place] * scale, [lane])
+            for a, ramp in zip(acc[i], ramps, strict=True):
+                T.buffer_store(a, sums[r + i, ramp] * scale, [lane])
         with T.serial(0, c.block // c.per_unit) as unit:
-            values = [T.bind(c.values[(*block, unit, place)]) for place in places]
+            values = [T.bind(c.values[(*block, unit, ramp)]) for ramp in ramps]
             for i, weight in enumerate(weights):
                 w = T.bind(T.broadcast(weight[unit], v.lanes))
                 for a, x in zip(acc[i], values, strict=True):
                     T.buffer_store(a, c.multiply_add(a[lane], w, x), [lane])
         for i in range(len(scales)):
-            for a, place in zip(acc[i], places, strict=True):
-                T.buffer_store(sums, a[lane], [r + i, place])
+            for a, ramp in zip(acc[i], ramps, strict=True):
+                T.buffer_store(sums, a[lane], [r + i, ramp])

@@ -79,13 +79,13 @@ class Problem:
         kv = self.spec.kv_heads
         return T.bind(T.floordiv(head, kv)), T.bind(T.floormod(head, kv))
 
-    def place(self, batch: Expr, position: Expr) -> Expr:
-        """Where a query stands among the keys."""
+    def key_position(self, batch: Expr, position: Expr) -> Expr:
+        """The position of a query among the keys, int64."""
         return position if self.first is None else position + self.start(batch)
 
     def start(self, batch: Expr) -> Expr:
-        """Where the first query of a text stands: such that all of them have a key, whatever the
-        argument holds."""
+        """The position of a text's first query among the keys, clamped so that every query has a
+        key whatever the argument holds."""
         assert self.first is not None
         return T.max(T.min(self.first[batch], self.keys - self.queries), 0)
 
@@ -122,8 +122,8 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
     v = tensor("v", spec.kv_heads, keys, spec.value_dim)
     values = sinks = first = None
     if spec.mask is not None:
-        whole = (batch, spec.q_heads, queries, keys)
-        shape = tuple(d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True))
+        full_shape = (batch, spec.q_heads, queries, keys)
+        shape = tuple(d if full else 1 for d, full in zip(full_shape, spec.mask.full, strict=True))
         mask_dtype = LONG_NAMES.get(spec.mask.dtype, "bool")
         values = argument("mask", shape, mask_dtype)
     if spec.sinks:
@@ -143,7 +143,7 @@ def arguments(spec: AttentionSpec, target: Target) -> Problem:
 
 def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
     """The end of the keys that a position may see at most; it grows with the position."""
-    end, position = p.keys, p.place(batch, position)
+    end, position = p.keys, p.key_position(batch, position)
     if p.spec.is_causal:
         end = T.min(end, position + 1)
     if p.spec.chunk is not None:
@@ -153,7 +153,7 @@ def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
 
 def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
     """The first key that a position may see; it grows with the position. None: always 0."""
-    first, position = None, p.place(batch, position)
+    first, position = None, p.key_position(batch, position)
     if p.spec.window is not None:
         first = T.max(position - (p.spec.window - 1), 0)
     if p.spec.chunk is not None:
@@ -162,14 +162,15 @@ def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
     return None if first is None else T.bind(first)
 
 
-def scaled(p: Problem, dots: Expr, unseen: Expr | None, seen: Expr, bias: Expr | None) -> Expr:
-    """Scores of neighbouring keys; -inf for those before `unseen` and from `seen` on (int32)."""
+def scaled(p: Problem, dots: Expr, unseen: Expr | None, visible: Expr, bias: Expr | None) -> Expr:
+    """Scaled scores of neighbouring keys; -inf for lanes before `unseen` and from `visible` on
+    (both int32)."""
     v = p.vector
     lane = T.ramp(T.int32(0), 1, v.lanes)
     x = dots * v.splat(p.spec.scale)
     if bias is not None:
         x = x + bias
-    attend = lane < T.broadcast(seen, v.lanes)
+    attend = lane < T.broadcast(visible, v.lanes)
     if unseen is not None:
         attend = T.And(attend, lane >= T.broadcast(unseen, v.lanes))
     return T.bind(T.Select(attend, x, v.splat(MINUS_INFINITY)))
@@ -184,10 +185,10 @@ def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vector
     v, mask, full = p.vector, p.mask.values, p.mask.spec.full
     b, h, s = (x if varies else 0 for x, varies in zip(where[:3], full[:3], strict=True))
     with T.serial(0, vectors) as j:
-        place = T.ramp(j * v.lanes, 1, v.lanes)
+        lanes = T.ramp(j * v.lanes, 1, v.lanes)
         if not full[3]:
             x = v.splat(_added(p.vector, mask, (b, h, s, 0)))
-            T.buffer_store(bias, x, [row, place])
+            T.buffer_store(bias, x, [row, lanes])
             return
         key = T.bind(where[3] + j * v.lanes)
         with T.If(key + v.lanes <= p.keys):
@@ -198,7 +199,7 @@ def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vector
                     x = T.Select(allowed, v.splat(0.0), v.splat(MINUS_INFINITY))
                 else:
                     x = v.load(mask, (b, h, s, key))
-                T.buffer_store(bias, x, [row, place])
+                T.buffer_store(bias, x, [row, lanes])
             with T.Else(), T.serial(0, T.max(p.keys - key, 0)) as i:
                 T.buffer_store(bias, _added(v, mask, (b, h, s, key + i)), [row, j * v.lanes + i])
 
@@ -228,17 +229,17 @@ def factor(p: Problem, top: Expr, total: Expr, query_head: Expr) -> Expr:
     sink = p.vector.scalar(p.sinks, (query_head,))
     base = finite(T.bind(T.max(sink, top)))
     share = T.bind(T.exp(top - base))
-    whole = T.bind(total * share + T.exp(sink - base))
-    return T.bind(T.Select(total == zero, zero, share / whole))
+    denominator = T.bind(total * share + T.exp(sink - base))
+    return T.bind(T.Select(total == zero, zero, share / denominator))
 
 
 def write_row(p: Problem, where: tuple[Expr, Expr, Expr], sums: Buffer, row: Expr) -> None:
     """out[where] = sums[row], rounded; where: batch, query head, position; sums already scaled."""
     v = p.vector
-    whole, rest = divmod(p.spec.value_dim, v.lanes)
-    with T.serial(0, whole) as d:
+    full_vectors, rest = divmod(p.spec.value_dim, v.lanes)
+    with T.serial(0, full_vectors) as d:
         x = sums[row, T.ramp(d * v.lanes, 1, v.lanes)]
         v.store(p.out, p.at("out", *where, d * v.lanes), x)
     if rest:
-        d = whole * v.lanes
+        d = full_vectors * v.lanes
         v.store_tail(p.out, p.at("out", *where, d), sums[row, T.ramp(d, 1, v.lanes)], T.int32(rest))

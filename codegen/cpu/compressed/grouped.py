@@ -75,8 +75,8 @@ class CompressedTile(Tile):
         following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
-        """As Tile.rows. Where the weights of `following` lie is known once these are decoded:
-        nothing is fetched."""
+        """As Tile.rows, without prefetching: the address of the `following` weights is known only
+        once these are decoded."""
         with T.If(count < MANY):
             with T.Then():
                 self._groups(
@@ -84,8 +84,8 @@ class CompressedTile(Tile):
                 )
             with T.Else(), T.serial(0, T.truncdiv(count + (ROW_CHUNK - 1), ROW_CHUNK)) as chunk:
                 base = T.bind(first + chunk * ROW_CHUNK)
-                some = T.bind(T.min(first + count - base, T.int64(ROW_CHUNK)))
-                self._many(group, tile, base, some)
+                chunk_rows = T.bind(T.min(first + count - base, T.int64(ROW_CHUNK)))
+                self._many(group, tile, base, chunk_rows)
 
     def _groups(
         self, first: Expr, count: Expr, most: int, action: Callable[[Expr, int], None]
@@ -116,29 +116,29 @@ class CompressedTile(Tile):
         column: Expr,
         rows: Sequence[Expr],
         sums: Sequence[tuple[Expr, Expr]],
-        made: Buffer,
-        places: Sequence[Sequence[Expr | int]],
+        out: Buffer,
+        indices: Sequence[Sequence[Expr | int]],
     ) -> None:
-        """made[place] = the product of each row, from its two sums."""
+        """out[index] = the product of each row, from its two sums."""
         ops, v = self.operands, self.vector
         p, q = (v.scalar(matrix.grid, [group, column, side]) for side in range(2))
-        for row, (a, b), place in zip(rows, sums, places, strict=True):
+        for row, (a, b), index in zip(rows, sums, indices, strict=True):
             value = matrix.value(p, q, a, b, ops.sums[row, 0])
-            T.buffer_store(made, value * ops.x_scales[row, 0], list(place))
+            T.buffer_store(out, value * ops.x_scales[row, 0], list(index))
 
     def _few(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
         """`m` rows from `row` on: each codeword is decoded once for all of them."""
         lay, ops = self.layout, self.operands
         rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
-        made = T.alloc_buffer((m, lay.columns), "float32")
+        products = T.alloc_buffer((m, lay.columns), "float32")
         for half, matrix in enumerate(ops.matrices):
             cursor = matrix.cursor(lay.spec.n, group, T.bind(tile * lay.width))
             with T.serial(0, self._columns(tile)) as c:
                 column = T.bind(tile * lay.width + c)
                 sums = self._masked(matrix, group, column, cursor, rows)
-                places = [(i, half * lay.width + c) for i in range(m)]
-                self._store_sums(matrix, group, column, rows, sums, made, places)
-        self._finish_kept(lambda i, column: (made, [i, column]), row, m, group, tile)
+                indices = [(i, half * lay.width + c) for i in range(m)]
+                self._store_sums(matrix, group, column, rows, sums, products, indices)
+        self._finish_kept(lambda i, column: (products, [i, column]), row, m, group, tile)
 
     def _masked(
         self, matrix: Weights, group: Expr, column: Expr, cursor: Any, rows: Sequence[Expr]
@@ -149,14 +149,14 @@ class CompressedTile(Tile):
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
             for _ in range(matrix.turns)
         ]
-        for buffer in (b for some in acc for own in some for b in own):
+        for buffer in (b for by_row in acc for sides in by_row for b in sides):
             lanes.zero(buffer)
 
         def take(turn: int, word: Expr, *pair: Expr) -> None:
             for i, row in enumerate(rows):
                 where = T.address_of(self.operands.x[row, word])
-                for own, factor in zip(acc[turn][i], pair, strict=True):
-                    T.buffer_store(own, matrix.add(v, own[every], where, factor), [every])
+                for buffer, factor in zip(acc[turn][i], pair, strict=True):
+                    T.buffer_store(buffer, matrix.add(v, buffer[every], where, factor), [every])
 
         matrix.each(self.layout.spec.n, group, column, cursor, take)
 
@@ -169,16 +169,17 @@ class CompressedTile(Tile):
         return [(total(i, 0), total(i, 1)) for i in range(len(rows))]
 
     def _many(self, group: Expr, tile: Expr, base: Expr, count: Expr) -> None:
-        """At most ROW_CHUNK rows from `base` on: some columns are decoded, then met by all."""
+        """At most ROW_CHUNK rows from `base` on: DECODED columns are decoded at a time and
+        multiplied with all rows."""
         v, lay, ops = self.vector, self.layout, self.operands
-        made = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
+        products = T.alloc_buffer((ROW_CHUNK, lay.columns), "float32")
         decoded = T.alloc_buffer((2, DECODED, PAIRS.words(lay.spec.k)), "int32")
         last = T.bind(self._columns(tile) - 1)
         for half, matrix in enumerate(ops.matrices):
             with T.serial(0, T.truncdiv(last, DECODED) + 1) as block:
 
-                def place(c: Expr, block: Expr = block) -> Expr:
-                    """Behind the last column it comes again, and gives the same."""
+                def column_of(c: Expr, block: Expr = block) -> Expr:
+                    """Column c of the block; the last one again where the tile has fewer."""
                     return T.bind(T.min(block * DECODED + c, last))
 
                 with T.serial(0, DECODED) as c:
@@ -189,28 +190,28 @@ class CompressedTile(Tile):
                         for side, factor in enumerate(pair):
                             matrix.expand(v, T.address_of(decoded[side, c, word]), factor)
 
-                    column = T.bind(tile * lay.width + place(c))
-                    own = matrix.cursor(lay.spec.n, group, column)
-                    matrix.each(lay.spec.n, group, column, own, write)
+                    column = T.bind(tile * lay.width + column_of(c))
+                    cursor = matrix.cursor(lay.spec.n, group, column)
+                    matrix.each(lay.spec.n, group, column, cursor, write)
 
                 def meet(
                     row: Expr,
                     m: int,
                     half: int = half,
                     matrix: Weights = matrix,
-                    place: Any = place,
+                    column_of: Any = column_of,
                 ) -> None:
                     rows = [T.bind(ops.x_row(row + i)) for i in range(m)]
                     with T.serial(0, DECODED // MANY_COLUMNS) as q:
                         all_sums = self._products(rows, decoded, q * MANY_COLUMNS)
                         for j, sums in enumerate(all_sums):
-                            at = place(q * MANY_COLUMNS + j)
+                            at = column_of(q * MANY_COLUMNS + j)
                             column = T.bind(tile * lay.width + at)
-                            places = [(row - base + i, half * lay.width + at) for i in range(m)]
-                            self._store_sums(matrix, group, column, rows, sums, made, places)
+                            indices = [(row - base + i, half * lay.width + at) for i in range(m)]
+                            self._store_sums(matrix, group, column, rows, sums, products, indices)
 
                 self._groups(base, count, MANY_ROWS, meet)
-        self._finish_kept(lambda i, column: (made, [i, column]), base, count, group, tile)
+        self._finish_kept(lambda i, column: (products, [i, column]), base, count, group, tile)
 
     def _products(
         self, rows: Sequence[Expr], decoded: Buffer, first: Expr
@@ -221,7 +222,7 @@ class CompressedTile(Tile):
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
             for _ in range(MANY_COLUMNS)
         ]
-        for buffer in (b for some in acc for own in some for b in own):
+        for buffer in (b for by_row in acc for sides in by_row for b in sides):
             lanes.zero(buffer)
         with T.serial(0, -(-self.layout.spec.k // (2 * LANES))) as step:
             at = T.ramp(step * LANES, 1, LANES)
@@ -230,10 +231,11 @@ class CompressedTile(Tile):
                 for side in range(2):
                     w = T.bind(decoded[side, first + j, at])
                     for i, part in enumerate(parts):
-                        own = acc[j][i][side]
-                        T.buffer_store(own, lanes.dot_pairs(v, own[every], part, w), [every])
+                        dots = acc[j][i][side]
+                        T.buffer_store(dots, lanes.dot_pairs(v, dots[every], part, w), [every])
         return [
-            [(lanes.total(v, a[every]), lanes.total(v, b[every])) for a, b in some] for some in acc
+            [(lanes.total(v, a[every]), lanes.total(v, b[every])) for a, b in column]
+            for column in acc
         ]
 
 

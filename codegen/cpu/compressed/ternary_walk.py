@@ -58,15 +58,16 @@ class Ternary:
         raise NotImplementedError
 
     def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
-        """Where the codewords of a row of weights start: a number that `each` moves on."""
+        """int64[1]: the position in the stream of a weight row's first codeword; `each` advances
+        it by a row."""
         start = self._counted("row_start", T.bind(group * n + column))
-        made = T.alloc_buffer((1,), "int64")
-        T.buffer_store(made, start, [0])
-        return made
+        position = T.alloc_buffer((1,), "int64")
+        T.buffer_store(position, start, [0])
+        return position
 
     def each(self, n: int, group: Expr, column: Expr, cursor: Buffer, take: Take) -> None:
-        """Calls `take` for the codewords of a row of weights, at whose start `cursor` stands and
-        behind which it is left."""
+        """Calls `take` for each codeword of the weight row at `cursor`, and moves `cursor` to the
+        next row."""
         count = T.bind(self._counted("row_words", T.bind(group * n + column)))
         start = T.bind(cursor[0])
         T.buffer_store(cursor, start + count, [0])
@@ -79,26 +80,27 @@ class Ternary:
 
         def one(word: Expr, turn: int) -> None:
             if self._fetches:
-                asked = [self._code(word + ahead), *[0] * (len(self.table.shape) - 1)]
-                Vector(self.target).prefetch(self.table, asked)
+                index = [self._code(word + ahead), *[0] * (len(self.table.shape) - 1)]
+                Vector(self.target).prefetch(self.table, index)
             here = T.bind(at[0])
             first, second, reach = self.entry(self._code(word))
             take(turn, here, first, second)
             T.buffer_store(at, here + reach, [0])
 
         turns = self.turns
-        whole = T.bind(T.truncdiv(count, T.int64(turns)))
-        with T.serial(0, whole) as step:
+        rounds = T.bind(T.truncdiv(count, T.int64(turns)))
+        with T.serial(0, rounds) as step:
             for turn in range(turns):
                 one(T.bind(start + step * turns + turn), turn)
         if turns > 1:
-            with T.serial(0, count - whole * turns) as step:
-                one(T.bind(start + whole * turns + step), 0)
+            with T.serial(0, count - rounds * turns) as step:
+                one(T.bind(start + rounds * turns + step), 0)
 
-    def _counted(self, what: str, place: Expr) -> Expr:
-        """What the starts tell of row `place` of all rows, int64."""
-        inside = T.bind(T.cast(T.truncmod(place, TOGETHER), "int32"))
-        where = T.address_of(self.starts[T.truncdiv(place, TOGETHER), 0])
+    def _counted(self, what: str, row: Expr) -> Expr:
+        """A number about `row` (of all experts' rows) from the table of starts, int64: its
+        "row_start" in the stream, or its "row_words", the number of its codewords."""
+        inside = T.bind(T.cast(T.truncmod(row, TOGETHER), "int32"))
+        where = T.address_of(self.starts[T.truncdiv(row, TOGETHER), 0])
         size = bytes_of_counts([int(size) for size in self.starts.shape])
         return T.cast(T.call_extern("int32", f"moec_{what}_{size}", where, inside), "int64")
 

@@ -57,18 +57,20 @@ class AmxTile(Tile):
             blocks = T.bind(ceildiv(m, TILE_ROWS))
             self._copy(row, lying, blocks, m, panel)
             with T.serial(0, tiles) as t:
-                some = T.bind(tile + t)
+                column_tile = T.bind(tile + t)
                 for j in range(0, lay.vectors, BLOCKS):
                     vectors = range(j, min(j + BLOCKS, lay.vectors))
                     with T.serial(0, ceildiv(blocks, BLOCKS)) as pair:
                         block = T.bind(pair * BLOCKS)
                         for many in range(1, BLOCKS + 1):
                             with T.If(T.min(blocks - block, T.int64(BLOCKS)) == many), T.Then():
-                                at = _At(group, some, vectors, row, block, many, lying)
+                                at = _At(group, column_tile, vectors, row, block, many, lying)
                                 self._products(at, panel, sums)
                 with T.serial(0, m) as i:
-                    made = [sums[i, T.ramp(j * v.lanes, 1, v.lanes)] for j in range(lay.vectors)]
-                    self._finish_row(made, T.bind(row + i), group, some)
+                    row_sums = [
+                        sums[i, T.ramp(j * v.lanes, 1, v.lanes)] for j in range(lay.vectors)
+                    ]
+                    self._finish_row(row_sums, T.bind(row + i), group, column_tile)
         v.tiles("end")
 
     def _copy(self, row: Expr, first: Expr, end: Expr, m: Expr, panel: Buffer) -> None:

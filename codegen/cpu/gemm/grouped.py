@@ -3,8 +3,8 @@
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
 "row of r" is r itself, or, where the dispatch is folded in, the token order[r] // top_k: then
-the rows of x are read where they are and never copied. Rows that no expert owns become 0; with
-`cleared` false, where nobody reads them, they are left as they are.
+the rows of x are read where they are and never copied. Rows that no expert owns become 0, unless
+`zero_unowned_rows` is false, which is right where no op reads them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def grouped_linear(
     spec: LinearSpec,
     epilogue: Epilogue | None = None,
     name: str = "grouped",
-    cleared: bool = True,
+    zero_unowned_rows: bool = True,
     tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n])."""
-    return _grouped(target, spec, epilogue, name, 0, None, cleared, tuning)
+    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, tuning)
 
 
 def gathered_linear(
@@ -38,7 +38,7 @@ def gathered_linear(
     epilogue: Epilogue | None = None,
     scale_dtype: str | None = None,
     name: str = "gathered",
-    cleared: bool = True,
+    zero_unowned_rows: bool = True,
     tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
@@ -46,7 +46,7 @@ def gathered_linear(
     With `scale_dtype`, scale[T, top_k] multiplies the row of x that its choice takes (the
     product is scaled before the bias is added, which is the same).
     """
-    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, cleared, tuning)
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, tuning)
 
 
 def _grouped(
@@ -56,10 +56,10 @@ def _grouped(
     name: str,
     top_k: int,
     scale_dtype: str | None,
-    cleared: bool,
+    zero_unowned_rows: bool,
     tuning: Tuning,
 ) -> PrimFunc:
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     product = plain_product(target, spec, epilogue, tuning)
-    return sorted_product(product, name, top_k, scale_dtype, cleared)
+    return sorted_product(product, name, top_k, scale_dtype, zero_unowned_rows)

@@ -109,9 +109,9 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))
         piece = T.bind(T.cast(rest if amx else outer, "int32"))
         first = T.bind((outer if amx else rest) * size)
-        some = T.bind(T.min(rows - first, T.int64(size)))
+        height = T.bind(T.min(rows - first, T.int64(size)))
         last = T.bind(first + size >= rows)
-        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, some, last)
+        _dispatch(list(zip(tiles, pieces, strict=True)), piece, at_once, first, height, last)
 
 
 def _dispatch(
@@ -122,26 +122,27 @@ def _dispatch(
     rows: Expr,
     last: Expr,
 ) -> None:
-    """The tiles that a piece of all products stands for; `last`: no more rows meet them."""
+    """Emits the product and tiles that piece number `piece` of all products selects. `last`: these
+    are the last rows for the tiles."""
     (tile, pieces), *others = tiles
 
-    def own() -> None:
+    def run() -> None:
         if isinstance(at_once, int):
-            column, some = piece, at_once
+            column, width = piece, at_once
         else:
             most = T.cast(at_once, "int32")
             column = T.bind(piece * most)
-            some = T.bind(T.min(most, tile.layout.tiles - column))
-        behind = T.bind(T.min(column + some, T.int32(tile.layout.tiles - 1)))
+            width = T.bind(T.min(most, tile.layout.tiles - column))
+        behind = T.bind(T.min(column + width, T.int32(tile.layout.tiles - 1)))
         following = (T.int32(0), T.bind(T.Select(last, behind, column)))
-        tile.rows(T.int32(0), column, first, rows, following, some)
+        tile.rows(T.int32(0), column, first, rows, following, width)
 
     if not others:
-        own()
+        run()
         return
     with T.If(piece < pieces):
         with T.Then():
-            own()
+            run()
         with T.Else():
             rest = T.bind(piece - T.cast(pieces, "int32"))
             _dispatch(others, rest, at_once, first, rows, last)

@@ -37,18 +37,18 @@ def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = Non
 
 
 def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
-    """The weights [E, N, K] that `pack` was given: one, or gate and up."""
+    """The inverse of `pack`: the weights [E, N, K], one, or gate and up."""
     spec = layout.spec
     tensor = torch.from_numpy(packed)
     if layout.pairs:
         tensor = tensor.view(torch.bfloat16).view(*layout.shape, 2)
-    made = []
+    weights = []
     for half in range(2 if spec.gated else 1):
         # [E, tiles, depth, columns(, 2)] of each place -> [E, tiles, columns, depth(, 2)]
-        places = [place.movedim(3, 2) for _, place in _places(layout, tensor, half)]
-        part = torch.cat(places, 2).flatten(1, 2)
-        made.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
-    return tuple(made)
+        segments = [segment.movedim(3, 2) for _, segment in _places(layout, tensor, half)]
+        part = torch.cat(segments, 2).flatten(1, 2)
+        weights.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
+    return tuple(weights)
 
 
 def pack_bias(layout: Layout, bias: Tensor | Array, up: Tensor | Array | None = None) -> Array:
@@ -87,11 +87,11 @@ def _as_tensor(layout: Layout, array: Tensor | Array) -> Tensor:
     tensor = _from_numpy(array, spec.dtype)
     if tensor.ndim == 2:
         tensor = tensor.unsqueeze(0)
-    wanted = (spec.groups, spec.n, spec.k)
-    if tuple(tensor.shape) != wanted or tensor.dtype != getattr(torch, spec.dtype):
+    shape = (spec.groups, spec.n, spec.k)
+    if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, spec.dtype):
         raise ValueError(
             f"the weight is {tensor.dtype} {list(array.shape)}, "
-            f"but the kernel takes torch.{spec.dtype} {list(wanted)}"
+            f"but the kernel takes torch.{spec.dtype} {list(shape)}"
         )
     return tensor
 
@@ -112,13 +112,15 @@ def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
     every `layout.width`."""
     columns, width = to.shape[3], layout.width
     present = layout.spec.n - start
-    whole = max(0, (present - columns) // width + 1)
-    left = max(0, present - whole * width)
+    full_tiles = max(0, (present - columns) // width + 1)
+    left = max(0, present - full_tiles * width)
     pairs = []  # of a part of `to` and its rows [E, tiles, columns, K]
-    if whole:
-        pairs.append((to[:, :whole], weight[:, start:].unfold(1, columns, width).mT))
+    if full_tiles:
+        pairs.append((to[:, :full_tiles], weight[:, start:].unfold(1, columns, width).mT))
     if left:
-        pairs.append((to[:, whole:, :, :left], weight[:, start + whole * width :].unsqueeze(1)))
+        pairs.append(
+            (to[:, full_tiles:, :, :left], weight[:, start + full_tiles * width :].unsqueeze(1))
+        )
     for target, rows in pairs:
         if rows.numel() == 0:
             continue
@@ -128,8 +130,8 @@ def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
             target.view(torch.int32).squeeze(-1).copy_(rows.view(torch.int32).transpose(2, 3))
         else:
             for parity in range(2):
-                some = rows[..., parity::2]
-                target[:, :, : some.shape[-1], :, parity].copy_(some.transpose(2, 3))
+                half_rows = rows[..., parity::2]
+                target[:, :, : half_rows.shape[-1], :, parity].copy_(half_rows.transpose(2, 3))
 
 
 def _viewable(rows: Tensor) -> bool:

@@ -8,28 +8,29 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 
-def each_row_block(count: Expr, most: int, some: Callable[[Expr, int], None]) -> None:
-    """`some(row, m)` for the m rows from each block's first row on."""
-    whole, part, rest = row_blocks(count, most)
-    with T.serial(0, whole) as i:
-        some(T.bind(i * most), most)
+def each_row_block(count: Expr, most: int, body: Callable[[Expr, int], None]) -> None:
+    """Calls `body(row, m)` once for each block of rows: its first row and its number of rows."""
+    blocks, part, rest = row_blocks(count, most)
+    with T.serial(0, blocks) as i:
+        body(T.bind(i * most), most)
     for m in range(1, most):
         with T.If(part == m), T.Then():
-            some(T.bind(whole * most), m)
+            body(T.bind(blocks * most), m)
     for m in halves(most):
         with T.If(rest == m), T.Then():
-            some(T.bind(count - m), m)
+            body(T.bind(count - m), m)
 
 
 def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
-    """Rows as blocks of `most`, and one or two shorter ones: how many, and the rows of those.
+    """`count` rows as (number of blocks of `most` rows, rows of a shorter block after them, rows
+    of a last block); the second and third are 0 where there is no such block.
 
-    An addition to a sum waits for the one before, so few rows take as long as some more. Where
-    half a block or less is left, the last whole one shares its rows with it.
+    An addition to a sum waits for the one before, so a short block takes as long as a longer one.
+    Where few rows are left, they and the last full block become two blocks of half the rows.
     """
-    whole, left = (T.bind(op(count, T.int64(most))) for op in (T.truncdiv, T.truncmod))
+    blocks, left = (T.bind(op(count, T.int64(most))) for op in (T.truncdiv, T.truncmod))
     short = T.And(left > 0, left <= _few(most))
-    shared = T.bind(T.And(whole > 0, short))
+    shared = T.bind(T.And(blocks > 0, short))
     rest = T.bind(T.Select(shared, T.truncdiv(left + most, T.int64(2)), T.int64(0)))
     before = T.bind(count - rest)
     return (
@@ -57,7 +58,8 @@ def ceildiv(a: Expr, b: int) -> Expr:
     return T.truncdiv(a + (b - 1), T.int64(b))
 
 
-def stop_of(start: Expr, block: int, whole: int) -> Expr:
-    """Where a block ends; where all are whole, so that loops over them have a known length."""
+def stop_of(start: Expr, block: int, total: int) -> Expr:
+    """The end of a block, at most `total`. Where every block is full it is start + block, so that
+    loops over a block have a constant length."""
     stop = start + block
-    return T.bind(stop if whole % block == 0 else T.min(stop, T.int64(whole)))
+    return T.bind(stop if total % block == 0 else T.min(stop, T.int64(total)))

@@ -25,14 +25,14 @@ def sorted_product(
     name: str,
     top_k: int = 0,
     scale_dtype: str | None = None,
-    cleared: bool = True,
+    zero_unowned_rows: bool = True,
 ) -> PrimFunc:
     """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
     y[R, n]).
 
     With `top_k`, row r of y is made of row order[r] // top_k of the T rows of x; with 0, R is T.
     With `scale_dtype`, `scale` multiplies the row of x that its choice takes (the product is
-    scaled before the bias is added, which is the same). `cleared`: each_expert.
+    scaled before the bias is added, which is the same). `zero_unowned_rows`: each_expert.
     """
     layout = product.layout
     spec = layout.spec
@@ -48,7 +48,7 @@ def sorted_product(
         tokens = token_of(order, top_k)
         scales = scale_of(Vector(layout.target), scale, order, top_k)
         tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
-        each_expert(tile, ends, r, cleared)
+        each_expert(tile, ends, r, zero_unowned_rows)
     return frame.function
 
 
@@ -75,10 +75,10 @@ def scale_of(
     return row_scale
 
 
-def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> None:
-    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`, where there are
-    any. Those that no expert owns, at the end, become 0 where they are `cleared`, and stay
-    unwritten otherwise."""
+def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = True) -> None:
+    """A parallel loop in which expert e gets rows ends[e-1] .. ends[e] of `rows`, if it has any.
+    With `zero_unowned_rows`, the rows after the last expert's become 0; else they are not
+    written."""
     tiles, at_once = tile.layout.tiles, tile.tiles_at_once
     active, count = _active(ends, tile.layout.spec.groups)
     units = T.bind(count * -(-tiles // at_once))
@@ -88,20 +88,20 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, cleared: bool = True) -> N
         parallel.shared(units, rows * tile.layout.sums, weights, worth) as unit,
     ):
 
-        def place(unit: Expr) -> tuple[Expr, Expr, Expr]:
+        def unit_at(unit: Expr) -> tuple[Expr, Expr, Expr]:
             """Which of the active experts, itself, and the first of its tiles."""
             parts = parallel.divide(T.cast(unit, "int64"), T.cast(count, "int64"))
             block, i = (T.bind(T.cast(part, "int32")) for part in parts)
             return i, T.bind(active[i]), T.bind(block * at_once)
 
-        i, e, column = place(unit)
-        some = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
+        i, e, column = unit_at(unit)
+        tile_count = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
         first, end = _bounds(ends, e)
         with T.If(first < end), T.Then():
-            _, after, column_after = place(T.min(unit + 1, units - 1))
-            tile.rows(e, column, first, end - first, (after, column_after), some)
-        if cleared:
-            with T.If(i == count - 1), T.Then(), T.serial(0, some) as t:
+            _, after, column_after = unit_at(T.min(unit + 1, units - 1))
+            tile.rows(e, column, first, end - first, (after, column_after), tile_count)
+        if zero_unowned_rows:
+            with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:
                 tile.zero_rows(column + t, end, rows - end)
 
 

@@ -134,10 +134,10 @@ class Tile:
         if blocks == 1:
             after = Following(*following, 0, 0, lay.depth)
 
-            def whole(row: Expr, m: int, fetch: Fetch | None) -> None:
+            def full_depth(row: Expr, m: int, fetch: Fetch | None) -> None:
                 self._block(group, tile, row, m, 0, lay.depth, None, fetch)
 
-            self._in_blocks(group, tile, first, count, lay.target.tile_rows, after, whole)
+            self._in_blocks(group, tile, first, count, lay.target.tile_rows, after, full_depth)
             return
         partial = self.vector.scratch((PARTIAL_ROWS, lay.columns), "float32")
         chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
@@ -157,12 +157,12 @@ class Tile:
                 )
 
                 def part(row: Expr, m: int, fetch: Fetch | None) -> None:
-                    kept = Partial(
+                    sums = Partial(
                         lambda i, column: (partial, [row - base + i, column]),
                         b > 0,
                         b == blocks - 1,
                     )
-                    self._block(group, tile, row, m, start, stop, kept, fetch)
+                    self._block(group, tile, row, m, start, stop, sums, fetch)
 
                 self._in_blocks(group, tile, base, n, lay.target.tile_rows, after, part)
 
@@ -181,20 +181,20 @@ class Tile:
         count: Expr,
         most: int,
         following: Following,
-        some: Callable[[Expr, int, Fetch | None], None],
+        body: Callable[[Expr, int, Fetch | None], None],
     ) -> None:
-        """`some` for all rows, `most` of them at a time, and then for those that are left.
+        """Calls `body` for all rows, `most` at a time, and then for the remaining ones.
 
-        All of them together ask for the weights of `following`. Where they are no more than one
-        block, they wait for their own weights, and ask for those a little ahead of their use.
+        The blocks share the prefetching of the weights of `following`. Where there is only one
+        block it waits for its own weights, so it prefetches those a little ahead of their use.
         """
-        own, few = self._own(group, tile), T.bind(count <= most)
+        own_stream, few = self._own(group, tile), T.bind(count <= most)
 
         def asking(before: Expr | int, rows: Expr | int) -> Fetch:
             share = following.share(before, rows, count, self.layout.columns)
-            return self._asking(share if own is None else either(few, own, share))
+            return self._asking(share if own_stream is None else either(few, own_stream, share))
 
-        each_row_block(count, most, lambda row, m: some(T.bind(first + row), m, asking(row, m)))
+        each_row_block(count, most, lambda row, m: body(T.bind(first + row), m, asking(row, m)))
 
     def _block(
         self,
@@ -276,8 +276,8 @@ class Tile:
             return [T.bind(w[group, tile, k, lane]) for lane in at]
 
         odd = self.dots and lay.spec.k % 2 == 1
-        whole = T.min(stop, lay.depth - 1) if odd else stop
-        with T.serial(0, whole - start) as step:
+        even_stop = T.min(stop, lay.depth - 1) if odd else stop
+        with T.serial(0, even_stop - start) as step:
             k = start + step
             if fetch is not None:
                 fetch(k)

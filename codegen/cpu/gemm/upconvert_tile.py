@@ -76,47 +76,49 @@ class WidenedTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         height, depth = self.layout.target.tile_rows, self.layout.depth
-        whole = _Block(group, tile, 0, depth)
+        full_block = _Block(group, tile, 0, depth)
         with T.If(count < height):
             with T.Then():
                 panel = self.vector.scratch((height - 1, depth * self.factor), "float32")
-                self._few(whole, tiles, first, count, panel)
+                self._few(full_block, tiles, first, count, panel)
             with T.Else():
-                self._many(whole, tiles, first, count, following)
+                self._many(full_block, tiles, first, count, following)
 
     def _few(
-        self, whole: _Block, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
+        self, full_block: _Block, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
     ) -> None:
         height = self.layout.target.tile_rows
-        kept = self.vector.scratch((height - 1, self.layout.columns), "float32")
+        accumulators = self.vector.scratch((height - 1, self.layout.columns), "float32")
 
         def sums(i: Expr | int, column: int) -> Where:
-            return kept, [i, column]
+            return accumulators, [i, column]
 
         with T.serial(0, count) as i:
-            self._widen_row(first + i, whole, panel, i)
+            self._widen_row(first + i, full_block, panel, i)
         with T.serial(0, tiles) as t:
-            tile = T.bind(whole.tile + t)
-            ahead = self._own(whole.group, tile)
+            tile = T.bind(full_block.tile + t)
+            ahead = self._own(full_block.group, tile)
             ask = None if ahead is None else self._asking(ahead)
 
             def multiply(acc: Registers) -> None:
                 with T.serial(0, T.int64(self.layout.depth)) as step:
                     if ask is not None:
                         ask(step)
-                    for h, weights in enumerate(self._halves(whole.group, tile, step)):
-                        for i, own in enumerate(acc):
+                    for h, weights in enumerate(self._halves(full_block.group, tile, step)):
+                        for i, row_acc in enumerate(acc):
                             a = panel[i, step * self.factor + h]
-                            self._accumulate(own, self.vector.splat(a), weights, self._fma)
+                            self._accumulate(row_acc, self.vector.splat(a), weights, self._fma)
 
             for m in range(1, height):
                 with T.If(count == m), T.Then():
-                    self._summed(multiply, first, m, whole.group, tile, Partial(sums, None, None))
-            self._finish_kept(sums, first, count, whole.group, tile)
+                    self._summed(
+                        multiply, first, m, full_block.group, tile, Partial(sums, None, None)
+                    )
+            self._finish_kept(sums, first, count, full_block.group, tile)
 
     def _many(
         self,
-        whole: _Block,
+        full_block: _Block,
         tiles: Expr | int,
         first: Expr,
         count: Expr,
@@ -127,7 +129,7 @@ class WidenedTile(Tile):
         blocks = ceil_of(lay.depth, self.steps)
         weights = v.scratch((self.steps * self.factor, lay.columns), "float32")
         panel = v.scratch((PARTIAL_ROWS, self.steps * self.factor), "float32")
-        kept = v.scratch((at_once, PARTIAL_ROWS, lay.columns), "float32")
+        accumulators = v.scratch((at_once, PARTIAL_ROWS, lay.columns), "float32")
         chunks = T.bind(ceildiv(count, PARTIAL_ROWS))
         with T.serial(0, chunks) as c, T.serial(0, T.int64(blocks)) as b:
             base = T.bind(first + c * PARTIAL_ROWS)
@@ -138,29 +140,29 @@ class WidenedTile(Tile):
             after = T.bind(T.Select(done, T.int64(0), stop))
             # What is widened after this block of all tiles.
             leaves = T.bind(T.And(done, c == chunks - 1))
-            group = T.bind(T.Select(leaves, following[0], whole.group))
-            coming = _Block(group, T.Select(leaves, following[1], whole.tile), after, after)
-            block = replace(whole, start=start, stop=stop)
+            group = T.bind(T.Select(leaves, following[0], full_block.group))
+            coming = _Block(group, T.Select(leaves, following[1], full_block.tile), after, after)
+            block = replace(full_block, start=start, stop=stop)
             with T.serial(0, n) as i:
                 self._widen_row(base + i, block, panel, i)
             with T.serial(0, tiles) as t:
-                tile = T.bind(whole.tile + t)
+                tile = T.bind(full_block.tile + t)
                 last = T.bind(t == tiles - 1)
                 then = _Block(
-                    T.bind(T.Select(last, coming.group, whole.group)),
+                    T.bind(T.Select(last, coming.group, full_block.group)),
                     T.bind(T.Select(last, coming.tile, tile + 1)),
                     T.bind(T.Select(last, coming.start, start)),
                     stop,
                 )
 
                 def sums(i: Expr | int, column: int) -> Where:
-                    return kept, [t, i, column]
+                    return accumulators, [t, i, column]
 
-                own = replace(block, tile=tile)
-                self._widen_weights(own, weights)
-                self._all_rows(own, n, weights, panel, sums, b > 0, then)
+                tile_block = replace(block, tile=tile)
+                self._widen_weights(tile_block, weights)
+                self._all_rows(tile_block, n, weights, panel, sums, b > 0, then)
                 with T.If(done), T.Then():
-                    self._finish_kept(sums, base, n, whole.group, tile)
+                    self._finish_kept(sums, base, n, full_block.group, tile)
 
     def _all_rows(
         self,
@@ -177,7 +179,7 @@ class WidenedTile(Tile):
         steps = T.bind(block.stop - block.start)
         following = Following(then.group, then.tile, then.start, 0, steps)
 
-        def some(at: Expr, m: int) -> None:
+        def row_block(at: Expr, m: int) -> None:
             ask = self._asking(following.share(at, m, count, self.layout.columns))
 
             def multiply(acc: Registers) -> None:
@@ -186,7 +188,7 @@ class WidenedTile(Tile):
             partial = Partial(lambda i, column: sums(at + i, column), begun, None)
             self._summed(multiply, at, m, block.group, block.tile, partial)
 
-        each_row_block(count, height, some)
+        each_row_block(count, height, row_block)
 
     def _panels(
         self,
@@ -237,17 +239,17 @@ class WidenedTile(Tile):
         if lay.spec.k % self.factor:
             count = T.min(count, lay.spec.k - begin)
         count = T.bind(count)
-        whole = T.bind(T.truncdiv(count, T.int64(v.lanes)))
+        full_vectors = T.bind(T.truncdiv(count, T.int64(v.lanes)))
         r = T.bind(ops.x_row(row))
-        with T.serial(0, whole) as c:
+        with T.serial(0, full_vectors) as c:
             at = c * v.lanes
             v.store(panel, [i, at], v.load(ops.x, [r, begin + at]))
         if lay.spec.k % v.lanes:
-            rest = T.bind(T.cast(count - whole * v.lanes, "int32"))
+            rest = T.bind(T.cast(count - full_vectors * v.lanes, "int32"))
             with T.If(rest > 0), T.Then():
-                at = whole * v.lanes
-                made = v.load_tail(ops.x, [r, begin + at], rest)
-                v.store_tail(panel, [i, at], made, rest)
+                at = full_vectors * v.lanes
+                tail = v.load_tail(ops.x, [r, begin + at], rest)
+                v.store_tail(panel, [i, at], tail, rest)
         if lay.spec.k % self.factor:
             with T.If(begin + count == lay.spec.k), T.Then():
                 v.store_tail(panel, [i, count], v.splat(0.0), T.int32(1))

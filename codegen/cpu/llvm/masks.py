@@ -109,10 +109,10 @@ def _masked_sum(target: Target) -> str:
         # 15 in the even words and 16 to 31 in the odd ones: x is brought into the same order.
         order = [j // 2 + LANES * (j % 2) for j in range(two)]
         order = [*order[:8], *order[16:24], *order[8:16], *order[24:]]  # two unpackings
-        places = ", ".join(f"i32 {place}" for place in order)
-        bits = ", ".join(f"i16 {(1 << place % 16) - (place % 16 == 15) * 65536}" for place in order)
+        indices = ", ".join(f"i32 {index}" for index in order)
+        bits = ", ".join(f"i16 {(1 << index % 16) - (index % 16 == 15) * 65536}" for index in order)
         let_through = f"""
-  %o = shufflevector {h} %x, {h} poison, <{two} x i32> <{places}>
+  %o = shufflevector {h} %x, {h} poison, <{two} x i32> <{indices}>
   %e = insertelement {i} poison, i32 %mask, i32 0
   %s = shufflevector {i} %e, {i} poison, {i} zeroinitializer
   %w = bitcast {i} %s to {h}
@@ -169,7 +169,7 @@ def _row_starts(size: int) -> str:
     """How many codewords there are in front of a row of some together, and in it."""
     kind = f"i{8 * size}"
     c, i, m = f"<{TOGETHER} x {kind}>", f"<{TOGETHER} x i32>", f"<{TOGETHER} x i1>"
-    places = "<" + ", ".join(f"{kind} {j}" for j in range(TOGETHER)) + ">"
+    indices = "<" + ", ".join(f"{kind} {j}" for j in range(TOGETHER)) + ">"
     return f"""
 define linkonce_odr i32 @moec_row_start_{size}(ptr %p, i32 %inside) alwaysinline {{
   %first = load i32, ptr %p, align 4
@@ -178,7 +178,7 @@ define linkonce_odr i32 @moec_row_start_{size}(ptr %p, i32 %inside) alwaysinline
   %n = trunc i32 %inside to {kind}
   %x = insertelement {c} poison, {kind} %n, i32 0
   %s = shufflevector {c} %x, {c} poison, {i} zeroinitializer
-  %m = icmp slt {c} {places}, %s
+  %m = icmp slt {c} {indices}, %s
   %z = select {m} %m, {c} %c, {c} zeroinitializer
   %w = zext {c} %z to {i}
   %t = call i32 @llvm.vector.reduce.add.v{TOGETHER}i32({i} %w)

@@ -61,31 +61,31 @@ def _sums(n: int) -> str:
 
     def halved(name: str, one: str, other: str, size: int) -> str:
         """Neighbouring lanes of two vectors added: half as many for each."""
-        kind, made = f"<{size} x float>", f"<{size} x i32>"
+        kind, mask = f"<{size} x float>", f"<{size} x i32>"
         for parity in range(2):
             order = ", ".join(f"i32 {2 * lane + parity}" for lane in range(size))
             lines.append(
-                f"  {name}_{parity} = shufflevector {kind} {one}, {kind} {other}, {made} <{order}>"
+                f"  {name}_{parity} = shufflevector {kind} {one}, {kind} {other}, {mask} <{order}>"
             )
         lines.append(f"  {name} = fadd {kind} {name}_0, {name}_1")
         return name
 
-    whole = halved("%abcd", halved("%ab", "%a", "%b", n), halved("%cd", "%c", "%d", n), n)
+    value = halved("%abcd", halved("%ab", "%a", "%b", n), halved("%cd", "%c", "%d", n), n)
     size = n
     while size > 4:
         kind, size = f"<{size} x float>", size // 2
         for parity in range(2):
             order = ", ".join(f"i32 {2 * lane + parity}" for lane in range(size))
             lines.append(
-                f"  %f{size}_{parity} = shufflevector {kind} {whole}, {kind} poison, "
+                f"  %f{size}_{parity} = shufflevector {kind} {value}, {kind} poison, "
                 f"<{size} x i32> <{order}>"
             )
         lines.append(f"  %f{size} = fadd <{size} x float> %f{size}_0, %f{size}_1")
-        whole = f"%f{size}"
+        value = f"%f{size}"
     body = "\n".join(lines)
     return f"""
 define linkonce_odr i32 @moec_store_sums_{n}(ptr %p, {f} %a, {f} %b, {f} %c, {f} %d) alwaysinline {{
 {body}
-  store <4 x float> {whole}, ptr %p, align 4
+  store <4 x float> {value}, ptr %p, align 4
   ret i32 0
 }}"""

@@ -100,17 +100,17 @@ class AmxQuantisedTile(QuantisedTile):
             lying = T.bind(T.int64(0) if self.operands.gathered else T.truncdiv(m, TILE_ROWS))
             self._copy(row, lying, m, scratch)
             with T.serial(0, tiles) as t:
-                some = T.bind(tile + t)
+                column_tile = T.bind(tile + t)
                 if scratch.bytes is not None:
-                    self._take_apart(group, some, scratch.bytes)
+                    self._take_apart(group, column_tile, scratch.bytes)
                 for blocks in range(1, self._blocks_of_rows + 1):
                     fits = ceildiv(m, TILE_ROWS) == blocks
                     with T.If(fits), T.Then():
-                        self._products(group, some, row, blocks, lying, m, scratch)
+                        self._products(group, column_tile, row, blocks, lying, m, scratch)
                 with T.serial(0, m) as i:
                     lanes = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-                    made = [scratch.sums[i, lane] for lane in lanes]
-                    self._finish_row(made, T.bind(row + i), group, some)
+                    row_sums = [scratch.sums[i, lane] for lane in lanes]
+                    self._finish_row(row_sums, T.bind(row + i), group, column_tile)
         v.tiles("end")
 
     def _copy(self, row: Expr, lying: Expr, m: Expr, scratch: _Scratch) -> None:
@@ -232,7 +232,7 @@ class AmxQuantisedTile(QuantisedTile):
         with T.serial(0, m) as i:
             for lane, j in zip(lanes, vectors, strict=True):
                 to = T.ramp(j * v.lanes, 1, v.lanes)
-                made = T.bind(v.splat(0.0) if lay.blocks == 1 else scratch.sums[i, to])
+                total = T.bind(v.splat(0.0) if lay.blocks == 1 else scratch.sums[i, to])
                 for g in range(lay.blocks_at_once):
                     factor = v.splat(scratch.factors[i, first + g])
                     planes = range(self._planes)
@@ -244,7 +244,7 @@ class AmxQuantisedTile(QuantisedTile):
                         wholes = [w - zero * t for w, t in zip(wholes, totals, strict=True)]
                     real = integers.joined(v, wholes)
                     if lay.blocks == 1:
-                        made = T.bind(real * (scratch.scales[g, lane] * factor))
+                        total = T.bind(real * (scratch.scales[g, lane] * factor))
                     else:
-                        made = T.bind(v.fma(T.bind(real * factor), scratch.scales[g, lane], made))
-                T.buffer_store(scratch.sums, made, [i, to])
+                        total = T.bind(v.fma(T.bind(real * factor), scratch.scales[g, lane], total))
+                T.buffer_store(scratch.sums, total, [i, to])

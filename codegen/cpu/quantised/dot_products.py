@@ -43,10 +43,12 @@ def dots(v: Vector, way: Way, acc: Expr, codes: Sequence[Expr], x: Sequence[Expr
         return T.bind(T.call_extern(f"int32x{v.lanes}", f"moec_{name}_{v.lanes}", *arguments))
 
     if way is Way.DOT4:
-        for some, own in zip(codes, x, strict=True):
-            acc = call("dot4", acc, some, own)
+        for code, row_word in zip(codes, x, strict=True):
+            acc = call("dot4", acc, code, row_word)
         return acc
-    total, *others = [call("pairs", some, own) for some, own in zip(codes, x, strict=True)]
+    total, *others = [
+        call("pairs", code, row_word) for code, row_word in zip(codes, x, strict=True)
+    ]
     for pairs in others:
         total = call("plus16", total, pairs)
     return call("join", acc, total)

@@ -116,25 +116,25 @@ class _Block:
         )
 
         def write(x: Expr, at: Expr) -> None:
-            made = integers.rounded(v, x, inverse)
-            parts = [made] if self.form.planes == 1 else integers.signed_bytes(v, made)
+            codes = integers.rounded(v, x, inverse)
+            parts = [codes] if self.form.planes == 1 else integers.signed_bytes(v, codes)
             for plane, (part, sum) in enumerate(zip(parts, added, strict=True)):
-                place = [self.row, plane * self.words + T.truncdiv(at, self.form.per_word)]
-                integers.store_narrow(v, self.codes, place, part, 32 // self.form.per_word)
+                index = [self.row, plane * self.words + T.truncdiv(at, self.form.per_word)]
+                integers.store_narrow(v, self.codes, index, part, 32 // self.form.per_word)
                 T.buffer_store(sum, sum[lanes] + part, [lanes])
 
         self.each(write)
         for plane, sum in enumerate(added):
-            place = [self.row, plane * self.blocks + self.block]
-            T.buffer_store(sums, integers.total(v, sum[lanes]), place)
+            index = [self.row, plane * self.blocks + self.block]
+            T.buffer_store(sums, integers.total(v, sum[lanes]), index)
 
     def each(self, action: object) -> None:
         """`action(x, where)` for all vectors of the block; lanes behind its end are 0."""
-        v, whole = self.v, self.size // self.v.lanes
+        v, full_vectors = self.v, self.size // self.v.lanes
         assert callable(action)
-        with T.serial(0, whole) as c:
+        with T.serial(0, full_vectors) as c:
             at = T.bind(self.start + c * v.lanes)
             action(v.load(self.x, [self.row, at]), at)
         if left := self.size % v.lanes:
-            at = T.bind(self.start + whole * v.lanes)
+            at = T.bind(self.start + full_vectors * v.lanes)
             action(v.load_tail(self.x, [self.row, at], T.int32(left)), at)

@@ -56,13 +56,13 @@ class QuantisedTile(Tile):
     def _rows_of(
         self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
     ) -> None:
-        def some(row: Expr, m: int, fetch: Fetch | None) -> None:
-            self._some(group, tile, row, m, fetch)
+        def row_block(row: Expr, m: int, fetch: Fetch | None) -> None:
+            self._row_block(group, tile, row, m, fetch)
 
         after = Following(*following, 0, 0, self.layout.depth)
-        self._in_blocks(group, tile, first, count, self.layout.tile_rows, after, some)
+        self._in_blocks(group, tile, first, count, self.layout.tile_rows, after, row_block)
 
-    def _some(
+    def _row_block(
         self,
         group: Expr,
         tile: Expr,
@@ -80,14 +80,14 @@ class QuantisedTile(Tile):
                 [T.alloc_buffer((v.lanes,), dtype) for _ in range(lay.vectors)] for _ in range(m)
             ]
 
-        whole = [registers("int32") for _ in range(lay.row_codes.planes)]
+        sums = [registers("int32") for _ in range(lay.row_codes.planes)]
         acc = registers("float32")
 
         def real(i: int, j: int) -> Expr:
-            return integers.joined(v, [plane[i][j][lanes] for plane in whole])
+            return integers.joined(v, [plane[i][j][lanes] for plane in sums])
 
         if lay.blocks == 1:
-            self._integers(whole, rows, group, tile, 0, fetch)
+            self._integers(sums, rows, group, tile, 0, fetch)
             scales = self._scales(group, tile, 0)
             for i, r in enumerate(rows):
                 factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
@@ -98,7 +98,7 @@ class QuantisedTile(Tile):
                 for a in each:
                     T.buffer_store(a, v.splat(0.0), [lanes])
             with T.serial(0, lay.blocks) as block:
-                self._integers(whole, rows, group, tile, block, fetch)
+                self._integers(sums, rows, group, tile, block, fetch)
                 scales = self._scales(group, tile, block)
                 for i, r in enumerate(rows):
                     factor = v.splat(T.bind(self.operands.x_scales[r, block]))
@@ -121,16 +121,16 @@ class QuantisedTile(Tile):
         v, lay, ops = self.vector, self.layout, self.operands
         lanes = T.ramp(0, 1, v.lanes)
         zeros = self._zeros(group, tile, block)
-        places = [
-            (own, r, plane)
+        targets = [
+            (row_acc, r, plane)
             for plane, every in enumerate(acc)
-            for own, r in zip(every, rows, strict=True)
+            for row_acc, r in zip(every, rows, strict=True)
         ]
-        for own, r, plane in places:
+        for row_acc, r, plane in targets:
             total = T.bind(ops.sums[r, plane * lay.blocks + block])
             for j in range(lay.vectors):
                 start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
-                T.buffer_store(own[j], start, [lanes])
+                T.buffer_store(row_acc[j], start, [lanes])
         quads = lay.per_word // 4
         with T.serial(0, lay.depth_block) as step:
             word = T.bind(block * lay.depth_block + step)
@@ -138,12 +138,12 @@ class QuantisedTile(Tile):
                 fetch(word)
             columns = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
             codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in columns]
-            for own, r, plane in places:
+            for row_acc, r, plane in targets:
                 at = plane * lay.x_words + word * quads
                 x = [T.bind(T.broadcast(ops.x[r, at + q], v.lanes)) for q in range(quads)]
                 for j in range(lay.vectors):
-                    made = dots(v, lay.way, own[j][lanes], codes[j], x)
-                    T.buffer_store(own[j], made, [lanes])
+                    dot_sum = dots(v, lay.way, row_acc[j][lanes], codes[j], x)
+                    T.buffer_store(row_acc[j], dot_sum, [lanes])
 
     def _codes(self, words: Expr) -> list[Expr]:
         """Bytes as `dots` takes them, four to a lane, for each four codes of a word."""

@@ -30,8 +30,8 @@ def dispatch(num_experts: int, top_k: int, name: str = "dispatch") -> PrimFunc:
 
         def owner(token: Expr, s: Expr) -> Expr:
             e = T.bind(experts[token, s])
-            known = T.And(e >= T.int64(0), e < T.int64(num_experts))
-            return T.bind(T.Select(known, T.cast(e, "int32"), T.int32(num_experts)))
+            valid = T.And(e >= T.int64(0), e < T.int64(num_experts))
+            return T.bind(T.Select(valid, T.cast(e, "int32"), T.int32(num_experts)))
 
         with T.serial(0, num_experts + 1) as e:
             T.buffer_store(following, T.int32(0), [e])

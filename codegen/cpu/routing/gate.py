@@ -137,18 +137,18 @@ def _products(c: _Linear, t: Expr, rows: int, block: Expr, offset: Expr | int) -
         x = T.decl_buffer((c.tokens, spec.width // 2), "int32", data=c.x.data)
         weight = T.decl_buffer((last + 1, spec.width // 2), "int32", data=c.weight.data)
         with T.serial(0, spec.width // (2 * v.lanes)) as d:
-            place = T.ramp(d * v.lanes, 1, v.lanes)
-            xs = [T.bind(x[t + i, place]) for i in range(rows)]
-            add(xs, [T.bind(weight[e, place]) for e in experts])
+            lanes = T.ramp(d * v.lanes, 1, v.lanes)
+            xs = [T.bind(x[t + i, lanes]) for i in range(rows)]
+            add(xs, [T.bind(weight[e, lanes]) for e in experts])
     else:
-        whole, rest = divmod(spec.width, v.lanes)
-        with T.serial(0, whole) as d:
+        full_vectors, rest = divmod(spec.width, v.lanes)
+        with T.serial(0, full_vectors) as d:
             xs = [v.load(c.x, (t + i, d * v.lanes)) for i in range(rows)]
             add(xs, [v.load(c.weight, (e, d * v.lanes)) for e in experts])
         if rest:
-            some, d = T.int32(rest), whole * v.lanes
-            xs = [v.load_tail(c.x, (t + i, d), some) for i in range(rows)]
-            add(xs, [v.load_tail(c.weight, (e, d), some) for e in experts])
+            tail, d = T.int32(rest), full_vectors * v.lanes
+            xs = [v.load_tail(c.x, (t + i, d), tail) for i in range(rows)]
+            add(xs, [v.load_tail(c.weight, (e, d), tail) for e in experts])
     sums = T.alloc_buffer((v.lanes,), "float32")
     T.buffer_store(sums, c.soft.sums([a[lane] for row in acc for a in row]), [lane])
     for i in range(rows):
@@ -159,9 +159,9 @@ def _products(c: _Linear, t: Expr, rows: int, block: Expr, offset: Expr | int) -
 def _finish(c: _Linear, t: Expr, block: Expr) -> None:
     """Add the bias to `lanes` logits and round them."""
     v, route = c.v, c.spec.route
-    place = T.ramp(block, 1, v.lanes)
-    x = c.logits[t, place]
+    lanes = T.ramp(block, 1, v.lanes)
+    x = c.logits[t, lanes]
     if c.bias is not None:
         left = T.cast(route.num_experts - block, "int32")
         x = x + v.load_tail(c.bias, (block,), T.min(left, T.int32(v.lanes)))
-    T.buffer_store(c.logits, rounded(v, x, LONG_NAMES[route.logits]), [t, place])
+    T.buffer_store(c.logits, rounded(v, x, LONG_NAMES[route.logits]), [t, lanes])

@@ -42,12 +42,12 @@ class Router:
     ranks: Buffer
     weights: Buffer
     chosen: Buffer
-    found: Buffer  # what Ranking.take writes in
+    argmax: Buffer  # what Ranking.take writes in
 
     def vectors(self, n: int) -> int:
         return -(-n // self.v.lanes)
 
-    def place(self, j: Expr) -> Expr:
+    def lanes(self, j: Expr) -> Expr:
         return T.ramp(j * self.v.lanes, 1, self.v.lanes)
 
     def is_one_of(self, j: Expr, n: int) -> Expr:
@@ -124,7 +124,7 @@ def route_token(
     v, routing = c.v, c.routing
     with T.serial(0, c.vectors(c.num_experts)) as j:
         x = T.Select(c.is_one_of(j, c.num_experts), logits(j), v.splat(float("-inf")))
-        T.buffer_store(c.scores, x, [c.place(j)])
+        T.buffer_store(c.scores, x, [c.lanes(j)])
     if routing.score == "sparsemixer":
         _sparsemixer(c)
     else:
@@ -134,13 +134,13 @@ def route_token(
             _keep_best_groups(c)
         _fill(c.weights, v.splat(0.0), c)
         with T.serial(0, routing.k) as s:
-            expert = c.ranking.take(c.ranks, c.found)
+            expert = c.ranking.take(c.ranks, c.argmax)
             T.buffer_store(c.chosen, expert, [s])
             T.buffer_store(c.weights, c.scores[expert], [s])
         _score(c, routing.after, c.weights, routing.k)
         _scale(c)
     with T.serial(0, c.vectors(routing.k)) as j:
-        x = T.bind(c.weights[c.place(j)])
+        x = T.bind(c.weights[c.lanes(j)])
         v.store_tail(weights, (t, j * v.lanes), x, c.count(j, routing.k))
     with T.serial(0, routing.k) as s:
         T.buffer_store(experts, T.cast(c.chosen[s], "int64"), [t, s])
@@ -148,7 +148,7 @@ def route_token(
 
 def _fill(buffer: Buffer, value: Expr, c: Router) -> None:
     with T.serial(0, int(buffer.shape[0]) // c.v.lanes) as j:
-        T.buffer_store(buffer, value, [c.place(j)])
+        T.buffer_store(buffer, value, [c.lanes(j)])
 
 
 def _score(c: Router, score: str, x: Buffer, n: int) -> None:
@@ -156,31 +156,31 @@ def _score(c: Router, score: str, x: Buffer, n: int) -> None:
     v = c.v
     if score == "sigmoid":
         with T.serial(0, c.vectors(n)) as j:
-            T.buffer_store(x, v.sigmoid(x[c.place(j)]), [c.place(j)])
+            T.buffer_store(x, v.sigmoid(x[c.lanes(j)]), [c.lanes(j)])
     if score != "softmax":
         return
     state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
     T.buffer_store(state, v.splat(float("-inf")), [lane])
     with T.serial(0, c.vectors(n)) as j:
-        one = T.Select(c.is_one_of(j, n), x[c.place(j)], v.splat(float("-inf")))
-        T.buffer_store(x, one, [c.place(j)])
-        T.buffer_store(state, T.max(x[c.place(j)], state[lane]), [lane])
+        one = T.Select(c.is_one_of(j, n), x[c.lanes(j)], v.splat(float("-inf")))
+        T.buffer_store(x, one, [c.lanes(j)])
+        T.buffer_store(state, T.max(x[c.lanes(j)], state[lane]), [lane])
     top = v.bind(v.splat(v.max(state[lane])))
     T.buffer_store(state, v.splat(0.0), [lane])
     with T.serial(0, c.vectors(n)) as j:
         # Where x is all -inf, or holds infinity or NaN, all of it becomes NaN, as in torch.
-        T.buffer_store(x, v.exp(x[c.place(j)] - top), [c.place(j)])
-        T.buffer_store(state, state[lane] + x[c.place(j)], [lane])
+        T.buffer_store(x, v.exp(x[c.lanes(j)] - top), [c.lanes(j)])
+        T.buffer_store(state, state[lane] + x[c.lanes(j)], [lane])
     total = v.bind(v.splat(v.sum(state[lane])))
     with T.serial(0, c.vectors(n)) as j:
-        T.buffer_store(x, x[c.place(j)] / total, [c.place(j)])
+        T.buffer_store(x, x[c.lanes(j)] / total, [c.lanes(j)])
 
 
 def _rank(c: Router) -> None:
     """ranks = those of scores + correction."""
     v, n = c.v, c.num_experts
     with T.serial(0, c.vectors(n)) as j:
-        x = c.scores[c.place(j)]
+        x = c.scores[c.lanes(j)]
         if c.correction is not None:
             index = (j * v.lanes,)
             if n % v.lanes == 0:
@@ -188,8 +188,8 @@ def _rank(c: Router) -> None:
             else:
                 x = x + v.load_tail(c.correction, index, c.count(j, n))
         ranks = c.ranking.ranks(x)
-        taken = T.broadcast(T.int32(TAKEN), v.lanes)
-        T.buffer_store(c.ranks, T.Select(c.is_one_of(j, n), ranks, taken), [c.place(j)])
+        sentinel = T.broadcast(T.int32(TAKEN), v.lanes)
+        T.buffer_store(c.ranks, T.Select(c.is_one_of(j, n), ranks, sentinel), [c.lanes(j)])
 
 
 def _keep_best_groups(c: Router) -> None:
@@ -214,11 +214,11 @@ def _keep_best_groups(c: Router) -> None:
             score = score + float_of(best[1])
         T.buffer_store(sums, score, [g])
     with T.serial(0, c.vectors(groups)) as j:
-        taken = T.broadcast(T.int32(TAKEN), v.lanes)
-        x = T.Select(c.is_one_of(j, groups), c.ranking.ranks(sums[c.place(j)]), taken)
-        T.buffer_store(ranks, x, [c.place(j)])
+        sentinel = T.broadcast(T.int32(TAKEN), v.lanes)
+        x = T.Select(c.is_one_of(j, groups), c.ranking.ranks(sums[c.lanes(j)]), sentinel)
+        T.buffer_store(ranks, x, [c.lanes(j)])
     with T.serial(0, c.routing.top_groups):
-        T.buffer_store(dropped, T.int32(0), [c.ranking.take(ranks, c.found)])
+        T.buffer_store(dropped, T.int32(0), [c.ranking.take(ranks, c.argmax)])
     with T.serial(0, groups) as g, T.If(dropped[g] == 1), T.Then(), T.serial(0, size) as i:
         T.buffer_store(c.ranks, T.int32(LOWEST), [g * size + i])
 
@@ -230,13 +230,13 @@ def _scale(c: Router) -> None:
     if routing.renormalize:
         T.buffer_store(state, v.splat(0.0), [lane])
         with T.serial(0, c.vectors(routing.k)) as j:
-            x = T.Select(c.is_one_of(j, routing.k), c.weights[c.place(j)], v.splat(0.0))
+            x = T.Select(c.is_one_of(j, routing.k), c.weights[c.lanes(j)], v.splat(0.0))
             T.buffer_store(state, state[lane] + x, [lane])
         total = v.bind(v.splat(v.sum(state[lane]) + T.float32(routing.epsilon)))
     with T.serial(0, c.vectors(routing.k)) as j:
-        x = c.weights[c.place(j)]
+        x = c.weights[c.lanes(j)]
         x = x / total * factor if routing.renormalize else x * factor
-        T.buffer_store(c.weights, x, [c.place(j)])
+        T.buffer_store(c.weights, x, [c.lanes(j)])
 
 
 def _sparsemixer(c: Router) -> None:
@@ -245,20 +245,20 @@ def _sparsemixer(c: Router) -> None:
     left = T.alloc_buffer(c.scores.shape, "float32")
     state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
     with T.serial(0, c.vectors(n)) as j:
-        T.buffer_store(left, c.scores[c.place(j)], [c.place(j)])
+        T.buffer_store(left, c.scores[c.lanes(j)], [c.lanes(j)])
     _rank(c)
     with T.serial(0, c.routing.k) as s:
-        expert = c.ranking.take(c.ranks, c.found)
+        expert = c.ranking.take(c.ranks, c.argmax)
         greatest = T.bind(left[expert])
         T.buffer_store(state, v.splat(0.0), [lane])
         with T.serial(0, c.vectors(n)) as j:
-            x = T.bind(c.scores[c.place(j)])
+            x = T.bind(c.scores[c.lanes(j)])
             top = v.splat(greatest)
             size = v.abs(x)
             # Comparisons with NaN are false, as in torch: such a logit is not far. (TVM would
             # turn a `not >` into a `<=`, which is false too.)
             far = (top - x) / T.Select(size < top, top, size) > v.splat(2 * c.routing.jitter)
-            one = v.exp(T.Select(far, v.splat(float("-inf")), left[c.place(j)]) - top)
+            one = v.exp(T.Select(far, v.splat(float("-inf")), left[c.lanes(j)]) - top)
             # A lane after the last must not add the NaN of -inf - -inf.
             one = T.Select(c.is_one_of(j, n), one, v.splat(0.0))
             T.buffer_store(state, state[lane] + one, [lane])

@@ -26,22 +26,22 @@ class Ranking:
         """float32 lanes -> int32 lanes."""
         return self._call(f"int32x{self.v.lanes}", "ranks", x)
 
-    def take(self, ranks: Buffer, found: Buffer) -> Expr:
-        """The index of the greatest rank, the first of equals, which becomes TAKEN.
+    def take(self, ranks: Buffer, argmax: Buffer) -> Expr:
+        """The index of the greatest rank, the first of equals; that rank becomes TAKEN.
 
-        ranks: int32[n * lanes]; found: int32[2 * lanes], for this function to write in.
+        ranks: int32[n * lanes]; argmax: int32[2 * lanes], scratch memory of this function.
         """
         n = self.v.lanes
         lane, second = T.ramp(0, 1, n), T.ramp(n, 1, n)
-        T.buffer_store(found, ranks[lane], [lane])
-        T.buffer_store(found, T.ramp(T.int32(0), 1, n), [second])
+        T.buffer_store(argmax, ranks[lane], [lane])
+        T.buffer_store(argmax, T.ramp(T.int32(0), 1, n), [second])
         with T.serial(1, int(ranks.shape[0]) // n) as j:
             x = T.bind(ranks[T.ramp(j * n, 1, n)])
             ids = T.ramp(T.cast(j * n, "int32"), 1, n)
             # Not for an equal one: the earlier stays.
-            T.buffer_store(found, T.Select(x > found[lane], ids, found[second]), [second])
-            T.buffer_store(found, T.max(x, found[lane]), [lane])
-        first = T.bind(self._call("int32", "first", found[lane], found[second]))
+            T.buffer_store(argmax, T.Select(x > argmax[lane], ids, argmax[second]), [second])
+            T.buffer_store(argmax, T.max(x, argmax[lane]), [lane])
+        first = T.bind(self._call("int32", "first", argmax[lane], argmax[second]))
         T.buffer_store(ranks, T.int32(TAKEN), [first])
         return first
 

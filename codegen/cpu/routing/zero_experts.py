@@ -46,9 +46,9 @@ def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> 
         lanes = T.ramp(0, 1, v.lanes)
 
         def register() -> Buffer:
-            made = T.alloc_buffer((v.lanes,), "float32")
-            T.buffer_store(made, v.splat(0.0), [lanes])
-            return made
+            buffer = T.alloc_buffer((v.lanes,), "float32")
+            T.buffer_store(buffer, v.splat(0.0), [lanes])
+            return buffer
 
         def add(to: Buffer, value: Expr) -> None:
             T.buffer_store(to, to[lanes] + value, [lanes])

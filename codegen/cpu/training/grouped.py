@@ -24,7 +24,6 @@ from moec.codegen.cpu.training.loops import (
     TILES,
     Stack,
     chunks,
-    cleared,
     columns_of,
     each_piece,
     existing,
@@ -32,6 +31,7 @@ from moec.codegen.cpu.training.loops import (
     plus,
     put,
     zero,
+    zero_unowned_rows,
 )
 from moec.codegen.cpu.training.tile import DOTS, Dots, Mixture, in_blocks, lines
 from moec.codegen.cpu.vector import Vector
@@ -53,26 +53,26 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
         b = argument("b", (stack.experts, stack.n), stack.dtype) if biased else None
         y = argument("y", (r, stack.n), stack.dtype)
-        with each_piece(stack, ends, r, -(-stack.n // width)) as some:
-            column = T.bind(some.piece * width)
+        with each_piece(stack, ends, r, -(-stack.n // width)) as span:
+            column = T.bind(span.piece * width)
             sums = v.scratch((ROW_CHUNK, width), "float32")
 
             def chunk(base: Expr, count: Expr) -> None:
                 with T.serial(0, width // DOTS) as quad:
-                    own = T.bind(column + quad * DOTS)
+                    first_column = T.bind(column + quad * DOTS)
                     # Sums behind the last column are that one's again, and go nowhere.
-                    w_rows = [T.bind(T.min(own + j, stack.n - 1)) for j in range(DOTS)]
+                    w_rows = [T.bind(T.min(first_column + j, stack.n - 1)) for j in range(DOTS)]
                     each = v.lanes * (2 if dots.paired else 1)
 
                     def fetch(step: Expr) -> None:
                         for j in range(DOTS):
-                            v.prefetch(w, [some.expert, own + DOTS + j, step * each])
+                            v.prefetch(w, [span.expert, first_column + DOTS + j, step * each])
 
                     def dot(at: list[Expr]) -> None:
                         dots.emit(
                             len(at),
                             lambda i: (x, [base + at[i]]),
-                            lambda j: (w, [some.expert, w_rows[j]]),
+                            lambda j: (w, [span.expert, w_rows[j]]),
                             lambda i: (sums, [at[i], quad * DOTS]),
                             at[0] == 0,
                             fetch,
@@ -81,17 +81,17 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
                     in_blocks(count, target.tile_rows, dot)
                 with T.serial(0, count) as i:
                     for j, some_columns in existing(v, column, stack.n, width):
-                        made = [v.load(sums, [i, j])]
+                        vectors = [v.load(sums, [i, j])]
                         if b is not None:
-                            made = plus(v, made, b, [some.expert, column + j], some_columns)
-                        put(v, y, [base + i, column + j], some_columns, made)
+                            vectors = plus(v, vectors, b, [span.expert, column + j], some_columns)
+                        put(v, y, [base + i, column + j], some_columns, vectors)
 
             def clear(row: Expr) -> None:
                 for j, some_columns in existing(v, column, stack.n, width):
                     put(v, y, [row, column + j], some_columns, [v.splat(0.0)])
 
-            chunks(some, ROW_CHUNK, chunk)
-            cleared(some, stack, r, clear)
+            chunks(span, ROW_CHUNK, chunk)
+            zero_unowned_rows(span, stack, r, clear)
     return frame.function
 
 
@@ -108,12 +108,12 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
         w = argument("w", (stack.experts, stack.n, stack.k), stack.dtype)
         b = argument("b", (stack.experts, stack.k), stack.dtype) if biased else None
         dx = argument("dx", (r, stack.k), stack.dtype)
-        with each_piece(stack, ends, r, pieces(tile, stack.k)) as some:
+        with each_piece(stack, ends, r, pieces(tile, stack.k)) as span:
             partial = v.scratch((ROW_CHUNK, TILES * tile.columns), "float32")
 
             def finish(row: Expr, column: Expr, count: int, sums: list[Expr]) -> None:
                 if b is not None:
-                    sums = plus(v, sums, b, [some.expert, column], count)
+                    sums = plus(v, sums, b, [span.expert, column], count)
                 put(v, dx, [row, column], count, sums)
 
             def chunk(base: Expr, count: Expr) -> None:
@@ -124,7 +124,7 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
                     def columns(t: Expr, column: Expr, width: int) -> None:
                         def fetch(step: Expr) -> None:
                             for j in range(pair):
-                                row = [some.expert, n + DEPTH + step * pair + j, column]
+                                row = [span.expert, n + DEPTH + step * pair + j, column]
                                 lines(v, w, row, width)
 
                         def vectors(at: list[Expr], step: Expr) -> list[Expr]:
@@ -133,7 +133,7 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
                             return tile.vectors(
                                 width,
                                 step,
-                                lambda row, c: (w, [some.expert, n + row, column + c]),
+                                lambda row, c: (w, [span.expert, n + row, column + c]),
                             )
 
                         def mix(at: list[Expr]) -> None:
@@ -155,16 +155,16 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
 
                         in_blocks(count, target.tile_rows, mix)
 
-                    columns_of(tile, stack.k, some.piece, columns)
+                    columns_of(tile, stack.k, span.piece, columns)
 
-            chunks(some, ROW_CHUNK, chunk)
+            chunks(span, ROW_CHUNK, chunk)
 
             def clear(row: Expr) -> None:
                 columns_of(
-                    tile, stack.k, some.piece, lambda t, c, width: zero(v, dx, [row, c], width)
+                    tile, stack.k, span.piece, lambda t, c, width: zero(v, dx, [row, c], width)
                 )
 
-            cleared(some, stack, r, clear)
+            zero_unowned_rows(span, stack, r, clear)
     return frame.function
 
 
@@ -180,8 +180,8 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
         x = argument("x", (r, stack.k), stack.dtype)
         ends = argument("ends", (stack.experts,), "int32")
         dw = argument("dw", (stack.experts, stack.n, stack.k), stack.dtype)
-        with each_piece(stack, ends, r, -(-stack.n // high), written=True) as some:
-            n = T.bind(some.piece * high)
+        with each_piece(stack, ends, r, -(-stack.n // high), written=True) as span:
+            n = T.bind(span.piece * high)
             rows = T.bind(T.min(T.int64(high), stack.n - n))
             partial = v.scratch((high, TILES * tile.columns), "float32")
             panel = v.scratch((ROWS // pair, tile.columns), tile.words)
@@ -215,12 +215,12 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
                             lambda i, step: factor(at[i], step),
                             lambda step: tile.gathered(panel, width, step),
                             lambda i, c, many, sums: put(
-                                v, dw, [some.expert, n + at[i], column + c], many, sums
+                                v, dw, [span.expert, n + at[i], column + c], many, sums
                             ),
                             Partial(
                                 lambda i, c: (partial, [at[i], t * tile.columns + c]),
-                                base > some.first,
-                                base + count == some.end,
+                                base > span.first,
+                                base + count == span.end,
                             ),
                         )
 
@@ -229,14 +229,14 @@ def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
                 columns_of(tile, stack.k, piece, columns)
 
             with T.serial(0, pieces(tile, stack.k)) as piece:
-                chunks(some, ROWS, lambda base, count: part(piece, base, count))
-            with T.If(some.first == some.end), T.Then(), T.serial(0, rows) as i:
+                chunks(span, ROWS, lambda base, count: part(piece, base, count))
+            with T.If(span.first == span.end), T.Then(), T.serial(0, rows) as i:
                 with T.serial(0, pieces(tile, stack.k)) as piece:
                     columns_of(
                         tile,
                         stack.k,
                         piece,
-                        lambda t, c, width: zero(v, dw, [some.expert, n + i, c], width),
+                        lambda t, c, width: zero(v, dw, [span.expert, n + i, c], width),
                     )
     return frame.function
 
@@ -251,11 +251,11 @@ def _pair_rows(
     """panel[s, j] = dy[base + 2s, n + j] and below it, or 0 where the rows end."""
     with T.serial(0, T.truncdiv(columns, T.int64(v.lanes))) as c:
         at = T.bind(c * v.lanes)
-        place = T.ramp(at, 1, v.lanes)
+        lanes = T.ramp(at, 1, v.lanes)
         with T.serial(0, T.truncdiv(count, T.int64(2))) as s:
             row = T.bind(base + s * 2)
             both = v.pairs(dy, [row, n + at], [row + 1, n + at])
-            T.buffer_store(panel, both, [s, place])
+            T.buffer_store(panel, both, [s, lanes])
         with T.If(T.truncmod(count, T.int64(2)) == 1), T.Then():
             last = v.pairs(dy, [base + count - 1, n + at], None)
-            T.buffer_store(panel, last, [T.truncdiv(count, T.int64(2)), place])
+            T.buffer_store(panel, last, [T.truncdiv(count, T.int64(2)), lanes])

@@ -35,13 +35,13 @@ class Stack:
     def paired(self, target: Target) -> bool:
         """Whether bf16 is multiplied in pairs: all pairs, and all vectors of them, are whole."""
         lanes = target.vector_lanes
-        whole = self.k % (2 * lanes) == 0 and self.n % lanes == 0
-        return self.dtype == "bfloat16" and target.bf16_dot and whole
+        aligned = self.k % (2 * lanes) == 0 and self.n % lanes == 0
+        return self.dtype == "bfloat16" and target.bf16_dot and aligned
 
 
 @dataclass(frozen=True)
-class Some:
-    """What a thread takes at once: a piece of one expert's matrix, for rows first .. end."""
+class ExpertPiece:
+    """A unit of work: piece number `piece` of one expert's matrix, for rows first .. end."""
 
     expert: Expr
     piece: Expr
@@ -52,7 +52,7 @@ class Some:
 @contextmanager
 def each_piece(
     stack: Stack, ends: Buffer, rows: Expr, pieces: int, written: bool = False
-) -> Iterator[Some]:
+) -> Iterator[ExpertPiece]:
     """A parallel loop over the pieces of all experts; the matrices are read, or `written`."""
     experts = stack.experts
     matrices = T.int64(experts) if written else T.min(rows, T.int64(experts))
@@ -62,22 +62,24 @@ def each_piece(
         e = T.bind(T.truncmod(unit, experts))
         before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
         first, end = T.bind(T.cast(before, "int64")), T.bind(T.cast(ends[e], "int64"))
-        yield Some(e, T.bind(T.truncdiv(unit, experts)), first, end)
+        yield ExpertPiece(e, T.bind(T.truncdiv(unit, experts)), first, end)
 
 
-def chunks(some: Some, most: int, body: Callable[[Expr, Expr], None]) -> None:
+def chunks(span: ExpertPiece, most: int, body: Callable[[Expr, Expr], None]) -> None:
     """`body(base, count)` for the expert's rows, at most `most` at a time."""
-    rows = T.bind(some.end - some.first)
+    rows = T.bind(span.end - span.first)
     with T.serial(0, ceildiv(rows, most)) as chunk:
-        base = T.bind(some.first + chunk * most)
-        body(base, T.bind(T.min(some.end - base, T.int64(most))))
+        base = T.bind(span.first + chunk * most)
+        body(base, T.bind(T.min(span.end - base, T.int64(most))))
 
 
-def cleared(some: Some, stack: Stack, rows: Expr, clear: Callable[[Expr], None]) -> None:
+def zero_unowned_rows(
+    span: ExpertPiece, stack: Stack, rows: Expr, clear: Callable[[Expr], None]
+) -> None:
     """`clear(row)` for the rows behind the last expert's."""
-    with T.If(some.expert == stack.experts - 1), T.Then():
-        with T.serial(0, rows - some.end) as i:
-            clear(T.bind(some.end + i))
+    with T.If(span.expert == stack.experts - 1), T.Then():
+        with T.serial(0, rows - span.end) as i:
+            clear(T.bind(span.end + i))
 
 
 def pieces(tile: Mixture, k: int) -> int:
@@ -86,14 +88,14 @@ def pieces(tile: Mixture, k: int) -> int:
 
 def columns_of(tile: Mixture, k: int, piece: Expr, body: Callable[[Expr, Expr, int], None]) -> None:
     """`body(tile of the piece, first column, columns)` for the tiles of a piece of rows."""
-    whole, rest = divmod(k, tile.columns)
+    full_tiles, rest = divmod(k, tile.columns)
     first = T.bind(piece * TILES)
-    with T.serial(0, T.min(T.int64(TILES), whole + (rest > 0) - first)) as t:
+    with T.serial(0, T.min(T.int64(TILES), full_tiles + (rest > 0) - first)) as t:
         column = T.bind((first + t) * tile.columns)
         if not rest:
             body(t, column, tile.columns)
             return
-        with T.If(first + t < whole):
+        with T.If(first + t < full_tiles):
             with T.Then():
                 body(t, column, tile.columns)
             with T.Else():

@@ -69,14 +69,14 @@ class Mixture:
                 else v.load_tail(*b(step, j * v.lanes), tail)
                 for j, count in enumerate(parts)
             ]
-        made: list[Expr] = []
+        words: list[Expr] = []
         for j in range(0, len(parts), 2):
             first = v.words(*b(step * 2, j * v.lanes))
             second = T.broadcast(T.int32(0), v.lanes)
             if not alone:
                 second = v.words(*b(step * 2 + 1, j * v.lanes))
-            made += v.interleaved(first, second)
-        return made
+            words += v.interleaved(first, second)
+        return words
 
     def gather(
         self,
@@ -91,8 +91,8 @@ class Mixture:
 
         def put(step: Expr, alone: bool) -> None:
             for j, vector in enumerate(self.vectors(columns, step, b, alone)):
-                place = T.ramp(j * self.vector.lanes, 1, self.vector.lanes)
-                T.buffer_store(panel, vector, [step, place])
+                lanes = T.ramp(j * self.vector.lanes, 1, self.vector.lanes)
+                T.buffer_store(panel, vector, [step, lanes])
 
         with T.serial(0, steps) as step:
             put(step, False)
@@ -228,16 +228,16 @@ def _vectors(columns: int, lanes: int) -> list[int]:
     return [min(lanes, columns - start) for start in range(0, columns, lanes)]
 
 
-def in_blocks(count: Expr, most: int, some: Callable[[list[Expr]], None]) -> None:
-    """`some` for `most` of `count` things at a time, and by twos for those that are left; where
-    one is left, it comes twice."""
-    whole = T.bind(T.truncdiv(count, T.int64(most)))
-    with T.serial(0, whole) as block:
-        some([T.bind(block * most + i) for i in range(most)])
-    left = T.bind(count - whole * most)
+def in_blocks(count: Expr, most: int, body: Callable[[list[Expr]], None]) -> None:
+    """Calls `body` with the indices of `most` of `count` items at a time, then of the remaining
+    ones in pairs; an odd last index appears twice."""
+    blocks = T.bind(T.truncdiv(count, T.int64(most)))
+    with T.serial(0, blocks) as block:
+        body([T.bind(block * most + i) for i in range(most)])
+    left = T.bind(count - blocks * most)
     with T.serial(0, T.truncdiv(left + 1, T.int64(2))) as block:
-        first = T.bind(whole * most + block * 2)
-        some([first, T.bind(T.min(first + 1, count - 1))])
+        first = T.bind(blocks * most + block * 2)
+        body([first, T.bind(T.min(first + 1, count - 1))])
 
 
 def lines(v: Vector, buffer: Buffer, index: list[Expr | int], columns: int) -> None:

@@ -114,7 +114,7 @@ def test_what_nobody_chose_is_not_read(build):
 def test_rows_of_nobody_are_left_alone_where_nobody_reads_them(build):
     target, spec = RUNNABLE[-1], LinearSpec(32, 16, "float32", "float32", groups=2)
     layout = Layout(spec, target)
-    kernel = build(target, grouped_linear(target, spec, cleared=False))
+    kernel = build(target, grouped_linear(target, spec, zero_unowned_rows=False))
     y = torch.full((5, 32), 7.0)
     kernel(torch.randn(5, 16), torch.tensor([1, 3]).int(), torch.randn(layout.shape), y)
     assert (y[3:] == 7).all()
