@@ -37,11 +37,12 @@ lint: $(installed)
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
-# What is written from tables: docs/ops.md, passes.md, benchmarks.md, the picture.
+# What is written from tables: docs/ops.md, passes.md, benchmarks.md, systems.md, the picture.
 pages: $(installed)
 	$(python) -m docs.catalogue
 	$(python) -m docs.pictures
 	$(python) -m benchmarks.render
+	$(python) -m docs.systems
 
 format: $(installed)
 	$(python) -m ruff check --fix .

@@ -134,4 +134,11 @@ CLAIMS = (
         "(arXiv 2308.06093) for the same number of steps. EWA is ahead of dense training where "
         "nothing else regularises, and behind dense training with dropout.",
     ),
+    Claim(
+        "systems",
+        "The twenty-four systems",
+        "Milliseconds a call, least of the rounds, of a part of each system at its paper's size "
+        "(`layer()` of its file in `examples/systems/`), in float32. `ratio` is the time of the "
+        "better of eager and Inductor over moec's.",
+    ),
 )

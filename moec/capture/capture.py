@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx.experimental._config as symbolic_config
@@ -54,6 +54,11 @@ EXPORTS = threading.RLock()
 threads share those, so models that are compiled side by side are exported one after the other."""
 
 
+Way = Literal["traced", "speculated", "masked"]
+"""By torch.export as it is; with branches on data answered and proved; or with every row computed
+for every expert."""
+
+
 @dataclass(frozen=True)
 class Captured:
     """A program as captured, and what ties it to the module it came from.
@@ -63,7 +68,8 @@ class Captured:
     `fixed` names axes that the caller may have expected to vary, but which the model fixes, and
     what guards of the export came to. `is_graph` says that the source is the graph itself.
     `described` names modules that were captured as what they do, and `notes` says so.
-    `other` captures the same in another form, for where this one cannot be compiled.
+    `other` captures the same in another form, for where this one cannot be compiled. `way` is how
+    the module was captured.
     """
 
     program: Program
@@ -75,6 +81,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     described: tuple[str, ...] = ()
     other: Callable[[], Captured] | None = None
+    way: Way = "traced"
 
 
 def capture(
@@ -158,7 +165,7 @@ def _traced(request: _Request) -> Captured:
             break
         wrong += more
     form = Form(converted, structure)
-    return _captured(request, general, form, partial(_speculated, request))
+    return _captured(request, general, form, "traced", partial(_speculated, request))
 
 
 def _speculated(request: _Request) -> Captured:
@@ -174,11 +181,11 @@ def _speculated(request: _Request) -> Captured:
         with EXPORTS, seldom_collected():
             decomposed = _decomposed(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
-        return _captured(request, general, form)
+        return _captured(request, general, form, "masked")
 
     with EXPORTS, seldom_collected():
         index = speculate(call, export, convert, examples)
-    return _captured(request, general, index[0], with_masks)
+    return _captured(request, general, index[0], "speculated", with_masks)
 
 
 def _converted(
@@ -198,6 +205,7 @@ def _captured(
     request: _Request,
     general: Widened,
     form: Form,
+    way: Way,
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
     """With the bounds that guards and sizes of 1 set. Raises CaptureError where the example's
@@ -211,7 +219,7 @@ def _captured(
     )
     example = request.call.tensors
     remarks = (*always, *notes, *form.notes)
-    return Captured(program, eager, example, form.structure, remarks, other=other)
+    return Captured(program, eager, example, form.structure, remarks, other=other, way=way)
 
 
 def _check_device(name: str, tensor: torch.Tensor) -> None:

@@ -3,7 +3,9 @@
     out = out + share_e * x                                                   a copy
     out = out + share_e * (a * x + b * v),  a, b = softmax(linear(x, w[2, D]))    a constant
 
-or the same over the rows that chose them. A zero expert leaves no trace in the graph: the
+    out = out + share_e * 0                                                   a zero
+
+or the same over the rows that chose them. A zero expert may also leave no trace in the graph: the
 choices are among more experts than there are links. The shape of a weight tells its role; the
 proof checks the arithmetic.
 """
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
 from moec.passes.recognise.block import Recipe, Zero
-from moec.passes.recognise.opnames import ADDS
+from moec.passes.recognise.opnames import ADDS, ZEROS
 from moec.passes.recognise.region import Scope, chooses
 from moec.passes.recognise.unrolled_experts import (
     Branch,
@@ -46,6 +48,13 @@ def copied(scope: Scope, added: Value) -> bool:
     return any(rows is not None and rows.outputs[0].shape == value.shape for rows in picked)
 
 
+def adds_zeros(scope: Scope, added: Value) -> bool:
+    """Whether what is added is a weight times zeros."""
+    weighted = scope.made_by(scope.behind_casts(added), "aten.mul.Tensor")
+    makers = () if weighted is None else [scope.made_by(v, *ZEROS) for v in weighted.inputs]
+    return any(m is not None and m.attrs.get("fill_value", 0) in (0, 0.0) for m in makers)
+
+
 def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x: Value) -> Zero:
     """The experts without a network, from id `first` on, read from the chain's last links.
 
@@ -63,7 +72,7 @@ def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x:
             kinds[number] = "constant"
             constants[number] = read_branch(scope, value, ops)
         else:
-            kinds[number] = "copy"
+            kinds[number] = "zero" if adds_zeros(scope, value) else "copy"
     every = tuple(kinds.get(number, "zero") for number in range(first, max(kinds) + 1))
     if not constants:
         return Zero(every)

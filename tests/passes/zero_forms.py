@@ -89,6 +89,19 @@ class Dense(Layer):
         return out
 
 
+class Evaluated(Layer):
+    """The zero expert is called as the others are, and is not the last."""
+
+    order = (Constant, Zero, Constant, Copy)
+
+    def mixed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == number)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
 class OnlyZero(Dense):
     order = (Zero,)
 

@@ -1,0 +1,119 @@
+"""The systems of examples/systems/ at their papers' sizes: moec, eager and Inductor.
+
+    python benchmarks/systems.py [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
+
+Each example has a function `layer()` that gives a module and its inputs. All three run in one
+process, one after the other in every round. Printed: the least time of each in milliseconds, and
+the time of the better of eager and Inductor over moec's. What Inductor cannot compile is printed
+with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moec.runtime.threads import set_threads
+
+THREADS = set_threads()
+
+import torch  # noqa: E402
+from records import Cell, add_record_options, record_if_asked  # noqa: E402
+from torch import nn  # noqa: E402
+
+import moec  # noqa: E402
+from moec.bench.limits import timed, warm  # noqa: E402
+from moec.target.cpu import processor  # noqa: E402
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "systems"
+PAUSE = 0.05  # seconds in which the threads of the contender before go to sleep
+TOLERANCE = 1e-3  # of the greatest value: float32, sums of up to some thousand terms
+Run = Callable[[], Any]
+
+
+def examples(numbers: set[int]) -> Iterator[tuple[str, ModuleType]]:
+    """The systems that have a layer to measure; all where `numbers` is empty."""
+    for path in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
+        if numbers and int(path.stem[:2]) not in numbers:
+            continue
+        spec = importlib.util.spec_from_file_location(f"systems_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
+        if hasattr(module, "layer"):
+            yield path.stem, module
+
+
+def inductor(module: nn.Module, inputs: tuple[Any, ...]) -> Run | str:
+    """The module through torch.compile, after its first call; or why it does not run."""
+    torch._dynamo.reset()
+    run = torch.compile(module, dynamic=False)
+    try:
+        run(*inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return partial(run, *inputs)
+
+
+def measure(name: str, example: ModuleType, rounds: int) -> dict[str, Cell]:
+    """The row of one system. Raises SystemExit where moec's numbers are not eager's."""
+    torch.manual_seed(0)
+    module, inputs = example.layer()
+    module.requires_grad_(False)
+    compiled = moec.compile(module, inputs, verify=False, kv_cache=False)
+    for ours, eager in zip(_tensors(compiled(*inputs)), _tensors(module(*inputs)), strict=True):
+        if float((ours - eager).abs().max()) > TOLERANCE * float(eager.abs().max()):
+            raise SystemExit(f"{name}: differs from eager")
+    ways: dict[str, Run] = {"moec": partial(compiled, *inputs), "eager": partial(module, *inputs)}
+    other = inductor(module, inputs)
+    if isinstance(other, str):
+        print(f"{name}: Inductor: {other}")
+    else:
+        ways["inductor"] = other
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way, run in ways.items():
+            time.sleep(PAUSE)
+            warm(run)
+            least[way] = min(least[way], timed(run))
+    ratio = min(t for way, t in least.items() if way != "moec") / least["moec"]
+    cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
+    return {"system": name.replace("_", " "), **cells, "ratio": round(ratio, 2)}
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--systems", default="", help="numbers, separated by commas; all")
+    parser.add_argument("--rounds", type=int, default=9)
+    add_record_options(parser, processor())
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+    torch.set_num_threads(THREADS)
+    load = os.getloadavg()[0]
+    conditions = f"{THREADS} threads, float32; load average before {load:.1f}"
+    print(f"{processor()}, {conditions}")
+    for name, example in examples({int(n) for n in options.systems.split(",") if n}):
+        with torch.inference_mode():
+            row = measure(name, example, options.rounds)
+        print("  ".join(f"{key} {cell}" for key, cell in row.items()), flush=True)
+        record_if_asked(options, "systems", str(row["system"]), [row], conditions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""docs/systems.md from what the tests of the systems recorded and the benchmark measured.
+
+python -m docs.systems
+
+tests/systems/ writes a record a system (tests/golden/systems/NN.json, `--update-golden`), and fails
+where a record no longer says what happens. benchmarks/systems.py measures the times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.records import Cell, newest, read_records
+from benchmarks.render import show, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "tests" / "golden" / "systems"
+PAGE = ROOT / "docs" / "systems.md"
+CLAIM = "systems"
+HEAD = """\
+# The twenty-four systems
+
+<!-- Written by `python -m docs.systems`; not edited. -->
+
+Each system is built in `examples/systems/` as its authors define it, in plain PyTorch, and
+compiled with moec's public functions. `tests/systems/` asserts what this page says of it, and
+writes down the facts; CI fails where page and tests differ. Weights are random unless a section
+says otherwise.
+
+`captured` is how: traced by torch.export; speculated, where the code reads its data; observed or
+described, where it cannot be traced. `agreement` is the greatest difference to eager that the test
+allows, as a share of the greatest value. Parameters are those of the small model that the test
+compiles; published sizes are in the sections.
+"""
+
+Process = Literal["autoregressive", "diffusion", "hybrid", "encoder", "survey"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a system is: written by its test, the rest of a record follows from the compilation.
+
+    `adds` says what moec does for it, in one sentence or two. `process` and `modalities` are the
+    axes of the surveys; `trained` whether a test trains a part of it.
+    """
+
+    number: int
+    title: str
+    paper: str
+    example: str
+    process: Process
+    modalities: tuple[str, ...]
+    adds: str
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity as counted or measured here, and as the paper has it."""
+
+    quantity: str
+    ours: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """`blocks` and `passes` are what recognition and the pipeline made of the small model, `bytes`
+    the size of its weights; `missing` what is not recognised or not supported, with the reason."""
+
+    source: Source
+    captured: str
+    blocks: tuple[str, ...]
+    passes: tuple[str, ...]
+    agreement: str
+    parameters: int
+    active_parameters: int
+    bytes: int
+    figures: tuple[Figure, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def parse(text: str) -> Record:
+    entry: dict[str, Any] = json.loads(text)
+    lists = {name: tuple(entry[name]) for name in ("blocks", "passes", "missing")}
+    source = entry["source"] | {"modalities": tuple(entry["source"]["modalities"])}
+    figures = tuple(Figure(**figure) for figure in entry["figures"])
+    return Record(**entry | lists | {"source": Source(**source), "figures": figures})
+
+
+def read() -> list[Record]:
+    """All records, in the order of the systems."""
+    paths = sorted(RECORDS.glob("[0-9][0-9].json"))
+    return [parse(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def times() -> dict[int, tuple[str, Mapping[str, Cell]]]:
+    """The newest row of each system, by its number, with the machine of it."""
+    rows = {}
+    for record in newest(r for r in read_records() if r.claim == CLAIM):
+        for row in record.rows:
+            rows[int(str(row["system"]).partition(" ")[0])] = (record.machine, row)
+    return rows
+
+
+def page() -> str:
+    return "\n".join(_page(read(), times()))
+
+
+def _page(
+    records: Sequence[Record], measured: Mapping[int, tuple[str, Mapping[str, Cell]]]
+) -> Iterator[str]:
+    yield HEAD
+    yield table(
+        [
+            ["", "system", "captured", "blocks", "agreement", "parameters", "active"],
+            *(
+                [
+                    str(r.source.number),
+                    f"[{r.source.title}](#{anchor(r.source)})",
+                    r.captured,
+                    str(len(r.blocks)) if not r.missing else f"{len(r.blocks)}, see below",
+                    r.agreement,
+                    f"{r.parameters:,}",
+                    f"{r.active_parameters:,}",
+                ]
+                for r in records
+            ),
+        ]
+    )
+    yield ""
+    for record in records:
+        yield from _section(record, measured.get(record.source.number))
+
+
+def anchor(source: Source) -> str:
+    """As the headings' own: lower case, spaces as hyphens, other signs left out."""
+    title = f"{source.number} {source.title}".lower()
+    return "-".join("".join(c for c in title if c.isalnum() or c in " -").split())
+
+
+def _section(record: Record, row: tuple[str, Mapping[str, Cell]] | None) -> Iterator[str]:
+    source = record.source
+    yield f"## {source.number}. {source.title}"
+    yield ""
+    link = f"[arXiv {source.paper}](https://arxiv.org/abs/{source.paper})"
+    yield f"{link}; `examples/systems/{source.example}.py`. {source.adds}"
+    yield ""
+    axes = ", ".join((source.process, *source.modalities))
+    yield f"- Axes: {axes}{', a part is trained by a test' if source.trained else ''}."
+    weights = f"{record.parameters:,} parameters, {record.bytes / 1e6:.2f} MB"
+    yield f"- Captured: {record.captured}; {weights}; agreement with eager: {record.agreement}."
+    for block, count in counted(record.blocks).items():
+        yield f"- {count} x {block}"
+    yield f"- Passes that changed it: {', '.join(record.passes)}."
+    for reason in record.missing:
+        yield f"- Missing: {reason}"
+    yield ""
+    if record.figures:
+        rows = [[f.quantity, f.ours, f.paper] for f in record.figures]
+        yield table([["figure", "here", "paper"], *rows])
+        yield ""
+    if row is not None:
+        machine, cells = row
+        yield f"Milliseconds on {machine}: " + ", ".join(
+            f"{name} {show(cell, 2)}" for name, cell in cells.items() if name != "system"
+        )
+        yield ""
+
+
+def counted(lines: Sequence[str]) -> dict[str, int]:
+    return {line: lines.count(line) for line in dict.fromkeys(lines)}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

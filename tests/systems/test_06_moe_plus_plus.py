@@ -1,0 +1,78 @@
+"""MoE++: both modes are recognised with all kinds of experts, no row of one without a network is
+dispatched, and results are eager's."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import moec
+from docs.systems import Figure, Source
+from moec import CompiledModel
+from tests.systems.records import Keep, load, record_of
+
+example = load("06_moe_plus_plus")
+SOURCE = Source(
+    number=6,
+    title="MoE++",
+    paper="2410.07348",
+    example="06_moe_plus_plus",
+    process="autoregressive",
+    modalities=("text",),
+    adds="Experts without a network are recognised by their arithmetic, gating residuals and all; "
+    "their rows are never dispatched, and are added where rows are combined.",
+)
+# Sums of at most a few hundred float32 terms in another order, through two layers.
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def compiled(published_code: bool) -> tuple[torch.nn.Module, CompiledModel]:
+    torch.manual_seed(0)
+    model, inputs = example.small(published_code)
+    return model, moec.compile(model, inputs, kv_cache=False, verify=TOLERANCE)
+
+
+@pytest.mark.parametrize("published_code", [False, True], ids=["paper", "code"])
+def test_recognised_and_equal_to_eager(published_code: bool) -> None:
+    model, ours = compiled(published_code)
+    config = example.SMALL
+    kinds = f"{config.constants} constant, 1 copy, 1 zero"
+    assert [(b.experts, b.top_k, b.zero) for b in ours.blocks] == [
+        (config.networks, 2, kinds)
+    ] * config.layers
+    for shape in ((1, 1), (3, 50)):
+        ids = torch.randint(config.vocabulary, shape)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), model(ids), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("published_code", [False, True], ids=["paper", "code"])
+def test_only_rows_of_networks_are_dispatched(published_code: bool) -> None:
+    """The buffers of rows are sorted by networks alone, and the others are an epilogue."""
+    _, ours = compiled(published_code)
+    ops = ours.steps[-1].program.graph.ops
+    sorts = [op.attrs["num_experts"] for op in ops if op.name == "moe.sort"]
+    assert sorts == [example.SMALL.networks] * example.SMALL.layers
+    epilogues = [op for op in ops if op.name == "moe.zero_experts"]
+    assert len(epilogues) == example.SMALL.layers
+
+
+@pytest.mark.parametrize("name", example.PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    """The paper names its models by one digit, which says no more than this."""
+    total, _ = example.published(name)
+    assert total / 1e9 == pytest.approx(
+        float(example.PUBLISHED[name][1].removesuffix("B")), rel=0.1
+    )
+
+
+def test_record(keep: Keep) -> None:
+    figures = []
+    for name, (_, paper) in example.PUBLISHED.items():
+        total, active = example.published(name)
+        ours = f"{total / 1e9:.3f}B, {active / 1e9:.3f}B active at most"
+        figures.append(Figure(f"parameters of {name}", ours, paper))
+    keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures))
