@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tvm
@@ -20,6 +18,7 @@ from moec.codegen.cpu.link import Exportable, linked
 from moec.codegen.object_cache import compiled_objects, llvm_modules, named_by_content
 from moec.runtime.library import open_kernels
 from moec.target.cpu import Target
+from moec.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Objects:
         addons: list[str] | None = None,
     ) -> None:
         """As TVM's: `fcompile` links object files into the library `file_name`."""
-        with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        with temporary_folder(sum(map(len, self.kernels))) as folder:
             paths = list(addons or ())
             for number, content in enumerate(self.kernels):
-                path = Path(folder) / f"{number}.o"
+                path = folder / f"{number}.o"
                 path.write_bytes(content)
                 paths.append(str(path))
             self.frame.export_library(file_name, fcompile=fcompile, addons=paths)

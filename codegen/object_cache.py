@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -37,6 +36,7 @@ from moec.cache import OBJECTS, Store, key_of, load, save
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
 from moec.runtime.threads import available
+from moec.temporary import temporary_folder
 
 _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
 A = TypeVar("A")
@@ -149,9 +149,11 @@ def _compiler() -> tuple[object, ...]:
 
 
 def _emit(built: tvm.runtime.Module) -> bytes:
-    check_defined(built.inspect_source("ll"))
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        path = Path(folder) / "kernel.o"
+    text = built.inspect_source("ll")
+    check_defined(text)
+    # Machine code is shorter than the text of it, and other threads write theirs meanwhile.
+    with temporary_folder(len(text) * available()) as folder:
+        path = folder / "kernel.o"
         built.write_to_file(str(path))
         return path.read_bytes()
 

@@ -1,12 +1,12 @@
 """The command line: `moec COMMAND`. A command's module is imported when it is asked for.
 
-Exit codes: 0 done, 1 a mistake that the user can mend, 2 verification failed, 70 a defect of
-moec, 130 interrupted. MOEC_DEBUG=1 shows the traceback of whatever went wrong.
+Exit codes: 0 done, 1 a mistake that the user can mend, 2 numbers differ by more than was allowed
+(verification failed, or a budget under --strict), 70 a defect of moec, 130 interrupted.
+MOEC_DEBUG=1 shows the traceback of whatever went wrong.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
@@ -15,12 +15,14 @@ import sys
 import threading
 import warnings
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import click
 
 from moec.errors import MoecError, UsageError
 from moec.extras import missing_extra
+from moec.spelling import did_you_mean
 
 # What each command is, so that `moec --help` and completion import none of them.
 COMMANDS = {
@@ -62,7 +64,8 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise UsageError(f"no such command {args[0]!r}; {_nearest(args[0])}")
+            near = did_you_mean(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+            raise UsageError(f"no such command {args[0]!r}{near}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -94,11 +97,6 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
-
-
-def _nearest(word: str) -> str:
-    near = difflib.get_close_matches(word, COMMANDS, 1)
-    return f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
 
 
 def verdict(error: Exception) -> tuple[int, str]:
@@ -142,7 +140,22 @@ def main() -> None:
         # A polite kill unwinds like Ctrl-C does, so that nothing is left half-written.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = _show_warning
+    _open_streams()
     cli(prog_name="moec")
+
+
+def _open_streams() -> None:
+    """Closed streams lead nowhere: a file that is opened later would get their numbers, and be
+    written to by libraries that print. What a terminal's encoding lacks is written as escapes."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show_warning(

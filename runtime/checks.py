@@ -5,7 +5,6 @@ Tensors of numpy and of torch are looked at alike, through `dtype`, `shape` and 
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from moec.errors import InputError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.package import Function, Port, Size
+from moec.spelling import did_you_mean
 
 _SMALL = 1 << 26  # bytes of outputs below which nobody asks how much memory is free
 
@@ -53,8 +53,7 @@ def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
     unknown = [name for name in inputs if name not in names]
     missing = [name for name in names if name not in inputs]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], missing or names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], missing or names)
         raise InputError(f"there is no input {unknown[0]!r}{hint} (the model takes {ports_text})")
     if missing:
         raise InputError(f"input {missing[0]!r} is missing (the model takes {ports_text})")

@@ -33,6 +33,8 @@ class Request:
     stop: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
+            raise InputError(f"max_new_tokens is {self.most!r}; it must be a whole number")
         if self.most < 1:
             raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
 

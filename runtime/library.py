@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from moec.errors import ArtifactError
 from moec.runtime.threads import set_threads
+from moec.temporary import temporary_folder
 
 _CPU = 1  # DLPack's device type
 _POOLED = 2  # freed memory is kept for the next call
@@ -71,8 +71,8 @@ def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
     """Bytes pass through a private file that is gone when this returns."""
     if isinstance(library, Path):
         return opened(library)
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:  # readable by this user only
-        path = Path(folder) / "lib.so"
+    with temporary_folder(len(library)) as folder:
+        path = folder / "lib.so"
         path.write_bytes(library)
         return opened(path)
 

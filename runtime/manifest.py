@@ -35,6 +35,8 @@ from moec.runtime.package import (
 FORMAT = 3  # 3: functions by name
 NAME = "manifest.json"
 _LARGEST = 64 << 20  # bytes
+_BEYOND = 1 << 48  # no axis, and no array in bytes, is so large
+_AXES = 32
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def load(content: bytes | memoryview) -> Manifest:
         manifest = msgspec.convert(body, Manifest, strict=True)
         manifest = replace(manifest, package=replace(manifest.package, arrays={}, library=b""))
         _check(manifest)
-    except (msgspec.ValidationError, KeyError, ValueError) as error:
+    except (msgspec.ValidationError, KeyError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{NAME} is malformed: {type(error).__name__}: {error}") from error
     return manifest
 
@@ -138,12 +140,13 @@ def _check(manifest: Manifest) -> None:
         if port.dtype not in NUMPY:
             raise ValueError(f"{port.name} has the dtype {port.dtype!r}")
         for size in port.shape:
-            if isinstance(size, int) and size < 0:
+            if isinstance(size, int) and not 0 <= size < _BEYOND:
                 raise ValueError(f"{port.name} has the size {size!r}")
             sizes.names(size)
     sampled = [a for s in manifest.samples for a in (*s.inputs.values(), *s.outputs.values())]
     for stored in (*manifest.arrays.values(), *sampled):
-        if stored.dtype not in NUMPY or min(stored.shape, default=0) < 0:
+        fits = all(0 <= size < _BEYOND for size in stored.shape) and len(stored.shape) <= _AXES
+        if stored.dtype not in NUMPY or not fits:
             raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
         if stored.nbytes != manifest.parts[stored.part].size:
             raise ValueError(f"{stored.part} is not of the size that its shape needs")

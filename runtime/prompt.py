@@ -20,7 +20,13 @@ class Tokenizer:
     stop: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Raises UsageError where the text gives no token at all."""
+        """Raises UsageError where the text is no Unicode, or gives no token at all."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt is not UTF-8 at character {error.start}: convert it first"
+            ) from error
         tokens: list[int] = self.tokenizer.encode(text).ids
         if not tokens:
             raise UsageError("the prompt gives no tokens; write at least one character")

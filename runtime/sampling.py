@@ -28,6 +28,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        """Raises InputError where a value is of another type, or out of range."""
+        for name in ("temperature", "top_p"):
+            if not _is_a(getattr(self, name), int, float, np.integer, np.floating):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a number")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and not _is_a(value, int, np.integer):
+                raise InputError(f"{name} is {value!r}; it must be a whole number, or be left out")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be 0 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:
@@ -46,6 +56,11 @@ class Sampling:
         if self.seed is not None:
             return [np.random.default_rng([self.seed, text]) for text in range(texts)]
         return [np.random.default_rng(child) for child in sequence.spawn(texts)]
+
+
+def _is_a(value: object, *types: type) -> bool:
+    """Whether a value is of one of the types; a bool, which Python counts as an int, is not."""
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 GREEDY = Sampling()

@@ -24,7 +24,9 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
     "f64": (range(1, 2), lambda a: Fraction(a.numerator / a.denominator)),
     "rint": (range(1, 2), lambda a: Fraction(round(a))),
 }
-_LONGEST = 1000  # characters; what a stranger writes may nest no deeper than that
+_LONGEST = 1000  # characters
+_DEEPEST = 200  # terms within terms: what a stranger writes must not end Python's stack
+_LARGEST = 1 << 256  # on the way: powers of powers take all time and memory
 
 
 @lru_cache(maxsize=4096)
@@ -52,7 +54,22 @@ def _parse(text: str) -> ast.expr:
             ):
                 continue
         raise ArtifactError(f"{text!r} is not a size")
+    if _depth(tree) > _DEEPEST:
+        raise ArtifactError(f"{text[:40]!r}... nests deeper than any size of moec")
     return tree
+
+
+def _depth(tree: ast.expr) -> int:
+    depth, level = 0, [tree]
+    while level:
+        depth += 1
+        level = [
+            node
+            for parent in level
+            for node in ast.iter_child_nodes(parent)
+            if isinstance(node, ast.expr)
+        ]
+    return depth
 
 
 @lru_cache(maxsize=4096)
@@ -65,7 +82,8 @@ def names(size: Size) -> frozenset[str]:
 
 
 def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
-    """The value of `size`, or None where a name is not in `env` or the value is not whole."""
+    """The value of `size`, or None where a name is not in `env`, or the value is not whole or too
+    large for a size."""
     if isinstance(size, int):
         return size
     if size in env:
@@ -93,6 +111,13 @@ def solve(size: Size, value: int) -> tuple[str, int] | None:
 
 
 def _value(node: ast.expr, env: Mapping[str, int]) -> Fraction:
+    value = _unbounded(node, env)
+    if max(abs(value.numerator), value.denominator) > _LARGEST:
+        raise OverflowError("a size beyond all memory")
+    return value
+
+
+def _unbounded(node: ast.expr, env: Mapping[str, int]) -> Fraction:
     match node:
         case ast.Constant(value=int(value)):
             return Fraction(value)

@@ -8,7 +8,6 @@ Nothing pickled is ever read.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from moec.errors import InputError, UsageError
 from moec.runtime.dtypes import NUMPY, Array
+from moec.runtime.numpy_files import read_npy, read_npz
 from moec.runtime.package import Port
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
@@ -33,7 +33,7 @@ def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
         raise InputError(f"{path}: there is no such file")
     try:
         arrays = _read(path)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as {path.suffix}: {line}") from error
     if path.suffix == ".npy":
@@ -61,12 +61,10 @@ def _read(path: Path) -> dict[str, Array]:
         except SafetensorError as error:
             raise ValueError(str(error)) from error
     with path.open("rb") as file:
-        loaded: Any = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray) is (path.suffix == ".npz"):
-            raise ValueError("it is of another format than its name says")
-        if path.suffix == ".npy":
-            return {"": loaded}
-        return {name: loaded[name] for name in loaded.files}
+        zipped = file.read(2) == b"PK"
+    if zipped is (path.suffix == ".npy"):
+        raise ValueError("it is of another format than its name says")
+    return read_npz(path) if zipped else {"": read_npy(path)}
 
 
 def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
+from moec.errors import UsageError
+
 SPINS = 2000
 
 
@@ -29,15 +31,27 @@ def set_threads(
     """Let kernels use `count` threads (by default: every processor this process may use).
 
     What the user set in TVM_NUM_THREADS, TVM_THREAD_POOL_SPIN_COUNT or TVM_BIND_THREADS stays,
-    unless `count` is given. Returns the count. ValueError if it is not positive.
+    unless `count` is given; empty is not set. Returns the count.
+
+    Raises UsageError where `count` or one of the variables is not a number that it may be.
     """
     if count is not None and count < 1:
-        raise ValueError(f"threads: {count} is not a positive number")
+        raise UsageError(f"threads: {count} is not a positive number")
+    defaults = {
+        "TVM_NUM_THREADS": (1, str(available())),
+        "TVM_THREAD_POOL_SPIN_COUNT": (0, str(SPINS)),
+        "TVM_BIND_THREADS": (0, "0"),
+    }
     if count is not None:
         environment["TVM_NUM_THREADS"] = str(count)
-    environment.setdefault("TVM_NUM_THREADS", str(available()))
-    environment.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
-    environment.setdefault("TVM_BIND_THREADS", "0")
+    for variable, (least, default) in defaults.items():
+        value = environment.get(variable, "").strip()
+        if value and not (value.isdecimal() and least <= int(value) < 1 << 31):
+            raise UsageError(
+                f"the environment variable {variable} is {value!r}: give a whole number from "
+                f"{least}, or unset it"
+            )
+        environment[variable] = value or default
     return int(environment["TVM_NUM_THREADS"])
 
 

@@ -8,13 +8,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from moec.errors import TargetError
 from moec.target.cpu import Target
+from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -47,8 +46,8 @@ def linked(built: Exportable, target: Target) -> bytes:
             message = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
             raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {message}")
 
-    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
-        path = Path(folder) / "lib.so"
+    with temporary_folder(0) as folder:
+        path = folder / "lib.so"
         built.export_library(str(path), fcompile=link)
         return path.read_bytes()
 

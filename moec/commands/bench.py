@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.bench.names import PACKAGES
+from moec.commands.files import OutputFile
 from moec.commands.inspect import is_artifact
 from moec.commands.options import DTypeName, json_option
 from moec.errors import UsageError
@@ -21,8 +23,6 @@ from moec.target.cpu import processor
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
-
-_PLOTS = (".png", ".svg", ".pdf")
 
 
 @click.command("bench", short_help="Time reading and writing text, beside others.")
@@ -48,10 +48,13 @@ _PLOTS = (".png", ".svg", ".pdf")
 @click.option("--quant", metavar="FORMAT", help="As of moec compile; of moec alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="For all; default: cores.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf."
+    "--plot",
+    type=OutputFile(".png", ".svg", ".pdf"),
+    metavar="FILE",
+    help="Draw a .png, .svg or .pdf.",
 )
 @click.option(
-    "--append", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--append", type=OutputFile(), metavar="FILE",
     help="Add the result and the command to this Markdown file.",
 )  # fmt: skip
 @json_option
@@ -79,8 +82,8 @@ def command(
     so that whatever else the machine does falls on all. The peak and the bandwidth are
     measured in the same run.
     """
-    if plot and plot.suffix not in _PLOTS:
-        raise UsageError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    if plot:
+        importlib.import_module("matplotlib")  # a run takes minutes, and would be lost
     names = [name.strip() for name in baseline.split(",") if name.strip()]
     path = Path(model)
     of_artifact = is_artifact(path)

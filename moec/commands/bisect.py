@@ -14,7 +14,9 @@ from moec.commands.options import Tolerance, asked, json_option, model_options
 @click.option(
     "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: 2e-4."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random inputs."
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.files import OutputFile
 from moec.commands.options import asked, json_option, model_options
-from moec.errors import ArtifactError, UsageError
+from moec.errors import ArtifactError
 
 if TYPE_CHECKING:
     from moec.ir.graph import Graph
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.command("inspect", short_help="Show the MoE blocks of a model or an artifact.")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT")
 @click.option(
-    "--graph", "picture", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--graph", "picture", type=OutputFile(".svg", ".html", ".dot"), metavar="FILE",
     help="Draw the model: FILE ends in .svg, .html or .dot.",
 )  # fmt: skip
 @json_option
@@ -39,8 +40,6 @@ def command(
     Every MoE block with its router, experts and parameters; the sizes of inputs and outputs;
     and every place that looked like an MoE block and was left alone, with the reason.
     """
-    if picture and picture.suffix not in (".svg", ".html", ".dot"):
-        raise UsageError(f"--graph {picture}: the name must end in .svg, .html or .dot")
     graph: Graph | None = None
     if is_artifact(Path(model)):
         report, text = of_artifact(Path(model))

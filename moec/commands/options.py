@@ -86,7 +86,7 @@ def model_options(command: F) -> F:
 def changing_options(command: F) -> F:
     """What every command takes that may write a changed model: see `changing`."""
     for decorator in (
-        click.option("--strict", is_flag=True, help="Fail where a pass goes beyond the budget."),
+        click.option("--strict", is_flag=True, help="Exit with 2 where a pass breaks the budget."),
         click.option(
             "--budget", default="", metavar="METRIC<=N,…",
             help="How much damage approximate passes may do; beyond it a layer is left as it is. "

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest of this share.")
 @click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens.")
-@click.option("--seed", type=int, help="The same seed draws the same tokens.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed draws the same tokens.")
 @click.option(
     "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 
@@ -116,6 +116,13 @@ class CompiledModel:
         built = "compiled" if self.package else "not built"
         summary = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
         return f"<{self.source.name}, {summary}>"
+
+    def __reduce__(self) -> Never:
+        """Raises UsageError: neither pickle nor deepcopy can take machine code along."""
+        raise UsageError(
+            "a compiled model is machine code and memory of this process, so that it can neither "
+            "be pickled nor copied: save it, and moec.load the artifact where it is needed"
+        )
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from moec.errors import InputError
+from moec.errors import InputError, UsageError
 from moec.runtime.executor import Executor
 from moec.runtime.generate import Request, generate, slow
 from moec.runtime.sampling import Sampling
+from moec.spelling import did_you_mean
 
 Prompts: TypeAlias = Any
 """Token ids: a tensor or array [B, S], or a list of them for each text, of any lengths."""
+
+
+OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 
 
 def request_of(
@@ -28,11 +32,13 @@ def request_of(
     seed: int | None = None,
     stop: int | Sequence[int] | None = None,
 ) -> Request:
-    """Raises InputError for an option that is out of range."""
+    """Raises InputError for an option that is of another type, or out of range."""
     if stop is None:
         generation = executor.package.generation
         stop = generation.stop if generation is not None else ()
-    stops = (stop,) if isinstance(stop, int) else tuple(stop)
+    stops: Any = (stop,) if _is_id(stop) else stop
+    if not isinstance(stops, Collection) or not all(map(_is_id, stops)):
+        raise InputError(f"stop is {stop!r}; it must be a token, or a list of tokens")
     sampling = Sampling(temperature, top_p, top_k, seed)
     return Request(max_new_tokens, sampling, frozenset(map(int, stops)))
 
@@ -60,6 +66,9 @@ def stream(
     executor: Executor, prompts: Prompts, **options: Any
 ) -> Iterator[tuple[int | None, ...]]:
     """The next token of each text as it comes; None for a text that has ended."""
+    if unknown := [name for name in options if name not in OPTIONS]:
+        near = did_you_mean(unknown[0], OPTIONS) or f"; the options are {', '.join(OPTIONS)}"
+        raise UsageError(f"text is generated without an option {unknown[0]!r}{near}")
     request = request_of(executor, **options)
     if why := slow(executor):
         warnings.warn(f"each token runs the whole text again: {why}", stacklevel=3)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
+from moec.errors import UsageError
 from moec.model.generate import Prompts, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.call import Choices, call, routed, routers
@@ -47,6 +48,13 @@ class LoadedModel:
     def record_routing(self) -> AbstractContextManager[Recorder]:
         """See `CompiledModel.record_routing`."""
         return record_routing(self.executor)
+
+    def __reduce__(self) -> Never:
+        """Raises UsageError: neither pickle nor deepcopy can take machine code along."""
+        raise UsageError(
+            "a loaded model is machine code and memory of this process, so that it can neither be "
+            f"pickled nor copied: moec.load({str(self.path)!r}) where it is needed"
+        )
 
     def __repr__(self) -> str:
         return f"<{self.path.name}: {len(self.artifact.package.main.inputs)} inputs>"

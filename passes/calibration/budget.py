@@ -15,6 +15,8 @@ _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.eE+-]+)")
 class BudgetError(MoecError):
     """A pass went beyond the budget, and the user asked to be told so."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Budget:

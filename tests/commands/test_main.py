@@ -58,7 +58,7 @@ def test_no_command_shows_the_help() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compil"], "error: no such command 'compil'; did you mean compile?"),
+        (["compil"], "error: no such command 'compil'; did you mean 'compile'?"),
         (["frobnicate"], "error: no such command 'frobnicate'; the commands are compile, run"),
         (["compile"], "error: Missing argument 'MODEL'; see moec compile --help"),
         (["compile", "m", "--verify", "soon"], "'soon' is not a tolerance"),

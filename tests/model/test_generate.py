@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import csv
 import inspect
 import json
+import pickle
 import random
 import socket
 import string
@@ -24,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moec
-from moec.errors import InputError, VerificationError
+from moec.errors import InputError, MoecError, UsageError, VerificationError
 from moec.runtime.texts import PIECE, Texts
 from tests.capture.modules import WIDTH, Moe
 
@@ -61,6 +63,42 @@ def prompts(tiny_moe: Path) -> list[list[int]]:
         tokenizer(inspect.getsource(module)[200 * n : 200 * n + 120 + 7 * n]).input_ids
         for n, module in enumerate(modules * 2, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 3}, "text is generated without an option 'num_beams'; the options are max_"),
+        ({"max_tokens": 3}, "an option 'max_tokens'; did you mean 'max_new_tokens'?"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number, or be left out"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"top_k": "5", "temperature": 1}, "top_k is '5'; it must be a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"stop": 1.5}, "stop is 1.5; it must be a token, or a list of tokens"),
+        ({"stop": [1, "a"]}, "stop is [1, 'a']; it must be a token, or a list of tokens"),
+    ],
+)
+def test_odd_options(loaded: moec.LoadedModel, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(MoecError) as caught:
+        loaded.generate([[1, 2]], **options)
+    assert words in str(caught.value)
+
+
+def test_numbers_of_numpy_are_options(loaded: moec.LoadedModel) -> None:
+    options = {"max_new_tokens": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    assert len(loaded.generate([[1, 2]], **options)[0]) <= 4
+
+
+def test_a_model_is_neither_pickled_nor_copied(
+    compiled: moec.CompiledModel, loaded: moec.LoadedModel
+) -> None:
+    for model, words in ((compiled, "save it, and moec.load the"), (loaded, "moec.load('")):
+        for act in (pickle.dumps, copy.deepcopy, copy.copy):
+            with pytest.raises(UsageError) as caught:
+                act(model)
+            assert words in str(caught.value)
 
 
 def test_the_tokens_of_hugging_face(tiny_moe: Path, prompts: list[list[int]]) -> None:
@@ -169,11 +207,6 @@ def test_what_cannot_be_continued(
 ) -> None:
     with pytest.raises(InputError, match=words):
         compiled.generate(given, **options)
-
-
-def test_an_unknown_option(compiled: moec.CompiledModel) -> None:
-    with pytest.raises(TypeError, match="max_length"):
-        compiled.generate([[1]], max_length=3)
 
 
 class Bag(nn.Module):

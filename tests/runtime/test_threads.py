@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from moec.errors import UsageError
 from moec.runtime.threads import available, set_threads
 
 
@@ -26,8 +27,25 @@ def test_what_the_user_set_stays():
 
 
 def test_no_threads_are_refused():
-    with pytest.raises(ValueError, match="0 is not a positive number"):
+    with pytest.raises(UsageError, match="0 is not a positive number"):
         set_threads(0, {})
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-3", "1.5", "9" * 20])
+def test_a_number_of_threads_that_is_none_is_refused(value: str):
+    with pytest.raises(UsageError, match=f"TVM_NUM_THREADS is '{value}': give a whole number from"):
+        set_threads(environment={"TVM_NUM_THREADS": value})
+
+
+def test_an_empty_variable_is_not_set():
+    environment = {"TVM_NUM_THREADS": "", "TVM_BIND_THREADS": " "}
+    assert set_threads(environment=environment) == available()
+    assert environment["TVM_BIND_THREADS"] == "0"
+
+
+def test_waiting_is_a_number_too():
+    with pytest.raises(UsageError, match="TVM_THREAD_POOL_SPIN_COUNT is 'x': give a whole number"):
+        set_threads(environment={"TVM_THREAD_POOL_SPIN_COUNT": "x"})
 
 
 def test_the_runtime_alone_obeys():

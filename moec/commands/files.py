@@ -1,0 +1,46 @@
+"""Files that are written, looked at before any work is done for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moec.errors import UsageError
+
+
+class OutputFile(click.ParamType[Path]):
+    """A file to be written, in a folder that is there, with one of `suffixes` where there are any.
+
+    Raises UsageError, naming the option.
+    """
+
+    name = "file"
+
+    def __init__(self, *suffixes: str) -> None:
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        option = f"{param.opts[0]} {path}" if param else str(path)
+        if self.suffixes and path.suffix not in self.suffixes:
+            *most, last = self.suffixes
+            endings = f"{', '.join(most)} or {last}" if most else last
+            raise UsageError(f"{option}: the name must end in {endings}")
+        check_writable(path, option)
+        return path
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Raises UsageError, beginning with `name`, where no file can be written at `path`."""
+    try:
+        if path.is_dir():
+            raise UsageError(f"{name} is a folder: give the name of a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{name}: the folder {path.parent} does not exist")
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise UsageError(f"{name} cannot be the name of a file") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{name} cannot be written: permission denied")

@@ -1,0 +1,117 @@
+"""Mistakes of a user, of a file or of an environment: exit code 1, one sentence, never 70."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moec.__main__ import cli
+from moec.runtime import artifact
+from tests.runtime import toy
+from tests.runtime.damaged import edit_manifest, unpacked
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("speaker") / "speaker.moec"
+    files = toy.tokenizer_files()
+    artifact.write(toy.language_model(), path, graphs={"main": toy.GRAPH}, files=files)
+    return path
+
+
+def moec(*words: object, shell: str = "", **environment: str) -> tuple[int, str, str]:
+    """The exit code, and what was written to stdout and to stderr."""
+    command = [sys.executable, "-m", "moec", *map(os.fsencode, map(str, words))]
+    if shell:
+        command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **environment})
+    return done.returncode, done.stdout.decode(), done.stderr.decode(errors="replace")
+
+
+def refused(*words: object, **environment: str) -> str:
+    """The one sentence that refuses a command."""
+    done = CliRunner().invoke(cli, list(map(str, words)), env=environment, prog_name="moec")
+    assert done.exit_code == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_of_a_prompt(speaker: Path) -> None:
+    prompt = ("run", speaker, "--prompt", "b c")
+    assert "'--seed': -1 is not in the range x>=0" in refused(*prompt, "--seed", "-1")
+    words = refused("run", speaker, "--prompt", "b \udcff")
+    assert words == "error: the prompt is not UTF-8 at character 2: convert it first"
+
+
+def test_of_the_environment(speaker: Path) -> None:
+    prompt = ("run", speaker, "--prompt", "b c", "--quiet")
+    for value in ("abc", "0", "-2"):
+        words = refused(*prompt, TVM_NUM_THREADS=value)
+        assert f"the environment variable TVM_NUM_THREADS is '{value}': give a whole" in words
+    assert moec(*prompt, TVM_NUM_THREADS="") == (0, " d e f g\n", "")
+
+
+def test_closed_streams(speaker: Path) -> None:
+    prompt = ("run", speaker, "--prompt", "b c", "--quiet")
+    assert moec(*prompt, shell=">&-") == (0, "", "")
+    assert moec(*prompt, shell="2>&-") == (0, " d e f g\n", "")
+    assert moec("verify", speaker, shell="<&- >&- 2>&-") == (0, "", "")
+
+
+def test_a_name_that_no_terminal_can_show(speaker: Path, tmp_path: Path) -> None:
+    path = shutil.copy(speaker, os.fsencode(tmp_path) + b"/\xff.moec")
+    code, out, _ = moec("verify", os.fsdecode(path))
+    assert code == 0
+    assert "\\udcff.moec is intact" in out
+
+
+def test_of_a_picture(speaker: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none" / "x.svg"
+    words = refused("inspect", speaker, "--graph", path)
+    assert words == f"error: --graph {path}: the folder {path.parent} does not exist"
+    words = refused("inspect", speaker, "--graph", tmp_path)
+    assert "the name must end in .svg, .html or .dot" in words
+
+
+def test_of_a_forged_artifact(speaker: Path, tmp_path: Path) -> None:
+    """Its digests are right."""
+    path = Path(shutil.copy(speaker, tmp_path / "forged.moec"))
+    folder = unpacked(path)
+    edit_manifest(folder, lambda text: text["arrays"]["table"].update(shape=[0, 10**30]))
+    assert "manifest.json is malformed" in refused("verify", folder)
+
+
+def test_of_a_tensor_file(speaker: Path, tmp_path: Path) -> None:
+    np.savez(path := tmp_path / "x.npz", input_ids=np.zeros((1, 2), np.int64))
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2") + 10  # the method, in the directory
+    path.write_bytes(content[:at] + b"\x63" + content[at + 1 :])
+    words = refused("run", speaker, "--input", path)
+    assert words.endswith("'input_ids' is encrypted, or compressed by another method")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full disk is made by mount")
+def test_a_full_folder_for_temporary_files(tmp_path: Path) -> None:
+    """LLVM ended the process: `LLVM ERROR: IO failure on output stream`."""
+    program = (
+        "import torch, moec\n"
+        "try: moec.compile(torch.nn.Linear(8, 8).eval(), (torch.zeros(3, 8),), verify=False)\n"
+        "except moec.MoecError as error: print(error)\n"
+    )
+    mount = f"mount -t tmpfs -o size=32k tmpfs {tmp_path} && TMPDIR={tmp_path} "
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount + '"$@"', "sh", sys.executable, "-c", program],
+        capture_output=True, text=True, env={**os.environ, "MOEC_CACHE": "off"},
+    )  # fmt: skip
+    if done.returncode and ("unshare:" in done.stderr or "mount:" in done.stderr):
+        pytest.skip("this machine lets nobody mount")
+    assert done.stdout.startswith(f"{tmp_path}, for temporary files, has "), done.stderr
+    assert "set TMPDIR to a folder on another disk" in done.stdout
