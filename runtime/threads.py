@@ -17,10 +17,12 @@ rounds, medians, with other processes busy):
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import MutableMapping
 
 from moec.errors import UsageError
+from moec.runtime.cpu_quota import cpu_quota
 
 SPINS = 2000
 
@@ -56,7 +58,13 @@ def set_threads(
 
 
 def available() -> int:
-    """The processors that this process may use."""
+    """The processors that this process may use, and has the time to: a part of one counts as one,
+    since two threads do more in a quota of 1.5 than one does."""
+    return min(affine(), math.ceil(min(cpu_quota(), 1 << 16)))
+
+
+def affine() -> int:
+    """The processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

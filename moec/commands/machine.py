@@ -17,6 +17,8 @@ from typing import Any
 
 from moec.codegen.cpu import link
 from moec.errors import TargetError
+from moec.runtime.cpu_quota import cpu_quota
+from moec.runtime.threads import affine, available
 from moec.target import cpu as target
 from moec.target import nvidia
 
@@ -66,8 +68,10 @@ def processor(cpuinfo: Path) -> list[Check]:
         for block in "\n".join(lines).split("\n\n")
         if block.strip()
     }
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = available()
     cores = f"{usable} of {os.cpu_count()} processors usable"
+    if usable < affine():
+        cores += f" (the container's quota is {cpu_quota():g})"
     if len(names) > len(physical) > 1:
         cores += f", {len(physical)} cores"
     have = target.host_features()
@@ -221,7 +225,7 @@ def linker(env: Mapping[str, str], which: Callable[[str], str | None]) -> Check:
 
 def threads(env: Mapping[str, str]) -> list[Check]:
     """The thread pools that an artifact and eager PyTorch would use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = available()
     checks = []
     for variable, whose in (
         ("TVM_NUM_THREADS", "artifacts take"),
@@ -232,7 +236,7 @@ def threads(env: Mapping[str, str]) -> list[Check]:
             checks.append(Check(variable, OK, f"not set: {whose} the default"))
         elif not value.isdigit() or int(value) < 1:
             checks.append(Check(variable, BAD, f"{value!r} is not a number", f"unset {variable}"))
-        elif int(value) > (usable or 1):
+        elif int(value) > usable:
             says = f"{value}, more than the {usable} processors usable"
             checks.append(Check(variable, NOTE, says, f"set {variable}={usable}"))
         else:
