@@ -200,7 +200,7 @@ def weighting(
     others = [v for v, la in zip(op.inputs, layouts, strict=True) if la is None]
     rank = len(op.outputs[0].shape)
     padded = ((),) * (rank - len(source.axes)) + source.axes
-    if op.name == "aten.where.reader" and len(others) == 2 and reader.is_zeros(others[1]):
+    if op.name == "aten.where.self" and len(others) == 2 and reader.is_zeros(others[1]):
         others = others[:1]
     elif op.name not in (*MULTIPLY, "aten.masked_fill.Scalar") or len(others) != 1:
         raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
@@ -214,7 +214,7 @@ def weighting(
             raise NoMatch(f"{others[0].name} weighs features, not rows")
         if not mine:
             axes[dim] = (Atom(size, True),)
-    masks = op.name == "aten.where.reader" or op.name == "aten.masked_fill.Scalar"
+    masks = op.name == "aten.where.self" or op.name == "aten.masked_fill.Scalar"
     reader.use("mask" if masks else "weights", others[0])
     if not masks and not source.applied:
         reader.input_side = True

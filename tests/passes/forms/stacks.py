@@ -163,6 +163,19 @@ class AllThenWeigh(Stacks):
         return (rows * dense[..., None]).sum(1)
 
 
+class AllThenWhere(Stacks):
+    """Every expert for every token, rows set to zero where it was not chosen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        dense = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, chosen, weights)
+        hits = F.one_hot(chosen, E).sum(1) > 0
+        hidden = F.gelu(torch.einsum("td,ehd->teh", x, self.up) + self.bias)
+        rows = torch.einsum("teh,edh->ted", hidden, self.down)
+        rows = torch.where(hits[..., None], rows, torch.zeros_like(rows))
+        return (rows * dense[..., None]).sum(1)
+
+
 class AllThenSum(Stacks):
     """Hidden values are weighed, and one product sums over the experts too."""
 
