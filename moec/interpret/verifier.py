@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moec.dtypes import DTYPES
 from moec.errors import IRError
-from moec.ir.graph import Attr, Graph, Op, Ref, Stage, Value
+from moec.ir.aten import refs
+from moec.ir.graph import Graph, Op, Stage, Value
 from moec.ops import OPS
 
 
@@ -56,7 +57,7 @@ def _verify_op(op: Op, stage: Stage) -> None:
     if not op.name.startswith(stage.value):
         raise IRError(f"{op}: does not belong in stage {stage.name}")
     for name, attr in op.attrs.items():
-        for ref in _refs(attr):
+        for ref in refs(attr):
             if not 0 <= ref.index < len(op.inputs):
                 raise IRError(f"{op}: {name} refers to input {ref.index} of {len(op.inputs)}")
     definition = OPS.get(op.name)
@@ -69,9 +70,3 @@ def _verify_op(op: Op, stage: Stage) -> None:
     if expected != actual:
         shown = [", ".join(map(str, types)) for types in (actual, expected)]
         raise IRError(f"{op}: is {shown[0]}, but its inputs make it {shown[1]}")
-
-
-def _refs(attr: Attr) -> list[Ref]:
-    if isinstance(attr, tuple):
-        return [ref for item in attr for ref in _refs(item)]
-    return [attr] if isinstance(attr, Ref) else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,31 +44,88 @@ def call(op: Op, tensors: Sequence[torch.Tensor], env: Mapping[str, int]) -> tup
 def arguments(
     op: Op, tensors: Sequence[Any], env: Mapping[str, int]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The positional and keyword arguments of an ATen op, in the order of its schema."""
-    referenced = {ref.index for value in op.attrs.values() for ref in _refs(value)}
-    positional = iter([t for i, t in enumerate(tensors) if i not in referenced])
+    """The positional and keyword arguments of an ATen op, in the order of its schema.
+
+    Raises IRError for an argument without a value and without a default.
+    """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for argument in overload(op.name)._schema.arguments:
-        if argument.name in op.attrs:
-            value = concrete(op.attrs[argument.name], tensors, env)
-        elif "Tensor" in str(argument.type):
-            value = next(positional, None)
-        elif argument.has_default_value():
-            value = argument.default_value
-        else:
-            raise IRError(f"{op}: {argument.name} is missing")
-        if argument.kwarg_only:
-            kwargs[argument.name] = value
+    values = _arguments(op, tensors, lambda attr: concrete(attr, tensors, env))
+    for parameter, value in zip(_schema(op.name), values, strict=False):
+        if value is _MISSING:
+            raise IRError(f"{op}: {parameter.name} is missing")
+        if parameter.keyword:
+            kwargs[parameter.name] = value
         else:
             args.append(value)
     return args, kwargs
 
 
-def _refs(value: Attr) -> list[Ref]:
-    if isinstance(value, tuple):
-        return [ref for item in value for ref in _refs(item)]
-    return [value] if isinstance(value, Ref) else []
+def named(op: Op) -> Mapping[str, Any]:
+    """The arguments of an ATen op by schema name: Values, attributes, or the schema's defaults.
+
+    Raises IRError for inputs beyond the schema.
+    """
+    *values, rest = _arguments(op, op.inputs, lambda attr: _resolved(attr, op.inputs))
+    if rest:
+        raise IRError(f"{op}: has more inputs than its schema names")
+    names = (parameter.name for parameter in _schema(op.name))
+    return {name: _plain(value) for name, value in zip(names, values, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    """A default as an attribute has it: a tuple for a list, None where there is none."""
+    if value is _MISSING:
+        return None
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of a schema; `tensor`: it takes inputs, one or a list of them."""
+
+    name: str
+    tensor: bool
+    keyword: bool
+    default: Any
+
+
+_MISSING = object()
+
+
+@cache
+def _schema(name: str) -> tuple[_Parameter, ...]:
+    return tuple(
+        _Parameter(
+            a.name,
+            "Tensor" in str(a.type),
+            a.kwarg_only,
+            a.default_value if a.has_default_value() else _MISSING,
+        )
+        for a in overload(name)._schema.arguments
+    )
+
+
+def _arguments(op: Op, inputs: Sequence[Any], resolve: Callable[[Attr], Any]) -> Iterator[Any]:
+    """The argument of each parameter of the schema: its attribute, the next input that no
+    attribute refers to, or the default; last, the list of inputs that are left over."""
+    referenced = {ref.index for attr in op.attrs.values() for ref in refs(attr)}
+    positional = (value for i, value in enumerate(inputs) if i not in referenced)
+    for parameter in _schema(op.name):
+        if parameter.name in op.attrs:
+            yield resolve(op.attrs[parameter.name])
+        elif parameter.tensor:
+            yield next(positional, None)
+        else:
+            yield parameter.default
+    yield list(positional)
+
+
+def refs(attr: Attr) -> list[Ref]:
+    """The references to inputs in an attribute, in order."""
+    if isinstance(attr, tuple):
+        return [ref for item in attr for ref in refs(item)]
+    return [attr] if isinstance(attr, Ref) else []
 
 
 def concrete(value: Attr, tensors: Sequence[Any], env: Mapping[str, int]) -> Any:
@@ -83,35 +141,6 @@ def concrete(value: Attr, tensors: Sequence[Any], env: Mapping[str, int]) -> Any
             return evaluate_dim(value, env)
         case _:
             return value
-
-
-def named(op: Op) -> Mapping[str, Any]:
-    """The arguments of an ATen op by schema name: Values, attributes, or the schema's defaults."""
-    return _named(op)
-
-
-@cache
-def _schema(name: str) -> tuple[tuple[str, bool, Any], ...]:
-    return tuple(
-        (a.name, "Tensor" in str(a.type), a.default_value if a.has_default_value() else None)
-        for a in overload(name)._schema.arguments
-    )
-
-
-def _named(op: Op) -> dict[str, Any]:
-    listed = {ref.index for attr in op.attrs.values() for ref in _refs(attr)}
-    positional = iter([v for i, v in enumerate(op.inputs) if i not in listed])
-    arguments: dict[str, Any] = {}
-    for name, tensor, default in _schema(op.name):
-        if name in op.attrs:
-            arguments[name] = _resolved(op.attrs[name], op.inputs)
-        elif tensor:
-            arguments[name] = next(positional, None)
-        else:
-            arguments[name] = tuple(default) if isinstance(default, list) else default
-    if next(positional, None) is not None:
-        raise IRError(f"{op}: has more inputs than its schema names")
-    return arguments
 
 
 def _resolved(attr: Attr, inputs: tuple[Value, ...]) -> Any:
