@@ -20,6 +20,7 @@ from moec.codegen.onnx.writer import Writer
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.opdef import inputs_of
 from moec.ops.grouped import GroupedLinear
 from moec.ops.quantised import GroupedQuantised
 
@@ -237,7 +238,7 @@ def expert_of(c: Call) -> str:
 @build("moe.combine")
 def combine(c: Call) -> str:
     w, op = c.w, c.op
-    rows, permutation, *rest = op.inputs
+    rows, permutation, weights, addend = inputs_of(op).values()
     k, tokens = op.attrs["k"], c.out.shape[0]
     assert isinstance(k, int)
     full = "f64" if rows.dtype == "f64" else "f32"
@@ -245,13 +246,11 @@ def combine(c: Call) -> str:
     if len(permutation.shape) == 1:
         slots = reshaped(w, _inverse(w, slots), permutation.shape, (tokens, k))
     picked = w("Gather", w.cast(w.read(rows), rows.dtype, full), slots, axis=0)
-    if op.attrs.get("weighted"):
-        weights = rest.pop(0)
+    if weights is not None:
         row = w("Unsqueeze", w.cast(w.read(weights), weights.dtype, full), w.constant([1]))
         total = w("Squeeze", w("MatMul", row, picked), w.constant([1]))
     else:
         total = w("ReduceSum", picked, w.constant([1]), keepdims=0)
-    if op.attrs.get("added"):
-        addend = rest.pop(0)
+    if addend is not None:
         total = w("Add", total, w.cast(w.read(addend), addend.dtype, full))
     return w.cast(total, full, c.out.dtype)

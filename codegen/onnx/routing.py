@@ -10,6 +10,7 @@ from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import Writer
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, Value
+from moec.ir.opdef import inputs_of
 from moec.ops.routing import Routing
 
 LOW = float("-inf")
@@ -18,19 +19,18 @@ LOW = float("-inf")
 def logits_of(w: Writer, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
     """What a router ranks, in f32; the correction that its choice alone sees; [T, E]."""
     if op.name == "moe.route":
-        value, *rest = op.inputs
+        value, correction = inputs_of(op).values()
         tokens, experts = value.shape
         logits = w.cast(w.read(value), value.dtype, "f32")
-        return logits, rest[0] if rest else None, (tokens, experts)
-    x, weight, *rest = op.inputs
+        return logits, correction, (tokens, experts)
+    x, weight, bias, correction = inputs_of(op).values()
     compute, rounded = (_dtype(op, name) for name in ("compute", "logits"))
-    bias = rest.pop(0) if op.attrs.get("biased") else None
     turned = w.cast(transposed(w, weight), weight.dtype, compute)
     product = w("MatMul", w.cast(w.read(x), x.dtype, compute), turned)
     if bias is not None:
         product = w("Add", product, w.cast(w.read(bias), bias.dtype, compute))
     logits = w.cast(w.cast(product, compute, rounded), rounded, "f32")
-    return logits, rest[0] if rest else None, (x.shape[0], weight.shape[0])
+    return logits, correction, (x.shape[0], weight.shape[0])
 
 
 def _dtype(op: Op, name: str) -> str:

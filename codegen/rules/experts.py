@@ -14,6 +14,7 @@ from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
+from moec.ir.opdef import inputs_of
 
 
 def _sort(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -50,13 +51,11 @@ def sorting_of(permutation: Value, graph: Graph) -> Op | None:
 
 
 def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
-    rows, permutation, *rest = op.inputs
+    rows, permutation, weights, addend = inputs_of(op).values()
     out = op.outputs[0]
     source = cast(Op, sorting_of(permutation, low.graph))
     experts = choices_of(source)
     _, slots, ends = _sorted(low, source, experts)
-    weights = rest.pop(0) if op.attrs.get("weighted") else None
-    addend = rest.pop(0) if op.attrs.get("added") else None
     count, k, width = cast(int, source.attrs["num_experts"]), cast(int, op.attrs["k"]), out.shape[1]
     assert isinstance(width, int)
     if len(permutation.shape) == 2:

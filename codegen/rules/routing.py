@@ -9,35 +9,36 @@ from tvm import relax
 from moec.codegen.backend import Rule, always
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.routing import GateSpec, RouteSpec
-from moec.ir.graph import DType, Op
+from moec.ir.graph import DType, Op, Value
+from moec.ir.opdef import inputs_of
 from moec.ops.routing import Routing
 
 
 def _route(low: Lowering, op: Op) -> list[relax.Expr]:
-    logits, *correction = op.inputs
+    logits, correction = inputs_of(op).values()
     count = logits.shape[1]
     assert isinstance(count, int)
-    spec = RouteSpec(
-        Routing.of(op), count, logits.dtype, correction[0].dtype if correction else None
-    )
+    spec = RouteSpec(Routing.of(op), count, logits.dtype, _dtype(correction))
     function = low.kernel(spec, "route")
     low.note(op, "route")
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
 
 
 def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
-    x, weight, *rest = op.inputs
-    bias = rest.pop(0).dtype if op.attrs.get("biased") else None
-    correction = rest.pop(0).dtype if op.attrs.get("corrected") else None
+    x, weight, bias, correction = inputs_of(op).values()
     count, width = weight.shape
     assert isinstance(count, int)
     assert isinstance(width, int)
     logits = cast(DType, op.attrs["logits"]).name
-    routing = RouteSpec(Routing.of(op), count, logits, correction)
-    spec = GateSpec(routing, width, x.dtype, weight.dtype, bias)
+    routing = RouteSpec(Routing.of(op), count, logits, _dtype(correction))
+    spec = GateSpec(routing, width, x.dtype, weight.dtype, _dtype(bias))
     function = low.kernel(spec, "gate")
     low.note(op, "gate")
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
+
+
+def _dtype(value: Value | None) -> str | None:
+    return None if value is None else value.dtype
 
 
 RULES = (

@@ -37,7 +37,9 @@ def linear_attention_op(
     started: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """nn.linear_attention: q, k, v, decay and the rest that the flags name."""
-    return carried(tensors, rest, rated, delta, started)
+    flags = {"rates": rated, "beta": delta, "start": started}
+    names = (name for name, flag in flags.items() if flag)
+    return carried(*tensors, **dict(zip(names, rest, strict=True)))
 
 
 @linear_attention_op.register_fake

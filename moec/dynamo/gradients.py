@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moec.ir.graph import Op
-from moec.ir.opdef import Reference, Runner
+from moec.ir.opdef import Reference, Runner, tensors_of
 from moec.ops.dispatch import sort_choices
 
 
@@ -263,11 +263,11 @@ def _sort(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dispatch(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    x, experts, *weights = tensors
+    x, experts, weights = tensors_of("moe.dispatch", op, tensors, attrs).values()
     order, slots, ends = _sort(experts, attrs["num_experts"])
     rows = _apply(_Dispatch, x, order, slots)
-    if weights:
-        rows = rows * weights[0].reshape(-1)[order][:, None].to(rows.dtype)
+    if weights is not None:
+        rows = rows * weights.reshape(-1)[order][:, None].to(rows.dtype)
     return rows, order.int(), ends
 
 
@@ -280,9 +280,8 @@ def _linear(
 
 
 def _combine(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    rows, permutation, *rest = tensors
+    rows, permutation, weights, _ = tensors_of("moe.combine", op, tensors, attrs).values()
     order, slots = _places(permutation, attrs["k"])
-    weights = rest[0] if attrs.get("weighted") else None
     return _apply(_Combine, rows, order, slots, weights, attrs["dtype"])
 
 
@@ -294,10 +293,9 @@ def _last_product(
     attrs: Mapping[str, Any],
     run: Runner,
 ) -> Any:
-    rows, ends, w, *rest = tensors
-    b = rest.pop(0) if attrs.get("biased") else None
-    order, slots = _places(rest.pop(0), attrs["k"])
-    weights = rest.pop(0) if attrs.get("weighted") else None
+    inputs = tensors_of("grouped.combine", op, tensors, attrs)
+    rows, ends, w, b, permutation, weights = inputs.values()
+    order, slots = _places(permutation, attrs["k"])
     how = (attrs["dtype"], products, valued)
     return _apply(_LastProduct, rows, ends, w, b, order, slots, weights, *how)
 

@@ -10,6 +10,7 @@ import torch
 
 from moec.errors import IRError
 from moec.ir.graph import Graph, Op, TensorType
+from moec.ir.signature import Signature, signature
 
 Runner = Callable[[Graph, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 Reference = Callable[[Op, Sequence[torch.Tensor], Mapping[str, Any], Runner], Any]
@@ -17,7 +18,7 @@ Reference = Callable[[Op, Sequence[torch.Tensor], Mapping[str, Any], Runner], An
 
 @dataclass(frozen=True)
 class OpDef:
-    """A whole op: its type rule, and its meaning as eager PyTorch.
+    """A whole op: its type rule, its meaning as eager PyTorch, and the names of its inputs.
 
     `infer(op)` gives the types of the outputs from inputs, attrs and body, and raises IRError
     where they break the op's rules. `reference(op, tensors, attrs, run)` computes them; `attrs`
@@ -26,17 +27,38 @@ class OpDef:
 
     infer: Callable[[Op], tuple[TensorType, ...]]
     reference: Reference
+    signature: Signature
 
 
 OPS: dict[str, OpDef] = {}
 
 
-def defop(name: str, infer: Callable[[Op], tuple[TensorType, ...]]) -> Callable[..., Reference]:
+def defop(
+    name: str, infer: Callable[[Op], tuple[TensorType, ...]], inputs: str
+) -> Callable[..., Reference]:
+    """Registers the decorated function as the meaning of an op; `inputs` names its inputs
+    (moec.ir.signature)."""
+
     def register(reference: Reference) -> Reference:
-        OPS[name] = OpDef(infer, reference)
+        OPS[name] = OpDef(infer, reference, signature(inputs))
         return reference
 
     return register
+
+
+def inputs_of(op: Op) -> dict[str, Any]:
+    """The inputs of an op of moec by name: Values, tuples of them, None for one that is absent.
+
+    Raises IRError where inputs and attributes do not go together.
+    """
+    return OPS[op.name].signature.bind(op, op.inputs, op.attrs)
+
+
+def tensors_of(
+    name: str, op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tensors of a reference by name, as `name` names its inputs."""
+    return OPS[name].signature.bind(op, tensors, attrs)
 
 
 def require(op: Op, rule: bool, message: str) -> None:

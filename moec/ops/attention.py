@@ -15,7 +15,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, broadcasts
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, require
+from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 
 OPERANDS = ("q", "k", "v", "out")
 SWAP = (0, 2, 1, 3)
@@ -54,15 +54,7 @@ class Attention:
     @staticmethod
     def of(op: Op) -> Attention:
         """Raises IRError where inputs and attributes do not go together."""
-        require(op, len(op.inputs) >= 3, "needs q, k and v")
-        q, k, v, *rest = op.inputs
-        mask = rest.pop(0) if op.attrs.get("masked") and rest else None
-        sinks = rest.pop(0) if op.attrs.get("sinked") and rest else None
-        first = rest.pop(0) if op.attrs.get("placed") and rest else None
-        require(op, not rest, "has inputs that no attribute names")
-        require(op, (mask is not None) == bool(op.attrs.get("masked")), "the mask is missing")
-        require(op, (sinks is not None) == bool(op.attrs.get("sinked")), "the sinks are missing")
-        require(op, (first is not None) == bool(op.attrs.get("placed")), "the places are missing")
+        q, k, v, mask, sinks, first = inputs_of(op).values()
         scale = op.attrs.get("scale")
         require(op, isinstance(scale, float), "scale is not a float")
         limits: dict[str, int | None] = {}
@@ -147,7 +139,7 @@ def divides(shared: Dim, heads: Dim) -> bool:
     return shared == heads
 
 
-@defop("nn.attention", _infer_attention)
+@defop("nn.attention", _infer_attention, "q, k, v, mask?masked, sinks?sinked, first?placed")
 def attention(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -161,29 +153,27 @@ def attention(
     a query that sees no key gives zeros.
     """
     a = Attention.of(op)
+    inputs = tensors_of("nn.attention", op, tensors, attrs)
     q, k, v = (
-        x.permute(SWAP) if name in a.tokens_first else x
-        for name, x in zip("qkv", tensors[:3], strict=True)
+        inputs[name].permute(SWAP) if name in a.tokens_first else inputs[name] for name in "qkv"
     )
-    rest = list(tensors[3:])
+    mask, sinks, first = (inputs[name] for name in ("mask", "sinks", "first"))
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.to(full).repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = q.to(full) @ k.mT * a.scale
-    if a.mask is not None:
-        mask = rest.pop(0)
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        else:
-            scores = scores + mask.to(full)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.to(full)
     positions = torch.arange(q.shape[2])[:, None]
-    if a.first is not None:
-        positions = rest.pop()[:, None, None, None] + positions
+    if first is not None:
+        positions = first[:, None, None, None] + positions
     allowed = visible(positions, torch.arange(k.shape[2]), a)
     scores = scores.masked_fill(~allowed, -torch.inf)
-    if a.sinks is not None:
-        sinks = rest.pop(0).to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], -1)
+    if sinks is not None:
+        column = sinks.to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
     shares = torch.ops.aten._safe_softmax(scores, -1)
     out = (shares[..., : k.shape[2]] @ v).to(q.dtype)
     return out.permute(SWAP) if "out" in a.tokens_first else out

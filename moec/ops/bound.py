@@ -29,7 +29,7 @@ def _infer_bound(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(cast(DType, op.attrs["dtype"]).name, shape),)
 
 
-@defop("moec.bound", _infer_bound)
+@defop("moec.bound", _infer_bound, "")
 def bound(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """-> `value`, numbers in order, repeated along the axes of `shape` whose sizes are named."""
     return place(op).expand(attrs["shape"])

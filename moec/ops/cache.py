@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, require
+from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 from moec.ops.attention import SWAP, swapped
 from moec.ops.rotary import require_turnable, turned
 
@@ -28,12 +28,7 @@ class Append:
     @staticmethod
     def of(op: Op) -> Append:
         """Raises IRError where inputs and attributes do not go together."""
-        both = bool(op.attrs.get("turned"))
-        words = "a cache, rows and places" + (", cos and sin" if both else "")
-        require(op, len(op.inputs) == (5 if both else 3), f"needs {words}")
-        cache, rows, first, *turns = op.inputs
-        cos, sin = turns or (None, None)
-        return Append(cache, rows, first, cos, sin, bool(op.attrs.get("tokens_first")))
+        return Append(**inputs_of(op), tokens_first=bool(op.attrs.get("tokens_first")))
 
     def attrs(self) -> dict[str, bool]:
         """As attributes of an op: those that are set."""
@@ -60,7 +55,7 @@ def _infer_append(op: Op) -> tuple[TensorType, ...]:
     return (cache.type,)
 
 
-@defop("nn.append", _infer_append)
+@defop("nn.append", _infer_append, "cache, rows, first, cos?turned, sin?turned")
 def append(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """cache[B,H,L,D], rows[B,H,S,D], first i64[B], cos?, sin?
     -> the cache with rows at first[b] and after.
@@ -69,9 +64,9 @@ def append(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     are turned first, as nn.rotary turns halves: cos and sin [.., D or D/2] broadcast to [B,H,S].
     first[b] + S is at most L; the caller sees to it.
     """
-    cache, rows, first, *turns = tensors
+    cache, rows, first, cos, sin = tensors_of("nn.append", op, tensors, attrs).values()
     rows = rows.permute(SWAP) if attrs.get("tokens_first") else rows
-    rows = turned(rows, turns[0], turns[1]) if turns else rows
+    rows = rows if cos is None else turned(rows, cos, sin)
     positions = first[:, None] + torch.arange(rows.shape[2])
     index = positions[:, None, :, None].expand(rows.shape)
     return cache.scatter(2, index, rows)

@@ -13,8 +13,8 @@ from moec.formats.integer import round_rows
 from moec.formats.ternary import starts_shape
 from moec.formats.two_bit import words
 from moec.ir.graph import DType, Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, integer, require
-from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
+from moec.ir.opdef import Runner, defop, integer, require, tensors_of
+from moec.ops.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of
 
 X_BITS = 16
 
@@ -52,7 +52,7 @@ def _infer_decompress(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(dtype, (*op.inputs[-1].shape[:2], width)),)
 
 
-@defop("moe.decompress", _infer_decompress)
+@defop("moe.decompress", _infer_decompress, "parts*")
 def moe_decompress(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -88,7 +88,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, first.shape[1])
 
 
-@defop("grouped.compressed", _infer)
+@defop("grouped.compressed", _infer, INPUTS)
 def grouped_compressed(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -98,14 +98,13 @@ def grouped_compressed(
     `quantisation.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary or
     2bit. `scaled` multiplies the product.
     """
-    x, ends, *rest = tensors
-    kind, each = attrs["kind"], len(PARTS[attrs["kind"]])
-    stored = [rest[i : i + each] for i in range(0, attrs["matrices"] * each, each)]
+    inputs = tensors_of("grouped.compressed", op, tensors, attrs)
+    x, kind = inputs["x"], attrs["kind"]
+    stored = batches(inputs["matrices"], len(PARTS[kind]))
     stacks = [decompress(kind, parts, x.shape[1]) for parts in stored]
 
     def matrices(expert: int) -> list[torch.Tensor]:
         return [stack[expert] for stack in stacks]
 
-    inputs = [ends, *rest[len(stored) * each :]]
     rows = round_rows(x, 1, X_BITS)
     return in_float32(op, rows, inputs, attrs, run, matrices, stacks[0].shape[1])

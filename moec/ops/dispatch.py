@@ -9,7 +9,7 @@ import torch
 
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Graph, Op, TensorType
-from moec.ir.opdef import Runner, defop, integer, require
+from moec.ir.opdef import Runner, defop, integer, require, tensors_of
 
 
 def sort_choices(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
@@ -29,7 +29,7 @@ def _infer_sort(op: Op) -> tuple[TensorType, ...]:
     )
 
 
-@defop("moe.sort", _infer_sort)
+@defop("moe.sort", _infer_sort, "experts")
 def sort(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k] -> order[R], slots[T, k] (the row of each choice), ends[E]."""
     return sort_choices(tensors[0], attrs["num_experts"])
@@ -47,7 +47,7 @@ def _infer_dispatch(op: Op) -> tuple[TensorType, ...]:
     )
 
 
-@defop("moe.dispatch", _infer_dispatch)
+@defop("moe.dispatch", _infer_dispatch, "x, experts, weights?")
 def dispatch(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], experts[T, k], weights[T, k]? -> rows[R, D], order[R], ends[E].
 
@@ -76,7 +76,7 @@ def _infer_experts(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(result.dtype, (rows.shape[0], *result.shape[1:])),)
 
 
-@defop("moe.experts", _infer_experts)
+@defop("moe.experts", _infer_experts, "rows, ends, stacks*")
 def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """rows[R, D], ends[E], stacked params -> rows: the body over each expert's rows."""
     rows, ends, *stacks = tensors
@@ -105,14 +105,14 @@ def _infer_combine(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(dtype, (tokens, rows.shape[1])),)
 
 
-@defop("moe.combine", _infer_combine)
+@defop("moe.combine", _infer_combine, "rows, order, weights?weighted, addend?added")
 def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """rows[R, D], order[R] or slots[T, k], weights[T, k]?, addend[T, D]? -> y[T, D].
 
     y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 in
     the order of the slots. Attributes: `k`, `tokens` (T), `dtype` of y, `weighted`, `added`.
     """
-    rows, permutation, *rest = tensors
+    rows, permutation, weights, addend = tensors_of("moe.combine", op, tensors, attrs).values()
     k = attrs["k"]
     order = permutation.long()
     if permutation.ndim == 1:
@@ -120,11 +120,11 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     else:
         slots = order.reshape(-1)
     picked = rows.float()[slots].reshape(-1, k, rows.shape[1])
-    if attrs.get("weighted"):
-        picked = picked * rest.pop(0).float()[..., None]
+    if weights is not None:
+        picked = picked * weights.float()[..., None]
     total = picked[:, 0]
     for s in range(1, k):
         total = total + picked[:, s]
-    if attrs.get("added"):
-        total = total + rest.pop(0).float()
+    if addend is not None:
+        total = total + addend.float()
     return total.to(attrs["dtype"])

@@ -111,10 +111,10 @@ def all_reduce(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 
 
 _COLLECTIVES = {
-    "dist.all_to_all": (all_to_all, _rows),
-    "dist.all_gather": (all_gather, _rows),
-    "dist.reduce_scatter": (reduce_scatter, _rows),
-    "dist.all_reduce": (all_reduce, lambda op: (op.inputs[0].type,)),
+    "dist.all_to_all": (all_to_all, _rows, "rows, send?, receive?"),
+    "dist.all_gather": (all_gather, _rows, "x, counts?"),
+    "dist.reduce_scatter": (reduce_scatter, _rows, "x, counts"),
+    "dist.all_reduce": (all_reduce, lambda op: (op.inputs[0].type,), "x"),
 }
 
 
@@ -130,11 +130,11 @@ def meanings(ranks: Ranks) -> dict[str, Reference]:
         reference.__doc__ = collective.__doc__
         return reference
 
-    return {name: of(collective) for name, (collective, _) in _COLLECTIVES.items()}
+    return {name: of(collective) for name, (collective, *_) in _COLLECTIVES.items()}
 
 
 for _name, _reference in meanings(OnlyRank()).items():
-    defop(_name, _COLLECTIVES[_name][1])(_reference)
+    defop(_name, *_COLLECTIVES[_name][1:])(_reference)
 
 
 def _infer_assign(op: Op) -> tuple[TensorType, ...]:
@@ -144,7 +144,7 @@ def _infer_assign(op: Op) -> tuple[TensorType, ...]:
     return (ids.type,)
 
 
-@defop("dist.assign", _infer_assign)
+@defop("dist.assign", _infer_assign, "experts, first, slots")
 def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k], first i64[E + 1], slots i64[P] -> slot[T, k]: choice s of token t goes to copy
     (t + s) % copies of its expert, copies standing at slots[first[e]:first[e + 1]]. Ids from E on
@@ -163,7 +163,7 @@ def _infer_slot_of(op: Op) -> tuple[TensorType, ...]:
     return (TensorType("i64", (normal(cast(Dim, op.attrs["rows"])),)),)
 
 
-@defop("dist.slot_of", _infer_slot_of)
+@defop("dist.slot_of", _infer_slot_of, "ends")
 def slot_of(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """ends[P] -> the slot of each of `rows` sorted rows, i64[rows]; P for rows of no slot."""
     (ends,) = tensors
@@ -174,7 +174,7 @@ def _infer_row_count(op: Op) -> tuple[TensorType, ...]:
     return (TensorType("i32", (1,)),)
 
 
-@defop("dist.row_count", _infer_row_count)
+@defop("dist.row_count", _infer_row_count, "x")
 def row_count(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -188,7 +188,7 @@ def _infer_counts(op: Op) -> tuple[TensorType, ...]:
     return (TensorType("i32", (len(cast("tuple[int, ...]", parts)),)),)
 
 
-@defop("dist.counts", _infer_counts)
+@defop("dist.counts", _infer_counts, "ends")
 def counts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """ends[P] -> i32[n]: how many rows stand in each run of parts[i] slots."""
     last = torch.tensor(attrs["parts"]).cumsum(0) - 1

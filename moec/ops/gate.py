@@ -9,7 +9,7 @@ import torch
 
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, TensorType
-from moec.ir.opdef import Runner, defop, require
+from moec.ir.opdef import Runner, defop, require, tensors_of
 from moec.ops.routing import Routing, route_logits
 
 
@@ -35,7 +35,7 @@ def _infer_route(op: Op) -> tuple[TensorType, ...]:
     return _route_types(op, *logits.shape)
 
 
-@defop("moe.route", _infer_route)
+@defop("moe.route", _infer_route, "logits, correction?")
 def route(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """logits[T, E], correction[E]? -> weights[T, k], experts[T, k]; attributes: `Routing`."""
     return route_logits(Routing.of(op), tensors[0], tensors[1] if len(tensors) > 1 else None)
@@ -47,7 +47,7 @@ def _infer_gate(op: Op) -> tuple[TensorType, ...]:
     return _route_types(op, x.shape[0], weight.shape[0])
 
 
-@defop("moe.gate", _infer_gate)
+@defop("moe.gate", _infer_gate, "x, weight, bias?biased, correction?corrected")
 def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], weight[E, D], bias[E]?, correction[E]? -> weights[T, k], experts[T, k].
 
@@ -55,13 +55,11 @@ def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run:
     there), `logits` (the dtype to which the linear layer's result is rounded), `compute` (the
     dtype in which it runs).
     """
-    rest = list(tensors[2:])
-    bias = rest.pop(0) if attrs.get("biased") else None
-    correction = rest.pop(0) if attrs.get("corrected") else None
+    x, weight, bias, correction = tensors_of("moe.gate", op, tensors, attrs).values()
     compute = attrs["compute"]
     logits = torch.nn.functional.linear(
-        tensors[0].to(compute),
-        tensors[1].to(compute),
+        x.to(compute),
+        weight.to(compute),
         None if bias is None else bias.to(compute),
     )
     return route_logits(Routing.of(op), logits.to(attrs["logits"]), correction)
@@ -72,7 +70,7 @@ def _infer_capacity(op: Op) -> tuple[TensorType, ...]:
     return (op.inputs[0].type,)
 
 
-@defop("moe.capacity", _infer_capacity)
+@defop("moe.capacity", _infer_capacity, "experts")
 def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k] -> the same with choices beyond `capacity` per expert set to E.
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import Dim, normal
 from moec.ir.graph import DType, Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, integer, require
+from moec.ir.opdef import Runner, defop, inputs_of, integer, require, tensors_of
 
 M = TypeVar("M")
+V = TypeVar("V")
+
+INPUTS = "x, ends, matrices*, biases*matrices?biased, order?gather, scale?scaled"
+"""Of every product of sorted rows; `matrices` are the parts in which they are stored."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,18 @@ class Grouped(Generic[M]):
 
 def grouped(op: Op, each: int, matrix: Callable[..., M]) -> Grouped[M]:
     """The inputs of an op by name, where a `matrix` is made of `each` of them."""
-    x, ends, *rest = op.inputs
     count = integer(op, "matrices")
-    require(op, count >= 1 and len(rest) >= count * each, "lacks parts of its matrices")
-    matrices = tuple(matrix(*rest[i : i + each]) for i in range(0, count * each, each))
-    rest = rest[count * each :]
-    biases = tuple(rest[:count]) if op.attrs.get("biased") else ()
-    rest = rest[len(biases) :]
-    order = rest.pop(0) if op.attrs.get("gather") else None
-    scale = rest.pop(0) if op.attrs.get("scaled") else None
-    require(op, not rest, "has inputs that no attribute names")
-    return Grouped(x, ends, matrices, biases, order, scale)
+    inputs = inputs_of(op)
+    stored = inputs["matrices"]
+    require(op, count >= 1 and len(stored) >= count * each, "lacks parts of its matrices")
+    require(op, len(stored) == count * each, "has inputs that no attribute names")
+    matrices = tuple(matrix(*parts) for parts in batches(stored, each))
+    return Grouped(**{**inputs, "matrices": matrices})
+
+
+def batches(items: Sequence[V], size: int) -> list[Sequence[V]]:
+    """The items in consecutive groups of `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def rows_of(op: Op, parts: Grouped[M], width: Dim) -> tuple[TensorType, ...]:
@@ -75,7 +80,7 @@ def _infer_grouped_linear(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, parts.matrices[0].shape[1])
 
 
-@defop("grouped.linear", _infer_grouped_linear)
+@defop("grouped.linear", _infer_grouped_linear, INPUTS)
 def grouped_linear(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -86,22 +91,19 @@ def grouped_linear(
     0: x is rows already), `scaled` (row r is first multiplied by scale[order[r]]), `dtype` of
     h. Rows that nobody owns are zero.
     """
-    x, ends, *rest = tensors
-    count, k = attrs["matrices"], attrs.get("gather", 0)
-    matrices, rest = rest[:count], rest[count:]
-    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
-    if k:
-        order = rest.pop(0).long()
-        x = x[order // k]
-        if attrs.get("scaled"):
-            x = x * rest.pop(0).reshape(-1)[order][:, None].to(x.dtype)
+    inputs = tensors_of("grouped.linear", op, tensors, attrs)
+    x, ends, matrices, biases, order, scale = inputs.values()
+    if order is not None:
+        x = x[order.long() // attrs["gather"]]
+        if scale is not None:
+            x = x * scale.reshape(-1)[order.long()][:, None].to(x.dtype)
     result = x.new_zeros(x.shape[0], matrices[0].shape[1], dtype=attrs["dtype"])
     start = 0
     for expert, end in enumerate(ends.tolist()):
         rows = x[start:end]
         parts = [
             torch.nn.functional.linear(rows, m[expert], None if b is None else b[expert])
-            for m, b in zip(matrices, biases, strict=True)
+            for m, b in zip(matrices, biases or [None] * len(matrices), strict=True)
         ]
         result[start:end] = (run(op.body, parts)[0] if op.body else parts[0]).to(attrs["dtype"])
         start = end
@@ -111,7 +113,7 @@ def grouped_linear(
 def in_float32(
     op: Op,
     rows: Tensor,
-    inputs: Sequence[Tensor],
+    inputs: Mapping[str, Any],
     attrs: Mapping[str, Any],
     run: Runner,
     matrices: Callable[[int], Sequence[Tensor]],
@@ -119,16 +121,14 @@ def in_float32(
 ) -> Tensor:
     """What grouped.linear makes of `rows` f32[.., K], with `scaled` multiplying the product.
 
-    `inputs` are ends, biases, order and scale; `matrices(e)` are those of an expert, f32[width, K].
+    `inputs` are those of the op by name; `matrices(e)` are those of an expert, f32[width, K].
     """
-    ends, *rest = inputs
-    count, k, scale = attrs["matrices"], attrs.get("gather", 0), None
-    biases = [rest.pop(0) for _ in range(count)] if attrs.get("biased") else [None] * count
-    if k:
-        order = rest.pop(0).long()
-        rows = rows[order // k]
-        if attrs.get("scaled"):
-            scale = rest.pop(0).reshape(-1)[order][:, None].float()
+    ends, order, scale = (inputs[name] for name in ("ends", "order", "scale"))
+    biases = inputs["biases"] or [None] * attrs["matrices"]
+    if order is not None:
+        rows = rows[order.long() // attrs["gather"]]
+        if scale is not None:
+            scale = scale.reshape(-1)[order.long()][:, None].float()
     result = rows.new_zeros(len(rows), width, dtype=attrs["dtype"])
     start = 0
     for expert, end in enumerate(ends.tolist()):
@@ -152,7 +152,7 @@ def _infer_expert_of(op: Op) -> tuple[TensorType, ...]:
     return (TensorType("i64", (normal(op.attrs["rows"]),)),)
 
 
-@defop("grouped.expert_of", _infer_expert_of)
+@defop("grouped.expert_of", _infer_expert_of, "ends")
 def expert_of(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

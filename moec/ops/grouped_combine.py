@@ -10,7 +10,7 @@ import torch
 
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, integer, require
+from moec.ir.opdef import Runner, defop, inputs_of, integer, require
 from moec.ops.dispatch import combine
 from moec.ops.grouped import grouped_linear
 
@@ -28,13 +28,7 @@ class GroupedCombine:
 
     @staticmethod
     def of(op: Op) -> GroupedCombine:
-        rows, ends, matrix, *rest = op.inputs
-        bias = rest.pop(0) if op.attrs.get("biased") else None
-        require(op, bool(rest), "has no order")
-        order = rest.pop(0)
-        weights = rest.pop(0) if op.attrs.get("weighted") else None
-        require(op, not rest, "has inputs that no attribute names")
-        return GroupedCombine(rows, ends, matrix, bias, order, weights)
+        return GroupedCombine(**inputs_of(op))
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -48,7 +42,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(dtype, (tokens, parts.matrix.shape[1])),)
 
 
-@defop("grouped.combine", _infer)
+@defop("grouped.combine", _infer, "rows, ends, matrix, bias?biased, order, weights?weighted")
 def grouped_combine(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, require
+from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 from moec.ops.attention import divides
 
 
@@ -47,10 +47,7 @@ class LinearAttention:
     @staticmethod
     def of(op: Op) -> LinearAttention:
         """Raises IRError where inputs and attributes do not go together."""
-        flags = [bool(op.attrs.get(name)) for name in FLAGS]
-        require(op, len(op.inputs) == 4 + sum(flags), "the attributes do not name its inputs")
-        q, k, v, decay, *rest = op.inputs
-        return LinearAttention(q, k, v, decay, *(rest.pop(0) if flag else None for flag in flags))
+        return LinearAttention(**inputs_of(op))
 
     @property
     def per(self) -> Literal["head", "key", "rate"]:
@@ -58,10 +55,6 @@ class LinearAttention:
         if self.rates is not None:
             return "rate"
         return "head" if len(self.decay.shape) == 3 else "key"
-
-
-FLAGS = ("rated", "delta", "started")
-"""The attributes that say which of rates, beta and start follow the decay."""
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -91,7 +84,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return (a.v.type, TensorType("f32", (batch, *state)))
 
 
-@defop("nn.linear_attention", _infer)
+@defop("nn.linear_attention", _infer, "q, k, v, decay, rates?rated, beta?delta, start?started")
 def linear_attention(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -100,27 +93,24 @@ def linear_attention(
     Attributes: `rated`, `delta`, `started` say which of rates, beta and start are given, in
     this order. All of float32.
     """
-    return carried(tensors[:4], tensors[4:], *(bool(attrs.get(name)) for name in FLAGS))
+    return carried(**tensors_of("nn.linear_attention", op, tensors, attrs))
 
 
 def carried(
-    tensors: Sequence[torch.Tensor],
-    rest: Sequence[torch.Tensor],
-    rated: bool,
-    delta: bool,
-    started: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    rates: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The meaning of nn.linear_attention, position by position."""
-    q, k, v, decay = tensors
-    optional = list(rest)
-    rates = optional.pop(0) if rated else None
-    beta = optional.pop(0) if delta else None
+    """The meaning of nn.linear_attention, position by position. Shapes as in `LinearAttention`."""
     repeats = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
-    if optional:
-        state = optional[0].clone()
-    else:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    if start is not None:
+        state = start.clone()
     y = torch.empty_like(v)
     rows = decay if decay.ndim == 4 else decay[..., None]
     for t in range(v.shape[1]):

@@ -18,8 +18,8 @@ from moec.formats.integer import (
     round_rows,
 )
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, require
-from moec.ops.grouped import Grouped, grouped, in_float32, rows_of
+from moec.ir.opdef import Runner, defop, require, tensors_of
+from moec.ops.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, first.codes.shape[1])
 
 
-@defop("grouped.quantised", _infer)
+@defop("grouped.quantised", _infer, INPUTS)
 def grouped_quantised(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -103,9 +103,9 @@ def grouped_quantised(
     there. `scaled` multiplies the product.
     `exact_rows` leaves the rows as they are: the meaning that no kernel of ours computes.
     """
-    kind, each = attrs["kind"], 2 + bool(attrs.get("zeros"))
-    x, ends, *rest = tensors
-    stored = [rest[i : i + each] for i in range(0, attrs["matrices"] * each, each)]
+    inputs = tensors_of("grouped.quantised", op, tensors, attrs)
+    x, kind = inputs["x"], attrs["kind"]
+    stored = batches(inputs["matrices"], 2 + bool(attrs.get("zeros")))
     exact = bool(attrs.get("exact_rows"))
     bits = attrs.get("row_bits", 8)
     rows = x.float() if exact else round_rows(x, stored[0][1].shape[-1], bits)
@@ -113,5 +113,4 @@ def grouped_quantised(
     def matrices(expert: int) -> list[torch.Tensor]:
         return [dequantise(kind, *(part[expert] for part in parts)) for parts in stored]
 
-    inputs = [ends, *rest[len(stored) * each :]]
     return in_float32(op, rows, inputs, attrs, run, matrices, stored[0][0].shape[1])

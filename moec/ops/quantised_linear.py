@@ -10,7 +10,7 @@ import torch
 
 from moec.formats.integer import Format, dequantise, round_rows
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, require
+from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 from moec.ops.quantised import GroupedQuantised, Matrix, format_of
 
 
@@ -25,12 +25,9 @@ class QuantisedLinear:
 
     @staticmethod
     def of(op: Op) -> QuantisedLinear:
-        zeros, biased = bool(op.attrs.get("zeros")), bool(op.attrs.get("biased"))
-        count = 3 + zeros + biased
-        require(op, len(op.inputs) == count, f"has {len(op.inputs)} inputs, not {count}")
-        x, codes, scales, *rest = op.inputs
-        matrix = Matrix(codes, scales, rest.pop(0) if zeros else None)
-        return QuantisedLinear(x, matrix, rest.pop(0) if biased else None, format_of(op, matrix))
+        x, codes, scales, zeros, bias = inputs_of(op).values()
+        matrix = Matrix(codes, scales, zeros)
+        return QuantisedLinear(x, matrix, bias, format_of(op, matrix))
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -43,7 +40,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:-1], codes.shape[0])),)
 
 
-@defop("nn.quantised_linear", _infer)
+@defop("nn.quantised_linear", _infer, "x, codes, scales, zeros?zeros, bias?biased")
 def quantised_linear(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -53,11 +50,10 @@ def quantised_linear(
     `quantisation.round_rows` of x to `row_bits` (8 where that is not given, or 16); the product and
     the bias are added in float32, then cast.
     """
-    x, *rest = tensors
-    matrix = [rest.pop(0) for _ in range(2 + bool(attrs.get("zeros")))]
-    rows = round_rows(x, matrix[1].shape[-1], attrs.get("row_bits", 8))
-    product = rows @ dequantise(attrs["kind"], *matrix).mT
-    return (product + rest[0].float() if rest else product).to(x.dtype)
+    x, codes, scales, zeros, bias = tensors_of("nn.quantised_linear", op, tensors, attrs).values()
+    rows = round_rows(x, scales.shape[-1], attrs.get("row_bits", 8))
+    product = rows @ dequantise(attrs["kind"], codes, scales, zeros).mT
+    return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
 QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")

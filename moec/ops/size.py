@@ -16,7 +16,7 @@ def _infer_size(op: Op) -> tuple[TensorType, ...]:
     return (op.inputs[0].type,)
 
 
-@defop("moec.size", _infer_size)
+@defop("moec.size", _infer_size, "size")
 def size(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """One integer -> itself; from here on the size `name` has that value."""
     return tensors[0]

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 
 from moec.ir.graph import DType, Op, TensorType, Value
-from moec.ir.opdef import Runner, defop, integer, require
+from moec.ir.opdef import Runner, defop, inputs_of, integer, require, tensors_of
 
 KINDS = ("zero", "copy", "constant")
+INPUTS = "x, experts, weights?weighted, mix?mixed, constants?kinds:constant, addend?added"
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,8 @@ class ZeroExperts:
 
     @staticmethod
     def of(op: Op) -> ZeroExperts:
-        x, experts, *rest = op.inputs
-        weights = rest.pop(0) if op.attrs.get("weighted") else None
-        mix = rest.pop(0) if op.attrs.get("mixed") else None
         kinds = cast("tuple[str, ...]", op.attrs["kinds"])
-        constants = rest.pop(0) if "constant" in kinds and rest else None
-        addend = rest.pop(0) if op.attrs.get("added") and rest else None
-        require(op, not rest, "has inputs that no attribute names")
-        first = integer(op, "first")
-        return ZeroExperts(x, experts, weights, mix, constants, addend, first, kinds)
+        return ZeroExperts(**inputs_of(op), first=integer(op, "first"), kinds=kinds)
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
@@ -54,20 +48,19 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     if parts.weights is not None:
         require(op, parts.weights.shape == experts.shape, f"{parts.weights} for {experts}")
     count, width = parts.kinds.count("constant"), x.shape[1]
-    require(op, (parts.constants is not None) == (count > 0), f"{count} constants and no values")
     if parts.constants is not None:
         require(
             op, parts.constants.shape == (count, width), f"{parts.constants} for {count} of {x}"
         )
     if parts.mix is not None:
         require(op, parts.mix.shape == (count, 2, width), f"{parts.mix} for {count} of {x}")
-    if op.attrs.get("added"):
-        require(op, parts.addend is not None and parts.addend.shape == x.shape, "adds what is not")
+    if parts.addend is not None:
+        require(op, parts.addend.shape == x.shape, f"{parts.addend} is added to {x}")
     dtype = cast(DType, op.attrs["dtype"]).name
     return (TensorType(dtype, x.shape),)
 
 
-@defop("moe.zero_experts", _infer)
+@defop("moe.zero_experts", _infer, INPUTS)
 def zero_experts(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
@@ -81,10 +74,11 @@ def zero_experts(
     `mixed`, `added`, `dtype` of z.
     (MoE++, arXiv 2410.07348, equations 3 to 5.)
     """
-    x, experts, *rest = tensors
-    weights = rest.pop(0).float() if attrs.get("weighted") else torch.ones(experts.shape)
-    mix = rest.pop(0).float() if attrs.get("mixed") else None
-    constants = rest.pop(0).float() if "constant" in attrs["kinds"] else torch.empty(0)
+    inputs = tensors_of("moe.zero_experts", op, tensors, attrs)
+    x, experts = inputs.pop("x"), inputs.pop("experts")
+    weights, mix, constants, addend = (t if t is None else t.float() for t in inputs.values())
+    weights = torch.ones(experts.shape) if weights is None else weights
+    constants = torch.empty(0) if constants is None else constants
     wide = x.float()
     total, copy_weight, c = torch.zeros(wide.shape), torch.zeros(len(wide), 1), 0
     for number, kind in enumerate(attrs["kinds"], attrs["first"]):
@@ -100,6 +94,6 @@ def zero_experts(
             total = total + torch.where(part != 0, pulled * constants[c], 0.0)
             c += 1
     total = total + torch.where(copy_weight != 0, copy_weight * wide, 0.0)
-    if attrs.get("added"):
-        total = total + rest.pop(0).float()
+    if addend is not None:
+        total = total + addend
     return total.to(attrs["dtype"])

@@ -157,8 +157,8 @@ def test_attributes_round_trip(attrs: str) -> None:
             ("", ""),
             "k is f32[B, 2, L, 8], v is f32[B, 2, L, 6]",
         ),
-        ("scale=1.0, masked=true", "", ("", ""), "the mask is missing"),
-        ("scale=1.0, sinked=true", "", ("", ""), "the sinks are missing"),
+        ("scale=1.0, masked=true", "", ("", ""), "the input mask is missing"),
+        ("scale=1.0, sinked=true", "", ("", ""), "the input sinks is missing"),
         ("scale=1.0", "mask: bool[B, 1, S, L]", ("", ""), "has inputs that no attribute names"),
         (
             "scale=1.0, masked=true",
@@ -270,8 +270,8 @@ def test_turned_where_it_is_written(length: int, spare: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ((", cos, sin) <", ") <"), "needs a cache, rows and places, cos and sin"),
-        (("<turned=true, ", "<"), "needs a cache, rows and places"),
+        ((", cos, sin) <", ") <"), "the input cos is missing"),
+        (("<turned=true, ", "<"), "has inputs that no attribute names"),
         ((", tokens_first=true", ""), "x: f32[B, S, 2, 8] is not for cache: f32[B, 2, L, 8]"),
         (("x: f32", "x: bf16"), "x: bf16[B, S, 2, 8] is not for cache"),
         (("first: i64[B]", "first: i64[S]"), "first: i64[S] is not one place each"),

@@ -86,7 +86,7 @@ def test_a_state_goes_on_where_it_stopped(per: str) -> None:
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (lambda: graph("delta=true"), "the attributes do not name its inputs"),
+        (lambda: graph("delta=true"), "the input beta is missing"),
         (lambda: graph(k="4, 5"), r"q is f32\[B, S, 2, 5\], k is f32\[B, S, 4, 5\]"),
         (lambda: graph(decay="B, S, 3"), r"decay is f32\[B, S, 3\], expected f32\[B, S, 4\]"),
         (

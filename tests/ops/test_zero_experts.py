@@ -61,7 +61,7 @@ def test_what_was_not_chosen_is_not_multiplied() -> None:
         ("mix: f32[2, 2, 4]", "mix: f32[2, 4, 2]", "for 2 of x"),
         ("w: f32[T, 2]", "w: f32[T, 3]", "for ids"),
         ("x: f32[T, 4]", "x: f32[2*T, 4]", "tokens, T choices"),
-        ("<first", "<added=true, first", "adds what is not"),
+        ("<first", "<added=true, first", "the input addend is missing"),
         (
             '"copy", "constant", "constant"',
             '"copy", "copy", "copy"',

@@ -63,7 +63,9 @@ def draw(spec: LinearAttentionSpec, batch: int, length: int) -> tuple[list[Tenso
 
 def check(spec: LinearAttentionSpec, target: Target, batch: int, length: int) -> None:
     tensors, rest = draw(spec, batch, length)
-    want = carried(tensors, rest, spec.per == "rate", spec.delta, spec.started)
+    flags = {"rates": spec.per == "rate", "beta": spec.delta, "start": spec.started}
+    names = (name for name, flag in flags.items() if flag)
+    want = carried(*tensors, **dict(zip(names, rest, strict=True)))
     got = [torch.full_like(x, torch.nan) for x in want]
     kernel(spec, target)(*tensors, *rest, *got)
     for ours, theirs in zip(got, want, strict=True):
