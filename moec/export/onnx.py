@@ -28,6 +28,7 @@ from moec.pipeline import quantising
 from moec.report.data import MovedLine
 from moec.report.quantisation import quantised_lines, with_exact_rows
 from moec.verify import check as checking
+from moec.verify.cases import cases as comparison_cases
 
 if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
@@ -217,7 +218,7 @@ def _compared(
     parity: dict[str, float] = {}
     if lowered.choices:
         traced = runner(open_session(draft, file.debug(lowered, draft, about)))
-        cases = checking.cases(captured)
+        cases = comparison_cases(captured)
         if content.caches:
             cases = kv_cache.cases(program, [ids for (ids,) in cases])
         parity = routing_parity(lowered, program, traced, cases)

@@ -8,7 +8,7 @@ import torch
 import moec
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import distance
-from moec.verify.check import cases
+from moec.verify.cases import cases
 from tests.models.other_families import OTHER_FAMILIES
 
 # One of each kind: groups, MLA, biases of two shapes, norms of all heads at once, shared

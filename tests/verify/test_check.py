@@ -20,7 +20,9 @@ from moec.ir.graph import Program
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.runtime.executor import Executor
-from moec.verify.check import cases, check
+from moec.verify import first_bad_pass
+from moec.verify.cases import cases
+from moec.verify.check import check
 from tests.capture.modules import WIDTH, Function, Moe
 
 x = torch.randn(5, WIDTH)
@@ -225,7 +227,7 @@ def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.Mo
         raise RuntimeError("cannot reshape tensor of 0 elements")
 
     captured = capture(Sparse(), (torch.randn(4, 9),))
-    monkeypatch.setitem(check.__globals__, "evaluate", fails)
+    monkeypatch.setattr(first_bad_pass, "evaluate", fails)
     steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).steps
     with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
         check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)

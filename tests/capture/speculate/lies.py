@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capture.speculate.forms import D, E, Layer
+from tests.capture.speculate.layer import D, E, Layer
 
 
 def adds_without_rows(layer: Layer, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import moec
 from moec.capture import capture
 from moec.interpret.evaluate import evaluate
-from tests.capture.speculate.forms import FORMS, D, Form, Layer
+from tests.capture.speculate.forms import FORMS
+from tests.capture.speculate.layer import D, Form, Layer
 
 SIZES = ((2, 6), (1, 1), (3, 5), (1, 9), (4, 20))
 

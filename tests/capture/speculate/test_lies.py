@@ -7,7 +7,7 @@ import torch
 
 from moec.capture import capture
 from moec.errors import CaptureError
-from tests.capture.speculate.forms import D, Layer
+from tests.capture.speculate.layer import D, Layer
 from tests.capture.speculate.lies import LIES
 
 WORDS = {

@@ -10,7 +10,8 @@ import torch
 from moec.capture import capture
 from moec.capture.speculate import self_test
 from moec.errors import CaptureError
-from tests.capture.speculate.forms import FORMS, D, Layer
+from tests.capture.speculate.forms import FORMS
+from tests.capture.speculate.layer import D, Layer
 
 UNKNOWN = r"moec does not know torch .* \(.*\): modules that read data into Python"
 

@@ -1,0 +1,77 @@
+"""When a result counts as right: its error, by row, and how many rows may be farther off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moec.interpret.tolerance import (
+    FAR,
+    QUANTISED_STRAYS,
+    STRAYS,
+    allowed_strays,
+    computed_dtypes,
+    default_tolerance,
+    distance,
+    rounds_rows,
+    row_errors,
+)
+from moec.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A result and its references, any of which is right, eager's first. It is output number
+    `output`, or, with `stop`, that output's token stop - 1."""
+
+    got: torch.Tensor
+    right: tuple[torch.Tensor, ...]
+    output: int
+    stop: int | None = None
+
+    def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
+        output = results[self.output]
+        return output if self.stop is None else output[:, self.stop - 1]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """No error above `greatest`, and above `limit` no more than a `share` of the rows."""
+
+    limit: float
+    greatest: float
+    share: float
+
+    @staticmethod
+    def of(graph: Graph, tolerance: float | None) -> Criterion:
+        limit = default_tolerance(graph) if tolerance is None else tolerance
+        share = max((STRAYS.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
+        share = max(share, QUANTISED_STRAYS if rounds_rows(graph) else 0.0)
+        return Criterion(limit, max(limit, FAR) if share else limit, share)
+
+    def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
+        """(rows with an error above the limit against every reference, all rows)."""
+        errors = list(map(nearest_errors, compared))
+        return sum(int((e > self.limit).sum()) for e in errors), sum(map(len, errors))
+
+    def allows(self, compared: Sequence[Comparison]) -> bool:
+        for item in compared:
+            if distance(item.got, item.right[0]) == float("inf"):
+                return False
+            nearest = nearest_errors(item)
+            if len(nearest) and not nearest.max() <= self.greatest:
+                return False
+        if not self.share:
+            return True
+        # Chunks of a text have few rows, and would hide among those of complete texts.
+        groups: dict[tuple[int, bool], list[Comparison]] = {}
+        for item in compared:
+            groups.setdefault((item.output, item.stop is not None), []).append(item)
+        counts = map(self.strays, groups.values())
+        return all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
+
+
+def nearest_errors(item: Comparison) -> torch.Tensor:
+    return torch.stack([row_errors(item.got, value) for value in item.right]).amin(0)
