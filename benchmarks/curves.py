@@ -85,7 +85,7 @@ def windows(tokenizer: Any, files: Sequence[str], count: int, length: int) -> To
 
 def recognised(model: Any, *example: Any, **options: Any) -> Program:
     compiled = moec.compile(model, *example, stop_after="split-packed", **options)
-    return compiled.steps[-1].program
+    return compiled.pass_results[-1].program
 
 
 def tiny_moe() -> Case:

@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
     data, other = texts(tokenizer)
     example = {"input_ids": data["code"]["input_ids"][:2, :7]}
     captured = moec.compile(model, kwargs=example, stop_after="split-packed")
-    original = captured.steps[-1].program
+    original = captured.pass_results[-1].program
     whole = active(original)
     count = sum(1 for _ in feedforwards(original.graph, Log()))
     print(f"{FILE}: {whole[2]:,} parameters, {whole[0]:,} of them in {count} feed-forward layers")
@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
     if options.train:
         row(f"  after {options.train} steps", module.program)
         print(f"(steps of {BATCH} windows, towards the dense model's distributions)")
-    hoisted = moec.compile(module, passes="+hoist-routers", build=False).steps[-1]
+    hoisted = moec.compile(module, passes="+hoist-routers", build=False).pass_results[-1]
     ops = [op.name for op in hoisted.program.graph.ops]
     gates, sorts = (ops.count(name) for name in ("moe.gate", "moe.sort"))
     parts = split(hoisted.program)

@@ -56,7 +56,7 @@ for line in damage.layers:
 print(f"KL {damage.after.kl:.3f} of at most 0.45 nats a token\n")
 
 # The same passes by themselves, on the graph as recognised: no code is generated.
-original = next(step for step in compiled.steps if step.name == "split-packed").program
+original = next(step for step in compiled.pass_results if step.name == "split-packed").program
 meter = Meter(original, calibration(windows(HELD_OUT), original, {}))
 
 

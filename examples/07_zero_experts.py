@@ -81,7 +81,7 @@ def windows(files: Sequence[str]) -> dict[str, Tensor]:
 
 seen, held_out = windows(["argparse.py"]), windows(["http/client.py", "urllib/parse.py"])
 captured = moec.compile(CHECKPOINT, stop_after="split-packed")
-original = captured.steps[-1].program
+original = captured.pass_results[-1].program
 meter = Meter(original, calibration(held_out, original, {}))
 print(f"\ntiny_moe, on text that it never saw: perplexity {meter.origin.perplexity:.1f}")
 print("without training, choices that take no row: KL in nats a token, perplexity")

@@ -55,7 +55,7 @@ for line in damage.layers:
 print(f"it writes: {tokenizer.decode(text)!r}\n")
 
 # The same pass by itself, with each of its options: no code is generated.
-original = next(step for step in compiled.steps if step.name == "split-packed").program
+original = next(step for step in compiled.pass_results if step.name == "split-packed").program
 meter = Meter(original, calibration(windows(HELD_OUT, 4), original, {}))
 dense = stored_bytes(original)
 stacks = [v for op in original.graph.ops if op.name == "moe.experts" for v in op.inputs[2:]]

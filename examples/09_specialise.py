@@ -90,7 +90,7 @@ torch.manual_seed(0)
 model, x, task = ManyTasks(), torch.randn(64, D), torch.tensor(2)
 whole = moec.compile(model, (x, task))
 one = moec.compile(model, (x, task), passes=[Specialise({"task": 2})])
-(step,) = [step for step in one.steps if step.says]
+(step,) = [step for step in one.pass_results if step.says]
 print("\n".join(step.says))
 with torch.no_grad():
     print(f"greatest difference to eager: {float((one(x) - model(x, task)).abs().max()):.1e}\n")

@@ -95,12 +95,14 @@ def line(
 ) -> None:
     """Run a pass, and print what it changed. (No code is generated: that takes longer.)"""
     made = moec.compile(model, inputs, build=False, verify=False, **options)
-    program = made.steps[-1].program
+    program = made.pass_results[-1].program
     before = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     (result,) = evaluate(program.graph, [inputs[0]], program.weights)
     off = float((result - wanted).abs().max())
-    says = [said for step in made.steps for said in step.says]
-    says += [layer.says for step in made.steps if step.damage for layer in step.damage.layers]
+    says = [said for step in made.pass_results for said in step.says]
+    says += [
+        layer.says for step in made.pass_results if step.damage for layer in step.damage.layers
+    ]
     says += [f"a block of {block.experts} experts" for block in made.blocks]
     size = f"{before:6.2f} ->{stored_bytes(program) / 1e6:5.2f} MB"
     print(f"{name:14}{size}   {off:.0e}   {'; '.join(says)}")

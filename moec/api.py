@@ -36,7 +36,7 @@ from moec.passes.calibration.budget import Budget
 from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame
-from moec.passes.core.runner import Declined, Pass, Step, run
+from moec.passes.core.runner import Declined, Pass, PassResult, run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.quantise.codes import Quantising
 from moec.passes.specialise.hoist_routers import HoistRouters, split
@@ -93,7 +93,7 @@ def compile(
     record_routing: bool = False,
     tune: bool = False,
     backend: Backend | None = None,
-    watch: Callable[[Step], None] | None = None,
+    watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
 ) -> CompiledModel:
@@ -160,33 +160,39 @@ def compile(
     with clock.phase("passes"):
         frame = Frame(calib, source.files, allowed, strict)
 
-        def passed(captured: Captured) -> tuple[Step, ...]:
+        def passed(captured: Captured) -> tuple[PassResult, ...]:
             stage = stage_of(captured.program.graph)
             todo = from_stage(with_calibration(chosen, frame), stage)
             return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
 
-        steps = passed(captured)
+        pass_results = passed(captured)
         refusals: dict[str, str] = {}
         rules = backend or backend_for(made_for)
-        missed = _modules_missed(source, steps, captured, rules) if stop_after is None else []
+        missed = (
+            _modules_missed(source, pass_results, captured, rules) if stop_after is None else []
+        )
         if missed:
             described, refusals = observe(example_of(source), missed)
             if described:
                 captured = bound(capture_again(described), exact)
-                steps = passed(captured)
-        first = steps
+                pass_results = passed(captured)
+        first = pass_results
         if stop_after is None:
-            captured, steps = _in_supported_form(captured, steps, passed, exact, rules)
+            captured, pass_results = _in_supported_form(
+                captured, pass_results, passed, exact, rules
+            )
         # Of a form without blocks the reasons say little: those of the code as written come first.
-        earlier = () if steps is first or _blocks(steps) else first
-        quantised = quantised_lines(steps)
+        earlier = () if pass_results is first or _blocks(pass_results) else first
+        quantised = quantised_lines(pass_results)
     compiled = CompiledModel(
         source=source,
         captured=captured,
-        steps=steps,
-        blocks=_blocks(steps),
+        pass_results=pass_results,
+        blocks=_blocks(pass_results),
         declined=(
-            *dict.fromkeys(d for step in (*earlier, *steps) for d in step.declined),
+            *dict.fromkeys(
+                d for pass_result in (*earlier, *pass_results) for d in pass_result.declined
+            ),
             *(Declined(name, why, "behaviour") for name, why in refusals.items()),
         ),
         target=made_for,
@@ -208,21 +214,21 @@ def compile(
 
 def _in_supported_form(
     captured: Captured,
-    steps: tuple[Step, ...],
-    passed: Callable[[Captured], tuple[Step, ...]],
+    pass_results: tuple[PassResult, ...],
+    passed: Callable[[Captured], tuple[PassResult, ...]],
     exact: Sequence[Any],
     backend: Backend,
-) -> tuple[Captured, tuple[Step, ...]]:
+) -> tuple[Captured, tuple[PassResult, ...]]:
     """The first form of the capture that has kernels for all that its passes leave, after those.
     What came in is given back where there is none: its message is the one to read."""
-    form, after = captured, steps
+    form, after = captured, pass_results
     while not supported(after[-1].program.graph, backend):
         if form.other is None:
-            return captured, steps
+            return captured, pass_results
         try:
             form = bound(form.other(), exact)
         except CaptureError:
-            return captured, steps
+            return captured, pass_results
         after = passed(form)
     return form, after
 
@@ -238,16 +244,18 @@ def _elements(model: Any) -> int:
 
 
 def _modules_missed(
-    source: Source, steps: Sequence[Step], captured: Captured, backend: Backend
+    source: Source, pass_results: Sequence[PassResult], captured: Captured, backend: Backend
 ) -> list[str]:
     """Modules that may hold experts and were not recognised: all that have no block, where a rule
     looked at some or there is none at all; all, where the graph cannot be compiled. Those that
     are described stay as they are."""
     if not traceable(source):
         return []
-    looked = any(d.rule == "recognise-experts" for step in steps for d in step.declined)
-    recognised = [block.name for block in _blocks(steps)]
-    if not supported(steps[-1].program.graph, backend):
+    looked = any(
+        d.rule == "recognise-experts" for pass_result in pass_results for d in pass_result.declined
+    )
+    recognised = [block.name for block in _blocks(pass_results)]
+    if not supported(pass_results[-1].program.graph, backend):
         recognised = []
     elif recognised and not looked:
         return []
@@ -262,14 +270,14 @@ def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledMod
     if not continues_text(program.graph):
         return compiled
     try:
-        steps = run(incremental(program), passes, stage=Stage.GROUPED)
+        pass_results = run(incremental(program), passes, stage=Stage.GROUPED)
     except NoMatch as why:
         declined = Declined("text generation", str(why), "decode")
         return replace(compiled, declined=(*compiled.declined, declined), no_decode=str(why))
-    more = (declined for step in steps for declined in step.declined)
+    more = (declined for pass_result in pass_results for declined in pass_result.declined)
     return replace(
         compiled,
-        programs={**compiled.programs, DECODE: steps[-1].program},
+        programs={**compiled.programs, DECODE: pass_results[-1].program},
         declined=(*compiled.declined, *more),
     )
 
@@ -334,7 +342,9 @@ def _allowed(
     return budget_of(budget)
 
 
-def _blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
+def _blocks(pass_results: Sequence[PassResult]) -> tuple[Block, ...]:
     """The blocks of the last graph that still has bodies of experts in it."""
-    last = [step for step in steps if step.stage in (Stage.ATEN, Stage.MOE)][-1]
+    last = [
+        pass_result for pass_result in pass_results if pass_result.stage in (Stage.ATEN, Stage.MOE)
+    ][-1]
     return blocks(last.program.graph)

@@ -33,7 +33,7 @@ from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.approximate.tune_grids import TuneGrids
 from moec.passes.calibration.session import Approximate, Frame, Measured
 from moec.passes.core.options import made_from, split
-from moec.passes.core.runner import Kind, OptInPass, Pass, Step
+from moec.passes.core.runner import Kind, OptInPass, Pass, PassResult
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention
@@ -289,18 +289,20 @@ def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[
     return tuple(passes[: ends[-1] + 1])
 
 
-def without_effect(steps: Sequence[Step]) -> tuple[str, ...]:
+def without_effect(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
     """In words, the opt-in passes that changed nothing, and why."""
     names = {str(kind.name) for kind in OPT_IN}
     sentences = []
-    for step in steps:
-        if step.name not in names:
+    for pass_result in pass_results:
+        if pass_result.name not in names:
             continue
-        layers = step.damage.layers if step.damage else ()
+        layers = pass_result.damage.layers if pass_result.damage else ()
         if layers and all(line.undone for line in layers):
-            sentences.append(f"{step.name} changed nothing: the budget undid it in every layer")
-        elif step.rewrites == 0:
-            reasons = dict.fromkeys(declined.reason for declined in step.declined)
+            sentences.append(
+                f"{pass_result.name} changed nothing: the budget undid it in every layer"
+            )
+        elif pass_result.rewrites == 0:
+            reasons = dict.fromkeys(declined.reason for declined in pass_result.declined)
             why = "; ".join(reasons) or "the model has nothing that it applies to"
-            sentences.append(f"{step.name} changed nothing: {why}")
+            sentences.append(f"{pass_result.name} changed nothing: {why}")
     return tuple(sentences)

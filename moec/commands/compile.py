@@ -24,7 +24,7 @@ from moec.errors import UsageError
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
-    from moec.passes.core.runner import Step
+    from moec.passes.core.runner import PassResult
     from moec.report.report import Report
 
 
@@ -133,10 +133,10 @@ def command(
         return
     dump = None if dump_ir is None else Dump(dump_ir)
 
-    def watch(step: Step) -> None:
-        progress.phase(f"passes {step.name}")
+    def watch(pass_result: PassResult) -> None:
+        progress.phase(f"passes {pass_result.name}")
         if dump:
-            dump(step)
+            dump(pass_result)
 
     hush()
     with explained(), Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
@@ -161,7 +161,7 @@ def command(
             compiled.save(output, overwrite=force)
     from moec.pipeline import without_effect
 
-    warnings = without_effect(compiled.steps)
+    warnings = without_effect(compiled.pass_results)
     if key is not None and output is not None and not warnings:
         keep(store, key, output)
     if quiet:
@@ -169,12 +169,12 @@ def command(
             click.echo(f"warning: {line}", err=True)
     report = compiled.report()
     if dry_run:
-        size = weight_bytes(compiled.steps[-1].program)
+        size = weight_bytes(compiled.pass_results[-1].program)
         report = replace(report, bytes_out=size, notes=(*report.notes, _NOT_BUILT))
     if stop_after and not dump_ir and not as_json:
         from moec.ir.text import print_graph
 
-        click.echo(print_graph(compiled.steps[-1].program.graph), nl=False)
+        click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
         return
     _tell(report, output, as_json, quiet, f"wrote {output}" if builds else "")
 
@@ -207,18 +207,18 @@ def weight_bytes(program: Program) -> int:
 
 
 class Dump:
-    """Writes each step's graph as text into a folder, numbered in order."""
+    """Writes the graph after each pass as text into a folder, numbered in order."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.written = 0
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, pass_result: PassResult) -> None:
         from moec.ir.text import print_graph
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.written:02d}-{step.name}.moe"
-        path.write_text(print_graph(step.program.graph))
+        path = self.folder / f"{self.written:02d}-{pass_result.name}.moe"
+        path.write_text(print_graph(pass_result.program.graph))
         self.written += 1
 
 

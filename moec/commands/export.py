@@ -95,7 +95,7 @@ def command(
             **arguments,
             verify=False,
             build=False,
-            watch=lambda step: progress.phase(f"passes {step.name}"),
+            watch=lambda pass_result: progress.phase(f"passes {pass_result.name}"),
             progress=progress.phase,
         )
         exported = compiled.export_onnx(

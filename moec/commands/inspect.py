@@ -131,4 +131,4 @@ def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Rep
             progress=progress.phase,
         )
     report = compiled.report()
-    return replace(report, phases={}, target=""), compiled.steps[-1].program.graph
+    return replace(report, phases={}, target=""), compiled.pass_results[-1].program.graph

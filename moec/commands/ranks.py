@@ -39,7 +39,7 @@ def compile_ranks(
     if arguments.get("quant"):
         raise UsageError("--plan and --quant exclude each other for now")
     compiled = compile_model(model, **arguments, verify=False, stop_after="split-packed")
-    program, log = compiled.steps[-1].program, Log()
+    program, log = compiled.pass_results[-1].program, Log()
     module = rank_programs(program, plan, log)
     for declined in log.declined:
         click.echo(f"{declined.where}: not as planned: {declined.reason}", err=True)

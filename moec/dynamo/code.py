@@ -27,7 +27,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.canonical import without_origins
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.text import print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_combine import FuseCombine
 from moec.pipeline import after_recognition
@@ -78,8 +78,8 @@ def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Cod
         RECORDER.add(cache_hits=1)
         return codes[key]
     passes = after_recognition(exact(options))
-    steps = run(Program(graph, weights), passes, stage=Stage.MOE)
-    final = steps[-1].program
+    pass_results = run(Program(graph, weights), passes, stage=Stage.MOE)
+    final = pass_results[-1].program
     module = Module.of(final)
     backend = backend_for(options.target)
     lowered = lower(module, options.target, backend)
@@ -94,7 +94,7 @@ def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Cod
         save(options.cache, LIBRARIES, {key: library})
     native = replace(bare, library=library)
     joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
-    return Code(key, graph, joined[-1].program.graph, _folded(steps, graph), lowered, native)
+    return Code(key, graph, joined[-1].program.graph, _folded(pass_results, graph), lowered, native)
 
 
 def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:
@@ -115,13 +115,13 @@ def is_constant(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or not tensor.ndim
 
 
-def _folded(steps: Sequence[Step], graph: Graph) -> Graph:
-    """The graph that makes the last step's params from the first one's."""
+def _folded(pass_results: Sequence[PassResult], graph: Graph) -> Graph:
+    """The graph that computes the params of the last pass's graph from those of the first."""
     makers: dict[Value, Op] = {}
-    for step in steps:
-        for op in step.program.graph.ops:
+    for pass_result in pass_results:
+        for op in pass_result.program.graph.ops:
             makers |= dict.fromkeys(op.outputs, op)
-    final = steps[-1].program.graph.params
+    final = pass_results[-1].program.graph.params
     ops: dict[Op, None] = {}
 
     def make(value: Value) -> None:

@@ -82,20 +82,20 @@ def _replace_blocks(
         learning = learns(traced, inputs)
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
-        steps = run(converted.program, RECOGNITION)
+        pass_results = run(converted.program, RECOGNITION)
     except NoMatch as why:
         return [], module, [Fallback("the graph", str(why))] if hint else []
     # A router of no known form is not left to PyTorch: it becomes part of its block.
     left = [
         Fallback(d.where, d.reason)
-        for step in steps
-        for d in step.declined
+        for pass_result in pass_results
+        for d in pass_result.declined
         if d.rule == RecogniseExperts.name
     ]
     sites: list[Site] = []
     products = Kernels(options.target, options.cache)
     codes: dict[str, Code] = {}
-    for candidate in regions(converted, steps[-1].program):
+    for candidate in regions(converted, pass_results[-1].program):
         if not isinstance(candidate, Region):
             left.append(Fallback(candidate[0], str(candidate[1])))
             continue

@@ -22,7 +22,7 @@ from moec.errors import NoMatch, UnsupportedError
 from moec.interpret.evaluate import evaluate
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program
-from moec.passes.core.runner import Step
+from moec.passes.core.runner import PassResult
 from moec.passes.decode import continues_text, logits_of, past_and_present
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
 
     Raises UnsupportedError, with the reason, where a cache is asked for and cannot be.
     """
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     if cache is False or (cache is None and not continues_text(program.graph)):
         return Content(program)
     try:
@@ -143,9 +143,11 @@ def cases(program: Program, texts: Sequence[torch.Tensor]) -> list[tuple[torch.T
     return feeds
 
 
-def logits_alone(captured: Captured, steps: Sequence[Step]) -> tuple[Captured, tuple[Step, ...]]:
+def logits_alone(
+    captured: Captured, pass_results: Sequence[PassResult]
+) -> tuple[Captured, tuple[PassResult, ...]]:
     """What is compared where a file gives one of the model's outputs."""
-    graph = steps[-1].program.graph
+    graph = pass_results[-1].program.graph
     index = graph.outputs.index(logits_of(graph))
 
     def only(program: Program) -> Program:
@@ -157,4 +159,6 @@ def logits_alone(captured: Captured, steps: Sequence[Step]) -> tuple[Captured, t
         return (captured.eager(*case)[index],)
 
     alone = replace(captured, program=only(captured.program), eager=eager)
-    return alone, tuple(replace(step, program=only(step.program)) for step in steps)
+    return alone, tuple(
+        replace(pass_result, program=only(pass_result.program)) for pass_result in pass_results
+    )

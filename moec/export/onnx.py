@@ -96,9 +96,9 @@ def export(
         raise UsageError(
             f'com.microsoft.MoE is no standard operator: with ep="{ep}" leave out moe="op"'
         )
-    step = compiled.steps[-1]
-    if step.stage is not Stage.GROUPED:
-        raise UsageError(f"the passes stopped after {step.name}: compile without stop_after")
+    pass_result = compiled.pass_results[-1]
+    if pass_result.stage is not Stage.GROUPED:
+        raise UsageError(f"the passes stopped after {pass_result.name}: compile without stop_after")
     _check_example(compiled, verify)
     if quant is not None:
         compiled = _quantised(compiled, quant)
@@ -107,8 +107,8 @@ def export(
     if format:
         unasked = (UNASKED,) if WIDE_ROWS in format and not profile.contrib else ()
         compiled = _with_exact_rows(compiled, profile)
-        step = compiled.steps[-1]
-    check_dtypes(step.program.graph, profile)
+        pass_result = compiled.pass_results[-1]
+    check_dtypes(pass_result.program.graph, profile)
     progress("lower")
     content = kv_cache.content(compiled, cache)
     lowered = lower(content.program.graph, profile, number, moe)
@@ -117,7 +117,7 @@ def export(
         "version": version("moec"),
         "torch": torch.__version__,
         "model": compiled.source.name,
-        "passes": list(dict.fromkeys(s.name for s in compiled.steps[1:])),
+        "passes": list(dict.fromkeys(s.name for s in compiled.pass_results[1:])),
         "moe": lowered.forms,
         "sizes": {n: [b.low, b.high] for n, b in lowered.graph.bounds.items()},
         "caches": content.caches,
@@ -149,10 +149,10 @@ def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
             f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
             "leave out quant where it is exported"
         )
-    last = compiled.steps[-1]
+    last = compiled.pass_results[-1]
     added = run(last.program, quantising(parse_parts(text)), stage=last.stage)[1:]
-    steps = (*compiled.steps, *added)
-    return replace(compiled, steps=steps, quantised=quantised_lines(steps))
+    pass_results = (*compiled.pass_results, *added)
+    return replace(compiled, pass_results=pass_results, quantised=quantised_lines(pass_results))
 
 
 def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
@@ -163,9 +163,11 @@ def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel
             'quant: QMoE and MatMulNBits were not tried in CUDA kernels: with ep="cuda" leave out '
             'quant, or choose ep="cpu" or "portable"'
         )
-    step = compiled.steps[-1]
-    exact = replace(step, program=with_exact_rows(step.program, keep_row_bits=profile.contrib))
-    return replace(compiled, steps=(*compiled.steps[:-1], exact))
+    pass_result = compiled.pass_results[-1]
+    exact = replace(
+        pass_result, program=with_exact_rows(pass_result.program, keep_row_bits=profile.contrib)
+    )
+    return replace(compiled, pass_results=(*compiled.pass_results[:-1], exact))
 
 
 def _path(path: Path | str) -> Path:
@@ -205,14 +207,14 @@ def _compared(
     if "bf16" in computed_dtypes(lowered.graph):
         note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
         return replace(exported, notes=(*exported.notes, note))
-    captured, steps, program = compiled.captured, compiled.steps, content.program
+    captured, pass_results, program = compiled.captured, compiled.pass_results, content.program
     try:
         opened, pieces = runner(open_session(draft)), None
         if content.caches:
-            captured, steps = kv_cache.logits_alone(captured, steps)
+            captured, pass_results = kv_cache.logits_alone(captured, pass_results)
             pieces = (program.graph.outputs[0].name, partial(kv_cache.in_pieces, program, opened))
             opened = kv_cache.at_once(program, opened)
-        checked = checking.check(captured, opened, steps, tolerance, pieces)
+        checked = checking.check(captured, opened, pass_results, tolerance, pieces)
     except VerificationError as error:
         raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
     parity: dict[str, float] = {}

@@ -101,9 +101,13 @@ def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> 
         pieces = None
         if DECODE in compiled.module:
             pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
-        checked = checking.check(compiled.captured, run_afresh, compiled.steps, limit, pieces)
+        checked = checking.check(
+            compiled.captured, run_afresh, compiled.pass_results, limit, pieces
+        )
         if ROUTED in compiled.module:
-            checking.check(compiled.captured, partial(_by_parts, executor), compiled.steps, limit)
+            checking.check(
+                compiled.captured, partial(_by_parts, executor), compiled.pass_results, limit
+            )
         executor.reset()
     return replace(compiled, checked=checked)
 

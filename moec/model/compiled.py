@@ -18,7 +18,7 @@ from moec.interpret.tolerance import default_tolerance
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import print_graph
 from moec.model.generate import Prompts, continued, stream
-from moec.passes.core.runner import Declined, Kind, Step
+from moec.passes.core.runner import Declined, Kind, PassResult
 from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
 from moec.report.quantisation import left_wide
@@ -52,7 +52,7 @@ class CompiledModel:
 
     source: Source
     captured: Captured
-    steps: tuple[Step, ...]
+    pass_results: tuple[PassResult, ...]
     blocks: tuple[Block, ...]
     declined: tuple[Declined, ...]
     target: Target
@@ -131,7 +131,12 @@ class CompiledModel:
     def report(self) -> Report:
         """What was recognised, declined, made and measured."""
         program = next(
-            (step.program for step in reversed(self.steps) if step.damage), self.captured.program
+            (
+                pass_result.program
+                for pass_result in reversed(self.pass_results)
+                if pass_result.damage
+            ),
+            self.captured.program,
         )
         package = self.package
         idle = sum(block.parameters - block.active_parameters for block in self.blocks)
@@ -139,7 +144,11 @@ class CompiledModel:
         kernels: dict[str, int] = {}
         for _, kernel in package.kernels if package else ():
             kernels[kernel] = kernels.get(kernel, 0) + 1
-        messages = (f"{step.name}: {line}" for step in self.steps for line in step.says)
+        messages = (
+            f"{pass_result.name}: {line}"
+            for pass_result in self.pass_results
+            for line in pass_result.says
+        )
         notes = (*self.captured.fixed, *self.captured.notes, *messages)
         notes += self.captured.structure.constants
         notes += package.notes if package else ()
@@ -149,14 +158,17 @@ class CompiledModel:
                 f"made for {self.target.name}, which this machine cannot run: not verified, and "
                 "saved without samples",
             )
-        notes += (*left_wide(self.steps), *without_effect(self.steps))
+        notes += (*left_wide(self.pass_results), *without_effect(self.pass_results))
         if checked:
             notes += checked.skipped
-        if checked and any(step.kind is Kind.CHANGES and step.rewrites for step in self.steps):
+        if checked and any(
+            pass_result.kind is Kind.CHANGES and pass_result.rewrites
+            for pass_result in self.pass_results
+        ):
             above = "; the distance to the original model is above"
             notes += (
                 "checked against the graph as the passes changed it, and the graph before them "
-                f"against eager{above if any(step.damage for step in self.steps) else ''}",
+                f"against eager{above if any(p.damage for p in self.pass_results) else ''}",
             )
         if checked and checked.strays:
             why = "in 16 bits nearly equal router scores may choose other experts than eager's"
@@ -179,7 +191,7 @@ class CompiledModel:
             bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
             blocks=self.blocks,
             declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
-            passes=pass_lines(self.steps),
+            passes=pass_lines(self.pass_results),
             kernels=kernels,
             loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
             verification=tuple(
@@ -192,7 +204,9 @@ class CompiledModel:
             tuned=self.tuned,
             phases=dict(self.phases),
             notes=notes,
-            damage=tuple(step.damage for step in self.steps if step.damage),
+            damage=tuple(
+                pass_result.damage for pass_result in self.pass_results if pass_result.damage
+            ),
             **described,
         )
 
@@ -284,7 +298,7 @@ class CompiledModel:
     @property
     def module(self) -> Module:
         """The programs that code is generated from, by name."""
-        return Module({MAIN: self.steps[-1].program, **self.programs})
+        return Module({MAIN: self.pass_results[-1].program, **self.programs})
 
     def _package(self) -> Package:
         if self.package is None:

@@ -45,8 +45,8 @@ class RankModel:
             raise UnsupportedError("models with states do not run on several ranks yet")
         passes = LOWER.at_level(max(LEVELS))
         self.program = run(program, passes, stage=Stage.MOE)[-1].program
-        self.steps = cut(self.program)
-        parts = {step.name: step.program for step in self.steps if isinstance(step, Segment)}
+        self.schedule = cut(self.program)
+        parts = {item.name: item.program for item in self.schedule if isinstance(item, Segment)}
         self.executor = Executor(build(Module(parts), target)) if parts else None
 
     def __call__(
@@ -64,17 +64,17 @@ class RankModel:
         for value, tensor in zip(graph.inputs, inputs, strict=True):
             learn(value, tensor)
         values |= {param: self.program.weights[param.name] for param in graph.params}
-        for step in self.steps:
-            if isinstance(step, Op):
-                results = run_op(step, [values[v] for v in step.inputs], sizes, meanings)
-                if step.name == "moec.size":
-                    sizes[str(step.attrs["name"])] = int(results[0])
-                outputs: Sequence[Value] = step.outputs
+        for item in self.schedule:
+            if isinstance(item, Op):
+                results = run_op(item, [values[v] for v in item.inputs], sizes, meanings)
+                if item.name == "moec.size":
+                    sizes[str(item.attrs["name"])] = int(results[0])
+                outputs: Sequence[Value] = item.outputs
             else:
                 assert self.executor is not None
-                part = step.program.graph
+                part = item.program.graph
                 feeds = {value.name: values[value] for value in part.inputs}
-                arrays = self.executor(feeds, step.name)
+                arrays = self.executor(feeds, item.name)
                 outputs, results = part.outputs, tuple(arrays[v.name] for v in part.outputs)
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)
@@ -90,17 +90,17 @@ def cut(program: Program) -> tuple[Segment | Op, ...]:
             runs += [[op], []]
         else:
             runs[-1].append(op)
-    steps: list[Segment | Op] = []
+    schedule: list[Segment | Op] = []
     available: list[Value] = list(graph.inputs)
     for ops in filter(None, runs):
         if all(op.name.startswith("dist.") or op.name in _SMALL for op in ops):
-            steps += ops
+            schedule += ops
         else:
-            count = sum(isinstance(step, Segment) for step in steps)
+            count = sum(isinstance(item, Segment) for item in schedule)
             name = f"segment_{count}" if count else MAIN
-            steps.append(Segment(name, _part(program, ops, available)))
+            schedule.append(Segment(name, _part(program, ops, available)))
         available += [value for op in ops for value in op.outputs]
-    return tuple(steps)
+    return tuple(schedule)
 
 
 def _part(program: Program, ops: Sequence[Op], available: Sequence[Value]) -> Program:

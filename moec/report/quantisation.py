@@ -17,7 +17,7 @@ from moec.ops.quantised import Matrix, format_of
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import RoundingStats
-from moec.passes.core.runner import Kind, Log, Step
+from moec.passes.core.runner import Kind, Log, PassResult
 from moec.report.data import MovedLine, QuantisedLine
 from moec.report.module_paths import fold
 
@@ -26,31 +26,33 @@ BROKEN = 0.5
 an expert that was left out is 1, and four bits a weight give 0.1."""
 
 
-def unquantised_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps before the first that rounds weights."""
-    return tuple(takewhile(lambda step: step.kind is not Kind.QUANTISES, steps))
+def before_quantisation(pass_results: Sequence[PassResult]) -> tuple[PassResult, ...]:
+    """The results of the passes before the first that rounds weights."""
+    return tuple(
+        takewhile(lambda pass_result: pass_result.kind is not Kind.QUANTISES, pass_results)
+    )
 
 
-def quantised_lines(steps: Sequence[Step]) -> tuple[QuantisedLine, ...]:
+def quantised_lines(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, ...]:
     """One line for each place with quantised weights: what it was, what it is, how far off.
 
     Raises UnsupportedError where quantisation ran and found nothing that it could do.
     """
-    exact, last = unquantised_steps(steps), steps[-1]
-    if len(exact) == len(steps):
+    exact, last = before_quantisation(pass_results), pass_results[-1]
+    if len(exact) == len(pass_results):
         return ()
     groups: dict[str, list[Op]] = {}
     for op in last.program.graph.ops:
         if op.name in QUANTISED_OPS:
             groups.setdefault(_numberless(op), []).append(op)
     if not groups:
-        reasons = dict.fromkeys(d.reason for s in steps[len(exact) :] for d in s.declined)
+        reasons = dict.fromkeys(d.reason for s in pass_results[len(exact) :] for d in s.declined)
         raise UnsupportedError(
             "quant: no weights were quantised: "
             + ("; ".join(reasons) or "no experts were recognised in the model")
         )
     before = exact[-1].program
-    fits = {fit.weight: fit for step in steps for fit in step.fits}
+    fits = {fit.weight: fit for pass_result in pass_results for fit in pass_result.fits}
     return tuple(
         _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in groups.values()
     )
@@ -99,11 +101,11 @@ def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
     return replace(program, graph=rewrite(program.graph, rule, Log()))
 
 
-def left_wide(steps: Sequence[Step]) -> tuple[str, ...]:
+def left_wide(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
     """In words, the experts' weights that quantisation left as they were."""
-    if len(unquantised_steps(steps)) == len(steps):
+    if len(before_quantisation(pass_results)) == len(pass_results):
         return ()
-    ops = steps[-1].program.graph.ops
+    ops = pass_results[-1].program.graph.ops
     left = dict.fromkeys(_place(op) for op in ops if op.name == "grouped.linear")
     return tuple(f"the weights of {name} are not quantised" for name in left)
 

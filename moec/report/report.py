@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from moec.ir.graph import Graph, Value
-    from moec.passes.core.runner import Step
+    from moec.passes.core.runner import PassResult
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,10 +49,10 @@ def port(value: Value) -> PortLine:
     return PortLine(value.name, value.dtype, tuple(map(show_dim, value.shape)))
 
 
-def pass_lines(steps: Iterable[Step]) -> tuple[PassLine, ...]:
+def pass_lines(pass_results: Iterable[PassResult]) -> tuple[PassLine, ...]:
     return tuple(
         PassLine(s.name, s.stage.name, s.rewrites, len(s.program.graph.ops), s.seconds)
-        for s in steps
+        for s in pass_results
     )
 
 

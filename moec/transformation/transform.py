@@ -26,7 +26,7 @@ from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, Frame
 from moec.passes.core.damage import Damage
-from moec.passes.core.runner import Declined, Step, run
+from moec.passes.core.runner import Declined, PassResult, run
 from moec.passes.quantise.codes import Quantising
 from moec.pipeline import PassChanges, PassSpec, choose, from_stage, with_calibration
 from moec.transformation.hf_module import fewer_experts
@@ -88,15 +88,17 @@ def transform(
     captured = capture_source(source, dynamic_shapes, allow_fixed)
     frame = Frame(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
-    steps = run(captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage)
-    program = steps[-1].program
+    pass_results = run(
+        captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage
+    )
+    program = pass_results[-1].program
 
     result: torch.nn.Module | None = None
     why = "a graph was asked for"
     if form != "graph":
         try:
             result = fewer_experts(source.model, frame.tracked)
-            _same_results(result, source, captured, steps, limit)
+            _same_results(result, source, captured, pass_results, limit)
         except NoMatch as reason:
             result, why = None, str(reason)
             if form == "class":
@@ -107,12 +109,12 @@ def transform(
         example = (source.args, dict(source.kwargs))
         result = GraphModule(program, trainable, example, captured.structure, why)
         if verify is not False:
-            checking.check(captured, _runner(captured, result.run), steps, limit)
+            checking.check(captured, _runner(captured, result.run), pass_results, limit)
     result.transformation = Transformation(  # type: ignore[assignment]
         shape,
         "" if shape == "class" else why,
-        tuple(step.damage for step in steps if step.damage),
-        tuple(dict.fromkeys(d for step in steps for d in step.declined)),
+        tuple(pass_result.damage for pass_result in pass_results if pass_result.damage),
+        tuple(dict.fromkeys(d for pass_result in pass_results for d in pass_result.declined)),
     )
     return result
 
@@ -177,7 +179,7 @@ def _same_results(
     module: torch.nn.Module,
     source: Source,
     captured: Captured,
-    steps: Sequence[Step],
+    pass_results: Sequence[PassResult],
     limit: float | None,
 ) -> None:
     """Raises NoMatch where the module does not compute what the passes' graph does."""
@@ -188,6 +190,6 @@ def _same_results(
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     try:
-        checking.check(captured, _runner(captured, run), steps, limit)
+        checking.check(captured, _runner(captured, run), pass_results, limit)
     except VerificationError as error:
         raise NoMatch(f"with other experts its class computes something else ({error})") from None

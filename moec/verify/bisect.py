@@ -90,27 +90,29 @@ def bisect(
             default=0.0,
         )
 
-    steps = run(program, passes, stage=stage)
-    rewrites = sum(step.rewrites for step in steps)
+    pass_results = run(program, passes, stage=stage)
+    rewrites = sum(pass_result.rewrites for pass_result in pass_results)
     errors: list[tuple[str, float]] = []
     before, spent = 0.0, 0
-    for index, (last, step) in enumerate(pairwise(steps)):
-        progress(f"compare after {step.name}")
-        after = before if step.program is last.program else error(step.program)
-        errors.append((step.name, after))
+    for index, (last, pass_result) in enumerate(pairwise(pass_results)):
+        progress(f"compare after {pass_result.name}")
+        after = before if pass_result.program is last.program else error(pass_result.program)
+        errors.append((pass_result.name, after))
         if not after <= tolerance:
-            low, high = spent, spent + step.rewrites  # fuel: right with low, wrong with high
-            what = step.last
+            low, high = spent, spent + pass_result.rewrites  # fuel: right with low, wrong with high
+            what = pass_result.last
             while high - low > 1:
                 middle = (low + high) // 2
-                progress(f"halve {step.name}, {high - low} rewrites left")
+                progress(f"halve {pass_result.name}, {high - low} rewrites left")
                 candidate = run(program, passes[: index + 1], stage=stage, fuel=middle)[-1]
                 candidate_error = error(candidate.program)
                 if candidate_error <= tolerance:
                     low, before = middle, candidate_error
                 else:
                     high, after, what = middle, candidate_error, candidate.last
-            culprit = Culprit(step.name, high - spent, step.rewrites, what, before, after)
+            culprit = Culprit(
+                pass_result.name, high - spent, pass_result.rewrites, what, before, after
+            )
             return Bisection(tolerance, rewrites, tuple(errors), culprit)
-        before, spent = after, spent + step.rewrites
+        before, spent = after, spent + pass_result.rewrites
     return Bisection(tolerance, rewrites, tuple(errors))

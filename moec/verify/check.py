@@ -15,9 +15,9 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import InFloat32, in_float32, wide
 from moec.interpret.tolerance import distance
 from moec.ir.graph import Program
-from moec.passes.core.runner import Step
+from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
-from moec.report.quantisation import moved_lines, unquantised_steps
+from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Case, Reference, references, shapes
 from moec.verify.comparison import Comparison, Criterion, nearest_errors
 from moec.verify.first_bad_pass import first_bad_pass, with_states
@@ -54,7 +54,7 @@ class Checked:
 def check(
     captured: Captured,
     run: Run,
-    steps: Sequence[Step],
+    pass_results: Sequence[PassResult],
     tolerance: float | None = None,
     pieces: Pieces | None = None,
 ) -> Checked:
@@ -63,21 +63,21 @@ def check(
     Where passes changed the model on purpose, the graph before the first of them is compared
     with eager, and `run` with the graph after the last. Raises as `_check` does.
     """
-    changes = [i for i, step in enumerate(steps) if step.changed]
+    changes = [i for i, pass_result in enumerate(pass_results) if pass_result.changed]
     if not changes:
-        return _check(captured, run, steps, tolerance, pieces)
-    before = steps[: changes[0]]
+        return _check(captured, run, pass_results, tolerance, pieces)
+    before = pass_results[: changes[0]]
     _check(captured, _in_eager(before[-1].program), before, tolerance, None)
-    meant = steps[changes[-1]].program
+    meant = pass_results[changes[-1]].program
 
     def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results = evaluate(meant.graph, with_states(meant, case), meant.weights)
         return results[: len(meant.graph.outputs)]
 
     changed = replace(captured, program=meant, eager=eager, is_graph=True)
-    checked = _check(changed, run, steps[changes[-1] :], tolerance, pieces)
-    exact = unquantised_steps(steps)
-    if len(exact) == len(steps):
+    checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces)
+    exact = before_quantisation(pass_results)
+    if len(exact) == len(pass_results):
         return checked
     answers, _ = references(changed)
     original = _in_eager(exact[-1].program)
@@ -108,7 +108,7 @@ def _in_eager(program: Program) -> Run:
 def _check(
     captured: Captured,
     run: Run,
-    steps: Sequence[Step],
+    pass_results: Sequence[PassResult],
     tolerance: float | None,
     pieces: Pieces | None,
 ) -> Checked:
@@ -149,7 +149,7 @@ def _check(
     if right_by is None:
         error, name, case = farthest
         _check_no_nan(captured.program, answers)
-        culprit = first_bad_pass(criterion, answers, steps)
+        culprit = first_bad_pass(criterion, answers, pass_results)
         raise VerificationError(
             f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
             f"{criterion.limit:.0e} (inputs {shapes(case)}); {culprit}"

@@ -11,24 +11,24 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import MEANING, in_float32
 from moec.interpret.tolerance import distance
 from moec.ir.graph import Program
-from moec.passes.core.runner import Step
+from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
 from moec.verify.comparison import Comparison, Criterion
 
 
 def first_bad_pass(
-    criterion: Criterion, answers: Sequence[Reference], steps: Sequence[Step]
+    criterion: Criterion, answers: Sequence[Reference], pass_results: Sequence[PassResult]
 ) -> str:
     """A sentence naming the first pass after which the graph differs, or the generated code.
 
     The captured graph is compared with eager in the model's dtype, each later one with the
     captured graph in float32: a pass may move a rounding, which is no error of its own.
     """
-    if not steps:
+    if not pass_results:
         return "the generated code is wrong"
     limit = min(criterion.limit, MEANING) if not criterion.share else MEANING
     try:
-        start = steps[0].program
+        start = pass_results[0].program
         compared = [
             Comparison(got, (value,), 0)
             for case, expected in answers
@@ -37,22 +37,22 @@ def first_bad_pass(
             )
         ]
         if not criterion.allows(compared):
-            return f"the first pass after which the graph differs is {steps[0].name}"
+            return f"the first pass after which the graph differs is {pass_results[0].name}"
         inputs = [with_states(start, case) for case, _ in answers]
         references = list(map(in_float32(start), inputs))
     except (IRError, RuntimeError) as error:
-        return f"the graph after {steps[0].name} does not run: {error}"
-    for step in steps[1:]:
+        return f"the graph after {pass_results[0].name} does not run: {error}"
+    for pass_result in pass_results[1:]:
         try:
-            outputs = map(in_float32(step.program), inputs)
+            outputs = map(in_float32(pass_result.program), inputs)
             if any(
                 not distance(got, value) <= limit
                 for results, right in zip(outputs, references, strict=True)
                 for got, value in _pairs(results, right)
             ):
-                return f"the first pass after which the graph differs is {step.name}"
+                return f"the first pass after which the graph differs is {pass_result.name}"
         except (IRError, RuntimeError) as error:
-            return f"the graph after {step.name} does not run: {error}"
+            return f"the graph after {pass_result.name} does not run: {error}"
     return "the graph is right after every pass: the generated code is wrong"
 
 

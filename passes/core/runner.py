@@ -97,8 +97,8 @@ class OptInPass(Pass, Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
-    """One line of provenance: what ran, what it made, how long, what it declined."""
+class PassResult:
+    """What one pass did: its program, its seconds, its rewrites, and what it declined and why."""
 
     name: str
     program: Program
@@ -132,18 +132,18 @@ def run(
     *,
     stage: Stage = Stage.ATEN,
     fuel: int | None = None,
-    watch: Callable[[Step], None] | None = None,
-) -> list[Step]:
-    """Run passes in order. `steps[0]` is the program as given, `steps[-1]` the result.
+    watch: Callable[[PassResult], None] | None = None,
+) -> list[PassResult]:
+    """Run passes in order. The first result holds the program as given, the last the final one.
 
-    `stage` is the program's own, `fuel` caps the rewrites of the whole run, `watch` sees every
-    step as it is made. Raises IRError where stages do not meet, or a pass breaks a rule of the
-    graph (naming the pass).
+    `stage` is the program's own, `fuel` caps the rewrites of the whole run, `watch` is called with
+    each result after its pass. Raises IRError where stages do not meet, or a pass breaks a rule of
+    the graph (naming the pass).
     """
     verify(program.graph, stage)
-    steps = [Step("capture", program, stage, 0.0, 0, ())]
+    pass_results = [PassResult("capture", program, stage, 0.0, 0, ())]
     if watch:
-        watch(steps[0])
+        watch(pass_results[0])
     spent = 0
     for pass_ in passes:
         if stage > pass_.takes:
@@ -155,12 +155,12 @@ def run(
         try:
             verify(program.graph, stage)
         except IRError as error:
-            before = ", ".join(step.name for step in steps)
+            before = ", ".join(pass_result.name for pass_result in pass_results)
             raise IRError(f"after {pass_.name} (after {before}): {error}") from error
         spent += log.rewrites
         seconds = time.perf_counter() - start
         declined = tuple(log.declined)
-        step = Step(
+        pass_result = PassResult(
             pass_.name,
             program,
             stage,
@@ -173,7 +173,7 @@ def run(
             fits=tuple(log.fits),
             says=tuple(log.says),
         )
-        steps.append(step)
+        pass_results.append(pass_result)
         if watch:
-            watch(step)
-    return steps
+            watch(pass_result)
+    return pass_results

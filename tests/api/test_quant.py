@@ -96,7 +96,7 @@ def test_wrong_code_is_found(compiled: moec.CompiledModel, monkeypatch: Any) -> 
         return {n: v * 1.02 for n, v in compiled.executor(inputs).items()}
 
     with pytest.raises(VerificationError, match=r"by 2\.0e-02 of .*code is wrong"):
-        check(compiled.captured, wrong, compiled.steps)
+        check(compiled.captured, wrong, compiled.pass_results)
 
 
 def test_a_wrong_exact_pass_is_still_named(monkeypatch: Any) -> None:
@@ -180,7 +180,7 @@ def test_text_is_nearly_as_likely_in_few_bits(tiny_moe: Path) -> None:
     rows = ids[: len(ids) // 256 * 256].view(-1, 256)[:16]
 
     def perplexity(quant: str | None) -> float:
-        program = moec.compile(tiny_moe, quant=quant, build=False).steps[-1].program
+        program = moec.compile(tiny_moe, quant=quant, build=False).pass_results[-1].program
         (logits,) = evaluate(program.graph, [rows], program.weights)
         scores = logits.float().log_softmax(-1)
         return float(torch.exp(-scores[:, :-1].gather(-1, rows[:, 1:, None]).mean()))

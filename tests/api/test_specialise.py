@@ -89,7 +89,7 @@ def test_the_artifact_holds_no_more_than_it_reads(compiled: Any, tmp_path: Path)
 
 def test_as_text_and_without_building(model: Model) -> None:
     made = moec.compile(model, (x, task), passes="+specialise(task=0)", stop_after="specialise")
-    assert made.steps[-1].says[-1].startswith("task=0: ")
+    assert made.pass_results[-1].says[-1].startswith("task=0: ")
 
 
 def test_without_verification(model: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moec.ir.graph import Program, Stage
-from moec.passes.core.runner import Step
+from moec.passes.core.runner import PassResult
 from moec.report.report import Report
 from tests.commands import models
 
@@ -27,23 +27,23 @@ class FakeCompiler:
     def compile(self, model: str, **options: Any) -> FakeCompiled:
         self.asked = {"model": model, **options}
         program = Program(models.graph(), models.weights(models.graph()))
-        steps = [
-            Step("capture", program, Stage.ATEN, 0.0, 0, ()),
-            Step("recognise", program, Stage.MOE, 0.25, 3, ()),
+        pass_results = [
+            PassResult("capture", program, Stage.ATEN, 0.0, 0, ()),
+            PassResult("recognise", program, Stage.MOE, 0.25, 3, ()),
         ]
         for phase in ("capture", "passes", "kernels", "verify"):
             options["progress"](phase)
             if self.error and phase == self.fails_in:
                 raise self.error
             if phase == "passes" and (watch := options.get("watch")):
-                for step in steps:
-                    watch(step)
-        return FakeCompiled(steps)
+                for pass_result in pass_results:
+                    watch(pass_result)
+        return FakeCompiled(pass_results)
 
 
 @dataclass
 class FakeCompiled:
-    steps: list[Step]
+    pass_results: list[PassResult]
 
     def report(self) -> Report:
         return models.report()

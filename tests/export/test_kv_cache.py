@@ -117,7 +117,7 @@ def test_texts_of_unequal_lengths(
     language.export_onnx(path, ep, opset=opset, cache=True)
     run = runner(open_session(path))
     for pieces in PADDED.values():
-        texts = Texts(past_and_present(language.steps[-1].program), run, 3)
+        texts = Texts(past_and_present(language.pass_results[-1].program), run, 3)
         masks = [torch.tensor(piece) for piece in pieces]
         ids = [torch.randint(VOCABULARY, mask.shape) for mask in masks]
         got = torch.cat([texts.feed(i, m) for i, m in zip(ids, masks, strict=True)], 1)

@@ -127,7 +127,7 @@ def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) ->
     onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     made = model.export_onnx(path, "portable", cache=True)
     assert (made.caches, set(made.parity.values())) == (2, {1.0})
-    texts = Texts(past_and_present(model.steps[-1].program), runner(open_session(path)), 2)
+    texts = Texts(past_and_present(model.pass_results[-1].program), runner(open_session(path)), 2)
     (ids,) = tensors(FAMILIES[name].inputs(2, 20))
     pieces = [texts.feed(piece) for piece in ids.split([12, *[1] * 8], 1)]
     (expected,) = model.captured.eager(ids)

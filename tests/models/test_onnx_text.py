@@ -31,7 +31,7 @@ def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_p
     path = tmp_path / "model.onnx"
     tiny_moe.export_onnx(path, ep)
     run = runner(open_session(path))
-    program = past_and_present(tiny_moe.steps[-1].program)
+    program = past_and_present(tiny_moe.pass_results[-1].program)
     width = max(map(len, PROMPTS))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     lengths = torch.tensor(list(map(len, PROMPTS)))

@@ -54,7 +54,7 @@ def test_is_recognised_and_equals_eager(name: str) -> None:
     reasons = [d.reason for d in compiled.declined if d.rule == "recognise-routers"]
     assert [r for r in routers if r == "custom"] == ["custom"] * len(reasons)
     assert all(name in CUSTOM and CUSTOM[name] in reason for reason in reasons)
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     more = tuple(torch.randint(3, 160, (2, 40)) for _ in compiled.captured.example)
     for case in [*cases(compiled.captured), more]:
         got = evaluate(program.graph, case, program.weights)

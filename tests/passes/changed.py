@@ -13,7 +13,7 @@ from moec.ir.text import parse
 from moec.passes.calibration.budget import budget
 from moec.passes.calibration.session import Approximate, Frame, Measured
 from moec.passes.core.moe_layer import Layer, layer_of
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 
 EXPERTS, VOCABULARY = 4, 20
 
@@ -76,7 +76,7 @@ def tokens(count: int = 256, seed: int = 0, limit: int = VOCABULARY) -> torch.Te
 
 def change(
     given: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
-) -> list[Step]:
+) -> list[PassResult]:
     """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
     frame = Frame({"ids": tokens()} if calib is None else calib, {}, budget(limit), strict)
     return run(given, [Measured(p, frame) for p in passes], stage=Stage.MOE)

@@ -14,7 +14,7 @@ from moec.ir.text import parse
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.calibration.budget import budget
 from moec.passes.calibration.session import Frame, Measured
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 
 GATED = """
   g#: f32[B, S, 12] = aten.linear.default(IN, layers.#.w1) @ layers.#.w1
@@ -75,7 +75,7 @@ SMALL = RefactorDense(width=4, steps=20)
 
 def change(
     given: Program, pass_: RefactorDense = SMALL, limit: str = "", calib: Any = DOMAINS
-) -> Step:
+) -> PassResult:
     frame = Frame(calib, {}, budget(limit))
     return run(given, [Measured(pass_, frame)], stage=Stage.MOE)[-1]
 

@@ -6,7 +6,7 @@ import torch
 
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step
+from moec.passes.core.runner import PassResult
 from tests.passes.changed import (
     LAYER,
     graph,
@@ -31,7 +31,7 @@ def with_masks(original: Program, kept: list[list[int]], layer: str = LAYER) -> 
     return Program(parse(text), weights)
 
 
-def kept_by(step: Step) -> list[list[int]]:
+def kept_by(step: PassResult) -> list[list[int]]:
     """Which of four experts each layer kept."""
     says = [line.says for line in step.damage.layers]
     return [

@@ -49,7 +49,7 @@ def outputs(program: Program, *inputs: Tensor) -> Tensor:
 def whole(tiny_moe: Any) -> Program:
     """Blocks recognised, and a bias of zero for every router."""
     made = moec.compile(tiny_moe, stop_after="split-packed", dtype="float32", kv_cache=False)
-    program = made.steps[-1].program
+    program = made.pass_results[-1].program
     graph, weights = program.graph, dict(program.weights)
     ops, params = list(graph.ops), list(graph.params)
     for i, op in enumerate(ops):
@@ -276,7 +276,7 @@ def test_adapters_fold(tiny_moe: Any) -> None:
     made = compiled(model, passes="+fold-lora")
     assert [block.experts for block in made.blocks] == [E]
     for seed in SEEDS:
-        program = changed_routers(model, made.steps[-1].program, seed)
+        program = changed_routers(model, made.pass_results[-1].program, seed)
         torch.testing.assert_close(outputs(program, text(seed)), model(text(seed)), **CLOSE)
 
 
@@ -286,7 +286,7 @@ def test_a_supernet_folds(tiny_moe: Any) -> None:
     made = compiled(model, arch, passes="+fold-supernet(given_0=1:0.5)")
     assert [block.experts for block in made.blocks] == [E]
     for seed in SEEDS:
-        program = changed_routers(model, made.steps[-1].program, seed)
+        program = changed_routers(model, made.pass_results[-1].program, seed)
         torch.testing.assert_close(outputs(program, text(seed)), model(text(seed), arch), **CLOSE)
 
 
@@ -298,7 +298,7 @@ def test_one_task_is_left(tiny_moe: Any) -> None:
     assert [block.experts for block in made.blocks] == [E - 3]
     for seed in SEEDS:
         torch.testing.assert_close(
-            outputs(made.steps[-1].program, text(seed)), model(text(seed), task), **CLOSE
+            outputs(made.pass_results[-1].program, text(seed)), model(text(seed), task), **CLOSE
         )
 
 
@@ -306,7 +306,7 @@ def test_routers_of_ids_run_alone(tiny_moe: Any) -> None:
     model = Tiny(tiny_moe, ByIds, ids=True)
     made = compiled(model, passes="+hoist-routers")
     for seed in SEEDS:
-        program = changed_routers(model, made.steps[-1].program, seed)
+        program = changed_routers(model, made.pass_results[-1].program, seed)
         parts = split(program)
         assert parts is not None
         assert len(parts.choices) == 1

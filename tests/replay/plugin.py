@@ -80,18 +80,18 @@ class Recorder:
             self._open[-1].append(Record(kind, name, self._folder.add_text(text)))
 
     def _watch_passes(self) -> None:
-        """Each pass that runs makes a Step."""
+        """Each pass that runs makes a PassResult."""
         from moec.ir.text import print_graph
-        from moec.passes.core.runner import Step
+        from moec.passes.core.runner import PassResult
 
-        make = Step.__init__
+        make = PassResult.__init__
 
-        def record(step: Step, *args: Any, **options: Any) -> None:
+        def record(step: PassResult, *args: Any, **options: Any) -> None:
             make(step, *args, **options)
             declined = [f"declined {d.where}: {d.reason}\n" for d in step.declined]
             self._add("graph", step.name, "".join([print_graph(step.program.graph), *declined]))
 
-        self._patch.setattr(Step, "__init__", record)
+        self._patch.setattr(PassResult, "__init__", record)
 
     def _watch_programs(self) -> None:
         from tvm.relax import ExecBuilder, _ffi_api

@@ -53,7 +53,7 @@ def test_recognised_and_equal_to_eager(published_code: bool) -> None:
 def test_only_rows_of_networks_are_dispatched(published_code: bool) -> None:
     """The buffers of rows are sorted by networks alone, and the others are an epilogue."""
     _, ours = compiled(published_code)
-    ops = ours.steps[-1].program.graph.ops
+    ops = ours.pass_results[-1].program.graph.ops
     sorts = [op.attrs["num_experts"] for op in ops if op.name == "moe.sort"]
     assert sorts == [example.SMALL.networks] * example.SMALL.layers
     epilogues = [op for op in ops if op.name == "moe.zero_experts"]

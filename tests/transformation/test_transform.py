@@ -245,7 +245,7 @@ def test_bisect_starts_where_the_module_is():
     module = transformed(PASSES["prune"])
     found = bisect(module.program, exact(choose(), ""), [(tokens(32),)])
     assert found.culprit is None
-    assert moec.compile(module, stop_after="capture").steps[0].stage is Stage.MOE
+    assert moec.compile(module, stop_after="capture").pass_results[0].stage is Stage.MOE
 
 
 def test_calls_are_those_of_the_source():

@@ -228,7 +228,7 @@ def test_a_captured_graph_that_does_not_run_is_a_mismatch(monkeypatch: pytest.Mo
 
     captured = capture(Sparse(), (torch.randn(4, 9),))
     monkeypatch.setattr(first_bad_pass, "evaluate", fails)
-    steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).steps
+    steps = moec.compile(Sparse(), (torch.randn(4, 9),), build=False).pass_results
     with pytest.raises(VerificationError, match="does not run: cannot reshape tensor of 0"):
         check(captured, lambda inputs: {"output": inputs["x"] + 1}, steps)
 

@@ -19,7 +19,7 @@ SIZES = ((2, 12), (1, 1), (3, 29), (1, 5))
 def assert_equal(compiled: moec.CompiledModel, module: nn.Module) -> None:
     """The last graph gives eager's numbers at several sizes: sums of at most three results of
     float32 experts, in any order."""
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     for size in SIZES:
         x = torch.randn(*size, WIDTH)
         with torch.no_grad():
@@ -116,7 +116,7 @@ def test_sixteen_bits_are_observed_in_float32() -> None:
     x = torch.randn(2, 12, WIDTH, dtype=torch.bfloat16)
     compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
     assert len(compiled.blocks) == 1
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     (result,) = evaluate(program.graph, [x], program.weights)
     assert result.dtype is torch.bfloat16
     with torch.no_grad():
@@ -128,6 +128,6 @@ def test_no_tokens() -> None:
     module = CountsInNumpy().eval()
     x = torch.randn(2, 12, WIDTH)
     compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     (result,) = evaluate(program.graph, [x[:, :0]], program.weights)
     assert result.shape == module(x[:, :0]).shape == (2, 0, WIDTH)

@@ -261,7 +261,7 @@ def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> No
     x = torch.randn(5, WIDTH)
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    program = with_exact_rows(made.steps[-1].program)
+    program = with_exact_rows(made.pass_results[-1].program)
     (expected,) = evaluate(program.graph, [x], program.weights)
     assert float(row_errors(torch.from_numpy(got), expected).amax()) < 1e-5
 

@@ -15,7 +15,7 @@ from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.core.options import made_from
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.pipeline import choose, exact
 from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import LAYER, graph, outputs, program, tokens
@@ -29,7 +29,7 @@ def other(first: Program, seed: int = 7) -> dict[str, torch.Tensor]:
     }
 
 
-def aggregated(first: Program, weights: Any, average: bool = True) -> Step:
+def aggregated(first: Program, weights: Any, average: bool = True) -> PassResult:
     return run(first, [AggregateExperts(weights, average)], stage=Stage.MOE)[-1]
 
 

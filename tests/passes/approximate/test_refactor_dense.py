@@ -297,7 +297,7 @@ def test_kernels_run_the_experts_and_the_router_alone_tells_whom():
     assert [(b.name, b.experts, b.top_k) for b in made.blocks] == [
         ("ffns.0", 2, 1), ("ffns.1", 2, 1)
     ]  # fmt: skip
-    assert [op.name for op in made.steps[-1].program.graph.ops].count("moe.gate") == 1
+    assert [op.name for op in made.pass_results[-1].program.graph.ops].count("moe.gate") == 1
     chosen = made.routers(IDS)
     assert list(chosen) == ["ffns.0", "ffns.1"]
     assert torch.equal(made.routed(chosen, IDS), made(IDS))

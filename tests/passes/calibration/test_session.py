@@ -45,7 +45,7 @@ def pruned() -> moec.CompiledModel:
 
 
 def test_the_code_is_that_of_the_changed_graph(pruned: moec.CompiledModel) -> None:
-    (step,) = [s for s in pruned.steps if s.damage]
+    (step,) = [s for s in pruned.pass_results if s.damage]
     wanted = evaluate(step.program.graph, [x], step.program.weights)[0]
     torch.testing.assert_close(pruned(x), wanted, rtol=1e-5, atol=1e-5)
     assert (pruned(x) - pruned.captured.eager(x)[0]).norm() > 1e-2  # and not the original's

@@ -13,7 +13,7 @@ from moec.codegen.package import build
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.pipeline import choose, decode_passes
 from moec.runtime.executor import Executor
@@ -41,7 +41,7 @@ FORMS = {"whole": STEP, "half": HALF, "alike": ALIKE}
 ROTARY = "nn.rotary(t, cos, sin)"
 
 
-def fused(graph: Graph) -> Step:
+def fused(graph: Graph) -> PassResult:
     return run(Program(graph, {}), [FuseAppend()])[-1]
 
 

@@ -14,7 +14,7 @@ from moec.capture import Captured, capture
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Op, Program
 from moec.ops.attention import Attention
-from moec.passes.core.runner import Pass, Step, run
+from moec.passes.core.runner import Pass, PassResult, run
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention
 from moec.passes.dense.fuse_norm import FuseNorm
@@ -65,7 +65,7 @@ def captured(name: str) -> Captured:
 
 
 @cache
-def fused(name: str) -> tuple[Step, ...]:
+def fused(name: str) -> tuple[PassResult, ...]:
     return tuple(run(captured(name).program, [*BEFORE, *DENSE, *AFTER]))
 
 

@@ -12,7 +12,7 @@ import torch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.dense import mask_values
 from moec.passes.dense.fold_mask import FoldMask
 
@@ -123,12 +123,12 @@ def text(mask: str, bounds: str = "[1, inf]", batch: str = "[0, inf]") -> str:
     return HEAD.format(bounds=bounds, batch=batch) + mask + TAIL
 
 
-def folded(source: str) -> Step:
+def folded(source: str) -> PassResult:
     table = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
     return run(Program(parse(source), {"table": table}), [FoldMask()])[-1]
 
 
-def attention(step: Step) -> Op:
+def attention(step: PassResult) -> Op:
     (op,) = [op for op in step.program.graph.ops if op.name == "nn.attention"]
     return op
 

@@ -10,7 +10,7 @@ import torch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_attention import FuseAttention
 
 HEAD = """\
@@ -103,7 +103,7 @@ def tensors(batch: int, queries: int, keys: int, dtype: torch.dtype) -> list[tor
     ]
 
 
-def fused(source: str) -> Step:
+def fused(source: str) -> PassResult:
     return run(Program(parse(source), weights()), [FuseAttention()])[-1]
 
 

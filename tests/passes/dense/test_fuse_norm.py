@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_norm import FuseNorm
 
 NORM = """\
@@ -66,7 +66,7 @@ def text(**changes: str) -> str:
     return NORM.format(**parts)
 
 
-def fused(graph: Graph) -> Step:
+def fused(graph: Graph) -> PassResult:
     return run(Program(graph, {}), [FuseNorm()])[-1]
 
 

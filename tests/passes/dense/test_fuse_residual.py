@@ -13,7 +13,7 @@ from moec.codegen.package import build
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_residual import FuseResidual
 from moec.runtime.executor import Executor
 from moec.target.cpu import host
@@ -33,7 +33,7 @@ SCALED = "  scaled: bf16[T, 40] = aten.mul.Tensor(x) <other=0.22>\n"
 SUM = "aten.add.Tensor(r, scaled)"
 
 
-def fused(graph: Graph) -> Step:
+def fused(graph: Graph) -> PassResult:
     return run(Program(graph, {}), [FuseResidual()])[-1]
 
 

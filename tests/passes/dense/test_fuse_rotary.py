@@ -10,7 +10,7 @@ import torch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_rotary import FuseRotary
 
 HEAD = """\
@@ -83,7 +83,7 @@ FORMS: dict[str, tuple[int, str]] = {
 }
 
 
-def fused(form: tuple[int, str]) -> Step:
+def fused(form: tuple[int, str]) -> PassResult:
     return run(Program(parse(source(form)), {}), [FuseRotary()])[-1]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_dispatch import FuseDispatch
@@ -66,7 +66,7 @@ PASSES = (
 )
 
 
-def steps(graph: Graph, passes=PASSES, weights=None) -> list[Step]:
+def steps(graph: Graph, passes=PASSES, weights=None) -> list[PassResult]:
     return run(Program(graph, weights or {}), passes, stage=Stage.MOE)
 
 

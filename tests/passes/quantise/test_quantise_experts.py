@@ -10,7 +10,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse as read
 from moec.ir.text import print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.quantise import codes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 
@@ -39,7 +39,7 @@ def program(text: str = GRAPH) -> Program:
     return Program(graph, weights)
 
 
-def quantised(of: Program, text: str) -> Step:
+def quantised(of: Program, text: str) -> PassResult:
     return run(of, [QuantiseExperts(parse(text))], stage=Stage.GROUPED)[-1]
 
 

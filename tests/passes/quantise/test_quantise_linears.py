@@ -10,7 +10,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse as read
 from moec.ir.text import print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 
 GRAPH = """
@@ -38,12 +38,12 @@ def program(text: str = GRAPH) -> Program:
     return Program(graph, {name: torch.randn(shape) / 8 for name, shape in shapes.items()})
 
 
-def quantised(of: Program, linears: str | None, head: str | None = None) -> Step:
+def quantised(of: Program, linears: str | None, head: str | None = None) -> PassResult:
     formats = (None if text is None else parse(text) for text in (linears, head))
     return run(of, [QuantiseLinears(*formats)], stage=Stage.GROUPED)[-1]
 
 
-def places(step: Step) -> list[str]:
+def places(step: PassResult) -> list[str]:
     ops = step.program.graph.ops
     return [op.origin for op in ops if op.name == "nn.quantised_linear"]
 

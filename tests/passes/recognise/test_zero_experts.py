@@ -30,7 +30,7 @@ def test_three_layers_with_gating_residuals(kind: str, golden: Golden) -> None:
         # Three layers in float32, sums in another order.
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     if kind == "Layer":
-        graph = compiled.steps[-1].program.graph
+        graph = compiled.pass_results[-1].program.graph
         assert print_graph(parse(print_graph(graph))) == print_graph(graph)
         golden(print_graph(graph))
 
@@ -43,7 +43,7 @@ def test_no_row_is_dispatched_for_them() -> None:
         layer.router.weight.zero_()
         layer.router.weight[4:7] = torch.rand(3, forms.D)
     compiled = moec.compile(layer.eval(), (torch.rand(5, forms.D),), verify=False)
-    (sort,) = [op for op in compiled.steps[-1].program.graph.ops if op.name == "moe.sort"]
+    (sort,) = [op for op in compiled.pass_results[-1].program.graph.ops if op.name == "moe.sort"]
     assert sort.attrs["num_experts"] == 4
     x = torch.rand(9, forms.D)
     torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-5, atol=1e-6)

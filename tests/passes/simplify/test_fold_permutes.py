@@ -13,7 +13,7 @@ from moec.codegen.package import build
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.simplify.fold_permutes import FoldPermutes
 from moec.runtime.executor import Executor
 from moec.target.cpu import host
@@ -39,7 +39,7 @@ SELF = LAYER.replace("(qh, kh, vh)", "(qh, qh, qh)").replace(", 6]", ", 8]").rep
 FORMS = {"plain": LAYER, "masked": MASKED, "turned": TURNED, "self": SELF}
 
 
-def folded(graph: Graph, fuel: int | None = None) -> Step:
+def folded(graph: Graph, fuel: int | None = None) -> PassResult:
     return run(Program(graph, {}), [FoldPermutes()], fuel=fuel)[-1]
 
 

@@ -15,7 +15,7 @@ import moec
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.fold_lora import FoldLora
 
 ADAPTER = """
@@ -50,7 +50,7 @@ def model(body: str, dtype: str = "f32", seed: int = 0) -> Program:
     return Program(graph, {name: tensor.to(kind) for name, tensor in made.items()})
 
 
-def folded(program: Program) -> Step:
+def folded(program: Program) -> PassResult:
     return run(program, [FoldLora()])[-1]
 
 

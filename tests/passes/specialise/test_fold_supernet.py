@@ -16,7 +16,7 @@ from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.fold_supernet import FoldSupernet
 
 ROUTER = """
@@ -57,7 +57,7 @@ def model(body: str, stored: bool = False, seed: int = 0) -> Program:
     })  # fmt: skip
 
 
-def folded(program: Program, **inputs: Any) -> Step:
+def folded(program: Program, **inputs: Any) -> PassResult:
     return run(program, [FoldSupernet(inputs)])[-1]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters, split
 
 LAYER = """
@@ -68,7 +68,7 @@ ONE_FOR_ALL = BY_IDS + layer(0, "h") + layer(1, "x0")
 FIRST_ALONE = BY_IDS + layer(0, "h") + BY_EXPERTS + layer(1, "x0", "w1", "i1")
 
 
-def hoisted(program: Program, fuel: int | None = None) -> Step:
+def hoisted(program: Program, fuel: int | None = None) -> PassResult:
     return run(program, [HoistRouters()], stage=Stage.GROUPED, fuel=fuel)[-1]
 
 

@@ -16,7 +16,7 @@ from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.core.options import made_from
 from moec.passes.core.rewrite import drop_dead
-from moec.passes.core.runner import Step, run
+from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.bind_inputs import bind
 from moec.passes.specialise.specialise import Specialise
 from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
@@ -84,7 +84,7 @@ def model(router: str, k: int = 2, experts: str = EXPERTS, seed: int = 0) -> Pro
     return Program(graph, {name: fixed.get(name, tensor) for name, tensor in weights.items()})
 
 
-def specialised(program: Program, **inputs: Any) -> Step:
+def specialised(program: Program, **inputs: Any) -> PassResult:
     return run(program, [Specialise(inputs)], stage=Stage.MOE)[-1]
 
 
