@@ -111,9 +111,14 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         readers = scope.graph.readers[op.inputs[1]]
         zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
         source = scope.behind(experts, {"aten.reshape.default"})
-        if len(source.shape) == 2 and (weights is None or source.shape == weights.shape):
+        if _is_choices(source) and (weights is None or source.shape == weights.shape):
             experts = source  # another number of slots a row: the same choices
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
+
+
+def _is_choices(value: Value) -> bool:
+    """Whether it is [T, k]. One choice a token of each text, [B, S], is not: S is named."""
+    return len(value.shape) == 2 and isinstance(value.shape[1], int)
 
 
 def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:

@@ -1,0 +1,355 @@
+"""Read-ME (arXiv 2410.19123): a dense language model becomes experts with one router ahead of them.
+
+The channels of each feed-forward layer that a domain of text uses most become the domain's
+expert, and those that all domains use a part of every expert. One small transformer reads token
+ids alone and chooses one expert a token for all layers at once, before the first of them runs. So
+whoever serves the model knows the experts of every request in its queue: which to fetch ahead,
+which to evict (the one whose next use is farthest, Belady), and which requests share an expert
+and go into one batch.
+
+    python examples/systems/23_read_me.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moec
+from moec.plan.replay import batches_by_expert, batches_in_order, cache_hits, experts_per_batch
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    words: int
+    domains: int = 7
+    remain: float = 0.5  # of the channels, in an expert
+    router_width: int = 512
+    router_heads: int = 4
+
+
+SMALL = Size(
+    layers=2, width=32, heads=4, hidden=64, words=256, domains=5, router_width=16, router_heads=2
+)
+LLAMA_2_7B = Size(layers=32, width=4096, heads=32, hidden=11_008, words=32_000)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """x [B, S, D] -> [B, S, D]: causal, with rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, width = x.shape
+        head = width // self.heads
+        turns = 10_000 ** -(torch.arange(0, head, 2) / head)
+        angles = torch.arange(s)[:, None] * torch.cat([turns, turns])
+        q, k, v = (
+            linear(x).view(b, s, self.heads, head).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        q, k = (rotate(each, angles.cos(), angles.sin()) for each in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, s, width))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """What enters the down-projection."""
+        return F.silu(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.channels(x))
+        return y
+
+
+class Router(nn.Module):
+    """input_ids [B, S] -> logits [B, S, experts]: one layer of a transformer, of its own."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        width = size.router_width
+        self.embed = nn.Embedding(size.words, width)
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(width) for _ in range(3))
+        self.attention = Attention(width, size.router_heads)
+        self.mlp = FeedForward(width, width)
+        self.head = nn.Linear(width, size.domains, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        y: Tensor = self.head(self.norm3(x))
+        return y
+
+
+class Experts(nn.Module):
+    """x [B, S, D], expert [B, S] -> [B, S, D]: each token by the one expert that it has."""
+
+    def __init__(self, experts: list[FeedForward]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        rows, numbers = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
+        y = torch.zeros_like(rows)
+        for number, module in enumerate(self.experts):
+            (token,) = torch.where(numbers == number)
+            y.index_add_(0, token, module(rows[token]))
+        return y.reshape(x.shape)
+
+
+class Layer(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(size.width), nn.RMSNorm(size.width)
+        self.attention = Attention(size.width, size.heads)
+        self.mlp: FeedForward | Experts = FeedForward(size.width, size.hidden)
+
+    def forward(self, x: Tensor, expert: Tensor | None) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + (
+            self.mlp(self.norm2(x), expert) if expert is not None else self.mlp(self.norm2(x))
+        )
+
+
+class ReadMe(nn.Module):
+    """input_ids [B, S] -> logits [B, S, words]. Dense as it is made, without a router."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        self.router: Router | None = None
+        self.embed = nn.Embedding(size.words, size.width)
+        self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
+        self.norm, self.head = nn.RMSNorm(size.width), nn.Linear(size.width, size.words, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        expert = None if self.router is None else self.router(input_ids).argmax(dim=-1)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, expert)
+        y: Tensor = self.head(self.norm(x))
+        return y
+
+
+def corpus(size: Size, length: int) -> tuple[Tensor, Tensor]:
+    """Windows [N, length] of bytes of Python's library, and their domains [N]: source code,
+    docstrings, names of characters, numbers, and messages of errors."""
+    import inspect
+    import json
+    import math
+    import os
+    import unicodedata
+
+    source = inspect.getsource(json.decoder)
+    text = "\n".join(str(inspect.getdoc(value)) for value in vars(str).values() if callable(value))
+    names = "\n".join(unicodedata.name(chr(code), "") for code in range(0x370, 0x700))
+    logarithms = "\n".join(str(math.log(number)) for number in range(1, 300))
+    messages = "\n".join(os.strerror(number) for number in range(1, 134))
+    windows, domains = [], []
+    for domain, words in enumerate((source, text, names, logarithms, messages)):
+        ids = torch.tensor(list(words.encode("ascii", "replace")))
+        windows.append(ids[: len(ids) // length * length].view(-1, length))
+        domains.append(torch.full((len(windows[-1]),), domain))
+    return torch.cat(windows), torch.cat(domains)
+
+
+def next_token_loss(model: ReadMe, windows: Tensor) -> Tensor:
+    return F.cross_entropy(model(windows)[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+
+
+def train(
+    model: nn.Module, loss: Callable[[Tensor], Tensor], steps: int, rate: float
+) -> list[float]:
+    """AdamW on random batches, of which `loss` takes the numbers of windows; the losses."""
+    adam = torch.optim.AdamW(model.parameters(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        value = loss(torch.rand(16))
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        losses.append(value.item())
+    return losses
+
+
+def masks(model: ReadMe, windows: Tensor, domains: Tensor) -> list[Tensor]:
+    """For each layer, which channels each domain keeps: bool [domains, H]. Those of the greatest
+    mean activation at the down-projection's input."""
+    size = model.size
+    channels = round(size.remain * size.hidden)
+    means: list[list[Tensor]] = [[] for _ in model.layers]
+    for domain in range(size.domains):
+        hooks = [
+            layer.mlp.down.register_forward_pre_hook(
+                lambda _, inputs, into=into: into.append(inputs[0].abs().mean(dim=(0, 1)))
+            )
+            for layer, into in zip(model.layers, means, strict=True)
+        ]
+        with torch.no_grad():
+            model(windows[domains == domain])
+        for hook in hooks:
+            hook.remove()
+    kept = []
+    for activations in means:
+        chosen = torch.stack(activations).topk(channels, dim=-1).indices
+        kept.append(
+            torch.zeros(size.domains, size.hidden, dtype=torch.bool).scatter_(1, chosen, True)
+        )
+    return kept
+
+
+def expert(dense: FeedForward, channels: Tensor) -> FeedForward:
+    """The dense layer with some channels alone: rows of gate and up, columns of down. Those that
+    every domain keeps are in each expert: the permanent one, and the domain's own, in one."""
+    width = dense.down.out_features
+    module = FeedForward(width, int(channels.sum()))
+    with torch.no_grad():
+        module.gate.weight.copy_(dense.gate.weight[channels])
+        module.up.weight.copy_(dense.up.weight[channels])
+        module.down.weight.copy_(dense.down.weight[:, channels])
+    return module
+
+
+def refactor(dense: ReadMe, kept: Sequence[Tensor]) -> ReadMe:
+    """The dense model with experts for its feed-forward layers, and a router that is random."""
+    model = copy.deepcopy(dense)
+    model.router = Router(dense.size)
+    for layer, channels in zip(model.layers, kept, strict=True):
+        layer.mlp = Experts([expert(layer.mlp, mask) for mask in channels])
+    return model
+
+
+def router_targets(kept: Sequence[Tensor], domains: Tensor) -> Tensor:
+    """softmax of how much the masks of each expert overlap those of a domain: [N, experts]."""
+    every = torch.cat([mask.float() for mask in kept], dim=1)
+    overlap = every @ every.T / every.sum(dim=1)
+    return (10 * overlap).softmax(dim=-1)[domains]
+
+
+def router_loss(model: ReadMe, windows: Tensor, targets: Tensor) -> Tensor:
+    """KL of the router's choice at each token from the targets [N, experts] of its text."""
+    assert model.router is not None
+    logits = model.router(windows).log_softmax(dim=-1)
+    return F.kl_div(logits, targets[:, None].expand_as(logits), reduction="none").sum(-1).mean()
+
+
+def build(size: Size, steps: int) -> tuple[ReadMe, ReadMe, list[float]]:
+    """A dense model and what it becomes, both trained for a moment, and the router's losses."""
+    windows, domains = corpus(size, 32)
+
+    def some(share: Tensor) -> Tensor:
+        return (share * len(windows)).long()
+
+    dense = ReadMe(size)
+    train(dense, lambda share: next_token_loss(dense, windows[some(share)]), steps, 3e-3)
+    kept = masks(dense, windows, domains)
+    model = refactor(dense, kept)
+    targets = router_targets(kept, domains)
+    router = model.router
+    assert router is not None
+    losses = train(
+        router,
+        lambda share: router_loss(model, windows[some(share)], targets[some(share)]),
+        steps,
+        3e-3,
+    )
+    train(model.layers, lambda share: next_token_loss(model, windows[some(share)]), steps, 1e-3)
+    return dense, model, losses
+
+
+def serve(model: ReadMe, ids: Tensor) -> moec.CompiledModel:
+    """With its router as a function of its own."""
+    axes = {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
+    return moec.compile(
+        model, (ids,), dynamic_shapes=(axes,), passes="+hoist-routers", kv_cache=False
+    )
+
+
+def parameters(size: Size) -> tuple[int, int, int]:
+    """Of the router, all, and those that one token uses, where the experts of all domains together
+    have `domains * remain` times the channels; nothing is allocated."""
+    with torch.device("meta"):
+        router, dense = Router(size), ReadMe(size)
+    total = sum(p.numel() for p in dense.parameters())
+    feed_forward = sum(p.numel() for layer in dense.layers for p in layer.mlp.parameters())
+    own = sum(p.numel() for p in router.parameters())
+    part = round(feed_forward * size.remain)
+    rest = total - feed_forward + own
+    return own, rest + size.domains * part, rest + part
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
+    own, total, active = parameters(LLAMA_2_7B)
+    print("Llama-2-7B in 7 experts, without what they share (paper)")
+    print(f"router {own / 1e6:.1f} M (18 M), active {active / 1e9:.2f} B (4.7 B)")
+    print(f"all {total / 1e9:.1f} B (17 B)")
+
+    torch.manual_seed(0)
+    dense, model, losses = build(SMALL, steps=60)
+    windows, _ = corpus(SMALL, 32)
+    with torch.no_grad():
+        before, after = (float(next_token_loss(m, windows)) for m in (dense, model))
+    print(f"\nloss: dense {before:.2f}, experts of half its channels {after:.2f}")
+    print(f"router: {losses[0]:.2f}, then {losses[-1]:.2f}")
+
+    served = serve(model, windows[:2, :7])
+    for line in served.report().notes:
+        print(line)
+    requests = windows[torch.randperm(len(windows))[:64]]
+    choices = served.routers(requests)
+    layers = list(choices)
+    same = all(
+        torch.equal(choices[layers[0]]["experts"], choices[name]["experts"]) for name in layers
+    )
+    print(f"experts of {len(requests)} requests, known ahead; the same in all layers: {same}")
+
+    trace = choices[layers[0]]["experts"].view(len(requests), -1)[:, -1].tolist()
+    uses = choices[layers[0]]["experts"].view(len(requests), -1).T.flatten().tolist()
+    for size in range(1, SMALL.domains + 1):
+        rates = [
+            100 * cache_hits(uses, size, policy) / len(uses)
+            for policy in ("random", "lru", "belady")
+        ]
+        print("cache of {}: random {:.1f} %, LRU {:.1f} %, Belady {:.1f} %".format(size, *rates))
+    fifo = experts_per_batch(trace, batches_in_order(trace, 8))
+    grouped = experts_per_batch(trace, batches_by_expert(trace, 8))
+    print(f"experts in a batch of 8 requests: {fifo:.2f} as they come, {grouped:.2f} by expert")
+
+    logits = torch.zeros(len(requests), requests.shape[1], SMALL.words)
+    for batch in batches_by_expert(trace, 8):
+        logits[batch] = served.routed(served.routers(requests[batch]), requests[batch])
+    with torch.no_grad():
+        error = float((logits - model(requests)).abs().max())
+    print(f"greatest difference of these batches to eager: {error:.0e}")
+
+
+if __name__ == "__main__":
+    main()
