@@ -1,0 +1,69 @@
+"""Writes MoE layers as people do, and compiles them: how many come out right.
+
+    python -m tests.fuzz --count N --seed S        counts of outcomes, and each that is wrong
+    python -m tests.fuzz --seed S --only 17        one of them: its source and what came of it
+
+Exit status: 1 where a layer was wrong, crashed, or does not run in eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests.fuzz.judge import Outcome, in_folder, judge
+from tests.fuzz.layer import draw, source
+
+BAD = (Outcome.WRONG, Outcome.CRASH, Outcome.EAGER)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", allow_abbrev=False)
+    parser.add_argument("--count", type=int, default=100, help="layers; default: 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    parser.add_argument("--start", type=int, default=0, help="number of the first layer")
+    parser.add_argument("--only", type=int, help="this layer alone, with its source")
+    parser.add_argument("--build", action="store_true", help="machine code instead of the graph")
+    parser.add_argument("--record", type=Path, help="a file for one line of JSON a layer")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    numbers = range(options.start, options.start + options.count)
+    if options.only is not None:
+        numbers = range(options.only, options.only + 1)
+        print(source(draw(options.seed, options.only)))
+    counts: collections.Counter[Outcome] = collections.Counter()
+    with in_folder() as folder:
+        for number in numbers:
+            layer, start = draw(options.seed, number), time.monotonic()
+            name = f"layer_{options.seed}_{number}"
+            verdict = judge(layer, name, Path(folder), options.build)
+            seconds = time.monotonic() - start
+            counts[verdict.outcome] += 1
+            if verdict.outcome in BAD or options.only is not None:
+                print(f"{number}: {verdict.outcome}: {verdict.words}\n    {layer}", flush=True)
+            if options.record:
+                line = {
+                    "number": number,
+                    "outcome": verdict.outcome,
+                    "seconds": round(seconds, 1),
+                    "words": verdict.words[-1500:],
+                    "layer": str(layer),
+                }
+                with options.record.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    for outcome in Outcome:
+        print(f"{counts[outcome]:6} {outcome}")
+    return int(any(counts[outcome] for outcome in BAD))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""Rows to experts and back, as people write it: `flat`, `weights` and `ids` become `out` [T, D]."""
+
+from __future__ import annotations
+
+_OUT = "out = torch.zeros_like(flat)\n"
+_EACH = _OUT + "for e in range({E}):\n"
+_PAIR = "self.run(e, flat[token]) * weights[token, slot, None]"
+_FULL = "full = flat.new_zeros(tokens, {E}).scatter(1, ids, weights)\n"
+_SORTED = "order = ids.reshape(-1).argsort()\ntoken = order // ids.shape[1]\n"
+
+DISPATCHES = {
+    "where": (
+        _EACH
+        + "    token, slot = torch.where(ids == e)\n"
+        + f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "where, empty": (
+        _EACH + "    token, slot = (ids == e).nonzero(as_tuple=True)\n"
+        "    if token.numel() == 0:\n        continue\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "plus": _EACH + "    token, slot = torch.where(ids == e)\n" + f"    out[token] += {_PAIR}",
+    "one_hot": (
+        "mask = F.one_hot(ids, {E}).permute(2, 1, 0)\n"
+        + _EACH
+        + "    slot, token = torch.where(mask[e])\n"
+        f"    out.index_add_(0, token, ({_PAIR}).to(flat.dtype))"
+    ),
+    "hit": (
+        "mask = F.one_hot(ids, {E}).permute(2, 1, 0)\n"
+        "hit = mask.sum(dim=(-1, -2)).greater(0).nonzero()\n" + _OUT + "for one in hit:\n"
+        "    e = one[0]\n    slot, token = torch.where(mask[e])\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "unique": (
+        _OUT + "for e in ids.unique().tolist():\n    token, slot = torch.where(ids == e)\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "any": (
+        _EACH + "    share = (weights * (ids == e)).sum(-1)\n    m = (ids == e).any(-1)\n"
+        "    if m.any():\n        out[m] += self.run(e, flat[m]) * share[m, None]"
+    ),
+    "share": (
+        _EACH + "    share = (weights * (ids == e)).sum(dim=-1, keepdim=True)\n"
+        "    out = out + share * self.run(e, flat)"
+    ),
+    "full": _FULL + "out = sum(full[:, e, None] * self.run(e, flat) for e in range({E}))",
+    "full in place": _FULL + _EACH + "    out += full[:, e].unsqueeze(-1) * self.run(e, flat)",
+    "slots": (
+        _OUT + "for slot in range(ids.shape[1]):\n    for e in range({E}):\n"
+        "        m = ids[:, slot] == e\n"
+        "        if m.any():\n"
+        "            out[m] += weights[m, slot].unsqueeze(1) * self.run(e, flat[m])"
+    ),
+    "counts": (
+        "counts = torch.bincount(ids.flatten(), minlength={E}).tolist()\n"
+        + _EACH
+        + "    if counts[e] == 0:\n        continue\n    token, slot = torch.where(ids == e)\n"
+        f"    out[token] += {_PAIR}"
+    ),
+    "numpy": (
+        _SORTED
+        + "ends = ids.reshape(-1).bincount(minlength={E}).cpu().numpy().cumsum(0)\n"
+        + _OUT
+        + "for e, end in enumerate(ends):\n    start = 0 if e == 0 else ends[e - 1]\n"
+        "    if start == end:\n        continue\n    rows = token[start:end]\n"
+        "    y = self.run(e, flat[rows]) * weights.reshape(-1, 1)[order[start:end]]\n"
+        "    out.index_add_(0, rows, y)"
+    ),
+    "slices": (
+        _SORTED + "rows, share = flat[token], weights.reshape(-1)[order]\n"
+        "counts = ids.flatten().bincount(minlength={E}).tolist()\nparts, start = [], 0\n"
+        "for e, count in enumerate(counts):\n    end = start + count\n"
+        "    if count:\n        parts.append(self.run(e, rows[start:end]))\n    start = end\n"
+        "y = torch.cat(parts) * share[:, None]\n"
+        "out = torch.zeros_like(flat).index_add_(0, token, y)"
+    ),
+    "split": (
+        "order = ids.flatten().sort(stable=True)[1]\n"
+        "sizes = F.one_hot(ids.flatten(), {E}).sum(0).tolist()\n"
+        "parts = flat[order // ids.shape[1]].split(sizes)\n"
+        "ys = torch.cat([self.run(e, part) for e, part in enumerate(parts)])\n"
+        "back = torch.empty_like(ys)\nback[order] = ys\n"
+        "out = (back.view(tokens, -1, {D}) * weights[..., None]).sum(1)"
+    ),
+    "repeat": (
+        "rows = flat.repeat_interleave(ids.shape[1], dim=0)\ny = torch.empty_like(rows)\n"
+        "chosen = ids.reshape(-1)\nfor e in range({E}):\n"
+        "    y[chosen == e] = self.run(e, rows[chosen == e]).to(y.dtype)\n"
+        "out = (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)"
+    ),
+    "gather": (
+        "ys = torch.stack([self.run(e, flat) for e in range({E})], dim=1)\n"
+        "picked = ys.gather(1, ids[..., None].expand(-1, -1, {D}))\n"
+        "out = (picked * weights[..., None]).sum(1)"
+    ),
+    "index": (
+        "ys = torch.stack([self.run(e, flat) for e in range({E})], dim=1)\n"
+        "picked = ys[torch.arange(tokens)[:, None], ids]\n"
+        "out = (picked * weights.unsqueeze(-1)).sum(dim=1)"
+    ),
+    "einsum": (
+        _FULL + "ys = torch.stack([self.run(e, flat) for e in range({E})])\n"
+        'out = torch.einsum("te,etd->td", full, ys)'
+    ),
+    "batched": (
+        _FULL + "y = self.batched(flat.unsqueeze(0).expand({E}, -1, -1))\n"
+        "out = (y * full.t()[..., None]).sum(0)"
+    ),
+    "batched repeat": (
+        _FULL + "y = self.batched(flat.repeat({E}, 1).view({E}, -1, {D}))\n"
+        'out = torch.einsum("etd,te->td", y, full)'
+    ),
+}
+
+WITH_CAPACITY = {
+    "gshard": (
+        "slots = F.one_hot(place.clamp(min=0, max=capacity - 1), capacity).to(flat.dtype)\n"
+        "slots = slots * kept[..., None].to(flat.dtype)\n"
+        "hot = F.one_hot(ids, {E}).to(flat.dtype)\n"
+        'combine = torch.einsum("tk,tke,tkc->tec", weights, hot, slots)\n'
+        "dispatch = combine.bool().to(flat.dtype)\n"
+        'rows = torch.einsum("tec,td->ecd", dispatch, flat)\n'
+        "ys = torch.stack([self.run(e, rows[e]) for e in range({E})])\n"
+        'out = torch.einsum("tec,ecd->td", combine, ys)'
+    ),
+    "places": (
+        "slots = F.one_hot(torch.where(kept, place, capacity), capacity + 1)[..., :-1]\n"
+        "slots = slots.to(flat.dtype)\nhot = F.one_hot(ids, {E}).to(flat.dtype)\n"
+        'rows = torch.einsum("tke,tkc,td->ecd", hot, slots, flat)\n'
+        "ys = torch.stack([self.run(e, rows[e]) for e in range({E})])\n"
+        'out = torch.einsum("tke,tkc,tk,ecd->td", hot, slots, weights, ys)'
+    ),
+    "kept": (
+        _OUT + "for e in range({E}):\n    token, slot = torch.where((ids == e) & kept)\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "sent nowhere": (
+        "sent = torch.where(kept, ids, {E})\n"
+        + _EACH
+        + "    token, slot = torch.where(sent == e)\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "cut": (
+        _EACH + "    token, slot = torch.where(ids == e)\n"
+        "    if len(token) > capacity:\n"
+        "        token, slot = token[:capacity], slot[:capacity]\n"
+        f"    out.index_add_(0, token, {_PAIR})"
+    ),
+    "table": (
+        "table = flat.new_zeros({E} * capacity + 1, {D})\n"
+        "where = torch.where(kept, ids * capacity + place, {E} * capacity)\n"
+        "table = table.index_copy(0, where.reshape(-1), flat.repeat_interleave(ids.shape[1], 0))\n"
+        "rows = table[:-1].view({E}, capacity, {D})\n"
+        "ys = torch.cat([self.run(e, rows[e]) for e in range({E})])\n"
+        "ys = torch.cat([ys, ys.new_zeros(1, {D})])\n"
+        "out = (ys[where] * weights[..., None]).sum(1)"
+    ),
+}
+"""These also take `capacity`, `place` and `kept` [T, K]."""
+
+STACKED = frozenset({"batched", "batched repeat"})
+
+SHARED = {
+    "none": ("", ""),
+    "plus": ("self.shared = nn.Linear({D}, {D})", "out = out + self.shared(flat)"),
+    "gated": (
+        "self.shared = nn.Sequential(nn.Linear({D}, {H}), nn.SiLU(), nn.Linear({H}, {D}))\n"
+        "self.shared_gate = nn.Linear({D}, 1, bias=False)",
+        "out = out + torch.sigmoid(self.shared_gate(flat)) * self.shared(flat)",
+    ),
+    "residual": ("", "out = flat + out"),
+    "scaled": ("self.shared = nn.Linear({D}, {D})", "out = 1.5 * out + self.shared(flat)"),
+    "mixed": (
+        "self.shared = nn.Linear({D}, {D})\nself.mix = nn.Linear({D}, 2)",
+        "mix = self.mix(flat).softmax(-1)\n"
+        "out = out * mix[..., 0:1] + self.shared(flat) * mix[..., 1:]",
+    ),
+}
+
+_LOSS = (
+    "load = F.one_hot(ids, {E}).float().sum(1).mean(0)\n"
+    "loss = {E} * (load * probs.float().mean(0)).sum()\n"
+)
+OUTPUTS = {
+    "tensor": "return {Y}",
+    "logits": "return {Y}, logits",
+    "loss": _LOSS + "return {Y}, loss",
+    "dict": _LOSS + 'return {{"hidden": {Y}, "loss": loss, "ids": ids}}',
+    "dataclass": _LOSS + "return Output({Y}, loss, 0, None)",
+    "none": "return {Y}, None",
+    "counts": "return {Y}, F.one_hot(ids.reshape(-1), {E}).sum(0)",
+    "weights": "return {Y}, (weights, ids)",
+    "z loss": "return {Y}, torch.logsumexp(logits.float(), dim=-1).square().mean()",
+}

@@ -1,0 +1,188 @@
+"""What moec makes of a layer. Eager says what is right, at sizes on both sides of capacities."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.util
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import moec
+from moec.codegen.backends import backend_for
+from moec.codegen.lower import supported
+from moec.errors import MoecError
+from moec.interpret.evaluate import evaluate
+from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
+from moec.model.compiled import CompiledModel
+from moec.verify.stable_topk import FirstOfEquals
+from tests.fuzz.layer import Layer, source
+
+EXAMPLE = (2, 6)
+SIZES = (EXAMPLE, (1, 1), (3, 7), (1, 40), (5, 31))
+DRAWS = ("normal", "alike", "wide")
+
+
+class Outcome(enum.StrEnum):
+    """`EAGER` is a defect of the fuzzer: the layer does not run."""
+
+    BLOCKS = "equal, with blocks"
+    DENSE = "equal, without blocks"
+    REFUSED = "refused"
+    WRONG = "wrong"
+    CRASH = "crash"
+    EAGER = "eager fails"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came out, and more of it in words: a reason, a trace, where the numbers differ."""
+
+    outcome: Outcome
+    words: str = ""
+
+
+def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
+    """Compiles the layer from a file of its own; `built` also makes and runs machine code, else
+    the graph after all passes is interpreted."""
+    try:
+        module, example = load(layer, name, folder), draw("normal", EXAMPLE, layer)
+        answers = list(_answers(module, layer))
+        assert answers
+    except Exception:
+        return Verdict(Outcome.EAGER, traceback.format_exc())
+    try:
+        compiled = moec.compile(module, (example,), build=built, verify=built)
+        if not built and not supported(compiled.graph, backend_for(compiled.target)):
+            return Verdict(Outcome.REFUSED, "operators without kernels")
+        run = compiled if built else _interpreted(compiled)
+        for words, x, expected in answers:
+            difference = _difference(run(x), expected, layer.dtype)
+            if difference:
+                return Verdict(Outcome.WRONG, f"{words}: {difference}")
+    except MoecError as error:
+        return Verdict(Outcome.REFUSED, f"{type(error).__name__}: {error}")
+    except Exception:
+        return Verdict(Outcome.CRASH, traceback.format_exc())
+    reasons = "; ".join(d.reason for d in compiled.declined if not d.reason.startswith("router"))
+    return Verdict(Outcome.BLOCKS if compiled.blocks else Outcome.DENSE, reasons)
+
+
+def load(layer: Layer, name: str, folder: Path) -> nn.Module:
+    """The layer, in eval mode, of a module of its own: its lines are in `folder`/`name`.py."""
+    path = folder / f"{name}.py"
+    path.write_text(source(layer))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    file = importlib.util.module_from_spec(spec)
+    sys.modules[name] = file
+    spec.loader.exec_module(file)
+    torch.manual_seed(0)
+    module: nn.Module = file.Layer().eval().to(getattr(torch, layer.dtype))
+    return module
+
+
+def draw(kind: str, size: tuple[int, int], layer: Layer) -> torch.Tensor:
+    """f[B, S, D]: random, all rows alike (one expert has them all), or of large logits."""
+    generator = torch.Generator().manual_seed(size[0] * 1000 + size[1])
+    x = torch.randn(*size, layer.width, generator=generator)
+    if kind == "alike":
+        x = x[:1, :1].expand(*size, layer.width).contiguous()
+    return (x * 8 if kind == "wide" else x).to(getattr(torch, layer.dtype))
+
+
+def _answers(module: nn.Module, layer: Layer) -> Iterator[tuple[str, torch.Tensor, list[Any]]]:
+    """Inputs and what is right of each: eager, and eager that takes the first of equal scores.
+    It must run on the first; sizes at which it does not say nothing."""
+    for size in SIZES:
+        for kind in DRAWS:
+            x = draw(kind, size, layer)
+            try:
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    right = [module(x.clone())]
+                    with FirstOfEquals():
+                        right.append(module(x.clone()))
+            except Exception:
+                if size == EXAMPLE:
+                    raise
+                continue
+            yield f"{kind} {size[0]}x{size[1]}", x, right
+
+
+def _interpreted(compiled: CompiledModel) -> Callable[[torch.Tensor], Any]:
+    program, structure = compiled.steps[-1].program, compiled.captured.structure
+
+    def run(x: torch.Tensor) -> Any:
+        results = evaluate(program.graph, [x], program.weights)
+        if structure.named:
+            return dict(zip((v.name for v in program.graph.results), results, strict=True))
+        return structure.rebuild(list(results))
+
+    return run
+
+
+def _difference(got: Any, right: list[Any], dtype: str) -> str:
+    """In words, how an output differs from all that are right; "" where none does."""
+    ours = _leaves(got)
+    answers = [_leaves(answer) for answer in right]
+    if len(ours) != len(answers[0]):
+        return f"{len(ours)} outputs, and eager has {len(answers[0])}"
+    for number, (a, *equals) in enumerate(zip(ours, *answers, strict=True)):
+        if not isinstance(a, torch.Tensor):
+            if a != equals[0]:
+                return f"output {number} is {a!r}, and eager's {equals[0]!r}"
+            continue
+        words = [_apart(a, b, dtype) for b in equals]
+        if all(words):
+            return f"output {number} {words[0]}"
+    return ""
+
+
+def _leaves(value: Any) -> list[Any]:
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, dict):  # one tensor of a mapping comes as it is, several by name
+        value = list(value.values())
+    return [
+        part
+        for leaf in pytree.tree_leaves(value, is_leaf=dataclasses.is_dataclass)
+        for part in (_leaves(leaf) if dataclasses.is_dataclass(leaf) else [leaf])
+    ]
+
+
+def _apart(got: torch.Tensor, expected: torch.Tensor, dtype: str) -> str:
+    """In 16 bits some rows may be others: nearly equal scores choose other experts."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return (
+            f"is {got.dtype}{list(got.shape)}, and eager's {expected.dtype}{list(expected.shape)}"
+        )
+    short = {"float16": "f16", "bfloat16": "bf16", "float64": "f64"}.get(dtype, "f32")
+    limit = TOLERANCES[short]
+    if short in ("f32", "f64"):
+        error = distance(got, expected)
+        return f"differs by {error:.1e}" if error > limit else ""
+    if not expected.isfinite().all():
+        return ""
+    if not expected.is_floating_point() or expected.ndim < 2:
+        loose = (got.double() - expected.double()).abs().max() <= 0.1 * expected.abs().max() + 1
+        return "" if loose else "differs"
+    errors = row_errors(got, expected)
+    strays = int((errors > limit).sum())
+    if strays > max(1.0, allowed_strays(0.05, len(errors))):
+        return f"differs in {strays} of {len(errors)} rows, by {float(errors.max()):.1e}"
+    return ""
+
+
+def in_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="moec-fuzz-")

@@ -1,0 +1,168 @@
+"""One draw of all that a MoE layer may differ in, and its Python source."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from textwrap import indent
+
+from tests.fuzz.dispatches import DISPATCHES, OUTPUTS, SHARED, STACKED, WITH_CAPACITY
+from tests.fuzz.experts import EXPERTS
+from tests.fuzz.routers import DROPS, GATES, LIMITS, ORDERS, ROUTERS, WIDTH
+
+DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
+FLATS = {
+    "view": ("flat = x.view(-1, {D})", "out.view_as(x)"),
+    "reshape": ("flat = x.reshape(-1, x.shape[-1])", "out.reshape(x.shape)"),
+    "unpacked": ("b, s, d = x.shape\nflat = x.view(b * s, d)", "out.view(b, s, d)"),
+    "flatten": ("flat = x.flatten(0, 1)", "out.unflatten(0, x.shape[:2])"),
+    "size": ("flat = x.reshape(x.size(0) * x.size(1), x.size(2))", "out.view(x.size(0), -1, {D})"),
+}
+NUMBERS = ("literals", "globals", "attributes", "config")
+
+_HEAD = """import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+"""
+_OUTPUT = """
+@dataclass
+class Output:
+    hidden: torch.Tensor
+    loss: torch.Tensor
+    dropped: int
+    extra: torch.Tensor | None = None
+
+"""
+_CONFIG = """
+@dataclass
+class Config:
+    num_experts: int = {E}
+    top_k: int = {K}
+    width: int = {D}
+    hidden: int = {H}
+
+"""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A name for each part; `limit` is "" where nothing is dropped. E experts, K a token, width D,
+    hidden width H."""
+
+    gate: str
+    router: str
+    limit: str
+    order: str
+    drop: str
+    dispatch: str
+    expert: str
+    shared: str
+    outputs: str
+    flat: str
+    numbers: str
+    dtype: str
+    experts: int
+    top_k: int
+    width: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+def draw(seed: int, index: int) -> Layer:
+    """The layer number `index` of a seed: the same on every machine."""
+    choose = random.Random(f"{seed}:{index}")
+
+    def one(names: Sequence[str]) -> str:
+        return choose.choice(list(names))
+
+    router = one(ROUTERS)
+    limited = choose.random() < 0.4 and router != "top-p"
+    dispatch = one(WITH_CAPACITY) if limited and choose.random() < 0.6 else one(DISPATCHES)
+    stacks = [name for name, form in EXPERTS.items() if form.stacked]
+    width = WIDTH.get(router, choose.choice((1, 2, 2, 2, 3)))
+    return Layer(
+        gate=one(GATES),
+        router=router,
+        limit=one(LIMITS) if limited else "",
+        order=one(ORDERS),
+        drop=one(DROPS),
+        dispatch=dispatch,
+        expert=one(stacks if dispatch in STACKED else list(EXPERTS)),
+        shared=one(SHARED),
+        outputs=one(OUTPUTS),
+        flat=one(FLATS),
+        numbers=one(NUMBERS),
+        dtype=one(DTYPES),
+        experts=choose.choice((4, 6, 8)),
+        top_k=min(width, 2) if router == "groups" else width,
+        width=choose.choice((16, 20)),
+        hidden=choose.choice((12, 24, 40)),
+    )
+
+
+def source(layer: Layer) -> str:
+    """A file with a class Layer, which takes no arguments."""
+    numbers = {"E": layer.experts, "K": layer.top_k, "D": layer.width, "H": layer.hidden}
+    named = {key: _spelled(layer.numbers, key, number) for key, number in numbers.items()}
+    expert = EXPERTS[layer.expert]
+    shared, added = SHARED[layer.shared]
+    flat, back = FLATS[layer.flat]
+    gate, logits = GATES[layer.gate]
+    begin = ["super().__init__()", *_numbers(layer.numbers, numbers), gate, expert.init, shared]
+    if layer.router == "correction bias":
+        begin.append('self.register_buffer("correction", torch.randn({E}) * 0.2)')
+    if layer.limit == "self":
+        begin.append("self.capacity = 7")
+    steps = [flat, "tokens = flat.shape[0]", logits, ROUTERS[layer.router]]
+    if layer.limit:
+        steps += [LIMITS[layer.limit], ORDERS[layer.order], DROPS[layer.drop]]
+    steps.append("weights = weights.to(flat.dtype)")
+    steps.append((DISPATCHES | WITH_CAPACITY)[layer.dispatch])
+    steps += [added, OUTPUTS[layer.outputs].replace("{Y}", back)]
+
+    def lines(parts: Sequence[str]) -> str:
+        return indent("\n".join(filter(None, parts)), " " * 8).format(**named)
+
+    return (
+        _HEAD
+        + (_CONFIG.format(**numbers) if layer.numbers == "config" else "")
+        + (_globals(numbers) if layer.numbers == "globals" else "")
+        + (_OUTPUT if layer.outputs == "dataclass" else "")
+        + (f"\n{expert.classes}\n" if expert.classes else "")
+        + "\nclass Layer(nn.Module):\n    def __init__(self):\n"
+        + lines(begin)
+        + "\n\n"
+        + indent(expert.methods, "    ").format(**named)
+        + "\n    def forward(self, x):\n"
+        + lines(steps)
+        + "\n"
+    )
+
+
+_ATTRIBUTES = {"E": "num_experts", "K": "top_k", "D": "width", "H": "hidden"}
+
+
+def _spelled(style: str, key: str, number: int) -> str:
+    if style == "literals":
+        return str(number)
+    if style == "globals":
+        return key
+    owner = "self" if style == "attributes" else "self.config"
+    return f"{owner}.{_ATTRIBUTES[key]}"
+
+
+def _numbers(style: str, numbers: dict[str, int]) -> list[str]:
+    if style == "attributes":
+        return [f"self.{_ATTRIBUTES[key]} = {number}" for key, number in numbers.items()]
+    return ["self.config = Config()"] if style == "config" else []
+
+
+def _globals(numbers: dict[str, int]) -> str:
+    return "".join(f"{key} = {number}\n" for key, number in numbers.items()) + "\n"
