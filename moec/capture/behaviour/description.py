@@ -127,11 +127,13 @@ class NoNetwork(_Shown):
 class Output(_Shown):
     """A tensor that comes back: its name, its shape before the last axis ("tokens": as the input
     has it; "rows": [T]; "token": the input's, without a last axis; "": neither), and its dtype as
-    torch names it."""
+    torch names it when the module runs in float32. `cast` is its dtype in a module of other
+    floats, where that is not the tokens'."""
 
     name: str = "hidden"
     leading: str = "tokens"
     dtype: str = "float32"
+    cast: str = ""
 
 
 @dataclass(frozen=True)

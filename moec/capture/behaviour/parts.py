@@ -119,6 +119,12 @@ def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: p for name, p in stacks.items() if p.shape[0] == count}
 
 
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the first float that the module holds: its tokens have it too."""
+    floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next((t.dtype for t in floats), torch.float32)
+
+
 def in_float32(module: nn.Module) -> nn.Module:
     """The module, or a copy in float32 where it is not: what 16 bits round away tells no rules
     apart."""

@@ -15,7 +15,7 @@ from moec.capture.behaviour.description import Description
 from moec.capture.behaviour.parts import in_float32
 from moec.capture.behaviour.probe import LONGEST, TOLERANCE, Probe, Run, result_leaves, same
 from moec.capture.behaviour.replacement import Replacement, outputs
-from moec.capture.behaviour.side_outputs import find_outputs
+from moec.capture.behaviour.side_outputs import cast_outputs, find_outputs
 from moec.errors import NoMatch
 
 
@@ -59,7 +59,8 @@ def prove(
     """
     probe.description = description
     replacement = Replacement(probe.module, description, probe.width)
-    description = replace(description, outputs=find_outputs(probe, replacement))
+    items = cast_outputs(module, probe, find_outputs(probe, replacement))
+    description = replace(description, outputs=items)
     runs, overflows = 0, 0
     for subject in (probe.module, in_float32(module)):
         here = replace(probe, module=subject, description=description)

@@ -204,13 +204,14 @@ def outputs(
 
 
 def shaped(value: torch.Tensor, output: Output, x: torch.Tensor) -> torch.Tensor:
-    """A value as the module returns it. A float keeps the tokens' dtype, if that is what it had
-    when the module ran in float32."""
+    """A value as the module returns it. A float has the tokens' dtype, unless it is cast."""
     if output.leading == "tokens":
         value = value.reshape(*x.shape[:-1], value.shape[-1])
     elif output.leading == "token":
         value = value.reshape(x.shape[:-1])
     elif output.leading == "rows":
         value = value.reshape(-1, value.shape[-1])
+    if output.cast:
+        return value.to(getattr(torch, output.cast))
     dtype: torch.dtype = getattr(torch, output.dtype)
     return value if value.is_floating_point() and dtype.is_floating_point else value.to(dtype)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from moec.capture.behaviour.description import Constant, Output
-from moec.capture.behaviour.probe import Probe, same
+from moec.capture.behaviour.parts import float_dtype
+from moec.capture.behaviour.probe import Probe, result_leaves, same
 from moec.capture.behaviour.replacement import Replacement, shaped
 from moec.errors import NoMatch
 
@@ -33,6 +35,26 @@ def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Const
         else:
             items.append(Constant(value))
     return tuple(items)
+
+
+def cast_outputs(
+    module: nn.Module, probe: Probe, items: Sequence[Output | Constant]
+) -> tuple[Output | Constant, ...]:
+    """The outputs with the dtypes that the module itself gives them, which may be float32 in a
+    module of 16 bits, or the other way around."""
+    dtype = float_dtype(module)
+    if dtype is torch.float32:
+        return tuple(items)
+    tokens, *ids = probe.inputs(2, 12)
+    args, kwargs = probe.arguments.build(tokens.to(dtype), *ids)
+    with torch.no_grad():
+        leaves = result_leaves(module(*args, **kwargs))
+    return tuple(
+        replace(item, cast=str(value.dtype).removeprefix("torch."))
+        if isinstance(item, Output) and value.is_floating_point() and value.dtype is not dtype
+        else item
+        for item, (_, value) in zip(items, leaves, strict=True)
+    )
 
 
 def _output(

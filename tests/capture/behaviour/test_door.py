@@ -123,6 +123,28 @@ def test_sixteen_bits_are_observed_in_float32() -> None:
         torch.testing.assert_close(result, module(x), rtol=2e-2, atol=2e-2)  # a few roundings
 
 
+class WithLoss(CountsInNumpy):
+    """Also gives a loss that is float32 whatever the module is."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.gate(x.view(-1, WIDTH)).float()
+        return super().forward(x), logits.logsumexp(-1).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_output_keeps_the_dtype_that_the_module_gives_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = WithLoss().eval().to(dtype)
+    x = torch.randn(2, 12, WIDTH, dtype=dtype)
+    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(WithLoss)])
+    program = compiled.steps[-1].program
+    with torch.no_grad():
+        expected = module(x)
+    for result, tensor in zip(evaluate(program.graph, [x], program.weights), expected, strict=True):
+        # dtypes too; bfloat16 rounds to 8 bits, and the loss is a mean of such
+        torch.testing.assert_close(result, tensor, rtol=2e-2, atol=2e-2)
+
+
 def test_no_tokens() -> None:
     torch.manual_seed(0)
     module = CountsInNumpy().eval()
