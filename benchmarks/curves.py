@@ -45,7 +45,7 @@ from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.calibration.budget import budget
 from moec.passes.calibration.data import calibration
 from moec.passes.calibration.evaluator import LayerStats, Meter
-from moec.passes.calibration.session import Approximate, Foresighted, Frame, Measured
+from moec.passes.calibration.session import Approximate, CalibrationSession, Foresighted, Measured
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import run
 
@@ -165,7 +165,7 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     for name, passes in ways().items():
         made = {kept: point(changed(case, pass_, observed)) for kept, pass_ in passes.items()}
         case.points[name] = [whole, *made.values()]
-        pass_ = Measured(passes[ASKED], Frame(case.seen, {}, allowed))
+        pass_ = Measured(passes[ASKED], CalibrationSession(case.seen, {}, allowed))
         step = run(case.program, [pass_], stage=Stage.MOE)[-1]
         assert step.damage is not None
         after = step.damage.after

@@ -24,12 +24,11 @@ import torch
 import tvm
 from torch import Tensor
 
-from moec.bench.limits import processor
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import Format, dequantise, parse, quantise, round_rows
-from moec.target.cpu import host
+from moec.target.cpu import host, processor
 
 N, K = 1024, 2048
 CASES = {1: 48, 8: 8, 16: 8, 64: 8}  # rows of an expert: experts

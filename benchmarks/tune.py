@@ -27,7 +27,7 @@ import torch  # isort: skip
 import moec
 from moec.bench.limits import timed
 from moec.codegen.tuning.choose import gain
-from moec.report.report import TunedLine
+from moec.report.data import TunedLine
 from moec.target.cpu import host, processor
 
 

@@ -21,8 +21,8 @@ from moec.ir.graph import Graph, Op
 
 if TYPE_CHECKING:
     from moec.cache import Store
-    from moec.codegen.fusion import Group
-    from moec.codegen.loop_kernel import Written
+    from moec.codegen.fusion import FusionGroup
+    from moec.codegen.loop_kernel import LoopKernel
     from moec.codegen.module_builder import Lowering
 
 Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
@@ -73,7 +73,7 @@ class Backend:
     kind: str
     rules: tuple[Rule, ...]
     kernels: Mapping[type, Maker]
-    loop: Callable[[Group, str, Any], Written]
+    loop: Callable[[FusionGroup, str, Any], LoopKernel]
     library: Callable[[IRModule, Any, int, Store | None], bytes]
     ready: Callable[[Any], object] = lambda target: None
 

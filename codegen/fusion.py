@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moec.codegen.loops.reshape import only_splits
-from moec.codegen.loops.rules import EMIT, Rule
+from moec.codegen.loops.rules import EMIT, LoopRule
 from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Value
@@ -25,7 +25,7 @@ PIECES = 4  # of a concatenation, to be a choice inside a loop
 
 
 @dataclass(eq=False)
-class Group:
+class FusionGroup:
     """`ops` in topological order, the root last; `inputs` in the order of first use."""
 
     root: Op
@@ -33,12 +33,12 @@ class Group:
     inputs: tuple[Value, ...] = ()
 
 
-def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[Group]:
+def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[FusionGroup]:
     """Groups in an order in which they can run. `own_kernel` ops are groups by themselves."""
     results = set(graph.results)
-    groups: dict[Op, list[Group]] = {}
-    positions: dict[tuple[Op, Group], frozenset[object]] = {}
-    all_groups: list[Group] = []
+    groups: dict[Op, list[FusionGroup]] = {}
+    positions: dict[tuple[Op, FusionGroup], frozenset[object]] = {}
+    all_groups: list[FusionGroup] = []
     cheap_chain = _cheap_to_repeat(graph)
     for op in reversed(graph.ops):
         rule = None if own_kernel(op) else EMIT.get(op.name)
@@ -46,7 +46,7 @@ def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[Group]:
         if rule is not None and rule.point is not None and not results.intersection(op.outputs):
             joined = _readers(graph, op, rule, groups, positions, cheap_chain, own_kernel)
         if joined is None:
-            group = Group(op)
+            group = FusionGroup(op)
             all_groups.append(group)
             joined = {group: frozenset([()])}
         groups[op] = list(joined)
@@ -67,12 +67,12 @@ def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[Group]:
 def _readers(
     graph: Graph,
     op: Op,
-    rule: Rule,
-    groups: Mapping[Op, list[Group]],
-    positions: Mapping[tuple[Op, Group], frozenset[object]],
+    rule: LoopRule,
+    groups: Mapping[Op, list[FusionGroup]],
+    positions: Mapping[tuple[Op, FusionGroup], frozenset[object]],
     cheap_chain: Mapping[Op, bool],
     own_kernel: Callable[[Op], bool],
-) -> dict[Group, frozenset[object]] | None:
+) -> dict[FusionGroup, frozenset[object]] | None:
     """The groups that would compute `op`, with the positions at which each reads it; None where
     `op` must be stored."""
     free = rule.cost == 0 or cheap_chain[op]
@@ -80,7 +80,7 @@ def _readers(
         return None
     if op.name in ("aten.cat.default", "aten.stack.default") and len(op.inputs) > PIECES:
         return None
-    readers: dict[Group, set[object]] = {}
+    readers: dict[FusionGroup, set[object]] = {}
     for value in op.outputs:
         for reader in dict.fromkeys(graph.readers.get(value, ())):
             if not _may_fuse(value, reader, own_kernel):
@@ -120,7 +120,7 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
     return rule.point is not None
 
 
-def _repeats(op: Op, group: Group) -> bool:
+def _repeats(op: Op, group: FusionGroup) -> bool:
     """Whether the group computes more elements than `op` has."""
     root = group.root
     domain = root.outputs[0].shape
@@ -154,18 +154,18 @@ def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
     return cheap
 
 
-def _undo_free_views(graph: Graph, all_groups: list[Group]) -> None:
+def _undo_free_views(graph: Graph, all_groups: list[FusionGroup]) -> None:
     """Makes views of stored values groups of their own: they cost nothing, unlike a copy in a
     loop. Changes `all_groups`."""
     stored = {v for v in (*graph.inputs, *graph.params)}
     for group in all_groups:
         stored.update(group.root.outputs)
-    group_of: dict[Op, Group] = {group.root: group for group in all_groups}
+    group_of: dict[Op, FusionGroup] = {group.root: group for group in all_groups}
     for op in graph.ops:
         rule = EMIT.get(op.name)
         if rule is None or not rule.view or op in group_of or op.inputs[0] not in stored:
             continue
-        group_of[op] = Group(op, [op])
+        group_of[op] = FusionGroup(op, [op])
         stored.update(op.outputs)
     free = {op for op in group_of if (rule := EMIT.get(op.name)) is not None and rule.view}
     for group in all_groups:

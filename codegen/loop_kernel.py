@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.fusion import Group
+from moec.codegen.fusion import FusionGroup
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position, Sizes, names
@@ -25,14 +25,14 @@ _CUTTING = ("aten.cat.default", "aten.stack.default", "nn.rotary")
 
 
 @dataclass(frozen=True)
-class Written:
+class LoopKernel:
     """`sizes` are the named sizes that the function takes after its input buffers."""
 
     function: PrimFunc
     sizes: tuple[str, ...]
 
 
-def describe(group: Group) -> tuple[str, tuple[str, ...]]:
+def describe(group: FusionGroup) -> tuple[str, tuple[str, ...]]:
     """A text that two groups share if one kernel serves both, and the sizes in its order.
 
     Values are numbered, and sizes renamed, in the order in which they come.
@@ -57,7 +57,7 @@ def describe(group: Group) -> tuple[str, tuple[str, ...]]:
     return re.sub(r"\b[A-Za-z_]\w*\b", rename, text), tuple(order)
 
 
-def sizes_of(group: Group) -> set[str]:
+def sizes_of(group: FusionGroup) -> set[str]:
     size_names: set[str] = set()
     for value in group.inputs:
         size_names |= names(*value.shape)
@@ -81,7 +81,7 @@ def _text(attr: Attr) -> str:
     return f"#{attr.index}" if isinstance(attr, Ref) else repr(attr)
 
 
-def write(group: Group, name: str, target: Target) -> Written:
+def write(group: FusionGroup, name: str, target: Target) -> LoopKernel:
     root = group.root
     order = sorted(sizes_of(group))
     with kernel(name, target) as frame:
@@ -99,7 +99,7 @@ def write(group: Group, name: str, target: Target) -> Written:
         producers = {value: op for op in group.ops for value in op.outputs}
         emission = Emission(inputs, outputs, producers, sizes, target, flat)
         _body(emission, group)
-    return Written(frame.function, free)
+    return LoopKernel(frame.function, free)
 
 
 def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
@@ -120,7 +120,7 @@ def _as_viewed(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer
     return T.decl_buffer(tuple(shape), stored, data=buffer.data)
 
 
-def is_flat(group: Group) -> bool:
+def is_flat(group: FusionGroup) -> bool:
     """Whether every op reads its inputs where it writes, so that one axis is enough."""
     shape = group.root.outputs[0].shape
     if len([dim for dim in shape if dim != 1]) < 2:
@@ -134,7 +134,7 @@ def is_flat(group: Group) -> bool:
     return True
 
 
-def _body(e: Emission, group: Group) -> None:
+def _body(e: Emission, group: FusionGroup) -> None:
     root = group.root
     rule = EMIT[root.name]
     if rule.kernel is not None:
@@ -166,4 +166,4 @@ def _find_cuts(e: Emission, out: Value, shape: tuple[Dim, ...]) -> None:
         e.read(out, at)
 
 
-__all__ = ["Op", "Written", "describe", "write"]
+__all__ = ["LoopKernel", "Op", "describe", "write"]

@@ -1,8 +1,8 @@
 """Graph -> TVM Relax: one function, every group of ops a call to one kernel.
 
 Ops that a rule of the backend takes become calls of its kernels; all others are fused into
-loops (loops/). Kernels that compute the same thing are made once, whatever layer they stand
-in and whichever function calls them, and work for every size within the bounds.
+loops (loops/). Kernels are deduplicated by structure across layers and functions, and work for
+every size within the bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tvm import relax, tirx
 from moec.codegen.backend import Backend, Refusal, Selection
 from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes, names
-from moec.codegen.module_builder import Kernels, Lowering, Param
+from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
@@ -31,7 +31,7 @@ BUILDERS = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Lowered:
+class LoweredModule:
     """`module` has a function for each program, which takes the caller's inputs, the states, then
     its weights: `params`, by the function's name. `kernels` pairs the origin of each op of the
     first program with the kernel that computes it, `refusals` say why others have none. `tunable`
@@ -47,14 +47,14 @@ class Lowered:
 
 def lower(
     module: Module, target: Target, backend: Backend, tunings: Tunings = MappingProxyType({})
-) -> Lowered:
+) -> LoweredModule:
     """`tunings` are values of kernels by their key; others have the default.
 
     Raises UnsupportedError, listing every op that has no kernel and every unknown size.
     """
     with BUILDERS:
         # A kernel may not have the name of a function: `route` is the name of both.
-        kernels = Kernels(
+        kernels = ModuleBuilder(
             relax.BlockBuilder(), backend, name_counts=Counter(module), tunings=tunings
         )
         params: dict[str, tuple[Param, ...]] = {}
@@ -67,7 +67,7 @@ def lower(
             params[name] = _function(name, graph, target, kernels, selection)
             origins = origins or tuple(kernels.sites)
         tunable = tuple(kernels.tunable.values())
-        return Lowered(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
+        return LoweredModule(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
 
 
 def supported(graph: Graph, backend: Backend) -> bool:
@@ -80,7 +80,7 @@ def supported(graph: Graph, backend: Backend) -> bool:
 
 
 def _function(
-    name: str, graph: Graph, target: Target, kernels: Kernels, selection: Selection
+    name: str, graph: Graph, target: Target, kernels: ModuleBuilder, selection: Selection
 ) -> tuple[Param, ...]:
     """Add the function of a graph; its params in their order."""
     rules = selection.rules

@@ -12,7 +12,7 @@ from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Backend, Rule, Selection
-from moec.codegen.fusion import Group
+from moec.codegen.fusion import FusionGroup
 from moec.codegen.loop_kernel import describe
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emit import EMIT
@@ -32,7 +32,7 @@ class Param:
 
 
 @dataclass
-class Kernels:
+class ModuleBuilder:
     """The kernels of a module, each made once, whichever function calls it. `tunings` are the
     values of those that were tuned, by key, and `tunable` the kernels that could be."""
 
@@ -55,7 +55,7 @@ class Lowering:
 
     graph: Graph
     target: Any  # of the kind that the backend and its rules are for
-    kernels: Kernels
+    kernels: ModuleBuilder
     sizes: Sizes
     selection: Selection
     values: dict[Value, relax.Expr] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class Lowering:
             self.bases[view] = base
         return self.views[key]
 
-    def group(self, group: Group) -> list[relax.Expr]:
+    def group(self, group: FusionGroup) -> list[relax.Expr]:
         """The outputs of a group's root: one kernel, or a view."""
         root = group.root
         rule = EMIT[root.name]
@@ -185,7 +185,7 @@ def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:
     return bool(tvm_ffi.structural_equal(value.ty.shape, shape))
 
 
-def _name(group: Group) -> str:
+def _name(group: FusionGroup) -> str:
     """Named after what it does, for profiles: at most three different ops of the group."""
     words = dict.fromkeys(op.name.split(".")[1].strip("_") for op in group.ops)
     heavy = [w for w in words if EMIT.get(f"aten.{w}.default", EMIT[group.root.name]).cost] or list(

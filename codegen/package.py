@@ -14,7 +14,7 @@ import torch
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.loops.rules import EMIT
-from moec.codegen.lower import Lowered, lower
+from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param
 from moec.codegen.tuning.tunable import Tunings
 from moec.ir.aten import named
@@ -61,7 +61,7 @@ def build(
 
 
 def package(
-    module: Module, target: Target, lowered: Lowered, library: bytes, *, weights: bool = True
+    module: Module, target: Target, lowered: LoweredModule, library: bytes, *, weights: bool = True
 ) -> Package:
     """What `build` gives, for programs that were lowered and compiled before.
 

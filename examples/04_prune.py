@@ -21,7 +21,7 @@ from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.calibration.data import calibration
 from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
 from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
@@ -69,7 +69,7 @@ def held_out(program: Program) -> float:
 
 def cut(pass_: Approximate) -> tuple[float, float]:
     """Megabytes and perplexity after a pass."""
-    steps = run(original, [Measured(pass_, Frame(windows(SEEN), {}))], stage=Stage.MOE)
+    steps = run(original, [Measured(pass_, CalibrationSession(windows(SEEN), {}))], stage=Stage.MOE)
     return stored_bytes(steps[-1].program) / 1e6, held_out(steps[-1].program)
 
 

@@ -20,7 +20,7 @@ from moec.ir.graph import Stage
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.calibration.data import calibration
 from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import Frame, Measured
+from moec.passes.calibration.session import CalibrationSession, Measured
 from moec.passes.core.runner import run
 from moec.train.zero_experts import MoEPlusPlus
 
@@ -91,7 +91,8 @@ for by in ("best", "zero"):
     cells = ""
     for fraction in FRACTIONS:
         pass_ = InsertZeroExperts(way="calibrated", fraction=fraction, by=by)
-        changed = run(original, [Measured(pass_, Frame(seen, {}))], stage=Stage.MOE)[-1].program
+        measured = Measured(pass_, CalibrationSession(seen, {}))
+        changed = run(original, [measured], stage=Stage.MOE)[-1].program
         distance, _, _ = meter.measure(changed)
         assert distance.kl is not None
         kept.setdefault(by, []).append(distance.kl)

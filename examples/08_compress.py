@@ -26,7 +26,7 @@ from moec.ir.stats import stored_bytes
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.calibration.data import calibration
 from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import Frame, Measured
+from moec.passes.calibration.session import CalibrationSession, Measured
 from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
@@ -75,7 +75,9 @@ print(f"{'':18}{'bits a weight':>14}{'perplexity':>12}{'nats lost':>11}")
 points: dict[str, tuple[float, float]] = {"bf16": (16.0, before)}
 for kind in ("2bit", "ternary"):
     for by in ("nearest", "gptq"):
-        pass_ = Measured(CompressExperts(kind=kind, by=by), Frame(windows(SEEN, 4), {}))
+        pass_ = Measured(
+            CompressExperts(kind=kind, by=by), CalibrationSession(windows(SEEN, 4), {})
+        )
         program = run(original, [pass_], stage=Stage.MOE)[-1].program
         bits = 16 - 8 * (dense - stored_bytes(program)) / weights
         after = held_out(program)

@@ -35,7 +35,7 @@ from moec.model.compiled import CompiledModel
 from moec.passes.calibration.budget import Budget
 from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
-from moec.passes.calibration.session import Approximate, Frame
+from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import Declined, Pass, PassResult, run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.quantise.codes import Quantising
@@ -158,7 +158,7 @@ def compile(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
-        frame = Frame(calib, source.files, allowed, strict)
+        frame = CalibrationSession(calib, source.files, allowed, strict)
 
         def passed(captured: Captured) -> tuple[PassResult, ...]:
             stage = stage_of(captured.program.graph)

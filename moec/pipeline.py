@@ -31,7 +31,7 @@ from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.approximate.tune_grids import TuneGrids
-from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
 from moec.passes.core.options import made_from, split
 from moec.passes.core.runner import Kind, OptInPass, Pass, PassResult
 from moec.passes.decode.fuse_append import FuseAppend
@@ -246,7 +246,7 @@ def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
     return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
 
 
-def with_calibration(passes: Sequence[PassSpec], frame: Frame) -> tuple[Pass, ...]:
+def with_calibration(passes: Sequence[PassSpec], frame: CalibrationSession) -> tuple[Pass, ...]:
     """The passes as they run: the approximate ones measured and kept within the budget, those
     that quantise with codes chosen on the calibration data, where there are any."""
 

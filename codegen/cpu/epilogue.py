@@ -33,7 +33,7 @@ class VectorBody:
         def run(*sums: Expr) -> Expr:
             values: dict[Value, Expr] = dict(zip(self.graph.inputs, sums, strict=True))
             for op in self.graph.ops:
-                result = VECTOR_OPS[op.name](_Call(v, op, values))
+                result = VECTOR_OPS[op.name](_VectorCall(v, op, values))
                 values[op.outputs[0]] = v.bind(result)
             return values[self.graph.outputs[0]]
 
@@ -71,7 +71,7 @@ def _canonical(body: Graph) -> str:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _VectorCall:
     v: Vector
     op: Op
     values: dict[Value, Expr]
@@ -87,11 +87,13 @@ class _Call:
         return self.v.splat(float(argument))
 
 
-VECTOR_OPS: dict[str, Callable[[_Call], Expr]] = {}
+VECTOR_OPS: dict[str, Callable[[_VectorCall], Expr]] = {}
 
 
-def _vector(*names: str) -> Callable[[Callable[[_Call], Expr]], Callable[[_Call], Expr]]:
-    def register(emit: Callable[[_Call], Expr]) -> Callable[[_Call], Expr]:
+def _vector(
+    *names: str,
+) -> Callable[[Callable[[_VectorCall], Expr]], Callable[[_VectorCall], Expr]]:
+    def register(emit: Callable[[_VectorCall], Expr]) -> Callable[[_VectorCall], Expr]:
         for name in names:
             VECTOR_OPS[f"aten.{name}" if "." in name else f"aten.{name}.default"] = emit
         return emit
@@ -100,19 +102,19 @@ def _vector(*names: str) -> Callable[[Callable[[_Call], Expr]], Callable[[_Call]
 
 
 @_vector("add.Tensor", "add.Scalar")
-def _add(c: _Call) -> Expr:
+def _add(c: _VectorCall) -> Expr:
     other = c.get("other")
     return c.get("self") + (other if c["alpha"] == 1 else other * c.v.splat(float(c["alpha"])))
 
 
 @_vector("sub.Tensor", "sub.Scalar")
-def _sub(c: _Call) -> Expr:
+def _sub(c: _VectorCall) -> Expr:
     other = c.get("other")
     return c.get("self") - (other if c["alpha"] == 1 else other * c.v.splat(float(c["alpha"])))
 
 
 @_vector("rsub.Scalar", "rsub.Tensor")
-def _rsub(c: _Call) -> Expr:
+def _rsub(c: _VectorCall) -> Expr:
     subtrahend = c.get("self")
     return c.get("other") - (
         subtrahend if c["alpha"] == 1 else subtrahend * c.v.splat(float(c["alpha"]))
@@ -120,63 +122,63 @@ def _rsub(c: _Call) -> Expr:
 
 
 @_vector("mul.Tensor", "mul.Scalar")
-def _mul(c: _Call) -> Expr:
+def _mul(c: _VectorCall) -> Expr:
     return c.get("self") * c.get("other")
 
 
 @_vector("div.Tensor", "div.Scalar")
-def _div(c: _Call) -> Expr:
+def _div(c: _VectorCall) -> Expr:
     return c.get("self") / c.get("other")
 
 
 @_vector("neg")
-def _neg(c: _Call) -> Expr:
+def _neg(c: _VectorCall) -> Expr:
     return c.v.splat(0.0) - c.get("self")
 
 
 @_vector("_to_copy", "clone", "alias", "detach", "contiguous")
-def _same(c: _Call) -> Expr:
+def _same(c: _VectorCall) -> Expr:
     return c.get("self")
 
 
 @_vector("silu")
-def _silu(c: _Call) -> Expr:
+def _silu(c: _VectorCall) -> Expr:
     return c.v.silu(c.get("self"))
 
 
 @_vector("sigmoid")
-def _sigmoid(c: _Call) -> Expr:
+def _sigmoid(c: _VectorCall) -> Expr:
     return c.v.sigmoid(c.get("self"))
 
 
 @_vector("tanh")
-def _tanh(c: _Call) -> Expr:
+def _tanh(c: _VectorCall) -> Expr:
     return c.v.tanh(c.get("self"))
 
 
 @_vector("exp")
-def _exp(c: _Call) -> Expr:
+def _exp(c: _VectorCall) -> Expr:
     return c.v.exp(c.get("self"))
 
 
 @_vector("relu")
-def _relu(c: _Call) -> Expr:
+def _relu(c: _VectorCall) -> Expr:
     return c.v.relu(c.get("self"))
 
 
 @_vector("gelu")
-def _gelu(c: _Call) -> Expr:
+def _gelu(c: _VectorCall) -> Expr:
     x = c.get("self")
     return c.v.gelu_tanh(x) if c["approximate"] == "tanh" else c.v.gelu(x)
 
 
 @_vector("erf")
-def _erf(c: _Call) -> Expr:
+def _erf(c: _VectorCall) -> Expr:
     return c.v.erf(c.get("self"))
 
 
 @_vector("pow.Tensor_Scalar")
-def _pow(c: _Call) -> Expr:
+def _pow(c: _VectorCall) -> Expr:
     x = c.v.bind(c.get("self"))
     if c["exponent"] == 2:
         return x * x
@@ -186,7 +188,7 @@ def _pow(c: _Call) -> Expr:
 
 
 @_vector("clamp", "hardtanh")
-def _clamp(c: _Call) -> Expr:
+def _clamp(c: _VectorCall) -> Expr:
     names = ("min_val", "max_val") if "hardtanh" in c.op.name else ("min", "max")
     x = c.get("self")
     for name, by in zip(names, (c.v.at_least, c.v.at_most), strict=True):
@@ -196,10 +198,10 @@ def _clamp(c: _Call) -> Expr:
 
 
 @_vector("clamp_min")
-def _clamp_min(c: _Call) -> Expr:
+def _clamp_min(c: _VectorCall) -> Expr:
     return c.v.at_least(c.get("self"), float(c["min"]))
 
 
 @_vector("clamp_max")
-def _clamp_max(c: _Call) -> Expr:
+def _clamp_max(c: _VectorCall) -> Expr:
     return c.v.at_most(c.get("self"), float(c["max"]))

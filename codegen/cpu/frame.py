@@ -30,20 +30,20 @@ IMPORT = "pragma_import_llvm"
 """TVM's name of the attribute whose text is linked to the function around it."""
 
 
-class Frame:
+class KernelFrame:
     """`function` is there once the frame has ended."""
 
     function: PrimFunc
 
 
 @contextmanager
-def kernel(name: str, target: Target | None = None) -> Iterator[Frame]:
+def kernel(name: str, target: Target | None = None) -> Iterator[KernelFrame]:
     """The frame in which arguments are declared and loops are written.
 
     No two arguments may share memory, unless neither is written. Raises IRError at its end where
     the loops call a function of moec that `target` does not have; without one they call none.
     """
-    frame = Frame()
+    frame = KernelFrame()
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)

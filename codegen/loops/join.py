@@ -14,7 +14,7 @@ from moec.codegen.loops.arithmetic import choose
 from moec.codegen.loops.axes import offset, replaced, wrap
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position
-from moec.codegen.loops.rules import EMIT, Rule, moves, point
+from moec.codegen.loops.rules import EMIT, LoopRule, moves, point
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Op, Value
 
@@ -80,7 +80,7 @@ def write_cat(e: Emission, op: Op) -> None:
 
 
 for _name in ("cat", "concatenate", "concat"):
-    EMIT[f"aten.{_name}.default"] = Rule(
+    EMIT[f"aten.{_name}.default"] = LoopRule(
         point=cat, kernel=write_cat, cost=0, same_position=False, exact=True, fuses=("tensors",)
     )
 
@@ -118,7 +118,7 @@ def write_stack(e: Emission, op: Op) -> None:
         e.elements(value.shape, body)
 
 
-EMIT["aten.stack.default"] = Rule(
+EMIT["aten.stack.default"] = LoopRule(
     point=stack, kernel=write_stack, cost=0, same_position=False, exact=True, fuses=("tensors",)
 )
 

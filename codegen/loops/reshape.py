@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moec.codegen.loops import index as ix
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.index import Index
-from moec.codegen.loops.rules import EMIT, Rule
+from moec.codegen.loops.rules import EMIT, LoopRule
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op
@@ -82,4 +82,4 @@ for _name in (
     "contiguous",
 ):
     _full = f"aten.{_name}" if "." in _name else f"aten.{_name}.default"
-    EMIT[_full] = Rule(point=reshaped, view=True, cost=0, same_position=False, exact=True)
+    EMIT[_full] = LoopRule(point=reshaped, view=True, cost=0, same_position=False, exact=True)

@@ -25,7 +25,7 @@ HEAVY = 8  # the cost of exp and its like
 
 
 @dataclass(frozen=True)
-class Rule:
+class LoopRule:
     """`cost` is roughly in additions an element; 0 moves elements or makes them from nothing.
 
     `same_position` says that an output element needs only the input elements at its position
@@ -41,7 +41,7 @@ class Rule:
     fuses: tuple[str, ...] = ()  # of a kernel: the arguments that may be points
 
 
-EMIT: dict[str, Rule] = {}
+EMIT: dict[str, LoopRule] = {}
 
 # Arithmetic that knows pairs of numbers; ops that only move elements need not.
 COMPLEX = {
@@ -69,7 +69,7 @@ def point(
 ) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
     def register(emit: Callable[[Point], Scalar]) -> Callable[[Point], Scalar]:
         for name in names:
-            EMIT[_full(name)] = Rule(
+            EMIT[_full(name)] = LoopRule(
                 point=emit, cost=cost, same_position=same_position, exact=exact
             )
         return emit
@@ -87,7 +87,7 @@ def kernel(
 ) -> Callable[[Callable[[Emission, Op], None]], Callable[[Emission, Op], None]]:
     def register(emit: Callable[[Emission, Op], None]) -> Callable[[Emission, Op], None]:
         for name in names:
-            EMIT[_full(name)] = Rule(kernel=emit, fuses=fuses)
+            EMIT[_full(name)] = LoopRule(kernel=emit, fuses=fuses)
         return emit
 
     return register

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ops.attention import SWAP, Attention
@@ -55,7 +55,7 @@ class _Visibility:
     any: str
 
 
-def _visibility(w: Writer, a: Attention) -> _Visibility:
+def _visibility(w: NodeWriter, a: Attention) -> _Visibility:
     """All limits of attention joined, broadcasting to [B, Hq, S, L]. The writer shares equal
     nodes, so layers with the same limits have one."""
     dtype = a.q.dtype
@@ -75,7 +75,7 @@ def _visibility(w: Writer, a: Attention) -> _Visibility:
     return _Visibility(added, _any(w, w("Greater", added, low)))
 
 
-def _rule(w: Writer, a: Attention) -> str:
+def _rule(w: NodeWriter, a: Attention) -> str:
     """What causal, window and chunk allow, bool [S, L]; empty where there is none of them."""
     zero, one = w.constant(0), w.constant(1)
     queries, keys = a.shape("q")[2], a.shape("k")[2]
@@ -97,7 +97,7 @@ def _rule(w: Writer, a: Attention) -> str:
     return allowed
 
 
-def _any(w: Writer, allowed: str) -> str:
+def _any(w: NodeWriter, allowed: str) -> str:
     count = w("ReduceMax", w.cast(allowed, "bool", "i32"), w.constant([-1]), keepdims=1)
     return w.cast(count, "i32", "bool")
 

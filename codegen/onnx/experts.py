@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from moec.codegen.onnx.matrix import of_experts
 from moec.codegen.onnx.rules import BUILD, Call, build
 from moec.codegen.onnx.sizes import reshaped
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
@@ -28,7 +28,7 @@ _ROUTERS = ("moe.gate", "moe.route")
 _PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
 
 
-def sorted_choices(w: Writer, ids: Value, count: int) -> tuple[str, str]:
+def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
     """order[R] and the rows of each expert, i64[E], or [E+1] where some rows are nobody's.
 
     TopK is a stable sort: among equals the lower position comes first.
@@ -59,7 +59,7 @@ def columns(router: Op) -> Dim:
     return router.inputs[1].shape[0] if router.name == "moe.gate" else router.inputs[0].shape[1]
 
 
-def _positions(w: Writer, values: Sequence[Value], names: Sequence[str]) -> list[str]:
+def _positions(w: NodeWriter, values: Sequence[Value], names: Sequence[str]) -> list[str]:
     """Positions are i32 in the IR and i64 in ONNX: the ops of this file read the i64 form, and
     the casts are dropped unless something else reads them."""
     for value, name in zip(values, names, strict=True):
@@ -67,18 +67,18 @@ def _positions(w: Writer, values: Sequence[Value], names: Sequence[str]) -> list
     return [w.cast(name, "i64", value.dtype) for value, name in zip(values, names, strict=True)]
 
 
-def _read(w: Writer, value: Value) -> str:
+def _read(w: NodeWriter, value: Value) -> str:
     cached = w.memo.get(("i64", value))
     return cached if cached is not None else w.cast(w.read(value), value.dtype, "i64")
 
 
-def _ends(w: Writer, ends: Value, counts: str, count: int) -> str:
+def _ends(w: NodeWriter, ends: Value, counts: str, count: int) -> str:
     """ends[E], and what is known of them."""
     w.memo["counts", ends] = counts
     return w("CumSum", w("Slice", counts, w.constant([0]), w.constant([count])), w.constant(0))
 
 
-def _inverse(w: Writer, order: str) -> str:
+def _inverse(w: NodeWriter, order: str) -> str:
     """The row of each choice: slots[order[r]] = r."""
     rows = w("Squeeze", w("Shape", order), w.constant([0]))
     return w(
@@ -117,7 +117,7 @@ def _count(op: Op) -> int:
     return count
 
 
-def _weighed(w: Writer, rows: str, weights: Value, order: str, dtype: str) -> str:
+def _weighed(w: NodeWriter, rows: str, weights: Value, order: str, dtype: str) -> str:
     """Each row times the routing weight of its choice."""
     flat = w("Reshape", w.read(weights), w.constant([-1]))
     row_weights = w.cast(w("Gather", flat, order, axis=0), weights.dtype, dtype)
@@ -170,7 +170,7 @@ def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
     return rows
 
 
-def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
+def _counts(w: NodeWriter, ends: Value) -> tuple[str, bool]:
     """The rows of each expert, and whether the rows that nobody owns are counted last."""
     counts = w.memo.get(("counts", ends))
     if counts is None:
@@ -181,7 +181,7 @@ def _counts(w: Writer, ends: Value) -> tuple[str, bool]:
 
 
 def _projected(
-    w: Writer,
+    w: NodeWriter,
     ends: Value,
     rows: str,
     dtype: str,
@@ -205,7 +205,7 @@ def _projected(
     return w.many("Split", [joined, w.constant(widths)], len(widths), axis=1)
 
 
-def inlined(w: Writer, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:
+def inlined(w: NodeWriter, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:
     """The ops of a body over all rows: its own size becomes the number of rows."""
     for value, name in zip(body.inputs, inputs, strict=True):
         w.names[value] = w.cast(name, dtype, value.dtype)

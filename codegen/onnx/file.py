@@ -17,7 +17,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from moec.codegen.onnx.lower import Lowered
+from moec.codegen.onnx.lower import OnnxGraph
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.writer import Node, Weight, onnx_type
 from moec.ir.dims import show_dim
@@ -32,7 +32,7 @@ IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11, 25: 12}
 
 
 @dataclass(frozen=True)
-class Written:
+class OnnxFile:
     """`nodes` in all, `moe_nodes` of them for MoE blocks; `bytes` of model and data together."""
 
     nodes: int
@@ -41,8 +41,8 @@ class Written:
 
 
 def write(
-    lowered: Lowered, weights: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, Any]
-) -> Written:
+    lowered: OnnxGraph, weights: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, Any]
+) -> OnnxFile:
     """Writes `path`, and `path` + ".data" where there are weights that are not small."""
     data = path.with_name(f"{path.name}.data")
     nodes = lowered.nodes()
@@ -59,10 +59,10 @@ def write(
     proto = model(lowered, nodes, stored, about)
     onnx.save_model(proto, path)
     moe = sum(node.by.startswith(("moe.", "grouped.")) for node in nodes)
-    return Written(len(nodes), moe, size + path.stat().st_size)
+    return OnnxFile(len(nodes), moe, size + path.stat().st_size)
 
 
-def debug(lowered: Lowered, path: Path, about: Mapping[str, Any]) -> ModelProto:
+def debug(lowered: OnnxGraph, path: Path, about: Mapping[str, Any]) -> ModelProto:
     """The model at `path` that also gives the ids of the experts, one output a block."""
     names = tuple(dict.fromkeys(name for _, name in lowered.choices))
     nodes = lowered.nodes(names)
@@ -77,7 +77,7 @@ def debug(lowered: Lowered, path: Path, about: Mapping[str, Any]) -> ModelProto:
 
 
 def model(
-    lowered: Lowered,
+    lowered: OnnxGraph,
     nodes: Sequence[Node],
     stored: Sequence[Any],
     about: Mapping[str, Any],

@@ -21,7 +21,7 @@ from moec.codegen.onnx import (
 )
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
-from moec.codegen.onnx.writer import Node, Writer
+from moec.codegen.onnx.writer import Node, NodeWriter
 from moec.codegen.unsupported import fixed, line
 from moec.errors import NoMatch, UnsupportedError
 from moec.ir.graph import Graph, Op, Value
@@ -35,12 +35,12 @@ MOE_FORMS = ("auto", "op", "rows")
 
 
 @dataclass(frozen=True)
-class Lowered:
+class OnnxGraph:
     """`choices` are the ids of the experts, one value of the graph a block, and what they became.
     `forms` says of each block, by its module, whether it is "op" (MoE or QMoE) or "rows"."""
 
     graph: Graph
-    writer: Writer
+    writer: NodeWriter
     outputs: tuple[str, ...]
     choices: tuple[tuple[Value, str], ...]
     forms: dict[str, str]
@@ -49,9 +49,9 @@ class Lowered:
         return self.writer.live([*self.outputs, *extra])
 
 
-def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowered:
+def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> OnnxGraph:
     """Raises UnsupportedError, listing everything that has no ONNX form at once."""
-    w = Writer(graph, opset, profile.contrib)
+    w = NodeWriter(graph, opset, profile.contrib)
     problems: dict[str, list[Op]] = {}
     if graph.states:
         names = ", ".join(state.before.name for state in graph.states[:3])
@@ -80,10 +80,10 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Lowe
     forms = {
         block_of(graph, op): "op" if op in blocks else "rows" for op in graph.ops if _combines(op)
     }
-    return Lowered(graph, w, tuple(outputs), choices, forms)
+    return OnnxGraph(graph, w, tuple(outputs), choices, forms)
 
 
-def _write(w: Writer, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
+def _write(w: NodeWriter, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
     """Writes the nodes of one op and returns "", or the reason why it has no ONNX form; its
     outputs get names in either case, so that the next op can be tried."""
     w.where, w.by = op.origin, op.name
@@ -170,7 +170,7 @@ def _blocks(
     return fused, refused if moe == "op" else []
 
 
-def _name_outputs(w: Writer, graph: Graph, outputs: list[str]) -> None:
+def _name_outputs(w: NodeWriter, graph: Graph, outputs: list[str]) -> None:
     """A result that is an input, a weight or another result is passed on by an Identity; any
     other takes the output's name where it is made."""
     producers = {name: node for node in w.nodes for name in node.outputs}

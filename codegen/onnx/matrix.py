@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from moec.codegen.onnx.rules import Call, build
-from moec.codegen.onnx.writer import Weight, Writer
+from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.ir.graph import Value
 
 
-def transposed(w: Writer, weight: Value) -> str:
+def transposed(w: NodeWriter, weight: Value) -> str:
     """weight.T for a MatMul: stored so, where nothing reads the weight as it is."""
     only = all(
         op.name in ("aten.linear.default", "moe.gate") and weight is op.inputs[1]
@@ -26,13 +26,13 @@ def transposed(w: Writer, weight: Value) -> str:
     return w.weight(f"{weight.name}.T", stored)
 
 
-def of_experts(w: Writer, stacks: Sequence[Value]) -> list[str]:
+def of_experts(w: NodeWriter, stacks: Sequence[Value]) -> list[str]:
     """For each expert e, the rows of all stack[e] one below the other: [sum of N, K].T of stacks
     [E, N, K] for a MatMul, [sum of N] of stacks [E, N]."""
     return [_joined(w, stacks, e) for e in range(int(str(stacks[0].shape[0])))]
 
 
-def _joined(w: Writer, stacks: Sequence[Value], expert: int) -> str:
+def _joined(w: NodeWriter, stacks: Sequence[Value], expert: int) -> str:
     turned = len(stacks[0].shape) == 3
     if not all(w.is_param(stack) for stack in stacks):
         rows = [w("Gather", w.read(stack), w.constant(expert), axis=0) for stack in stacks]

@@ -24,7 +24,7 @@ import torch
 from moec.codegen.onnx.experts import columns
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.routing import logits_of
-from moec.codegen.onnx.writer import Weight, Writer
+from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Value
@@ -186,7 +186,7 @@ def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
                 yield Activation("swiglu", alpha, beta, limit)
 
 
-def write(w: Writer, op: Op, block: Fused) -> str:
+def write(w: NodeWriter, op: Op, block: Fused) -> str:
     """The node, and the addend after it."""
     up, down = block.up, block.down
     assert isinstance(up, GroupedLinear)
@@ -223,7 +223,7 @@ def attributes(block: Fused, normalize: int) -> dict[str, object]:
     return attrs
 
 
-def finished(w: Writer, op: Op, block: Fused, output: str, dtype: str) -> str:
+def finished(w: NodeWriter, op: Op, block: Fused, output: str, dtype: str) -> str:
     """The node's result in the dtype of the block's, and the addend."""
     output = w.cast(output, dtype, op.outputs[0].dtype)
     if block.addend is not None:
@@ -232,7 +232,7 @@ def finished(w: Writer, op: Op, block: Fused, output: str, dtype: str) -> str:
     return output
 
 
-def _router_probs(w: Writer, block: Fused) -> tuple[str, str]:
+def _router_probs(w: NodeWriter, block: Fused) -> tuple[str, str]:
     """(router_probs input of the kernel, factor of its result or "")."""
     dtype = block.x.dtype
     if block.normal:
@@ -247,7 +247,7 @@ def _router_probs(w: Writer, block: Fused) -> tuple[str, str]:
     return w.cast(probs, "f32", dtype), w.cast(total, "f32", dtype)
 
 
-def _interleaved(w: Writer, stacks: Sequence[Value]) -> str:
+def _interleaved(w: NodeWriter, stacks: Sequence[Value]) -> str:
     """Rows of gate and up in turn, [E, 2H, D] of two [E, H, D]; one stack as it is."""
     if len(stacks) == 1:
         return w.read(stacks[0])

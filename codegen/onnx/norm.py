@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Ref, Value
 
@@ -66,7 +66,7 @@ def rotary(c: Call) -> str:
     return _written_out(c, x, cos, sin, pairs == "halves", gives == "halves")
 
 
-def _fits(w: Writer, x: Value, cos: Value) -> bool:
+def _fits(w: NodeWriter, x: Value, cos: Value) -> bool:
     """Whether RotaryEmbedding can express the angles: one of each pair for all heads."""
     if w.opset < FUSED or len(x.shape) != 4 or cos.shape[1] != 1:
         return False
@@ -74,7 +74,7 @@ def _fits(w: Writer, x: Value, cos: Value) -> bool:
     return same and (cos.shape[-1] != x.shape[-1] or all_equal_halves(w.graph, cos))
 
 
-def _cache(w: Writer, value: Value, x: Value) -> str:
+def _cache(w: NodeWriter, value: Value, x: Value) -> str:
     """[B, S, D/2] of cos or sin [1 or B, 1, S, D or D/2]."""
     batch, _, sequence, width = x.shape
     assert isinstance(width, int)
@@ -144,6 +144,6 @@ def _written_out(
     return w.cast(output, full, x.dtype)
 
 
-def _halves(w: Writer, name: str, half: int) -> tuple[str, str]:
+def _halves(w: NodeWriter, name: str, half: int) -> tuple[str, str]:
     first, second = w.many("Split", [name, w.constant([half, half])], 2, axis=-1)
     return first, second

@@ -21,7 +21,7 @@ from moec.codegen.onnx.encoding import Encoding, packed
 from moec.codegen.onnx.moe_op import Fused, attributes, finished, in_turn, ordered
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.quantised import accuracy_level
-from moec.codegen.onnx.writer import Weight, Writer
+from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
 from moec.ops.quantised import GroupedQuantised
@@ -39,7 +39,7 @@ def check(block: Fused) -> None:
             raise NoMatch(f"block_size {code.block} does not divide the {width} weights of a row")
 
 
-def write(w: Writer, op: Op, block: Fused) -> str:
+def write(w: NodeWriter, op: Op, block: Fused) -> str:
     """The node, and the addend after it."""
     up, down = _parts(block)
     code = Encoding.of([up, down])
@@ -68,7 +68,7 @@ def _parts(block: Fused) -> tuple[GroupedQuantised, GroupedQuantised]:
     return block.up, block.down
 
 
-def _chosen(w: Writer, block: Fused) -> str:
+def _chosen(w: NodeWriter, block: Fused) -> str:
     weights, ids = block.router.outputs
     row_weights = w.cast(w.read(weights), weights.dtype, "f32")
     shape = w.shape((weights.shape[0], block.experts))
@@ -76,7 +76,7 @@ def _chosen(w: Writer, block: Fused) -> str:
     return w("ScatterElements", none, w.read(ids), row_weights, axis=-1)
 
 
-def _layer(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> Sequence[str]:
+def _layer(w: NodeWriter, block: Fused, code: Encoding, part: GroupedQuantised) -> Sequence[str]:
     """Weights u8 [E, N, K * bits / 8], scales f32 [E, N, blocks], biases f32 [E, N] or nothing."""
     width = int(str(part.matrices[0].codes.shape[-1]))
     codes = [m.codes for m in part.matrices]
@@ -97,7 +97,7 @@ def _layer(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> S
     )  # fmt: skip
 
 
-def _zeros(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> str:
+def _zeros(w: NodeWriter, block: Fused, code: Encoding, part: GroupedQuantised) -> str:
     stacks = [m.zeros for m in part.matrices if m.zeros is not None]
     if not stacks:
         return ""
@@ -109,7 +109,7 @@ def _zeros(w: Writer, block: Fused, code: Encoding, part: GroupedQuantised) -> s
 
 
 def _stacked(
-    w: Writer,
+    w: NodeWriter,
     block: Fused,
     stacks: Sequence[Value],
     dtype: str,

@@ -22,7 +22,7 @@ from moec.codegen.onnx.experts import by_expert, sorted_rows
 from moec.codegen.onnx.matrix import of_experts
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.rules import Call, build
-from moec.codegen.onnx.writer import Weight, Writer
+from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.formats.integer import Format
 from moec.ir.graph import Value
@@ -57,7 +57,7 @@ def quantised_linear(c: Call) -> str:
     raise NoMatch("linears=… and head=… of quant have no ONNX form: quantise the experts alone")
 
 
-def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
+def _contrib(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], str]:
     stored = _Stored(w, parts)
     code, width = stored.encoding, stored.width
     short = code.blocks(width) * code.block - width
@@ -97,7 +97,7 @@ def _contrib(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
     return product
 
 
-def _standard(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
+def _standard(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], str]:
     stored = _Stored(w, parts)
     code, width = stored.encoding, stored.width
     signed = not parts.format.asymmetric
@@ -128,7 +128,7 @@ def _standard(w: Writer, parts: GroupedQuantised) -> Callable[[int, str], str]:
 class _Stored:
     """The initializers of one expert: all its matrices one below the other, [rows, width]."""
 
-    def __init__(self, w: Writer, parts: GroupedQuantised) -> None:
+    def __init__(self, w: NodeWriter, parts: GroupedQuantised) -> None:
         self.w = w
         self.matrices = parts.matrices
         self.encoding = Encoding.of([parts])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moec.codegen.onnx.matrix import transposed
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
@@ -16,7 +16,7 @@ from moec.ops.routing import Routing
 LOW = float("-inf")
 
 
-def logits_of(w: Writer, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
+def logits_of(w: NodeWriter, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
     """What a router ranks, in f32; the correction that its choice alone sees; [T, E]."""
     if op.name == "moe.route":
         value, correction = inputs_of(op).values()
@@ -71,7 +71,7 @@ def route(c: Call) -> Sequence[str]:
     return w.cast(weights, "f32", routing.dtype), experts
 
 
-def _best_groups(w: Writer, routing: Routing, choice: str, shape: tuple[Dim, Dim]) -> str:
+def _best_groups(w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim, Dim]) -> str:
     """The choice with minus infinity outside of each token's best groups."""
     tokens, experts = shape
     assert isinstance(experts, int)
@@ -93,7 +93,7 @@ def _best_groups(w: Writer, routing: Routing, choice: str, shape: tuple[Dim, Dim
     return reshaped(w, best, grouped_shape, shape)
 
 
-def _sparsemixer(w: Writer, routing: Routing, logits: str) -> Sequence[str]:
+def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
     """See `moec.ops.routing`: one choice after the other, each from what the others left."""
     left, weights, experts = logits, [], []
     one = w.constant([1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.codegen.onnx.sizes import reshaped
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.aten import named
 from moec.ir.dims import Dim
@@ -18,7 +18,7 @@ from moec.ir.graph import Op, Value
 class Call:
     """One op while it is written: `c["dim"]` is an argument by its name in torch's schema."""
 
-    w: Writer
+    w: NodeWriter
     op: Op
 
     def __getitem__(self, name: str) -> Any:

@@ -13,14 +13,14 @@ from moec.ir.dims import Bounds, Dim, symbols
 from moec.ir.float_sizes import f64, is_float, operation
 
 if TYPE_CHECKING:
-    from moec.codegen.onnx.writer import Writer
+    from moec.codegen.onnx.writer import NodeWriter
 
 
 _DOUBLE, _INT64 = 11, 7
 """ONNX's numbers for the types."""
 
 
-def written(w: Writer, dim: Any) -> str:
+def written(w: NodeWriter, dim: Any) -> str:
     """A size as i64[1].
 
     Raises NoMatch for a size that no input gives, or a function that is not written.
@@ -54,7 +54,7 @@ def written(w: Writer, dim: Any) -> str:
     raise NoMatch(f"size {dim} cannot be written")
 
 
-def _double(w: Writer, x: Any) -> str:
+def _double(w: NodeWriter, x: Any) -> str:
     """An operand of `float_sizes.operation` as f64[1]: what is no f64 is exact."""
     if x.is_Rational:
         return w.constant([float(x)], "f64")
@@ -69,18 +69,18 @@ def _double(w: Writer, x: Any) -> str:
     return result if bottom == 1 else w("Div", result, _double(w, bottom))
 
 
-def _folded(w: Writer, kind: str, parts: Sequence[Any]) -> str:
+def _folded(w: NodeWriter, kind: str, parts: Sequence[Any]) -> str:
     return reduce(lambda a, b: w(kind, a, b), (written(w, part) for part in parts))
 
 
-def _quotient(w: Writer, ratio: Any) -> str:
+def _quotient(w: NodeWriter, ratio: Any) -> str:
     """Rounded down; sizes are not negative."""
     top, bottom = sympy.fraction(sympy.together(ratio))
     top, bottom = sympy.expand(top), sympy.expand(bottom)
     return w("Div", written(w, top), written(w, bottom)) if bottom != 1 else written(w, top)
 
 
-def reshaped(w: Writer, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:
+def reshaped(w: NodeWriter, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:
     """`x` in another shape. One size that varies is left to Reshape (-1), one that stays where
     it was is copied (0); only where that is not enough is the shape computed."""
     have, want = [w.bound(d) for d in have], [w.bound(d) for d in want]
@@ -99,6 +99,6 @@ def reshaped(w: Writer, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str
     return w("Reshape", x, w.shape(want), allowzero=1)
 
 
-def _may_be_zero(w: Writer, dim: Any) -> bool:
+def _may_be_zero(w: NodeWriter, dim: Any) -> bool:
     """A size of which a copy would leave -1 with nothing to divide."""
     return any(w.graph.bounds.get(name, Bounds()).low < 1 for name in symbols(dim))

@@ -51,7 +51,7 @@ class Make(Protocol):
 
 
 @dataclass
-class Writer:
+class NodeWriter:
     """`names` says what a value of the graph became. Results of nodes are named after the module
     that they come from: "model.layers.0.mlp/MatMul"."""
 

@@ -6,7 +6,7 @@ What a token did not choose is left out by a Where, so that it cannot be 0 times
 from __future__ import annotations
 
 from moec.codegen.onnx.rules import Call, build
-from moec.codegen.onnx.writer import Writer
+from moec.codegen.onnx.writer import NodeWriter
 from moec.ops.zero_experts import ZeroExperts
 
 
@@ -52,7 +52,7 @@ def zero_experts(c: Call) -> str:
     return w.cast(total, "f32", c.out.dtype)
 
 
-def _times(w: Writer, share: str, value: str) -> str:
+def _times(w: NodeWriter, share: str, value: str) -> str:
     """share[T, 1] * value, and 0 where the share is 0."""
     zero = w.constant(0.0, "f32")
     return w("Where", w("Equal", share, zero), zero, w("Mul", share, value))

@@ -9,7 +9,7 @@ from typing import Any, cast
 from tvm import relax
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.fusion import Group
+from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.dtypes import VECTOR_DTYPES
@@ -129,7 +129,7 @@ def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:
             visible = emit("logical_and.default", (a.mask, visible), type)
         else:
             visible = emit("where.ScalarOther", (visible, a.mask), type, other=-math.inf)
-    low.values[visible] = low.group(Group(ops[-1], ops, inputs))[0]
+    low.values[visible] = low.group(FusionGroup(ops[-1], ops, inputs))[0]
     low.masks[key] = visible
     return visible
 

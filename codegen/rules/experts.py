@@ -7,7 +7,7 @@ from typing import cast
 from tvm import relax
 
 from moec.codegen.backend import Rule, always
-from moec.codegen.fusion import Group
+from moec.codegen.fusion import FusionGroup
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
@@ -98,7 +98,7 @@ def _dispatch(low: Lowering, op: Op) -> list[relax.Expr]:
             Op("aten.mul.Tensor", (picked, same), (rows,)),
         ]
         inputs.append(flat)
-    results = low.group(Group(ops[-1], ops, tuple(inputs)))
+    results = low.group(FusionGroup(ops[-1], ops, tuple(inputs)))
     return [results[0], sorted_[0], sorted_[2]]
 
 

@@ -7,7 +7,7 @@ from typing import cast
 from tvm import relax
 
 from moec.codegen.backend import Rule, always
-from moec.codegen.fusion import Group
+from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, TensorType, Value
@@ -21,7 +21,7 @@ def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     if source.dtype != "i64":
         wide = Value(f"{source.name}_wide", TensorType("i64", source.shape))
         cast_ = Op("aten._to_copy.default", (source,), (wide,), {"dtype": DType("i64")})
-        scalar = low.group(Group(cast_, [cast_], (source,)))[0]
+        scalar = low.group(FusionGroup(cast_, [cast_], (source,)))[0]
     one: tuple[Dim, ...] = (1,)
     if source.shape != one:
         scalar = low.reshaped(scalar, TensorType("i64", one))

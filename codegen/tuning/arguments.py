@@ -27,7 +27,7 @@ COLD = 4  # times the last cache: what goes through it between two reads of one 
 
 
 @dataclass(frozen=True)
-class Arguments:
+class BenchArguments:
     """`draw(tokens)` draws rows and how many of them each expert gets; what it gives is a function
     from the number of a copy of the weights to all arguments of one call, in the kernel's order."""
 
@@ -35,7 +35,7 @@ class Arguments:
     draw: Callable[[int], Callable[[int], list[Any]]]
 
 
-def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> Arguments:
+def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArguments:
     """`footprint` are the bytes of all weights of the model: what fits the cache as a whole is
     there when it is needed, and is not measured cold.
 
@@ -76,7 +76,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> Arguments
 
         return call
 
-    return Arguments(copies, draw)
+    return BenchArguments(copies, draw)
 
 
 def sorted_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:

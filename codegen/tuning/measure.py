@@ -11,7 +11,7 @@ from itertools import count
 from tvm.tirx import PrimFunc
 
 from moec.codegen.build import compile_kernels
-from moec.codegen.tuning.arguments import Arguments, arguments
+from moec.codegen.tuning.arguments import BenchArguments, arguments
 from moec.codegen.tuning.tunable import Tunable, Values
 from moec.target.cpu import Target
 
@@ -51,7 +51,7 @@ class OnThisMachine:
         return bench
 
     def _rounds(
-        self, functions: Sequence[Callable[..., None]], operands: Arguments, tokens: int
+        self, functions: Sequence[Callable[..., None]], operands: BenchArguments, tokens: int
     ) -> list[list[float]]:
         copies = count()
 

@@ -18,7 +18,7 @@ Make: TypeAlias = Callable[[str, Values], PrimFunc]
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWork:
     """What a call does, for the measurement: of each token the kernel sees `top_k` rows, of
     `experts` experts. It compares `work(tokens)` with the value called `worth`."""
 
@@ -44,7 +44,7 @@ class Tunable:
 
     name: str
     key: str
-    work: Work
+    work: KernelWork
     make: Make
     candidates: Mapping[str, tuple[int, ...]]
 

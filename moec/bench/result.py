@@ -26,7 +26,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Line:
+class ContenderLine:
     """One contender; `ahead` is how many times as long it takes as moec does."""
 
     name: str
@@ -37,7 +37,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """`prefill_share` and `decode_share` are moec's shares of the limits."""
 
     model: str
@@ -47,7 +47,7 @@ class Result:
     versions: Mapping[str, str]
     load: Load
     limits: Limits
-    lines: tuple[Line, ...]
+    lines: tuple[ContenderLine, ...]
     prefill_share: float
     decode_share: float
     load_average: float
@@ -96,11 +96,11 @@ def result(
     limits: Limits,
     times: list[Times],
     load_average: float,
-) -> Result:
+) -> BenchResult:
     """`times` begin with moec's."""
     ours = times[0]
     lines = tuple(
-        Line(
+        ContenderLine(
             t.name,
             Figure.of(t.prefill, load.batch * load.prompt),
             Figure.of(t.decode, load.batch),
@@ -110,7 +110,7 @@ def result(
         for t in times
     )
     tokens = load.batch * load.prompt
-    return Result(
+    return BenchResult(
         model,
         dtype,
         machine,
@@ -133,7 +133,7 @@ def _times(ahead: float) -> str:
     return f"{ahead:.2f}x"
 
 
-def plot(report: Result, path: Path) -> None:
+def plot(report: BenchResult, path: Path) -> None:
     """Bars of both rates, with the limit. Raises UsageError where matplotlib is missing."""
     try:
         import matplotlib

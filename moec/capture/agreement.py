@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from moec.capture.lengths import Group, resized
+from moec.capture.lengths import AxisGroup, resized
 from moec.capture.widening import Widened
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
@@ -114,7 +114,7 @@ def _at_one(
 
 def refuted(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
-) -> tuple[Group, ...]:
+) -> tuple[AxisGroup, ...]:
     """Groups that have another length in the example, at which the graph does not hold.
 
     None where graph and module agree on the example. Else those that are wrong with their own

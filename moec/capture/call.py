@@ -19,8 +19,8 @@ from moec.errors import CaptureError
 PREFIX = "module"
 
 
-class Call(torch.nn.Module):
-    """`Call(...)(*tensors)` is `module(*args, **kwargs)` with its tensors replaced, in order."""
+class ModuleCall(torch.nn.Module):
+    """`ModuleCall(...)(*tensors)`: `module(*args, **kwargs)` with its tensors replaced in order."""
 
     def __init__(
         self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]

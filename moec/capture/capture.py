@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from moec.capture.agreement import Eager, allow_one, refuted
-from moec.capture.call import PREFIX, Call, casts_done, named_arguments, tensor_names
+from moec.capture.call import PREFIX, ModuleCall, casts_done, named_arguments, tensor_names
 from moec.capture.exported import decompose, structure_of, to_program
 from moec.capture.fixed import causes, fixed
 from moec.capture.fixed import notes as fixed_notes
@@ -23,15 +23,15 @@ from moec.capture.gc_pause import seldom_collected
 from moec.capture.guard_text import guards_in_text
 from moec.capture.guards import guards_of, located
 from moec.capture.huggingface import experts_as_ops
-from moec.capture.lengths import Axis, Group
+from moec.capture.lengths import Axis, AxisGroup
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
 from moec.capture.settlement import required, settled
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
 from moec.capture.speculate import (
-    Converted,
-    Form,
+    CaptureForm,
+    ConvertedExport,
     Untraceable,
     explained,
     masked,
@@ -109,7 +109,7 @@ def capture(
     if isinstance(model, GraphModule):
         return _from_graph(model, args, kwargs, dynamic_shapes)
     arguments = named_arguments(model, args, kwargs)
-    call = Call(model, args, kwargs)
+    call = ModuleCall(model, args, kwargs)
     for name, tensor in zip(tensor_names(arguments), call.tensors, strict=True):
         _check_device(f"input {name}", tensor)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -141,7 +141,7 @@ class _Request:
     others, the names of the tensors, the bounds that the user set, and which inputs may have
     fixed sizes."""
 
-    call: Call
+    call: ModuleCall
     wishes: Sequence[Axes]
     joining: Sequence[Axis]
     names: Sequence[str]
@@ -151,7 +151,7 @@ class _Request:
 
 def _traced(request: _Request) -> Captured:
     """As torch.export takes it."""
-    call, wrong = request.call, list[Group]()
+    call, wrong = request.call, list[AxisGroup]()
     while True:
         with EXPORTS, seldom_collected():
             refused = [group.axes for group in wrong]
@@ -164,7 +164,7 @@ def _traced(request: _Request) -> Captured:
         if not more:
             break
         wrong += more
-    form = Form(converted, structure)
+    form = CaptureForm(converted, structure)
     return _captured(request, general, form, "traced", partial(_speculated, request))
 
 
@@ -190,7 +190,7 @@ def _speculated(request: _Request) -> Captured:
 
 def _converted(
     request: _Request, general: Widened, exported: ExportedProgram, outputs: Sequence[str]
-) -> Converted:
+) -> ConvertedExport:
     """The program of an export, which was not retraced yet: that adds guards of its own."""
     guards = guards_of(exported, _names(exported, general.wishes, general.groups))
     fixings = causes(exported)
@@ -198,13 +198,13 @@ def _converted(
         exported, request.names, general.wishes, request.bounds, outputs, general.groups
     )
     program, states = detached(program)
-    return Converted(program, _from_start(states, request.call), guards, fixings)
+    return ConvertedExport(program, _from_start(states, request.call), guards, fixings)
 
 
 def _captured(
     request: _Request,
     general: Widened,
-    form: Form,
+    form: CaptureForm,
     way: Way,
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
@@ -240,7 +240,7 @@ def _from_start(states: States, run: Callable[..., Any]) -> Eager:
     return eager
 
 
-def _export(call: Call, general: Widened) -> ExportedProgram:
+def _export(call: ModuleCall, general: Widened) -> ExportedProgram:
     """torch.export. Raises CaptureError with torch's reason."""
     attempt = partial(export_keeping_sizes, partial(_exported, general, call))
     with explained(type(call.module).__name__):
@@ -342,7 +342,7 @@ def _convert(
     wishes: Sequence[Axes],
     bounds: Mapping[str, Bounds],
     outputs: Sequence[str],
-    groups: Iterable[Group] = (),
+    groups: Iterable[AxisGroup] = (),
 ) -> Program:
     exported = _decomposed(exported)
     return to_program(
@@ -356,7 +356,7 @@ def _convert(
 
 
 def _names(
-    exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[Group] = ()
+    exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[AxisGroup] = ()
 ) -> dict[str, str]:
     """torch's symbols in the inputs' shapes -> names of the IR."""
     input_names = exported.graph_signature.user_inputs

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.behaviour.door import Declared, Described, Model, capture_described
+from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
 from moec.capture.capture import Captured, capture
 from moec.capture.pt2 import check_archive
 from moec.errors import CaptureError, UsageError
@@ -77,9 +77,9 @@ def traceable(source: Source) -> bool:
     return isinstance(source.model, torch.nn.Module) and not isinstance(source.model, GraphModule)
 
 
-def example_of(source: Source) -> Model:
+def example_of(source: Source) -> ModelExample:
     assert isinstance(source.model, torch.nn.Module)
-    return Model(source.model, source.args, source.kwargs)
+    return ModelExample(source.model, source.args, source.kwargs)
 
 
 def open_source(

@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class AxisGroup:
     """Axes that are one size, of `length` in the tensors that are exported.
 
     `limits` are the least and greatest length that the user allows; `name` is the user's for
@@ -46,7 +46,7 @@ class Group:
 
 def groups_and_units(
     example: Sequence[torch.Tensor], wishes: Sequence[Axes], joining: Collection[Axis]
-) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+) -> tuple[tuple[AxisGroup, ...], tuple[AxisGroup, ...]]:
     """(groups, units): the axes that may vary, grouped by equal length or equal name; and the
     axes of length 1, grouped by the user's name for them, else one axis a group.
 
@@ -66,11 +66,11 @@ def groups_and_units(
             else:
                 members.setdefault(name or length, []).append(axis)
 
-    def group(key: Any, axes: Sequence[Axis]) -> Group:
+    def group(key: Any, axes: Sequence[Axis]) -> AxisGroup:
         first = axes[0]
         length = example[first.tensor].shape[first.axis]
         limits = _limits(wishes[first.tensor][first.axis])
-        return Group(tuple(axes), length, limits, key if isinstance(key, str) else "")
+        return AxisGroup(tuple(axes), length, limits, key if isinstance(key, str) else "")
 
     return (
         tuple(group(key, axes) for key, axes in members.items() if not set(axes) <= set(joining)),
@@ -93,7 +93,7 @@ def _limits(dim: Any) -> tuple[int, int | None]:
     )
 
 
-def longer_than_one(group: Group, short: bool) -> tuple[int, ...]:
+def longer_than_one(group: AxisGroup, short: bool) -> tuple[int, ...]:
     """Lengths for a group of length 1."""
     return SHORT if short else BATCH if group.axes[0].axis == 0 else SEQUENCE
 
@@ -106,7 +106,9 @@ def other_lengths(length: int) -> tuple[int, ...]:
     return (2 * length, 3 * length, length + 1, *shorter)
 
 
-def resized(tensors: Sequence[torch.Tensor], groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+def resized(
+    tensors: Sequence[torch.Tensor], groups: Sequence[AxisGroup]
+) -> tuple[torch.Tensor, ...]:
     """The tensors with the axes of each group at its length."""
     lengths: list[dict[int, int]] = [{} for _ in tensors]
     for group in groups:

@@ -7,7 +7,7 @@ import math
 import torch
 
 
-class Probe(torch.nn.Module):
+class SpeculationProbe(torch.nn.Module):
     """Counts by tolist, a branch on one, rows between two, a float capacity, a custom function."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import torch
 
-from moec.capture.lengths import Axis, Group, longer_than_one, other_lengths, resized
+from moec.capture.lengths import Axis, AxisGroup, longer_than_one, other_lengths, resized
 from moec.capture.trials import Trials
 
 FIXED = "fixed"
@@ -31,10 +31,12 @@ class Search:
     joining: frozenset[Axis]
     refuted: frozenset[frozenset[Axis]]
 
-    def runs(self, *groups: Group) -> bool:
+    def runs(self, *groups: AxisGroup) -> bool:
         return self.trials.runs(resized(self.example, groups))
 
-    def groups(self, long: Sequence[Group], units: Sequence[Group]) -> tuple[Group, ...]:
+    def groups(
+        self, long: Sequence[AxisGroup], units: Sequence[AxisGroup]
+    ) -> tuple[AxisGroup, ...]:
         """The axes that vary, in groups that are one size, at lengths at which the call runs.
 
         `units` are the axes of length 1. Tried first: all first axes are one size, and all others
@@ -48,16 +50,16 @@ class Search:
                 return groups
         return self._distinct(self._joined(self._split(long)))
 
-    def _refuted(self, group: Group) -> bool:
+    def _refuted(self, group: AxisGroup) -> bool:
         return frozenset(group.axes) in self.refuted
 
-    def _length(self, group: Group) -> int:
+    def _length(self, group: AxisGroup) -> int:
         """The length of a group in the example."""
         return self.example[group.axes[0].tensor].shape[group.axes[0].axis]
 
     def _running(
-        self, long: Sequence[Group], units: Sequence[Group]
-    ) -> Iterator[tuple[Group, ...]]:
+        self, long: Sequence[AxisGroup], units: Sequence[AxisGroup]
+    ) -> Iterator[tuple[AxisGroup, ...]]:
         """The groups with the axes of length 1 among them, at lengths of their own."""
         for labels in _assignments(units, self.joining) if units else ():
             for short in (False, True):
@@ -68,8 +70,12 @@ class Search:
                     break
 
     def _labelled(
-        self, long: Sequence[Group], units: Sequence[Group], labels: Sequence[str], short: bool
-    ) -> tuple[Group, ...] | None:
+        self,
+        long: Sequence[AxisGroup],
+        units: Sequence[AxisGroup],
+        labels: Sequence[str],
+        short: bool,
+    ) -> tuple[AxisGroup, ...] | None:
         """`long`, and a group for each label; None where there is no length for one."""
         groups = list(long)
         for label in dict.fromkeys(labels):
@@ -83,14 +89,18 @@ class Search:
             groups.append(longer)
         return tuple(groups)
 
-    def _longer(self, group: Group, others: Sequence[Group], short: bool) -> Group | None:
+    def _longer(
+        self, group: AxisGroup, others: Sequence[AxisGroup], short: bool
+    ) -> AxisGroup | None:
         used = {other.length for other in others}
         lengths = longer_than_one(group, short)
         allowed = [n for n in lengths if n not in used and group.allows(n)]
         length = min(allowed, key=self.common.__contains__, default=None)
         return None if length is None else replace(group, length=length)
 
-    def _with_lone(self, groups: tuple[Group, ...], units: Sequence[Group]) -> tuple[Group, ...]:
+    def _with_lone(
+        self, groups: tuple[AxisGroup, ...], units: Sequence[AxisGroup]
+    ) -> tuple[AxisGroup, ...]:
         """Units that belong to no other may still be sizes of their own."""
         for unit in units:
             longer = self._longer(unit, groups, short=True)
@@ -100,9 +110,9 @@ class Search:
                 groups = (*groups, longer)
         return groups
 
-    def _split(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+    def _split(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
         """Each group whose parts may differ in length is one group a part."""
-        done: list[Group] = []
+        done: list[AxisGroup] = []
         waiting = list(groups)
         while waiting:
             group = waiting.pop(0)
@@ -113,7 +123,7 @@ class Search:
                 done.append(group)
         return tuple(done)
 
-    def _parts(self, group: Group, others: Sequence[Group]) -> tuple[Group, ...]:
+    def _parts(self, group: AxisGroup, others: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
         if len(group.axes) < 2 or group.name or not group.length:
             return ()
         used = {other.length for other in others}
@@ -129,8 +139,8 @@ class Search:
         return ()
 
     def _changeable(
-        self, group: Group, others: Sequence[Group], lengths: Sequence[int]
-    ) -> tuple[Group, ...]:
+        self, group: AxisGroup, others: Sequence[AxisGroup], lengths: Sequence[int]
+    ) -> tuple[AxisGroup, ...]:
         """The axes of a group that cannot change at once: most of them, which can, and the rest,
         which has the same length by chance; or each alone."""
         for axes in reversed(list(_subsets(group.axes))):
@@ -141,7 +151,7 @@ class Search:
                         return moved, rest
         return tuple(replace(group, axes=(axis,)) for axis in group.axes)
 
-    def _joined(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+    def _joined(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
         """The groups without each axis in `joining` that shares no group with another tensor."""
         joined = []
         for group in groups:
@@ -153,9 +163,9 @@ class Search:
                 joined.append(replace(group, axes=axes))
         return tuple(joined)
 
-    def _distinct(self, groups: Sequence[Group]) -> tuple[Group, ...]:
+    def _distinct(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
         """The groups at lengths that no other axis has, as far as the call runs so."""
-        done: list[Group] = []
+        done: list[AxisGroup] = []
         for index, group in enumerate(groups):
             rest = groups[index + 1 :]
             if self._refuted(group):
@@ -177,12 +187,12 @@ class Search:
         return tuple(done)
 
 
-def _parted(group: Group, axes: tuple[Axis, ...]) -> tuple[Group, Group]:
+def _parted(group: AxisGroup, axes: tuple[Axis, ...]) -> tuple[AxisGroup, AxisGroup]:
     rest = tuple(axis for axis in group.axes if axis not in axes)
     return replace(group, axes=axes), replace(group, axes=rest)
 
 
-def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[tuple[str, ...]]:
+def _assignments(units: Sequence[AxisGroup], joining: frozenset[Axis]) -> Iterator[tuple[str, ...]]:
     """A label for each unit, the plausible first: its name or kind, the other kind, FIXED.
 
     A unit in `joining` belongs to another before it has no size of its own.
@@ -210,7 +220,7 @@ def _assignments(units: Sequence[Group], joining: frozenset[Axis]) -> Iterator[t
                 heapq.heappush(heap, (sum(options[j][k][0] for j, k in enumerate(more)), more))
 
 
-def _label(unit: Group) -> str:
+def _label(unit: AxisGroup) -> str:
     """First axes are taken for batches, all others for sequences."""
     return unit.name or ("batch" if unit.axes[0].axis == 0 else "sequence")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moec.capture.call import Call
+from moec.capture.call import ModuleCall
 
 
 @contextmanager
@@ -30,7 +30,7 @@ class Trials:
     filled with what they held before.
     """
 
-    call: Call
+    call: ModuleCall
     answers: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
     def runs(self, tensors: Sequence[torch.Tensor]) -> bool:

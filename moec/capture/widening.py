@@ -14,8 +14,8 @@ from itertools import chain
 
 import torch
 
-from moec.capture.call import Call
-from moec.capture.lengths import Axis, Group, groups_and_units, resized
+from moec.capture.call import ModuleCall
+from moec.capture.lengths import Axis, AxisGroup, groups_and_units, resized
 from moec.capture.search import Search
 from moec.capture.shapes import Axes
 from moec.capture.trials import Trials
@@ -31,12 +31,12 @@ class Widened:
 
     tensors: tuple[torch.Tensor, ...]
     wishes: tuple[Axes, ...]
-    groups: tuple[Group, ...]
-    moved: tuple[Group, ...]
+    groups: tuple[AxisGroup, ...]
+    moved: tuple[AxisGroup, ...]
 
 
 def widen(
-    call: Call,
+    call: ModuleCall,
     wishes: Sequence[Axes],
     joining: Collection[Axis] = (),
     refuted: Collection[Collection[Axis]] = (),
@@ -80,7 +80,7 @@ def widen(
     )
 
 
-def _fixed_sizes(call: Call, free: Collection[Axis]) -> frozenset[int]:
+def _fixed_sizes(call: ModuleCall, free: Collection[Axis]) -> frozenset[int]:
     weights = chain(call.parameters(), call.buffers())
     fixed = {
         size

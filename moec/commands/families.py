@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """A family of transformers. `what` says what is particular about its MoE blocks."""
 
     model_type: str
@@ -15,40 +15,48 @@ class Family:
 
 
 FAMILIES = (
-    Family("mixtral", "MixtralForCausalLM", "softmax of the chosen logits"),
-    Family("qwen2_moe", "Qwen2MoeForCausalLM", "a shared expert with a sigmoid gate"),
-    Family("qwen3_moe", "Qwen3MoeForCausalLM", "renormalised softmax"),
-    Family("olmoe", "OlmoeForCausalLM", "softmax before top-k"),
-    Family("deepseek_v2", "DeepseekV2ForCausalLM", "groups of experts, shared experts, MLA"),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", "sigmoid with correction bias, groups, MLA"),
-    Family("gpt_oss", "GptOssForCausalLM", "interleaved gate and up with clamp, biases, sinks"),
-    Family("granitemoe", "GraniteMoeForCausalLM", "softmax after top-k"),
-    Family("phimoe", "PhimoeForCausalLM", "sparsemixer"),
-    Family(
+    ModelFamily("mixtral", "MixtralForCausalLM", "softmax of the chosen logits"),
+    ModelFamily("qwen2_moe", "Qwen2MoeForCausalLM", "a shared expert with a sigmoid gate"),
+    ModelFamily("qwen3_moe", "Qwen3MoeForCausalLM", "renormalised softmax"),
+    ModelFamily("olmoe", "OlmoeForCausalLM", "softmax before top-k"),
+    ModelFamily("deepseek_v2", "DeepseekV2ForCausalLM", "groups of experts, shared experts, MLA"),
+    ModelFamily(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "sigmoid with correction bias, groups, MLA"
+    ),
+    ModelFamily(
+        "gpt_oss", "GptOssForCausalLM", "interleaved gate and up with clamp, biases, sinks"
+    ),
+    ModelFamily("granitemoe", "GraniteMoeForCausalLM", "softmax after top-k"),
+    ModelFamily("phimoe", "PhimoeForCausalLM", "sparsemixer"),
+    ModelFamily(
         "switch_transformers",
         "SwitchTransformersForConditionalGeneration",
         "top-1 with capacity, encoder and decoder",
     ),
-    Family("jetmoe", "JetMoeForCausalLM", "attention made of experts too"),
-    Family("llama4_text", "Llama4ForCausalLM", "sigmoid top-1, weights on the input side"),
-    Family("glm4_moe", "Glm4MoeForCausalLM", "sigmoid with correction bias, groups"),
-    Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "sigmoid with correction bias, MLA"),
-    Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "softmax with correction bias"),
-    Family("minimax_m2", "MiniMaxM2ForCausalLM", "sigmoid with correction bias"),
-    Family("granitemoeshared", "GraniteMoeSharedForCausalLM", "a shared expert without a gate"),
-    Family("gemma4_text", "Gemma4ForCausalLM", "a factor for each expert, beside a dense MLP"),
-    Family("lfm2_moe", "Lfm2MoeForCausalLM", "short convolutions between the blocks"),
-    Family("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
-    Family("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),
-    Family("aria_text", "AriaTextForCausalLM", "transposed weights"),
-    Family("qwen3_next", "Qwen3NextForCausalLM", "gated delta rule, a shared expert with a gate"),
-    Family("kimi_linear", "KimiLinearForCausalLM", "delta rule with a decay per channel, MLA"),
-    Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
-    Family("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
-    Family("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
-    Family("minimax", "MiniMaxForCausalLM", "lightning attention, renormalised softmax"),
-    Family("longcat_flash", "LongcatFlashForCausalLM", "experts that copy their rows"),
-    Family("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
+    ModelFamily("jetmoe", "JetMoeForCausalLM", "attention made of experts too"),
+    ModelFamily("llama4_text", "Llama4ForCausalLM", "sigmoid top-1, weights on the input side"),
+    ModelFamily("glm4_moe", "Glm4MoeForCausalLM", "sigmoid with correction bias, groups"),
+    ModelFamily("glm4_moe_lite", "Glm4MoeLiteForCausalLM", "sigmoid with correction bias, MLA"),
+    ModelFamily("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "softmax with correction bias"),
+    ModelFamily("minimax_m2", "MiniMaxM2ForCausalLM", "sigmoid with correction bias"),
+    ModelFamily(
+        "granitemoeshared", "GraniteMoeSharedForCausalLM", "a shared expert without a gate"
+    ),
+    ModelFamily("gemma4_text", "Gemma4ForCausalLM", "a factor for each expert, beside a dense MLP"),
+    ModelFamily("lfm2_moe", "Lfm2MoeForCausalLM", "short convolutions between the blocks"),
+    ModelFamily("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
+    ModelFamily("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),
+    ModelFamily("aria_text", "AriaTextForCausalLM", "transposed weights"),
+    ModelFamily(
+        "qwen3_next", "Qwen3NextForCausalLM", "gated delta rule, a shared expert with a gate"
+    ),
+    ModelFamily("kimi_linear", "KimiLinearForCausalLM", "delta rule with a decay per channel, MLA"),
+    ModelFamily("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba 2, a shared expert"),
+    ModelFamily("nemotron_h", "NemotronHForCausalLM", "Mamba 2, experts without a gate"),
+    ModelFamily("deepseek_v32", "DeepseekV32ForCausalLM", "as deepseek_v3, with sparse attention"),
+    ModelFamily("minimax", "MiniMaxForCausalLM", "lightning attention, renormalised softmax"),
+    ModelFamily("longcat_flash", "LongcatFlashForCausalLM", "experts that copy their rows"),
+    ModelFamily("jamba", "JambaForCausalLM", "Mamba, softmax before top-k"),
 )
 
 FORMS = {

@@ -34,7 +34,7 @@ def hush() -> None:
 
 
 @dataclass
-class Phase:
+class ProgressPhase:
     name: str
     start: float
     detail: str = ""
@@ -56,7 +56,7 @@ class Progress:
     quiet: bool = False
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     clock: Callable[[], float] = time.perf_counter
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[ProgressPhase] = field(default_factory=list)
     _live: Live | None = None
     _spinners: dict[str, Any] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Progress:
             current.detail = detail
             return
         self._finish(now)
-        self.phases.append(Phase(name, now, detail))
+        self.phases.append(ProgressPhase(name, now, detail))
         if not self._live and not self.quiet:
             self._line(now, text)
 

@@ -26,7 +26,7 @@ _HOW = "write it like input_ids=B[1..8]xS[1..4096] or x=Tx64"
 
 
 @dataclass(frozen=True)
-class Axis:
+class AxisSize:
     """A fixed size, or a size that varies: named and bounded, or unnamed."""
 
     size: int | None = None
@@ -35,13 +35,13 @@ class Axis:
     high: int | None = None
 
 
-def parse(texts: tuple[str, ...]) -> dict[str, tuple[Axis, ...]]:
+def parse(texts: tuple[str, ...]) -> dict[str, tuple[AxisSize, ...]]:
     """The axes of each input that the texts name.
 
     Raises UsageError where a text is not of the form above, an input is named twice, or one
     name has two bounds.
     """
-    shapes: dict[str, tuple[Axis, ...]] = {}
+    shapes: dict[str, tuple[AxisSize, ...]] = {}
     for spec in (part.strip() for text in texts for part in text.split(",")):
         name, equals, axes = spec.partition("=")
         if not equals or not name.strip() or not axes.strip():
@@ -52,8 +52,8 @@ def parse(texts: tuple[str, ...]) -> dict[str, tuple[Axis, ...]]:
     return _with_common_bounds(shapes)
 
 
-def _axes(spec: str, text: str) -> tuple[Axis, ...]:
-    axes: list[Axis] = []
+def _axes(spec: str, text: str) -> tuple[AxisSize, ...]:
+    axes: list[AxisSize] = []
     at = 0
     while True:
         match = _AXIS.match(text, at)
@@ -68,25 +68,25 @@ def _axes(spec: str, text: str) -> tuple[Axis, ...]:
         at += 1
 
 
-def _axis(spec: str, match: re.Match[str]) -> Axis:
+def _axis(spec: str, match: re.Match[str]) -> AxisSize:
     if match["size"]:
-        return Axis(size=int(match["size"]))
+        return AxisSize(size=int(match["size"]))
     if match["any"]:
-        return Axis()
+        return AxisSize()
     low = int(match["low"]) if match["low"] else 1
     high = int(match["high"]) if match["high"] else None
     if high is not None and high < low:
         raise UsageError(f"--shapes {spec!r}: {match['name']} ends at {high}, before {low}")
-    return Axis(name=match["name"], low=low, high=high)
+    return AxisSize(name=match["name"], low=low, high=high)
 
 
-def _with_common_bounds(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, tuple[Axis, ...]]:
+def _with_common_bounds(shapes: dict[str, tuple[AxisSize, ...]]) -> dict[str, tuple[AxisSize, ...]]:
     """Bounds may be written once: every axis of that name gets them."""
-    bounds: dict[str, Axis] = {}
+    bounds: dict[str, AxisSize] = {}
     for axis in (axis for axes in shapes.values() for axis in axes if axis.name):
         previous = bounds.get(axis.name)
-        unbounded = axis == Axis(name=axis.name)
-        if previous is None or previous == Axis(name=axis.name):
+        unbounded = axis == AxisSize(name=axis.name)
+        if previous is None or previous == AxisSize(name=axis.name):
             bounds[axis.name] = axis
         elif not unbounded and axis != previous:
             shown = [f"{a.low}..{'' if a.high is None else a.high}" for a in (previous, axis)]
@@ -96,7 +96,7 @@ def _with_common_bounds(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, tuple[
     }
 
 
-def dynamic_shapes(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, dict[int, Any]] | None:
+def dynamic_shapes(shapes: dict[str, tuple[AxisSize, ...]]) -> dict[str, dict[int, Any]] | None:
     """As torch.export takes them: by input, by axis; None where nothing was asked."""
     if not shapes:
         return None
@@ -109,7 +109,7 @@ def dynamic_shapes(shapes: dict[str, tuple[Axis, ...]]) -> dict[str, dict[int, A
         if axis.name
     }
 
-    def dim(axis: Axis) -> Any:
+    def dim(axis: AxisSize) -> Any:
         return dims[axis.name] if axis.name else Dim.AUTO if axis.size is None else axis.size
 
     return {name: {i: dim(a) for i, a in enumerate(axes)} for name, axes in shapes.items()}

@@ -17,7 +17,7 @@ import torch
 
 from moec.cache import LIBRARIES, key_of, load, save, source_version
 from moec.codegen.backends import backend_for
-from moec.codegen.lower import Lowered, lower
+from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.package import package, packed_arrays
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
@@ -46,7 +46,7 @@ class Code:
     graph: Graph
     expanded: Graph
     folded: Graph
-    lowered: Lowered
+    lowered: LoweredModule
     package: Package
 
     @cached_property

@@ -21,9 +21,9 @@ from torch import fx
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
 from moec.dynamo.direct import direct
-from moec.dynamo.operators import Site, place
+from moec.dynamo.operators import BlockSite, place
 from moec.dynamo.options import Options, parse
-from moec.dynamo.products import Kernels
+from moec.dynamo.products import ProductKernels
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.regions import Region, regions
 from moec.dynamo.rest import compile_rest
@@ -69,7 +69,7 @@ def backend(
 
 def _replace_blocks(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options
-) -> tuple[list[Site], fx.GraphModule, list[Fallback]]:
+) -> tuple[list[BlockSite], fx.GraphModule, list[Fallback]]:
     """(sites, graph that calls them, blocks left to PyTorch with their reasons). Without sites
     the graph is `module` itself, unchanged."""
     choices = _choices(module)
@@ -92,8 +92,8 @@ def _replace_blocks(
         for d in pass_result.declined
         if d.rule == RecogniseExperts.name
     ]
-    sites: list[Site] = []
-    products = Kernels(options.target, options.cache)
+    sites: list[BlockSite] = []
+    products = ProductKernels(options.target, options.cache)
     codes: dict[str, Code] = {}
     for candidate in regions(converted, pass_results[-1].program):
         if not isinstance(candidate, Region):
@@ -125,7 +125,11 @@ def _replace_blocks(
 
 
 def _insert(
-    traced: fx.GraphModule, region: Region, site: Site, fixed: Sequence[fx.Node], training: bool
+    traced: fx.GraphModule,
+    region: Region,
+    site: BlockSite,
+    fixed: Sequence[fx.Node],
+    training: bool,
 ) -> None:
     """A call of the site in place of the node that the region makes. `fixed` are ids and masks
     that are gone from the block, because it was recognised by what they hold."""

@@ -28,14 +28,14 @@ from moec.passes.simplify.share_common import ShareCommon
 
 
 @dataclass(frozen=True)
-class Converted:
+class TracedProgram:
     """`nodes` holds, for values of the program's graph, the first node that has their content."""
 
     program: Program
     nodes: Mapping[Value, fx.Node]
 
 
-def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> Converted:
+def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> TracedProgram:
     """The IR of a traced graph. `static` maps the inputs that become params to their tensors;
     a node without an IR op becomes an input of the IR."""
     converter = Converter({}, module, _prefix(module))
@@ -87,7 +87,7 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> C
         nodes.setdefault(value, node)
     outside = [v for v, node in zip(spelled.outputs, tied, strict=True) if node in read]
     live_graph = drop_dead(replace(spelled, outputs=tuple(dict.fromkeys(outside))))
-    return Converted(
+    return TracedProgram(
         Program(live_graph, {p.name: weights[p.name] for p in live_graph.params}), nodes
     )
 

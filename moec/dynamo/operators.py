@@ -29,7 +29,7 @@ from moec.runtime.executor import Executor
 
 
 @dataclass(eq=False)
-class Packed:
+class PackedParams:
     """Weights as kernels read them. The tensors that they were packed from are held, so that
     their memory is not taken by others."""
 
@@ -37,13 +37,13 @@ class Packed:
     held: Sequence[torch.Tensor]
 
 
-PACKED: WeakValueDictionary[object, Packed] = WeakValueDictionary()
+PACKED: WeakValueDictionary[object, PackedParams] = WeakValueDictionary()
 """By what was packed and how; they live as long as a site that runs with them."""
 _PACKING = threading.Lock()
 
 
 @dataclass(eq=False)
-class Site:
+class BlockSite:
     """One block of one compiled graph, with its packed weights.
 
     They are packed when it first runs, and again when a weight's version or memory differs.
@@ -57,7 +57,7 @@ class Site:
     trained: bool = False
     executor: Executor | None = None
     bound: Sequence[tuple[object, ...]] = ()
-    packed: Packed | None = None
+    packed: PackedParams | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -117,12 +117,12 @@ class Site:
         return inputs[0].new_empty(shape, dtype=TORCH_DTYPES[y.dtype])
 
 
-def _packed(code: Code, params: Sequence[torch.Tensor], now: Sequence[object]) -> Packed:
+def _packed(code: Code, params: Sequence[torch.Tensor], now: Sequence[object]) -> PackedParams:
     key = (code.packing, tuple(now))
     with _PACKING:
         packed = PACKED.get(key)
         if packed is None:
-            packed = Packed(code.arrays(params), [param.detach() for param in params])
+            packed = PackedParams(code.arrays(params), [param.detach() for param in params])
             PACKED[key] = packed
             RECORDER.add(packs=1)
     return packed
@@ -143,11 +143,11 @@ def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
     ]
 
 
-SITES: WeakValueDictionary[str, Site] = WeakValueDictionary()
+SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
 """By name; a site lives as long as the compiled graph that calls it."""
 
 
-def place(where: str, code: Code, products: Products, *, trained: bool) -> Site:
+def place(where: str, code: Code, products: Products, *, trained: bool) -> BlockSite:
     """A new site. Its name is the same in every process that compiles the same model, so that
     Inductor's own cache knows the graph again."""
     stem, count = f"{where}/{code.key[:16]}", 1
@@ -155,7 +155,7 @@ def place(where: str, code: Code, products: Products, *, trained: bool) -> Site:
     while name in SITES:
         count += 1
         name = f"{stem}#{count}"
-    SITES[name] = site = Site(name, code, products, trained)
+    SITES[name] = site = BlockSite(name, code, products, trained)
     return site
 
 

@@ -32,7 +32,7 @@ _OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Kernels(Products):
+class ProductKernels(Products):
     """Products by kernels for `target`, kept in `cache`.
 
     Other dtypes, and stacks that lie neither as [E, N, K] nor as [E, K, N], multiply in PyTorch,

@@ -56,7 +56,7 @@ class Stats:
         return "\n".join([counts, *(f"  {fallback}" for fallback in self.fallbacks)])
 
 
-class Recorder:
+class StatsRecorder:
     """The one count of the process; Dynamo may compile in several threads."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Recorder:
             return now
 
 
-RECORDER = Recorder()
+RECORDER = StatsRecorder()
 
 
 def stats(*, reset: bool = False) -> Stats:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
-from moec.dynamo.convert import Converted
+from moec.dynamo.convert import TracedProgram
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
 from moec.ir.float_sizes import is_float
@@ -50,7 +50,9 @@ class Region:
                 pending += node.all_input_nodes
 
 
-def regions(converted: Converted, recognised: Program) -> Iterator[Region | tuple[str, NoMatch]]:
+def regions(
+    converted: TracedProgram, recognised: Program
+) -> Iterator[Region | tuple[str, NoMatch]]:
     """For each block its region, or where it is and why it has none."""
     graph = recognised.graph
     scope = Scope(graph, recognised.weights)

@@ -64,7 +64,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
     return Content(cached_program, (len(cached_program.graph.inputs) - 2) // 2, notes)
 
 
-class Texts:
+class CachedTexts:
     """Texts of one batch that go through `run` in pieces, as its user does it."""
 
     def __init__(self, program: Program, run: Run, batch: int) -> None:
@@ -96,7 +96,7 @@ def at_once(program: Program, run: Run) -> Run:
 
     def run_whole(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
         ids = inputs[tokens]
-        return {logits: Texts(program, run, len(ids)).feed(ids)}
+        return {logits: CachedTexts(program, run, len(ids)).feed(ids)}
 
     return run_whole
 
@@ -109,12 +109,12 @@ def in_pieces(program: Program, run: Run, ids: torch.Tensor) -> Iterator[tuple[i
     if not ids.numel():
         return
     half = -(-length // 2)
-    texts, start = Texts(program, run, batch), 0
+    texts, start = CachedTexts(program, run, batch), 0
     for stop in sorted({*range(half, min(half + DECODED, length) + 1), length}):
         yield stop, texts.feed(ids[:, start:stop])[:, -1]
         start = stop
     if length > 1:
-        texts = Texts(program, run, batch)
+        texts = CachedTexts(program, run, batch)
         counts = [1 + (half - 1 + text) % (length - 1) for text in range(batch)]
         texts.feed(*_padded([row[:count] for row, count in zip(ids, counts, strict=True)]))
         rest = _padded([row[count:] for row, count in zip(ids, counts, strict=True)])

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from moec.codegen.onnx import file
-from moec.codegen.onnx.lower import MOE_FORMS, Lowered, lower
+from moec.codegen.onnx.lower import MOE_FORMS, OnnxGraph, lower
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
@@ -193,7 +193,7 @@ def _check_example(compiled: CompiledModel, verify: bool) -> None:
 def _compared(
     compiled: CompiledModel,
     content: kv_cache.Content,
-    lowered: Lowered,
+    lowered: OnnxGraph,
     profile: Profile,
     draft: Path,
     about: Mapping[str, Any],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.codegen.onnx.lower import Lowered, block_of
+from moec.codegen.onnx.lower import OnnxGraph, block_of
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 
@@ -16,7 +16,7 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
 
 def routing_parity(
-    lowered: Lowered, program: Program, run: Run, cases: Sequence[Sequence[torch.Tensor]]
+    lowered: OnnxGraph, program: Program, run: Run, cases: Sequence[Sequence[torch.Tensor]]
 ) -> dict[str, float]:
     """By block, over all tokens of all cases. `run` gives the ids of the experts by the names of
     `lowered.choices`; the other side is the graph's meaning in eager PyTorch. The order among a

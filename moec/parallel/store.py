@@ -34,15 +34,15 @@ MANIFEST = "ranks.json"
 VERSION = 1
 
 
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, msgspec.Meta(ge=0)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     devices: Annotated[int, msgspec.Meta(ge=1)]
-    parts: dict[str, Part]
+    parts: dict[str, FolderPart]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def save_ranks(module: Module, plan: Plan, path: Path, *, replace: bool = False)
         parts = {
             name: _written(folder / name, content) for name, content in _files(module, plan).items()
         }
-        manifest = Manifest(VERSION, plan.devices, parts)
+        manifest = FolderManifest(VERSION, plan.devices, parts)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         if path.exists():
             shutil.rmtree(path)
@@ -104,16 +104,16 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _written(path: Path, content: bytes) -> Part:
+def _written(path: Path, content: bytes) -> FolderPart:
     path.write_bytes(content)
-    return Part(len(content), hashlib.sha256(content).hexdigest())
+    return FolderPart(len(content), hashlib.sha256(content).hexdigest())
 
 
-def manifest_of(path: Path) -> tuple[Manifest, bytes]:
+def manifest_of(path: Path) -> tuple[FolderManifest, bytes]:
     """The manifest and its digest. Raises ArtifactError."""
     try:
         content = (path / MANIFEST).read_bytes()
-        manifest = msgspec.json.decode(content, type=Manifest)
+        manifest = msgspec.json.decode(content, type=FolderManifest)
     except (OSError, msgspec.MsgspecError) as error:
         raise ArtifactError(f"{path / MANIFEST}: {error}") from None
     if manifest.version != VERSION:
@@ -143,7 +143,7 @@ def load_rank(path: Path, rank: int) -> RankFiles:
     return RankFiles(Program(graph, weights), plan, digest)
 
 
-def _checked(path: Path, name: str, manifest: Manifest) -> bytes:
+def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:
     part = manifest.parts.get(name)
     if part is None:
         raise ArtifactError(f"{path} lists no {name}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.plan.importers import Routing
+from moec.plan.importers import ImportedRouting
 from moec.plan.popularity import normalised
 from moec.runtime.routing_trace import RoutingTrace
 
@@ -33,7 +33,7 @@ class LayerBalance:
         return asdict(self)
 
 
-def balance(routing: Routing) -> list[LayerBalance]:
+def balance(routing: ImportedRouting) -> list[LayerBalance]:
     """One entry a layer."""
     return [_balance(layer, count, routing.trace) for layer, count in enumerate(routing.counts)]
 

@@ -19,7 +19,7 @@ from moec.runtime.routing_trace import RoutingTrace, load_trace, of_ids
 
 
 @dataclass(frozen=True)
-class Routing:
+class ImportedRouting:
     """`counts[l]` [E_l] of each MoE layer, and the trace where tokens were recorded."""
 
     counts: tuple[NDArray[np.float64], ...]
@@ -32,7 +32,7 @@ class Routing:
         return int(sum(count.sum() for count in self.counts))
 
 
-def read_routing(path: Path) -> Routing:
+def read_routing(path: Path) -> ImportedRouting:
     """By the kind of file: .npz of moec; .npy counts [L, E] or [requests, L, E] (MoE-Infinity);
     .json with `logical_count`; .jsonl of {layer_idx, token_idx, selected_ids}; .pt of SGLang.
 
@@ -54,8 +54,8 @@ def read_routing(path: Path) -> Routing:
     raise InputError(f"{path}: routing is read from .npz, .npy, .json, .jsonl and .pt files")
 
 
-def of_trace(trace: RoutingTrace, source: str) -> Routing:
-    return Routing(tuple(count.astype(float) for count in trace.counts()), trace, source)
+def of_trace(trace: RoutingTrace, source: str) -> ImportedRouting:
+    return ImportedRouting(tuple(count.astype(float) for count in trace.counts()), trace, source)
 
 
 def _array(path: Path) -> NDArray[Any]:
@@ -65,7 +65,7 @@ def _array(path: Path) -> NDArray[Any]:
         raise InputError(f"{path}: {error}") from None
 
 
-def _of_counts(array: NDArray[Any], path: Path, source: str) -> Routing:
+def _of_counts(array: NDArray[Any], path: Path, source: str) -> ImportedRouting:
     """[L, E], or [steps or requests, L, E] which are summed."""
     if array.ndim == 3:
         array = array.sum(axis=0)
@@ -74,10 +74,10 @@ def _of_counts(array: NDArray[Any], path: Path, source: str) -> Routing:
     counts = array.astype(float)
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise InputError(f"{path}: a count is negative or not a number")
-    return Routing(tuple(counts), None, source)
+    return ImportedRouting(tuple(counts), None, source)
 
 
-def _of_json(path: Path) -> Routing:
+def _of_json(path: Path) -> ImportedRouting:
     content = _json(path.read_bytes(), path)
     counts = content.get("logical_count") if isinstance(content, Mapping) else content
     if not isinstance(counts, Sequence):
@@ -96,7 +96,7 @@ def _json(text: bytes, path: Path) -> Any:
         raise InputError(f"{path}: {error}") from None
 
 
-def _of_lines(path: Path) -> Routing:
+def _of_lines(path: Path) -> ImportedRouting:
     """Every token of every layer once, with equal numbers of ids."""
     chosen: dict[tuple[int, int], list[int]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -126,7 +126,7 @@ def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
     return of_ids(ids, int(ids.max()) + 1)
 
 
-def _of_sglang(path: Path) -> Routing:
+def _of_sglang(path: Path) -> ImportedRouting:
     """What its recorder dumps: `logical_count` (stat), or records with `topk_ids_of_layer`
     (per_token) or `global_physical_count` and a map (per_pass)."""
     import pickle

@@ -18,7 +18,7 @@ from moec.plan.eplb import rebalance
 from moec.plan.model import Model
 from moec.plan.placement import Placement, place
 from moec.plan.plan import LayerPlan, Number, Plan
-from moec.plan.search import Choice, search
+from moec.plan.search import LayerOption, search
 from moec.plan.workload import Workload
 
 Loads = NDArray[np.float64]
@@ -29,7 +29,7 @@ LEVEL = 1.005
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CostedDegrees:
     degrees: Degrees
     cost: LayerCost
 
@@ -69,11 +69,11 @@ class Planner:
         return self._placements[key]
 
     @cached_property
-    def candidates(self) -> tuple[tuple[Candidate, ...], ...]:
+    def candidates(self) -> tuple[tuple[CostedDegrees, ...], ...]:
         """All legal degrees of each layer, with their costs."""
         return tuple(
             tuple(
-                Candidate(degrees, self.cost.layer(index, degrees))
+                CostedDegrees(degrees, self.cost.layer(index, degrees))
                 for degrees in legal(layer, self.cluster, self.spare)
                 if not self._spare_is_useless(index, layer.experts, degrees)
             )
@@ -90,7 +90,7 @@ class Planner:
     def best(self) -> Plan:
         """Degrees that may differ from layer to layer. Raises UsageError where none fit."""
         layers = [
-            [Choice(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
+            [LayerOption(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
             for options in self.candidates
         ]
         solution = search(layers, self.cost.reshard, self.cost.memory_limit)
@@ -102,9 +102,9 @@ class Planner:
     def best_uniform(self) -> Plan:
         """The best of the plans that have the same degrees, form and share of spare slots in all
         layers: what a grid search finds. Raises UsageError where none fit."""
-        table: list[dict[Degrees, Candidate]] = []
+        table: list[dict[Degrees, CostedDegrees]] = []
         for options in self.candidates:
-            first: dict[Degrees, Candidate] = {}
+            first: dict[Degrees, CostedDegrees] = {}
             sizes: dict[Degrees, int] = {}
             for candidate in options:
                 plain = replace(candidate.degrees, slots=0)
@@ -115,7 +115,7 @@ class Planner:
             table.append(first)
         routed = [row for row, layer in zip(table, self.cost.layers, strict=True) if layer.experts]
         keys = list(routed[0]) if routed else list(table[0])
-        best: tuple[float, list[Candidate]] | None = None
+        best: tuple[float, list[CostedDegrees]] | None = None
         for key in keys:
             dense = Degrees(key.attention)
             rows = [row.get(key) or row.get(dense) for row in table]

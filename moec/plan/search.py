@@ -18,7 +18,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerOption:
     """One option of a layer; `state` is what the next layer's cost depends on."""
 
     state: int
@@ -45,7 +45,7 @@ class _Front:
 
 
 def search(
-    layers: Sequence[Sequence[Choice]],
+    layers: Sequence[Sequence[LayerOption]],
     between: Callable[[int, int], float],
     limit: float,
 ) -> Best | None:
@@ -74,7 +74,7 @@ def search(
     return _trace(fronts)
 
 
-def _useful(layer: Sequence[Choice], state: int) -> list[tuple[float, float, int]]:
+def _useful(layer: Sequence[LayerOption], state: int) -> list[tuple[float, float, int]]:
     """Seconds, bytes and index of the choices of a state that no other beats, quickest first."""
     entries = sorted(
         (choice.seconds, choice.memory, index)

@@ -57,7 +57,7 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     layers: tuple[LayerResult, ...]
     dense_seconds: float
 
@@ -156,7 +156,7 @@ def _count(
     return rows, sent_inside, sent_across, got_inside, got_across, rail_across, once
 
 
-def simulate(plan: Plan, cost: CostModel, layers: Iterable[Ids]) -> Result:
+def simulate(plan: Plan, cost: CostModel, layers: Iterable[Ids]) -> SimulationResult:
     """Replay ids [T, K] of each MoE layer in turn; `cost` is of the same model and cluster.
 
     Raises UsageError where there are fewer arrays of ids than MoE layers.
@@ -174,7 +174,7 @@ def simulate(plan: Plan, cost: CostModel, layers: Iterable[Ids]) -> Result:
         cost.reshard(one.attention, two.attention)
         for one, two in zip(plan.layers, plan.layers[1:], strict=False)
     )
-    return Result(tuple(results), dense + reshard)
+    return SimulationResult(tuple(results), dense + reshard)
 
 
 def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerResult:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from moec.plan.plan import LayerPlan, Plan
-from moec.plan.planner import Candidate
+from moec.plan.planner import CostedDegrees
 
 _HEAD = (
     "layers", "attention", "experts", "exchange", "slots", "busiest/mean", "bound",
@@ -100,7 +100,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def explain(layer: LayerPlan, candidates: Sequence[Candidate], limit: float, most: int = 8) -> str:
+def explain(
+    layer: LayerPlan, candidates: Sequence[CostedDegrees], limit: float, most: int = 8
+) -> str:
     """What was considered for a layer, quickest first, and what the chosen degrees cost."""
     chosen = next(c for c in candidates if _same(c, layer))
     ranked = sorted(candidates, key=lambda c: (c.cost.seconds, c.cost.memory))
@@ -133,7 +135,7 @@ def explain(layer: LayerPlan, candidates: Sequence[Candidate], limit: float, mos
     return "\n".join(line.rstrip() for line in [head, "", *columns(rows), *tail]) + "\n"
 
 
-def _same(candidate: Candidate, layer: LayerPlan) -> bool:
+def _same(candidate: CostedDegrees, layer: LayerPlan) -> bool:
     degrees = candidate.degrees
     if not layer.experts:
         return degrees.attention == layer.attention
@@ -144,7 +146,7 @@ def _same(candidate: Candidate, layer: LayerPlan) -> bool:
     )  # fmt: skip
 
 
-def _words(candidate: Candidate) -> str:
+def _words(candidate: CostedDegrees) -> str:
     degrees = candidate.degrees
     if not degrees.slots:
         return f"TP {degrees.attention}"

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moec.errors import UsageError
-from moec.train.feedforward import FeedForward, feedforwards
+from moec.train.feedforward import NamedFFN, feedforwards
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class EWA:
         for ffn in self.ffns:
             self._replace(ffn, Partition(experts))
 
-    def _replace(self, ffn: FeedForward, partition: Partition) -> None:
+    def _replace(self, ffn: NamedFFN, partition: Partition) -> None:
         for name, linear in ffn.linears:
             layer = ExpertLinear(linear, partition)
             layer.train(linear.training)

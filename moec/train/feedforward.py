@@ -16,7 +16,7 @@ from moec.errors import UsageError
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class NamedFFN:
     """The linear layers of one FFN by their names in the model, the last from H to D."""
 
     linears: tuple[tuple[str, nn.Linear], ...]
@@ -25,7 +25,7 @@ class FeedForward:
         return ", ".join(name for name, _ in self.linears)
 
 
-def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[FeedForward, ...]:
+def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[NamedFFN, ...]:
     """The FFNs of a model; those inside of modules that a pattern of `named` matches
     ("blocks.*.mlp"), where it is given.
 
@@ -38,7 +38,7 @@ def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[F
     return ffns
 
 
-def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[FeedForward]:
+def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[NamedFFN]:
     if named is None:
         widening = tuple(_widening(_linears(model)))
         if not widening:
@@ -49,7 +49,7 @@ def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[Feed
         return widening
     patterns = [named] if isinstance(named, str) else list(named)
     modules = dict(model.named_modules())
-    ffns: dict[str, FeedForward] = {}
+    ffns: dict[str, NamedFFN] = {}
     for pattern in patterns:
         matched = [name for name in modules if fnmatchcase(name, pattern)]
         if not matched:
@@ -67,12 +67,12 @@ def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[Feed
     return tuple(ffns.values())
 
 
-def _inside(name: str, module: nn.Module) -> Sequence[FeedForward]:
+def _inside(name: str, module: nn.Module) -> Sequence[NamedFFN]:
     linears = [(f"{name}.{path}".strip("."), m) for path, m in _linears(module)]
     return tuple(_widening(linears)) or tuple(_whole(linears))
 
 
-def _check_alone(model: nn.Module, ffn: FeedForward) -> None:
+def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
     """Raises UsageError for layers or weights that stand in more than one place."""
     for name, linear in ffn.linears:
         owners = [
@@ -96,13 +96,13 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, m) for name, m in module.named_modules() if type(m) is nn.Linear]
 
 
-def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]:
+def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
     run: list[tuple[str, nn.Linear]] = []
     for name, linear in linears:
         size = (linear.in_features, linear.out_features)
         same = bool(run) and size == (run[-1][1].in_features, run[-1][1].out_features)
         if run and size == (run[-1][1].out_features, run[-1][1].in_features):
-            yield FeedForward((*run, (name, linear)))
+            yield NamedFFN((*run, (name, linear)))
             run = []
         elif size[1] > size[0]:
             run = [*run, (name, linear)] if same else [(name, linear)]
@@ -110,7 +110,7 @@ def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]
             run = []
 
 
-def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]:
+def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
     """All of a module's linear layers, where they are one FFN of any width."""
     if len(linears) < 2:
         return
@@ -118,4 +118,4 @@ def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[FeedForward]:
     if all(
         (m.out_features, m.in_features) == (last.in_features, last.out_features) for _, m in first
     ):
-        yield FeedForward(tuple(linears))
+        yield NamedFFN(tuple(linears))

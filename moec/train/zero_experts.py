@@ -68,7 +68,7 @@ class Copy(nn.Module):
         return x
 
 
-class Constant(nn.Module):
+class ConstantExpert(nn.Module):
     """Equation 5: a * x + b * v with (a, b) = softmax(W x)."""
 
     def __init__(self, width: int) -> None:
@@ -124,7 +124,7 @@ class MoEPlusPlus(nn.Module):
             [
                 *(expert(width, hidden) for _ in range(networks)),
                 *(Copy() for _ in range(copy)),
-                *(Constant(width) for _ in range(constant)),
+                *(ConstantExpert(width) for _ in range(constant)),
             ]
         )
         self.loss = torch.zeros(())

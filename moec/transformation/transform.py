@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from moec.arguments import cast, changes, example_inputs, text, tolerance
 from moec.capture import Captured
-from moec.capture.call import Call
+from moec.capture.call import ModuleCall
 from moec.capture.doors import Source, capture_source, open_source
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
@@ -24,7 +24,7 @@ from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Program, stage_of
 from moec.passes.calibration.budget import budget as budget_of
 from moec.passes.calibration.data import check as check_calibration
-from moec.passes.calibration.session import Approximate, Frame
+from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run
 from moec.passes.quantise.codes import Quantising
@@ -86,7 +86,7 @@ def transform(
     limit = tolerance(verify)
     source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
     captured = capture_source(source, dynamic_shapes, allow_fixed)
-    frame = Frame(calib, source.files, limits, strict)
+    frame = CalibrationSession(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
     pass_results = run(
         captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage
@@ -183,7 +183,7 @@ def _same_results(
     limit: float | None,
 ) -> None:
     """Raises NoMatch where the module does not compute what the passes' graph does."""
-    call = Call(module, source.args, source.kwargs)
+    call = ModuleCall(module, source.args, source.kwargs)
 
     def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         leaves = pytree.tree_leaves(call(*tensors))

@@ -28,7 +28,7 @@ LINEAR = "aten.linear.default"
 
 
 @dataclass(frozen=True, eq=False)
-class FeedForward:
+class FeedForwardOps:
     """The `first` linear layers read `x` [.., D] and give H channels each, the `inner` ops combine
     them into `hidden` [.., H], and `down` reads that. Ops are in the order of the graph."""
 
@@ -55,7 +55,7 @@ class FeedForward:
         return self.down.outputs[0]
 
 
-def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForward]:
+def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForwardOps]:
     """The feed-forward networks of a graph, in order. Logs the reason for each that cannot be
     split by channels."""
     for op in graph.ops:
@@ -67,7 +67,7 @@ def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForward]:
                 log.decline(ffn.name, str(why))
 
 
-def _behind(graph: Graph, down: Op) -> FeedForward | None:
+def _behind(graph: Graph, down: Op) -> FeedForwardOps | None:
     """The network that ends in `down`; None unless only linear layers and pointwise ops feed it."""
     inside: dict[Op, None] = {}
     waiting = [down.inputs[0]]
@@ -81,7 +81,7 @@ def _behind(graph: Graph, down: Op) -> FeedForward | None:
     ordered = sorted(inside, key=graph.ops.index)
     first = tuple(op for op in ordered if op.name == LINEAR)
     inner = tuple(op for op in ordered if op.name != LINEAR)
-    return FeedForward(_name(first, down), first, inner, down) if inner else None
+    return FeedForwardOps(_name(first, down), first, inner, down) if inner else None
 
 
 def _name(first: tuple[Op, ...], down: Op) -> str:
@@ -91,7 +91,7 @@ def _name(first: tuple[Op, ...], down: Op) -> str:
     return ".".join(shared) or down.outputs[0].name
 
 
-def _checked(graph: Graph, ffn: FeedForward) -> FeedForward:
+def _checked(graph: Graph, ffn: FeedForwardOps) -> FeedForwardOps:
     """Raises NoMatch where the network's channels have other readers, or differ in shape."""
     ops = (*ffn.first, *ffn.inner, ffn.down)
     for op in (*ffn.first, ffn.down):
@@ -112,7 +112,7 @@ def _checked(graph: Graph, ffn: FeedForward) -> FeedForward:
     return ffn
 
 
-def body(ffn: FeedForward, channels: int, biased: bool) -> Graph:
+def body(ffn: FeedForwardOps, channels: int, biased: bool) -> Graph:
     """The network with `channels` channels over rows [R, D]; its params are those of `weights`."""
     rows = symbol("R")
     names = {v.name for op in (*ffn.first, *ffn.inner, ffn.down) for v in op.outputs}
@@ -143,7 +143,7 @@ def body(ffn: FeedForward, channels: int, biased: bool) -> Graph:
 
 
 def weights(
-    program: Program, ffn: FeedForward, channels: torch.Tensor, biased: bool
+    program: Program, ffn: FeedForwardOps, channels: torch.Tensor, biased: bool
 ) -> list[tuple[str, torch.Tensor]]:
     """The name of each weight and its slice for `channels`, i64[C]: of the first layers weights
     and biases in turn, of the last one its weight and, where `biased`, its bias."""
@@ -159,7 +159,7 @@ def weights(
     return slices
 
 
-def _stored(ffn: FeedForward, op: Op, biased: bool) -> tuple[Value, ...]:
+def _stored(ffn: FeedForwardOps, op: Op, biased: bool) -> tuple[Value, ...]:
     if op.name != LINEAR:
         return ()
     return op.inputs[1:2] if op is ffn.down and not biased else op.inputs[1:]

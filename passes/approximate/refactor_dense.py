@@ -28,7 +28,7 @@ from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
 from moec.passes.approximate.causal_router import HEADS, causal_router, distilled
-from moec.passes.approximate.feedforward import FeedForward, body, feedforwards, weights
+from moec.passes.approximate.feedforward import FeedForwardOps, body, feedforwards, weights
 from moec.passes.calibration.evaluator import Meter
 from moec.passes.calibration.session import Change
 from moec.passes.core.inline import inlined
@@ -89,7 +89,7 @@ class RefactorDense:
 
     def observe(
         self, program: Program, meter: Meter, log: Log
-    ) -> tuple[Sequence[FeedForward], Iterator[Kept]]:
+    ) -> tuple[Sequence[FeedForwardOps], Iterator[Kept]]:
         """The layers that can be changed, and the channels that stay of each. Raises UsageError
         where the data have fewer than two domains, or one of them is too short."""
         _check_domains(meter)
@@ -109,7 +109,7 @@ class RefactorDense:
             log.decline("the model", "it has no dense feed-forward layer that could be found")
         return layers, self.kept(program, meter, layers, after, log)
 
-    def check(self, ffn: FeedForward, after: Op) -> None:
+    def check(self, ffn: FeedForwardOps, after: Op) -> None:
         """Raises NoMatch for a layer that the router's choices do not fit, or that keeps no
         channel or all."""
         ids, rows = after.inputs[1], ffn.x.shape[:-1]
@@ -119,12 +119,12 @@ class RefactorDense:
             which = "all" if count else "none"
             raise NoMatch(f"keep={self.keep:g} of {ffn.channels} channels is {which} of them")
 
-    def count(self, ffn: FeedForward) -> int:
+    def count(self, ffn: FeedForwardOps) -> int:
         """How many channels each domain keeps."""
         return round(self.keep * ffn.channels)
 
     def kept(
-        self, program: Program, meter: Meter, layers: Sequence[FeedForward], after: Op, log: Log
+        self, program: Program, meter: Meter, layers: Sequence[FeedForwardOps], after: Op, log: Log
     ) -> Iterator[Kept]:
         """For each layer the channels that stay, with the router, which all layers train."""
         if not layers:
@@ -137,7 +137,7 @@ class RefactorDense:
         yield from (Kept(mask, router) for mask in masks)
 
     def mask(
-        self, ffn: FeedForward, sizes: Sequence[torch.Tensor], of: Sequence[str]
+        self, ffn: FeedForwardOps, sizes: Sequence[torch.Tensor], of: Sequence[str]
     ) -> torch.Tensor:
         """The channels that each domain keeps, bool[E, H], by their `sizes` [T, H] in each case;
         `of` is the domain of each case. Of equals the channel with the lower number."""
@@ -187,7 +187,7 @@ class RefactorDense:
         ops.append(Op("moe.route", (logits,), (weights, choices), attrs, None, "router"))
         return Shared(domains, after, tuple(ops), splice.weights, choices)
 
-    def change(self, program: Program, layer: FeedForward, stats: Kept) -> Change:
+    def change(self, program: Program, layer: FeedForwardOps, stats: Kept) -> Change:
         router, permanent = stats.router, stats.mask.all(0)
         private = stats.mask & ~permanent
         shared, each = int(permanent.sum()), int(private[0].sum())
@@ -208,7 +208,7 @@ class RefactorDense:
 
 def _spliced(
     splice: Splice,
-    layer: FeedForward,
+    layer: FeedForwardOps,
     permanent: torch.Tensor,
     private: torch.Tensor,
     choices: Value,
@@ -262,7 +262,7 @@ def _spliced(
 
 
 def _stacked(
-    program: Program, layer: FeedForward, private: torch.Tensor, biased: bool
+    program: Program, layer: FeedForwardOps, private: torch.Tensor, biased: bool
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Each weight by name, with its part for each expert."""
     slices = [weights(program, layer, mask.nonzero()[:, 0], biased) for mask in private]
@@ -271,8 +271,8 @@ def _stacked(
 
 
 def _sizes(
-    program: Program, meter: Meter, layers: Sequence[FeedForward], by: str
-) -> Iterator[tuple[FeedForward, list[torch.Tensor]]]:
+    program: Program, meter: Meter, layers: Sequence[FeedForwardOps], by: str
+) -> Iterator[tuple[FeedForwardOps, list[torch.Tensor]]]:
     """For each layer how strong its channels are, f32[T, H] case by case."""
     tokens = meter.calibration.tokens
     count = max(1, HELD // (4 * tokens * max(ffn.channels for ffn in layers)))

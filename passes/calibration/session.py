@@ -75,7 +75,7 @@ class Foresighted(Protocol):
 
 
 @dataclass(eq=False)
-class Frame:
+class CalibrationSession:
     """The state that the approximate passes of one compilation share: data, budget, and the
     distance so far from the model before the first of them."""
 
@@ -120,7 +120,7 @@ class Measured(Pass):
     """An approximate pass in the pipeline."""
 
     inner: Approximate
-    frame: Frame
+    frame: CalibrationSession
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
     kind: ClassVar[Kind] = Kind.CHANGES

@@ -41,12 +41,12 @@ class FoldMask(Pass):
     gives: ClassVar[Stage] = Stage.ATEN
 
     def run(self, program: Program, log: Log) -> Program:
-        folder = _Folder(program.graph, program.weights)
+        folder = _MaskFolder(program.graph, program.weights)
         return Program(rewrite(program.graph, folder.rule, log), program.weights)
 
 
 @dataclass
-class _Folder:
+class _MaskFolder:
     """The rule, with the form of each mask so far: layers share masks."""
 
     graph: Graph

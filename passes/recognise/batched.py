@@ -19,7 +19,7 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.layout import Layout, divide
+from moec.passes.recognise.layout import ExpertLayout, divide
 from moec.passes.recognise.opnames import PICKS, PRODUCTS
 from moec.passes.recognise.parallel_branches import Fan, fan
 from moec.passes.recognise.region import CASTS, VIEWS, Scope
@@ -78,7 +78,7 @@ def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Propos
         yield from at_end(reader, value, layout)
 
 
-def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, Layout]]:
+def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, ExpertLayout]]:
     """Where the rows are tokens again, the likeliest first.
 
     `splits` gives the concatenation at the other side of each split of rows by expert.
@@ -94,9 +94,9 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
                 heapq.heappush(heap, (scope.position[op], op))
 
     tokens = rows_of(reader)
-    summed: list[tuple[Value, Layout]] = []
-    plain: list[tuple[Value, Layout]] = []
-    unsummed: list[tuple[Value, Layout]] = []
+    summed: list[tuple[Value, ExpertLayout]] = []
+    plain: list[tuple[Value, ExpertLayout]] = []
+    unsummed: list[tuple[Value, ExpertLayout]] = []
     push(anchor.outputs[0])
     last = ""
     while heap and len(visited) < 3000:
@@ -145,7 +145,7 @@ def form_of(reader: Reader) -> str:
     return "evaluate all, then select"
 
 
-def at_end(reader: Reader, value: Value, layout: Layout) -> Iterator[Proposal]:
+def at_end(reader: Reader, value: Value, layout: ExpertLayout) -> Iterator[Proposal]:
     assert reader.x is not None
     assert reader.writer.experts is not None
     body, stacks = reader.body(layout)

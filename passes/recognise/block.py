@@ -9,9 +9,9 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.body import Prepared, canonical
-from moec.passes.recognise.region import Emitter
+from moec.passes.recognise.region import RegionEmitter
 
-Recipe = Callable[[Emitter], Value]
+Recipe = Callable[[RegionEmitter], Value]
 """How a value of the next graph is made from values of the old one."""
 
 
@@ -71,7 +71,7 @@ class Proposal:
     zero: Zero | None = None
 
 
-def emit_block(block: Proposal, emit: Emitter) -> Value:
+def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
     """Emits the ops of the block. Returns the value that replaces `block.output`."""
     x = emit.rows(emit.old(block.x))
     choice = block.experts(emit)
@@ -117,7 +117,7 @@ def emit_block(block: Proposal, emit: Emitter) -> Value:
 
 
 def _zero(
-    zero: Zero, block: Proposal, x: Value, choice: Value, weights: Value | None, emit: Emitter
+    zero: Zero, block: Proposal, x: Value, choice: Value, weights: Value | None, emit: RegionEmitter
 ) -> Value:
     """The sum over each token's experts without a network: [T, D]."""
     inputs = [x, choice]
@@ -135,7 +135,7 @@ def _zero(
     return emit("moe.zero_experts", inputs, attrs=attrs, named=f"{block.output.name}_zero")[0]
 
 
-def _stack(value: Value, prepared: Prepared, emit: Emitter) -> Value:
+def _stack(value: Value, prepared: Prepared, emit: RegionEmitter) -> Value:
     for name, attrs, shape, dtype in prepared.steps:
         (value,) = emit(name, [value], [TensorType(dtype, shape)], attrs=attrs, named=value.name)
     return value

@@ -1,6 +1,6 @@
 """One expert's body while it is read: its ops, and its params with how each is stacked.
 
-A body's values have one axis of rows, then one for each feature atom of a `Layout`, in order.
+A body's values have one axis of rows, then one for each feature atom of a `ExpertLayout`, in order.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.layout import Atom, Axis, Layout, fused, only_features, size_of
-from moec.passes.recognise.region import Emitter
+from moec.passes.recognise.layout import Atom, Axis, ExpertLayout, fused, only_features, size_of
+from moec.passes.recognise.region import RegionEmitter
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class BodyWriter:
         attrs: dict[str, Attr] = {"shape": target.shape}
         return self.add("aten.reshape.default", [base], [target], attrs, base.name)[0]
 
-    def in_order(self, layout: Layout) -> Layout:
+    def in_order(self, layout: ExpertLayout) -> ExpertLayout:
         """One atom per feature axis, the base's axes in the order of the value's."""
         return self.ordered(layout, [a for a in layout.axes if a and only_features(a)])
 
-    def ordered(self, layout: Layout, fuse: Sequence[Axis], last: bool = False) -> Layout:
+    def ordered(
+        self, layout: ExpertLayout, fuse: Sequence[Axis], last: bool = False
+    ) -> ExpertLayout:
         """The layout with the base's axes in the order of the value's, each axis of `fuse` fused.
 
         With `last`, the one axis of `fuse` is the last of the base.
@@ -103,7 +105,7 @@ class BodyWriter:
         axes = tuple((renamed[a],) if a in renamed else a for a in layout.axes)
         return replace(layout, base=base, atoms=tuple(atoms), axes=axes)
 
-    def rebase(self, layout: Layout, atoms: tuple[Atom, ...]) -> Layout:
+    def rebase(self, layout: ExpertLayout, atoms: tuple[Atom, ...]) -> ExpertLayout:
         """The same elements with another grouping of the base's axes."""
         sizes = tuple(a.size for a in atoms)
         if layout.param:
@@ -124,7 +126,7 @@ class BodyWriter:
     def recipe(self, base: Value) -> Recipe:
         return self.stacks.get(base) or (lambda emit: emit.old(base))
 
-    def matrix(self, weight: Layout, columns: Sequence[Atom], inner: Axis) -> Value:
+    def matrix(self, weight: ExpertLayout, columns: Sequence[Atom], inner: Axis) -> Value:
         """One expert's [N, K] of a stack."""
         sizes = (
             product(tuple(a.size for a in columns)),
@@ -133,7 +135,7 @@ class BodyWriter:
         return self.one(weight, (*columns, *inner), sizes)
 
     def slice_of(
-        self, weight: Layout, axes: Sequence[Axis], wide: Sequence[int], have: Sequence[int]
+        self, weight: ExpertLayout, axes: Sequence[Axis], wide: Sequence[int], have: Sequence[int]
     ) -> Value:
         """One expert's slice of a stack, for an element-wise op."""
         atoms = tuple(a for axis in axes for a in axis)
@@ -145,7 +147,7 @@ class BodyWriter:
                 sizes.append(1)
         return self.one(weight, atoms, tuple(sizes))
 
-    def one(self, weight: Layout, order: Sequence[Atom], sizes: tuple[Dim, ...]) -> Value:
+    def one(self, weight: ExpertLayout, order: Sequence[Atom], sizes: tuple[Dim, ...]) -> Value:
         """The body's param for a stack whose axes are put in this order and grouped so."""
         dims = tuple(weight.atoms.index(a) for a in order)
         key = (weight.base, dims, sizes)
@@ -158,7 +160,7 @@ class BodyWriter:
             raise NoMatch(f"{weight.base.name} has an axis that the product does not use")
         experts = self.experts
 
-        def make(emit: Emitter) -> Value:
+        def make(emit: RegionEmitter) -> Value:
             value = emit.permute(recipe(emit), (*head, *dims, *units))
             if head or self.alone:
                 return emit.reshape(value, (*([cast(int, experts)] if head else []), *sizes))
@@ -175,11 +177,11 @@ class BodyWriter:
 
     def inline(
         self,
-        source: Layout,
+        source: ExpertLayout,
         body: Graph,
         stacks: Sequence[Recipe],
         axes: tuple[Axis, ...],
-    ) -> Layout:
+    ) -> ExpertLayout:
         """The rows after a body that was read on its own; `axes` hold one feature axis."""
         plain = self.ordered(source, [source.axes[-1]], last=True)
         new = {body.inputs[0]: plain.base}
@@ -201,7 +203,7 @@ class BodyWriter:
         atoms = tuple(a for axis in axes for a in axis if not a.rows)
         return replace(plain, base=base, atoms=atoms, axes=axes, applied=True)
 
-    def body(self, result: Layout, x: Value) -> tuple[Graph, tuple[Recipe, ...]]:
+    def body(self, result: ExpertLayout, x: Value) -> tuple[Graph, tuple[Recipe, ...]]:
         """The body of rows `x` whose result is `result`, and how each of its params is stacked."""
         plain = self.in_order(result)
         needed = {plain.base}

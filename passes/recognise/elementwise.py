@@ -13,7 +13,7 @@ from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.layout import (
     Atom,
     Axis,
-    Layout,
+    ExpertLayout,
     fused,
     only_features,
     only_rows,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
 
 
-def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
+def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     """Sums, means and softmax: over features in the body, over rows as part of combine."""
     if source.param:
         return None
@@ -65,7 +65,7 @@ def across(reader: Reader, op: Op, source: Layout) -> Layout | None:
     return replace(plain, base=base, atoms=atoms, axes=tuple(result_axes))
 
 
-def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
+def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     """nn.rms_norm over the last axis, as element-wise ops, because its gain differs by expert."""
     if source.param:
         return None
@@ -101,7 +101,7 @@ def norm(reader: Reader, op: Op, source: Layout) -> Layout | None:
     return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
 
 
-def cat(reader: Reader, op: Op) -> Layout | None:
+def cat(reader: Reader, op: Op) -> ExpertLayout | None:
     layouts = [reader.read(v) for v in op.inputs]
     rows = [la for la in layouts if la is not None and not la.param]
     if not rows:
@@ -127,7 +127,7 @@ def cat(reader: Reader, op: Op) -> Layout | None:
     return replace(ready[0], base=base, atoms=atoms, axes=axes)
 
 
-def pointwise(reader: Reader, op: Op) -> Layout | None:
+def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
     layouts = [reader.read(v) for v in op.inputs]
     rows = [la for la in layouts if la is not None and not la.param]
     if not rows:
@@ -142,17 +142,19 @@ def pointwise(reader: Reader, op: Op) -> Layout | None:
         return replace(source, base=base)
     if any(la.reduced for la in rows):
         raise NoMatch(f"{op.name} joins summed rows with something else")
-    return together(reader, op.name, op.attrs, [cast(Layout, la) for la in layouts], shape, op)
+    return together(
+        reader, op.name, op.attrs, [cast(ExpertLayout, la) for la in layouts], shape, op
+    )
 
 
 def together(
     reader: Reader,
     name: str,
     attrs: Mapping[str, Attr],
-    layouts: Sequence[Layout],
+    layouts: Sequence[ExpertLayout],
     shape: Sequence[Dim],
     op: Op,
-) -> Layout:
+) -> ExpertLayout:
     """An element-wise op on rows and weights, broadcast to `shape`."""
     rank = len(shape)
     padded = [((),) * (rank - len(la.axes)) + la.axes for la in layouts]
@@ -180,7 +182,7 @@ def together(
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
     (base,) = reader.writer.add(name, inputs, types, attrs, op.outputs[0].name)
     first = next(la for la in layouts if not la.param)
-    return Layout(
+    return ExpertLayout(
         base,
         atoms,
         tuple(axes),
@@ -191,8 +193,8 @@ def together(
 
 
 def weighting(
-    reader: Reader, op: Op, layouts: Sequence[Layout | None], rows: Sequence[Layout]
-) -> Layout:
+    reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None], rows: Sequence[ExpertLayout]
+) -> ExpertLayout:
     """Rows times routing weights, or rows where a mask is set."""
     if len(rows) != 1 or any(la is not None and la.param for la in layouts):
         raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")

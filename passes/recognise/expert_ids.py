@@ -16,7 +16,7 @@ from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import (
     CASTS,
-    Emitter,
+    RegionEmitter,
     Scope,
     choices,
     routing_behind,
@@ -64,7 +64,7 @@ def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iter
 def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
     """The sum over e of mask[e] * (e - E), plus E: the expert that is set, or E for none."""
 
-    def make(emit: Emitter) -> Value:
+    def make(emit: RegionEmitter) -> Value:
         hot = emit.reshape(emit.cast(emit.old(mask), "i64"), (*shape, experts))
         table_type = TensorType("i64", (experts,))
         attrs: dict[str, Attr] = {"start": -experts, "end": 0, "dtype": DType("i64")}
@@ -156,7 +156,7 @@ def picked(scope: Scope, op: Op) -> Value | None:
 
 
 def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
-    def make(emit: Emitter) -> Value:
+    def make(emit: RegionEmitter) -> Value:
         ids = [emit.old(v) for v in parts]
         if len(ids) > 1:
             return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)

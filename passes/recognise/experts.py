@@ -19,7 +19,7 @@ from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
-from moec.passes.recognise.region import Emitter, Scope, unlike
+from moec.passes.recognise.region import RegionEmitter, Scope, unlike
 from moec.passes.recognise.routing import Unlike
 
 FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
@@ -101,7 +101,7 @@ def alone(scope: Scope, block: Proposal) -> Graph:
     builder = Builder(empty)
     builder.names |= {value.name for value in scope.graph.values()}
     try:
-        y = emit_block(block, Emitter(builder, {}, at))
+        y = emit_block(block, RegionEmitter(builder, {}, at))
     except IRError as error:
         raise NoMatch(f"the block cannot be built: {error}") from None
     fresh = {value for op in builder.ops for value in op.outputs}
@@ -125,5 +125,5 @@ def splice(graph: Graph, blocks: Mapping[Op, Proposal]) -> Graph:
             op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
             builder.append(op)
             continue
-        new[block.output] = emit_block(block, Emitter(builder, new, old))
+        new[block.output] = emit_block(block, RegionEmitter(builder, new, old))
     return rebuild(graph, builder.ops, new)

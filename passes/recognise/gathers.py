@@ -11,7 +11,7 @@ from moec.ir.graph import Attr, Op, TensorType, Value
 from moec.passes.recognise.body import ROWS
 from moec.passes.recognise.layout import (
     Atom,
-    Layout,
+    ExpertLayout,
     only_features,
     only_rows,
     size_of,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
 
 
-def index(reader: Reader, op: Op, source: Layout) -> Layout:
+def index(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
     """Rows, or experts' weights, picked by ids."""
     shape = op.outputs[0].shape
     if op.name == "aten.index.Tensor":
@@ -50,7 +50,7 @@ def index(reader: Reader, op: Op, source: Layout) -> Layout:
     return replace(source, axes=(*axes[: dims[0]], *new, *axes[dims[-1] + 1 :]))
 
 
-def gather(reader: Reader, op: Op, source: Layout) -> Layout:
+def gather(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
     dim = cast(int, op.attrs["dim"]) % len(source.axes)
     if source.param or not only_rows(source.axes[dim]):
         raise NoMatch("a gather picks features")
@@ -61,7 +61,7 @@ def gather(reader: Reader, op: Op, source: Layout) -> Layout:
     return replace(source, axes=tuple(axes))
 
 
-def put(reader: Reader, op: Op) -> Layout | None:
+def put(reader: Reader, op: Op) -> ExpertLayout | None:
     """Rows written, or added, into zeros."""
     values = op.inputs[-1]
     layout = reader.read(values)
@@ -81,7 +81,7 @@ def put(reader: Reader, op: Op) -> Layout | None:
     return replace(layout, axes=(*rows, *features), reduced=summed)
 
 
-def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | None]:
+def part(reader: Reader, op: Op, source: ExpertLayout | None) -> Sequence[ExpertLayout | None]:
     """Slice, select and split along a feature axis."""
     if source is None:
         return [None] * len(op.outputs)
@@ -118,7 +118,7 @@ def part(reader: Reader, op: Op, source: Layout | None) -> Sequence[Layout | Non
     ]
 
 
-def slice_of_weights(value: Value, source: Layout, dim: int) -> Layout:
+def slice_of_weights(value: Value, source: ExpertLayout, dim: int) -> ExpertLayout:
     """The layout of a slice of constant weights along `dim`: a weight with the same expert axis."""
     atoms = tuple(
         a[0]
@@ -127,4 +127,6 @@ def slice_of_weights(value: Value, source: Layout, dim: int) -> Layout:
         for i, (a, d) in enumerate(zip(source.axes, value.shape, strict=True))
     )
     expert = next((a for a in atoms if a.rows), None)
-    return Layout(value, atoms, tuple((a,) if a.size != 1 else () for a in atoms), True, expert)
+    return ExpertLayout(
+        value, atoms, tuple((a,) if a.size != 1 else () for a in atoms), True, expert
+    )

@@ -32,7 +32,7 @@ Axis = tuple[Atom, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ExpertLayout:
     """A value seen by one expert.
 
     `base` is a value of the body, [R, *atoms] or, where `param`, a stack of the graph, whose

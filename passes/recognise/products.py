@@ -13,7 +13,7 @@ from moec.passes.recognise import elementwise
 from moec.passes.recognise.layout import (
     Atom,
     Axis,
-    Layout,
+    ExpertLayout,
     likeness,
     only_features,
     only_rows,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
 
 
-def product(reader: Reader, op: Op) -> Layout | None:
+def product(reader: Reader, op: Op) -> ExpertLayout | None:
     name = op.name
     bias: Value | None = None
     left, right = op.inputs[0], op.inputs[1]
@@ -44,7 +44,7 @@ def product(reader: Reader, op: Op) -> Layout | None:
     if not stacks:
         return mix(reader, op, sides, (left, right))
     which = stacks[0]
-    weight = cast(Layout, sides[which])
+    weight = cast(ExpertLayout, sides[which])
     if not reader.writer.alone and (weight.expert is None or len(weight.atoms) < 3):
         return None  # one matrix for all: not an expert's
     if name in GROUPED:
@@ -71,7 +71,9 @@ def product(reader: Reader, op: Op) -> Layout | None:
     )
 
 
-def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bool) -> Layout:
+def linear(
+    reader: Reader, op: Op, source: ExpertLayout, weight: ExpertLayout, rows_left: bool
+) -> ExpertLayout:
     a, w = source.axes, weight.axes
     turned = op.name == "aten.linear.default"
     if rows_left:
@@ -127,10 +129,12 @@ def linear(reader: Reader, op: Op, source: Layout, weight: Layout, rows_left: bo
     )
 
 
-def mix(reader: Reader, op: Op, sides: Sequence[Layout | None], values: Sequence[Value]) -> Layout:
+def mix(
+    reader: Reader, op: Op, sides: Sequence[ExpertLayout | None], values: Sequence[Value]
+) -> ExpertLayout:
     """Rows gathered by a product with masks or routing weights."""
     which = 0 if sides[0] is not None else 1
-    source, other = cast(Layout, sides[which]), values[1 - which]
+    source, other = cast(ExpertLayout, sides[which]), values[1 - which]
     if op.name not in ("aten.bmm.default", "aten.mm.default", "aten.matmul.default"):
         raise NoMatch(f"{op.name} multiplies rows with {other.name}")
     summed = source.axes[-1] if which == 0 else source.axes[-2]

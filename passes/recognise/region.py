@@ -180,7 +180,7 @@ def names_in(op: Op) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Emitter:
+class RegionEmitter:
     """Emits the ops that replace a region. `new` maps values of the old graph to the next one."""
 
     builder: Builder

@@ -32,7 +32,7 @@ from moec.passes.proof.branch_coverage import decisions
 from moec.passes.proof.input_generators import Correction, Feed, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.expert_ids import widest_choice
-from moec.passes.recognise.region import Emitter, Scope, is_routing
+from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
 
 _ROWS = 1000
@@ -243,7 +243,7 @@ def _top_ks(region: Graph) -> list[int]:
     return sorted({k for k in ks if isinstance(k, int)} | {1})
 
 
-def _emit(emit: Emitter, router: Router) -> tuple[Value, ...]:
+def _emit(emit: RegionEmitter, router: Router) -> tuple[Value, ...]:
     inputs = [emit.rows(emit.old(router.logits))]
     if router.correction is not None:
         inputs.append(emit.reshape(emit.old(router.correction), router.logits.shape[-1:]))
@@ -255,7 +255,7 @@ def _alone(region: Graph, router: Router, block: Routed) -> Graph:
     builder = Builder(replace(region, ops=(), outputs=()))
     like = Op("moe.route", (), (router.logits,))
     try:
-        weights, experts = _emit(Emitter(builder, {}, like), router)
+        weights, experts = _emit(RegionEmitter(builder, {}, like), router)
     except IRError as error:
         raise NoMatch(str(error)) from None
     outputs = (experts,) if block.weights is None else (weights, experts)
@@ -339,8 +339,12 @@ def splice(scope: Scope, routers: Mapping[Key, Router]) -> Graph:
         for position, key, which in replacements.get(op, ()):
             if key not in routes:
                 origin = cast(Op, scope.maker(key[1])).origin or op.origin
-                routes[key] = _emit(Emitter(builder, {}, replace(op, origin=origin)), routers[key])
+                routes[key] = _emit(
+                    RegionEmitter(builder, {}, replace(op, origin=origin)), routers[key]
+                )
             value = routes[key][which]
-            inputs[position] = Emitter(builder, {}, op).reshape(value, op.inputs[position].shape)
+            inputs[position] = RegionEmitter(builder, {}, op).reshape(
+                value, op.inputs[position].shape
+            )
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})

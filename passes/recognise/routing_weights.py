@@ -14,7 +14,7 @@ from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
 from moec.passes.recognise.region import (
     THROUGH,
-    Emitter,
+    RegionEmitter,
     Scope,
     is_routing,
     routing_behind,
@@ -121,7 +121,7 @@ def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> It
 
 
 def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...]) -> Recipe:
-    def make(emit: Emitter) -> Value:
+    def make(emit: RegionEmitter) -> Value:
         value = emit.old(dense)
         if len(value.shape) == 3 and value.shape[-1] != evidence.experts:
             target = TensorType(value.dtype, value.shape[:2])

@@ -1,6 +1,6 @@
 """Reading a region as the work of one expert on its rows.
 
-`Reader.read(value)` answers with the value's `Layout`: which body value it is, and how its axes
+`Reader.read(value)` returns the value's `ExpertLayout`: its value of the body, and how its axes
 hold rows and features. Values that are neither rows nor expert weights (masks, routing weights,
 sort orders) are None: opaque. Reading writes the body as it goes, with `BodyWriter`. Nothing here
 decides whether the block is one: the proof does.
@@ -25,7 +25,7 @@ from moec.passes.recognise.body_writer import BodyWriter
 from moec.passes.recognise.layout import (
     Atom,
     Axis,
-    Layout,
+    ExpertLayout,
     only_rows,
     regroup,
     size_of,
@@ -47,14 +47,14 @@ class Reader:
     writer: BodyWriter = field(default_factory=BodyWriter)
     only: frozenset[Op] | None = None
     x: Value | None = None
-    memo: dict[Value, Layout] = field(default_factory=dict)
+    memo: dict[Value, ExpertLayout] = field(default_factory=dict)
     opaque_values: set[Value] = field(default_factory=set)
     why: dict[Value, str] = field(default_factory=dict)
     uses: dict[str, list[Value]] = field(default_factory=dict)
     fans: Callable[[Op], Fan | None] = lambda op: None
     input_side: bool = False
 
-    def read(self, value: Value) -> Layout | None:
+    def read(self, value: Value) -> ExpertLayout | None:
         """The layout of `value`, or None where it is opaque; `why` then knows the reason."""
         layout = self.memo.get(value)
         if layout is not None or value in self.opaque_values:
@@ -74,7 +74,7 @@ class Reader:
         self.keep(op, layouts)
         return self.memo.get(value)
 
-    def keep(self, op: Op, layouts: Sequence[Layout | None]) -> None:
+    def keep(self, op: Op, layouts: Sequence[ExpertLayout | None]) -> None:
         for output, layout in zip(op.outputs, layouts, strict=True):
             if layout is None:
                 self.opaque_values.add(output)
@@ -96,7 +96,7 @@ class Reader:
         start = self.scope.maker(self.x)
         return start is None or self.scope.position[op] > self.scope.position[start]
 
-    def weight(self, value: Value) -> Layout:
+    def weight(self, value: Value) -> ExpertLayout:
         """The layout of a param, or of a param that was only rearranged."""
         op = self.scope.maker(value)
         if op is not None and op.name in REARRANGE:
@@ -113,9 +113,9 @@ class Reader:
         atoms = tuple(Atom(size, stacked and axis == 0) for axis, size in enumerate(value.shape))
         axes = tuple((a,) if a.size != 1 or a.rows else () for a in atoms)
         expert = atoms[0] if stacked else None
-        return Layout(value, atoms, axes, param=True, expert=expert)
+        return ExpertLayout(value, atoms, axes, param=True, expert=expert)
 
-    def tokens(self, value: Value) -> Layout:
+    def tokens(self, value: Value) -> ExpertLayout:
         """The layout of rows before any expert's product. The first such value becomes `x`."""
         layout = self.memo.get(value)
         if layout is not None:
@@ -141,7 +141,7 @@ class Reader:
         axes = [(Atom(d, True),) if d != 1 else () for d in value.shape[:-1]]
         feature = Atom(value.shape[-1], False)
         base = Value("x", TensorType(value.dtype, (ROWS, value.shape[-1])))
-        self.memo[value] = Layout(base, (feature,), (*axes, (feature,)))
+        self.memo[value] = ExpertLayout(base, (feature,), (*axes, (feature,)))
         self.opaque_values.clear()  # what was read before the tokens were known
         return self.memo[value]
 
@@ -151,7 +151,7 @@ class Reader:
         assert self.x is not None
         return self.scope.behind(self.x)
 
-    def again(self, value: Value) -> Layout:
+    def again(self, value: Value) -> ExpertLayout:
         """The tokens in another shape."""
         assert self.x is not None
         if self.scope.behind(value) is not self.root:
@@ -171,7 +171,7 @@ class Reader:
         if value not in values:
             values.append(value)
 
-    def apply(self, op: Op) -> Sequence[Layout | None]:
+    def apply(self, op: Op) -> Sequence[ExpertLayout | None]:
         """The layouts of the op's outputs."""
         name = op.name
         if name in PRODUCTS:
@@ -207,7 +207,7 @@ class Reader:
             raise NoMatch(f"rows go through {name}, which is no work of one expert")
         return [None] * len(op.outputs)
 
-    def fan(self, op: Op, fan: Fan) -> Layout:
+    def fan(self, op: Op, fan: Fan) -> ExpertLayout:
         """The layout of a fan's result: every expert over the same rows, or over its own rows."""
         if self.writer.experts not in (None, fan.experts):
             raise NoMatch(f"it has {self.writer.experts} experts, and then {fan.experts}")
@@ -229,7 +229,7 @@ class Reader:
             axes[dim] = (Atom(fan.experts, True), *axes[dim])
         return self.writer.inline(source, fan.body, fan.stacks, tuple(axes))
 
-    def move(self, op: Op, source: Layout) -> Layout:
+    def move(self, op: Op, source: ExpertLayout) -> ExpertLayout:
         """Reshape, permute, expand, repeat."""
         shape = op.outputs[0].shape
         if op.name == "aten.permute.default":
@@ -255,7 +255,7 @@ class Reader:
             moved = self.split(moved, atom, parts)
         return moved
 
-    def split(self, layout: Layout, atom: Atom, parts: tuple[Atom, ...]) -> Layout:
+    def split(self, layout: ExpertLayout, atom: Atom, parts: tuple[Atom, ...]) -> ExpertLayout:
         if atom not in layout.atoms:
             return layout  # rows
         if atom is layout.expert:
@@ -263,10 +263,10 @@ class Reader:
         atoms = tuple(p for a in layout.atoms for p in (parts if a is atom else (a,)))
         return self.writer.rebase(layout, atoms)
 
-    def opaque(self, op: Op, layouts: Sequence[Layout | None]) -> str:
+    def opaque(self, op: Op, layouts: Sequence[ExpertLayout | None]) -> str:
         parts = [v for v, la in zip(op.inputs, layouts, strict=True) if la is None]
         return ", ".join(v.name + (f" ({self.why[v]})" if v in self.why else "") for v in parts)
 
-    def body(self, result: Layout) -> tuple[Graph, tuple[Recipe, ...]]:
+    def body(self, result: ExpertLayout) -> tuple[Graph, tuple[Recipe, ...]]:
         """The body whose result is `result`, and how each of its params is stacked."""
         return self.writer.body(result, self.memo[cast(Value, self.x)].base)

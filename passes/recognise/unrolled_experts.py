@@ -18,9 +18,9 @@ from moec.ir.graph import Attr, Graph, Op, Ref, Value
 from moec.ir.text import print_graph
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter
-from moec.passes.recognise.layout import Layout
+from moec.passes.recognise.layout import ExpertLayout
 from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS
-from moec.passes.recognise.region import VIEWS, Emitter, Scope, names_in
+from moec.passes.recognise.region import VIEWS, RegionEmitter, Scope, names_in
 from moec.passes.recognise.rows import Reader
 
 _LIMIT = 300
@@ -34,7 +34,7 @@ class Branch:
     result: Value
     ops: tuple[Op, ...]
     reader: Reader
-    layout: Layout
+    layout: ExpertLayout
     body: Graph
     number: int | None  # the expert id that its mask is compared with
 
@@ -196,7 +196,7 @@ def stacked(
     """[E, ..] of one weight per expert: the stack that all are slices of, or a new stack."""
     root = common_root(scope, bases)
 
-    def make(emit: Emitter) -> Value:
+    def make(emit: RegionEmitter) -> Value:
         value = emit.old(root) if root else emit.stack([emit.old(b) for b in bases], 0)
         units = [i for i in range(len(value.shape) - 1) if i not in axes]
         value = emit.permute(value, (0, *(p + 1 for p in axes), *(u + 1 for u in units)))

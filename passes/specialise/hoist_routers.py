@@ -55,7 +55,7 @@ class HoistRouters(Pass):
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouterResult:
     """The results of a layer's router, and the value [T, D] or [R, D] that its experts read."""
 
     layer: str
@@ -71,7 +71,7 @@ class Hoisted:
 
     route: Program
     routed: Program
-    choices: tuple[Choice, ...]
+    choices: tuple[RouterResult, ...]
 
 
 def split(program: Program) -> Hoisted | None:
@@ -113,7 +113,7 @@ def _with_weights(graph: Graph, program: Program) -> Program:
     return Program(live, {value.name: program.weights[value.name] for value in stored})
 
 
-def _choices(graph: Graph) -> Iterator[Choice]:
+def _choices(graph: Graph) -> Iterator[RouterResult]:
     """The choices that each layer's rows are sorted by. Layers may share a sort."""
     for op in graph.ops:
         if op.name == "moe.sort":
@@ -128,7 +128,7 @@ def _choices(graph: Graph) -> Iterator[Choice]:
                 continue
             weights = combine.inputs[2] if combine.attrs.get("weighted") else None
             matching = [r for r in starts if name_of(r) == combine.origin] or starts
-            yield Choice(name_of(combine), experts, weights, matching[0].inputs[0])
+            yield RouterResult(name_of(combine), experts, weights, matching[0].inputs[0])
 
 
 def _chosen(graph: Graph) -> set[Value]:
@@ -137,7 +137,7 @@ def _chosen(graph: Graph) -> set[Value]:
     return {value for value in both if value is not None}
 
 
-def _hoistable(graph: Graph, choice: Choice, chosen: set[Value]) -> set[Op]:
+def _hoistable(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[Op]:
     """The ops that a layer's choices need. Raises NoMatch where they need what layers compute.
 
     What a layer's rows are made from is followed up to what routers have `chosen`.

@@ -18,7 +18,7 @@ from benchmarks.records import (
 )
 from benchmarks.render import PAGE, cells, readme_table, render, section, table
 from moec.bench.race import Figure, Load
-from moec.bench.result import Limits, Line, Result
+from moec.bench.result import BenchResult, ContenderLine, Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,9 +60,12 @@ def test_a_run_records_its_command_and_commit(monkeypatch):
 
 def test_a_race_of_models_becomes_a_record():
     figure = Figure(100.04, 90.0, 110.0)
-    lines = (Line("moec", figure, figure, 1.0, 1.0), Line("eager", figure, figure, 2.341, 3.0))
+    lines = (
+        ContenderLine("moec", figure, figure, 1.0, 1.0),
+        ContenderLine("eager", figure, figure, 2.341, 3.0),
+    )
     limits = Limits("bfloat16", 4.72e11, 4.87e10, 0.5, 0.01)
-    race = Result(
+    race = BenchResult(
         "model", "bf16", "AMD EPYC", 2, {"moec": "0.1.0"}, Load(1, 512, 32, 10), limits, lines,
         0.85, 0.81, 1.2,
     )  # fmt: skip

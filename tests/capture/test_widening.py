@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from moec.capture import capture
-from moec.capture.call import Call
+from moec.capture.call import ModuleCall
 from moec.capture.trials import Trials
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
@@ -186,7 +186,7 @@ def test_named_sizes_of_1_are_widened_together_within_their_limits() -> None:
 def test_trials_leave_states_as_they_were() -> None:
     model = Counts()
     before = model.seen.clone()
-    assert Trials(Call(model, (floats(5, WIDTH),), {})).runs([floats(3, WIDTH)])
+    assert Trials(ModuleCall(model, (floats(5, WIDTH),), {})).runs([floats(3, WIDTH)])
     assert torch.equal(model.seen, before)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moec.errors import UsageError
 from moec.ir.graph import Graph
 from moec.ir.text import parse, print_graph
-from moec.report.picture import Part, Scene, draw, save, scene
+from moec.report.picture import Scene, ScenePart, draw, save, scene
 from moec.report.picture.svg import lanes, picked, svg
 from tests.commands import models
 
@@ -31,7 +31,7 @@ def tiny(layers: int = 3) -> Scene:
     return scene("tiny", models.graph(layers), report.blocks, report.declined[:0])
 
 
-def outline(part: Part, depth: int = 0) -> list[str]:
+def outline(part: ScenePart, depth: int = 0) -> list[str]:
     """A scene as an indented list."""
     lines = []
     for inner in part.parts:

@@ -8,24 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.commands.shapes import Axis, dynamic_shapes, parse
+from moec.commands.shapes import AxisSize, dynamic_shapes, parse
 from moec.errors import UsageError
 
 
 def test_names_bounds_and_numbers() -> None:
     assert parse(("input_ids=B[1..8]xS[1..4096]", "x=Tx64")) == {
-        "input_ids": (Axis(name="B", low=1, high=8), Axis(name="S", low=1, high=4096)),
-        "x": (Axis(name="T"), Axis(size=64)),
+        "input_ids": (AxisSize(name="B", low=1, high=8), AxisSize(name="S", low=1, high=4096)),
+        "x": (AxisSize(name="T"), AxisSize(size=64)),
     }
 
 
 def test_bounds_written_once_hold_everywhere() -> None:
     parsed = parse(("a=BxS,b=B[2..]xS[..16]",))
-    assert parsed["a"] == parsed["b"] == (Axis(name="B", low=2), Axis(name="S", high=16))
+    assert parsed["a"] == parsed["b"] == (AxisSize(name="B", low=2), AxisSize(name="S", high=16))
 
 
 def test_unnamed_axis() -> None:
-    assert parse(("x=?x4",)) == {"x": (Axis(), Axis(size=4))}
+    assert parse(("x=?x4",)) == {"x": (AxisSize(), AxisSize(size=4))}
 
 
 @pytest.mark.parametrize(

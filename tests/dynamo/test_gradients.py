@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.cache import Store
 from moec.dynamo.gradients import IN_PYTORCH, differentiable
-from moec.dynamo.products import Kernels
+from moec.dynamo.products import ProductKernels
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse
@@ -22,7 +22,7 @@ from moec.target.cpu import TARGETS, host
 
 E, K = 4, 2
 NARROW, WIDE = (6, 5), (64, 32)  # D, H; pairs of bf16 fill whole vectors where it is wide
-KERNELS = Kernels(host(), Store(None))
+KERNELS = ProductKernels(host(), Store(None))
 # params of one expert by name, and the ops between its rows x and y
 BODIES: dict[str, tuple[str, str]] = {
     "swiglu": (
@@ -198,7 +198,7 @@ def test_what_kernels_do_not_take_is_pytorchs() -> None:
     ends = torch.tensor([40, 64], dtype=torch.int32)
     rows, w = torch.randn(64, 32), torch.randn(2, 16, 32)
     sliced = torch.randn(2, 16, 64)[..., ::2]
-    tiles = Kernels(TARGETS["amx"], Store(None))
+    tiles = ProductKernels(TARGETS["amx"], Store(None))
     for products, x, stack in (
         (KERNELS, rows.double(), w.double()),
         (KERNELS, rows, sliced),

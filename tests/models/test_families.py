@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moec
-from moec.export.kv_cache import Texts
+from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
 from moec.interpret.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
 from moec.passes.decode import past_and_present
@@ -127,7 +127,9 @@ def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) ->
     onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     made = model.export_onnx(path, "portable", cache=True)
     assert (made.caches, set(made.parity.values())) == (2, {1.0})
-    texts = Texts(past_and_present(model.pass_results[-1].program), runner(open_session(path)), 2)
+    texts = CachedTexts(
+        past_and_present(model.pass_results[-1].program), runner(open_session(path)), 2
+    )
     (ids,) = tensors(FAMILIES[name].inputs(2, 20))
     pieces = [texts.feed(piece) for piece in ids.split([12, *[1] * 8], 1)]
     (expected,) = model.captured.eager(ids)

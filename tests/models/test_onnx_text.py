@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moec
-from moec.export.kv_cache import Texts
+from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
 from moec.passes.decode import past_and_present
 
@@ -47,7 +47,7 @@ def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_p
                 eos_token_id=None,
                 pad_token_id=0,
             )[:, ids.shape[1] :]
-        texts = Texts(program, run, len(ids))
+        texts = CachedTexts(program, run, len(ids))
         made = [texts.feed(ids, given)[:, -1:].argmax(-1)]
         while len(made) < TOKENS:
             made.append(texts.feed(made[-1])[:, -1:].argmax(-1))

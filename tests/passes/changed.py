@@ -11,7 +11,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse
 from moec.passes.calibration.budget import budget
-from moec.passes.calibration.session import Approximate, Frame, Measured
+from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import PassResult, run
 
@@ -78,7 +78,9 @@ def change(
     given: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
 ) -> list[PassResult]:
     """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
-    frame = Frame({"ids": tokens()} if calib is None else calib, {}, budget(limit), strict)
+    frame = CalibrationSession(
+        {"ids": tokens()} if calib is None else calib, {}, budget(limit), strict
+    )
     return run(given, [Measured(p, frame) for p in passes], stage=Stage.MOE)
 
 

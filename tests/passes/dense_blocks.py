@@ -13,7 +13,7 @@ from moec.ir.graph import Program, Stage, Value
 from moec.ir.text import parse
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.calibration.budget import budget
-from moec.passes.calibration.session import Frame, Measured
+from moec.passes.calibration.session import CalibrationSession, Measured
 from moec.passes.core.runner import PassResult, run
 
 GATED = """
@@ -76,7 +76,7 @@ SMALL = RefactorDense(width=4, steps=20)
 def change(
     given: Program, pass_: RefactorDense = SMALL, limit: str = "", calib: Any = DOMAINS
 ) -> PassResult:
-    frame = Frame(calib, {}, budget(limit))
+    frame = CalibrationSession(calib, {}, budget(limit))
     return run(given, [Measured(pass_, frame)], stage=Stage.MOE)[-1]
 
 

@@ -7,10 +7,12 @@ from itertools import pairwise, product
 
 import pytest
 
-from moec.plan.search import Choice, search
+from moec.plan.search import LayerOption, search
 
 
-def brute_force(layers: list[list[Choice]], steps: list[list[float]], limit: float) -> float | None:
+def brute_force(
+    layers: list[list[LayerOption]], steps: list[list[float]], limit: float
+) -> float | None:
     plans = [
         sum(c.seconds for c in plan) + sum(steps[a.state][b.state] for a, b in pairwise(plan))
         for plan in product(*layers)
@@ -27,7 +29,7 @@ def test_equals_brute_force_on_a_hundred_cases(seed: int) -> None:
         states, depth = generator.randint(1, 3), generator.randint(1, 5)
         layers = [
             [
-                Choice(
+                LayerOption(
                     generator.randrange(states),
                     generator.choice([generator.random(), 0.5]),
                     generator.choice([generator.random(), generator.randint(1, 3)]),

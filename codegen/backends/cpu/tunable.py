@@ -9,7 +9,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.tuning import candidates
-from moec.codegen.tuning.tunable import Tunable, Work
+from moec.codegen.tuning.tunable import KernelWork, Tunable
 
 
 def tunable(
@@ -31,7 +31,7 @@ def tunable(
     return Tunable(
         title,
         f"{title} {digest}",
-        Work(top_k, first.groups, sums, size),
+        KernelWork(top_k, first.groups, sums, size),
         make,
         {value: candidates(value) for value in values},
     )

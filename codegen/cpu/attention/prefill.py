@@ -37,7 +37,7 @@ TILE = 96  # rows of a task: a multiple of a register tile; their queries and su
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedKeysValues:
     """keys[head, block, unit, key] and values[head, block, unit, feature], units of `dtype`."""
 
     problem: Problem
@@ -79,7 +79,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Tile:
+class QueryTile:
     """Rows of one key head from `first` on, and what is known of each so far."""
 
     head: Expr
@@ -106,7 +106,7 @@ def tiled(p: Problem) -> None:
     blocks = T.bind(T.ceildiv(p.keys, block))
     keys = T.alloc_buffer((p.heads, blocks, spec.key_dim // per_unit, block), dtype)
     values = T.alloc_buffer((p.heads, blocks, block // per_unit, p.width), dtype)
-    packed = Packed(p, pairs, keys, values, blocks)
+    packed = PackedKeysValues(p, pairs, keys, values, blocks)
     with parallel.shared(p.heads * blocks, p.heads * p.keys * (p.features * ELEMENT)) as task:
         head, n = divide(task, blocks)
         end = p.end(head)
@@ -127,7 +127,7 @@ def tiled(p: Problem) -> None:
         _tile(packed, head, n * TILE)
 
 
-def _pack_keys(c: Packed, head: Expr, n: Expr, end: Expr) -> None:
+def _pack_keys(c: PackedKeysValues, head: Expr, n: Expr, end: Expr) -> None:
     """Keys after the last are copies of it: they are masked later."""
     p = c.problem
     b, kv = p.split(head)
@@ -139,7 +139,7 @@ def _pack_keys(c: Packed, head: Expr, n: Expr, end: Expr) -> None:
             T.buffer_store(c.keys, x, [head, n, d, j])
 
 
-def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, full_block: bool) -> None:
+def _pack_values(c: PackedKeysValues, head: Expr, n: Expr, end: Expr, full_block: bool) -> None:
     """Keys after the last are zeros: their weight is 0, but 0 times NaN is not."""
     p, v = c.problem, c.problem.vector
     b, kv = p.split(head)
@@ -166,7 +166,7 @@ def _pack_values(c: Packed, head: Expr, n: Expr, end: Expr, full_block: bool) ->
             T.buffer_store(c.values, x, [head, n, unit, T.ramp(d, 1, v.lanes)])
 
 
-def _tile(c: Packed, head: Expr, first: Expr) -> None:
+def _tile(c: PackedKeysValues, head: Expr, first: Expr) -> None:
     """Rows first .. first + TILE of one key head against all of its keys."""
     p, v, height = c.problem, c.problem.vector, c.height
     lane = T.ramp(0, 1, v.lanes)
@@ -195,7 +195,7 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         if starts is not None:
             T.buffer_store(starts, start(p, b, s), [r])
 
-    tile = Tile(head, first, query, sums, tops, totals, starts, reaches, bias)
+    tile = QueryTile(head, first, query, sums, tops, totals, starts, reaches, bias)
     scratch = Scratch.of(v, c.block) if c.amx else None
     if c.amx:
         v.tiles("begin")
@@ -232,7 +232,7 @@ def _tile(c: Packed, head: Expr, first: Expr) -> None:
         write_row(p, at, sums, r)
 
 
-def _open(c: Packed, tile: Tile, bias: Buffer, n: Expr, r: Expr) -> Expr:
+def _open(c: PackedKeysValues, tile: QueryTile, bias: Buffer, n: Expr, r: Expr) -> Expr:
     """Load the mask of a register tile; whether any of its rows may see any of the block's keys."""
     p, v = c.problem, c.problem.vector
     lane, vectors = T.ramp(0, 1, v.lanes), c.block // v.lanes
@@ -247,7 +247,7 @@ def _open(c: Packed, tile: Tile, bias: Buffer, n: Expr, r: Expr) -> Expr:
     return p.soft.top(greatest[lane]) > T.float32(MINUS_INFINITY)
 
 
-def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
+def _group(c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr) -> None:
     """One register tile of rows, from r, against one block of keys."""
     v = c.problem.vector
     lane = T.ramp(0, 1, v.lanes)
@@ -261,7 +261,9 @@ def _group(c: Packed, tile: Tile, n: Expr, r: Expr) -> None:
     _accumulate(c, tile.sums, (tile.head, n), r, scales, weights)
 
 
-def _lanes(c: Packed, tile: Tile, n: Expr, r: Expr, i: int | Expr, row: list[Expr]) -> list[Expr]:
+def _lanes(
+    c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr, i: int | Expr, row: list[Expr]
+) -> list[Expr]:
     """The scores of row r + i, scaled, and minus infinity for keys that it may not see."""
     v = c.problem.vector
     visible = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
@@ -278,7 +280,7 @@ def _lanes(c: Packed, tile: Tile, n: Expr, r: Expr, i: int | Expr, row: list[Exp
     return lanes
 
 
-def _group_amx(c: Packed, tile: Tile, n: Expr, r: Expr, scratch: Scratch) -> None:
+def _group_amx(c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr, scratch: Scratch) -> None:
     """As _group, for 16 rows on tile registers."""
     v, at, width = c.problem.vector, (tile.head, n), c.problem.width
     multiply(
@@ -305,7 +307,9 @@ def _group_amx(c: Packed, tile: Tile, n: Expr, r: Expr, scratch: Scratch) -> Non
     )  # fmt: skip
 
 
-def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[list[Buffer]]:
+def _scores(
+    c: PackedKeysValues, query: Buffer, block: tuple[Expr, ...], r: Expr
+) -> list[list[Buffer]]:
     """q @ k.T of a register tile, left in its accumulators."""
     v = c.problem.vector
     lane = T.ramp(0, 1, v.lanes)
@@ -325,7 +329,7 @@ def _scores(c: Packed, query: Buffer, block: tuple[Expr, ...], r: Expr) -> list[
 
 
 def _soften(
-    c: Packed,
+    c: PackedKeysValues,
     scores: list[Expr],
     tops: Buffer,
     totals: Buffer,
@@ -357,7 +361,7 @@ def _soften(
 
 
 def _accumulate(
-    c: Packed,
+    c: PackedKeysValues,
     sums: Buffer,
     block: tuple[Expr, ...],
     r: Expr,

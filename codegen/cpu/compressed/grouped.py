@@ -28,7 +28,7 @@ from moec.codegen.cpu.compressed import lanes
 from moec.codegen.cpu.compressed import weights as compressed_weights
 from moec.codegen.cpu.compressed.weights import Weights
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.product import Output, Product
+from moec.codegen.cpu.gemm.product import Product, ProductOutput
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.codegen.cpu.llvm.masks import LANES
@@ -255,7 +255,7 @@ def compressed_linear(
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     lay = Layout(spec, target)
 
-    def tile(x: RoundedRows, matrices: tuple[Weights, ...], out: Output) -> Tile:
+    def tile(x: RoundedRows, matrices: tuple[Weights, ...], out: ProductOutput) -> Tile:
         operands = CompressedOperands(x.codes, x.codes, *out, x.scales, x.sums, matrices)
         return CompressedTile(lay, operands, epilogue)
 

@@ -16,7 +16,7 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.amx_tile import AmxTile
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.product import Output, Product, W, X
+from moec.codegen.cpu.gemm.product import Product, ProductOutput, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
@@ -88,7 +88,7 @@ def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
         for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
             spec = product.layout.spec
             y = argument(f"y{i}", (t, spec.n), spec.y_dtype)
-            tiles.append(product.tile(x, w, Output(y, bias, lambda r: r, None, False)))
+            tiles.append(product.tile(x, w, ProductOutput(y, bias, lambda r: r, None, False)))
         shared_out(tiles, t)
     return frame.function
 

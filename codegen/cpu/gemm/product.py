@@ -22,7 +22,7 @@ X = TypeVar("X")
 W = TypeVar("W")
 
 
-class Output(NamedTuple):
+class ProductOutput(NamedTuple):
     """Where rows of y go, and what they are made of: fields of `Operands`, in its order."""
 
     y: Buffer
@@ -39,7 +39,7 @@ class Product(Generic[X, W]):
     layout: Layout
     rows: Callable[[Expr], X]
     weights: Callable[[str], W]
-    tile: Callable[[X, W, Output], Tile]
+    tile: Callable[[X, W, ProductOutput], Tile]
 
     def bias(self, suffix: str) -> Buffer | None:
         """Declares the bias, where there is one."""

@@ -15,7 +15,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.gemm.product import Output, Product, W, X
+from moec.codegen.cpu.gemm.product import Product, ProductOutput, W, X
 from moec.codegen.cpu.gemm.tile import Tile
 from moec.codegen.cpu.vector import Vector
 
@@ -47,7 +47,7 @@ def sorted_product(
         y = argument("y", (r, spec.n), spec.y_dtype)
         tokens = token_of(order, top_k)
         scales = scale_of(Vector(layout.target), scale, order, top_k)
-        tile = product.tile(x, w, Output(y, bias, tokens, scales, order is not None))
+        tile = product.tile(x, w, ProductOutput(y, bias, tokens, scales, order is not None))
         each_expert(tile, ends, r, zero_unowned_rows)
     return frame.function
 

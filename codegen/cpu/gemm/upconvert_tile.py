@@ -28,7 +28,7 @@ MORE = 4  # times as many tiles at once as other kernels take
 
 
 @dataclass(frozen=True)
-class _Block:
+class _DepthBlock:
     """Steps `start` .. `stop` of K, of the weights of one tile."""
 
     group: Expr
@@ -76,7 +76,7 @@ class WidenedTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         height, depth = self.layout.target.tile_rows, self.layout.depth
-        full_block = _Block(group, tile, 0, depth)
+        full_block = _DepthBlock(group, tile, 0, depth)
         with T.If(count < height):
             with T.Then():
                 panel = self.vector.scratch((height - 1, depth * self.factor), "float32")
@@ -85,7 +85,7 @@ class WidenedTile(Tile):
                 self._many(full_block, tiles, first, count, following)
 
     def _few(
-        self, full_block: _Block, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
+        self, full_block: _DepthBlock, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
     ) -> None:
         height = self.layout.target.tile_rows
         accumulators = self.vector.scratch((height - 1, self.layout.columns), "float32")
@@ -118,7 +118,7 @@ class WidenedTile(Tile):
 
     def _many(
         self,
-        full_block: _Block,
+        full_block: _DepthBlock,
         tiles: Expr | int,
         first: Expr,
         count: Expr,
@@ -141,14 +141,16 @@ class WidenedTile(Tile):
             # What is widened after this block of all tiles.
             leaves = T.bind(T.And(done, c == chunks - 1))
             group = T.bind(T.Select(leaves, following[0], full_block.group))
-            coming = _Block(group, T.Select(leaves, following[1], full_block.tile), after, after)
+            coming = _DepthBlock(
+                group, T.Select(leaves, following[1], full_block.tile), after, after
+            )
             block = replace(full_block, start=start, stop=stop)
             with T.serial(0, n) as i:
                 self._widen_row(base + i, block, panel, i)
             with T.serial(0, tiles) as t:
                 tile = T.bind(full_block.tile + t)
                 last = T.bind(t == tiles - 1)
-                then = _Block(
+                then = _DepthBlock(
                     T.bind(T.Select(last, coming.group, full_block.group)),
                     T.bind(T.Select(last, coming.tile, tile + 1)),
                     T.bind(T.Select(last, coming.start, start)),
@@ -166,13 +168,13 @@ class WidenedTile(Tile):
 
     def _all_rows(
         self,
-        block: _Block,
+        block: _DepthBlock,
         count: Expr,
         weights: Buffer,
         panel: Buffer,
         sums: Callable[[Expr | int, int], Where],
         begun: Expr,
-        then: _Block,
+        then: _DepthBlock,
     ) -> None:
         """The `count` rows whose block is in `panel` with that of a tile, in `weights`."""
         height = self.layout.target.tile_rows
@@ -196,7 +198,7 @@ class WidenedTile(Tile):
         weights: Buffer,
         panel: Buffer,
         at: Expr,
-        block: _Block,
+        block: _DepthBlock,
         fetch: Fetch,
     ) -> None:
         """Adds the products of rows with tile `t`, both widened.
@@ -223,7 +225,7 @@ class WidenedTile(Tile):
         pairs = [T.bind(w[group, tile, step, T.ramp(start, 1, v.lanes)]) for start in starts]
         return [[take(pair) for pair in pairs] for take in (v.low, v.high)]
 
-    def _widen_weights(self, block: _Block, weights: Buffer) -> None:
+    def _widen_weights(self, block: _DepthBlock, weights: Buffer) -> None:
         """weights[t, k, :] = those of each tile, from the block's first element of K on."""
         v = self.vector
         with T.serial(0, block.stop - block.start) as step:
@@ -231,7 +233,7 @@ class WidenedTile(Tile):
                 for j, vector in enumerate(half):
                     v.store(weights, [step * self.factor + h, j * v.lanes], vector)
 
-    def _widen_row(self, row: Expr, block: _Block, panel: Buffer, i: Expr | int) -> None:
+    def _widen_row(self, row: Expr, block: _DepthBlock, panel: Buffer, i: Expr | int) -> None:
         """panel[i, :] = the block of a row as float32, and 0 behind an odd end."""
         v, lay, ops = self.vector, self.layout, self.operands
         begin = block.start * self.factor

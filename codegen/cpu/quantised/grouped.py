@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument
-from moec.codegen.cpu.gemm.product import Output, Product
+from moec.codegen.cpu.gemm.product import Product, ProductOutput
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Tile
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
@@ -45,7 +45,7 @@ def quantised_product(
 ) -> Product[RoundedRows, QuantisedWeights]:
     lay = QuantisedLayout(spec, target, tuning)
 
-    def tile(x: RoundedRows, w: QuantisedWeights, out: Output) -> Tile:
+    def tile(x: RoundedRows, w: QuantisedWeights, out: ProductOutput) -> Tile:
         operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
         kind = AmxQuantisedTile if lay.amx else QuantisedTile
         return kind(lay, operands, epilogue)

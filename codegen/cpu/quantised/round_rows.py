@@ -67,11 +67,11 @@ def round_rows(
                 for plane in range(planes):
                     T.buffer_store(codes, T.int32(0), [row, plane * words + word])
             with T.serial(0, blocks) as block:
-                _Block(v, x, codes, row, block, blocks, form).run(scales, sums)
+                _RowBlock(v, x, codes, row, block, blocks, form).run(scales, sums)
     return frame.function
 
 
-class _Block:
+class _RowBlock:
     """One block of one row."""
 
     def __init__(

@@ -30,7 +30,7 @@ TOKENS = 16  # of a task
 
 
 @dataclass(frozen=True)
-class Router:
+class RouterScratch:
     """Scratch for one token, in whole vectors: scores[E], ranks[E], weights[k], chosen[k]."""
 
     routing: Routing
@@ -92,10 +92,10 @@ def routing_work(experts: int, tokens: Expr) -> Expr:
     return tokens * (6000 + 80 * experts)
 
 
-def scratch(routing: Routing, experts: int, v: Vector, correction: Buffer | None) -> Router:
+def scratch(routing: Routing, experts: int, v: Vector, correction: Buffer | None) -> RouterScratch:
     wide = -(-experts // v.lanes) * v.lanes
     few = -(-routing.k // v.lanes) * v.lanes
-    return Router(
+    return RouterScratch(
         routing,
         experts,
         v,
@@ -118,7 +118,7 @@ def load(v: Vector, buffer: Buffer, t: Expr, j: Expr, n: int) -> Expr:
 
 
 def route_token(
-    c: Router, logits: Callable[[Expr], Expr], weights: Buffer, experts: Buffer, t: Expr
+    c: RouterScratch, logits: Callable[[Expr], Expr], weights: Buffer, experts: Buffer, t: Expr
 ) -> None:
     """weights[t], experts[t] from the vectors of its logits; lanes after the last hold anything."""
     v, routing = c.v, c.routing
@@ -146,12 +146,12 @@ def route_token(
         T.buffer_store(experts, T.cast(c.chosen[s], "int64"), [t, s])
 
 
-def _fill(buffer: Buffer, value: Expr, c: Router) -> None:
+def _fill(buffer: Buffer, value: Expr, c: RouterScratch) -> None:
     with T.serial(0, int(buffer.shape[0]) // c.v.lanes) as j:
         T.buffer_store(buffer, value, [c.lanes(j)])
 
 
-def _score(c: Router, score: str, x: Buffer, n: int) -> None:
+def _score(c: RouterScratch, score: str, x: Buffer, n: int) -> None:
     """x = score(x[:n]), in place; lanes after n become 0 for a softmax."""
     v = c.v
     if score == "sigmoid":
@@ -176,7 +176,7 @@ def _score(c: Router, score: str, x: Buffer, n: int) -> None:
         T.buffer_store(x, x[c.lanes(j)] / total, [c.lanes(j)])
 
 
-def _rank(c: Router) -> None:
+def _rank(c: RouterScratch) -> None:
     """ranks = those of scores + correction."""
     v, n = c.v, c.num_experts
     with T.serial(0, c.vectors(n)) as j:
@@ -192,7 +192,7 @@ def _rank(c: Router) -> None:
         T.buffer_store(c.ranks, T.Select(c.is_one_of(j, n), ranks, sentinel), [c.lanes(j)])
 
 
-def _keep_best_groups(c: Router) -> None:
+def _keep_best_groups(c: RouterScratch) -> None:
     """Experts of all but the best `top_groups` groups rank as -infinity."""
     v, groups = c.v, c.routing.groups
     size = c.num_experts // groups
@@ -223,7 +223,7 @@ def _keep_best_groups(c: Router) -> None:
         T.buffer_store(c.ranks, T.int32(LOWEST), [g * size + i])
 
 
-def _scale(c: Router) -> None:
+def _scale(c: RouterScratch) -> None:
     v, routing = c.v, c.routing
     factor = v.splat(routing.scale)
     state, lane = T.alloc_buffer((v.lanes,), "float32"), T.ramp(0, 1, v.lanes)
@@ -239,7 +239,7 @@ def _scale(c: Router) -> None:
         T.buffer_store(c.weights, x, [c.lanes(j)])
 
 
-def _sparsemixer(c: Router) -> None:
+def _sparsemixer(c: RouterScratch) -> None:
     """Each choice: softmax over the logits within 2*jitter (relative) of the greatest left."""
     v, n = c.v, c.num_experts
     left = T.alloc_buffer(c.scores.shape, "float32")

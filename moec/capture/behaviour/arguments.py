@@ -14,7 +14,7 @@ from moec.errors import NoMatch
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedCall:
     """One call of a module, in the run of the whole model on its example."""
 
     args: tuple[Any, ...]
@@ -22,13 +22,15 @@ class Recorded:
     result: Any
 
 
-def record(run: Callable[[], Any], modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Recorded]:
+def record(
+    run: Callable[[], Any], modules: Iterable[tuple[str, nn.Module]]
+) -> dict[str, RecordedCall]:
     """The last call of each of the modules in `run`, by name."""
-    calls: dict[str, Recorded] = {}
+    calls: dict[str, RecordedCall] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            calls[name] = Recorded(args, kwargs, result)
+            calls[name] = RecordedCall(args, kwargs, result)
 
         return keep
 

@@ -21,7 +21,7 @@ may round to the other side."""
 
 
 @dataclass(frozen=True)
-class Case:
+class BehaviourCase:
     """Inputs, with logits to be given for the router's own; `size` is batch and length."""
 
     kind: str
@@ -34,31 +34,31 @@ class Case:
         return f"{self.size[0]} x {self.size[1]} tokens, {self.kind}"
 
 
-def cases(probe: Probe) -> Iterator[Case]:
+def cases(probe: Probe) -> Iterator[BehaviourCase]:
     """Natural and steered routings of all kinds at small sizes, and long ones in which all
     tokens choose one expert."""
     generator = torch.Generator().manual_seed(11)
     for seed, size in itertools.product(range(_SEEDS), SIZES):
         for scale in SCALES:
             inputs = probe.inputs(*size, scale, seed)
-            yield Case(f"tokens times {scale:g}", size, inputs, scale=scale)
+            yield BehaviourCase(f"tokens times {scale:g}", size, inputs, scale=scale)
         yield from _alike(probe, size, seed)
         for kind, logits in _steered(probe, size[0] * size[1], generator).items():
-            yield Case(kind, size, probe.inputs(*size, seed=seed), logits)
+            yield BehaviourCase(kind, size, probe.inputs(*size, seed=seed), logits)
     for length in (*(n for n in LENGTHS if n < probe.longest), probe.longest):
         inputs = probe.inputs(1, length, seed=_SEEDS)
-        yield Case("tokens times 1", (1, length), inputs)
+        yield BehaviourCase("tokens times 1", (1, length), inputs)
         steered = _steered(probe, length, generator)
         for kind in ("usual logits", "equal logits"):
             if kind in steered:
-                yield Case(kind, (1, length), inputs, steered[kind])
+                yield BehaviourCase(kind, (1, length), inputs, steered[kind])
     for length in _exact_lengths(probe):
         logits = all_on(0, length, probe.columns, 5.0)
         inputs = probe.inputs(1, length, seed=_SEEDS)
-        yield Case("a length at which the capacity is whole", (1, length), inputs, logits)
+        yield BehaviourCase("a length at which the capacity is whole", (1, length), inputs, logits)
 
 
-def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[Case]:
+def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
     """Tokens that are all alike, of two kinds, and zero: their routing is tied or all on one."""
     x, *rest = probe.inputs(*size, seed=seed)
     rows = size[0] * size[1]
@@ -70,7 +70,7 @@ def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[Case]:
         "tokens of zeros": torch.zeros_like(first),
     }
     for kind, tokens in kinds.items():
-        yield Case(kind, size, (tokens.reshape(x.shape), *rest))
+        yield BehaviourCase(kind, size, (tokens.reshape(x.shape), *rest))
 
 
 def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

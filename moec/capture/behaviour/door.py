@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments, Recorded, record
+from moec.capture.behaviour.arguments import Arguments, RecordedCall, record
 from moec.capture.behaviour.failure import Failure, shown
 from moec.capture.behaviour.forward import Forward, proved_forward
 from moec.capture.behaviour.hints import Hints, describe_by_hints
@@ -64,14 +64,14 @@ class Described:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelExample:
     """A module and its example."""
 
     module: nn.Module
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
-    def record(self, names: Sequence[str]) -> dict[str, Recorded]:
+    def record(self, names: Sequence[str]) -> dict[str, RecordedCall]:
         """How the example calls the modules of these names, as far as it does."""
         modules = dict(self.module.named_modules())
         return record(
@@ -80,7 +80,7 @@ class Model:
 
 
 def capture_described(
-    model: Model,
+    model: ModelExample,
     capture: Callable[[], Captured],
     declared: Sequence[Declared] = (),
     observed: Sequence[Described] = (),
@@ -116,7 +116,7 @@ def replaced(described: Sequence[Described]) -> Iterator[None]:
                 del item.module.forward
 
 
-def observe(model: Model, names: Sequence[str]) -> tuple[list[Described], dict[str, str]]:
+def observe(model: ModelExample, names: Sequence[str]) -> tuple[list[Described], dict[str, str]]:
     """The modules of these names as they are recognised by behaviour, and why others are not."""
     described, refusals = [], {}
     modules = dict(model.module.named_modules())
@@ -130,14 +130,14 @@ def observe(model: Model, names: Sequence[str]) -> tuple[list[Described], dict[s
     return described, refusals
 
 
-def _recognised(name: str, module: nn.Module, call: Recorded) -> Described:
+def _recognised(name: str, module: nn.Module, call: RecordedCall) -> Described:
     arguments = Arguments.of(call.args, call.kwargs)
     proof = recognise(module, arguments)
     return Described(name, module, proof, _forward(module, arguments, call, proof), "behaviour")
 
 
 def _forward(
-    module: nn.Module, arguments: Arguments, call: Recorded, proof: Proof
+    module: nn.Module, arguments: Arguments, call: RecordedCall, proof: Proof
 ) -> Callable[..., Any]:
     assert proof.description is not None
     replacement = Replacement(module, proof.description, arguments.shape[-1])
@@ -149,7 +149,9 @@ def _forward(
     return forward
 
 
-def _describe(model: Model, error: CaptureError, described: Sequence[Described]) -> Described:
+def _describe(
+    model: ModelExample, error: CaptureError, described: Sequence[Described]
+) -> Described:
     """The innermost module around the failure that can be described.
 
     Raises CaptureError, with the module, the line and the reason, where none can.
@@ -193,7 +195,7 @@ def _refusal(
     return CaptureError(text)
 
 
-def _declared(model: Model, declared: Sequence[Declared]) -> list[Described]:
+def _declared(model: ModelExample, declared: Sequence[Declared]) -> list[Described]:
     described = []
     modules = dict(model.module.named_modules())
     for item in declared:
@@ -213,7 +215,7 @@ def _declared(model: Model, declared: Sequence[Declared]) -> list[Described]:
     return described
 
 
-def _as_declared(item: Declared, name: str, module: nn.Module, call: Recorded) -> Described:
+def _as_declared(item: Declared, name: str, module: nn.Module, call: RecordedCall) -> Described:
     arguments = Arguments.of(call.args, call.kwargs)
     if item.forward is not None:
         proof, forward = proved_forward(module, arguments, call, item.forward)

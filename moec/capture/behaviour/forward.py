@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments, Recorded
+from moec.capture.behaviour.arguments import Arguments, RecordedCall
 from moec.capture.behaviour.parts import in_float32
 from moec.capture.behaviour.probe import Probe, affordable_length
 from moec.capture.behaviour.proof import Proof, prove_forward
@@ -19,7 +19,7 @@ Forward = Callable[..., Any]
 
 
 def proved_forward(
-    module: nn.Module, arguments: Arguments, call: Recorded, forward: Forward
+    module: nn.Module, arguments: Arguments, call: RecordedCall, forward: Forward
 ) -> tuple[Proof, Callable[..., Any]]:
     """Raises NoMatch with the first input on which the two differ."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.cases import SCALES, Case, cases
+from moec.capture.behaviour.cases import SCALES, BehaviourCase, cases
 from moec.capture.behaviour.description import Description
 from moec.capture.behaviour.parts import in_float32
 from moec.capture.behaviour.probe import LONGEST, TOLERANCE, Probe, Run, result_leaves, same
@@ -44,13 +44,13 @@ class Proof:
 class Differs(NoMatch):
     """The module and what stands for it differ in this case."""
 
-    def __init__(self, text: str, case: Case) -> None:
+    def __init__(self, text: str, case: BehaviourCase) -> None:
         super().__init__(text)
         self.case = case
 
 
 def prove(
-    module: nn.Module, probe: Probe, description: Description, suspect: Case | None = None
+    module: nn.Module, probe: Probe, description: Description, suspect: BehaviourCase | None = None
 ) -> Proof:
     """Runs the replacement beside the probe's shaken copy and beside the module itself; a
     `suspect`, which refused another description, comes first.
@@ -73,7 +73,7 @@ def prove(
     return Proof(description, runs, overflows, probe.longest)
 
 
-def _again(suspect: Case | None, probe: Probe) -> list[Case]:
+def _again(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
     """The case that refused another description, where it is one for this router too."""
     if suspect is None:
         return []
@@ -105,12 +105,12 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
     return Proof(None, runs, overflows, probe.longest)
 
 
-def _overflows(run: Run, case: Case) -> bool:
+def _overflows(run: Run, case: BehaviourCase) -> bool:
     """Whether the tokens are so large that eager's own result is not finite."""
     return case.scale > 1 and not bool(run.hidden.isfinite().all())
 
 
-def _compare(probe: Probe, block: Replacement, case: Case) -> bool:
+def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
     """False where there is nothing to compare with."""
     run = probe.run(case.inputs, case.logits)
     if _overflows(run, case):
@@ -121,7 +121,7 @@ def _compare(probe: Probe, block: Replacement, case: Case) -> bool:
     return True
 
 
-def _compare_leaves(run: Run, results: Sequence[object], case: Case) -> None:
+def _compare_leaves(run: Run, results: Sequence[object], case: BehaviourCase) -> None:
     for (name, value), ours in zip(run.leaves, results, strict=True):
         if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor):
             if not same(ours, value):
@@ -130,7 +130,7 @@ def _compare_leaves(run: Run, results: Sequence[object], case: Case) -> None:
             raise Differs(f"{name} is {value!r}, described {ours!r} ({case})", case)
 
 
-def _difference(name: str, value: torch.Tensor, results: torch.Tensor, case: Case) -> str:
+def _difference(name: str, value: torch.Tensor, results: torch.Tensor, case: BehaviourCase) -> str:
     if results.shape != value.shape:
         return f"{name} is {tuple(value.shape)}, described {tuple(results.shape)} ({case})"
     last = value.shape[-1] if value.dim() else 1

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moec.capture.behaviour.arguments import Arguments
-from moec.capture.behaviour.cases import Case
+from moec.capture.behaviour.cases import BehaviourCase
 from moec.capture.behaviour.constants import SAFE, find_added, find_no_network
 from moec.capture.behaviour.description import Description, Router, RoutingRule
 from moec.capture.behaviour.draws import all_on, draws, ties
@@ -52,7 +52,7 @@ def recognise(module: nn.Module, arguments: Arguments) -> Proof:
     probe.longest = affordable_length(probe)
     _check_repeats(probe)
     reasons: list[tuple[int, str]] = [(0, "nothing of it looks like experts")]
-    suspect: Case | None = None
+    suspect: BehaviourCase | None = None
     for names, stacks in _groups(probe):
         try:
             for description in _descriptions(probe, names, stacks):

@@ -13,7 +13,7 @@ Truth = Literal["count", "some", "none"]
 
 
 @dataclass(eq=False)
-class Choice:
+class ClassChoice:
     """A choice among `classes`, such as the experts of all tokens.
 
     `sorted`: the flat ids whose sort order is used. `rows`: where those are each class, one list
@@ -30,7 +30,7 @@ class Counts:
     """How often each class of a choice is chosen, `total` times in all; `numbers` are the same
     once Python has read them."""
 
-    choice: Choice
+    choice: ClassChoice
     total: Any
     numbers: list[Any] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ class Counts:
 class Order:
     """A function of the order that sorts a choice: `recipe` makes its values from any places."""
 
-    choice: Choice
+    choice: ClassChoice
     recipe: Recipe
 
 
@@ -71,7 +71,7 @@ class Fact:
     or are repeated along the features.
     """
 
-    choice: Choice | None = None
+    choice: ClassChoice | None = None
     high: Any = None
     distinct: bool = False
     single: int | None = None

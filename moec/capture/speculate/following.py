@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moec.capture.speculate.facts import NOTHING, Choice, Facts, Order
+from moec.capture.speculate.facts import NOTHING, ClassChoice, Facts, Order
 
 Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
 
@@ -52,7 +52,7 @@ def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
             return
         size = first.shape[dim] if first.ndim else 1
         if isinstance(size, int):
-            facts.note(index, choice=Choice(size), high=size - 1, distinct=distinct)
+            facts.note(index, choice=ClassChoice(size), high=size - 1, distinct=distinct)
 
     return rule
 
@@ -166,7 +166,7 @@ def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
             recipe = order.recipe
             facts.note(result, order=Order(order.choice, lambda rows: op(recipe(rows), number)))
         if op is operator.mod and isinstance(number, int) and number > 0 and order is None:
-            facts.note(result, choice=Choice(number), high=number - 1)
+            facts.note(result, choice=ClassChoice(number), high=number - 1)
 
     return rule
 

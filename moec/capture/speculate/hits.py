@@ -11,7 +11,7 @@ import torch
 from moec.errors import CaptureError
 
 
-class Index(int):
+class HitIndex(int):
     """A number that was read from a tensor, and still answers to a tensor's methods."""
 
     def item(self) -> builtins.int:
@@ -19,7 +19,7 @@ class Index(int):
 
     tolist = item
 
-    def _itself(self, *_: Any, **__: Any) -> Index:
+    def _itself(self, *_: Any, **__: Any) -> HitIndex:
         return self
 
     to = cpu = long = view = reshape = flatten = squeeze = detach = clone = _itself
@@ -28,7 +28,7 @@ class Index(int):
     def shape(self) -> tuple[int, ...]:
         return ()
 
-    def __getitem__(self, index: Any) -> Index:
+    def __getitem__(self, index: Any) -> HitIndex:
         return self
 
 
@@ -43,8 +43,8 @@ class Row(list[Any]):
 
     __index__ = __int__
 
-    def _alone(self, *_: Any, **__: Any) -> Index:
-        index: Index = self[0]
+    def _alone(self, *_: Any, **__: Any) -> HitIndex:
+        index: HitIndex = self[0]
         return index
 
     squeeze = _alone
@@ -63,7 +63,7 @@ class Hits(list[Any]):
     iterating it unrolls the loop. `column`: each is a row of one number, as nonzero gives them."""
 
     def __init__(self, count: int, column: bool = False) -> None:
-        indices = map(Index, range(count))
+        indices = map(HitIndex, range(count))
         super().__init__(Row([index]) for index in indices) if column else super().__init__(indices)
         self.column = column
 
@@ -95,11 +95,11 @@ class Hits(list[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple) and len(index) == 2 and index[1] == 0:
-            return Hits(len(self)) if index[0] == slice(None) else Index(index[0])
+            return Hits(len(self)) if index[0] == slice(None) else HitIndex(index[0])
         return super().__getitem__(index)
 
 
-class Rows(list[Any]):
+class HitRows(list[Any]):
     """A Python list of row numbers, as many as data say; as an index it is its tensor."""
 
     def __init__(self, tensor: torch.Tensor, asks: Callable[[Any], bool]) -> None:
@@ -122,7 +122,7 @@ class Rows(list[Any]):
 
 def as_tensor(value: Any) -> Any:
     """The tensor that a list of rows stands for; any other value as it is."""
-    return value.tensor if isinstance(value, Rows) else value
+    return value.tensor if isinstance(value, HitRows) else value
 
 
 def as_slice(value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moec.capture.speculate.facts import Counts
-from moec.capture.speculate.hits import Hits, Rows, as_tensor
+from moec.capture.speculate.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 from moec.errors import CaptureError
@@ -93,7 +93,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         if reads_data(tensor.shape[0]):
             if tensor.ndim > 1:
                 raise CaptureError("rows of several numbers each, as many as the data say")
-            return Rows(tensor, lambda condition: bool(condition))
+            return HitRows(tensor, lambda condition: bool(condition))
         if not isinstance(tensor.shape[0], int):
             return NotImplemented
         if tensor.ndim == 1:
@@ -122,7 +122,7 @@ def reading_hooks(trace: Trace) -> Hooks:
 
     def tensor(func: Hook, value: Any, *args: Any, **kwargs: Any) -> Any:
         """A size in a tensor stays known; a list of rows is the tensor that it came from."""
-        if isinstance(value, Rows):
+        if isinstance(value, HitRows):
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
         if is_symbolic(value):
             return facts.note(torch.zeros((), dtype=kwargs.get("dtype")), size=value)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.call import Call
-from moec.capture.speculate.masked import Masked
+from moec.capture.call import ModuleCall
+from moec.capture.speculate.masked import MaskedInterpreter
 from moec.capture.speculate.proof import Eager, Verdict, examine
 from moec.capture.speculate.refusals import (
     Untraceable,
@@ -28,7 +28,7 @@ from moec.ir.graph import Program
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedExport:
     """The program of an export, the module in eager, and the export's guards: all of them, and
     those that fixed an axis."""
 
@@ -38,7 +38,7 @@ class Converted:
     fixings: Any = ()
 
 
-Convert = Callable[[ExportedProgram, Sequence[str]], Converted]
+Convert = Callable[[ExportedProgram, Sequence[str]], ConvertedExport]
 """From an export and the names of its outputs."""
 Examples = Sequence[Sequence[torch.Tensor]]
 
@@ -47,24 +47,24 @@ MOST_FLIPS = 8
 
 
 @dataclass(frozen=True)
-class Form:
+class CaptureForm:
     """One form of a capture: its program, what the module returns, and what a report says of it."""
 
-    converted: Converted
+    converted: ConvertedExport
     structure: Structure
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    form: Form
+    form: CaptureForm
     traced: Traced
     verdict: Verdict
 
 
 def speculate(
-    call: Call, export: Export, convert: Convert, examples: Examples
-) -> tuple[Form, Traced]:
+    call: ModuleCall, export: Export, convert: Convert, examples: Examples
+) -> tuple[CaptureForm, Traced]:
     """The program of `call`, with every assumption proved, and the trace that it comes from.
     Raises CaptureError where an assumption is not proved.
 
@@ -83,7 +83,7 @@ def speculate(
         verdict = examine(program, converted.eager, examples, assumed, count)
         converted = replace(converted, program=_cut(program, count))
         notes = assumptions(assumed, verdict)
-        return _Attempt(Form(converted, traced.structure, notes), traced, verdict)
+        return _Attempt(CaptureForm(converted, traced.structure, notes), traced, verdict)
 
     first = attempt({})
     chosen = first
@@ -106,11 +106,11 @@ MASKED = (
 
 def masked(
     decomposed: ExportedProgram,
-    index: tuple[Form, Traced],
+    index: tuple[CaptureForm, Traced],
     export: Export,
     convert: Convert,
     examples: Examples,
-) -> Form:
+) -> CaptureForm:
     """The masked form of a program that was captured and decomposed, proved as that was.
 
     Raises CaptureError where a mask does not express what the program does with rows.
@@ -118,12 +118,12 @@ def masked(
     form, traced = index
     structure = form.structure
     with explained("the masked form"):
-        exported = export(Masked(decomposed, structure.count))
+        exported = export(MaskedInterpreter(decomposed, structure.count))
         converted = convert(exported, structure.names)
     verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
     if not verdict.agrees:
         raise differs("the masked form", traced.assumed, verdict)
-    return Form(converted, structure, (*form.notes, MASKED))
+    return CaptureForm(converted, structure, (*form.notes, MASKED))
 
 
 def _cut(program: Program, outputs: int) -> Program:

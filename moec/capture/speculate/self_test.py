@@ -9,8 +9,8 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch.export import Dim, ExportedProgram
 
-from moec.capture.call import Call
-from moec.capture.probe import Probe
+from moec.capture.call import ModuleCall
+from moec.capture.probe import SpeculationProbe
 from moec.capture.speculate.trace import trace
 
 
@@ -42,11 +42,15 @@ def _misfit() -> str:
             )
 
     try:
-        traced = trace(Call(Probe(), (x,), {}), export, {})
+        traced = trace(ModuleCall(SpeculationProbe(), (x,), {}), export, {})
         met = list(traced.assumed.branches.values())
         results = traced.exported.module(check_guards=False)(x)
     except Exception as error:
         return f"{type(error).__name__} where a small module is traced"
     if met != [False]:
         return "a branch on data is not seen"
-    return "" if torch.equal(results[0], Probe()(x)) else "a small module gives something else"
+    return (
+        ""
+        if torch.equal(results[0], SpeculationProbe()(x))
+        else "a small module gives something else"
+    )

@@ -8,7 +8,7 @@ import torch
 
 from moec.capture.speculate.facts import Member, Piece
 from moec.capture.speculate.following import follow
-from moec.capture.speculate.hits import Row, Rows, as_slice, as_tensor
+from moec.capture.speculate.hits import HitRows, Row, as_slice, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.symbols import expression, reads_data
 
@@ -20,7 +20,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         parts = index if isinstance(index, tuple) else (index,)
         if any(isinstance(part, Row) for part in parts):
             return func(x, tuple(as_slice(part) for part in parts))
-        if any(isinstance(part, Rows) for part in parts):
+        if any(isinstance(part, HitRows) for part in parts):
             return func(x, tuple(as_tensor(part) for part in parts))
         first, *rest = parts
         if isinstance(first, torch.Tensor) and all(part is None for part in rest):

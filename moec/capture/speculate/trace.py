@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.call import Call
+from moec.capture.call import ModuleCall
 from moec.capture.speculate.branches import Branches, Question
 from moec.capture.speculate.hooks import Trace
 from moec.capture.speculate.patches import speculating
@@ -59,10 +59,10 @@ class _Record:
     sizes: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
 
-class _Hooked(Call):
+class _Hooked(ModuleCall):
     """A call whose module runs under hooks. Its outputs are tensors, in a tuple."""
 
-    def __init__(self, call: Call, record: _Record) -> None:
+    def __init__(self, call: ModuleCall, record: _Record) -> None:
         super().__init__(call.module, (), {})
         self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
         self.record = record
@@ -80,7 +80,7 @@ class _Hooked(Call):
 
 
 def trace(
-    call: Call,
+    call: ModuleCall,
     export: Export,
     answers: Mapping[Site, bool],
     open_lengths: frozenset[int] = frozenset(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.facts import Piece
-from moec.capture.speculate.hits import Rows, as_tensor
+from moec.capture.speculate.hits import HitRows, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.symbols import expression, reads_data
 from moec.errors import CaptureError
@@ -49,9 +49,9 @@ def writing_hooks(trace: Trace) -> Hooks:
             stop = x.shape[0] if index.stop is None else index.stop
             fill(Piece(x, 0 if index.start is None else index.start, stop), values)
             return None
-        if isinstance(index, Rows):
+        if isinstance(index, HitRows):
             return func(x, as_tensor(index), values)
-        if isinstance(index, tuple) and any(isinstance(part, Rows) for part in index):
+        if isinstance(index, tuple) and any(isinstance(part, HitRows) for part in index):
             return func(x, tuple(map(as_tensor, index)), values)
         return NotImplemented
 

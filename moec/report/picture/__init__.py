@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.errors import UsageError
-from moec.report.picture.part import Part, Scene
+from moec.report.picture.part import Scene, ScenePart
 from moec.report.picture.scene import scene
 
-__all__ = ["Part", "Scene", "draw", "save", "scene"]
+__all__ = ["Scene", "ScenePart", "draw", "save", "scene"]
 
 ENDINGS = (".svg", ".html", ".dot")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from moec.report.data import PortLine
 from moec.report.picture.marks import LIGHT
-from moec.report.picture.part import ENTRY, Part, Scene
+from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.text import shape
 from moec.report.units import count
 
@@ -30,7 +30,7 @@ def _lines(scene: Scene) -> Iterator[str]:
     yield "}"
 
 
-def _inside(part: Part, name: str, indent: str) -> Iterator[str]:
+def _inside(part: ScenePart, name: str, indent: str) -> Iterator[str]:
     for i, inner in enumerate(part.parts):
         node_id = f"{name}_{i}"
         if inner.parts:
@@ -53,17 +53,17 @@ def _inside(part: Part, name: str, indent: str) -> Iterator[str]:
             yield f"{indent}{source} -> {first(part.parts[end], f'{name}_{end}')}"
 
 
-def first(part: Part, name: str) -> str:
+def first(part: ScenePart, name: str) -> str:
     return first(part.parts[0], f"{name}_0") if part.parts else name
 
 
-def last(part: Part, name: str) -> str:
+def last(part: ScenePart, name: str) -> str:
     if not part.parts:
         return name
     return last(part.parts[-1], f"{name}_{len(part.parts) - 1}")
 
 
-def _label(part: Part) -> str:
+def _label(part: ScenePart) -> str:
     lines = [part.label]
     for block in part.blocks:
         lines.append(f"MoE: {block.top_k} of {block.experts} experts")

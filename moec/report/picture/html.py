@@ -8,7 +8,7 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from moec.report.picture.part import Part, Scene
+from moec.report.picture.part import Scene, ScenePart
 from moec.report.picture.svg import svg
 from moec.report.text import shape
 from moec.report.units import count
@@ -95,7 +95,7 @@ def _data(value: Any) -> str:
 _TOLD = ("name", "parameters", "active_parameters")
 
 
-def details(part: Part) -> Mapping[str, Any]:
+def details(part: ScenePart) -> Mapping[str, Any]:
     """What the panel says about a part: its name, facts as pairs, tables as rows."""
     facts = [["path", part.path]]
     if part.times > 1:

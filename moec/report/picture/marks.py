@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-from moec.report.picture.part import Part
+from moec.report.picture.part import ScenePart
 
 LIGHT = {
     "moe": "#7c3aed", "router": "#db2777", "shared": "#0e9aa7", "attention": "#2563eb",
@@ -48,13 +48,13 @@ class Canvas:
     """Markup in drawing order. `parts` lists what the `data-part` numbers stand for."""
 
     marks: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ScenePart] = field(default_factory=list)
     total: int = 1
 
     def add(self, *marks: str) -> None:
         self.marks += marks
 
-    def open(self, part: Part, hover: str) -> None:
+    def open(self, part: ScenePart, hover: str) -> None:
         self.add(
             f'<g class="part" data-part="{len(self.parts)}">', f"<title>{escape(hover)}</title>"
         )

@@ -15,7 +15,7 @@ ENTRY = -1  # the source of an edge that comes from above the parts
 
 
 @dataclass(frozen=True)
-class Part:
+class ScenePart:
     """One box. `edges` are the skip connections among `parts`, by index; ENTRY is the top."""
 
     path: str
@@ -29,7 +29,7 @@ class Part:
     blocks: tuple[Block, ...] = ()  # of an MoE card; nearly always one
     split: Mapping[str, int] = field(default_factory=dict)  # parameters by kind
     declined: tuple[DeclinedLine, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ScenePart, ...] = ()
     edges: tuple[tuple[int, int], ...] = ()
 
 
@@ -40,7 +40,7 @@ class Scene:
     title: str
     inputs: tuple[PortLine, ...]
     outputs: tuple[PortLine, ...]
-    root: Part
+    root: ScenePart
 
     @property
     def parameters(self) -> int:

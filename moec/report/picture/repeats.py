@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moec.report.picture.part import ENTRY, Edges, Part
+from moec.report.picture.part import ENTRY, Edges, ScenePart
 
 
-def collapse(parts: Sequence[Part], edges: Edges) -> tuple[list[Part], Edges]:
+def collapse(parts: Sequence[ScenePart], edges: Edges) -> tuple[list[ScenePart], Edges]:
     """Layers that differ in nothing but their number, as one part that says how many.
 
     A layer may be several parts long: blocks with additions between them.
     """
-    collapsed: list[Part] = []
+    collapsed: list[ScenePart] = []
     new_index: list[int] = []  # of each old part in `made`
     at = 0
     while at < len(parts):
@@ -32,7 +32,7 @@ def collapse(parts: Sequence[Part], edges: Edges) -> tuple[list[Part], Edges]:
     return collapsed, tuple(sorted((a, b) for a, b in new_edges if a < b - 1))
 
 
-def _period(parts: Sequence[Part], edges: Edges, at: int) -> tuple[int, int]:
+def _period(parts: Sequence[ScenePart], edges: Edges, at: int) -> tuple[int, int]:
     """How many parts from `at` make one layer, and how often it comes; (1, 1) for no layer."""
     for length in range(1, 7):
         first = parts[at : at + length]
@@ -58,16 +58,16 @@ def _within(edges: Edges, at: int, length: int) -> Edges:
 HEAVY = ("moe.", "grouped.", "nn.", "moec.", "aten.linear", "aten.embedding", "aten.scaled_dot")
 
 
-def is_numbered(part: Part) -> bool:
+def is_numbered(part: ScenePart) -> bool:
     return part.path.rpartition(".")[2].isdigit()
 
 
-def _layer(group: Sequence[Part], edges: Edges, length: int, times: int) -> Part:
+def _layer(group: Sequence[ScenePart], edges: Edges, length: int, times: int) -> ScenePart:
     first = group[:length]
     split: Counter[str] = Counter()
     for part in first:
         split.update({k: n * part.times for k, n in part.split.items()})
-    return Part(
+    return ScenePart(
         first[0].path,
         label([p for p in group if is_numbered(p)]),
         "frame",
@@ -80,7 +80,7 @@ def _layer(group: Sequence[Part], edges: Edges, length: int, times: int) -> Part
     )
 
 
-def label(parts: Sequence[Part]) -> str:
+def label(parts: Sequence[ScenePart]) -> str:
     """What people call a part: its own name, with the list's before a number."""
     if not is_numbered(parts[0]):
         return parts[0].label
@@ -89,7 +89,7 @@ def label(parts: Sequence[Part]) -> str:
     return f"{name} {number}" + (f" … {last}" if last != number else "")
 
 
-def signature(part: Part) -> object:
+def signature(part: ScenePart) -> object:
     """What two parts must share to be drawn as one."""
     if part.kind == "sum":
         return "sum"

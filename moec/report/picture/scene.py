@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from moec.ir.graph import Graph, Op, Value
 from moec.report.data import WHOLE, Block, DeclinedLine
-from moec.report.picture.part import ENTRY, Part, Scene
+from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.picture.repeats import collapse
 from moec.report.report import inside, port
 
@@ -60,7 +60,7 @@ def scene(
         root.at(_module_path(op.origin)).ops.append(op)
     for param in graph.params:
         _home(root, param, graph).params.append(param)
-    reader = _Reader(graph, tuple(blocks), tuple(declined))
+    reader = _SceneReader(graph, tuple(blocks), tuple(declined))
     top = reader.opened(root)
     if any(block.name == WHOLE for block in blocks):
         card = reader.closed(root)
@@ -103,7 +103,7 @@ def numel(value: Value) -> int:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _SceneReader:
     graph: Graph
     blocks: tuple[Block, ...]
     declined: tuple[DeclinedLine, ...]
@@ -134,15 +134,15 @@ class _Reader:
         layer = module.name.isdigit() and len(module.children) > 1
         return layer or is_list(module) or any(map(is_list, module.children.values()))
 
-    def part(self, module: _Module) -> Part:
+    def part(self, module: _Module) -> ScenePart:
         return self.opened(module) if self.opens(module) else self.closed(module)
 
-    def closed(self, module: _Module) -> Part:
+    def closed(self, module: _Module) -> ScenePart:
         params = list(module.all_params())
         blocks = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
         total = sum(map(numel, params))
         idle = sum(b.parameters - b.active_parameters for b in blocks)
-        return Part(
+        return ScenePart(
             module.path,
             module.name,
             "moe" if blocks else _kind(module),
@@ -155,7 +155,7 @@ class _Reader:
             declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
         )
 
-    def opened(self, module: _Module) -> Part:
+    def opened(self, module: _Module) -> ScenePart:
         """Children in order, additions between them as parts of their own, repeats collapsed."""
         children = [c for c in _inlined(module, self) if not is_position(c)]
         parts, edges = _flow(self.graph, module, children, [self.part(c) for c in children])
@@ -167,7 +167,7 @@ class _Reader:
                 split[kind] = split.get(kind, 0) + count * part.times
         if parameters:
             split["other"] = split.get("other", 0) + parameters
-        return Part(
+        return ScenePart(
             module.path,
             module.name,
             "frame",
@@ -188,7 +188,7 @@ def is_list(module: _Module) -> bool:
     )
 
 
-def _inlined(module: _Module, reader: _Reader) -> Iterable[_Module]:
+def _inlined(module: _Module, reader: _SceneReader) -> Iterable[_Module]:
     """Children in the order of their first op; a wrapper (one that only holds others) melts."""
     order = {id(op): i for i, op in enumerate(reader.graph.ops)}
 
@@ -221,15 +221,15 @@ MOVES = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
 
 
 def _flow(
-    graph: Graph, module: _Module, children: Sequence[_Module], parts: Sequence[Part]
-) -> tuple[list[Part], tuple[tuple[int, int], ...]]:
+    graph: Graph, module: _Module, children: Sequence[_Module], parts: Sequence[ScenePart]
+) -> tuple[list[ScenePart], tuple[tuple[int, int], ...]]:
     """The parts with additions between them, and the connections that skip parts.
 
     Other ops of the module's own (views, casts) only pass on where their inputs came from.
     """
     owner = {op: i for i, child in enumerate(children) for op in child.all_ops()}
     mine = {op for op in module.all_ops()}
-    flow: list[Part] = []
+    flow: list[ScenePart] = []
     index_of: dict[int, int] = {}
     ends: dict[int, int] = {}  # of each child: the part that its results come out of
     sources: dict[Value, int] = {}
@@ -246,7 +246,7 @@ def _flow(
                 source = sources.get(addend, ENTRY)
                 if source != index_of[at]:  # a residual that is added inside the combine
                     ends[at] = len(flow)
-                    flow.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
+                    flow.append(ScenePart(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
                     edges += [(source, ends[at])] if source < ends[at] - 1 else []
             moves = op.name in MOVES and op.inputs[0] in sources
             sources |= dict.fromkeys(op.outputs, sources[op.inputs[0]] if moves else ends[at])
@@ -256,7 +256,9 @@ def _flow(
             origins = [max(origins[:-1], default=ENTRY), origins[-1]]
         if (is_sum(op) or folded_addend(op)) and len(set(origins)) == 2:
             here = len(flow)
-            flow.append(Part(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1}))
+            flow.append(
+                ScenePart(f"{module.path}.{op.outputs[0].name}", "+", "sum", ops={op.name: 1})
+            )
             edges += [(s, here) for s in sorted(set(origins)) if s < here - 1]
             sources |= dict.fromkeys(op.outputs, here)
         else:

@@ -23,7 +23,7 @@ from moec.report.picture.marks import (
     tip,
     wrapped,
 )
-from moec.report.picture.part import ENTRY, Part, Scene
+from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.text import shape
 from moec.report.units import count
 
@@ -41,7 +41,7 @@ NAMES = {
 }
 
 
-def hover(part: Part) -> str:
+def hover(part: ScenePart) -> str:
     lines = [part.path or part.label]
     if part.parameters:
         lines.append(f"{count(part.parameters)} parameters, {count(part.active)} active")
@@ -49,7 +49,7 @@ def hover(part: Part) -> str:
     return "\n".join(lines)
 
 
-def svg(scene: Scene) -> tuple[str, list[Part]]:
+def svg(scene: Scene) -> tuple[str, list[ScenePart]]:
     """The picture, and the part behind each `data-part` number."""
     canvas = Canvas(total=max(scene.parameters, 1))
     width = max(measure(scene.root)[0] + 2 * PAD, MOE + 120)
@@ -76,7 +76,7 @@ def svg(scene: Scene) -> tuple[str, list[Part]]:
 # ---- sizes -----------------------------------------------------------------------------
 
 
-def measure(part: Part) -> tuple[float, float]:
+def measure(part: ScenePart) -> tuple[float, float]:
     """Width and height, with the lanes of skip connections and the edge of a stack."""
     if part.kind == "sum":
         return 24, 24
@@ -94,7 +94,7 @@ def measure(part: Part) -> tuple[float, float]:
     )
 
 
-def _lanes(part: Part) -> int:
+def _lanes(part: ScenePart) -> int:
     return max(lanes(part.edges), default=-1) + 1
 
 
@@ -116,7 +116,7 @@ def _cells(experts: int) -> tuple[int, int, float]:
     return columns, rows, min(26.0, (MOE - 60) / columns)
 
 
-def _moe_height(part: Part) -> float:
+def _moe_height(part: ScenePart) -> float:
     block = part.blocks[0]
     _, rows, pitch = _cells(block.experts)
     shared = 34 if block.shared else 0
@@ -127,7 +127,7 @@ def _shared_words(shared: str) -> str:
     return "+ shared expert" + (f", {shared}" if shared not in ("", "added") else "")
 
 
-def foot(part: Part) -> list[str]:
+def foot(part: ScenePart) -> list[str]:
     """What an MoE card says at its end, line by line."""
     block = part.blocks[0]
     summary = f"{block.activation} experts, written as {block.form}"
@@ -139,7 +139,7 @@ def foot(part: Part) -> list[str]:
 # ---- parts -----------------------------------------------------------------------------
 
 
-def _part(canvas: Canvas, part: Part, middle: float, y: float) -> None:
+def _part(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     canvas.open(part, hover(part))
     if part.kind == "sum":
         canvas.add(
@@ -155,7 +155,7 @@ def _part(canvas: Canvas, part: Part, middle: float, y: float) -> None:
     canvas.close()
 
 
-def _card(canvas: Canvas, part: Part, middle: float, y: float) -> None:
+def _card(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     width, height = measure(part)
     x = middle - width / 2
     canvas.add(rect(x, y, width, height, "card" + (" dashed s-embedding" if part.declined else "")))
@@ -181,7 +181,7 @@ def _card(canvas: Canvas, part: Part, middle: float, y: float) -> None:
     _share(canvas, part, x + width - 94, y + 33, 80)
 
 
-def _share(canvas: Canvas, part: Part, x: float, y: float, width: float) -> None:
+def _share(canvas: Canvas, part: ScenePart, x: float, y: float, width: float) -> None:
     """How much of the model's parameters is here, as a bar."""
     share = part.parameters / canvas.total
     if share <= 0:
@@ -190,7 +190,7 @@ def _share(canvas: Canvas, part: Part, x: float, y: float, width: float) -> None
     canvas.add(rect(x, y, max(width * share, 3), 5, f"k-{part.kind}", 2.5))
 
 
-def _frame(canvas: Canvas, part: Part, middle: float, y: float) -> None:
+def _frame(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     width, height = measure(part)
     if part.times > 1:
         width, height = width - 16, height - 8
@@ -211,7 +211,7 @@ def _frame(canvas: Canvas, part: Part, middle: float, y: float) -> None:
     canvas.add(f'<path class="wire" d="M{num(middle)} {num(bottom)}V{num(y + height)}"/>')
 
 
-def _column(canvas: Canvas, part: Part, middle: float, y: float, first: float) -> float:
+def _column(canvas: Canvas, part: ScenePart, middle: float, y: float, first: float) -> float:
     """The parts inside one below the other, with arrows and skips. Returns where they end."""
     tops: list[float] = []
     heights = [measure(p)[1] for p in part.parts]
@@ -235,7 +235,7 @@ def _column(canvas: Canvas, part: Part, middle: float, y: float, first: float) -
     return y
 
 
-def _moe(canvas: Canvas, part: Part, middle: float, y: float) -> None:
+def _moe(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     block = part.blocks[0]
     width, height = measure(part)
     x = middle - width / 2
@@ -328,7 +328,7 @@ def _header(canvas: Canvas, scene: Scene, width: float) -> float:
     return y + 26
 
 
-def _count_blocks(part: Part) -> int:
+def _count_blocks(part: ScenePart) -> int:
     return len(part.blocks) + sum(_count_blocks(p) * p.times for p in part.parts)
 
 
@@ -365,6 +365,6 @@ def _left_alone(canvas: Canvas, scene: Scene, width: float, y: float) -> float:
     return y
 
 
-def _all_declined(part: Part) -> list[tuple[str, str, str]]:
+def _all_declined(part: ScenePart) -> list[tuple[str, str, str]]:
     lines = [(d.where, d.rule, d.reason) for d in part.declined]
     return [*lines, *(line for inner in part.parts for line in _all_declined(inner))]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moec.codegen.onnx import file
-from moec.codegen.onnx.lower import Lowered, lower
+from moec.codegen.onnx.lower import OnnxGraph, lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.export.session import open_session, runner
 from moec.interpret.evaluate import evaluate
@@ -23,7 +23,7 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
 
 def written(
     program: Program, folder: Path, opset: int = 23, ep: str = "portable", moe: str = "rows"
-) -> tuple[Lowered, Path]:
+) -> tuple[OnnxGraph, Path]:
     """The program as a file that passes the checker."""
     lowered = lower(program.graph, PROFILES[ep], opset, moe)
     path = folder / f"{program.graph.name}-{opset}-{ep}-{moe}.onnx"

@@ -5,6 +5,6 @@ of the program depends on data then, and every op has a kernel, at E times the w
 recognition does not replace by grouped products. Read `interpreter.py` first.
 """
 
-from moec.capture.speculate.masked.interpreter import Masked
+from moec.capture.speculate.masked.interpreter import MaskedInterpreter
 
-__all__ = ["Masked"]
+__all__ = ["MaskedInterpreter"]

@@ -20,7 +20,7 @@ _LINEAR = ("mm", "bmm", "matmul", "addmm", "dot", "mv", "sum")
 _ROW_BY_ROW = ("select squeeze view alias clone slice reshape unsqueeze _to_copy detach").split()
 
 
-class Masked(nn.Module):
+class MaskedInterpreter(nn.Module):
     """The first `outputs` outputs of `exported`, which is decomposed, as a module whose weights
     keep their names.
 
