@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import sympy
 from tvm import tirx
@@ -82,24 +84,31 @@ def _text(attr: Attr) -> str:
 
 
 def write(group: FusionGroup, name: str, target: Target) -> LoopKernel:
+    """The kernel of a group for a CPU."""
+    with kernel(name, target) as frame:
+        sizes = write_body(group, partial(Emission, target=target))
+    return LoopKernel(frame.function, sizes)
+
+
+def write_body(group: FusionGroup, make: Callable[..., Emission]) -> tuple[str, ...]:
+    """The arguments and the loops of a group, inside of the frame that is open; the named sizes
+    that it takes. `make` gives the emission that writes them."""
     root = group.root
     order = sorted(sizes_of(group))
-    with kernel(name, target) as frame:
-        variables = {size: T.int64() for size in order}
-        sizes = Sizes(variables, inside_kernel=True)
-        flat = is_flat(group)
-        inputs = {v: _argument(f"a{i}", v, sizes) for i, v in enumerate(group.inputs)}
-        bound = {d.name for v in group.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
-        free = tuple(size for size in order if size not in bound)
-        for size in free:
-            T.arg(size, variables[size])
-        outputs = {v: _argument(f"y{i}", v, sizes) for i, v in enumerate(root.outputs)}
-        inputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in inputs.items()}
-        outputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in outputs.items()}
-        producers = {value: op for op in group.ops for value in op.outputs}
-        emission = Emission(inputs, outputs, producers, sizes, target, flat)
-        _body(emission, group)
-    return LoopKernel(frame.function, free)
+    variables = {size: T.int64() for size in order}
+    sizes = Sizes(variables, inside_kernel=True)
+    flat = is_flat(group)
+    inputs = {v: _argument(f"a{i}", v, sizes) for i, v in enumerate(group.inputs)}
+    bound = {d.name for v in group.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
+    free = tuple(size for size in order if size not in bound)
+    for size in free:
+        T.arg(size, variables[size])
+    outputs = {v: _argument(f"y{i}", v, sizes) for i, v in enumerate(root.outputs)}
+    inputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in inputs.items()}
+    outputs = {v: _as_viewed(v, buffer, sizes, flat) for v, buffer in outputs.items()}
+    producers = {value: op for op in group.ops for value in op.outputs}
+    _body(make(inputs, outputs, producers, sizes, flat=flat), group)
+    return free
 
 
 def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
@@ -136,9 +145,9 @@ def is_flat(group: FusionGroup) -> bool:
 
 def _body(e: Emission, group: FusionGroup) -> None:
     root = group.root
-    rule = EMIT[root.name]
-    if rule.kernel is not None:
-        rule.kernel(e, root)
+    loops = e.kernel(root)
+    if loops is not None:
+        loops(e, root)
         return
     weight = max(1, sum(EMIT[op.name].cost for op in group.ops))
     for out in root.outputs:

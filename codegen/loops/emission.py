@@ -1,9 +1,13 @@
-"""One PrimFunc while it is written: its buffers, its loops, and the elements it computes."""
+"""One PrimFunc while it is written: its buffers, its loops, and the elements it computes.
+
+Loops are those of a CPU: rows in parallel, the last axis innermost. Another kind of target has a
+subclass that says who computes what, and where scratch memory lies.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,8 +38,11 @@ CHUNK = 8192
 class Emission:
     """Computes elements of values at positions, each once in a scope, and writes loops.
 
-    `producers` are the fused points; every other value that is read has a buffer.
+    `producers` are the fused points; every other value that is read has a buffer. `vectors`:
+    whether kernels may compute with vectors of the target.
     """
+
+    vectors = True
 
     def __init__(
         self,
@@ -132,6 +139,18 @@ class Emission:
         )
 
     # ---- loops -------------------------------------------------------------------------
+
+    def kernel(self, op: Op) -> Callable[[Any, Op], None] | None:
+        """What writes the loops of this op, where it has loops of its own."""
+        return EMIT[op.name].kernel
+
+    def scratch(self, shape: Sequence[Expr | int], dtype: str) -> Buffer:
+        """Memory of one task of the loops around it."""
+        return T.alloc_buffer(shape, dtype, scope="global")
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Around statements that run once, one after the other, outside of all loops."""
+        return nullcontext()
 
     def elements(
         self, shape: Sequence[Dim], body: Callable[[Position], None], weight: int = 1

@@ -47,7 +47,7 @@ def product_of(
 
     Sums run in float32 for half types, in the order of k. Leading axes broadcast.
     """
-    vector = not transposed and a.dtype == b.dtype and a.dtype in ("f32", *HALVES)
+    vector = e.vectors and not transposed and a.dtype == b.dtype and a.dtype in ("f32", *HALVES)
     if vector and len(a.shape) >= 2 and len(b.shape) >= 2:
         _tiles(e, out, a, b, after)
         return
@@ -55,7 +55,7 @@ def product_of(
     depth = a.shape[-1]
 
     def body(at: Position) -> None:
-        total = Cell(sc.constant(0, kind))
+        total = Cell(e, sc.constant(0, kind))
         with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
             inner = loop(k, "inner", depth)
             x = sc.cast(e.read(a, (*_lead(e, a, out, at), at[-2], inner)), kind)
@@ -84,10 +84,7 @@ def _tiles(e: Emission, out: Value, a: Value, b: Value, after: Epilogue) -> None
 
     def tile(at: Position, row: Expr, height: int, column: Expr, count: Expr | None) -> None:
         width = 1 if count is not None else VECTORS
-        cells = [
-            [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(width)]
-            for _ in range(height)
-        ]
+        cells = [[e.scratch((lanes,), "float32") for _ in range(width)] for _ in range(height)]
         ramp = T.ramp(0, 1, lanes)
         for cell in (c for line in cells for c in line):
             T.buffer_store(cell, v.splat(0.0), [ramp])
@@ -201,7 +198,7 @@ def mv(e: Emission, op: Op) -> None:
     kind = "f32" if out.dtype in HALVES else out.dtype
 
     def body(at: Position) -> None:
-        total = Cell(sc.constant(0, kind))
+        total = Cell(e, sc.constant(0, kind))
         with T.serial(0, e.sizes.expr(b.shape[0])) as k, e.scope():
             inner = loop(k, "inner", b.shape[0])
             x, y = e.read(a, (*at, inner)), e.read(b, (inner,))
@@ -227,7 +224,7 @@ def convolution(e: Emission, op: Op) -> None:
     group_in, group_out = weight.shape[1], weight.shape[0] // named["groups"]
 
     def body(at: Position) -> None:
-        total = Cell(sc.constant(0, kind))
+        total = Cell(e, sc.constant(0, kind))
         first = ix.mul(ix.div(at[1], ix.const(group_out)), ix.const(group_in))
 
         def tap(inner: Position) -> None:

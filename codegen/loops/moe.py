@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
 
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.arithmetic import plus, times
@@ -26,11 +27,8 @@ def capacity(e: Emission, op: Op) -> None:
     tokens, k = experts.shape
     count = integer(op, "num_experts")
     limit = e.sizes.expr(op.attrs["capacity"])
-    counts = T.alloc_buffer((count + 1,), "int64", scope="global")
-    with T.serial(0, count + 1) as i:
-        T.buffer_store(counts, tirx.const(0, "int64"), [i])
 
-    def visit(at: Position) -> None:
+    def visit(at: Position, counts: Buffer) -> None:
         expert = e.bind_expr(e.read(experts, at).expr)
         valid = tirx.And(expert >= 0, expert < count)
         bucket = e.bind_expr(T.Select(valid, expert, tirx.const(count, "int64")))
@@ -39,10 +37,14 @@ def capacity(e: Emission, op: Op) -> None:
         choice = T.Select(before < limit, bucket, tirx.const(count, "int64"))
         e.store(out, at, Scalar("i64", choice))
 
-    if op.attrs.get("order", "slot") == "slot":
-        e.serially((k, tokens), lambda at: visit((at[1], at[0])), "choice")
-    else:
-        e.serially((tokens, k), visit, "choice")
+    with e.alone():
+        counts = e.scratch((count + 1,), "int64")
+        with T.serial(0, count + 1) as i:
+            T.buffer_store(counts, tirx.const(0, "int64"), [i])
+        if op.attrs.get("order", "slot") == "slot":
+            e.serially((k, tokens), lambda at: visit((at[1], at[0]), counts), "choice")
+        else:
+            e.serially((tokens, k), lambda at: visit(at, counts), "choice")
 
 
 @kernel("grouped.expert_of")
@@ -53,7 +55,7 @@ def expert_of(e: Emission, op: Op) -> None:
     assert isinstance(count, int)
 
     def row(at: Position) -> None:
-        counter = Cell(sc.constant(0, "i64"))
+        counter = Cell(e, sc.constant(0, "i64"))
         with T.serial(0, tirx.const(count, "int64")) as i, e.scope():
             end = sc.cast(e.read(ends, (loop(i, "expert", count),)), "i64")
             passed = T.Select(
@@ -107,7 +109,7 @@ def _end(e: Emission, ends: Value, experts: int) -> object:
 
 
 def _owner(e: Emission, ends: Value, row: Index, experts: int) -> Index:
-    counter = Cell(sc.constant(0, "i64"))
+    counter = Cell(e, sc.constant(0, "i64"))
     with T.serial(0, tirx.const(experts, "int64")) as i, e.scope():
         end = sc.cast(e.read(ends, (loop(i, "expert", experts),)), "i64")
         one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
@@ -126,7 +128,7 @@ def _dot(
     column: Index,
     kind: str,
 ) -> Scalar:
-    total = Cell(sc.constant(0, kind))
+    total = Cell(e, sc.constant(0, kind))
     depth = parts.x.shape[1]
     with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
         inner = loop(k, "inner", depth)

@@ -32,7 +32,7 @@ def moments(
     e: Emission, x: Value, at: Position, axes: Sequence[int], kind: str
 ) -> tuple[Scalar, Scalar, Scalar]:
     """The mean, the sum of squared distances from it, and how many there are."""
-    total, squares = Cell(sc.constant(0.0, kind)), Cell(sc.constant(0.0, kind))
+    total, squares = Cell(e, sc.constant(0.0, kind)), Cell(e, sc.constant(0.0, kind))
 
     def read(full: Position) -> Scalar:
         return sc.cast(e.read(x, full), kind)

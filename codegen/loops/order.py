@@ -41,7 +41,7 @@ def _write(e: Emission, op: Op, at: Position, axis: int, x: Scalar | None, posit
 
 def _cells(e: Emission, x: Value, many: Dim | int) -> Buffer:
     kind = "i8" if x.dtype == "bool" else "f32" if x.dtype in HALVES else x.dtype
-    return T.alloc_buffer((e.sizes.expr(many),), sc.COMPUTE[kind], scope="global")
+    return e.scratch((e.sizes.expr(many),), sc.COMPUTE[kind])
 
 
 def _get(buffer: Buffer, x: Value, position: Expr) -> Scalar:
@@ -59,8 +59,8 @@ def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
 
     def row(at: Position) -> None:
         values = _cells(e, x, max(k, 1))
-        indices = T.alloc_buffer((max(k, 1),), "int64", scope="global")
-        spot = T.alloc_buffer((1,), "int64", scope="global")
+        indices = e.scratch((max(k, 1),), "int64")
+        spot = e.scratch((1,), "int64")
         zero = _int(0)
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             candidate = e.read(x, _put(at, axis, loop(j, f"visit{axis}", x.shape[axis])))
@@ -93,9 +93,9 @@ def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
     def row(at: Position) -> None:
         n = e.sizes.expr(size)
         values = _cells(e, x, size)
-        order = T.alloc_buffer((2, n), "int32", scope="global")
+        order = e.scratch((2, n), "int32")
         zero = _int(0)
-        state = T.alloc_buffer((5,), "int64", scope="global")  # width, side, left, right, out
+        state = e.scratch((5,), "int64")  # width, side, left, right, out
         width, side, left, right, out = (_int(i) for i in range(5))
 
         def put(cell: Expr, value: Expr) -> None:
@@ -148,7 +148,8 @@ def topk(e: Emission, op: Op) -> None:
     x, k = op.inputs[0], named["k"]
     sign = 1 if named["largest"] else -1
     if not x.shape:
-        _write(e, op, (), 0, e.read(x, ()), _int(0))
+        with e.alone():
+            _write(e, op, (), 0, e.read(x, ()), _int(0))
         return
     axis = wrap(named["dim"], len(x.shape))
     if isinstance(k, int) and k <= FEW:
@@ -162,7 +163,8 @@ def sort(e: Emission, op: Op) -> None:
     named = e.named(op)
     x = op.inputs[0]
     if not x.shape:
-        _write(e, op, (), 0, e.read(x, ()), _int(0))
+        with e.alone():
+            _write(e, op, (), 0, e.read(x, ()), _int(0))
         return
     axis = wrap(named["dim"], len(x.shape))
     _sorted(e, op, axis, x.shape[axis], 1 if named["descending"] else -1)
@@ -172,12 +174,13 @@ def _running(e: Emission, op: Op, first: Any, step: Any) -> None:
     x, out = op.inputs[0], op.outputs[0]
     kind = "f32" if out.dtype in HALVES else out.dtype
     if not x.shape:
-        e.store(out, (), sc.cast(e.read(x, ()), out.dtype))
+        with e.alone():
+            e.store(out, (), sc.cast(e.read(x, ()), out.dtype))
         return
     axis = wrap(e.named(op)["dim"], len(x.shape))
 
     def row(at: Position) -> None:
-        total = Cell(first(kind))
+        total = Cell(e, first(kind))
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
             total.set(step(total.get(), sc.cast(e.read(x, here), kind)))
@@ -203,7 +206,7 @@ def cummax(e: Emission, op: Op) -> None:
     axis = wrap(e.named(op)["dim"], len(x.shape))
 
     def row(at: Position) -> None:
-        best, where = Cell(sc.constant(0, x.dtype)), Cell(sc.constant(0, "i64"))
+        best, where = Cell(e, sc.constant(0, x.dtype)), Cell(e, sc.constant(0, "i64"))
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
             candidate = Scalar(best.dtype, e.read(x, here).expr)

@@ -25,10 +25,10 @@ from moec.ir.graph import Op, Value
 class Cell:
     """A variable of a loop, in a dtype of the IR (half types: float32, bool: int8)."""
 
-    def __init__(self, first: Scalar) -> None:
+    def __init__(self, e: Emission, first: Scalar) -> None:
         self.dtype = "f32" if first.dtype in HALVES else first.dtype
         stored = "int8" if self.dtype == "bool" else sc.COMPUTE[self.dtype]
-        self.buffer = T.alloc_buffer((1,), stored, scope="global")
+        self.buffer = e.scratch((1,), stored)
         self.set(Scalar(self.dtype, first.expr))
 
     def get(self) -> Scalar:
@@ -94,7 +94,7 @@ def reduce(
     number = count(x.shape, axes)
 
     def row(at: Position) -> None:
-        total = Cell(first)
+        total = Cell(e, first)
         over(
             e,
             x.shape,
@@ -190,7 +190,7 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
     def row(at: Position) -> None:
         kind = x.dtype
         start = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
-        best, position = Cell(start), Cell(sc.constant(-1, "i64"))
+        best, position = Cell(e, start), Cell(e, sc.constant(-1, "i64"))
 
         def visit(full: Position) -> None:
             here = ix.const(0)

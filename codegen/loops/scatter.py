@@ -84,8 +84,9 @@ def scatter(e: Emission, op: Op) -> None:
     _copied(e, op)
     if not out.shape:
         source: Any = named.get("src", named.get("value"))
-        x = e.read(source, ()) if isinstance(source, Value) else sc.constant(source, out.dtype)
-        _write(e, out, (), tirx.const(True, "bool"), x, join)
+        with e.alone():
+            x = e.read(source, ()) if isinstance(source, Value) else sc.constant(source, out.dtype)
+            _write(e, out, (), tirx.const(True, "bool"), x, join)
         return
     axis = wrap(named["dim"], len(out.shape))
 
@@ -98,7 +99,8 @@ def scatter(e: Emission, op: Op) -> None:
             x = sc.constant(source, out.dtype)
         _write(e, out, (*at[:axis], position, *at[axis + 1 :]), inside, x, join)
 
-    e.serially(ids.shape, body, "write")
+    with e.alone():
+        e.serially(ids.shape, body, "write")
 
 
 @kernel("index_put", "_unsafe_index_put", "_index_put_impl", fuses=("self",))
@@ -132,7 +134,8 @@ def index_put(e: Emission, op: Op) -> None:
         x = sc.cast(e.read(values, e.position(values, at, shape)), out.dtype)
         _write(e, out, tuple(to), inside, x, join)
 
-    e.serially(shape, body, "write")
+    with e.alone():
+        e.serially(shape, body, "write")
 
 
 @kernel(
@@ -158,7 +161,8 @@ def index_add(e: Emission, op: Op) -> None:
             x = times(x, sc.constant(named["alpha"], out.dtype))
         _write(e, out, (*at[:axis], there, *at[axis + 1 :]), inside, x, join)
 
-    e.serially(shape, body, "write")
+    with e.alone():
+        e.serially(shape, body, "write")
 
 
 @kernel("bincount")
@@ -173,7 +177,8 @@ def bincount(e: Emission, op: Op) -> None:
         x = one if weights is None else sc.cast(e.read(weights, at), out.dtype)
         _write(e, out, (position,), inside, x, plus)
 
-    e.serially(ids.shape, body, "write")
+    with e.alone():
+        e.serially(ids.shape, body, "write")
 
 
 @kernel("histc")
@@ -193,4 +198,5 @@ def histc(e: Emission, op: Op) -> None:
         there = Index(e.bind_expr(bucket), ("bin", tuple(i.key for i in at)))
         _write(e, out, (there,), inside, sc.constant(1, out.dtype), plus)
 
-    e.serially(x.shape, body, "write")
+    with e.alone():
+        e.serially(x.shape, body, "write")

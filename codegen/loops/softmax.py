@@ -27,13 +27,13 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         return Scalar(kind, sc.cast(e.read(x, full), kind).expr)
 
     def row(at: Position) -> None:
-        top = Cell(sc.lowest(kind))
+        top = Cell(e, sc.lowest(kind))
         over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
         most = e.bind(top.get())
         if safe:  # a row of -inf becomes zeros
             none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
             most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
-        total = Cell(sc.constant(0.0, kind))
+        total = Cell(e, sc.constant(0.0, kind))
 
         def share(full: Position) -> Scalar:
             return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
@@ -58,7 +58,8 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
 
     if not x.shape:
-        e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
+        with e.alone():
+            e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
         return
     e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
 
@@ -80,7 +81,7 @@ def logsumexp(e: Emission, op: Op) -> None:
     kind = "f64" if out.dtype == "f64" else "f32"
 
     def row(at: Position) -> None:
-        top, total = Cell(sc.lowest(kind)), Cell(sc.constant(0.0, kind))
+        top, total = Cell(e, sc.lowest(kind)), Cell(e, sc.constant(0.0, kind))
 
         def read(full: Position) -> Scalar:
             return sc.cast(e.read(x, full), kind)

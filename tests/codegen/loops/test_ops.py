@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moec.capture import capture
 from moec.codegen.package import build
-from moec.ir.graph import Module
+from moec.ir.graph import Module, Program
 from moec.runtime.executor import Executor
+from moec.runtime.package import Function as Signature
 from moec.target.cpu import host
 
 NAN, INF = float("nan"), float("inf")
@@ -215,26 +216,22 @@ def inputs(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"x": x, "y": y, "i": i}
 
 
-@cache
-def compiled(group: str, dtype: str) -> Executor:
+def program(group: str, dtype: str) -> Program:
+    """All functions of a group, for any number of rows."""
     rows = {0: torch.export.Dim("T")}
     module = Many(list(GROUPS[group].values()))
     example = tuple(inputs(6, DTYPES[dtype]).values())
-    captured = capture(module, example, dynamic_shapes={"x": rows, "y": rows, "i": rows})
-    return Executor(build(Module.of(captured.program), host()))
+    return capture(module, example, dynamic_shapes={"x": rows, "y": rows, "i": rows}).program
 
 
-@pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the variance of no rows
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 40])
-def test_equals_torch(group: str, dtype: str, rows: int) -> None:
+def check(
+    group: str, dtype: str, rows: int, main: Signature, run: Callable[[Any], Mapping[str, Any]]
+) -> None:
+    """What a compiled group gives equals torch."""
     given = inputs(rows, DTYPES[dtype])
-    run = compiled(group, dtype)
-    if rows < min(low for low, _ in run.package.main.sizes.values()):
+    if rows < min(low for low, _ in main.sizes.values()):
         pytest.skip("torch.export allows no fewer rows")
-    taken = {port.name: given[port.name] for port in run.package.main.inputs}
-    made = iter(run(taken).values())
+    made = iter(run({port.name: given[port.name] for port in main.inputs}).values())
     for name, function in GROUPS[group].items():
         expected = function(*given.values())
         for part in expected if isinstance(expected, tuple) else (expected,):
@@ -250,3 +247,17 @@ def test_equals_torch(group: str, dtype: str, rows: int) -> None:
                 msg=lambda text, name=name: f"{name}: {text}",
                 **near,
             )
+
+
+@cache
+def compiled(group: str, dtype: str) -> Executor:
+    return Executor(build(Module.of(program(group, dtype)), host()))
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the variance of no rows
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 40])
+def test_equals_torch(group: str, dtype: str, rows: int) -> None:
+    run = compiled(group, dtype)
+    check(group, dtype, rows, run.package.main, run)
