@@ -18,6 +18,7 @@ from tvm.tirx import PrimFunc
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op
+from moec.runtime.package import BuiltLibrary
 
 if TYPE_CHECKING:
     from moec.cache import Store
@@ -66,7 +67,7 @@ class Backend:
 
     `kernels` gives, by the type of a spec, what makes the kernel for it (`Lowering.kernel`).
     `loop` makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
-    functions and kernels, and links it; empty bytes stand for a backend that makes no code.
+    functions and kernels, and links it.
     `ready` raises TargetError where this machine lacks what `library` needs.
     """
 
@@ -74,7 +75,7 @@ class Backend:
     rules: tuple[Rule, ...]
     kernels: Mapping[type, Maker]
     loop: Callable[[FusionGroup, str, Any], LoopKernel]
-    library: Callable[[IRModule, Any, int, Store | None], bytes]
+    library: Callable[[IRModule, Any, int, Store | None], BuiltLibrary]
     ready: Callable[[Any], object] = lambda target: None
 
     def select(self, graph: Graph) -> Selection:

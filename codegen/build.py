@@ -66,15 +66,25 @@ def compile_module(
 
     `store` has the kernels that were compiled before; None stands for the user's.
     """
-    options = _options(target, opt_level)
-    with _context(), options:
-        module = named_by_content(_pipeline()(module))
-        builder = relax.ExecBuilder()
-        module = _vmcodegen(builder, module)
-        kernels = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, PrimFunc)}
+    options = options_of(target, opt_level)
+    with context(), options:
+        kernels, frame = executable(named_by_content(lowered_calls(module)), options)
         objects = compiled_objects(kernels, options, store or default_store(), checked=False)
-        frame = relax.VMExecutable(_ffi_api.VMLink(builder, options, _empty(options), [], {}))
     return Objects(tuple(objects.values()), frame, target)
+
+
+def executable(
+    module: tvm.IRModule, options: tvm.target.Target
+) -> tuple[dict[str, PrimFunc], relax.VMExecutable]:
+    """Of a module whose calls are lowered: its kernels by name, and what calls them by name.
+
+    Called in the context that kernels are compiled in.
+    """
+    builder = relax.ExecBuilder()
+    module = _vmcodegen(builder, module)
+    kernels = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, PrimFunc)}
+    frame = relax.VMExecutable(_ffi_api.VMLink(builder, options, _empty(options), [], {}))
+    return kernels, frame
 
 
 def compile_kernels(
@@ -89,16 +99,16 @@ def compile_kernels(
     They check the shapes of their arguments where they are `checked`. `store`: as above.
     """
     named = {str(kernel.attrs["global_symbol"]): kernel for kernel in kernels}
-    options = _options(target, opt_level)
-    with _context(checked):
+    options = options_of(target, opt_level)
+    with context(checked):
         objects = compiled_objects(named, options, store or default_store(), checked)
         return Objects(tuple(objects.values()), _empty(options), target)
 
 
 def assembly(kernel: PrimFunc, target: Target) -> str:
     """The text that LLVM gives a kernel for `target`."""
-    options = _options(target, 2)
-    with _context():
+    options = options_of(target, 2)
+    with context():
         (built,) = llvm_modules({"kernel": kernel}, options, checked=False).values()
     text: str = built.inspect_source("asm")
     return text
@@ -108,14 +118,15 @@ def _empty(options: tvm.target.Target) -> tvm.runtime.Module:
     return tvm.get_global_func("target.build.llvm")(tvm.IRModule({}), options)
 
 
-def _options(target: Target, opt_level: int) -> tvm.target.Target:
+def options_of(target: Target, opt_level: int) -> tvm.target.Target:
+    """A target as TVM takes it."""
     options = target.tvm()
     if opt_level == 0:
         options["opt-level"] = 0
     return tvm.target.Target(options)
 
 
-def _context(checked: bool = False) -> tvm.transform.PassContext:
+def context(checked: bool = False) -> tvm.transform.PassContext:
     """What TVM is to do with kernels, which check the shapes of their arguments where they are
     `checked`: those of `main` are checked where tensors enter it.
 
@@ -128,10 +139,10 @@ def _context(checked: bool = False) -> tvm.transform.PassContext:
     )
 
 
-def _pipeline() -> tvm.transform.Pass:
-    """What is left to do for a module in which every call is a kernel already."""
+def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
+    """A module that `lower` made, with its memory planned. Every call is a kernel already."""
     t = relax.transform
-    return tvm.transform.Sequential(
+    passes = tvm.transform.Sequential(
         [
             t.DeadCodeElimination(),
             t.ToNonDataflow(),
@@ -146,3 +157,4 @@ def _pipeline() -> tvm.transform.Pass:
             t.AttachGlobalSymbol(),
         ]
     )
+    return passes(module)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import torch
 import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
@@ -19,6 +22,7 @@ from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import Sizes
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.runtime.dtypes import Array
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class Param:
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The same memory as a numpy array, where the tensor is contiguous."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.resolve_conj().numpy())
 
 
 @dataclass

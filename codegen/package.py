@@ -7,15 +7,13 @@ from dataclasses import replace
 from importlib.metadata import version
 from types import MappingProxyType
 
-import ml_dtypes
-import numpy as np
 import torch
 
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.lower import LoweredModule, lower
-from moec.codegen.module_builder import Param
+from moec.codegen.module_builder import Param, as_array
 from moec.codegen.tuning.tunable import Tunings
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Module, Program, Value
@@ -24,6 +22,7 @@ from moec.runtime.package import (
     DECODE,
     MAIN,
     WITH_CACHES,
+    BuiltLibrary,
     Function,
     Generation,
     Package,
@@ -61,7 +60,12 @@ def build(
 
 
 def package(
-    module: Module, target: Target, lowered: LoweredModule, library: bytes, *, weights: bool = True
+    module: Module,
+    target: Target,
+    lowered: LoweredModule,
+    library: BuiltLibrary,
+    *,
+    weights: bool = True,
 ) -> Package:
     """What `build` gives, for programs that were lowered and compiled before.
 
@@ -81,7 +85,8 @@ def package(
         target=target.needs,
         functions=functions,
         arrays=arrays,
-        library=library,
+        library=library.host,
+        gpu=library.gpu,
         kernels=lowered.kernels,
         refusals=tuple((r.origin, r.op, r.reason) for r in lowered.refusals),
         notes=tuple(_notes(lowered.params[MAIN])),
@@ -153,14 +158,6 @@ def packed_arrays(
         array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
         arrays[param.name] = array
     return arrays
-
-
-def as_array(tensor: torch.Tensor) -> Array:
-    """The same memory as a numpy array, where the tensor is contiguous."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return np.asarray(tensor.resolve_conj().numpy())
 
 
 def _notes(params: tuple[Param, ...]) -> Iterator[str]:

@@ -203,7 +203,7 @@ def compile(
         return compiled
     if kv_cache:
         with clock.phase("generation"):
-            compiled = _with_decode(compiled, decode_passes(opt_level, changes(passes)))
+            compiled = _with_decode(compiled, decode_passes(opt_level, changes(passes)), rules)
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = _with_routers(compiled)
     if record_routing:
@@ -264,13 +264,17 @@ def _modules_missed(
     return [name for name in names if name not in captured.described]
 
 
-def _with_decode(compiled: CompiledModel, passes: Sequence[Pass]) -> CompiledModel:
+def _with_decode(
+    compiled: CompiledModel, passes: Sequence[Pass], backend: Backend
+) -> CompiledModel:
     """With a program that continues texts, after its passes, or why there is none."""
     program = compiled.module.main
     if not continues_text(program.graph):
         return compiled
     try:
         pass_results = run(incremental(program), passes, stage=Stage.GROUPED)
+        if not supported(pass_results[-1].program.graph, backend):
+            raise NoMatch(f"the kernels for {compiled.target.name} keep no keys and values")
     except NoMatch as why:
         declined = Declined("text generation", str(why), "decode")
         return replace(compiled, declined=(*compiled.declined, declined), no_decode=str(why))

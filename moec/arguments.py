@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
-from moec.errors import TargetError, UsageError
-from moec.target.cpu import NULL, Target, missing
+from moec.errors import UsageError
+from moec.target.cpu import NULL, Target
 from moec.target.cuda import CudaTarget
-from moec.target.named import parse
+from moec.target.named import AnyTarget, lacking, parse
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
@@ -72,43 +72,39 @@ def tolerance(verify: Any) -> float | None:
     return float(verify)
 
 
-def target_of(target: Any, *, run: bool) -> Target:
+def target_of(target: Any, *, run: bool) -> AnyTarget:
     """The target by name. `run` says that its code is to be run here, as verification does.
 
-    Raises TargetError for an unknown name and for a GPU, UsageError where this machine cannot run
+    Raises TargetError for an unknown name, UsageError where this machine cannot run
     the code.
     """
     if not isinstance(target, str | Target | CudaTarget):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
     parsed = parse(target) if isinstance(target, str) else target
-    if isinstance(parsed, CudaTarget):
-        raise TargetError(
-            f"target {parsed.name!r}: moec has CUDA kernels for routing, sorting, expert products "
-            "and combining rows, but cannot yet compile a model of them, so nothing was built; "
-            "compile for 'cpu'"
-        )
     if run and parsed.kind == NULL:
         raise UsageError(
             f"the target {NULL!r} makes no code, so there is nothing to verify: switch "
             "verification off (verify=False, --verify off)"
         )
-    lacking = missing(parsed)
-    if run and lacking:
+    absent = lacking(parsed)
+    if run and absent:
         raise UsageError(
-            f"this machine lacks {', '.join(lacking)}, so the result for {parsed.name} cannot be "
+            f"this machine lacks {', '.join(absent)}, so the result for {parsed.name} cannot be "
             "verified here: switch verification off (verify=False, --verify off)"
         )
     return parsed
 
 
-def check_tuning(target: Target, builds: bool) -> None:
+def check_tuning(target: AnyTarget, builds: bool) -> None:
     """Raises UsageError where no kernel for the target can be measured here."""
-    if lacking := missing(target):
+    if absent := lacking(target):
         raise UsageError(
             f"--tune measures kernels where they will run, and this machine lacks "
-            f"{', '.join(lacking)}, which code for {target.name} needs: tune on a machine that "
+            f"{', '.join(absent)}, which code for {target.name} needs: tune on a machine that "
             "has them"
         )
+    if isinstance(target, CudaTarget):
+        raise UsageError("--tune measures kernels of CPUs: those of GPUs have no values to tune")
     if target.kind == NULL:
         raise UsageError(f"--tune measures kernels, and the target {NULL!r} makes none")
     if not builds:

@@ -3,6 +3,7 @@
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
     graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
     kernels/lib.so   native code; may be left out and rebuilt from the graph
+    kernels/gpu/*    what it launches on a GPU: kernels.cu, and sm_80.cubin and its like
     weights/N.bin    one packed array each, little-endian, mapped where it lies
     samples/N.bin    inputs and expected outputs for `moec run --check`
     tokenizer/*      the tokenizer's files, where the model came with one
@@ -40,6 +41,7 @@ from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
 LIBRARY = "kernels/lib.so"
+GPU = "kernels/gpu/"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -136,6 +138,7 @@ def write(
     parts |= files or {}
     if native:
         parts[LIBRARY] = package.library
+        parts |= {GPU + n: part for n, part in package.gpu.parts.items()} if package.gpu else {}
 
     def store(folder: str, array: Any) -> Stored:
         array = np.asarray(array)
@@ -155,7 +158,7 @@ def write(
     arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(
-        replace(package, arrays={}, library=b"", versions=versions),
+        replace(package, versions=versions),
         {
             name: Part(memoryview(content).nbytes, digest)
             for (name, content), digest in zip(parts.items(), _digests(parts.values()), strict=True)
@@ -216,6 +219,10 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
         graphs[name] = bytes(small[text]).decode(errors="replace")
     library = bytes(small.get(LIBRARY, b"")) if native else b""
     _check_library(path, library, manifest.machine)
+    gpu = manifest.package.gpu
+    if gpu and native:
+        code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU)}
+        gpu = replace(gpu, parts=code)
     sampled = tuple(
         Sample(
             {name: _array(stored, present[stored.part]) for name, stored in s.inputs.items()},
@@ -227,7 +234,7 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
     named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,
-        replace(manifest.package, arrays=arrays, library=library),
+        replace(manifest.package, arrays=arrays, library=library, gpu=gpu),
         manifest,
         graphs,
         sampled,

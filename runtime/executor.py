@@ -24,7 +24,7 @@ from moec.runtime import artifact
 from moec.runtime.artifact import Artifact, MappedArrays
 from moec.runtime.checks import check_inputs, check_memory
 from moec.runtime.dtypes import NUMPY, Array
-from moec.runtime.library import open_library, tvm_ffi
+from moec.runtime.library import CUDA, open_library, tvm_ffi
 from moec.runtime.package import (
     DECODE,
     MAIN,
@@ -86,10 +86,13 @@ class Executor:
     forked process a thread of its own calls the functions.
     """
 
-    def __init__(self, package: Package) -> None:
-        """Open the library and bind the weights. Raises ArtifactError where they do not fit."""
+    def __init__(self, package: Package, functions: Mapping[str, Any] | None = None) -> None:
+        """Open the library, unless its functions are given, and bind the weights.
+
+        Raises ArtifactError where they do not fit.
+        """
         self.package = package
-        functions = open_library(package.library, package.functions)
+        functions = functions or _open(package)
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
         self._lock = threading.Lock()
@@ -237,6 +240,14 @@ class Executor:
         with self._lock:
             ports = self.package.states
             return {n: _to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
+
+
+def _open(package: Package) -> dict[str, Any]:
+    if package.gpu is None:
+        return open_library(package.library, package.functions)
+    from moec.runtime import gpu
+
+    return open_library(package.library, package.functions, gpu.kernels(package.gpu), CUDA)
 
 
 def _arguments(inputs: Sequence[Any]) -> tuple[list[Any], Any]:

@@ -20,7 +20,7 @@ from moec.errors import ArtifactError
 from moec.runtime.threads import set_threads
 from moec.temporary import temporary_folder
 
-_CPU = 1  # DLPack's device type
+CPU, CUDA = 1, 2  # DLPack's device types
 _POOLED = 2  # freed memory is kept for the next call
 
 
@@ -48,14 +48,22 @@ def tvm_ffi() -> ModuleType:
     return module
 
 
-def open_library(library: Path | bytes, names: Iterable[str]) -> dict[str, Any]:
+def open_library(
+    library: Path | bytes,
+    names: Iterable[str],
+    kernels: Callable[[Any], object] | None = None,
+    device: int = CPU,
+) -> dict[str, Any]:
     """The functions of a compiled model, by name.
 
+    `kernels` imports what the library launches into the module that it is given; they run on the
+    `device`, of DLPack's numbers.
     Raises ArtifactError where the library does not load, or lacks one of them.
     """
     if not library:
         raise ArtifactError("the artifact holds no native code; run it with --rebuild")
-    functions: dict[str, Any] = _from_path(library, partial(_functions, names=tuple(names)))
+    opened = partial(_functions, names=tuple(names), kernels=kernels, device=device)
+    functions: dict[str, Any] = _from_path(library, opened)
     return functions
 
 
@@ -85,11 +93,17 @@ def _module(path: Path) -> Any:
         raise _damaged(error) from error
 
 
-def _functions(path: Path, names: Sequence[str]) -> dict[str, Any]:
+def _functions(
+    path: Path, names: Sequence[str], kernels: Callable[[Any], object] | None, device: int
+) -> dict[str, Any]:
     module = _module(path)
+    if kernels is not None:
+        kernels(module.imports[0])  # the code; the module itself is the executable of the VM
     try:
         vm = module["vm_load_executable"]()
-        vm["vm_initialization"](_CPU, 0, _POOLED)
+        # The last device is the one that computes sizes.
+        devices = (device,) if device == CPU else (device, CPU)
+        vm["vm_initialization"](*(n for kind in devices for n in (kind, 0, _POOLED)))
         return {name: vm[name] for name in names}
     except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
         raise _damaged(error) from error

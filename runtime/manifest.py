@@ -68,7 +68,7 @@ class StoredSample:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`package` is without its arrays and library: `arrays` says where they are.
+    """`package` is without its arrays and code: `arrays` says where the former are.
 
     `tolerance` is the greatest relative difference that `moec run --check` accepts; `extra`
     is what the compiler wants to remember: passes, blocks, the report.
@@ -85,11 +85,19 @@ class Manifest:
 
 def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
-    bare = replace(manifest, package=replace(manifest.package, arrays={}, library=b""))
+    bare = replace(manifest, package=_bare(manifest.package))
     body = msgspec.to_builtins(bare, str_keys=True)
     del body["package"]["arrays"], body["package"]["library"]
+    if body["package"]["gpu"]:
+        del body["package"]["gpu"]["parts"]
     text = {"moec": FORMAT, "sha256": _digest(FORMAT, body), **body}
     return json.dumps(text, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _bare(package: Package) -> Package:
+    """Without what other parts hold."""
+    gpu = package.gpu and replace(package.gpu, parts={})
+    return replace(package, arrays={}, library=b"", gpu=gpu)
 
 
 def _digest(version: int, body: Mapping[str, Any]) -> str:
@@ -123,7 +131,7 @@ def load(content: bytes | memoryview) -> Manifest:
         raise ArtifactError(f"{NAME} was altered: its SHA-256 differs; copy the artifact again")
     try:
         manifest = msgspec.convert(body, Manifest, strict=True)
-        manifest = replace(manifest, package=replace(manifest.package, arrays={}, library=b""))
+        manifest = replace(manifest, package=_bare(manifest.package))
         _check(manifest)
     except (msgspec.ValidationError, KeyError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{NAME} is malformed: {type(error).__name__}: {error}") from error

@@ -120,6 +120,35 @@ class RecordedLayer:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A kernel of a GPU: the types of its arguments as TVM names them, and what each launch gives
+    after them: `blockIdx.x` and its like, bytes of dynamic shared memory."""
+
+    name: str
+    arguments: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GpuCode:
+    """The kernels that a library launches. `target` is their name of moec (cuda:sm_80,sm_90a);
+    `parts` are the CUDA C (kernels.cu), and machine code by architecture (sm_80.cubin)."""
+
+    target: str
+    launches: tuple[Launch, ...]
+    parts: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuiltLibrary:
+    """What a backend makes of a module: a shared library for a CPU (empty: no code), and the
+    kernels that it launches, where they are not in it."""
+
+    host: bytes = b""
+    gpu: GpuCode | None = None
+
+
+@dataclass(frozen=True)
 class Package:
     """A compiled model.
 
@@ -129,7 +158,8 @@ class Package:
     that became a plain loop though there are kernels for such ops, and why. `notes` are sentences
     for the report. `generation` is None where there is no `decode`, and `no_generation` says why.
     `routers` are the layers whose choices `route` gives, `recorded` those whose choices can be
-    recorded. `tunings` are the values of kernels that were tuned, by the kernel's key.
+    recorded. `tunings` are the values of kernels that were tuned, by the kernel's key. `gpu`
+    are the kernels that the library launches, where they are not in it.
     """
 
     target: CpuNeeds
@@ -145,6 +175,7 @@ class Package:
     routers: tuple[RouterPorts, ...] = ()
     recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    gpu: GpuCode | None = None
 
     @property
     def main(self) -> Function:

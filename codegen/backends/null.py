@@ -13,10 +13,11 @@ from tvm import IRModule
 from moec.cache import Store
 from moec.codegen.backend import Backend
 from moec.codegen.backends.cpu.backend import CPU
+from moec.runtime.package import BuiltLibrary
 
 
-def _library(module: IRModule, target: Any, opt_level: int, store: Store | None) -> bytes:
-    return b""
+def _library(module: IRModule, target: Any, opt_level: int, store: Store | None) -> BuiltLibrary:
+    return BuiltLibrary()
 
 
 NULL = Backend("null", CPU.rules, CPU.kernels, CPU.loop, _library)

@@ -11,6 +11,7 @@ from moec.codegen.backend import Backend
 from moec.codegen.backends.cpu.backend import CPU
 from moec.codegen.backends.null import NULL
 from moec.errors import TargetError
+from moec.target import cuda
 from moec.target.base import Target
 
 BACKENDS = (CPU, NULL)
@@ -18,6 +19,11 @@ BACKENDS = (CPU, NULL)
 
 def backend_for(target: Target) -> Backend:
     """Raises TargetError where there is none for targets of its kind."""
+    if target.kind == cuda.KIND:
+        # Whoever compiles for a CPU alone imports nothing of GPUs.
+        from moec.codegen.backends.cuda.backend import CUDA
+
+        return CUDA
     for backend in BACKENDS:
         if backend.kind == target.kind:
             return backend
@@ -25,7 +31,7 @@ def backend_for(target: Target) -> Backend:
         backend = entry.load()
         if isinstance(backend, Backend):
             return backend
-    kinds = ", ".join(backend.kind for backend in BACKENDS)
+    kinds = ", ".join([*(backend.kind for backend in BACKENDS), cuda.KIND])
     raise TargetError(
         f"target {target.name!r}: there is no backend {target.kind!r}, only {kinds}; a package "
         "registers one under the entry points moec.backends"

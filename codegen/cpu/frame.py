@@ -37,15 +37,18 @@ class KernelFrame:
 
 
 @contextmanager
-def kernel(name: str, target: Target | None = None) -> Iterator[KernelFrame]:
+def kernel(
+    name: str, target: Target | None = None, *, s_tir: bool = False
+) -> Iterator[KernelFrame]:
     """The frame in which arguments are declared and loops are written.
 
     No two arguments may share memory, unless neither is written. Raises IRError at its end where
     the loops call a function of moec that `target` does not have; without one they call none.
+    `s_tir`: the loops bind threads of a GPU, and `target` is the CPU that launches them.
     """
     frame = KernelFrame()
     with IRBuilder() as builder:
-        with T.prim_func():
+        with T.prim_func(s_tir=s_tir):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             yield frame

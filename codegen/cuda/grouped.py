@@ -2,12 +2,15 @@
 
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
-"row of r" is r itself, or, where the dispatch is folded in (`top_k`), the token order[r] // top_k:
-then the rows of x are read where they are and never copied. Rows of y that no expert owns are left
-as they are. Gated weights lie interleaved: see layout.
+A dense product (`linear`) is that of one expert that owns all rows. "row of r" is r itself, or,
+where the dispatch is folded in (`top_k`), the token order[r] // top_k: then the rows of x are read
+where they are and never copied. Rows of y that no expert owns are left as they are. Gated weights
+lie interleaved: see layout.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -16,8 +19,15 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.mma_tile import MmaTile, Source, mma_tile
-from moec.codegen.cuda.product import Product, arguments, check_product, store_row
-from moec.codegen.cuda.tiles import LARGE, ExpertRows, TileShape, row_tiles
+from moec.codegen.cuda.product import (
+    Product,
+    arguments,
+    check_product,
+    dense_arguments,
+    store_row,
+    tiles_of,
+)
+from moec.codegen.cuda.tiles import FEW_ROWS, LARGE, SMALL, ExpertRows, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cuda import CudaTarget
 
@@ -28,34 +38,72 @@ def grouped_linear(
     *,
     epilogue: Epilogue | None = None,
     top_k: int = 0,
-    shape: TileShape = LARGE,
+    shape: TileShape | None = None,
     blocks: int = 0,
     name: str = "grouped",
 ) -> PrimFunc:
     """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
 
-    With `top_k` it takes `order`. `blocks` is the grid: 0 for one block on each SM.
+    With `top_k` it takes `order`. `shape` is the tile: None for one that the number of rows
+    decides at the launch. `blocks` is the grid: 0 for at most one block on each SM.
     Raises NoMatch for what the tile cannot do.
     """
-    check_product(spec, target, epilogue, shape.shared_memory)
+    shapes = (SMALL, LARGE) if shape is None else (shape,)
+    for one in shapes:
+        check_product(spec, target, epilogue, one.shared_memory)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            product = arguments(spec, epilogue, top_k)
-            grid = T.launch_thread("blockIdx.x", blocks or target.sms)
-            with grid as block, T.launch_thread("threadIdx.x", shape.threads) as thread:
-                _tiles(product, shape, blocks or target.sms, block, thread)
+            _launched(arguments(spec, epilogue, top_k), target, shapes, blocks)
     return builder.get()
 
 
-def _tiles(p: Product, shape: TileShape, blocks: int, block: Expr, thread: Expr) -> None:
+def linear(
+    spec: LinearSpec, target: CudaTarget, *, shape: TileShape | None = None, name: str = "linear"
+) -> PrimFunc:
+    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]): all rows are those of one expert."""
+    shapes = (SMALL, LARGE) if shape is None else (shape,)
+    for one in shapes:
+        check_product(spec, target, None, one.shared_memory)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            _launched(dense_arguments(spec), target, shapes, 0)
+    return builder.get()
+
+
+def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
+    """The tile by the rows that an expert has on average: the host decides."""
+    first, *rest = shapes
+    if not rest:
+        _launch(p, target, first, blocks)
+        return
+    with T.If(p.rows <= FEW_ROWS * p.spec.groups):
+        with T.Then():
+            _launch(p, target, first, blocks)
+        with T.Else():
+            _launched(p, target, rest, blocks)
+
+
+def _launch(p: Product, target: CudaTarget, shape: TileShape, blocks: int) -> None:
+    across = -(-p.columns // shape.columns)
+    # No routing has more tiles than this: whole ones, and a last one of each expert.
+    tiles = ((p.rows + (shape.rows - 1)) // shape.rows + (p.spec.groups - 1)) * across
+    count = T.min(T.max(tiles, 1), target.sms) if not blocks else blocks
+    grid = T.launch_thread("blockIdx.x", count)
+    with grid as block, T.launch_thread("threadIdx.x", shape.threads) as thread:
+        _tiles(p, shape, count, block, thread)
+
+
+def _tiles(p: Product, shape: TileShape, blocks: int | Expr, block: Expr, thread: Expr) -> None:
     tile = mma_tile(shape, p.spec.dtype, p.spec.k, thread)
     word = T.alloc_buffer((1,), "uint32", scope="local")
     rows = T.alloc_buffer(
         (len(range(0, shape.rows * shape.depth // 8, shape.threads)),), "int32", scope="local"
     )
-    tiles = row_tiles(p.ends, p.spec.groups, shape.rows, shape.threads, thread)
+    tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
         index = T.bind(block + turn * blocks)

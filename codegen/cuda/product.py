@@ -16,7 +16,7 @@ from tvm.tirx import Buffer
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.instructions import round_pair
 from moec.codegen.cuda.layout import GROUP
-from moec.codegen.cuda.tiles import ExpertRows
+from moec.codegen.cuda.tiles import ExpertRows, OneExpert, RowTiles, row_tiles
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -29,11 +29,12 @@ Pair: TypeAlias = tuple[Expr, Expr]
 
 @dataclass(frozen=True)
 class Product:
-    """The arguments of a kernel. `order` is there where rows are gathered by it."""
+    """The arguments of a kernel. `order` is there where rows are gathered by it; without `ends`
+    the only expert owns all rows."""
 
     spec: LinearSpec
     epilogue: Epilogue | None
-    ends: Buffer
+    ends: Buffer | None
     x: Buffer
     order: Buffer | None
     top_k: int
@@ -85,6 +86,30 @@ def arguments(spec: LinearSpec, epilogue: Epilogue | None, top_k: int) -> Produc
     bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
     return Product(spec, epilogue, ends, x, order, top_k, w, bias, y, many)
+
+
+def dense_arguments(spec: LinearSpec) -> Product:
+    """x[R, k], w[n, k][, bias[n]], y[R, n]."""
+    rows = T.int32()
+
+    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
+        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+    x = argument("x", (rows, spec.k), spec.dtype)
+    w = argument("w", (spec.n, spec.k), spec.dtype)
+    bias = argument("bias", (spec.n,), spec.dtype) if spec.bias else None
+    y = argument("y", (rows, spec.n), spec.y_dtype)
+    # Seen as the stack of one expert.
+    w = T.decl_buffer((1, spec.n, spec.k), spec.dtype, data=w.data)
+    bias = bias and T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
+    return Product(spec, None, None, x, None, 0, w, bias, y, rows)
+
+
+def tiles_of(p: Product, rows: int, threads: int, thread: Expr) -> RowTiles | OneExpert:
+    """The tiles of so many rows, counted by the block; all threads may read them then."""
+    if p.ends is None:
+        return OneExpert(rows, p.rows)
+    return row_tiles(p.ends, p.spec.groups, rows, threads, thread)
 
 
 def store_row(

@@ -1,4 +1,4 @@
-"""A kernel -> its CUDA C, and the host function that launches it."""
+"""Kernels -> their CUDA C, and the host functions that launch them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 import tvm
 from tvm import tirx
+from tvm.ir import Var
 from tvm.tirx import PrimFunc
 
+from moec.codegen.cuda.functions import with_functions
 from moec.codegen.cuda.pipeline import PIPELINE
+from moec.runtime.package import Launch
 from moec.target.cuda import CudaTarget
 
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function
+
+
+PART = "kernels.cu"
+"""The name of CUDA C among the parts of an artifact."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +31,38 @@ class Lowered:
     device: tvm.IRModule
     host: tvm.IRModule
 
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """What a module of these kernels is opened with."""
+        return tuple(_launch(v.name_hint, f) for v, f in self.device.functions.items())
 
-def lowered(kernel: PrimFunc, target: CudaTarget) -> Lowered:
-    """The CUDA C of a kernel. Needs neither CUDA nor a GPU."""
-    name = str(kernel.attrs["global_symbol"])
+
+def _launch(name: str, kernel: PrimFunc) -> Launch:
+    arguments = tuple(_type(parameter) for parameter in kernel.params)
+    return Launch(str(name), arguments, tuple(map(str, kernel.attrs["tirx.kernel_launch_params"])))
+
+
+def _type(parameter: Var) -> str:
+    dtype = getattr(parameter.ty, "dtype", None)
+    return "handle" if dtype is None else str(dtype)
+
+
+def lowered(*kernels: PrimFunc, target: CudaTarget) -> Lowered:
+    """The CUDA C of kernels. Needs neither CUDA nor a GPU."""
+    named = {str(kernel.attrs["global_symbol"]): kernel for kernel in kernels}
     options = tvm.target.Target(target.tvm(), host="llvm")
-    module = tirx.transform.BindTarget(options)(tvm.IRModule({name: kernel}))
+    module = tirx.transform.BindTarget(options)(tvm.IRModule(named))
     passes, finish_host, finish_device = tirx.get_tir_pipeline(PIPELINE)
     host, devices = _build.split_host_device_mods(passes(module))
     ((device_target, device),) = devices.items()
     device = finish_device()(device)
     with options:
         source = str(_build.codegen_build(device, device_target).inspect_source("cuda"))
-    return Lowered(source, device, finish_host()(host))
+    return Lowered(with_functions(source), device, finish_host()(host))
 
 
 def launcher(lowered: Lowered) -> tvm.runtime.Module:
-    """The host function in machine code. It takes its kernels from the module imported into it,
-    and any device that tensors lie on."""
+    """The host functions in machine code. They take their kernels from the module imported into
+    it, and any device that tensors lie on."""
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         return _build.codegen_build(lowered.host, tvm.target.Target("llvm"))

@@ -64,6 +64,10 @@ SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
 """For decoding: a few rows an expert."""
 
 
+FEW_ROWS = 32
+"""Rows an expert, on average, up to which a tile is a small one."""
+
+
 @dataclass(frozen=True)
 class ExpertRows:
     """int32: rows `first` .. `end` of an expert; the tile may end before, or behind."""
@@ -101,6 +105,21 @@ class RowTiles:
         start = T.if_then_else(e > 0, self.ends[T.max(e - 1, 0)], 0)
         first = T.bind(start + (tile - self.sums[self.base + e]) * self.rows)
         return ExpertRows(e, first, T.bind(self.ends[e]))
+
+
+@dataclass(frozen=True)
+class OneExpert:
+    """Tiles of `rows` rows, all `count` of which belong to one expert."""
+
+    rows: int
+    count: Expr
+
+    @property
+    def total(self) -> Expr:
+        return (self.count + (self.rows - 1)) // self.rows
+
+    def find(self, tile: Expr) -> ExpertRows:
+        return ExpertRows(T.int32(0), T.bind(tile * self.rows), self.count)
 
 
 def row_tiles(ends: Buffer, experts: int, rows: int, threads: int, thread: Expr) -> RowTiles:

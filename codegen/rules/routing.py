@@ -14,12 +14,17 @@ from moec.ir.opdef import inputs_of
 from moec.ops.routing import Routing
 
 
-def _route(low: Lowering, op: Op) -> list[relax.Expr]:
+def route_spec(op: Op) -> RouteSpec:
+    """What a moe.route computes."""
     logits, correction = inputs_of(op).values()
     count = logits.shape[1]
     assert isinstance(count, int)
-    spec = RouteSpec(Routing.of(op), count, logits.dtype, _dtype(correction))
-    function = low.kernel(spec, "route")
+    return RouteSpec(Routing.of(op), count, logits.dtype, _dtype(correction))
+
+
+def emit_route(low: Lowering, op: Op) -> list[relax.Expr]:
+    """A call of the backend's router."""
+    function = low.kernel(route_spec(op), "route")
     low.note(op, "route")
     return low.call(function, [low.value(v) for v in op.inputs], [v.type for v in op.outputs])
 
@@ -42,6 +47,6 @@ def _dtype(value: Value | None) -> str | None:
 
 
 RULES = (
-    Rule("route", ("moe.route",), always, _route),
+    Rule("route", ("moe.route",), always, emit_route),
     Rule("gate", ("moe.gate",), always, _gate),
 )

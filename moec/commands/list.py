@@ -146,15 +146,13 @@ def targets() -> list[dict[str, Any]]:
 
 
 def gpu_here(target: CudaTarget) -> str:
-    """What this machine can do for a GPU target: nothing compiles whole models for one yet."""
+    """What this machine can do for a GPU target."""
     from moec.target import nvidia
 
     driver = nvidia.driver()
     gpus = driver.gpus if driver else ()
-    kernels = "kernels only"
-    if any(target.runs_on(gpu.capability) for gpu in gpus):
-        return f"{kernels}; its GPU is here"
-    return f"{kernels}, " + ("compiled by nvcc; no such GPU" if nvidia.nvcc() else "as CUDA C")
+    here = "its GPU is here" if any(target.runs_on(gpu.capability) for gpu in gpus) else "no GPU"
+    return f"compiles; {here}" if nvidia.nvcc() else f"no nvcc; {here}"
 
 
 def models() -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from moec.passes.core.runner import PassResult, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_combine import FuseCombine
 from moec.pipeline import after_recognition
-from moec.runtime.package import MAIN, Package
+from moec.runtime.package import MAIN, BuiltLibrary, Package
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Cod
     module = Module.of(final)
     backend = backend_for(options.target)
     lowered = lower(module, options.target, backend)
-    bare = package(module, options.target, lowered, b"", weights=False)
+    bare = package(module, options.target, lowered, BuiltLibrary(), weights=False)
     library = load(options.cache, LIBRARIES, key)
     if library is not None:
         RECORDER.add(disk_hits=1)
     else:
         target, level = options.target, options.opt_level
-        library = backend.library(lowered.module, target, level, options.cache)
+        library = backend.library(lowered.module, target, level, options.cache).host
         RECORDER.add(code_compiled=1)
         save(options.cache, LIBRARIES, {key: library})
     native = replace(bare, library=library)

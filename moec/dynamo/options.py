@@ -64,6 +64,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise UsageError(f"options: strict is {strict!r}: give True or False")
     level, passes = settings.get("opt_level", 2), text("passes", settings.get("passes", ""))
     target = target_of(settings.get("target", "cpu"), run=True)
+    if not isinstance(target, Target):
+        raise UsageError(f"options: target is {target.name!r}: torch.compile is for CPUs so far")
     parsed = Options(rest, target, level, passes, strict, _store(settings.get("cache", True)))
     exact(parsed)
     return parsed

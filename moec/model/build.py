@@ -19,7 +19,8 @@ from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, ROUTE, ROUTED
-from moec.target.cpu import missing
+from moec.target.cpu import Target
+from moec.target.named import lacking
 from moec.verify import check as checking
 from moec.verify.chunked import in_pieces
 
@@ -46,6 +47,7 @@ def build_model(
         with clock.phase("tune"), explained(compiled):
             from moec.model.tune import tune_kernels
 
+            assert isinstance(target, Target), "kernels of CPUs alone are tuned"
             tunings, lines = tune_kernels(
                 module, target, backend, opt_level=opt_level, progress=clock.progress
             )
@@ -63,7 +65,7 @@ def build_model(
             package = replace(package, no_generation=compiled.no_decode)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
-    if missing(compiled.target) or not package.library:
+    if lacking(compiled.target) or not package.library:
         return replace(compiled, package=package)
     with clock.phase("load"):
         from moec.runtime.executor import Executor

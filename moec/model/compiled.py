@@ -26,7 +26,7 @@ from moec.report.report import Report, describe_graph, pass_lines
 from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
 from moec.runtime.recording import Recorder, record_routing
-from moec.target.cpu import missing
+from moec.target.named import lacking
 from moec.verify import check as checking
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from moec.runtime.artifact import Sample
     from moec.runtime.executor import Executor
     from moec.runtime.package import Package
-    from moec.target.cpu import Target
+    from moec.target.named import AnyTarget
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +55,7 @@ class CompiledModel:
     pass_results: tuple[PassResult, ...]
     blocks: tuple[Block, ...]
     declined: tuple[Declined, ...]
-    target: Target
+    target: AnyTarget
     programs: Mapping[str, Program] = field(default_factory=dict)
     router_ports: tuple[RouterPorts, ...] = ()
     recorded: tuple[RecordedLayer, ...] = ()
@@ -153,7 +153,7 @@ class CompiledModel:
         notes += self.captured.structure.constants
         notes += package.notes if package else ()
         checked = self.checked
-        if package and missing(self.target):
+        if package and lacking(self.target):
             notes += (
                 f"made for {self.target.name}, which this machine cannot run: not verified, and "
                 "saved without samples",
@@ -315,13 +315,13 @@ class CompiledModel:
             )
         if self.executor is None:
             raise UsageError(
-                f"this machine lacks {', '.join(missing(self.target))} and cannot run code for "
+                f"this machine lacks {', '.join(lacking(self.target))} and cannot run code for "
                 f"{self.target.name}: save the model, and load it on a machine that has them"
             )
         return package, self.executor
 
 
 def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    from moec.codegen.package import as_array
+    from moec.codegen.module_builder import as_array
 
     return {name: as_array(torch.as_tensor(tensor)) for name, tensor in tensors.items()}

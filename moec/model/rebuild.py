@@ -26,17 +26,18 @@ def rebuild(opened: Artifact) -> Package:
     from moec.interpret.verifier import verify
     from moec.ir.graph import Module, Program, Stage
     from moec.ir.text import parse
-    from moec.target import cpu as targets
+    from moec.target import cpu
+    from moec.target import named as targets
 
-    needs = opened.package.target
-    target = targets.parse(needs.name)
+    needs, gpu = opened.package.target, opened.package.gpu
+    target = targets.parse(gpu.target if gpu else needs.name)
     if target.needs != needs:
         raise ArtifactError(
             f"{opened.path} was compiled for a target {needs.name!r} that this moec describes "
             "otherwise, so its weights may lie otherwise too; compile the model again"
         )
-    if needs.name == targets.host().name:
-        target = targets.host()  # the same code, blocked for this machine's cache
+    if target.name == cpu.host().name:
+        target = cpu.host()  # the same code, blocked for this machine's cache
 
     def program(name: str) -> Program:
         try:
@@ -64,4 +65,5 @@ def rebuild(opened: Artifact) -> Package:
             raise ArtifactError(
                 f"{opened.path} packs its weights as this moec does not; compile the model again"
             )
-    return replace(package, library=backend.library(lowered.module, target, 2, None))
+    library = backend.library(lowered.module, target, 2, None)
+    return replace(package, library=library.host, gpu=library.gpu)

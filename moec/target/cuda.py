@@ -8,6 +8,8 @@
     cuda:sm_120   RTX 5090    as sm_89, with TMA
     cuda          this machine's GPU
 
+Several, as in cuda:sm_80,sm_90a, are one target: kernels that all of them run, compiled for each.
+
 Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
 bandwidths and peaks are those of the data sheet of the GPU named as `example`: kernels are sized
 by them and times modelled, no result depends on them.
@@ -15,25 +17,19 @@ by them and times modelled, no result depends on them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.errors import TargetError
-from moec.target import nvidia
+from moec.target import cpu, nvidia
 
 KIND = "cuda"
-
-
-@dataclass(frozen=True)
-class CudaNeeds:
-    """Which GPU a cubin was compiled for."""
-
-    name: str
-    arch: str
+HOST = cpu.TARGETS["generic"]
+"""What the code that launches kernels is compiled for."""
 
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """One GPU architecture, as kernels see it."""
+    """One GPU architecture as kernels see it, or what several of them share."""
 
     name: str
     example: str
@@ -46,30 +42,27 @@ class CudaTarget:
     kind: str = KIND
 
     @property
+    def archs(self) -> tuple[str, ...]:
+        """Those that code is compiled for, as nvcc spells them."""
+        return tuple(self.name.partition(":")[2].split(","))
+
+    @property
     def arch(self) -> str:
-        """As nvcc spells it."""
-        return self.name.partition(":")[2]
+        """The oldest of them: what kernels are written for."""
+        return self.archs[0]
 
     @property
     def capability(self) -> tuple[int, int]:
-        digits = self.arch.removeprefix("sm_").rstrip("a")
-        return int(digits[:-1]), int(digits[-1])
+        return nvidia.capability_of(self.arch)
 
     @property
-    def exact(self) -> bool:
-        """Whether its code runs on this architecture alone, and on no later one."""
-        return self.arch.endswith("a")
-
-    @property
-    def needs(self) -> CudaNeeds:
-        return CudaNeeds(self.name, self.arch)
+    def needs(self) -> cpu.CpuNeeds:
+        """Of the code that launches kernels."""
+        return HOST.needs
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a GPU of this compute capability runs its cubins: same major, not older."""
-        major, minor = self.capability
-        if self.exact:
-            return capability == (major, minor)
-        return capability[0] == major and capability[1] >= minor
+        """Whether a GPU of this compute capability runs one of its cubins."""
+        return any(nvidia.runs(arch, capability) for arch in self.archs)
 
     def tvm(self) -> dict[str, object]:
         """The argument of `tvm.target.Target` that compiles for this GPU."""
@@ -93,7 +86,8 @@ TARGETS: dict[str, CudaTarget] = {
 
 
 def parse(name: str) -> CudaTarget:
-    """The target of that name: one of TARGETS, or "cuda", which is this machine's first GPU.
+    """The target of that name: one of TARGETS, "cuda:sm_80,sm_90a" for several of them, or
+    "cuda", which is this machine's first GPU.
 
     Raises TargetError for another name, and for "cuda" where there is no GPU.
     """
@@ -101,7 +95,24 @@ def parse(name: str) -> CudaTarget:
         return TARGETS[name]
     if name == KIND:
         return _host()
+    several = [f"{KIND}:{arch}" for arch in name.partition(":")[2].split(",")]
+    if len(set(several)) > 1 and TARGETS.keys() >= set(several):
+        return _together([TARGETS[one] for one in dict.fromkeys(several)])
     raise TargetError(f"unknown target {name!r}; the known GPUs are {', '.join([KIND, *TARGETS])}")
+
+
+def _together(targets: list[CudaTarget]) -> CudaTarget:
+    """What kernels for all of these may use; sizes are those of the oldest."""
+    targets = sorted(targets, key=lambda target: target.capability)
+    first = targets[0]
+    shared = [c for c in first.tensor_cores if all(c in t.tensor_cores for t in targets)]
+    return replace(
+        first,
+        name=f"{KIND}:{','.join(t.arch for t in targets)}",
+        example=" and ".join(t.example for t in targets),
+        tensor_cores=tuple(shared),
+        shared_memory=min(t.shared_memory for t in targets),
+    )
 
 
 def _host() -> CudaTarget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from moec.target import cpu, cuda
+from moec.target import cpu, cuda, nvidia
 
 AnyTarget: TypeAlias = cpu.Target | cuda.CudaTarget
 
@@ -14,3 +14,15 @@ def parse(name: str) -> AnyTarget:
     if name.partition(":")[0] == cuda.KIND:
         return cuda.parse(name)
     return cpu.parse(name)
+
+
+def lacking(target: AnyTarget) -> tuple[str, ...]:
+    """What code for the target needs and this machine does not have; nothing where it runs."""
+    if not isinstance(target, cuda.CudaTarget):
+        return cpu.missing(target)
+    driver = nvidia.driver()
+    if driver is None:
+        return ("an NVIDIA driver (libcuda.so.1)",)
+    if not any(target.runs_on(gpu.capability) for gpu in driver.gpus):
+        return (f"a GPU that runs code for {' or '.join(target.archs)}",)
+    return ()

@@ -51,6 +51,21 @@ class Compiler:
     version: str
 
 
+def capability_of(arch: str) -> tuple[int, int]:
+    """sm_90a -> (9, 0)"""
+    digits = arch.removeprefix("sm_").rstrip("a")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs machine code for `arch`: of the same major
+    and not older, or, where `arch` ends in "a", of exactly this chip."""
+    major, minor = capability_of(arch)
+    if arch.endswith("a"):
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
 @cache
 def driver() -> Driver | None:
     """This machine's driver; None where there is none, or it does not start."""

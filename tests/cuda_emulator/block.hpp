@@ -185,7 +185,9 @@ static void prepare(int threads) {
   }
 }
 
+// After a failure nothing is launched until a schedule is set again.
 static void launch(Dim grid, Dim threads, int64_t bytes, std::function<void()> kernel) {
+  if (!message.empty()) return;
   static char signal_stack[1 << 16];
   stack_t alternative{}, old_stack;
   alternative.ss_sp = signal_stack;
@@ -195,7 +197,6 @@ static void launch(Dim grid, Dim threads, int64_t bytes, std::function<void()> k
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &action, &old_action);
-  message.clear();
   body = kernel;
   size = threads;
   volatile int blocks = grid.x * grid.y * grid.z;
@@ -216,5 +217,6 @@ static void launch(Dim grid, Dim threads, int64_t bytes, std::function<void()> k
 extern "C" void emulator_schedule(int late, int skewed) {
   emulator::late = late;
   emulator::skewed = skewed;
+  emulator::message.clear();
 }
 extern "C" const char* emulator_message() { return emulator::message.c_str(); }

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,9 @@ from torch import Tensor
 from tvm.tirx import PrimFunc
 
 from moec.cache import LIBRARIES, default_store, key_of, load, save
-from moec.codegen.cuda.source import Lowered, launcher, lowered
+from moec.codegen.cuda.functions import START
+from moec.codegen.cuda.source import launcher, lowered
+from moec.runtime.package import Launch
 from moec.target.cuda import TARGETS, CudaTarget
 
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.hpp")))
@@ -113,48 +115,53 @@ def emulated(
 
     Raises EmulationError where it uses an instruction that the emulator does not have.
     """
-    low = lowered(kernel, target)
-    code = _cpp(change(low.source), low)
+    low = lowered(kernel, target=target)
+    host = launcher(low)
+    library = imported(host, change(low.source), low.launches)
+    return Emulated(host, library, str(kernel.attrs["global_symbol"]))
+
+
+def imported(host: Any, source: str, launches: Sequence[Launch]) -> ctypes.CDLL:
+    """The emulated kernels, after `host` imported them: it launches them from now on."""
+    code = _cpp(source, launches)
     file = tempfile.NamedTemporaryFile(suffix=".so", prefix="moec-", delete=False)
     with file:
         file.write(_compiled(code))
-    host = launcher(low)
     host.import_module(tvm.runtime.load_module(file.name))
     library = ctypes.CDLL(file.name)
     library.emulator_message.restype = ctypes.c_char_p
     Path(file.name).unlink()
-    return Emulated(host, library, str(kernel.attrs["global_symbol"]))
+    return library
 
 
 # ---- CUDA C as C++ ---------------------------------------------------------------------
 
 
-def _cpp(source: str, low: Lowered) -> str:
-    code = source[source.index('extern "C" __global__') :]
+def _cpp(source: str, launches: Sequence[Launch]) -> str:
+    start = START if START in source else 'extern "C" __global__'
+    code = source[source.index(start) :]
     dynamic = r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];"
     code = re.sub(dynamic, r"\1* \2 = (\1*)emulator::dynamic_memory;", code)
     section = r'static __attribute__((section("block_memory"), aligned(\1))) '
     code = re.sub(r"__shared__ alignas\((\d+)\) ", section, code)
-    entries = [
-        _entry(code, var.name_hint, function) for var, function in low.device.functions.items()
-    ]
+    entries = [_entry(code, launch) for launch in launches]
     return "\n".join(['#include "kernel.hpp"', code, *entries])
 
 
-def _entry(code: str, name: str, function: PrimFunc) -> str:
+def _entry(code: str, launch: Launch) -> str:
     """What TVM's host code calls: arguments, then the sizes of the launch by their tags."""
-    signature = re.search(rf"\b{name}\((.*?)\);", code)
+    name = launch.name
+    signature = re.search(rf"\b{name}\((.*?)\)(?:;| \{{)", code)
     assert signature is not None
     words = r"__restrict__|__grid_constant__|const|\w+$"
     kinds = [re.sub(words, "", p).strip() for p in signature[1].split(", ")]
-    tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
-    launch = {tag: f"int(a[{len(kinds) + i}].i)" for i, tag in enumerate(tags)}
+    sizes = {tag: f"int(a[{len(kinds) + i}].i)" for i, tag in enumerate(launch.sizes)}
     arguments = [_argument_of(kind, i) for i, kind in enumerate(kinds)]
     grid, threads = (
-        ", ".join(launch.get(f"{of}.{axis}", "1") for axis in "xyz")
+        ", ".join(sizes.get(f"{of}.{axis}", "1") for axis in "xyz")
         for of in ("blockIdx", "threadIdx")
     )
-    dynamic = launch.get("tirx.use_dyn_shared_memory", "0")
+    dynamic = sizes.get("tirx.use_dyn_shared_memory", "0")
     return f"""
 extern "C" int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result) {{
   emulator::launch({{{grid}}}, {{{threads}}}, {dynamic}, [=] {{ {name}({", ".join(arguments)}); }});

@@ -12,5 +12,7 @@ struct Argument { int32_t type; uint32_t zero; union { int64_t i; double d; void
 #define uchar unsigned char
 #define ushort unsigned short
 #define __global__
+#define __device__
+#define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(n)

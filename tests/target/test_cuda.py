@@ -10,7 +10,7 @@ import torch
 
 import moec
 from moec.commands import machine
-from moec.errors import TargetError
+from moec.errors import TargetError, UsageError
 from moec.target import cpu, nvidia
 from moec.target.cuda import TARGETS, parse
 from moec.target.named import parse as parse_any
@@ -33,7 +33,7 @@ def test_other_names_are_those_of_cpus() -> None:
         parse_any("z80")
 
 
-@pytest.mark.parametrize("name", ["cuda:sm_70", "cuda:", "cuda:sm_80,sm_90a"])
+@pytest.mark.parametrize("name", ["cuda:sm_70", "cuda:", "cuda:sm_80,sm_70", "cuda:sm_80,sm_80"])
 def test_unknown_gpus(name: str) -> None:
     with pytest.raises(
         TargetError, match=f"unknown target '{name}'; the known GPUs are cuda, cuda:"
@@ -77,12 +77,36 @@ def test_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("cuda") is TARGETS["cuda:sm_89"]
 
 
+def test_several_gpus() -> None:
+    target = parse("cuda:sm_90a,sm_80")
+    assert target.name == "cuda:sm_80,sm_90a"
+    assert (target.arch, target.archs) == ("sm_80", ("sm_80", "sm_90a"))
+    assert target.tensor_cores == ("mma",), "what both have"
+    assert target.shared_memory == TARGETS["cuda:sm_80"].shared_memory
+    assert [target.runs_on(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == [True] * 3 + [False]
+
+
 @pytest.mark.parametrize("target", ["cuda:sm_80", TARGETS["cuda:sm_90a"]])
-def test_compile_refuses_before_it_looks_at_the_model(target: object) -> None:
+def test_what_cannot_run_here_is_refused_before_the_model_is_looked_at(
+    target: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: None)
     name = getattr(target, "name", target)
-    words = f"target '{name}': moec has CUDA kernels .* cannot yet compile a model of them"
-    with pytest.raises(TargetError, match=words):
+    words = (
+        rf"lacks an NVIDIA driver \(libcuda.so.1\), so the result for {name} cannot be verified "
+        r"here: switch verification off"
+    )
+    with pytest.raises(UsageError, match=words):
         moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target=target)
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver("13.0", ()))
+    with pytest.raises(UsageError, match="lacks a GPU that runs code for sm_"):
+        moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target=target)
+
+
+def test_kernels_of_gpus_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver("13.0", (H100,)))
+    with pytest.raises(UsageError, match="--tune measures kernels of CPUs"):
+        moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target="cuda", tune=True)
 
 
 def test_doctor() -> None:
@@ -101,6 +125,7 @@ def test_doctor() -> None:
 def test_cpu_code_imports_nothing_of_cuda() -> None:
     code = (
         "import sys, moec, moec.api, moec.codegen.package\n"
-        "assert not [m for m in sys.modules if m.startswith('moec.codegen.cuda')]"
+        "mine = [m for m in sys.modules if m.startswith('moec.') and m != 'moec.target.cuda']\n"
+        "assert not [m for m in mine if '.cuda' in m or m == 'moec.runtime.gpu']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

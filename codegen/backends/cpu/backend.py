@@ -24,11 +24,12 @@ from moec.codegen.rules import RULES
 from moec.codegen.specs.attention import AppendSpec, AttentionSpec, LinearAttentionSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, GateSpec, RouteSpec, ZeroSpec
+from moec.runtime.package import BuiltLibrary
 from moec.target.cpu import Target
 
 
-def _library(module: IRModule, target: Target, opt_level: int, store: Store | None) -> bytes:
-    return linked(compile_module(module, target, opt_level, store), target)
+def _library(module: IRModule, target: Target, opt_level: int, store: Store | None) -> BuiltLibrary:
+    return BuiltLibrary(linked(compile_module(module, target, opt_level, store), target))
 
 
 def _dispatch(spec: DispatchSpec, target: Target, name: str) -> PrimFunc:

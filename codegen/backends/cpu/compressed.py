@@ -9,7 +9,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
 from moec.codegen.backends.cpu.codes import rounded
-from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
+from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.compressed.grouped import compressed_linear
 from moec.codegen.cpu.compressed.weights import table
 from moec.codegen.cpu.gemm.layout import Layout
@@ -17,6 +17,7 @@ from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.module_builder import Lowering, Param
+from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import bytes_of_counts
 from moec.ir.graph import Graph, Op, TensorType

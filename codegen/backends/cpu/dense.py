@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from tvm import relax
 from tvm.tirx import PrimFunc
 
-from moec.codegen.backend import Rule, require
+from moec.codegen.backend import Rule
 from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.gemm import pack
 from moec.codegen.cpu.gemm.layout import Layout
@@ -19,66 +18,14 @@ from moec.codegen.cpu.gemm.linear import linears
 from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
+from moec.codegen.rules.products import DENSE, dense_of
 from moec.codegen.specs.products import LinearSpec
-from moec.dtypes import VECTOR_DTYPES
-from moec.ir.aten import named
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value
 
 
-@dataclass(frozen=True)
-class Dense:
-    """y = x @ weight^T + bias: the weight [N, K] is a param, or one that was transposed."""
-
-    x: Value
-    weight: Value
-    flipped: bool  # the param is [K, N]
-    bias: Value | None
-
-
-def dense_of(op: Op, graph: Graph) -> Dense:
-    """The dense product that an op is. Raises NoMatch where its weight is not known when
-    compiling, or no kernel computes in its dtype."""
-    arguments = named(op)
-    x, weight, bias, straight = _operands(op, arguments)
-    turned = not straight
-    source = graph.producers.get(weight)
-    while source is not None and source.name in _TURNS and len(weight.shape) == 2:
-        axes = source.attrs.get("dims")
-        require(axes not in ((0, 1), (0, -1)), "its weight is permuted to what it was")
-        weight, turned = source.inputs[0], not turned
-        source = graph.producers.get(weight)
-    params = set(graph.params)
-    require(weight in params, "its second operand is computed: it is no weight of the model")
-    require(len(weight.shape) == 2, f"its weight has {len(weight.shape)} axes, not 2")
-    require(len(x.shape) >= 1, "its first operand has no axes")
-    require(x.dtype == weight.dtype, f"it multiplies {x.dtype} by {weight.dtype}")
-    require(x.dtype in VECTOR_DTYPES, f"it computes in {x.dtype}")
-    if bias is not None:
-        require(bias in params, "its bias is computed: it is no weight of the model")
-        require(bias.shape == op.outputs[0].shape[-1:], "its bias is no row")
-    return Dense(x, weight, turned, bias)
-
-
-def _operands(op: Op, arguments: Mapping[str, Any]) -> tuple[Value, Value, Value | None, bool]:
-    """x, the weight, the bias, and whether the weight is [N, K]."""
-    if op.name == "aten.linear.default":
-        return arguments["input"], arguments["weight"], arguments["bias"], True
-    if op.name == "aten.addmm.default":
-        plain = arguments["alpha"] == 1 and arguments["beta"] == 1
-        require(plain, "alpha or beta scale what it adds")
-        return arguments["mat1"], arguments["mat2"], arguments["self"], False
-    return arguments["self"], arguments.get("mat2", arguments.get("other")), None, False
-
-
 def _check(op: Op, graph: Graph) -> None:
     dense_of(op, graph)
-
-
-_TURNS = ("aten.t.default", "aten.transpose.int", "aten.permute.default")
-
-
-_NAMES = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.matmul.default")
 
 
 def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -159,4 +106,4 @@ def packed_bias(layout: Layout, biases: tuple[Value, ...]) -> tuple[object, Para
     return (layout, biases, "bias"), Param(name, TensorType("f32", layout.bias_shape), biases, make)
 
 
-RULES = (Rule("linear", _NAMES, _check, _linear),)
+RULES = (Rule("linear", DENSE, _check, _linear),)

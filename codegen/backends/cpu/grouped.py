@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
 from moec.codegen.backends.cpu.dense import packed
-from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
+from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
-from moec.codegen.rules.experts import sorting_of
+from moec.codegen.rules.products import only_owned_rows_read, spec_of
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
-from moec.ir.graph import Graph, Op, Value
+from moec.ir.graph import Graph, Op
 from moec.ops.grouped import GroupedLinear
 
 
@@ -30,20 +32,7 @@ def check_linears(op: Op, graph: Graph) -> None:
     check_products(op, graph, parts, parts.matrices)
 
 
-def only_owned_rows_read(rows: Value, graph: Graph) -> bool:
-    """Whether all who read these rows leave out those behind the last end."""
-
-    def leaves_out(op: Op) -> bool:
-        if op.name == "moe.combine":
-            return op.inputs[0] is rows and sorting_of(op.inputs[1], graph) is not None
-        if op.name == "grouped.linear":
-            return not op.attrs.get("gather") and _fits(op, graph)
-        return False
-
-    return rows not in graph.results and all(map(leaves_out, graph.readers.get(rows, ())))
-
-
-def _fits(op: Op, graph: Graph) -> bool:
+def _fits(graph: Graph, op: Op) -> bool:
     try:
         check_linears(op, graph)
     except NoMatch:
@@ -55,7 +44,9 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedLinear.of(op)
     spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
     layout = Layout(spec, low.target)
-    zero_unowned_rows = not only_owned_rows_read(op.outputs[0], low.graph)
+    zero_unowned_rows = not only_owned_rows_read(
+        op.outputs[0], low.graph, partial(_fits, low.graph)
+    )
 
     def make(
         top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning

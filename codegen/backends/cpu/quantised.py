@@ -8,10 +8,11 @@ from tvm import relax
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
-from moec.codegen.backends.cpu.sorted_rows import check_products, product, spec_of
+from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.graph import Graph, Op
 from moec.ops.quantised import GroupedQuantised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from tvm import relax
 from tvm.tirx import PrimFunc
@@ -18,12 +18,9 @@ from moec.codegen.cpu.tuning import Tuning, tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.experts import check_sorted
-from moec.codegen.specs.products import LinearSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import Grouped
-
-S = TypeVar("S", bound=LinearSpec)
 
 Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
 """(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""
@@ -42,23 +39,6 @@ def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[V
     if op.body is not None:
         vectors = vector_body(op.body) is not None
         require(vectors, "its body has an op that vectors of the product's registers cannot do")
-
-
-def spec_of(
-    make: Callable[..., S], /, op: Op, parts: Grouped[Any], dtype: str = "float32", **more: object
-) -> S:
-    """The sizes of a product, and `more` of its own."""
-    out = op.outputs[0]
-    return make(
-        out.shape[1],
-        parts.x.shape[1],
-        dtype,
-        sc.STORED[out.dtype],
-        groups=parts.ends.shape[0],
-        gated=len(parts.matrices) == 2,
-        bias=bool(parts.biases),
-        **more,
-    )
 
 
 def product(

@@ -49,6 +49,7 @@ ROUTINGS: dict[str, RouteSpec] = {
     "deepseek-v2": RouteSpec(Routing(6, groups=8, top_groups=3, scale=16.0), 160, "f32"),
     "deepseek-v3": RouteSpec(DEEPSEEK_V3, 256, "f32", "f32"),
     "all": RouteSpec(Routing(5, renormalize=True), 5, "f32", "bf16"),
+    "phimoe": RouteSpec(Routing(2, score="sparsemixer", jitter=0.1), 40, "f32"),
     "many": RouteSpec(Routing(20, score="sigmoid", after="softmax"), 37, "f32"),
 }
 
@@ -113,7 +114,6 @@ def test_equal_groups_go_to_the_lower_one() -> None:
 @pytest.mark.parametrize(
     ("routing", "words"),
     [
-        (Routing(2, score="sparsemixer"), "a sparsemixer has no CUDA kernel"),
         (Routing(40), "40 choices of a token are more than the lanes of a warp"),
         (Routing(2, groups=64, top_groups=2), "64 groups are more than the lanes of a warp"),
     ],

@@ -22,7 +22,7 @@ A100 = TARGETS["cuda:sm_80"]
 
 def code(kernel: PrimFunc) -> str:
     """Without what TVM puts before every kernel."""
-    source = lowered(kernel, A100).source
+    source = lowered(kernel, target=A100).source
     return source[source.rindex('extern "C" __global__') :]
 
 

@@ -68,7 +68,7 @@ PRODUCTS = [name for name in KERNELS if "-" in name and "route" not in name]
 @cache
 def compiled(name: str, arch: str) -> Cubin:
     target = TARGETS[arch]
-    return cubin(lowered(KERNELS[name](target), target).source, target)
+    return cubin(lowered(KERNELS[name](target), target=target).source, target)
 
 
 @needs_nvcc
@@ -94,7 +94,7 @@ def by_wgmma(*, is_gated: bool) -> Cubin:
     target = TARGETS["cuda:sm_90a"]
     spec = LinearSpec(1536, 2048, "bfloat16", groups=128, gated=is_gated)
     kernel = grouped_linear_wgmma(spec, target, epilogue=gated(silu) if is_gated else None)
-    return cubin(lowered(kernel, target).source, target)
+    return cubin(lowered(kernel, target=target).source, target)
 
 
 @needs_nvcc
@@ -160,7 +160,7 @@ def test_the_second_compilation_comes_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, store = TARGETS["cuda:sm_80"], Store(tmp_path)
-    source = lowered(KERNELS["combine"](target), target).source
+    source = lowered(KERNELS["combine"](target), target=target).source
     first = cubin(source, target, store)
     assert [entry.kind for entry in entries(store)] == [OBJECTS, OBJECTS]
     monkeypatch.setattr("moec.codegen.cuda.nvcc._compile", None)

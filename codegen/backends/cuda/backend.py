@@ -1,0 +1,77 @@
+"""NVIDIA GPUs as a backend: kernels of MoE layers, loops on a grid for all else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tvm import IRModule
+
+from moec.cache import Store
+from moec.codegen.backend import Backend
+from moec.codegen.backends.cuda import products, routing
+from moec.codegen.backends.cuda.library import launched
+from moec.codegen.backends.cuda.loops import write
+from moec.codegen.cpu.link import linker_for
+from moec.codegen.cuda.attention import attention
+from moec.codegen.cuda.norm import norm
+from moec.codegen.cuda.nvcc import compiler, cubins
+from moec.codegen.cuda.routing.combine import combine
+from moec.codegen.cuda.routing.dispatch import dispatch
+from moec.codegen.cuda.routing.route import route
+from moec.codegen.cuda.source import PART
+from moec.codegen.rules import attention as attention_rules
+from moec.codegen.rules import experts, norms, sizes
+from moec.codegen.specs.attention import AttentionSpec
+from moec.codegen.specs.norm import NormSpec
+from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
+from moec.runtime.package import BuiltLibrary, GpuCode
+from moec.target.cuda import HOST, CudaTarget
+
+
+def _text(
+    module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+) -> BuiltLibrary:
+    code = launched(module, target, store)
+    parts = {PART: code.kernels.source.encode()}
+    return BuiltLibrary(code.host, GpuCode(target.name, code.kernels.launches, parts))
+
+
+def _library(
+    module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+) -> BuiltLibrary:
+    text = _text(module, target, opt_level, store)
+    assert text.gpu is not None
+    by_arch = cubins(text.gpu.parts[PART].decode(), target, store)
+    parts = {f"{arch}.cubin": cubin.content for arch, cubin in by_arch.items()}
+    return replace(text, gpu=replace(text.gpu, parts={**text.gpu.parts, **parts}))
+
+
+def _ready(target: CudaTarget) -> None:
+    linker_for(HOST)
+    compiler(target)
+
+
+CUDA = Backend(
+    kind="cuda",
+    rules=(
+        *products.RULES,
+        *routing.RULES,
+        *attention_rules.RULES,
+        *experts.RULES,
+        *norms.RULES,
+        *sizes.RULES,
+    ),
+    kernels={
+        AttentionSpec: attention,
+        CombineSpec: combine,
+        DispatchSpec: dispatch,
+        NormSpec: norm,
+        RouteSpec: route,
+    },
+    loop=write,
+    library=_library,
+    ready=_ready,
+)
+
+CUDA_TEXT = replace(CUDA, library=_text, ready=lambda target: linker_for(HOST))
+"""As CUDA, up to the CUDA C of its kernels: for a machine that has no nvcc."""

@@ -1,0 +1,52 @@
+"""Relax and CUDA kernels -> a host library, and the CUDA C that it launches.
+
+The host library is machine code of a CPU like any other: what calls kernels, plans memory and
+computes sizes. It holds no kernel: what is imported into it when it is loaded has them, by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+
+from moec.cache import Store, default_store
+from moec.codegen.build import Objects, context, executable, lowered_calls, options_of
+from moec.codegen.cpu.link import linked
+from moec.codegen.cuda.source import Lowered, launcher, lowered
+from moec.codegen.object_cache import compiled_objects
+from moec.target.cuda import HOST, CudaTarget
+
+
+@dataclass(frozen=True)
+class Launched:
+    """`host` is a shared library; `kernels` are what it launches."""
+
+    host: bytes
+    kernels: Lowered
+
+
+def launched(module: tvm.IRModule, target: CudaTarget, store: Store | None = None) -> Launched:
+    """The code of a module that `lower` made. Needs a C linker, and neither CUDA nor a GPU.
+
+    Raises TargetError where there is no linker.
+    """
+    options = options_of(HOST, 2)
+    with context(), options:
+        functions, frame = executable(lowered_calls(module), options)
+        # Those that compute sizes run on the host; all others are kernels.
+        sizes = {n: f for n, f in functions.items() if "tirx.is_host_func" in f.attrs}
+        kernels = [f for n, f in functions.items() if n not in sizes]
+        objects = compiled_objects(sizes, options, store or default_store(), checked=False)
+    low = lowered(*kernels, target=target)
+    parts = (*objects.values(), _object(launcher(low)))
+    return Launched(linked(Objects(parts, frame, HOST), HOST), low)
+
+
+def _object(module: tvm.runtime.Module) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        path = Path(folder) / "launch.o"
+        module.write_to_file(str(path))
+        return path.read_bytes()

@@ -1,0 +1,153 @@
+"""Products with weights of 16 bits on tensor cores: of experts, and dense ones as one expert."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.cuda.grouped import grouped_linear, linear
+from moec.codegen.cuda.layout import interleave
+from moec.codegen.cuda.product import check_product
+from moec.codegen.cuda.tiles import LARGE, SMALL
+from moec.codegen.loops import scalars as sc
+from moec.codegen.module_builder import Lowering, Param, as_array
+from moec.codegen.rules.experts import check_sorted
+from moec.codegen.rules.products import DENSE, dense_of, only_owned_rows_read, spec_of
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.ir.dims import product
+from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ops.grouped import GroupedLinear
+from moec.target.cuda import TARGETS
+
+_LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
+"""Tiles fit into the shared memory of every target."""
+
+
+def _parts(op: Op, graph: Graph) -> GroupedLinear:
+    """Of a product that the kernel computes. Raises NoMatch for others."""
+    parts = GroupedLinear.of(op)
+    first, params = parts.matrices[0], set(graph.params)
+    count = len(parts.matrices)
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel takes two")
+    stored = all(value in params for value in (*parts.matrices, *parts.biases))
+    require(stored, "a stack of its weights is computed: it is no weight of the model")
+    same = all((m.shape, m.dtype) == (first.shape, parts.x.dtype) for m in parts.matrices)
+    require(same, "its stacks differ in shape, or from the rows in dtype")
+    biases = all(bias.dtype == parts.x.dtype for bias in parts.biases)
+    require(biases, "its biases differ from the rows in dtype")
+    require(parts.scale is None, "its rows are scaled before they are multiplied")
+    check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
+    if op.body is not None:
+        check_body(op.body)
+    spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
+    join = None if op.body is None else epilogue(op.body)
+    for shape in (SMALL, LARGE):
+        check_product(spec, _LEAST, join, shape.shared_memory)
+    return parts
+
+
+def _fits(graph: Graph, op: Op) -> bool:
+    try:
+        _parts(op, graph)
+    except NoMatch:
+        return False
+    return True
+
+
+def _check_grouped(op: Op, graph: Graph) -> None:
+    _parts(op, graph)
+    owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph))
+    require(owned, "its rows of nobody are read: the kernel leaves them as they are")
+
+
+def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
+    parts = _parts(op, low.graph)
+    spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
+    top_k = cast(int, op.attrs.get("gather", 0))
+    join = None if op.body is None else epilogue(op.body)
+
+    def make(name: str) -> PrimFunc:
+        return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
+
+    key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
+    name = "gathered" if top_k else "grouped"
+    arguments = [low.value(parts.x)]
+    if parts.order is not None:
+        arguments.append(low.value(parts.order))
+    arguments += [low.value(parts.ends), _stack(low, parts.matrices)]
+    if parts.biases:
+        arguments.append(_stack(low, parts.biases))
+    low.note(op, name)
+    return low.call(low.function(key, name, make), arguments, [op.outputs[0].type])
+
+
+def _stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
+    """A weight as it is; gate and up interleaved."""
+    if len(values) == 1:
+        return low.value(values[0])
+    experts, n, *rest = values[0].shape
+    name = "+".join(v.name for v in values) + ".interleaved"
+    assert isinstance(n, int)
+    type = TensorType(values[0].dtype, (experts, 2 * n, *rest))
+    return low.param(("interleaved", values), Param(name, type, values, _interleaved))
+
+
+def _interleaved(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
+    gate, up = (as_array(tensor) for tensor in tensors)
+    return interleave(gate, up)
+
+
+def _check_dense(op: Op, graph: Graph) -> None:
+    dense = dense_of(op, graph)
+    if dense.bias is not None:
+        require(dense.bias.dtype == dense.x.dtype, "its bias differs from the rows in dtype")
+    for shape in (SMALL, LARGE):
+        check_product(_dense_spec(op, graph), _LEAST, None, shape.shared_memory)
+
+
+def _dense_spec(op: Op, graph: Graph) -> LinearSpec:
+    dense = dense_of(op, graph)
+    n, k = op.outputs[0].shape[-1], dense.x.shape[-1]
+    require(isinstance(n, int) and isinstance(k, int), "the width of its weight varies")
+    stored = sc.STORED[dense.x.dtype], sc.STORED[op.outputs[0].dtype]
+    return LinearSpec(cast(int, n), cast(int, k), *stored, bias=dense.bias is not None)
+
+
+def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
+    dense, spec, out = dense_of(op, low.graph), _dense_spec(op, low.graph), op.outputs[0]
+    rows = product(dense.x.shape[:-1])
+
+    def make(name: str) -> PrimFunc:
+        return linear(spec, low.target, name=name)
+
+    arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]
+    if dense.flipped:
+        name, type = f"{dense.weight.name}.transposed", TensorType(dense.x.dtype, (spec.n, spec.k))
+        key = ("transposed", dense.weight)
+        arguments.append(low.param(key, Param(name, type, (dense.weight,), _transposed)))
+    else:
+        arguments.append(low.value(dense.weight))
+    if dense.bias is not None:
+        arguments.append(low.value(dense.bias))
+    low.note(op, "linear")
+    type = TensorType(out.dtype, (rows, spec.n))
+    (result,) = low.call(low.function(("dense", spec), "linear", make), arguments, [type])
+    return [result if out.type == type else low.reshaped(result, out.type)]
+
+
+def _transposed(weight: torch.Tensor) -> np.ndarray[Any, Any]:
+    return as_array(weight.mT)
+
+
+RULES = (
+    Rule("grouped", ("grouped.linear",), _check_grouped, _grouped),
+    Rule("linear", DENSE, _check_dense, _dense),
+)

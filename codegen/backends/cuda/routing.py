@@ -1,0 +1,63 @@
+"""Routers on GPUs: logits into choices; where a gate holds its linear layer, that comes first."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from tvm import relax
+
+from moec.codegen.backend import Rule, require
+from moec.codegen.cuda.routing import route as kernels
+from moec.codegen.fusion import FusionGroup
+from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.routing import emit_route, route_spec
+from moec.ir.graph import DType, Graph, Op, TensorType, Value
+from moec.ir.opdef import inputs_of
+from moec.ops.routing import Routing
+
+
+def _check(op: Op, graph: Graph) -> None:
+    logits = op.inputs[0]
+    require(isinstance(logits.shape[1], int), "the number of its experts varies")
+    kernels.check(route_spec(op))
+
+
+def _check_gate(op: Op, graph: Graph) -> None:
+    route, _ = _split(op)
+    _check(route, graph)
+
+
+def _split(op: Op) -> tuple[Op, list[Op]]:
+    """A gate as a route, and what makes its logits."""
+    x, weight, bias, correction = inputs_of(op).values()
+    compute, dtype = (cast(DType, op.attrs[name]).name for name in ("compute", "logits"))
+    name = op.outputs[0].name
+    ops: list[Op] = []
+
+    def cast_to(value: Value, dtype: str) -> Value:
+        if value.dtype == dtype:
+            return value
+        copy = Value(f"{name}_{len(ops)}", TensorType(dtype, value.shape))
+        ops.append(Op("aten._to_copy.default", (value,), (copy,), {"dtype": DType(dtype)}))
+        return copy
+
+    operands = [cast_to(v, compute) for v in (x, weight, bias) if v is not None]
+    product = Value(f"{name}_product", TensorType(compute, (x.shape[0], weight.shape[0])))
+    ops.append(Op("aten.linear.default", tuple(operands), (product,)))
+    logits = cast_to(product, dtype)
+    inputs = (logits,) if correction is None else (logits, correction)
+    attrs = Routing.of(op).attrs()
+    return Op("moe.route", inputs, op.outputs, attrs, origin=op.origin), ops
+
+
+def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
+    route, ops = _split(op)
+    for one in ops:
+        low.values[one.outputs[0]] = low.group(FusionGroup(one, [one], one.inputs))[0]
+    return emit_route(low, route)
+
+
+RULES = (
+    Rule("route", ("moe.route",), _check, emit_route),
+    Rule("gate", ("moe.gate",), _check_gate, _gate),
+)

@@ -1,0 +1,101 @@
+"""CUDA functions that generated loops call by name: memory, rounding, comparison, exactly rounded.
+
+They are what `moec.codegen.cpu.llvm.scalar_text` has for CPUs, under the same names, so that one
+text of loops serves both.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+START = "// ---- functions of moec"
+"""The line before them, where they stand in CUDA C."""
+
+_CALL = re.compile(r"\bmoec_\w+")
+_HALVES = {"bf16": "nv_bfloat16", "f16": "half"}
+_WIDTHS = (("32", "float", "f"), ("64", "double", ""))
+_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_MATH = {
+    "exp": "expf(a)",
+    "tanh": "tanhf(a)",
+    "erf": "erff(a)",
+    "sqrt": "sqrtf(a)",
+    "fabs": "fabsf(a)",
+    "floor": "floorf(a)",
+    "ceil": "ceilf(a)",
+    "trunc": "truncf(a)",
+    "roundeven": "rintf(a)",
+}
+
+# TVM writes the fast functions of CUDA, of a few digits, for those of float32.
+_FAST = re.compile(r"\b__(exp|exp10|log|log2|log10|sin|cos|tan|pow)f\b")
+
+# TVM takes the address of what need not have one, to read its bits as those of a float.
+_BITS = re.compile(r"\*\((\w+) \*\)\(&\(")
+
+_CAST = """template <class T, class F> static __forceinline__ __device__ T moec_bits(F from) {
+  T to;
+  static_assert(sizeof(T) == sizeof(F), "bits of one size");
+  memcpy(&to, &from, sizeof(T));
+  return to;
+}"""
+
+_HEADERS = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+"""
+
+
+def with_functions(source: str) -> str:
+    """CUDA C with the functions of moec that it calls before its first kernel, and with exact
+    functions in place of fast ones. Raises KeyError for a function that is not defined."""
+    source = _FAST.sub(r"\1f", source)
+    source = _BITS.sub(r"moec_bits<\1>((", source)
+    calls = sorted(set(_CALL.findall(source)))
+    if not calls:
+        return source
+    start = source.index('extern "C" __global__')
+    head, code = source[:start], source[start:]
+    functions = "\n".join(_functions()[name] for name in calls)
+    return f"{head}{_HEADERS}{START}\n{functions}\n{code}"
+
+
+@cache
+def _functions() -> dict[str, str]:
+    """The text of each function by its name."""
+    text = {
+        "moec_bits": _CAST,
+        "moec_fma_f32": _f("float", "moec_fma_f32", "float a, float b, float c", "fmaf(a, b, c)"),
+        "moec_zero_i64": _f("long long", "moec_zero_i64", "", "0"),
+    }
+
+    def add(kind: str, name: str, parameters: str, value: str) -> None:
+        text[name] = _f(kind, name, parameters, value)
+
+    for name, value in _MATH.items():
+        add("float", f"moec_{name}_f32", "float a", value)
+    for name, how in (("maximum", "fmaxf"), ("minimum", "fminf")):
+        value = f"a != a ? a : b != b ? b : {how}(a, b)"
+        add("float", f"moec_{name}_f32", "float a, float b", value)
+    for width, kind, suffix in _WIDTHS:
+        both = f"{kind} a, {kind} b"
+        for name, sign in _COMPARISONS.items():
+            add("int", f"moec_{name}_{width}", both, f"a {sign} b")
+        add("int", f"moec_isnan_{width}", f"{kind} a", "a != a")
+        add(kind, f"moec_from_i64_{width}", "long long a", f"({kind})a")
+        add(kind, f"moec_fmod_{width}", both, f"fmod{suffix}(a, b)")
+        add(kind, f"moec_mul_{width}", both, "a * b")
+        add(kind, f"moec_reassociate_{width}", both, "a + b")
+    for name, kind in _HALVES.items():
+        add("float", f"moec_load_{name}", "const void* p", f"float(*(const {kind}*)p)")
+        add("float", f"moec_round_{name}", "float x", f"float({kind}(x))")
+        add("int", f"moec_store_{name}", "void* p, float x", f"(*({kind}*)p = {kind}(x), 0)")
+    pair = "long long a, long long b"
+    add("long long", "moec_divisor_i64", "long long b", "b < 1 ? 1 : b")
+    add("long long", "moec_quotient_i64", pair, "a / (b < 1 ? 1 : b)")
+    add("long long", "moec_rest_i64", pair, "a % (b < 1 ? 1 : b)")
+    return text
+
+
+def _f(kind: str, name: str, parameters: str, value: str) -> str:
+    return f"static __forceinline__ __device__ {kind} {name}({parameters}) {{ return {value}; }}"

@@ -1,0 +1,45 @@
+"""Whole models on the CPU: their CUDA kernels emulated, under the host code that would run them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moec.codegen.cuda.source import PART
+from moec.runtime.executor import Executor
+from moec.runtime.library import open_library
+from moec.runtime.package import MAIN, Package
+from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, Schedule, imported
+
+
+@dataclass(frozen=True)
+class EmulatedModel:
+    """A package for GPUs that takes tensors of the CPU."""
+
+    executor: Executor
+    library: ctypes.CDLL
+
+    def __call__(
+        self, inputs: Mapping[str, Any], function: str = MAIN, schedule: Schedule = SCHEDULES[0]
+    ) -> dict[str, Any]:
+        """Raises EmulationError where a kernel does what a GPU would not let pass."""
+        self.library.emulator_schedule(schedule.late, schedule.skewed)
+        results = self.executor(inputs, function)
+        if message := self.library.emulator_message().decode():
+            raise EmulationError(message)
+        return results
+
+
+def emulated_model(package: Package, change: Callable[[str], str] = str) -> EmulatedModel:
+    """`change` edits the CUDA C of the kernels: a bug, planted."""
+    assert package.gpu is not None
+    source, launches = package.gpu.parts[PART].decode(), package.gpu.launches
+    libraries: list[ctypes.CDLL] = []
+
+    def kernels(host: Any) -> None:
+        libraries.append(imported(host, change(source), launches))
+
+    functions = open_library(package.library, package.functions, kernels)
+    return EmulatedModel(Executor(package, functions), libraries[0])
