@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import sysconfig
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 import moec
 
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _FRAMEWORKS = tuple(str(Path(package.__file__ or "").parent) for package in (torch, moec))
 
 
@@ -59,11 +61,17 @@ class Failure:
             if isinstance(subject, nn.Module) and id(subject) in names:
                 running.append(names[id(subject)])
             file = frame.f_code.co_filename
-            if not file.startswith((*_FRAMEWORKS, "<")):
+            if not _is_library(file):
                 line = Line(file, number)
         innermost = tuple(dict.fromkeys(reversed(running)))
         first = " ".join(str(error).split("\n\n")[0].split())
         return Failure(innermost, line, f"{type(error).__name__}: {first[:200]}")
+
+
+def _is_library(file: str) -> bool:
+    """Whether code is torch's, moec's or the standard library's, which holds what is installed."""
+    python = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
+    return python or file.startswith((*_FRAMEWORKS, "<"))
 
 
 def _frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:

@@ -43,12 +43,12 @@ class Speculation(TorchFunctionMode):
         args, named = self.latest((args, dict(kwargs or {})))
         args = tuple(map(python_type, args))
         named = {name: python_type(value) for name, value in named.items()}
-        name = getattr(func, "__name__", "")
-        name = name.strip("_") if name.startswith("__") else name
+        method = getattr(func, "__name__", "")
+        name = method.strip("_") if method.startswith("__") else method
         out = named.pop("out", None)
         if isinstance(out, torch.Tensor):
             return self.hooks["out="](func, out, func(*args, **named))
-        hook = self.hooks.get(name)
+        hook = self.hooks.get(method) or self.hooks.get(name)
         if hook is not None:
             result = hook(func, *args, **named)
             if result is not NotImplemented:

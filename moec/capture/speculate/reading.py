@@ -146,8 +146,8 @@ def reading_hooks(trace: Trace) -> Hooks:
         "tolist": tolist,
         "numpy": numpy,
         "item": item,
-        "int": item,
-        "bool": truth,
+        "__int__": item,  # not x.int() and x.bool(), which cast
+        "__bool__": truth,
         "is_nonzero": truth,
         "tensor": tensor,
         "ceil": rounded(math.ceil),

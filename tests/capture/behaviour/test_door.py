@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import moec
+from moec.capture.behaviour.failure import Failure
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import loops
@@ -86,6 +90,24 @@ def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
     assert "the model, a ExpertChoice (loops.py:" in text
     assert "is not recognised by its behaviour: a token's weights depend on the logits of" in text
     assert "describe it: moec.describe(ExpertChoice, router=..., experts=..., top_k=...)" in text
+
+
+def test_a_failure_is_at_the_last_line_of_the_user() -> None:
+    """Not at one of the standard library's, such as a context manager that an error leaves by."""
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        yield
+
+    def fail() -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inside())
+            raise ValueError("no")  # here
+
+    with pytest.raises(ValueError, match="no") as raised:
+        inside()(fail)()
+    failure = Failure.of(raised.value, nn.Identity())
+    assert 'raise ValueError("no")  # here' in str(failure.line)
 
 
 def test_the_report_says_how_and_on_what_it_was_proved() -> None:

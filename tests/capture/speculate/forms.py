@@ -285,6 +285,20 @@ def a_batch_norm(layer: Layer, x: Tensor) -> Tensor:
     return layer.dense(layer.norm(x.reshape(-1, D))).view_as(x)
 
 
+def masks_that_are_cast(layer: Layer, x: Tensor) -> Tensor:
+    """x.bool() and x.int() cast tensors where bool(x) and int(x) read numbers."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    chosen = F.one_hot(ids, E).int().bool()
+    out = torch.zeros_like(flat)
+    for i, expert in enumerate(layer.experts):
+        mask = chosen[:, :, i].any(-1)
+        if mask.any():
+            share = (weights * chosen[:, :, i]).sum(-1)
+            out[mask] += expert(flat[mask]) * share[mask, None]
+    return out.view_as(x)
+
+
 def a_number_by_a_mask(layer: Layer, x: Tensor) -> Tensor:
     y = layer.dense(x.reshape(-1, D)).relu()
     y[y == 0] = 1e-9
@@ -320,5 +334,6 @@ FORMS: dict[str, Form] = {
         noise_scaled_from_the_left,
         a_batch_norm,
         a_number_by_a_mask,
+        masks_that_are_cast,
     )
 }
