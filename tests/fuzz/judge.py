@@ -121,7 +121,7 @@ def _answers(module: nn.Module, layer: Layer) -> Iterator[tuple[str, torch.Tenso
 
 
 def _interpreted(compiled: CompiledModel) -> Callable[[torch.Tensor], Any]:
-    program, structure = compiled.steps[-1].program, compiled.captured.structure
+    program, structure = compiled.pass_results[-1].program, compiled.captured.structure
 
     def run(x: torch.Tensor) -> Any:
         results = evaluate(program.graph, [x], program.weights)

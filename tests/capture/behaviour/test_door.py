@@ -159,7 +159,7 @@ def test_an_output_keeps_the_dtype_that_the_module_gives_it(dtype: torch.dtype) 
     module = WithLoss().eval().to(dtype)
     x = torch.randn(2, 12, WIDTH, dtype=dtype)
     compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(WithLoss)])
-    program = compiled.steps[-1].program
+    program = compiled.pass_results[-1].program
     with torch.no_grad():
         expected = module(x)
     for result, tensor in zip(evaluate(program.graph, [x], program.weights), expected, strict=True):
