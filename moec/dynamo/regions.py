@@ -25,7 +25,8 @@ from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
 from moec.ir.float_sizes import is_float
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
-from moec.passes.recognise.region import VIEWS, Scope, unlike
+from moec.ir.traits import VIEWS
+from moec.passes.recognise.region import Scope, unlike
 from moec.report.data import WHOLE
 
 

@@ -18,7 +18,8 @@ Reference = Callable[[Op, Sequence[torch.Tensor], Mapping[str, Any], Runner], An
 
 @dataclass(frozen=True)
 class OpDef:
-    """A whole op: its type rule, its meaning as eager PyTorch, and the names of its inputs.
+    """A whole op: its type rule, its meaning as eager PyTorch, the names of its inputs, and
+    whether it treats every token (row) alone.
 
     `infer(op)` gives the types of the outputs from inputs, attrs and body, and raises IRError
     where they break the op's rules. `reference(op, tensors, attrs, run)` computes them; `attrs`
@@ -28,19 +29,25 @@ class OpDef:
     infer: Callable[[Op], tuple[TensorType, ...]]
     reference: Reference
     signature: Signature
+    tokenwise: bool = False
 
 
 OPS: dict[str, OpDef] = {}
 
 
 def defop(
-    name: str, infer: Callable[[Op], tuple[TensorType, ...]], inputs: str
+    name: str,
+    infer: Callable[[Op], tuple[TensorType, ...]],
+    inputs: str,
+    *,
+    tokenwise: bool = False,
 ) -> Callable[..., Reference]:
     """Registers the decorated function as the meaning of an op; `inputs` names its inputs
-    (moec.ir.signature)."""
+    (moec.ir.signature), `tokenwise` says that a token's results do not depend on other tokens
+    (but for the order of sorted rows)."""
 
     def register(reference: Reference) -> Reference:
-        OPS[name] = OpDef(infer, reference, signature(inputs))
+        OPS[name] = OpDef(infer, reference, signature(inputs), tokenwise)
         return reference
 
     return register

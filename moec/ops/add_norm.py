@@ -28,7 +28,7 @@ def _infer_add_norm(op: Op) -> tuple[TensorType, ...]:
     return (x.type, x.type)
 
 
-@defop("nn.add_norm", _infer_add_norm, "x, residual, weight?, bias?")
+@defop("nn.add_norm", _infer_add_norm, "x, residual, weight?, bias?", tokenwise=True)
 def add_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[.., D], residual[.., D], weight[D]?, bias[D]? -> total[.., D], y[.., D].
 

@@ -88,7 +88,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, first.shape[1])
 
 
-@defop("grouped.compressed", _infer, INPUTS)
+@defop("grouped.compressed", _infer, INPUTS, tokenwise=True)
 def grouped_compressed(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -29,7 +29,7 @@ def _infer_sort(op: Op) -> tuple[TensorType, ...]:
     )
 
 
-@defop("moe.sort", _infer_sort, "experts")
+@defop("moe.sort", _infer_sort, "experts", tokenwise=True)
 def sort(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k] -> order[R], slots[T, k] (the row of each choice), ends[E]."""
     return sort_choices(tensors[0], attrs["num_experts"])
@@ -47,7 +47,7 @@ def _infer_dispatch(op: Op) -> tuple[TensorType, ...]:
     )
 
 
-@defop("moe.dispatch", _infer_dispatch, "x, experts, weights?")
+@defop("moe.dispatch", _infer_dispatch, "x, experts, weights?", tokenwise=True)
 def dispatch(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], experts[T, k], weights[T, k]? -> rows[R, D], order[R], ends[E].
 
@@ -76,7 +76,7 @@ def _infer_experts(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(result.dtype, (rows.shape[0], *result.shape[1:])),)
 
 
-@defop("moe.experts", _infer_experts, "rows, ends, stacks*")
+@defop("moe.experts", _infer_experts, "rows, ends, stacks*", tokenwise=True)
 def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """rows[R, D], ends[E], stacked params -> rows: the body over each expert's rows."""
     rows, ends, *stacks = tensors
@@ -105,7 +105,7 @@ def _infer_combine(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(dtype, (tokens, rows.shape[1])),)
 
 
-@defop("moe.combine", _infer_combine, "rows, order, weights?weighted, addend?added")
+@defop("moe.combine", _infer_combine, "rows, order, weights?weighted, addend?added", tokenwise=True)
 def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """rows[R, D], order[R] or slots[T, k], weights[T, k]?, addend[T, D]? -> y[T, D].
 

@@ -35,7 +35,7 @@ def _infer_route(op: Op) -> tuple[TensorType, ...]:
     return _route_types(op, *logits.shape)
 
 
-@defop("moe.route", _infer_route, "logits, correction?")
+@defop("moe.route", _infer_route, "logits, correction?", tokenwise=True)
 def route(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """logits[T, E], correction[E]? -> weights[T, k], experts[T, k]; attributes: `Routing`."""
     return route_logits(Routing.of(op), tensors[0], tensors[1] if len(tensors) > 1 else None)
@@ -47,7 +47,7 @@ def _infer_gate(op: Op) -> tuple[TensorType, ...]:
     return _route_types(op, x.shape[0], weight.shape[0])
 
 
-@defop("moe.gate", _infer_gate, "x, weight, bias?biased, correction?corrected")
+@defop("moe.gate", _infer_gate, "x, weight, bias?biased, correction?corrected", tokenwise=True)
 def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], weight[E, D], bias[E]?, correction[E]? -> weights[T, k], experts[T, k].
 

@@ -80,7 +80,7 @@ def _infer_grouped_linear(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, parts.matrices[0].shape[1])
 
 
-@defop("grouped.linear", _infer_grouped_linear, INPUTS)
+@defop("grouped.linear", _infer_grouped_linear, INPUTS, tokenwise=True)
 def grouped_linear(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -18,7 +18,7 @@ def _infer_rms_norm(op: Op) -> tuple[TensorType, ...]:
     return (x.type,)
 
 
-@defop("nn.rms_norm", _infer_rms_norm, "x, weight?")
+@defop("nn.rms_norm", _infer_rms_norm, "x, weight?", tokenwise=True)
 def rms_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[.., D], weight[D]? -> x / sqrt(mean(x^2) + epsilon) * weight, in float32, then cast.
 

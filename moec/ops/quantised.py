@@ -90,7 +90,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return rows_of(op, parts, first.codes.shape[1])
 
 
-@defop("grouped.quantised", _infer, INPUTS)
+@defop("grouped.quantised", _infer, INPUTS, tokenwise=True)
 def grouped_quantised(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -40,7 +40,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, (*x.shape[:-1], codes.shape[0])),)
 
 
-@defop("nn.quantised_linear", _infer, "x, codes, scales, zeros?zeros, bias?biased")
+@defop("nn.quantised_linear", _infer, "x, codes, scales, zeros?zeros, bias?biased", tokenwise=True)
 def quantised_linear(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -36,7 +36,7 @@ def require_turnable(op: Op, x: Value, cos: Value, sin: Value) -> None:
     require(op, cos.shape[-1] == sin.shape[-1], f"{cos} and {sin}")
 
 
-@defop("nn.rotary", _infer_rotary, "x, cos, sin")
+@defop("nn.rotary", _infer_rotary, "x, cos, sin", tokenwise=True)
 def rotary(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[.., D], cos, sin [.., D or D/2] -> each pair (a, b) of x turned by its angle.
 

@@ -60,7 +60,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
     return (TensorType(dtype, x.shape),)
 
 
-@defop("moe.zero_experts", _infer, INPUTS)
+@defop("moe.zero_experts", _infer, INPUTS, tokenwise=True)
 def zero_experts(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 
+from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.formats.compressed import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
 from moec.interpret.evaluate import run_graph
@@ -45,7 +46,7 @@ REACHES = (1.0, 0.9, 0.8, 0.7)
 """Shares of the grid that rows of two bits are tried with: they all take the same bits."""
 MOST_ROWS = 4
 """The most rows of an expert that are used, as a multiple of the mean."""
-WIDE = ("f32", "bf16", "f16")
+WIDE = VECTOR_DTYPES
 
 Stacks = dict[Value, torch.Tensor]
 Weights = Sequence[Sequence[torch.Tensor]]

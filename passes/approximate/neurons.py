@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Value
-from moec.ir.traits import is_pointwise
-
-_SAME = ("aten.alias.default", "aten.clone.default")
+from moec.ir.traits import IDENTITIES, is_pointwise
 
 
 def neuron_axes(body: Graph) -> Mapping[Value, int]:
@@ -34,7 +32,7 @@ def neuron_axes(body: Graph) -> Mapping[Value, int]:
         elif op.name == "aten.linear.default" and op.inputs[0] in hidden:
             axes[op.inputs[1]] = 1
             outer.add(output)
-        elif (is_pointwise(op) or op.name in _SAME) and rows:
+        elif (is_pointwise(op) or op.name in IDENTITIES) and rows:
             reads_hidden = {v in hidden for v in rows}
             if len(reads_hidden) > 1:
                 raise NoMatch(f"an expert's body adds {output.name} to what enters it")

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.cache import Append
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.simplify.fold_permutes import other_reader, swaps
-
-_DTYPES = ("f32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def fuse_append(op: Op, b: Builder) -> Sequence[Value] | None:
     if set(rotary.attrs.values()) - {"halves"}:
         raise NoMatch(f"the pairs of {x.name} are neighbours, and appending turns halves")
     for value in rotary.inputs:
-        if value.dtype not in _DTYPES:
+        if value.dtype not in VECTOR_DTYPES:
             raise NoMatch(f"{value.name} is {value.dtype}, which no kernel turns while it appends")
     permute = b.producers.get(x)
     if permute is None or not swaps(permute):

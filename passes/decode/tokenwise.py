@@ -9,55 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from moec.errors import NoMatch
+from moec.ir import traits
 from moec.ir.dims import symbols
 from moec.ir.graph import Op, Value
-from moec.ir.traits import POINTWISE
+from moec.ir.traits import PRODUCTS
+from moec.ops import OPS
 
-_ELEMENTWISE = POINTWISE | frozenset(
-    f"aten.{name}"
-    for name in (
-        "where.self where.ScalarOther where.ScalarSelf where.Scalar masked_fill.Scalar "
-        "masked_fill.Tensor clone.default alias.default expand.default full_like.default "
-        "zeros_like.default ones_like.default bitwise_and.Tensor bitwise_or.Tensor "
-        "bitwise_not.default logical_and.default logical_or.default logical_not.default "
-        "floor_divide.Scalar floor_divide.default remainder.Scalar pow.Scalar floor.default "
-        "ceil.default round.default trunc.default log1p.default expm1.default exp2.default "
-        "log2.default sign.default isnan.default isinf.default square.default "
-        "scalar_tensor.default lerp.Scalar addcmul.default fmod.Scalar "
-        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar "
-        "eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor "
-        "minimum.default maximum.default div.Tensor_mode copy.default"
-    ).split()
+_SPREADS = frozenset(
+    f"aten.{name}.default"
+    for name in ("expand", "full_like", "ones_like", "scalar_tensor", "zeros_like")
 )
+"""Ops that broadcast an element of their input, or only read its shape."""
 _CREATES = frozenset(
     f"aten.{name}"
     for name in ("full.default", "zeros.default", "ones.default", "empty.memory_format")
 )
 _MOVES = frozenset({"aten.reshape.default", "aten.view.default", "aten.permute.default"})
-_ROWS = frozenset(
-    {
-        "nn.rms_norm",
-        "nn.add_norm",
-        "nn.quantised_linear",
-        "nn.rotary",
-        "moe.gate",
-        "moe.route",
-        "moe.sort",
-        "moe.dispatch",
-        "moe.experts",
-        "moe.combine",
-        "moe.scale",
-        "moe.zero_experts",
-        "grouped.linear",
-        "grouped.quantised",
-        "grouped.compressed",
-        "grouped.rows",
-        "aten.embedding.default",
-    }
-)
-_PRODUCTS = frozenset(
-    f"aten.{name}.default" for name in ("linear", "mm", "bmm", "matmul", "addmm", "baddbmm")
-)
+_LOOKUP = "aten.embedding.default"
 _ALONG = frozenset(
     f"aten.{name}"
     for name in (
@@ -83,14 +51,18 @@ def has_tokens(value: Value, sequence: str) -> bool:
 
 
 def is_elementwise(op: Op) -> bool:
-    return op.name in _ELEMENTWISE and len(op.outputs) == 1
+    """Whether an element of the result depends on the same token's elements alone."""
+    return (op.name in _SPREADS or traits.is_elementwise(op.name)) and len(op.outputs) == 1
 
 
 def require_tokenwise(op: Op, sequence: str) -> None:
     """Raises NoMatch, naming the op, where it may mix tokens or its habits are not known."""
     if not any(has_tokens(value, sequence) for value in (*op.inputs, *op.outputs)):
         return
-    if op.name in _ROWS or op.name in _CREATES or is_elementwise(op):
+    definition = OPS.get(op.name)
+    if definition is not None and definition.tokenwise:
+        return
+    if op.name == _LOOKUP or op.name in _CREATES or is_elementwise(op):
         return
     for names, holds in _RULES:
         if op.name in names:
@@ -118,8 +90,8 @@ def _token_axes(value: Value, sequence: str) -> list[int]:
 
 def _product(op: Op, sequence: str) -> bool:
     """Of two matrices one holds no tokens, and the other none along the axis that is summed."""
-    added = op.name in ("aten.addmm.default", "aten.baddbmm.default")
-    left, right = op.inputs[1:3] if added else op.inputs[:2]
+    first = PRODUCTS[op.name]
+    left, right = op.inputs[first : first + 2]
     summed = ((left, -1), (right, -1 if op.name == "aten.linear.default" else -2))
     held = [(value, axis) for value, axis in summed if has_tokens(value, sequence)]
     others = [value for value in op.inputs if value not in (left, right)]
@@ -192,7 +164,7 @@ _FIRST = (
 
 _RULES: tuple[tuple[frozenset[str], Callable[[Op, str], bool]], ...] = (
     (_MOVES, _moves),
-    (_PRODUCTS, _product),
+    (frozenset(PRODUCTS), _product),
     (_ALONG, _along),
     (frozenset({"aten.layer_norm.default", "aten.native_layer_norm.default"}), _layer_norm),
     (frozenset({"aten.repeat.default"}), _repeat),

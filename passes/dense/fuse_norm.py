@@ -21,12 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moec.dtypes import HALVES
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-
-_HALVES = ("f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _weighted(op: Op, weight: Value, norm: Op, b: Builder) -> Sequence[Value] | 
     x = norm.inputs[0]
     if weight.shape != x.shape[-1:] or op.outputs[0].type != x.type:
         return None
-    rounded = x.dtype in _HALVES
+    rounded = x.dtype in HALVES
     attrs = dict(norm.attrs) | ({"round_first": True} if rounded else {})
     return b.emit("nn.rms_norm", [x, weight], like=op, attrs=attrs)
 
@@ -127,7 +126,7 @@ def _uncast(value: Value, b: Builder) -> Value | None:
     cast = b.producers.get(value)
     if cast is None or cast.name != "aten._to_copy.default":
         return None
-    exact = cast.attrs.get("dtype") == DType("f32") and cast.inputs[0].dtype in _HALVES
+    exact = cast.attrs.get("dtype") == DType("f32") and cast.inputs[0].dtype in HALVES
     return cast.inputs[0] if exact else None
 
 

@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.ir.aten import arguments
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-
-_DTYPES = ("f32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _norm(op: Op, graph: Graph) -> _Norm:
     """The norm's weights and attributes. Raises NoMatch where it has no kernel, or cannot be
     computed where the sum is."""
     x, *weights = op.inputs
-    if x.dtype not in _DTYPES or not isinstance(x.shape[-1], int):
+    if x.dtype not in VECTOR_DTYPES or not isinstance(x.shape[-1], int):
         raise NoMatch(f"norms of {x.type} have no kernel that adds")
     for weight in weights:
         if weight not in graph.params:

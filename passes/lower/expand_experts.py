@@ -21,7 +21,7 @@ import sympy
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, normal, symbol, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
-from moec.ir.traits import is_pointwise
+from moec.ir.traits import IDENTITIES, is_pointwise
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -39,7 +39,6 @@ _ROWWISE = frozenset(
         "aten.where.self",
     }
 )
-_IDENTITIES = ("aten.alias.default", "aten.clone.default")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class _Expansion:
 
     def outputs(self) -> tuple[Value, ...]:
         for inner in self.body.ops:
-            if inner.name in _IDENTITIES:
+            if inner.name in IDENTITIES:
                 (source,), (output,) = inner.inputs, inner.outputs
                 values = self.rows if source in self.rows else self.stacks
                 values[output] = values[source]

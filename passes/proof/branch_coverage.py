@@ -13,18 +13,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
-
-CHOICES = frozenset(
-    {
-        "aten.topk.default",
-        "aten.argmax.default",
-        "aten.max.dim",
-        "aten.sort.default",
-        "aten.sort.stable",
-    }
-)
-"""Ops that choose the best of some scores."""
-
+from moec.ir.traits import CHOICES, THROUGH
 
 _BOUNDING = frozenset(
     f"aten.{name}"
@@ -38,15 +27,6 @@ _GUARD = 1e-4
 """A lower clamp up to this only guards a sum against zero, and needs no case where it binds."""
 _LIMITS = ("other", "min", "max", "min_val", "max_val")
 _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
-_SAME = frozenset(
-    {
-        "aten._to_copy.default",
-        "aten.clone.default",
-        "aten.expand.default",
-        "aten.permute.default",
-        "aten.reshape.default",
-    }
-)
 
 
 def decisions(graph: Graph) -> Iterator[Op]:
@@ -73,7 +53,7 @@ def _is_guard(op: Op) -> bool:
 
 def _is_mask(graph: Graph, value: Value) -> bool:
     maker = graph.producers.get(value)
-    while maker is not None and maker.name in _SAME and value.dtype in FLOATS:
+    while maker is not None and maker.name in THROUGH and value.dtype in FLOATS:
         value = maker.inputs[0]
         maker = graph.producers.get(value)
     return value.dtype not in FLOATS or (maker is not None and maker.name in _MASKS)

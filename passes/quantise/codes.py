@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import torch
 
+from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
 from moec.formats.integer import MOST_SUMMED, Format, Quantised, quantise
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass
 
-WIDE = ("f32", "bf16", "f16")
+WIDE = VECTOR_DTYPES
 
 
 def attributes(format: Format) -> dict[str, Attr]:

@@ -17,6 +17,7 @@ from typing import ClassVar
 from moec.errors import NoMatch
 from moec.formats.integer import Format
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.traits import PRODUCTS
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, Quantising, attributes
 
@@ -88,9 +89,6 @@ def _linears_behind(
         visited.add(value)
         if op.name == LINEAR:
             linears.add(op)
-        elif op.name.startswith("aten.") and op.name not in _PRODUCTS and through(op):
+        elif op.name.startswith("aten.") and op.name not in PRODUCTS and through(op):
             waiting += op.inputs
     return linears
-
-
-_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.matmul.default")

@@ -17,12 +17,13 @@ from functools import partial
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.traits import CASTS, VIEWS
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import ExpertLayout, divide
 from moec.passes.recognise.opnames import PICKS, PRODUCTS
 from moec.passes.recognise.parallel_branches import Fan, fan
-from moec.passes.recognise.region import CASTS, VIEWS, Scope
+from moec.passes.recognise.region import Scope
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 

@@ -9,13 +9,12 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
-from moec.passes.proof.branch_coverage import CHOICES
+from moec.ir.traits import CASTS, CHOICES
 from moec.passes.proof.input_generators import Feed, Ids, OneHot
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import (
-    CASTS,
     RegionEmitter,
     Scope,
     choices,

@@ -25,14 +25,14 @@ from itertools import permutations
 from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Op, Value
-from moec.passes.proof.branch_coverage import CHOICES
+from moec.ir.traits import CHOICES, VIEWS
 from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import chosen_among
 from moec.passes.recognise.opnames import ADDS, SPREAD
 from moec.passes.recognise.parallel_branches import Fan
-from moec.passes.recognise.region import VIEWS, Scope, choices, chooses
+from moec.passes.recognise.region import Scope, choices, chooses
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.unrolled_experts import (

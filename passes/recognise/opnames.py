@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from moec.passes.recognise.region import VIEWS
+from moec.ir import traits
+from moec.ir.traits import VIEWS
 
-PRODUCTS = {
-    "aten.bmm.default",
-    "aten.mm.default",
-    "aten.matmul.default",
-    "aten.linear.default",
-    "aten.addmm.default",
-    "aten.baddbmm.default",
-    "aten._grouped_mm.default",
-    "transformers.grouped_mm_fallback.default",
-}
 ADDS = {"aten.index_put.default", "aten.index_add.default", "aten.scatter_add.default"}
 GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+PRODUCTS = {*traits.PRODUCTS, *GROUPED}
 MULTIPLY = {"aten.mul.Tensor", "aten.div.Tensor"}
 SPREAD = {
     "aten.expand.default",

@@ -10,48 +10,18 @@ import sympy
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.aten import overload
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
+from moec.ir.traits import CASTS, CHOICES, LIKES, VIEWS, is_elementwise
 from moec.passes.core.rewrite import Builder
-from moec.passes.proof.branch_coverage import CHOICES
-
-VIEWS = frozenset(
-    {
-        "aten.reshape.default",
-        "aten.view.default",
-        "aten._unsafe_view.default",
-        "aten.squeeze.dims",
-        "aten.squeeze.dim",
-        "aten.squeeze.default",
-        "aten.unsqueeze.default",
-        "aten.clone.default",
-        "aten.alias.default",
-        "aten.detach.default",
-    }
-)
-"""Ops that keep the elements and their row-major order."""
-
-CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
-THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
-"""Ops whose output holds the elements of their input, repeated, permuted or in another dtype."""
-
-
-SHAPED = {
-    "aten.full_like.default": None,
-    "aten.zeros_like.default": 0,
-    "aten.ones_like.default": 1,
-    "aten.empty_like.default": 0,
-}
-"""Ops that read only the shape of their input; what they fill it with (None: `fill_value`)."""
 
 
 def unlike(op: Op) -> Op:
     """The op without its input where it reads nothing but the shape."""
-    if op.name not in SHAPED:
+    if op.name not in LIKES:
         return op
     (output,) = op.outputs
-    fill = SHAPED[op.name] if SHAPED[op.name] is not None else op.attrs["fill_value"]
+    fill = LIKES[op.name] if LIKES[op.name] is not None else op.attrs["fill_value"]
     attrs: dict[str, Attr] = {
         "size": output.shape,
         "fill_value": fill,
@@ -131,7 +101,7 @@ class Scope:
             op = self.maker(value)
             if op is not None and op not in ops:
                 ops.add(op)
-                stack.extend(() if op.name in SHAPED else op.inputs)
+                stack.extend(() if op.name in LIKES else op.inputs)
                 if self.sizes:
                     stack.extend(v for n in names_in(op) for v in self.sizes.get(n, ()))
         return tuple(sorted(ops, key=self.position.__getitem__))
@@ -141,7 +111,7 @@ class Scope:
         produced = {value for op in ops for value in op.outputs} - set(stops)
         visited = set(stops)
         for op in ops:
-            for value in () if op.name in SHAPED else op.inputs:
+            for value in () if op.name in LIKES else op.inputs:
                 if value not in produced and value not in visited:
                     visited.add(value)
                     yield value
@@ -284,7 +254,7 @@ ROUTING = frozenset(
 def is_routing(op: Op) -> bool:
     if op.name in ROUTING:
         return True
-    return op.name.startswith("aten.") and torch.Tag.pointwise in overload(op.name).tags
+    return is_elementwise(op.name)
 
 
 def routing_behind(

@@ -8,12 +8,12 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Feed, Logits, Positive
 from moec.passes.recognise.block import Capacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
 from moec.passes.recognise.region import (
-    THROUGH,
     Scope,
     is_routing,
 )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from moec.ir.dims import product
 from moec.ir.graph import Op
+from moec.ir.traits import CASTS
 from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS, REARRANGE, SPREAD
-from moec.passes.recognise.region import CASTS, chooses
+from moec.passes.recognise.region import chooses
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader

@@ -8,12 +8,12 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, TensorType, Value
+from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
 from moec.passes.recognise.region import (
-    THROUGH,
     RegionEmitter,
     Scope,
     is_routing,

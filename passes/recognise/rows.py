@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from moec.errors import NoMatch
-from moec.ir.aten import overload
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.traits import CASTS, is_elementwise
 from moec.passes.recognise import elementwise, gathers, products, repeat_tokens
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body import ROWS
@@ -31,7 +29,7 @@ from moec.passes.recognise.layout import (
     size_of,
 )
 from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, ZEROS
-from moec.passes.recognise.region import CASTS, Scope
+from moec.passes.recognise.region import Scope
 
 if TYPE_CHECKING:
     from moec.passes.recognise.parallel_branches import Fan
@@ -198,9 +196,7 @@ class Reader:
             return gathers.part(self, op, first)
         if name in ACROSS:
             return [None if first is None else elementwise.across(self, op, first)]
-        if name in CASTS or (
-            name.startswith("aten.") and torch.Tag.pointwise in overload(name).tags
-        ):
+        if name in CASTS or is_elementwise(name):
             return [elementwise.pointwise(self, op)]
         layouts = [self.read(v) for v in op.inputs]
         if any(layout is not None and not layout.param for layout in layouts):

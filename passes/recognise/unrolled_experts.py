@@ -16,11 +16,12 @@ from moec.ir.canonical import without_origins
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Ref, Value
 from moec.ir.text import print_graph
+from moec.ir.traits import VIEWS
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter
 from moec.passes.recognise.layout import ExpertLayout
 from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS
-from moec.passes.recognise.region import VIEWS, RegionEmitter, Scope, names_in
+from moec.passes.recognise.region import RegionEmitter, Scope, names_in
 from moec.passes.recognise.rows import Reader
 
 _LIMIT = 300

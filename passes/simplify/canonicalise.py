@@ -18,17 +18,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.simplify import mask_rows
 
-_IDENTITIES = (
-    "aten.clone.default",
-    "aten.detach.default",
-    "aten.detach_.default",
-    "aten.lift_fresh_copy.default",
-    "aten.contiguous.default",
-)
 Simplify = Callable[[Op, Builder], Sequence[Value] | None]
 
 
@@ -48,7 +42,7 @@ def canonicalise(op: Op, b: Builder) -> Sequence[Value] | None:
     rule = _RULES.get(op.name)
     if rule is not None:
         return rule(op, b)
-    return op.inputs[:1] if op.name in _IDENTITIES else None
+    return op.inputs[:1] if op.name in IDENTITIES else None
 
 
 def _same_type(op: Op, b: Builder) -> Sequence[Value] | None:

@@ -18,10 +18,9 @@ import torch
 from moec.interpret.evaluate import run_op
 from moec.ir.dims import symbols
 from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.traits import is_reproducible
 from moec.passes.core.rewrite import mentioned, rebuild
 from moec.passes.core.runner import Log, Pass
-
-_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
 
 
 @dataclass(frozen=True)
@@ -78,5 +77,5 @@ def _foldable(op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
         and not mentioned(op)
         and op.name.startswith("aten.")
         and op.name != "aten.alias.default"
-        and not any(word in op.name for word in _RANDOM)
+        and is_reproducible(op.name)
     )

@@ -11,10 +11,9 @@ from typing import ClassVar
 
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.text import print_graph, show_attr
+from moec.ir.traits import is_reproducible
 from moec.passes.core.rewrite import rebuild
 from moec.passes.core.runner import Log, Pass
-
-_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,4 @@ def _key(op: Op) -> tuple[object, ...]:
 
 
 def _shareable(op: Op) -> bool:
-    return op.name not in ("aten.alias.default", "moec.size") and not any(
-        word in op.name for word in _RANDOM
-    )
+    return op.name not in ("aten.alias.default", "moec.size") and is_reproducible(op.name)

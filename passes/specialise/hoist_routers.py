@@ -20,11 +20,12 @@ from typing import ClassVar
 from moec.errors import NoMatch
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.traits import PRODUCTS
 from moec.passes.core.moe_layer import name_of
 from moec.passes.core.rewrite import drop_dead, mentioned
 from moec.passes.core.runner import Log, Pass
 
-_HIDDEN = ("linear", "mm", "bmm", "addmm", "matmul", "convolution", "layer_norm")
+_HIDDEN = frozenset({*PRODUCTS, "aten.convolution.default", "aten.layer_norm.default"})
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _hoistable(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[Op
 
 
 def _is_hidden(op: Op) -> bool:
-    return op.name.startswith("nn.") or op.name.split(".")[1] in _HIDDEN
+    return op.name.startswith("nn.") or op.name in _HIDDEN
 
 
 def _cone(graph: Graph, value: Value, stop: Set[Value] = frozenset()) -> set[Op]:

@@ -21,22 +21,16 @@ from moec.errors import NoMatch, UsageError
 from moec.interpret.evaluate import run_op
 from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Attr, Op, Program, Value
-from moec.ir.traits import is_pointwise
+from moec.ir.traits import PRODUCTS, is_elementwise
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import mentioned
 
-_EACH = frozenset(  # element by element, as moec.ir.traits but more kinds
-    "alias bitwise_and bitwise_not bitwise_or ceil clone eq floor floor_divide fmod ge gt isnan le "
-    "logical_and logical_not logical_or lt masked_fill maximum minimum ne pow remainder round sign "
-    "trunc where".split()
-)
 _AXES = {  # kinds that read several positions of an axis, with the axis if `dim` is absent
     **dict.fromkeys("slice cat split_with_sizes select index_select gather".split(), 0),
     **dict.fromkeys("softmax log_softmax topk sort layer_norm rms_norm".split(), -1),
     **dict.fromkeys("cumsum argmax argmin amax amin sum mean max min any all".split(), None),
     "linalg_vector_norm": None,
 }
-_PRODUCTS = {"linear": 0, "mm": 0, "bmm": 0, "addmm": 1, "matmul": 0}
 _MADE = frozenset("full zeros ones scalar_tensor new_zeros new_ones full_like".split())
 _MOVES = frozenset("reshape expand permute embedding index stack".split())
 _SHAPES = ("size", "shape")
@@ -111,10 +105,10 @@ def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, i
     named = {n for name, attr in op.attrs.items() if name not in _SHAPES for n in _names(attr)}
     if not named <= set(sizes):
         return False
-    if is_pointwise(op) or kind in _EACH or op.name in ("moe.route", "moec.size"):
+    if is_elementwise(op.name) or op.name in ("moe.route", "moec.size"):
         return True
-    if kind in _PRODUCTS:
-        return not symbols(op.inputs[_PRODUCTS[kind]].shape[-1])
+    if op.name in PRODUCTS:
+        return not symbols(op.inputs[PRODUCTS[op.name]].shape[-1])
     if kind in _AXES:
         operands = op.inputs[:1] if kind == "index_select" else op.inputs
         return not any(symbols(v.shape[axis]) for v in operands for axis in _axes(op, v))

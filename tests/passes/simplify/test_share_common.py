@@ -1,5 +1,7 @@
 """Equal values are computed once."""
 
+import pytest
+
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
@@ -64,10 +66,11 @@ def test_names_of_outputs_stay():
     assert "return a, b" in text
 
 
-def test_random_numbers_are_not_shared():
+@pytest.mark.parametrize("name", ["rand_like", "exponential", "uniform", "empty_like"])
+def test_random_numbers_are_not_shared(name):
     text = shared(
-        """a: f32[T, 4] = aten.rand_like.default(x)
-        b: f32[T, 4] = aten.rand_like.default(x)
+        f"""a: f32[T, 4] = aten.{name}.default(x)
+        b: f32[T, 4] = aten.{name}.default(x)
         return a, b"""
     )
-    assert text.count("rand_like") == 2
+    assert text.count(name) == 2
