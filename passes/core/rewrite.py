@@ -15,8 +15,8 @@ from dataclasses import replace
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import symbols
-from moec.ir.graph import Attr, Graph, Op, State, TensorType, Value
+from moec.ir.dims import Dim, symbols
+from moec.ir.graph import Attr, DType, Graph, Op, State, TensorType, Value
 from moec.ops import OPS
 from moec.passes.core.runner import Log
 
@@ -81,6 +81,39 @@ class Builder:
         names = [stem] * len(types) if isinstance(stem, str) else stem
         outputs = tuple(Value(self.fresh(n), t) for n, t in zip(names, types, strict=True))
         return self.append(replace(draft, outputs=outputs))
+
+    def reshape(
+        self, x: Value, shape: Sequence[Dim], *, like: Op, named: str | None = None
+    ) -> Value:
+        """x with another shape; x itself where it has that shape."""
+        target = TensorType(x.dtype, tuple(shape))
+        if target == x.type:
+            return x
+        attrs = {"shape": target.shape}
+        return self.emit(
+            "aten.reshape.default", [x], [target], like=like, attrs=attrs, named=named
+        )[0]
+
+    def permute(
+        self, x: Value, dims: Sequence[int], *, like: Op, named: str | None = None
+    ) -> Value:
+        """x with its axes in the order `dims`; x itself where that is theirs."""
+        if list(dims) == list(range(len(x.shape))):
+            return x
+        target = TensorType(x.dtype, tuple(x.shape[dim] for dim in dims))
+        attrs = {"dims": tuple(dims)}
+        return self.emit(
+            "aten.permute.default", [x], [target], like=like, attrs=attrs, named=named
+        )[0]
+
+    def cast(self, x: Value, dtype: str, *, like: Op, named: str | None = None) -> Value:
+        """x cast to a dtype; x itself where it has that dtype."""
+        if x.dtype == dtype:
+            return x
+        target, attrs = TensorType(dtype, x.shape), {"dtype": DType(dtype)}
+        return self.emit(
+            "aten._to_copy.default", [x], [target], like=like, attrs=attrs, named=named
+        )[0]
 
 
 def rewrite(graph: Graph, rule: Rule, log: Log) -> Graph:

@@ -38,9 +38,7 @@ class Emitter:
         return output
 
     def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
-        if x.shape == shape:
-            return x
-        return self.op("reshape.default", [x], x.dtype, shape, {"shape": shape})
+        return self.builder.reshape(x, shape, like=self.like, named=x.name)
 
     def permute(self, x: Value, axes: tuple[int, ...]) -> Value:
         """x with its axes in another order; a reshape, which is free, where only axes of one
@@ -49,7 +47,7 @@ class Emitter:
         long = [axis for axis in axes if x.shape[axis] != 1]
         if long == sorted(long):
             return self.reshape(x, shape)
-        return self.op("permute.default", [x], x.dtype, shape, {"dims": axes})
+        return self.builder.permute(x, axes, like=self.like, named=x.name)
 
     def rows(self, x: Value, index: Value) -> Value:
         """The rows of x that index i64[N] names."""

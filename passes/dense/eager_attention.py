@@ -137,11 +137,7 @@ def _per_head(column: Value, op: Op, b: Builder) -> Value:
     heads = op.outputs[0].shape[1]
     if column.shape != (1, heads, 1, 1):
         raise NoMatch(f"the column of sinks is {column.type}, not one logit per head")
-    target = TensorType(column.dtype, (heads,))
-    shape = {"shape": target.shape}
-    return b.emit("aten.reshape.default", [column], [target], like=op, attrs=shape, named="sinks")[
-        0
-    ]
+    return b.reshape(column, (heads,), like=op, named="sinks")
 
 
 def _scores(
@@ -243,8 +239,4 @@ def _turned(value: Value, op: Op, b: Builder) -> Value:
         assert isinstance(dims, tuple)
         source = permute.inputs[0]
         order = tuple(int(dims[axis]) % 4 for axis in order)
-    if order == (0, 1, 2, 3):
-        return source
-    batch, heads, width, keys = value.shape
-    target = TensorType(value.dtype, (batch, heads, keys, width))
-    return b.emit("aten.permute.default", [source], [target], like=op, attrs={"dims": order})[0]
+    return b.permute(source, order, like=op)

@@ -113,13 +113,7 @@ def _joined(parts: Sequence[Value], op: Op, b: Builder) -> Value | None:
     """The `and` of masks, with four axes."""
     total: Value | None = None
     for part in parts:
-        lead = 4 - len(part.shape)
-        if lead:
-            shape = (*(1,) * lead, *part.shape)
-            target = TensorType("bool", shape)
-            (part,) = b.emit(
-                "aten.reshape.default", [part], [target], like=op, attrs={"shape": shape}
-            )
+        part = b.reshape(part, (*(1,) * (4 - len(part.shape)), *part.shape), like=op)
         if total is not None:
             pairs = zip(total.shape, part.shape, strict=True)
             target = TensorType("bool", tuple(y if x == 1 else x for x, y in pairs))

@@ -127,8 +127,7 @@ def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
     if inner is not None and inner.name == "aten.reshape.default":
         if inner.inputs[0].type == target:
             return inner.inputs[0]
-    shape = {"shape": target.shape}
-    return b.emit("aten.reshape.default", [one], [target], like=op, attrs=shape, named=one.name)[0]
+    return b.reshape(one, target.shape, like=op, named=one.name)
 
 
 def _mask(masks: Sequence[Value], op: Op, b: Builder) -> Value | None:
@@ -149,8 +148,7 @@ def _unexpanded(mask: Value, op: Op, b: Builder) -> Value:
     if rank >= 4:
         return mask
     shape: tuple[Dim, ...] = (*(1,) * (4 - rank), *mask.shape)
-    target = TensorType(mask.dtype, shape)
-    return b.emit("aten.reshape.default", [mask], [target], like=op, attrs={"shape": shape})[0]
+    return b.reshape(mask, shape, like=op)
 
 
 def _sum(a: Value, c: Value, op: Op, b: Builder) -> Value:

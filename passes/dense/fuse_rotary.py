@@ -241,9 +241,7 @@ def _reshaped(value: Value, to: TensorType, op: Op, b: Builder) -> Value:
     if source is not None and source.name == "aten.reshape.default":
         if value.type != to:
             value = source.inputs[0]
-    if value.type == to:
-        return value
-    return b.emit("aten.reshape.default", [value], [to], like=op, attrs={"shape": to.shape})[0]
+    return b.reshape(value, to.shape, like=op)
 
 
 _RULES: dict[str, Callable[[Op, Builder], Sequence[Value] | None]] = {

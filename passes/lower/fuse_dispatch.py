@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.dims import normal
-from moec.ir.graph import DType, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.ir.opdef import integer
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
@@ -81,11 +81,9 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
         attrs = {**last.attrs, "dtype": DType("f32")}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
-    slots = sort.outputs[1]
+    # Another shape where each choice is a token of its own: rows are put back, not summed.
     shape = (normal(op.attrs["tokens"]), integer(op, "k"))
-    if slots.shape != shape:  # each choice is a token of its own: rows put back, not summed
-        types = [TensorType(slots.dtype, shape)]
-        (slots,) = b.emit("aten.reshape.default", [slots], types, like=op, attrs={"shape": shape})
+    slots = b.reshape(sort.outputs[1], shape, like=op)
     return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)
 
 

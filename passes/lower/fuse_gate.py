@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from moec.errors import NoMatch
 from moec.ir.dims import product
-from moec.ir.graph import Attr, DType, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
 from moec.ops.routing import Routing
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -101,5 +101,4 @@ def _flat(x: Value, op: Op, b: Builder) -> Value:
         if len(flat.shape) == 2 and flat.shape[-1] == x.shape[-1]:
             return flat
     shape = (product(x.shape[:-1]), x.shape[-1])
-    types = [TensorType(x.dtype, shape)]
-    return b.emit("aten.reshape.default", [x], types, like=op, attrs={"shape": shape})[0]
+    return b.reshape(x, shape, like=op)

@@ -175,26 +175,17 @@ class RegionEmitter:
         )
 
     def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
-        target = TensorType(value.dtype, tuple(shape))
-        if target == value.type:
-            return value
-        return self("aten.reshape.default", [value], [target], attrs={"shape": target.shape})[0]
+        return self.builder.reshape(value, shape, like=self.like)
 
     def rows(self, value: Value) -> Value:
         """[.., D] as [T, D]."""
         return self.reshape(value, (product(value.shape[:-1]), value.shape[-1]))
 
     def cast(self, value: Value, dtype: str) -> Value:
-        if value.dtype == dtype:
-            return value
-        target = TensorType(dtype, value.shape)
-        return self("aten._to_copy.default", [value], [target], attrs={"dtype": DType(dtype)})[0]
+        return self.builder.cast(value, dtype, like=self.like)
 
     def permute(self, value: Value, dims: Sequence[int]) -> Value:
-        if list(dims) == list(range(len(value.shape))):
-            return value
-        target = TensorType(value.dtype, tuple(value.shape[d] for d in dims))
-        return self("aten.permute.default", [value], [target], attrs={"dims": tuple(dims)})[0]
+        return self.builder.permute(value, dims, like=self.like)
 
     def stack(self, values: Sequence[Value], axis: int) -> Value:
         from moec.ir.graph import Ref

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -85,9 +85,7 @@ def _reshape(op: Op, b: Builder) -> Sequence[Value] | None:
         x = source.inputs[0]
         if x.type == op.outputs[0].type:
             return (x,)
-    return b.emit(
-        "aten.reshape.default", [x], [op.outputs[0].type], like=op, attrs={"shape": shape}
-    )
+    return [b.reshape(x, shape, like=op)]
 
 
 def _select(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -110,7 +108,7 @@ def _permute(op: Op, b: Builder) -> Sequence[Value] | None:
         return (x,)
     if x is op.inputs[0] and op.name == "aten.permute.default" and op.attrs["dims"] == order:
         return None
-    return b.emit("aten.permute.default", [x], [op.outputs[0].type], like=op, attrs={"dims": order})
+    return [b.permute(x, order, like=op)]
 
 
 def _order(op: Op, rank: int) -> tuple[int, ...]:
@@ -144,10 +142,7 @@ def _matmul(op: Op, b: Builder) -> Sequence[Value] | None:
     if weight is None:
         if matrix not in b.params:
             return None
-        turned = TensorType(matrix.dtype, matrix.shape[::-1])
-        (weight,) = b.emit(
-            "aten.permute.default", [matrix], [turned], like=op, attrs={"dims": (1, 0)}
-        )
+        weight = b.permute(matrix, (1, 0), like=op)
     return b.emit("aten.linear.default", [x, weight], [op.outputs[0].type], like=op)
 
 

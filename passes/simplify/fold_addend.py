@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.graph import Attr, DType, Op, Program, Stage, TensorType, Value
+from moec.ir.graph import Attr, DType, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -66,11 +66,7 @@ def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Valu
     else:
         return None
     (y,) = combine.outputs
-    flat = other
-    if flat.shape != y.shape:
-        attrs = {"shape": y.shape}
-        types = [TensorType(other.dtype, y.shape)]
-        (flat,) = b.emit("aten.reshape.default", [other], types, like=op, attrs=attrs)
+    flat = b.reshape(other, y.shape, like=op)
     if adds is not combine:
         more: dict[str, Attr] = {"added": True, "dtype": DType("f32")}
         inputs = [*adds.inputs, flat]
@@ -78,10 +74,7 @@ def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Valu
     rest = combine.inputs if adds is combine else combine.inputs[:-1]
     inputs = [*rest, flat]
     (total,) = b.emit("moe.combine", inputs, like=op, attrs={**combine.attrs, "added": True})
-    if total.shape == op.outputs[0].shape:
-        return (total,)
-    attrs = {"shape": op.outputs[0].shape}
-    return b.emit("aten.reshape.default", [total], [op.outputs[0].type], like=op, attrs=attrs)
+    return [b.reshape(total, op.outputs[0].shape, like=op)]
 
 
 def _combine_behind(value: Value, b: Builder) -> Op | None:

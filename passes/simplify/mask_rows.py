@@ -61,6 +61,5 @@ def _rows(mask: Value, count: Dim, op: Op, b: Builder) -> list[Value]:
             column = TensorType("i64", (count, 1))
             attrs: dict[str, Attr] = {"dim": 1, "start": axis, "end": axis + 1}
             (one,) = b.emit("aten.slice.Tensor", [index], [column], like=op, attrs=attrs)
-        flat = TensorType("i64", (count,))
-        rows += b.emit("aten.reshape.default", [one], [flat], like=op, attrs={"shape": flat.shape})
+        rows.append(b.reshape(one, (count,), like=op))
     return rows
