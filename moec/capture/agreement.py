@@ -34,6 +34,16 @@ def _equals(
     return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
 
 
+def matches(
+    program: Program, tensors: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> bool:
+    """Whether the graph gives `expected` up to rounding; not where it cannot be evaluated."""
+    try:
+        return _equals(program, tensors, expected)
+    except (RuntimeError, IRError, IndexError, ValueError):
+        return False
+
+
 def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
     """Whether graph and module agree at the sizes of `tensors`, on one draw of them at least;
     None where the module does not run.

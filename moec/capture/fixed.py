@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 
+from moec.capture.agreement import Eager
 from moec.capture.guards import Guard, guard_at, shape_env
-from moec.capture.settlement import Eager
 from moec.capture.shapes import Axes
 from moec.errors import CaptureError, UsageError
 from moec.interpret.resized import resized_axes

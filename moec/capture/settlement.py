@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from moec.capture.agreement import Eager, matches
 from moec.capture.guards import Guard, settle
-from moec.errors import IRError
-from moec.interpret.evaluate import evaluate
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import resized
-from moec.interpret.tolerance import STRAYS, computed_dtypes, default_tolerance, distance
+from moec.interpret.tolerance import STRAYS, computed_dtypes
 from moec.ir.dims import bind
 from moec.ir.graph import Program
-
-Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def settled(
@@ -32,7 +29,7 @@ def settled(
     """
 
     def agree(other: Mapping[str, int]) -> bool | None:
-        return _agree_at(program, eager, example, other)
+        return _agree_at_sizes(program, eager, example, other)
 
     result = settle(name, program.graph, guards, _sizes(program, example), agree)
     return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
@@ -53,7 +50,7 @@ def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _agree_at(
+def _agree_at_sizes(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> bool | None:
     """Whether graph and module agree on the example and on random inputs of these sizes. Where 16
@@ -68,17 +65,5 @@ def _agree_at(
         draws = [(draw, eager(*draw)) for draw in (resized_example, random)]
     except Exception:  # whatever the user's code raises
         return None
-    answers = [_agree(program, draw, expected) for draw, expected in draws]
+    answers = [matches(program, draw, expected) for draw, expected in draws]
     return any(answers) if either else all(answers)
-
-
-def _agree(
-    program: Program, draw: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-) -> bool:
-    states = [program.weights[state.before.name] for state in program.graph.states]
-    limit = default_tolerance(program.graph)
-    try:
-        got = evaluate(program.graph, [*draw, *states], program.weights)
-    except (IRError, RuntimeError, IndexError, ValueError):
-        return False
-    return all(distance(a, b) <= limit for a, b in zip(got, expected, strict=False))
