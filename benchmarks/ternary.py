@@ -44,7 +44,7 @@ from moec.codegen.specs.products import CompressedSpec, LinearSpec  # noqa: E402
 from moec.formats.compressed import compress, decompress, nbytes  # noqa: E402
 from moec.formats.ternary import bytes_of_counts, decode, encode, pack_starts, unpack_starts  # noqa: E402
 from moec.formats.ternary_code import ZEROS, dictionary  # noqa: E402
-from moec.target.cpu import Target, processor  # noqa: E402
+from moec.target.cpu import CpuTarget, processor  # noqa: E402
 
 SHAPES = "768x3072,3072x768,1024x4096,4096x1024,2080x6144,6144x2080"
 COLD = 2  # times the last-level cache
@@ -65,12 +65,12 @@ def source(experts: int, n: int, k: int, kind: str) -> Tensor:
     return (drawn >= ZEROS).to(torch.uint8) + (drawn >= ZEROS + rest).to(torch.uint8)
 
 
-def built(target: Target, kernel: Any) -> Callable[..., None]:
+def built(target: CpuTarget, kernel: Any) -> Callable[..., None]:
     made = bound(target, kernel)
     return lambda *tensors: made(*(tvm.runtime.from_dlpack(t) for t in tensors))
 
 
-def bound(target: Target, kernel: Any) -> Any:
+def bound(target: CpuTarget, kernel: Any) -> Any:
     return compile_kernels(kernel, target=target)[str(kernel.attrs["global_symbol"])]
 
 
@@ -84,7 +84,9 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
     return [stream.repeat(times), moved, grid.repeat(times, 1, 1)]
 
 
-def product(target: Target, kind: str, n: int, k: int, tokens: int, rounds: int) -> dict[str, Cell]:
+def product(
+    target: CpuTarget, kind: str, n: int, k: int, tokens: int, rounds: int
+) -> dict[str, Cell]:
     """Print the line of one shape, and return it."""
     codes = source(DISTINCT, n, k, kind)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()

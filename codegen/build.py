@@ -17,7 +17,7 @@ from moec.cache import Store, default_store
 from moec.codegen.cpu.link import Exportable, linked
 from moec.codegen.object_cache import compiled_objects, llvm_modules, named_by_content
 from moec.runtime.library import open_kernels
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 
 
@@ -28,7 +28,7 @@ class Objects:
 
     kernels: tuple[bytes, ...]
     frame: Exportable
-    target: Target
+    target: CpuTarget
 
     def export_library(
         self,
@@ -60,7 +60,7 @@ class Objects:
 
 
 def compile_module(
-    module: tvm.IRModule, target: Target, opt_level: int = 2, store: Store | None = None
+    module: tvm.IRModule, target: CpuTarget, opt_level: int = 2, store: Store | None = None
 ) -> Objects:
     """The executable of a module that `lower` made, and its kernels.
 
@@ -89,7 +89,7 @@ def executable(
 
 def compile_kernels(
     *kernels: PrimFunc,
-    target: Target,
+    target: CpuTarget,
     opt_level: int = 2,
     checked: bool = False,
     store: Store | None = None,
@@ -105,7 +105,7 @@ def compile_kernels(
         return Objects(tuple(objects.values()), _empty(options), target)
 
 
-def assembly(kernel: PrimFunc, target: Target) -> str:
+def assembly(kernel: PrimFunc, target: CpuTarget) -> str:
     """The text that LLVM gives a kernel for `target`."""
     options = options_of(target, 2)
     with context():
@@ -118,7 +118,7 @@ def _empty(options: tvm.target.Target) -> tvm.runtime.Module:
     return tvm.get_global_func("target.build.llvm")(tvm.IRModule({}), options)
 
 
-def options_of(target: Target, opt_level: int) -> tvm.target.Target:
+def options_of(target: CpuTarget, opt_level: int) -> tvm.target.Target:
     """A target as TVM takes it."""
     options = target.tvm()
     if opt_level == 0:

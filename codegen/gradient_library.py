@@ -7,10 +7,10 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.link import linked
 from moec.codegen.cpu.training.grouped import mixed, outer, product
 from moec.codegen.cpu.training.loops import Stack
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
-def compile_products(stack: Stack, target: Target, store: Store) -> bytes:
+def compile_products(stack: Stack, target: CpuTarget, store: Store) -> bytes:
     """A shared library with `product`, `mixed`, both with `_biased` behind, and `outer`.
 
     Raises TargetError where there is no linker.

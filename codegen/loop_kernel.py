@@ -21,7 +21,7 @@ from moec.codegen.loops.index import Position, Sizes, names
 from moec.codegen.loops.rules import EMIT
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Op, Ref, Value
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _CUTTING = ("aten.cat.default", "aten.stack.default", "nn.rotary")
 
@@ -83,7 +83,7 @@ def _text(attr: Attr) -> str:
     return f"#{attr.index}" if isinstance(attr, Ref) else repr(attr)
 
 
-def write(group: FusionGroup, name: str, target: Target) -> LoopKernel:
+def write(group: FusionGroup, name: str, target: CpuTarget) -> LoopKernel:
     """The kernel of a group for a CPU."""
     with kernel(name, target) as frame:
         sizes = write_body(group, partial(Emission, target=target))

@@ -66,7 +66,7 @@ from moec.runtime.package import (
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.target.cpu import Target
+    from moec.target.cpu import CpuTarget
 
 
 @seldom_collected()
@@ -77,7 +77,7 @@ def compile(
     *,
     dynamic_shapes: Any = None,
     allow_fixed: bool | str | Collection[str] = False,
-    target: str | Target = "cpu",
+    target: str | CpuTarget = "cpu",
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
     passes: PassChanges = "",

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
-from moec.target.cpu import NULL, Target
+from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import AnyTarget, lacking, parse
 
@@ -78,7 +78,7 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
     Raises TargetError for an unknown name, UsageError where this machine cannot run
     the code.
     """
-    if not isinstance(target, str | Target | CudaTarget):
+    if not isinstance(target, str | CpuTarget | CudaTarget):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
     parsed = parse(target) if isinstance(target, str) else target
     if run and parsed.kind == NULL:

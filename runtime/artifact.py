@@ -258,7 +258,7 @@ def check_machine(machine: str) -> None:
 
 def check_features(needs: CpuNeeds) -> None:
     """Raise ArtifactError unless this CPU has the features that the kernels use."""
-    target = cpu.Target(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
+    target = cpu.CpuTarget(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
     try:
         cpu.require(target)
     except TargetError as error:

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.cpu.vector import Vector
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, Value
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class VectorBody:
     def name(self) -> str:
         return "_".join(dict.fromkeys(op.name.split(".")[1] for op in self.graph.ops)) or "copy"
 
-    def epilogue(self, target: Target) -> Callable[..., Expr]:
+    def epilogue(self, target: CpuTarget) -> Callable[..., Expr]:
         v = Vector(target)
 
         def run(*sums: Expr) -> Expr:

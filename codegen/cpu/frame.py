@@ -24,7 +24,7 @@ from tvm_ffi.structural import structural_walk
 
 from moec.codegen.cpu.llvm.library import PREFIX, library
 from moec.errors import IRError
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 IMPORT = "pragma_import_llvm"
 """TVM's name of the attribute whose text is linked to the function around it."""
@@ -38,7 +38,7 @@ class KernelFrame:
 
 @contextmanager
 def kernel(
-    name: str, target: Target | None = None, *, s_tir: bool = False
+    name: str, target: CpuTarget | None = None, *, s_tir: bool = False
 ) -> Iterator[KernelFrame]:
     """The frame in which arguments are declared and loops are written.
 
@@ -55,7 +55,7 @@ def kernel(
     frame.function = _importing(builder.get(), target)
 
 
-def _importing(function: PrimFunc, target: Target | None) -> PrimFunc:
+def _importing(function: PrimFunc, target: CpuTarget | None) -> PrimFunc:
     """The function with the text of all functions of moec that it calls."""
     calls: set[str] = set()
 

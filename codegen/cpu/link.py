@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from moec.errors import TargetError
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
@@ -30,7 +30,7 @@ class Exportable(Protocol):
     ) -> None: ...
 
 
-def linked(built: Exportable, target: Target) -> bytes:
+def linked(built: Exportable, target: CpuTarget) -> bytes:
     """The shared library of what was compiled for `target`.
 
     Raises TargetError where there is no C compiler that links for it, or it fails.
@@ -52,7 +52,7 @@ def linked(built: Exportable, target: Target) -> bytes:
         return path.read_bytes()
 
 
-def linker_for(target: Target) -> tuple[str, ...]:
+def linker_for(target: CpuTarget) -> tuple[str, ...]:
     """`linker` of this machine, for a target."""
     return linker(target.mtriple, os.environ, shutil.which)
 

@@ -21,7 +21,7 @@ from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
 
@@ -49,7 +49,7 @@ class _Rows:
             self.v.store_tail(buffer, (t, d), x, count)
 
 
-def norm(spec: NormSpec, target: Target, name: str = "norm") -> PrimFunc:
+def norm(spec: NormSpec, target: CpuTarget, name: str = "norm") -> PrimFunc:
     """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
     v = Vector(target)
     with kernel(name, target) as frame:

@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _TANH_LIMIT = 7.90531110763549805
 # erfc(z) = t exp(p(t) - z^2) with t = 1 / (1 + z/2): Numerical Recipes, erfcc.
@@ -43,7 +43,7 @@ _ERFC = (
 class Vector:
     """Float32 vectors of `target.vector_lanes` lanes. All methods need an open prim_func."""
 
-    target: Target
+    target: CpuTarget
 
     @property
     def lanes(self) -> int:

@@ -27,7 +27,7 @@ from moec.codegen.loops.scalars import Scalar
 from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 # What an addition in a loop counts among the sums of tasks.shared: loops do not always become
 # vectors, and what they cost is estimated roughly.
@@ -50,7 +50,7 @@ class Emission:
         outputs: Mapping[Value, Buffer],
         producers: Mapping[Value, Op],
         sizes: Sizes,
-        target: Target,
+        target: CpuTarget,
         flat: bool = False,
     ) -> None:
         self.buffers = buffers

@@ -13,7 +13,7 @@ from tvm.tirx import PrimFunc
 from moec.codegen.build import compile_kernels
 from moec.codegen.tuning.arguments import BenchArguments, arguments
 from moec.codegen.tuning.tunable import Tunable, Values
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 TOKENS = (1, 8, 64, 512)
 SECONDS = 0.3  # that all calls of one number of tokens are to take, within the limits of rounds
@@ -32,7 +32,7 @@ Measure = Callable[[Tunable], Bench]
 class OnThisMachine:
     """A `Measure`; `footprint` and what it raises: see `arguments`."""
 
-    target: Target
+    target: CpuTarget
     footprint: int
     opt_level: int = 2
     clock: Callable[[], float] = time.perf_counter

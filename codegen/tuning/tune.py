@@ -13,7 +13,7 @@ from moec.codegen.tuning.measure import TOKENS, Measure
 from moec.codegen.tuning.tunable import Tunable, Values
 from moec.errors import NoMatch
 from moec.runtime.threads import set_threads
-from moec.target.cpu import Target, processor
+from moec.target.cpu import CpuTarget, processor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tuned:
 
 def tune(
     kernels: Sequence[Tunable],
-    target: Target,
+    target: CpuTarget,
     measure: Measure,
     store: Store,
     context: object = "",

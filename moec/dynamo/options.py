@@ -13,7 +13,7 @@ from moec.errors import UsageError
 from moec.passes.calibration.session import Approximate
 from moec.passes.core.runner import OptInPass, Pass
 from moec.pipeline import choose
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 REST = ("inductor", "eager")
 _ELSEWHERE = {
@@ -32,7 +32,7 @@ class Options:
     """
 
     rest: str
-    target: Target
+    target: CpuTarget
     opt_level: int
     passes: str
     strict: bool
@@ -64,7 +64,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise UsageError(f"options: strict is {strict!r}: give True or False")
     level, passes = settings.get("opt_level", 2), text("passes", settings.get("passes", ""))
     target = target_of(settings.get("target", "cpu"), run=True)
-    if not isinstance(target, Target):
+    if not isinstance(target, CpuTarget):
         raise UsageError(f"options: target is {target.name!r}: torch.compile is for CPUs so far")
     parsed = Options(rest, target, level, passes, strict, _store(settings.get("cache", True)))
     exact(parsed)

@@ -21,12 +21,12 @@ from moec.dtypes import MODEL_DTYPES
 from moec.dynamo.gradients import IN_PYTORCH, Products
 from moec.dynamo.huge_pages import in_large_pages
 from moec.runtime.library import open_kernels, tvm_ffi
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _DTYPES = {getattr(torch, name): name for name in MODEL_DTYPES}
 MANY = 32
 """Rows of an expert from which tile registers pay: they fill two (chosen so, and not measured)."""
-_OPENED: dict[tuple[Stack, Target], Any] = {}
+_OPENED: dict[tuple[Stack, CpuTarget], Any] = {}
 """The kernels that this process has, for stacks of one shape and type each."""
 _OPENING = threading.Lock()
 
@@ -39,7 +39,7 @@ class ProductKernels(Products):
     and so do many rows of bf16 where the target has tile registers: PyTorch uses those.
     """
 
-    target: Target
+    target: CpuTarget
     cache: Store
 
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ class ProductKernels(Products):
         return _opened(alike, self.target, self.cache), stack, transposed
 
 
-def _opened(stack: Stack, target: Target, cache: Store) -> Any:
+def _opened(stack: Stack, target: CpuTarget, cache: Store) -> Any:
     """The kernels for stacks of one shape and type, by name."""
     with _OPENING:
         if (stack, target) not in _OPENED:
@@ -96,7 +96,7 @@ def _opened(stack: Stack, target: Target, cache: Store) -> Any:
         return _OPENED[stack, target]
 
 
-def _library(stack: Stack, target: Target, cache: Store) -> bytes:
+def _library(stack: Stack, target: CpuTarget, cache: Store) -> bytes:
     key = key_of(stack, target, source_version(), version("apache-tvm"))
     library = load(cache, LIBRARIES, key)
     if library is None:

@@ -19,7 +19,7 @@ from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, ROUTE, ROUTED
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 from moec.target.named import lacking
 from moec.verify import check as checking
 from moec.verify.chunked import in_pieces
@@ -47,7 +47,7 @@ def build_model(
         with clock.phase("tune"), explained(compiled):
             from moec.model.tune import tune_kernels
 
-            assert isinstance(target, Target), "kernels of CPUs alone are tuned"
+            assert isinstance(target, CpuTarget), "kernels of CPUs alone are tuned"
             tunings, lines = tune_kernels(
                 module, target, backend, opt_level=opt_level, progress=clock.progress
             )

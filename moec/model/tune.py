@@ -15,12 +15,12 @@ from moec.codegen.tuning.measure import OnThisMachine
 from moec.codegen.tuning.tunable import Values
 from moec.ir.graph import Module
 from moec.report.data import TunedLine
-from moec.target.cpu import Target, last_cache
+from moec.target.cpu import CpuTarget, last_cache
 
 
 def tune_kernels(
     module: Module,
-    target: Target,
+    target: CpuTarget,
     backend: Backend | None = None,
     *,
     opt_level: int,

@@ -55,7 +55,7 @@ class CpuNeeds:
 
 
 @dataclass(frozen=True)
-class Target:
+class CpuTarget:
     """One CPU, as kernels see it. `features` are LLVM's names of what the code may use."""
 
     name: str
@@ -135,19 +135,19 @@ class Target:
         return arguments
 
 
-TARGETS: dict[str, Target] = {
+TARGETS: dict[str, CpuTarget] = {
     t.name: t
     for t in (
-        Target("generic"),
-        Target("avx2", mcpu="x86-64-v3", features=_V3, vector_lanes=8),
-        Target(
+        CpuTarget("generic"),
+        CpuTarget("avx2", mcpu="x86-64-v3", features=_V3, vector_lanes=8),
+        CpuTarget(
             "avx2-vnni",
             mcpu="x86-64-v3",
             mattr=("+avxvnni",),
             features=(*_V3, "avxvnni"),
             vector_lanes=8,
         ),
-        Target(
+        CpuTarget(
             "avx512",
             mcpu="x86-64-v4",
             mattr=("-prefer-256-bit",),
@@ -156,7 +156,7 @@ TARGETS: dict[str, Target] = {
             vector_registers=32,
             l2=1024 * 1024,
         ),
-        Target(
+        CpuTarget(
             "avx512-bf16",
             mcpu="x86-64-v4",
             mattr=("-prefer-256-bit", "+avx512bf16", "+avx512vnni"),
@@ -165,7 +165,7 @@ TARGETS: dict[str, Target] = {
             vector_registers=32,
             l2=1024 * 1024,
         ),
-        Target(
+        CpuTarget(
             "amx",
             mcpu="x86-64-v4",
             mattr=("-prefer-256-bit", *(f"+{f}" for f in ("avx512bf16", "avx512vnni", *_AMX))),
@@ -174,7 +174,7 @@ TARGETS: dict[str, Target] = {
             vector_registers=32,
             l2=2 * 1024 * 1024,
         ),
-        Target(
+        CpuTarget(
             "neon-dotprod",
             mcpu="generic",
             mattr=("+dotprod",),
@@ -186,7 +186,7 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def parse(name: str) -> Target:
+def parse(name: str) -> CpuTarget:
     """The target of that name: "cpu", a name in TARGETS, "null" or "llvm:-mcpu=...".
 
     Raises TargetError for any other name, listing the known ones.
@@ -238,20 +238,20 @@ def _llvm_name(flag: str) -> str:
 
 
 @cache
-def host() -> Target:
+def host() -> CpuTarget:
     """The best named target that this machine has the features of, with its cache size."""
     usable = [t for t in TARGETS.values() if not missing(t)]
     best = max(usable, key=lambda t: len(t.features))
     return replace(best, l2=_host_l2() or best.l2)
 
 
-def missing(target: Target, available: frozenset[str] | None = None) -> tuple[str, ...]:
+def missing(target: CpuTarget, available: frozenset[str] | None = None) -> tuple[str, ...]:
     """The features of `target` that are not `available` (by default: on this machine)."""
     have = host_features() if available is None else available
     return tuple(f for f in target.features if f not in have)
 
 
-def require(target: Target, available: frozenset[str] | None = None) -> None:
+def require(target: CpuTarget, available: frozenset[str] | None = None) -> None:
     """Raise TargetError unless this machine can run code made for `target`."""
     if lacking := missing(target, available):
         raise TargetError(
@@ -290,7 +290,7 @@ def _host_caches() -> Iterator[tuple[int, int]]:
         yield level, size
 
 
-def _from_llvm(name: str) -> Target:
+def _from_llvm(name: str) -> CpuTarget:
     options: dict[str, str] = {}
     for word in name.removeprefix("llvm:").replace(",-m", " -m").split():
         key, equals, value = word.partition("=")
@@ -302,11 +302,11 @@ def _from_llvm(name: str) -> Target:
         options[key] = value
 
     # TVM is slow to import and absent from run-only processes, which never come here.
-    from tvm.target import Target as TvmTarget
+    from tvm.target import CpuTarget as TvmTarget
     from tvm.target import codegen
 
     mattr = tuple(options["-mattr"].split(",")) if "-mattr" in options else ()
-    plain = Target(name, options.get("-mcpu", ""), mattr, options.get("-mtriple", ""))
+    plain = CpuTarget(name, options.get("-mcpu", ""), mattr, options.get("-mtriple", ""))
     if plain.mcpu and not plain.mtriple and not codegen.llvm_is_valid_cpu(plain.mcpu, _triple()):
         raise TargetError(f"target {name!r}: LLVM knows no CPU {plain.mcpu!r} on {_triple()}")
     features = {str(f) for f in codegen.llvm_get_cpu_features(TvmTarget(plain.tvm()))}

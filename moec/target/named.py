@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from moec.target import cpu, cuda, nvidia
 
-AnyTarget: TypeAlias = cpu.Target | cuda.CudaTarget
+AnyTarget: TypeAlias = cpu.CpuTarget | cuda.CudaTarget
 
 
 def parse(name: str) -> AnyTarget:

@@ -29,7 +29,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class RecognisedCapacity:
     size: Dim
     order: str  # "slot" or "token", as in moe.capacity
 
@@ -66,7 +66,7 @@ class Proposal:
     cut: tuple[Value, ...]
     feeds: Mapping[Value, Feed] = field(default_factory=dict)
     input_side: bool = False
-    capacity: Capacity | None = None
+    capacity: RecognisedCapacity | None = None
     addend: Value | None = None
     zero: Zero | None = None
 

@@ -10,7 +10,7 @@ from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Feed, Logits, Positive
-from moec.passes.recognise.block import Capacity
+from moec.passes.recognise.block import RecognisedCapacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
 from moec.passes.recognise.region import (
@@ -19,7 +19,7 @@ from moec.passes.recognise.region import (
 )
 
 
-def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Capacity | None]:
+def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity | None]:
     """Limits that the shapes of the masks suggest: [.., E, C]."""
     sizes: dict[Dim, None] = {}
     for value in evidence.values("dispatch", "mix"):
@@ -35,9 +35,9 @@ def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Capacit
         yield None
         return
     for size in sizes:
-        yield Capacity(size, "slot")
+        yield RecognisedCapacity(size, "slot")
         if total > 1:
-            yield Capacity(size, "token")
+            yield RecognisedCapacity(size, "token")
     yield None
 
 

@@ -49,7 +49,7 @@ class RecogniseRouters(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         scope, prover = Scope(program.graph, program.weights), Prover(program.weights)
-        routers: dict[Key, Router] = {}
+        routers: dict[Key, RecognisedRouter] = {}
         ordered = sorted(blocks(scope), key=lambda block: block.weights is None)
         for block in ordered:
             key = (block.weights, block.experts)
@@ -69,7 +69,7 @@ class RecogniseRouters(Pass):
 Key = tuple[Value | None, Value]
 
 
-def shared(routers: Mapping[Key, Router], block: Routed) -> Key | None:
+def shared(routers: Mapping[Key, RecognisedRouter], block: Routed) -> Key | None:
     """The key of another block's router with the same choices, for a block without weights."""
     if block.weights is not None:
         return None
@@ -89,7 +89,7 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class Router:
+class RecognisedRouter:
     logits: Value
     correction: Value | None
     routing: Routing
@@ -121,7 +121,7 @@ def _is_choices(value: Value) -> bool:
     return len(value.shape) == 2 and isinstance(value.shape[1], int)
 
 
-def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
+def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
     """Raises NoMatch, saying why no `Routing` describes the block's router."""
     maker = scope.maker(block.experts)
     if maker is not None and maker.name == "moe.route":
@@ -141,7 +141,7 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> Router:
 
 def _hypothesise(
     scope: Scope, block: Routed, results: Sequence[Value], logits: Value, prover: Prover
-) -> Router:
+) -> RecognisedRouter:
     region = scope.cut(results, [logits])
     if any(not is_routing(op) for op in region.ops):
         other = next(op for op in region.ops if not is_routing(op))
@@ -160,7 +160,7 @@ def _hypothesise(
     count, reason = 0, ""
     for routing in hypotheses(region, k, dtype, block.num_experts):
         count += 1
-        router = Router(logits, correction, routing)
+        router = RecognisedRouter(logits, correction, routing)
         after = _alone(region, router, block)
         try:
             prover.prove(
@@ -243,7 +243,7 @@ def _top_ks(region: Graph) -> list[int]:
     return sorted({k for k in ks if isinstance(k, int)} | {1})
 
 
-def _emit(emit: RegionEmitter, router: Router) -> tuple[Value, ...]:
+def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:
     inputs = [emit.rows(emit.old(router.logits))]
     if router.correction is not None:
         inputs.append(emit.reshape(emit.old(router.correction), router.logits.shape[-1:]))
@@ -251,7 +251,7 @@ def _emit(emit: RegionEmitter, router: Router) -> tuple[Value, ...]:
     return emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
 
 
-def _alone(region: Graph, router: Router, block: Routed) -> Graph:
+def _alone(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:
     builder = Builder(replace(region, ops=(), outputs=()))
     like = Op("moe.route", (), (router.logits,))
     try:
@@ -262,7 +262,7 @@ def _alone(region: Graph, router: Router, block: Routed) -> Graph:
     return Graph(region.inputs, region.params, tuple(builder.ops), outputs, (), region.bounds)
 
 
-def _agree(block: Routed, router: Router) -> Compare:
+def _agree(block: Routed, router: RecognisedRouter) -> Compare:
     """Compares choices and weights, ignoring the order of slots; ties may go to any equal score."""
 
     def compare(
@@ -312,7 +312,7 @@ def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
     return _near(last[:, :1], last[:, 1:])
 
 
-def splice(scope: Scope, routers: Mapping[Key, Router]) -> Graph:
+def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
     """The graph in which blocks read the results of moe.route; other readers keep the old values.
 
     A replacement is (input of the op, key of the router, result of the route).

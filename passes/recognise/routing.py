@@ -13,7 +13,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Value
 from moec.passes.proof.input_generators import Feed
-from moec.passes.recognise.block import Capacity, Recipe
+from moec.passes.recognise.block import Recipe, RecognisedCapacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen, chosen, masks
 from moec.passes.recognise.layout import divide
@@ -35,7 +35,7 @@ class Choice:
     top_k: int
     cut: tuple[Value, ...]
     feeds: Mapping[Value, Feed] = field(default_factory=dict)
-    capacity: Capacity | None = None
+    capacity: RecognisedCapacity | None = None
 
 
 def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:

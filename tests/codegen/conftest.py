@@ -10,14 +10,14 @@ import tvm
 from torch import Tensor
 
 from moec.codegen.build import compile_kernels
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @pytest.fixture(scope="session")
-def build() -> Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]]:
+def build() -> Callable[[CpuTarget, tvm.tirx.PrimFunc], Callable[..., None]]:
     """(target, kernel) -> a function that takes torch tensors, the results last."""
 
-    def make(target: Target, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
+    def make(target: CpuTarget, kernel: tvm.tirx.PrimFunc) -> Callable[..., None]:
         library = compile_kernels(kernel, target=target, checked=True)
         function = library[str(kernel.attrs["global_symbol"])]
 

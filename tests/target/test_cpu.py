@@ -16,7 +16,7 @@ from moec.target.cpu import TARGETS, features_of, host, host_features, missing, 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_llvm_knows_each_target_and_gives_it_the_features(name):
-    target = tvm.target.Target(TARGETS[name].tvm())
+    target = tvm.target.CpuTarget(TARGETS[name].tvm())
     known = set(tvm.target.codegen.llvm_get_cpu_features(target))
     assert set(TARGETS[name].features) <= known
 

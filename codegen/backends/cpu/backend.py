@@ -25,18 +25,20 @@ from moec.codegen.specs.attention import AppendSpec, AttentionSpec, LinearAttent
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, GateSpec, RouteSpec, ZeroSpec
 from moec.runtime.package import BuiltLibrary
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
-def _library(module: IRModule, target: Target, opt_level: int, store: Store | None) -> BuiltLibrary:
+def _library(
+    module: IRModule, target: CpuTarget, opt_level: int, store: Store | None
+) -> BuiltLibrary:
     return BuiltLibrary(linked(compile_module(module, target, opt_level, store), target))
 
 
-def _dispatch(spec: DispatchSpec, target: Target, name: str) -> PrimFunc:
+def _dispatch(spec: DispatchSpec, target: CpuTarget, name: str) -> PrimFunc:
     return dispatch(spec.num_experts, spec.top_k, name)
 
 
-def _combine(spec: CombineSpec, target: Target, name: str) -> PrimFunc:
+def _combine(spec: CombineSpec, target: CpuTarget, name: str) -> PrimFunc:
     return combine(
         target,
         spec.num_experts,
@@ -50,7 +52,7 @@ def _combine(spec: CombineSpec, target: Target, name: str) -> PrimFunc:
     )
 
 
-def _zero_experts(spec: ZeroSpec, target: Target, name: str) -> PrimFunc:
+def _zero_experts(spec: ZeroSpec, target: CpuTarget, name: str) -> PrimFunc:
     return zero_experts(target, spec, name)
 
 

@@ -22,7 +22,7 @@ from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import bytes_of_counts
 from moec.ir.graph import Graph, Op, TensorType
 from moec.ops.compressed import GroupedCompressed
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 def _check(op: Op, graph: Graph) -> None:
@@ -60,7 +60,7 @@ def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
     )
 
 
-def _dictionary(target: Target) -> Param:
+def _dictionary(target: CpuTarget) -> Param:
     """Once in a package."""
     dictionary = table(target)
     kind = {"int64": "i64", "int8": "i8"}[str(dictionary.dtype)]

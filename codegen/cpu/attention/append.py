@@ -20,7 +20,7 @@ from moec.codegen.cpu.parallel import ELEMENT, divide
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.dtypes import LONG_NAMES
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
 """As what elements are moved, and how many of them take the room of a float32."""
@@ -28,7 +28,7 @@ _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
 Row = tuple[Expr | int, ...]
 
 
-def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
+def append(spec: AppendSpec, target: CpuTarget, name: str = "append") -> PrimFunc:
     """The kernel (cache, rows, first, cos?, sin?), all contiguous. first[b] + S must be at most L;
     otherwise rows are written to the last slots, and never beyond the cache."""
     v = Vector(target)
@@ -64,7 +64,7 @@ def append(spec: AppendSpec, target: Target, name: str = "append") -> PrimFunc:
 
 
 def _copy(
-    target: Target, spec: AppendSpec, source: tuple[Buffer, Row], to: tuple[Buffer, Row]
+    target: CpuTarget, spec: AppendSpec, source: tuple[Buffer, Row], to: tuple[Buffer, Row]
 ) -> None:
     word, many = _WORDS[spec.dtype]
     lanes = target.vector_lanes * many

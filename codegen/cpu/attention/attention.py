@@ -15,12 +15,12 @@ from moec.codegen.cpu.attention.prefill import tiled
 from moec.codegen.cpu.attention.problem import arguments
 from moec.codegen.cpu.frame import kernel
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 __all__ = ["AttentionSpec", "MaskSpec", "attention"]
 
 
-def attention(spec: AttentionSpec, target: Target, name: str = "attention") -> PrimFunc:
+def attention(spec: AttentionSpec, target: CpuTarget, name: str = "attention") -> PrimFunc:
     """The kernel (q, k, v, mask?, sinks?, first?, out), all contiguous.
 
     A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.

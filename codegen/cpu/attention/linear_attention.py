@@ -21,7 +21,7 @@ from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import LinearAttentionSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
 
@@ -57,7 +57,7 @@ class _Task:
 
 
 def linear_attention(
-    spec: LinearAttentionSpec, target: Target, name: str = "linear_attention"
+    spec: LinearAttentionSpec, target: CpuTarget, name: str = "linear_attention"
 ) -> PrimFunc:
     """The kernel (q, k, v, decay, rates?, beta?, start?, y, end), all of float32."""
     v = Vector(target)

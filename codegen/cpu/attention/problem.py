@@ -21,7 +21,7 @@ from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.dtypes import LONG_NAMES
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 MINUS_INFINITY = float("-inf")
 
@@ -107,7 +107,7 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def arguments(spec: AttentionSpec, target: Target) -> Problem:
+def arguments(spec: AttentionSpec, target: CpuTarget) -> Problem:
     """Declare the arguments: q, k, v, mask?, sinks?, first?, out."""
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = LONG_NAMES[spec.dtype]

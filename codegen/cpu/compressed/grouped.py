@@ -28,14 +28,14 @@ from moec.codegen.cpu.compressed import lanes
 from moec.codegen.cpu.compressed import weights as compressed_weights
 from moec.codegen.cpu.compressed.weights import Weights
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.product import Product, ProductOutput
+from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Epilogue, Operands, Tile
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.specs.products import CompressedSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 ROWS = 4
 """Rows of x that meet a codeword while it is decoded, where registers hold their sums."""
@@ -240,7 +240,7 @@ class CompressedTile(Tile):
 
 
 def compressed_linear(
-    target: Target,
+    target: CpuTarget,
     spec: CompressedSpec,
     top_k: int = 0,
     epilogue: Epilogue | None = None,
@@ -259,7 +259,7 @@ def compressed_linear(
         operands = CompressedOperands(x.codes, x.codes, *out, x.scales, x.sums, matrices)
         return CompressedTile(lay, operands, epilogue)
 
-    product = Product(
+    product = TileProduct(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
         lambda suffix: compressed_weights.weights(spec, target),

@@ -20,10 +20,10 @@ from moec.codegen.cpu.compressed.lanes import call
 from moec.codegen.cpu.compressed.ternary_walk import Ternary
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
-def signed(target: Target) -> bool:
+def signed(target: CpuTarget) -> bool:
     """Whether kernels for `target` take signs rather than masks."""
     return target.vector_lanes < LANES
 

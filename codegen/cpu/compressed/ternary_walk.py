@@ -20,7 +20,7 @@ from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 AHEAD = 16
 """Codewords between the one that is decoded and the one whose entry is asked for."""
@@ -38,12 +38,12 @@ class Ternary:
     starts: Buffer
     grid: Buffer
     table: Buffer
-    target: Target
+    target: CpuTarget
     turns = 1
     """Codewords with sums of their own."""
 
     @classmethod
-    def of(cls, spec: CompressedSpec, i: int, table: Buffer, target: Target) -> Self:
+    def of(cls, spec: CompressedSpec, i: int, table: Buffer, target: CpuTarget) -> Self:
         starts = starts_shape(spec.groups * spec.n, spec.bytes_of_counts[i])
         return cls(
             argument(f"stream{i}", (T.int64(),), "int16"),

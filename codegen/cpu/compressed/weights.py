@@ -12,12 +12,12 @@ from moec.codegen.cpu.compressed.signs import Signs, signed
 from moec.codegen.cpu.frame import argument
 from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 Weights = Masks | Signs | TwoBits
 
 
-def weights(spec: CompressedSpec, target: Target) -> tuple[Weights, ...]:
+def weights(spec: CompressedSpec, target: CpuTarget) -> tuple[Weights, ...]:
     """The arguments that hold the one stack of `spec`, or the two of a gated one."""
     halves = range(1 + spec.gated)
     if spec.kind == "2bit":
@@ -29,7 +29,7 @@ def weights(spec: CompressedSpec, target: Target) -> tuple[Weights, ...]:
     return tuple(Masks.of(spec, i, entries, target) for i in halves)
 
 
-def table(target: Target) -> npt.NDArray[Any]:
+def table(target: CpuTarget) -> npt.NDArray[Any]:
     """The one dictionary as an argument of kernels for `target`: 512 KiB of masks, or 2 MiB of
     signs."""
     entries = dictionary().entries

@@ -16,11 +16,11 @@ from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 def grouped_linear(
-    target: Target,
+    target: CpuTarget,
     spec: LinearSpec,
     epilogue: Epilogue | None = None,
     name: str = "grouped",
@@ -32,7 +32,7 @@ def grouped_linear(
 
 
 def gathered_linear(
-    target: Target,
+    target: CpuTarget,
     spec: LinearSpec,
     top_k: int,
     epilogue: Epilogue | None = None,
@@ -50,7 +50,7 @@ def gathered_linear(
 
 
 def _grouped(
-    target: Target,
+    target: CpuTarget,
     spec: LinearSpec,
     epilogue: Epilogue | None,
     name: str,

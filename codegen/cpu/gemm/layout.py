@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layout:
     them, changes nothing about that."""
 
     spec: LinearSpec
-    target: Target
+    target: CpuTarget
     tuning: Tuning = DEFAULT
 
     @property

@@ -16,19 +16,19 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.amx_tile import AmxTile
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.product import Product, ProductOutput, W, X
+from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 MANY = 32  # rows from which on a thread takes some tiles of columns at once
 
 
 def linear(
-    target: Target, spec: LinearSpec, epilogue: Epilogue | None = None, name: str = "linear"
+    target: CpuTarget, spec: LinearSpec, epilogue: Epilogue | None = None, name: str = "linear"
 ) -> PrimFunc:
     """A kernel (x[T, k], w packed[, bias packed], y[T, n]).
 
@@ -43,7 +43,7 @@ def linear(
 
 
 def linears(
-    target: Target,
+    target: CpuTarget,
     specs: tuple[LinearSpec, ...],
     name: str = "linears",
     tuning: Tuning = DEFAULT,
@@ -62,15 +62,15 @@ def linears(
 
 
 def plain_product(
-    target: Target,
+    target: CpuTarget,
     spec: LinearSpec,
     epilogue: Epilogue | None = None,
     tuning: Tuning = DEFAULT,
-) -> Product[Buffer, Buffer]:
+) -> TileProduct[Buffer, Buffer]:
     """Of rows and weights as they are."""
     layout = Layout(spec, target, tuning)
     kind = AmxTile if layout.amx else WidenedTile if layout.widened else Tile
-    return Product(
+    return TileProduct(
         layout,
         lambda rows: argument("x", (rows, spec.k), spec.dtype),
         lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
@@ -78,7 +78,7 @@ def plain_product(
     )
 
 
-def dense_products(products: Sequence[Product[X, W]], name: str) -> PrimFunc:
+def dense_products(products: Sequence[TileProduct[X, W]], name: str) -> PrimFunc:
     """A kernel (rows of x, (weights[, bias packed]) of each product, y[T, n] of each)."""
     with kernel(name, products[0].layout.target) as frame:
         t = T.int64()

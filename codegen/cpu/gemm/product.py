@@ -33,7 +33,7 @@ class ProductOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Product(Generic[X, W]):
+class TileProduct(Generic[X, W]):
     """`rows(count)` and `weights(suffix)` declare arguments, `tile` multiplies what they gave."""
 
     layout: Layout

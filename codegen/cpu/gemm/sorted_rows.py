@@ -15,13 +15,13 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.gemm.product import Product, ProductOutput, W, X
+from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
 from moec.codegen.cpu.gemm.tile import Tile
 from moec.codegen.cpu.vector import Vector
 
 
 def sorted_product(
-    product: Product[X, W],
+    product: TileProduct[X, W],
     name: str,
     top_k: int = 0,
     scale_dtype: str | None = None,

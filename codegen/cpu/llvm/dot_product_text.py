@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from moec.codegen.cpu.llvm.constants import splat
 from moec.codegen.cpu.llvm.pair_sums import pair_sums
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
-def dot_product_functions(target: Target) -> str:
+def dot_product_functions(target: CpuTarget) -> str:
     return _dot4(target) + (_small(target) if target.byte_pairs else "")
 
 
-def _dot4(target: Target) -> str:
+def _dot4(target: CpuTarget) -> str:
     n = target.vector_lanes
     i = f"<{n} x i32>"
     head = f"define linkonce_odr {i} @moec_dot4_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{"
@@ -50,7 +50,7 @@ declare {i} {dot}({i}, {bytes_}, {bytes_})
 """
 
 
-def _small(target: Target) -> str:
+def _small(target: CpuTarget) -> str:
     n = target.vector_lanes
     i, h, b = f"<{n} x i32>", f"<{2 * n} x i16>", f"<{4 * n} x i8>"
     of_bytes = {8: "avx2.pmadd.ub.sw", 16: "avx512.pmaddubs.w.512"}[n]

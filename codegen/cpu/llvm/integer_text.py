@@ -7,13 +7,13 @@ from functools import cache
 from moec.codegen.cpu.llvm.constants import splat
 from moec.codegen.cpu.llvm.dot_product_text import dot_product_functions
 from moec.formats.integer import E2M1_TWICE, E2M1_ZERO
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and its bits
 
 
 @cache
-def integer_functions(target: Target) -> str:
+def integer_functions(target: CpuTarget) -> str:
     n = target.vector_lanes
     return (
         _rounded(n)
@@ -74,7 +74,7 @@ define linkonce_odr {i} @moec_minus4_{n}({i} %a, {i} %b) alwaysinline {{
 """
 
 
-def _e2m1(target: Target) -> str:
+def _e2m1(target: CpuTarget) -> str:
     n = target.vector_lanes
     i, c = f"<{n} x i32>", f"<{4 * n} x i8>"
     head = f"""define linkonce_odr {i} @moec_e2m1_{n}({i} %codes) alwaysinline {{

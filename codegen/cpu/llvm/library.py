@@ -17,7 +17,7 @@ from moec.codegen.cpu.llvm.rank_text import rank_functions
 from moec.codegen.cpu.llvm.scalar_text import DIVIDE, scalar_functions
 from moec.codegen.cpu.llvm.softmax_text import softmax_functions
 from moec.codegen.cpu.llvm.vector_text import round_functions, vector_functions
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 PREFIX = "moec_"
 """Of the names of functions that are defined here; LLVM's and C's have others."""
@@ -52,7 +52,7 @@ class Library:
 
 
 @cache
-def library(target: Target) -> Library:
+def library(target: CpuTarget) -> Library:
     """The library of the kernels for `target`."""
     lanes = target.vector_lanes
     texts = (

@@ -9,14 +9,14 @@ from functools import cache
 
 from moec.codegen.cpu.llvm.pair_sums import pair_sums
 from moec.formats.ternary import START, TOGETHER
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 LANES = 16
 """32-bit sums of a row: two of 32 neighbours of x each, on every target."""
 
 
 @cache
-def mask_functions(target: Target) -> str:
+def mask_functions(target: CpuTarget) -> str:
     """LLVM functions, by name moec_*_<lanes>."""
     n, two = target.vector_lanes, 2 * LANES
     i, h = f"<{LANES} x i32>", f"<{two} x i16>"
@@ -97,7 +97,7 @@ define linkonce_odr i32 @moec_expand_signs_{n}(ptr %p, {i} %w) alwaysinline {{
 }}"""
 
 
-def _masked_sum(target: Target) -> str:
+def _masked_sum(target: CpuTarget) -> str:
     n, two = target.vector_lanes, 2 * LANES
     i, h = f"<{LANES} x i32>", f"<{two} x i16>"
     if not (target.byte_pairs and n == 8):
@@ -130,7 +130,7 @@ define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) always
 }}"""
 
 
-def _pair_sums(target: Target) -> tuple[str, str]:
+def _pair_sums(target: CpuTarget) -> tuple[str, str]:
     """Declarations, and %r = %acc and the sums of pairs of products of %s and %t, on x86."""
     i, h = f"<{LANES} x i32>", f"<{2 * LANES} x i16>"
     if target.vector_lanes == LANES and target.int8_dot:  # avx512vnni holds both

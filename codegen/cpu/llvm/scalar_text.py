@@ -9,15 +9,15 @@ from functools import cache
 
 from moec.codegen.cpu.llvm.constants import f32
 from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @cache
-def scalar_functions(target: Target) -> str:
+def scalar_functions(target: CpuTarget) -> str:
     return "\n".join([_fma(target), _bf16(target), _f16(target), _plain(), _exp(), _tanh(), _erf()])
 
 
-def _fma(target: Target) -> str:
+def _fma(target: CpuTarget) -> str:
     """a * b + c; a library call where the target has no such instruction, so not there."""
     body = (
         "  %r = call float @llvm.fma.f32(float %a, float %b, float %c)"
@@ -50,7 +50,7 @@ define linkonce_odr float @moec_round_{name}(float %x) alwaysinline {{
 }}"""
 
 
-def _bf16(target: Target) -> str:
+def _bf16(target: CpuTarget) -> str:
     widen = """  %w = zext i16 %e to i32
   %s = shl i32 %w, 16
   %f = bitcast i32 %s to float"""
@@ -70,7 +70,7 @@ def _bf16(target: Target) -> str:
     return _half("bf16", widen, narrow)
 
 
-def _f16(target: Target) -> str:
+def _f16(target: CpuTarget) -> str:
     if target.f16_convert:
         return _half(
             "f16",

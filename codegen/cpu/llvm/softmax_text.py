@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.codegen.cpu.llvm.constants import f32, splat
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 # 2^r = 1 + r*q(r) on [-1/2, 1/2]: least squares, reweighted until the relative error was flat
 # at 9.2e-8. The constant term is exactly 1, so that exp(0) is.
@@ -27,7 +27,7 @@ _ROUND = float(3 << 22) + 127.0
 _LOWEST = -88.0
 
 
-def softmax_functions(target: Target) -> str:
+def softmax_functions(target: CpuTarget) -> str:
     n = target.vector_lanes
     return _exp(n) + _top(n) + _sums(n) + (_ROUND_PAIRS if target.bf16_dot else "")
 

@@ -13,7 +13,7 @@ from functools import cache
 from moec.codegen.cpu.llvm.amx import tile_functions
 from moec.codegen.cpu.llvm.constants import f32, splat
 from moec.codegen.cpu.llvm.rows import row_functions
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 # exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
@@ -23,7 +23,7 @@ _ROUNDER_BITS = 0x4B400000
 
 
 @cache
-def vector_functions(target: Target) -> str:
+def vector_functions(target: CpuTarget) -> str:
     """The text for `pragma_import_llvm`: every function that `vector.Vector` calls."""
     n = target.vector_lanes
     parts = [_memory_f32(n), _memory_bf16(n, target), _memory_f16(n, target), _scalars(target)]
@@ -96,7 +96,7 @@ def _memory_f32(n: int) -> str:
     )
 
 
-def _memory_bf16(n: int, target: Target) -> str:
+def _memory_bf16(n: int, target: CpuTarget) -> str:
     i = f"<{n} x i32>"
     widen = f"""
   %w = zext <{n} x i16> %e to {i}
@@ -123,7 +123,7 @@ def _memory_bf16(n: int, target: Target) -> str:
     return declare + _memory(n, "bfloat16", "i16", widen, narrow)
 
 
-def _memory_f16(n: int, target: Target) -> str:
+def _memory_f16(n: int, target: CpuTarget) -> str:
     f, i = f"<{n} x float>", f"<{n} x i32>"
     if target.f16_convert:
         widen = f"""
@@ -175,7 +175,7 @@ def _memory_f16(n: int, target: Target) -> str:
     return _memory(n, "float16", "i16", widen, narrow)
 
 
-def _scalars(target: Target) -> str:
+def _scalars(target: CpuTarget) -> str:
     """One element as float32, and a pair of 16-bit elements (or the last one and 0) as int32."""
     n = target.vector_lanes
     if target.f16_convert:
@@ -220,7 +220,7 @@ define linkonce_odr i32 @moec_prefetch_{n}(ptr %p) alwaysinline {{
 }}"""
 
 
-def _arithmetic(n: int, target: Target) -> str:
+def _arithmetic(n: int, target: CpuTarget) -> str:
     f = f"<{n} x float>"
     fused = (
         f"  %r = call {f} @llvm.fma.v{n}f32({f} %a, {f} %b, {f} %c)"

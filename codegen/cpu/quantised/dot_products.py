@@ -22,7 +22,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 class Way(Enum):
@@ -30,7 +30,7 @@ class Way(Enum):
     SMALL = "small"
 
 
-def way(target: Target, greatest: int, per_word: int) -> Way:
+def way(target: CpuTarget, greatest: int, per_word: int) -> Way:
     """The fastest for codes up to `greatest`, some to a word."""
     in_range = greatest * 128 * (per_word // 2) < 2**15
     return Way.SMALL if in_range and target.byte_pairs and not target.int8_dot else Way.DOT4

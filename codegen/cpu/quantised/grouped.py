@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument
-from moec.codegen.cpu.gemm.product import Product, ProductOutput
+from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Tile
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
@@ -16,7 +16,7 @@ from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import QuantisedSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class QuantisedWeights:
 
 
 def quantised_product(
-    target: Target,
+    target: CpuTarget,
     spec: QuantisedSpec,
     epilogue: Epilogue | None = None,
     tuning: Tuning = DEFAULT,
-) -> Product[RoundedRows, QuantisedWeights]:
+) -> TileProduct[RoundedRows, QuantisedWeights]:
     lay = QuantisedLayout(spec, target, tuning)
 
     def tile(x: RoundedRows, w: QuantisedWeights, out: ProductOutput) -> Tile:
@@ -50,7 +50,7 @@ def quantised_product(
         kind = AmxQuantisedTile if lay.amx else QuantisedTile
         return kind(lay, operands, epilogue)
 
-    return Product(
+    return TileProduct(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
         lambda suffix: QuantisedWeights.of(lay, suffix),
@@ -59,7 +59,7 @@ def quantised_product(
 
 
 def quantised_linear(
-    target: Target,
+    target: CpuTarget,
     spec: QuantisedSpec,
     top_k: int = 0,
     epilogue: Epilogue | None = None,

@@ -14,11 +14,11 @@ from moec.codegen.cpu.gemm.linear import dense_products
 from moec.codegen.cpu.quantised.grouped import quantised_product
 from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import QuantisedSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 def quantised_linears(
-    target: Target,
+    target: CpuTarget,
     specs: tuple[QuantisedSpec, ...],
     name: str = "quantised_linears",
     tuning: Tuning = DEFAULT,

@@ -23,7 +23,7 @@ from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.layout import BYTES, RowCodes
 from moec.codegen.cpu.vector import Vector
 from moec.formats.integer import TINY, most_of
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RoundedRows:
 
 
 def round_rows(
-    target: Target,
+    target: CpuTarget,
     width: int,
     blocks: int,
     dtype: str,

@@ -17,14 +17,14 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 _VECTORS = 8  # summed side by side, in registers
 _STRETCH = 512  # columns of one unit of work
 
 
 def combine(
-    target: Target,
+    target: CpuTarget,
     num_experts: int,
     top_k: int,
     width: int,

@@ -30,7 +30,7 @@ from moec.codegen.cpu.softmax import Softmax
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import GateSpec
 from moec.dtypes import LONG_NAMES
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 TOKENS_OF_A_PRODUCT = 32  # that read one block of the weight, while it is in the cache
 
@@ -54,7 +54,7 @@ class _Linear:
         return both and self.v.target.bf16_dot and spec.width % (2 * self.v.lanes) == 0
 
 
-def gate(spec: GateSpec, target: Target, name: str = "gate") -> PrimFunc:
+def gate(spec: GateSpec, target: CpuTarget, name: str = "gate") -> PrimFunc:
     """The kernel (x, weight, bias?, correction?, weights, experts)."""
     v = Vector(target)
     soft = Softmax(v)

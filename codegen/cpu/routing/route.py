@@ -24,7 +24,7 @@ from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import RouteSpec
 from moec.dtypes import LONG_NAMES
 from moec.ops.routing import Routing
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 TOKENS = 16  # of a task
 
@@ -60,7 +60,7 @@ class RouterScratch:
         return T.min(T.cast(n - j * self.v.lanes, "int32"), T.int32(self.v.lanes))
 
 
-def route(spec: RouteSpec, target: Target, name: str = "route") -> PrimFunc:
+def route(spec: RouteSpec, target: CpuTarget, name: str = "route") -> PrimFunc:
     """The kernel (logits, correction?, weights, experts)."""
     v = Vector(target)
     k, experts = spec.routing.k, spec.num_experts

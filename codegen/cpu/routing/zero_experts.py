@@ -20,10 +20,10 @@ from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import ZeroSpec
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 
-def zero_experts(target: Target, spec: ZeroSpec, name: str = "zero_experts") -> PrimFunc:
+def zero_experts(target: CpuTarget, spec: ZeroSpec, name: str = "zero_experts") -> PrimFunc:
     """A kernel (x[T, D], experts i64[T, k][, weights[T, k]][, mix[C, 2, D]][, constants[C, D]]
     [, addend[T, D]], out[T, D])."""
     v = Vector(target)

@@ -35,13 +35,13 @@ from moec.codegen.cpu.training.loops import (
 )
 from moec.codegen.cpu.training.tile import DOTS, Dots, Mixture, in_blocks, lines
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 DEPTH = 64  # of w's rows that a mixture takes at once: with TILES of columns, they fit the cache
 ROWS = 256  # that outer products take at once
 
 
-def product(target: Target, stack: Stack, biased: bool, name: str = "product") -> PrimFunc:
+def product(target: CpuTarget, stack: Stack, biased: bool, name: str = "product") -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w[E, n, k][, b[E, n]], y[R, n])."""
     v, dots = Vector(target), Dots(target, stack.k, stack.paired(target))
     width = 2 * v.lanes  # columns of y that a thread takes at once
@@ -95,7 +95,7 @@ def product(target: Target, stack: Stack, biased: bool, name: str = "product") -
     return frame.function
 
 
-def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> PrimFunc:
+def mixed(target: CpuTarget, stack: Stack, biased: bool, name: str = "mixed") -> PrimFunc:
     """A kernel (dy[R, n], ends i32[E], w[E, n, k][, b[E, k]], dx[R, k])."""
     v, tile = Vector(target), Mixture(target, stack.paired(target))
     blocks = -(-stack.n // DEPTH)
@@ -168,7 +168,7 @@ def mixed(target: Target, stack: Stack, biased: bool, name: str = "mixed") -> Pr
     return frame.function
 
 
-def outer(target: Target, stack: Stack, name: str = "outer") -> PrimFunc:
+def outer(target: CpuTarget, stack: Stack, name: str = "outer") -> PrimFunc:
     """A kernel (dy[R, n], x[R, k], ends i32[E], dw[E, n, k])."""
     v, tile = Vector(target), Mixture(target, stack.paired(target))
     high = TILES * target.tile_rows  # rows of dw that a thread takes at once

@@ -18,7 +18,7 @@ from moec.codegen.cpu import parallel
 from moec.codegen.cpu.gemm.row_blocks import ceildiv
 from moec.codegen.cpu.training.tile import Mixture
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 TILES = 8  # of columns that a thread takes at once
 
@@ -32,7 +32,7 @@ class Stack:
     k: int
     dtype: str
 
-    def paired(self, target: Target) -> bool:
+    def paired(self, target: CpuTarget) -> bool:
         """Whether bf16 is multiplied in pairs: all pairs, and all vectors of them, are whole."""
         lanes = target.vector_lanes
         aligned = self.k % (2 * lanes) == 0 and self.n % lanes == 0

@@ -25,7 +25,7 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu.gemm.tile import LINE, Fetch, Partial, Where
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
-from moec.target.cpu import Target
+from moec.target.cpu import CpuTarget
 
 DOTS = 4  # of b's rows that meet a's at once
 
@@ -37,7 +37,7 @@ class Mixture:
     `paired`: a step takes two of b's rows, and pairs of a's elements.
     """
 
-    target: Target
+    target: CpuTarget
     paired: bool
 
     @property
@@ -166,7 +166,7 @@ class Mixture:
 class Dots:
     """Sums of up to `target.tile_rows` of a's rows with four of b's, `width` elements each."""
 
-    target: Target
+    target: CpuTarget
     width: int
     paired: bool
 

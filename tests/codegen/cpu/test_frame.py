@@ -14,12 +14,12 @@ from moec.codegen.cpu.frame import IMPORT, argument, kernel
 from moec.codegen.cpu.llvm.library import library
 from moec.codegen.cpu.vector import Vector
 from moec.errors import IRError
-from moec.target.cpu import TARGETS, Target
+from moec.target.cpu import TARGETS, CpuTarget
 
 TARGET = TARGETS["avx2"]
 
 
-def calling(name: str, target: Target | None = TARGET) -> PrimFunc:
+def calling(name: str, target: CpuTarget | None = TARGET) -> PrimFunc:
     """y[0] = name(y[0])"""
     with kernel("f", target) as frame:
         y = argument("y", (1,), "float32")
@@ -62,7 +62,7 @@ def test_a_kernel_that_calls_nothing_imports_nothing() -> None:
         ("moec_exp_f32", None, "f calls moec_exp_f32, and has no target"),
     ],
 )
-def test_a_function_that_nothing_defines(name: str, target: Target | None, words: str) -> None:
+def test_a_function_that_nothing_defines(name: str, target: CpuTarget | None, words: str) -> None:
     with pytest.raises(IRError, match=words):
         calling(name, target)
 

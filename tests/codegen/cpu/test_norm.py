@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.norm import norm
 from moec.codegen.specs.norm import NormSpec
-from moec.target.cpu import TARGETS, Target, host
+from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # One rounding of the result, twice where a rounded value is rounded again and the first may
@@ -22,12 +22,12 @@ TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TOLERANCE = {"f32": 2.0**-20, "bf16": 2.0**-7, "f16": 2.0**-10}
 
 
-def build(function: Any, target: Target) -> tvm.runtime.Module:
+def build(function: Any, target: CpuTarget) -> tvm.runtime.Module:
     return compile_kernels(function, target=target)
 
 
 @cache
-def norm_kernel(spec: NormSpec, target: Target) -> tvm.runtime.Module:
+def norm_kernel(spec: NormSpec, target: CpuTarget) -> tvm.runtime.Module:
     return build(norm(spec, target, "f"), target)
 
 
@@ -55,7 +55,7 @@ def eager_norm(
     return (y, scale) if bias is None else (y + bias.double(), scale + bias.double().abs())
 
 
-def check_norm(spec: NormSpec, target: Target, rows: int) -> None:
+def check_norm(spec: NormSpec, target: CpuTarget, rows: int) -> None:
     dtype = TORCH[spec.x]
     x = (torch.randn(rows, spec.width) * 3 + 1).to(dtype)
     residual = torch.randn(rows, spec.width).to(dtype) if spec.residual else None

@@ -16,7 +16,7 @@ from moec.codegen.specs.attention import AnglesSpec, AppendSpec
 from moec.ir.dims import symbol
 from moec.ir.graph import Op, TensorType, Value
 from moec.ops import OPS
-from moec.target.cpu import TARGETS, Target, host
+from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SPECS = (
@@ -71,7 +71,7 @@ def random_rows(spec: AppendSpec, texts: int, tokens: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def kernels(
-    build: Callable[[Target, tvm.tirx.PrimFunc], Callable[..., None]],
+    build: Callable[[CpuTarget, tvm.tirx.PrimFunc], Callable[..., None]],
 ) -> dict[AppendSpec, Callable[..., None]]:
     return {spec: build(host(), append(spec, host())) for spec in (*SPECS, *TURNED)}
 

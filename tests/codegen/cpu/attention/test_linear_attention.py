@@ -17,7 +17,7 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention.linear_attention import linear_attention
 from moec.codegen.specs.attention import LinearAttentionSpec
 from moec.ops.linear_attention import carried
-from moec.target.cpu import TARGETS, Target, host
+from moec.target.cpu import TARGETS, CpuTarget, host
 
 SPECS = {
     "gated delta rule": LinearAttentionSpec(2, 4, 16, 24, "head", True, False),
@@ -32,7 +32,7 @@ TOLERANCE = 2e-5
 
 
 @cache
-def kernel(spec: LinearAttentionSpec, target: Target) -> Callable[..., None]:
+def kernel(spec: LinearAttentionSpec, target: CpuTarget) -> Callable[..., None]:
     function = compile_kernels(linear_attention(spec, target, "f"), target=target)["f"]
 
     def call(*tensors: Tensor) -> None:
@@ -61,7 +61,7 @@ def draw(spec: LinearAttentionSpec, batch: int, length: int) -> tuple[list[Tenso
     return [torch.randn(keys), k, values, decay], rest
 
 
-def check(spec: LinearAttentionSpec, target: Target, batch: int, length: int) -> None:
+def check(spec: LinearAttentionSpec, target: CpuTarget, batch: int, length: int) -> None:
     tensors, rest = draw(spec, batch, length)
     flags = {"rates": spec.per == "rate", "beta": spec.delta, "start": spec.started}
     names = (name for name, flag in flags.items() if flag)

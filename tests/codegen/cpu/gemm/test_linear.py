@@ -16,7 +16,7 @@ from moec.codegen.cpu.gemm.linear import MANY, linear, linears
 from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
-from moec.target.cpu import TARGETS, Target, missing
+from moec.target.cpu import TARGETS, CpuTarget, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ELSEWHERE = ("amx", "avx2-vnni")  # test_amx_tile.py, quantised/test_grouped.py
@@ -32,7 +32,7 @@ STREAMED = [
 ]
 
 
-def operands(target: Target, spec: LinearSpec):
+def operands(target: CpuTarget, spec: LinearSpec):
     """Weights and biases as given, and the packed arguments of a kernel."""
     layout, parts = Layout(spec, target), 2 if spec.gated else 1
     dtype = DTYPES[spec.dtype]

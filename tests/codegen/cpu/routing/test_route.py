@@ -17,7 +17,7 @@ from moec.codegen.cpu.routing.gate import gate
 from moec.codegen.cpu.routing.route import route
 from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ops.routing import Routing, route_logits
-from moec.target.cpu import TARGETS, Target, host
+from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
@@ -201,11 +201,11 @@ GATES: dict[str, GateSpec] = {
 
 
 @cache
-def gate_kernel(spec: GateSpec, target: Target) -> tvm.runtime.Module:
+def gate_kernel(spec: GateSpec, target: CpuTarget) -> tvm.runtime.Module:
     return compile_kernels(gate(spec, target), target=target)
 
 
-def check_gate(spec: GateSpec, target: Target, tokens: int) -> None:
+def check_gate(spec: GateSpec, target: CpuTarget, tokens: int) -> None:
     """Weights against those of the experts that the kernel chose: near a tie, either is right."""
     routing, count = spec.route.routing, spec.route.num_experts
     x = torch.randn(tokens, spec.width).to(TORCH[spec.x])
