@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ class Executor:
         arguments, torch = _arguments(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
-        with self._lock:
+        with self._lock, _refusals():
             recorder = self._recorder if entry is self._main else None
             if recorder:
                 entry = self._entries[RECORDED]
@@ -220,7 +221,7 @@ class Executor:
         """
         arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
-        with self._lock:
+        with self._lock, _refusals():
             recorder = self._recorder
             entry = self._entries[RECORDED_DECODE if recorder else DECODE]
             logits, *layers = entry.signature.outputs
@@ -248,6 +249,17 @@ def _open(package: Package) -> dict[str, Any]:
     from moec.runtime import gpu
 
     return open_library(package.library, package.functions, gpu.kernels(package.gpu), CUDA)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raises InputError for what compiled code says of arguments that it does not take: of sizes
+    that no axis tells, or where a forged manifest describes another function."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the compiled code does not take these inputs: {line}") from error
 
 
 def _arguments(inputs: Sequence[Any]) -> tuple[list[Any], Any]:

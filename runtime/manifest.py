@@ -114,6 +114,7 @@ def load(content: bytes | memoryview) -> Manifest:
         raise ArtifactError(f"{NAME} has {len(content)} bytes; no manifest of moec is so large")
     try:
         text = json.loads(bytes(content))
+        json.dumps(text, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{NAME} is damaged: it is not JSON; copy the artifact again"

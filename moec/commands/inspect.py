@@ -44,7 +44,7 @@ def command(
     if is_artifact(Path(model)):
         report, text = of_artifact(Path(model))
         if picture:
-            graph = _parsed(text)
+            graph = _graph(Path(model), text)
     else:
         report, graph = of_model(model, asked(**options), quiet or as_json)
     if picture and graph is not None:
@@ -93,13 +93,14 @@ def of_artifact(path: Path) -> tuple[Report, str]:
     text = _verified(path, container, part, manifest.parts[part].sha256)
     report = Report.of_dict(recorded)
     packed = sum(part.size for name, part in manifest.parts.items() if name.startswith("weights/"))
-    return replace(report, bytes_out=packed, phases={}), bytes(text).decode()
+    return replace(report, bytes_out=packed, phases={}), bytes(text).decode(errors="replace")
 
 
-def _parsed(text: str) -> Graph:
-    from moec.ir.text import parse
+def _graph(path: Path, text: str) -> Graph:
+    from moec.model.stored import stored_graph
+    from moec.runtime.package import MAIN
 
-    return parse(text)
+    return stored_graph(path, MAIN, text)
 
 
 def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str | None) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moec.dtypes import DTYPES
 from moec.errors import IRError
 from moec.ir.aten import refs
-from moec.ir.graph import Graph, Op, Stage, Value
+from moec.ir.graph import Graph, Op, Stage, TensorType, Value
+from moec.ir.opdef import OpDef
 from moec.ops import OPS
 
 
@@ -65,8 +66,17 @@ def _verify_op(op: Op, stage: Stage) -> None:
         if not op.name.startswith(("aten.", "moec.")):
             raise IRError(f"{op}: no such op")
         return
-    expected = definition.infer(op)
+    expected = _inferred(op, definition)
     actual = tuple(value.type for value in op.outputs)
     if expected != actual:
         shown = [", ".join(map(str, types)) for types in (actual, expected)]
         raise IRError(f"{op}: is {shown[0]}, but its inputs make it {shown[1]}")
+
+
+def _inferred(op: Op, definition: OpDef) -> tuple[TensorType, ...]:
+    """The types that an op's rule gives. Rules read inputs and attributes as passes make them; a
+    stranger's graph may have others."""
+    try:
+        return definition.infer(op)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise IRError(f"{op}: its inputs or attributes are not what it takes: {error}") from error

@@ -20,6 +20,8 @@ from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
 
 Dim: TypeAlias = int | sympy.Expr
 
+_LONGEST = 1000  # characters of a size
+_MOST_TERMS = 1000  # of a size that is multiplied out: a stranger's could take all time
 _FUNCTIONS = {
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,
@@ -188,11 +190,32 @@ def parse_dim(text: str) -> Dim:
 
     Raises IRError for anything else: the text may come from a stranger's artifact.
     """
+    if len(text) > _LONGEST:
+        raise IRError(f"{text[:40]!r}... is not a size: it has {len(text)} characters")
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise IRError(f"{text!r} is not a size") from error
-    return normal(_build(tree, text))
+        if _terms(tree) > _MOST_TERMS:
+            raise IRError(f"{text!r} is not a size of moec: it has too many terms")
+        size = _build(tree, text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        raise IRError(f"{text[:80]!r} is not a size") from error
+    return normal(size)
+
+
+def _terms(node: ast.expr) -> float:
+    """How many terms a size has at most when its products are multiplied out."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
+            return _terms(left) + _terms(right)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int(power))):
+            return float(max(2, _terms(left))) ** max(0, min(power, 1000))
+        case ast.BinOp(left=left, right=right):
+            return _terms(left) * _terms(right)
+        case ast.UnaryOp(operand=operand):
+            return _terms(operand)
+        case ast.Call(args=arguments):
+            return max([1, *map(_terms, arguments)])
+    return 1
 
 
 def _build(node: ast.expr, text: str) -> sympy.Expr:

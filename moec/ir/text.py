@@ -93,8 +93,11 @@ def show_attr(value: Attr) -> str:
 def parse(text: str) -> Graph:
     """The graph that the text describes. Raises IRError with the line of the first fault."""
     reader = _Reader(text)
-    graph = reader.graph()
-    reader.end()
+    try:
+        graph = reader.graph()
+        reader.end()
+    except (ValueError, RecursionError) as error:  # numbers and strings, and how deep they nest
+        raise reader.fail(f"a graph ({error})") from error
     return graph
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moec.errors import ArtifactError, IRError
-from moec.runtime.artifact import Artifact, graph_part
+from moec.errors import ArtifactError
+from moec.runtime.artifact import Artifact
 from moec.runtime.package import Package
 
 
@@ -23,9 +23,8 @@ def rebuild(opened: Artifact) -> Package:
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import lower
     from moec.codegen.package import ports
-    from moec.interpret.verifier import verify
-    from moec.ir.graph import Module, Program, Stage
-    from moec.ir.text import parse
+    from moec.ir.graph import Module, Program
+    from moec.model.stored import stored_graph
     from moec.target import cpu
     from moec.target import named as targets
 
@@ -40,13 +39,7 @@ def rebuild(opened: Artifact) -> Package:
         target = cpu.host()  # the same code, blocked for this machine's cache
 
     def program(name: str) -> Program:
-        try:
-            graph = parse(opened.graphs[name])
-            verify(graph, Stage.GROUPED)
-        except IRError as error:
-            part = graph_part(name)
-            raise ArtifactError(f"{opened.path}: {part} is malformed: {error}") from error
-        return Program(graph, {})
+        return Program(stored_graph(opened.path, name, opened.graphs[name]), {})
 
     package = opened.package
     module = Module({name: program(name) for name in package.functions})

@@ -26,7 +26,21 @@ def test_text_and_back(dim):
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os')", "T.x", "f(T)", "T if T else 1", "1.5", "T**T", "T**99", "1/0", "'a'", ""],
+    [
+        "__import__('os')",
+        "T.x",
+        "f(T)",
+        "T if T else 1",
+        "1.5",
+        "T**T",
+        "T**99",
+        "1/0",
+        "'a'",
+        "",
+        "((((9**8)**8)**8)**8)**8",
+        "*".join(["(T+S)"] * 50),
+        "T+" * 600 + "T",
+    ],
 )
 def test_text_of_a_stranger_is_not_evaluated(text):
     with pytest.raises(IRError, match="is not a size"):

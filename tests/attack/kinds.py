@@ -1,0 +1,188 @@
+"""The five kinds of attack. A case is one call of the command line, as a user would make it.
+
+artifacts   damaged bytes of artifacts: nothing of them is right but what was not touched
+forged      manifests and parts changed, with right digests
+tensors     .npy, .npz and .safetensors, damaged or forged
+graphs      texts of graphs in an artifact with right digests
+commands    command lines of real and odd words
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import string
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moec.runtime import manifest
+from tests.attack.mutate import mutated_bytes, mutated_json, mutated_text
+from tests.attack.seeds import graphs
+
+Words = list[str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`case(folder, draw)` writes what a case needs and gives the words of its commands. `acts` are
+    what its commands may do though others may not. There are `short` cases in the suite."""
+
+    case: Callable[[Path, random.Random], list[Words]]
+    short: int
+    long: int
+    acts: frozenset[str] = frozenset()
+
+
+def _artifacts(folder: Path, draw: random.Random) -> list[Words]:
+    name = draw.choice(("toy", "speaker"))
+    path = folder / "case.moec"
+    path.write_bytes(mutated_bytes((folder / f"{name}.moec").read_bytes(), draw))
+    run = ["run", str(path), *(["--check"] if name == "toy" else ["--prompt", "a b"])]
+    return [["verify", str(path)], ["inspect", str(path)], run]
+
+
+def _forged(folder: Path, draw: random.Random) -> list[Words]:
+    name = draw.choice(("toy", "speaker"))
+    with zipfile.ZipFile(folder / f"{name}.moec") as archive:
+        parts = {member: archive.read(member) for member in archive.namelist()}
+    text = json.loads(parts[manifest.NAME])
+    if draw.random() < 0.3:
+        part = draw.choice(sorted(p for p in parts if not p.startswith(("manifest", "kernels"))))
+        parts[part] = mutated_bytes(parts[part], draw)
+        text["parts"][part] = _part(parts[part])
+    else:
+        section = draw.choice(("package", "package", "arrays", "samples", "extra", "parts", "all"))
+        if section == "all":
+            text = mutated_json(text, draw)
+        else:
+            text[section] = mutated_json(text[section], draw)
+    path = _written(folder / "case.moec", parts, text)
+    run = ["run", str(path), *(["--check"] if name == "toy" else ["--prompt", "a b"])]
+    return [["verify", str(path)], ["inspect", str(path), "--json"], ["inspect", str(path)], run]
+
+
+def _graphs(folder: Path, draw: random.Random) -> list[Words]:
+    with zipfile.ZipFile(folder / "toy.moec") as archive:
+        parts = {member: archive.read(member) for member in archive.namelist()}
+    graph = mutated_text(draw.choice(graphs()), draw)
+    parts["graphs/main.moec"] = content = graph.encode(errors="surrogatepass")
+    text = json.loads(parts[manifest.NAME])
+    text["parts"]["graphs/main.moec"] = _part(content)
+    path = str(_written(folder / "case.moec", parts, text))
+    picture = str(folder / draw.choice(("case.svg", "case.html", "case.dot")))
+    return [["verify", path], ["inspect", path, "--graph", picture]]
+
+
+def _tensors(folder: Path, draw: random.Random) -> list[Words]:
+    name = draw.choice(("x.npz", "y.npz", "x.npy", "x.safetensors"))
+    content = (folder / name).read_bytes()
+    if name == "y.npz" or draw.random() < 0.5:
+        content = mutated_bytes(content, draw)
+    elif name.endswith(".safetensors"):
+        size = int.from_bytes(content[:8], "little")
+        text = json.dumps(mutated_json(json.loads(content[8 : 8 + size]), draw)).encode()
+        content = len(text).to_bytes(8, "little") + text + content[8 + size :]
+    else:
+        start = content.index(b"{'descr'")
+        end = content.index(b"}", start) + 1
+        header = mutated_text(content[start:end].decode(), draw).encode(errors="surrogatepass")
+        content = content[:start] + header[: end - start].ljust(end - start) + content[end:]
+    path = (folder / "case").with_suffix(Path(name).suffix)
+    path.write_bytes(content)
+    return [["run", str(folder / "toy.moec"), "--input", str(path)]]
+
+
+_COMMANDS = {
+    "run": (
+        *("--input", "--output", "--prompt", "--max-new-tokens", "--temperature", "--top-p"),
+        *("--top-k", "--seed", "--check", "--threads", "--nproc", "--timeout", "--json", "-q"),
+    ),
+    "verify": ("--json", "-q"),
+    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype", "--describe"),
+    "compile": (
+        *("-o", "--target", "--passes", "--shapes", "--quant", "--verify", "--stop-after"),
+        *("--dry-run", "--plan", "--dtype", "--describe", "--calib", "--budget", "--force", "-O"),
+    ),
+    "export": ("-o", "--ep", "--moe", "--opset", "--quant", "--cache", "--verify", "--shapes"),
+    "bench": ("--artifact", "--baseline", "--file", "--batch", "--rounds", "--plot", "--threads"),
+    "bisect": ("--tolerance", "--seed", "--shapes", "--passes"),
+    "plan": ("--cluster", "--trace", "--routing", "--phase", "--tokens", "-o", "--picture"),
+    "routing": ("--picture", "-o", "--json", "--force"),
+    "list": ("--json",),
+    "cache": ("--json",),
+    "--version": (),
+}
+
+
+def _commands(folder: Path, draw: random.Random) -> list[Words]:
+    files = [str(folder / name) for name in ("toy.moec", "speaker.moec", "x.npz", "x.npy")]
+    odd = (
+        *(
+            "",
+            " ",
+            "-1",
+            "0",
+            "1",
+            "3",
+            "1.5",
+            "nan",
+            "inf",
+            "abc",
+            "int8",
+            "bf16",
+            "b c",
+            "\udcff",
+        ),
+        *("T=3", "x=Tx4", "x=B[5..1]", "+prune-experts", "-fuse-gate", "uniform", "zipf:x", "cpu"),
+        *("kl<=0.1", "passes", "9" * 40, "x" * 5000, str(folder), str(folder / "none" / "x.svg")),
+        *(str(folder / "out.svg"), str(folder / "out.npz"), "none.py:f", "none.pt2", "/dev/null"),
+    )
+    name = draw.choice(sorted(_COMMANDS))
+    words = [name]
+    if draw.random() < 0.8:
+        words.append(draw.choice((*files, *odd)))
+    for _ in range(draw.randint(0, 4)):
+        options = _COMMANDS[name] or ("-h",)
+        words.append(draw.choice(options) if draw.random() < 0.9 else _typo(options, draw))
+        if draw.random() < 0.7:
+            words.append(draw.choice((*files, *odd)))
+    return [words]
+
+
+def _typo(options: tuple[str, ...], draw: random.Random) -> str:
+    word = draw.choice(options)
+    at = draw.randrange(len(word))
+    return word[:at] + draw.choice(string.printable[:95]) + word[at + 1 :]
+
+
+def _part(content: bytes) -> dict[str, object]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
+    """An artifact of these parts, and a manifest with its right digest where it has one."""
+    if isinstance(text, dict):
+        body = {key: value for key, value in text.items() if key not in ("moec", "sha256")}
+        text = text | {"sha256": manifest._digest(text.get("moec", 0), body)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            data = json.dumps(text).encode() if name == manifest.NAME else content
+            archive.writestr(name, data)
+    return path
+
+
+KINDS: Mapping[str, Kind] = {
+    "artifacts": Kind(_artifacts, 60, 10_000),
+    "forged": Kind(_forged, 40, 1_000),
+    "tensors": Kind(_tensors, 80, 1_000),
+    "graphs": Kind(_graphs, 30, 1_000),
+    "commands": Kind(_commands, 25, 200),
+}
+
+
+def stream(kind: str, seed: int, number: int) -> random.Random:
+    """Each case draws from its own stream, so that it can be repeated alone."""
+    return random.Random(f"{kind}/{seed}/{number}")

@@ -1,0 +1,79 @@
+"""The short attack: no crash, no hang, no exit code 70, nothing done that was not asked for. The
+long one is `python -m tests.attack`. The tests after it show that it notices what it looks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.attack.attack import attack
+from tests.attack.kinds import KINDS
+from tests.attack.seeds import write_seeds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_seeds(folder := tmp_path_factory.mktemp("attack"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_short_attack(kind: str, folder: Path) -> None:
+    faults = [*attack(kind, seed=1, first=0, last=KINDS[kind].short, folder=folder)]
+    assert not faults, "\n".join(map(str, faults))
+
+
+def test_a_crash_and_a_hang_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that ends, or says nothing, is told from one that is done."""
+    real = subprocess.Popen
+    programs = iter(
+        [
+            'import os; print(\'{"case": 0, "words": ["run"]}\', flush=True); os.abort()',
+            'import time; print(\'{"case": 1, "words": ["verify"]}\', flush=True); time.sleep(60)',
+            'print(\'{"case": 2, "words": ["list"], "fault": "exit code 70"}\')',
+        ]
+    )
+
+    def start(words: list[str], **how: object) -> subprocess.Popen[bytes]:
+        return real([sys.executable, "-c", next(programs)], **how)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    faults = [*attack("forged", 0, 0, 3, folder, seconds=20)]
+    assert [(fault.case, fault.says) for fault in faults] == [
+        (0, "crashes: the process ended with -6"),
+        (1, "hangs: nothing after 20 s"),
+        (2, "exit code 70"),
+    ]
+
+
+WATCHED = """
+import os, pickle, subprocess, sys
+from pathlib import Path
+from tests.attack.watch import Watch
+folder = Path(sys.argv[1])
+watch = Watch((folder / "mine",))
+with watch.acts() as acts:
+    import csv  # reads a compiled module
+    (folder / "mine").mkdir()
+    (folder / "mine/file").write_text("x")
+assert acts == [], acts
+with watch.acts() as acts:
+    os.system("true")
+    subprocess.run(["true"])
+    pickle.loads(b"cos\\nsystem\\n.")
+    (folder / "other").write_text("x")
+print([act.partition("(")[0].partition(" ")[0] for act in acts])
+"""
+
+
+def test_what_nobody_asked_for_is_noticed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['os.system', 'subprocess.Popen', 'pickle.find_class', 'writes']\n"

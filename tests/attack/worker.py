@@ -1,0 +1,47 @@
+"""Cases in a process of their own, which may crash: `python -m tests.attack.worker FOLDER KIND SEED
+FIRST LAST`. A line is written before a case, and one after it with what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from tests.attack.kinds import KINDS, Words, stream
+from tests.attack.watch import Watch
+
+EXIT_CODES = (0, 1, 2)
+
+
+def faults(words: Words, watch: Watch) -> list[str]:
+    """What is wrong with how a command ended: its exit code, its words, and what it did."""
+    from moec.__main__ import cli
+
+    with watch.acts() as acts:
+        done = CliRunner().invoke(cli, words, prog_name="moec")
+    found = [f"did what nobody asked for: {act}" for act in acts]
+    if done.exit_code not in EXIT_CODES:
+        found.append(f"exit code {done.exit_code}: {done.stderr.strip() or done.exception!r}")
+    elif done.exit_code and not done.stderr.strip():
+        found.append(f"exit code {done.exit_code} without a word")
+    return found
+
+
+def main() -> None:
+    folder, kind, seed, first, last = sys.argv[1:]
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is not the report
+    watch = Watch((Path(folder),), KINDS[kind].acts)
+    for number in range(int(first), int(last)):
+        commands = KINDS[kind].case(Path(folder), stream(kind, int(seed), number))
+        for words in commands:
+            report.write(json.dumps({"case": number, "words": words}) + "\n")
+            for fault in faults(words, watch):
+                report.write(json.dumps({"case": number, "words": words, "fault": fault}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
