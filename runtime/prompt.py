@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import ArtifactError, UsageError
+from moec.runtime.chat import ChatTemplate, Message
 
 FOLDER = "tokenizer/"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`stop` are the tokens that end a text."""
+    """`stop` are the tokens that end a text, `template` is that of chats where there is one."""
 
     tokenizer: Any
     stop: frozenset[int]
+    template: ChatTemplate | None = None
 
-    def encode(self, text: str) -> list[int]:
-        """Raises UsageError where the text is no Unicode, or gives no token at all."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The tokens of a text, with those that begin and end one where `special` says so.
+
+        Raises UsageError where the text is no Unicode, or gives no token at all.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"the prompt is not UTF-8 at character {error.start}: convert it first"
             ) from error
-        tokens: list[int] = self.tokenizer.encode(text).ids
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not tokens:
             raise UsageError("the prompt gives no tokens; write at least one character")
         return tokens
 
-    def stream(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-        """The text of `tokens` as they come, each piece as soon as its characters are whole."""
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self.tokenizer.decode([*map(int, tokens)], skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a chat, up to where the answer begins: see `ChatTemplate.render`.
+
+        Raises UsageError where the model came without a template.
+        """
+        if self.template is None:
+            raise UsageError(
+                "the model came without a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): give it text to continue"
+            )
+        return self.encode(self.template.render(messages), special=False)
+
+    def decoder(self, prompt: Sequence[int]) -> Callable[[int], str]:
+        """A function that takes the tokens after `prompt` one by one and gives their characters as
+        soon as they are whole; empty where they are not."""
         from tokenizers.decoders import DecodeStream
 
-        decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
-        for token in tokens:
-            if piece := decoder.step(self.tokenizer, token):
-                yield piece
+        stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        return lambda token: stream.step(self.tokenizer, token) or ""
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
@@ -64,7 +84,24 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         raise ArtifactError(f"{FOLDER}tokenizer.json is malformed: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Tokenizer(tokenizer, _stop(tokenizer, files))
+    return Tokenizer(tokenizer, _stop(tokenizer, files), _template(files))
+
+
+def _template(files: Mapping[str, bytes]) -> ChatTemplate | None:
+    config = _json(files, "tokenizer_config.json")
+    content = files.get(FOLDER + "chat_template.jinja")
+    source = (
+        content.decode(errors="replace") if content is not None else config.get("chat_template")
+    )
+    if isinstance(source, list):  # of several, each {"name": ..., "template": ...}
+        named = [item for item in source if isinstance(item, dict)]
+        source = next((t.get("template") for t in named if t.get("name") == "default"), None)
+    if not isinstance(source, str):
+        return None
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    values = {name: config.get(name) for name in names}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in values.items()}
+    return ChatTemplate(source, {n: text for n, text in texts.items() if isinstance(text, str)})
 
 
 def _stop(tokenizer: Any, files: Mapping[str, bytes]) -> frozenset[int]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.commands.options import json_option, quiet_option
+from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
 from moec.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
     from moec.runtime.executor import Executor
-    from moec.runtime.sampling import Sampling
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -31,15 +29,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="Write the outputs: .npz (bf16 as float32), .safetensors, or .npy for the only one.",
 )  # fmt: skip
-@click.option("--prompt", metavar="TEXT", help="Continue this text.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True,
-    help="0 takes the likeliest token; above it tokens are drawn.",
-)  # fmt: skip
-@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest of this share.")
-@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens.")
-@click.option("--seed", type=click.IntRange(min=0), help="The same seed draws the same tokens.")
+@text_options
 @click.option(
     "--check", is_flag=True, help="Compare with the stored samples; exit 2 if they differ."
 )
@@ -65,12 +55,6 @@ def command(
     artifact: Path,
     source: Path | None,
     output: Path | None,
-    prompt: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    seed: int | None,
     check: bool,
     trace: Path | None,
     rebuild: bool,
@@ -79,36 +63,37 @@ def command(
     timeout: float,
     as_json: bool,
     quiet: bool,
+    **text: Any,
 ) -> None:
-    """Run ARTIFACT on the tensors in a file, or let it continue a prompt.
+    """Run ARTIFACT on the tensors in a file, or let it continue prompts, or chat.
 
     The outputs are described on stdout, or written with --output; a prompt's continuation
     goes to stdout as it comes. Exit code 2 means that --check found a difference.
     """
+    options = TextOptions(**text)
     if (artifact / "ranks.json").is_file():
         from moec.commands.ranks import run_ranks
 
-        if prompt is not None or check or rebuild or trace:
+        if options.form or check or rebuild or trace:
             raise UsageError(f"{artifact} holds the ranks of a plan, which run on --input alone")
         run_ranks(artifact, source, output, nproc, timeout, threads, as_json)
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
-    if source is None and prompt is None and not (check or rebuild):
-        raise UsageError("say what to run: --input FILE, --prompt TEXT or --check")
-    if source is not None and prompt is not None:
-        raise UsageError("--input and --prompt exclude each other")
+    if source is None and not (options.form or check or rebuild):
+        raise UsageError("say what to run: --input FILE, --prompt TEXT, --chat or --check")
+    if source is not None and options.form:
+        raise UsageError(f"--input and {options.form} exclude each other")
     if output is not None and source is None:
         raise UsageError("--output needs --input")
     from moec.commands.recording import check_trace, recorded
     from moec.runtime import artifact as artifacts
     from moec.runtime.executor import start
-    from moec.runtime.sampling import Sampling
     from moec.runtime.tensor_files import check_suffix
     from moec.runtime.threads import set_threads
 
     set_threads(threads)
-    sampling = Sampling(temperature, top_p, top_k, seed)
+    prompts = read_prompts(options)
     for path in (source, output):
         if path is not None:
             check_suffix(path)
@@ -130,10 +115,8 @@ def command(
             if not (quiet or as_json):
                 for name, port in answer["outputs"].items():
                     click.echo(f"{name}: {port['dtype']}{port['shape']}")
-        if prompt is not None:
-            answer["prompt"] = prompt
-            request = (max_new_tokens, sampling)
-            answer |= _generate(opened, executor, prompt, request, not as_json, quiet)
+        if options.form:
+            answer |= write_texts(opened, executor, options, prompts, as_json=as_json, quiet=quiet)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
 
@@ -184,61 +167,3 @@ def _run(
         write_tensors(output, outputs)
     dtypes = {port.name: port.dtype for port in executor.package.main.outputs}
     return {n: {"dtype": dtypes[n], "shape": list(a.shape)} for n, a in outputs.items()}
-
-
-def _generate(
-    opened: Artifact,
-    executor: Executor,
-    prompt: str,
-    limits: tuple[int, Sampling],
-    stream: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    from moec.runtime.generate import Request, generate, longest_of, slow
-    from moec.runtime.prompt import load_tokenizer
-
-    longest, why = longest_of(executor), slow(executor)
-    if why and not quiet:
-        click.echo(f"each token runs the whole text again: {why}", err=True)
-    tokenizer = load_tokenizer(opened.files)
-    generation = executor.package.generation
-    stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
-    tokens = tokenizer.encode(prompt)
-    new_tokens: list[int] = []
-    text, first = "", 0.0
-    started = time.perf_counter()
-
-    def counted() -> Iterator[int]:
-        nonlocal first
-        for (token,) in generate(executor, [tokens], Request(*limits, stop)):
-            first = first or time.perf_counter() - started
-            if token is None or token in stop:
-                return
-            new_tokens.append(token)
-            yield token
-
-    for piece in tokenizer.stream(tokens, counted()):
-        text += piece
-        if stream:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-    seconds = time.perf_counter() - started
-    if stream:
-        click.echo()
-    speed = (len(new_tokens) - 1) / (seconds - first) if len(new_tokens) > 1 else 0.0
-    full = longest is not None and len(tokens) + len(new_tokens) > longest
-    if stream and not quiet:
-        limit = f"; the model takes no more than {longest} tokens" if full else ""
-        click.echo(
-            f"{len(tokens)} tokens read in {first:.2f} s, then {len(new_tokens)} tokens at "
-            f"{speed:.1f} tokens/s{limit}",
-            err=True,
-        )
-    return {
-        "text": text,
-        "tokens": new_tokens,
-        "prompt_tokens": len(tokens),
-        "first_token_seconds": round(first, 4),
-        "generate_seconds": round(seconds, 4),
-        "tokens_per_second": round(speed, 2),
-    }

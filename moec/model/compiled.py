@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
@@ -17,7 +18,7 @@ from moec.errors import UsageError
 from moec.interpret.tolerance import default_tolerance
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import print_graph
-from moec.model.generate import Prompts, continued, stream
+from moec.model.generate import Prompts, Writer, continued, stream
 from moec.passes.core.runner import Declined, Kind, PassResult
 from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
@@ -25,6 +26,7 @@ from moec.report.quantisation import left_wide
 from moec.report.report import Report, describe_graph, pass_lines
 from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
+from moec.runtime.prompt import Tokenizer, load_tokenizer
 from moec.runtime.recording import Recorder, record_routing
 from moec.target.named import lacking
 from moec.verify import check as checking
@@ -77,19 +79,34 @@ class CompiledModel:
         return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
-        """Continue texts: `prompts` are token ids [B, S], or a list of lists of any lengths.
+        """Continue texts: `prompts` are text, or a list of texts, where the model came with a
+        tokenizer; token ids [B, S], or a list of lists of them of any lengths.
 
-        Gives the prompts with their new tokens, of the kind that was given; a row that ended
+        Gives the prompts with what continues them, of the kind that was given; a row that ended
         early is filled up with its last token. Options: `max_new_tokens` (64), `temperature`
         (0: the likeliest token), `top_p`, `top_k`, `seed`, and `stop`, the tokens that end a
-        text (those of the model's configuration). Raises InputError where the model does not
-        continue text, or an option or a prompt is out of range.
+        text (those of the model's configuration) and, of text, the strings before which it ends.
+        Raises InputError where the model does not continue text, or an option or a prompt is out
+        of range, ArtifactError where text is given and there is no tokenizer.
         """
-        return continued(self.ready()[1], prompts, **options)
+        return continued(self._writer, prompts, **options)
 
-    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
-        """As `generate`: the next token of each text as it comes; None where a text has ended."""
-        return stream(self.ready()[1], prompts, **options)
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
+        """As `generate`: the next token of each text as it comes, None where a text has ended. The
+        pieces of one text as they come; of a list of texts, the next piece of each."""
+        return stream(self._writer, prompts, **options)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back: `encode`, `decode`, and `chat` by the model's chat template.
+
+        Raises ArtifactError where the model came without a tokenizer.
+        """
+        return load_tokenizer({n: path.read_bytes() for n, path in self.source.files.items()})
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self.ready()[1], lambda: self.tokenizer)
 
     def routers(self, *args: Any, **kwargs: Any) -> Choices:
         """What routers that read no hidden state choose, before the model runs: for each of their

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,44 +13,66 @@ import numpy as np
 from moec.errors import InputError, UsageError
 from moec.runtime.executor import Executor
 from moec.runtime.generate import Request, generate, slow
+from moec.runtime.prompt import Tokenizer
 from moec.runtime.sampling import Sampling
+from moec.runtime.write_text import new_texts, write
 from moec.spelling import did_you_mean
 
 Prompts: TypeAlias = Any
-"""Token ids: a tensor or array [B, S], or a list of them for each text, of any lengths."""
+"""Token ids: a tensor or array [B, S], or a list of them for each text, of any lengths; or text,
+or a list of texts."""
 
 
 OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 
 
+@dataclass(frozen=True)
+class Writer:
+    """What continues texts: the model, and its tokenizer where it has one."""
+
+    executor: Executor
+    tokenizer: Callable[[], Tokenizer]
+
+
 def request_of(
-    executor: Executor,
+    writer: Writer,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
-    stop: int | Sequence[int] | None = None,
-) -> Request:
-    """Raises InputError for an option that is of another type, or out of range."""
-    if stop is None:
-        generation = executor.package.generation
-        stop = generation.stop if generation is not None else ()
-    stops: Any = (stop,) if _is_id(stop) else stop
-    if not isinstance(stops, Collection) or not all(map(_is_id, stops)):
-        raise InputError(f"stop is {stop!r}; it must be a token, or a list of tokens")
+    stop: int | str | Sequence[int | str] | None = None,
+) -> tuple[Request, tuple[str, ...]]:
+    """The request, and the strings that end a text. Raises InputError for an option that is of
+    another type, or out of range."""
+    stops: Any = (stop,) if _is_id(stop) or isinstance(stop, str) else stop
+    if stops is not None and not isinstance(stops, Collection):
+        raise InputError(f"stop is {stop!r}; it must be a token, a string, or a list of them")
+    strings = tuple(item for item in stops or () if isinstance(item, str))
+    tokens = [item for item in stops or () if not isinstance(item, str)]
+    if not all(map(_is_id, tokens)):
+        raise InputError(f"stop is {stop!r}; it must be a token, a string, or a list of them")
+    if not tokens and (stops is None or strings):  # strings are beside the model's own tokens
+        generation = writer.executor.package.generation
+        tokens = list(generation.stop) if generation is not None else []
     sampling = Sampling(temperature, top_p, top_k, seed)
-    return Request(max_new_tokens, sampling, frozenset(map(int, stops)))
+    return Request(max_new_tokens, sampling, frozenset(map(int, tokens))), strings
 
 
-def continued(executor: Executor, prompts: Prompts, **options: Any) -> Any:
-    """The prompts with their new tokens: a list of lists for lists, else a tensor or array
-    [B, S + N] of the kind that was given, where a text that ended is filled up with the token
-    that ended it (its last one, where the model took no more)."""
+def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
+    """The prompts with what continues them: text for text, a list of lists for lists, else a tensor
+    or array [B, S + N] of the kind that was given, where a text that ended is filled up with the
+    token that ended it (its last one, where the model took no more)."""
+    if strings := _strings(prompts):
+        additions = [""] * len(strings)
+        for pieces in _written(writer, strings, options):
+            additions = [a + b for a, b in zip(additions, pieces, strict=True)]
+        complete = [a + b for a, b in zip(strings, additions, strict=True)]
+        return complete[0] if isinstance(prompts, str) else complete
     texts = texts_of(prompts)
     results: list[list[int]] = [list(text) for text in texts]
-    for tokens in stream(executor, texts, **options):
+    for tokens in stream(writer, texts, **options):
         for text, token in zip(results, tokens, strict=True):
             if token is not None:
                 text.append(token)
@@ -62,17 +85,46 @@ def continued(executor: Executor, prompts: Prompts, **options: Any) -> Any:
     return torch.from_numpy(filled) if torch is not None and is_torch else filled
 
 
-def stream(
-    executor: Executor, prompts: Prompts, **options: Any
-) -> Iterator[tuple[int | None, ...]]:
-    """The next token of each text as it comes; None for a text that has ended."""
+def stream(writer: Writer, prompts: Prompts, **options: Any) -> Iterator[Any]:
+    """The next token of each text as it comes, None for a text that has ended; of prompts that are
+    text the next piece of each, of one text alone its pieces."""
+    if strings := _strings(prompts):
+        pieces = _written(writer, strings, options)
+        return (piece for (piece,) in pieces if piece) if isinstance(prompts, str) else pieces
+    request, stops = _checked(writer, options)
+    if stops:
+        raise InputError(f"stop is {stops[0]!r}: a string ends prompts that are text, not tokens")
+    return generate(writer.executor, texts_of(prompts), request)
+
+
+def _checked(writer: Writer, options: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
     if unknown := [name for name in options if name not in OPTIONS]:
         near = did_you_mean(unknown[0], OPTIONS) or f"; the options are {', '.join(OPTIONS)}"
         raise UsageError(f"text is generated without an option {unknown[0]!r}{near}")
-    request = request_of(executor, **options)
-    if why := slow(executor):
-        warnings.warn(f"each token runs the whole text again: {why}", stacklevel=3)
-    return generate(executor, texts_of(prompts), request)
+    checked = request_of(writer, **options)
+    if why := slow(writer.executor):
+        warnings.warn(f"each token runs the whole text again: {why}", stacklevel=4)
+    return checked
+
+
+def _strings(prompts: Prompts) -> list[str]:
+    """The prompts where they are text; none where they are tokens."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts):
+        return list(prompts)
+    return []
+
+
+def _written(
+    writer: Writer, prompts: Sequence[str], options: Mapping[str, Any]
+) -> Iterator[tuple[str, ...]]:
+    request, stops = _checked(writer, options)
+    tokenizer = writer.tokenizer()
+    if not request.stop and options.get("stop") is None:
+        request = replace(request, stop=tokenizer.stop)
+    texts = new_texts(tokenizer, [tokenizer.encode(prompt) for prompt in prompts], stops)
+    return write(writer.executor, texts, request)
 
 
 def texts_of(prompts: Prompts) -> list[list[int]]:
@@ -87,7 +139,7 @@ def texts_of(prompts: Prompts) -> list[list[int]]:
         shape = getattr(prompts, "shape", None)
         what = f"{type(prompts).__name__} {list(shape)}" if shape is not None else repr(prompts)
         raise InputError(
-            f"the prompts are a {what}, expected token ids [B, S] or a list of lists of them"
+            f"the prompts are a {what}, expected text, token ids [B, S], or a list of lists of them"
         )
     return [_text(row, number) for number, row in enumerate(rows)]
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Never
 
 from moec.errors import UsageError
-from moec.model.generate import Prompts, continued, stream
+from moec.model.generate import Prompts, Writer, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.call import Choices, call, routed, routers
 from moec.runtime.executor import Executor, start
+from moec.runtime.prompt import Tokenizer, load_tokenizer
 from moec.runtime.recording import Recorder, record_routing
 
 
@@ -31,11 +33,20 @@ class LoadedModel:
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
         """See `CompiledModel.generate`."""
-        return continued(self.executor, prompts, **options)
+        return continued(self._writer, prompts, **options)
 
-    def stream(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int | None, ...]]:
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
         """See `CompiledModel.stream`."""
-        return stream(self.executor, prompts, **options)
+        return stream(self._writer, prompts, **options)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """See `CompiledModel.tokenizer`."""
+        return load_tokenizer(self.artifact.files)
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self.executor, lambda: self.tokenizer)
 
     def routers(self, *args: Any, **kwargs: Any) -> Choices:
         """See `CompiledModel.routers`."""

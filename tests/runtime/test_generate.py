@@ -144,7 +144,8 @@ def test_text_and_back() -> None:
     tokenizer = load_tokenizer(toy.tokenizer_files())
     assert tokenizer.encode("b c") == [1, 2]
     assert tokenizer.stop == {7}
-    assert "".join(tokenizer.stream([1], [2, 3])) == " c d"
+    assert "".join(map(tokenizer.decoder([1]), [2, 3])) == " c d"
+    assert tokenizer.decode([2, 3]) == "c d"
     with pytest.raises(UsageError, match="the prompt gives no tokens"):
         tokenizer.encode("  ")
 
@@ -160,7 +161,7 @@ def test_characters_come_when_they_are_whole() -> None:
     tokenizer = load_tokenizer({"tokenizer/tokenizer.json": made.to_str().encode()})
     tokens = tokenizer.encode("né!")
     assert len(tokens) == 4
-    assert list(tokenizer.stream(tokenizer.encode("a"), tokens)) == ["n", "é", "!"]
+    assert list(map(tokenizer.decoder(tokenizer.encode("a")), tokens)) == ["n", "", "é", "!"]
 
 
 @pytest.mark.parametrize(

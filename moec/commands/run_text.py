@@ -1,0 +1,261 @@
+"""Text of `moec run`: one prompt as it comes, many from a file, or a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.runtime.artifact import Artifact
+    from moec.runtime.executor import Executor
+    from moec.runtime.generate import Request
+    from moec.runtime.prompt import Tokenizer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The options of `text_options`, under their names."""
+
+    prompt: str | None
+    prompts: Path | None
+    chat: bool
+    stop: tuple[str, ...]
+    batch: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+
+    @property
+    def form(self) -> str:
+        """Which kind of text is asked for, by its option; empty where none is.
+
+        Raises UsageError where more than one is.
+        """
+        forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
+        names = [name for name, value in forms.items() if value is not None]
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} exclude each other")
+        return names[0] if names else ""
+
+
+def text_options(command: F) -> F:
+    for decorator in (
+        click.option("--prompt", metavar="TEXT", help="Continue this text; - reads it from stdin."),
+        click.option(
+            "--prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
+            help="Continue each line of a text file, or each string of a .jsonl; - reads stdin. "
+            "One JSON line each comes out: prompt, text, tokens.",
+        ),
+        click.option(
+            "--chat", is_flag=True,
+            help="Answer each line of stdin, by the chat template that the model came with.",
+        ),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=8, show_default=True,
+            help="How many of --prompts are continued at once.",
+        ),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
+        ),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True,
+            help="0 takes the likeliest token; above it tokens are drawn.",
+        ),
+        click.option(
+            "--top-p", type=float, default=1.0, help="Draw from the likeliest of this share."
+        ),
+        click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="The same seed draws the same tokens."
+        ),
+    ):  # fmt: skip
+        command = decorator(command)
+    return command
+
+
+def read_prompts(options: TextOptions) -> list[str]:
+    """The prompts, those of a chat excepted. Raises UsageError where a file holds none."""
+    if options.prompt == "-":
+        return [_decoded("stdin", sys.stdin.buffer.read())]
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompts is None:
+        return []
+    path = options.prompts
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--prompts {path}: {error.strerror}") from error
+    lines = [line for line in _decoded(str(path), content).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"--prompts {path} holds no prompt: write one a line")
+    return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it first") from error
+
+
+def _string(path: Path, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, str):
+        raise UsageError(f"--prompts {path}: {line[:60]} is no JSON string")
+    return value
+
+
+def write_texts(
+    opened: Artifact,
+    executor: Executor,
+    options: TextOptions,
+    prompts: Sequence[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Continue the prompts, or chat; what --json tells of it."""
+    from moec.runtime.generate import Request, slow
+    from moec.runtime.prompt import load_tokenizer
+    from moec.runtime.sampling import Sampling
+
+    if (why := slow(executor)) and not quiet:
+        click.echo(f"each token runs the whole text again: {why}", err=True)
+    tokenizer = load_tokenizer(opened.files)
+    generation = executor.package.generation
+    stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    request = Request(options.max_new_tokens, sampling, stop)
+    if options.chat:
+        return {"messages": _chat(tokenizer, executor, request, options.stop, not as_json)}
+    if options.prompts is not None:
+        texts = _many(tokenizer, executor, request, options, prompts)
+        return {"texts": [*texts] if as_json else [_shown(text) for text in texts]}
+    return {"prompt": prompts[0]} | _one(
+        tokenizer, executor, request, options.stop, prompts[0], not as_json, quiet
+    )
+
+
+def _one(
+    tokenizer: Tokenizer,
+    executor: Executor,
+    request: Request,
+    stops: Sequence[str],
+    prompt: str,
+    streamed: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    from moec.runtime.generate import longest_of
+    from moec.runtime.write_text import new_texts, write
+
+    (text,) = new_texts(tokenizer, [tokenizer.encode(prompt)], stops)
+    start, first = time.perf_counter(), 0.0
+    for (piece,) in write(executor, [text], request):
+        first = first or time.perf_counter() - start
+        _echo(piece, streamed)
+    seconds = time.perf_counter() - start
+    count, longest = len(text.tokens), longest_of(executor)
+    speed = (count - 1) / (seconds - first) if count > 1 else 0.0
+    if streamed:
+        click.echo()
+    if streamed and not quiet:
+        full = longest is not None and len(text.prompt) + count > longest
+        limit = f"; the model takes no more than {longest} tokens" if full else ""
+        click.echo(
+            f"{len(text.prompt)} tokens read in {first:.2f} s, then {count} tokens at "
+            f"{speed:.1f} tokens/s{limit}",
+            err=True,
+        )
+    return {
+        "text": text.written,
+        "tokens": text.tokens,
+        "prompt_tokens": len(text.prompt),
+        "first_token_seconds": round(first, 4),
+        "generate_seconds": round(seconds, 4),
+        "tokens_per_second": round(speed, 2),
+    }
+
+
+def _many(
+    tokenizer: Tokenizer,
+    executor: Executor,
+    request: Request,
+    options: TextOptions,
+    prompts: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Each prompt with its text, some at once; in order, as soon as all of a batch have ended."""
+    from moec.runtime.write_text import new_texts, write
+
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for start in range(0, len(prompts), options.batch):
+        texts = new_texts(tokenizer, encoded[start : start + options.batch], options.stop)
+        for _ in write(executor, texts, request):
+            pass
+        for prompt, text in zip(prompts[start:], texts, strict=False):
+            yield {"prompt": prompt, "text": text.written, "tokens": len(text.tokens)}
+
+
+def _shown(text: dict[str, Any]) -> dict[str, Any]:
+    click.echo(json.dumps(text, ensure_ascii=False))
+    sys.stdout.flush()
+    return text
+
+
+def _chat(
+    tokenizer: Tokenizer,
+    executor: Executor,
+    request: Request,
+    stops: Sequence[str],
+    streamed: bool,
+) -> list[dict[str, str]]:
+    """What was said, by whom. Each answer reads the whole chat again."""
+    from moec.runtime.write_text import new_texts, write
+
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        (text,) = new_texts(tokenizer, [tokenizer.chat(messages)], stops)
+        for (piece,) in write(executor, [text], request):
+            _echo(piece, streamed)
+        if streamed:
+            click.echo()
+        messages.append({"role": "assistant", "content": text.written})
+    return messages
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin that say something, with a mark on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _echo(piece: str, streamed: bool) -> None:
+    if streamed and piece:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()

@@ -1,0 +1,86 @@
+"""Chat templates: what was said, as the text that a model was trained to answer.
+
+A template is a program in Jinja's language that comes with an artifact, which may be a stranger's:
+it runs in Jinja's immutable sandbox, which reaches neither files nor Python. It can still take all
+time. The names that it finds are those of Hugging Face's documentation of chat templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Never
+
+from moec.errors import ArtifactError, InputError, UsageError
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, str]
+"""`role`, one of ROLES, and `content`."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """`tokens` are the special tokens that a template may name, such as bos_token."""
+
+    source: str
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text up to where the answer begins.
+
+        Raises InputError where a message is malformed or the template refuses the messages,
+        ArtifactError where it is no template.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        _check(messages)
+        try:
+            template = _environment().from_string(self.source)
+            text = template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                **self.tokens,
+            )
+        except TemplateSyntaxError as error:
+            raise ArtifactError(f"the chat template is malformed: {error}") from error
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise InputError(f"the chat template refuses the messages: {error}") from error
+        return str(text)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise InputError("there are no messages: give at least one")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+            raise InputError(f"message {number} is {message!r}; it has a role and a content")
+        if message["role"] not in ROLES or not isinstance(message["content"], str):
+            raise InputError(
+                f"message {number} is {message!r}; its role is one of {', '.join(ROLES)}, and its "
+                "content is text"
+            )
+
+
+def _environment() -> Any:
+    try:
+        from jinja2 import sandbox
+    except ImportError as error:
+        raise UsageError("chat templates need the package jinja2: pip install jinja2") from error
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As Jinja's, without escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> Never:
+    raise ValueError(message)

@@ -1,0 +1,96 @@
+"""Text from text: prompts are made tokens, and new tokens are made text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moec.errors import InputError
+from moec.runtime.executor import Executor
+from moec.runtime.generate import Request, generate
+from moec.runtime.prompt import Tokenizer
+
+
+@dataclass
+class Cut:
+    """A text as it comes, up to the first of some strings; what may be the beginning of one is held
+    back until it is known not to be."""
+
+    stops: tuple[str, ...] = ()
+    ended: bool = False
+    held: str = ""
+
+    def __post_init__(self) -> None:
+        for stop in self.stops:
+            if not isinstance(stop, str) or not stop:
+                raise InputError(f"stop holds {stop!r}; a text ends at a string of characters")
+
+    def feed(self, piece: str) -> str:
+        """What of the text is certain now."""
+        text = self.held + piece
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.ended, self.held = True, ""
+            return text[: min(ends)]
+        most = max((_overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - most :]
+        return text[: len(text) - most]
+
+    def rest(self) -> str:
+        """What was held back of a text that has ended otherwise."""
+        rest, self.held = self.held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Text:
+    """One text: the tokens of its prompt, what makes characters of those that are drawn, and both
+    as they came."""
+
+    prompt: Sequence[int]
+    decode: Callable[[int], str]
+    cut: Cut = field(default_factory=Cut)
+    tokens: list[int] = field(default_factory=list)
+    written: str = ""
+
+    def add(self, token: int | None, stop: frozenset[int]) -> str:
+        """The piece that one more token makes certain; empty where its characters are not whole,
+        and where the text has ended."""
+        if self.cut.ended or token is None or token in stop:
+            return self.end()
+        self.tokens.append(token)
+        return self._written(self.cut.feed(self.decode(token)))
+
+    def end(self) -> str:
+        """What was held back."""
+        self.cut.ended = True
+        return self._written(self.cut.rest())
+
+    def _written(self, piece: str) -> str:
+        self.written += piece
+        return piece
+
+
+def write(executor: Executor, texts: Sequence[Text], request: Request) -> Iterator[tuple[str, ...]]:
+    """The next piece of each text, again and again, until all have ended.
+
+    A text ends with a token or a string that stops it, neither of which is part of it, after
+    `request.most` tokens, or where the model takes no more. Raises InputError as `generate`.
+    """
+    for drawn in generate(executor, [text.prompt for text in texts], request):
+        yield tuple(t.add(token, request.stop) for t, token in zip(texts, drawn, strict=True))
+        if all(text.cut.ended for text in texts):
+            return
+    yield tuple(text.end() for text in texts)
+
+
+def new_texts(
+    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str] = ()
+) -> list[Text]:
+    """Texts that begin with the tokens of a prompt each, and end at the first of some strings."""
+    return [Text(prompt, tokenizer.decoder(prompt), Cut(tuple(stops))) for prompt in prompts]

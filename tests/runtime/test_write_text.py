@@ -1,0 +1,177 @@
+"""Text from text: pieces as they come, strings that end it, many at once, chats."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moec
+from moec.__main__ import cli
+from moec.errors import ArtifactError, InputError, UsageError
+from moec.runtime import artifact
+from moec.runtime.chat import ChatTemplate
+from moec.runtime.prompt import load_tokenizer
+from moec.runtime.write_text import Cut
+from tests.runtime import toy
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}c{% endif %}"
+)
+SLOW = pytest.mark.filterwarnings("ignore:each token runs the whole text again")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in which a is followed by b, and so on; h ends a text."""
+    path = tmp_path_factory.mktemp("chat") / "chat.moec"
+    config = json.dumps({"chat_template": TEMPLATE}).encode()
+    files = toy.tokenizer_files() | {"tokenizer/tokenizer_config.json": config}
+    artifact.write(toy.language_model(), path, graphs={"main": toy.GRAPH}, files=files)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> moec.LoadedModel:
+    return moec.load(path)
+
+
+@SLOW
+def test_text_gives_text(model: moec.LoadedModel) -> None:
+    assert model.generate("b c", max_new_tokens=2) == "b c d e"
+    assert model.generate(["b c", "e"]) == ["b c d e f g", "e f g"]
+    assert list(model.stream("b c")) == [" d", " e", " f", " g"]
+    assert list(model.stream(["b c", "e"]))[:3] == [(" d", " f"), (" e", " g"), (" f", "")]
+
+
+@SLOW
+def test_strings_that_end_a_text(model: moec.LoadedModel) -> None:
+    assert model.generate("a", stop="e f") == "a b c d "
+    assert model.generate("a", stop=["x", "d"]) == "a b c "
+    assert model.generate("a", stop=[3]) == "a b c"
+    assert model.generate(["a", "d"], stop="e") == ["a b c d ", "d "]
+    with pytest.raises(InputError, match="a string ends prompts that are text, not tokens"):
+        model.generate([[1]], stop="e")
+    with pytest.raises(InputError, match="a text ends at a string of characters"):
+        model.generate("a", stop="")
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_a_text_is_cut_before_the_first_of_some_strings(text: str, stops: list[str]) -> None:
+    cut = Cut(tuple(stops))
+    pieces = []
+    for character in text:
+        if not cut.ended:
+            pieces.append(cut.feed(character))
+    written = "".join(pieces) + cut.rest()
+    # The first that is complete ends the text: characters come one by one.
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    first = min((end for end, _ in ends), default=None)
+    starts = [start for end, start in ends if end == first]
+    assert written == (text[: min(starts)] if starts else text)
+
+
+def test_the_tokenizer(model: moec.LoadedModel) -> None:
+    assert model.tokenizer.encode("b c") == [1, 2]
+    assert model.tokenizer.decode([1, 2]) == "b c"
+    chat = [{"role": "user", "content": "a b"}]
+    assert model.tokenizer.chat(chat) == [0, 1, 2]
+
+
+@SLOW
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    artifact.write(toy.language_model(), path := tmp_path / "x.moec", graphs={"main": ""})
+    with pytest.raises(ArtifactError, match="carries no tokenizer"):
+        moec.load(path).generate("a")
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "error", "words"),
+    [
+        (TEMPLATE, [], InputError, "there are no messages"),
+        (TEMPLATE, ["a"], InputError, "message 0 is 'a'; it has a role and a content"),
+        (TEMPLATE, [{"role": "me", "content": "a"}], InputError, "its role is one of system, user"),
+        ("{% if %}", None, ArtifactError, "the chat template is malformed"),
+        ("{{ raise_exception('no tools') }}", None, InputError, "refuses the messages: no tools"),
+        ("{{ messages.append(1) }}", None, InputError, "access to attribute 'append'"),
+        ("{{ ''.__class__.__mro__ }}", None, InputError, "access to attribute '__class__'"),
+        ("{% include '/etc/passwd' %}", None, InputError, "refuses the messages"),
+        ("{{ range(10 ** 9) | list }}", None, InputError, "Range too big"),
+    ],
+)
+def test_templates_are_in_a_sandbox(source: str, messages: Any, error: Any, words: str) -> None:
+    told = [{"role": "user", "content": "a"}] if messages is None else messages
+    with pytest.raises(error) as caught:
+        ChatTemplate(source).render(told)
+    assert words in str(caught.value)
+
+
+def test_where_a_template_stands() -> None:
+    files = toy.tokenizer_files()
+    with pytest.raises(UsageError, match="came without a chat template"):
+        load_tokenizer(files).chat([{"role": "user", "content": "a"}])
+    several = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{bos_token}}"}]
+    config = {"chat_template": several, "bos_token": {"content": "a"}}
+    tokenizer = load_tokenizer(
+        files | {"tokenizer/tokenizer_config.json": json.dumps(config).encode()}
+    )
+    assert tokenizer.chat([{"role": "user", "content": "b"}]) == [0]
+    tokenizer = load_tokenizer(files | {"tokenizer/chat_template.jinja": b"b c"})
+    assert tokenizer.chat([{"role": "user", "content": "b"}]) == [1, 2]
+
+
+def run(*words: object, stdin: str = "") -> Any:
+    return CliRunner().invoke(
+        cli, ["run", *map(str, words), "-q"], input=io.BytesIO(stdin.encode())
+    )
+
+
+def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
+    (lines := tmp_path / "p.txt").write_text("b c\n\ne\na\n")
+    done = run(path, "--prompts", lines, "--batch", 2)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"prompt": "b c", "text": " d e f g", "tokens": 4},
+        {"prompt": "e", "text": " f g", "tokens": 2},
+        {"prompt": "a", "text": " b c d e f g", "tokens": 6},
+    ]
+    (strings := tmp_path / "p.jsonl").write_text('"b\\nc"\n')
+    assert json.loads(run(path, "--prompts", strings).stdout)["prompt"] == "b\nc"
+    assert run(path, "--prompts", "-", stdin="f\n").stdout.count("\n") == 1
+    assert run(path, "--prompt", "-", "--stop", "f", stdin="b\nc").stdout == " d e \n"
+
+
+def test_a_chat(path: Path) -> None:
+    """The template adds c to what was said; each answer reads what came before."""
+    assert run(path, "--chat", "--max-new-tokens", 2, stdin="a\n\nb\n").stdout == " d e\n d e\n"
+    told = json.loads(run(path, "--chat", "--json", "--max-new-tokens", 1, stdin="a\n").stdout)
+    assert told["messages"][1] == {"role": "assistant", "content": " d"}
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "said"),
+    [
+        (["--prompt", "a", "--chat"], "", "--prompt and --chat exclude each other"),
+        (["--input", "x.npz", "--chat"], "", "--input and --chat exclude each other"),
+        (["--prompts", "none.txt"], "", "--prompts none.txt: No such file or directory"),
+        (["--prompts", "-"], "\n", "--prompts - holds no prompt: write one a line"),
+        (["--prompt", "a", "--stop", ""], "", "a text ends at a string of characters"),
+    ],
+)
+def test_mistakes(path: Path, words: list[str], stdin: str, said: str) -> None:
+    done = run(path, *words, stdin=stdin)
+    assert done.exit_code == 1
+    assert said in done.stderr
+
+
+def test_files_that_hold_no_text(path: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "p.txt").write_bytes(b"a\n\xff")
+    assert "p.txt is not UTF-8 at byte 2" in run(path, "--prompts", file).stderr
+    (file := tmp_path / "p.jsonl").write_text("{}\n")
+    assert "p.jsonl: {} is no JSON string" in run(path, "--prompts", file).stderr
