@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.ir.graph import Graph, Value
+from moec.ir.text import print_graph
+
+
+def canonical_text(graph: Graph) -> str:
+    """A text that two graphs share exactly if they compute the same by the same ops, whatever
+    their values and origins are called."""
+    return print_graph(without_origins(graph))
 
 
 def without_origins(graph: Graph) -> Graph:

@@ -20,10 +20,9 @@ from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.interpret.threads import threads_for
-from moec.ir.canonical import without_origins
+from moec.ir.canonical import canonical_text
 from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.text import print_graph
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import outcome, require_both, thresholds
 from moec.passes.proof.input_generators import Feed, draw, patterns
@@ -109,8 +108,8 @@ class Prover:
         order = [repr(feeds.get(value)) for value in before.inputs]
         watched = [before.ops.index(op) for op in decisions]
         fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
-        left = "\n".join([print_graph(without_origins(before)), *fixed])
-        key = left + print_graph(without_origins(_aligned(before, after)))
+        left = "\n".join([canonical_text(before), *fixed])
+        key = left + canonical_text(_aligned(before, after))
         if key not in self.verdicts:
             try:
                 if left not in self.runs:

@@ -12,10 +12,9 @@ from typing import cast
 
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.canonical import without_origins
+from moec.ir.canonical import canonical_text
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Ref, Value
-from moec.ir.text import print_graph
 from moec.ir.traits import VIEWS
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter
@@ -41,7 +40,7 @@ class Branch:
 
     @property
     def text(self) -> str:
-        return print_graph(without_origins(self.body))
+        return canonical_text(self.body)
 
 
 def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
