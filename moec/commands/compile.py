@@ -24,6 +24,7 @@ from moec.errors import UsageError
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
+    from moec.model.compiled import CompiledModel
     from moec.passes.core.runner import PassResult
     from moec.report.report import Report
 
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Write the graph after every pass: 00-capture.moe, 01-…",
+)  # fmt: skip
+@click.option(
+    "--emit", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Write the code of a GPU too: kernels.cu, and sm_80.cubin and its like.",
 )  # fmt: skip
 @click.option(
     "--stop-after", metavar="PASS", help="Print the graph after this pass; build nothing."
@@ -71,6 +76,7 @@ def command(
     target: str,
     verify: float | bool,
     dump_ir: Path | None,
+    emit: Path | None,
     stop_after: str | None,
     kv_cache: bool,
     record_routing: bool,
@@ -102,12 +108,14 @@ def command(
 
     builds = not (dry_run or stop_after)
     _check_output(output, builds, force)
+    if emit is not None and not (builds and target.startswith("cuda")):
+        raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
     arguments = asked(**options)
     key = None
     if (
         output is not None
         and builds
-        and not (dump_ir or tune or options["calib"] or options["describe"])
+        and not (dump_ir or emit or tune or options["calib"] or options["describe"])
     ):
         store = default_store()
         described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
@@ -159,6 +167,8 @@ def command(
         if builds and output is not None:
             progress.phase("save")
             compiled.save(output, overwrite=force)
+        if emit is not None:
+            _write_code(compiled, emit)
     from moec.pipeline import without_effect
 
     warnings = without_effect(compiled.pass_results)
@@ -177,6 +187,14 @@ def command(
         click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
         return
     _tell(report, output, as_json, quiet, f"wrote {output}" if builds else "")
+
+
+def _write_code(compiled: CompiledModel, folder: Path) -> None:
+    assert compiled.package is not None
+    assert compiled.package.gpu is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in compiled.package.gpu.parts.items():
+        (folder / name).write_bytes(content)
 
 
 def _tell(report: Report, output: Path | None, as_json: bool, quiet: bool, last: str) -> None:

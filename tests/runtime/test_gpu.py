@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import moec
+from moec import __main__ as front
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.errors import TargetError
 from moec.runtime import artifact
@@ -70,3 +73,36 @@ def test_an_artifact_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(nvidia, "driver", lambda: None)
     with pytest.raises(TargetError, match="its kernels are for cuda:sm_80, and there is no NVIDIA"):
         moec.load(path)
+
+
+def test_the_code_is_written_into_a_folder(tmp_path: Path) -> None:
+    """By a stand-in for nvcc, which leaves the CUDA C as the machine code."""
+    factory = tmp_path / "linear.py"
+    factory.write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(8, 8), (torch.zeros(2, 8),)\n"
+    )
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    out, folder = tmp_path / "linear.moec", tmp_path / "code"
+    arguments = [f"{factory}:make", "-o", str(out), "--target", "cuda:sm_80,sm_90a"]
+    runner = CliRunner(env={"CUDA_HOME": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    options = ["--verify", "off", "--emit", str(folder), "--quiet"]
+    result = runner.invoke(front.cli, ["compile", *arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    names = ["kernels.cu", "sm_80.cubin", "sm_90a.cubin"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert "__global__" in (folder / "kernels.cu").read_text()
+    assert (folder / "sm_90a.cubin").read_bytes() == (folder / "kernels.cu").read_bytes()
+    words = runner.invoke(front.cli, ["compile", "x", "-o", str(out), "--force", "--emit", "y"])
+    assert "--emit writes the code of a GPU" in words.output
+
+
+NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; fi
+while [ $# -gt 0 ]; do
+  case "$1" in *.cu) source="$1";; -o) output="$2";; esac
+  shift
+done
+cp "$source" "$output"
+"""

@@ -1,0 +1,110 @@
+"""Which CUDA kernel takes an op, and in words why none does."""
+
+from __future__ import annotations
+
+import pytest
+
+from moec.codegen.backends.cuda.backend import CUDA
+from moec.ir.text import parse
+
+_SORT = "order: i32[2*T], slots: i32[T, 2], ends: i32[3] = moe.sort(i) <num_experts=3>"
+REFUSED = {
+    "float32": (
+        """graph main(x: f32[T, 8]; w: f32[4, 8]) {
+          y: f32[T, 4] = aten.linear.default(x, w)
+          return y
+        }""",
+        "linear: products of float32 have no CUDA kernel, those of 16 bits have",
+    ),
+    "a bias of another dtype": (
+        """graph main(x: bf16[T, 8]; w: bf16[4, 8], b: f32[4]) {
+          y: bf16[T, 4] = aten.linear.default(x, w, b)
+          return y
+        }""",
+        "linear: its bias differs from the rows in dtype",
+    ),
+    "rows that are no multiple of 16 bytes": (
+        """graph main(x: bf16[T, 6]; w: bf16[4, 6]) {
+          y: bf16[T, 4] = aten.linear.default(x, w)
+          return y
+        }""",
+        "linear: its rows of 6 elements are no multiple of 16 bytes",
+    ),
+    "an odd number of columns": (
+        """graph main(x: bf16[T, 8]; w: bf16[3, 8]) {
+          y: bf16[T, 3] = aten.linear.default(x, w)
+          return y
+        }""",
+        "linear: its 3 columns cannot be stored as pairs of 16-bit fragments",
+    ),
+    "a stack that is computed": (
+        f"""graph main(x: bf16[T, 8], i: i64[T, 2], w: bf16[3, 4, 8]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
+          return y
+        }}""",
+        "grouped: a stack of its weights is computed: it is no weight of the model",
+    ),
+    "stacks of two shapes": (
+        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
+          return y
+        }}""",
+        "grouped: its stacks differ in shape, or from the rows in dtype",
+    ),
+    "a bias of another dtype than the rows": (
+        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: bf16[3, 4, 8], b: f32[3, 4]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, b, order) <matrices=1, biased=true, gather=2>
+          return y
+        }}""",
+        "grouped: its biases differ from the rows in dtype",
+    ),
+    "scaled rows": (
+        f"""graph main(x: bf16[T, 8], i: i64[T, 2], s: f32[T, 2]; w: bf16[3, 4, 8]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order, s)
+            <matrices=1, gather=2, scaled=true>
+          return y
+        }}""",
+        "grouped: its rows are scaled before they are multiplied",
+    ),
+    "rows of nobody that are read": (
+        f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: bf16[3, 4, 8]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
+          return y
+        }}""",
+        "grouped: its rows of nobody are read: the kernel leaves them as they are",
+    ),
+    "more choices than lanes": (
+        """graph main(x: f32[T, 64]) {
+          w: f32[T, 40], e: i64[T, 40] = moe.route(x) <k=40>
+          return w, e
+        }""",
+        "route: 40 choices of a token are more than the lanes of a warp",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_why_an_op_has_no_kernel(name: str) -> None:
+    text, reason = REFUSED[name]
+    selection = CUDA.select(parse(text))
+    (refusal,) = selection.refusals
+    assert refusal.reason == reason
+    assert {op.name for op in selection.rules} <= {"moe.sort"}
+
+
+def test_what_has_a_kernel() -> None:
+    selection = CUDA.select(
+        parse(f"""graph main(x: bf16[T, 8], i: i64[T, 2], s: f32[T, 2]; w: bf16[3, 4, 8]) {{
+          {_SORT}
+          y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
+          out: bf16[T, 4] = moe.combine(y, slots, s) <k=2, tokens={{T}}, weighted=true>
+          return out
+        }}""")
+    )
+    assert selection.refusals == ()
+    assert [rule.name for rule in selection.rules.values()] == ["sort", "grouped", "combine"]
