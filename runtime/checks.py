@@ -29,7 +29,9 @@ def show_shape(shape: Iterable[Size]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def check_inputs(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
+def check_inputs(
+    function: Function, inputs: Mapping[str, Any], device: str = "cpu"
+) -> dict[str, int]:
     """The values of the named sizes in this call.
 
     Raises InputError, naming the input, what was given and what is expected: for names, dtypes,
@@ -37,10 +39,11 @@ def check_inputs(function: Function, inputs: Mapping[str, Any]) -> dict[str, int
     """
     _check_names(function, inputs)
     for port in function.inputs:
-        _check_type(port, inputs[port.name])
+        _check_type(port, inputs[port.name], device)
     env = _bind(function, inputs)
     for port in function.inputs:
-        if port.name in function.index_ranges:
+        # On a GPU the values stay where they are: kernels read no row outside of a table.
+        if port.name in function.index_ranges and device == "cpu":
             _check_range(port, inputs[port.name], *function.index_ranges[port.name])
     return env
 
@@ -59,7 +62,7 @@ def _check_names(function: Function, inputs: Mapping[str, Any]) -> None:
         raise InputError(f"input {missing[0]!r} is missing (the model takes {ports_text})")
 
 
-def _check_type(port: Port, value: Any) -> None:
+def _check_type(port: Port, value: Any, device: str) -> None:
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         raise InputError(
             f"input {port.name!r} is a {type(value).__name__}, expected a tensor "
@@ -68,9 +71,10 @@ def _check_type(port: Port, value: Any) -> None:
     dtype = name_of(value.dtype)
     if dtype != port.dtype:
         raise InputError(f"input {port.name!r} is {dtype}, expected {port.dtype}; convert it")
-    device = getattr(value, "device", "cpu")
-    if str(device) != "cpu":
-        raise InputError(f"input {port.name!r} is on {device}, and the model runs on the CPU")
+    where = str(getattr(value, "device", "cpu"))
+    if where.partition(":")[0] != device:
+        runs = "the CPU" if device == "cpu" else "a GPU: give it tensors of torch on that GPU"
+        raise InputError(f"input {port.name!r} is on {where}, and the model runs on {runs}")
     if len(value.shape) != len(port.shape):
         raise InputError(
             f"input {port.name!r} has {len(value.shape)} axes {show_shape(value.shape)}, "

@@ -93,6 +93,7 @@ class Executor:
         Raises ArtifactError where they do not fit.
         """
         self.package = package
+        self._on_gpu = package.gpu is not None and functions is None
         functions = functions or _open(package)
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
@@ -116,6 +117,9 @@ class Executor:
         if self._mapped is not None:
             self._mapped.check_unchanged()
         if self._caller is None:
+            if self._on_gpu:
+                with tvm_ffi().use_torch_stream():
+                    return entry.function(*arguments, *entry.params)
             return entry.function(*arguments, *entry.params)
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
@@ -125,10 +129,19 @@ class Executor:
             self._mapped = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
-            tensors = {name: _from_numpy(array) for name, array in self._arrays.items()}
+            tensors = {name: self._placed(array) for name, array in self._arrays.items()}
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
                 entry.params = [tensors[port.name] for port in entry.signature.params]
+
+    def _placed(self, array: Array) -> Any:
+        """A tensor of TVM where the model runs; on a CPU it shares the memory where it can."""
+        tensor = _from_numpy(array)
+        if not self._on_gpu:
+            return tensor
+        from moec.runtime.gpu import copied_to
+
+        return copied_to(tensor, CUDA)
 
     def reset(self) -> None:
         """Put every state back to what it starts from."""
@@ -138,7 +151,7 @@ class Executor:
                 array = self.package.arrays[port.initial]
             else:
                 array = np.zeros(tuple(int(size) for size in port.shape), NUMPY[port.dtype])
-            states[name] = _from_numpy(_aligned_copy(array))
+            states[name] = self._placed(_aligned_copy(array))
         with self._lock:
             self._states = states
 
@@ -169,7 +182,7 @@ class Executor:
             names = ", ".join(self._entries)
             raise InputError(f"the model has no function {function!r}; it has {names}")
         entry = self._entries[function]
-        sizes = check_inputs(entry.signature, inputs)
+        sizes = check_inputs(entry.signature, inputs, "cuda" if self._on_gpu else "cpu")
         check_memory(entry.signature, sizes)
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs])
 

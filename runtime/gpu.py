@@ -67,6 +67,15 @@ def _load_runtime() -> None:
         raise TargetError("TVM's runtime for CUDA is loaded and lacks what opens kernels")
 
 
+def copied_to(tensor: Any, device: int) -> Any:
+    """The same numbers in memory of the first device of a kind, as DLPack numbers them."""
+    ffi = tvm_ffi()
+    allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+    copy = allocate(ffi.Shape(tensor.shape), tensor.dtype, ffi.Device(device, 0), None)
+    ffi.get_global_func("runtime.TVMTensorCopyFromTo")(tensor, copy)
+    return copy
+
+
 def _import(host: Any, code: GpuCode, content: bytes) -> None:
     ffi = tvm_ffi()
     functions = {

@@ -96,7 +96,10 @@ def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> 
 
     def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         executor.reset()
-        return executor(inputs)
+        if executor.package.gpu is None:
+            return executor(inputs)
+        results = executor({name: value.cuda() for name, value in inputs.items()})
+        return {name: value.cpu() for name, value in results.items()}
 
     weights = compiled.captured.program.weights.values()
     with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):

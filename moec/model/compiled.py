@@ -295,13 +295,14 @@ class CompiledModel:
         )  # fmt: skip
 
     def _samples(self, package: Package) -> list[Sample]:
-        """The example and its outputs; none where there is no example, or it cannot run here."""
+        """The example and its outputs; none where there is no example, it cannot run here, or the
+        code is for a GPU: `moec run --check` runs on a CPU."""
         from moec.runtime.artifact import Sample
         from moec.runtime.executor import Executor
 
         names = [port.name for port in package.main.inputs]
         example = dict(zip(names, self.captured.example, strict=False))
-        if self.executor is None or len(example) < len(names):
+        if self.executor is None or len(example) < len(names) or package.gpu is not None:
             return []
         # One's own executor may be in the middle of a text: its states stay as they are.
         executor = Executor(package) if package.states else self.executor

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 import moec
 from moec import __main__ as front
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
-from moec.errors import TargetError
+from moec.errors import InputError, TargetError
 from moec.runtime import artifact
-from moec.runtime.gpu import arch_for
-from moec.runtime.package import GpuCode
+from moec.runtime.checks import check_inputs
+from moec.runtime.gpu import arch_for, copied_to
+from moec.runtime.library import CPU, tvm_ffi
+from moec.runtime.package import Function, GpuCode, Port
 from moec.target import nvidia
 
 H100 = nvidia.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
@@ -96,6 +98,20 @@ def test_the_code_is_written_into_a_folder(tmp_path: Path) -> None:
     assert (folder / "sm_90a.cubin").read_bytes() == (folder / "kernels.cu").read_bytes()
     words = runner.invoke(front.cli, ["compile", "x", "-o", str(out), "--force", "--emit", "y"])
     assert "--emit writes the code of a GPU" in words.output
+
+
+def test_memory_of_a_device_has_the_same_numbers() -> None:
+    """On the only device here, by the calls that a GPU's memory takes."""
+    array = torch.arange(6.0).reshape(2, 3)
+    copy = torch.from_dlpack(copied_to(tvm_ffi().from_dlpack(array), CPU))
+    assert torch.equal(copy, array)
+    assert copy.data_ptr() != array.data_ptr()
+
+
+def test_a_tensor_on_the_wrong_device_is_refused() -> None:
+    function = Function(inputs=(Port("x", "f32", (2,)),))
+    with pytest.raises(InputError, match="'x' is on cpu, and the model runs on a GPU: give it"):
+        check_inputs(function, {"x": torch.zeros(2)}, "cuda")
 
 
 NVCC = """#!/bin/sh
