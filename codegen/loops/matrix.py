@@ -155,7 +155,15 @@ def mm(e: Emission, op: Op) -> None:
 @kernel("matmul")
 def matmul(e: Emission, op: Op) -> None:
     named = e.named(op)
-    product_of(e, op.outputs[0], named["self"], named["other"])
+    out, a, b = op.outputs[0], named["self"], named["other"]
+    if len(b.shape) == 1:
+        _sums(e, out, a.shape[-1], lambda at, k: (e.read(a, (*at, k)), e.read(b, (k,))))
+    elif len(a.shape) == 1:
+        _sums(
+            e, out, a.shape[-1], lambda at, k: (e.read(a, (k,)), e.read(b, (*at[:-1], k, at[-1])))
+        )
+    else:
+        product_of(e, out, a, b)
 
 
 @kernel("linear")
@@ -193,15 +201,21 @@ def addmm(e: Emission, op: Op) -> None:
 @kernel("mv", "dot")
 def mv(e: Emission, op: Op) -> None:
     named = e.named(op)
-    out, a = op.outputs[0], named["self"]
-    b = named.get("vec", named.get("tensor"))
+    a, b = named["self"], named.get("vec", named.get("tensor"))
+    _sums(e, op.outputs[0], b.shape[0], lambda at, k: (e.read(a, (*at, k)), e.read(b, (k,))))
+
+
+def _sums(
+    e: Emission, out: Value, depth: Dim, factors: Callable[[Position, Index], tuple[Scalar, Scalar]]
+) -> None:
+    """Each element of `out` the sum over k of a product, in the order of k: one operand is a
+    vector. In float32 for half types."""
     kind = "f32" if out.dtype in HALVES else out.dtype
 
     def body(at: Position) -> None:
         total = Cell(e, sc.constant(0, kind))
-        with T.serial(0, e.sizes.expr(b.shape[0])) as k, e.scope():
-            inner = loop(k, "inner", b.shape[0])
-            x, y = e.read(a, (*at, inner)), e.read(b, (inner,))
+        with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
+            x, y = factors(at, loop(k, "inner", depth))
             total.set(plus(total.get(), times(sc.cast(x, kind), sc.cast(y, kind))))
         e.store(out, at, sc.cast(total.get(), out.dtype))
 
