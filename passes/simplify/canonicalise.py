@@ -7,6 +7,7 @@ squeeze, unsqueeze, flatten, the only element of an axis -> reshape
 clone, alias, detach, a cast to the same dtype, a slice of everything, an expand or
 reshape or permute that changes nothing, x + 0 and x * 1 of integers, dropout at
 inference                       -> their input
+scatter(z, order of a whole axis, 1) -> ones
 reshape(reshape(x))             -> reshape(x)
 x[mask]                         -> x[where the mask is set]
 """
@@ -21,7 +22,7 @@ from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-from moec.passes.simplify import mask_rows
+from moec.passes.simplify import mask_rows, whole_axis
 
 Simplify = Callable[[Op, Builder], Sequence[Value] | None]
 
@@ -65,6 +66,10 @@ def _neutral(neutral: int) -> Simplify:
     """x + 0, x * 1: of integers only, since -0.0 + 0 is 0.0."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
+        if op.name == "aten.mul.Tensor" and len(op.inputs) == 2 and op.outputs[0].dtype[0] == "i":
+            for x, other in (op.inputs, op.inputs[::-1]):
+                if x.type == op.outputs[0].type and whole_axis.is_one(other, b):
+                    return (x,)
         alone = len(op.inputs) == 1 and op.inputs[0].dtype[0] == "i"
         exact = alone and op.attrs.get("other") == neutral and op.attrs.get("alpha", 1) == 1
         return _same_type(op, b) if exact and "self" not in op.attrs else None
@@ -176,6 +181,7 @@ _RULES: dict[str, Simplify] = {
     "aten.mm.default": _matmul,
     "aten.matmul.default": _matmul,
     "aten.addmm.default": _addmm,
+    "aten.scatter.value": whole_axis.scatter,
     "aten.index.Tensor": mask_rows.index,
     "aten.index_put.default": mask_rows.put,
 }
