@@ -33,7 +33,7 @@ class Chosen:
 
     @staticmethod
     def of(parts: tuple[Value, ...], evidence: Evidence) -> Chosen:
-        per_row = sum(cast(int, _per(v, evidence.rows_in)) for v in parts)
+        per_row = sum(_per(v, evidence.rows_in) or 1 for v in parts)
         recipe = _ids_recipe(parts, evidence.rows_in)
         slots = per_row // len(parts)
         last = parts[0].shape[-1]
@@ -81,6 +81,11 @@ def _per(value: Value, rows: Dim) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _shared_by(ids: Value, rows: Dim) -> Dim | None:
+    """How many rows, one after the other, each choice is for: all pixels of a picture, say."""
+    return None if _per(ids, rows) else divide(rows, product(ids.shape))
+
+
 def chosen(
     scope: Scope, evidence: Evidence, everything: Sequence[Value]
 ) -> Iterator[tuple[Value, ...]]:
@@ -105,7 +110,9 @@ def chosen(
     if len(once) > 1:
         proposals.insert(len(direct), tuple(once))
     for parts in proposals:
-        divides = all(_per(v, evidence.rows_in) for v in parts)
+        divides = all(_per(v, evidence.rows_in) for v in parts) or (
+            len(parts) == 1 and _shared_by(parts[0], evidence.rows_in) is not None
+        )
         if parts not in visited and divides and all(v.dtype.startswith("i") for v in parts):
             visited.add(parts)
             yield parts
@@ -159,6 +166,10 @@ def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
         ids = [emit.old(v) for v in parts]
         if len(ids) > 1:
             return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)
+        count = _shared_by(parts[0], rows)
+        if count is not None:
+            groups = emit.reshape(ids[0], (product(ids[0].shape), 1))
+            return emit.reshape(emit.expand(groups, (groups.shape[0], count)), (rows, 1))
         return emit.reshape(ids[0], (rows, cast(int, _per(ids[0], rows))))
 
     return make

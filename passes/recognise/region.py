@@ -177,6 +177,11 @@ class RegionEmitter:
     def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
         return self.builder.reshape(value, shape, like=self.like)
 
+    def expand(self, value: Value, shape: Sequence[Dim]) -> Value:
+        attrs: dict[str, Attr] = {"size": tuple(shape)}
+        expanded = TensorType(value.dtype, tuple(shape))
+        return self("aten.expand.default", [value], [expanded], attrs=attrs)[0]
+
     def rows(self, value: Value) -> Value:
         """[.., D] as [T, D]."""
         return self.reshape(value, (product(value.shape[:-1]), value.shape[-1]))

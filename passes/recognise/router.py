@@ -113,6 +113,9 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         source = scope.behind(experts, {"aten.reshape.default"})
         if _is_choices(source) and (weights is None or source.shape == weights.shape):
             experts = source  # another number of slots a row: the same choices
+        repeats = scope.made_by(source, "aten.expand.default")
+        if repeats is not None and weights is None:
+            experts = repeats.inputs[0]  # one choice for several rows
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
 
 

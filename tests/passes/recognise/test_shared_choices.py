@@ -1,0 +1,68 @@
+"""A choice for several rows: all pixels of a picture go to one expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import moec
+
+D, E, N = 4, 3, 5
+
+
+class Pictures(nn.Module):
+    """h[B, N, D], key[B, D]: a picture goes to the expert of its key, whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, 6), nn.GELU(), nn.Linear(6, D)) for _ in range(E)
+        )
+
+    def forward(self, h: Tensor, key: Tensor) -> Tensor:
+        route = self.gate(key).softmax(-1).argmax(-1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            picture = torch.where(route == number)[0]
+            y = y.index_add(0, picture, expert(h[picture]))
+        return y
+
+
+class Columns(Pictures):
+    """h[N, B, D]: the rows of a picture do not stand together."""
+
+    def forward(self, h: Tensor, key: Tensor) -> Tensor:
+        route = self.gate(key).softmax(-1).argmax(-1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            picture = torch.where(route == number)[0]
+            y = y.index_add(1, picture, expert(h[:, picture]))
+        return y
+
+
+def recognised(module: nn.Module, axis: int) -> moec.CompiledModel:
+    torch.manual_seed(0)
+    shape = (2, N, D) if axis == 0 else (N, 2, D)
+    pictures = torch.export.Dim("B", min=1, max=64)
+    given = (torch.randn(shape), torch.randn(2, D))
+    return moec.compile(
+        module.eval(), given, dynamic_shapes=({axis: pictures}, {0: pictures}),
+        stop_after="recognise-routers",
+    )  # fmt: skip
+
+
+def test_rows_of_a_picture_share_its_choice() -> None:
+    made = recognised(Pictures(), 0)
+    (block,) = made.blocks
+    assert (block.experts, block.top_k, block.router) == (E, 1, "softmax, top-1")
+    ops = made.pass_results[-1].program.graph.ops
+    (route,) = [op for op in ops if op.name == "moe.route"]
+    assert [str(dim) for dim in route.outputs[1].shape] == ["B", "1"]  # once a picture
+
+
+def test_rows_that_do_not_stand_together() -> None:
+    """The hypothesis is that a picture's rows follow each other: the proof refuses it."""
+    made = recognised(Columns(), 1)
+    assert made.blocks == ()
+    assert made.declined
