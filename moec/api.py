@@ -62,6 +62,7 @@ from moec.runtime.package import (
     ROUTED,
     RecordedLayer,
     RouterPorts,
+    route_part,
 )
 
 if TYPE_CHECKING:
@@ -295,7 +296,8 @@ def _with_routers(compiled: CompiledModel) -> CompiledModel:
         RouterPorts(c.layer, c.experts.name, c.weights.name if c.weights else "")
         for c in hoisted.choices
     )
-    programs = {**compiled.programs, ROUTE: hoisted.route, ROUTED: hoisted.routed}
+    parts = {route_part(number): part for number, part in enumerate(hoisted.parts, 1)}
+    programs = {**compiled.programs, ROUTE: hoisted.route, **parts, ROUTED: hoisted.routed}
     return replace(compiled, programs=programs, router_ports=layers)
 
 

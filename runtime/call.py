@@ -10,7 +10,7 @@ from moec.runtime.package import ROUTE, ROUTED
 
 if TYPE_CHECKING:
     from moec.runtime.executor import Executor
-    from moec.runtime.package import RouterPorts
+    from moec.runtime.package import Function, RouterPorts
 
 Choices: TypeAlias = Mapping[str, Mapping[str, Any]]
 """For each layer, by name: "experts" [T, k], and "weights" [T, k] where they are known."""
@@ -45,15 +45,34 @@ def call(
 
 
 def routers(executor: Executor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choices:
-    """What hoisted routers choose. Raises InputError where there are none."""
+    """What hoisted routers choose; given some of the inputs that they read, what those choose that
+    need no other. Raises InputError where there are none."""
     layers = _layers(executor)
-    names = [port.name for port in executor.package.functions[ROUTE].inputs]
-    outputs = executor(bind(names, args, kwargs), ROUTE)
+    functions = executor.package.functions
+    names = [port.name for port in functions[ROUTE].inputs]
+    inputs = bind(names, args, kwargs)
+    parts = {} if set(names) <= set(inputs) else _parts(functions, set(inputs))
+    outputs = {
+        name: value
+        for part, ports in (parts or {ROUTE: list(inputs)}).items()
+        for name, value in executor({n: inputs[n] for n in ports}, part).items()
+    }
     return {
         ports.layer: {"experts": outputs[ports.experts]}
         | ({"weights": outputs[ports.weights]} if ports.weights else {})
         for ports in layers
+        if ports.experts in outputs
     }
+
+
+def _parts(functions: Mapping[str, Function], available: set[str]) -> dict[str, list[str]]:
+    """The functions of the routers that need nothing but `available`, with what each takes."""
+    parts = {
+        name: [port.name for port in function.inputs]
+        for name, function in functions.items()
+        if name.startswith(f"{ROUTE}_part_")
+    }
+    return {name: inputs for name, inputs in parts.items() if set(inputs) <= available}
 
 
 def routed(

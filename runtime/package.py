@@ -13,6 +13,8 @@ imaginary part. `main` is the model as it was captured. The other names have the
         checked inside: first[b] + S is at most the caches' length and `Generation.longest`.
     route(inputs..., params...) -> outputs
         The routers that read no hidden state, from the inputs that they need.
+    route_part_N(inputs..., params...) -> some outputs of route
+        Where they need different inputs: those that need the same ones, from these alone.
     routed(inputs..., outputs of route..., states..., params...) -> outputs of main
         The model with the choices of its hoisted routers given.
     recorded, recorded_decode
@@ -35,6 +37,11 @@ ROUTE, ROUTED = "route", "routed"
 RECORDED, RECORDED_DECODE = "recorded", "recorded_decode"
 WITH_CACHES = (DECODE, RECORDED_DECODE)
 """Functions whose states are held by the caller."""
+
+
+def route_part(number: int) -> str:
+    """The function of the routers that read the same inputs, from 1 on."""
+    return f"{ROUTE}_part_{number}"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ class CompiledModel:
 
     def routers(self, *args: Any, **kwargs: Any) -> Choices:
         """What routers that read no hidden state choose, before the model runs: for each of their
-        layers, by name, "experts" [T, k] and "weights" [T, k]. Takes the inputs that they read.
+        layers, by name, "experts" [T, k] and "weights" [T, k]. Takes the inputs that they read;
+        given some of these, those layers whose routers need no other: a loop over timesteps asks
+        for what the prompt decides once.
 
         Needs `passes="+hoist-routers"`. Raises InputError where an input does not fit, or no
         router could be hoisted.

@@ -68,20 +68,24 @@ class RouterResult:
 @dataclass(frozen=True)
 class Hoisted:
     """`route` computes the choices of layers from some of the inputs; `routed` takes all inputs,
-    then the outputs of `route`, and returns the results of the model."""
+    then the outputs of `route`, and returns the results of the model. Where routers read different
+    inputs, `parts` are those of `route` that read the same ones: what a prompt decides is then
+    computed once a prompt, and what a timestep decides once a step."""
 
     route: Program
     routed: Program
     choices: tuple[RouterResult, ...]
+    parts: tuple[Program, ...] = ()
 
 
 def split(program: Program) -> Hoisted | None:
     """The two functions of a program whose routers are hoisted; None where no router can be."""
     graph = program.graph
-    choices, cut, ops, chosen = [], dict[Value, None](), set[Op](), _chosen(graph)
+    choices, chosen = [], _chosen(graph)
+    route, parts = Cones(), dict[tuple[Value, ...], Cones]()
     for choice in _choices(graph):
         try:
-            ops |= _hoistable(graph, choice, chosen)
+            ops = _hoistable(graph, choice, chosen)
         except NoMatch:
             continue
         weights = choice.weights
@@ -92,20 +96,47 @@ def split(program: Program) -> Hoisted | None:
                 weights = None
         choices.append(replace(choice, weights=weights))
         both = (choice.experts,) if weights is None else (choice.experts, weights)
-        cut |= dict.fromkeys(v for v in both if v in graph.producers)
+        outputs = [v for v in both if v in graph.producers]
+        route = route.joined(ops, outputs)
+        reads = _read(graph, ops, outputs)
+        parts[reads] = parts.get(reads, Cones()).joined(ops, outputs)
     if not choices:
         return None
-    outputs = tuple(cut)
-    needed = _leaves(ops) | set(_sizing(graph, outputs, _leaves(ops)))
-    route_inputs = tuple(value for value in graph.inputs if value in needed)
-    route_ops = tuple(op for op in graph.ops if op in ops)
-    route = Graph(route_inputs, graph.params, route_ops, outputs, (), graph.bounds, "route")
+    outputs = list(route.outputs)
     rest = tuple(op for op in graph.ops if not set(op.outputs) & set(outputs))
     states = {state.before for state in graph.states}
     inputs = [v for v in graph.inputs if v not in states]
     routed = replace(graph, inputs=(*inputs, *outputs, *(v for v in graph.inputs if v in states)),
                      ops=rest, name="routed")  # fmt: skip
-    return Hoisted(_with_weights(route, program), _with_weights(routed, program), tuple(choices))
+    separate = parts.values() if len(parts) > 1 else ()
+    return Hoisted(
+        _with_weights(route.graph(graph), program),
+        _with_weights(routed, program),
+        tuple(choices),
+        tuple(_with_weights(part.graph(graph), program) for part in separate),
+    )
+
+
+@dataclass(frozen=True)
+class Cones:
+    """What some routers need, and what they give."""
+
+    ops: frozenset[Op] = frozenset()
+    outputs: tuple[Value, ...] = ()
+
+    def joined(self, ops: Set[Op], outputs: Iterable[Value]) -> Cones:
+        return Cones(self.ops | ops, tuple(dict.fromkeys((*self.outputs, *outputs))))
+
+    def graph(self, program: Graph) -> Graph:
+        inputs = _read(program, self.ops, self.outputs)
+        ops = tuple(op for op in program.ops if op in self.ops)
+        return Graph(inputs, program.params, ops, self.outputs, (), program.bounds, "route")
+
+
+def _read(graph: Graph, ops: Set[Op], outputs: Iterable[Value]) -> tuple[Value, ...]:
+    """The inputs that `ops` read, and those that tell the sizes of `outputs`, in order."""
+    needed = _leaves(ops) | set(_sizing(graph, outputs, _leaves(ops)))
+    return tuple(value for value in graph.inputs if value in needed)
 
 
 def _with_weights(graph: Graph, program: Program) -> Program:

@@ -95,6 +95,18 @@ def test_a_loop_over_steps_asks_the_router_of_the_text_once(compiled: Any, model
     torch.testing.assert_close(latents, right, rtol=1e-5, atol=1e-5)
 
 
+def test_routers_of_one_input_are_asked_alone(compiled: Any) -> None:
+    """What a prompt decides needs no time, and what a time decides no prompt."""
+    every = compiled.routers(x, text, time)
+    for name, given in (("by_text", {"x": x, "text": text}), ("by_time", {"x": x, "time": time})):
+        (alone,) = compiled.routers(**given).items()
+        assert alone[0] == name
+        for kind, value in alone[1].items():
+            assert torch.equal(value, every[name][kind])
+    with pytest.raises(InputError, match="text"):
+        compiled.routers(x=x)
+
+
 def test_the_report_says_so(compiled: Any) -> None:
     report = " ".join(str(compiled.report()).split())
     assert "by_text: its experts are known from text alone" in report
@@ -126,7 +138,9 @@ def test_a_graph_that_is_missing(compiled: Any, tmp_path: Path) -> None:
 def test_a_function_that_is_missing(compiled: Any, tmp_path: Path) -> None:
     compiled.save(path := tmp_path / "denoiser.moec")
     model = moec.load(path).executor
-    with pytest.raises(InputError, match="no function 'decode'; it has main, route, routed"):
+    with pytest.raises(
+        InputError, match=r"no function 'decode'; it has main, route, route_part_1, "
+    ):
         model({}, "decode")
 
 

@@ -161,3 +161,10 @@ def test_fuel() -> None:
     step = hoisted(before, fuel=0)
     assert step.says == ()
     assert [op.name for op in step.program.graph.ops] == [op.name for op in before.graph.ops]
+
+
+def test_routers_of_other_inputs_are_parts() -> None:
+    """Those that read the same inputs are a program; with one such program there are no parts."""
+    one = split(hoisted(model(ONE_FOR_ALL)).program)
+    assert one is not None
+    assert one.parts == ()
