@@ -41,6 +41,7 @@ from moec.passes.dense.fuse_norm import FuseNorm
 from moec.passes.dense.fuse_residual import FuseResidual
 from moec.passes.dense.fuse_rotary import FuseRotary
 from moec.passes.lower.expand_experts import ExpandExperts
+from moec.passes.lower.expand_mixtures import ExpandMixtures
 from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
@@ -50,10 +51,12 @@ from moec.passes.quantise.gptq_codes import Calibrated
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
+from moec.passes.recognise.mixture import RecogniseMixtures
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.fold_addend import FoldAddend
 from moec.passes.simplify.fold_constants import FoldConstants
 from moec.passes.simplify.fold_permutes import FoldPermutes
+from moec.passes.simplify.join_calls import JoinCalls
 from moec.passes.simplify.share_common import ShareCommon
 from moec.passes.simplify.split_packed import SplitPacked
 from moec.passes.specialise.fold_lora import FoldLora
@@ -87,14 +90,16 @@ class Phase:
 CANONICALISE = Phase("canonicalise", ((0, Canonicalise()), (0, ShareCommon())))
 DENSE = Phase("dense", ((2, FuseNorm()), (2, FuseAttention()), (2, FoldMask()), (2, FuseRotary())))
 RECOGNISE = Phase("recognise", tuple((0, recogniser) for recogniser in RECOGNISERS))
-SIMPLIFY = Phase("simplify", ((0, Canonicalise()), (0, SplitPacked())))
+SIMPLIFY = Phase("simplify", ((0, Canonicalise()), (0, SplitPacked()), (1, RecogniseMixtures())))
 LOWER = Phase(
     "lower",
     (
+        (1, JoinCalls()),
         (1, FuseGate()),
         (1, FoldAddend()),
         (0, FoldConstants()),
         (0, ExpandExperts()),
+        (0, ExpandMixtures()),
         (1, FuseActivation()),
         (1, FuseDispatch()),
         (0, FuseDecompress()),

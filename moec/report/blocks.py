@@ -11,7 +11,12 @@ from moec.ops.zero_experts import KINDS
 from moec.report.data import WHOLE, Block
 
 _ROUTERS = ("moe.route", "moe.gate")
-_MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
+_MOVES = (
+    "aten.reshape.default",
+    "aten.expand.default",
+    "aten._to_copy.default",
+    "aten.alias.default",
+)
 _SILENT = {
     "linear",
     "slice",
@@ -28,7 +33,8 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
 
 def blocks(graph: Graph) -> tuple[Block, ...]:
     """The blocks of a graph in stage MOE, in order."""
-    return tuple(_block(graph, op) for op in graph.ops if op.name == "moe.experts")
+    kinds = {"moe.experts": _block, "moe.mixture": _mixture}
+    return tuple(kinds[op.name](graph, op) for op in graph.ops if op.name in kinds)
 
 
 def _block(graph: Graph, op: Op) -> Block:
@@ -52,6 +58,23 @@ def _block(graph: Graph, op: Op) -> Block:
         active_parameters=total * top_k // experts,
         shared=_shared(graph, combine) if combine is not None else "",
         zero=_zero(graph, dispatch),
+    )
+
+
+def _mixture(graph: Graph, op: Op) -> Block:
+    """All of its experts are used, and no two need be alike."""
+    assert op.body is not None
+    experts = len(op.body.outputs)
+    total = sum(cast(int, product(param.shape)) for param in op.body.params)
+    return Block(
+        name=op.origin or WHOLE,
+        experts=experts,
+        top_k=experts,
+        router="softmax, all",
+        activation="of different kinds",
+        form=str(op.attrs["form"]),
+        parameters=total,
+        active_parameters=total,
     )
 
 

@@ -23,7 +23,7 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
-from moec.ir.dims import product
+from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ops.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
@@ -32,6 +32,7 @@ from moec.passes.proof.branch_coverage import decisions
 from moec.passes.proof.input_generators import Correction, Feed, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.expert_ids import widest_choice
+from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
 
@@ -315,6 +316,14 @@ def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
     return _near(last[:, :1], last[:, 1:])
 
 
+def _repeated(emit: RegionEmitter, value: Value, shape: tuple[Dim, ...]) -> Value:
+    """The choices [T, k] in another shape; where that has more, each is for the next rows too."""
+    count = divide(product(shape), product(value.shape))
+    if count is not None and count != 1:
+        value = emit.expand(value, (value.shape[0], count))
+    return emit.reshape(value, shape)
+
+
 def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
     """The graph in which blocks read the results of moe.route; other readers keep the old values.
 
@@ -346,8 +355,7 @@ def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
                     RegionEmitter(builder, {}, replace(op, origin=origin)), routers[key]
                 )
             value = routes[key][which]
-            inputs[position] = RegionEmitter(builder, {}, op).reshape(
-                value, op.inputs[position].shape
-            )
+            emit = RegionEmitter(builder, {}, op)
+            inputs[position] = _repeated(emit, value, op.inputs[position].shape)
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})

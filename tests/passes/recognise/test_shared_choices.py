@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
+from moec.interpret.evaluate import evaluate
 
 D, E, N = 4, 3, 5
 
@@ -59,6 +60,12 @@ def test_rows_of_a_picture_share_its_choice() -> None:
     ops = made.pass_results[-1].program.graph.ops
     (route,) = [op for op in ops if op.name == "moe.route"]
     assert [str(dim) for dim in route.outputs[1].shape] == ["B", "1"]  # once a picture
+    program = made.pass_results[-1].program
+    inputs = [torch.randn(4, N, D), torch.randn(4, D)]
+    with torch.no_grad():
+        right = made.source.model(*inputs)
+    (rows,) = evaluate(program.graph, inputs, program.weights)
+    torch.testing.assert_close(rows, right, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_do_not_stand_together() -> None:

@@ -1,0 +1,109 @@
+"""Experts of different kinds that a softmax weighs are one node, and are written out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moec
+from moec.interpret.evaluate import evaluate
+from moec.ir.text import parse, print_graph
+
+D = 4
+
+
+class Kinds(nn.Module):
+    """Three experts of different graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.entry = nn.Linear(D, 3), nn.Linear(D, D)
+        self.a, self.b, self.c = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+    def experts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.a(x).sigmoid(), self.c(F.gelu(self.b(x))), x.cos()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.entry(x)
+        shares = self.gate(x).softmax(-1)
+        return sum(shares[:, i, None] * y for i, y in enumerate(self.experts(x)))
+
+
+class Residual(Kinds):
+    """Something else is a part of the sum."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x + super().forward(x) * 1
+
+
+class Swapped(Kinds):
+    """The weights come in another order."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.entry(x)
+        shares = self.gate(x).softmax(-1)
+        y = self.experts(x)
+        return shares[:, 2:3] * y[0] + shares[:, 0:1] * y[1] + y[2] * shares[:, 1:2]
+
+
+class SomeShares(Kinds):
+    """One of the shares weighs nothing."""
+
+    def forward(self, x: Tensor) -> Any:
+        shares = self.gate(x).softmax(-1)
+        a, b, _ = self.experts(x)
+        return shares[:, 0, None] * a + shares[:, 1, None] * b
+
+
+class ReadByOthers(Kinds):
+    """An expert's result is a result of the model too."""
+
+    def forward(self, x: Tensor) -> Any:
+        shares = self.gate(x).softmax(-1)
+        experts = self.experts(x)
+        return sum(shares[:, i, None] * y for i, y in enumerate(experts)), experts[0]
+
+
+def steps(module: nn.Module) -> Any:
+    torch.manual_seed(0)
+    return moec.compile(module.eval(), (torch.randn(3, D),), stop_after="expand-mixtures")
+
+
+@pytest.mark.parametrize("kind", [Kinds, Residual, Swapped])
+def test_one_node_and_back(kind: type[nn.Module]) -> None:
+    module = kind()
+    made = steps(module)
+    by_name = {step.name: step.program for step in made.pass_results}
+    node, out = by_name["recognise-mixtures"], by_name["expand-mixtures"]
+    assert [op.name for op in node.graph.ops].count("moe.mixture") == 1
+    assert not any(op.name == "moe.mixture" for op in out.graph.ops)
+    (block,) = made.blocks
+    assert (block.experts, block.top_k, block.router) == (3, 3, "softmax, all")
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        right = module(x)
+    for program in (node, out):
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, right, rtol=1e-6, atol=1e-6)
+    text = print_graph(node.graph)
+    assert print_graph(parse(text)) == text
+
+
+def test_text(golden: Any) -> None:
+    step = next(s for s in steps(Kinds()).pass_results if s.name == "recognise-mixtures")
+    golden(print_graph(step.program.graph))
+
+
+def test_a_share_that_weighs_nothing() -> None:
+    assert steps(SomeShares()).blocks == ()
+
+
+def test_a_result_that_others_read() -> None:
+    made = steps(ReadByOthers())
+    assert made.blocks == ()
+    (declined,) = [d for d in made.declined if d.rule == "recognise-mixtures"]
+    assert declined.reason == "what one of its experts gives is read by others too"
