@@ -21,7 +21,7 @@ from moec.capture.doors import (
     open_source,
     traceable,
 )
-from moec.capture.gc_pause import seldom_collected
+from moec.capture.gc_pause import gc_paused
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import CaptureError, NoMatch, UsageError
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from moec.target.cpu import CpuTarget
 
 
-@seldom_collected()
+@gc_paused()
 def compile(
     model: Any,
     args: Sequence[Any] | torch.Tensor = (),

@@ -66,7 +66,7 @@ def norm(spec: NormSpec, target: CpuTarget, name: str = "norm") -> PrimFunc:
         total = tensor("sum", matrix, spec.x) if spec.residual else None
         out = tensor("out", matrix, spec.out)
         work = rows * (spec.width * ELEMENT)
-        with parallel.shared(rows, work) as t:
+        with parallel.parallel_for(rows, work) as t:
             _row(_Rows(spec, v, x, residual, total, weight, bias, out), t)
     return frame.function
 

@@ -1,6 +1,6 @@
 """Parallel loops over tasks: who runs them, and which parts a task's number stands for.
 
-Waking the other threads costs more than a small kernel does. A loop is therefore `shared` by all
+Waking the other threads costs more than a small kernel does. A `parallel_for` therefore uses all
 threads only where its work, known when it runs, is worth that; otherwise the calling thread does
 all of it and never asks the pool. A task does the same in both cases, so the results are the
 same bits. There is nothing in between, since TVM's pool runs a loop on all of its threads or on
@@ -36,11 +36,11 @@ ELEMENT = 8
 
 
 @contextmanager
-def shared(
+def parallel_for(
     count: Expr | int, sums: Expr, weights: Expr | int = 0, least: int = WORTH_SHARING
 ) -> Iterator[Var]:
-    """A loop over `count` tasks, by all threads if they have at `least` so much to do together:
-    `sums`, and `weights`, the bytes of weights or of cached keys and values that are read."""
+    """A loop over `count` tasks, on all threads if its work is at least `least`: the number of
+    multiply-adds `sums` plus `weights`, the bytes of weights or cached keys and values read."""
     worth = sums + weights >= T.int64(least)
     with T.attr(tirx.const(0, "int32"), WORTH, worth), T.parallel(0, count) as task:
         yield task

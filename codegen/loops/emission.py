@@ -226,7 +226,10 @@ class Emission:
     ) -> None:
         count = product(tuple(shape[a] for a in outer))
         size = self.sizes.expr(count)
-        with parallel.shared(size, self._sums(product((count, work)), weight)) as p, self.scope():
+        with (
+            parallel.parallel_for(size, self._sums(product((count, work)), weight)) as p,
+            self.scope(),
+        ):
             left, at = p, {}
             for axis in reversed(outer):
                 if axis == outer[0]:
@@ -244,7 +247,7 @@ class Emission:
         size = self.sizes.expr(shape[axis])
         chunk = max(256, CHUNK // weight)
         chunks = tirx.truncdiv(size + (chunk - 1), tirx.const(chunk, "int64"))
-        with parallel.shared(chunks, self._sums(shape[axis], weight)) as p:
+        with parallel.parallel_for(chunks, self._sums(shape[axis], weight)) as p:
             start = T.bind(p * chunk)
             with T.serial(start, T.bind(tirx.min(start + chunk, size))) as i, self.scope():
                 body(self._full(shape, {axis: ix.loop(i, f"axis{axis}", shape[axis])}))

@@ -19,7 +19,7 @@ from moec.capture.call import PREFIX, ModuleCall, casts_done, named_arguments, t
 from moec.capture.exported import decompose, structure_of, to_program
 from moec.capture.fixed import causes, fixed
 from moec.capture.fixed import notes as fixed_notes
-from moec.capture.gc_pause import seldom_collected
+from moec.capture.gc_pause import gc_paused
 from moec.capture.guard_text import guards_in_text
 from moec.capture.guards import guards_of, located
 from moec.capture.huggingface import experts_as_ops
@@ -153,7 +153,7 @@ def _traced(request: _Request) -> Captured:
     """As torch.export takes it."""
     call, wrong = request.call, list[AxisGroup]()
     while True:
-        with EXPORTS, seldom_collected():
+        with EXPORTS, gc_paused():
             refused = [group.axes for group in wrong]
             general = widen(call, request.wishes, request.joining, refused)
             exported = _export(call, general)
@@ -171,19 +171,19 @@ def _traced(request: _Request) -> Captured:
 def _speculated(request: _Request) -> Captured:
     """With branches on data answered and proved. Raises CaptureError where one is not."""
     call = request.call
-    with EXPORTS, seldom_collected():
+    with EXPORTS, gc_paused():
         general = widen(call, request.wishes, request.joining)
     export = partial(_exported, general)
     convert = partial(_converted, request, general)
     examples = (general.tensors, call.tensors)
 
     def with_masks() -> Captured:
-        with EXPORTS, seldom_collected():
+        with EXPORTS, gc_paused():
             decomposed = _decomposed(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
         return _captured(request, general, form, "masked")
 
-    with EXPORTS, seldom_collected():
+    with EXPORTS, gc_paused():
         index = speculate(call, export, convert, examples)
     return _captured(request, general, index[0], "speculated", with_masks)
 

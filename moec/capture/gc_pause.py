@@ -16,7 +16,7 @@ _NEW = 20_000
 
 
 @contextmanager
-def seldom_collected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """As it was before, when left; where objects were set aside already, or nothing is collected,
     that is left alone."""
     if not gc.isenabled() or gc.get_freeze_count():

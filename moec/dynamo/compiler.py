@@ -21,7 +21,7 @@ from torch import fx
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
 from moec.dynamo.direct import direct
-from moec.dynamo.operators import BlockSite, place
+from moec.dynamo.operators import BlockSite, register_site
 from moec.dynamo.options import Options, parse
 from moec.dynamo.products import ProductKernels
 from moec.dynamo.record import RECORDER, Fallback
@@ -29,7 +29,12 @@ from moec.dynamo.regions import Region, regions
 from moec.dynamo.rest import compile_rest
 from moec.dynamo.skipped import watch
 from moec.dynamo.trace import static_inputs, trace
-from moec.dynamo.training import learns, mostly, needs_gradient, stopped
+from moec.dynamo.training import (
+    gradient_barrier,
+    mostly_trainable,
+    needs_gradient,
+    trainable_inputs,
+)
 from moec.errors import IRError, MoecError, NoMatch
 from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
@@ -79,7 +84,7 @@ def _replace_blocks(
     training = needs_gradient(inputs)
     try:
         traced = trace(module, inputs, training=training)
-        learning = learns(traced, inputs)
+        learning = trainable_inputs(traced, inputs)
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
         pass_results = run(converted.program, RECOGNITION)
@@ -100,15 +105,15 @@ def _replace_blocks(
             left.append(Fallback(candidate[0], str(candidate[1])))
             continue
         try:
-            if training and (reason := stopped(traced, candidate)):
+            if training and (reason := gradient_barrier(traced, candidate)):
                 raise NoMatch(reason)
             code = generate(candidate, options, codes)
         except (NoMatch, MoecError, IRError) as why:
             left.append(Fallback(candidate.where, str(why)))
             continue
         codes[code.key] = code
-        trained = training and mostly(candidate.params, learning)
-        sites.append(place(candidate.where, code, products, trained=trained))
+        trained = training and mostly_trainable(candidate.params, learning)
+        sites.append(register_site(candidate.where, code, products, trained=trained))
         relied = [
             node for node in candidate.inside() if node in static and is_constant(static[node])
         ]

@@ -17,7 +17,7 @@ from torch import Tensor
 LARGE = 2 * 2**20  # bytes
 
 
-def in_large_pages(tensor: Tensor) -> Tensor:
+def advise_huge_pages(tensor: Tensor) -> Tensor:
     """The same tensor, nothing of which was written yet; the system is asked for large pages
     where it can be, and may not give them."""
     advise, start, size = _madvise(), tensor.data_ptr(), tensor.nbytes

@@ -4,7 +4,7 @@
     moec::block(inputs[], params[], site) -> y, with a gradient:
     moec::block_backward(grad, inputs[], params[], site, needed[]) -> the gradients needed
 
-A site is a place of a compiled graph: code, and the weights of one layer as the code wants them.
+A site is a block of a compiled graph: its code, and one layer's weights as that code packs them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
 """By name; a site lives as long as the compiled graph that calls it."""
 
 
-def place(where: str, code: Code, products: Products, *, trained: bool) -> BlockSite:
+def register_site(where: str, code: Code, products: Products, *, trained: bool) -> BlockSite:
     """A new site. Its name is the same in every process that compiles the same model, so that
     Inductor's own cache knows the graph again."""
     stem, count = f"{where}/{code.key[:16]}", 1

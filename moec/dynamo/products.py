@@ -19,7 +19,7 @@ from moec.codegen.cpu.training.loops import Stack
 from moec.codegen.gradient_library import compile_products
 from moec.dtypes import MODEL_DTYPES
 from moec.dynamo.gradients import IN_PYTORCH, Products
-from moec.dynamo.huge_pages import in_large_pages
+from moec.dynamo.huge_pages import advise_huge_pages
 from moec.runtime.library import open_kernels, tvm_ffi
 from moec.target.cpu import CpuTarget
 
@@ -67,7 +67,7 @@ class ProductKernels(Products):
         if match is None:
             return IN_PYTORCH.outer(grad, rows, ends, w)
         kernels, stack, transposed = match
-        dw = in_large_pages(torch.empty_like(stack))
+        dw = advise_huge_pages(torch.empty_like(stack))
         factors = (rows, grad) if transposed else (grad, rows)
         _call(kernels["outer"], *factors, ends, dw)
         return dw.mT if transposed else dw

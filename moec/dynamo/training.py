@@ -23,20 +23,20 @@ def needs_gradient(inputs: Sequence[Any]) -> bool:
     )
 
 
-def learns(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
+def trainable_inputs(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
     """The inputs of a graph that need a gradient."""
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     pairs = zip(placeholders, inputs, strict=True)
     return {node for node, value in pairs if needs_gradient([value])}
 
 
-def mostly(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
+def mostly_trainable(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
     """Whether most elements of params are `learning`: a step of an optimiser changes those."""
     sizes: dict[fx.Node, int] = {node: node.meta["val"].numel() for node in params}
     return 2 * sum(sizes[node] for node in params if node in learning) > sum(sizes.values())
 
 
-def stopped(traced: fx.GraphModule, region: Region) -> str:
+def gradient_barrier(traced: fx.GraphModule, region: Region) -> str:
     """Why the gradient of a region is not that of its values; empty where it is."""
     without = _without_gradient(traced)
     pending, visited = [region.output], {*region.inputs, *region.params}

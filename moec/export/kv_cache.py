@@ -101,7 +101,9 @@ def at_once(program: Program, run: Run) -> Run:
     return run_whole
 
 
-def in_pieces(program: Program, run: Run, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def feed_in_chunks(
+    program: Program, run: Run, ids: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Token ids [B, S]: half of them, some one by one, and the rest; then once more in two pieces
     of which each text has another share, so that both are padded, the second amid the text.
     For each piece its end, and the logits [B, V] after it."""

@@ -212,7 +212,10 @@ def _compared(
         opened, pieces = runner(open_session(draft)), None
         if content.caches:
             captured, pass_results = kv_cache.logits_alone(captured, pass_results)
-            pieces = (program.graph.outputs[0].name, partial(kv_cache.in_pieces, program, opened))
+            pieces = (
+                program.graph.outputs[0].name,
+                partial(kv_cache.feed_in_chunks, program, opened),
+            )
             opened = kv_cache.at_once(program, opened)
         checked = checking.check(captured, opened, pass_results, tolerance, pieces)
     except VerificationError as error:

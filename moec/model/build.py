@@ -22,7 +22,7 @@ from moec.runtime.package import DECODE, ROUTE, ROUTED
 from moec.target.cpu import CpuTarget
 from moec.target.named import lacking
 from moec.verify import check as checking
-from moec.verify.chunked import in_pieces
+from moec.verify.chunked import feed_in_chunks
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
@@ -105,7 +105,7 @@ def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> 
     with clock.phase("verify"), threads_for(sum(weight.numel() for weight in weights)):
         pieces = None
         if DECODE in compiled.module:
-            pieces = (logits_of(compiled.graph).name, partial(in_pieces, executor))
+            pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
         checked = checking.check(
             compiled.captured, run_afresh, compiled.pass_results, limit, pieces
         )

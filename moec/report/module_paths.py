@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 
-def fold(names: Sequence[str]) -> str:
+def collapse_layer_indices(names: Sequence[str]) -> str:
     """Names that differ in one number as one: model.layers.{0..23}.mlp."""
     if len(names) == 1:
         return names[0]

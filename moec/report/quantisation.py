@@ -19,7 +19,7 @@ from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, PassResult
 from moec.report.data import MovedLine, QuantisedLine
-from moec.report.module_paths import fold
+from moec.report.module_paths import collapse_layer_indices
 
 BROKEN = 0.5
 """An expert whose weights are farther off, as a share of their norm, was not quantised: that of
@@ -158,7 +158,7 @@ def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
             size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
     errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
     return QuantisedLine(
-        fold(tuple(dict.fromkeys(_place(op) for op in ops))),
+        collapse_layer_indices(tuple(dict.fromkeys(_place(op) for op in ops))),
         str(format_of(op, matrix)),
         parts=len(errors),
         covered=sum(error < BROKEN for error in errors),

@@ -21,7 +21,7 @@ from moec.report.data import (
     ReportData,
     TunedLine,
 )
-from moec.report.module_paths import fold, spans
+from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.units import count, seconds, size
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _blocks(blocks: Sequence[Block]) -> Iterable[RenderableType]:
     for block in blocks:
         groups.setdefault(replace(block, name=""), []).append(block.name)
     for block, names in groups.items():
-        yield Text(fold(names))
+        yield Text(collapse_layer_indices(names))
         table = _facts_grid()
         each = " each" if len(names) > 1 else ""
         table.add_row("experts", f"{block.top_k} of {block.experts} per token, {block.activation}")
@@ -183,7 +183,7 @@ def _declined(declined: Sequence[DeclinedLine]) -> Any:
     for line in declined:
         groups.setdefault((line.rule, line.reason), []).append(line.where)
     for (rule, reason), paths in groups.items():
-        table.add_row(fold(paths), rule, reason)
+        table.add_row(collapse_layer_indices(paths), rule, reason)
     return table
 
 
@@ -193,7 +193,7 @@ def _loops(loops: Sequence[LoopLine]) -> Any:
     for line in loops:
         groups.setdefault((line.op, line.reason), []).append(line.where)
     for (op, reason), origins in groups.items():
-        table.add_row(fold(origins), op, reason)
+        table.add_row(collapse_layer_indices(origins), op, reason)
     return table
 
 

@@ -28,7 +28,7 @@ COUNTS = (
 """What configurations call the number of experts of a layer."""
 
 
-def fewer_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
+def resize_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
     """A copy of the model with the experts alone that are left in `tracked`.
 
     Raises NoMatch where the layers have other experts than the model, or not all as many, or

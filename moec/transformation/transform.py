@@ -29,7 +29,7 @@ from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run
 from moec.passes.quantise.codes import Quantising
 from moec.pipeline import PassChanges, PassSpec, choose, from_stage, with_calibration
-from moec.transformation.hf_module import fewer_experts
+from moec.transformation.hf_module import resize_experts
 from moec.verify import check as checking
 
 FORMS = ("auto", "class", "graph")
@@ -97,7 +97,7 @@ def transform(
     why = "a graph was asked for"
     if form != "graph":
         try:
-            result = fewer_experts(source.model, frame.tracked)
+            result = resize_experts(source.model, frame.tracked)
             _same_results(result, source, captured, pass_results, limit)
         except NoMatch as reason:
             result, why = None, str(reason)

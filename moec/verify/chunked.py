@@ -12,7 +12,7 @@ from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
 
 
-def in_pieces(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def feed_in_chunks(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Feed token ids [B, S] in pieces: half of them, then one, then the rest. For each piece
     its end, and the logits [B, V] after it, in the dtype of the model's."""
     decode = executor.package.functions.get(DECODE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moec
-from moec.capture.gc_pause import seldom_collected
+from moec.capture.gc_pause import gc_paused
 from moec.errors import CaptureError
 
 
@@ -28,7 +28,7 @@ def as_it_was():
 
 def test_objects_are_set_aside_and_come_back() -> None:
     def export() -> None:
-        with seldom_collected():
+        with gc_paused():
             assert gc.get_freeze_count() > 1000
             assert gc.get_threshold() == (20_000, 10, 9)
             raise KeyError
@@ -41,14 +41,14 @@ def test_objects_are_set_aside_and_come_back() -> None:
 
 def test_rarer_collections_stay_as_rare() -> None:
     gc.set_threshold(50_000, 10, 10)
-    with seldom_collected():
+    with gc_paused():
         assert gc.get_threshold() == (50_000, 10, 10)
 
 
 def test_what_the_program_set_aside_stays_there() -> None:
     gc.freeze()
     count = gc.get_freeze_count()
-    with seldom_collected():
+    with gc_paused():
         assert gc.get_threshold() == (700, 10, 9)
     assert gc.get_freeze_count() >= count * 0.99  # a few were deleted
     gc.unfreeze()
@@ -56,7 +56,7 @@ def test_what_the_program_set_aside_stays_there() -> None:
 
 def test_where_nothing_is_collected_nothing_is_changed() -> None:
     gc.disable()
-    with seldom_collected():
+    with gc_paused():
         assert gc.get_freeze_count() == 0
         assert not gc.isenabled()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moec.ir.text import parse
-from moec.report.module_paths import fold, spans
+from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.report import Report, describe_graph
 from moec.report.text import render
 from moec.report.units import count, seconds, size
@@ -77,7 +77,7 @@ def test_tied_weights_count_once() -> None:
     ],
 )
 def test_names_that_differ_in_a_number_are_one(names: list[str], shown: str) -> None:
-    assert fold(names) == shown
+    assert collapse_layer_indices(names) == shown
 
 
 def test_numbers_for_people() -> None:

@@ -49,7 +49,7 @@ def append(spec: AppendSpec, target: CpuTarget, name: str = "append") -> PrimFun
             turns.append((of, tensor(name, shape, of.dtype)))
         count = T.Select(room > 0, batch * spec.heads * tokens, T.int64(0))
         work = count * (spec.width * ELEMENT)
-        with parallel.shared(count, work) as task:
+        with parallel.parallel_for(count, work) as task:
             head, s = divide(task, tokens)
             b = T.bind(T.floordiv(head, spec.heads))
             h = T.bind(T.floormod(head, spec.heads))

@@ -52,12 +52,14 @@ def few(p: Problem) -> None:
     )
     sums = p.heads * p.rows * p.keys * p.features
     cached = p.heads * p.keys * (p.features * bytes_of(p.k))
-    with parallel.shared(p.heads * chunks, sums, cached) as task:
+    with parallel.parallel_for(p.heads * chunks, sums, cached) as task:
         head, n = divide(task, chunks)
         end = p.end(head)
         with T.If(n * CHUNK < end), T.Then():
             _chunk(p, parts, head, n, end)
-    with parallel.shared(p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)) as task:
+    with parallel.parallel_for(
+        p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)
+    ) as task:
         head, row = divide(task, p.rows)
         _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
 

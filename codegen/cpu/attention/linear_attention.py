@@ -81,7 +81,7 @@ def linear_attention(
         blocks = -(-spec.value_dim // v.lanes)
         count = batch * (spec.heads * blocks)
         work = length * (count * (spec.key_dim * v.lanes * ELEMENT))
-        with parallel.shared(count, work) as task:
+        with parallel.parallel_for(count, work) as task:
             head = T.bind(T.floordiv(task, blocks))
             column = T.bind((task - head * blocks) * v.lanes)
             exact = spec.value_dim % v.lanes == 0

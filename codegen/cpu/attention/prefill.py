@@ -107,7 +107,7 @@ def tiled(p: Problem) -> None:
     keys = T.alloc_buffer((p.heads, blocks, spec.key_dim // per_unit, block), dtype)
     values = T.alloc_buffer((p.heads, blocks, block // per_unit, p.width), dtype)
     packed = PackedKeysValues(p, pairs, keys, values, blocks)
-    with parallel.shared(p.heads * blocks, p.heads * p.keys * (p.features * ELEMENT)) as task:
+    with parallel.parallel_for(p.heads * blocks, p.heads * p.keys * (p.features * ELEMENT)) as task:
         head, n = divide(task, blocks)
         end = p.end(head)
         with T.If(n * block < end), T.Then():
@@ -119,7 +119,7 @@ def tiled(p: Problem) -> None:
                     _pack_values(packed, head, n, end, full_block=False)
 
     tiles = T.bind(T.ceildiv(p.rows, TILE))
-    with parallel.shared(p.heads * tiles, p.heads * p.rows * p.keys * p.features) as task:
+    with parallel.parallel_for(p.heads * tiles, p.heads * p.rows * p.keys * p.features) as task:
         head, n = divide(task, tiles)
         if spec.is_causal:  # late tiles see more keys: take turns, so that threads get alike
             half = T.floordiv(n, 2)

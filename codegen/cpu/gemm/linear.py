@@ -103,7 +103,7 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     count = sum(pieces[1:], pieces[0])
     sums = rows * sum(tile.layout.sums for tile in tiles)
     weights = sum(tile.layout.bytes for tile in tiles)
-    with parallel.shared(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
+    with parallel.parallel_for(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
         # Tile registers are so fast that rows must stay in the cache, while weights pass by.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))

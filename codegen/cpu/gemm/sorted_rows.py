@@ -85,7 +85,7 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
     weights = T.cast(count, "int64") * tile.layout.bytes
     worth = tile.layout.tuning.worth
     with (
-        parallel.shared(units, rows * tile.layout.sums, weights, worth) as unit,
+        parallel.parallel_for(units, rows * tile.layout.sums, weights, worth) as unit,
     ):
 
         def unit_at(unit: Expr) -> tuple[Expr, Expr, Expr]:

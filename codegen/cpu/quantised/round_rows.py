@@ -62,7 +62,7 @@ def round_rows(
         sums = argument("sums", (rows, planes * blocks), "int32")
         v = Vector(target)
         work = rows * (width * ELEMENT)
-        with parallel.shared(rows, work) as row:
+        with parallel.parallel_for(rows, work) as row:
             for word in range(-(-width // v.lanes) * v.lanes // form.per_word, words):
                 for plane in range(planes):
                     T.buffer_store(codes, T.int32(0), [row, plane * words + word])

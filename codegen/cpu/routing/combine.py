@@ -90,7 +90,7 @@ def combine(
                     v.store(out, at, value)
 
         work = t * (top_k * width * ELEMENT)
-        with parallel.shared(t * stretches, work) as unit:
+        with parallel.parallel_for(t * stretches, work) as unit:
             token = T.bind(T.truncdiv(unit, stretches))
             begin = T.bind(T.truncmod(unit, stretches) * stretch)
             end = T.bind(T.min(begin + stretch, width))

@@ -72,7 +72,7 @@ def gate(spec: GateSpec, target: CpuTarget, name: str = "gate") -> PrimFunc:
         logits = T.alloc_buffer((tokens, columns), "float32")
         _linear(_Linear(spec, v, soft, tokens, x, weight, bias, logits))
         work = routing_work(count, tokens)
-        with parallel.shared(T.ceildiv(tokens, TOKENS), work) as task:
+        with parallel.parallel_for(T.ceildiv(tokens, TOKENS), work) as task:
             router = scratch(routing, count, v, correction)
             first = T.bind(task * TOKENS)
             with T.serial(0, T.min(tokens - first, TOKENS)) as i:
@@ -97,7 +97,7 @@ def _linear(c: _Linear) -> None:
     columns = v.lanes // rows
     sums = c.tokens * (count * c.spec.width)
     weights = count * c.spec.width * bytes_of(c.weight)
-    with parallel.shared(parts * blocks, sums, weights) as task:
+    with parallel.parallel_for(parts * blocks, sums, weights) as task:
         block, part = parallel.divide(task, parts)
         first = T.bind(part * TOKENS_OF_A_PRODUCT)
         mine = T.bind(T.min(c.tokens - first, TOKENS_OF_A_PRODUCT))

@@ -72,7 +72,7 @@ def route(spec: RouteSpec, target: CpuTarget, name: str = "route") -> PrimFunc:
         chosen = argument("experts", (tokens, k), "int64")
         count = T.ceildiv(tokens, TOKENS)
         work = routing_work(experts, tokens)
-        with parallel.shared(count, work) as task:
+        with parallel.parallel_for(count, work) as task:
             router = scratch(spec.routing, experts, v, correction)
             first = T.bind(task * TOKENS)
             with T.serial(0, T.min(tokens - first, TOKENS)) as i:

@@ -54,7 +54,7 @@ def zero_experts(target: CpuTarget, spec: ZeroSpec, name: str = "zero_experts") 
             T.buffer_store(to, to[lanes] + value, [lanes])
 
         work = t * (width * ELEMENT)
-        with parallel.shared(t, work) as token:
+        with parallel.parallel_for(t, work) as token:
             share = register()
             pulls = [register() for _ in range(count)]
             with T.serial(0, spec.top_k) as s:

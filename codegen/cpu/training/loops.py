@@ -58,7 +58,7 @@ def each_piece(
     matrices = T.int64(experts) if written else T.min(rows, T.int64(experts))
     traffic = matrices * (stack.n * stack.k * (4 if stack.dtype == "float32" else 2))
     sums = rows * (stack.n * stack.k)
-    with parallel.shared(pieces * experts, sums, traffic) as unit:
+    with parallel.parallel_for(pieces * experts, sums, traffic) as unit:
         e = T.bind(T.truncmod(unit, experts))
         before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
         first, end = T.bind(T.cast(before, "int64")), T.bind(T.cast(ends[e], "int64"))

@@ -76,7 +76,7 @@ def filled(sums, count=4):
     with kernel("f") as frame:
         n = T.int64()
         y = argument("y", (n,), "int64")
-        with parallel.shared(count, sums(n)) as i:
+        with parallel.parallel_for(count, sums(n)) as i:
             T.buffer_store(y, T.cast(i, "int64"), [i])
     return frame.function
 
