@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.errors import UsageError
 from moec.extras import missing_extra
+from moec.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from moec import train
@@ -57,7 +58,8 @@ def __getattr__(name: str) -> Any:
     if name == "train":
         return importlib.import_module("moec.train")
     if name not in _WHERE:
-        raise AttributeError(f"module 'moec' has no attribute {name!r}")
+        near = did_you_mean(name, __all__)
+        raise AttributeError(f"module 'moec' has no attribute {name!r}{near}")
     try:
         module = importlib.import_module(_WHERE[name])
     except ModuleNotFoundError as error:

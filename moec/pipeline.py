@@ -63,6 +63,7 @@ from moec.passes.specialise.fold_lora import FoldLora
 from moec.passes.specialise.fold_supernet import FoldSupernet
 from moec.passes.specialise.hoist_routers import HoistRouters
 from moec.passes.specialise.specialise import Specialise
+from moec.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,10 @@ def _parse(changes: PassChanges) -> _Changes:
             raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
         sign, name, bracket, options = *_head(item), *item.partition("(")[1:]
         if sign not in ("+", "-") or name not in (*names, *kinds):
+            near = did_you_mean(name, (*names, *kinds)) if name not in (*names, *kinds) else ""
             raise UsageError(
                 f"--passes {item}: write +name or -name, where name is one of "
-                f"{', '.join((*names, *kinds))}"
+                f"{', '.join((*names, *kinds))}{near}"
             )
         if sign == "-" and name in needed:
             raise UsageError(f"--passes {item}: code cannot be generated without {name}")

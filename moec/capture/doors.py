@@ -24,6 +24,7 @@ from moec.capture.pt2 import check_archive
 from moec.errors import CaptureError, UsageError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.dims import Bounds
+from moec.model_path import kind_of_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -102,27 +103,16 @@ def open_source(
             "the folder of a checkpoint, a .pt2 file, or file.py:factory"
         )
     text = str(model)
-    path = Path(text)
-    file, colon, factory = text.rpartition(":")
-    if colon and file.endswith(".py"):
-        if args or kwargs:
-            raise UsageError(f"{text}: the factory gives the example inputs: leave yours out")
-        return _factory(Path(file), factory)
-    if path.is_dir():
-        return _checkpoint(path, args, kwargs)
-    if path.suffix == ".pt2" and path.is_file():
-        return replace(_export(path), args=args, kwargs=kwargs)
-    if path.suffix == ".py":
-        raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
-    if not path.exists():
-        raise UsageError(
-            f"{text} does not exist: give the folder of a checkpoint, a .pt2 file, or "
-            "file.py:factory (models are not downloaded)"
-        )
-    raise UsageError(
-        f"{text} is not a model that moec can read: give the folder of a checkpoint, a .pt2 "
-        "file, or file.py:factory"
-    )
+    match kind_of_model(text):
+        case "factory":
+            if args or kwargs:
+                raise UsageError(f"{text}: the factory gives the example inputs: leave yours out")
+            file, _, factory = text.rpartition(":")
+            return _factory(Path(file), factory)
+        case "checkpoint":
+            return _checkpoint(Path(text), args, kwargs)
+        case "pt2":
+            return replace(_export(Path(text)), args=args, kwargs=kwargs)
 
 
 def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
@@ -150,8 +140,6 @@ def _export(path: Path) -> Source:
 
 
 def _factory(path: Path, name: str) -> Source:
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -195,10 +183,10 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """A Hugging Face folder: config.json, safetensors, and a tokenizer where there is one."""
     try:
         config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{folder} is not a checkpoint: it has no config.json") from None
     except ValueError as error:
         raise CaptureError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CaptureError(f"{folder / 'config.json'} holds no configuration of a model")
     try:
         import transformers
     except ImportError:
@@ -215,9 +203,16 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     seq2seq = bool(config.get("is_encoder_decoder"))
     auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model, loading = auto.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
     except Exception as error:
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
+    _check_weights(folder, loading)
     model.eval()
     files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
@@ -225,6 +220,26 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     source = _module(model, args, kwargs)
     name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
     return replace(source, bounds=_limits(model.config), name=name, files=files)
+
+
+def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Raises CaptureError, naming the first, where weights are missing or of other sizes:
+    transformers would draw them at random."""
+    others = sorted(loading["mismatched_keys"])
+    if others:
+        name, stored, expected = others[0]
+        more = f", and {len(others) - 1} others differ too" if len(others) > 1 else ""
+        raise CaptureError(
+            f"{folder}: the weight {name} is {list(stored)}, and config.json makes it "
+            f"{list(expected)}{more}: they are of different models"
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CaptureError(
+            f"{folder} lacks the weight {missing[0]}{more}: config.json is of another model, or "
+            "a .safetensors is missing"
+        )
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:

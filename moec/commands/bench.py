@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec import model_path
 from moec.bench.names import PACKAGES
 from moec.commands.files import OutputFile
 from moec.commands.inspect import is_artifact
@@ -94,6 +95,8 @@ def command(
             f"{model} is an artifact: name the checkpoint that it was made of, then "
             f"--artifact {model}"
         )
+    if not of_artifact and artifact is None:
+        model_path.kind_of_model(model)
     from moec.runtime.threads import set_threads
 
     count = set_threads(threads)

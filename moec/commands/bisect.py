@@ -6,6 +6,7 @@ import json
 
 import click
 
+from moec import model_path
 from moec.commands.options import Tolerance, asked, json_option, model_options
 
 
@@ -45,6 +46,7 @@ def command(
     from moec.commands.progress import Progress, hush
     from moec.commands.shapes import explained
 
+    model_path.kind_of_model(model)
     arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed)
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:

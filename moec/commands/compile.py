@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec import model_path
 from moec.cache import default_store
 from moec.commands.artifact_cache import fetch, keep, key_for
 from moec.commands.options import (
@@ -21,6 +22,7 @@ from moec.commands.options import (
     quiet_option,
 )
 from moec.errors import UsageError
+from moec.target.named import parse
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
@@ -110,6 +112,8 @@ def command(
     _check_output(output, builds, force)
     if emit is not None and not (builds and target.startswith("cuda")):
         raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
+    model_path.kind_of_model(model)
+    parse(target)
     arguments = asked(**options)
     key = None
     if (

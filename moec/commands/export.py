@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec import model_path
 from moec.commands.options import (
     Tolerance,
     asked,
@@ -81,6 +82,7 @@ def command(
     from moec.commands.shapes import explained
 
     path = _output(output, force)
+    model_path.kind_of_model(model)
     arguments = asked(**options)
 
     from moec.commands.progress import Progress, hush

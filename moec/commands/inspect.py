@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec import model_path
 from moec.commands.files import OutputFile
 from moec.commands.options import asked, json_option, model_options
 from moec.errors import ArtifactError
@@ -46,6 +47,7 @@ def command(
         if picture:
             graph = _graph(Path(model), text)
     else:
+        model_path.kind_of_model(model)
         report, graph = of_model(model, asked(**options), quiet or as_json)
     if picture and graph is not None:
         from moec.report.picture import save, scene

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ class Report(ReportData):
         return render(self)
 
     __repr__ = __str__  # so that `m.report()` at a prompt shows it
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the text, in letters of one width. Names come from files: they are
+        escaped."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 
 from moec.errors import TargetError
+from moec.spelling import did_you_mean
 from moec.target import amx
 
 NULL = "null"
@@ -199,10 +200,10 @@ def parse(name: str) -> CpuTarget:
         return replace(host(), name=NULL, kind=NULL)
     if name.startswith("llvm:"):
         return _from_llvm(name)
-    names = ", ".join(["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"])
+    names = ["cpu", *TARGETS, NULL, "llvm:-mcpu=...", "cuda:sm_80"]
     raise TargetError(
-        f"unknown target {name!r}; the known targets are {names} and other GPUs "
-        "(see `moec list targets`)"
+        f"unknown target {name!r}; the known targets are {', '.join(names)} and other GPUs "
+        f"(see `moec list targets`){did_you_mean(name, names)}"
     )
 
 
@@ -302,7 +303,7 @@ def _from_llvm(name: str) -> CpuTarget:
         options[key] = value
 
     # TVM is slow to import and absent from run-only processes, which never come here.
-    from tvm.target import CpuTarget as TvmTarget
+    from tvm.target import Target as TvmTarget
     from tvm.target import codegen
 
     mattr = tuple(options["-mattr"].split(",")) if "-mattr" in options else ()

@@ -239,6 +239,7 @@ def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> N
         ({"opt_level": 7}, UsageError, "there is no optimisation level 7; levels are 0, 1 and 2"),
         ({"opt_level": "2"}, UsageError, "there is no optimisation level 2"),
         ({"passes": "+magic"}, UsageError, "write +name or -name, where name is one of "),
+        ({"passes": "-fuse-gat"}, UsageError, "; did you mean 'fuse-gate'?"),
         ({"passes": 3}, UsageError, "passes is a int: give text such as"),
         ({"stop_after": "lunch"}, UsageError, "lunch: no such pass; there are capture, "),
         ({"target": "z80"}, TargetError, "unknown target 'z80'; the known targets are cpu"),

@@ -162,3 +162,22 @@ def test_broken_models(
         open_source(path)
     assert words in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+def test_weights_that_are_missing_or_of_another_size_are_named(
+    tiny_moe: Path, tmp_path: Path
+) -> None:
+    """transformers draws the first at random, and of the second says: look at the above report."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_moe, folder)
+    weights = load_file(folder / "model.safetensors")
+    norm = "model.norm.weight"
+    save_file({**weights, norm: weights[norm][:3].clone()}, folder / "model.safetensors")
+    with pytest.raises(CaptureError, match=rf"weight {norm} is \[3\], and config.json makes it"):
+        open_source(folder)
+    del weights[norm]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CaptureError, match=f"lacks the weight {norm}: config.json is of another"):
+        open_source(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moec import model_path
 from moec.ir.graph import Program, Stage
 from moec.passes.core.runner import PassResult
 from moec.report.report import Report
@@ -58,4 +59,5 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     module = types.ModuleType("moec.api")
     module.compile = fake.compile  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moec.api", module)
+    monkeypatch.setattr(model_path, "kind_of_model", lambda text: "checkpoint")
     return fake

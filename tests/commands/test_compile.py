@@ -162,7 +162,7 @@ main()
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_in_the_middle(tmp_path: Path, sent: int, code: int) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW, "compile", "model", "-o", tmp_path / "out.moec"],
+        [sys.executable, "-c", SLOW, "compile", f"{__file__}:make", "-o", tmp_path / "out.moec"],
         stderr=subprocess.PIPE,
         text=True,
     ) as process:

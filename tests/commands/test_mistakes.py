@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import moec
 from moec.__main__ import cli
 from moec.runtime import artifact
 from tests.runtime import toy
@@ -26,7 +28,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def moec(*words: object, shell: str = "", **environment: str) -> tuple[int, str, str]:
+def shell_moec(*words: object, shell: str = "", **environment: str) -> tuple[int, str, str]:
     """The exit code, and what was written to stdout and to stderr."""
     command = [sys.executable, "-m", "moec", *map(os.fsencode, map(str, words))]
     if shell:
@@ -56,19 +58,19 @@ def test_of_the_environment(speaker: Path) -> None:
     for value in ("abc", "0", "-2"):
         words = refused(*prompt, TVM_NUM_THREADS=value)
         assert f"the environment variable TVM_NUM_THREADS is '{value}': give a whole" in words
-    assert moec(*prompt, TVM_NUM_THREADS="") == (0, " d e f g\n", "")
+    assert shell_moec(*prompt, TVM_NUM_THREADS="") == (0, " d e f g\n", "")
 
 
 def test_closed_streams(speaker: Path) -> None:
     prompt = ("run", speaker, "--prompt", "b c", "--quiet")
-    assert moec(*prompt, shell=">&-") == (0, "", "")
-    assert moec(*prompt, shell="2>&-") == (0, " d e f g\n", "")
-    assert moec("verify", speaker, shell="<&- >&- 2>&-") == (0, "", "")
+    assert shell_moec(*prompt, shell=">&-") == (0, "", "")
+    assert shell_moec(*prompt, shell="2>&-") == (0, " d e f g\n", "")
+    assert shell_moec("verify", speaker, shell="<&- >&- 2>&-") == (0, "", "")
 
 
 def test_a_name_that_no_terminal_can_show(speaker: Path, tmp_path: Path) -> None:
     path = shutil.copy(speaker, os.fsencode(tmp_path) + b"/\xff.moec")
-    code, out, _ = moec("verify", os.fsdecode(path))
+    code, out, _ = shell_moec("verify", os.fsdecode(path))
     assert code == 0
     assert "\\udcff.moec is intact" in out
 
@@ -115,3 +117,50 @@ def test_a_full_folder_for_temporary_files(tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount")
     assert done.stdout.startswith(f"{tmp_path}, for temporary files, has "), done.stderr
     assert "set TMPDIR to a folder on another disk" in done.stdout
+
+
+TYPOS = (
+    (["compile", "no/model", "-o", "x.moec"], "no/model does not exist: give the folder"),
+    (["compile", ".", "-o", "x.moec"], ". is not a checkpoint: it has no config.json"),
+    (["compile", "none.py", "--dry-run"], "name the function that makes the model"),
+    (["compile", "none.py:f", "--dry-run"], "none.py does not exist"),
+    (["compile", "no/model", "-o", "none/x.moec"], "the folder none does not exist"),
+    (["compile", "x" * 5000, "-o", "x.moec"], "cannot be the path of a model"),
+    (["export", "no/model", "-o", "x.onnx"], "no/model does not exist"),
+    (["inspect", "no/model"], "no/model does not exist"),
+    (["bisect", "no/model"], "no/model does not exist"),
+    (["bench", "no/model"], "no/model does not exist"),
+)
+
+
+def test_a_typo_costs_no_import_of_torch() -> None:
+    """One process asks for all: each import of torch takes seconds."""
+    program = (
+        "import sys, json\n"
+        "from click.testing import CliRunner\n"
+        "from moec.__main__ import cli\n"
+        "said = [CliRunner().invoke(cli, words).stderr for words in json.load(sys.stdin)]\n"
+        "print(json.dumps([said, sorted({'torch', 'tvm'} & sys.modules.keys())]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=json.dumps([words for words, _ in TYPOS]),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said, heavy = json.loads(done.stdout)
+    assert heavy == []
+    for line, (_, words) in zip(said, TYPOS, strict=True):
+        assert line.startswith("error: ")
+        assert words in line
+
+
+def test_what_was_probably_meant() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'compil'; did you mean 'compile'"):
+        getattr(moec, "compil")  # noqa: B009
+
+
+def test_what_draws_is_looked_for_before_minutes_of_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = refused("bench", "no/model", "--plot", tmp_path / "x.svg")
+    assert "needs matplotlib, which is not installed: pip install 'moec[bench]'" in words

@@ -1,0 +1,44 @@
+"""What the path of a model names, told without reading it: no torch is imported for a typo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from moec.errors import UsageError
+
+Kind = Literal["factory", "checkpoint", "pt2"]
+
+
+def kind_of_model(text: str) -> Kind:
+    """Which door a path belongs to.
+
+    Raises UsageError where there is no such file or folder, or moec reads no such thing.
+    """
+    path = Path(text)
+    file, colon, _ = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        if not Path(file).is_file():
+            raise UsageError(f"{file} does not exist")
+        return "factory"
+    try:
+        exists, folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise UsageError(f"{text[:80]!r} cannot be the path of a model") from error
+    if folder:
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} is not a checkpoint: it has no config.json")
+        return "checkpoint"
+    if path.suffix == ".pt2" and path.is_file():
+        return "pt2"
+    if path.suffix == ".py":
+        raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
+    if not exists:
+        raise UsageError(
+            f"{text} does not exist: give the folder of a checkpoint, a .pt2 file, or "
+            "file.py:factory (models are not downloaded)"
+        )
+    raise UsageError(
+        f"{text} is not a model that moec can read: give the folder of a checkpoint, a .pt2 "
+        "file, or file.py:factory"
+    )
