@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
 from moec.passes.proof.input_generators import Feed
-from moec.passes.recognise.body import Prepared, canonical
+from moec.passes.recognise.body import Prepared, canonical, with_columns
 from moec.passes.recognise.region import RegionEmitter
 
 Recipe = Callable[[RegionEmitter], Value]
@@ -83,7 +83,7 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
         }
         (choice,) = emit("moe.capacity", [choice], attrs=attrs, named=choice.name)
     weights = block.weights(emit) if block.weights else None
-    body, prepared = canonical(block.body, block.num_experts)
+    body, prepared = canonical(with_columns(block.body), block.num_experts)
     stacks = [_stack(block.stacks[p.source](emit), p, emit) for p in prepared]
     dispatched = [x, choice]
     if block.input_side and weights is not None:

@@ -57,6 +57,7 @@ _HOISTED: dict[str, Shift] = {
     "aten.t.default": lambda attrs: {"dims": (0, 2, 1)},
     "aten.transpose.int": _shifted("dim0", "dim1"),
 }
+_RESHAPE, _UNSQUEEZE = "aten.reshape.default", "aten.unsqueeze.default"
 _RENAMED = {"aten.t.default": "aten.permute.default"}
 
 
@@ -86,6 +87,34 @@ def canonical(body: Graph, experts: int) -> tuple[Graph, tuple[Prepared, ...]]:
     needed = {v for op in state.ops for v in op.inputs} | set(outputs)
     used = sorted((p for p in params if p in needed), key=lambda p: state.prepared[p].source)
     return replace(graph, params=tuple(used)), tuple(state.prepared[p] for p in used)
+
+
+def with_columns(body: Graph) -> Graph:
+    """A body that gives one number a row, as [R], gives it as a column, as [R, 1]: its features
+    stay an axis from where they became one number on."""
+    (result,) = body.outputs
+    if len(result.shape) != 1:
+        return body
+    columns: dict[Value, Value] = {}
+    ops: list[Op] = []
+    for op in body.ops:
+        (output,) = op.outputs
+        if op.name == _RESHAPE and op.inputs[0].shape == (*output.shape, 1):
+            columns[output] = columns.get(op.inputs[0], op.inputs[0])
+            continue
+        inputs = tuple(columns.get(value, value) for value in op.inputs)
+        if inputs != op.inputs:
+            if output.shape != result.shape:
+                raise NoMatch(f"{op.name} takes one number a row apart")
+            columns[output] = replace(output, type=TensorType(output.dtype, (*output.shape, 1)))
+            for value in {v for v in inputs if v in body.params and not v.shape}:
+                columns[value] = Value(f"{value.name}_column", TensorType(value.dtype, (1,)))
+                ops.append(Op(_UNSQUEEZE, (value,), (columns[value],), {"dim": 0}))
+            inputs = tuple(columns.get(value, value) for value in inputs)
+        ops.append(replace(op, inputs=inputs, outputs=(columns.get(output, output),)))
+    if result not in columns:
+        raise NoMatch(f"{result.name} is one number a row, and was never a column")
+    return replace(body, ops=tuple(ops), outputs=(columns[result],))
 
 
 class _Canonical:

@@ -102,9 +102,7 @@ def chosen(
     singles: list[Value] = []
     for op in choices(scope, everything):
         if op.inputs[0].dtype in FLOATS and evidence.experts in op.inputs[0].shape[-1:]:
-            value = picked(scope, op)
-            if value is not None:
-                singles.append(value)
+            singles.extend(picked(scope, op))
     proposals += [(v,) for v in reversed(singles)]
     once = [v for v in singles if _per(v, evidence.rows_in) == 1]
     if len(once) > 1:
@@ -150,15 +148,13 @@ def source_of_ids(scope: Scope, value: Value) -> Value:
             return value
 
 
-def picked(scope: Scope, op: Op) -> Value | None:
-    """The ids that a choosing op gives; of a full sort, the slice that is used."""
+def picked(scope: Scope, op: Op) -> Iterator[Value]:
+    """The ids that a choosing op gives, and the first few of them where no others are used."""
     ids = op.outputs[-1]
+    slices = [r for r in scope.graph.readers.get(ids, ()) if r.name == "aten.slice.Tensor"]
     if op.name not in ("aten.sort.default", "aten.sort.stable"):
-        return ids
-    for reader in scope.graph.readers.get(ids, ()):
-        if reader.name == "aten.slice.Tensor":
-            return reader.outputs[0]
-    return None
+        yield ids
+    yield from (first.outputs[0] for first in slices[:1])
 
 
 def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:

@@ -17,7 +17,7 @@ from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise import batched, hf, loop
+from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.region import RegionEmitter, Scope, unlike
 from moec.passes.recognise.routing import Unlike
@@ -26,6 +26,7 @@ FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
     hf.candidates,
     loop.candidates,
     batched.candidates,
+    levels.candidates,
 )
 
 

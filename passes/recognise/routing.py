@@ -6,9 +6,10 @@ weights [T, k]. A dense [T, E] tensor of weights is gathered at the ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Value
@@ -17,7 +18,7 @@ from moec.passes.recognise.block import Recipe, RecognisedCapacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen, chosen, masks
 from moec.passes.recognise.layout import divide
-from moec.passes.recognise.region import Scope
+from moec.passes.recognise.region import Scope, choices
 from moec.passes.recognise.region_boundary import capacities, cuts
 from moec.passes.recognise.routing_weights import weightings
 
@@ -48,9 +49,7 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
     if not candidates and not everything:
         raise Unlike(f"nothing weighs or chooses among {evidence.experts} results")
     if not candidates:
-        raise NoMatch(
-            f"every token uses all {evidence.experts} experts: nothing chooses among them"
-        )
+        raise NoMatch(_without_choice(scope, evidence, everything))
     for ids in candidates[:6]:
         slots = divide(product((ids.per_row, evidence.rows_in)), evidence.rows_out)
         if not isinstance(slots, int):
@@ -59,3 +58,18 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
             for capacity in capacities(scope, evidence, ids.per_row):
                 for cut, feeds in cuts(scope, evidence, ids, base):
                     yield Choice(ids.recipe, weights, slots, cut, feeds, capacity)
+
+
+def _without_choice(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> str:
+    """Why nothing chooses among the experts, token by token."""
+    for op in reversed(choices(scope, everything)):
+        scores = op.inputs[0]
+        if scores.dtype not in FLOATS or not scores.shape:
+            continue
+        if scores.shape[-1] == evidence.experts:
+            return f"{op.name} chooses once for each of {product(scores.shape[:-1])}, not a token"
+        if evidence.experts in scores.shape:
+            return (
+                f"experts choose their tokens: {op.name} chooses among {scores.shape[-1]} of them"
+            )
+    return f"every token uses all {evidence.experts} experts: nothing chooses among them"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.passes.forms.experts import Mlp
 from tests.passes.forms.loops import Loop, RowsLoop
-from tests.passes.forms.sizes import E
+from tests.passes.forms.sizes import D, E
 from tests.passes.forms.stacks import Gathered, Stacks
 
 
@@ -28,6 +28,72 @@ class SoftLoop(Loop):
         for number, expert in enumerate(self.experts):
             out = out + shares[:, number, None] * expert(x)
         return out
+
+
+class TwoLevels(nn.Module):
+    """A gate over groups of experts, and in each group one over its members: all are used.
+    `sample` gives gates that read a whole sample, x[B, S, D]; `width` is that of the results."""
+
+    def __init__(self, sample: bool = False, width: int = D) -> None:
+        super().__init__()
+        self.sample = sample
+        self.outer = nn.Linear(D, 3)
+        self.inner = nn.ModuleList(nn.Linear(D, 2) for _ in range(3))
+        self.heads = nn.ModuleList(
+            nn.ModuleList(nn.Linear(D, width) for _ in range(2)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = x.mean(1, keepdim=True) if self.sample else x
+        first = self.outer(read).softmax(-1)
+        total = torch.zeros(())
+        for g, (gate, heads) in enumerate(zip(self.inner, self.heads, strict=True)):
+            second = gate(read).softmax(-1)
+            part = sum(second[..., i, None] * head(x) for i, head in enumerate(heads))
+            total = first[..., g, None] * part if g == 0 else total + first[..., g, None] * part
+        return total
+
+
+class MoreThanUsed(Loop):
+    """One expert more is chosen than is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, more = self.router.gate(x).topk(3, dim=1)
+        weights, chosen = top[:, :2].softmax(1), more[:, :2]
+        shares = torch.zeros(len(x), len(self.experts)).scatter(1, chosen, weights)
+        return sum(shares[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class ExpertChoice(Loop):
+    """Each expert chooses its tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, rows = self.router.gate(x).softmax(-1).t().topk(max(1, len(x) // 2), dim=-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = expert(x[rows[number]]) * weights[number, :, None]
+            out = out.index_add(0, rows[number], y)
+        return out
+
+
+class ProductKeys(nn.Module):
+    """The best sums of two scores, each of which has its own keys; an expert is one neuron."""
+
+    def __init__(self, keys: int = 5) -> None:
+        super().__init__()
+        self.keys = keys
+        self.query = nn.Linear(D, 16)
+        self.first, self.second = (nn.Parameter(torch.randn(keys, 8)) for _ in range(2))
+        self.down, self.up = (nn.Embedding(keys**2, D) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.query(x).chunk(2, -1)
+        (v, i), (w, j) = (a @ self.first.t()).topk(2, -1), (b @ self.second.t()).topk(2, -1)
+        ids = (i[..., :, None] * self.keys + j[..., None, :]).flatten(-2)
+        weights, best = (v[..., :, None] + w[..., None, :]).flatten(-2).topk(2, -1)
+        ids = ids.gather(-1, best)
+        hidden = F.gelu(torch.einsum("td,tkd->tk", x, self.down(ids))) * weights.softmax(-1)
+        return torch.einsum("tk,tkd->td", hidden, self.up(ids))
 
 
 class Unequal(Loop):

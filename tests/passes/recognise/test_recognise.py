@@ -265,9 +265,28 @@ def test_switch_capacity() -> None:
     assert any(op.name == "moe.capacity" for op in program.graph.ops)
 
 
+@pytest.mark.parametrize("width", [D, 1])
+@pytest.mark.parametrize("sample", [False, True])
+def test_gates_at_two_levels_are_one_block(sample: bool, width: int) -> None:
+    """The experts of all groups; a gate may read a whole sample, and an expert give one number."""
+    x = torch.randn(3, 7, D) if sample else None
+    _, (block,), _ = recognised(others.TwoLevels(sample, width), x)
+    assert block.form == "every expert, weighed at 2 levels"
+    assert (block.experts, block.top_k) == (6, 6)
+
+
+def test_experts_that_are_chosen_and_not_used_are_left_out() -> None:
+    _, (block,), declined = recognised(others.MoreThanUsed())
+    assert block.top_k == 2
+    assert block.router == "top-2, softmax"
+    assert declined == ()
+
+
 REFUSED: dict[Callable[[], nn.Module], str] = {
     others.SoftMixture: "every token uses all 4 experts: nothing chooses among them",
     others.SoftLoop: "every token uses all 4 experts: nothing chooses among them",
+    others.ExpertChoice: "experts choose their tokens: aten.topk.default chooses among T of them",
+    others.ProductKeys: "product-key experts: each of 25 is one row of 8 numbers",
     others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
     others.Thresholded: "static loop: the numbers differ by",
