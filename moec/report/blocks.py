@@ -172,7 +172,8 @@ def _multiplies_itself(body: Graph, sigmoid: Op) -> bool:
 
 def _shared(graph: Graph, combine: Op) -> str:
     if combine.attrs.get("added"):
-        return _dense(graph, combine.inputs[-1])
+        shared = _dense(graph, combine.inputs[-1])
+        return shared and shared + _divided(graph, combine.outputs[0])
     value = combine.outputs[0]
     while True:
         readers = graph.readers.get(value, ())
@@ -182,9 +183,18 @@ def _shared(graph: Graph, combine: Op) -> str:
         if reader.name in _MOVES:
             value = reader.outputs[0]
         elif reader.name == "aten.add.Tensor" and len(reader.inputs) == 2:
-            return _dense(graph, next((v for v in reader.inputs if v is not value), value))
+            shared = _dense(graph, next((v for v in reader.inputs if v is not value), value))
+            return shared and shared + _divided(graph, reader.outputs[0])
         else:
             return ""
+
+
+def _divided(graph: Graph, total: Value) -> str:
+    """What the sum of the routed and the dense branch is divided by, in words."""
+    readers = graph.readers.get(total, ())
+    if len(readers) == 1 and readers[0].name == "aten.div.Tensor" and len(readers[0].inputs) == 1:
+        return f", the sum divided by {readers[0].attrs['other']}"
+    return ""
 
 
 def _dense(graph: Graph, value: Value) -> str:

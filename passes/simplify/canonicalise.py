@@ -5,7 +5,7 @@ mm(x, permute(w)), addmm, matmul(x, permute(w)) -> linear(x, w, bias)
 squeeze, unsqueeze, flatten, the only element of an axis -> reshape
                                                     (of known or named sizes)
 clone, alias, detach, a cast to the same dtype, a slice of everything, an expand or
-reshape or permute that changes nothing, x + 0 and x * 1 of integers, dropout at
+reshape or permute that changes nothing, x * 1, x + 0 of integers, dropout at
 inference                       -> their input
 scatter(z, order of a whole axis, 1) -> ones
 reshape(reshape(x))             -> reshape(x)
@@ -62,15 +62,15 @@ def _slice(op: Op, b: Builder) -> Sequence[Value] | None:
     return _same_type(op, b) if from_start else None
 
 
-def _neutral(neutral: int) -> Simplify:
-    """x + 0, x * 1: of integers only, since -0.0 + 0 is 0.0."""
+def _neutral(neutral: int, kinds: str) -> Simplify:
+    """x * 1 of integers and floats, x + 0 of integers only, since -0.0 + 0 is 0.0."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
         if op.name == "aten.mul.Tensor" and len(op.inputs) == 2 and op.outputs[0].dtype[0] == "i":
             for x, other in (op.inputs, op.inputs[::-1]):
                 if x.type == op.outputs[0].type and whole_axis.is_one(other, b):
                     return (x,)
-        alone = len(op.inputs) == 1 and op.inputs[0].dtype[0] == "i"
+        alone = len(op.inputs) == 1 and op.inputs[0].dtype[0] in kinds
         exact = alone and op.attrs.get("other") == neutral and op.attrs.get("alpha", 1) == 1
         return _same_type(op, b) if exact and "self" not in op.attrs else None
 
@@ -165,8 +165,8 @@ _RULES: dict[str, Simplify] = {
     "aten._to_copy.default": _same_type,
     "aten.expand.default": _same_type,
     "aten.slice.Tensor": _slice,
-    "aten.add.Tensor": _neutral(0),
-    "aten.mul.Tensor": _neutral(1),
+    "aten.add.Tensor": _neutral(0, "i"),
+    "aten.mul.Tensor": _neutral(1, "if"),
     "aten.reshape.default": _reshape,
     "aten.unsqueeze.default": _reshape,
     "aten.squeeze.default": _reshape,

@@ -37,6 +37,8 @@ CASES = {
     "y: i64[T] = aten.neg.default(m)",
     "floats plus zero stay": "m: f32[T, 4] = aten.add.Tensor(x) <other=0>\n"
     "y: f32[T, 4] = aten.neg.default(m)",
+    "floats times one": "m: f32[T, 4] = aten.mul.Tensor(x) <other=1.0>\n"
+    "y: f32[T, 4] = aten.neg.default(m)",
     "the only element of an axis": "y: f32[T, 4] = aten.select.int(z) <dim=1, index=0>",
     "a mask": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
     "r: f32[u0, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
