@@ -57,6 +57,7 @@ from moec.passes.simplify.fold_addend import FoldAddend
 from moec.passes.simplify.fold_constants import FoldConstants
 from moec.passes.simplify.fold_permutes import FoldPermutes
 from moec.passes.simplify.join_calls import JoinCalls
+from moec.passes.simplify.join_linears import JoinLinears
 from moec.passes.simplify.share_common import ShareCommon
 from moec.passes.simplify.split_packed import SplitPacked
 from moec.passes.specialise.fold_lora import FoldLora
@@ -128,6 +129,7 @@ EXACT_OPT_IN: tuple[type[OptInPass], ...] = (
     HoistRouters,
     FoldLora,
     FoldSupernet,
+    JoinLinears,
     AggregateExperts,
     PlanParallelism,
 )
