@@ -72,7 +72,7 @@ def package(
     `weights=False` leaves the arrays to be bound later (`Executor.bind`).
     """
     functions = {
-        name: _function(name, module[name], ports(lowered.params[name])) for name in module
+        name: signature(name, module[name], ports(lowered.params[name])) for name in module
     }
     arrays: dict[str, Array] = {}
     for name in module if weights else ():
@@ -95,7 +95,7 @@ def package(
             "tvm": version("apache-tvm"),
             "torch": str(torch.__version__),
         },
-        generation=_generation(functions[DECODE]) if DECODE in functions else None,
+        generation=generation_of(functions[DECODE]) if DECODE in functions else None,
     )
 
 
@@ -103,7 +103,8 @@ def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
     return tuple(Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape)) for p in params)
 
 
-def _function(name: str, program: Program, params: tuple[Port, ...]) -> Function:
+def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function:
+    """What the function `name` of the library takes and gives, as its graph says."""
     graph = program.graph
     held = [state.before for state in graph.states]
     caches = tuple(map(_port, held)) if name in WITH_CACHES else ()
@@ -124,7 +125,8 @@ def _state(value: Value, weights: Mapping[str, torch.Tensor]) -> StatePort:
     return StatePort(value.name, value.dtype, _shape(value), initial)
 
 
-def _generation(decode: Function) -> Generation:
+def generation_of(decode: Function) -> Generation:
+    """What the signature of `decode` says about texts; it knows no tokens that end one."""
     tokens, (logits,) = decode.inputs[0], decode.outputs
     ids = decode.index_ranges.get(tokens.name)
     vocabulary = logits.shape[-1] if ids is None else ids[1] + 1

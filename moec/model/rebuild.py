@@ -8,17 +8,21 @@ the one part of the runtime that needs the compiler, and with it torch.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moec.errors import ArtifactError
-from moec.runtime.artifact import Artifact
-from moec.runtime.package import Package
+from moec.runtime.artifact import Artifact, graph_part
+from moec.runtime.package import DECODE, Function, Package
+
+if TYPE_CHECKING:
+    from moec.ir.graph import Program
 
 
 def rebuild(opened: Artifact) -> Package:
     """The package of the artifact with code that was compiled here and now.
 
-    Raises ArtifactError where a graph of it is malformed, or moec would now pack its weights
-    otherwise, and UnsupportedError where no kernel is known for an op.
+    Raises ArtifactError where a graph of it is malformed or contradicts the manifest, or moec would
+    now pack its weights otherwise, and UnsupportedError where no kernel is known for an op.
     """
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import lower
@@ -43,6 +47,8 @@ def rebuild(opened: Artifact) -> Package:
 
     package = opened.package
     module = Module({name: program(name) for name in package.functions})
+    for name, function in package.functions.items():
+        _check_signature(opened, name, module[name], function)
     backend = backend_for(target)
     try:
         lowered = lower(module, target, backend, package.tunings)
@@ -60,3 +66,21 @@ def rebuild(opened: Artifact) -> Package:
             )
     library = backend.library(lowered.module, target, 2, None)
     return replace(package, library=library.host, gpu=library.gpu)
+
+
+def _check_signature(opened: Artifact, name: str, program: Program, function: Function) -> None:
+    """Inputs are checked by the manifest, and new code bounds what it reads by its graph alone: a
+    manifest that allows more than the graph would have it read outside of its tensors."""
+    from moec.codegen.package import generation_of, signature
+
+    states = tuple(replace(state, initial="") for state in function.states)
+    expected = signature(name, program, function.params)
+    generation = opened.package.generation if name == DECODE else None
+    if expected == replace(function, states=states) and (
+        generation is None or generation_of(expected) == replace(generation, stop=())
+    ):
+        return
+    raise ArtifactError(
+        f"{opened.path}: the manifest describes the function {name!r} otherwise than "
+        f"{graph_part(name)} does, so one of them was altered; compile the model again"
+    )

@@ -20,7 +20,7 @@ from moec.model.rebuild import rebuild
 from moec.runtime import artifact
 from moec.runtime.artifact import Sample
 from moec.runtime.executor import Executor
-from moec.runtime.package import Package
+from moec.runtime.package import Package, Port
 from moec.target import cpu as target
 from tests.runtime.test_run import run
 
@@ -106,7 +106,11 @@ def test_a_target_that_is_described_otherwise_now(compiled: Package, tmp_path: P
     [
         ("graph main(", "graphs/main.moec is malformed: line 1: "),
         (GRAPH.replace("  y: ", "  x: "), "graphs/main.moec is malformed: "),
-        (GRAPH.replace("24", "99"), "packs its weights as this moec does not"),
+        (GRAPH.replace("24", "99"), "describes the function 'main' otherwise than"),
+        (
+            GRAPH.replace(", b: f32[24]", "").replace("(x, w, b)", "(x, w)"),
+            "packs its weights as this moec does not",
+        ),
     ],
 )
 def test_a_graph_that_is_not_the_weights(
@@ -114,6 +118,35 @@ def test_a_graph_that_is_not_the_weights(
 ) -> None:
     path = save(tmp_path / "odd.moec", compiled, graphs={"main": text})
     with pytest.raises(ArtifactError, match=words):
+        run(path, "--rebuild")
+
+
+LOOKUP = """graph main(ids: i64[T]; table: f32[24, 16]) {
+  size T in [0, 64]
+  y: f32[T, 16] = aten.embedding.default(table, ids)
+  return y
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        {"index_ranges": {}},
+        {"index_ranges": {"ids": (0, 1 << 40)}},
+        {"sizes": {"T": (0, 1 << 40)}},
+        {"outputs": (Port("y", "f32", ("T", 17)),)},
+    ],
+)
+def test_a_manifest_that_allows_more_than_the_graph(
+    tmp_path: Path, altered: dict[str, Any]
+) -> None:
+    """Inputs are checked by the manifest: new code would read rows that the table does not have."""
+    program = Program(parse(LOOKUP), {"table": torch.randn(24, 16)})
+    package = build(Module.of(program), target.parse("cpu"))
+    forged = replace(package, functions={"main": replace(package.main, **altered)})
+    path = save(tmp_path / "forged.moec", forged, graphs={"main": LOOKUP})
+    with pytest.raises(ArtifactError, match=r"'main' otherwise than graphs/main\.moec does"):
         run(path, "--rebuild")
 
 
