@@ -131,13 +131,13 @@ def in_float32(module: nn.Module) -> nn.Module:
     floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     if all(t.dtype is torch.float32 for t in floats):
         return module
-    return copy.deepcopy(module).float()
+    return _copy(module).float()
 
 
 def shaken(module: nn.Module) -> nn.Module:
     """A float32 copy in which no tensor is constant: a bias of zeros that was never trained hides
     what the module does with it."""
-    twin, generator = copy.deepcopy(module).float(), torch.Generator().manual_seed(7)
+    twin, generator = _copy(module).float(), torch.Generator().manual_seed(7)
     for t in itertools.chain(twin.parameters(), twin.buffers()):
         if not t.is_floating_point() or t.numel() < 2:
             continue
@@ -147,3 +147,11 @@ def shaken(module: nn.Module) -> nn.Module:
         noise = torch.rand(t.shape, generator=generator)
         t.data.copy_(value * (0.5 + noise) if value else 0.6 * noise - 0.3)
     return twin
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy; of a tensor that the last training step left in an attribute, such as a balance
+    loss, only the numbers: torch refuses to copy one with a history."""
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    results = (t for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf)
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in results})

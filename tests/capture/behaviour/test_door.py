@@ -81,6 +81,15 @@ def test_what_is_not_captured_is_observed_and_runs() -> None:
             torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_that_holds_a_loss_of_its_last_training_step_is_observed() -> None:
+    """torch copies no tensor that has a history."""
+    module = loops.InputSide().eval()
+    module.loss = next(module.parameters()).sum()
+    compiled = moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    assert len(compiled.blocks) == 1
+    assert module.loss.requires_grad
+
+
 def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
     module = loops.ExpertChoice().eval()
     with pytest.raises(CaptureError) as raised:
