@@ -101,7 +101,8 @@ def dense_arguments(spec: LinearSpec) -> Product:
     y = argument("y", (rows, spec.n), spec.y_dtype)
     # Seen as the stack of one expert.
     w = T.decl_buffer((1, spec.n, spec.k), spec.dtype, data=w.data)
-    bias = bias and T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
+    if bias is not None:
+        bias = T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
     return Product(spec, None, None, x, None, 0, w, bias, y, rows)
 
 

@@ -32,7 +32,6 @@ class RecogniseMixtures(Pass):
     name: ClassVar[str] = "recognise-mixtures"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
-    source: ClassVar[str] = "Astrea, arXiv 2503.09445"
 
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph

@@ -7,9 +7,10 @@
     r2, o2, e2 = moe.dispatch(x2, i2)          y1 = y[: T1]; y2 = y[T1 :]
     y2 = moe.combine(moe.experts(r2, …), w2)
 
-A module that is called twice, for two objectives or two views, has its experts read once instead
-of twice, in products of twice the rows. Blocks of which one needs the result of another stay as
-they are, and so do those whose experts take a limited number of rows: it is a limit to each.
+A module that is called twice, for two objectives (M3-JEPA, arXiv 2409.05929) or two views, has its
+experts read once instead of twice, in products of twice the rows. Blocks of which one needs the
+result of another stay as they are, and so do those whose experts take a limited number of rows: it
+is a limit to each.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class JoinCalls(Pass):
     name: ClassVar[str] = "join-calls"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
-    source: ClassVar[str] = "two objectives through one connector: M3-JEPA, arXiv 2409.05929"
 
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph

@@ -76,8 +76,9 @@ def prompts(tiny_moe: Path) -> list[list[int]]:
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"top_k": "5", "temperature": 1}, "top_k is '5'; it must be a whole number"),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
-        ({"stop": 1.5}, "stop is 1.5; it must be a token, or a list of tokens"),
-        ({"stop": [1, "a"]}, "stop is [1, 'a']; it must be a token, or a list of tokens"),
+        ({"stop": 1.5}, "stop is 1.5; it must be a token, a string, or a list of them"),
+        ({"stop": [1, 1.5]}, "stop is [1, 1.5]; it must be a token, a string, or a list of them"),
+        ({"stop": "a"}, "stop is 'a': a string ends prompts that are text, not tokens"),
     ],
 )
 def test_odd_options(loaded: moec.LoadedModel, options: dict[str, Any], words: str) -> None:
@@ -193,8 +194,12 @@ def test_many_threads_at_one_model(loaded: moec.LoadedModel, prompts: list[list[
     ("given", "options", "words"),
     [
         ([1, 2], {}, "the prompts are one list of token ids: give a list of such lists"),
-        ("text", {}, "the prompts are a 'text', expected token ids"),
-        (torch.tensor([1, 2]), {}, r"the prompts are a Tensor \[2\], expected token ids \[B, S\]"),
+        (7, {}, "the prompts are a 7, expected text, token ids"),
+        (
+            torch.tensor([1, 2]),
+            {},
+            r"the prompts are a Tensor \[2\], expected text, token ids \[B, S\]",
+        ),
         ([[1, 2.5]], {}, r"prompt 0 is \[1, 2.5\], expected a list of token ids"),
         ([[1, 1024]], {}, "token 1024 is not one of the model's 1024 tokens"),
         ([[1, -1]], {}, "token -1 is not one of the model's 1024 tokens"),
