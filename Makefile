@@ -43,6 +43,7 @@ pages: $(installed)
 	$(python) -m docs.pictures
 	$(python) -m benchmarks.render
 	$(python) -m docs.systems
+	$(python) -m docs.surveys
 
 format: $(installed)
 	$(python) -m ruff check --fix .
