@@ -230,7 +230,7 @@ def test_wrong_paths(block: moec.CompiledModel, tmp_path: Path) -> None:
 
 def test_passes_that_stopped(tmp_path: Path) -> None:
     model = moec.compile(Block().eval(), (torch.randn(5, D),), stop_after="recognise", build=False)
-    with pytest.raises(UsageError, match="the passes stopped after recognise-routers"):
+    with pytest.raises(UsageError, match="the passes stopped after recognise-mixtures"):
         model.export_onnx(tmp_path / "model.onnx")
 
 
