@@ -93,7 +93,8 @@ def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
     def row(at: Position) -> None:
         n = e.sizes.expr(size)
         values = _cells(e, x, size)
-        order = e.scratch((2, n), "int32")
+        # In 32 bits LLVM for AVX2 joins two stores and indexes with both halves: SIGBUS.
+        order = e.scratch((2, n), "int64")
         zero = _int(0)
         state = e.scratch((5,), "int64")  # width, side, left, right, out
         width, side, left, right, out = (_int(i) for i in range(5))
@@ -103,7 +104,7 @@ def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
 
         with T.serial(0, n) as j, e.scope():
             _set(values, j, e.read(x, _put(at, axis, loop(j, f"visit{axis}", size))))
-            T.buffer_store(order, T.cast(j, "int32"), [zero, j])
+            T.buffer_store(order, j, [zero, j])
         put(width, _int(1))
         put(side, zero)
         with T.While(state[width] < n):

@@ -143,6 +143,7 @@ GROUPS: dict[str, dict[str, Function]] = {
         "cumulative maximum": lambda x, y, i: x.cummax(1),
         "sort": lambda x, y, i: torch.sort(x, dim=-1, stable=True),
         "sort falling": lambda x, y, i: torch.sort(x, dim=-1, descending=True, stable=True),
+        "sort four": lambda x, y, i: torch.sort(y[:, :4], dim=-1, descending=True, stable=True),
         "sort rows": lambda x, y, i: torch.sort(x, dim=0, stable=True),
         "order": lambda x, y, i: torch.argsort(i, dim=-1, stable=True),
     },
