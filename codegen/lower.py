@@ -85,8 +85,10 @@ def _function(
     """Add the function of a graph; its params in their order."""
     rules = selection.rules
     check(graph, rules.__contains__)
-    size_names = sorted({name for v in graph.values() for name in names(*v.shape)})
-    sizes = Sizes({name: tirx.Var(name, "int64") for name in size_names})
+    shaped = {name for v in graph.values() for name in names(*v.shape)}
+    # A number that is read from data may be compared or multiplied, and be no tensor's size.
+    read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
+    sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(shaped | read)})
     low = Lowering(graph, target, kernels, sizes, selection)
     # The caller's own inputs, then the states in their order.
     before = [state.before for state in graph.states]
