@@ -1,0 +1,76 @@
+"""OneRec: a decoder of 24 experts compiles for any number of beams, all of whose rows meet in one
+dispatch; beam search writes the codes that eager writes."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import nn
+
+import moec
+from docs.systems import Source
+from moec import CompiledModel
+from tests.systems.records import Keep, load, record_of
+
+example = load("05_onerec")
+SOURCE = Source(
+    number=5,
+    title="OneRec",
+    paper="2502.18965",
+    example="05_onerec",
+    process="autoregressive",
+    modalities=("recommendation",),
+    adds="The decoder is one artifact for any number of beams and codes; the rows of all beams are "
+    "grouped by expert in one dispatch.",
+    trained=True,
+)
+TOLERANCE = 1e-5  # float32, sums of 16 terms, one layer
+
+
+@functools.cache
+def compiled() -> tuple[nn.Module, CompiledModel]:
+    torch.manual_seed(0)
+    model, inputs = example.small()
+    return model, moec.compile(model, inputs, kv_cache=False, verify=TOLERANCE)
+
+
+def test_recognised_with_the_rows_of_all_beams_in_one_dispatch() -> None:
+    _, ours = compiled()
+    (block,) = ours.blocks
+    assert (block.experts, block.top_k, block.router) == (24, 2, "softmax, top-2")
+    sorts = [op for op in ours.graph.ops if op.name == "moe.sort"]
+    assert [op.inputs[0].shape[1] for op in sorts] == [2]
+
+
+def test_beam_search_writes_what_eager_writes() -> None:
+    """Twelve beams, two items: the batch grows from one to twelve on the way."""
+    decoder, ours = compiled()
+    torch.manual_seed(1)
+    encoder = example.Encoder(example.SMALL).eval()
+    history = torch.randint(3 * example.SMALL.codes, (1, 9))
+    searches = [
+        example.beam_search(encoder, decode, history, example.SMALL.codes, items=2, beams=12)
+        for decode in (decoder, ours)
+    ]
+    (expected, scores), (codes, ours_scores) = searches
+    assert codes.shape == (12, 6)
+    assert torch.equal(codes, expected)
+    torch.testing.assert_close(ours_scores, scores, rtol=1e-4, atol=1e-4)
+    levels = torch.arange(6) % 3
+    assert torch.equal(codes // example.SMALL.codes, levels.expand(12, -1))
+
+
+def test_alignment_prefers_the_better_sessions() -> None:
+    torch.manual_seed(0)
+    decoder = example.Decoder(example.SMALL)
+    memory = torch.randn(4, 6, example.SMALL.width)
+    better, worse = (torch.randint(36, (4, 7)) for _ in range(2))
+    losses = example.align(decoder, memory, better, worse, steps=10)
+    assert abs(losses[0] - math.log(2)) < 1e-5  # nothing gained on the reference yet
+    assert losses[-1] < 0.62
+
+
+def test_record(keep: Keep) -> None:
+    keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}"))
