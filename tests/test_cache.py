@@ -213,6 +213,7 @@ def test_a_full_or_read_only_disk_warns_once(
 
 def test_commands_say_it_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "config.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-m", "moec", "compile", str(tmp_path), "-o", str(tmp_path / "out.moec")],
         cwd=ROOT, env={**os.environ, "MOEC_CACHE": str(tmp_path / "file" / "x")},

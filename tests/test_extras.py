@@ -69,9 +69,9 @@ def test_an_artifact_runs_is_inspected_and_verified(path: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "package"),
     [
-        (("compile", "model.py:make", "-o", "x.moec"), "torch"),
-        (("export", "model.py:make", "-o", "x.onnx"), "torch"),
-        (("inspect", "model.py:make"), "torch"),
+        (("compile", "examples/demo.py:make", "-o", "x.moec"), "torch"),
+        (("export", "examples/demo.py:make", "-o", "x.onnx"), "torch"),
+        (("inspect", "examples/demo.py:make"), "torch"),
         (("list", "passes"), "sympy"),
     ],
 )
