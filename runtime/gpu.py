@@ -37,7 +37,7 @@ def arch_for(code: GpuCode, index: int) -> str:
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
-        raise TargetError(f"its kernels are for {code.target}, and {reason}")
+        raise TargetError(f"the kernels of this model are for {code.target}, and {reason}")
     if index >= len(driver.gpus):
         raise TargetError(f"there is no GPU {index}: this machine has {len(driver.gpus)}")
     gpu = driver.gpus[index]
@@ -45,8 +45,8 @@ def arch_for(code: GpuCode, index: int) -> str:
     usable = [arch for arch in archs if nvidia.runs(arch, gpu.capability)]
     if not usable:
         raise TargetError(
-            f"its kernels are for {code.target}, and {gpu.name} has compute capability "
-            f"{gpu.digits}: compile the model for it"
+            f"the kernels of this model are for {code.target}, and {gpu.name} has compute "
+            f"capability {gpu.digits}: compile the model for it"
         )
     return max(usable, key=nvidia.capability_of)
 

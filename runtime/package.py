@@ -185,6 +185,11 @@ class Package:
     gpu: GpuCode | None = None
 
     @property
+    def target_name(self) -> str:
+        """What the model was compiled for: GPUs where it has kernels for them, else a CPU."""
+        return self.gpu.target if self.gpu else self.target.name
+
+    @property
     def main(self) -> Function:
         return self.functions[MAIN]
 

@@ -32,8 +32,8 @@ def rebuild(opened: Artifact) -> Package:
     from moec.target import cpu
     from moec.target import named as targets
 
-    needs, gpu = opened.package.target, opened.package.gpu
-    target = targets.parse(gpu.target if gpu else needs.name)
+    needs = opened.package.target
+    target = targets.parse(opened.package.target_name)
     if target.needs != needs:
         raise ArtifactError(
             f"{opened.path} was compiled for a target {needs.name!r} that this moec describes "

@@ -72,8 +72,12 @@ def test_an_artifact_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.Monke
     assert read.package.gpu is not None
     assert b"__global__" in read.package.gpu.parts["kernels.cu"]
     assert artifact.read(path, native=False).package.library == b""
+    verified = CliRunner().invoke(front.cli, ["verify", str(path)])
+    assert "functions main, for cuda:sm_80" in verified.output
     monkeypatch.setattr(nvidia, "driver", lambda: None)
-    with pytest.raises(TargetError, match="its kernels are for cuda:sm_80, and there is no NVIDIA"):
+    with pytest.raises(
+        TargetError, match="of this model are for cuda:sm_80, and there is no NVIDIA"
+    ):
         moec.load(path)
 
 
