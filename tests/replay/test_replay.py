@@ -197,9 +197,9 @@ def test_a_suite_is_recorded(tmp_path):
         "fixture program": [("graph", "capture"), ("graph", "canonicalise")],
         "cached kernel": [("kernel", "fill"), ("llvm", "fill")],
         "test_module": [
+            ("program", "main"),
             ("kernel", "fused_relu"),
             ("llvm", "fused_relu"),
-            ("program", "main"),
         ],
     }
     kernels = [o.records[0].digest for o in before.owners() if o.key == "cached kernel"]

@@ -62,7 +62,7 @@ def test_the_other_form_masks_rows() -> None:
     assert "aten.nonzero.default" not in {op.name for op in form.program.graph.ops}
     notes = " ".join(form.fixed)
     assert "every row is computed, and masked" in notes
-    assert "forms.py" in notes
+    assert "capacities.py" in notes
     assert "`if len(rows) > capacity:` as True" in notes
     for size in SIZES:
         x = inputs(size, 3)
