@@ -10,7 +10,16 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from moec.arguments import cast, changes, check_tuning, example_inputs, target_of, text, tolerance
+from moec.arguments import (
+    both_targets,
+    cast,
+    changes,
+    check_tuning,
+    example_inputs,
+    target_of,
+    text,
+    tolerance,
+)
 from moec.capture.behaviour.door import Declared, Described, observe
 from moec.capture.behaviour.parts import modules_without_block
 from moec.capture.capture import Captured
@@ -29,7 +38,7 @@ from moec.formats.integer import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Stage, stage_of
 from moec.model.bind_inputs import bound
-from moec.model.build import build_model, verify_model
+from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.calibration.budget import Budget
@@ -112,7 +121,8 @@ def compile(
     `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
     `tune` measures kernels with other values than the defaults on this machine, and keeps what
     it finds for the next compilation. `backend` is another than the target's, such as one with a
-    rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`.
+    rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` "cpu,cuda:sm_80,sm_90a"
+    makes code for both, and a CPU user needs nothing of CUDA; `backend` is then of either kind.
 
     `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
     ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
@@ -138,12 +148,19 @@ def compile(
     chosen = truncate_after(requested, stop_after)
     allowed = _allowed(requested, chosen, calib, text("budget", budget), strict)
     builds = build and stop_after is None
+    target, beside = both_targets(target)
+    of_gpu = None
+    if backend is not None and beside is not None and backend.kind == beside.kind:
+        of_gpu, backend = backend, None
     if tune:
         check_tuning(target_of(target, run=False), builds)
     made_for = target_of(target, run=builds and verify is not False)
     if builds:
         backend = backend or backend_for(made_for)
         backend.ready(made_for)  # found missing now rather than after minutes
+        if beside is not None:
+            of_gpu = of_gpu or backend_for(beside)
+            of_gpu.ready(beside)
     limit = tolerance(verify)
     with clock.phase("capture"):
         source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
@@ -197,6 +214,7 @@ def compile(
             *(Declined(name, why, "behaviour") for name, why in refusals.items()),
         ),
         target=made_for,
+        beside=beside,
         quantised=quantised,
         phases=clock.seconds,
     )
@@ -210,6 +228,8 @@ def compile(
     if record_routing:
         compiled = _with_recording(compiled)
     built = build_model(compiled, opt_level, clock, backend, tune)
+    if beside is not None:
+        built = build_for_gpu(built, beside, opt_level, clock, of_gpu)
     return built if verify is False else verify_model(built, limit, clock)
 
 

@@ -15,7 +15,7 @@ from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import CudaTarget
-from moec.target.named import AnyTarget, lacking, parse
+from moec.target.named import AnyTarget, lacking, parse, parse_both
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
@@ -70,6 +70,11 @@ def tolerance(verify: Any) -> float | None:
             f"verify is {verify!r}: give True, False or the greatest error allowed, such as 1e-4"
         )
     return float(verify)
+
+
+def both_targets(target: Any) -> tuple[Any, CudaTarget | None]:
+    """The target, and the GPUs that it names beside a CPU (cpu,cuda:sm_80). Raises TargetError."""
+    return parse_both(target) if isinstance(target, str) else (target, None)
 
 
 def target_of(target: Any, *, run: bool) -> AnyTarget:

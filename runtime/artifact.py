@@ -4,6 +4,7 @@
     graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
     kernels/lib.so   native code; may be left out and rebuilt from the graph
     kernels/gpu/*    what it launches on a GPU: kernels.cu, and sm_80.cubin and its like
+    kernels/gpu.so   what launches them, where lib.so is for a CPU: a model for both
     weights/N.bin    one packed array each, little-endian, mapped where it lies
     samples/N.bin    inputs and expected outputs for `moec run --check`
     tokenizer/*      the tokenizer's files, where the model came with one
@@ -34,13 +35,14 @@ from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing, stamps
 from moec.runtime.dtypes import NUMPY, Array, name_of
-from moec.runtime.manifest import Manifest, Part, Stored, StoredSample
+from moec.runtime.manifest import Manifest, Part, Stored, StoredSample, Variant
 from moec.runtime.package import Package
 from moec.runtime.threads import available
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
 LIBRARY = "kernels/lib.so"
+GPU_LIBRARY = "kernels/gpu.so"
 GPU = "kernels/gpu/"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -59,7 +61,8 @@ class Artifact:
 
     `package.library` is empty where the native code was left out. `graphs` are the texts of its
     functions, by name. `files` are the parts that were added by name, such as
-    `tokenizer/tokenizer.json`.
+    `tokenizer/tokenizer.json`. `for_gpu` is the same model for GPUs, where `package` is for a CPU
+    and it was compiled for both.
     """
 
     path: Path
@@ -68,19 +71,27 @@ class Artifact:
     graphs: Mapping[str, str]
     samples: tuple[Sample, ...]
     files: Mapping[str, bytes]
+    for_gpu: Package | None = None
 
     def verify(self) -> None:
         """Hash the weights now. Raises ArtifactError where one is altered."""
-        if isinstance(self.package.arrays, MappedArrays):
-            self.package.arrays.verify()
+        for package in (self.package, self.for_gpu):
+            if package is not None and isinstance(package.arrays, MappedArrays):
+                package.arrays.verify()
 
 
 class MappedArrays(Mapping[str, Array]):
     """The arrays of an artifact, mapped; the first access waits until all are verified."""
 
-    def __init__(self, path: Path, parts: Mapping[str, memoryview], manifest: Manifest) -> None:
-        self._path, self._manifest = path, manifest
-        self._parts = {a.part: parts[a.part] for a in manifest.arrays.values()}
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, memoryview],
+        manifest: Manifest,
+        arrays: Mapping[str, Stored],
+    ) -> None:
+        self._path, self._manifest, self._arrays = path, manifest, arrays
+        self._parts = {a.part: parts[a.part] for a in arrays.values()}
         self._lock, self._verified = threading.Lock(), False
         self._stamps = stamps(path, self._parts)
 
@@ -101,15 +112,15 @@ class MappedArrays(Mapping[str, Array]):
                 )
 
     def __getitem__(self, name: str) -> Array:
-        stored = self._manifest.arrays[name]
+        stored = self._arrays[name]
         self.verify()
         return _array(stored, self._parts[stored.part])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._manifest.arrays)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._manifest.arrays)
+        return len(self._arrays)
 
 
 def write(
@@ -124,27 +135,45 @@ def write(
     native: bool = True,
     folder: bool | None = None,
     overwrite: bool = True,
+    for_gpu: Package | None = None,
 ) -> None:
     """Write `package` as one file, or as a folder (by default where `path` is a folder already).
 
     `graphs` are the texts of the functions' graphs by name, "main" at least. `files` are further
     parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the manifest and must be plain
     JSON. `native=False` leaves the compiled code out; without `overwrite` what exists stays as it
-    is. Raises UsageError where `path` holds
-    something that is not an artifact, or is not writable.
+    is. `for_gpu` is the same model for GPUs, beside a package for a CPU; weights that both read
+    in one layout are stored once. Raises UsageError where `path` holds something that is not an
+    artifact, or is not writable.
     """
     path = Path(path)
     parts: dict[str, Buffer] = {graph_part(name): text.encode() for name, text in graphs.items()}
     parts |= files or {}
     if native:
         parts[LIBRARY] = package.library
-        parts |= {GPU + n: part for n, part in package.gpu.parts.items()} if package.gpu else {}
+        if for_gpu is not None:
+            parts[GPU_LIBRARY] = for_gpu.library
+        gpu = (for_gpu or package).gpu
+        parts |= {GPU + n: part for n, part in gpu.parts.items()} if gpu else {}
+    stored: dict[tuple[int, Stored], Stored] = {}
 
     def store(folder: str, array: Any) -> Stored:
         array = np.asarray(array)
         part = f"{folder}/{len(parts):05}.bin"
         parts[part] = _bytes(array)
         return Stored(part, name_of(array.dtype), array.shape)
+
+    def store_weights(package: Package) -> dict[str, Stored]:
+        initial = {state.initial for state in package.states.values() if state.initial}
+        used = package.params.keys() | initial
+        return {n: store_once(a) for n, a in package.arrays.items() if n in used}
+
+    def store_once(array: Any) -> Stored:
+        array = np.asarray(array)
+        key = (array.ctypes.data, Stored("", name_of(array.dtype), array.shape))
+        if not array.flags.c_contiguous or key not in stored:
+            stored[key] = store("weights", array)
+        return stored[key]
 
     stored_samples = tuple(
         StoredSample(
@@ -153,9 +182,8 @@ def write(
         )
         for sample in samples
     )
-    initial = {state.initial for state in package.states.values() if state.initial}
-    used = package.params.keys() | initial
-    arrays = {name: store("weights", a) for name, a in package.arrays.items() if name in used}
+    arrays = store_weights(package)
+    variant = None if for_gpu is None else Variant(for_gpu, store_weights(for_gpu))
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(
         replace(package, versions=versions),
@@ -168,6 +196,7 @@ def write(
         stored_samples,
         tolerance,
         dict(extra or {}),
+        variant,
     )
     as_folder = path.is_dir() if folder is None else folder
     with replacing(path, folder=as_folder, overwrite=overwrite) as writer:
@@ -207,8 +236,9 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
                 f"{path}: {name} has {present[name].nbytes} bytes where the manifest says "
                 f"{part.size}; compile or copy the artifact again"
             )
-    arrays = MappedArrays(path, present, manifest)
-    weights = {stored.part for stored in manifest.arrays.values()}
+    variant = manifest.for_gpu
+    stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
+    weights = {array.part for array in stored}
     small = {name: part for name, part in present.items() if name not in weights}
     _verify(path, small, manifest.parts)
 
@@ -217,12 +247,15 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
         if (text := graph_part(name)) not in small:
             raise ArtifactError(f"{path} holds no {text}; compile or copy the artifact again")
         graphs[name] = bytes(small[text]).decode(errors="replace")
-    library = bytes(small.get(LIBRARY, b"")) if native else b""
-    _check_library(path, library, manifest.machine)
-    gpu = manifest.package.gpu
-    if gpu and native:
-        code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU)}
-        gpu = replace(gpu, parts=code)
+    code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
+
+    def with_parts(package: Package, part: str, arrays: Mapping[str, Stored]) -> Package:
+        library = bytes(small.get(part, b"")) if native else b""
+        _check_library(path, part, library, manifest.machine)
+        gpu = package.gpu and replace(package.gpu, parts=code)
+        mapped = MappedArrays(path, present, manifest, arrays)
+        return replace(package, arrays=mapped, library=library, gpu=gpu)
+
     sampled = tuple(
         Sample(
             {name: _array(stored, present[stored.part]) for name, stored in s.inputs.items()},
@@ -234,11 +267,12 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
     named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,
-        replace(manifest.package, arrays=arrays, library=library, gpu=gpu),
+        with_parts(manifest.package, LIBRARY, manifest.arrays),
         manifest,
         graphs,
         sampled,
         {name: bytes(small[name]) for name in sorted(named)},
+        None if variant is None else with_parts(variant.package, GPU_LIBRARY, variant.arrays),
     )
 
 
@@ -275,7 +309,7 @@ def check_versions(versions: Mapping[str, str]) -> None:
         )
 
 
-def _check_library(path: Path, library: bytes, machine: str) -> None:
+def _check_library(path: Path, part: str, library: bytes, machine: str) -> None:
     """The dynamic loader can crash on a file that is not a library of this machine."""
     if not library or not sys.platform.startswith("linux"):
         return
@@ -284,7 +318,7 @@ def _check_library(path: Path, library: bytes, machine: str) -> None:
         None,
         int.from_bytes(library[18:20], "little"),
     ):
-        raise ArtifactError(f"{path}: {LIBRARY} is not a library for {machine}")
+        raise ArtifactError(f"{path}: {part} is not a library for {machine}")
 
 
 def _version(distribution: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.package import Function, Port, Size
 from moec.spelling import did_you_mean
 
+CPU = "cpu"
 _SMALL = 1 << 26  # bytes of outputs below which nobody asks how much memory is free
 
 
@@ -30,12 +31,13 @@ def show_shape(shape: Iterable[Size]) -> str:
 
 
 def check_inputs(
-    function: Function, inputs: Mapping[str, Any], device: str = "cpu"
+    function: Function, inputs: Mapping[str, Any], device: str = CPU
 ) -> dict[str, int]:
     """The values of the named sizes in this call.
 
     Raises InputError, naming the input, what was given and what is expected: for names, dtypes,
-    ranks, sizes that disagree or lie beyond the bounds, and indices beyond their table.
+    ranks, sizes that disagree or lie beyond the bounds, and indices beyond their table. `device`
+    is where the inputs have to lie, as torch names it: cpu, cuda:0.
     """
     _check_names(function, inputs)
     for port in function.inputs:
@@ -43,7 +45,7 @@ def check_inputs(
     env = _bind(function, inputs)
     for port in function.inputs:
         # On a GPU the values stay where they are: kernels read no row outside of a table.
-        if port.name in function.index_ranges and device == "cpu":
+        if port.name in function.index_ranges and device == CPU:
             _check_range(port, inputs[port.name], *function.index_ranges[port.name])
     return env
 
@@ -71,9 +73,9 @@ def _check_type(port: Port, value: Any, device: str) -> None:
     dtype = name_of(value.dtype)
     if dtype != port.dtype:
         raise InputError(f"input {port.name!r} is {dtype}, expected {port.dtype}; convert it")
-    where = str(getattr(value, "device", "cpu"))
-    if where.partition(":")[0] != device:
-        runs = "the CPU" if device == "cpu" else "a GPU: give it tensors of torch on that GPU"
+    where = str(getattr(value, "device", CPU))
+    if where != device and f"{where}:0" != device:
+        runs = "the CPU" if device == CPU else f"{device}: give it tensors of torch on that GPU"
         raise InputError(f"input {port.name!r} is on {where}, and the model runs on {runs}")
     if len(value.shape) != len(port.shape):
         raise InputError(
@@ -133,7 +135,9 @@ def _check_range(port: Port, value: Any, low: int, high: int) -> None:
     )
 
 
-def check_memory(function: Function, env: Mapping[str, int]) -> None:
+def check_memory(
+    function: Function, env: Mapping[str, int], free_memory: Callable[[], int]
+) -> None:
     """Raise InputError where the outputs of a call with these sizes are larger than the memory
     that is free. What is computed on the way comes on top, and is not known here."""
     size = 0

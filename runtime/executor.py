@@ -24,8 +24,9 @@ from moec.errors import InputError
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact, MappedArrays
 from moec.runtime.checks import check_inputs, check_memory
+from moec.runtime.device import Cpu, Device, default_device, only_for
 from moec.runtime.dtypes import NUMPY, Array
-from moec.runtime.library import CUDA, open_library, tvm_ffi
+from moec.runtime.library import tvm_ffi
 from moec.runtime.package import (
     DECODE,
     MAIN,
@@ -49,13 +50,16 @@ def load(path: Path | str) -> Executor:
     return start(artifact.read(path))
 
 
-def start(opened: Artifact) -> Executor:
-    """As `load`, for an artifact that was read before."""
+def start(opened: Artifact, device: Device | None = None) -> Executor:
+    """As `load`, for an artifact that was read before; on the CPU unless `device` says otherwise,
+    or on the first GPU where there is code for GPUs alone."""
+    device = device or default_device(opened.package)
+    opened = only_for(opened, device)
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(opened.verify)  # while TVM's runtime loads
         tvm_ffi()
         verified.result()
-    return Executor(opened.package)
+    return Executor(opened.package, device=device)
 
 
 @dataclass(eq=False)
@@ -87,14 +91,19 @@ class Executor:
     forked process a thread of its own calls the functions.
     """
 
-    def __init__(self, package: Package, functions: Mapping[str, Any] | None = None) -> None:
-        """Open the library, unless its functions are given, and bind the weights.
+    def __init__(
+        self,
+        package: Package,
+        functions: Mapping[str, Any] | None = None,
+        device: Device | None = None,
+    ) -> None:
+        """Open the library, unless its functions (for a CPU) are given, and bind the weights.
 
         Raises ArtifactError where they do not fit.
         """
         self.package = package
-        self._on_gpu = package.gpu is not None and functions is None
-        functions = functions or _open(package)
+        self._device = device or (default_device(package) if functions is None else Cpu())
+        functions = functions or self._device.functions(package)
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
         self._lock = threading.Lock()
@@ -117,10 +126,8 @@ class Executor:
         if self._mapped is not None:
             self._mapped.check_unchanged()
         if self._caller is None:
-            if self._on_gpu:
-                with tvm_ffi().use_torch_stream():
-                    return entry.function(*arguments, *entry.params)
-            return entry.function(*arguments, *entry.params)
+            with self._device.running():
+                return entry.function(*arguments, *entry.params)
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
@@ -129,19 +136,13 @@ class Executor:
             self._mapped = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
-            tensors = {name: self._placed(array) for name, array in self._arrays.items()}
+            self._device.reserve(sum(array.nbytes for array in self._arrays.values()))
+            tensors = {
+                name: self._device.moved(_from_numpy(array)) for name, array in self._arrays.items()
+            }
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
                 entry.params = [tensors[port.name] for port in entry.signature.params]
-
-    def _placed(self, array: Array) -> Any:
-        """A tensor of TVM where the model runs; on a CPU it shares the memory where it can."""
-        tensor = _from_numpy(array)
-        if not self._on_gpu:
-            return tensor
-        from moec.runtime.gpu import copied_to
-
-        return copied_to(tensor, CUDA)
 
     def reset(self) -> None:
         """Put every state back to what it starts from."""
@@ -151,7 +152,7 @@ class Executor:
                 array = self.package.arrays[port.initial]
             else:
                 array = np.zeros(tuple(int(size) for size in port.shape), NUMPY[port.dtype])
-            states[name] = self._placed(_aligned_copy(array))
+            states[name] = self._device.moved(_from_numpy(_aligned_copy(array)))
         with self._lock:
             self._states = states
 
@@ -182,8 +183,8 @@ class Executor:
             names = ", ".join(self._entries)
             raise InputError(f"the model has no function {function!r}; it has {names}")
         entry = self._entries[function]
-        sizes = check_inputs(entry.signature, inputs, "cuda" if self._on_gpu else "cpu")
-        check_memory(entry.signature, sizes)
+        sizes = check_inputs(entry.signature, inputs, self._device.takes)
+        check_memory(entry.signature, sizes, self._device.free_memory)
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs])
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -194,7 +195,8 @@ class Executor:
         arguments, torch = _arguments(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
-        with self._lock, _refusals():
+        with self._lock, _refusals(self._device):
+            arguments = self._device.arguments(arguments)
             recorder = self._recorder if entry is self._main else None
             if recorder:
                 entry = self._entries[RECORDED]
@@ -203,6 +205,7 @@ class Executor:
             raw = self._invoke(entry, [*arguments, *before])
             count = len(outputs)
             results = _results(raw, count + len(states))
+            results[:count] = self._device.results(results[:count])
             shared = (*arguments, *before, *results[count:])
             self._states |= {p.name: t for p, t in zip(states, results[count:], strict=True)}
             if recorder:
@@ -234,7 +237,7 @@ class Executor:
         """
         arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
-        with self._lock, _refusals():
+        with self._lock, _refusals(self._device):
             recorder = self._recorder
             entry = self._entries[RECORDED_DECODE if recorder else DECODE]
             logits, *layers = entry.signature.outputs
@@ -256,23 +259,16 @@ class Executor:
             return {n: _to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
 
 
-def _open(package: Package) -> dict[str, Any]:
-    if package.gpu is None:
-        return open_library(package.library, package.functions)
-    from moec.runtime import gpu
-
-    return open_library(package.library, package.functions, gpu.kernels(package.gpu), CUDA)
-
-
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(device: Device) -> Iterator[None]:
     """Raises InputError for what compiled code says of arguments that it does not take: of sizes
-    that no axis tells, or where a forged manifest describes another function."""
+    that no axis tells, or where a forged manifest describes another function; and what a device
+    says of its own failures."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the compiled code does not take these inputs: {line}") from error
+        raise device.refusal(line) from error
 
 
 def _arguments(inputs: Sequence[Any]) -> tuple[list[Any], Any]:

@@ -1,4 +1,4 @@
-"""Kernels of a GPU, joined to the library that launches them when it is loaded.
+"""A model on a GPU: its kernels are joined to the library that launches them when it is loaded.
 
 TVM's runtime takes the machine code as it is, with what each launch gives to a kernel. Nothing of
 CUDA is loaded before a package with kernels is opened for a GPU.
@@ -9,25 +9,98 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from moec.errors import TargetError
-from moec.runtime.library import tvm_ffi
-from moec.runtime.package import GpuCode
+from moec.errors import ArtifactError, InputError, MoecError, TargetError
+from moec.runtime.library import CPU, CUDA, open_library, tvm_ffi
+from moec.runtime.package import GpuCode, Package
 from moec.target import nvidia
 
 _CREATE = "ffi.Module.create.cuda"
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU of that index, as `moec.runtime.device.Device`.
+
+    Calls take tensors of torch on this GPU and give such, without a copy, on torch's stream. With
+    `copies` they take what lies in memory of the CPU and give such, and need no torch.
+    `memory` is the type of the device as DLPack numbers it.
+    """
+
+    index: int = 0
+    copies: bool = False
+    memory: int = CUDA
+    kind: str = "cuda"
+
+    @property
+    def takes(self) -> str:
+        return "cpu" if self.copies else f"cuda:{self.index}"
+
+    def functions(self, package: Package) -> Mapping[str, Any]:
+        """Raises TargetError where this machine cannot run them, ArtifactError where they do not
+        load."""
+        assert package.gpu is not None
+        join = kernels(package.gpu, self.index)
+        return open_library(package.library, package.functions, join, (self.memory, self.index))
+
+    def reserve(self, size: int) -> None:
+        """Raises TargetError where so many bytes of weights do not fit."""
+        free = self.free_memory()
+        if size > free:
+            raise TargetError(
+                f"the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free "
+                f"on GPU {self.index}: free some of it, or compile the model for a CPU"
+            )
+
+    def free_memory(self) -> int:
+        return nvidia.free_memory(self.index)
+
+    def moved(self, tensor: Any) -> Any:
+        return copied_to(tensor, self.memory, self.index)
+
+    def arguments(self, tensors: Sequence[Any]) -> list[Any]:
+        return [self.moved(tensor) if self.copies else tensor for tensor in tensors]
+
+    def results(self, tensors: Sequence[Any]) -> list[Any]:
+        return [copied_to(tensor, CPU, 0) if self.copies else tensor for tensor in tensors]
+
+    def running(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = (
+            nullcontext() if self.copies else tvm_ffi().use_torch_stream()
+        )
+        return context
+
+    def refusal(self, line: str) -> MoecError:
+        """A failure of CUDA is no mistake of the caller's, unless there was too much to do."""
+        if "out of memory" in line:
+            return InputError(
+                f"GPU {self.index} has too little memory for this call: give fewer or shorter "
+                "inputs at once"
+            )
+        if "CUDA" in line:
+            return TargetError(f"GPU {self.index} failed: {line}")
+        return InputError(f"the compiled code does not take these inputs: {line}")
+
+
 def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
     """What imports the kernels into a library, for the GPU of that index.
 
-    Raises TargetError, in one sentence, where this machine cannot run them.
+    Raises TargetError, in one sentence, where this machine cannot run them, ArtifactError where
+    machine code is not that of the kernels.
     """
-    content = code.parts[f"{arch_for(code, index)}.cubin"]
+    name = f"{arch_for(code, index)}.cubin"
+    content = code.parts[name]
+    for launch in code.launches:
+        if launch.name.encode() not in content:
+            raise ArtifactError(
+                f"{name} is stale: it lacks the kernel {launch.name}; compile the model again"
+            )
     _load_runtime()
     return partial(_import, code=code, content=content)
 
@@ -41,6 +114,11 @@ def arch_for(code: GpuCode, index: int) -> str:
     if index >= len(driver.gpus):
         raise TargetError(f"there is no GPU {index}: this machine has {len(driver.gpus)}")
     gpu = driver.gpus[index]
+    if code.toolkit and _major(driver.version) < _major(code.toolkit):
+        raise TargetError(
+            f"the kernels of this model were made by CUDA {code.toolkit}, and the NVIDIA driver "
+            f"here runs CUDA up to {driver.version}: install a newer driver"
+        )
     archs = [name.removesuffix(".cubin") for name in code.parts if name.endswith(".cubin")]
     usable = [arch for arch in archs if nvidia.runs(arch, gpu.capability)]
     if not usable:
@@ -49,6 +127,11 @@ def arch_for(code: GpuCode, index: int) -> str:
             f"capability {gpu.digits}: compile the model for it"
         )
     return max(usable, key=nvidia.capability_of)
+
+
+def _major(version: str) -> int:
+    """A driver runs the code of every toolkit of its major version, CUDA Compatibility, 2."""
+    return int(version.partition(".")[0])
 
 
 @cache
@@ -67,11 +150,11 @@ def _load_runtime() -> None:
         raise TargetError("TVM's runtime for CUDA is loaded and lacks what opens kernels")
 
 
-def copied_to(tensor: Any, device: int) -> Any:
-    """The same numbers in memory of the first device of a kind, as DLPack numbers them."""
+def copied_to(tensor: Any, memory: int, index: int) -> Any:
+    """The same numbers in memory of that type, as DLPack numbers it, of the device `index`."""
     ffi = tvm_ffi()
     allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-    copy = allocate(ffi.Shape(tensor.shape), tensor.dtype, ffi.Device(device, 0), None)
+    copy = allocate(ffi.Shape(tensor.shape), tensor.dtype, ffi.Device(memory, index), None)
     ffi.get_global_func("runtime.TVMTensorCopyFromTo")(tensor, copy)
     return copy
 

@@ -52,12 +52,12 @@ def open_library(
     library: Path | bytes,
     names: Iterable[str],
     kernels: Callable[[Any], object] | None = None,
-    device: int = CPU,
+    device: tuple[int, int] = (CPU, 0),
 ) -> dict[str, Any]:
     """The functions of a compiled model, by name.
 
     `kernels` imports what the library launches into the module that it is given; they run on the
-    `device`, of DLPack's numbers.
+    `device`, as DLPack numbers its type and its index.
     Raises ArtifactError where the library does not load, or lacks one of them.
     """
     if not library:
@@ -94,7 +94,10 @@ def _module(path: Path) -> Any:
 
 
 def _functions(
-    path: Path, names: Sequence[str], kernels: Callable[[Any], object] | None, device: int
+    path: Path,
+    names: Sequence[str],
+    kernels: Callable[[Any], object] | None,
+    device: tuple[int, int],
 ) -> dict[str, Any]:
     module = _module(path)
     if kernels is not None:
@@ -102,8 +105,8 @@ def _functions(
     try:
         vm = module["vm_load_executable"]()
         # The last device is the one that computes sizes.
-        devices = (device,) if device == CPU else (device, CPU)
-        vm["vm_initialization"](*(n for kind in devices for n in (kind, 0, _POOLED)))
+        devices = (device,) if device[0] == CPU else (device, (CPU, 0))
+        vm["vm_initialization"](*(n for pair in devices for n in (*pair, _POOLED)))
         return {name: vm[name] for name in names}
     except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
         raise _damaged(error) from error

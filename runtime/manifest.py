@@ -67,6 +67,17 @@ class StoredSample:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The same model for GPUs, where `Manifest.package` is for a CPU: without arrays and code.
+
+    `arrays` are packed as its kernels want them; those that both pack alike are one part.
+    """
+
+    package: Package
+    arrays: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`package` is without its arrays and code: `arrays` says where the former are.
 
@@ -81,17 +92,31 @@ class Manifest:
     samples: tuple[StoredSample, ...] = ()
     tolerance: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    for_gpu: Variant | None = None
+
+    @property
+    def target_name(self) -> str:
+        """All that the model was compiled for."""
+        names = [self.package.target_name]
+        return ",".join([*names, self.for_gpu.package.target_name] if self.for_gpu else names)
 
 
 def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
-    bare = replace(manifest, package=_bare(manifest.package))
-    body = msgspec.to_builtins(bare, str_keys=True)
-    del body["package"]["arrays"], body["package"]["library"]
-    if body["package"]["gpu"]:
-        del body["package"]["gpu"]["parts"]
+    body = msgspec.to_builtins(_without_parts(manifest), str_keys=True)
+    for package in (body["package"], *([body["for_gpu"]["package"]] if body["for_gpu"] else [])):
+        del package["arrays"], package["library"]
+        if package["gpu"]:
+            del package["gpu"]["parts"]
     text = {"moec": FORMAT, "sha256": _digest(FORMAT, body), **body}
     return json.dumps(text, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _without_parts(manifest: Manifest) -> Manifest:
+    variant = manifest.for_gpu
+    if variant is not None:
+        variant = replace(variant, package=_bare(variant.package))
+    return replace(manifest, package=_bare(manifest.package), for_gpu=variant)
 
 
 def _bare(package: Package) -> Package:
@@ -132,7 +157,7 @@ def load(content: bytes | memoryview) -> Manifest:
         raise ArtifactError(f"{NAME} was altered: its SHA-256 differs; copy the artifact again")
     try:
         manifest = msgspec.convert(body, Manifest, strict=True)
-        manifest = replace(manifest, package=_bare(manifest.package))
+        manifest = _without_parts(manifest)
         _check(manifest)
     except (msgspec.ValidationError, KeyError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{NAME} is malformed: {type(error).__name__}: {error}") from error
@@ -141,7 +166,23 @@ def load(content: bytes | memoryview) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """The rules that the rest of the runtime relies on, kept even by a forged manifest."""
-    package = manifest.package
+    sampled = [a for s in manifest.samples for a in (*s.inputs.values(), *s.outputs.values())]
+    variants = [Variant(manifest.package, manifest.arrays)]
+    if manifest.for_gpu is not None:
+        variants.append(manifest.for_gpu)
+        if manifest.for_gpu.package.gpu is None or manifest.package.gpu is not None:
+            raise ValueError("a model for a CPU and for GPUs has kernels for GPUs in one of both")
+    for stored in (*(a for v in variants for a in v.arrays.values()), *sampled):
+        fits = all(0 <= size < _BEYOND for size in stored.shape) and len(stored.shape) <= _AXES
+        if stored.dtype not in NUMPY or not fits:
+            raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
+        if stored.nbytes != manifest.parts[stored.part].size:
+            raise ValueError(f"{stored.part} is not of the size that its shape needs")
+    for variant in variants:
+        _check_package(variant.package, variant.arrays)
+
+
+def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
     functions = package.functions.values()
     if MAIN not in package.functions:
         raise ValueError(f"there is no function {MAIN!r}")
@@ -152,16 +193,9 @@ def _check(manifest: Manifest) -> None:
             if isinstance(size, int) and not 0 <= size < _BEYOND:
                 raise ValueError(f"{port.name} has the size {size!r}")
             sizes.names(size)
-    sampled = [a for s in manifest.samples for a in (*s.inputs.values(), *s.outputs.values())]
-    for stored in (*manifest.arrays.values(), *sampled):
-        fits = all(0 <= size < _BEYOND for size in stored.shape) and len(stored.shape) <= _AXES
-        if stored.dtype not in NUMPY or not fits:
-            raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
-        if stored.nbytes != manifest.parts[stored.part].size:
-            raise ValueError(f"{stored.part} is not of the size that its shape needs")
     for function in functions:
         for port in function.params:
-            _check_bound(port.name, port, port.shape, manifest.arrays)
+            _check_bound(port.name, port, port.shape, arrays)
         for cache in function.caches:
             texts, *rest = cache.shape
             fixed = [n for axis, n in enumerate(rest) if not (grows(cache) and axis == 1)]
@@ -171,7 +205,7 @@ def _check(manifest: Manifest) -> None:
             if not all(isinstance(size, int) for size in state.shape):
                 raise ValueError(f"state {state.name} has no fixed size")
             if state.initial:
-                _check_bound(state.initial, state, state.shape, manifest.arrays)
+                _check_bound(state.initial, state, state.shape, arrays)
             if package.states[state.name] != state:
                 raise ValueError(f"two functions disagree about the state {state.name}")
     if (package.generation is None) != (DECODE not in package.functions):

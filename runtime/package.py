@@ -139,11 +139,13 @@ class Launch:
 @dataclass(frozen=True)
 class GpuCode:
     """The kernels that a library launches. `target` is their name of moec (cuda:sm_80,sm_90a);
-    `parts` are the CUDA C (kernels.cu), and machine code by architecture (sm_80.cubin)."""
+    `parts` are the CUDA C (kernels.cu), and machine code by architecture (sm_80.cubin), made by
+    that version of the CUDA `toolkit`."""
 
     target: str
     launches: tuple[Launch, ...]
     parts: Mapping[str, bytes] = field(default_factory=dict)
+    toolkit: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from moec.commands.options import (
     quiet_option,
 )
 from moec.errors import UsageError
-from moec.target.named import parse
+from moec.target.named import parse_both
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
@@ -110,10 +110,10 @@ def command(
 
     builds = not (dry_run or stop_after)
     _check_output(output, builds, force)
-    if emit is not None and not (builds and target.startswith("cuda")):
+    if emit is not None and not (builds and "cuda" in target):
         raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
     model_path.kind_of_model(model)
-    parse(target)
+    parse_both(target)
     arguments = asked(**options)
     key = None
     if (
@@ -194,10 +194,11 @@ def command(
 
 
 def _write_code(compiled: CompiledModel, folder: Path) -> None:
-    assert compiled.package is not None
-    assert compiled.package.gpu is not None
+    package = compiled.for_gpu or compiled.package
+    assert package is not None
+    assert package.gpu is not None
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in compiled.package.gpu.parts.items():
+    for name, content in package.gpu.parts.items():
         (folder / name).write_bytes(content)
 
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     "--record-routing", "trace", type=click.Path(path_type=Path), metavar="FILE.npz",
     help="Write which experts every token chose, for moec routing and moec plan.",
 )  # fmt: skip
+@click.option(
+    "--device", default=None, metavar="DEVICE",
+    help="cpu, cuda or cuda:1; default: the CPU, where there is code for it.",
+)  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Compile the stored graph anew; use no stored code.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of the kernels; default: cores."
@@ -57,6 +61,7 @@ def command(
     output: Path | None,
     check: bool,
     trace: Path | None,
+    device: str | None,
     rebuild: bool,
     threads: int | None,
     nproc: int | None,
@@ -74,7 +79,7 @@ def command(
     if (artifact / "ranks.json").is_file():
         from moec.commands.ranks import run_ranks
 
-        if options.form or check or rebuild or trace:
+        if options.form or check or rebuild or trace or device:
             raise UsageError(f"{artifact} holds the ranks of a plan, which run on --input alone")
         run_ranks(artifact, source, output, nproc, timeout, threads, as_json)
         return
@@ -88,6 +93,7 @@ def command(
         raise UsageError("--output needs --input")
     from moec.commands.recording import check_trace, recorded
     from moec.runtime import artifact as artifacts
+    from moec.runtime.device import default_device, device_of, only_for
     from moec.runtime.executor import start
     from moec.runtime.tensor_files import check_suffix
     from moec.runtime.threads import set_threads
@@ -99,13 +105,16 @@ def command(
             check_suffix(path)
     if trace is not None:
         check_trace(trace)
+    on = None if device is None else device_of(device, copies=True)
     started = time.perf_counter()
     opened = artifacts.read(artifact, native=not rebuild)
+    on = on or default_device(opened.package, copies=True)
+    opened = only_for(opened, on)
     if rebuild:  # the compiler: slow to import, and seldom needed
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    executor = start(opened)
+    executor = start(opened, on)
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code has to show that it is right
         answer["check"] = _check(opened, executor, quiet or as_json)

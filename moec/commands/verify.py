@@ -37,7 +37,7 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
         "bytes": size,
         "functions": list(opened.package.functions),
         "graphs_checked": graphs,
-        "target": opened.package.target_name,
+        "target": opened.manifest.target_name,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -46,7 +46,7 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
         names = ", ".join(opened.package.functions)
         click.echo(
             f"{artifact} is intact: {facts['parts']} parts, {size / 1e6:.1f} MB, "
-            f"functions {names}, for {opened.package.target_name}{checked}"
+            f"functions {names}, for {opened.manifest.target_name}{checked}"
         )
 
 

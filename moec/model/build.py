@@ -13,6 +13,7 @@ from moec.capture.doors import (
 )
 from moec.errors import UnsupportedError
 from moec.interpret.threads import threads_for
+from moec.ir.graph import Module
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined
 from moec.passes.decode import logits_of
@@ -20,6 +21,7 @@ from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, ROUTE, ROUTED
 from moec.target.cpu import CpuTarget
+from moec.target.cuda import CudaTarget
 from moec.target.named import lacking
 from moec.verify import check as checking
 from moec.verify.chunked import feed_in_chunks
@@ -72,6 +74,22 @@ def build_model(
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)
+
+
+def build_for_gpu(
+    compiled: CompiledModel,
+    target: CudaTarget,
+    opt_level: int,
+    clock: Clock,
+    backend: Backend | None,
+) -> CompiledModel:
+    """With code for GPUs beside that for a CPU, of `main` alone: GPUs keep no keys and values."""
+    from moec.codegen.package import build as generate
+
+    with clock.phase("kernels for GPUs"), explained(compiled):
+        package = generate(Module.of(compiled.module.main), target, opt_level, backend=backend)
+    why = "the code for GPUs was compiled without a cache"
+    return replace(compiled, for_gpu=replace(package, no_generation=why))
 
 
 @contextmanager

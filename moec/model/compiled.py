@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moec.runtime.artifact import Sample
     from moec.runtime.executor import Executor
     from moec.runtime.package import Package
+    from moec.target.cuda import CudaTarget
     from moec.target.named import AnyTarget
 
 
@@ -49,7 +50,8 @@ class CompiledModel:
     `main`, such as `decode` (see `moec.runtime.package`); `no_decode` says why that one is not
     there. `package` and `executor` are None where
     nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
-    the target needs: such a model can be saved and not called.
+    the target needs: such a model can be saved and not called. `for_gpu` is the same for the GPUs
+    that the model is for `beside` a CPU; what is called here is the CPU's.
     """
 
     source: Source
@@ -63,6 +65,8 @@ class CompiledModel:
     recorded: tuple[RecordedLayer, ...] = ()
     no_decode: str = ""
     package: Package | None = None
+    beside: CudaTarget | None = None
+    for_gpu: Package | None = None
     executor: Executor | None = None
     checked: checking.Checked | None = None
     quantised: tuple[QuantisedLine, ...] = ()
@@ -133,8 +137,13 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
-        summary = f"{built} for {self.target.name}: {len(self.blocks)} MoE blocks"
+        summary = f"{built} for {self.target_name}: {len(self.blocks)} MoE blocks"
         return f"<{self.source.name}, {summary}>"
+
+    @property
+    def target_name(self) -> str:
+        """All that the model is for: cpu,cuda:sm_80."""
+        return ",".join(target.name for target in (self.target, self.beside) if target)
 
     def __reduce__(self) -> Never:
         """Raises UsageError: neither pickle nor deepcopy can take machine code along."""
@@ -177,6 +186,9 @@ class CompiledModel:
                 f"made for {self.target.name}, which this machine cannot run: not verified, and "
                 "saved without samples",
             )
+        if self.for_gpu is not None:
+            notes += (f"code for {self.for_gpu.target_name} lies beside it, and was not verified",)
+            notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in self.for_gpu.refusals)
         notes += (*left_wide(self.pass_results), *without_effect(self.pass_results))
         if checked:
             notes += checked.skipped
@@ -205,7 +217,7 @@ class CompiledModel:
             )
         return Report(
             model=self.source.name,
-            target=self.target.name,
+            target=self.target_name,
             active_parameters=described["parameters"] - idle,
             bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
             blocks=self.blocks,
@@ -249,6 +261,7 @@ class CompiledModel:
             files={name: file.read_bytes() for name, file in self.source.files.items()},
             native=native,
             overwrite=overwrite,
+            for_gpu=self.for_gpu,
         )
 
     def export_onnx(

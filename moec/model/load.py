@@ -13,6 +13,7 @@ from moec.errors import UsageError
 from moec.model.generate import Prompts, Writer, continued, stream
 from moec.runtime.artifact import Artifact, read
 from moec.runtime.call import Choices, call, routed, routers
+from moec.runtime.device import device_of, only_for
 from moec.runtime.executor import Executor, start
 from moec.runtime.prompt import Tokenizer, load_tokenizer
 from moec.runtime.recording import Recorder, record_routing
@@ -81,10 +82,17 @@ class LoadedModel:
         return Report.of_dict(self.artifact.manifest.extra["report"])
 
 
-def load(path: Path | str) -> LoadedModel:
-    """The model in the artifact at `path`.
+def load(path: Path | str, device: str | None = None, *, copies: bool = False) -> LoadedModel:
+    """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. Left out, it
+    is the CPU, or the first GPU where the model was compiled for GPUs alone.
 
-    Raises ArtifactError where any part of it is damaged, or this machine cannot run it.
+    A model on a GPU takes and gives tensors of torch there. With `copies` it takes and gives what
+    lies in memory of the CPU, numpy's or torch's.
+
+    Raises ArtifactError where any part of it is damaged, or it has no code for the device, and
+    TargetError where this machine cannot run it.
     """
+    on = None if device is None else device_of(device, copies=copies)
     opened = read(path)
-    return LoadedModel(Path(path), opened, start(opened))
+    opened = opened if on is None else only_for(opened, on)
+    return LoadedModel(Path(path), opened, start(opened, on))

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from moec.errors import TargetError
 from moec.target import cpu, cuda, nvidia
 
 AnyTarget: TypeAlias = cpu.CpuTarget | cuda.CudaTarget
+
+
+def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
+    """As `parse`, and the GPUs that a model is for beside a CPU: cpu,cuda:sm_80,sm_90a.
+
+    Raises TargetError for an unknown name, and where the first is no CPU.
+    """
+    first, comma, rest = name.partition(f",{cuda.KIND}")
+    if not comma:
+        return parse(name), None
+    beside = cuda.parse(cuda.KIND + rest)
+    target = cpu.parse(first)
+    if target.kind == cpu.NULL:
+        raise TargetError(f"target {name!r}: {cpu.NULL!r} makes no code that could lie beside it")
+    return target, beside
 
 
 def parse(name: str) -> AnyTarget:

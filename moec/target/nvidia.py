@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-NO_DRIVER = "there is no NVIDIA driver here (libcuda.so.1)"
+LIBRARY = "libcuda.so.1"
+NO_DRIVER = f"there is no NVIDIA driver here ({LIBRARY})"
 _NAME = 256  # bytes for the name of a GPU
 # CUDA Driver API, CUdevice_attribute.
 _MAJOR, _MINOR = 75, 76
@@ -69,17 +70,42 @@ def runs(arch: str, capability: tuple[int, int]) -> bool:
 @cache
 def driver() -> Driver | None:
     """This machine's driver; None where there is none, or it does not start."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    if library.cuInit(0):
+    library = _library()
+    if library is None:
         return None
     version, count = ctypes.c_int(), ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(version))
     library.cuDeviceGetCount(ctypes.byref(count))
     gpus = tuple(_gpu(library, index) for index in range(count.value))
     return Driver(f"{version.value // 1000}.{version.value % 1000 // 10}", gpus)
+
+
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return None
+    return None if library.cuInit(0) else library
+
+
+def free_memory(index: int) -> int:
+    """Bytes that are free on a GPU; none where it does not say. Starts its context, which takes
+    some hundred MB of it, as whatever runs on it does."""
+    library = _library()
+    if library is None:
+        return 0
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    library.cuDeviceGet(ctypes.byref(device), index)
+    if library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return 0
+    try:
+        library.cuCtxPushCurrent_v2(context)
+        library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        library.cuCtxPopCurrent_v2(ctypes.byref(context))
+    finally:
+        library.cuDevicePrimaryCtxRelease_v2(device)
+    return free.value
 
 
 def _gpu(library: ctypes.CDLL, index: int) -> Gpu:

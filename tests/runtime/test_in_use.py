@@ -18,7 +18,7 @@ from moec.codegen.package import build
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from moec.runtime import artifact, checks, container
+from moec.runtime import artifact, checks, container, device
 from moec.runtime.executor import load
 from moec.runtime.package import Package
 from moec.target import cpu
@@ -139,6 +139,6 @@ def test_libraries_are_unloaded(saved: Path) -> None:
 def test_outputs_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(saved)
     monkeypatch.setattr(checks, "_SMALL", 1)
-    monkeypatch.setattr(checks, "free_memory", lambda: 10)
+    monkeypatch.setattr(device, "free_memory", lambda: 10)
     with pytest.raises(InputError, match=r"the outputs take 0\.0 GB, and 0\.0 GB of memory are"):
         model(toy.inputs())

@@ -43,7 +43,8 @@ def _library(
     assert text.gpu is not None
     by_arch = cubins(text.gpu.parts[PART].decode(), target, store)
     parts = {f"{arch}.cubin": cubin.content for arch, cubin in by_arch.items()}
-    return replace(text, gpu=replace(text.gpu, parts={**text.gpu.parts, **parts}))
+    toolkit = compiler(target).version
+    return replace(text, gpu=replace(text.gpu, parts={**text.gpu.parts, **parts}, toolkit=toolkit))
 
 
 def _ready(target: CudaTarget) -> None:

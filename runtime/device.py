@@ -1,0 +1,111 @@
+"""Where a model runs: on the CPU, or on a GPU ("cuda", which is the first one, or "cuda:1")."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+from moec.errors import ArtifactError, InputError, MoecError, UsageError
+from moec.runtime.artifact import Artifact
+from moec.runtime.checks import free_memory
+from moec.runtime.library import open_library
+from moec.runtime.package import Package
+
+CPU, CUDA = "cpu", "cuda"
+
+
+class Device(Protocol):
+    """What an executor asks of the device that it runs on. Tensors are TVM's.
+
+    `takes` is where a call's inputs have to lie, as torch names devices.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def takes(self) -> str: ...
+    def functions(self, package: Package) -> Mapping[str, Any]: ...
+    def reserve(self, size: int) -> None: ...
+    def free_memory(self) -> int: ...
+    def moved(self, tensor: Any) -> Any: ...
+    def arguments(self, tensors: Sequence[Any]) -> list[Any]: ...
+    def results(self, tensors: Sequence[Any]) -> list[Any]: ...
+    def running(self) -> AbstractContextManager[Any]: ...
+    def refusal(self, line: str) -> MoecError: ...
+
+
+class Cpu:
+    """Everything lies where it is."""
+
+    kind = takes = CPU
+
+    def functions(self, package: Package) -> Mapping[str, Any]:
+        """Raises ArtifactError where the library does not load."""
+        return open_library(package.library, package.functions)
+
+    def reserve(self, size: int) -> None:
+        """The system lends memory as it is touched."""
+
+    def free_memory(self) -> int:
+        """Bytes."""
+        return free_memory()
+
+    def moved(self, tensor: Any) -> Any:
+        """The tensor on this device."""
+        return tensor
+
+    def arguments(self, tensors: Sequence[Any]) -> list[Any]:
+        """What came in, on this device."""
+        return list(tensors)
+
+    def results(self, tensors: Sequence[Any]) -> list[Any]:
+        """What goes out, where the caller wants it."""
+        return list(tensors)
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Around each call."""
+        return nullcontext()
+
+    def refusal(self, line: str) -> MoecError:
+        """For what compiled code said."""
+        return InputError(f"the compiled code does not take these inputs: {line}")
+
+
+def device_of(name: str, *, copies: bool = False) -> Device:
+    """The device of that name. `copies`: inputs for a GPU lie in memory of the CPU, and results
+    are to lie there.
+
+    Raises UsageError for another name.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UsageError(f"there is no device {name!r}: name cpu, cuda or a GPU such as cuda:1")
+    if name == CPU:
+        return Cpu()
+    from moec.runtime.gpu import Gpu
+
+    return Gpu(int(match[1] or 0), copies)
+
+
+def default_device(package: Package, *, copies: bool = False) -> Device:
+    """Where the code of a package runs unless it is said; `copies` as of `device_of`."""
+    return device_of(_kind(package), copies=copies)
+
+
+def only_for(opened: Artifact, device: Device) -> Artifact:
+    """The artifact with its code for the device alone. Raises ArtifactError where it has none."""
+    for package in (opened.package, opened.for_gpu):
+        if package is not None and _kind(package) == device.kind:
+            return replace(opened, package=package, for_gpu=None)
+    where = "a CPU" if device.kind == CPU else "a GPU"
+    raise ArtifactError(
+        f"{opened.path} was compiled for {opened.manifest.target_name} and has no code for "
+        f"{where}: compile the model for both, with --target cpu,cuda:sm_80 or another GPU"
+    )
+
+
+def _kind(package: Package) -> str:
+    return CPU if package.gpu is None else CUDA
