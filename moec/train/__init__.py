@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moec.train.distillation import StagedDistillation
 from moec.train.ewa import EWA, Constant, Linear
 
-__all__ = ["EWA", "Constant", "Linear"]
+__all__ = ["EWA", "Constant", "Linear", "StagedDistillation"]

@@ -46,7 +46,12 @@ class Positive:
     """The input holds routing weights."""
 
 
-Feed = Ids | OneHot | Logits | Correction | Positive | None
+@dataclass(frozen=True)
+class Uniform:
+    """The input holds numbers in [0, 1) by which choices are dropped or kept."""
+
+
+Feed = Ids | OneHot | Logits | Correction | Positive | Uniform | None
 """What a random input looks like; None is any float."""
 
 
@@ -89,6 +94,8 @@ def draw(
             if pattern.startswith(_ABOUT):
                 return (weights * 2 * float(pattern.removeprefix(_ABOUT))).to(dtype)
             return weights.add(0.1).to(dtype)
+        case Uniform():
+            return torch.rand(shape, generator=generator).to(dtype)
     if value.dtype not in FLOATS:
         raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
     return torch.randn(shape, generator=generator).to(dtype)

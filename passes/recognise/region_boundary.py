@@ -1,4 +1,8 @@
-"""Where a region may begin, and the capacities that it may have."""
+"""Where a region may begin, and the capacities that it may have.
+
+A region that drops choices at random reads the random numbers beside the logits: an input of the
+model, as an exported graph has no state. It then begins at both.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,19 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
-from moec.ir.traits import THROUGH
-from moec.passes.proof.input_generators import Feed, Logits, Positive
+from moec.ir.traits import CHOICES, THROUGH
+from moec.passes.proof.input_generators import Feed, Logits, Positive, Uniform
 from moec.passes.recognise.block import RecognisedCapacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
 from moec.passes.recognise.region import (
     Scope,
     is_routing,
+    routing_behind,
 )
 
 
-def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity | None]:
+def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity]:
     """Limits that the shapes of the masks suggest: [.., E, C]."""
     sizes: dict[Dim, None] = {}
     for value in evidence.values("dispatch", "mix"):
@@ -31,20 +36,23 @@ def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Recogni
                     for dim in rest:
                         if dim != evidence.rows_in:
                             sizes[dim] = None
-    if "dispatch" not in evidence.uses:
-        yield None
-        return
-    for size in sizes:
+    for size in sizes if "dispatch" in evidence.uses else ():
         yield RecognisedCapacity(size, "slot")
         if total > 1:
             yield RecognisedCapacity(size, "token")
-    yield None
+
+
+def counts_slots(scope: Scope, evidence: Evidence) -> bool:
+    """Whether a running sum gives choices their places in the experts' buffers."""
+    routing = routing_behind(scope, evidence.values("dispatch", "mix"), 200, stops=CHOICES)
+    return any(scope.made_by(value, "aten.cumsum.default") for value in routing)
 
 
 def cuts(
     scope: Scope, evidence: Evidence, ids: Chosen, weights: Value | None
 ) -> Iterator[tuple[tuple[Value, ...], dict[Value, Feed]]]:
-    """Where the region may begin: at the choices or, where it reads more, at logits."""
+    """Where the region may begin: at the choices; where it reads more, at logits; and where it
+    reads numbers of the model's inputs too, at both."""
     near: dict[Value, Feed] = dict.fromkeys(ids.values, ids.feed)
     if weights is not None:
         near[weights] = Positive()
@@ -55,13 +63,34 @@ def cuts(
         if closes(scope, evidence, (value,)):
             yield (value,), {value: Logits()}
             return
+    for value in logits_behind(scope, ids.values, evidence.experts):
+        numbers = beside(scope, evidence, value)
+        if numbers:
+            yield (value, *numbers), {value: Logits(), **dict.fromkeys(numbers, Uniform())}
+            return
     yield tuple(near), near
 
 
 def closes(scope: Scope, evidence: Evidence, cut: tuple[Value, ...]) -> bool:
+    return not opened(scope, evidence, cut)[1]
+
+
+def opened(
+    scope: Scope, evidence: Evidence, cut: tuple[Value, ...]
+) -> tuple[tuple[Op, ...], tuple[Value, ...]]:
+    """The ops of the region that begins at `cut`, and what it reads beside cut and params."""
     stops = (*evidence.reads, *cut)
     ops = scope.upstream([evidence.output], stops)
-    return all(v in scope.params for v in scope.leaves(ops, stops))
+    return ops, tuple(v for v in scope.leaves(ops, stops) if v not in scope.params)
+
+
+def beside(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]:
+    """The float inputs of the model that the region reads beside `logits`, through routing ops
+    alone; none where it reads anything else."""
+    ops, leaves = opened(scope, evidence, (logits,))
+    plain = all(v.dtype in FLOATS and v in scope.graph.inputs for v in leaves)
+    routed = all(is_routing(op) for op in ops if any(v in leaves for v in op.inputs))
+    return leaves if plain and routed else ()
 
 
 def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:

@@ -19,8 +19,8 @@ from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen, chosen, masks
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import Scope, choices
-from moec.passes.recognise.region_boundary import capacities, cuts
-from moec.passes.recognise.routing_weights import weightings
+from moec.passes.recognise.region_boundary import capacities, counts_slots, cuts
+from moec.passes.recognise.routing_weights import unweighted_dropped, weightings
 
 
 class Unlike(NoMatch):
@@ -55,9 +55,22 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
         if not isinstance(slots, int):
             continue
         for base, weights in weightings(scope, evidence, ids, slots):
-            for capacity in capacities(scope, evidence, ids.per_row):
-                for cut, feeds in cuts(scope, evidence, ids, base):
-                    yield Choice(ids.recipe, weights, slots, cut, feeds, capacity)
+            boundaries = list(cuts(scope, evidence, ids, base))
+            for experts, capacity in kept(scope, evidence, ids, weights):
+                for cut, feeds in boundaries:
+                    yield Choice(experts, weights, slots, cut, feeds, capacity)
+
+
+def kept(
+    scope: Scope, evidence: Evidence, ids: Chosen, weights: Recipe | None
+) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
+    """Which choices an expert keeps: so many; those of a weight, where slots are counted in
+    another way (for each text, or in a random order); all."""
+    for capacity in capacities(scope, evidence, ids.per_row):
+        yield ids.recipe, capacity
+    if weights is not None and counts_slots(scope, evidence):
+        yield unweighted_dropped(ids.recipe, weights, evidence.experts), None
+    yield ids.recipe, None
 
 
 def _without_choice(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> str:

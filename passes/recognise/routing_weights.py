@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
-from moec.ir.graph import Op, TensorType, Value
+from moec.ir.graph import Attr, TensorType, Value
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.block import Recipe
@@ -19,6 +19,9 @@ from moec.passes.recognise.region import (
     is_routing,
     routing_behind,
 )
+
+_NEAREST = 5
+"""Of the values that may weigh one slot each, those of which any group is tried."""
 
 
 def weightings(
@@ -34,7 +37,7 @@ def weightings(
         yield value, _reshaped(value, shape)
     if len(ids.values) > 1:
         singles = list(candidates(scope, used, evidence.rows_in))
-        for group in _runs(singles, len(ids.values)):
+        for group in _groups(singles, len(ids.values)):
             yield None, _side_by_side(group, evidence.rows_in)
     if isinstance(ids.feed, Ids):
         for dense in dense_weights(scope, used, evidence):
@@ -78,21 +81,25 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
             if value in op.inputs and value not in visited:
                 visited.add(value)
                 stack.append(value)
-    for value in sorted(
-        dict.fromkeys(others),
-        key=lambda v: -scope.position[cast(Op, scope.maker(v))] if scope.maker(v) else 1,
-    )[:8]:
+    for value in sorted(dict.fromkeys(others), key=lambda v: -_position(scope, v))[:8]:
         if value not in yielded:
             yielded.add(value)
             yield value
 
 
-def _runs(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]:
-    """Neighbours among values that each weigh one slot, in both orders."""
+def _position(scope: Scope, value: Value) -> int:
+    maker = scope.maker(value)
+    return -1 if maker is None else scope.position[maker]
+
+
+def _groups(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]:
+    """Values that each weigh one slot: neighbours, in both orders, then any of the nearest."""
+    groups: dict[tuple[Value, ...], None] = {}
     for start in range(len(values) - length + 1):
         group = tuple(values[start : start + length])
-        yield tuple(reversed(group))
-        yield group
+        groups |= {tuple(reversed(group)): None, group: None}
+    groups |= dict.fromkeys(itertools.permutations(values[:_NEAREST], length))
+    yield from groups
 
 
 def _reshaped(value: Value, shape: tuple[Dim, ...]) -> Recipe:
@@ -117,7 +124,22 @@ def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> It
                 and value.shape[0] == evidence.rows_in
             ):
                 dense[value] = None
-    yield from list(dense)[:4]
+    # Without slots first, the farthest from the result first: fewer ops stay for the router.
+    yield from sorted(list(dense)[:6], key=lambda v: (len(v.shape) == 3, _position(scope, v)))
+
+
+def unweighted_dropped(experts: Recipe, weights: Recipe, count: int) -> Recipe:
+    """The ids [T, k], and `count`, which is no expert, where the weight is zero: such a row was
+    given no place in the experts' buffers."""
+
+    def make(emit: RegionEmitter) -> Value:
+        ids, weight = experts(emit), weights(emit)
+        zero = TensorType("bool", weight.shape)
+        (dropped,) = emit("aten.eq.Scalar", [weight], [zero], attrs={"other": 0})
+        attrs: dict[str, Attr] = {"value": count}
+        return emit("aten.masked_fill.Scalar", [ids, dropped], [ids.type], attrs=attrs)[0]
+
+    return make
 
 
 def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...]) -> Recipe:

@@ -1,0 +1,137 @@
+"""DeepSpeed-MoE: a gate of einsums over [S, E, C] becomes a table of choices, a scan for slots, a
+sort and a gather; random token selection reads its numbers from an input."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from docs.systems import Figure, Source
+from moec import CompiledModel
+from moec.ir.dims import symbols
+from moec.ir.graph import Value
+from moec.plan.exchange import coordinated, flat, hierarchical
+from tests.systems.records import Keep, load, record_of
+
+example = load("02_deepspeed_moe")
+SOURCE = Source(
+    number=2,
+    title="DeepSpeed-MoE",
+    paper="2201.05596",
+    example="02_deepspeed_moe",
+    process="autoregressive",
+    modalities=("text",),
+    adds="Dispatch and combine einsums over [S, E, C] become a table of choices, a scan for slots, "
+    "and gathers of rows; numbers of random token selection are an input. The planner chooses "
+    "among flat, hierarchical and coordinated exchanges (`moec.plan`), `moec.train` has the staged "
+    "distillation.",
+    trained=True,
+)
+# float32, sums of at most 64 terms in another order, through two layers.
+TOLERANCE = 1e-5
+LAYERS = {1: "random token selection", 2: "top-2"}
+
+
+@functools.cache
+def compiled() -> tuple[nn.Module, CompiledModel]:
+    torch.manual_seed(0)
+    model, inputs = example.small()
+    return model, moec.compile(model, inputs, kv_cache=False, verify=False)
+
+
+@functools.cache
+def layer(top_k: int) -> tuple[nn.Module, CompiledModel]:
+    torch.manual_seed(0)
+    model, inputs = example.one_layer(top_k)
+    return model, moec.compile(model, inputs, verify=False)
+
+
+def has_places(value: Value) -> bool:
+    """Whether it has an axis for the places of each expert beside one of the tokens."""
+    places = [d for d in value.shape if "Max" in str(d)]
+    return bool(places) and any(symbols(d) for d in value.shape if d not in places)
+
+
+def check_ops(model: CompiledModel) -> set[str]:
+    ops = model.graph.ops
+    assert not [v for op in ops for v in op.outputs if has_places(v)]
+    return {op.name for op in ops if op.name.startswith("moe.")}
+
+
+def test_the_einsum_gate_becomes_tables() -> None:
+    _, ours = compiled()
+    assert [(b.experts, b.top_k) for b in ours.blocks] == [(4, 1)]
+    assert ours.blocks[0].router.startswith("softmax, top-1, at most")
+    assert check_ops(ours) == {"moe.gate", "moe.capacity", "moe.sort", "moe.combine"}
+
+
+def test_equal_to_eager_where_experts_overflow() -> None:
+    model, ours = compiled()
+    for shape in ((1, 1), (3, 16)):
+        ids = torch.randint(example.SMALL.vocabulary, shape)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), model(ids), rtol=TOLERANCE, atol=TOLERANCE)
+    same = torch.full((2, 16), 7)  # equal tokens choose alike, up to their positions
+    with torch.no_grad():
+        torch.testing.assert_close(ours(same), model(same), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("top_k", LAYERS, ids=LAYERS.values())
+def test_layers_that_drop_choices(top_k: int) -> None:
+    """All tokens are alike: each expert chosen takes C = 10 of 40 or 20 of 40, others give zero."""
+    model, ours = layer(top_k)
+    assert [(b.experts, b.top_k) for b in ours.blocks] == [(4, top_k)]
+    assert {"moe.sort", "moe.combine"} <= check_ops(ours)
+    x = torch.randn(1, 1, example.SMALL.width).expand(1, 40, -1).contiguous()
+    for seed in range(2):
+        numbers = torch.rand(40, 4, generator=torch.Generator().manual_seed(seed))
+        inputs = (x, numbers) if top_k == 1 else (x,)
+        with torch.no_grad():
+            expected = model(*inputs)
+        output = ours(*inputs)
+        torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        kept = output.flatten(0, 1).abs().sum(-1).nonzero()[:, 0]
+        assert len(kept) == 10 * top_k
+        if top_k == 1:
+            chosen = int(model.gate(x[0, 0]).argmax())
+            assert kept.tolist() == numbers[:, chosen].topk(10).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize(("ranks", "node", "slices"), [(128, 8, 8), (64, 8, 4)])
+def test_hops_of_the_exchanges(ranks: int, node: int, slices: int) -> None:
+    """The paper's O(p), O(G + p/G) and O(p/L), where it counts a rank's message to itself."""
+    assert flat(ranks, node, 1.0).published_hops == ranks
+    two = hierarchical(ranks, node, 1.0)
+    assert (two.hops_inside + 1) + (two.hops_across + 1) == node + ranks // node
+    assert coordinated(ranks, node, slices, 1.0).published_hops == ranks // slices
+
+
+def test_a_student_of_fewer_layers_learns() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(example.SMALL.vocabulary, (4, 12))
+    teacher = example.GPT(replace(example.SMALL, layers=4, experts=(2, 4)))
+    assert [len(b.ffn.moe.experts) for b in teacher.blocks if b.routed] == [2, 4]
+    losses = example.distill(example.GPT(example.SMALL), teacher, ids, steps=60, stop=30)
+    assert losses[30] < losses[0]
+    assert losses[-1] < 0.6 * losses[30]
+
+
+@pytest.mark.parametrize("name", example.PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    """The paper rounds to billions."""
+    total, _ = example.published(name)
+    assert abs(total / 1e9 - example.PUBLISHED[name][1]) <= 0.5
+
+
+def test_record(keep: Keep) -> None:
+    figures = []
+    for name, (_, paper) in example.PUBLISHED.items():
+        total, active = example.published(name)
+        ours = f"{total / 1e9:.1f}B, {active / 1e9:.2f}B active"
+        figures.append(Figure(f"parameters of {name}", ours, f"{paper:g}B"))
+    keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))
