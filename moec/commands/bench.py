@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 @click.command("bench", short_help="Time reading and writing text, beside others.")
-@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.argument("model", metavar="MODEL_OR_ARTIFACT", required=False)
+@click.option(
+    "--model", "modelled", is_flag=True,
+    help="Measure nothing: what MoE layers are expected to take on the GPU of --target.",
+)  # fmt: skip
+@click.option("--target", metavar="GPU", help="Of --model, such as cuda:sm_90a.")
 @click.option(
     "--artifact", type=click.Path(path_type=Path), metavar="FILE",
     help="Time this artifact of MODEL, and do not compile it anew.",
@@ -61,7 +66,9 @@ if TYPE_CHECKING:
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
-    model: str,
+    model: str | None,
+    modelled: bool,
+    target: str | None,
     artifact: Path | None,
     baseline: str,
     files: tuple[Path, ...],
@@ -82,7 +89,17 @@ def command(
     All contenders run in one process on the same tokens, one after the other in every round,
     so that whatever else the machine does falls on all. The peak and the bandwidth are
     measured in the same run.
+
+    With --target cuda:sm_90a --model, no model is run: a roofline model prints the time that each
+    kernel of known layers is expected to take, beside published figures.
     """
+    if modelled or target:
+        if model is not None or not (modelled and target):
+            raise UsageError("give --target cuda:sm_90a and --model together, and no other model")
+        _print_model(target)
+        return
+    if model is None:
+        raise UsageError("name a model or an artifact to time")
     if plot:
         importlib.import_module("matplotlib")  # a run takes minutes, and would be lost
     names = [name.strip() for name in baseline.split(",") if name.strip()]
@@ -126,6 +143,17 @@ def command(
     click.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
     if plot and not as_json:
         click.echo(f"drew {plot}")
+
+
+def _print_model(name: str) -> None:
+    from moec.bench.gpu_model import lines
+    from moec.target import cuda
+
+    target = cuda.parse(name)
+    if len(target.archs) > 1:
+        raise UsageError(f"--model is of one GPU: name one of {', '.join(cuda.TARGETS)}")
+    for line in lines(target):
+        click.echo(line)
 
 
 def _command() -> str:

@@ -1,0 +1,136 @@
+"""What a MoE layer is expected to take on a GPU: a roofline model, and nothing that was measured.
+
+    expected = max(bytes / (bandwidth * 0.75), FLOPs / peak of mma.sync) + one launch      a kernel
+    limit    = max(bytes / bandwidth, FLOPs / peak of tensor cores)
+
+The shares are what kernels of this form reach where people have measured them, as assumptions of
+ours: 75 % of a GPU's bandwidth; by mma.sync 60 % of the peak, and on GPUs whose peak needs wgmma or
+tcgen05 as many FLOPs an SM as on an H100, about 350 TFLOP/s in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from moec.codegen.cuda.roofline import Layer, Work, layer_seconds, layer_work
+from moec.target.cuda import TARGETS, CudaTarget
+
+LAYERS = {
+    "olmoe-1b-7b": Layer(64, 8, 2048, 1024),
+    "granite-1b-a400m": Layer(32, 8, 1024, 512),
+    "qwen3-30b-a3b": Layer(128, 8, 2048, 768),
+    "mixtral-8x7b": Layer(8, 2, 4096, 14336),
+    "deepseek-v2-lite": Layer(64, 6, 2048, 1408),
+}
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
+
+_BANDWIDTH, _PEAK, _PER_SM = 0.75, 0.6, 350e12 / 132
+LAUNCH = 3e-6
+"""Seconds from the end of a kernel to the start of the next, outside of a CUDA graph."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A time of a whole layer of others: `gpu` is the target whose numbers hold for it, None where
+    the source does not name it."""
+
+    layer: str
+    tokens: int
+    seconds: float
+    what: str
+    source: str
+    gpu: CudaTarget | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Of the limit; None where that is not known."""
+        if self.gpu is None:
+            return None
+        return layer_seconds(LAYERS[self.layer], self.tokens, self.gpu) / self.seconds
+
+
+_A100_40 = replace(TARGETS["cuda:sm_80"], example="A100 PCIe 40 GB", bandwidth=1.555e12)
+_UNTUNED, _FP8 = "vLLM Triton bf16, untuned", "vLLM Triton fp8"
+PUBLISHED = (
+    *(
+        Published("qwen3-30b-a3b", tokens, us * 1e-6, _UNTUNED, "vllm#19049", _A100_40)
+        for tokens, us in ((1, 109), (16, 611), (96, 943))
+    ),
+    *(
+        Published("qwen3-30b-a3b", tokens, us * 1e-6, f"{_FP8}, GPU not named", "vllm#24700")
+        for tokens, us in ((1, 40), (8, 119), (64, 237), (128, 248), (512, 286))
+    ),
+    *(
+        Published("qwen3-30b-a3b", tokens, us * 1e-6, f"{_FP8}, L40S", "vllm#53710")
+        for tokens, us in ((4, 190), (128, 870), (8192, 3196))
+    ),
+)
+OTHER_RATES = (
+    ("DeepGEMM fp8 grouped, 4 x 8192 rows, N 4096, K 7168, H800", "1381 TFLOP/s", "DeepGEMM#74"),
+    ("static batching, bf16, share of the peak, H800", "91 %", "arXiv 2501.16103"),
+    ("FlashInfer CuTe-DSL bf16 over its CUTLASS, H200", "1.16 x", "FlashInfer design doc"),
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One kernel, in seconds. `bound` is what limits it."""
+
+    kernel: str
+    expected: float
+    limit: float
+    bound: str
+
+
+def expected(layer: Layer, tokens: int, target: CudaTarget) -> tuple[Expected, ...]:
+    """The kernels of a layer in their order."""
+    return tuple(_expected(work, target) for work in layer_work(layer, tokens))
+
+
+def _expected(work: Work, target: CudaTarget) -> Expected:
+    moving = work.bytes / (target.bandwidth * _BANDWIDTH)
+    computing = work.flops / mma_peak(target)
+    bound = "tensor cores" if computing > moving else "bandwidth"
+    return Expected(work.kernel, max(moving, computing) + LAUNCH, work.seconds(target), bound)
+
+
+def mma_peak(target: CudaTarget) -> float:
+    """FLOPs a second that products by mma.sync are expected to reach."""
+    newer = set(target.tensor_cores) - {"mma"}
+    return min(_PEAK * target.bf16_peak, _PER_SM * target.sms if newer else target.bf16_peak)
+
+
+def lines(target: CudaTarget) -> Iterator[str]:
+    """The table as text."""
+    yield f"A model of {target.example} ({target.name}), of 16-bit experts: nothing was measured."
+    yield "Each number is microseconds expected, and the share of the roofline that this is."
+    names = [work.kernel for work in layer_work(LAYERS["olmoe-1b-7b"], 1)]
+    yield _row("layer", "T", [*names, "layer"], "bound by")
+    for name, layer in LAYERS.items():
+        for tokens in TOKENS:
+            kernels = expected(layer, tokens, target)
+            cells = [_cell(k.expected, k.limit) for k in kernels]
+            total, limit = sum(k.expected for k in kernels), sum(k.limit for k in kernels)
+            largest = max(kernels, key=lambda k: k.expected)
+            bound = f"{largest.kernel}, {largest.bound}"
+            yield _row(name, str(tokens), [*cells, _cell(total, limit)], bound)
+    yield ""
+    yield "Published, of whole layers, measured by others on the GPU that is named:"
+    for entry in PUBLISHED:
+        share = "" if entry.share is None else f", {entry.share:.0%} of the limit"
+        gpu = f", {entry.gpu.example}" if entry.gpu else ""
+        yield (
+            f"{entry.layer:18} T = {entry.tokens:5} {entry.seconds * 1e6:7.0f} us{share}: "
+            f"{entry.what}{gpu} ({entry.source})"
+        )
+    for what, rate, source in OTHER_RATES:
+        yield f"{what}: {rate} ({source})"
+
+
+def _cell(seconds: float, limit: float) -> str:
+    return f"{seconds * 1e6:.1f} {limit / seconds:.0%}"
+
+
+def _row(name: str, tokens: str, cells: Iterable[str], bound: str) -> str:
+    return f"{name:18}{tokens:>5}" + "".join(f"{cell:>14}" for cell in cells) + f"   {bound}"
