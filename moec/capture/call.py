@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.errors import CaptureError
+from moec.interpret.outputs import Structure, checked, flatten
 
 PREFIX = "module"
 
@@ -40,6 +42,34 @@ class ModuleCall(torch.nn.Module):
             filled[index] = tensor
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         return self.module(*args, **kwargs)
+
+
+@dataclass
+class _Returned:
+    """What the last forward of a `FlatCall` returned. No pytree: an export ignores it."""
+
+    structure: Structure | None = None
+
+
+class FlatCall(ModuleCall):
+    """A call that gives the tensors of its result, whatever they stand in: an export takes no
+    dataclass. Raises CaptureError for a result whose tensors are not found."""
+
+    def __init__(self, call: ModuleCall) -> None:
+        super().__init__(call.module, (), {})
+        self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
+        self.returned = _Returned()
+
+    @property
+    def structure(self) -> Structure:
+        """The result of the last forward, without its tensors."""
+        assert self.returned.structure is not None
+        return self.returned.structure
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results, structure = flatten(super().forward(*tensors))
+        self.returned.structure = checked(structure)
+        return results
 
 
 @contextmanager

@@ -15,7 +15,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from moec.capture.agreement import Eager, allow_one, refuted
-from moec.capture.call import PREFIX, ModuleCall, casts_done, named_arguments, tensor_names
+from moec.capture.call import (
+    PREFIX,
+    FlatCall,
+    ModuleCall,
+    casts_done,
+    named_arguments,
+    tensor_names,
+)
 from moec.capture.exported import decompose, structure_of, to_program
 from moec.capture.fixed import causes, fixed
 from moec.capture.fixed import notes as fixed_notes
@@ -156,15 +163,15 @@ def _traced(request: _Request) -> Captured:
         with EXPORTS, gc_paused():
             refused = [group.axes for group in wrong]
             general = widen(call, request.wishes, request.joining, refused)
-            exported = _export(call, general)
+            flat = FlatCall(call)
+            exported = _export(flat, general)
             refuse_random(type(call.module).__name__, exported)
-            structure = structure_of(exported)
-            converted = _converted(request, general, exported, structure.names)
+            converted = _converted(request, general, exported, flat.structure.names)
         more = refuted(converted.program, converted.eager, call.tensors, general)
         if not more:
             break
         wrong += more
-    form = CaptureForm(converted, structure)
+    form = CaptureForm(converted, flat.structure)
     return _captured(request, general, form, "traced", partial(_speculated, request))
 
 

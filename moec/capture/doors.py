@@ -37,7 +37,8 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model with what is needed to call it. `files` travel with the artifact."""
+    """A model with what is needed to call it. `files` travel with the artifact. Results of a model
+    that is `unnamed` are those of its artifact: the caller gave a folder, and named no class."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -46,6 +47,7 @@ class Source:
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     name: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
+    unnamed: bool = False
 
 
 def capture_source(
@@ -219,7 +221,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
     name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
-    return replace(source, bounds=_limits(model.config), name=name, files=files)
+    return replace(source, bounds=_limits(model.config), name=name, files=files, unnamed=True)
 
 
 def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:

@@ -1,17 +1,22 @@
 """What a module returns: its tensors in order, and how to put tensors back in their stead.
 
-Dataclasses, None, numbers and other constants stay where they are; pytrees are torch's.
+Dataclasses, mappings, None, numbers and other constants stay where they are; pytrees are torch's.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
+
+from moec.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,10 @@ class _Slot:
     """Where a tensor stands, by its number."""
 
     index: int
+
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,6 @@ class Structure:
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """The result with these tensors. Constants are those of the capture."""
         return _mapped(self.template, lambda slot: tensors[slot.index], _Slot)
-
-    @property
-    def named(self) -> bool:
-        """Whether the result is a mapping, such as the outputs of transformers."""
-        return isinstance(self.template, Mapping)
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -81,42 +85,72 @@ def flatten(result: Any) -> tuple[tuple[torch.Tensor, ...], Structure]:
     return tuple(tensors), Structure(template, len(tensors))
 
 
+def checked(structure: Structure) -> Structure:
+    """The structure. Raises CaptureError for a number that depends on sizes or data, and for an
+    object that may hold tensors which nothing finds."""
+    for name, leaf in _leaves(structure.template, ""):
+        output = f"output {name}" if name else "the output"
+        if isinstance(leaf, _SYMBOLIC):
+            raise CaptureError(f"{output} is a Python number that may vary; return it as a tensor")
+        if leaf is not None and not isinstance(leaf, _CONSTANTS):
+            raise CaptureError(
+                f"{output} is a {type(leaf).__name__}, in which tensors are not found; return "
+                "tensors, numbers and None in tuples, lists, dicts or dataclasses"
+            )
+    return structure
+
+
 def _mapped(tree: Any, change: Callable[[Any], Any], kind: type) -> Any:
-    """`tree` with every leaf of `kind` changed; dataclasses are trees of their fields."""
+    """`tree` with every leaf of `kind` changed; records are trees of their fields."""
     if isinstance(tree, kind):
         return change(tree)
-    if _is_record(tree):
-        record = object.__new__(type(tree))
-        record.__dict__.update(vars(tree))
-        for field in dataclasses.fields(tree):
-            value = _mapped(getattr(tree, field.name), change, kind)
-            object.__setattr__(record, field.name, value)
-        return record
-    leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda part: part is not tree)
-    if not leaves or leaves[0] is tree:
+    if type(tree) in pytree.SUPPORTED_NODES or pytree.is_namedtuple_instance(tree):
+        leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda part: part is not tree)
+        return pytree.tree_unflatten([_mapped(leaf, change, kind) for leaf in leaves], spec)
+    fields = _fields(tree)
+    if fields is None:
         return tree
-    return pytree.tree_unflatten([_mapped(leaf, change, kind) for leaf in leaves], spec)
-
-
-def _is_record(tree: Any) -> bool:
-    registered = type(tree) in pytree.SUPPORTED_NODES
-    is_data = dataclasses.is_dataclass(tree) and not isinstance(tree, type | _Slot)
-    return is_data and not registered
+    parts = {key: _mapped(part, change, kind) for key, part in fields.items()}
+    record = copy.copy(tree)  # with what is no field, and without the constructor
+    for key, part in parts.items():
+        if isinstance(record, MutableMapping):
+            record[key] = part
+        else:
+            object.__setattr__(record, key, part)
+    return record
 
 
 def _fields(tree: Any) -> Mapping[str, Any] | None:
-    if _is_record(tree):
+    """The parts of what has names for them."""
+    if isinstance(tree, MutableMapping):
+        return tree
+    if pytree.is_namedtuple_instance(tree):
+        return cast(Mapping[str, Any], tree._asdict())
+    if isinstance(tree, SimpleNamespace):
+        return vars(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | _Slot):
         return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-    return tree if isinstance(tree, Mapping) else None
+    return None
 
 
 def _parts(tree: Any) -> list[tuple[str, Any]]:
     fields = _fields(tree)
     if fields is not None:
         return [(str(key), part) for key, part in fields.items()]
-    if isinstance(tree, list | tuple):
-        return [(str(number), part) for number, part in enumerate(tree)]
-    return []
+    if type(tree) not in pytree.SUPPORTED_NODES:
+        return []
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda part: part is not tree)
+    return [(str(number), part) for number, part in enumerate(leaves)]
+
+
+def _leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
+    """What is no container and no slot, with its path."""
+    if isinstance(tree, _Slot):
+        return []
+    parts = _parts(tree)
+    if parts or _fields(tree) is not None or type(tree) in pytree.SUPPORTED_NODES:
+        return [leaf for key, part in parts for leaf in _leaves(part, f"{name}.{key}".strip("."))]
+    return [(name, tree)]
 
 
 def _slots(tree: Any) -> list[_Slot]:
@@ -126,9 +160,8 @@ def _slots(tree: Any) -> list[_Slot]:
 
 
 def _constants(tree: Any, name: str) -> list[str]:
-    if isinstance(tree, _Slot) or tree is None:
-        return []
-    parts = _parts(tree)
-    if parts or isinstance(tree, list | tuple | Mapping):
-        return [line for key, part in parts for line in _constants(part, f"{name}.{key}")]
-    return [f"{name.strip('.') or 'the output'} is always {tree!r}"]
+    return [
+        f"{path or 'the output'} is always {leaf!r}"
+        for path, leaf in _leaves(tree, name)
+        if leaf is not None
+    ]

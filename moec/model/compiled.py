@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 class CompiledModel:
     """A model compiled for one target; call it as the module it came from.
 
-    torch tensors in give torch tensors out, numpy arrays give numpy arrays. One output comes
-    as it is, those of a mapping as a dict by name, and all others as the module returns them:
-    tuples, dataclasses, numbers. `programs` are the functions of the model beside
+    torch tensors in give torch tensors out, numpy arrays give numpy arrays. The result is what
+    the module returns: a tensor, a tuple, a dataclass, a ModelOutput, with None and numbers where
+    they stood in the example's result; that of a checkpoint's folder is what its artifact gives,
+    one tensor as it is, several as a dict by name. `programs` are the functions of the model beside
     `main`, such as `decode` (see `moec.runtime.package`); `no_decode` says why that one is not
     there. `package` and `executor` are None where
     nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
@@ -78,7 +79,7 @@ class CompiledModel:
         package, executor = self.ready()
         names = [port.name for port in package.main.inputs]
         structure = self.captured.structure
-        if structure.named or structure.count != len(package.main.outputs):
+        if self.source.unnamed or structure.count != len(package.main.outputs):
             return call(executor, names, args, kwargs)
         return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
 

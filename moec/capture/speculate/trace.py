@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.call import ModuleCall
+from moec.capture.call import FlatCall, ModuleCall
 from moec.capture.speculate.branches import Branches, Question
 from moec.capture.speculate.hooks import Trace
 from moec.capture.speculate.patches import speculating
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.speculate.sites import Site, foreign
 from moec.capture.speculate.symbols import expression, is_symbolic
-from moec.interpret.outputs import Structure, flatten
+from moec.interpret.outputs import Structure
 
 Export = Callable[[torch.nn.Module], ExportedProgram]
 _ASSERTIONS = ("_assert", "sym_constrain")
@@ -54,17 +54,15 @@ class _Record:
     """What a forward under hooks leaves behind: attributes of a module that is exported go."""
 
     trace: Trace
-    structure: Structure | None = None
     readouts: tuple[Any, ...] = ()
     sizes: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
 
-class _Hooked(ModuleCall):
-    """A call whose module runs under hooks. Its outputs are tensors, in a tuple."""
+class _Hooked(FlatCall):
+    """A call whose module runs under hooks."""
 
     def __init__(self, call: ModuleCall, record: _Record) -> None:
-        super().__init__(call.module, (), {})
-        self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
+        super().__init__(call)
         self.record = record
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -72,8 +70,7 @@ class _Hooked(ModuleCall):
         trace.sizes.update(_sizes(tensors))
         self.record.sizes.update(_axes(tensors))
         with speculating(self.module, trace) as mode:
-            outputs, self.record.structure = flatten(super().forward(*tensors))
-            outputs = tuple(mode.latest(list(outputs)))
+            outputs = tuple(mode.latest(list(super().forward(*tensors))))
         readouts = _readouts(trace)
         self.record.readouts = tuple(readouts)
         return (*outputs, *(tensor.detach().clone() for tensor in readouts.values()))
@@ -93,17 +90,17 @@ def trace(
     branches = Branches(foreign(("torch", "numpy", "sympy")), answers)
     record = _Record(Trace(branches, open=open_lengths))
     try:
-        exported = _without_assertions(export(_Hooked(call, record)))
+        hooked = _Hooked(call, record)
+        exported = _without_assertions(export(hooked))
     except IndexError:
         last = record.trace.lengths[-1:]
         if not last or last[0] in open_lengths:
             raise
         return trace(call, export, answers, open_lengths | {last[0]})
     refuse_random(type(call.module).__name__, exported, tuple(record.trace.noise))
-    assert record.structure is not None
     noise, reads = tuple(record.trace.noise), tuple(record.trace.reads)
     assumed = Assumed(branches.met, branches.questions, record.readouts, record.sizes, noise, reads)
-    return Traced(exported, record.structure, assumed)
+    return Traced(exported, hooked.structure, assumed)
 
 
 def _readouts(trace: Trace) -> dict[Any, torch.Tensor]:

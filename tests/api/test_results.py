@@ -1,0 +1,127 @@
+"""A compiled model returns what its module returns; an artifact gives tensors by name."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+import moec
+from moec.capture.capture import capture
+from moec.errors import CaptureError
+
+
+@dataclass
+class Routed(ModelOutput):
+    logits: torch.Tensor | None = None
+    states: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    value: torch.Tensor
+    dropped: int
+
+
+class Pair(NamedTuple):
+    low: torch.Tensor
+    high: Any
+
+
+class Nested(nn.Module):
+    """All kinds at once, in both a plain forward and one that reads its data."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(8, 8), reads
+
+    def forward(self, x: torch.Tensor) -> OrderedDict[str, Any]:
+        y = self.linear(x)
+        if self.reads and (y > 1).any():
+            y = torch.where(y > 1, 2 * y - 1, y)
+        routed = Routed(logits=y, states=(y + 1, None))
+        pair = Pair(y.amin(-1), [None, "text", {"loss": Loss(y.mean(), 3)}])
+        return OrderedDict(second=routed, first=pair, scale=0.5)
+
+
+@pytest.fixture(scope="module", params=["traced", "speculated"])
+def nested(request: pytest.FixtureRequest) -> moec.CompiledModel:
+    torch.manual_seed(0)
+    module = Nested(request.param == "speculated").eval()
+    return moec.compile(module, (torch.randn(2, 3, 8),), verify=False)
+
+
+def test_as_the_module_returns_it(nested: moec.CompiledModel) -> None:
+    x = torch.randn(3, 5, 8)
+    result, expected = nested(x), nested.source.model(x)
+    assert list(result) == ["second", "first", "scale"]
+    assert type(result) is OrderedDict
+    assert type(result["second"]) is Routed
+    assert type(result["first"]) is Pair
+    assert result["second"].states[1] is None
+    loss = result["first"].high[2]["loss"]
+    assert type(loss) is Loss
+    assert loss.dropped == 3
+    pairs = (
+        (result["second"].logits, expected["second"].logits),
+        (result["second"].states[0], expected["second"].states[0]),
+        (result["first"].low, expected["first"].low),
+        (loss.value, expected["first"].high[2]["loss"].value),
+    )
+    for got, right in pairs:
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+def test_constants_are_said(nested: moec.CompiledModel) -> None:
+    notes = nested.report().notes
+    for line in (
+        "scale is always 0.5",
+        "first.high.1 is always 'text'",
+        "first.high.2.loss.dropped is always 3",
+    ):
+        assert line in notes
+
+
+def test_numpy_in_numpy_out(nested: moec.CompiledModel) -> None:
+    result = nested(np.ones((1, 2, 8), np.float32))
+    assert isinstance(result["second"].logits, np.ndarray)
+
+
+def test_an_artifact_gives_tensors_by_name(nested: moec.CompiledModel, tmp_path: Path) -> None:
+    nested.save(tmp_path / "nested.moec")
+    x = np.ones((1, 2, 8), np.float32)
+    result, expected = moec.load(tmp_path / "nested.moec")(x), nested(x)
+    assert list(result) == ["second_0", "second_1", "first_0", "first_1"]
+    np.testing.assert_array_equal(result["second_0"], expected["second"].logits)
+    np.testing.assert_array_equal(result["first_1"], expected["first"].high[2]["loss"].value)
+
+
+class Returns(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.what(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (lambda x: (x, x.shape[1] * 2), "output 1 is a Python number that may vary"),
+        (lambda x: {"n": x.shape[0] / 3, "x": x}, "output n is a Python number that may vary"),
+        (lambda x: (x, (x > 0).sum().item()), "output 1 is a Python number that may vary"),
+        (lambda x: [x, {x}], "output 1 is a set, in which tensors are not found"),
+        (lambda x: [x, torch.distributions.Normal(x, 1.0)], "output 1 is a Normal, in which"),
+    ],
+)
+def test_what_has_no_constant_is_refused(what: Any, why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        capture(Returns(what), (torch.randn(2, 3, 8),))
