@@ -107,17 +107,22 @@ def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function
     """What the function `name` of the library takes and gives, as its graph says."""
     graph = program.graph
     held = [state.before for state in graph.states]
-    caches = tuple(map(_port, held)) if name in WITH_CACHES else ()
-    states = () if name in WITH_CACHES else tuple(_state(value, program.weights) for value in held)
+    caches = [value for value in held if name in WITH_CACHES or not _is_fixed(value)]
+    states = tuple(_state(value, program.weights) for value in held if value not in caches)
     return Function(
-        inputs=tuple(_port(v) for v in graph.inputs if v not in held),
-        outputs=tuple(map(_port, graph.outputs)),
+        inputs=tuple(port(v) for v in graph.inputs if v not in held),
+        outputs=tuple(map(port, graph.outputs)),
         params=params,
         states=states,
-        caches=caches,
+        caches=tuple(map(port, caches)),
         sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
         index_ranges=index_ranges(graph),
     )
+
+
+def _is_fixed(value: Value) -> bool:
+    """Whether every size is a number: only the caller knows the sizes of other states."""
+    return all(isinstance(dim, int) for dim in value.shape)
 
 
 def _state(value: Value, weights: Mapping[str, torch.Tensor]) -> StatePort:
@@ -135,7 +140,8 @@ def generation_of(decode: Function) -> Generation:
     return Generation(vocabulary, longest)
 
 
-def _port(value: Value) -> Port:
+def port(value: Value) -> Port:
+    """A value as a tensor that crosses the border of a function."""
     return Port(value.name, value.dtype, _shape(value))
 
 

@@ -173,8 +173,11 @@ class Executor:
             first, self._requests = self._requests, self._requests + count
         return np.arange(first, first + count, dtype=np.int32)
 
-    def __call__(self, inputs: Mapping[str, Any], function: str = MAIN) -> dict[str, Any]:
-        """The outputs of a function by name, of the kind of the inputs.
+    def __call__(
+        self, inputs: Mapping[str, Any], function: str = MAIN, caches: Sequence[Cache] = ()
+    ) -> dict[str, Any]:
+        """The outputs of a function by name, of the kind of the inputs; `caches`, those of its
+        signature, are written.
 
         Raises InputError, before anything runs, where an input is not what the function takes,
         or the model has no such function.
@@ -185,13 +188,15 @@ class Executor:
         entry = self._entries[function]
         sizes = check_inputs(entry.signature, inputs, self._device.takes)
         check_memory(entry.signature, sizes, self._device.free_memory)
-        return self._call(entry, [inputs[port.name] for port in entry.signature.inputs])
+        return self._call(entry, [inputs[port.name] for port in entry.signature.inputs], caches)
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """As a call of `main`, for inputs in the order of its ports that were checked before."""
         return self._call(self._main, inputs)
 
-    def _call(self, entry: _Entry, inputs: Sequence[Any]) -> dict[str, Any]:
+    def _call(
+        self, entry: _Entry, inputs: Sequence[Any], caches: Sequence[Cache] = ()
+    ) -> dict[str, Any]:
         arguments, torch = _arguments(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
@@ -202,12 +207,15 @@ class Executor:
                 entry = self._entries[RECORDED]
             outputs, states = entry.signature.outputs, entry.signature.states
             before = [self._states[port.name] for port in states]
-            raw = self._invoke(entry, [*arguments, *before])
+            held = [cache.tensor for cache in caches]
+            raw = self._invoke(entry, [*arguments, *before, *held])
             count = len(outputs)
-            results = _results(raw, count + len(states))
+            end = count + len(states)
+            results = _results(raw, end + len(caches))
+            _keep(caches, entry.signature.caches, results[end:])
             results[:count] = self._device.results(results[:count])
-            shared = (*arguments, *before, *results[count:])
-            self._states |= {p.name: t for p, t in zip(states, results[count:], strict=True)}
+            shared = (*arguments, *before, *held, *results[count:])
+            self._states |= {p.name: t for p, t in zip(states, results[count:end], strict=True)}
             if recorder:
                 count -= len(recorder.layers)
                 choices = zip(results[count:], outputs[count:], strict=False)
@@ -246,11 +254,13 @@ class Executor:
             if recorder:
                 choices = [_to_numpy(item(results, n), port) for n, port in enumerate(layers, 1)]
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
-            pairs = zip(entry.signature.caches, caches, strict=True)
-            for index, (port, cache) in enumerate(pairs, 1 + len(layers)):
-                if not grows(port):  # the others were written in place
-                    cache.array[...] = _to_numpy(item(results, index), port)
+            after = [item(results, 1 + len(layers) + index) for index in range(len(caches))]
+            _keep(caches, entry.signature.caches, after)
         return scores[:, 0].astype(np.float32)
+
+    def new_caches(self, texts: int, room: int) -> list[Cache]:
+        """Caches of the function `decode` for some texts of at most `room` tokens each."""
+        return caches_of(self.package.functions[DECODE].caches, texts, room)
 
     def states(self) -> dict[str, Array]:
         """Copies of what the states hold now, by name."""
@@ -318,6 +328,26 @@ class Cache:
     def of(shape: tuple[int, ...], dtype: Any) -> Cache:
         array = empty(shape, dtype)
         return Cache(array, _from_numpy(array))
+
+
+def caches_of(ports: Sequence[Port], texts: int, room: int) -> list[Cache]:
+    """Fresh caches for some texts of at most `room` tokens each."""
+    return [_cache(port, texts, room) for port in ports]
+
+
+def _cache(port: Port, texts: int, room: int) -> Cache:
+    inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
+    cache = Cache.of((texts, *inner), NUMPY[port.dtype])
+    if not grows(port):
+        cache.array[...] = 0
+    return cache
+
+
+def _keep(caches: Sequence[Cache], ports: Sequence[Port], after: Sequence[Any]) -> None:
+    """What a call leaves in caches that are not written in place."""
+    for port, cache, result in zip(ports, caches, after, strict=True):
+        if not grows(port):
+            cache.array[...] = _to_numpy(result, port)
 
 
 def _aligned_copy(array: Array) -> Array:

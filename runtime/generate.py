@@ -18,7 +18,7 @@ from moec.runtime.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.dtypes import Array
 from moec.runtime.executor import Executor
 from moec.runtime.sampling import GREEDY, Sampling, choose
-from moec.runtime.texts import Texts
+from moec.runtime.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
 """Adds tokens to each text, and gives the logits f32[texts, V] after the last of each."""
@@ -39,20 +39,20 @@ class Request:
             raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
 
 
-def slow(executor: Executor) -> str:
+def slow(executor: Decoder) -> str:
     """Why each token takes a run over the whole text; empty where it does not."""
     package = executor.package
     return "" if package.generation or package.main.states else package.no_generation
 
 
-def longest_of(executor: Executor) -> int | None:
+def longest_of(executor: Decoder) -> int | None:
     """How many tokens a text may have; None where there is no limit."""
     generation = executor.package.generation
     return generation.longest if generation else causal_lm(executor.package.main).longest
 
 
 def generate(
-    executor: Executor, prompts: Sequence[Sequence[int]], request: Request
+    executor: Decoder, prompts: Sequence[Sequence[int]], request: Request
 ) -> Iterator[tuple[int | None, ...]]:
     """The next token of each text, again and again; None for a text that has ended.
 
@@ -84,7 +84,7 @@ def generate(
         open_ = [o and token not in request.stop for o, token in zip(open_, tokens, strict=True)]
 
 
-def _check(executor: Executor, prompts: Sequence[Sequence[int]]) -> None:
+def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:
     longest = longest_of(executor)
     if not prompts:
         raise InputError("there is no prompt: give at least one")
@@ -98,9 +98,10 @@ def _check(executor: Executor, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _feed(executor: Executor, prompts: Sequence[Sequence[int]], room: int) -> Feed:
+def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Feed:
     if executor.package.generation is not None:
         return Texts(executor, len(prompts), room).feed
+    assert isinstance(executor, Executor), "only an executor runs a whole text again"
     lm = causal_lm(executor.package.main)
     if lm.cached and len(prompts) > 1:
         raise InputError(

@@ -6,28 +6,48 @@ Each set of texts has caches of its own, so that many can be open at one model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.dtypes import NUMPY, Array
-from moec.runtime.executor import Cache, Executor
-from moec.runtime.package import DECODE, Port, carries, grows
+from moec.runtime.dtypes import Array
+from moec.runtime.executor import Cache
+from moec.runtime.package import DECODE, Package, carries
 
 PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
+
+
+class Decoder(Protocol):
+    """What runs the function `decode`: an Executor, or the ranks of a plan together."""
+
+    @property
+    def package(self) -> Package:
+        """The signature of `decode`, and what it says of texts."""
+
+    def number_requests(self, count: int) -> Array:
+        """The numbers i32[count] of the next requests."""
+
+    def new_caches(self, texts: int, room: int) -> list[Cache]:
+        """Caches for some texts of at most `room` tokens each."""
+
+    def decode(
+        self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
+    ) -> Array:
+        """Logits f32[B, V]; see `Executor.decode`."""
 
 
 class Texts:
     """Some texts of at most `room` tokens each."""
 
-    def __init__(self, executor: Executor, texts: int, room: int) -> None:
+    def __init__(self, executor: Decoder, texts: int, room: int) -> None:
         decode, generation = executor.package.functions[DECODE], executor.package.generation
         assert generation is not None
         self._executor, self._room = executor, room
         self._vocabulary, self._carries = generation.vocabulary, carries(decode)
         self._first = np.zeros(texts, np.int64)
         self._requests = executor.number_requests(texts)
-        self._caches = [_cache(port, texts, room) for port in decode.caches]
+        self._caches = executor.new_caches(texts, room)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
         """Add tokens to each text, some to all; the logits f32[texts, V] after the last of each.
@@ -106,11 +126,3 @@ class Texts:
             )
         if int((self._first + counts).max()) > self._room:
             raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
-
-
-def _cache(port: Port, texts: int, room: int) -> Cache:
-    inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
-    cache = Cache.of((texts, *inner), NUMPY[port.dtype])
-    if not grows(port):
-        cache.array[...] = 0
-    return cache

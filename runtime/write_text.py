@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moec.errors import InputError
-from moec.runtime.executor import Executor
 from moec.runtime.generate import Request, generate
 from moec.runtime.prompt import Tokenizer
+from moec.runtime.texts import Decoder
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Text:
         return piece
 
 
-def write(executor: Executor, texts: Sequence[Text], request: Request) -> Iterator[tuple[str, ...]]:
+def write(executor: Decoder, texts: Sequence[Text], request: Request) -> Iterator[tuple[str, ...]]:
     """The next piece of each text, again and again, until all have ended.
 
     A text ends with a token or a string that stops it, neither of which is part of it, after

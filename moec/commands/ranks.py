@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moec.errors import UsageError, VerificationError
+from moec.errors import NoMatch, UsageError, VerificationError
+from moec.runtime.package import DECODE, MAIN
 
 if TYPE_CHECKING:
     import torch
 
+    from moec.commands.run_text import TextOptions
     from moec.ir.graph import Module, Program
+    from moec.parallel.process import Job
     from moec.plan.plan import Plan
+
+
+T = TypeVar("T")
 
 
 def compile_ranks(
@@ -30,8 +37,11 @@ def compile_ranks(
     """Write the ranks' graphs and parts. Raises UsageError for a plan of another model, and
     VerificationError where the ranks together do not give the model's numbers."""
     from moec.api import compile as compile_model
-    from moec.parallel.store import save_ranks
+    from moec.capture.doors import stop_tokens
+    from moec.ir.graph import Module
+    from moec.parallel.store import TextFiles, save_ranks
     from moec.passes.core.runner import Log
+    from moec.passes.decode import continues_text, incremental
     from moec.passes.parallel.plan_parallelism import rank_programs
     from moec.plan.plan import read_plan
 
@@ -43,9 +53,26 @@ def compile_ranks(
     module = rank_programs(program, plan, log)
     for declined in log.declined:
         click.echo(f"{declined.where}: not as planned: {declined.reason}", err=True)
+    example = compiled.captured.example
     if verify is not False:
-        check(module, program, plan, compiled.captured.example, verify)
-    save_ranks(module, plan, output, replace=force)
+        check(module, program, plan, example, verify)
+    text = TextFiles()
+    if continues_text(program.graph):
+        try:
+            step = incremental(program)
+        except NoMatch as why:
+            text = replace(text, no_generation=str(why))
+            click.echo(f"text generation: {why}", err=True)
+        else:
+            module = Module(
+                {**module.programs, **rank_programs(step, plan, function=DECODE).programs}
+            )
+            if verify is not False:
+                check(module, step, plan, first_step(step, example), verify, DECODE)
+            source = compiled.source
+            files = {name: file.read_bytes() for name, file in source.files.items()}
+            text = TextFiles(files, stop_tokens(source.model))
+    save_ranks(module, plan, output, text=text, replace=force)
 
 
 def check(
@@ -54,6 +81,7 @@ def check(
     plan: Plan,
     example: tuple[torch.Tensor, ...],
     verify: bool | float,
+    function: str = MAIN,
 ) -> None:
     """Every rank, simulated in this process on the example, gives what the model gives."""
     from moec.interpret.evaluate import evaluate
@@ -63,7 +91,7 @@ def check(
 
     limit = default_tolerance(program.graph) if isinstance(verify, bool) else verify
     expected = evaluate(program.graph, example, program.weights)
-    results = evaluate_ranks(module, [example] * plan.devices, groups_of(plan))
+    results = evaluate_ranks(module, [example] * plan.devices, groups_of(plan), function)
     for rank, outputs in enumerate(results):
         for value, result, right in zip(program.graph.results, outputs, expected, strict=True):
             if right.is_floating_point() and not distance(result, right) <= limit:
@@ -73,32 +101,101 @@ def check(
                 )
 
 
+def first_step(step: Program, example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Inputs of `decode` for token ids [B, S] that nothing came before, with empty caches."""
+    import torch
+
+    from moec.ir.aten import TORCH_DTYPES
+
+    (ids,) = example
+    texts, tokens = ids.shape
+    caches = [
+        torch.zeros(
+            [texts, *(size if isinstance(size, int) else tokens for size in value.shape[1:])],
+            dtype=TORCH_DTYPES[value.dtype],
+        )
+        for value in (state.before for state in step.graph.states)
+    ]
+    last = torch.full((texts,), tokens - 1)
+    return ids, torch.zeros_like(last), torch.arange(texts) * tokens + last, last, *caches
+
+
 def run_ranks(
     folder: Path,
     source: Path | None,
     output: Path | None,
+    options: TextOptions,
     count: int | None,
     timeout: float,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Run all ranks on this host, or under torchrun this one. Raises RankError."""
-    from moec.parallel.launch import launch
-    from moec.parallel.worker import Job, run_rank
+    from moec.parallel.process import Job
+    from moec.parallel.worker import run_rank
 
-    if source is None:
-        raise UsageError(f"{folder} holds the ranks of a plan, which run on --input FILE")
+    if (source is None) == (not options.form):
+        raise UsageError(f"{folder} holds the ranks of a plan: give --input FILE, or a prompt")
     job = Job(folder, source, output, timeout, threads or 1)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        shapes = run_rank(job)
-        if os.environ["RANK"] != "0":
-            return
-    else:
-        if count is None:
-            raise UsageError(f"{folder} holds the ranks of a plan: say --nproc N, or use torchrun")
-        shapes = launch(job, count)
+    if options.form:
+        continue_prompts(job, options, count, as_json)
+        return
+    shapes = on_ranks(job, count, run_rank)
+    if shapes is None:
+        return
     if as_json:
         click.echo(json.dumps({"artifact": str(folder), "outputs": shapes}, indent=1))
         return
     for name, shape in shapes.items():
         click.echo(f"{name}: {shape}")
+
+
+def continue_prompts(job: Job, options: TextOptions, count: int | None, as_json: bool) -> None:
+    """The prompts with what continues them, when all texts have ended."""
+    from moec.commands.run_text import read_prompts
+    from moec.parallel.process import Continuation
+    from moec.parallel.store import manifest_of, text_files
+    from moec.parallel.worker import continue_rank
+    from moec.runtime.generate import Request
+    from moec.runtime.prompt import load_tokenizer
+    from moec.runtime.sampling import Sampling
+    from moec.runtime.write_text import new_texts
+
+    if options.chat or options.stop:
+        raise UsageError("the ranks of a plan take --prompt or --prompts, without --chat or --stop")
+    prompts = read_prompts(options)
+    tokenizer = load_tokenizer(text_files(job.folder))
+    manifest, _ = manifest_of(job.folder)
+    stop = frozenset(manifest.stop) or tokenizer.stop
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    request = Request(options.max_new_tokens, sampling, stop)
+    ids = tuple(tuple(tokenizer.encode(prompt)) for prompt in prompts)
+    tokens = on_ranks(replace(job, texts=Continuation(ids, request)), count, continue_rank)
+    if tokens is None:
+        return
+    results = []
+    for prompt, text, drawn in zip(prompts, new_texts(tokenizer, ids), tokens, strict=True):
+        for token in drawn:
+            text.add(token, stop)
+        text.end()
+        results.append({"prompt": prompt, "text": text.written, "tokens": drawn})
+    if as_json:
+        answer = {"texts": results} if options.prompts is not None else results[0]
+        click.echo(json.dumps({"artifact": str(job.folder), **answer}, indent=1))
+        return
+    for result in results:
+        told = {**result, "tokens": len(result["tokens"])}
+        several = options.prompts is not None
+        click.echo(json.dumps(told, ensure_ascii=False) if several else result["text"])
+
+
+def on_ranks(job: Job, count: int | None, entry: Callable[[Job], T]) -> T | None:
+    """What `entry` gives on rank 0; None on other ranks that torchrun started."""
+    from moec.parallel.launch import launch
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        result = entry(job)
+        return result if os.environ["RANK"] == "0" else None
+    if count is None:
+        raise UsageError(f"{job.folder} holds the ranks of a plan: say --nproc N, or use torchrun")
+    return launch(job, count, entry)

@@ -79,9 +79,9 @@ def command(
     if (artifact / "ranks.json").is_file():
         from moec.commands.ranks import run_ranks
 
-        if options.form or check or rebuild or trace or device:
-            raise UsageError(f"{artifact} holds the ranks of a plan, which run on --input alone")
-        run_ranks(artifact, source, output, nproc, timeout, threads, as_json)
+        if check or rebuild or trace or device:
+            raise UsageError(f"{artifact} holds the ranks of a plan: give --input, or a prompt")
+        run_ranks(artifact, source, output, options, nproc, timeout, threads, as_json)
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")

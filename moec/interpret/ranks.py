@@ -71,9 +71,13 @@ class _SimulatedRank:
 
 
 def evaluate_ranks(
-    module: Module, inputs: Sequence[Sequence[torch.Tensor]], groups: Groups
+    module: Module,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    groups: Groups,
+    function: str = "main",
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The results of `rank.N.main` for every rank N, run side by side on `inputs[N]`.
+    """The results of `rank.N.main`, or another function, for every rank N, run side by side on
+    `inputs[N]`.
 
     Raises IRError for counts that two ranks disagree about, or what the first rank to fail raises.
     """
@@ -86,7 +90,7 @@ def evaluate_ranks(
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
-        program = module[f"rank.{rank}.main"]
+        program = module[f"rank.{rank}.{function}"]
         tensors = [*inputs[rank], *(program.weights[p.name] for p in program.graph.params)]
         try:
             with torch.no_grad():

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moec.errors import InputError, UsageError
-from moec.runtime.executor import Executor
 from moec.runtime.generate import Request, generate, slow
 from moec.runtime.prompt import Tokenizer
 from moec.runtime.sampling import Sampling
+from moec.runtime.texts import Decoder
 from moec.runtime.write_text import new_texts, write
 from moec.spelling import did_you_mean
 
@@ -30,7 +30,7 @@ OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 class Writer:
     """What continues texts: the model, and its tokenizer where it has one."""
 
-    executor: Executor
+    executor: Decoder
     tokenizer: Callable[[], Tokenizer]
 
 

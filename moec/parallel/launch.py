@@ -9,17 +9,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from moec.parallel.process import Job
 from moec.parallel.process_ranks import ENDED, LATE, RankError
 from moec.parallel.store import manifest_of
-from moec.parallel.worker import Job, run_rank
+
+T = TypeVar("T")
 
 
-def launch(
-    job: Job, count: int, entry: Callable[[Job], dict[str, list[int]]] = run_rank
-) -> dict[str, list[int]]:
-    """Run `count` ranks as processes; the shapes of the outputs by name.
+def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
+    """Run `entry` in `count` ranks as processes; what it gives on rank 0.
 
     Raises RankError naming the rank that failed first, how it ended, and where the others were.
     """
@@ -45,14 +45,14 @@ def launch(
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the error says it in one line
         try:
-            results: dict[int, Any] = elastic_launch(config, entry)(marked)
+            results: dict[int, T] = elastic_launch(config, entry)(marked)
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
             raise RankError(_explained(Path(folder), count, rank, first)) from None
         silent = [rank for rank in range(count) if _marked(Path(folder), rank, "done") is None]
         if silent:
             raise RankError(f"rank {silent[0]} ended before its work was done")
-        return dict(results[0])
+        return results[0]
 
 
 def _marked(folder: Path, rank: int, kind: str) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
 from moec.ops.dist import meanings
 
+WORLD = "world"
 LATE = "another rank did not come in time"
 ENDED = "another rank ended"
 
@@ -52,6 +54,11 @@ class ProcessRanks:
         dist.all_to_all_single(result, rows, list(receive), list(send), self.handles[part])
         return result
 
+    def gather(self, group: str, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The rows of all ranks in their order; rank i has counts[i] of them."""
+        size = self.size(group)
+        return self.exchange(group, torch.cat([rows] * size), [len(rows)] * size, counts)
+
     def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
         """In float32, in the order of the ranks, so that every rank has the same bits."""
         count = self.size(group)
@@ -67,18 +74,22 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
         def run(
             op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], runner: Runner
         ) -> Any:
-            try:
+            where = op.origin.removesuffix(".experts") or "the model"
+            with naming(ranks, f"layer {where}", f"{op.name} over {op.attrs['group']}"):
                 return reference(op, tensors, attrs, runner)
-            except RuntimeError as error:
-                where = op.origin.removesuffix(".experts") or "the model"
-                raise RankError(
-                    f"rank {ranks.rank}, layer {where}, {op.name} over {op.attrs['group']}: "
-                    f"{reason(error)}"
-                ) from error
 
         return run
 
     return {name: named(reference) for name, reference in meanings(ranks).items()}
+
+
+@contextmanager
+def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
+    """Raises RankError that names this rank, the place and the collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"rank {ranks.rank}, {where}, {collective}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

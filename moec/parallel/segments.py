@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from moec.codegen.package import build
+from moec.codegen.package import build, port
 from moec.errors import UnsupportedError
 from moec.interpret.evaluate import run_op
 from moec.ir.dims import bind, symbols
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.opdef import Reference
 from moec.passes.core.runner import run
-from moec.pipeline import LEVELS, LOWER
-from moec.runtime.executor import Executor
-from moec.runtime.package import MAIN
+from moec.pipeline import DECODE, LEVELS, LOWER
+from moec.runtime.executor import Cache, Executor
+from moec.runtime.package import MAIN, grows
 from moec.target.base import Target
 
 _SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")
@@ -38,22 +38,33 @@ class Segment:
 
 
 class RankModel:
-    """One rank's program, compiled. Raises UnsupportedError for a model with states (a cache)."""
+    """One rank's program, compiled. Raises UnsupportedError for a state that is no cache of keys
+    and values."""
 
     def __init__(self, program: Program, target: Target) -> None:
-        if program.graph.states:
-            raise UnsupportedError("models with states do not run on several ranks yet")
-        passes = LOWER.at_level(max(LEVELS))
+        for state in program.graph.states:
+            if not grows(port(state.before)):
+                raise UnsupportedError(
+                    f"the state {state.before.name} is no cache of keys and values, and does not "
+                    "run on several ranks"
+                )
+        passes = (*LOWER.at_level(max(LEVELS)), *DECODE.at_level(max(LEVELS)))
         self.program = run(program, passes, stage=Stage.MOE)[-1].program
         self.schedule = cut(self.program)
         parts = {item.name: item.program for item in self.schedule if isinstance(item, Segment)}
         self.executor = Executor(build(Module(parts), target)) if parts else None
 
     def __call__(
-        self, inputs: Sequence[torch.Tensor], meanings: Mapping[str, Reference]
+        self,
+        inputs: Sequence[torch.Tensor],
+        meanings: Mapping[str, Reference],
+        caches: Sequence[Cache] = (),
     ) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs. Raises RankError where an exchange fails."""
+        """The graph's outputs; writes `caches`, those of its states. Raises RankError where an
+        exchange fails."""
         graph = self.program.graph
+        states = [state.before for state in graph.states]
+        held = dict(zip(states, caches, strict=True))
         sizes: dict[str, int] = {}
         values: dict[Value, torch.Tensor] = {}
 
@@ -61,7 +72,8 @@ class RankModel:
             bind(value.shape, tuple(tensor.shape), sizes)
             values[value] = tensor
 
-        for value, tensor in zip(graph.inputs, inputs, strict=True):
+        free = [value for value in graph.inputs if value not in held]
+        for value, tensor in zip(free, inputs, strict=True):
             learn(value, tensor)
         values |= {param: self.program.weights[param.name] for param in graph.params}
         for item in self.schedule:
@@ -73,8 +85,9 @@ class RankModel:
             else:
                 assert self.executor is not None
                 part = item.program.graph
-                feeds = {value.name: values[value] for value in part.inputs}
-                arrays = self.executor(feeds, item.name)
+                feeds = {v.name: values[v] for v in part.inputs if v not in held}
+                written = [held[state.before] for state in part.states]
+                arrays = self.executor(feeds, item.name, written)
                 outputs, results = part.outputs, tuple(arrays[v.name] for v in part.outputs)
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)
@@ -111,8 +124,10 @@ def _part(program: Program, ops: Sequence[Op], available: Sequence[Value]) -> Pr
         value
         for op in ops
         for value in op.outputs
-        if value in graph.results or any(r not in ops for r in graph.readers.get(value, ()))
+        if value in graph.outputs or any(r not in ops for r in graph.readers.get(value, ()))
     )
+    after = {state.after: state for state in graph.states}
+    states = tuple(after[v] for op in ops for v in op.outputs if v in after)
     ops = [*again, *ops]
     inner = {value for op in ops for value in op.outputs}
     read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
@@ -121,7 +136,9 @@ def _part(program: Program, ops: Sequence[Op], available: Sequence[Value]) -> Pr
     inputs += _telling(ops, inputs, available)
     names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
     bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
-    part = Graph(tuple(inputs), params, tuple(ops), outputs, (), bounds)
+    befores = {state.before for state in states}
+    inputs = [*(v for v in inputs if v not in befores), *(s.before for s in states)]
+    part = Graph(tuple(inputs), params, tuple(ops), outputs, states, bounds)
     return Program(part, {param.name: program.weights[param.name] for param in params})
 
 

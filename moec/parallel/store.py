@@ -4,7 +4,9 @@
     plan.json
     shared.safetensors    weights that all ranks hold
     rank.N.moec           the graph of rank N, as text
+    rank.N.decode.moec    its graph that continues text, where the model does
     rank.N.safetensors    the weights of rank N alone
+    tokenizer/…           where the model came with one
 
 A rank reads the shared part and its own, and checks them before anything else looks at them.
 """
@@ -16,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +31,11 @@ from moec.interpret.verifier import verify
 from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.plan.plan import Plan
+from moec.runtime.package import DECODE, MAIN
+from moec.runtime.prompt import FOLDER
 
 MANIFEST = "ranks.json"
-VERSION = 1
+VERSION = 2
 
 
 class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,9 +44,14 @@ class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`stop` are the tokens that end a text; `no_generation` says why there is no graph that
+    continues one."""
+
     version: int
     devices: Annotated[int, msgspec.Meta(ge=1)]
     parts: dict[str, FolderPart]
+    stop: tuple[int, ...] = ()
+    no_generation: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,33 @@ class RankFiles:
     program: Program
     plan: Plan
     digest: bytes
+    stop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What text needs: the tokenizer's files by name, the tokens that end a text, and why there
+    is no generation where there is none."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    stop: tuple[int, ...] = ()
+    no_generation: str = "it was compiled from a model that does not continue text"
 
 
 def is_ranks(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def save_ranks(module: Module, plan: Plan, path: Path, *, replace: bool = False) -> None:
-    """Write `rank.N.main` of every rank. The folder appears whole or not at all.
+def save_ranks(
+    module: Module,
+    plan: Plan,
+    path: Path,
+    *,
+    text: TextFiles = TextFiles(),
+    replace: bool = False,
+) -> None:
+    """Write `rank.N.main` of every rank, and `rank.N.decode` where the module has it. The folder
+    appears whole or not at all.
 
     Raises UsageError where it exists and shall not be replaced.
     """
@@ -67,10 +95,10 @@ def save_ranks(module: Module, plan: Plan, path: Path, *, replace: bool = False)
         raise UsageError(f"{path} exists; --force replaces it")
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        parts = {
-            name: _written(folder / name, content) for name, content in _files(module, plan).items()
-        }
-        manifest = FolderManifest(VERSION, plan.devices, parts)
+        files = {**_files(module, plan), **text.files}
+        parts = {name: _written(folder / name, content) for name, content in files.items()}
+        why = "" if rank_function(0, DECODE) in module else text.no_generation
+        manifest = FolderManifest(VERSION, plan.devices, parts, text.stop, why)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         if path.exists():
             shutil.rmtree(path)
@@ -81,22 +109,44 @@ def save_ranks(module: Module, plan: Plan, path: Path, *, replace: bool = False)
 
 
 def _files(module: Module, plan: Plan) -> Mapping[str, bytes]:
-    programs = [module[f"rank.{rank}.main"] for rank in range(plan.devices)]
-    first = programs[0].weights
+    weights = [_weights(module, rank) for rank in range(plan.devices)]
     shared = {
         name: tensor
-        for name, tensor in first.items()
-        if all(program.weights.get(name) is tensor for program in programs)
+        for name, tensor in weights[0].items()
+        if all(tensors.get(name) is tensor for tensors in weights)
     }
     files = {
         "plan.json": msgspec.json.encode(plan),
         "shared.safetensors": save(_contiguous(shared)),
     }
-    for rank, program in enumerate(programs):
-        part = {name: t for name, t in program.weights.items() if name not in shared}
-        files[f"rank.{rank}.moec"] = print_graph(program.graph).encode()
+    for rank, tensors in enumerate(weights):
+        part = {name: tensor for name, tensor in tensors.items() if name not in shared}
         files[f"rank.{rank}.safetensors"] = save(_contiguous(part))
+        for function in (MAIN, DECODE):
+            if (name := rank_function(rank, function)) in module:
+                files[_graph_file(rank, function)] = print_graph(module[name].graph).encode()
     return files
+
+
+def rank_function(rank: int, function: str) -> str:
+    """The name of a rank's function in a module."""
+    return f"rank.{rank}.{function}"
+
+
+def _graph_file(rank: int, function: str) -> str:
+    return f"rank.{rank}.moec" if function == MAIN else f"rank.{rank}.{function}.moec"
+
+
+def _weights(module: Module, rank: int) -> dict[str, torch.Tensor]:
+    """Those of all functions of a rank, which share them by name. Raises IRError where two
+    functions call different weights alike."""
+    weights: dict[str, torch.Tensor] = {}
+    for function in (MAIN, DECODE):
+        if (name := rank_function(rank, function)) in module:
+            for key, tensor in module[name].weights.items():
+                if not torch.equal(weights.setdefault(key, tensor), tensor):
+                    raise IRError(f"{name}: weight {key} is another than that of {MAIN}")
+    return weights
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -105,6 +155,7 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _written(path: Path, content: bytes) -> FolderPart:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     return FolderPart(len(content), hashlib.sha256(content).hexdigest())
 
@@ -124,14 +175,23 @@ def manifest_of(path: Path) -> tuple[FolderManifest, bytes]:
     return manifest, hashlib.sha256(content).digest()
 
 
-def load_rank(path: Path, rank: int) -> RankFiles:
-    """Raises ArtifactError where a file that this rank reads is missing or altered."""
+def text_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer's files. Raises ArtifactError where one is missing or altered."""
+    manifest, _ = manifest_of(path)
+    return {n: _checked(path, n, manifest) for n in manifest.parts if n.startswith(FOLDER)}
+
+
+def load_rank(path: Path, rank: int, function: str = MAIN) -> RankFiles:
+    """Raises ArtifactError where a file that this rank reads is missing or altered, or the model
+    has no such function."""
     manifest, digest = manifest_of(path)
     if rank >= manifest.devices:
         raise ArtifactError(f"{path} is for {manifest.devices} ranks, there is no rank {rank}")
+    if function == DECODE and manifest.no_generation:
+        raise ArtifactError(f"{path} does not continue text: {manifest.no_generation}")
     try:
         plan = msgspec.json.decode(_checked(path, "plan.json", manifest), type=Plan)
-        graph = parse(_checked(path, f"rank.{rank}.moec", manifest).decode())
+        graph = parse(_checked(path, _graph_file(rank, function), manifest).decode())
         verify(graph, Stage.MOE)
     except (msgspec.MsgspecError, IRError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from None
@@ -140,7 +200,7 @@ def load_rank(path: Path, rank: int) -> RankFiles:
     missing = [param.name for param in graph.params if param.name not in weights]
     if missing:
         raise ArtifactError(f"{path}, rank {rank}: no weight {', '.join(missing[:3])}")
-    return RankFiles(Program(graph, weights), plan, digest)
+    return RankFiles(Program(graph, weights), plan, digest, manifest.stop)
 
 
 def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:

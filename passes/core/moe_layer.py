@@ -166,8 +166,8 @@ class Splice:
         ops = tuple(new for old in graph.ops for new in self.replaced.get(old, [old]))
         graph = drop_dead(replace(graph, ops=ops, params=(*graph.params, *self.weights)))
         new_weights = {value.name: tensor for value, tensor in self.weights.items()}
-        stored = (*graph.params, *(state.before for state in graph.states))
-        names = [value.name for value in stored]
+        initial = (state.before.name for state in graph.states if state.before.name in weights)
+        names = (*(param.name for param in graph.params), *initial)
         return Program(
             graph, {n: new_weights[n] if n in new_weights else weights[n] for n in names}
         )

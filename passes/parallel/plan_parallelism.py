@@ -52,12 +52,14 @@ class PlanParallelism(Pass):
         return parallelise(program, read_plan(Path(self.plan)), self.rank, log)
 
 
-def rank_programs(program: Program, plan: Plan, log: Log | None = None) -> Module:
-    """`rank.N.main` for every rank of the plan. Raises UsageError where the plan is of another
-    model."""
+def rank_programs(
+    program: Program, plan: Plan, log: Log | None = None, function: str = "main"
+) -> Module:
+    """`rank.N.main`, or another function, for every rank of the plan. Raises UsageError where the
+    plan is of another model."""
     return Module(
         {
-            f"rank.{rank}.main": parallelise(program, plan, rank, log or Log())
+            f"rank.{rank}.{function}": parallelise(program, plan, rank, log or Log())
             for rank in range(plan.devices)
         }
     )

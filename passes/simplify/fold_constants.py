@@ -50,7 +50,8 @@ class FoldConstants(Pass):
                 params[value] = value
         folded = rebuild(graph, ops, new, params=list(params))
         weights = {p.name: constants[p] for p in folded.params if p in constants}
-        states = {s.before.name: program.weights[s.before.name] for s in graph.states}
+        names = (state.before.name for state in graph.states)
+        states = {n: program.weights[n] for n in names if n in program.weights}
         return Program(folded, weights | states)
 
     def fold(

@@ -6,9 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moec.parallel import process_ranks
-from moec.parallel.worker import Job, run_rank
+from moec.parallel.decoder import RankDecoder
+from moec.parallel.process import Job, joined
+from moec.parallel.store import load_rank
+from moec.parallel.worker import run_rank
+from moec.runtime.generate import generate
+from moec.runtime.package import DECODE
+from moec.runtime.texts import Texts
+from moec.target import cpu
 
 
 def _at_second_exchange(event: Callable[[], None]) -> None:
@@ -52,3 +60,30 @@ def raising(job: Job) -> dict[str, list[int]]:
 
     _at_second_exchange(event)
     return run_rank(job)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What continues each prompt, and the logits after it."""
+
+    tokens: list[list[int]]
+    logits: list[list[float]]
+
+
+def families(job: Job) -> dict[str, Text]:
+    """The texts of the job, by every model beside its folder; by the first also of one text."""
+    assert job.texts is not None
+    prompts, request = job.texts.prompts, job.texts.request
+    results = {}
+    with joined(job, DECODE) as (ranks, first):
+        for folder in sorted(job.folder.parent.glob("*.ranks")):
+            files = load_rank(folder, ranks.rank, DECODE)
+            decoder = RankDecoder(files, ranks, cpu.host())
+            logits = Texts(decoder, len(prompts), 8).feed(prompts).tolist()
+            drawn = list(generate(decoder, prompts, request))
+            results[folder.stem] = Text([list(text) for text in zip(*drawn, strict=True)], logits)
+            if files.digest == first.digest:
+                drawn = list(generate(decoder, prompts[:1], request))
+                tokens = [list(text) for text in zip(*drawn, strict=True)]
+                results[f"{folder.stem} alone"] = Text(tokens, [])
+    return results

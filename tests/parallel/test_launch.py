@@ -12,9 +12,10 @@ import torch
 from moec.errors import ArtifactError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.parallel.launch import launch
+from moec.parallel.process import Job
 from moec.parallel.process_ranks import RankError
 from moec.parallel.store import load_rank, save_ranks
-from moec.parallel.worker import Job
+from moec.parallel.worker import run_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import FORMS, D, model, plan
@@ -41,7 +42,7 @@ def test_equal_to_one_process(form: str, tmp_path: Path) -> None:
     """4 ranks as 2 nodes of 2; within the rounding of products over other numbers of rows."""
     p = plan(2) if form == "two ranks" else FOUR[form]
     job, x = job_of(p, tmp_path)
-    shapes = launch(job, p.devices)
+    shapes = launch(job, p.devices, run_rank)
     (expected,) = evaluate(model().graph, [x], model().weights)
     assert shapes == {"z_2": [11, D]} or list(shapes.values()) == [[11, D]]
     with np.load(job.output) as file:
@@ -77,7 +78,7 @@ def test_a_rank_that_fails(entry, message: str, tmp_path: Path) -> None:  # type
 def test_a_wrong_number_of_ranks(tmp_path: Path) -> None:
     job, _ = job_of(FORMS["flat"], tmp_path)
     with pytest.raises(RankError, match="planned for 4 ranks, not 3"):
-        launch(job, 3)
+        launch(job, 3, run_rank)
 
 
 def test_a_rank_reads_its_part_alone(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""A plan for many devices: hot experts, what a trace is worth, and the cost of each choice.
+
+Sizes alone: no weights, no devices. All times are predictions from the cluster's numbers.
+
+    python examples/13_plan.py
+"""
+
+from __future__ import annotations
+
+from moec.plan import text
+from moec.plan.cluster import read_cluster
+from moec.plan.model import read_model
+from moec.plan.planner import Planner
+from moec.plan.popularity import of_distribution
+from moec.plan.workload import Workload
+
+ROUTING = "lognormal:1"
+
+
+def main() -> None:
+    model, cluster = read_model("qwen3-30b-a3b"), read_cluster("h100-8")
+    work = Workload(
+        tokens=128 * cluster.devices, sequences=8 * cluster.devices, context=2048, phase="decode"
+    )
+    experts = [layer.experts for layer in model.each_layer]
+    loads = of_distribution(ROUTING, experts)
+    planner = Planner(model, cluster, work, loads, f"{ROUTING} (assumed)", (0.0, 0.125))
+    plan = planner.best()
+    print(text.show(plan))
+    layer = plan.layers[0]
+    print(text.explain(layer, planner.candidates[0], plan.memory_limit))
+    print(text.compare(plan, planner.best_uniform(), ("this plan", "uniform degrees")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Text generation on the ranks of a plan: each rank has some of the texts, and their caches.
+
+Every rank draws every token, from the logits of all texts: all take the same number of steps, and
+a seed draws what it draws in one process. A rank without texts runs along, for its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from moec.codegen.package import generation_of, signature
+from moec.parallel.process_ranks import WORLD, ProcessRanks, named_meanings, naming
+from moec.parallel.segments import RankModel
+from moec.parallel.store import RankFiles
+from moec.runtime.dtypes import Array
+from moec.runtime.executor import Cache, caches_of
+from moec.runtime.package import DECODE, Package
+from moec.target.cpu import CpuTarget
+
+
+class RankDecoder:
+    """What `Texts` runs, on one rank of several (`moec.runtime.texts.Decoder`)."""
+
+    def __init__(self, files: RankFiles, ranks: ProcessRanks, target: CpuTarget) -> None:
+        self._ranks, self._meanings = ranks, named_meanings(ranks)
+        self._model = RankModel(files.program, target)
+        function = signature(DECODE, files.program, ())
+        generation = replace(generation_of(function), stop=files.stop)
+        self.package = Package(target.needs, {DECODE: function}, generation=generation)
+        self._requests = 0
+
+    def number_requests(self, count: int) -> Array:
+        first, self._requests = self._requests, self._requests + count
+        return np.arange(first, first + count, dtype=np.int32)
+
+    def new_caches(self, texts: int, room: int) -> list[Cache]:
+        """Caches for this rank's share of the texts."""
+        mine = len(self._shares(texts)[self._ranks.rank])
+        return caches_of(self.package.functions[DECODE].caches, mine, room)
+
+    def decode(
+        self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
+    ) -> Array:
+        """Logits f32[B, V] of all texts. Raises RankError where an exchange fails."""
+        ids, first, rows, last = counts
+        shares = self._shares(len(ids))
+        mine = shares[self._ranks.rank]
+        before = (mine[0] if len(mine) else 0) * ids.shape[1]  # rows of other ranks' texts
+        inputs = [ids[mine], first[mine], rows[mine] - before, last[mine]]
+        (logits,) = self._model([*map(torch.from_numpy, inputs)], self._meanings, caches)
+        with naming(self._ranks, "the logits", "all_gather"):
+            gathered = self._ranks.gather(WORLD, logits[:, 0].float(), [*map(len, shares)])
+        return gathered.numpy()
+
+    def _shares(self, texts: int) -> list[Array]:
+        return np.array_split(np.arange(texts), self._ranks.size(WORLD))

@@ -1,0 +1,48 @@
+"""A compiled plan in a script that torchrun starts: text from all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.model.generate import Prompts, Writer, continued, stream
+from moec.parallel.decoder import RankDecoder
+from moec.parallel.process import Job, joined
+from moec.parallel.store import text_files
+from moec.runtime.package import DECODE
+from moec.runtime.prompt import load_tokenizer
+from moec.target import cpu
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """This process's rank; all ranks call the same with the same arguments."""
+
+    writer: Writer
+
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """As `CompiledModel.generate`; the result is the same on every rank."""
+        return continued(self.writer, prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
+        """As `CompiledModel.stream`."""
+        return stream(self.writer, prompts, **options)
+
+
+@contextmanager
+def open_rank(
+    folder: Path | str, *, timeout: float = 60.0, threads: int = 1
+) -> Iterator[RankModel]:
+    """The rank of this process, of a folder that `moec compile --plan` wrote; `timeout` is how
+    many seconds a rank waits for the others.
+
+    Raises UsageError where torchrun did not start this process, or as many as were planned,
+    ArtifactError, and RankError where another rank fails.
+    """
+    path = Path(folder)
+    with joined(Job(path, None, None, timeout, threads), DECODE) as (ranks, files):
+        decoder = RankDecoder(files, ranks, cpu.host())
+        yield RankModel(Writer(decoder, lambda: load_tokenizer(text_files(path))))

@@ -1,0 +1,152 @@
+"""Text from two ranks: six families in one pair of processes, the tokens of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moec
+from moec.errors import ArtifactError, UnsupportedError
+from moec.ir.graph import Module, Program
+from moec.ir.text import parse
+from moec.parallel.launch import launch
+from moec.parallel.process import Continuation, Job
+from moec.parallel.segments import RankModel
+from moec.parallel.store import TextFiles, load_rank, save_ranks
+from moec.passes.decode import incremental
+from moec.passes.parallel.plan_parallelism import rank_programs
+from moec.plan.placement import place
+from moec.plan.plan import LayerPlan, Plan
+from moec.plan.workload import Workload
+from moec.runtime.generate import Request
+from moec.runtime.package import DECODE
+from moec.target import cpu
+from tests.models.families import FAMILIES, Family
+from tests.parallel import entries
+
+NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
+TOKENS = 6
+
+
+def family_of(name: str) -> Family:
+    """One layer where that is an MoE layer; of mixtral two, so that prompts pass experts too."""
+    if name in ("mixtral", "deepseek_v3"):
+        return FAMILIES[name]
+    return replace(FAMILIES[name], fields={**FAMILIES[name].fields, "num_hidden_layers": 1})
+
+
+def plan_for(program: moec.CompiledModel) -> Plan:
+    """Experts on two ranks, the first expert on both."""
+    graph = program.pass_results[-1].program.graph
+    counts = [int(op.inputs[2].shape[0]) for op in graph.ops if op.name == "moe.experts"]
+    layers = tuple(
+        LayerPlan(
+            layer=number,
+            experts=experts,
+            attention=1,
+            ranks=2,
+            slices=1,
+            copies=1,
+            form="flat",
+            slots=place(np.linspace(2, 1, experts), 2, experts + 1).slots,
+            seconds={},
+        )
+        for number, experts in enumerate(counts)
+    )
+    return Plan(
+        model="test",
+        cluster="test",
+        devices=2,
+        node_size=2,
+        workload=Workload(tokens=1, sequences=0, context=0),
+        routing="",
+        layers=layers,
+        seconds=0.0,
+        memory=0.0,
+        memory_limit=0.0,
+    )
+
+
+def save(name: str, folder: Path, family: Family) -> None:
+    compiled = moec.compile(
+        family.build(), (), family.inputs(2, 5), verify=False, stop_after="split-packed"
+    )
+    program, plan = compiled.pass_results[-1].program, plan_for(compiled)
+    step = incremental(program)
+    main, decode = rank_programs(program, plan), rank_programs(step, plan, function=DECODE)
+    module = Module({**main.programs, **decode.programs})
+    save_ranks(module, plan, folder / f"{name}.ranks", text=TextFiles(stop=(2,)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("families")
+    for name in NAMES:
+        save(name, path, family_of(name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, entries.Text]:
+    texts = Continuation(PROMPTS, Request(TOKENS))
+    job = Job(folder / f"{NAMES[0]}.ranks", None, None, 300.0, 1, texts=texts)
+    return launch(job, 2, entries.families)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_and_logits_of_one_process(name: str, results: dict[str, entries.Text]) -> None:
+    model = family_of(name).build()
+    for prompt, tokens, logits in zip(
+        PROMPTS, results[name].tokens, results[name].logits, strict=True
+    ):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            expected = model.generate(
+                ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            right = model(ids, use_cache=False).logits[0, -1]
+        assert tokens == expected[0, len(prompt) :].tolist()
+        # Sums over a hidden width of 64 in another order, through two layers.
+        np.testing.assert_allclose(np.array(logits), right.numpy(), rtol=1e-5, atol=2e-6)
+
+
+def test_fewer_texts_than_ranks(results: dict[str, entries.Text]) -> None:
+    """A rank without texts runs along; a seed draws what it draws in one process."""
+    alone = results[f"{NAMES[0]} alone"]
+    assert alone.tokens[0] == results[NAMES[0]].tokens[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_the_functions_share_weights(name: str, folder: Path) -> None:
+    main, decode = (load_rank(folder / f"{name}.ranks", 1, f) for f in ("main", DECODE))
+    assert decode.program.weights.keys() == main.program.weights.keys()
+    assert {p.name for p in decode.program.graph.params} <= main.program.weights.keys()
+    assert decode.stop == (2,)
+
+
+def test_a_model_without_text(folder: Path, tmp_path: Path) -> None:
+    files = load_rank(folder / "mixtral.ranks", 0)
+    module = Module({f"rank.{rank}.main": files.program for rank in range(2)})
+    why = TextFiles(no_generation="its attention is not causal")
+    save_ranks(module, files.plan, tmp_path / "m.ranks", text=why)
+    with pytest.raises(ArtifactError, match="does not continue text: its attention is not causal"):
+        load_rank(tmp_path / "m.ranks", 0, DECODE)
+
+
+def test_a_state_that_is_no_cache() -> None:
+    graph = parse("""
+graph main(x: f32[T, 4], s: f32[2, 4];) {
+  size T in [0, inf]
+  y: f32[T, 4] = aten.silu.default(x)
+  z: f32[2, 4] = aten.silu.default(s)
+  state s -> z
+  return y
+}""")
+    with pytest.raises(UnsupportedError, match="the state s is no cache of keys and values"):
+        RankModel(Program(graph, {"s": torch.zeros(2, 4)}), cpu.host())
