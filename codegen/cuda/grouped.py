@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.gemv import ROWS, launch_few_rows
 from moec.codegen.cuda.mma_tile import MmaTile, Source, mma_tile
 from moec.codegen.cuda.product import (
     Product,
@@ -45,7 +46,8 @@ def grouped_linear(
     """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
 
     With `top_k` it takes `order`. `shape` is the tile: None for one that the number of rows
-    decides at the launch. `blocks` is the grid: 0 for at most one block on each SM.
+    decides at the launch; for few rows that is no tile, but what gemv.py says. `blocks` is the
+    grid: 0 for at most one block on each SM.
     Raises NoMatch for what the tile cannot do.
     """
     shapes = (SMALL, LARGE) if shape is None else (shape,)
@@ -76,15 +78,18 @@ def linear(
 
 def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
     """The tile by the rows that an expert has on average: the host decides."""
-    first, *rest = shapes
-    if not rest:
-        _launch(p, target, first, blocks)
+    if len(shapes) == 1:
+        _launch(p, target, shapes[0], blocks)
         return
-    with T.If(p.rows <= FEW_ROWS * p.spec.groups):
+    small, large = shapes
+    with T.If(p.rows <= max(p.spec.groups, ROWS)):
         with T.Then():
-            _launch(p, target, first, blocks)
-        with T.Else():
-            _launched(p, target, rest, blocks)
+            launch_few_rows(p, target, blocks)
+        with T.Else(), T.If(p.rows <= FEW_ROWS * p.spec.groups):
+            with T.Then():
+                _launch(p, target, small, blocks)
+            with T.Else():
+                _launch(p, target, large, blocks)
 
 
 def _launch(p: Product, target: CudaTarget, shape: TileShape, blocks: int) -> None:

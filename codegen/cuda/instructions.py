@@ -50,6 +50,11 @@ def wait_copies(groups: int) -> None:
     ptx("cp.async.wait_group", groups)
 
 
+def load_past_cache(words: Sequence[Expr], source: Expr) -> None:
+    """Four uint32: 16 bytes that nobody writes meanwhile, not kept in the L1 cache."""
+    ptx("ld.global.nc.L1::no_allocate.v4.u32", *words, source)
+
+
 # ---- matrix fragments of a warp --------------------------------------------------------
 
 

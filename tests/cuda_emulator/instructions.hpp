@@ -113,6 +113,15 @@ static void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
 WAIT(0) WAIT(1) WAIT(2) WAIT(3) WAIT(4) WAIT(5)
 #undef WAIT
 
+// ---- reads of 16 bytes -----------------------------------------------------------------------
+
+static void tvm_builtin_ptx_ld_vec_global_nc_L1__no_allocate_v4_u32(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, const void* from) {
+  if (uintptr_t(from) % 16) emulator::fail("a read of 16 bytes that is not aligned to them" + emulator::where());
+  uint32_t words[4];
+  memcpy(words, from, 16);
+  r0 = words[0], r1 = words[1], r2 = words[2], r3 = words[3];
+}
+
 // ---- matrices of a warp ----------------------------------------------------------------------
 
 // PTX ISA, ldmatrix: lane l has two neighbours of row l / 4 of each matrix.

@@ -1,4 +1,4 @@
-"""Products with weights of 16 bits on tensor cores: of experts, and dense ones as one expert."""
+"""Products of experts, and dense ones as one expert: 16 bits on tensor cores, float32 by warps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.gemv import check_few_rows, gemv
 from moec.codegen.cuda.grouped import grouped_linear, linear
 from moec.codegen.cuda.layout import interleave
-from moec.codegen.cuda.product import check_product
+from moec.codegen.cuda.product import HALVES, check_product
 from moec.codegen.cuda.tiles import LARGE, SMALL
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
@@ -49,9 +51,15 @@ def _parts(op: Op, graph: Graph) -> GroupedLinear:
         check_body(op.body)
     spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
     join = None if op.body is None else epilogue(op.body)
-    for shape in (SMALL, LARGE):
-        check_product(spec, _LEAST, join, shape.shared_memory)
+    _check_spec(spec, join)
     return parts
+
+
+def _check_spec(spec: LinearSpec, join: Epilogue | None) -> None:
+    check_few_rows(spec, join)
+    if spec.dtype in HALVES:
+        for shape in (SMALL, LARGE):
+            check_product(spec, _LEAST, join, shape.shared_memory)
 
 
 def _fits(graph: Graph, op: Op) -> bool:
@@ -75,6 +83,8 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     join = None if op.body is None else epilogue(op.body)
 
     def make(name: str) -> PrimFunc:
+        if spec.dtype not in HALVES:
+            return gemv(spec, low.target, epilogue=join, top_k=top_k, name=name)
         return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
     key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
@@ -109,8 +119,7 @@ def _check_dense(op: Op, graph: Graph) -> None:
     dense = dense_of(op, graph)
     if dense.bias is not None:
         require(dense.bias.dtype == dense.x.dtype, "its bias differs from the rows in dtype")
-    for shape in (SMALL, LARGE):
-        check_product(_dense_spec(op, graph), _LEAST, None, shape.shared_memory)
+    _check_spec(_dense_spec(op, graph), None)
 
 
 def _dense_spec(op: Op, graph: Graph) -> LinearSpec:
@@ -126,6 +135,8 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     rows = product(dense.x.shape[:-1])
 
     def make(name: str) -> PrimFunc:
+        if spec.dtype not in HALVES:
+            return gemv(spec, low.target, dense=True, name=name)
         return linear(spec, low.target, name=name)
 
     arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]

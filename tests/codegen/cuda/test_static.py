@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.cuda.nvcc import Cubin, cubin
@@ -40,13 +42,15 @@ SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL}
 needs_nvcc = pytest.mark.skipif(nvidia.nvcc() is None, reason="no nvcc")
 
 
+GATED = LinearSpec(768, 2048, "bfloat16", groups=128, gated=True)
+
+
 def grouped(shape: TileShape, *, is_gated: bool = True) -> Callable[[CudaTarget], PrimFunc]:
     """Qwen3-30B-A3B's products: 128 experts, 768 wide, of a model of 2048."""
-    spec = LinearSpec(768, 2048, "bfloat16", groups=128, gated=True)
     plain = LinearSpec(2048, 768, "bfloat16", groups=128)
     if is_gated:
         return lambda target: grouped_linear(
-            spec, target, epilogue=gated(silu), top_k=8, shape=shape
+            GATED, target, epilogue=gated(silu), top_k=8, shape=shape
         )
     return lambda target: grouped_linear(plain, target, shape=shape)
 
@@ -57,6 +61,8 @@ GROUPS = Routing(
 KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     **{f"gated-{name}": grouped(shape) for name, shape in SHAPES.items()},
     "plain-large": grouped(LARGE, is_gated=False),
+    "few": lambda t: gemv(GATED, t, epilogue=gated(silu), top_k=8),
+    "few32": lambda t: gemv(replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8),
     "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
     "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
@@ -140,7 +146,7 @@ def test_instructions_of_wgmma(tmp_path: Path) -> None:
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("name", ["gated-large", "gated-small", "route", "dispatch"])
+@pytest.mark.parametrize("name", ["gated-large", "gated-small", "few", "route", "dispatch"])
 def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
     words = instructions(compiled(name, arch), tmp_path)
     stems = {word.partition(".")[0] for word in words}
@@ -151,8 +157,10 @@ def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
         assert "LDSM.16.M88.4" in words
         assert "STG.E.U16" not in words, "neighbours are stored as one word"
     else:
-        expected = {"route": {"REDUX", "CREDUX"}, "dispatch": {"MATCH"}}[name]
+        expected = {"route": {"REDUX", "CREDUX"}, "dispatch": {"MATCH"}, "few": {"SHFL"}}[name]
         assert stems & expected
+    if name == "few":
+        assert any(word.startswith("LDG.E.NA.128") for word in words), "16 bytes at once"
 
 
 @needs_nvcc

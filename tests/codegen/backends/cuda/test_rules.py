@@ -9,12 +9,19 @@ from moec.ir.text import parse
 
 _SORT = "order: i32[2*T], slots: i32[T, 2], ends: i32[3] = moe.sort(i) <num_experts=3>"
 REFUSED = {
-    "float32": (
-        """graph main(x: f32[T, 8]; w: f32[4, 8]) {
+    "float64": (
+        """graph main(x: f64[T, 8]; w: f64[4, 8]) {
+          y: f64[T, 4] = aten.linear.default(x, w)
+          return y
+        }""",
+        "linear: it computes in f64",
+    ),
+    "float32 rows that are no multiple of 16 bytes": (
+        """graph main(x: f32[T, 6]; w: f32[4, 6]) {
           y: f32[T, 4] = aten.linear.default(x, w)
           return y
         }""",
-        "linear: products of float32 have no CUDA kernel, those of 16 bits have",
+        "linear: its rows of 6 elements are no multiple of 16 bytes",
     ),
     "a bias of another dtype": (
         """graph main(x: bf16[T, 8]; w: bf16[4, 8], b: f32[4]) {
@@ -35,7 +42,7 @@ REFUSED = {
           y: bf16[T, 3] = aten.linear.default(x, w)
           return y
         }""",
-        "linear: its 3 columns cannot be stored as pairs of 16-bit fragments",
+        "linear: its 3 columns cannot be stored as pairs",
     ),
     "a stack that is computed": (
         f"""graph main(x: bf16[T, 8], i: i64[T, 2], w: bf16[3, 4, 8]) {{

@@ -1,0 +1,185 @@
+"""Products for few rows: a warp computes two columns of a few rows of one expert.
+
+    y[r, c] = sum over k of x[row of r, k] * w[e, c, k]      for c, c + 1 of the rows of a tile
+
+Lane l reads the 16 bytes l, l + 32, ... of a row of weights, multiplies them with the same of each
+row of x, and adds in float32; the sums of the lanes are added up at the end, by halves. So where an
+expert has at most four rows (two of float32) its weights are read once, in order, past the first
+cache, and the product takes as long as that. Columns run faster than rows: neighbouring warps read
+neighbouring weights. 16-bit weights are widened in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.instructions import WARP, fma, load_past_cache, shuffle_xor
+from moec.codegen.cuda.layout import GROUP
+from moec.codegen.cuda.product import (
+    HALVES,
+    Product,
+    arguments,
+    dense_arguments,
+    store_row,
+    tiles_of,
+)
+from moec.codegen.cuda.tiles import ExpertRows
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.target.cuda import CudaTarget
+
+ROWS = 4
+"""Of one expert, that a warp multiplies with the 16-bit weights that it reads."""
+_ROWS_OF_FLOATS = 2  # more would not fit into 64 registers, and spill
+_WARPS = 4
+_BLOCKS = 8  # on one SM: what hides the time until memory answers
+_WORDS = 4  # of 32 bits, in a piece of 16 bytes
+
+
+def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
+    """Raises NoMatch for what these products cannot do."""
+    if spec.dtype not in (*HALVES, "float32"):
+        raise NoMatch(f"products of {spec.dtype} have no CUDA kernel")
+    if spec.y_dtype not in (spec.dtype, "float32"):
+        raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
+    if spec.k % _elements(spec.dtype):
+        raise NoMatch(f"its rows of {spec.k} elements are no multiple of 16 bytes")
+    if spec.n % (GROUP if spec.gated else 2):
+        raise NoMatch(f"its {spec.n} columns cannot be stored as pairs")
+    if spec.gated and epilogue is None:
+        raise NoMatch("gate and up need an epilogue that joins them")
+
+
+def gemv(
+    spec: LinearSpec,
+    target: CudaTarget,
+    *,
+    epilogue: Epilogue | None = None,
+    top_k: int = 0,
+    dense: bool = False,
+    blocks: int = 0,
+    name: str = "gemv",
+) -> PrimFunc:
+    """A kernel of the arguments of `grouped.grouped_linear`, or, `dense`, of `grouped.linear`.
+
+    Raises NoMatch for what these products cannot do.
+    """
+    check_few_rows(spec, epilogue)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            p = dense_arguments(spec) if dense else arguments(spec, epilogue, top_k)
+            launch_few_rows(p, target, blocks)
+    return builder.get()
+
+
+def launch_few_rows(p: Product, target: CudaTarget, blocks: int = 0) -> None:
+    """The launch, for any number of rows. `blocks` is the grid: 0 for what the GPU holds."""
+    pairs, rows = p.spec.n // 2, _rows(p.spec)
+    tiles = (p.rows + (rows - 1)) // rows + (p.spec.groups - 1)
+    most = T.max((tiles * pairs + (_WARPS - 1)) // _WARPS, 1)
+    count = blocks or T.min(most, target.sms * _BLOCKS)
+    grid = T.launch_thread("blockIdx.x", count)
+    with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
+        lane = T.bind(thread % WARP)
+        first = T.bind(block * _WARPS + thread // WARP)
+        owners = tiles_of(p, rows, _WARPS * WARP, thread)
+        step = count * _WARPS
+        with T.serial(0, T.max(owners.total * pairs - first + (step - 1), 0) // step) as turn:
+            index = T.bind(first + turn * step)
+            owned = owners.find(index // pairs)
+            column = T.bind(_column(p.spec, index % pairs))
+            sums = T.alloc_buffer((rows * _parts(p.spec),), "float32", scope="local")
+            _sum(p, owned, column, lane, sums)
+            word = T.alloc_buffer((1,), "uint32", scope="local")
+            with T.If(lane == 0), T.Then():
+                for row in range(rows):
+                    at = range(row * _parts(p.spec), (row + 1) * _parts(p.spec), 2)
+                    fragments = [(sums[i], sums[i + 1]) for i in at]
+                    store_row(p, 2, owned, owned.first + row, column, fragments, word)
+
+
+def _sum(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) -> None:
+    """sums: float32[rows * parts], of each row with each of its columns, in all lanes."""
+    parts, count = _parts(p.spec), _rows(p.spec)
+    for i in range(count * parts):
+        T.buffer_store(sums, T.float32(0), [i])
+    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
+    rows = [_row_of_x(p, owned, row) for row in range(count)]
+    weights = T.alloc_buffer((parts * _WORDS,), "uint32", scope="local")
+    words = T.alloc_buffer((_WORDS,), "uint32", scope="local")
+    piece = _elements(p.spec.dtype)
+    with T.serial(0, -(-p.spec.k // (WARP * piece))) as turn:
+        k = T.bind((turn * WARP + lane) * piece)
+        with T.If(k < p.spec.k), T.Then():
+            for part in range(parts):
+                at = column + part // 2 * GROUP + part % 2
+                targets = [weights[part * _WORDS + i] for i in range(_WORDS)]
+                load_past_cache(targets, p.w.ptr_to([expert, at, k]))
+            for row in range(count):
+                load_past_cache(
+                    [words[i] for i in range(_WORDS)], p.x.ptr_to([T.cast(rows[row], "int64"), k])
+                )
+                x = [T.bind(value) for value in _floats(words, 0, p.spec.dtype)]
+                for part in range(parts):
+                    w = _floats(weights, part * _WORDS, p.spec.dtype)
+                    _add_products(sums, row * parts + part, x, w)
+    for i in range(count * parts):
+        for step in (16, 8, 4, 2, 1):
+            T.buffer_store(sums, sums[i] + shuffle_xor(sums[i], step), [i])
+
+
+def _add_products(sums: Buffer, index: int, x: Sequence[Expr], w: Sequence[Expr]) -> None:
+    for left, right in zip(x, w, strict=True):
+        T.buffer_store(sums, fma(left, right, sums[index]), [index])
+
+
+def _row_of_x(p: Product, owned: ExpertRows, row: int) -> Expr:
+    """Those behind the end are the last one again: read, and not stored."""
+    r = T.bind(T.min(owned.first + row, owned.end - 1))
+    return T.bind(r if p.order is None else p.order[r] // p.top_k)
+
+
+def _column(spec: LinearSpec, pair: Expr) -> Expr:
+    """The packed column of the first of a pair; see layout for where gate and up lie."""
+    if not spec.gated:
+        return pair * 2
+    return pair * 2 // GROUP * (2 * GROUP) + pair * 2 % GROUP
+
+
+def _parts(spec: LinearSpec) -> int:
+    """Rows of weights that a pair of columns needs."""
+    return 4 if spec.gated else 2
+
+
+def _rows(spec: LinearSpec) -> int:
+    return ROWS if spec.dtype in HALVES else _ROWS_OF_FLOATS
+
+
+def _elements(dtype: str) -> int:
+    """Of 16 bytes."""
+    return 8 if dtype in HALVES else 4
+
+
+def _floats(words: Buffer, first: int, dtype: str) -> list[Expr]:
+    """The elements of four words from `first` on, as float32."""
+    values: list[Expr] = []
+    for i in range(first, first + _WORDS):
+        word = words[i]
+        if dtype == "float32":
+            values.append(T.reinterpret("float32", word))
+        elif dtype == "bfloat16":
+            values.append(T.reinterpret("float32", T.shift_left(word, T.uint32(16))))
+            values.append(T.reinterpret("float32", T.bitwise_and(word, T.uint32(0xFFFF0000))))
+        else:
+            for half in (word, T.shift_right(word, T.uint32(16))):
+                bits = T.cast(T.bitwise_and(half, T.uint32(0xFFFF)), "uint16")
+                values.append(T.cast(T.reinterpret("float16", bits), "float32"))
+    return values
