@@ -11,6 +11,7 @@ from moec.ops.zero_experts import KINDS
 from moec.report.data import WHOLE, Block
 
 _ROUTERS = ("moe.route", "moe.gate")
+_PICKS = "aten.index.Tensor"
 _MOVES = (
     "aten.reshape.default",
     "aten.expand.default",
@@ -99,12 +100,15 @@ def _router(graph: Graph, dispatch: Op) -> str:
     ids = dispatch.inputs[1]
     after: list[str] = []
     op = graph.producers.get(ids)
-    while op is not None and op.name in (*_MOVES, "moe.capacity", "aten.where.self"):
+    while op is not None and op.name in (*_MOVES, "moe.capacity", "aten.where.self", _PICKS):
         if op.name == "moe.capacity":
-            after.append(f"at most {op.attrs['capacity']} per expert, by {op.attrs['order']}")
+            ordered = graph.producers.get(op.inputs[0])
+            order = " in the order of numbers" if ordered and ordered.name == _PICKS else ""
+            limit = f"at most {op.attrs['capacity']} per expert"
+            after.append(f"{limit}, by {op.attrs['order']}{order}")
         if op.name == "aten.where.self":
             after.append("some choices replaced")
-        op = graph.producers.get(op.inputs[-1])
+        op = graph.producers.get(op.inputs[0 if op.name == _PICKS else -1])
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
     standard = op is not None and op.name in _ROUTERS

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moec.ir.dims import Dim, product
-from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
+from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.body import Prepared, canonical, with_columns
 from moec.passes.recognise.region import RegionEmitter
@@ -29,9 +29,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Priority:
+    """Numbers of the tokens [T]: an expert takes those of the least or, where `descending`, of the
+    greatest numbers."""
+
+    numbers: Value
+    descending: bool = False
+
+
+@dataclass(frozen=True)
 class RecognisedCapacity:
     size: Dim
     order: str  # "slot" or "token", as in moe.capacity
+    priority: Priority | None = None  # None: the first tokens; one choice a token has one
 
 
 @dataclass(frozen=True)
@@ -76,19 +86,14 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
     x = emit.rows(emit.old(block.x))
     choice = block.experts(emit)
     if block.capacity:
-        attrs: dict[str, Attr] = {
-            "num_experts": block.num_experts,
-            "capacity": block.capacity.size,
-            "order": block.capacity.order,
-        }
-        (choice,) = emit("moe.capacity", [choice], attrs=attrs, named=choice.name)
+        choice = _limited(block.capacity, block.num_experts, choice, emit)
     weights = block.weights(emit) if block.weights else None
     body, prepared = canonical(with_columns(block.body), block.num_experts)
     stacks = [_stack(block.stacks[p.source](emit), p, emit) for p in prepared]
     dispatched = [x, choice]
     if block.input_side and weights is not None:
         dispatched.append(weights)
-    attrs = {"num_experts": block.num_experts}
+    attrs: dict[str, Attr] = {"num_experts": block.num_experts}
     stem = block.output.name
     rows, order, ends = emit("moe.dispatch", dispatched, attrs=attrs, named=f"{stem}_rows")
     (outputs,) = emit(
@@ -114,6 +119,30 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
         return y
     inputs = [emit.old(block.addend), y]
     return emit("aten.add.Tensor", inputs, [block.output.type], named=stem)[0]
+
+
+def _limited(capacity: RecognisedCapacity, count: int, choice: Value, emit: RegionEmitter) -> Value:
+    """The choices [T, k] that experts keep; with a priority, counted in its order and put back."""
+    attrs: dict[str, Attr] = {
+        "num_experts": count,
+        "capacity": capacity.size,
+        "order": capacity.order,
+    }
+    if capacity.priority is None:
+        return emit("moe.capacity", [choice], attrs=attrs, named=choice.name)[0]
+    numbers = emit.reshape(emit.old(capacity.priority.numbers), choice.shape[:1])
+    order = _order(numbers, capacity.priority.descending, emit)
+    pick: dict[str, Attr] = {"indices": (Ref(1),)}
+    (first,) = emit("aten.index.Tensor", [choice, order], [choice.type], attrs=pick)
+    (limited,) = emit("moe.capacity", [first], attrs=attrs, named=choice.name)
+    back = _order(order, False, emit)
+    return emit("aten.index.Tensor", [limited, back], [choice.type], attrs=pick)[0]
+
+
+def _order(values: Value, descending: bool, emit: RegionEmitter) -> Value:
+    types = [values.type, TensorType("i64", values.shape)]
+    attrs: dict[str, Attr] = {"descending": True} if descending else {}
+    return emit("aten.sort.default", [values], types, attrs=attrs)[1]
 
 
 def _zero(

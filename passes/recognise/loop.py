@@ -6,6 +6,7 @@
     t, s = where(ids == e); out[t] += expert_e(x[t]) * weights[t, s]
     t = where(ids == e);    out[t] = expert_e(x[t]) * weights[t]                 rows still zero
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
+    t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see limited_rows
 
 Experts without a network (moec.passes.recognise.zero_experts) come after the others.
 The links of a chain have branches with the same op names; the value that the chain starts from is
@@ -30,6 +31,7 @@ from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import chosen_among
+from moec.passes.recognise.limited_rows import limit, overwritten
 from moec.passes.recognise.opnames import ADDS, SPREAD
 from moec.passes.recognise.parallel_branches import Fan
 from moec.passes.recognise.region import Scope, choices, chooses
@@ -238,12 +240,14 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     count = len(branches)
     if chain.start is None and scope.made_by(scope.behind(x), *SPREAD) is not None:
         yield from one_slot_a_row(scope, anchor, experts, uses)
-    start = () if chain.start is None else (chain.start,)
-    output = anchor.outputs[0]
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
+    others = zero.kinds if zero is not None else ()
+    copies = overwritten(scope, chain.start, chain.links, x)
+    start = () if chain.start is None or copies is not None else (chain.start,)
+    output = anchor.outputs[0]
     evidence = Evidence(
         {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
-        count + (len(zero.kinds) if zero is not None else 0),
+        count + len(others),
         product(x.shape[:-1]),
         product(output.shape[:-1]),
         output,
@@ -255,8 +259,10 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         if zero is None and goes_on(scope, anchor, evidence):
             raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
         evidence = replace(evidence, experts=among)  # the last ones add nothing
+    limited = limit(scope, [v for op, _ in chain.links for _, v in selected_by(op)])
     for choice in hypotheses(scope, evidence):
-        if zero is not None and choice.capacity is not None:
+        capacity = choice.capacity or limited
+        if zero is not None and capacity is not None:
             continue
         yield Proposal(
             form=FORM,
@@ -271,7 +277,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
             feeds=choice.feeds,
             input_side=first.reader.input_side,
-            capacity=choice.capacity,
-            addend=chain.start,
-            zero=zero,
+            capacity=capacity,
+            addend=start[0] if start else None,
+            zero=zero or copies,
         )

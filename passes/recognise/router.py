@@ -100,9 +100,8 @@ def blocks(scope: Scope) -> Iterator[Routed]:
     for op in scope.graph.ops:
         if op.name != "moe.dispatch":
             continue
-        experts = op.inputs[1]
-        drop = scope.made_by(experts, "moe.capacity")
-        experts = drop.inputs[0] if drop is not None else experts
+        reader, position = chooser(scope, op)
+        experts = reader.inputs[position]
         weigher, weights = None, None
         if len(op.inputs) > 2:
             weigher, weights = op, op.inputs[2]
@@ -118,6 +117,17 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         if repeats is not None and weights is None:
             experts = repeats.inputs[0]  # one choice for several rows
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
+
+
+def chooser(scope: Scope, dispatch: Op) -> tuple[Op, int]:
+    """The op that reads the choices before any capacity, and at which input. A capacity may count
+    them in another order than that of the tokens, and put them back."""
+    back = scope.made_by(dispatch.inputs[1], "aten.index.Tensor")
+    drop = scope.made_by(back.inputs[0] if back else dispatch.inputs[1], "moe.capacity")
+    if drop is None:
+        return dispatch, 1
+    ordered = scope.made_by(drop.inputs[0], "aten.index.Tensor") if back else None
+    return ordered or drop, 0
 
 
 def _is_choices(value: Value) -> bool:
@@ -335,14 +345,16 @@ def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
         key = key if key in routers else shared(routers, block)
         if key is None or key not in routers:
             continue
-        drop = scope.made_by(block.dispatch.inputs[1], "moe.capacity")
-        chooser, position = (block.dispatch, 1) if drop is None else (drop, 0)
-        replacements.setdefault(chooser, []).append((position, key, 1))
+        reader, position = chooser(scope, block.dispatch)
+        replacements.setdefault(reader, []).append((position, key, 1))
         if block.weigher is not None:
             replacements.setdefault(block.weigher, []).append((2, key, 0))
         for op in block.zero:
             replacements.setdefault(op, []).extend(
-                [(1, key, 1), *([(2, key, 0)] if key[0] else [])]
+                [
+                    *([(1, key, 1)] if reader is block.dispatch else []),  # else: those dropped
+                    *([(2, key, 0)] if key[0] else []),
+                ]
             )
     builder = Builder(scope.graph)
     routes: dict[Key, tuple[Value, ...]] = {}

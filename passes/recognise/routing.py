@@ -56,12 +56,12 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
             continue
         for base, weights in weightings(scope, evidence, ids, slots):
             boundaries = list(cuts(scope, evidence, ids, base))
-            for experts, capacity in kept(scope, evidence, ids, weights):
+            for experts, capacity in drops(scope, evidence, ids, weights):
                 for cut, feeds in boundaries:
                     yield Choice(experts, weights, slots, cut, feeds, capacity)
 
 
-def kept(
+def drops(
     scope: Scope, evidence: Evidence, ids: Chosen, weights: Recipe | None
 ) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
     """Which choices an expert keeps: so many; those of a weight, where slots are counted in

@@ -3,6 +3,7 @@ einsums over places are gone, and dropped choices are those of weight zero."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -108,3 +109,35 @@ def test_rows_that_share_a_place_are_no_block() -> None:
     program, reasons = recognised(Colliding(), torch.randn(2, 7, D))
     assert blocks(program.graph) == ()
     assert "the numbers differ" in " ".join(reasons)
+
+
+class Rows(nn.Module):
+    """A loop in which an expert takes LIMIT of its rows: the first, or those of the least numbers;
+    results are added to zeros, or written over a copy of the tokens."""
+
+    def __init__(self, numbered: bool, over: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+        self.numbered, self.over = numbered, over
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(-1).max(-1)
+        y = x.clone() if self.over else torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            tokens = torch.nonzero(chosen == index)[:, 0]
+            if self.numbered:
+                tokens = tokens[numbers[tokens].argsort()]
+            y[tokens[:LIMIT]] = expert(x[tokens[:LIMIT]])
+        return y * weight[:, None]
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["zeros", "tokens"])
+@pytest.mark.parametrize("numbered", [False, True], ids=["first", "numbered"])
+def test_a_loop_over_limited_rows(numbered: bool, over: bool) -> None:
+    x = torch.randn(1, D).expand(9, D).contiguous()
+    program, _ = recognised(Rows(numbered, over), x, torch.rand(9))
+    (block,) = blocks(program.graph)
+    order = " in the order of numbers" if numbered else ""
+    assert block.router == f"softmax, top-1, at most {LIMIT} per expert, by token{order}"
+    assert block.zero == ("1 copy" if over else "")
