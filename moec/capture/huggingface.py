@@ -150,7 +150,11 @@ def body_of(experts: Any, name: str) -> Graph:
     params = stacked(experts)
     width = params[0].shape[1 if experts.is_transposed else 2]
     rows = torch.empty(5, width, dtype=params[0].dtype)
-    slices = [p.detach()[0] for p in params]
+    # Values do not matter, and a stack may be spread over ranks (DTensor).
+    slices = [
+        torch.empty_strided(p.shape[1:], p.stride()[1:], dtype=p.dtype, device=p.device)
+        for p in params
+    ]
     try:
         exported = torch.export.export(
             _OneExpert(experts),

@@ -21,6 +21,7 @@ from torch import fx
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
 from moec.dynamo.direct import direct
+from moec.dynamo.local import take_local_parts, with_parts
 from moec.dynamo.operators import BlockSite, register_site
 from moec.dynamo.options import Options, parse
 from moec.dynamo.products import ProductKernels
@@ -63,11 +64,12 @@ def backend(
     settings = parse(options, mode)
     watch(backend)
     with torch._dynamo.utils.dynamo_timed("moec_backend"):
+        inputs, parts = take_local_parts(module, inputs)
         sites, module, left = _replace_blocks(module, inputs, settings)
     run = (direct(module) if sites else None) or compile_rest(module, inputs, settings.rest)
     RECORDER.add(compilations=1, blocks=len(sites))
     RECORDER.fall_back(left, strict=settings.strict)
-    call = partial(run)  # which costs no call of Python's
+    call = partial(with_parts(run, parts))  # which costs no call of Python's
     call.sites = sites  # type: ignore[attr-defined]  # they live as long as the graph
     return call
 

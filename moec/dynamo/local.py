@@ -1,0 +1,69 @@
+"""Weights that are spread over ranks (DTensor), where a graph reads this rank's part alone.
+
+    f(w: DTensor):  part = w.to_local()         f(part):
+                    y = experts(x, part)   ->   y = experts(x, part)
+
+Expert parallelism of transformers does so. The caller of the graph takes the parts, and gradients
+flow through that. A graph that uses the whole tensor too stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+Run = Callable[..., Any]
+
+
+def take_local_parts(
+    module: fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The inputs with parts in place of the tensors that the graph takes parts of, and the numbers
+    of these inputs. The graph is changed to take the parts."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    new, numbers = list(inputs), []
+    for number, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        users = list(node.users)
+        if not (users and hasattr(value, "to_local") and all(map(_takes_part, users))):
+            continue
+        for key in ("example_value", "val"):
+            if key in users[0].meta:
+                node.meta[key] = users[0].meta[key]
+        for user in users:
+            user.replace_all_uses_with(node)
+            module.graph.erase_node(user)
+        new[number] = value.to_local().detach().requires_grad_(value.requires_grad)
+        _fix_sizes(new[number], node.name)
+        numbers.append(number)
+    if numbers:
+        module.graph.lint()
+        module.recompile()
+    return new, tuple(numbers)
+
+
+def _fix_sizes(part: torch.Tensor, name: str) -> None:
+    """The sizes of a weight are numbers, whatever `dynamic` says of inputs."""
+    contexts: Any = TracingContext.get().tensor_to_context
+    contexts[part] = StatefulSymbolicContext(
+        dynamic_sizes=[DimDynamic.STATIC] * part.ndim, tensor_source=ConstantSource(name)
+    )
+
+
+def _takes_part(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "to_local" and len(node.args) == 1
+
+
+def with_parts(run: Run, numbers: tuple[int, ...]) -> Run:
+    """`run`, called with tensors whose parts it takes."""
+    return partial(_with_parts, run, frozenset(numbers)) if numbers else run
+
+
+def _with_parts(run: Run, numbers: frozenset[int], *inputs: torch.Tensor) -> Any:
+    return run(*(x.to_local() if n in numbers else x for n, x in enumerate(inputs)))  # type: ignore[attr-defined]
