@@ -25,7 +25,15 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("plan", short_help="Plan how a model runs on many devices.")
 @click.argument("model")
-@click.option("--cluster", required=True, metavar="NAME|FILE", help="A preset or a YAML file.")
+@click.option("--cluster", metavar="NAME|FILE", help="A preset or a YAML file.")
+@click.option(
+    "--measure", type=OUT, metavar="FILE.yaml",
+    help="Instead: measure this machine with --nproc ranks, and write it as a cluster.",
+)  # fmt: skip
+@click.option(
+    "--nproc", type=click.IntRange(min=2), default=2, show_default=True, metavar="N",
+    help="Ranks of --measure.",
+)  # fmt: skip
 @click.option("--trace", type=Path, metavar="FILE.npz", help="Recorded routing: see moec routing.")
 @click.option(
     "--routing", metavar="FORM", default="uniform", show_default=True,
@@ -59,7 +67,9 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @force_option
 def command(
     model: str,
-    cluster: str,
+    cluster: str | None,
+    measure: Path | None,
+    nproc: int,
     trace: Path | None,
     routing: str,
     phase: str,
@@ -87,14 +97,13 @@ def command(
     import msgspec
 
     from moec.plan import text
-    from moec.plan.cluster import read_cluster
     from moec.plan.model import read_model
     from moec.plan.plan import read_plan, write_plan
 
-    for path in (output, placement, picture):
+    for path in (output, placement, picture, measure):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
-    machine = read_cluster(cluster)
+    machine = cluster_of(cluster, measure, nproc)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare))
     plan = planner.best_uniform() if uniform else planner.best()
@@ -117,9 +126,25 @@ def command(
     if other:
         click.echo()
         click.echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
-    for path in (output, placement, picture):
+    for path in (output, placement, picture, measure):
         if path:
             click.echo(f"wrote {path}")
+
+
+def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster:
+    """The named cluster, or this machine, measured. Raises UsageError and RankError."""
+    if (source is None) == (measured is None):
+        raise UsageError("say --cluster NAME|FILE, or --measure FILE.yaml for this machine")
+    if source is not None:
+        from moec.plan.cluster import read_cluster
+
+        return read_cluster(source)
+    from moec.parallel.measure import measure, write_cluster
+
+    assert measured is not None
+    machine = measure(ranks, threads=1, timeout=60.0)
+    write_cluster(machine, measured)
+    return machine
 
 
 def shares(text: str) -> tuple[float, ...]:

@@ -23,12 +23,17 @@ def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
 
     Raises RankError naming the rank that failed first, how it ended, and where the others were.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     manifest, _ = manifest_of(job.folder)
     if manifest.devices != count:
         raise RankError(f"{job.folder} is planned for {manifest.devices} ranks, not {count}")
+    return start(job, count, entry)
+
+
+def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
+    """As `launch`, for any work of ranks. Raises RankError."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     with tempfile.TemporaryDirectory(prefix="moec-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,

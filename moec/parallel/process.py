@@ -59,23 +59,32 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
 
     Raises RankError that names rank, layer and collective, and ArtifactError.
     """
+    rank, world = rank_of_process()
+    manifest, _ = manifest_of(job.folder)
+    if manifest.devices != world:
+        raise UsageError(
+            f"{job.folder} is planned for {manifest.devices} ranks, {world} were started"
+        )
+    with started(job):
+        files = load_rank(job.folder, rank, function)
+        groups = {**groups_of(files.plan), WORLD: (tuple(range(world)),)}
+        ranks = ProcessRanks(rank, groups, timedelta(seconds=job.timeout))
+        _same_everywhere(ranks, files.digest, world)
+        yield ranks, files
+
+
+@contextmanager
+def started(job: Job) -> Iterator[tuple[int, int]]:
+    """This process's rank and the number of ranks, in a group of torch.distributed. Raises
+    RankError where another rank fails, or what is raised inside."""
     from moec.runtime.threads import set_threads
 
     rank, world = rank_of_process()
     torch.set_num_threads(job.threads)
     set_threads(job.threads)
     _mark(job, rank, "pid", str(os.getpid()))
-    manifest, _ = manifest_of(job.folder)
-    if manifest.devices != world:
-        raise UsageError(
-            f"{job.folder} is planned for {manifest.devices} ranks, {world} were started"
-        )
     with _failing(job, rank), _group(job, rank):
-        files = load_rank(job.folder, rank, function)
-        groups = {**groups_of(files.plan), WORLD: (tuple(range(world)),)}
-        ranks = ProcessRanks(rank, groups, timedelta(seconds=job.timeout))
-        _same_everywhere(ranks, files.digest, world)
-        yield ranks, files
+        yield rank, world
         _mark(job, rank, "done", "")
 
 
