@@ -11,7 +11,8 @@ neighbouring weights. 16-bit weights are widened in registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -40,6 +41,9 @@ _ROWS_OF_FLOATS = 2  # more would not fit into 64 registers, and spill
 _WARPS = 4
 _BLOCKS = 8  # on one SM: what hides the time until memory answers
 _WORDS = 4  # of 32 bits, in a piece of 16 bytes
+
+Accumulate: TypeAlias = Callable[[Product, ExpertRows, Expr, Expr, Buffer], None]
+"""(product, rows of the tile, first packed column, lane, sums float32[rows * parts])"""
 
 
 def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
@@ -80,9 +84,19 @@ def gemv(
     return builder.get()
 
 
-def launch_few_rows(p: Product, target: CudaTarget, blocks: int = 0) -> None:
-    """The launch, for any number of rows. `blocks` is the grid: 0 for what the GPU holds."""
-    pairs, rows = p.spec.n // 2, _rows(p.spec)
+def launch_few_rows(
+    p: Product,
+    target: CudaTarget,
+    blocks: int = 0,
+    rows: int = 0,
+    add: Accumulate | None = None,
+) -> None:
+    """The launch, for any number of rows. `blocks` is the grid: 0 for what the GPU holds.
+
+    `add` adds up each lane's products of `rows` rows: those of 16-bit and float32 weights, unless
+    it is given.
+    """
+    pairs, rows, add = p.spec.n // 2, rows or _rows(p.spec), add or _accumulate
     tiles = (p.rows + (rows - 1)) // rows + (p.spec.groups - 1)
     most = T.max((tiles * pairs + (_WARPS - 1)) // _WARPS, 1)
     count = blocks or T.min(most, target.sms * _BLOCKS)
@@ -96,23 +110,26 @@ def launch_few_rows(p: Product, target: CudaTarget, blocks: int = 0) -> None:
             index = T.bind(first + turn * step)
             owned = owners.find(index // pairs)
             column = T.bind(_column(p.spec, index % pairs))
-            sums = T.alloc_buffer((rows * _parts(p.spec),), "float32", scope="local")
-            _sum(p, owned, column, lane, sums)
+            parts = parts_of(p.spec)
+            sums = T.alloc_buffer((rows * parts,), "float32", scope="local")
+            for i in range(rows * parts):
+                T.buffer_store(sums, T.float32(0), [i])
+            add(p, owned, column, lane, sums)
+            for i in range(rows * parts):
+                for half in (16, 8, 4, 2, 1):
+                    T.buffer_store(sums, sums[i] + shuffle_xor(sums[i], half), [i])
             word = T.alloc_buffer((1,), "uint32", scope="local")
             with T.If(lane == 0), T.Then():
                 for row in range(rows):
-                    at = range(row * _parts(p.spec), (row + 1) * _parts(p.spec), 2)
+                    at = range(row * parts, (row + 1) * parts, 2)
                     fragments = [(sums[i], sums[i + 1]) for i in at]
                     store_row(p, 2, owned, owned.first + row, column, fragments, word)
 
 
-def _sum(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) -> None:
-    """sums: float32[rows * parts], of each row with each of its columns, in all lanes."""
-    parts, count = _parts(p.spec), _rows(p.spec)
-    for i in range(count * parts):
-        T.buffer_store(sums, T.float32(0), [i])
+def _accumulate(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) -> None:
+    parts, count = parts_of(p.spec), _rows(p.spec)
     expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
-    rows = [_row_of_x(p, owned, row) for row in range(count)]
+    rows = [row_of_x(p, owned, row) for row in range(count)]
     weights = T.alloc_buffer((parts * _WORDS,), "uint32", scope="local")
     words = T.alloc_buffer((_WORDS,), "uint32", scope="local")
     piece = _elements(p.spec.dtype)
@@ -120,9 +137,8 @@ def _sum(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) 
         k = T.bind((turn * WARP + lane) * piece)
         with T.If(k < p.spec.k), T.Then():
             for part in range(parts):
-                at = column + part // 2 * GROUP + part % 2
                 targets = [weights[part * _WORDS + i] for i in range(_WORDS)]
-                load_past_cache(targets, p.w.ptr_to([expert, at, k]))
+                load_past_cache(targets, p.w.ptr_to([expert, column_of(part, column), k]))
             for row in range(count):
                 load_past_cache(
                     [words[i] for i in range(_WORDS)], p.x.ptr_to([T.cast(rows[row], "int64"), k])
@@ -131,9 +147,6 @@ def _sum(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) 
                 for part in range(parts):
                     w = _floats(weights, part * _WORDS, p.spec.dtype)
                     _add_products(sums, row * parts + part, x, w)
-    for i in range(count * parts):
-        for step in (16, 8, 4, 2, 1):
-            T.buffer_store(sums, sums[i] + shuffle_xor(sums[i], step), [i])
 
 
 def _add_products(sums: Buffer, index: int, x: Sequence[Expr], w: Sequence[Expr]) -> None:
@@ -141,7 +154,12 @@ def _add_products(sums: Buffer, index: int, x: Sequence[Expr], w: Sequence[Expr]
         T.buffer_store(sums, fma(left, right, sums[index]), [index])
 
 
-def _row_of_x(p: Product, owned: ExpertRows, row: int) -> Expr:
+def column_of(part: int, column: Expr) -> Expr:
+    """The packed column of a part: two of gate, the same two of up, from the first of gate."""
+    return column + part // 2 * GROUP + part % 2
+
+
+def row_of_x(p: Product, owned: ExpertRows, row: int) -> Expr:
     """Those behind the end are the last one again: read, and not stored."""
     r = T.bind(T.min(owned.first + row, owned.end - 1))
     return T.bind(r if p.order is None else p.order[r] // p.top_k)
@@ -154,7 +172,7 @@ def _column(spec: LinearSpec, pair: Expr) -> Expr:
     return pair * 2 // GROUP * (2 * GROUP) + pair * 2 % GROUP
 
 
-def _parts(spec: LinearSpec) -> int:
+def parts_of(spec: LinearSpec) -> int:
     """Rows of weights that a pair of columns needs."""
     return 4 if spec.gated else 2
 

@@ -70,8 +70,20 @@ def check_product(
         )
 
 
-def arguments(spec: LinearSpec, epilogue: Epilogue | None, top_k: int) -> Product:
-    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]."""
+def arguments(
+    spec: LinearSpec,
+    epilogue: Epilogue | None,
+    top_k: int,
+    *,
+    x_dtype: str = "",
+    stored: tuple[str, int] | None = None,
+) -> Product:
+    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n].
+
+    `x_dtype` is that of x, unless it is that of the spec; `stored` what rows of w are stored in,
+    and how much of it, unless it is k elements of the spec's dtype.
+    """
+    w_dtype, width = stored or (spec.dtype, spec.k)
     many, tokens = T.int32(), T.int32()
     columns = spec.n * (2 if spec.gated else 1)
     x_rows = tokens if top_k else many
@@ -79,10 +91,10 @@ def arguments(spec: LinearSpec, epilogue: Epilogue | None, top_k: int) -> Produc
     def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
-    x = argument("x", (x_rows, spec.k), spec.dtype)
+    x = argument("x", (x_rows, spec.k), x_dtype or spec.dtype)
     order = argument("order", (many,), "int32") if top_k else None
     ends = argument("ends", (spec.groups,), "int32")
-    w = argument("w", (spec.groups, columns, spec.k), spec.dtype)
+    w = argument("w", (spec.groups, columns, width), w_dtype)
     bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
     return Product(spec, epilogue, ends, x, order, top_k, w, bias, y, many)

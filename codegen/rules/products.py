@@ -86,14 +86,16 @@ def spec_of(
     )
 
 
-def only_owned_rows_read(rows: Value, graph: Graph, fits: Callable[[Op], bool]) -> bool:
+def only_owned_rows_read(
+    rows: Value, graph: Graph, fits: Callable[[Op], bool], product: str = "grouped.linear"
+) -> bool:
     """Whether all who read these rows leave out those behind the last end: a combine, or another
-    product, where the kernel of products `fits`."""
+    `product`, where the kernel of products `fits`."""
 
     def leaves_out(op: Op) -> bool:
         if op.name == "moe.combine":
             return op.inputs[0] is rows and sorting_of(op.inputs[1], graph) is not None
-        if op.name == "grouped.linear":
+        if op.name == product:
             return not op.attrs.get("gather") and fits(op)
         return False
 

@@ -92,15 +92,15 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     arguments = [low.value(parts.x)]
     if parts.order is not None:
         arguments.append(low.value(parts.order))
-    arguments += [low.value(parts.ends), _stack(low, parts.matrices)]
+    arguments += [low.value(parts.ends), stack(low, parts.matrices)]
     if parts.biases:
-        arguments.append(_stack(low, parts.biases))
+        arguments.append(stack(low, parts.biases))
     low.note(op, name)
     return low.call(low.function(key, name, make), arguments, [op.outputs[0].type])
 
 
-def _stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
-    """A weight as it is; gate and up interleaved."""
+def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
+    """A weight [E, n, ...] as it is; gate and up interleaved."""
     if len(values) == 1:
         return low.value(values[0])
     experts, n, *rest = values[0].shape

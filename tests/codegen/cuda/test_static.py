@@ -20,6 +20,7 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.codes import product_of_codes
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
@@ -30,13 +31,16 @@ from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import lowered
 from moec.codegen.cuda.tiles import LARGE, MIDDLE, SMALL, TileShape
 from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
-from moec.codegen.specs.products import LinearSpec
+from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import TargetError
+from moec.formats.integer import parse
 from moec.ops.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
 
+FORMATS = ("int8", "int4:32:asymmetric", "mxfp4")
+LOOKED_INTO = ("gated-large", "gated-small", "few", "mxfp4", "route", "dispatch")
 ARCHES = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a")
 SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL}
 needs_nvcc = pytest.mark.skipif(nvidia.nvcc() is None, reason="no nvcc")
@@ -55,6 +59,11 @@ def grouped(shape: TileShape, *, is_gated: bool = True) -> Callable[[CudaTarget]
     return lambda target: grouped_linear(plain, target, shape=shape)
 
 
+def codes(format: str) -> Callable[[CudaTarget], PrimFunc]:
+    spec = QuantisedSpec(768, 2048, "bfloat16", groups=128, gated=True, format=parse(format))
+    return lambda target: product_of_codes(spec, target, epilogue=gated(silu), top_k=8)
+
+
 GROUPS = Routing(
     8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
 )
@@ -63,11 +72,17 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     "plain-large": grouped(LARGE, is_gated=False),
     "few": lambda t: gemv(GATED, t, epilogue=gated(silu), top_k=8),
     "few32": lambda t: gemv(replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8),
+    **{format: codes(format) for format in FORMATS},
     "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
     "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
     "combine": lambda t: combine(CombineSpec(128, 8, 2048, "bfloat16", "bfloat16", "float32"), t),
 }
+EVERY = [
+    (name, arch)
+    for name in KERNELS
+    for arch in (ARCHES[:1] if name in (*FORMATS, "few32") else ARCHES)
+]
 PRODUCTS = [name for name in KERNELS if "-" in name and "route" not in name]
 
 
@@ -78,8 +93,7 @@ def compiled(name: str, arch: str) -> Cubin:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("name", "arch"), EVERY)
 def test_nothing_spills(name: str, arch: str) -> None:
     result = compiled(name, arch)
     assert result.spills == 0
@@ -145,8 +159,7 @@ def test_instructions_of_wgmma(tmp_path: Path) -> None:
 
 @needs_nvcc
 @needs_disassembler
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("name", ["gated-large", "gated-small", "few", "route", "dispatch"])
+@pytest.mark.parametrize(("name", "arch"), [case for case in EVERY if case[0] in LOOKED_INTO])
 def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
     words = instructions(compiled(name, arch), tmp_path)
     stems = {word.partition(".")[0] for word in words}
@@ -157,9 +170,9 @@ def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
         assert "LDSM.16.M88.4" in words
         assert "STG.E.U16" not in words, "neighbours are stored as one word"
     else:
-        expected = {"route": {"REDUX", "CREDUX"}, "dispatch": {"MATCH"}, "few": {"SHFL"}}[name]
-        assert stems & expected
-    if name == "few":
+        expected = {"route": {"REDUX", "CREDUX"}, "dispatch": {"MATCH"}}
+        assert stems & expected.get(name, {"SHFL"})
+    if name in ("few", "mxfp4"):
         assert any(word.startswith("LDG.E.NA.128") for word in words), "16 bytes at once"
 
 

@@ -1,0 +1,117 @@
+"""Products of experts with weights of few bits: rows rounded, then weights widened in registers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tvm import relax
+from tvm.tirx import PrimFunc
+
+from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.backends.cuda.products import stack
+from moec.codegen.cuda.codes import check_codes, pack, product_of_codes, round_rows
+from moec.codegen.cuda.layout import interleave
+from moec.codegen.loops import scalars as sc
+from moec.codegen.module_builder import Lowering, Param, as_array
+from moec.codegen.rules.experts import check_sorted
+from moec.codegen.rules.products import only_owned_rows_read, spec_of
+from moec.codegen.specs.products import QuantisedSpec
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ops.quantised import GroupedQuantised
+
+
+def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:
+    return spec_of(
+        QuantisedSpec, op, parts, dtype=sc.STORED[op.outputs[0].dtype], format=parts.format
+    )
+
+
+def _check_product(op: Op, graph: Graph) -> None:
+    parts, params = GroupedQuantised.of(op), set(graph.params)
+    require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")
+    count, shapes = len(parts.matrices), {m.codes.shape for m in parts.matrices}
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel takes two")
+    require(len(shapes) == 1, "its stacks differ in shape")
+    stored = [value for matrix in parts.matrices for value in matrix.values]
+    constant = params.issuperset((*stored, *parts.biases))
+    require(constant, "a stack of its weights is computed: it is no weight of the model")
+    same = all(bias.dtype == op.outputs[0].dtype for bias in parts.biases)
+    require(same, "its biases differ from the result in dtype")
+    require(parts.scale is None, "its rows are scaled")
+    check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
+    if op.body is not None:
+        check_body(op.body)
+    check_codes(_spec(op, parts), None if op.body is None else epilogue(op.body))
+
+
+def _fits(graph: Graph, op: Op) -> bool:
+    try:
+        _check_product(op, graph)
+    except NoMatch:
+        return False
+    return True
+
+
+def _check(op: Op, graph: Graph) -> None:
+    _check_product(op, graph)
+    owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph), "grouped.quantised")
+    require(owned, "its rows of nobody are read: the kernel leaves them as they are")
+
+
+def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
+    parts = GroupedQuantised.of(op)
+    spec = _spec(op, parts)
+    top_k = cast(int, op.attrs.get("gather", 0))
+    join = None if op.body is None else epilogue(op.body)
+
+    def make(name: str) -> PrimFunc:
+        return product_of_codes(spec, low.target, epilogue=join, top_k=top_k, name=name)
+
+    arguments = [stack(low, tuple(m.scales for m in parts.matrices))]
+    if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
+        arguments.append(stack(low, zeros))
+    arguments.append(_rounded(low, parts.x, spec))
+    if parts.order is not None:
+        arguments.append(low.value(parts.order))
+    codes = tuple(m.codes for m in parts.matrices)
+    arguments += [low.value(parts.ends), _packed(low, codes, spec.format.bits)]
+    if parts.biases:
+        arguments.append(stack(low, parts.biases))
+    key = ("codes", spec, top_k, None if op.body is None else text(op.body))
+    low.note(op, spec.format.kind)
+    return low.call(low.function(key, "codes", make), arguments, [op.outputs[0].type])
+
+
+def _rounded(low: Lowering, x: Value, spec: QuantisedSpec) -> relax.Expr:
+    """The rows as they meet the weights, made once for all that read them."""
+    blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
+    key = (x, blocks, bits)
+    if key not in low.rounded:
+        dtype = sc.STORED[x.dtype]
+
+        def make(name: str) -> PrimFunc:
+            return round_rows(spec.k, blocks, bits, dtype, low.target, name)
+
+        function = low.function(("round_rows", spec.k, blocks, bits, dtype), "round_rows", make)
+        low.rounded[key] = low.call(function, [low.value(x)], [TensorType("f32", x.shape)])
+    return low.rounded[key][0]
+
+
+def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:
+    experts, n, k = cast(tuple[int, int, int], codes[0].shape)
+    name = "+".join(value.name for value in codes) + ".packed"
+    type = TensorType("u8", (experts, n * len(codes), k * bits // 8))
+
+    def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
+        arrays = [pack(as_array(tensor), bits) for tensor in tensors]
+        return arrays[0] if len(arrays) == 1 else interleave(*arrays)
+
+    return low.param(("packed", codes), Param(name, type, codes, make))
+
+
+RULES = (Rule("quantised", ("grouped.quantised",), _check, _quantised),)
