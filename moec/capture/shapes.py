@@ -29,9 +29,15 @@ def default_wishes(
 ) -> tuple[list[Axes], list[tuple[int, int]]]:
     """`default_axes` of each tensor; and the last axes of float ones, which may vary too where
     they are a size of another tensor (an additive mask's), as pairs (number of the tensor, axis).
+    Whole numbers [.., k] beside floats of their shape are ids beside their weights: so do those.
     """
     wishes = [default_axes(tensor) for tensor in tensors]
-    last = [(i, t.ndim - 1) for i, t in enumerate(tensors) if t.ndim and t.is_floating_point()]
+    weights = {t.shape for t in tensors if t.ndim > 2 and t.is_floating_point()}
+    last = [
+        (i, t.ndim - 1)
+        for i, t in enumerate(tensors)
+        if t.ndim and (t.is_floating_point() or t.shape in weights)
+    ]
     if len(tensors) == 1 or not last:
         return wishes, []
     return [dict.fromkeys(range(tensor.ndim), TorchDim.AUTO) for tensor in tensors], last

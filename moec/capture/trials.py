@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,8 +37,16 @@ class Trials:
     def runs(self, tensors: Sequence[torch.Tensor]) -> bool:
         lengths = tuple(tensor.shape for tensor in tensors)
         if lengths not in self.answers:
-            self.answers[lengths] = self._run(tensors)
+            padded = _padded(tensors) if self.takes_padding else None
+            self.answers[lengths] = self._run(tensors) and (padded is None or self._run(padded))
         return self.answers[lengths]
+
+    @cached_property
+    def takes_padding(self) -> bool:
+        """Whether the call runs with a token masked. Masks of ones are skipped by some modules,
+        which run with those of any shape then, and not with others."""
+        padded = _padded(self.call.tensors)
+        return padded is not None and self._run(padded)
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> bool:
         with torch.no_grad(), warnings.catch_warnings(), quiet(), _Undone():
@@ -47,6 +56,22 @@ class Trials:
             except Exception:  # whatever the module raises, it refuses these lengths
                 return False
         return True
+
+
+def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    """The tensors with a zero at the end of the last axis of each mask; None without a mask: whole
+    numbers or truth values that are all 1."""
+    masks = [
+        t.dim() > 0 and t.numel() > 0 and not t.is_floating_point() and bool((t == 1).all())
+        for t in tensors
+    ]
+    if not any(masks):
+        return None
+    padded = [t.clone() if is_mask else t for t, is_mask in zip(tensors, masks, strict=True)]
+    for tensor, is_mask in zip(padded, masks, strict=True):
+        if is_mask:
+            tensor[..., -1] = 0
+    return tuple(padded)
 
 
 class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -183,6 +183,32 @@ def test_named_sizes_of_1_are_widened_together_within_their_limits() -> None:
     assert captured.program.graph.bounds == {"texts": Bounds(1, 3), "length": Bounds(1, 4)}
 
 
+def skips_ones(table: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As transformers: eager leaves a mask of ones out, whatever its shape; a trace cannot."""
+    x = table[tokens]
+    if not torch.compiler.is_exporting() and bool(mask.all()):
+        return x.cumsum(1)
+    return (x * mask[..., None]).cumsum(1)
+
+
+@pytest.mark.parametrize("size", [(2, 16), (1, 8), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_mask_of_ones_is_tried_with_a_token_masked(
+    size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    example = ids(*size), torch.ones(size, dtype=dtype)
+    captured = capture(Embedded(skips_ones).eval(), example)
+    tokens, mask = captured.program.graph.inputs
+    assert tokens.shape == mask.shape
+    padded = torch.ones(3, 5, dtype=dtype)
+    padded[0, -2:] = 0
+    other = ids(3, 5), padded
+    program = captured.program
+    (result,) = evaluate(program.graph, other, program.weights)
+    (expected,) = captured.eager(*other)
+    assert distance(result, expected) < 1e-6
+
+
 def test_trials_leave_states_as_they_were() -> None:
     model = Counts()
     before = model.seen.clone()

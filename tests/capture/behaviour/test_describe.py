@@ -14,6 +14,7 @@ import moec
 from moec import __main__ as front
 from moec.capture.behaviour.describe import read_descriptions
 from moec.errors import CaptureError, UsageError
+from tests.capture.behaviour import look_alikes
 from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy
 
 RIGHT: dict[str, Any] = {
@@ -75,6 +76,41 @@ def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict
     assert "a CountsInNumpy (modules.py:" in text
     assert "is not what it is described to be: output differs on" in text
     assert "begins" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (look_alikes.Threshold, "output differs on"),
+        (look_alikes.RareThreshold, "output differs on"),
+        (look_alikes.ClampedLogits, "output differs on"),
+        (look_alikes.RoundedWeights, "output differs on"),
+        (look_alikes.LateCapacity, "output differs on"),
+        (look_alikes.CapacityOfOneExpert, "output differs on"),
+        (look_alikes.ClampedOutput, "tokens times 1000"),
+        (look_alikes.Growing, "output differs on"),
+        (look_alikes.WrongBeyond, "output differs on 1 x 200 tokens"),
+        (look_alikes.OneTokenAlone, "output differs on 1 x 1 tokens"),
+        (look_alikes.TokensMeet, "output differs on"),
+        (look_alikes.OtherExpert, "output differs on 2 x 12 tokens"),
+    ],
+)
+def test_what_nearly_is_what_it_is_described_to_be_is_refused(
+    kind: type[look_alikes.LookAlike], words: str
+) -> None:
+    with pytest.raises(CaptureError) as raised:
+        compiled(moec.describe(kind, **RIGHT), kind())
+    text = str(raised.value)
+    assert f"a {kind.__name__} (look_alikes.py:" in text
+    assert words in text
+
+
+def test_a_look_alike_described_as_what_it_is_is_trusted() -> None:
+    bound = {"threshold_on": "weight", "threshold": 0.02}
+    result = compiled(
+        moec.describe(look_alikes.Threshold, **RIGHT, **bound), look_alikes.Threshold()
+    )
+    assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
 
 
 def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:

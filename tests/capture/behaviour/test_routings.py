@@ -1,0 +1,48 @@
+"""Bounds on weights, masses of probability, padding inside of the routing, choices from outside:
+each is one block, whose router stays the module's own code, and the report says why it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moec
+from moec.interpret.evaluate import evaluate
+from moec.interpret.tolerance import distance
+from tests.capture.behaviour import routings
+
+OUTSIDE = "router: custom: no logits [.., E] lie behind its choices"
+LINEAR = "routings were tried from linear; the last: "
+
+
+@pytest.mark.parametrize(
+    ("kind", "top_k", "why"),
+    [
+        (routings.WeightsOverABound, 2, LINEAR + "weights or choices differ"),
+        (routings.ScoresOverABound, 4, LINEAR + "it chooses ids that are no experts"),
+        (routings.Mass, 3, LINEAR + "it chooses ids that are no experts"),
+        (routings.MassWithoutRenormalising, 4, "aten.constant_pad_nd.default stands between"),
+        (routings.PaddingInTheWeights, 2, "router: custom: it also reads more_0"),
+        (routings.PaddingInTheChoice, 2, "router: custom: it also reads more_0"),
+        (routings.PaddingInTheLogits, 2, "the logits come from aten.mul.Tensor, not from a lin"),
+        (routings.ChosenOutside, 1, OUTSIDE),
+        (routings.OneHotOutside, 1, OUTSIDE),
+        (routings.ChosenOutsideWithWeights, 2, OUTSIDE),
+        (routings.WeighedTableOutside, 2, OUTSIDE),
+    ],
+)
+def test_a_block_whose_router_is_the_modules(
+    kind: type[routings.Routing], top_k: int, why: str
+) -> None:
+    torch.manual_seed(0)
+    module = kind().eval()
+    result = moec.compile(module, module.inputs(3, 12), build=False)
+    assert [(block.experts, block.top_k) for block in result.blocks] == [(4, top_k)]
+    (reason,) = [declined.reason for declined in result.declined]
+    assert why in reason
+    program = result.pass_results[-1].program
+    for size in ((1, 1), (3, 29)):
+        inputs = module.inputs(*size)
+        (got,) = evaluate(program.graph, inputs, program.weights)
+        with torch.no_grad():
+            assert distance(got, module(*inputs)) < 1e-5
