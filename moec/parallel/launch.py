@@ -31,6 +31,7 @@ def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
 
 def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
     """As `launch`, for any work of ranks. Raises RankError."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,6 +52,10 @@ def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the error says it in one line
         try:
             results: dict[int, T] = elastic_launch(config, entry)(marked)
+        except SignalException as stopped:  # the launcher has ended the ranks
+            if stopped.sigval is signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise RankError(f"the ranks were ended: {stopped.sigval.name}") from None
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
             raise RankError(_explained(Path(folder), count, rank, first)) from None

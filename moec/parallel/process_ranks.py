@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -95,6 +96,11 @@ def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """What gloo says of a failure, in words."""
     text = str(error)
+    if "EADDRINUSE" in text:
+        port = re.search(r"port: (\d+)", text)
+        return f"port {port[1] if port else ''} is in use: choose another (--master-port)"
+    if joined := re.search(r"(\d+)/(\d+) clients joined", text):
+        return f"{LATE}: {joined[1]} of {joined[2]} were started"
     if "Timed out" in text or "timed out" in text.lower():
         return LATE
     if "Connection closed" in text or "Connection reset" in text or "Broken pipe" in text:

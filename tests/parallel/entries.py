@@ -6,11 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.parallel import process_ranks
 from moec.parallel.decoder import RankDecoder
-from moec.parallel.process import Job, joined
+from moec.parallel.process import Job, joined, rank_of_process, started
 from moec.parallel.store import load_rank
 from moec.parallel.worker import run_rank
 from moec.runtime.generate import generate
@@ -60,6 +60,19 @@ def raising(job: Job) -> dict[str, list[int]]:
 
     _at_second_exchange(event)
     return run_rank(job)
+
+
+def differing(job: Job) -> dict[str, list[int]]:
+    """Rank 1 reads the folder beside that of the job."""
+    rank, _ = rank_of_process()
+    return run_rank(replace(job, folder=job.folder.with_name("other.ranks")) if rank else job)
+
+
+def sleeping(job: Job) -> None:
+    """Says its pid in the job's folder, and stays."""
+    with started(job) as (rank, _):
+        (job.folder / f"{rank}.pid").write_text(str(os.getpid()))
+        time.sleep(600)
 
 
 @dataclass(frozen=True)
