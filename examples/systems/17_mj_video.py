@@ -302,6 +302,12 @@ def parameters(size: Size) -> int:
         return sum(p.numel() for p in RewardModel(size).parameters())
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The two levels of the published model over 16 answers, for benchmarks/systems.py."""
+    width = INTERNVL2_2B.width
+    return Mixture(INTERNVL2_2B).eval(), (torch.randn(16, width), torch.randn(16, width))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--published", action="store_true", help="count the published size")

@@ -314,6 +314,14 @@ def compiled_parts(
     ]
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The encoder and the heads of ten experts over 16 conversations of 32 tokens, widths chosen
+    here, for benchmarks/systems.py."""
+    size = Size(words=8192, width=256, heads=4, layers=2, latent=128, experts=10, length=16)
+    contexts = torch.randint(size.words, (16, 32))
+    return Candidates(size).eval(), (contexts, torch.randn(16, size.experts, size.latent))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +246,13 @@ def count() -> None:
     for name, (size, paper) in PUBLISHED.items():
         total, experts = parameters(size)
         print(f"{name:10}{2 * total / 1e9:10,.1f} GB{paper:10,.1f} GB{experts / total:12.1%}")
+
+
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """16 of the 128 experts of a layer of base128, not compressed, over 256 tokens, for
+    benchmarks/systems.py."""
+    size = replace(PUBLISHED["base128"][0], experts=16)
+    return Switch(size).eval(), (torch.randn(1, 256, size.width),)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -305,6 +305,16 @@ def parameters(size: Size) -> tuple[int, int, int]:
     return own, rest + size.domains * part, rest + part
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The experts of one layer of the published model over 32 tokens, whose experts are an input,
+    for benchmarks/systems.py."""
+    size = LLAMA_2_7B
+    hidden = int(size.remain * size.hidden)
+    experts = [FeedForward(size.width, hidden) for _ in range(size.domains)]
+    inputs = (torch.randn(1, 32, size.width), torch.randint(size.domains, (1, 32)))
+    return Experts(experts).eval(), inputs
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     own, total, active = parameters(LLAMA_2_7B)
