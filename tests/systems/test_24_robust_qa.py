@@ -59,6 +59,8 @@ def test_drop_policies_are_attributes() -> None:
         _, ours = compiled(head)
         zero = [op.attrs["kinds"] for op in ours.graph.ops if op.name == "moe.zero_experts"]
         assert zero == kinds
+        fills = [op.attrs["value"] for op in ours.graph.ops if op.name == "aten.masked_fill.Scalar"]
+        assert (example.SMALL.experts in fills) == (head == "moe")  # no expert, no row to compute
     (block,) = compiled("switch")[1].blocks
     assert block.zero == "1 copy"
     assert "per expert, by token in the order of numbers" in block.router
