@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from moec.codegen.backends.cuda.backend import CUDA
+from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.codegen.package import build
 from moec.ir.graph import Module
 from tests.codegen.loops.test_ops import GROUPS, check, program
@@ -18,7 +18,7 @@ pytestmark = needs_compiler
 
 @cache
 def emulated(group: str, dtype: str) -> EmulatedModel:
-    return emulated_model(build(Module.of(program(group, dtype)), SM_80, backend=CUDA))
+    return emulated_model(build(Module.of(program(group, dtype)), SM_80, backend=CUDA_TEXT))
 
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the variance of no rows
