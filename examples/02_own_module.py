@@ -1,8 +1,12 @@
 """A module of your own: what moec recognises in it, and what it declines, with the reason.
 
 The first layer is mixture-of-experts code as people write it: a router, and a loop that gives every
-expert the tokens that chose it. The second mixes all of its experts for every token, which looks
-similar and is not routing: it stays what it is, and the compiler says why.
+expert the tokens that chose it. The second mixes all of its experts for every token: a block too,
+in which nothing is chosen.
+
+Two more layers do what torch.export refuses, and show the other ways to take a module: one reads
+counts into Python, and its branches are speculated on and proved; one makes lists of tokens, as
+long as the data say, and is observed as it runs, or described by its author and proved.
 """
 
 from __future__ import annotations
@@ -50,6 +54,36 @@ class Mixed(nn.Module):
         return (weights[:, :, None] * each).sum(dim=1)
 
 
+class Counted(Routed):
+    """Counts are read into Python, and experts without tokens are skipped."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        weights, chosen = F.softmax(self.router(x), dim=-1).topk(2, dim=-1)
+        y = torch.zeros_like(x)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        for index, count in enumerate(counts):
+            if count == 0:
+                continue
+            token, slot = torch.where(chosen == index)
+            y = y.index_add(0, token, self.experts[index](x[token]) * weights[token, slot, None])
+        return y
+
+
+class Listed(Routed):
+    """A list of tokens for each expert, made by Python."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        weights, chosen = F.softmax(self.router(x), dim=-1).topk(2, dim=-1)
+        y = torch.zeros_like(x)
+        pairs = chosen.tolist()
+        for index, expert in enumerate(self.experts):
+            token = [number for number, pair in enumerate(pairs) if index in pair]
+            if token:
+                share = (weights[token] * (chosen[token] == index)).sum(-1, keepdim=True)
+                y[token] += share * expert(x[token])
+        return y
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -79,3 +113,21 @@ with torch.inference_mode():
         x = torch.randn(tokens, 64)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 print("equal to eager for 0, 1, 33 and 500 tokens")
+
+small = {"width": 16, "hidden": 24, "experts": 4}
+counted, listed = Counted(**small).eval(), Listed(**small).eval()
+described = moec.describe(Listed, router="router", experts="experts", top_k=2, score="softmax")
+x = torch.randn(12, 16)
+for way, module, descriptions in (
+    ("speculated", counted, ()),
+    ("observed", listed, ()),
+    ("described", listed, (described,)),
+):
+    compiled = moec.compile(module, (x,), descriptions=descriptions)
+    (block,) = compiled.blocks
+    print(f"{way}: {type(module).__name__}, top-{block.top_k} of {block.experts}, {block.router}")
+    for note in compiled.captured.notes:
+        print(f"  {note}")
+    with torch.inference_mode():
+        x = torch.randn(77, 16)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
