@@ -7,7 +7,8 @@
     }
 
 Attributes follow the inputs as <name=value>; `$1` is input number 1, {2*T} a size. A body is
-a graph in braces after the op. `state a -> b` says that buffer a holds b after the call.
+a graph in braces after the op. `state a -> b` says that buffer a holds b after the call. The
+name of a value that is no word stands in quotes: "0.weight".
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def print_graph(graph: Graph) -> str:
 
 
 def _lines(graph: Graph) -> Iterator[str]:
-    inputs = ", ".join(map(repr, graph.inputs))
-    params = ", ".join(map(repr, graph.params))
+    inputs = ", ".join(map(_typed, graph.inputs))
+    params = ", ".join(map(_typed, graph.params))
     yield f"graph {graph.name}({inputs}{'; ' + params if params else ''}) {{"
     for name, bounds in graph.bounds.items():
         yield f"  size {name} in {show_bounds(bounds)}"
     for op in graph.ops:
-        outputs = ", ".join(map(repr, op.outputs))
-        line = f"  {outputs} = {op.name}({', '.join(v.name for v in op.inputs)})"
+        outputs = ", ".join(map(_typed, op.outputs))
+        line = f"  {outputs} = {op.name}({', '.join(_quote(v.name) for v in op.inputs)})"
         if op.attrs:
             line += f" <{', '.join(f'{k}={show_attr(v)}' for k, v in op.attrs.items())}>"
         if op.origin:
@@ -59,9 +60,13 @@ def _lines(graph: Graph) -> Iterator[str]:
         yield from ("    " + inner for inner in _lines(op.body))
         yield "  }"
     for state in graph.states:
-        yield f"  state {state.before.name} -> {state.after.name}"
-    yield f"  return {', '.join(v.name for v in graph.outputs)}"
+        yield f"  state {_quote(state.before.name)} -> {_quote(state.after.name)}"
+    yield f"  return {', '.join(_quote(v.name) for v in graph.outputs)}"
     yield "}"
+
+
+def _typed(value: Value) -> str:
+    return f"{_quote(value.name)}: {value.type}"
 
 
 def _quote(text: str) -> str:
@@ -144,6 +149,10 @@ class _Reader:
             raise self.fail("a name")
         return self.next()
 
+    def value_name(self) -> str:
+        """The name of a value, which is quoted where it is no word: "0.weight"."""
+        return str(json.loads(self.next())) if self.kind == "string" else self.name()
+
     def end(self) -> None:
         if self.kind != "end":
             raise self.fail("the end")
@@ -159,7 +168,7 @@ class _Reader:
         return TensorType(dtype, shape)
 
     def typed(self) -> Value:
-        name = self.name()
+        name = self.value_name()
         self.take(":")
         return Value(name, self.type())
 
@@ -184,6 +193,9 @@ class _Reader:
         ops: list[Op] = []
         states: list[State] = []
         while True:
+            if self.kind == "string":
+                ops.append(self.op(self.value_name(), scope))
+                continue
             word = self.name()
             if word == "return" and self.token != ":":
                 outputs = self.used_list(scope)
@@ -201,13 +213,15 @@ class _Reader:
                 ops.append(self.op(word, scope))
 
     def used(self, scope: Mapping[str, Value]) -> Value:
-        if self.token not in scope:
+        name = str(json.loads(self.token)) if self.kind == "string" else self.token
+        if name not in scope:
             raise self.fail("a value that is defined above")
-        return scope[self.next()]
+        self.next()
+        return scope[name]
 
     def used_list(self, scope: Mapping[str, Value]) -> tuple[Value, ...]:
         values: list[Value] = []
-        while self.kind == "name":
+        while self.kind in ("name", "string"):
             values.append(self.used(scope))
             if not self.skip(","):
                 break

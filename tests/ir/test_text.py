@@ -74,3 +74,23 @@ def test_any_attribute_reads_back(attributes, origin):
 def test_a_fault_names_its_line(before, after, says):
     with pytest.raises(IRError, match=says):
         parse(LAYER.replace(before, after))
+
+
+@given(st.text(), st.text(), st.text())
+def test_any_name_reads_back(first, second, third):
+    """Parameters of nn.Sequential begin with a digit: 0.weight."""
+    x = Value("x" + first, TensorType("f32", (symbol("T"),)))
+    w = Value(f"0.{second}", x.type)
+    y = Value(f"return {third}", x.type)
+    graph = Graph((x,), (w,), (Op("aten.add.Tensor", (x, w), (y,)),), (y, x))
+    again = parse(print_graph(graph))
+    assert print_graph(again) == print_graph(graph)
+    assert [v.name for v in (*again.inputs, *again.params, *again.outputs)] == [
+        v.name for v in (x, w, y, x)
+    ]
+
+
+def test_names_of_one_word_stand_without_quotes():
+    x = Value("0.weight", TensorType("f32", (4,)))
+    text = print_graph(Graph((x,), (), (), (x,)))
+    assert text == 'graph main("0.weight": f32[4]) {\n  return "0.weight"\n}\n'
