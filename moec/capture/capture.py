@@ -23,7 +23,8 @@ from moec.capture.call import (
     named_arguments,
     tensor_names,
 )
-from moec.capture.exported import decompose, structure_of, to_program
+from moec.capture.decomposition import decompose
+from moec.capture.exported import structure_of, to_program
 from moec.capture.fixed import causes, fixed
 from moec.capture.fixed import notes as fixed_notes
 from moec.capture.gc_pause import gc_paused

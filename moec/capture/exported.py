@@ -7,8 +7,7 @@ the bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,47 +20,10 @@ from torch.export.graph_signature import (
 )
 
 from moec.capture.node_converter import Converter, dropped, without
-from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 from moec.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.dims import Bounds
 from moec.ir.graph import Graph, Op, Program, State, Value
-
-KEPT = frozenset(
-    {
-        "aten.linear.default",
-        "aten.scaled_dot_product_attention.default",
-        "aten.silu.default",
-        "aten.gelu.default",
-        "aten.layer_norm.default",
-        "aten.softmax.int",
-        "aten.log_softmax.int",
-        "aten.matmul.default",
-    }
-)
-"""Composite operators that have kernels of their own: left whole."""
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """To core ATen, with the operators in `KEPT` left whole."""
-    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-    return dict(_decompositions(len(composite)))
-
-
-@cache
-def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
-    """torch's table takes long to fill, and has more where more such operators are registered."""
-    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    return {op: table[op] for op in list(table) if str(op) not in KEPT}
-
-
-def decompose(program: ExportedProgram) -> ExportedProgram:
-    """Core ATen, with the operators in `KEPT` left whole. Raises CaptureError."""
-    try:
-        decomposed: ExportedProgram = as_buffers(program).run_decompositions(decompositions())
-    except Exception as error:
-        raise CaptureError(f"torch cannot decompose the export: {error}") from error
-    return decomposed
 
 
 def to_program(

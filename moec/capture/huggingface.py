@@ -17,7 +17,8 @@ import torch
 from torch.export import Dim as TorchDim
 
 from moec.capture.autograd import autograd_inside
-from moec.capture.exported import decompose, to_program
+from moec.capture.decomposition import decompose
+from moec.capture.exported import to_program
 from moec.errors import CaptureError
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph

@@ -1,6 +1,6 @@
 """Dynamo's graph -> functional ATen, before autograd: the form that recognisers read.
 
-The operators are those of `moec.capture.exported`, so that a block looks the same behind either
+The operators are those of `moec.capture.decomposition`: a block looks the same behind either
 door. Tracing happens in the fake mode that Dynamo has open: sizes stay symbols, and nothing
 here asks for their values. Switches of the grad mode stay in the graph; writes into inputs
 become one `copy_` each, at the end.
@@ -25,7 +25,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from moec.capture.exported import decompositions
+from moec.capture.decomposition import decompositions
 from moec.errors import NoMatch
 
 _torch: Any = torch  # functionalisation has no types

@@ -11,7 +11,8 @@ from torch.export import Dim
 from moec.capture.behaviour.description import Description
 from moec.capture.behaviour.feed_forward import feed_forward
 from moec.capture.behaviour.parts import tensor
-from moec.capture.exported import decompose, to_program
+from moec.capture.decomposition import decompose
+from moec.capture.exported import to_program
 from moec.errors import NoMatch
 from moec.ir.graph import Graph
 from moec.ir.text import print_graph

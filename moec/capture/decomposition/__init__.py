@@ -1,0 +1,6 @@
+"""An export down to core ATen, operator by operator."""
+
+from moec.capture.decomposition.composite import decompositions
+from moec.capture.decomposition.expand import decompose
+
+__all__ = ["decompose", "decompositions"]

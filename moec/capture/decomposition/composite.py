@@ -1,0 +1,56 @@
+"""Which operators of torch are made of others, and which of them are left whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+WHOLE = frozenset(
+    {
+        "aten.linear.default",
+        "aten.scaled_dot_product_attention.default",
+        "aten.silu.default",
+        "aten.gelu.default",
+        "aten.layer_norm.default",
+        "aten.softmax.int",
+        "aten.log_softmax.int",
+        "aten.matmul.default",
+    }
+)
+"""Composite operators that have kernels of their own."""
+
+
+@cache
+def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    return {op: table[op] for op in list(table) if str(op) not in WHOLE}
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """To core ATen, with the operators in `WHOLE` left as they are.
+
+    torch's table takes long to fill, and has more where more such operators are registered.
+    """
+    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+    return dict(_decompositions(len(composite)))
+
+
+def is_composite(node: fx.Node, table: Collection[Any]) -> bool:
+    """Whether `node` calls an operator that `table` or torch itself replaces by others."""
+    if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+        return False  # a size
+    return str(node.target) not in WHOLE and (is_implicit(node.target) or node.target in table)
+
+
+def is_implicit(target: Any) -> bool:
+    """Whether an operator is made of others for every device. What it returns may be a view of an
+    operand, or the operand itself (dropout in eval), though its schema does not say so."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = cast(Any, target).name()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd")

@@ -1,0 +1,158 @@
+"""An export in core ATen, with the operators in `WHOLE` left as they are.
+
+torch retraces the whole program for that, which takes longer than the export itself. Only some
+of the operators change, and layers repeat: here each operator that changes is traced alone, once
+for each kind of operands, and its nodes take its place. What writes into tensors or holds
+regions of its own is left to torch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, TensorArgument
+
+from moec.capture.decomposition.composite import decompositions, is_composite
+from moec.capture.decomposition.functional import (
+    SCATTERS,
+    Retrace,
+    is_function,
+    write_of,
+    writes,
+)
+from moec.capture.decomposition.parts import Parts, operands_of, parts_in
+from moec.capture.states import as_buffers
+from moec.errors import CaptureError
+
+_POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
+"""Composite operators that make a size of data: traced again they would make another one."""
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
+    program = as_buffers(program)
+    try:
+        return expand(program) or program.run_decompositions(decompositions())
+    except Exception as error:
+        raise CaptureError(f"torch cannot decompose the export: {error}") from error
+
+
+def expand(program: ExportedProgram) -> ExportedProgram | None:
+    """`program` with each composite operator replaced by its parts, or None: torch must do it."""
+    source = program.graph_module
+    table = decompositions()
+    writer = _Writer(fx.Graph())
+    try:
+        functions = {node: write_of(node) for node in source.graph.nodes if writes(node)}
+        with parts_in(source, table) as parts:
+            for node in source.graph.nodes:
+                if node in functions:
+                    function, views = functions[node].function, functions[node].views
+                    writer.write(node, views, writer.splice(node, parts.of(node, function)))
+                elif node.target in _POSITIONS:
+                    writer.copies[node] = writer.positions(node, parts)
+                elif is_composite(node, table):
+                    writer.copies[node] = writer.splice(node, parts.of(node, node.target))
+                elif is_function(node):
+                    writer.copies[node] = writer.copy(node)
+                else:
+                    raise Retrace(f"{node.target} has regions of its own")
+    except Retrace:
+        return None
+    writer.graph.eliminate_dead_code()
+    module = fx.GraphModule(source, writer.graph)
+    module.meta.update(source.meta)
+    expanded: ExportedProgram = program._update(
+        module, _named(program.graph_signature, writer.graph)
+    )
+    return expanded
+
+
+def _named(signature: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
+    """`signature` with the outputs under their names in `graph`."""
+    (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
+    outputs = [
+        replace(spec, arg=TensorArgument(result.name))
+        if isinstance(spec.arg, TensorArgument)
+        else spec
+        for spec, result in zip(signature.output_specs, results, strict=True)
+    ]
+    return replace(signature, output_specs=outputs)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """The graph that is written, and what stands in it for each node of the source. A node that
+    writes is another name of the tensor that it writes: `tensors` has which."""
+
+    graph: fx.Graph
+    copies: dict[fx.Node, Any] = field(default_factory=dict)
+    tensors: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def of(self, node: fx.Node) -> Any:
+        return self.copies[self.tensors.get(node, node)]
+
+    def copy(self, node: fx.Node) -> Any:
+        """What stands for a node that stays as it is."""
+        if node.target is operator.getitem:
+            source, index = cast(fx.Node, node.args[0]), cast(int, node.args[1])
+            results = self.of(source)
+            if isinstance(results, list | tuple):
+                return results[index]
+        copy = self.graph.node_copy(node, self.of)
+        if node.op == "placeholder":
+            copy.name = node.name  # the signature has it
+        if node.target is torch.ops.aten.item.default:  # its parts would read the number anew
+            copy.target = torch.ops.aten._local_scalar_dense.default
+        return copy
+
+    def splice(self, node: fx.Node, parts: fx.Graph, operands: Sequence[Any] = ()) -> Any:
+        """`parts` in the place of `node`, with its operands or those given: their result."""
+        sources = iter(operands or [self.of(operand) for operand in operands_of(node)])
+        inner: dict[fx.Node, Any] = {}
+        about = {name: value for name, value in node.meta.items() if name != "val"}
+        for part in parts.nodes:
+            if part.op == "placeholder":
+                inner[part] = next(sources)
+            elif part.op == "output":
+                return fx.map_arg(part.args[0], inner.__getitem__)
+            else:
+                inner[part] = self.graph.node_copy(part, inner.__getitem__)
+                inner[part].meta = {**about, "val": part.meta.get("val")}
+        raise AssertionError("a graph without an output")
+
+    def positions(self, node: fx.Node, parts: Parts) -> Any:
+        """`torch.where(x)` with the sizes that the export gave it: columns of one nonzero."""
+        columns, source = node.meta["val"], cast(fx.Node, node.args[0])
+        copy = self.graph.call_function(torch.ops.aten.nonzero.default, (self.of(source),))
+        copy.meta = {**node.meta, "val": columns[0].new_empty((*columns[0].shape, len(columns)))}
+        unbind = parts.trace(lambda rows: torch.ops.aten.unbind.int(rows, 1), [copy.meta["val"]])
+        return self.splice(node, unbind, [copy])
+
+    def write(self, node: fx.Node, views: Sequence[fx.Node], part: Any) -> None:
+        """Who reads the tensor that `node` writes through `views` reads from here on what has
+        `part` in its place. Raises Retrace where `part` is of another dtype or shape."""
+        tensor, whole = cast(fx.Node, node.args[0]), part
+        before, after = tensor.meta["val"], part.meta["val"]
+        if before.dtype != after.dtype or str(before.shape) != str(after.shape):
+            raise Retrace(f"{node.target} writes another dtype or shape")
+        for view in reversed(views):
+            tensor = cast(fx.Node, view.args[0])
+            if str(view.meta["val"].shape) == str(tensor.meta["val"].shape):
+                continue  # `x[:]` is all of x
+            arguments: Any = fx.map_arg((view.args[1:], view.kwargs), self.of)
+            operands = (self.of(tensor), whole, *arguments[0])
+            whole = self.graph.call_function(SCATTERS[view.target], operands, arguments[1])
+            whole.meta = {**node.meta, "val": tensor.meta["val"]}
+        root = self.tensors.get(tensor, tensor)
+        self.copies[root] = whole
+        if whole is part:
+            self.tensors[node] = root
+        else:
+            self.copies[node] = part

@@ -1,0 +1,126 @@
+"""The parts of one operator: traced on fake operands, once for each kind of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export import exported_program
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moec.capture.decomposition.functional import Retrace, is_function
+
+_exports = cast(Any, exported_program)  # what is read of it is private
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Traces operators down to core ATen, by torch's rules. `traced`: what was traced before."""
+
+    rules: Mapping[Any, Callable[..., Any]]
+    traced: dict[Any, fx.Graph] = field(default_factory=dict)
+
+    def of(self, node: fx.Node, target: Callable[..., Any]) -> fx.Graph:
+        """Of `target` with the arguments of `node`, as a graph of the operands of `node`. Raises
+        Retrace where they write, make sizes of data, or cannot be traced alone."""
+        operands = operands_of(node)
+        values = [operand.meta["val"] for operand in operands]
+        key = target, _arguments(node, operands), tuple(map(_kind, values))
+        if key not in self.traced:
+            graph = self.trace(_alone(node, target, operands), values)
+            if not all(map(is_function, graph.nodes)) or _reads_data(graph, values):
+                raise Retrace(f"the parts of {target} write, or make sizes of data")
+            self.traced[key] = graph
+        return self.traced[key]
+
+    def trace(self, function: Callable[..., Any], operands: Sequence[Any]) -> fx.Graph:
+        """Of `function` on fake operands. Raises Retrace where torch cannot."""
+        rules = cast(Any, self.rules)
+        try:
+            return make_fx(function, decomposition_table=rules)(*operands).graph
+        except Exception as error:
+            raise Retrace(f"{function} cannot be traced alone") from error
+
+
+@contextmanager
+def parts_in(source: fx.GraphModule, table: Mapping[Any, Callable[..., Any]]) -> Iterator[Parts]:
+    """While open, operators of `source` can be traced. Raises Retrace for a torch that is not
+    known, and where nothing is fake."""
+    try:
+        detect = _exports._detect_fake_mode_from_gm
+        split = _exports._split_decomp_table_to_cia_and_python_decomp
+        override = _exports._override_composite_implicit_decomp
+    except AttributeError as error:
+        raise Retrace(f"this torch has no {error.name}") from None
+    mode = detect(source)
+    if mode is None:
+        raise Retrace("no tensor of the program is fake")
+    composite, rules = split(dict(table))
+    with torch.no_grad(), mode, enable_python_dispatcher(), override(composite):
+        yield Parts(rules)
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that `node` reads, each once."""
+    return list(dict.fromkeys(node.all_input_nodes))
+
+
+def _alone(
+    node: fx.Node, target: Callable[..., Any], operands: Sequence[fx.Node]
+) -> Callable[..., Any]:
+    """`target` with the arguments of `node`, as a function of its operands' values."""
+
+    def call(*values: Any) -> Any:
+        named = dict(zip(operands, values, strict=True))
+        arguments = fx.map_arg(node.args, named.__getitem__)
+        return target(*arguments, **fx.map_arg(node.kwargs, named.__getitem__))
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """What the parts of an operator can depend on, of a tensor."""
+
+    dtype: torch.dtype
+    shape: str
+    stride: str
+    offset: str
+
+
+def _arguments(node: fx.Node, operands: Sequence[fx.Node]) -> str:
+    """The arguments of `node`, with operands as their positions."""
+    positions = {operand: _Position(position) for position, operand in enumerate(operands)}
+    return repr(fx.map_arg((node.args, node.kwargs), cast(Any, positions.__getitem__)))
+
+
+@dataclass(frozen=True)
+class _Position:
+    index: int
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _Operand(
+            value.dtype, str(value.shape), str(value.stride()), str(value.storage_offset())
+        )
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind, value))
+    return str(value)
+
+
+def _reads_data(graph: fx.Graph, values: Sequence[Any]) -> bool:
+    """Whether the parts make a size of data, which has a name of its own at each place."""
+    before = set().union(*(free_unbacked_symbols(v) for v in values if _has_sizes(v)))
+    after = (node.meta.get("val") for node in graph.nodes)
+    return any(free_unbacked_symbols(v) - before for v in after if _has_sizes(v))
+
+
+def _has_sizes(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | torch.SymInt | list | tuple)
