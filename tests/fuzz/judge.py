@@ -124,10 +124,7 @@ def _interpreted(compiled: CompiledModel) -> Callable[[torch.Tensor], Any]:
     program, structure = compiled.pass_results[-1].program, compiled.captured.structure
 
     def run(x: torch.Tensor) -> Any:
-        results = evaluate(program.graph, [x], program.weights)
-        if structure.named:
-            return dict(zip((v.name for v in program.graph.results), results, strict=True))
-        return structure.rebuild(list(results))
+        return structure.rebuild(evaluate(program.graph, [x], program.weights))
 
     return run
 
@@ -152,8 +149,6 @@ def _difference(got: Any, right: list[Any], dtype: str) -> str:
 def _leaves(value: Any) -> list[Any]:
     if dataclasses.is_dataclass(value):
         value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    if isinstance(value, dict):  # one tensor of a mapping comes as it is, several by name
-        value = list(value.values())
     return [
         part
         for leaf in pytree.tree_leaves(value, is_leaf=dataclasses.is_dataclass)
