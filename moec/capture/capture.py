@@ -187,7 +187,7 @@ def _speculated(request: _Request) -> Captured:
 
     def with_masks() -> Captured:
         with EXPORTS, gc_paused():
-            decomposed = _decomposed(index[1].exported)
+            decomposed = decompose(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
         return _captured(request, general, form, "masked")
 
@@ -338,12 +338,6 @@ def _from_graph(
     return Captured(model.program, eager, example, model.structure, is_graph=True)
 
 
-def _decomposed(exported: ExportedProgram) -> ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return decompose(exported)
-
-
 def _convert(
     exported: ExportedProgram,
     names: Sequence[str],
@@ -352,7 +346,7 @@ def _convert(
     outputs: Sequence[str],
     groups: Iterable[AxisGroup] = (),
 ) -> Program:
-    exported = _decomposed(exported)
+    exported = decompose(exported)
     return to_program(
         exported,
         rename=_names(exported, wishes, groups),

@@ -9,6 +9,7 @@ regions of its own is left to torch.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -36,11 +37,13 @@ _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
-    program = as_buffers(program)
-    try:
-        return expand(program) or program.run_decompositions(decompositions())
-    except Exception as error:
-        raise CaptureError(f"torch cannot decompose the export: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own classes
+        try:
+            program = as_buffers(program)
+            return expand(program) or program.run_decompositions(decompositions())
+        except Exception as error:
+            raise CaptureError(f"torch cannot decompose the export: {error}") from error
 
 
 def expand(program: ExportedProgram) -> ExportedProgram | None:
