@@ -7,21 +7,32 @@ runs the whole text again for each token; `slow` says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from moec.errors import InputError
 from moec.runtime.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.dtypes import Array
-from moec.runtime.executor import Executor
 from moec.runtime.sampling import GREEDY, Sampling, choose
 from moec.runtime.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
 """Adds tokens to each text, and gives the logits f32[texts, V] after the last of each."""
+
+
+@runtime_checkable
+class Whole(Protocol):
+    """What runs a text as a whole: an Executor."""
+
+    def reset(self) -> None:
+        """Begin with the caches that the model was captured with."""
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Any]:
+        """The outputs of `main`, by name."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:
 def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Feed:
     if executor.package.generation is not None:
         return Texts(executor, len(prompts), room).feed
-    assert isinstance(executor, Executor), "only an executor runs a whole text again"
+    if not isinstance(executor, Whole):
+        raise InputError("several ranks continue text by `decode`, and this plan has none")
     lm = causal_lm(executor.package.main)
     if lm.cached and len(prompts) > 1:
         raise InputError(
@@ -112,7 +124,7 @@ def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Fee
 
 
 def _whole(
-    executor: Executor, lm: CausalLM, texts: list[list[int]], tokens: Sequence[Sequence[int]]
+    executor: Whole, lm: CausalLM, texts: list[list[int]], tokens: Sequence[Sequence[int]]
 ) -> Array:
     """Runs each text from its start, or from where the model's own cache ends."""
     rows: list[Array] = []
