@@ -102,7 +102,8 @@ def from_torch(
     floats = expr.xreplace(dict.fromkeys(substitutions, sympy.S.Zero)).atoms(sympy.Float)
     if floats:
         raise IRError(f"it is made of {min(floats)}, and in which order is not known")
-    return normal(_convert(expr, rename or {}, substitutions))
+    # One form: torch writes B*(P + Q) as B*P + B*Q too, which no comparison would find equal.
+    return normal(sympy.expand_mul(_convert(expr, rename or {}, substitutions)))
 
 
 def nearly_from_torch(size: Any, rename: Mapping[str, str]) -> sympy.Expr:

@@ -141,7 +141,7 @@ class _Writer:
     def write(self, node: fx.Node, views: Sequence[fx.Node], part: Any) -> None:
         """Who reads the tensor that `node` writes through `views` reads from here on what has
         `part` in its place. Raises Retrace where `part` is of another dtype or shape."""
-        tensor, whole = cast(fx.Node, node.args[0]), part
+        tensor, full = cast(fx.Node, node.args[0]), part
         before, after = tensor.meta["val"], part.meta["val"]
         if before.dtype != after.dtype or str(before.shape) != str(after.shape):
             raise Retrace(f"{node.target} writes another dtype or shape")
@@ -150,12 +150,12 @@ class _Writer:
             if str(view.meta["val"].shape) == str(tensor.meta["val"].shape):
                 continue  # `x[:]` is all of x
             arguments: Any = fx.map_arg((view.args[1:], view.kwargs), self.of)
-            operands = (self.of(tensor), whole, *arguments[0])
-            whole = self.graph.call_function(SCATTERS[view.target], operands, arguments[1])
-            whole.meta = {**node.meta, "val": tensor.meta["val"]}
+            operands = (self.of(tensor), full, *arguments[0])
+            full = self.graph.call_function(SCATTERS[view.target], operands, arguments[1])
+            full.meta = {**node.meta, "val": tensor.meta["val"]}
         root = self.tensors.get(tensor, tensor)
-        self.copies[root] = whole
-        if whole is part:
+        self.copies[root] = full
+        if full is part:
             self.tensors[node] = root
         else:
             self.copies[node] = part

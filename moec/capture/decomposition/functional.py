@@ -70,14 +70,14 @@ def write_of(node: fx.Node) -> Write:
 
 def _is_same_call(target: Any, overload: Any) -> bool:
     """Whether `overload` takes what `target` does, writes nothing, and returns new memory."""
-    taken, taken_by = target._schema.arguments, overload._schema.arguments
-    first, *others = (argument.alias_info for argument in taken)
+    before, after = target._schema.arguments, overload._schema.arguments
+    first, *others = (argument.alias_info for argument in before)
     return (
-        [(a.name, str(a.type)) for a in taken] == [(a.name, str(a.type)) for a in taken_by]
+        [(a.name, str(a.type)) for a in before] == [(a.name, str(a.type)) for a in after]
         and first is not None
         and first.is_write
         and not any(alias is not None and alias.is_write for alias in others)
-        and not any(a.alias_info for a in (*taken_by, *overload._schema.returns))
+        and not any(a.alias_info for a in (*after, *overload._schema.returns))
     )
 
 
