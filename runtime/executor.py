@@ -6,9 +6,7 @@ kernels need it: contiguous, and aligned to 64 bytes.
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact, MappedArrays
+from moec.runtime.caches import Cache, caches_of, keep
 from moec.runtime.checks import check_inputs, check_memory
 from moec.runtime.device import Cpu, Device, default_device, only_for
 from moec.runtime.dtypes import NUMPY, Array
@@ -35,11 +34,16 @@ from moec.runtime.package import (
     Function,
     Package,
     Port,
-    grows,
 )
 from moec.runtime.recording import Recorder
-
-ALIGNMENT = 64  # bytes: what kernels assume of every address
+from moec.runtime.tensors import (
+    aligned_copy,
+    arguments_of,
+    from_numpy,
+    results_of,
+    to_caller,
+    to_numpy,
+)
 
 
 def load(path: Path | str) -> Executor:
@@ -138,7 +142,7 @@ class Executor:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
             self._device.reserve(sum(array.nbytes for array in self._arrays.values()))
             tensors = {
-                name: self._device.moved(_from_numpy(array)) for name, array in self._arrays.items()
+                name: self._device.moved(from_numpy(array)) for name, array in self._arrays.items()
             }
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
@@ -152,7 +156,7 @@ class Executor:
                 array = self.package.arrays[port.initial]
             else:
                 array = np.zeros(tuple(int(size) for size in port.shape), NUMPY[port.dtype])
-            states[name] = self._device.moved(_from_numpy(_aligned_copy(array)))
+            states[name] = self._device.moved(from_numpy(aligned_copy(array)))
         with self._lock:
             self._states = states
 
@@ -197,7 +201,7 @@ class Executor:
     def _call(
         self, entry: _Entry, inputs: Sequence[Any], caches: Sequence[Cache] = ()
     ) -> dict[str, Any]:
-        arguments, torch = _arguments(inputs)
+        arguments, torch = arguments_of(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
         with self._lock, _refusals(self._device):
@@ -211,15 +215,15 @@ class Executor:
             raw = self._invoke(entry, [*arguments, *before, *held])
             count = len(outputs)
             end = count + len(states)
-            results = _results(raw, end + len(caches))
-            _keep(caches, entry.signature.caches, results[end:])
+            results = results_of(raw, end + len(caches))
+            keep(caches, entry.signature.caches, results[end:])
             results[:count] = self._device.results(results[:count])
             shared = (*arguments, *before, *held, *results[count:])
             self._states |= {p.name: t for p, t in zip(states, results[count:end], strict=True)}
             if recorder:
                 count -= len(recorder.layers)
                 choices = zip(results[count:], outputs[count:], strict=False)
-                recorder.add_main([_to_numpy(*choice) for choice in choices], requests)
+                recorder.add_main([to_numpy(*choice) for choice in choices], requests)
             return self._returned(results[:count], outputs[:count], shared, torch)
 
     def _returned(
@@ -231,7 +235,7 @@ class Executor:
         for port, result in zip(ports, results, strict=True):
             address = result.data_ptr()
             copied = address in addresses or address in self._owned
-            returned[port.name] = _to_caller(result, port, torch, copied)
+            returned[port.name] = to_caller(result, port, torch, copied)
         return returned
 
     def decode(
@@ -243,19 +247,19 @@ class Executor:
         caller has seen to that. `requests` i32[B] are the numbers of the texts, and `lengths`
         i64[B] says how many of the S tokens of each are no padding: for recordings.
         """
-        arguments = [*map(_from_numpy, counts), *(cache.tensor for cache in caches)]
+        arguments = [*map(from_numpy, counts), *(cache.tensor for cache in caches)]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock, _refusals(self._device):
             recorder = self._recorder
             entry = self._entries[RECORDED_DECODE if recorder else DECODE]
             logits, *layers = entry.signature.outputs
             results = self._invoke(entry, arguments)
-            scores = _to_numpy(item(results, 0), logits)
+            scores = to_numpy(item(results, 0), logits)
             if recorder:
-                choices = [_to_numpy(item(results, n), port) for n, port in enumerate(layers, 1)]
+                choices = [to_numpy(item(results, n), port) for n, port in enumerate(layers, 1)]
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
             after = [item(results, 1 + len(layers) + index) for index in range(len(caches))]
-            _keep(caches, entry.signature.caches, after)
+            keep(caches, entry.signature.caches, after)
         return scores[:, 0].astype(np.float32)
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
@@ -266,7 +270,7 @@ class Executor:
         """Copies of what the states hold now, by name."""
         with self._lock:
             ports = self.package.states
-            return {n: _to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
+            return {n: to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
 
 
 @contextmanager
@@ -279,133 +283,3 @@ def _refusals(device: Device) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise device.refusal(line) from error
-
-
-def _arguments(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
-    """The inputs as tensors of TVM, and the module torch where any of them is torch's."""
-    torch = sys.modules.get("torch")
-    arguments, kind = [], None
-    for value in inputs:
-        if torch is not None and isinstance(value, torch.Tensor):
-            kind = torch
-            arguments.append(_from_torch(value, torch))
-        else:
-            arguments.append(_from_numpy(np.asarray(value)))
-    return arguments, kind
-
-
-def _from_torch(value: Any, torch: Any) -> Any:
-    """A tensor of TVM that shares the memory where it can."""
-    tensor = value.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    tensor = tensor.contiguous()
-    if tensor.data_ptr() % ALIGNMENT:
-        tensor = tensor.clone()
-    return _compact(tvm_ffi().from_dlpack(tensor))
-
-
-def _from_numpy(array: Array) -> Any:
-    if array.dtype == NUMPY["c64"]:
-        array = array[..., None].view(np.float32)
-    aligned = array.ctypes.data % ALIGNMENT == 0 or array.size == 0
-    if not (aligned and array.flags.c_contiguous and array.flags.writeable):
-        array = _aligned_copy(array)  # DLPack has no way to say that memory is read-only
-    if array.dtype == NUMPY["bf16"]:  # numpy exports it as nothing at all
-        return _view(tvm_ffi().from_dlpack(array.view(np.uint16)), "bfloat16")
-    return _compact(tvm_ffi().from_dlpack(array))
-
-
-@dataclass(frozen=True, eq=False)
-class Cache:
-    """What texts keep from chunk to chunk: the same memory for numpy and for compiled code, which
-    takes it anew for each token."""
-
-    array: Array
-    tensor: Any
-
-    @staticmethod
-    def of(shape: tuple[int, ...], dtype: Any) -> Cache:
-        array = empty(shape, dtype)
-        return Cache(array, _from_numpy(array))
-
-
-def caches_of(ports: Sequence[Port], texts: int, room: int) -> list[Cache]:
-    """Fresh caches for some texts of at most `room` tokens each."""
-    return [_cache(port, texts, room) for port in ports]
-
-
-def _cache(port: Port, texts: int, room: int) -> Cache:
-    inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
-    cache = Cache.of((texts, *inner), NUMPY[port.dtype])
-    if not grows(port):
-        cache.array[...] = 0
-    return cache
-
-
-def _keep(caches: Sequence[Cache], ports: Sequence[Port], after: Sequence[Any]) -> None:
-    """What a call leaves in caches that are not written in place."""
-    for port, cache, result in zip(ports, caches, after, strict=True):
-        if not grows(port):
-            cache.array[...] = _to_numpy(result, port)
-
-
-def _aligned_copy(array: Array) -> Array:
-    copy = empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array of anything, at an address that kernels take as it is."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    array: Array = room[start : start + nbytes].view(dtype).reshape(shape)
-    return array
-
-
-def _results(result: Any, count: int) -> list[Any]:
-    """What a function of the library gave, taken apart without the Python of a container."""
-    if hasattr(result, "data_ptr"):
-        return [result]
-    item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
-    return [item(result, index) for index in range(count)]
-
-
-def _compact(tensor: Any) -> Any:
-    """The same memory with the strides that compiled code insists on.
-
-    numpy and torch give axes of an empty tensor, or of size 1, whatever strides they like.
-    """
-    compact_stride = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if stride != compact_stride:
-            return _view(tensor, tensor.dtype)
-        compact_stride *= size
-    return tensor
-
-
-def _view(tensor: Any, dtype: str) -> Any:
-    """The same memory as `dtype`, with strides as in `_compact`."""
-    ffi = tvm_ffi()
-    view = ffi.get_global_func("runtime.TVMTensorCreateView")
-    return view(tensor, ffi.Shape(tensor.shape), ffi.dtype(dtype), 0)
-
-
-def _to_numpy(tensor: Any, port: Port) -> Array:
-    bf16 = port.dtype == "bf16"
-    array: Array = np.from_dlpack(_view(tensor, "uint16") if bf16 else tensor)
-    if port.dtype == "c64":
-        return array.view(np.complex64)[..., 0]
-    return array.view(NUMPY["bf16"]) if bf16 else array
-
-
-def _to_caller(tensor: Any, port: Port, torch: Any, copied: bool) -> Any:
-    if torch is None:
-        array = _to_numpy(tensor, port)
-        return array.copy() if copied or not array.flags.writeable else array
-    result = torch.from_dlpack(tensor.__dlpack__())  # of the capsule torch asks no more
-    if port.dtype == "c64":
-        result = torch.view_as_complex(result)
-    return result.clone() if copied else result

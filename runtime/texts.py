@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from moec.errors import InputError
+from moec.runtime.caches import Cache
 from moec.runtime.dtypes import Array
-from moec.runtime.executor import Cache
 from moec.runtime.package import DECODE, Package, carries
 
 PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory

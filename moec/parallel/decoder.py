@@ -16,8 +16,8 @@ from moec.codegen.package import generation_of, signature
 from moec.parallel.process_ranks import WORLD, ProcessRanks, named_meanings, naming
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
+from moec.runtime.caches import Cache, caches_of
 from moec.runtime.dtypes import Array
-from moec.runtime.executor import Cache, caches_of
 from moec.runtime.package import DECODE, Package
 from moec.target.cpu import CpuTarget
 

@@ -22,7 +22,8 @@ from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.opdef import Reference
 from moec.passes.core.runner import run
 from moec.pipeline import DECODE, LEVELS, LOWER
-from moec.runtime.executor import Cache, Executor
+from moec.runtime.caches import Cache
+from moec.runtime.executor import Executor
 from moec.runtime.package import MAIN, grows
 from moec.target.base import Target
 
