@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import IRError
-from moec.ir.dims import bind, evaluate_dim, normal, parse_dim, product, show_dim, symbol, symbols
+from moec.ir.dims import (
+    bind,
+    evaluate_dim,
+    from_torch,
+    normal,
+    parse_dim,
+    product,
+    show_dim,
+    symbol,
+    symbols,
+)
 from moec.ir.float_sizes import ceil, check, f64, floor, round_half_even, trunc
 from moec.runtime.sizes import evaluate
 
@@ -116,3 +126,10 @@ def test_what_is_no_operation_on_doubles_is_refused():
     tenth = sympy.Rational(*(0.1).as_integer_ratio())
     with pytest.raises(ValueError, match="more than one operation on doubles"):
         check(f64(f64(tenth * T) + f64(tenth * S) + f64(T / 3)))
+
+
+def test_a_size_of_torch_has_one_form():
+    """torch writes the rows of joined lengths as a product or as a sum, by how they came about."""
+    b, p, q = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1", "s2"))
+    rename = {"s0": "B", "s1": "P", "s2": "Q"}
+    assert from_torch(b * (p + q), rename) == from_torch(b * p + b * q, rename)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -194,3 +194,15 @@ def test_no_tokenizer_or_a_bad_one() -> None:
     files = toy.tokenizer_files() | {"tokenizer/generation_config.json": b"{"}
     with pytest.raises(ArtifactError, match=r"tokenizer/generation_config\.json is malformed"):
         load_tokenizer(files)
+
+
+def test_ranks_without_decode_are_refused() -> None:
+    """A decoder runs `decode` alone: it has no whole text to run again."""
+
+    @dataclass(frozen=True)
+    class Ranks:
+        package: Package
+
+    model: Any = Ranks(toy.language_model())
+    with pytest.raises(InputError, match="several ranks continue text by `decode`"):
+        list(generate(model, [[1, 2]], Request(4)))
