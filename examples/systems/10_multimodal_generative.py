@@ -214,6 +214,12 @@ def compiled(model: nn.Module, probability: str, sizes: Sizes) -> moec.CompiledM
     return moec.compile(model.eval(), inputs_of(probability, batch, sizes), dynamic_shapes=shapes)
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The mixture of a cell, as wide as ViT-Base, over 256 tokens, for benchmarks/systems.py."""
+    sizes = Sizes(width=768, hidden=3072, experts=8)
+    return Sparse(sizes).eval(), (torch.randn(1, 256, sizes.width),)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     torch.manual_seed(0)

@@ -205,6 +205,13 @@ def train(model: Astrea, steps: int) -> list[float]:
     return losses
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The four experts over the 196 patches of four images, the width chosen here, for
+    benchmarks/systems.py."""
+    sizes = Sizes(side=196, width=384, hidden=1536, tokens=16, boxes=32, classes=1000)
+    return Vision(sizes).eval(), (torch.randn(4, sizes.side, sizes.width),)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     torch.manual_seed(0)

@@ -181,6 +181,12 @@ def answers(
     return read(model, inputs, sizes) if architecture == "recurrent" else model(*inputs)
 
 
+def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The mixture of a cell, as wide as BERT base, over 256 tokens, for benchmarks/systems.py."""
+    sizes = Sizes(width=768, hidden=3072, experts=8)
+    return Sparse(sizes).eval(), (torch.randn(256, sizes.width),)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     torch.manual_seed(0)
