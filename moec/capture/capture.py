@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -275,6 +276,8 @@ def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         symbolic_config.patch(  # type: ignore[attr-defined]
             backed_size_oblivious=True, use_duck_shape=False
         ),
+        # Hashing symbolic operands takes longer than inferring an operator's result again.
+        dynamo_config.patch(fake_tensor_cache_enabled=False),
         warnings.catch_warnings(),
         quiet(),
     ):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
@@ -37,7 +38,7 @@ _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own classes
         try:
             program = as_buffers(program)
