@@ -72,7 +72,7 @@ def source_version() -> str:
     digest = hashlib.sha256()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         for name in sorted(names):
-            if name.endswith(".py"):
+            if name.endswith((".py", ".c")):
                 path = Path(folder, name)
                 digest.update(f"{path.relative_to(root)}\n".encode())
                 digest.update(path.read_bytes())

@@ -90,9 +90,10 @@ if hasattr(os, "register_at_fork"):
 class Executor:
     """A model ready to run. Safe to call from several threads: calls take turns.
 
-    A process that was forked has none of the threads that TVM's kernels share work with, and
-    would wait for them for ever. TVM has such threads for each thread that calls it: so in a
-    forked process a thread of its own calls the functions.
+    A process that was forked has none of the threads that kernels share work with. The pool
+    (pool.py) starts others; TVM's, which some libraries use, would wait for ever. TVM has such
+    threads for each thread that calls it: so in a forked process a thread of its own calls the
+    functions.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.errors import ArtifactError
+from moec.runtime.pool import share_pool
 from moec.runtime.threads import set_threads
 from moec.temporary import temporary_folder
 
@@ -72,7 +73,7 @@ def open_kernels(library: Path | bytes) -> Any:
 
     Raises ArtifactError where it does not load.
     """
-    return _from_path(library, _module)
+    return _from_path(library, _kernels)
 
 
 def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
@@ -93,6 +94,12 @@ def _module(path: Path) -> Any:
         raise _damaged(error) from error
 
 
+def _kernels(path: Path) -> Any:
+    module = _module(path)
+    share_pool(module, path)
+    return module
+
+
 def _functions(
     path: Path,
     names: Sequence[str],
@@ -100,6 +107,7 @@ def _functions(
     device: tuple[int, int],
 ) -> dict[str, Any]:
     module = _module(path)
+    share_pool(module.imports[0], path)
     if kernels is not None:
         kernels(module.imports[0])  # the code; the module itself is the executable of the VM
     try:

@@ -1,4 +1,7 @@
-"""Objects -> a shared library, linked by a C compiler: this machine's, or one for the target's."""
+"""Objects -> a shared library, linked by a C compiler: this machine's, or one for the target's.
+
+Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.pool` connects.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 from moec.errors import TargetError
@@ -16,6 +21,7 @@ from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
+POOL = Path(__file__).parent / "pool.c"
 
 
 class Exportable(Protocol):
@@ -37,19 +43,43 @@ def linked(built: Exportable, target: CpuTarget) -> bytes:
     """
     command = linker_for(target)
 
-    def link(output: str, objects: Sequence[str]) -> None:
-        words = [*command, "-shared", "-fPIC", "-o", output, *objects]
-        if sys.platform == "darwin":
-            words += ["-undefined", "dynamic_lookup"]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            message = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
-            raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {message}")
-
     with temporary_folder(0) as folder:
-        path = folder / "lib.so"
+        path, pool = folder / "lib.so", folder / "pool.o"
+
+        def link(output: str, objects: Sequence[str]) -> None:
+            words = ["-shared", "-fPIC", "-o", output, *objects]
+            if sys.platform == "darwin":
+                words += ["-undefined", "dynamic_lookup"]
+            if _for_linux(target):
+                pool.write_bytes(_pool(command, target))
+                words.append(str(pool))
+            _run(command, words, target)
+
         built.export_library(str(path), fcompile=link)
         return path.read_bytes()
+
+
+def _for_linux(target: CpuTarget) -> bool:
+    return "linux" in (target.mtriple or sys.platform)
+
+
+@cache
+def _pool(command: tuple[str, ...], target: CpuTarget) -> bytes:
+    """The object file of the thread pool."""
+    with temporary_folder(0) as folder:
+        path = folder / "pool.o"
+        words = ["-std=gnu11", "-O2", "-fPIC", "-c", str(POOL), "-o", str(path)]
+        _run(command, words, target)
+        return path.read_bytes()
+
+
+def _run(command: Sequence[str], words: Sequence[str], target: CpuTarget) -> None:
+    done = subprocess.run(
+        [*command, *words], capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        message = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+        raise TargetError(f"{' '.join(command)} cannot link for {target.name!r}: {message}")
 
 
 def linker_for(target: CpuTarget) -> tuple[str, ...]:

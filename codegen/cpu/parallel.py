@@ -3,8 +3,8 @@
 Waking the other threads costs more than a small kernel does. A `parallel_for` therefore uses all
 threads only where its work, known when it runs, is worth that; otherwise the calling thread does
 all of it and never asks the pool. A task does the same in both cases, so the results are the
-same bits. There is nothing in between, since TVM's pool runs a loop on all of its threads or on
-the one that calls (it refuses more tasks than it has threads, and code cannot ask how many).
+same bits. There is nothing in between: a pool runs a loop on all of its threads (pool.c in parts
+that they claim, TVM's in one part each) or on the one that calls.
 """
 
 from __future__ import annotations
