@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
 import tempfile
 import uuid
@@ -16,6 +17,11 @@ from moec.parallel.process_ranks import ENDED, LATE, RankError
 from moec.parallel.store import manifest_of
 
 T = TypeVar("T")
+
+# One process imports these, and the ranks are forks of it: what a rank is made of takes seconds to
+# import. It has no threads, and is kept for the next launch of this process.
+PRELOADED = ["moec.parallel.worker", "torch.distributed.elastic.multiprocessing"]
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
@@ -35,6 +41,8 @@ def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if START == "forkserver":
+        multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="moec-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -45,7 +53,7 @@ def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
-            start_method="spawn",
+            start_method=START,
         )
         marked = replace(job, marks=Path(folder))
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
