@@ -25,7 +25,7 @@ from moec.ir.text import parse
 from moec.parallel.launch import launch
 from moec.parallel.measure import measure
 from moec.parallel.process import Job, joined
-from moec.parallel.process_ranks import WORLD, ProcessRanks, named_meanings
+from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
 from moec.parallel.store import load_rank, save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
@@ -84,8 +84,8 @@ def step_seconds(job: Job) -> dict[str, float]:
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(ranks.rank))
         for folder in sorted(job.folder.parent.glob("*.ranks")):
             files = load_rank(folder, ranks.rank)
-            groups = {**groups_of(files.plan), WORLD: (ranks.members[WORLD],)}
-            meanings = named_meanings(ProcessRanks(ranks.rank, groups, timedelta(0, job.timeout)))
+            groups, patience = groups_of(files.plan), timedelta(0, job.timeout)
+            meanings = named_meanings(ProcessRanks(ranks.rank, groups, patience))
             model, seconds = RankModel(files.program, cpu.host()), []
             for _step in range(STEPS):
                 dist.barrier()

@@ -83,17 +83,23 @@ def check(
     verify: bool | float,
     function: str = MAIN,
 ) -> None:
-    """Every rank, simulated in this process on the example, gives what the model gives."""
+    """Every rank, simulated in this process on the example, gives what the model gives: where a
+    capacity is counted over the tokens of all ranks, on the examples of all."""
+    import torch
+
     from moec.interpret.evaluate import evaluate
     from moec.interpret.ranks import evaluate_ranks
     from moec.interpret.tolerance import default_tolerance, distance
     from moec.plan.groups import groups_of
 
     limit = default_tolerance(program.graph) if isinstance(verify, bool) else verify
-    expected = evaluate(program.graph, example, program.weights)
+    joint = any(op.name == "moe.capacity" for op in program.graph.ops)
+    inputs = [torch.cat([t] * plan.devices) for t in example] if joint else example
+    expected = evaluate(program.graph, inputs, program.weights)
     results = evaluate_ranks(module, [example] * plan.devices, groups_of(plan), function)
     for rank, outputs in enumerate(results):
-        for value, result, right in zip(program.graph.results, outputs, expected, strict=True):
+        parts = [t.chunk(plan.devices)[rank] if joint else t for t in expected]
+        for value, result, right in zip(program.graph.results, outputs, parts, strict=True):
             if right.is_floating_point() and not distance(result, right) <= limit:
                 raise VerificationError(
                     f"rank {rank} of the plan gives another {value.name}: it differs by "

@@ -39,11 +39,14 @@ class _SimulatedRank:
     def size(self, group: str) -> int:
         return len(self._members(group))
 
+    def position(self, group: str) -> int:
+        return self._members(group).index(self.rank)
+
     def exchange(
         self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> torch.Tensor:
         members = self._members(group)
-        mine = members.index(self.rank)
+        mine = self.position(group)
         if len(send) != len(members):
             raise IRError(f"{len(send)} counts for the {len(members)} ranks of group {group}")
         meeting = self.meetings[members]

@@ -31,6 +31,9 @@ class Ranks(Protocol):
     def size(self, group: str) -> int:
         """How many ranks the group has."""
 
+    def position(self, group: str) -> int:
+        """This rank's number among them."""
+
     def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
         """The sum over the group's ranks, added in their order."""
 
@@ -47,6 +50,9 @@ class OnlyRank:
 
     def size(self, group: str) -> int:
         return 1
+
+    def position(self, group: str) -> int:
+        return 0
 
     def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -110,10 +116,18 @@ def all_reduce(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
     return r.sum(attrs["group"], tensors[0])
 
 
+def local_rows(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
+    """x[S, …], counts i32[n] -> [rows, …]: of the rows of all ranks of the group those of this one,
+    which has counts[i] rows as number i. Nothing travels."""
+    x, counts = tensors[0], tensors[1].tolist()
+    return x[sum(counts[: r.position(attrs["group"])]) :][: attrs["rows"]]
+
+
 _COLLECTIVES = {
     "dist.all_to_all": (all_to_all, _rows, "rows, send?, receive?"),
     "dist.all_gather": (all_gather, _rows, "x, counts?"),
     "dist.reduce_scatter": (reduce_scatter, _rows, "x, counts"),
+    "dist.local_rows": (local_rows, _rows, "x, counts"),
     "dist.all_reduce": (all_reduce, lambda op: (op.inputs[0].type,), "x"),
 }
 

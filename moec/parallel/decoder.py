@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from moec.codegen.package import generation_of, signature
-from moec.parallel.process_ranks import WORLD, ProcessRanks, named_meanings, naming
+from moec.parallel.process_ranks import ProcessRanks, named_meanings, naming
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
+from moec.plan.groups import WORLD
 from moec.runtime.caches import Cache, caches_of
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moec.errors import MoecError, UsageError
-from moec.parallel.process_ranks import LATE, WORLD, ProcessRanks, RankError, reason
+from moec.parallel.process_ranks import LATE, ProcessRanks, RankError, reason
 from moec.parallel.store import RankFiles, load_rank, manifest_of
-from moec.plan.groups import groups_of
+from moec.plan.groups import WORLD, groups_of
 from moec.runtime.generate import Request
 from moec.runtime.package import MAIN
 
@@ -67,8 +67,7 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
         )
     with started(job):
         files = load_rank(job.folder, rank, function)
-        groups = {**groups_of(files.plan), WORLD: (tuple(range(world)),)}
-        ranks = ProcessRanks(rank, groups, timedelta(seconds=job.timeout))
+        ranks = ProcessRanks(rank, groups_of(files.plan), timedelta(seconds=job.timeout))
         _same_everywhere(ranks, files.digest, world)
         yield ranks, files
 

@@ -17,7 +17,6 @@ from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
 from moec.ops.dist import meanings
 
-WORLD = "world"
 LATE = "another rank did not come in time"
 ENDED = "another rank ended"
 
@@ -43,6 +42,9 @@ class ProcessRanks:
 
     def size(self, group: str) -> int:
         return len(self.members[group])
+
+    def position(self, group: str) -> int:
+        return self.members[group].index(self.rank)
 
     def exchange(
         self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]

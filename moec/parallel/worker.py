@@ -10,8 +10,9 @@ import torch
 from moec.errors import UsageError
 from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined
-from moec.parallel.process_ranks import WORLD, ProcessRanks, named_meanings
+from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
+from moec.plan.groups import WORLD
 from moec.runtime.generate import generate
 from moec.runtime.package import DECODE
 from moec.target import cpu

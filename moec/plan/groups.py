@@ -10,6 +10,8 @@ from moec.plan.plan import LayerPlan, Plan
 
 Parts = tuple[tuple[int, ...], ...]
 
+WORLD = "world"
+
 
 def suffix(layer: LayerPlan) -> str:
     """What tells the groups of layers of different degrees apart."""
@@ -32,8 +34,8 @@ def near(layer: LayerPlan, node_size: int) -> int:
 
 def groups_of(plan: Plan) -> dict[str, Parts]:
     """All groups that the layers of a plan name: `ep` (equal slice), `slice`, and the `node` and
-    `rail` parts of an `ep` group."""
-    result: dict[str, Parts] = {}
+    `rail` parts of an `ep` group; and the group of all ranks."""
+    result: dict[str, Parts] = {WORLD: (tuple(range(plan.devices)),)}
     for layer in plan.layers:
         if not layer.experts:
             continue

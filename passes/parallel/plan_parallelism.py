@@ -12,7 +12,8 @@
 
 Counts travel before rows, and how many rows arrive is read from what arrived. Every rank starts
 from tokens of its own (data parallel); the ranks' outputs together are those of the model on all
-tokens, up to the rounding of products over other numbers of rows. Staged forms go through the node
+tokens, up to the rounding of products over other numbers of rows: a capacity is counted over the
+tokens of all ranks. Staged forms go through the node
 first, then along the rail; slices of an expert gather the rows and scatter the sums.
 """
 
@@ -29,6 +30,7 @@ from moec.passes.core.moe_layer import Splice, name_of
 from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log, Pass
 from moec.passes.parallel.exchange_rows import Exchanged
+from moec.passes.parallel.gather_choices import gather_choices
 from moec.passes.parallel.slice_experts import slice_body
 from moec.plan.plan import LayerPlan, Plan, read_plan
 
@@ -67,11 +69,12 @@ def rank_programs(
 
 def parallelise(program: Program, plan: Plan, rank: int, log: Log) -> Program:
     """The program of one rank. A layer that cannot be cut as planned stays whole on every rank,
-    with the reason in the log. Raises UsageError where the plan is of another model."""
+    with the reason in the log. Raises UsageError where the plan is of another model, and
+    UnsupportedError for a capacity that cannot be counted over ranks."""
     if rank >= plan.devices:
         raise UsageError(f"rank {rank}: the plan is for {plan.devices} devices")
     splice = Splice(program)
-    bounds = dict(program.graph.bounds)
+    bounds = {**program.graph.bounds, **gather_choices(splice, plan.devices)}
     for number, (experts, layer) in enumerate(_pairs(program.graph, plan)):
         where = name_of(experts)
         if layer.attention > 1:
@@ -109,9 +112,4 @@ def _dispatch(graph: Graph, experts: Op) -> Op:
     dispatch = graph.producers[experts.inputs[1]]
     if dispatch.name != "moe.dispatch":
         raise NoMatch(f"the rows come from {dispatch.name}, not from a dispatch")
-    source = graph.producers.get(dispatch.inputs[1])
-    while source is not None and source.name not in ("moe.route", "moe.capacity"):
-        source = graph.producers.get(source.inputs[0]) if source.inputs else None
-    if source is not None and source.name == "moe.capacity":
-        raise NoMatch("a capacity is counted over all tokens, and each rank has only its own")
     return dispatch

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.errors import IRError, UsageError
+from moec.errors import IRError, UnsupportedError, UsageError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.ranks import evaluate_ranks
 from moec.interpret.verifier import verify
@@ -213,20 +213,44 @@ def test_a_plan_of_another_model() -> None:
         parallelise(Program(other, model().weights), p, 0, Log())
 
 
-def test_capacity_is_declined() -> None:
-    text = (
-        print_graph(MODEL)
-        .replace(
-            f"  rows: f32[{K}*T",
-            f"  c: i64[T, {K}] = moe.capacity(i) <num_experts={E}, capacity=2>\n  rows: f32[{K}*T",
-            1,
-        )
-        .replace("moe.dispatch(x, i)", "moe.dispatch(x, c)")
+def limited(order: str = "slot", capacity: str = "ceiling(T/3)") -> Program:
+    """The model with a capacity for each expert."""
+    limit = f'num_experts={E}, capacity={{{capacity}}}, order="{order}"'
+    text = print_graph(MODEL).replace("moe.dispatch(x, i)", "moe.dispatch(x, c)")
+    rows = f"  rows: f32[{K}*T"
+    text = text.replace(rows, f"  c: i64[T, {K}] = moe.capacity(i) <{limit}> @ mlp\n{rows}", 1)
+    return Program(parse(text), model().weights)
+
+
+WITH_CAPACITY = {"flat": FORMS["flat"], "rail": FORMS["rail"], "whole": plan(1, copies=4)}
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(sorted(WITH_CAPACITY)), st.sampled_from(["slot", "token"]), st.data())
+def test_a_capacity_of_all_ranks(form: str, order: str, data: st.DataObject) -> None:
+    """Choices are dropped as one process drops them, also where a layer is whole on each rank."""
+    p, program = WITH_CAPACITY[form], limited(order)
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=4, max_size=4))
+    x = torch.randn(sum(counts), D, generator=torch.Generator().manual_seed(1))
+    (expected,) = evaluate(program.graph, [x], program.weights)
+    parts = [[part] for part in x.split(counts)]
+    results = evaluate_ranks(rank_programs(program, p), parts, groups_of(p))
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_text_with_capacity(golden: Callable[[str], None]) -> None:
+    program = parallelise(limited(), FORMS["flat"], 1, Log())
+    verify(program.graph, Stage.MOE)
+    golden(print_graph(program.graph))
+
+
+def test_a_capacity_of_something_else() -> None:
+    text = print_graph(limited(capacity="ceiling(T/3)").graph)
+    text = text.replace("ceiling(T/3)", "ceiling(S/3)").replace("(x: f32", "(s: f32[S], x: f32", 1)
+    text = text.replace("  size T in [0, inf]\n", "  size T in [0, inf]\n  size S in [0, inf]\n", 1)
+    message = (
+        r"mlp: its capacity ceiling\(S/3\) depends on S, not on the number of tokens T alone; it "
+        "cannot be counted over several ranks"
     )
-    log = Log()
-    program = Program(parse(text), model().weights)
-    result = parallelise(program, FORMS["flat"], 0, log)
-    assert [d.reason for d in log.declined] == [
-        "a capacity is counted over all tokens, and each rank has only its own"
-    ]
-    assert [op.name for op in result.graph.ops] == [op.name for op in program.graph.ops]
+    with pytest.raises(UnsupportedError, match=message):
+        parallelise(Program(parse(text), model().weights), FORMS["flat"], 0, Log())
