@@ -143,9 +143,9 @@ def _accumulate(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: B
                 load_past_cache(
                     [words[i] for i in range(_WORDS)], p.x.ptr_to([T.cast(rows[row], "int64"), k])
                 )
-                x = [T.bind(value) for value in _floats(words, 0, p.spec.dtype)]
+                x = [T.bind(value) for value in floats(words, 0, p.spec.dtype)]
                 for part in range(parts):
-                    w = _floats(weights, part * _WORDS, p.spec.dtype)
+                    w = floats(weights, part * _WORDS, p.spec.dtype)
                     _add_products(sums, row * parts + part, x, w)
 
 
@@ -159,7 +159,7 @@ def column_of(part: int, column: Expr) -> Expr:
     return column + part // 2 * GROUP + part % 2
 
 
-def row_of_x(p: Product, owned: ExpertRows, row: int) -> Expr:
+def row_of_x(p: Product, owned: ExpertRows, row: Expr | int) -> Expr:
     """Those behind the end are the last one again: read, and not stored."""
     r = T.bind(T.min(owned.first + row, owned.end - 1))
     return T.bind(r if p.order is None else p.order[r] // p.top_k)
@@ -186,18 +186,19 @@ def _elements(dtype: str) -> int:
     return 8 if dtype in HALVES else 4
 
 
-def _floats(words: Buffer, first: int, dtype: str) -> list[Expr]:
+def floats(words: Buffer, first: int, dtype: str) -> list[Expr]:
     """The elements of four words from `first` on, as float32."""
-    values: list[Expr] = []
-    for i in range(first, first + _WORDS):
-        word = words[i]
-        if dtype == "float32":
-            values.append(T.reinterpret("float32", word))
-        elif dtype == "bfloat16":
-            values.append(T.reinterpret("float32", T.shift_left(word, T.uint32(16))))
-            values.append(T.reinterpret("float32", T.bitwise_and(word, T.uint32(0xFFFF0000))))
-        else:
-            for half in (word, T.shift_right(word, T.uint32(16))):
-                bits = T.cast(T.bitwise_and(half, T.uint32(0xFFFF)), "uint16")
-                values.append(T.cast(T.reinterpret("float16", bits), "float32"))
-    return values
+    return [value for i in range(_WORDS) for value in floats_of(words[first + i], dtype)]
+
+
+def floats_of(word: Expr, dtype: str) -> list[Expr]:
+    """The elements of 32 bits, as float32."""
+    if dtype == "float32":
+        return [T.reinterpret("float32", word)]
+    if dtype == "bfloat16":
+        high = T.bitwise_and(word, T.uint32(0xFFFF0000))
+        return [T.reinterpret("float32", bits) for bits in (T.shift_left(word, T.uint32(16)), high)]
+    parts = [
+        T.bitwise_and(half, T.uint32(0xFFFF)) for half in (word, T.shift_right(word, T.uint32(16)))
+    ]
+    return [T.cast(T.reinterpret("float16", T.cast(part, "uint16")), "float32") for part in parts]

@@ -10,7 +10,8 @@ lie interleaved: see layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
@@ -19,7 +20,8 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemv import ROWS, launch_few_rows
-from moec.codegen.cuda.mma_tile import MmaTile, Source, mma_tile
+from moec.codegen.cuda.mma_tile import MmaTile, mma_tile
+from moec.codegen.cuda.parts import part_of_w, part_of_x, rows_of_copies
 from moec.codegen.cuda.product import (
     Product,
     arguments,
@@ -77,73 +79,78 @@ def linear(
 
 
 def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
-    """The tile by the rows that an expert has on average: the host decides."""
+    def tiles(shape: TileShape) -> None:
+        launch_tiles(p, target, shape, blocks, partial(_tiles, p, shape))
+
     if len(shapes) == 1:
-        _launch(p, target, shapes[0], blocks)
-        return
-    small, large = shapes
+        tiles(shapes[0])
+    else:
+        by_rows(p, lambda: launch_few_rows(p, target, blocks), *(partial(tiles, s) for s in shapes))
+
+
+def by_rows(
+    p: Product, few: Callable[[], None], small: Callable[[], None], large: Callable[[], None]
+) -> None:
+    """The launch by the rows that an expert has on average: the host decides."""
     with T.If(p.rows <= max(p.spec.groups, ROWS)):
         with T.Then():
-            launch_few_rows(p, target, blocks)
+            few()
         with T.Else(), T.If(p.rows <= FEW_ROWS * p.spec.groups):
             with T.Then():
-                _launch(p, target, small, blocks)
+                small()
             with T.Else():
-                _launch(p, target, large, blocks)
+                large()
 
 
-def _launch(p: Product, target: CudaTarget, shape: TileShape, blocks: int) -> None:
+def launch_tiles(
+    p: Product,
+    target: CudaTarget,
+    shape: TileShape,
+    blocks: int,
+    compute: Callable[[int | Expr, Expr, Expr], None],
+) -> None:
+    """Persistent blocks: compute(blocks, block, thread)."""
     across = -(-p.columns // shape.columns)
     # No routing has more tiles than this: whole ones, and a last one of each expert.
     tiles = ((p.rows + (shape.rows - 1)) // shape.rows + (p.spec.groups - 1)) * across
     count = T.min(T.max(tiles, 1), target.sms) if not blocks else blocks
     grid = T.launch_thread("blockIdx.x", count)
     with grid as block, T.launch_thread("threadIdx.x", shape.threads) as thread:
-        _tiles(p, shape, count, block, thread)
+        compute(count, block, thread)
 
 
 def _tiles(p: Product, shape: TileShape, blocks: int | Expr, block: Expr, thread: Expr) -> None:
     tile = mma_tile(shape, p.spec.dtype, p.spec.k, thread)
     word = T.alloc_buffer((1,), "uint32", scope="local")
-    rows = T.alloc_buffer(
-        (len(range(0, shape.rows * shape.depth // 8, shape.threads)),), "int32", scope="local"
-    )
+    rows = rows_of_copies(shape)
+
+    def compute(owned: ExpertRows, column: Expr) -> None:
+        (x,) = part_of_x(p, tile, owned, rows)
+        tile.compute(x, part_of_w(p, tile, owned, column))
+        store_tile(p, tile, owned, column, word)
+
+    each_tile(p, shape, (blocks, block, thread), compute)
+
+
+def each_tile(
+    p: Product,
+    shape: TileShape,
+    launch: tuple[int | Expr, Expr, Expr],
+    compute: Callable[[ExpertRows, Expr], None],
+) -> None:
+    """compute(rows, first packed column) for each tile of this block. `launch` is the number of
+    blocks, this one, and the thread."""
+    blocks, block, thread = launch
     tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
         index = T.bind(block + turn * blocks)
         owned = tiles.find(index // across)
-        column = T.bind(index % across * shape.columns)
-        tile.compute(_rows_of_x(p, tile, owned, rows), _rows_of_w(p, tile, owned, column))
-        _store(p, tile, owned, column, word)
+        compute(owned, T.bind(index % across * shape.columns))
 
 
-def _rows_of_x(p: Product, tile: MmaTile, owned: ExpertRows, rows: Buffer) -> Source:
-    """Those behind the end are the last one again: read, and not stored."""
-    for turn, (row, _) in enumerate(tile.pieces(tile.shape.rows)):
-        r = T.bind(T.min(owned.first + row, owned.end - 1))
-        T.buffer_store(rows, r if p.order is None else p.order[r] // p.top_k, [turn])
-    # 32 bits do not hold rows * k.
-    return Source(
-        tile.shape.rows,
-        lambda turn, column: p.x.ptr_to([T.cast(rows[turn], "int64"), column]),
-    )
-
-
-def _rows_of_w(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr) -> Source:
-    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
-    pieces = tile.pieces(tile.shape.columns)
-
-    def pointer(turn: int, k: Expr) -> Expr:
-        row = column + pieces[turn][0]
-        if p.columns % tile.shape.columns:
-            row = T.min(row, p.columns - 1)
-        return p.w.ptr_to([expert, row, k])
-
-    return Source(tile.shape.columns, pointer)
-
-
-def _store(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
+def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
+    """The sums as rows of y."""
     first = T.bind(column + tile.first_column + tile.lane % 4 * 2)
     for t in range(tile.row_fragments):
         for half in range(2):

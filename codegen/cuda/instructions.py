@@ -74,6 +74,11 @@ def round_pair(dtype: str, word: Expr, low: Expr, high: Expr) -> None:
     ptx(f"cvt.rn.{_MMA[dtype]}x2.f32", word, high, low)  # the high half comes first
 
 
+def fma_pair(target: Expr, a: Expr, b: Expr, c: Expr) -> None:
+    """target = a * b + c of two float16 in each uint32, rounded once."""
+    ptx("fma.rn.f16x2", target, a, b, c)
+
+
 # ---- sm_90a: barriers that copies complete, TMA, products of four warps ----------------------
 
 

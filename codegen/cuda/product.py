@@ -63,6 +63,11 @@ def check_product(
         raise NoMatch(f"its {spec.n} columns cannot be stored as pairs of 16-bit fragments")
     if spec.gated and epilogue is None:
         raise NoMatch("gate and up need an epilogue that joins them")
+    check_shared_memory(spec, target, shared_memory)
+
+
+def check_shared_memory(spec: LinearSpec, target: CudaTarget, shared_memory: int) -> None:
+    """Raises NoMatch where a block may not have so many bytes, and the counts of tiles."""
     if shared_memory + 8 * (spec.groups + 1) > target.shared_memory:
         raise NoMatch(
             f"its tile needs {shared_memory} bytes of shared memory, and a block of "
@@ -75,15 +80,16 @@ def arguments(
     epilogue: Epilogue | None,
     top_k: int,
     *,
-    x_dtype: str = "",
-    stored: tuple[str, int] | None = None,
+    x: tuple[str, int] | None = None,
+    w: tuple[str, int] | None = None,
 ) -> Product:
     """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n].
 
-    `x_dtype` is that of x, unless it is that of the spec; `stored` what rows of w are stored in,
-    and how much of it, unless it is k elements of the spec's dtype.
+    `x` and `w` are what their rows are stored in, and how much of it, unless it is k elements of
+    the spec's dtype.
     """
-    w_dtype, width = stored or (spec.dtype, spec.k)
+    x_dtype, x_width = x or (spec.dtype, spec.k)
+    w_dtype, w_width = w or (spec.dtype, spec.k)
     many, tokens = T.int32(), T.int32()
     columns = spec.n * (2 if spec.gated else 1)
     x_rows = tokens if top_k else many
@@ -91,13 +97,13 @@ def arguments(
     def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
-    x = argument("x", (x_rows, spec.k), x_dtype or spec.dtype)
+    rows = argument("x", (x_rows, x_width), x_dtype)
     order = argument("order", (many,), "int32") if top_k else None
     ends = argument("ends", (spec.groups,), "int32")
-    w = argument("w", (spec.groups, columns, width), w_dtype)
+    weights = argument("w", (spec.groups, columns, w_width), w_dtype)
     bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
-    return Product(spec, epilogue, ends, x, order, top_k, w, bias, y, many)
+    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many)
 
 
 def dense_arguments(spec: LinearSpec) -> Product:

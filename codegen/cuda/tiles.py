@@ -62,6 +62,8 @@ LARGE = TileShape(128, 128, 32, warp_rows=2, warp_columns=4, stages=4)
 MIDDLE = TileShape(64, 128, 64, warp_rows=2, warp_columns=2, stages=3)
 SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
 """For decoding: a few rows an expert."""
+CODES = TileShape(64, 128, 64, warp_rows=2, warp_columns=4, stages=3)
+"""Of weights of few bits: what a thread sums twice, once with scales, fits into its registers."""
 
 
 FEW_ROWS = 32

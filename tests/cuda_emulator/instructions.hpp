@@ -181,3 +181,14 @@ MMA(f16, half)
 template <class T> static uint32_t pair_of(float high, float low) { return uint32_t(T(high).bits) << 16 | T(low).bits; }
 static void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& d, float high, float low) { d = pair_of<nv_bfloat16>(high, low); }
 static void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& d, float high, float low) { d = pair_of<half>(high, low); }
+
+// What kernels make of codes is exact in half; other results may be rounded twice here.
+static void tvm_builtin_ptx_fma_half_rn_f16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int shift : {0, 16}) {
+    half x, y, z;
+    x.bits = a >> shift, y.bits = b >> shift, z.bits = c >> shift;
+    result |= uint32_t(half(float(double(float(x)) * float(y) + float(z))).bits) << shift;
+  }
+  d = result;
+}

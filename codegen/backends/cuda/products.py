@@ -29,7 +29,7 @@ from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.grouped import GroupedLinear
 from moec.target.cuda import TARGETS
 
-_LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
+LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
 """Tiles fit into the shared memory of every target."""
 
 
@@ -59,7 +59,7 @@ def _check_spec(spec: LinearSpec, join: Epilogue | None) -> None:
     check_few_rows(spec, join)
     if spec.dtype in HALVES:
         for shape in (SMALL, LARGE):
-            check_product(spec, _LEAST, join, shape.shared_memory)
+            check_product(spec, LEAST, join, shape.shared_memory)
 
 
 def _fits(graph: Graph, op: Op) -> bool:

@@ -12,9 +12,11 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
-from moec.codegen.backends.cuda.products import stack
-from moec.codegen.cuda.codes import check_codes, pack, product_of_codes, round_rows
+from moec.codegen.backends.cuda.products import LEAST, stack
+from moec.codegen.cuda.codes import pack
+from moec.codegen.cuda.grouped_codes import check_grouped_codes, grouped_codes
 from moec.codegen.cuda.layout import interleave
+from moec.codegen.cuda.round_rows import planes_of, round_rows
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.experts import check_sorted
@@ -46,7 +48,8 @@ def _check_product(op: Op, graph: Graph) -> None:
     check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
     if op.body is not None:
         check_body(op.body)
-    check_codes(_spec(op, parts), None if op.body is None else epilogue(op.body))
+    join = None if op.body is None else epilogue(op.body)
+    check_grouped_codes(_spec(op, parts), LEAST, join)
 
 
 def _fits(graph: Graph, op: Op) -> bool:
@@ -70,12 +73,12 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     join = None if op.body is None else epilogue(op.body)
 
     def make(name: str) -> PrimFunc:
-        return product_of_codes(spec, low.target, epilogue=join, top_k=top_k, name=name)
+        return grouped_codes(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
     arguments = [stack(low, tuple(m.scales for m in parts.matrices))]
     if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
         arguments.append(stack(low, zeros))
-    arguments.append(_rounded(low, parts.x, spec))
+    arguments += _rounded(low, parts.x, spec)
     if parts.order is not None:
         arguments.append(low.value(parts.order))
     codes = tuple(m.codes for m in parts.matrices)
@@ -87,19 +90,23 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     return low.call(low.function(key, "codes", make), arguments, [op.outputs[0].type])
 
 
-def _rounded(low: Lowering, x: Value, spec: QuantisedSpec) -> relax.Expr:
-    """The rows as they meet the weights, made once for all that read them."""
+def _rounded(low: Lowering, x: Value, spec: QuantisedSpec) -> tuple[relax.Expr, ...]:
+    """Scales and codes of the rows, made once for all that read them."""
     blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
     key = (x, blocks, bits)
     if key not in low.rounded:
-        dtype = sc.STORED[x.dtype]
+        dtype, rows = sc.STORED[x.dtype], x.shape[0]
 
         def make(name: str) -> PrimFunc:
             return round_rows(spec.k, blocks, bits, dtype, low.target, name)
 
         function = low.function(("round_rows", spec.k, blocks, bits, dtype), "round_rows", make)
-        low.rounded[key] = low.call(function, [low.value(x)], [TensorType("f32", x.shape)])
-    return low.rounded[key][0]
+        types = [
+            TensorType("f32", (rows, blocks)),
+            TensorType("f16", (rows, planes_of(bits) * spec.k)),
+        ]
+        low.rounded[key] = low.call(function, [low.value(x)], types)
+    return tuple(low.rounded[key])
 
 
 def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:

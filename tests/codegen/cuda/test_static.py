@@ -20,16 +20,16 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
-from moec.codegen.cuda.codes import product_of_codes
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
+from moec.codegen.cuda.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.cuda.nvcc import Cubin, cubin
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import lowered
-from moec.codegen.cuda.tiles import LARGE, MIDDLE, SMALL, TileShape
+from moec.codegen.cuda.tiles import CODES, LARGE, MIDDLE, SMALL, TileShape
 from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
@@ -40,9 +40,12 @@ from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
 
 FORMATS = ("int8", "int4:32:asymmetric", "mxfp4")
-LOOKED_INTO = ("gated-large", "gated-small", "few", "mxfp4", "route", "dispatch")
+LOOKED_INTO = (
+    *("gated-large", "gated-small", "few", "mxfp4", "route", "dispatch"),
+    *("int8-codes", "int4:32:asymmetric-codes", "mxfp4-codes"),
+)
 ARCHES = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a")
-SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL}
+SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "codes": CODES}
 needs_nvcc = pytest.mark.skipif(nvidia.nvcc() is None, reason="no nvcc")
 
 
@@ -59,31 +62,33 @@ def grouped(shape: TileShape, *, is_gated: bool = True) -> Callable[[CudaTarget]
     return lambda target: grouped_linear(plain, target, shape=shape)
 
 
-def codes(format: str) -> Callable[[CudaTarget], PrimFunc]:
+def codes(format: str, shape: TileShape | None = None) -> Callable[[CudaTarget], PrimFunc]:
     spec = QuantisedSpec(768, 2048, "bfloat16", groups=128, gated=True, format=parse(format))
-    return lambda target: product_of_codes(spec, target, epilogue=gated(silu), top_k=8)
+    if shape is None:
+        return lambda target: gemv_codes(spec, target, epilogue=gated(silu), top_k=8)
+    return lambda target: grouped_codes(spec, target, epilogue=gated(silu), top_k=8, shape=shape)
 
 
 GROUPS = Routing(
     8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
 )
 KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
-    **{f"gated-{name}": grouped(shape) for name, shape in SHAPES.items()},
+    **{f"gated-{name}": grouped(shape) for name, shape in SHAPES.items() if shape != CODES},
     "plain-large": grouped(LARGE, is_gated=False),
     "few": lambda t: gemv(GATED, t, epilogue=gated(silu), top_k=8),
     "few32": lambda t: gemv(replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8),
     **{format: codes(format) for format in FORMATS},
+    **{f"{format}-codes": codes(format, CODES) for format in FORMATS},
+    "int8:rows16-small": codes("int8:rows16", SMALL),
     "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
     "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
     "combine": lambda t: combine(CombineSpec(128, 8, 2048, "bfloat16", "bfloat16", "float32"), t),
 }
-EVERY = [
-    (name, arch)
-    for name in KERNELS
-    for arch in (ARCHES[:1] if name in (*FORMATS, "few32") else ARCHES)
-]
-PRODUCTS = [name for name in KERNELS if "-" in name and "route" not in name]
+ONE_ARCH = ("few32", *(name for name in KERNELS if name.startswith(("int", "mxfp4:"))), "mxfp4")
+"""What mxfp4-codes is compiled for on all of them, is that for one."""
+EVERY = [(name, arch) for name in KERNELS for arch in (ARCHES[:1] if name in ONE_ARCH else ARCHES)]
+PRODUCTS = [name for name in KERNELS if name.rpartition("-")[2] in SHAPES]
 
 
 @cache
@@ -97,15 +102,14 @@ def compiled(name: str, arch: str) -> Cubin:
 def test_nothing_spills(name: str, arch: str) -> None:
     result = compiled(name, arch)
     assert result.spills == 0
-    threads = SHAPES[name.partition("-")[2]].threads if name in PRODUCTS else 512
+    threads = SHAPES[name.rpartition("-")[2]].threads if name in PRODUCTS else 512
     assert result.registers * threads <= TARGETS[arch].registers, "no block fits an SM"
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(("name", "arch"), [case for case in EVERY if case[0] in PRODUCTS])
 def test_shared_memory_is_within_the_limit(name: str, arch: str) -> None:
-    stages = SHAPES[name.partition("-")[2]].shared_memory
+    stages = SHAPES[name.rpartition("-")[2]].shared_memory
     assert compiled(name, arch).static_shared + stages <= TARGETS[arch].shared_memory
 
 
@@ -166,7 +170,10 @@ def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
     assert not stems & {"LDL", "STL"}
     if name in PRODUCTS:
         assert {"HMMA", "LDSM", "LDGSTS"} <= stems
-        assert any(word.startswith("HMMA.16816.F32.BF16") for word in words)
+        multiply = "HMMA.16816.F32" if "codes" in name else "HMMA.16816.F32.BF16"
+        assert any(word.startswith(multiply) for word in words)
+        widened = {"HFMA2", "HMUL2", "HADD2"}
+        assert stems & widened or "codes" not in name, "codes are widened by pairs"
         assert "LDSM.16.M88.4" in words
         assert "STG.E.U16" not in words, "neighbours are stored as one word"
     else:

@@ -1,0 +1,56 @@
+"""The rows of x and of w that a tile multiplies, as parts of its stages."""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer
+
+from moec.codegen.cuda.gemv import row_of_x
+from moec.codegen.cuda.mma_tile import MmaTile
+from moec.codegen.cuda.product import Product
+from moec.codegen.cuda.stages import PIECE, Part
+from moec.codegen.cuda.tiles import ExpertRows, TileShape
+
+
+def rows_of_copies(shape: TileShape) -> Buffer:
+    """int32: the row of x of each copy of this thread."""
+    count = len(range(0, shape.rows * shape.depth // PIECE, shape.threads))
+    return T.alloc_buffer((count,), "int32", scope="local")
+
+
+def part_of_x(
+    p: Product, tile: MmaTile, owned: ExpertRows, rows: Buffer, planes: int = 1
+) -> tuple[Part, ...]:
+    """A part for each plane, k elements apart. Rows behind the end are the last one again: read,
+    and not stored."""
+    shape = tile.shape
+    for turn, (row, _) in enumerate(tile.stages.pieces(shape.rows, shape.depth)):
+        T.buffer_store(rows, row_of_x(p, owned, row), [turn])
+
+    def part(start: int) -> Part:
+        def pointer(turn: int, column: Expr) -> Expr:
+            # 32 bits do not hold rows * k.
+            return p.x.ptr_to([T.cast(rows[turn], "int64"), column + start if start else column])
+
+        return Part(shape.rows, shape.depth, p.spec.k, pointer)
+
+    return tuple(part(plane * p.spec.k) for plane in range(planes))
+
+
+def part_of_w(
+    p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, width: int = 0, scale: int = 1
+) -> Part:
+    """Rows of weights, `width` elements of 16 bits of each in a stage unless that is the depth of
+    the tile; `scale` elements as w stores them are one of 16 bits."""
+    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
+    width = width or tile.shape.depth
+    pieces = tile.stages.pieces(tile.shape.columns, width)
+
+    def pointer(turn: int, k: Expr) -> Expr:
+        row = column + pieces[turn][0]
+        if p.columns % tile.shape.columns:
+            row = T.min(row, p.columns - 1)
+        return p.w.ptr_to([expert, row, k * scale])
+
+    return Part(tile.shape.columns, width, int(p.w.shape[2]) // scale, pointer)
