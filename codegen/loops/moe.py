@@ -8,11 +8,11 @@ from tvm.tirx import Buffer
 
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.arithmetic import plus, times
-from moec.codegen.loops.emission import Emission
+from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position, const, loop
 from moec.codegen.loops.lookup import looked_up
 from moec.codegen.loops.reduce import Cell
-from moec.codegen.loops.rules import kernel
+from moec.codegen.loops.rules import kernel, point
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
 from moec.ir.graph import Op, Value
@@ -45,6 +45,13 @@ def capacity(e: Emission, op: Op) -> None:
             e.serially((k, tokens), lambda at: visit((at[1], at[0]), counts), "choice")
         else:
             e.serially((tokens, k), lambda at: visit(at, counts), "choice")
+
+
+@point("moe.even_ends", cost=0, exact=True, same_position=False)
+def even_ends(p: Point) -> Scalar:
+    """Each expert owns as many rows: the end of expert e is (e + 1) * each."""
+    each = p.emission.sizes.expr(p.op.attrs["each"])
+    return sc.cast(Scalar("i64", (p.at[0].expr + 1) * each), p.dtype)
 
 
 @kernel("grouped.expert_of")

@@ -111,6 +111,14 @@ def dispatch(c: Call) -> Sequence[str]:
     return rows, *_positions(w, c.op.outputs[1:], [order, ends])
 
 
+@build("moe.even_ends")
+def even_ends(c: Call) -> str:
+    w, count = c.w, _count(c.op)
+    each = w("Reshape", w.dim(c.op.attrs["each"]), w.constant([1]))
+    counts = w("Expand", each, w.constant([count]))
+    return _positions(w, c.op.outputs, [_ends(w, c.out, counts, count)])[0]
+
+
 def _count(op: Op) -> int:
     count = op.attrs["num_experts"]
     assert isinstance(count, int)
@@ -176,6 +184,8 @@ def _counts(w: NodeWriter, ends: Value) -> tuple[str, bool]:
     if counts is None:
         raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
     producer = w.graph.producers[ends]
+    if producer.name == "moe.even_ends":
+        return counts, False
     ids = producer.inputs[0] if producer.name == "moe.sort" else producer.inputs[1]
     return counts, not all_chosen(w.graph, ids, int(str(ends.shape[0])))
 

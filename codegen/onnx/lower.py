@@ -99,8 +99,8 @@ def _write(w: NodeWriter, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
         reason, outputs = str(refused), ""
     if reason:
         names = [w.reserve(value.name) for value in op.outputs]
-        if op.name in ("moe.sort", "moe.dispatch"):
-            w.memo["counts", op.outputs[2]] = names[2]
+        if op.name in ("moe.sort", "moe.dispatch", "moe.even_ends"):
+            w.memo["counts", op.outputs[-1]] = names[-1]
     else:
         names = [outputs] if isinstance(outputs, str) else list(outputs)  # type: ignore[call-overload]
     w.names |= dict(zip(op.outputs, names, strict=True))

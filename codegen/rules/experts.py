@@ -124,8 +124,12 @@ def choices_of(source: Op) -> Value:
 
 def check_sorted(ends: Value, order: Value | None, x: Value, top_k: int, graph: Graph) -> None:
     """Raises NoMatch unless the rows that a kernel reads are those of a sort that the graph makes
-    itself: `ends` and `order` index x, and nothing else bounds them."""
+    itself, or are shared out evenly: `ends` and `order` index x, and nothing else bounds them."""
     source = graph.producers.get(ends)
+    if source is not None and source.name == "moe.even_ends":
+        if top_k or x.shape[0] != product((*ends.shape, cast(Dim, source.attrs["each"]))):
+            raise NoMatch("its rows are not as many as its experts share out evenly")
+        return
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
         raise NoMatch("the ends of its experts come from no sort of choices")
     if ends is not source.outputs[2]:

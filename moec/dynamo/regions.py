@@ -59,7 +59,7 @@ def regions(
     scope = Scope(graph, recognised.weights)
     nodes = dict(converted.nodes)
     for op in graph.ops:
-        if op.name == "moe.combine":
+        if op.name in ("moe.combine", "moe.soft_mixture"):
             where = op.origin.removesuffix(".experts") or WHOLE
             try:
                 y, stood = _result(op, converted.program.graph, graph)
@@ -124,10 +124,12 @@ def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
 def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
     """The block's input before it was flattened, through as many views as have a node. Raises
     NoMatch where none has."""
-    experts = scope.graph.producers[combine.inputs[0]]
-    while experts.name != "moe.experts":
-        experts = scope.graph.producers[experts.inputs[0]]
-    value = scope.graph.producers[experts.inputs[0]].inputs[0]
+    value = combine.inputs[0]
+    if combine.name == "moe.combine":
+        experts = scope.graph.producers[value]
+        while experts.name != "moe.experts":
+            experts = scope.graph.producers[experts.inputs[0]]
+        value = scope.graph.producers[experts.inputs[0]].inputs[0]
     source = value if value in nodes else None
     while (view := scope.made_by(value, *VIEWS)) is not None:
         value = view.inputs[0]

@@ -56,6 +56,13 @@ def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
             share = op.attrs.get("share", 1.0)
             assert isinstance(share, float)
             total += round(share * product_flops(op.body, {**sizes, **body_sizes}))
+        elif op.name == "moe.soft_mixture" and op.body is not None:
+            batch, tokens, slots = op.inputs[1].shape
+            rows = evaluate_dim(product((batch, slots)), sizes)
+            body_sizes = dict.fromkeys(symbols(op.body.inputs[0].shape[0]), rows)
+            total += product_flops(op.body, {**sizes, **body_sizes})
+            widths = op.inputs[0].shape[2] + op.outputs[0].shape[2]
+            total += 2 * rows * evaluate_dim(product((tokens, widths)), sizes)
         elif (inner := _inner(op)) is not None:
             total += 2 * evaluate_dim(product((*op.outputs[0].shape, inner)), sizes)
     return total

@@ -27,6 +27,7 @@ from moec.ops import (
     quantised_linear,
     rotary,
     size,
+    soft_mixture,
     zero_experts,
 )
 
@@ -50,5 +51,6 @@ __all__ = [
     "quantised_linear",
     "rotary",
     "size",
+    "soft_mixture",
     "zero_experts",
 ]

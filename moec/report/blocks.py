@@ -6,7 +6,9 @@ from typing import cast
 
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.opdef import integer
 from moec.ops.routing import Routing
+from moec.ops.soft_mixture import slots_of
 from moec.ops.zero_experts import KINDS
 from moec.report.data import WHOLE, Block
 
@@ -34,7 +36,7 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
 
 def blocks(graph: Graph) -> tuple[Block, ...]:
     """The blocks of a graph in stage MOE, in order."""
-    kinds = {"moe.experts": _block, "moe.mixture": _mixture}
+    kinds = {"moe.experts": _block, "moe.mixture": _mixture, "moe.soft_mixture": _soft_mixture}
     return tuple(kinds[op.name](graph, op) for op in graph.ops if op.name in kinds)
 
 
@@ -77,6 +79,28 @@ def _mixture(graph: Graph, op: Op) -> Block:
         parameters=total,
         active_parameters=total,
     )
+
+
+def _soft_mixture(graph: Graph, op: Op) -> Block:
+    """Every token has a share in every slot, and every slot in every token's result."""
+    assert op.body is not None
+    experts, slots = integer(op, "num_experts"), slots_of(op)
+    total = sum(cast(int, product(stack.shape)) for stack in op.inputs[3:])
+    apart = "" if op.inputs[1] is op.inputs[2] else ", each of logits of its own"
+    return Block(
+        name=op.origin.removesuffix(".experts") or WHOLE,
+        experts=experts,
+        top_k=experts,
+        router=f"softmax over tokens, softmax over slots{apart}",
+        activation=activation(op.body),
+        form=f"soft mixture of {_counted(experts, 'expert')} with {_counted(slots, 'slot')}",
+        parameters=total,
+        active_parameters=total,
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _zero(graph: Graph, dispatch: Op) -> str:

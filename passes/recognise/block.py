@@ -89,7 +89,7 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
         choice = _limited(block.capacity, block.num_experts, choice, emit)
     weights = block.weights(emit) if block.weights else None
     body, prepared = canonical(with_columns(block.body), block.num_experts)
-    stacks = [_stack(block.stacks[p.source](emit), p, emit) for p in prepared]
+    stacks = [stacked(block.stacks[p.source](emit), p, emit) for p in prepared]
     dispatched = [x, choice]
     if block.input_side and weights is not None:
         dispatched.append(weights)
@@ -164,7 +164,8 @@ def _zero(
     return emit("moe.zero_experts", inputs, attrs=attrs, named=f"{block.output.name}_zero")[0]
 
 
-def _stack(value: Value, prepared: Prepared, emit: RegionEmitter) -> Value:
+def stacked(value: Value, prepared: Prepared, emit: RegionEmitter) -> Value:
+    """A stack as the canonical body takes it."""
     for name, attrs, shape, dtype in prepared.steps:
         (value,) = emit(name, [value], [TensorType(dtype, shape)], attrs=attrs, named=value.name)
     return value

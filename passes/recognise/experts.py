@@ -1,4 +1,5 @@
-"""Experts in all their forms become moe.dispatch, moe.experts and moe.combine.
+"""Experts in all their forms become moe.dispatch, moe.experts and moe.combine; experts of slots
+become moe.soft_mixture.
 
 Each form proposes blocks at its anchors; a proposal counts only once its region and its
 replacement agree on random inputs (moec.passes.proof.prove). What was looked at and refused is
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from moec.errors import IRError, NoMatch
+from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
@@ -19,8 +20,9 @@ from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
-from moec.passes.recognise.region import RegionEmitter, Scope, unlike
+from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routing import Unlike
+from moec.passes.recognise.soft_mixture import logits_of_slots, recognise_soft_mixtures
 
 FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
     hf.candidates,
@@ -39,10 +41,11 @@ class RecogniseExperts(Pass):
     gives: ClassVar[Stage] = Stage.MOE
 
     def run(self, program: Program, log: Log) -> Program:
-        scope = Scope(program.graph, program.weights)
         prover = Prover(program.weights)
+        program = recognise_soft_mixtures(program, prover, log)
+        scope = Scope(program.graph, program.weights)
         blocks: dict[Op, Proposal] = {}
-        covered: set[Op] = set()
+        covered: set[Op] = logits_of_slots(scope)
         refused: dict[Op, str] = {}
         for candidates in FORMS:
             for candidate in candidates(scope):
@@ -93,27 +96,9 @@ def check(scope: Scope, block: Proposal, prover: Prover) -> None:
 
 
 def alone(scope: Scope, block: Proposal) -> Graph:
-    """The replacement as a graph of its own, over the cut's values and params.
-
-    What the recipes read of the old graph is computed from the cut as before.
-    """
+    """The replacement as a graph of its own, over the cut's values and params."""
     at = scope.graph.producers[block.output]
-    empty = Graph(block.cut, scope.graph.params, (), (), (), scope.graph.bounds)
-    builder = Builder(empty)
-    builder.names |= {value.name for value in scope.graph.values()}
-    try:
-        y = emit_block(block, RegionEmitter(builder, {}, at))
-    except IRError as error:
-        raise NoMatch(f"the block cannot be built: {error}") from None
-    fresh = {value for op in builder.ops for value in op.outputs}
-    read = [v for op in builder.ops for v in op.inputs if v not in fresh]
-    before = scope.upstream([v for v in read if v not in block.cut], block.cut)
-    ops = (*map(unlike, before), *builder.ops)
-    others = [v for v in scope.leaves(ops, block.cut) if v not in scope.params]
-    if others:
-        raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")
-    params = tuple(v for v in scope.leaves(ops, block.cut))
-    return Graph(block.cut, params, ops, (y,), (), scope.graph.bounds)
+    return replacement(scope, at, block.cut, lambda emit: emit_block(block, emit))
 
 
 def splice(graph: Graph, blocks: Mapping[Op, Proposal]) -> Graph:

@@ -2,7 +2,8 @@
 
     cat([expert_0(x), expert_1(x), …])                    every expert for every token
     cat([linear(a, w[0]) for a in rows.split(sizes)])     each expert for its own rows
-    cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for its row of places
+    cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for its row of places, of
+                                                          any axis
     y[ids == 0] = expert_0(rows[ids == 0]), …             each expert for its own rows, in place
 
 Each computes what a product with stacked weights would, and is read as that product.
@@ -102,13 +103,18 @@ def of(
 
 
 def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
-    """The op that selects one expert's rows: x[e] of x[E, .., D]."""
+    """The op that selects one expert's rows: x[e] of x[E, .., D], or x[:, e] of x[.., E, .., D]."""
     for op in ops:
         if op.name == _PART and op.inputs[0] not in scope.constants:
             x = op.inputs[0]
-            if len(x.shape) > 2 and x.dtype in FLOATS and op.attrs.get("dim", 0) == 0:
+            if len(x.shape) > 2 and x.dtype in FLOATS and axis_of(op) < len(x.shape) - 1:
                 return op
     return None
+
+
+def axis_of(part: Op) -> int:
+    """Which axis `part` selects from."""
+    return cast(int, part.attrs.get("dim", 0)) % len(part.inputs[0].shape)
 
 
 def in_order(parts: Sequence[Op | None]) -> bool:
@@ -116,8 +122,9 @@ def in_order(parts: Sequence[Op | None]) -> bool:
     selects = [part for part in parts if part is not None]
     return (
         len(selects) == len(parts)
-        and {part.inputs[0] for part in selects} == {selects[0].inputs[0]}
-        and selects[0].inputs[0].shape[0] == len(selects)
+        and {(part.inputs[0], axis_of(part)) for part in selects}
+        == {(selects[0].inputs[0], axis_of(selects[0]))}
+        and selects[0].inputs[0].shape[axis_of(selects[0])] == len(selects)
         and [part.attrs["index"] for part in selects] == list(range(len(selects)))
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import sympy
 import torch
 
-from moec.errors import NoMatch
+from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
 from moec.ir.traits import CASTS, CHOICES, LIKES, VIEWS, is_elementwise
@@ -203,6 +203,32 @@ class RegionEmitter:
         if axis:
             attrs["dim"] = axis
         return self("aten.stack.default", values, [target], attrs=attrs)[0]
+
+
+def replacement(
+    scope: Scope, at: Op, cut: Sequence[Value], emit: Callable[[RegionEmitter], Value]
+) -> Graph:
+    """What `emit` emits in place of `at`, as a graph of its own, over the cut's values and params.
+
+    What it reads of the old graph is computed from the cut as before. Raises NoMatch where it
+    cannot be built, or reads more than the cut.
+    """
+    empty = Graph(tuple(cut), scope.graph.params, (), (), (), scope.graph.bounds)
+    builder = Builder(empty)
+    builder.names |= {value.name for value in scope.graph.values()}
+    try:
+        y = emit(RegionEmitter(builder, {}, at))
+    except IRError as error:
+        raise NoMatch(f"the block cannot be built: {error}") from None
+    fresh = {value for op in builder.ops for value in op.outputs}
+    read = [v for op in builder.ops for v in op.inputs if v not in fresh]
+    before = scope.upstream([v for v in read if v not in cut], cut)
+    ops = (*map(unlike, before), *builder.ops)
+    others = [v for v in scope.leaves(ops, cut) if v not in scope.params]
+    if others:
+        raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")
+    params = tuple(v for v in scope.leaves(ops, cut))
+    return Graph(tuple(cut), params, ops, (y,), (), scope.graph.bounds)
 
 
 ROUTING = frozenset(

@@ -216,12 +216,12 @@ class Reader:
             self.use("split", fan.split.outputs[0])
         shape = op.outputs[0].shape
         axes = list(fan.axes)
+        dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
         if fan.split is not None:
             axes[:1] = [source.axes[0]]  # a sum of sizes that no one knows: as many rows, in all
-        elif fan.one_expert_per_row:
+        elif fan.one_expert_per_row and dim < len(shape) - 1:
             axes[:-1] = regroup(source.axes[:-1], shape[:-1])[0]
         else:
-            dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
             axes[dim] = (Atom(fan.experts, True), *axes[dim])
         return self.writer.inline(source, fan.body, fan.stacks, tuple(axes))
 

@@ -5,8 +5,8 @@ mm(x, permute(w)), addmm, matmul(x, permute(w)) -> linear(x, w, bias)
 squeeze, unsqueeze, flatten, the only element of an axis -> reshape
                                                     (of known or named sizes)
 clone, alias, detach, a cast to the same dtype, a slice of everything, an expand or
-reshape or permute that changes nothing, x * 1, x + 0 of integers, dropout at
-inference                       -> their input
+reshape or permute that changes nothing, x * 1, x + 0 of integers, a cat of one value,
+dropout at inference            -> their input
 scatter(z, order of a whole axis, 1) -> ones
 reshape(reshape(x))             -> reshape(x)
 x[mask]                         -> x[where the mask is set]
@@ -53,6 +53,10 @@ def _same_type(op: Op, b: Builder) -> Sequence[Value] | None:
 def _alias(op: Op, b: Builder) -> Sequence[Value] | None:
     """The aliases that name the outputs stay: they are the interface."""
     return None if any(v.name == op.outputs[0].name for v in b.graph.outputs) else op.inputs[:1]
+
+
+def _cat(op: Op, b: Builder) -> Sequence[Value] | None:
+    return _same_type(op, b) if len(op.inputs) == 1 else None
 
 
 def _slice(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -164,6 +168,7 @@ _RULES: dict[str, Simplify] = {
     "aten.alias.default": _alias,
     "aten._to_copy.default": _same_type,
     "aten.expand.default": _same_type,
+    "aten.cat.default": _cat,
     "aten.slice.Tensor": _slice,
     "aten.add.Tensor": _neutral(0, "i"),
     "aten.mul.Tensor": _neutral(1, "if"),

@@ -1,0 +1,233 @@
+"""Form 8: experts of slots, which are weighed sums of all tokens (Soft MoE, arXiv 2308.00951).
+
+    logits = x @ phi                                    [B, S, E, P]
+    slots = einsum("bsd,bsep->bepd", x, softmax(logits, 1))
+    outs = stack([expert(slots[:, e]) for e, expert in enumerate(experts)], 1)
+    y = einsum("bepd,bsep->bsd", outs, softmax(logits.flatten(2), -1))
+
+becomes one moe.soft_mixture: nothing is chosen, so that it has no dispatch and no top-k. It begins
+at the logits: how they are made (normalised, scaled, masked, of another phi for each of the two
+softmaxes) is left as it is. What lies between the two products is read as the experts of
+other forms are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from moec.errors import NoMatch
+from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
+from moec.passes.core.rewrite import Builder, rebuild
+from moec.passes.core.runner import Log
+from moec.passes.proof.input_generators import Logits
+from moec.passes.proof.prove import Prover
+from moec.passes.recognise.block import Recipe, stacked
+from moec.passes.recognise.body import ROWS, canonical, with_columns
+from moec.passes.recognise.layout import Atom, Axis, ExpertLayout, size_of
+from moec.passes.recognise.opnames import REARRANGE
+from moec.passes.recognise.parallel_branches import Fan, fan
+from moec.passes.recognise.region import RegionEmitter, Scope, replacement
+from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.soft_weights import SoftWeights, WeighedSum, weighed_sum
+from moec.passes.recognise.unrolled_experts import cone, family, read_branch, signature
+
+
+@dataclass(frozen=True)
+class SlotExperts:
+    """One expert's body, its params as stacks over the experts."""
+
+    count: int
+    body: Graph
+    stacks: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True)
+class SoftMixture:
+    """`slot_major`: slot n of the products is slot n // E of expert n % E, not n % P of n // P."""
+
+    dispatch: WeighedSum
+    combine: WeighedSum
+    experts: SlotExperts
+    slot_major: bool
+
+    @property
+    def cut(self) -> tuple[Value, ...]:
+        logits = (self.dispatch.weights.logits, self.combine.weights.logits)
+        return tuple(dict.fromkeys((self.dispatch.values, *logits)))
+
+
+def recognise_soft_mixtures(program: Program, prover: Prover, log: Log) -> Program:
+    """The program with its soft mixtures as nodes; the reason of each look-alike is logged."""
+    scope = Scope(program.graph, program.weights)
+    mixtures: dict[Op, SoftMixture] = {}
+    for dispatch, combine in pairs(scope):
+        at = combine.op
+        try:
+            mixture = proved(scope, dispatch, combine, prover)
+        except NoMatch as why:
+            log.decline(at.origin or at.outputs[0].name, f"soft mixture: {why}")
+            continue
+        if log.spend(f"soft mixture {at}"):
+            mixtures[at] = mixture
+    return replace(program, graph=splice(scope.graph, mixtures))
+
+
+def logits_of_slots(scope: Scope) -> set[Op]:
+    """The products that make logits of soft mixtures: a stack phi [D, E, P] is no experts'."""
+    mixtures = [op for op in scope.graph.ops if op.name == "moe.soft_mixture"]
+    logits = [scope.maker(scope.behind(v, REARRANGE)) for op in mixtures for v in op.inputs[1:3]]
+    return {op for op in logits if op is not None}
+
+
+def pairs(scope: Scope) -> Iterator[tuple[WeighedSum, WeighedSum]]:
+    """Products weighed by a softmax, of which the second reads what comes of the first, by weights
+    that do not: those of attention layers one behind the other do."""
+    sums = [one for op in scope.graph.ops if (one := weighed_sum(scope, op)) is not None]
+    for position, combine in enumerate(sums):
+        slots = size_of(combine.weights.summed)
+        earlier = [
+            dispatch
+            for dispatch in reversed(sums[:position])
+            if isinstance(slots, int) and size_of(dispatch.weights.free) == slots
+        ]
+        if not earlier:
+            continue
+        behind = set(scope.upstream([combine.values]))
+        before = set(scope.upstream([combine.source]))
+        for dispatch in earlier:
+            if dispatch.op in behind and dispatch.op not in before:
+                yield dispatch, combine
+                break
+
+
+def proved(scope: Scope, dispatch: WeighedSum, combine: WeighedSum, prover: Prover) -> SoftMixture:
+    """Raises NoMatch unless some soft mixture does what the ops between the two do."""
+    _check(dispatch.weights, "dispatch", "the tokens")
+    _check(combine.weights, "combine", "all slots")
+    experts = slot_experts(scope, dispatch, combine)
+    slots = size_of(combine.weights.summed)
+    if not isinstance(slots, int) or slots % experts.count:
+        raise NoMatch(f"its {slots} slots are not as many for each of {experts.count} experts")
+    reasons = []
+    for slot_major in (False, True)[: 1 + (1 < experts.count < slots)]:
+        mixture = SoftMixture(dispatch, combine, experts, slot_major)
+        try:
+            region = scope.cut([combine.op.outputs[0]], mixture.cut)
+            after = replacement(scope, combine.op, mixture.cut, partial(emit, mixture))
+            logits = mixture.cut[1:] or mixture.cut
+            prover.prove(region, after, dict.fromkeys(logits, Logits()))
+            return mixture
+        except NoMatch as why:
+            reasons.append(str(why))
+    raise NoMatch(reasons[0])
+
+
+def _check(weights: SoftWeights, which: str, axis: str) -> None:
+    """Raises NoMatch unless the softmax goes over the axis that the product sums over."""
+    if weights.after:
+        raise NoMatch(f"{weights.after} stands between a softmax and the {which} that it weighs")
+    if set(weights.over or ()) != set(weights.summed):
+        over = " x ".join(str(atom.size) for atom in weights.over or ()) or "one"
+        total = size_of(weights.summed)
+        raise NoMatch(f"its {which} weights are a softmax over {over}, not over {axis}, {total}")
+
+
+def slot_experts(scope: Scope, dispatch: WeighedSum, combine: WeighedSum) -> SlotExperts:
+    """Raises NoMatch where what lies between is not one kind of experts, each with its slots."""
+    slots = dispatch.op.outputs[0]
+    between = scope.upstream([combine.values], [slots])
+    fans: dict[Op, Fan] = {}
+    for op in between:
+        match = fan(scope, op)
+        if match is not None:
+            fans[op] = match
+    reader = Reader(scope, only=frozenset(between), fans=fans.get)
+    reader.x = slots
+    reader.memo[slots] = _rows(slots, dispatch.flipped)
+    for match in fans.values():
+        reader.read(match.x)
+    layout = reader.read(combine.values)
+    if layout is not None and layout.applied and reader.writer.experts is not None:
+        body, stacks = reader.body(layout)
+        return SlotExperts(reader.writer.experts, body, stacks)
+    if fans or reader.writer.experts not in (None, 1):
+        why = reader.why.get(combine.values) or next(iter(reader.why.values()), "")
+        raise NoMatch(f"what lies between its two products is no work of experts: {why}")
+    if any(_unlike_branches(scope, op) for op in between):
+        raise NoMatch("its experts differ in more than their weights")
+    branch = read_branch(scope, combine.values, between)
+    return SlotExperts(1, branch.body, family(scope, [branch]).stacks)
+
+
+def _unlike_branches(scope: Scope, op: Op) -> bool:
+    """Whether `op` concatenates the results of networks, of which no two need be alike."""
+    if op.name != "aten.cat.default":
+        return False
+    kinds = [signature(scope, cone(scope, value)) for value in op.inputs]
+    return None not in kinds and len(set(kinds)) > 1
+
+
+def _rows(slots: Value, flipped: bool) -> ExpertLayout:
+    """The layout of slots [.., N, D], or [.., D, N] where `flipped`."""
+    feature = Atom(slots.shape[-2 if flipped else -1], False)
+    axes: list[Axis] = [(Atom(size, True),) if size != 1 else () for size in slots.shape]
+    axes[-2 if flipped else -1] = (feature,)
+    base = Value("x", TensorType(slots.dtype, (ROWS, feature.size)))
+    return ExpertLayout(base, (feature,), tuple(axes))
+
+
+def emit(mixture: SoftMixture, emit: RegionEmitter) -> Value:
+    """The node, with its result as the combining product has it."""
+    dispatch, combine, experts = mixture.dispatch, mixture.combine, mixture.experts
+    to_slots, to_tokens = dispatch.weights, combine.weights
+    shape = tuple(map(size_of, (to_slots.batch, to_slots.summed, to_slots.free)))
+    x = emit.old(dispatch.values)
+    x = _turned(x, emit) if dispatch.flipped else x
+    x = emit.reshape(x, (*shape[:2], x.shape[-1]))
+    orders = [
+        to_slots.order((*to_slots.batch, *to_slots.summed, *to_slots.free)),
+        to_tokens.order((*to_tokens.batch, *to_tokens.free, *to_tokens.summed)),
+    ]
+    logits = [to_slots.emit(emit, orders[0], shape)]
+    same = to_slots.logits is to_tokens.logits and orders[0] == orders[1]
+    logits.append(logits[0] if same else to_tokens.emit(emit, orders[1], shape))
+    count = experts.count
+    if mixture.slot_major:
+        new = {value: _expert_major(value, count, emit) for value in dict.fromkeys(logits)}
+        logits = [new[value] for value in logits]
+    body, prepared = canonical(with_columns(experts.body), count)
+    stacks = [stacked(experts.stacks[p.source](emit), p, emit) for p in prepared]
+    attrs: dict[str, Attr] = {"num_experts": count}
+    output = combine.op.outputs[0]
+    (y,) = emit(
+        "moe.soft_mixture", [x, *logits, *stacks], attrs=attrs, body=body, named=output.name
+    )
+    return emit.reshape(_turned(y, emit) if combine.flipped else y, output.shape)
+
+
+def _turned(value: Value, emit: RegionEmitter) -> Value:
+    last = len(value.shape) - 1
+    return emit.permute(value, (*range(last - 1), last, last - 1))
+
+
+def _expert_major(logits: Value, experts: int, emit: RegionEmitter) -> Value:
+    batch, tokens, slots = logits.shape
+    assert isinstance(slots, int)
+    value = emit.reshape(logits, (batch, tokens, slots // experts, experts))
+    return emit.reshape(emit.permute(value, (0, 1, 3, 2)), logits.shape)
+
+
+def splice(graph: Graph, mixtures: Mapping[Op, SoftMixture]) -> Graph:
+    """The graph with each node in place of the product that combined its slots."""
+    if not mixtures:
+        return graph
+    builder = Builder(graph)
+    new: dict[Value, Value] = {}
+    for old in graph.ops:
+        if old in mixtures:
+            new[old.outputs[0]] = emit(mixtures[old], RegionEmitter(builder, new, old))
+        else:
+            builder.append(replace(old, inputs=tuple(new.get(v, v) for v in old.inputs)))
+    return rebuild(graph, builder.ops, new)
