@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ import click
 
 from moec.errors import MoecError, UsageError
 from moec.extras import missing_extra
+from moec.files.os_errors import reason
+from moec.files.printable import printable
 from moec.spelling import did_you_mean
 
 # What each command is, so that `moec --help` and completion import none of them.
@@ -63,6 +66,8 @@ class LazyGroup(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if odd := next((arg for arg in args if "\0" in arg), ""):
+            raise UsageError(f"the argument {odd!r} holds a zero byte: leave it out")
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             near = did_you_mean(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
             raise UsageError(f"no such command {args[0]!r}{near}")
@@ -93,7 +98,7 @@ class LazyGroup(click.Group):
                 raise
             code, message = verdict(error)
             if message:
-                click.echo(message, err=True)
+                click.echo(printable(_shortened(message)), err=True)
         except KeyboardInterrupt:
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
@@ -117,11 +122,21 @@ def verdict(error: Exception) -> tuple[int, str]:
             return 1, f"error: {extra}"
         case MemoryError():
             return 1, "error: this machine has too little free memory for the model"
-        case OSError() if error.errno in _USERS_OWN:
-            return 1, f"error: {error.filename or 'output'}: {error.strerror}"
+        case OSError() if error.errno in _USERS_OWN or _is_users(error.filename):
+            return 1, f"error: {error.filename or 'output'}: {reason(error)}"
     name = type(error).__name__
     line = " ".join(str(error).split())
     return 70, (f"{name}: {line}\nthis is a defect of moec; MOEC_DEBUG=1 shows the traceback")
+
+
+def _is_users(filename: object) -> bool:
+    """Whether a file is none of moec's own."""
+    return isinstance(filename, str) and not filename.startswith(os.path.dirname(__file__))
+
+
+def _shortened(message: str) -> str:
+    """With what is too long for a terminal cut in its middle."""
+    return re.sub(r"(\S{100})\S{200,}(\S{50})", r"\1…\2", message)
 
 
 @click.group(
@@ -170,9 +185,10 @@ def _show_warning(
     from moec.cache import CacheWarning
 
     if issubclass(category, CacheWarning):
-        click.echo(f"warning: {message}", err=True)
+        click.echo(printable(f"warning: {message}"), err=True)
     else:
-        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)
+        shown = warnings.formatwarning(message, category, filename, lineno, line)
+        click.echo(printable(shown), err=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 import platformdirs
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 
 OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS = "objects", "libraries", "artifacts", "tunings"
 KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS)
@@ -152,7 +153,7 @@ def _private(state: os.stat_result) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    return reason(error) if isinstance(error, OSError) else str(error)
 
 
 @cache
@@ -213,7 +214,10 @@ def entries(store: Store) -> Iterator[Entry]:
     if store.folder is None:
         return
     for kind in KINDS:
-        with suppress(FileNotFoundError), os.scandir(store.folder / kind) as files:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(store.folder / kind) as files,
+        ):
             for file in files:
                 with suppress(FileNotFoundError):
                     state = file.stat(follow_symlinks=False)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from moec.errors import UsageError
+from moec.files.checkpoint import check_checkpoint
+from moec.spelling import did_you_mean_file
 
 Kind = Literal["factory", "checkpoint", "pt2"]
 
@@ -13,13 +15,16 @@ Kind = Literal["factory", "checkpoint", "pt2"]
 def kind_of_model(text: str) -> Kind:
     """Which door a path belongs to.
 
-    Raises UsageError where there is no such file or folder, or moec reads no such thing.
+    Raises UsageError where there is no such file or folder, or moec reads no such thing, and
+    CaptureError where a checkpoint lacks a file, or has one that is damaged.
     """
+    if not text:
+        raise UsageError("the path of the model is empty: give a folder or a file")
     path = Path(text)
     file, colon, _ = text.rpartition(":")
     if colon and file.endswith(".py"):
         if not Path(file).is_file():
-            raise UsageError(f"{file} does not exist")
+            raise UsageError(f"{file} does not exist{did_you_mean_file(Path(file))}")
         return "factory"
     try:
         exists, folder = path.exists(), path.is_dir()
@@ -28,16 +33,16 @@ def kind_of_model(text: str) -> Kind:
     if folder:
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a checkpoint: it has no config.json")
+        check_checkpoint(path)
         return "checkpoint"
     if path.suffix == ".pt2" and path.is_file():
         return "pt2"
     if path.suffix == ".py":
         raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
     if not exists:
-        raise UsageError(
-            f"{text} does not exist: give the folder of a checkpoint, a .pt2 file, or "
-            "file.py:factory (models are not downloaded)"
-        )
+        near = did_you_mean_file(path)
+        forms = "give the folder of a checkpoint, a .pt2 file, or file.py:factory"
+        raise UsageError(f"{text} does not exist{near or f': {forms} (models are not downloaded)'}")
     raise UsageError(
         f"{text} is not a model that moec can read: give the folder of a checkpoint, a .pt2 "
         "file, or file.py:factory"

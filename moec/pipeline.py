@@ -227,10 +227,8 @@ def _parse(changes: PassChanges) -> _Changes:
         sign, name, bracket, options = *_head(item), *item.partition("(")[1:]
         if sign not in ("+", "-") or name not in (*names, *kinds):
             near = did_you_mean(name, (*names, *kinds)) if name not in (*names, *kinds) else ""
-            raise UsageError(
-                f"--passes {item}: write +name or -name, where name is one of "
-                f"{', '.join((*names, *kinds))}{near}"
-            )
+            rule = near or f", where name is one of {', '.join((*names, *kinds))}"
+            raise UsageError(f"--passes {item}: write +name or -name{rule}")
         if sign == "-" and name in needed:
             raise UsageError(f"--passes {item}: code cannot be generated without {name}")
         if sign == "-" and name in kinds:
@@ -296,7 +294,10 @@ def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[
     ends = ends or [i for i, p in enumerate(passes) if p.name.startswith(f"{stop_after}-")]
     if not ends:
         names = ", ".join(dict.fromkeys(p.name for p in passes))
-        raise UsageError(f"--stop-after {stop_after}: no such pass; there are capture, {names}")
+        near = did_you_mean(stop_after, [p.name for p in passes])
+        raise UsageError(
+            f"--stop-after {stop_after}: no such pass{near or f'; there are capture, {names}'}"
+        )
     return tuple(passes[: ends[-1] + 1])
 
 

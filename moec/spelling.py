@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+_MOST_NAMES = 1000
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'X'?` for the nearest of `words`; empty where none is near."""
     near = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def did_you_mean_file(path: Path) -> str:
+    """`; did you mean 'X'?` for a file or folder that is there with nearly the name of `path`."""
+    try:
+        names = [entry.name for entry in islice(path.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARGIN = 1 << 20  # bytes, for what others write meanwhile
@@ -24,7 +25,7 @@ def temporary_folder(size: int) -> Iterator[Path]:
     try:
         parent = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
-        raise UsageError(f"there is no folder for temporary files: {error.strerror}") from error
+        raise UsageError(f"there is no folder for temporary files: {reason(error)}") from error
     free = shutil.disk_usage(parent).free
     if free < size + _MARGIN:
         raise UsageError(

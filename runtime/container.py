@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from moec.errors import ArtifactError, UsageError
+from moec.files.os_errors import reason
+from moec.spelling import did_you_mean_file
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -47,16 +49,18 @@ def open_container(path: Path) -> Mapping[str, memoryview]:
 
     Raises ArtifactError where it is missing, truncated, or not of the form that moec writes.
     """
+    if "\0" in str(path):
+        raise ArtifactError(f"{str(path)!r} holds a zero byte: no file has such a name")
     if path.is_dir():
         return _Folder(path)
     if not path.exists():
-        raise ArtifactError(f"{path}: there is no such file")
+        raise ArtifactError(f"{path}: there is no such file{did_you_mean_file(path)}")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file")
     try:
         return _read_zip(path)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        raise ArtifactError(f"{path} cannot be read: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
     end = 0
     for member in sorted(members, key=lambda m: m.header_offset):
         name = member.filename
-        if member.is_dir() and member.file_size == 0:
+        if name.endswith("/") and member.file_size == 0:
             continue
         if not _NAME.fullmatch(name):
             raise ArtifactError(f"{path}: {name!r} is not a name that a part may have")
@@ -185,7 +189,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[W
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f"{_writer(path)}{os.getpid()}.", dir=path.parent))
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
     try:
         new = temporary / "new"
         if folder:
@@ -200,7 +204,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[W
             path.rename(temporary / "old")
         new.rename(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

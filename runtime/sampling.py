@@ -76,11 +76,12 @@ def choose(
 
 
 def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
     order = np.argsort(-scores, kind="stable")
     if sampling.top_k is not None:
         order = order[: sampling.top_k]
-    shares = np.exp(scores[order] - scores[order[0]])
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the likeliest have none
+        shares = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
     shares /= shares.sum()
     if sampling.top_p < 1:
         count = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from moec.errors import InputError, UsageError
+from moec.files.os_errors import reason
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.numpy_files import read_npy, read_npz
 from moec.runtime.package import Port
+from moec.spelling import did_you_mean_file
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 _RAW = np.dtype("V2")
@@ -30,11 +32,12 @@ def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
     """
     check_suffix(path)
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
+        raise InputError(f"{path}: there is no such file{did_you_mean_file(path)}")
     try:
         arrays = _read(path)
     except (OSError, ValueError, KeyError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = reason(error) if isinstance(error, OSError) else lines[0]
         raise InputError(f"{path} cannot be read as {path.suffix}: {line}") from error
     if path.suffix == ".npy":
         if len(ports) != 1:
@@ -81,7 +84,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
             _write(file, path.suffix, arrays)
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

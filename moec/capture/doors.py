@@ -21,10 +21,13 @@ from torch.export import ExportedProgram
 from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
 from moec.capture.capture import Captured, capture
 from moec.capture.pt2 import check_archive
+from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
+from moec.files.checkpoint import CONFIG
 from moec.interpret.graph_module import GraphModule
 from moec.ir.dims import Bounds
 from moec.model_path import kind_of_model
+from moec.spelling import did_you_mean
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -178,17 +181,12 @@ def _factory(path: Path, name: str) -> Source:
 
 
 def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     """A Hugging Face folder: config.json, safetensors, and a tokenizer where there is one."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise CaptureError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CaptureError(f"{folder / 'config.json'} holds no configuration of a model")
+    config = json.loads((folder / CONFIG).read_bytes())  # its files were checked by their kind
     try:
         import transformers
     except ImportError:
@@ -200,8 +198,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"{folder} brings its own code (auto_map), which moec does not run; load the model "
             "yourself and give it to moec.compile, or write file.py:factory"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise CaptureError(f"{folder} has no .safetensors; save the model with save_pretrained")
+    _check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     try:
@@ -213,6 +210,11 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             ignore_mismatched_sizes=True,  # they are named below
         )
     except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise CaptureError(
+                f"{folder} cannot be loaded: {folder / CONFIG} makes tensors that are larger than "
+                "this machine's memory"
+            ) from error
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
     _check_weights(folder, loading)
     model.eval()
@@ -222,6 +224,23 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     source = _module(model, args, kwargs)
     name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
     return replace(source, bounds=_limits(model.config), name=name, files=files, unnamed=True)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CaptureError where transformers knows no such model, or torch no such dtype."""
+    import transformers
+
+    model = config.get("model_type")
+    if model not in transformers.CONFIG_MAPPING:
+        near = did_you_mean(str(model), transformers.CONFIG_MAPPING)
+        raise CaptureError(
+            f"{path}: transformers {transformers.__version__} knows no model_type {model!r}{near}"
+        )
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    if name not in (None, "auto") and not isinstance(getattr(torch, str(name), None), torch.dtype):
+        near = did_you_mean(str(name), MODEL_DTYPES)
+        raise CaptureError(f"{path}: the dtype {dtype!r} is none of torch's{near}")
 
 
 def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moec.cache import ARTIFACTS, Store, key_of, load, save, source_version
+from moec.errors import UsageError
+from moec.files.os_errors import reason
 from moec.runtime.container import replaceable
 from moec.target import cpu
 
@@ -45,22 +47,26 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
     """Write the artifact that was kept under a key to the file `output`; whether that was done.
 
     It is not where nothing was kept, and where something is lost that `overwrite` does not mean.
+    Raises UsageError where `output` cannot be written.
     """
     if output.exists() and (not overwrite or output.is_dir() or not replaceable(output)):
         return False
     content = load(store, ARTIFACTS, key)
     if content is None:
         return False
-    with tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder:
-        path = Path(folder) / output.name
-        path.write_bytes(content)
-        if overwrite:
-            os.replace(path, output)
-            return True
-        try:
-            os.link(path, output)  # which another process may have written meanwhile
-        except OSError:
-            return False
+    try:
+        with tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder:
+            path = Path(folder) / output.name
+            path.write_bytes(content)
+            if overwrite:
+                os.replace(path, output)
+                return True
+            try:
+                os.link(path, output)  # which another process may have written meanwhile
+            except OSError:
+                return False
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {reason(error)}") from error
     return True
 
 

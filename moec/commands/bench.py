@@ -16,6 +16,7 @@ import click
 
 from moec import model_path
 from moec.bench.names import PACKAGES
+from moec.commands.echo import echo
 from moec.commands.files import OutputFile
 from moec.commands.inspect import is_artifact
 from moec.commands.options import DTypeName, json_option
@@ -142,7 +143,7 @@ def command(
             file.write(report.section(_command()))
     click.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
     if plot and not as_json:
-        click.echo(f"drew {plot}")
+        echo(f"drew {plot}")
 
 
 def _print_model(name: str) -> None:
@@ -153,7 +154,7 @@ def _print_model(name: str) -> None:
     if len(target.archs) > 1:
         raise UsageError(f"--model is of one GPU: name one of {', '.join(cuda.TARGETS)}")
     for line in lines(target):
-        click.echo(line)
+        echo(line)
 
 
 def _command() -> str:

@@ -7,6 +7,7 @@ import json
 import click
 
 from moec import model_path
+from moec.commands.echo import echo
 from moec.commands.options import Tolerance, asked, json_option, model_options
 
 
@@ -78,5 +79,5 @@ def command(
     if as_json:
         click.echo(json.dumps(asdict(bisection), indent=1))
     else:
-        click.echo(str(bisection))
+        echo(str(bisection))
     ctx.exit(2 if bisection.culprit else 0)

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from moec.commands.echo import echo
 from moec.commands.options import json_option
 from moec.errors import UsageError
 
@@ -32,6 +33,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
             json.dumps({"folder": None}) if as_json else "MOEC_CACHE is off: nothing is kept"
         )
         return
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"MOEC_CACHE is {folder}, which is no folder: give one, or off")
     limit = cache.limit()
     store = cache.Store(folder, limit)
     counts = {kind: [0, 0] for kind in cache.KINDS}
@@ -44,7 +47,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         return
     from moec.report.units import size as size_text
 
-    click.echo(f"{folder}, at most {size_text(limit)}")
+    echo(f"{folder}, at most {size_text(limit)}")
     for kind, (number, size) in counts.items():
         click.echo(f"  {kind:10} {number:6}  {size_text(size)}")
 
@@ -58,4 +61,4 @@ def clear() -> None:
     if folder is None:
         raise UsageError("MOEC_CACHE is off: there is no cache to clear")
     number = cache.clear(cache.Store(folder))
-    click.echo(f"removed {number} {'entry' if number == 1 else 'entries'} from {folder}")
+    echo(f"removed {number} {'entry' if number == 1 else 'entries'} from {folder}")

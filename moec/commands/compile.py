@@ -12,6 +12,8 @@ import click
 from moec import model_path
 from moec.cache import default_store
 from moec.commands.artifact_cache import fetch, keep, key_for
+from moec.commands.echo import echo
+from moec.commands.files import check_folder, check_writable
 from moec.commands.options import (
     Tolerance,
     asked,
@@ -109,7 +111,10 @@ def command(
     from moec.commands.shapes import explained
 
     builds = not (dry_run or stop_after)
-    _check_output(output, builds, force)
+    _check_output(output, builds, force, ranks=plan_file is not None)
+    for option, folder in (("--dump-ir", dump_ir), ("--emit", emit)):
+        if folder is not None:
+            check_folder(folder, f"{option} {folder}")
     if emit is not None and not (builds and "cuda" in target):
         raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
     model_path.kind_of_model(model)
@@ -119,7 +124,7 @@ def command(
     if (
         output is not None
         and builds
-        and not (dump_ir or emit or tune or options["calib"] or options["describe"])
+        and not (dump_ir or emit or tune or plan_file or options["calib"] or options["describe"])
     ):
         store = default_store()
         described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
@@ -141,7 +146,7 @@ def command(
         with explained():
             compile_ranks(model, plan_file, output, arguments, verify, force)
         if not quiet:
-            click.echo(f"wrote {output}")
+            echo(f"wrote {output}")
         return
     dump = None if dump_ir is None else Dump(dump_ir)
 
@@ -180,7 +185,7 @@ def command(
         keep(store, key, output)
     if quiet:
         for line in warnings:
-            click.echo(f"warning: {line}", err=True)
+            echo(f"warning: {line}", err=True)
     report = compiled.report()
     if dry_run:
         size = weight_bytes(compiled.pass_results[-1].program)
@@ -210,7 +215,7 @@ def _tell(report: Report, output: Path | None, as_json: bool, quiet: bool, last:
 
         click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
         if last:
-            click.echo(last)
+            echo(last)
 
 
 def _recorded(output: Path) -> Report:
@@ -245,16 +250,20 @@ class Dump:
         self.written += 1
 
 
-def _check_output(output: Path | None, builds: bool, force: bool) -> None:
+def _check_output(output: Path | None, builds: bool, force: bool, *, ranks: bool) -> None:
     """What is wrong with the output is said before the minutes of work, not after."""
     if not builds:
         return
     if output is None:
         raise UsageError("give the artifact a name with -o OUT.moec, or ask for --dry-run")
+    from moec.runtime.container import replaceable
+
     if output.exists() and not force:
         raise UsageError(f"{output} exists; --force replaces it")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.parent} does not exist")
+    if output.exists() and not ranks and not replaceable(output):
+        raise UsageError(f"{output} is no artifact, which --force would replace: choose another")
+    if not output.is_dir():
+        check_writable(output, str(output))
 
 
 def _on_terminal() -> bool:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
+from moec.commands.echo import echo
 from moec.commands.options import (
+    OneOf,
     Tolerance,
     asked,
     changing_options,
@@ -31,11 +33,11 @@ NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The .onnx file to write.")
 @click.option(
-    "--ep", type=click.Choice(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
+    "--ep", type=OneOf(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
     help="What it is for: ONNX Runtime on a CPU or GPU, or standard operators alone.",
 )  # fmt: skip
 @click.option(
-    "--moe", type=click.Choice(["auto", "op", "rows"]), default="auto", show_default=True,
+    "--moe", type=OneOf(["auto", "op", "rows"]), default="auto", show_default=True,
     help="MoE blocks as com.microsoft.MoE (QMoE with --quant), or as sorted rows with one product "
     "per expert. auto: op for cuda, and for cpu with --quant, where it fits; else rows.",
 )  # fmt: skip
@@ -106,7 +108,7 @@ def command(
     if as_json:
         click.echo(json.dumps(exported.to_dict(), indent=1))
     elif not quiet:
-        click.echo(render(exported))
+        echo(render(exported))
 
 
 def render(exported: Exported) -> str:

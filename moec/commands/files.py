@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 
 
 class OutputFile(click.ParamType[Path]):
@@ -33,14 +34,25 @@ class OutputFile(click.ParamType[Path]):
         return path
 
 
+def check_folder(path: Path, name: str) -> None:
+    """Raises UsageError, beginning with `name`, where no folder for files can be at `path`."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{name}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{name}: {existing} cannot be written: permission denied")
+
+
 def check_writable(path: Path, name: str) -> None:
     """Raises UsageError, beginning with `name`, where no file can be written at `path`."""
+    if "\0" in str(path) or not path.name:
+        raise UsageError(f"{name} cannot be the name of a file")
     try:
         if path.is_dir():
             raise UsageError(f"{name} is a folder: give the name of a file")
         if not path.parent.is_dir():
             raise UsageError(f"{name}: the folder {path.parent} does not exist")
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        raise UsageError(f"{name} cannot be the name of a file") from error
+    except OSError as error:
+        raise UsageError(f"{name} cannot be the name of a file: {reason(error)}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"{name} cannot be written: permission denied")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
+from moec.commands.echo import echo
 from moec.commands.files import OutputFile
 from moec.commands.options import asked, json_option, model_options
 from moec.errors import ArtifactError
@@ -62,7 +63,7 @@ def command(
 
     click.echo(render(report, terminal_width(), color=sys.stdout.isatty()), nl=False)
     if picture:
-        click.echo(f"\ndrew {picture}")
+        echo(f"\ndrew {picture}")
 
 
 def is_artifact(path: Path) -> bool:

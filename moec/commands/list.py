@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import json_option
+from moec.commands.options import OneOf, json_option
 
 if TYPE_CHECKING:
     from moec.target.cuda import CudaTarget
@@ -18,7 +18,7 @@ _NAMES = {"pass", "gives", "target", "model", "class"}
 
 
 @click.command("list", short_help="List passes, targets or models.")
-@click.argument("what", type=click.Choice(["passes", "targets", "models"]))
+@click.argument("what", type=OneOf(["passes", "targets", "models"]))
 @json_option
 def command(what: str, as_json: bool) -> None:
     """List the passes in their order, the targets, or the models known to work."""

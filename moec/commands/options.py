@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
+from moec.spelling import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,8 +52,22 @@ class DTypeName(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = _SHORT.get(value, value)
         if name not in MODEL_DTYPES:
-            self.fail(f"{value!r} is not one of {', '.join(MODEL_DTYPES)}")
+            near = did_you_mean(str(value), (*MODEL_DTYPES, *_SHORT))
+            self.fail(f"{value!r} is not one of {', '.join(MODEL_DTYPES)}{near}")
         return str(name)
+
+
+class OneOf(click.Choice[str]):
+    """One of some words, as click's, with the one that was probably meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            near = did_you_mean(str(value), self.choices)
+            self.fail(f"{value!r} is not one of {', '.join(self.choices)}{near}")
+        return str(value)
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"It is one of {', '.join(self.choices)}."
 
 
 def model_options(command: F) -> F:

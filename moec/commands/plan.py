@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moec.commands.options import force_option, json_option
+from moec.commands.echo import echo
+from moec.commands.options import OneOf, force_option, json_option
 from moec.errors import UsageError
+from moec.files.printable import printable_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +42,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     help="Instead of a trace: uniform, zipf:EXPONENT or lognormal:SIGMA, then :SEED.",
 )  # fmt: skip
 @click.option(
-    "--phase", type=click.Choice(["prefill", "decode", "training"]), default="decode",
+    "--phase", type=OneOf(["prefill", "decode", "training"]), default="decode",
     show_default=True,
 )  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1), help="Of one step; default 128 a device.")
@@ -114,21 +116,23 @@ def command(
     if picture:
         draw(plan, planner, picture)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(plan), indent=1).decode())
+        click.echo(
+            printable_json(msgspec.json.format(msgspec.json.encode(plan), indent=1).decode())
+        )
         return
     if explain is not None:
         if explain >= len(plan.layers):
             raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
         options = planner.candidates[explain]
-        click.echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
+        echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
         return
-    click.echo(text.show(plan), nl=False)
+    echo(text.show(plan), nl=False)
     if other:
         click.echo()
-        click.echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
+        echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
     for path in (output, placement, picture, measure):
         if path:
-            click.echo(f"wrote {path}")
+            echo(f"wrote {path}")
 
 
 def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from moec.commands.echo import echo
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.runtime.package import DECODE, MAIN
 
@@ -52,7 +53,7 @@ def compile_ranks(
     program, log = compiled.pass_results[-1].program, Log()
     module = rank_programs(program, plan, log)
     for declined in log.declined:
-        click.echo(f"{declined.where}: not as planned: {declined.reason}", err=True)
+        echo(f"{declined.where}: not as planned: {declined.reason}", err=True)
     example = compiled.captured.example
     if verify is not False:
         check(module, program, plan, example, verify)
@@ -62,7 +63,7 @@ def compile_ranks(
             step = incremental(program)
         except NoMatch as why:
             text = replace(text, no_generation=str(why))
-            click.echo(f"text generation: {why}", err=True)
+            echo(f"text generation: {why}", err=True)
         else:
             module = Module(
                 {**module.programs, **rank_programs(step, plan, function=DECODE).programs}
@@ -153,7 +154,7 @@ def run_ranks(
         click.echo(json.dumps({"artifact": str(folder), "outputs": shapes}, indent=1))
         return
     for name, shape in shapes.items():
-        click.echo(f"{name}: {shape}")
+        echo(f"{name}: {shape}")
 
 
 def continue_prompts(job: Job, options: TextOptions, count: int | None, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from moec.commands.echo import echo
 from moec.commands.options import force_option, json_option
 from moec.errors import UsageError
 
@@ -50,7 +51,7 @@ def command(
     from moec.plan.text import columns
 
     tokens = f"{routing.trace.tokens} tokens, " if routing.trace else "counts only, "
-    click.echo(f"{source} ({routing.source}): {tokens}{routing.rows} choices, {len(layers)} layers")
+    echo(f"{source} ({routing.source}): {tokens}{routing.rows} choices, {len(layers)} layers")
     click.echo()
     rows = [("layer", "experts", "busiest/mean", "entropy", "unused", "drift", "strongest pair")]
     for layer in layers:
@@ -58,9 +59,9 @@ def command(
         drift = "-" if layer.drift is None else f"{layer.drift:.3f}"
         cells = f"{layer.busiest:.2f}", f"{layer.entropy:.3f}", str(layer.unused), drift, pair
         rows.append((str(layer.layer), str(layer.experts), *cells))
-    click.echo("\n".join(line.rstrip() for line in columns(rows)))
+    echo("\n".join(line.rstrip() for line in columns(rows)))
     click.echo("\ndrift: shares that moved between the halves of the tokens; pair: how many times")
     click.echo("as often as by chance two experts meet in a token (measured on this file)")
     for path in (picture, output):
         if path:
-            click.echo(f"wrote {path}")
+            echo(f"wrote {path}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.echo import echo
 from moec.commands.options import json_option, quiet_option
 from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
 from moec.errors import UsageError, VerificationError
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Compile the stored graph anew; use no stored code.")
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the kernels; default: cores."
+    "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: cores."
 )
 @click.option(
     "--nproc", type=click.IntRange(min=1), metavar="N",
@@ -123,7 +124,7 @@ def command(
             answer["outputs"] = _run(executor, source, output, answer)
             if not (quiet or as_json):
                 for name, port in answer["outputs"].items():
-                    click.echo(f"{name}: {port['dtype']}{port['shape']}")
+                    echo(f"{name}: {port['dtype']}{port['shape']}")
         if options.form:
             answer |= write_texts(opened, executor, options, prompts, as_json=as_json, quiet=quiet)
     if as_json:

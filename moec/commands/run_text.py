@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from moec.commands.echo import echo
 from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.files.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
@@ -98,13 +101,14 @@ def read_prompts(options: TextOptions) -> list[str]:
     if options.prompts is None:
         return []
     path = options.prompts
+    name = "stdin" if str(path) == "-" else f"--prompts {path}"
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        content = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
     except OSError as error:
-        raise UsageError(f"--prompts {path}: {error.strerror}") from error
-    lines = [line for line in _decoded(str(path), content).splitlines() if line.strip()]
+        raise UsageError(f"{name}: {reason(error)}") from error
+    lines = [line for line in _decoded(name, content).splitlines() if line.strip()]
     if not lines:
-        raise UsageError(f"--prompts {path} holds no prompt: write one a line")
+        raise UsageError(f"{name} holds no prompt: write one a line")
     return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
 
 
@@ -140,7 +144,7 @@ def write_texts(
     from moec.runtime.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:
-        click.echo(f"each token runs the whole text again: {why}", err=True)
+        echo(f"each token runs the whole text again: {why}", err=True)
     tokenizer = load_tokenizer(opened.files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
@@ -216,7 +220,7 @@ def _many(
 
 
 def _shown(text: dict[str, Any]) -> dict[str, Any]:
-    click.echo(json.dumps(text, ensure_ascii=False))
+    click.echo(printable_json(json.dumps(text, ensure_ascii=False)))
     sys.stdout.flush()
     return text
 
@@ -257,5 +261,5 @@ def _lines() -> Iterator[str]:
 
 def _echo(piece: str, streamed: bool) -> None:
     if streamed and piece:
-        click.echo(piece, nl=False)
+        click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
         sys.stdout.flush()

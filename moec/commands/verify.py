@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moec.commands.echo import echo
 from moec.commands.options import json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         checked = "" if graphs else "; its graphs were not read: the compiler is not installed"
         names = ", ".join(opened.package.functions)
-        click.echo(
+        echo(
             f"{artifact} is intact: {facts['parts']} parts, {size / 1e6:.1f} MB, "
             f"functions {names}, for {opened.manifest.target_name}{checked}"
         )

@@ -89,9 +89,11 @@ def load(path: Path | str, device: str | None = None, *, copies: bool = False) -
     A model on a GPU takes and gives tensors of torch there. With `copies` it takes and gives what
     lies in memory of the CPU, numpy's or torch's.
 
-    Raises ArtifactError where any part of it is damaged, or it has no code for the device, and
-    TargetError where this machine cannot run it.
+    Raises UsageError where `path` is no path, ArtifactError where any part of the artifact is
+    damaged, or it has no code for the device, and TargetError where this machine cannot run it.
     """
+    if not isinstance(path, str | Path):
+        raise UsageError(f"{path!r} is not the path of an artifact: give text or a Path")
     on = None if device is None else device_of(device, copies=copies)
     opened = read(path)
     opened = opened if on is None else only_for(opened, on)

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load, save
 
 from moec.errors import ArtifactError, IRError, UsageError
+from moec.files.os_errors import reason
 from moec.interpret.verifier import verify
 from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse, print_graph
@@ -211,7 +212,7 @@ def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:
         size = (path / name).stat().st_size
         content = (path / name).read_bytes() if size == part.size else b""
     except OSError as error:
-        raise ArtifactError(f"{path / name}: {error.strerror}") from None
+        raise ArtifactError(f"{path / name}: {reason(error)}") from None
     if size != part.size or hashlib.sha256(content).hexdigest() != part.sha256:
         raise ArtifactError(f"{path / name} is altered; compile or copy the folder again")
     return content

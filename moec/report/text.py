@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moec.files.printable import all_printable
 from moec.report.damage_text import parts as damage_parts
 from moec.report.data import (
     Block,
@@ -46,7 +47,7 @@ def render(report: ReportData, width: int = 100, color: bool = False) -> str:
         emoji=False,
         legacy_windows=False,
     )
-    for part in _parts(report):
+    for part in _parts(ReportData.of_dict(all_printable(report.to_dict()))):
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch, UsageError
+from moec.files.os_errors import reason
 from moec.ir.graph import Program
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
@@ -65,7 +66,7 @@ class KeepUsed:
             table = json.loads(Path(self.usage).read_text())
             share = torch.tensor(table[layer.name], dtype=torch.float64)
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+            raise UsageError(f"{path} cannot be read: {reason(error)}") from None
         except KeyError:
             raise UsageError(
                 f"{path} has no layer {layer.name}; it has {', '.join(table)}"

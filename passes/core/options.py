@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar, get_type_hints
 import torch
 
 from moec.errors import UsageError
+from moec.spelling import did_you_mean
 
 P = TypeVar("P")
 
@@ -99,7 +100,8 @@ def made_from(kind: type[P], text: str, where: str) -> P:
         if name not in options or not equals:
             names = ", ".join("INPUT=VALUE" if n == free else n for n in options)
             have = f"takes {names}" if options else "has no options"
-            what = f"there is no option {name}" if equals else f"write {part} as option=value"
+            near = did_you_mean(name, options)
+            what = f"there is no option {name}{near}" if equals else f"write {part} as option=value"
             raise UsageError(f"{where}: {what}; {_name(kind)} {have}")
         if name in values:
             raise UsageError(f"{where}: {name} is given twice")

@@ -15,6 +15,7 @@ from typing import IO
 
 ROOT = Path(__file__).parents[2]
 STDERR = "stderr.txt"
+_START = 5  # times as long as for a command: a worker imports numpy and TVM first
 MEMORY = 12 << 30  # bytes of addresses that a worker may have
 
 
@@ -37,12 +38,13 @@ def attack(
     kind: str, seed: int, first: int, last: int, folder: Path, seconds: float = 60
 ) -> Iterator[Fault]:
     """The faults of the cases `first` to `last`. A command that takes longer than `seconds` hangs:
-    its worker is ended, and the next begins after it, as after a crash."""
+    its worker is ended, and the next begins after it, as after a crash. A worker may take longer
+    to start."""
     while first < last:
         worker = _start(kind, seed, first, last, folder)
         assert worker.stdout is not None
         current: dict[str, object] = {}
-        while line := _line(worker.stdout, seconds):
+        while line := _line(worker.stdout, seconds if current else _START * seconds):
             current = json.loads(line)
             if "fault" in current:
                 yield _fault(kind, seed, current, str(current["fault"]))

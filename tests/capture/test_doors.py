@@ -149,9 +149,9 @@ def broken(folder: Path, tiny: Path, how: str) -> Path:
         ("no .pt2", CaptureError, "cannot be read as a torch.export program"),
         ("config no JSON", CaptureError, "config.json is not JSON: "),
         ("own code", UsageError, "brings its own code (auto_map), which moec does not run"),
-        ("unknown type", CaptureError, "cannot be loaded: "),
+        ("unknown type", CaptureError, "knows no model_type 'no_such_family'"),
         ("no weights", CaptureError, "has no .safetensors; save the model with save_pretrained"),
-        ("cut weights", CaptureError, "cannot be loaded: "),
+        ("cut weights", CaptureError, "model.safetensors is truncated or damaged"),
     ],
 )
 def test_broken_models(

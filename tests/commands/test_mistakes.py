@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,63 @@ def test_of_a_prompt(speaker: Path) -> None:
     assert words == "error: the prompt is not UTF-8 at character 2: convert it first"
 
 
+def test_of_names(speaker: Path, tmp_path: Path) -> None:
+    words = refused("run", "a\x1b[31m\x07b.moec", "--prompt", "x")
+    assert words == r"error: a\x1b[31m\x07b.moec: there is no such file"
+    assert "the argument 'a\\x00b' holds a zero byte" in refused("verify", "a\0b")
+    words = refused("verify", "x" * 5000)
+    assert words.endswith("x: the name is too long")
+    assert len(words) < 300
+    near = speaker.with_name("speeker.moec")
+    assert refused("verify", near).endswith(f"no such file; did you mean '{speaker}'?")
+    (tmp_path / "ünï 模型.moec").symlink_to(speaker)
+    path = tmp_path / "none" / ".." / "ünï 模型.moec"
+    (tmp_path / "none").mkdir()
+    done = CliRunner().invoke(cli, ["run", str(path), "--prompt", "b c", "-q"])
+    assert (done.exit_code, done.stdout) == (0, " d e f g\n")
+
+
+def test_of_prompts(speaker: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"b\xff")
+    for name, words in (
+        ("none.txt", "there is no such file or folder"),
+        (".", "it is a folder, not a file"),
+        ("empty.txt", "holds no prompt: write one a line"),
+        ("latin.txt", "is not UTF-8 at byte 1: convert it first"),
+    ):
+        assert words in refused("run", speaker, "--prompts", tmp_path / name)
+    done = CliRunner().invoke(cli, ["run", str(speaker), "--prompts", "-"], input=b"\xff")
+    assert done.stderr == "error: stdin is not UTF-8 at byte 0: convert it first\n"
+    assert "is not in the range 1<=x<=4096" in refused(
+        "run", speaker, "--prompt", "b", "--threads", 10**11
+    )
+
+
+def test_of_the_cache() -> None:
+    assert "MOEC_CACHE is /dev/null, which is no folder" in refused("cache", MOEC_CACHE="/dev/null")
+    words = refused("list", "pases")
+    assert "'pases' is not one of passes, targets, models; did you mean 'passes'?" in words
+
+
+def test_of_a_folder_that_is_no_output(tmp_path: Path) -> None:
+    """Said before the minutes of work."""
+    (tmp_path / "thesis.txt").touch()
+    model = Path(__file__).parents[2] / "examples/tiny_moe/checkpoint"
+    words = refused("compile", model, "-o", tmp_path, "--force")
+    assert words.endswith("is no artifact, which --force would replace: choose another")
+    words = refused("compile", model, "--dry-run", "--dump-ir", tmp_path / "thesis.txt" / "x")
+    assert words.endswith("thesis.txt is not a folder")
+
+
+def test_a_plan_is_not_what_the_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact for one process was written where ranks were asked for."""
+    monkeypatch.setattr("moec.commands.compile.fetch", lambda *_, **options: True)
+    model = Path(__file__).parents[2] / "examples/tiny_moe/checkpoint"
+    words = refused("compile", model, "-o", tmp_path / "ranks", "--plan", "none.json")
+    assert words == "error: none.json does not exist"
+
+
 def test_of_the_environment(speaker: Path) -> None:
     prompt = ("run", speaker, "--prompt", "b c", "--quiet")
     for value in ("abc", "0", "-2"):
@@ -89,6 +147,14 @@ def test_of_a_forged_artifact(speaker: Path, tmp_path: Path) -> None:
     folder = unpacked(path)
     edit_manifest(folder, lambda text: text["arrays"]["table"].update(shape=[0, 10**30]))
     assert "manifest.json is malformed" in refused("verify", folder)
+
+
+def test_of_a_part_without_a_name(tmp_path: Path) -> None:
+    """zipfile of Python 3.11 looks at the last letter of a name that has none."""
+    path = tmp_path / "nameless.moec"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"")
+    assert refused("verify", path).endswith("'' is not a name that a part may have")
 
 
 def test_of_a_tensor_file(speaker: Path, tmp_path: Path) -> None:
@@ -154,6 +220,8 @@ def test_a_typo_costs_no_import_of_torch() -> None:
 
 
 def test_what_was_probably_meant() -> None:
+    with pytest.raises(moec.MoecError, match="5 is not the path of an artifact"):
+        moec.load(5)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'compil'; did you mean 'compile'"):
         getattr(moec, "compil")  # noqa: B009
 

@@ -86,7 +86,7 @@ def test_nothing_is_left_where_writing_fails(
         add(self, name, content)
 
     monkeypatch.setattr(container._ZipWriter, "add", full)
-    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+    with pytest.raises(UsageError, match="cannot be written: the disk is full"):
         artifact.write(package, path, graphs={"main": toy.GRAPH})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["model.moec"]
@@ -117,7 +117,7 @@ def test_overwrites_artifacts_and_nothing_else(package: Package, saved: Path) ->
 
 
 def test_a_folder_that_is_not_there_to_write_to(package: Package, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
+    with pytest.raises(UsageError, match="cannot be written: there is no such file or folder"):
         artifact.write(package, tmp_path / "none" / "model.moec", graphs={"main": ""})
 
 

@@ -99,12 +99,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensor_files, "_write", full)
-    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+    with pytest.raises(UsageError, match="cannot be written: the disk is full"):
         write_tensors(path, {"x": arrays()["x"]})
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == [name]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
+    with pytest.raises(UsageError, match="cannot be written: there is no such file or folder"):
         write_tensors(tmp_path / "none" / "a.npz", arrays())

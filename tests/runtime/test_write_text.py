@@ -159,8 +159,8 @@ def test_a_chat(path: Path) -> None:
     [
         (["--prompt", "a", "--chat"], "", "--prompt and --chat exclude each other"),
         (["--input", "x.npz", "--chat"], "", "--input and --chat exclude each other"),
-        (["--prompts", "none.txt"], "", "--prompts none.txt: No such file or directory"),
-        (["--prompts", "-"], "\n", "--prompts - holds no prompt: write one a line"),
+        (["--prompts", "none.txt"], "", "--prompts none.txt: there is no such file or folder"),
+        (["--prompts", "-"], "\n", "stdin holds no prompt: write one a line"),
         (["--prompt", "a", "--stop", ""], "", "a text ends at a string of characters"),
     ],
 )

@@ -12,6 +12,7 @@ from moec.capture.behaviour.door import Declared
 from moec.capture.behaviour.forward import Forward
 from moec.capture.behaviour.hints import as_hints
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 
 
 def describe(
@@ -55,8 +56,8 @@ def read_descriptions(path: Path) -> tuple[Declared, ...]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{path}: write a class's name and, indented, what its modules do")

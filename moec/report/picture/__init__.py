@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 from moec.report.picture.part import Scene, ScenePart
 from moec.report.picture.scene import scene
 
@@ -34,4 +35,8 @@ def draw(scene: Scene, ending: str) -> str:
 
 
 def save(scene: Scene, path: Path) -> None:
-    path.write_text(draw(scene, path.suffix), encoding="utf-8")
+    """Raises UsageError where it cannot be written."""
+    try:
+        path.write_text(draw(scene, path.suffix), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error

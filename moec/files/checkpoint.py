@@ -1,0 +1,84 @@
+"""The files of a Hugging Face checkpoint, looked at before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moec.errors import CaptureError
+from moec.files.os_errors import reason
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+_JSON = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The configuration of the checkpoint.
+
+    Raises CaptureError, naming the file, where one that is needed is missing, or is not what its
+    name says.
+    """
+    contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
+    if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
+        _check_index(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CaptureError(f"{folder} has no .safetensors; save the model with save_pretrained")
+    for path in weights:
+        _check_header(path)
+    return contents[CONFIG]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise CaptureError(
+            f"{path} is not JSON: {error}; copy it from where the checkpoint came from"
+        ) from None
+    if not isinstance(content, dict):
+        what = "configuration of a model" if path.name == CONFIG else "JSON object"
+        raise CaptureError(f"{path} holds no {what}; copy it from where the checkpoint came from")
+    return content
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / INDEX
+    files = _object(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CaptureError(f"{path} has no weight_map, which names the file of each weight")
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise CaptureError(f"{path} names {name!r}, which is not in its folder")
+        if not (folder / name).is_file():
+            raise CaptureError(
+                f"{path} names {name!r}, which is not there: copy it from where the checkpoint "
+                "came from"
+            )
+
+
+def _check_header(path: Path) -> None:
+    """The header of a file of weights lists tensors that end where the file does."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size < _LONGEST_HEADER else b"")
+        length = path.stat().st_size
+        ends = [
+            tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
+        ]
+        length_fits = 8 + size + max(ends, default=0) == length
+    except OSError as error:
+        raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        length_fits = False
+    if not length_fits:
+        raise CaptureError(
+            f"{path} is truncated or damaged: copy it from where the checkpoint came from"
+        )

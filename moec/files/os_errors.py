@@ -1,0 +1,31 @@
+"""What the system says of a file, in words that tell what to do."""
+
+from __future__ import annotations
+
+import errno
+
+_WORDS = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.EEXIST: "it exists already",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EACCES: "permission denied; change its rights, or choose another",
+    errno.EPERM: "permission denied; change its rights, or choose another",
+    errno.EROFS: "the disk is read-only; choose another",
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "your quota of the disk is used up; free some space",
+    errno.EFBIG: "it would be larger than the system allows",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.EIO: "the disk failed; look at the system's log",
+    errno.EBUSY: "another process uses it",
+    errno.ETXTBSY: "another process runs it",
+    errno.ENXIO: "it is a device or a pipe, not a file",
+    errno.ENODEV: "it is a device or a pipe, not a file",
+}
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused; its own words, or the error's, where there are no better ones."""
+    return _WORDS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__

@@ -1,0 +1,78 @@
+"""Files of checkpoints that are missing or damaged are named, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moec.errors import CaptureError
+from moec.files.checkpoint import CONFIG, INDEX, check_checkpoint
+
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_moe/checkpoint"
+WEIGHTS = "model.safetensors"
+
+
+def writes(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def indexes(content: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return damage
+
+
+def becomes_a_folder(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+
+
+def is_cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+
+
+DAMAGED = [
+    (writes(CONFIG, b'{"a":'), "config.json is not JSON: "),
+    (writes(CONFIG, b""), "config.json is not JSON: "),
+    (writes(CONFIG, b"\xff\xfe\x00"), "config.json is not JSON: "),
+    (writes(CONFIG, b"[" * 100_000), "config.json is not JSON: maximum recursion depth"),
+    (writes(CONFIG, b"[1]"), "config.json holds no configuration of a model"),
+    (writes("tokenizer.json", b"{"), "tokenizer.json is not JSON: "),
+    (writes("generation_config.json", b"[]"), "generation_config.json holds no JSON object"),
+    (writes("tokenizer_config.json", b"5"), "tokenizer_config.json holds no JSON object"),
+    (writes(WEIGHTS, b""), "model.safetensors is truncated or damaged"),
+    (writes(WEIGHTS, b"\1\0\0\0\0\0\0\0["), "model.safetensors is truncated or damaged"),
+    (writes(WEIGHTS, b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is truncated or damaged"),
+    (writes(WEIGHTS, b"\xff" * 8), "model.safetensors is truncated or damaged"),
+    (is_cut, "model.safetensors is truncated or damaged"),
+    (becomes_a_folder, "model.safetensors cannot be read: it is a folder, not a file"),
+    (lambda folder: (folder / WEIGHTS).unlink(), "has no .safetensors; save the model"),
+    (indexes({"weight_map": {"a": "no-1.safetensors"}}), "names 'no-1.safetensors', which is not"),
+    (indexes({"weight_map": {"a": "../../x"}}), "names '../../x', which is not in its folder"),
+    (indexes({"weight_map": {"a": 5}}), "has no weight_map, which names the file of each weight"),
+    (indexes({}), "has no weight_map"),
+    (indexes([]), f"{INDEX} holds no JSON object"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGED)
+def test_damaged(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    damage(folder)
+    with pytest.raises(CaptureError) as caught:
+        check_checkpoint(folder)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_intact() -> None:
+    assert check_checkpoint(CHECKPOINT)["model_type"] == "qwen3_moe"
