@@ -106,6 +106,49 @@ def test_a_residual_folded_into_the_combine_is_drawn(origin: str) -> None:
     assert outline(drawn.root)[1:8] == outline(tiny().root)[1:8]
 
 
+def test_what_is_fused_stands_in_its_modules() -> None:
+    """A residual and the norm after it are one kernel, which is called as the layer is."""
+    text = """
+    graph main(x: f32[T, 8]; l.0.a.weight: f32[8, 8], l.0.post.weight: f32[8],
+               l.0.b.weight: f32[8, 8], l.0.c.weight: f32[8, 8]) {
+      a: f32[T, 8] = aten.linear.default(x, l.0.a.weight) @ l.0.a
+      h: f32[T, 8], n: f32[T, 8] = nn.add_norm(a, x, l.0.post.weight) <kind="rms"> @ l.0
+      b: f32[T, 8] = aten.linear.default(n, l.0.b.weight) @ l.0.b
+      y: f32[T, 8] = aten.add.Tensor(h, b) @ l.0
+      return y
+    }
+    """
+    fused = parse(text)
+    add, norm = "aten.add.Tensor(a, x) @ l.0", "nn.rms_norm(h, l.0.post.weight) @ l.0.post"
+    lines = f"h: f32[T, 8] = {add}\n n: f32[T, 8] = {norm}"
+    start, end = text.index("h: f32"), text.index("b: f32[T, 8] =")
+    plain = parse(text[:start] + lines + "\n" + text[end:])
+    assert outline(scene("x", fused).root) == outline(scene("x", plain).root)
+    names = [line.strip() for line in outline(scene("x", fused).root)]
+    assert [name.split(" ")[0] for name in names if not name.startswith("skips")][-5:] == [
+        *("a:", "+:", "post:", "b:", "+:")
+    ]
+
+
+def test_a_tied_head_says_so() -> None:
+    text = print_graph(models.graph()).replace("x2, head.weight)", "x2, embed.weight)")
+    drawn = scene("tied", parse(text.replace(", head.weight: f32[50, 8]", "")))
+    head = drawn.root.parts[-1]
+    assert (head.label, head.parameters, head.tied) == ("head", 0, ("embed.weight",))
+    assert "tied to embed.weight" in draw(drawn, ".dot")
+    assert ">tied<" in draw(drawn, ".svg")
+    assert "tied to" in draw(drawn, ".html")
+
+
+def test_an_op_without_inputs() -> None:
+    """Of a forged graph; inspect reads it without the rules of the IR."""
+    graph = parse(
+        "graph main(x: f32[T]) {\n  y: f32[T] = aten.clone.default()\n"
+        "  z: f32[T] = aten.relu.default(y) @ a\n  return z\n}"
+    )
+    assert [part.label for part in scene("none", graph).root.parts] == ["a"]
+
+
 def test_a_model_that_is_one_block() -> None:
     text = print_graph(models.graph(1))
     for path in ("layers.0.moe.router", "layers.0.moe", "layers.0", "embed", "head"):

@@ -70,6 +70,7 @@ def _label(part: ScenePart) -> str:
         lines.append(f"{block.router}; {block.activation}")
     if part.parameters:
         lines.append(f"{count(part.parameters)} parameters")
+    lines += [f"tied to {name}" for name in part.tied]
     return "\n".join(lines)
 
 

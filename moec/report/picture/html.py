@@ -102,6 +102,7 @@ def details(part: ScenePart) -> Mapping[str, Any]:
         facts.append(["repeated", f"{part.times} times; numbers are for one"])
     if part.parameters:
         facts.append(["parameters", f"{part.parameters:,}"])
+    facts += [["tied to", name] for name in part.tied]
     if part.active != part.parameters:
         facts.append(["active per token", f"{part.active:,}"])
     for block in part.blocks:

@@ -25,6 +25,7 @@ class ScenePart:
     active: int = 0
     ops: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[tuple[str, str], ...] = ()
+    tied: tuple[str, ...] = ()  # weights that it reads and another part holds
     times: int = 1
     blocks: tuple[Block, ...] = ()  # of an MoE card; nearly always one
     split: Mapping[str, int] = field(default_factory=dict)  # parameters by kind

@@ -14,6 +14,7 @@ from moec.ir.graph import Graph, Op, Value
 from moec.report.data import WHOLE, Block, DeclinedLine
 from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.picture.repeats import collapse
+from moec.report.picture.unfused import unfused
 from moec.report.report import inside, port
 
 
@@ -55,6 +56,7 @@ def scene(
     declined: Sequence[DeclinedLine] = (),
 ) -> Scene:
     """The scene of `graph`, whose ops know their modules by `origin`."""
+    graph = unfused(graph)
     root = _Module("")
     for op in graph.ops:
         root.at(_module_path(op.origin)).ops.append(op)
@@ -150,6 +152,7 @@ class _SceneReader:
             max(total - idle, 0),
             dict(Counter(op.name for op in module.all_ops())),
             tuple((p.name, str(p.type)) for p in params),
+            tied=() if params else _weights_read(self.graph, module),
             blocks=blocks,
             split=_split(module, blocks) if blocks else {_kind(module): total},
             declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
@@ -179,6 +182,11 @@ class _SceneReader:
             parts=tuple(parts),
             edges=edges,
         )
+
+
+def _weights_read(graph: Graph, module: _Module) -> tuple[str, ...]:
+    read = (value for op in module.all_ops() for value in op.inputs if value in graph.params)
+    return tuple(dict.fromkeys(value.name for value in read))
 
 
 def is_list(module: _Module) -> bool:
@@ -248,7 +256,7 @@ def _flow(
                     ends[at] = len(flow)
                     flow.append(ScenePart(f"{module.path}.{op.outputs[0].name}", "+", "sum"))
                     edges += [(source, ends[at])] if source < ends[at] - 1 else []
-            moves = op.name in MOVES and op.inputs[0] in sources
+            moves = op.name in MOVES and any(value in sources for value in op.inputs[:1])
             sources |= dict.fromkeys(op.outputs, sources[op.inputs[0]] if moves else ends[at])
             continue
         origins = [sources.get(v, ENTRY) for v in op.inputs if v not in graph.params]

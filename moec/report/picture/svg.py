@@ -45,6 +45,7 @@ def hover(part: ScenePart) -> str:
     lines = [part.path or part.label]
     if part.parameters:
         lines.append(f"{count(part.parameters)} parameters, {count(part.active)} active")
+    lines += [f"tied to {name}" for name in part.tied]
     lines += [f"{d.rule}: {d.reason}" for d in part.declined]
     return "\n".join(lines)
 
@@ -163,20 +164,14 @@ def _card(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     canvas.add(f'<path class="k-{part.kind}" d="{strip}"/>')
     low = height < 40
     canvas.add(text(x + 18, y + (22 if low else 21), part.label, "ink name", 26))
-    if part.parameters:
-        canvas.add(
-            text(
-                x + width - 14,
-                y + (22 if low else 21),
-                count(part.parameters),
-                "soft small",
-                12,
-                "end",
-            )
-        )
+    words = "tied" if part.tied else count(part.parameters) if part.parameters else ""
+    if words:
+        canvas.add(text(x + width - 14, y + (22 if low else 21), words, "soft small", 12, "end"))
     if low:
         return
-    caption = f"not recognised: {part.declined[0].reason}" if part.declined else NAMES[part.kind]
+    caption = f"tied to {part.tied[0]}" if part.tied else NAMES[part.kind]
+    if part.declined:
+        caption = f"not recognised: {part.declined[0].reason}"
     canvas.add(text(x + 18, y + 39, caption, "soft small", 36))
     _share(canvas, part, x + width - 94, y + 33, 80)
 
