@@ -269,7 +269,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for step in todo:
             print(step)
         print(f"{len(todo)} steps; times beside {', '.join(CONTENDERS[1:])}, of bf16 experts")
-        print("int8, int4 and mxfp4 experts have kernels that this script does not time yet")
+        print("int8, int4, fp8 and mxfp4 experts have kernels that this script does not time yet")
         return
     if reason := lacking():
         raise SystemExit(reason)

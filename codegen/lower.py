@@ -84,7 +84,8 @@ def _function(
 ) -> tuple[Param, ...]:
     """Add the function of a graph; its params in their order."""
     rules = selection.rules
-    check(graph, rules.__contains__)
+    reasons = {refusal.op: refusal.reason for refusal in selection.refusals}
+    check(graph, rules.__contains__, reasons)
     shaped = {name for v in graph.values() for name in names(*v.shape)}
     # A number that is read from data may be compared or multiplied, and be no tensor's size.
     read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}

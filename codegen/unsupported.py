@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import sympy
 
@@ -14,11 +15,18 @@ from moec.ir.dims import Bounds, Dim, evaluate_dim, product
 from moec.ir.graph import Graph, Op, Value
 
 
-def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
-    """Raise UnsupportedError unless every op and every size of the graph can be compiled."""
+def check(
+    graph: Graph,
+    own_kernel: Callable[[Op], bool],
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raise UnsupportedError unless every op and every size of the graph can be compiled.
+
+    `reasons` say why kernels refused an op, by its name.
+    """
     problems: dict[str, list[Op]] = {}
     for op in graph.ops:
-        reason = _refusal(op, own_kernel)
+        reason = _refusal(op, own_kernel, reasons)
         if reason:
             problems.setdefault(reason, []).append(op)
     lines = [line(reason, ops) for reason, ops in problems.items()]
@@ -34,13 +42,14 @@ def check(graph: Graph, own_kernel: Callable[[Op], bool]) -> None:
         )
 
 
-def _refusal(op: Op, own_kernel: Callable[[Op], bool]) -> str:
+def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str]) -> str:
     if own_kernel(op):
         return ""
     if op.name == "aten.nonzero.default":
         return "operator aten.nonzero.default makes a size that depends on the data"
     if op.name not in EMIT:
-        return f"operator {op.name} has no kernel"
+        why = reasons.get(op.name)
+        return f"operator {op.name} has no kernel" + (f": {why}" if why else "")
     tensors = (*op.inputs, *op.outputs)
     if any(v.dtype == "c64" for v in tensors) and not takes_complex(op.name):
         return f"operator {op.name} has no kernel for complex numbers"

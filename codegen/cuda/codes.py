@@ -1,6 +1,7 @@
 """Weights of few bits: how they are packed, and what their codes mean in registers.
 
     int8, int4   w = (code - zero) * scale          zero 2^(bits-1), or one a block
+    fp8          w = e4m3(code) * scale             OCP 8-bit Floating Point 1.0
     mxfp4        w = e2m1(code) * 2^(scale - 127)   OCP Microscaling Formats 1.0
 
     codes u8[E, columns, k * bits / 8]     16 bytes hold `piece` codes of k that follow each other
@@ -36,7 +37,7 @@ STEP = 16
 _BLOCKS = (32, 64, 128)
 _ONE, _NO = 0x3C003C00, 0x80008000  # pairs of float16: 1, and -0, which changes nothing
 _THOUSAND = 0x6400  # 1024 as a float16: a whole number below it, added to its bits, is added
-_TWO_TO_14 = 0x74007400
+_TWO_TO_8, _TWO_TO_14 = 0x5C005C00, 0x74007400
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,12 @@ def zero_pair(bits: int, zero: Expr | None) -> Expr:
 def weight_pair(kind: str, bits: int, word: Expr, index: int, zero: Expr, target: Expr) -> None:
     """target = the weights of codes `index` and its neighbour, 16 bits on, as a pair of float16."""
     shifted = T.shift_right(word, T.uint32(bits * index)) if index else word
+    if kind == "fp8":
+        magnitude = T.shift_left(T.bitwise_and(shifted, T.uint32(0x007F007F)), T.uint32(7))
+        sign = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00800080)), T.uint32(8))
+        # As float16, whose bias is 8 larger.
+        fma_pair(target, T.bitwise_or(magnitude, sign), T.uint32(_TWO_TO_8), T.uint32(_NO))
+        return
     if kind == "mxfp4":
         magnitude = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00070007)), T.uint32(9))
         sign = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00080008)), T.uint32(12))

@@ -30,6 +30,8 @@ from moec.ops.quantised import GroupedQuantised
 def check(block: Fused) -> None:
     """Raises NoMatch for what QMoE lacks and MoE has, naming the attribute."""
     up, down = _parts(block)
+    if up.format.kind == "fp8":
+        raise NoMatch("expert_weight_bits are those of integers, and the weights are fp8")
     code = Encoding.of([up, down])
     if code.bits == 8 and up.format.row_bits == 16:
         raise NoMatch("accuracy_level leaves no rows as they are that meet weights of 8 bits")

@@ -103,8 +103,9 @@ def command(
 
     --quant changes the model: the weights of its experts are rounded to int8 or int4, with one
     scale a row or, as in int4:64, a block of it, :asymmetric with a zero of their own; or to
-    mxfp4. Rows are rounded to 8 bits as they meet such weights, and to 16 with :rows16 (as in
-    int8:rows16), which is as exact as rows of floats and takes longer where there are many.
+    mxfp4, or for GPUs fp8. Rows are rounded to 8 bits as they meet such weights, and to 16 with
+    :rows16 (as in int8:rows16), which is as exact as rows of floats and takes longer where there
+    are many.
     int8,linears=int8,head=int8 does so to other linear layers (but routers) and the head too. The
     report says what it costs.
     """

@@ -115,8 +115,8 @@ def changing_options(command: F) -> F:
         ),
         click.option(
             "--quant", metavar="FORMAT",
-            help="Store experts in few bits: int8, int4[:32|64|128], mxfp4; :rows16, ,linears=… "
-            "and ,head=…: see above.",
+            help="Store experts in few bits: int8, int4[:32|64|128], fp8, mxfp4; :rows16, "
+            ",linears=… and ,head=…: see above.",
         ),
     ):  # fmt: skip
         command = decorator(command)

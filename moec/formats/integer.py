@@ -1,6 +1,7 @@
 """Numbers of few bits: how weights and rows become codes with scales, and what those mean.
 
     int8, int4    w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
+    fp8           w = e4m3(code) * scale          OCP 8-bit Floating Point 1.0
     mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
 
 A scale (and a zero) belongs to a row of a weight [.., N, K], or to each block of a row. Rows of
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from moec.errors import UsageError
 
-KINDS = ("int8", "int4", "mxfp4")
+KINDS = ("int8", "int4", "fp8", "mxfp4")
 BLOCKS = (32, 64, 128)
 ROW_BITS = (8, 16)
-BITS = {"int8": 8, "int4": 4, "mxfp4": 4}
+BITS = {"int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
+E4M3_MOST = 448.0
+"""The greatest magnitude of e4m3. It has no infinity; a finite weight is no NaN of it."""
 MXFP4_BLOCK = 32
 # e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -33,7 +36,8 @@ TINY = 1e-30
 """A block of activations without a greater magnitude is 0: its scale could not be inverted."""
 
 SPELLING = (
-    "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, or mxfp4; "
+    "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, fp8 with a "
+    "block or without, or mxfp4; "
     "any of them with :rows16"
 )
 WIDE_ROWS = "rows16"
@@ -91,6 +95,8 @@ def parse(text: str) -> Format:
             raise UsageError(
                 f"quant {text!r}: mxfp4 is symmetric, in blocks of 32: it takes no :{option}"
             )
+        elif option == "asymmetric" and kind == "fp8":
+            raise UsageError(f"quant {text!r}: fp8 has no zero point: it takes no :asymmetric")
         elif option == "asymmetric" and not asymmetric:
             asymmetric = True
         elif option in map(str, BLOCKS) and not block:
@@ -154,8 +160,9 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
     """Each weight [E, N, K] rounded to the nearest code.
 
     Symmetric scales map the value of greatest magnitude of a row or block to -2^(bits-1), so
-    that all codes are used; asymmetric ones map its range, widened to hold 0. Codes are found
-    with the scale as it is stored. Raises ValueError where a block does not divide K.
+    that all codes are used, and those of fp8 to 448; asymmetric ones map its range, widened to
+    hold 0. Codes are found with the scale as it is stored. Raises ValueError where a block does
+    not divide K.
     """
     width = weight.shape[-1]
     if format.block and width % format.block:
@@ -180,6 +187,9 @@ def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None 
     by_block = weight.reshape(*scales.shape, weight.shape[-1] // scales.shape[-1])
     if format.kind == "mxfp4":
         return _e2m1(torch.ldexp(by_block, 127 - scales.int()[..., None])).flatten(-2)
+    if format.kind == "fp8":
+        values = (by_block / scales.float()[..., None]).clamp_(-E4M3_MOST, E4M3_MOST)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).flatten(-2)
     levels = 2**format.bits
     zero = float(levels // 2) if zeros is None else zeros.float()[..., None]
     codes: Tensor = (by_block / scales.float()[..., None]).round_().add_(zero)
@@ -195,6 +205,8 @@ def _scales(format: Format, w: Tensor) -> tuple[Tensor, Tensor | None]:
         _, exponent = torch.frexp(greatest)  # greatest = m * 2^exponent with 0.5 <= m < 1
         shared = torch.where(greatest > 0, exponent - 1 - 2, 0).clamp(-126, 127)
         return (shared + 127).byte(), None
+    if format.kind == "fp8":
+        return _stored(w.abs().amax(-1) / E4M3_MOST), None
     levels = 2**format.bits
     low, high = torch.aminmax(w, dim=-1)
     if not format.asymmetric:
@@ -229,6 +241,9 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
         table = torch.tensor([*E2M1_TWICE, *(-v for v in E2M1_TWICE)]) / 2
         values = table[codes.int()].reshape(by_block)
         return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+    if kind == "fp8":
+        values = codes.view(torch.float8_e4m3fn).float().reshape(by_block)
+        return (values * scales.float()[..., None]).flatten(-2)
     values = codes.float().reshape(by_block)
     zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
     return ((values - zero) * scales.float()[..., None]).flatten(-2)

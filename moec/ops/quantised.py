@@ -65,7 +65,7 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     format = Format(cast(str, kind), block, zeros, cast(int, bits))
     if kind == "mxfp4":
         require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
-        require(op, not zeros, "mxfp4 has no zeros")
+    require(op, not (zeros and kind in ("mxfp4", "fp8")), f"{kind} has no zeros")
     require(op, codes.dtype == "u8", f"{codes} is not of u8")
     require(op, scales.shape[:-1] == codes.shape[:-1], f"{scales} for {codes}")
     require(op, scales.dtype == format.scale_dtype, f"{scales} of {format}")
@@ -99,8 +99,8 @@ def grouped_quantised(
 
     As grouped.linear, where matrix j of expert e is `quantisation.dequantise` of codes, scales
     and zeros, the row is `quantisation.round_rows` of x to `row_bits` (8 where that is not given,
-    or 16), and products are in float32. `kind` is int8, int4 or mxfp4; `zeros` says that zeros are
-    there. `scaled` multiplies the product.
+    or 16), and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` says that
+    zeros are there. `scaled` multiplies the product.
     `exact_rows` leaves the rows as they are: the meaning that no kernel of ours computes.
     """
     inputs = tensors_of("grouped.quantised", op, tensors, attrs)

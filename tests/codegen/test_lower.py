@@ -113,6 +113,23 @@ def test_everything_unsupported_is_listed_at_once() -> None:
     assert "replace these operations" in text
 
 
+def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 64], ends: i32[3];
+               c: u8[3, 4, 64], s: bf16[3, 4, 1], d: u8[8, 64], t: bf16[8, 1]) {
+      a: f32[T, 4] = grouped.quantised(x, ends, c, s) <matrices=1, kind="fp8", dtype=f32> @ experts
+      b: f32[T, 8] = nn.quantised_linear(x, d, t) <kind="fp8"> @ head
+      return a, b
+    }""")
+    with pytest.raises(UnsupportedError) as error:
+        lower(Module.of(Program(graph, {})), host(), CPU)
+    why = "its weights are fp8, and CPUs have kernels for int8, int4 and mxfp4: choose one of those"
+    for name, at in (("grouped.quantised", "experts"), ("nn.quantised_linear", "head")):
+        (line,) = [line for line in str(error.value).splitlines() if name in line]
+        assert why in line
+        assert line.endswith(f"or a CUDA target (1 time: at {at})")
+
+
 def test_a_size_that_the_export_fixed_is_refused() -> None:
     graph = parse("""
     graph main(x: f32[T, 4]) {

@@ -27,6 +27,8 @@ FORMATS = (
     "int4:32",
     "int4:64",
     "int4:128:asymmetric",
+    "fp8",
+    "fp8:64",
     "mxfp4",
     "mxfp4:rows16",
 )
@@ -51,6 +53,8 @@ def test_what_is_spelled_is_what_is_meant(text: str) -> None:
         ("int4:48", ":48 is no block and no option"),
         ("int4:32:64", ":64 is no block and no option, or comes twice"),
         ("int4:asymmetric:asymmetric", "comes twice"),
+        ("fp8:asymmetric", "fp8 has no zero point: it takes no :asymmetric"),
+        ("fp8:32:64", ":64 is no block and no option, or comes twice"),
         ("mxfp4:64", "mxfp4 is symmetric, in blocks of 32: it takes no :64"),
         ("mxfp4:asymmetric", "it takes no :asymmetric"),
         ("int8:rows16:rows16", ":rows16 is no block and no option, or comes twice"),
@@ -82,12 +86,17 @@ def test_rounding_is_to_nearest(text: str, dtype: torch.dtype) -> None:
         assert (off <= step * 2.0).all()  # beyond 6 is 6: up to 8 there is a range of 2
         inside = off[weight.float().abs().unflatten(-1, off.shape[-2:]) <= 6 * step]
         assert (inside <= step.expand_as(off).max() * 1.0).all()
+    elif format.kind == "fp8":
+        # Half a step of three bits, or of the smallest magnitudes; the greatest may end 2^-9 short.
+        scale, magnitude = made.scales.float()[..., None], weight.float().abs()
+        relative = (2.0**-4 + 2.0**-9) * magnitude.unflatten(-1, off.shape[-2:])
+        assert (off <= torch.maximum(relative, scale * 2.0**-10)).all()
     else:
         step = made.scales.float().abs()[..., None]
         ends = 1 + 2.0**-8 * 2**format.bits / 2
         assert (off <= step * ends).all()
         assert ((off <= step * 0.501).float().mean()) > 0.95
-    bound = {"int8": 0.008, "int4": 0.12, "mxfp4": 0.13}[format.kind]
+    bound = {"int8": 0.008, "int4": 0.12, "fp8": 0.03, "mxfp4": 0.13}[format.kind]
     assert off.norm() <= bound * weight.float().norm()
 
 
@@ -97,6 +106,16 @@ def test_zeros_stay_zeros_and_small_weights_stay_small(text: str) -> None:
     assert not meaning(format, torch.zeros(1, 2, 128)).any()
     tiny = torch.full((1, 2, 128), 1e-38)
     assert meaning(format, tiny).abs().max() <= 2e-38
+
+
+def test_fp8_codes_are_sign_exponent_and_fraction() -> None:
+    """OCP 8-bit Floating Point 1.0, section 5: e4m3, whose exponent has a bias of 7."""
+    for code in range(127):
+        exponent, fraction = code >> 3, code & 7
+        value = fraction * 2.0**-9 if not exponent else (8 + fraction) * 2.0 ** (exponent - 10)
+        codes = torch.tensor([[code, code + 128]], dtype=torch.uint8)
+        scales = torch.tensor([[0.5]], dtype=torch.bfloat16)
+        assert dequantise("fp8", codes, scales).tolist() == [[value / 2, -value / 2]]
 
 
 def test_symmetric_codes_reach_both_ends() -> None:

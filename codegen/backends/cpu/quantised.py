@@ -14,13 +14,24 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
+from moec.formats.integer import Format
 from moec.ir.graph import Graph, Op
 from moec.ops.quantised import GroupedQuantised
+
+
+def check_format(format: Format) -> None:
+    """Raises NoMatch for weights that are no whole numbers: sums here are of integers."""
+    require(
+        format.kind != "fp8",
+        "its weights are fp8, and CPUs have kernels for int8, int4 and mxfp4: choose one of those, "
+        "or a CUDA target",
+    )
 
 
 def _check(op: Op, graph: Graph) -> None:
     """A kernel takes rows rounded to codes, and stacks of one shape."""
     parts = GroupedQuantised.of(op)
+    check_format(parts.format)
     require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")
     require(len({m.codes.shape for m in parts.matrices}) == 1, "its stacks differ in shape")
     check_products(op, graph, parts, [v for m in parts.matrices for v in m.values])

@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
 from moec.codegen.backends.cpu.dense import MOST_TOGETHER, dense_values, packed_bias
+from moec.codegen.backends.cpu.quantised import check_format
 from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
@@ -27,6 +28,7 @@ from moec.ops.quantised_linear import QuantisedLinear
 def _check(op: Op, graph: Graph) -> None:
     """Weights and bias are params, and the rows of a dtype that vectors hold."""
     parts, params = QuantisedLinear.of(op), set(graph.params)
+    check_format(parts.format)
     weights = (*parts.matrix.values, *((parts.bias,) if parts.bias is not None else ()))
     require(all(v in params for v in weights), "its weight or bias is no weight of the model")
     require(parts.x.dtype in VECTOR_DTYPES, f"its rows are {parts.x.dtype}")

@@ -44,6 +44,7 @@ FORMATS = {
     "int4:32": (64, True),
     "int4:64:asymmetric": (640, False),  # more than the lanes of few rows read at once
     "int4:asymmetric": (96, True),
+    "fp8:64": (192, False),
     "mxfp4": (96, True),
 }
 TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -152,6 +153,21 @@ def test_the_number_of_rows_chooses_the_path() -> None:
 
 
 @pytest.mark.parametrize("tiles", [False, True])
+def test_fp8_codes_are_widened_exactly(tiles: bool) -> None:
+    """Rows that are 1 at one place show every weight."""
+    spec = spec_of("fp8:64")
+    codes = torch.arange(3 * spec.n * spec.k).reshape(3, spec.n, spec.k).byte()
+    codes[codes % 128 == 127] = 0  # NaN
+    scales = torch.rand(3, spec.n, 3).bfloat16()
+    order, ends = torch.arange(spec.k, dtype=torch.int32), torch.tensor([0, spec.k, spec.k]).int()
+    y = torch.empty(spec.k, spec.n)
+    packed = torch.from_numpy(pack(codes.numpy(), 8))
+    arguments = (scales, torch.ones(spec.k, 3), torch.eye(spec.k).half(), order, ends, packed)
+    kernel(spec, tiles=tiles)(*arguments, y)
+    assert torch.equal(y.T, dequantise("fp8", codes[1], scales[1]))
+
+
+@pytest.mark.parametrize("tiles", [False, True])
 def test_nan_stays_in_its_row(tiles: bool) -> None:
     spec = spec_of("int8")
     weights = quantise(spec.format, torch.randn(3, spec.n, spec.k))
@@ -205,6 +221,12 @@ def test_planted_bugs(bug: Bug) -> None:
     spec = spec_of("int4:32")
     run = kernel(spec, bug)
     check_found(bug, lambda schedule: right(run, spec, EXPERTS, schedule))
+
+
+def test_fp8_without_signs_is_found() -> None:
+    bug, spec = Bug("signs are lost", str(0x0080_0080), "0"), spec_of("fp8:64")
+    run = kernel(spec, bug, tiles=True)
+    check_found(bug, lambda schedule: right(run, spec, MANY, schedule))
 
 
 @pytest.mark.parametrize("bug", BUGS_OF_TILES, ids=lambda bug: bug.name.replace(" ", "-"))

@@ -39,10 +39,10 @@ from moec.ops.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
 
-FORMATS = ("int8", "int4:32:asymmetric", "mxfp4")
+FORMATS = ("int8", "int4:32:asymmetric", "fp8:128", "mxfp4")
 LOOKED_INTO = (
     *("gated-large", "gated-small", "few", "mxfp4", "route", "dispatch"),
-    *("int8-codes", "int4:32:asymmetric-codes", "mxfp4-codes"),
+    *("int8-codes", "int4:32:asymmetric-codes", "fp8:128-codes", "mxfp4-codes"),
 )
 ARCHES = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a")
 SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "codes": CODES}
@@ -85,7 +85,7 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
     "combine": lambda t: combine(CombineSpec(128, 8, 2048, "bfloat16", "bfloat16", "float32"), t),
 }
-ONE_ARCH = ("few32", *(name for name in KERNELS if name.startswith(("int", "mxfp4:"))), "mxfp4")
+ONE_ARCH = ("few32", *(name for name in KERNELS if name.startswith(("int", "fp8"))), "mxfp4")
 """What mxfp4-codes is compiled for on all of them, is that for one."""
 EVERY = [(name, arch) for name in KERNELS for arch in (ARCHES[:1] if name in ONE_ARCH else ARCHES)]
 PRODUCTS = [name for name in KERNELS if name.rpartition("-")[2] in SHAPES]

@@ -184,6 +184,18 @@ def test_qmoe_rounds_rows_that_meet_8_bits() -> None:
         lower(block("int8:rows16").graph, PROFILES["cpu"], 23, "op")
 
 
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("op", "are those of integers, and the weights are fp8"),
+        ("rows", "fp8 weights have no ONNX"),
+    ],
+)
+def test_fp8_is_refused(form: str, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        lower(block("fp8").graph, PROFILES["cpu"], 23, form)
+
+
 def test_an_opset_without_blocks_is_refused() -> None:
     with pytest.raises(
         UnsupportedError, match=r"opset 20 has no .*\(block_size\): choose opset 21"

@@ -43,7 +43,7 @@ def program(format: str) -> Program:
     return run(Program(graph, weights), passes, stage=Stage.GROUPED)[-1].program
 
 
-@pytest.mark.parametrize("format", ["int8:asymmetric", "int4:32", "mxfp4:rows16"])
+@pytest.mark.parametrize("format", ["int8:asymmetric", "fp8:32", "mxfp4:rows16"])
 @needs_compiler
 def test_layers_equal_their_meaning(format: str) -> None:
     """A row that lies halfway between two integers may be rounded to either: a 127th of it then."""
