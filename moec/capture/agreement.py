@@ -12,6 +12,7 @@ from moec.capture.lengths import AxisGroup, resized
 from moec.capture.widening import Widened
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
+from moec.interpret.outputs import VaryingOutput
 from moec.interpret.random_inputs import random_like
 from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.dims import Bounds
@@ -55,6 +56,8 @@ def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) ->
     for draw in _draws(program, tensors):
         try:
             results = eager(*draw)
+        except VaryingOutput:
+            raise
         except Exception:  # whatever the module raises, it refuses these sizes
             continue
         runs = True

@@ -168,7 +168,7 @@ def _traced(request: _Request) -> Captured:
             flat = FlatCall(call)
             exported = _export(flat, general)
             refuse_random(type(call.module).__name__, exported)
-            converted = _converted(request, general, exported, flat.structure.names)
+            converted = _converted(request, general, exported, flat.structure)
         more = refuted(converted.program, converted.eager, call.tensors, general)
         if not more:
             break
@@ -198,16 +198,17 @@ def _speculated(request: _Request) -> Captured:
 
 
 def _converted(
-    request: _Request, general: Widened, exported: ExportedProgram, outputs: Sequence[str]
+    request: _Request, general: Widened, exported: ExportedProgram, structure: Structure
 ) -> ConvertedExport:
     """The program of an export, which was not retraced yet: that adds guards of its own."""
     guards = guards_of(exported, _names(exported, general.wishes, general.groups))
     fixings = causes(exported)
     program = _convert(
-        exported, request.names, general.wishes, request.bounds, outputs, general.groups
+        exported, request.names, general.wishes, request.bounds, structure.names, general.groups
     )
     program, states = detached(program)
-    return ConvertedExport(program, _from_start(states, request.call), guards, fixings)
+    eager = _from_start(states, request.call, structure)
+    return ConvertedExport(program, eager, guards, fixings)
 
 
 def _captured(
@@ -238,12 +239,14 @@ def _check_device(name: str, tensor: torch.Tensor) -> None:
         raise CaptureError(f"{name} is on {tensor.device}; move it to the CPU")
 
 
-def _from_start(states: States, run: Callable[..., Any]) -> Eager:
-    """`run` without gradients, each time from the first states; its results are not states."""
+def _from_start(states: States, run: Callable[..., Any], structure: Structure) -> Eager:
+    """`run` without gradients, each time from the first states; its results are not states. Raises
+    VaryingOutput where it returns other constants than `structure` has."""
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), states.from_start():
-            results, _ = flatten(run(*tensors))
+            results, returned = flatten(run(*tensors))
+            structure.check(returned, ", ".join(str(tuple(tensor.shape)) for tensor in tensors))
             return tuple(t.clone() for t in results) if states.live else results
 
     return eager
@@ -320,7 +323,7 @@ def _from_export(
     structure = structure_of(exported)
     program = _convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
     program, states = detached(program)
-    eager = _from_start(states, run)
+    eager = _from_start(states, run, structure)
     program, notes = required("the exported program", program, guards, example)
     always = fixed_notes(program, len(names))
     return Captured(program, eager, example, structure, (*always, *notes))

@@ -26,6 +26,10 @@ class _Slot:
     index: int
 
 
+class VaryingOutput(CaptureError):
+    """What a module returns beside its tensors is not the same in all runs."""
+
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -45,6 +49,23 @@ class Structure:
     def constants(self) -> tuple[str, ...]:
         """Where the result holds a number or another constant, and which: "aux_loss is 0.0"."""
         return tuple(_constants(self.template, ""))
+
+    def check(self, other: Structure, inputs: str) -> None:
+        """Raises VaryingOutput where another result of the module, at `inputs`, has other
+        constants or as many tensors not."""
+        advice = "it depends on sizes or data; return it as a tensor, or leave it out"
+        pairs = zip(_leaves(self.template, ""), _leaves(other.template, ""), strict=False)
+        for (name, first), (_, second) in pairs:
+            if repr(first) != repr(second):  # nan is nan
+                raise VaryingOutput(
+                    f"output {name} is {first!r} in one run and {second!r} at inputs {inputs}: "
+                    f"{advice}"
+                )
+        if self.count != other.count:
+            raise VaryingOutput(
+                f"{self.count} tensors come back in one run and {other.count} at inputs {inputs}: "
+                "return as many always"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

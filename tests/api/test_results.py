@@ -125,3 +125,36 @@ class Returns(nn.Module):
 def test_what_has_no_constant_is_refused(what: Any, why: str) -> None:
     with pytest.raises(CaptureError, match=why):
         capture(Returns(what), (torch.randn(2, 3, 8),))
+
+
+class Busy(nn.Module):
+    """Experts without rows are skipped, and how many are not is returned as a number, or as so many
+    tensors."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.gate, self.listed = nn.Linear(8, 3), listed
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        ids, y, busy = self.gate(x).argmax(-1), torch.zeros_like(x), []
+        for number, expert in enumerate(self.experts):
+            mask = ids == number
+            if not mask.any():
+                continue
+            y[mask] = expert(x[mask])
+            busy.append(mask)
+        return (y, *busy) if self.listed else (y, len(busy))
+
+
+@pytest.mark.parametrize(
+    ("listed", "why"),
+    [
+        (False, r"output 1 is 3 in one run and \d at inputs \(.*return it as a tensor"),
+        (True, r"4 tensors come back in one run and \d at inputs \(.*return as many always"),
+    ],
+)
+def test_what_branches_on_data_count_is_refused(listed: bool, why: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match=why):
+        capture(Busy(listed), (torch.randn(6, 8),))

@@ -14,6 +14,7 @@ from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
 from moec.errors import CaptureError, IRError
 from moec.interpret.evaluate import evaluate
+from moec.interpret.outputs import VaryingOutput
 from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.graph import Program
 
@@ -43,7 +44,7 @@ def examine(
     outputs: int,
 ) -> Verdict:
     """Run both on draws until they differ. Where eager itself fails, as at a size that it does
-    not take, a draw says nothing.
+    not take, a draw says nothing. Raises VaryingOutput where eager returns other constants.
 
     The program has `outputs` outputs, and behind them the readouts of what was assumed. A branch
     is proved where eager went both ways, or where all that was asked there came out both ways in
@@ -58,6 +59,8 @@ def examine(
         try:
             with watched(assumed.branches) as went:
                 expected = eager(*(tensor.clone() for tensor in case))
+        except VaryingOutput:
+            raise
         except Exception as failure:
             if not compared:
                 raise CaptureError(f"the model fails on its example inputs: {failure}") from failure

@@ -100,7 +100,7 @@ def _is_python(frame: FrameType) -> bool:
 
 def _last_of_user(trace: TracebackType | None) -> Site | None:
     """The innermost frame of the user's through which an error went."""
-    others = foreign(("torch", "numpy", "sympy", "moec.capture"))
+    others = foreign(("torch", "numpy", "sympy", "moec.capture", "moec.interpret"))
     frame: FrameType | None = None
     last = 0
     while trace is not None:

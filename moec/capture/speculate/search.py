@@ -38,8 +38,8 @@ class ConvertedExport:
     fixings: Any = ()
 
 
-Convert = Callable[[ExportedProgram, Sequence[str]], ConvertedExport]
-"""From an export and the names of its outputs."""
+Convert = Callable[[ExportedProgram, Structure], ConvertedExport]
+"""From an export and what the module returns."""
 Examples = Sequence[Sequence[torch.Tensor]]
 
 MOST_FLIPS = 8
@@ -78,7 +78,7 @@ def speculate(
     def attempt(answers: Mapping[Site, bool]) -> _Attempt:
         with explained(name):
             traced = trace(call, export, answers)
-            converted = convert(traced.exported, traced.structure.names)
+            converted = convert(traced.exported, traced.structure)
         count, program, assumed = traced.structure.count, converted.program, traced.assumed
         verdict = examine(program, converted.eager, examples, assumed, count)
         converted = replace(converted, program=_cut(program, count))
@@ -119,7 +119,7 @@ def masked(
     structure = form.structure
     with explained("the masked form"):
         exported = export(MaskedInterpreter(decomposed, structure.count))
-        converted = convert(exported, structure.names)
+        converted = convert(exported, structure)
     verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
     if not verdict.agrees:
         raise differs("the masked form", traced.assumed, verdict)
