@@ -94,6 +94,8 @@ def _descriptions(
     probe.description, probe.weight_name, probe.constants = Description(experts=names), "", []
     count = len(names) or len(next(iter(stacks.values())))
     if probe.arguments.ids is not None:
+        if not names:
+            raise NoMatch("its choice is an input, and its experts are no submodules")
         yield Description("given", names)
         return
     yield from _two_levels(probe, names, count)

@@ -68,7 +68,7 @@ class Fact:
     sorts a choice. size: a 0-d tensor that holds this number. truth: what a bool of it asks.
     greatest: read into Python it is this upper bound. member: the values are `ids == expert`.
     piece: which rows of a buffer these are. column: the rows that stand in a matrix of one column,
-    or are repeated along the features.
+    or are repeated along the features. elements: the same values, as Python has read them.
     """
 
     choice: ClassChoice | None = None
@@ -84,6 +84,7 @@ class Fact:
     member: Member | None = None
     piece: Piece | None = None
     column: torch.Tensor | None = None
+    elements: tuple[Any, ...] | None = None
 
 
 NOTHING = Fact()
@@ -105,10 +106,11 @@ class Facts:
         return value
 
     def forget(self, value: Any) -> None:
-        """Nothing holds any longer of a tensor that was written, nor of views of its memory."""
+        """Nothing holds any longer of the values of a tensor that was written, nor of those of
+        views of its memory; which rows of a buffer they are stays so."""
         if not isinstance(value, torch.Tensor) or not self._held:
             return
         memory = value.untyped_storage()._cdata
-        for key, (tensor, _) in list(self._held.items()):
+        for key, (tensor, fact) in list(self._held.items()):
             if tensor is value or tensor.untyped_storage()._cdata == memory:
-                del self._held[key]
+                self._held[key] = (tensor, Fact(piece=fact.piece))

@@ -17,6 +17,9 @@ _VIEWS = (
     "view reshape flatten unsqueeze squeeze to long int cpu clone contiguous detach ravel float "
     "type view_as expand type_as int64 int32 double"
 ).split()
+_PARTS = (
+    "getitem select index_select narrow chunk split unbind t transpose permute swapaxes movedim"
+).split()
 _COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long contiguous clone".split()
 
 
@@ -49,6 +52,8 @@ def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
         if choice is not None and first.ndim == 1 and distinct:
             choice.sorted = first
             facts.note(index, order=Order(choice, lambda rows: rows))
+            if isinstance(result, tuple):
+                facts.note(result[0], choice=choice, high=facts.of(first).high)
             return
         size = first.shape[dim] if first.ndim else 1
         if isinstance(size, int):
@@ -85,8 +90,10 @@ def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         return
     if result.shape != args[0].shape:
         fact = replace(fact, distinct=False, order=None, single=None, member=None, ends=None)
-        fact = replace(fact, column=None)
+        fact = replace(fact, column=None, elements=None)
         fact = replace(fact, counts=fact.counts if result.ndim == 1 else None)
+    if result.dtype != args[0].dtype:
+        fact = replace(fact, elements=None)
     facts.note(result, **vars(replace(fact, piece=None)))
 
 
@@ -151,10 +158,12 @@ def _not(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
         facts.note(result, truth=truth)
 
 
-def _select(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    truth = facts.of(args[0]).truth
-    if truth is not None and isinstance(result, torch.Tensor):
-        facts.note(result, truth=truth)
+def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Some values of a tensor, or all in another order: what holds of each holds of these."""
+    fact = facts.of(args[0])
+    for part in result if isinstance(result, tuple) else (result,):
+        if fact is not NOTHING and isinstance(part, torch.Tensor):
+            facts.note(part, truth=fact.truth, choice=fact.choice, high=fact.high)
 
 
 def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
@@ -190,8 +199,7 @@ _RULES: dict[str, Rule] = {
     "logical_not": _not,
     "invert": _not,
     "bitwise_not": _not,
-    "getitem": _select,
-    "select": _select,
+    **{name: _part for name in _PARTS},
     **{name: _view for name in _VIEWS},
     **{name: _compared(name) for name in (*_SOME, *_NONE)},
     **{name: _ordered(operator.floordiv) for name in ("floordiv", "floor_divide", "div")},

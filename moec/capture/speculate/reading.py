@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,11 +66,16 @@ def reading_hooks(trace: Trace) -> Hooks:
         return NotImplemented if rest or kwargs else nonzero(torch.nonzero, mask, as_tuple=True)
 
     def elements(tensor: torch.Tensor) -> list[Any]:
+        """The values as numbers: the same ones each time, lest nothing equates them."""
+        already = facts.of(tensor).elements
+        if already is not None:
+            return list(already)
         parts = [tensor[index] for index in range(int(tensor.shape[0]))]
         values = [trace.read(part.item(), part) for part in parts]
         if not tensor.is_floating_point():
             for value in values:
                 torch._check(value >= 0)  # type: ignore[no-untyped-call]
+        facts.note(tensor, elements=tuple(values))
         return values
 
     def numbers(tensor: torch.Tensor) -> list[Any]:
@@ -126,9 +131,24 @@ def reading_hooks(trace: Trace) -> Hooks:
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
         if is_symbolic(value):
             return facts.note(torch.zeros((), dtype=kwargs.get("dtype")), size=value)
+        if isinstance(value, list | tuple) and any(map(reads_data, value)):
+            return of_numbers(value, kwargs.get("dtype") or torch.int64)
         result = func(value, *args, **kwargs)
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         return facts.note(result, size=value) if plain else result
+
+    def of_numbers(values: Sequence[Any], dtype: torch.dtype) -> Any:
+        """A tensor of numbers that Python has read, from the tensors that it read them of."""
+        parts = [trace.readouts.get(expression(value)) for value in values]
+        parts = [v if part is None else part for part, v in zip(parts, values, strict=True)]
+        if any(map(reads_data, parts)):
+            return NotImplemented
+        return torch.stack([torch.as_tensor(part).reshape(()).to(dtype) for part in parts])
+
+    def new_tensor(func: Hook, like: torch.Tensor, value: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, list | tuple) or not any(map(reads_data, value)):
+            return NotImplemented
+        return of_numbers(value, kwargs.get("dtype") or like.dtype)
 
     def rounded(how: Callable[[Any], Any]) -> Hook:
         def hook(func: Hook, tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -150,6 +170,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         "__bool__": truth,
         "is_nonzero": truth,
         "tensor": tensor,
+        "new_tensor": new_tensor,
         "ceil": rounded(math.ceil),
         "floor": rounded(math.floor),
         "trunc": rounded(math.trunc),

@@ -59,6 +59,12 @@ def slicing_hooks(trace: Trace) -> Hooks:
         facts.note(part, piece=Piece(x, start, stop))
         return part
 
+    def index_select(func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+        order = facts.of(index).order
+        if dim != 0 or order is None:
+            return NotImplemented
+        return _gathered(trace, x, order, [], func(x, dim, index))
+
     def narrow(func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
         if dim != 0 or not any(map(reads_data, (start, length))):
             return NotImplemented
@@ -71,7 +77,12 @@ def slicing_hooks(trace: Trace) -> Hooks:
             return NotImplemented
         trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
         rest = x.shape[dim] - sum(sizes[:-1], 0)
-        return torch.split(x, [*sizes[:-1], rest], dim)
+        parts = torch.split(x, [*sizes[:-1], rest], dim)
+        ends = [*(sum(sizes[: i + 1], 0) for i in range(len(sizes) - 1)), x.shape[dim]]
+        for part, start, stop in zip(parts, [0, *ends[:-1]], ends, strict=True):
+            if dim == 0:
+                facts.note(part, piece=Piece(x, start, stop))
+        return parts
 
     def eq(func: Hook, ids: torch.Tensor, expert: Any) -> Any:
         result = func(ids, expert)
@@ -112,6 +123,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         "sort": sort,
         "argsort": sort,
         "getitem": getitem,
+        "index_select": index_select,
         "narrow": narrow,
         "split": split,
         "split_with_sizes": split,

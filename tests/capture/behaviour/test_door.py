@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import moec
+from moec.capture.behaviour.arguments import Arguments
 from moec.capture.behaviour.failure import Failure
-from moec.errors import CaptureError
+from moec.capture.behaviour.recognise import recognise
+from moec.errors import CaptureError, NoMatch
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import loops
 from tests.capture.behaviour.modules import WIDTH, CountsInNumpy, TableOfTokens
@@ -174,6 +176,20 @@ def test_an_output_keeps_the_dtype_that_the_module_gives_it(dtype: torch.dtype) 
     for result, tensor in zip(evaluate(program.graph, [x], program.weights), expected, strict=True):
         # dtypes too; bfloat16 rounds to 8 bits, and the loss is a mean of such
         torch.testing.assert_close(result, tensor, rtol=2e-2, atol=2e-2)
+
+
+class GivenAndBounded(CountsInNumpy):
+    """The choice is an input, and the result goes through a function of all."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        parts = [(ids == i)[..., None] * expert(x) for i, expert in enumerate(self.experts)]
+        return torch.stack(parts).sum(0).cumsum(-1).tanh()
+
+
+def test_a_choice_that_is_an_input_and_what_is_no_sum_of_experts() -> None:
+    x, ids = torch.randn(2, 12, WIDTH), torch.randint(0, 4, (2, 12))
+    with pytest.raises(NoMatch, match="output differs on 2 x 12 tokens"):
+        recognise(GivenAndBounded().eval(), Arguments.of((x, ids), {}))
 
 
 def test_no_tokens() -> None:

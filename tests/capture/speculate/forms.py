@@ -237,6 +237,59 @@ def a_function_of_its_own(layer: Layer, x: Tensor) -> Tensor:
     return torch.zeros_like(flat).index_add(0, order // K, y).view_as(x)
 
 
+class GroupedPieces(torch.autograd.Function):
+    """As Grouped, with two splits by one list that is read twice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+        out = torch.empty((rows.size(0), weight.size(2)))
+        parts = rows.split(counts.tolist(), dim=0)
+        for i, piece in enumerate(out.split(counts.tolist(), dim=0)):
+            torch.mm(parts[i], weight[i], out=piece)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def pieces_of_two_splits(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    gates = torch.zeros(flat.shape[0], E).scatter(1, ids, weights)
+    slots = weights.flatten().nonzero().squeeze(-1)
+    order = slots[ids.flatten()[slots].sort(0)[1]]
+    token, counts = order.div(K, rounding_mode="trunc"), (gates > 0).long().sum(0)
+    h = torch.relu(GroupedPieces.apply(flat[token], counts, layer.w1))
+    y = GroupedPieces.apply(h, counts, layer.w2) * weights.flatten()[order, None]
+    return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
+
+
+def counts_of_sorted_ids(layer: Layer, x: Tensor) -> Tensor:
+    """The best of one more are kept, as after a noisy gate."""
+    flat = x.reshape(-1, D)
+    top, ids = layer.gate(flat).topk(K + 1, -1)
+    weights, ids = top[:, :K].softmax(-1), ids[:, :K]
+    values, order = ids.flatten().sort(0)
+    counts = torch.bincount(values, minlength=E).tolist()
+    token = order.div(K, rounding_mode="floor")
+    parts = flat.index_select(0, token).split(counts)
+    ys = [layer.experts[i](parts[i]) for i in range(E) if parts[i].shape[0] > 0]
+    y = torch.cat(ys) * weights.flatten()[order, None]
+    return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
+
+
+def lengths_in_a_tensor(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    p, ids = layer.gate(flat).softmax(-1).max(-1)
+    rows = [(ids == i).nonzero(as_tuple=True)[0] for i in range(E)]
+    counts = flat.new_tensor([len(each) for each in rows])
+    out = torch.zeros_like(flat)
+    for i in range(E):
+        out[rows[i]] = layer.experts[i](flat[rows[i]])
+    return (out * p[:, None] + counts.mean() + torch.tensor([len(rows[0]), 1])[0]).view_as(x)
+
+
 def lists_of_rows(layer: Layer, x: Tensor) -> Tensor:
     flat = x.reshape(-1, D)
     weights, ids = layer.choose(flat)
@@ -323,6 +376,9 @@ FORMS: dict[str, Form] = {
         split_without_the_empty,
         a_buffer_in_pieces,
         a_function_of_its_own,
+        pieces_of_two_splits,
+        counts_of_sorted_ids,
+        lengths_in_a_tensor,
         lists_of_rows,
         a_list_that_is_empty,
         capacity_of_a_float,
