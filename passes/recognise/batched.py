@@ -18,6 +18,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CASTS, VIEWS
+from moec.passes.recognise import own_rows
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import ExpertLayout, divide
@@ -88,6 +89,21 @@ def neurons(scope: Scope, op: Op) -> Value | None:
 
 def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:
     reader = Reader(scope, fans=fans.get)
+    try:
+        for value, layout in ends_of(reader, anchor, fans):
+            yield from at_end(reader, value, layout)
+    except NoMatch:  # nothing chooses among its experts
+        alone = Reader(scope, fans=fans.get)
+        try:
+            alone.begin(rows_read(scope, anchor, fans))
+            yield from own_rows.proposals(alone, ends_of(alone, anchor, fans))
+        except NoMatch:
+            pass  # the first reason says more
+        raise
+
+
+def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> list[tuple[Value, ExpertLayout]]:
+    """Where the rows of the anchor may be tokens again, the likeliest first."""
     layouts = reader.apply(anchor)
     if layouts[0] is None:
         raise NoMatch(f"{anchor.name} is no product of rows with a stack")
@@ -97,8 +113,14 @@ def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Propos
     if not ends:
         reason = reader.why.get(anchor.outputs[0], "")
         raise NoMatch(reason or "the rows never become tokens again")
-    for value, layout in ends:
-        yield from at_end(reader, value, layout)
+    return ends
+
+
+def rows_read(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Value:
+    """What a product, or the branches of a fan, read beside weights."""
+    if anchor in fans:
+        return fans[anchor].x
+    return next((v for v in anchor.inputs if not stacked(scope, v)), anchor.inputs[0])
 
 
 def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, ExpertLayout]]:

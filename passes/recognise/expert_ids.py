@@ -143,6 +143,8 @@ def source_of_ids(scope: Scope, value: Value) -> Value:
         if (sorted_ids and value is op.outputs[0]) or op.name in ("aten.expand.default", *CASTS):
             value = op.inputs[0]
         elif op.name in ("aten.index.Tensor", "aten.gather.default"):
+            if op.inputs[0] in scope.constants:
+                return value  # looked up in a table, such as one of hashes
             value = op.inputs[0]
         else:
             return value

@@ -20,6 +20,7 @@ from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
+from moec.passes.recognise.other_choices import other_choices
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routing import Unlike
 from moec.passes.recognise.soft_mixture import logits_of_slots, recognise_soft_mixtures
@@ -63,6 +64,9 @@ class RecogniseExperts(Pass):
             # What adds a block's result to another value looks like more of the same sum.
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
+                log.decline(op.origin or op.outputs[0].name, reason)
+        if not blocks and not any(refused.values()):
+            for op, reason in other_choices(scope):
                 log.decline(op.origin or op.outputs[0].name, reason)
         return replace(program, graph=splice(scope.graph, blocks))
 

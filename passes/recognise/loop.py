@@ -26,13 +26,12 @@ from itertools import permutations
 from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Op, Value
-from moec.ir.traits import CHOICES, VIEWS
 from moec.passes.recognise import batched
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import chosen_among
 from moec.passes.recognise.limited_rows import limit, overwritten
-from moec.passes.recognise.opnames import ADDS, SPREAD
+from moec.passes.recognise.opnames import ADDS, CHOOSES, SPREAD
 from moec.passes.recognise.parallel_branches import Fan
 from moec.passes.recognise.region import Scope, choices, chooses
 from moec.passes.recognise.routing import hypotheses
@@ -43,14 +42,15 @@ from moec.passes.recognise.unrolled_experts import (
     branch_ops,
     cone,
     family,
+    named_by,
     number_of,
     read_branch,
+    selected_by,
     signature,
 )
 from moec.passes.recognise.zero_experts import chosen, zero_experts
 
 FORM = "static loop"
-CHOOSES = "aten.where.self"
 
 
 @dataclass(frozen=True)
@@ -164,24 +164,6 @@ def goes_on(scope: Scope, anchor: Op, evidence: Evidence) -> bool:
 def candidates(scope: Scope) -> Iterator[Candidate]:
     for op, chain in chains(scope).items():
         yield Candidate(op, partial(propose, scope, op, chain))
-
-
-def selected_by(op: Op) -> list[tuple[str, Value]]:
-    """The values that select the rows of a link, each with its role."""
-    if op.name == CHOOSES:
-        return [("mask", op.inputs[0])]
-    return [("order", index) for index in op.inputs[1:-1]] if op.name in ADDS else []
-
-
-def named_by(scope: Scope, selects: Value) -> Op | None:
-    """The op that names the expert of `selects`, a mask of rows or a list of rows."""
-    mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
-    op = scope.maker(mask)
-    while op is not None and op.name not in CHOICES:
-        if number_of(scope, [op]) is not None:
-            return op
-        op = scope.maker(op.inputs[0]) if op.inputs else None
-    return None
 
 
 def once_each(branches: list[Branch]) -> list[Branch]:

@@ -103,9 +103,10 @@ def of(
 
 
 def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
-    """The op that selects one expert's rows: x[e] of x[E, .., D], or x[:, e] of x[.., E, .., D]."""
+    """The op that selects one expert's rows: x[e] of x[E, .., D], or x[:, e] of x[.., E, .., D];
+    a slice of one is as good."""
     for op in ops:
-        if op.name == _PART and op.inputs[0] not in scope.constants:
+        if number_of_part(op) is not None and op.inputs[0] not in scope.constants:
             x = op.inputs[0]
             if len(x.shape) > 2 and x.dtype in FLOATS and axis_of(op) < len(x.shape) - 1:
                 return op
@@ -117,6 +118,15 @@ def axis_of(part: Op) -> int:
     return cast(int, part.attrs.get("dim", 0)) % len(part.inputs[0].shape)
 
 
+def number_of_part(op: Op) -> int | None:
+    """Which one of an axis the op gives; None where it does not give one."""
+    if op.name == _PART:
+        return cast(int, op.attrs["index"])
+    start = op.attrs.get("start", 0)
+    one = op.name == "aten.slice.Tensor" and op.outputs[0].shape[axis_of(op)] == 1
+    return start if one and isinstance(start, int) else None
+
+
 def in_order(parts: Sequence[Op | None]) -> bool:
     """Whether the parts are x[0], x[1], … up to the last of one x."""
     selects = [part for part in parts if part is not None]
@@ -125,7 +135,7 @@ def in_order(parts: Sequence[Op | None]) -> bool:
         and {(part.inputs[0], axis_of(part)) for part in selects}
         == {(selects[0].inputs[0], axis_of(selects[0]))}
         and selects[0].inputs[0].shape[axis_of(selects[0])] == len(selects)
-        and [part.attrs["index"] for part in selects] == list(range(len(selects)))
+        and [number_of_part(part) for part in selects] == list(range(len(selects)))
     )
 
 

@@ -19,6 +19,7 @@ from moec.passes.recognise.layout import (
     only_rows,
 )
 from moec.passes.recognise.opnames import GROUPED
+from moec.passes.recognise.region import chooses
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
@@ -139,7 +140,9 @@ def mix(
         raise NoMatch(f"{op.name} multiplies rows with {other.name}")
     summed = source.axes[-1] if which == 0 else source.axes[-2]
     if not summed or not only_rows(summed):
-        raise NoMatch(f"{op.name} multiplies features with {other.name}, which is no weight")
+        met = not chooses(reader.scope, other)
+        meets = ": tokens meet there, as in attention" if met else ""
+        raise NoMatch(f"{op.name} multiplies features with {other.name}, which is no weight{meets}")
     rank = len(op.outputs[0].shape)
     free = other.shape[-1] if which == 0 else other.shape[-2]
     mine = ((),) * (rank - len(source.axes)) + source.axes

@@ -133,6 +133,10 @@ class Reader:
             self.tokens(op.inputs[0])
             self.keep(op, self.apply(op))
             return self.memo[value]
+        return self.begin(value)
+
+    def begin(self, value: Value) -> ExpertLayout:
+        """`value` is `x`: rows, however they were made of tokens."""
         self.x = value
         if len(value.shape) < 2:
             raise NoMatch(f"{value} holds no rows of features")

@@ -15,11 +15,11 @@ from moec.errors import NoMatch
 from moec.ir.canonical import canonical_text
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Ref, Value
-from moec.ir.traits import VIEWS
+from moec.ir.traits import CHOICES, VIEWS
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.body_writer import BodyWriter
 from moec.passes.recognise.layout import ExpertLayout
-from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS
+from moec.passes.recognise.opnames import ADDS, CHOOSES, MULTIPLY, PRODUCTS
 from moec.passes.recognise.region import RegionEmitter, Scope, names_in
 from moec.passes.recognise.rows import Reader
 
@@ -144,6 +144,24 @@ def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
                 content = scope.content(scope.behind(value))
                 if content is not None and content.numel() == 1:
                     return int(content)
+    return None
+
+
+def selected_by(op: Op) -> list[tuple[str, Value]]:
+    """The values that select the rows of a link, each with its role."""
+    if op.name == CHOOSES:
+        return [("mask", op.inputs[0])]
+    return [("order", index) for index in op.inputs[1:-1]] if op.name in ADDS else []
+
+
+def named_by(scope: Scope, selects: Value) -> Op | None:
+    """The op that names the expert of `selects`, a mask of rows or a list of rows."""
+    mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
+    op = scope.maker(mask)
+    while op is not None and op.name not in CHOICES:
+        if number_of(scope, [op]) is not None:
+            return op
+        op = scope.maker(op.inputs[0]) if op.inputs else None
     return None
 
 

@@ -24,8 +24,10 @@ from moec.passes.recognise.unrolled_experts import (
     alike,
     cone,
     first_product,
+    named_by,
     number_of,
     read_branch,
+    selected_by,
 )
 
 
@@ -62,10 +64,12 @@ def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x:
     """
     kinds: dict[int, str] = {}
     constants: dict[int, Branch] = {}
-    for position, (_, value) in enumerate(links, first):
+    for position, (op, value) in enumerate(links, first):
         ops = cone(scope, value)
-        number = number_of(scope, ops)
-        number = position if number is None else number
+        naming = [named_by(scope, selects) for _, selects in selected_by(op)]
+        named = [number_of(scope, [maker]) for maker in naming if maker is not None]
+        numbers = (n for n in (*named, number_of(scope, ops)) if n is not None)
+        number = next(numbers, position)
         if number < first or number in kinds:
             raise NoMatch(f"{value.name} belongs to expert {number}, which has a network")
         if any(first_product(scope, op) for op in ops):

@@ -146,3 +146,18 @@ class SharedExpert(Loop):
         for number, expert in enumerate(self.experts):
             out = out + (weights * (chosen == number)).sum(-1)[:, None] * expert(x)
         return out
+
+
+class Placed(Loop):
+    """A table says where the chosen expert stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.tensor([2, 0, 3, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.table[self.router(x)[1][:, 0]]
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            out = out + (chosen == number).float()[:, None] * expert(x)
+        return out

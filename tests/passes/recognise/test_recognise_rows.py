@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from tests.passes.forms import rows
+from tests.passes.forms import loops, rows
 from tests.passes.forms.routers import switch
 from tests.passes.forms.sizes import E
 from tests.passes.recognise.test_recognise import check_text, recognised
@@ -51,3 +51,9 @@ def test_what_only_looks_so_is_refused(made: Callable[[], nn.Module]) -> None:
     _, found, declined = recognised(made())
     assert found == ()
     assert "the numbers differ" in declined[0].reason
+
+
+def test_a_table_names_the_expert() -> None:
+    """As in hash layers, whose table is read at the ids of words."""
+    _, (block,), _ = recognised(loops.Placed())
+    assert (block.form, block.experts, block.top_k) == ("static loop", E, 1)

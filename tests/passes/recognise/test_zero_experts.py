@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moec
+from moec.interpret.evaluate import evaluate
 from moec.ir.text import parse, print_graph
 from tests.passes import zero_forms as forms
 
@@ -47,6 +48,42 @@ def test_no_row_is_dispatched_for_them() -> None:
     assert sort.attrs["num_experts"] == 4
     x = torch.rand(9, forms.D)
     torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-5, atol=1e-6)
+
+
+class Constant(forms.Constant):
+    """The shares as scalars of each row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alpha = self.mix(x).softmax(-1)
+        fixed = torch.einsum("b,d->bd", alpha[:, 1], self.vector)
+        return torch.einsum("b,bd->bd", alpha[:, 0], x) + fixed
+
+
+class Masks(forms.Layer):
+    """Each expert's rows are those of a mask with one row for each expert."""
+
+    order = (forms.Copy, Constant, Constant, forms.Zero)
+
+    def mixed(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        out, count = torch.zeros_like(x), len(self.experts)
+        masks = torch.nn.functional.one_hot(ids, count).permute(2, 1, 0)
+        for number, expert in enumerate(self.experts):
+            slots, tokens = torch.where(masks[number])
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+def test_rows_of_masks_and_constants_by_einsums() -> None:
+    torch.manual_seed(1)
+    layer = Masks().eval()
+    compiled = moec.compile(layer, (torch.randn(7, forms.D),), build=False)
+    assert [(b.experts, b.top_k, b.zero) for b in compiled.blocks] == [(4, 2, ZERO["Layer"])]
+    program, x = compiled.pass_results[-1].program, torch.randn(23, forms.D)
+    with torch.no_grad():
+        for result, expected in zip(
+            evaluate(program.graph, [x], program.weights), layer(x), strict=True
+        ):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 class Biased(forms.Layer):

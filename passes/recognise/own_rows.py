@@ -1,0 +1,70 @@
+"""Form 9: every expert has rows of its own, by their place: nothing chooses among experts.
+
+    rows = x[scores.topk(C, over the tokens)]          [E, C, D], tokens that experts choose
+    y = stack([expert_e(rows[e]) for e in range(E)])
+
+The block begins at the rows and ends where the experts' results do. What makes rows of tokens, and
+tokens of results, stays as it is. A single product over a stack is no expert: heads of attention
+have such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from moec.ir.dims import Dim, product
+from moec.ir.graph import TensorType, Value
+from moec.passes.recognise.block import Proposal, Recipe
+from moec.passes.recognise.layout import ExpertLayout, divide
+from moec.passes.recognise.opnames import PRODUCTS
+from moec.passes.recognise.region import RegionEmitter
+from moec.passes.recognise.rows import Reader
+
+FORM = "each expert for its own rows"
+_MOST = 3
+"""Values after the last product that are tried as the experts' result, the farthest first."""
+
+
+def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Iterator[Proposal]:
+    """Blocks from the rows of `reader` to one of `ends`, where an axis of the rows is
+    that of experts."""
+    x, experts = reader.x, reader.writer.experts
+    assert x is not None
+    assert experts is not None
+    results = [(value, layout) for value, layout in ends if not layout.reduced]
+    for value, layout in results[:_MOST]:
+        body, stacks = reader.body(layout)
+        if sum(op.name in PRODUCTS for op in body.ops) < 2:
+            continue
+        for ids in _numberings(x.shape[:-1], experts):
+            yield Proposal(
+                form=FORM,
+                output=value,
+                x=x,
+                experts=ids,
+                weights=None,
+                top_k=1,
+                num_experts=experts,
+                stacks=stacks,
+                body=body,
+                cut=(reader.root,),
+            )
+
+
+def _numberings(shape: tuple[Dim, ...], experts: int) -> Iterator[Recipe]:
+    """Recipes for the expert of each row, [R, 1]: one for each axis that may be the experts."""
+    for axis, size in enumerate(shape):
+        if size == experts:
+            yield partial(_numbered, shape, axis)
+    each = divide(shape[0], experts)
+    if shape[0] != experts and each is not None:
+        yield partial(_numbered, (experts, each, *shape[1:]), 0)
+
+
+def _numbered(shape: tuple[Dim, ...], axis: int, emit: RegionEmitter) -> Value:
+    """The index along `axis` of each row."""
+    count = shape[axis]
+    (ids,) = emit("aten.arange.default", [], [TensorType("i64", (count,))], attrs={"end": count})
+    column = emit.reshape(ids, [count if i == axis else 1 for i in range(len(shape))])
+    return emit.reshape(emit.expand(column, shape), (product(shape), 1))
