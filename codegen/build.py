@@ -15,7 +15,12 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import Store, default_store
 from moec.codegen.cpu.link import Exportable, linked
-from moec.codegen.object_cache import compiled_objects, llvm_modules, named_by_content
+from moec.codegen.object_cache import (
+    compiled_objects,
+    llvm_modules,
+    missing_objects,
+    named_by_content,
+)
 from moec.runtime.library import open_kernels
 from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
@@ -71,6 +76,18 @@ def compile_module(
         kernels, frame = executable(named_by_content(lowered_calls(module)), options)
         objects = compiled_objects(kernels, options, store or default_store(), checked=False)
     return Objects(tuple(objects.values()), frame, target)
+
+
+def kernels_to_compile(
+    module: tvm.IRModule, target: CpuTarget, opt_level: int = 2, store: Store | None = None
+) -> tuple[int, int]:
+    """How many kernels a module that `lower` made has, and how many of them `compile_module` would
+    compile: the store has the others."""
+    options = options_of(target, opt_level)
+    with context(), options:
+        kernels, _ = executable(named_by_content(lowered_calls(module)), options)
+        missing = missing_objects(kernels, options, store or default_store(), checked=False)
+    return len(kernels), missing
 
 
 def executable(

@@ -16,6 +16,7 @@ the linker keeps one.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +33,17 @@ from tvm.ir import GlobalVar, StringImm
 from tvm.tirx import PrimFunc
 from tvm_ffi.structural import structural_map, structural_walk
 
-from moec.cache import OBJECTS, Store, key_of, load, save
+from moec.cache import OBJECTS, Store, contains, key_of, load, save
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
 from moec.runtime.threads import available
 from moec.temporary import temporary_folder
 
+LOGGER = logging.getLogger(__name__)
 _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
 A = TypeVar("A")
 B = TypeVar("B")
+_STAGES = 2
 _CONTENT = 16  # digits of a kernel's content in its name
 
 
@@ -59,10 +62,20 @@ def compiled_objects(
         if content is not None:
             objects[name] = content
     missing = {name: kernel for name, kernel in kernels.items() if name not in objects}
+    LOGGER.info("%d kernels, %d of them not in the cache", len(kernels), len(missing))
     modules = llvm_modules(missing, target, checked)
-    compiled = dict(zip(modules, _in_threads(_emit, [*modules.values()]), strict=True))
+    emitted = _in_threads(_emit, [*modules.values()], "to machine code", 1)
+    compiled = dict(zip(modules, emitted, strict=True))
     save(store, OBJECTS, {keys[name]: content for name, content in compiled.items()})
     return objects | compiled
+
+
+def missing_objects(
+    kernels: Mapping[str, PrimFunc], target: tvm.target.Target, store: Store, checked: bool
+) -> int:
+    """How many of the kernels `compiled_objects` would compile."""
+    keys = (_key(name, kernel, target, checked) for name, kernel in kernels.items())
+    return sum(not contains(store, OBJECTS, key) for key in keys)
 
 
 def llvm_modules(
@@ -82,15 +95,17 @@ def llvm_modules(
         return build(tvm.IRModule(dict([item])), target)
 
     functions = [*module.functions.items()]
-    built = _in_threads(optimised, functions)
+    built = _in_threads(optimised, functions, "to LLVM", 0)
     return {var.name_hint: one for (var, _), one in zip(functions, built, strict=True)}
 
 
-def _in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage: int) -> list[B]:
     """The results for all items, in order, by as many threads as there are cores: TVM lets other
     Python threads run while LLVM works. A PassContext belongs to a thread, so each enters it.
 
-    Raises what the first item that failed raised, when all are through.
+    `what` is made of them in the stage of that number: who shows progress reads `detail` and the
+    `share` of all stages in the records. Raises what the first item that failed raised, when all
+    are through.
     """
     context = tvm.transform.PassContext.current()
 
@@ -98,8 +113,14 @@ def _in_threads(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         with context:
             return function(item)
 
+    results: list[B] = []
     with ThreadPoolExecutor(available()) as pool:
-        return list(pool.map(within, items))
+        for result in pool.map(within, items):
+            results.append(result)
+            count = f"{len(results)}/{len(items)} {what}"
+            share = (stage + len(results) / len(items)) / _STAGES
+            LOGGER.debug("kernels %s", count, extra={"detail": count, "share": share})
+    return results
 
 
 def named_by_content(module: tvm.IRModule) -> tvm.IRModule:

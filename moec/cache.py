@@ -191,6 +191,11 @@ def load(store: Store, kind: str, key: str) -> bytes | None:
     return payload
 
 
+def contains(store: Store, kind: str, key: str) -> bool:
+    """Whether something is kept under a key; it may turn out to be damaged."""
+    return store.folder is not None and (store.folder / kind / key).is_file()
+
+
 def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
     """Keep entries by their keys, then remove those unused for longest beyond the limit.
 

@@ -19,6 +19,7 @@ all of them are verified, so nothing ever runs on unverified bytes.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import sys
 import threading
@@ -41,6 +42,7 @@ from moec.runtime.threads import available
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
+LOGGER = logging.getLogger(__name__)
 LIBRARY = "kernels/lib.so"
 GPU_LIBRARY = "kernels/gpu.so"
 GPU = "kernels/gpu/"
@@ -236,6 +238,7 @@ def read(path: Path | str, *, native: bool = True) -> Artifact:
                 f"{path}: {name} has {present[name].nbytes} bytes where the manifest says "
                 f"{part.size}; compile or copy the artifact again"
             )
+    LOGGER.info("%s has %d parts and is for %s", path, len(present), manifest.target_name)
     variant = manifest.for_gpu
     stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
     weights = {array.part for array in stored}

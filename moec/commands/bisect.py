@@ -8,6 +8,7 @@ import click
 
 from moec import model_path
 from moec.commands.echo import echo
+from moec.commands.logs import log_options
 from moec.commands.options import Tolerance, asked, json_option, model_options
 
 
@@ -23,6 +24,7 @@ from moec.commands.options import Tolerance, asked, json_option, model_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options
 @click.pass_context
+@log_options
 def command(
     ctx: click.Context,
     model: str,

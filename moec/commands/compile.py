@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from moec.cache import default_store
 from moec.commands.artifact_cache import fetch, keep, key_for
 from moec.commands.echo import echo
 from moec.commands.files import check_folder, check_writable
+from moec.commands.logs import log_options
 from moec.commands.options import (
     Tolerance,
     asked,
@@ -23,7 +25,7 @@ from moec.commands.options import (
     model_options,
     quiet_option,
 )
-from moec.errors import UsageError
+from moec.errors import UnsupportedError, UsageError
 from moec.target.named import parse_both
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
     from moec.passes.core.runner import PassResult
     from moec.report.report import Report
+
+
+LOGGER = logging.getLogger(__name__)
 
 
 @click.command("compile", short_help="Compile a model into an artifact.")
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 @force_option
+@log_options
 def command(
     model: str,
     output: Path | None,
@@ -136,7 +142,8 @@ def command(
             _tell(_recorded(output), output, as_json, quiet, last)
             return
 
-    from moec.commands.progress import Progress, hush
+    from moec.commands import estimate
+    from moec.commands.progress import BEFORE_CODE, COMPILE, Progress, hush
 
     if plan_file is not None:
         from moec.commands.ranks import compile_ranks
@@ -150,6 +157,9 @@ def command(
             echo(f"wrote {output}")
         return
     dump = None if dump_ir is None else Dump(dump_ir)
+    plan = {name: COMPILE[name] for name in COMPILE if builds or name in BEFORE_CODE}
+    if not builds or verify is False:
+        plan.pop("verify", None)
 
     def watch(pass_result: PassResult) -> None:
         progress.phase(f"passes {pass_result.name}")
@@ -157,7 +167,10 @@ def command(
             dump(pass_result)
 
     hush()
-    with explained(), Progress(quiet=quiet or (as_json and not _on_terminal())) as progress:
+    if cost := estimate.of_files(model):
+        LOGGER.info(cost)
+    silent = quiet or (as_json and not _on_terminal())
+    with explained(), Progress(silent, plan=plan) as progress:
         progress.phase("start")  # torch takes a moment to load, and options are looked at
         from moec.api import compile as compile_model
 
@@ -190,13 +203,24 @@ def command(
     report = compiled.report()
     if dry_run:
         size = weight_bytes(compiled.pass_results[-1].program)
-        report = replace(report, bytes_out=size, notes=(*report.notes, _NOT_BUILT))
+        notes = (*report.notes, _NOT_BUILT, *_estimated(compiled, options["opt_level"], size))
+        report = replace(report, bytes_out=size, notes=notes)
     if stop_after and not dump_ir and not as_json:
         from moec.ir.text import print_graph
 
         click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
         return
     _tell(report, output, as_json, quiet, f"wrote {output}" if builds else "")
+
+
+def _estimated(compiled: CompiledModel, opt_level: int, weights: int) -> tuple[str, ...]:
+    """What a compilation would cost; nothing of a model that cannot be compiled."""
+    from moec.commands import estimate
+
+    try:
+        return (estimate.of_model(compiled, opt_level, weights),)
+    except UnsupportedError:
+        return ()
 
 
 def _write_code(compiled: CompiledModel, folder: Path) -> None:

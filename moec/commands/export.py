@@ -10,6 +10,7 @@ import click
 
 from moec import model_path
 from moec.commands.echo import echo
+from moec.commands.logs import log_options
 from moec.commands.options import (
     OneOf,
     Tolerance,
@@ -56,6 +57,7 @@ NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
 @json_option
 @quiet_option
 @force_option
+@log_options
 def command(
     model: str,
     output: Path | None,

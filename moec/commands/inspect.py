@@ -13,6 +13,7 @@ import click
 from moec import model_path
 from moec.commands.echo import echo
 from moec.commands.files import OutputFile
+from moec.commands.logs import log_options
 from moec.commands.options import asked, json_option, model_options
 from moec.errors import ArtifactError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options
+@log_options
 def command(
     model: str,
     picture: Path | None,

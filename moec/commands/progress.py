@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -19,6 +19,11 @@ from moec.cache import CacheWarning
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+
+_MOEC = logging.getLogger("moec")
+_TOO_EARLY = 0.15  # of the plan; before, time left says nothing
+_MINUTES = 100.0  # seconds that are shown as such
 
 
 def hush() -> None:
@@ -30,7 +35,18 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", CacheWarning)
-    logging.disable(logging.WARNING)
+    os.environ.setdefault("TORCH_LOGS", "-all")  # as of transformers: errors alone
+    if not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())  # else Python writes warnings to stderr
+
+
+COMPILE = {
+    "start": 12.0, "capture": 20.0, "passes": 2.0, "generation": 0.2, "kernels": 18.0, "load": 0.1,
+    "verify": 3.0, "save": 0.5,
+}  # fmt: skip
+"""Seconds by phase of `moec compile examples/tiny_moe/checkpoint` with an empty cache, on two cores
+of a busy machine. What is shown scales with what the phases before have taken."""
+BEFORE_CODE = ("start", "capture", "passes")
 
 
 @dataclass
@@ -38,6 +54,7 @@ class ProgressPhase:
     name: str
     start: float
     detail: str = ""
+    share: float = 0.0
     end: float | None = None
 
     def seconds(self, now: float) -> float:
@@ -50,18 +67,24 @@ class Progress:
 
     `phase("kernels")` ends the phase before and starts one; `phase("kernels 3/24")` while
     kernels runs says how far it is. A plain line is written when a phase starts, so that a log
-    shows what is taking long; on a terminal the list is redrawn in place.
+    shows what is taking long; on a terminal the list is redrawn in place. With a `plan`, seconds
+    that are expected of each phase, it says how much is done and about how long the rest takes.
+    What loggers of moec say of a phase's share (`detail`, `share`) is part of it.
     """
 
     quiet: bool = False
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     clock: Callable[[], float] = time.perf_counter
     phases: list[ProgressPhase] = field(default_factory=list)
+    plan: Mapping[str, float] = field(default_factory=dict)
     _live: Live | None = None
     _spinners: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         self._start = self.clock()
+        self._level = _MOEC.level
+        _MOEC.setLevel(logging.DEBUG)
+        _MOEC.addHandler(self._shares)
         if not self.quiet and self.stream.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -78,6 +101,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _MOEC.removeHandler(self._shares)
+        _MOEC.setLevel(self._level)
         now = self.clock()
         self._finish(now)
         failed = error is not None
@@ -89,6 +114,36 @@ class Progress:
             self._line(now, f"{how} {self.phases[-1].name}" if failed else "done")
 
     _failed: bool = False
+    _level: int = logging.NOTSET
+
+    def __post_init__(self) -> None:
+        self._shares = _Shares(self)
+
+    def fraction(self, now: float) -> float:
+        """How much of the plan is done, from 0 to 1."""
+        total = sum(self.plan.values())
+        if not total or not self.phases:
+            return 0.0
+        current, names = self.phases[-1], {phase.name for phase in self.phases}
+        if current.end is None:
+            names.discard(current.name)
+        done = sum(self.plan.get(name, 0.0) for name in names)
+        expected = self.plan.get(current.name, 0.0) if current.end is None else 0.0
+        pace = max((current.start - self._start) / done, 0.1) if done else 1.0
+        guess = min(current.seconds(now) / (expected * pace), 0.9) if expected else 0.0
+        return min((done + expected * (current.share or guess)) / total, 1.0)
+
+    def outlook(self, now: float) -> str:
+        """`42 %, about 20 s left`; without the second where too little is known, empty without a
+        plan."""
+        fraction = self.fraction(now)
+        if not self.plan:
+            return ""
+        percent = f"{fraction:.0%}".replace("%", " %")
+        if fraction < _TOO_EARLY:
+            return percent
+        left = (now - self._start) * (1 - fraction) / fraction
+        return f"{percent}, about {about(left)} left"
 
     def phase(self, text: str) -> None:
         name, _, detail = text.partition(" ")
@@ -115,7 +170,9 @@ class Progress:
             self.phases[-1].end = now
 
     def _line(self, now: float, text: str) -> None:
-        self.stream.write(f"[{now - self._start:7.1f} s] {text}\n")
+        outlook = self.outlook(now) if self.phases and self.phases[-1].end is None else ""
+        shown = f"  {outlook}" if outlook else ""
+        self.stream.write(f"[{now - self._start:7.1f} s{shown}] {text}\n")
         self.stream.flush()
 
     def _table(self) -> Any:
@@ -137,4 +194,24 @@ class Progress:
                 mark = Text("✗", style="red")
             seconds = f"{phase.seconds(now):.1f} s"
             table.add_row(mark, phase.name, seconds, phase.detail if phase.end is None else "")
+        if self.plan and self.phases and self.phases[-1].end is None:
+            table.add_row("", Text(self.outlook(now), style="bold"), "", "")
         return table
+
+
+def about(seconds: float) -> str:
+    """A duration that is not known better: 8 s, 3 min."""
+    return f"{seconds:.0f} s" if seconds < _MINUTES else f"{seconds / 60:.0f} min"
+
+
+class _Shares(logging.Handler):
+    """Tells a Progress what records say of the phase that runs."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.DEBUG)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        share, phases = getattr(record, "share", None), self._progress.phases
+        if isinstance(share, float) and phases:
+            phases[-1].share, phases[-1].detail = share, str(getattr(record, "detail", ""))

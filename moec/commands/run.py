@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.commands.echo import echo
+from moec.commands.logs import log_options
 from moec.commands.options import json_option, quiet_option
 from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
 from moec.errors import UsageError, VerificationError
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @json_option
 @quiet_option
+@log_options
 def command(
     artifact: Path,
     source: Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moec.commands.echo import echo
+from moec.commands.logs import log_options
 from moec.commands.options import json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @json_option
 @quiet_option
+@log_options
 def command(artifact: Path, as_json: bool, quiet: bool) -> None:
     """Check ARTIFACT as `moec run` does before it runs, and more; run nothing of it.
 

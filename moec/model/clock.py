@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,3 +26,4 @@ class Clock:
             yield
         finally:
             self.seconds[name] = time.perf_counter() - start
+            LOGGER.info("%s took %.2f s", name, self.seconds[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from moec.ir.graph import Program, Stage
 if TYPE_CHECKING:
     from moec.passes.core.damage import Damage
     from moec.passes.core.rounding_stats import RoundingStats
+
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ def run(
             says=tuple(log.says),
         )
         pass_results.append(pass_result)
+        LOGGER.debug("%s", pass_result)
         if watch:
             watch(pass_result)
     return pass_results

@@ -45,6 +45,7 @@ class FakeCompiler:
 @dataclass
 class FakeCompiled:
     pass_results: list[PassResult]
+    target: None = None
 
     def report(self) -> Report:
         return models.report()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 
 import pytest
 
-from moec.commands.progress import Progress
+from moec.commands.progress import BEFORE_CODE, COMPILE, Progress, about
 
 
 class Terminal(io.StringIO):
@@ -36,6 +37,51 @@ def test_plain_lines_are_written_as_phases_start() -> None:
         "[    7.5 s] done",
     ]
     assert progress.times() == {"capture": 1.5, "kernels": 3.0, "link": 1.5}
+
+
+PLAN = {"capture": 10.0, "kernels": 20.0, "save": 10.0}
+
+
+def test_how_much_is_done_and_how_long_the_rest_takes() -> None:
+    out, now = io.StringIO(), [0.0]
+    with Progress(stream=out, clock=lambda: now[0], plan=PLAN) as progress:
+        progress.phase("capture")
+        now[0] = 2.0
+        assert progress.outlook(now[0]) == "5 %"  # 2 of 40 s; too early for more
+        now[0] = 20.0  # twice what was expected
+        progress.phase("kernels")
+        assert progress.outlook(now[0]) == "25 %, about 60 s left"
+        now[0] = 30.0  # of 40 that are now expected of this phase
+        assert progress.outlook(now[0]) == "38 %, about 50 s left"
+        record = {"share": 0.9, "detail": "9/10 to LLVM"}
+        logging.getLogger("moec.codegen.object_cache").debug("kernels", extra=record)
+        assert progress.outlook(now[0]) == "70 %, about 13 s left"
+        assert progress.phases[-1].detail == "9/10 to LLVM"
+        now[0] = 230.0
+        progress.phase("save")
+        assert progress.outlook(now[0]) == "75 %, about 77 s left"
+    assert out.getvalue().splitlines() == [
+        "[    0.0 s  0 %] capture",
+        "[   20.0 s  25 %, about 60 s left] kernels",
+        "[  230.0 s  75 %, about 77 s left] save",
+        "[  230.0 s] done",
+    ]
+    assert logging.getLogger("moec").level == logging.NOTSET
+
+
+def test_long_times_are_minutes() -> None:
+    assert [about(7.6), about(99), about(101), about(7200)] == ["8 s", "99 s", "2 min", "120 min"]
+
+
+def test_a_phase_that_takes_too_long_is_never_done() -> None:
+    progress = Progress(quiet=True, clock=lambda: 0.0, plan=PLAN)
+    with progress:
+        progress.phase("capture")
+        assert progress.fraction(1e6) == pytest.approx(0.9 * 10 / 40)
+
+
+def test_the_plan_of_a_compilation_has_its_phases() -> None:
+    assert {*BEFORE_CODE} < {*COMPILE}
 
 
 def test_a_failure_names_its_phase() -> None:

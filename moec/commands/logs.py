@@ -1,0 +1,109 @@
+"""What moec's loggers say, for who asks: on stderr with -v, in a file with --log-file.
+
+The library itself installs no handler and stays quiet; a program that uses it configures the
+loggers below `moec` as any others.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moec.commands.echo import echo
+from moec.commands.files import OutputFile
+from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.files.printable import printable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LOGGER = logging.getLogger("moec")
+
+
+class _Lines(logging.Formatter):
+    """A line a record, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _Stderr(logging.Handler):
+    """Lines to whatever stderr is at the time: a live list stands in for it while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
+
+
+class _File(logging.FileHandler):
+    """A file that may become unwritable: that costs the log, and one warning."""
+
+    error: BaseException | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.error = self.error or sys.exception()
+
+
+def log_options(command: F) -> F:
+    """The options -v and --log-file, which hold while the command runs."""
+
+    @functools.wraps(command)
+    def logged(*args: Any, verbose: int, log_file: Path | None, **options: Any) -> Any:
+        if verbose and options.get("quiet"):
+            raise UsageError("--verbose and --quiet exclude each other")
+        with logs(verbose, log_file):
+            return command(*args, **options)
+
+    for decorator in (
+        click.option(
+            "--log-file", type=OutputFile(), metavar="FILE",
+            help="Write there what happens, with times.",
+        ),
+        click.option(
+            "-v", "--verbose", count=True, help="Say what happens on stderr; -vv says all of it."
+        ),
+    ):  # fmt: skip
+        logged = decorator(logged)
+    return logged  # type: ignore[return-value]
+
+
+@contextmanager
+def logs(verbose: int, log_file: Path | None) -> Iterator[None]:
+    """What is logged in the block goes to stderr where `verbose` (1: INFO, 2: DEBUG), and to a
+    file. Raises UsageError where the file cannot be written."""
+    handlers: list[logging.Handler] = []
+    if verbose:
+        handlers.append(_Stderr(logging.INFO if verbose == 1 else logging.DEBUG))
+        handlers[-1].setFormatter(_Lines("%(name)s: %(message)s"))
+    file = None if log_file is None else _opened(log_file)
+    if file is not None:
+        file.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(file)
+    level = LOGGER.level
+    if handlers:
+        LOGGER.setLevel(logging.DEBUG)
+    for handler in handlers:
+        LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+        for handler in handlers:
+            LOGGER.removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+        if file is not None and isinstance(file.error, OSError):
+            echo(f"warning: --log-file {log_file}: {reason(file.error)}", err=True)
+
+
+def _opened(path: Path) -> _File:
+    try:
+        return _File(path, mode="w", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UsageError(f"--log-file {path} cannot be written: {reason(error)}") from error
