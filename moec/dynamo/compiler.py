@@ -50,6 +50,12 @@ _UNRECOGNISED = (
 )
 
 
+_ELSEWHERE = (
+    "its tensors are on {}, and this backend has kernels for CPUs alone: what runs the rest runs "
+    "it as it is; for a GPU, moec.compile with target='cuda:sm_80' or another makes an artifact"
+)
+
+
 def backend(
     module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -82,6 +88,10 @@ def _replace_blocks(
     choices = _choices(module)
     if choices and all(_is_empty(node) for node in choices):
         return [], module, []  # no token chooses, so there is nothing to leave to PyTorch
+    devices = [_device(node) for node in choices]
+    if devices and "cpu" not in devices:
+        names = ", ".join(sorted(set(devices)))
+        return [], module, [Fallback("the graph", _ELSEWHERE.format(names))]
     hint = _UNRECOGNISED if choices else ""
     training = needs_gradient(inputs)
     try:
@@ -160,9 +170,19 @@ def _choices(module: fx.GraphModule) -> list[fx.Node]:
     return nodes
 
 
-def _is_empty(node: fx.Node) -> bool:
+def _device(node: fx.Node) -> str:
+    example = _example(node)
+    return str(example.device) if isinstance(example, torch.Tensor) else "cpu"
+
+
+def _example(node: fx.Node) -> Any:
+    """What Dynamo has computed of the node's first result: a fake tensor, mostly."""
     example = node.meta.get("example_value")
-    first = example[0] if isinstance(example, tuple) else example
+    return example[0] if isinstance(example, tuple) else example
+
+
+def _is_empty(node: fx.Node) -> bool:
+    first = _example(node)
     # A size that is a symbol is not 0: Dynamo sets 0 apart.
     return isinstance(first, torch.Tensor) and any(
         isinstance(size, int) and size == 0 for size in first.shape
