@@ -194,13 +194,15 @@ def at_end(reader: Reader, value: Value, layout: ExpertLayout) -> Iterator[Propo
     assert reader.x is not None
     assert reader.writer.experts is not None
     body, stacks = reader.body(layout)
+    addend = reader.addends.get(value)
+    reads = (reader.root,) if addend is None else (reader.root, addend)
     evidence = Evidence(
         reader.uses,
         reader.writer.experts,
         rows_of(reader),
         product(value.shape[:-1]),
         value,
-        (reader.root,),
+        reads,
     )
     for choice in hypotheses(reader.scope, evidence):
         yield Proposal(
@@ -213,8 +215,9 @@ def at_end(reader: Reader, value: Value, layout: ExpertLayout) -> Iterator[Propo
             num_experts=reader.writer.experts,
             stacks=stacks,
             body=body,
-            cut=tuple(dict.fromkeys((reader.root, *choice.cut))),
+            cut=tuple(dict.fromkeys((*reads, *choice.cut))),
             feeds=choice.feeds,
             input_side=reader.input_side,
             capacity=choice.capacity,
+            addend=addend,
         )

@@ -17,6 +17,8 @@ from moec.passes.recognise.layout import (
     size_of,
 )
 
+from moec.passes.recognise.opnames import SCATTERS
+
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
 
@@ -62,23 +64,33 @@ def gather(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
 
 
 def put(reader: Reader, op: Op) -> ExpertLayout | None:
-    """Rows written, or added, into zeros."""
+    """Rows written into zeros, or added into any value: that is the addend of a block."""
     values = op.inputs[-1]
     layout = reader.read(values)
     if layout is None or layout.param:
         return None
-    if not reader.is_zeros(op.inputs[0]):
-        raise NoMatch(f"rows are added into {op.inputs[0].name}, which is not zero")
+    base, adds = op.inputs[0], bool(op.attrs.get("accumulate")) or op.name in SCATTERS
+    if not reader.is_zeros(base):
+        if not (adds and layout.applied):
+            raise NoMatch(f"rows are added into {base.name}, which is not zero")
+        reader.addends[op.outputs[0]] = base
     for index in op.inputs[1:-1]:
-        reader.use("order", index)
+        reader.use("order", index if op.name not in SCATTERS else _column(reader, op, index))
     shape = op.outputs[0].shape
     features = [axis for axis in layout.axes if axis and only_features(axis)]
     lead = len(shape) - len(features)
     if lead < 1 or any(not only_rows(a) for a in layout.axes[: len(layout.axes) - len(features)]):
         raise NoMatch("an index_put writes into features")
     rows = tuple((Atom(d, True),) if d != 1 else () for d in shape[:lead])
-    summed = bool(op.attrs.get("accumulate")) and layout.applied
-    return replace(layout, axes=(*rows, *features), reduced=summed)
+    return replace(layout, axes=(*rows, *features), reduced=adds and layout.applied)
+
+
+def _column(reader: Reader, op: Op, index: Value) -> Value:
+    """The rows [n, 1] that an index [n, D], repeated along the features, names."""
+    spread = reader.scope.made_by(index, "aten.expand.default", "aten.repeat.default")
+    if op.attrs.get("dim", 0) != 0 or spread is None or spread.inputs[0].shape[-1] != 1:
+        raise NoMatch(f"{op.name} adds numbers, and no rows")
+    return spread.inputs[0]
 
 
 def part(reader: Reader, op: Op, source: ExpertLayout | None) -> Sequence[ExpertLayout | None]:

@@ -6,6 +6,7 @@ from moec.ir import traits
 from moec.ir.traits import VIEWS
 
 ADDS = {"aten.index_put.default", "aten.index_add.default", "aten.scatter_add.default"}
+SCATTERS = {"aten.scatter_add.default"}
 CHOOSES = "aten.where.self"
 GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
 PRODUCTS = {*traits.PRODUCTS, *GROUPED}

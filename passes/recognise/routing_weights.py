@@ -111,12 +111,14 @@ def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:
 
 
 def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> Iterator[Value]:
-    """Weights [.., E] of every expert, or [.., E, C] of every capacity slot of every expert."""
+    """Weights [.., E] or [E, T] of every expert, or [T, E, C] of its every capacity slot."""
     full = product((evidence.rows_in, evidence.experts))
     dense: dict[Value, None] = {}
     for value in routing_behind(scope, used, 120):
         if value.dtype in FLOATS:
             if value.shape[-1:] == (evidence.experts,) and product(value.shape) == full:
+                dense[value] = None
+            elif value.shape == (evidence.experts, evidence.rows_in):
                 dense[value] = None
             elif (
                 len(value.shape) == 3
@@ -148,6 +150,8 @@ def _at_ids(dense: Value, ids: Chosen, evidence: Evidence, shape: tuple[Dim, ...
         if len(value.shape) == 3 and value.shape[-1] != evidence.experts:
             target = TensorType(value.dtype, value.shape[:2])
             (value,) = emit("aten.sum.dim_IntList", [value], [target], attrs={"dim": (2,)})
+        if value.shape[-1] != evidence.experts:
+            value = emit.permute(value, (1, 0))
         value = emit.reshape(value, (evidence.rows_in, evidence.experts))
         index = ids.recipe(emit)
         target = TensorType(value.dtype, index.shape)

@@ -28,7 +28,7 @@ from moec.passes.recognise.layout import (
     regroup,
     size_of,
 )
-from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, ZEROS
+from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, SCATTERS, ZEROS
 from moec.passes.recognise.region import Scope
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 @dataclass
 class Reader:
     """Reads one block. `only` limits the reading to some ops, so that what they read is tokens
-    or opaque. `writer` has what was read so far as a body.
+    or opaque. `writer` has what was read so far as a body. `addends`: by result, what rows were added
+    into, where that is not zero.
     """
 
     scope: Scope
@@ -50,6 +51,7 @@ class Reader:
     why: dict[Value, str] = field(default_factory=dict)
     uses: dict[str, list[Value]] = field(default_factory=dict)
     fans: Callable[[Op], Fan | None] = lambda op: None
+    addends: dict[Value, Value] = field(default_factory=dict)
     input_side: bool = False
 
     def read(self, value: Value) -> ExpertLayout | None:
@@ -181,7 +183,7 @@ class Reader:
         fan = self.fans(op)
         if fan is not None:
             return [self.fan(op, fan)]
-        if name == "aten.index_put.default":
+        if name == "aten.index_put.default" or name in SCATTERS:
             return [gathers.put(self, op)]
         if name == "aten.cat.default":
             return [elementwise.cat(self, op)]

@@ -251,3 +251,24 @@ class InputSideBiased(InputSide):
         rows = x.repeat(E, 1) * scores.transpose(0, 1).reshape(-1, 1)
         gate, up = (torch.bmm(rows.view(E, -1, D), self.both) + self.bias).chunk(2, dim=-1)
         return torch.bmm(up * F.silu(gate), self.down).sum(0)
+
+
+class Repeated(Stacks):
+    """Llama 4: every expert for every token, scaled first by a weight that is 0 where it was not
+    chosen, and added to what a network of all tokens gives."""
+
+    def __init__(self, shared: bool = True) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(E, D, 2 * H))
+        self.back = nn.Parameter(torch.randn(E, H, D))
+        self.shared = nn.Linear(D, D) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, ids = self.router.gate(x).topk(1, dim=1)
+        scores = torch.full((len(x), E), float("-inf")).scatter(1, ids, top).t().sigmoid()
+        rows = torch.arange(len(x)).view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, D)
+        read = (x.gather(0, rows) * scores.reshape(-1, 1)).view(E, -1, D)
+        gate, up = torch.bmm(read, self.both).chunk(2, -1)
+        y = torch.bmm(up * F.silu(gate), self.back).view(-1, D)
+        start = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        return start.scatter_add(0, rows, y)

@@ -227,6 +227,14 @@ def test_experts_that_copy_their_rows(golden: Golden) -> None:
     assert declined == ()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_copies_of_all_tokens_are_added_to_rows(shared: bool) -> None:
+    _, (block,), declined = recognised(stacks.Repeated(shared))
+    assert (block.form, block.top_k) == ("evaluate all, then select", 1)
+    assert block.router == "sigmoid, top-1, weights on the input"
+    assert (block.shared, declined) == ("added" if shared else "", ())
+
+
 def test_input_side(golden: Golden) -> None:
     program, (block,), declined = recognised(stacks.InputSide())
     check_text(program, golden)
