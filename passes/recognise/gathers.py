@@ -16,7 +16,6 @@ from moec.passes.recognise.layout import (
     only_rows,
     size_of,
 )
-
 from moec.passes.recognise.opnames import SCATTERS
 
 if TYPE_CHECKING:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 @dataclass
 class Reader:
     """Reads one block. `only` limits the reading to some ops, so that what they read is tokens
-    or opaque. `writer` has what was read so far as a body. `addends`: by result, what rows were added
-    into, where that is not zero.
+    or opaque. `writer` has what was read so far as a body. `addends`: by result, what rows were
+    added into, where that is not zero.
     """
 
     scope: Scope
