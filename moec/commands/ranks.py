@@ -40,7 +40,7 @@ def compile_ranks(
     from moec.api import compile as compile_model
     from moec.capture.doors import stop_tokens
     from moec.ir.graph import Module
-    from moec.parallel.store import TextFiles, save_ranks
+    from moec.parallel.store import TextFiles, rank_function, save_ranks
     from moec.passes.core.runner import Log
     from moec.passes.decode import continues_text, incremental
     from moec.passes.parallel.plan_parallelism import rank_programs
@@ -69,7 +69,9 @@ def compile_ranks(
                 {**module.programs, **rank_programs(step, plan, function=DECODE).programs}
             )
             if verify is not False:
-                check(module, step, plan, first_step(step, example), verify, DECODE)
+                inputs = first_step(step, plan, example)
+                of_rank = first_step(module[rank_function(0, DECODE)], plan, example)
+                check(module, step, plan, inputs, verify, DECODE, of_rank)
             source = compiled.source
             files = {name: file.read_bytes() for name, file in source.files.items()}
             text = TextFiles(files, stop_tokens(source.model))
@@ -83,9 +85,11 @@ def check(
     example: tuple[torch.Tensor, ...],
     verify: bool | float,
     function: str = MAIN,
+    of_rank: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
     """Every rank, simulated in this process on the example, gives what the model gives: where a
-    capacity is counted over the tokens of all ranks, on the examples of all."""
+    capacity is counted over the tokens of all ranks, on the examples of all. `of_rank` is the
+    example with the caches of a rank, which has some heads of the texts of several."""
     import torch
 
     from moec.interpret.evaluate import evaluate
@@ -97,10 +101,14 @@ def check(
     joint = any(op.name == "moe.capacity" for op in program.graph.ops)
     inputs = [torch.cat([t] * plan.devices) for t in example] if joint else example
     expected = evaluate(program.graph, inputs, program.weights)
-    results = evaluate_ranks(module, [example] * plan.devices, groups_of(plan), function)
+    feeds = [of_rank or example] * plan.devices
+    results = evaluate_ranks(module, feeds, groups_of(plan), function)
     for rank, outputs in enumerate(results):
         parts = [t.chunk(plan.devices)[rank] if joint else t for t in expected]
         for value, result, right in zip(program.graph.results, outputs, parts, strict=True):
+            if value not in program.graph.outputs and len(result) != len(right):
+                degree = len(result) // len(right)
+                right = torch.cat([right] * degree).chunk(degree, 1)[rank % degree]
             if right.is_floating_point() and not distance(result, right) <= limit:
                 raise VerificationError(
                     f"rank {rank} of the plan gives another {value.name}: it differs by "
@@ -108,17 +116,25 @@ def check(
                 )
 
 
-def first_step(step: Program, example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Inputs of `decode` for token ids [B, S] that nothing came before, with empty caches."""
+def first_step(
+    step: Program, plan: Plan, example: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Inputs of `decode` for token ids [B, S] that nothing came before, with empty caches: of B
+    texts, or of all ranks' that share the heads."""
     import torch
 
     from moec.ir.aten import TORCH_DTYPES
+    from moec.plan.groups import tp_texts
 
     (ids,) = example
     texts, tokens = ids.shape
+    shared = {tp_texts(layer.attention): layer.attention * texts for layer in plan.layers}
     caches = [
         torch.zeros(
-            [texts, *(size if isinstance(size, int) else tokens for size in value.shape[1:])],
+            [
+                shared.get(str(value.shape[0]), texts),
+                *(size if isinstance(size, int) else tokens for size in value.shape[1:]),
+            ],
             dtype=TORCH_DTYPES[value.dtype],
         )
         for value in (state.before for state in step.graph.states)

@@ -16,7 +16,7 @@ from moec.codegen.package import generation_of, signature
 from moec.parallel.process_ranks import ProcessRanks, named_meanings, naming
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
-from moec.plan.groups import WORLD
+from moec.plan.groups import WORLD, tp_group, tp_texts
 from moec.runtime.caches import Cache, caches_of
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package
@@ -32,6 +32,8 @@ class RankDecoder:
         function = signature(DECODE, files.program, ())
         generation = replace(generation_of(function), stop=files.stop)
         self.package = Package(target.needs, {DECODE: function}, generation=generation)
+        degrees = {layer.attention for layer in files.plan.layers}
+        self._groups = {tp_texts(degree): tp_group(degree) for degree in degrees}
         self._requests = 0
 
     def number_requests(self, count: int) -> Array:
@@ -39,9 +41,14 @@ class RankDecoder:
         return np.arange(first, first + count, dtype=np.int32)
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
-        """Caches for this rank's share of the texts."""
-        mine = len(self._shares(texts)[self._ranks.rank])
-        return caches_of(self.package.functions[DECODE].caches, mine, room)
+        """Caches for this rank's share of the texts; for all texts of a group where ranks share
+        the heads."""
+        counts, caches = [*map(len, self._shares(texts))], []
+        for port in self.package.functions[DECODE].caches:
+            group = self._groups.get(str(port.shape[0]))
+            ranks = (self._ranks.rank,) if group is None else self._ranks.members[group]
+            caches += caches_of([port], sum(counts[rank] for rank in ranks), room)
+        return caches
 
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array

@@ -67,6 +67,8 @@ class RankModel:
         states = [state.before for state in graph.states]
         held = dict(zip(states, caches, strict=True))
         sizes: dict[str, int] = {}
+        for state, cache in held.items():
+            bind(state.shape, cache.array.shape, sizes)
         values: dict[Value, torch.Tensor] = {}
 
         def learn(value: Value, tensor: torch.Tensor) -> None:

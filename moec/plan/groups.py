@@ -18,6 +18,16 @@ def suffix(layer: LayerPlan) -> str:
     return f"{layer.ranks}x{layer.slices}"
 
 
+def tp_group(degree: int) -> str:
+    """The group of ranks that share the heads of an attention."""
+    return f"tp.{degree}"
+
+
+def tp_texts(degree: int) -> str:
+    """The size that counts the texts of all ranks of such a group."""
+    return f"tp{degree}_texts"
+
+
 def near(layer: LayerPlan, node_size: int) -> int:
     """How many ranks of equal slice of an expert group share a node.
 
@@ -34,9 +44,13 @@ def near(layer: LayerPlan, node_size: int) -> int:
 
 def groups_of(plan: Plan) -> dict[str, Parts]:
     """All groups that the layers of a plan name: `ep` (equal slice), `slice`, and the `node` and
-    `rail` parts of an `ep` group; and the group of all ranks."""
+    `rail` parts of an `ep` group; `tp` of attention's degree; and the group of all ranks."""
     result: dict[str, Parts] = {WORLD: (tuple(range(plan.devices)),)}
     for layer in plan.layers:
+        if layer.attention > 1:
+            starts = range(0, plan.devices, layer.attention)
+            parts = tuple(tuple(range(s, s + layer.attention)) for s in starts)
+            result[tp_group(layer.attention)] = parts
         if not layer.experts:
             continue
         name = suffix(layer)

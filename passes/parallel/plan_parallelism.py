@@ -29,6 +29,7 @@ from moec.ir.graph import Graph, Module, Op, Program, Stage
 from moec.passes.core.moe_layer import Splice, name_of
 from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log, Pass
+from moec.passes.parallel.cut_attention import cut_attention
 from moec.passes.parallel.exchange_rows import Exchanged
 from moec.passes.parallel.gather_choices import gather_choices
 from moec.passes.parallel.slice_experts import slice_body
@@ -73,12 +74,11 @@ def parallelise(program: Program, plan: Plan, rank: int, log: Log) -> Program:
     UnsupportedError for a capacity that cannot be counted over ranks."""
     if rank >= plan.devices:
         raise UsageError(f"rank {rank}: the plan is for {plan.devices} devices")
+    program = cut_attention(program, plan, rank, log)
     splice = Splice(program)
     bounds = {**program.graph.bounds, **gather_choices(splice, plan.devices)}
     for number, (experts, layer) in enumerate(_pairs(program.graph, plan)):
         where = name_of(experts)
-        if layer.attention > 1:
-            log.decline(where, f"attention of degree {layer.attention} is whole on every rank")
         try:
             slices = (
                 None if layer.slices == 1 else slice_body(cast(Graph, experts.body), layer.slices)

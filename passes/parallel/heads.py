@@ -1,0 +1,158 @@
+"""What of a graph is computed for each head of an attention, between its products q, k, v and out.
+
+linear -> reshape [B, S, H, d] -> norm? -> permute -> rotary? -> (append to a cache)
+       -> nn.attention -> permute -> reshape [B, S, H*d] -> linear
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import sympy
+
+from moec.errors import NoMatch
+from moec.ir.graph import Graph, Op, Program, Value
+from moec.ops.attention import Attention
+from moec.passes.core.moe_layer import constant
+
+_LINEAR = "aten.linear.default"
+_RESHAPE = "aten.reshape.default"
+_PERMUTE = "aten.permute.default"
+# Each row of a head by itself, whatever stands on the axis of heads; the head is input 0.
+_BY_HEAD = ("nn.rotary", "nn.rms_norm", "aten._to_copy.default", "aten.alias.default")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """`ops` are those of the heads, with `output`, the product that adds them up. `axes` says where
+    the heads stand in each value, `texts` is the size of the first axis, `caches` are inputs."""
+
+    ops: frozenset[Op]
+    output: Op
+    axes: Mapping[Value, int]
+    texts: sympy.Symbol
+    caches: Sequence[Value]
+
+
+def heads_of(program: Program, attention: Op, degree: int) -> Heads:
+    """Raises NoMatch with the reason why `degree` ranks cannot share its heads."""
+    a, graph = Attention.of(attention), program.graph
+    if a.sinks is not None or a.tokens_first:
+        raise NoMatch("only plain attention [B, heads, S, d] is cut by heads, without sinks")
+    for name, what in (("q", "heads"), ("k", "key-value heads")):
+        count = a.shape(name)[1]
+        if not isinstance(count, int) or count % degree:
+            raise NoMatch(f"{count} {what} cannot be shared by {degree} ranks")
+    texts = a.q.shape[0]
+    if not isinstance(texts, sympy.Symbol):
+        raise NoMatch(f"its number of texts is {texts}, no size of its own")
+    walk = _Walk(program, texts)
+    for value in (a.q, a.k, a.v):
+        if walk.axis(value) != 1:
+            raise NoMatch(f"the heads of {value.name} are not found in its products")
+    if a.mask is not None:
+        walk.outside(a.mask, heads_axis=1)
+    if a.first is not None:
+        walk.outside(a.first)
+    walk.ops.add(attention)
+    walk.axes[attention.outputs[0]] = 1
+    output = walk.forward(attention.outputs[0])
+    heads = Heads(frozenset({*walk.ops, output}), output, walk.axes, texts, walk.caches)
+    _require_alone(graph, heads)
+    return heads
+
+
+@dataclass
+class _Walk:
+    program: Program
+    texts: sympy.Symbol
+    ops: set[Op] = field(default_factory=set)
+    axes: dict[Value, int] = field(default_factory=dict)
+    caches: list[Value] = field(default_factory=list)
+
+    def axis(self, value: Value) -> int:
+        """Where heads stand in `value`; notes the ops that make it of products. Raises NoMatch."""
+        if value in self.axes:
+            return self.axes[value]
+        op = self.program.graph.producers.get(value)
+        if op is None:
+            raise NoMatch(f"{value.name} is no product of the layer's input")
+        if op.name == _LINEAR:
+            for weight in op.inputs[1:]:
+                constant(self.program, weight)
+            self.outside(op.inputs[0])
+            axis = len(value.shape) - 1
+        elif op.name == "nn.append":
+            cache, rows, *others = op.inputs
+            if self.axis(rows) != 1:
+                raise NoMatch(f"the heads of {rows.name} are not found in its products")
+            for other in others:
+                self.outside(other, heads_axis=1)
+            self.caches.append(cache)
+            self.axes[cache] = axis = 1
+        else:
+            axis = self.moved(op, self.axis(op.inputs[0]))
+        self.ops.add(op)
+        self.axes[value] = axis
+        return axis
+
+    def moved(self, op: Op, axis: int) -> int:
+        """Where heads stand after an op that has them at `axis` of its first input."""
+        x, out = op.inputs[0].shape, op.outputs[0].shape
+        if op.name == _PERMUTE:
+            return cast("tuple[int, ...]", op.attrs["dims"]).index(axis)
+        last = len(x) - 1
+        if op.name == _RESHAPE and axis == last and out[:-2] == x[:-1]:
+            return len(out) - 2
+        if op.name == _RESHAPE and axis == last - 1 and x[:-2] == out[:-1]:
+            return len(out) - 1
+        if op.name in _BY_HEAD and not (op.name == "nn.rms_norm" and axis == last):
+            for other in op.inputs[1:]:
+                self.outside(other, heads_axis=axis - len(x))
+            return axis
+        raise NoMatch(f"{op.name} at {op.origin} is not of each head by itself")
+
+    def outside(self, value: Value, heads_axis: int | None = None) -> None:
+        """A value from outside that all heads read alike; texts stand first in it or nowhere."""
+        sizes = [dim for dim in value.shape[1:] if not isinstance(dim, int)]
+        if any(self.texts in dim.free_symbols for dim in sizes) or (
+            value.shape and value.shape[0] != self.texts and _mentions(value.shape[0], self.texts)
+        ):
+            raise NoMatch(f"{value.name} has its texts not on an axis of their own")
+        rank = len(value.shape)
+        if heads_axis is not None and -rank <= heads_axis < rank and value.shape[heads_axis] != 1:
+            raise NoMatch(f"{value.name} has numbers for each head")
+
+    def forward(self, value: Value) -> Op:
+        """The product that adds the heads up; notes the ops before it. Raises NoMatch."""
+        while True:
+            readers = self.program.graph.readers.get(value, ())
+            if len(readers) != 1 or value in self.program.graph.results:
+                raise NoMatch(f"{value.name} is read by more than the product after attention")
+            (op,), axis = readers, self.axes[value]
+            if op.name == _LINEAR:
+                if axis != len(value.shape) - 1:
+                    raise NoMatch("the product after attention does not add up the heads")
+                for weight in op.inputs[1:]:
+                    constant(self.program, weight)
+                return op
+            self.ops.add(op)
+            value = op.outputs[0]
+            self.axes[value] = self.moved(op, axis)
+
+
+def _mentions(dim: object, texts: sympy.Symbol) -> bool:
+    return isinstance(dim, sympy.Expr) and texts in dim.free_symbols
+
+
+def _require_alone(graph: Graph, heads: Heads) -> None:
+    """Raises NoMatch where others read what is computed for each head."""
+    after = {state.after for state in graph.states}
+    for op in heads.ops - {heads.output}:
+        for value in op.outputs:
+            other = [r for r in graph.readers.get(value, ()) if r not in heads.ops]
+            if other or (value in graph.results and value not in after):
+                what = other[0].name if other else "the model's caller"
+                raise NoMatch(f"{value.name} is also read by {what}")

@@ -1,0 +1,164 @@
+"""Attention of a degree: ranks that share heads compute what one process computes, with caches and
+without; what cannot be cut stays model, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from moec.interpret.evaluate import evaluate
+from moec.interpret.ranks import evaluate_ranks
+from moec.interpret.verifier import verify
+from moec.ir.graph import Program, Stage
+from moec.ir.text import parse, print_graph
+from moec.passes.core.runner import Log
+from moec.passes.parallel.plan_parallelism import parallelise, rank_programs
+from moec.plan.groups import groups_of
+from moec.plan.plan import LayerPlan, Plan
+from tests.passes.parallel.test_plan_parallelism import plan
+
+WEIGHTS = "wq: f32[8, 6], wk: f32[4, 6], wv: f32[4, 6], bv: f32[4], wo: f32[6, 8], bo: f32[6]"
+MAIN = f"""
+graph main(x: f32[B, S, 6]; {WEIGHTS}, scale: f32[2]) {{
+  size B in [0, inf]
+  size S in [1, inf]
+  q: f32[B, S, 8] = aten.linear.default(x, wq) @ attn
+  q1: f32[B, S, 4, 2] = aten.reshape.default(q) <shape=({{B}}, {{S}}, 4, 2)> @ attn
+  q2: f32[B, S, 4, 2] = nn.rms_norm(q1, scale) <epsilon=1e-06> @ attn
+  q3: f32[B, 4, S, 2] = aten.permute.default(q2) <dims=(0, 2, 1, 3)> @ attn
+  k: f32[B, S, 4] = aten.linear.default(x, wk) @ attn
+  k1: f32[B, S, 2, 2] = aten.reshape.default(k) <shape=({{B}}, {{S}}, 2, 2)> @ attn
+  k2: f32[B, 2, S, 2] = aten.permute.default(k1) <dims=(0, 2, 1, 3)> @ attn
+  v: f32[B, S, 4] = aten.linear.default(x, wv, bv) @ attn
+  v1: f32[B, S, 2, 2] = aten.reshape.default(v) <shape=({{B}}, {{S}}, 2, 2)> @ attn
+  v2: f32[B, 2, S, 2] = aten.permute.default(v1) <dims=(0, 2, 1, 3)> @ attn
+  y: f32[B, 4, S, 2] = nn.attention(q3, k2, v2) <scale=0.7, causal=true> @ attn
+  y1: f32[B, S, 4, 2] = aten.permute.default(y) <dims=(0, 2, 1, 3)> @ attn
+  y2: f32[B, S, 8] = aten.reshape.default(y1) <shape=({{B}}, {{S}}, 8)> @ attn
+  out: f32[B, S, 6] = aten.linear.default(y2, wo, bo) @ attn
+  z: f32[B, S, 6] = aten.add.Tensor(x, out)
+  return z
+}}"""
+STEP = (
+    MAIN.replace("graph main(x: f32[B, S, 6];", "graph step(x: f32[B, S, 6], first: i64[B], "
+                 "keys: f32[B, 2, L, 2], values: f32[B, 2, L, 2];")
+    .replace("  q: f32", "  size L in [1, inf]\n  q: f32", 1)
+    .replace("  y: f32", "  ka: f32[B, 2, L, 2] = nn.append(keys, k2, first) @ attn\n"
+             "  va: f32[B, 2, L, 2] = nn.append(values, v2, first) @ attn\n  y: f32", 1)
+    .replace("(q3, k2, v2) <scale=0.7, causal=true>",
+             "(q3, ka, va, first) <scale=0.7, causal=true, placed=true>")
+    .replace("  return", "  state keys -> ka\n  state values -> va\n  return")
+)  # fmt: skip
+
+
+def program(text: str) -> Program:
+    generator, graph = torch.Generator().manual_seed(0), parse(text)
+    weights = {
+        p.name: torch.randn([int(d) for d in p.shape], generator=generator) for p in graph.params
+    }
+    return Program(graph, weights)
+
+
+def shared(degree: int, devices: int = 2, layers: int = 1) -> Plan:
+    layer = LayerPlan(layer=0, experts=0, attention=degree, seconds={})
+    return structs.replace(plan(2), devices=devices, layers=(layer,) * layers)
+
+
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Eight products of size 1 to 10, added in another order.
+close = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=4), st.integers(1, 4))
+def test_ranks_together_are_the_model(counts: list[int], tokens: int) -> None:
+    """Two groups of two ranks; a rank without texts has heads of the other's."""
+    model, p = program(MAIN), shared(2, devices=4)
+    x = random(sum(counts), tokens, 6)
+    results = evaluate_ranks(
+        rank_programs(model, p), [[part] for part in x.split(counts)], groups_of(p)
+    )
+    expected = evaluate(model.graph, [x], model.weights)[0]
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), expected, **close)
+
+
+@pytest.mark.parametrize("text", [MAIN, STEP], ids=["main", "step"])
+def test_text(text: str, golden: Callable[[str], None]) -> None:
+    result = parallelise(program(text), shared(2), 1, Log())
+    verify(result.graph, Stage.MOE)
+    golden(print_graph(result.graph))
+
+
+def test_caches_by_heads() -> None:
+    """A prompt of three tokens and two of one each: caches hold some heads of all texts."""
+    model, p, counts, room = program(STEP), shared(2), [1, 2], 5
+    module = rank_programs(model, p)
+    empty = torch.zeros(3, 2, room, 2)
+    ours = [[empty[:, rank : rank + 1]] * 2 for rank in range(2)]
+    theirs: Sequence[torch.Tensor] = [empty, empty]
+    for start, tokens in ((0, 3), (3, 1), (4, 1)):
+        x, first = random(3, tokens, 6, seed=start), torch.full((3,), start)
+        expected, *theirs = evaluate(model.graph, [x, first, *theirs], model.weights)
+        parts = zip(x.split(counts), first.split(counts), ours, strict=True)
+        feeds = [[a, b, *caches] for a, b, caches in parts]
+        results = evaluate_ranks(module, feeds, groups_of(p))
+        torch.testing.assert_close(torch.cat([r[0] for r in results]), expected, **close)
+        ours = [list(r[1:]) for r in results]
+        for rank, caches in enumerate(ours):
+            for mine, right in zip(caches, theirs, strict=True):
+                torch.testing.assert_close(mine, right[:, rank : rank + 1], **close)
+
+
+def test_a_rank_holds_its_heads_alone() -> None:
+    model = program(MAIN)
+    first, second = (parallelise(model, shared(2), rank, Log()).weights for rank in range(2))
+    assert torch.equal(torch.cat([first["wk_2"], second["wk_2"]]), model.weights["wk"])
+    assert torch.equal(torch.cat([first["wo_2"], second["wo_2"]], 1), model.weights["wo"])
+    assert torch.equal(first["bo_2"], model.weights["bo"])
+    assert not second["bo_2"].any()  # added once
+
+
+SINKS = MAIN.replace("scale: f32[2])", "scale: f32[2], s: f32[4])")
+SINKS = SINKS.replace("(q3, k2, v2) <scale=0.7, causal=true>",
+                      "(q3, k2, v2, s) <scale=0.7, causal=true, sinked=true>")  # fmt: skip
+READ = MAIN.replace("  return z", "  w: f32[B, S, 4] = aten.neg.default(k)\n  return z, w")
+TURNED = MAIN.replace(
+    "  k2: f32", "  k0: f32[B, S, 2, 2] = aten.silu.default(k1) @ attn\n  k2: f32"
+)
+TURNED = TURNED.replace("permute.default(k1)", "permute.default(k0)")
+FIXED = MAIN.replace("B, ", "2, ").replace("{B}", "2")
+FIXED = FIXED.replace("  size B in [0, inf]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "degree", "reason"),
+    [
+        (MAIN, 4, "2 key-value heads cannot be shared by 4 ranks"),
+        (SINKS, 2, "only plain attention [B, heads, S, d] is cut by heads, without sinks"),
+        (READ, 2, "k is also read by aten.neg.default"),
+        (TURNED, 2, "aten.silu.default at attn is not of each head by itself"),
+        (FIXED, 2, "its number of texts is 2, no size of its own"),
+    ],
+    ids=["too few", "sinks", "read", "silu", "fixed"],
+)
+def test_attention_that_stays_whole(text: str, degree: int, reason: str) -> None:
+    model, log = program(text), Log()
+    result = parallelise(model, shared(degree, devices=4), 0, log)
+    assert [d.reason for d in log.declined] == [f"attention of degree {degree}: {reason}"]
+    assert [op.name for op in result.graph.ops] == [op.name for op in model.graph.ops]
+
+
+def test_a_plan_of_other_layers() -> None:
+    log = Log()
+    parallelise(program(MAIN), shared(2, layers=2), 0, log)
+    assert [d.reason for d in log.declined] == [
+        "attention is whole on every rank: the model has 1 attentions, the plan 2 layers"
+    ]
