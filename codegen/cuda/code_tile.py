@@ -76,7 +76,7 @@ class CodeTile:
             self._read_zeros(expert, first, T.int32(0))
         planes = part_of_x(self.p, tile, owned, copies, planes_of(spec.format.row_bits))
         width = depth * spec.format.bits // 16
-        w = part_of_w(self.p, tile, owned, column, width, 2)
+        w = part_of_w(self.p, tile, owned, column, width)
         tile.stages.run([*planes, w], lambda base, step: self._multiply(base, step, expert, first))
         if not self.in_blocks:
             self._scale(expert, first, T.int32(0))

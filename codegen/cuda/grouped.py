@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.float_tile import multiply_floats
 from moec.codegen.cuda.gemv import ROWS, launch_few_rows
 from moec.codegen.cuda.mma_tile import MmaTile, mma_tile
 from moec.codegen.cuda.parts import part_of_w, part_of_x, rows_of_copies
@@ -30,9 +31,14 @@ from moec.codegen.cuda.product import (
     store_row,
     tiles_of,
 )
-from moec.codegen.cuda.tiles import FEW_ROWS, LARGE, SMALL, ExpertRows, TileShape
+from moec.codegen.cuda.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cuda import CudaTarget
+
+
+def shapes_of(dtype: str) -> tuple[TileShape, TileShape]:
+    """The tiles for few and for many rows of an expert."""
+    return SMALL, FLOATS if dtype == "float32" else LARGE
 
 
 def grouped_linear(
@@ -52,7 +58,7 @@ def grouped_linear(
     grid: 0 for at most one block on each SM.
     Raises NoMatch for what the tile cannot do.
     """
-    shapes = (SMALL, LARGE) if shape is None else (shape,)
+    shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, epilogue, one.shared_memory)
     with IRBuilder() as builder:
@@ -67,7 +73,7 @@ def linear(
     spec: LinearSpec, target: CudaTarget, *, shape: TileShape | None = None, name: str = "linear"
 ) -> PrimFunc:
     """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]): all rows are those of one expert."""
-    shapes = (SMALL, LARGE) if shape is None else (shape,)
+    shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, None, one.shared_memory)
     with IRBuilder() as builder:
@@ -126,7 +132,11 @@ def _tiles(p: Product, shape: TileShape, blocks: int | Expr, block: Expr, thread
 
     def compute(owned: ExpertRows, column: Expr) -> None:
         (x,) = part_of_x(p, tile, owned, rows)
-        tile.compute(x, part_of_w(p, tile, owned, column))
+        w = part_of_w(p, tile, owned, column)
+        if p.spec.dtype == "float32":
+            multiply_floats(tile, x, w)
+        else:
+            tile.compute(x, w)
         store_tile(p, tile, owned, column, word)
 
     each_tile(p, shape, (blocks, block, thread), compute)

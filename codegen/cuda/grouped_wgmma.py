@@ -17,7 +17,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.instructions import give_registers, take_registers
-from moec.codegen.cuda.product import Product, arguments, check_product, store_row
+from moec.codegen.cuda.product import HALVES, Product, arguments, check_product, store_row
 from moec.codegen.cuda.tiles import ExpertRows, RowTiles, row_tiles
 from moec.codegen.cuda.wgmma_tile import (
     COLUMNS,
@@ -48,6 +48,8 @@ def grouped_linear_wgmma(
     `blocks` is the grid: 0 for one block on each SM. Raises NoMatch for what the tile cannot do.
     """
     check_product(spec, target, epilogue, SHARED_MEMORY)
+    if spec.dtype not in HALVES:
+        raise NoMatch(f"wgmma rounds {spec.dtype}")
     if "wgmma" not in target.tensor_cores:
         raise NoMatch(f"{target.name} has no wgmma, sm_90a alone has")
     count = blocks or target.sms

@@ -55,6 +55,11 @@ def load_past_cache(words: Sequence[Expr], source: Expr) -> None:
     ptx("ld.global.nc.L1::no_allocate.v4.u32", *words, source)
 
 
+def load_shared(floats: Sequence[Expr], source: Expr) -> None:
+    """Four float32: 16 bytes of shared memory."""
+    ptx("ld.shared.v4.f32", *floats, source)
+
+
 # ---- matrix fragments of a warp --------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cuda.instructions import load_fragments, multiply
-from moec.codegen.cuda.stages import Part, Stages
+from moec.codegen.cuda.stages import Part, Stages, halves
 from moec.codegen.cuda.tiles import TileShape
 
 
@@ -93,12 +93,13 @@ def mma_tile(
     shape: TileShape, dtype: str, depth: int, thread: Expr, stage: int | None = None
 ) -> MmaTile:
     """Allocates the buffers of a block that multiplies matrices of `depth` columns. A stage has
-    `stage` elements, unless weights are elements of 16 bits."""
+    `stage` elements of 16 bits, unless that is what weights are stored in, or float32."""
     rows, columns = shape.rows // shape.warp_rows, shape.columns // shape.warp_columns
     warp = T.bind(thread // 32)
     size = shape.stage if stage is None else stage
-    buffer = T.alloc_buffer((shape.stages * size,), dtype, scope="shared.dyn", align=128)
-    steps = -(-depth // shape.depth)
+    count = shape.stages * size // halves(dtype, 1)
+    buffer = T.alloc_buffer((count,), dtype, scope="shared.dyn", align=128)
+    steps = -(-halves(dtype, depth) // shape.depth)
     return MmaTile(
         shape,
         dtype,

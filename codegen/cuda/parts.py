@@ -9,7 +9,7 @@ from tvm.tirx import Buffer
 from moec.codegen.cuda.gemv import row_of_x
 from moec.codegen.cuda.mma_tile import MmaTile
 from moec.codegen.cuda.product import Product
-from moec.codegen.cuda.stages import PIECE, Part
+from moec.codegen.cuda.stages import PIECE, Part, elements, halves
 from moec.codegen.cuda.tiles import ExpertRows, TileShape
 
 
@@ -24,25 +24,25 @@ def part_of_x(
 ) -> tuple[Part, ...]:
     """A part for each plane, k elements apart. Rows behind the end are the last one again: read,
     and not stored."""
-    shape = tile.shape
+    shape, dtype = tile.shape, str(p.x.dtype)
     for turn, (row, _) in enumerate(tile.stages.pieces(shape.rows, shape.depth)):
         T.buffer_store(rows, row_of_x(p, owned, row), [turn])
 
     def part(start: int) -> Part:
         def pointer(turn: int, column: Expr) -> Expr:
+            k = elements(dtype, column)
             # 32 bits do not hold rows * k.
-            return p.x.ptr_to([T.cast(rows[turn], "int64"), column + start if start else column])
+            return p.x.ptr_to([T.cast(rows[turn], "int64"), k + start if start else k])
 
-        return Part(shape.rows, shape.depth, p.spec.k, pointer)
+        return Part(shape.rows, shape.depth, halves(dtype, p.spec.k), pointer)
 
     return tuple(part(plane * p.spec.k) for plane in range(planes))
 
 
-def part_of_w(
-    p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, width: int = 0, scale: int = 1
-) -> Part:
+def part_of_w(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, width: int = 0) -> Part:
     """Rows of weights, `width` elements of 16 bits of each in a stage unless that is the depth of
-    the tile; `scale` elements as w stores them are one of 16 bits."""
+    the tile."""
+    dtype = str(p.w.dtype)
     expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
     width = width or tile.shape.depth
     pieces = tile.stages.pieces(tile.shape.columns, width)
@@ -51,6 +51,6 @@ def part_of_w(
         row = column + pieces[turn][0]
         if p.columns % tile.shape.columns:
             row = T.min(row, p.columns - 1)
-        return p.w.ptr_to([expert, row, k * scale])
+        return p.w.ptr_to([expert, row, elements(dtype, k)])
 
-    return Part(tile.shape.columns, width, int(p.w.shape[2]) // scale, pointer)
+    return Part(tile.shape.columns, width, halves(dtype, int(p.w.shape[2])), pointer)

@@ -52,12 +52,12 @@ class Product:
 def check_product(
     spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None, shared_memory: int
 ) -> None:
-    """Raises NoMatch where tensor cores of 16 bits cannot compute it, in so many bytes."""
-    if spec.dtype not in HALVES:
+    """Raises NoMatch where no tile computes it, in so many bytes."""
+    if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"products of {spec.dtype} have no CUDA kernel, those of 16 bits have")
     if spec.y_dtype not in (spec.dtype, "float32"):
         raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
-    if spec.k % 8:
+    if spec.k % (4 if spec.dtype == "float32" else 8):
         raise NoMatch(f"its rows of {spec.k} elements are no multiple of 16 bytes")
     if spec.n % (GROUP if spec.gated else 2):
         raise NoMatch(f"its {spec.n} columns cannot be stored as pairs of 16-bit fragments")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tvm import DataType
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
@@ -22,6 +23,16 @@ from moec.codegen.cuda.instructions import barrier, commit_copies, copy_async, w
 
 PIECE = 8
 """Elements of 16 bits in what one copy moves."""
+
+
+def elements(dtype: str, count: Expr) -> Expr:
+    """How many of this type lie in so many elements of 16 bits."""
+    return {8: count * 2, 16: count, 32: count // 2}[DataType(dtype).bits]
+
+
+def halves(dtype: str, count: int) -> int:
+    """In how many elements of 16 bits so many of this type lie."""
+    return count * int(DataType(dtype).bits) // 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Stages:
         return row * width + T.bitwise_xor(piece, row % 8 if pieces == 8 else key) * PIECE
 
     def pointer(self, offset: Expr) -> Expr:
-        return self.buffer.ptr_to([offset])
+        return self.buffer.ptr_to([elements(str(self.buffer.dtype), offset)])
 
     def run(self, parts: Sequence[Part], multiply: Callable[[Expr, Expr], None]) -> None:
         """multiply(start of the stage, step) for each step, when its stage is complete. Nobody

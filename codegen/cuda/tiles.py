@@ -22,7 +22,7 @@ from moec.codegen.cuda.scan import each, running_sums
 @dataclass(frozen=True)
 class TileShape:
     """What one block multiplies at once: [rows, depth] @ [columns, depth]^T, `stages` of which
-    lie in shared memory, by warps in a grid."""
+    lie in shared memory, by warps in a grid. `depth` counts elements of 16 bits."""
 
     rows: int
     columns: int
@@ -62,6 +62,8 @@ LARGE = TileShape(128, 128, 32, warp_rows=2, warp_columns=4, stages=4)
 MIDDLE = TileShape(64, 128, 64, warp_rows=2, warp_columns=2, stages=3)
 SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
 """For decoding: a few rows an expert."""
+FLOATS = TileShape(128, 64, 32, warp_rows=4, warp_columns=2, stages=3)
+"""Of float32: 16 of them deep. A thread has 32 sums."""
 CODES = TileShape(64, 128, 64, warp_rows=2, warp_columns=4, stages=3)
 """Of weights of few bits: what a thread sums twice, once with scales, fits into its registers."""
 

@@ -122,6 +122,13 @@ static void tvm_builtin_ptx_ld_vec_global_nc_L1__no_allocate_v4_u32(uint32_t& r0
   r0 = words[0], r1 = words[1], r2 = words[2], r3 = words[3];
 }
 
+static void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& r0, float& r1, float& r2, float& r3, uint32_t from) {
+  if (from % 16) emulator::fail("a read of 16 bytes that is not aligned to them" + emulator::where());
+  float floats[4];
+  memcpy(floats, emulator::shared(from, 16), 16);
+  r0 = floats[0], r1 = floats[1], r2 = floats[2], r3 = floats[3];
+}
+
 // ---- matrices of a warp ----------------------------------------------------------------------
 
 // PTX ISA, ldmatrix: lane l has two neighbours of row l / 4 of each matrix.

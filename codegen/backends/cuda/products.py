@@ -1,4 +1,4 @@
-"""Products of experts, and dense ones as one expert: 16 bits on tensor cores, float32 by warps."""
+"""Products of experts, and dense ones as one expert: of 16 bits on tensor cores, and of float32."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
 from moec.codegen.cuda.activation import Epilogue
-from moec.codegen.cuda.gemv import check_few_rows, gemv
-from moec.codegen.cuda.grouped import grouped_linear, linear
+from moec.codegen.cuda.gemv import check_few_rows
+from moec.codegen.cuda.grouped import grouped_linear, linear, shapes_of
 from moec.codegen.cuda.layout import interleave
-from moec.codegen.cuda.product import HALVES, check_product
-from moec.codegen.cuda.tiles import LARGE, SMALL
+from moec.codegen.cuda.product import check_product
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.experts import check_sorted
@@ -57,9 +56,8 @@ def _parts(op: Op, graph: Graph) -> GroupedLinear:
 
 def _check_spec(spec: LinearSpec, join: Epilogue | None) -> None:
     check_few_rows(spec, join)
-    if spec.dtype in HALVES:
-        for shape in (SMALL, LARGE):
-            check_product(spec, LEAST, join, shape.shared_memory)
+    for shape in shapes_of(spec.dtype):
+        check_product(spec, LEAST, join, shape.shared_memory)
 
 
 def _fits(graph: Graph, op: Op) -> bool:
@@ -83,8 +81,6 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     join = None if op.body is None else epilogue(op.body)
 
     def make(name: str) -> PrimFunc:
-        if spec.dtype not in HALVES:
-            return gemv(spec, low.target, epilogue=join, top_k=top_k, name=name)
         return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
     key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
@@ -135,8 +131,6 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     rows = product(dense.x.shape[:-1])
 
     def make(name: str) -> PrimFunc:
-        if spec.dtype not in HALVES:
-            return gemv(spec, low.target, dense=True, name=name)
         return linear(spec, low.target, name=name)
 
     arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]

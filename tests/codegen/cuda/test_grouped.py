@@ -32,6 +32,7 @@ from moec.codegen.cuda.tiles import LARGE, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
+from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
     SM_80,
@@ -84,7 +85,8 @@ def packed(stacks: list[Tensor]) -> Tensor:
     """As a kernel takes them."""
     if len(stacks) == 1:
         return stacks[0]
-    words = [stack.view(torch.int16).numpy() for stack in stacks]
+    integers = torch.int32 if stacks[0].dtype == torch.float32 else torch.int16
+    words = [stack.view(integers).numpy() for stack in stacks]
     return torch.from_numpy(interleave(*words)).view(stacks[0].dtype)
 
 
@@ -149,6 +151,35 @@ def test_tail_of_gated_columns() -> None:
     check(LinearSpec(40, 64, "float16", groups=2, gated=True), [2, 7], SCHEDULES[2], "silu")
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_float32(is_gated: bool) -> None:
+    """By multiply-adds, with tails of depth and of columns, and more steps than stages."""
+    spec = LinearSpec(40, 140, "float32", groups=3, gated=is_gated, bias=True)
+    for schedule in SCHEDULES:
+        check(spec, [35, 0, 3], schedule, "silu" if is_gated else "", FLAT)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug("the wait is one group too late", "wait_group_2", "wait_group_3", WHERE_LATE),
+        Bug("a column is read twice", r"tvm_builtin_ptx_ld_vec_shared[^;]*;", ";", last=True),
+    ],
+    ids=lambda bug: bug.name.replace(" ", "-"),
+)
+def test_planted_bugs_of_float32(bug: Bug) -> None:
+    spec = LinearSpec(32, 140, "float32", groups=1)
+    run = emulated(grouped_linear(spec, SM_80, shape=FLAT, blocks=1), change=bug.plant)
+    [w], x = weights(spec), torch.randn(35, spec.k)
+
+    def right(schedule: Schedule) -> bool:
+        y = torch.empty(35, 32)
+        run(x, ends_of([35]), w, y, schedule=schedule)
+        return torch.allclose(y, x @ w[0].T, atol=1e-4)
+
+    check_found(bug, right)
+
+
 @settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(0, 70), min_size=4, max_size=4),
@@ -205,7 +236,7 @@ def test_layout_holds_eight_of_gate_then_eight_of_up() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (LinearSpec(32, 64, "float32"), "products of float32 have no CUDA kernel"),
+        (LinearSpec(32, 64, "float64"), "products of float64 have no CUDA kernel"),
         (LinearSpec(32, 60, "bfloat16"), "its rows of 60 elements are no multiple of 16 bytes"),
         (LinearSpec(33, 64, "bfloat16"), "its 33 columns cannot be stored as pairs"),
         (LinearSpec(34, 64, "bfloat16", gated=True), "its 34 columns cannot be stored as pairs"),

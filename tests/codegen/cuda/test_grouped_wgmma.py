@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -120,3 +121,8 @@ def test_planted_bugs(bug: Bug) -> None:
 def test_other_gpus_refuse() -> None:
     with pytest.raises(NoMatch, match="cuda:sm_80 has no wgmma, sm_90a alone has"):
         grouped_linear_wgmma(PLAIN, SM_80)
+
+
+def test_float32_is_refused() -> None:
+    with pytest.raises(NoMatch, match="wgmma rounds float32"):
+        grouped_linear_wgmma(replace(PLAIN, dtype="float32"), TARGETS["cuda:sm_90a"])

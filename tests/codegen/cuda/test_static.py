@@ -29,7 +29,7 @@ from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import lowered
-from moec.codegen.cuda.tiles import CODES, LARGE, MIDDLE, SMALL, TileShape
+from moec.codegen.cuda.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
 from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
@@ -42,10 +42,10 @@ from moec.target.cuda import TARGETS, CudaTarget
 FORMATS = ("int8", "int4:32:asymmetric", "fp8:128", "mxfp4")
 LOOKED_INTO = (
     *("gated-large", "gated-small", "few", "mxfp4", "route", "dispatch"),
-    *("int8-codes", "int4:32:asymmetric-codes", "fp8:128-codes", "mxfp4-codes"),
+    *("float32-floats", "int8-codes", "int4:32:asymmetric-codes", "fp8:128-codes", "mxfp4-codes"),
 )
 ARCHES = ("cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a")
-SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "codes": CODES}
+SHAPES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "codes": CODES, "floats": FLOATS}
 needs_nvcc = pytest.mark.skipif(nvidia.nvcc() is None, reason="no nvcc")
 
 
@@ -73,10 +73,16 @@ GROUPS = Routing(
     8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
 )
 KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
-    **{f"gated-{name}": grouped(shape) for name, shape in SHAPES.items() if shape != CODES},
+    **{f"gated-{name}": grouped(shape) for name, shape in list(SHAPES.items())[:3]},
     "plain-large": grouped(LARGE, is_gated=False),
     "few": lambda t: gemv(GATED, t, epilogue=gated(silu), top_k=8),
     "few32": lambda t: gemv(replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8),
+    "float32-floats": lambda t: grouped_linear(
+        replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8, shape=FLOATS
+    ),
+    "float32-small": lambda t: grouped_linear(
+        replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8, shape=SMALL
+    ),
     **{format: codes(format) for format in FORMATS},
     **{f"{format}-codes": codes(format, CODES) for format in FORMATS},
     "int8:rows16-small": codes("int8:rows16", SMALL),
@@ -85,7 +91,11 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
     "combine": lambda t: combine(CombineSpec(128, 8, 2048, "bfloat16", "bfloat16", "float32"), t),
 }
-ONE_ARCH = ("few32", *(name for name in KERNELS if name.startswith(("int", "fp8"))), "mxfp4")
+ONE_ARCH = (
+    "few32",
+    *(name for name in KERNELS if name.startswith(("int", "fp8", "float"))),
+    "mxfp4",
+)
 """What mxfp4-codes is compiled for on all of them, is that for one."""
 EVERY = [(name, arch) for name in KERNELS for arch in (ARCHES[:1] if name in ONE_ARCH else ARCHES)]
 PRODUCTS = [name for name in KERNELS if name.rpartition("-")[2] in SHAPES]
@@ -168,7 +178,10 @@ def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
     words = instructions(compiled(name, arch), tmp_path)
     stems = {word.partition(".")[0] for word in words}
     assert not stems & {"LDL", "STL"}
-    if name in PRODUCTS:
+    if name.startswith("float32"):
+        assert {"FFMA", "LDS", "LDGSTS"} <= stems
+        assert "LDS.128" in words
+    elif name in PRODUCTS:
         assert {"HMMA", "LDSM", "LDGSTS"} <= stems
         multiply = "HMMA.16816.F32" if "codes" in name else "HMMA.16816.F32.BF16"
         assert any(word.startswith(multiply) for word in words)
