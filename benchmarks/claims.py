@@ -120,6 +120,14 @@ CLAIMS = (
         "they gain nothing.",
         by_case=True,
     ),
+    Claim(
+        "contention",
+        "Decode beside busy processes",
+        "Tokens a second of a model of bf16 experts, by moec's pool of threads and by TVM's, which "
+        "ran every loop before. `fair` is the share of the machine that moec's threads get where "
+        "all threads get the same; `kept` is the tokens a second over `fair` times those of the "
+        "faster pool beside no busy process.",
+    ),
     Claim("tuning", "Tuned kernels", "`--tune` on one layer; milliseconds a call."),
     Claim(
         "changes",

@@ -13,6 +13,7 @@
    claimed, in one word. To claim is to add one to that word: who comes late, when the slot has another
    job, claims a task of that one, or none. A claimed task keeps its job alive until it is finished. */
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -66,7 +67,7 @@ static Functions functions;
 static Slot slots[SLOTS];
 static _Atomic uint32_t started; /* 0: no worker; 1: a thread starts them; 2: they are there */
 static _Atomic uint32_t threads; /* workers and one caller */
-static uint32_t spins;
+static uint32_t spins; /* looks for work before a thread sleeps */
 static _Atomic uint32_t published __attribute__((aligned(128))); /* jobs; workers sleep on it */
 static _Atomic uint32_t parked;                                  /* workers that sleep */
 static __thread int inside; /* a task: what it launches runs in this thread alone */
@@ -128,7 +129,10 @@ static void *work(void *unused) {
     for (int i = 0; i < SLOTS; i++)
       count += run_claimed(&slots[i]);
     for (uint32_t i = 0; !count && i < spins; i++) {
-      pause_core();
+      if (i < spins / 2)
+        pause_core();
+      else
+        sched_yield(); /* some of the gaps between loops are long, and others may want the core */
       count = atomic_load(&published) != jobs;
     }
     if (count)
