@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moec
+from moec.commands.ranks import check, first_step
 from moec.errors import ArtifactError, UnsupportedError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
@@ -17,6 +18,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Continuation, Job
 from moec.parallel.segments import RankModel
 from moec.parallel.store import TextFiles, load_rank, save_ranks
+from moec.passes.core.runner import Log
 from moec.passes.decode import incremental
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.placement import place
@@ -29,6 +31,7 @@ from tests.models.families import FAMILIES, Family
 from tests.parallel import entries
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+SHARED_HEADS = ("mixtral", "qwen3_moe")  # attention is cut by heads, and caches too
 PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
 TOKENS = 6
 
@@ -40,7 +43,7 @@ def family_of(name: str) -> Family:
     return replace(FAMILIES[name], fields={**FAMILIES[name].fields, "num_hidden_layers": 1})
 
 
-def plan_for(program: moec.CompiledModel) -> Plan:
+def plan_for(program: moec.CompiledModel, attention: int = 1) -> Plan:
     """Experts on two ranks, the first expert on both."""
     graph = program.pass_results[-1].program.graph
     counts = [int(op.inputs[2].shape[0]) for op in graph.ops if op.name == "moe.experts"]
@@ -48,7 +51,7 @@ def plan_for(program: moec.CompiledModel) -> Plan:
         LayerPlan(
             layer=number,
             experts=experts,
-            attention=1,
+            attention=attention,
             ranks=2,
             slices=1,
             copies=1,
@@ -76,10 +79,17 @@ def save(name: str, folder: Path, family: Family) -> None:
     compiled = moec.compile(
         family.build(), (), family.inputs(2, 5), verify=False, stop_after="split-packed"
     )
-    program, plan = compiled.pass_results[-1].program, plan_for(compiled)
+    program = compiled.pass_results[-1].program
+    plan = plan_for(compiled, 2 if name in SHARED_HEADS else 1)
     step = incremental(program)
-    main, decode = rank_programs(program, plan), rank_programs(step, plan, function=DECODE)
+    log = Log()
+    main, decode = rank_programs(program, plan, log), rank_programs(step, plan, log, DECODE)
+    assert not log.declined
     module = Module({**main.programs, **decode.programs})
+    if name == "qwen3_moe":
+        example = compiled.captured.example
+        of_rank = first_step(decode["rank.0.decode"], plan, example)
+        check(module, step, plan, first_step(step, plan, example), True, DECODE, of_rank)
     save_ranks(module, plan, folder / f"{name}.ranks", text=TextFiles(stop=(2,)))
 
 
