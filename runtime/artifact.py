@@ -57,7 +57,7 @@ class Sample:
     outputs: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """An artifact whose parts have been verified; its weights are verified on first use.
 
@@ -74,6 +74,9 @@ class Artifact:
     samples: tuple[Sample, ...]
     files: Mapping[str, bytes]
     for_gpu: Package | None = None
+
+    def __repr__(self) -> str:
+        return f"<artifact {self.path}: {len(self.manifest.parts)} parts, {self.package!r}>"
 
     def verify(self) -> None:
         """Hash the weights now. Raises ArtifactError where one is altered."""

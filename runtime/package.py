@@ -157,7 +157,7 @@ class BuiltLibrary:
     gpu: GpuCode | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Package:
     """A compiled model.
 
@@ -185,6 +185,9 @@ class Package:
     recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     gpu: GpuCode | None = None
+
+    def __repr__(self) -> str:
+        return f"<package for {self.target_name}: {', '.join(self.functions)}>"
 
     @property
     def target_name(self) -> str:

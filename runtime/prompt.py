@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moec.errors import ArtifactError, UsageError
+from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.chat import ChatTemplate, Message
 
 FOLDER = "tokenizer/"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokenizer:
     """`stop` are the tokens that end a text, `template` is that of chats where there is one."""
 
@@ -21,11 +21,18 @@ class Tokenizer:
     stop: frozenset[int]
     template: ChatTemplate | None = None
 
+    def __repr__(self) -> str:
+        chats = ", with a chat template" if self.template else ""
+        return f"<tokenizer of {self.tokenizer.get_vocab_size()} tokens{chats}>"
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text, with those that begin and end one where `special` says so.
 
-        Raises UsageError where the text is no Unicode, or gives no token at all.
+        Raises InputError where it is no text, UsageError where it is no Unicode, or gives no token
+        at all.
         """
+        if not isinstance(text, str):
+            raise InputError(f"the prompt is {text!r}: give text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -38,8 +45,14 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode([*map(int, tokens)], skip_special_tokens=True))
+        """The text of tokens, without special ones. Raises InputError for what is none."""
+        try:
+            token_ids = [*map(int, tokens)]
+        except (TypeError, ValueError):
+            token_ids = [-1]
+        if not all(0 <= token < 1 << 32 for token in token_ids):
+            raise InputError(f"the tokens are {tokens!r}: give a list of token ids")
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a chat, up to where the answer begins: see `ChatTemplate.render`.

@@ -9,24 +9,52 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.commands.options import OneOf, json_option
+from moec.errors import UsageError
+from moec.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from moec.target.cuda import CudaTarget
 
-_NAMES = {"pass", "gives", "target", "model", "class"}
+_BRIEF = ("pass", "from", "kind", "what_it_does")
+_NAMES = {"pass", "gives", "target", "model", "class", "from", "kind"}
 """Columns that stay whole: people copy and search what is in them."""
 
 
 @click.command("list", short_help="List passes, targets or models.")
 @click.argument("what", type=OneOf(["passes", "targets", "models"]))
+@click.argument("name", required=False)
 @json_option
-def command(what: str, as_json: bool) -> None:
-    """List the passes in their order, the targets, or the models known to work."""
-    rows = {"passes": passes, "targets": targets, "models": models}[what]()
-    asked_for = wanted() if what == "passes" else []
+def command(what: str, name: str | None, as_json: bool) -> None:
+    """List the passes in their order, the targets, or the models known to work.
+
+    With the NAME of a pass, say what it does, its options and its source.
+    """
+    rows = {"passes": every_pass, "targets": targets, "models": models}[what]()
+    if name is not None:
+        if what != "passes":
+            raise UsageError(f"list {what} takes no name: leave out {name}")
+        rows = [row for row in rows if row["pass"] == name]
+        if not rows:
+            near = did_you_mean(name, [row["pass"] for row in every_pass()])
+            raise UsageError(f"there is no pass {name!r}{near or '; see moec list passes'}")
     if as_json:
-        click.echo(json.dumps(rows + asked_for, indent=1))
-        return
+        click.echo(json.dumps(rows, indent=1))
+    elif name is not None:
+        (row,) = rows
+        click.echo("\n".join([f"{name}  {row['kind']}, {row['from']}", *_details(row)]))
+    elif what == "passes":
+        _show_brief(rows)
+    else:
+        _show(rows)
+
+
+def _details(row: dict[str, Any]) -> list[str]:
+    source = [f"source: {row['source']}"] if "source" in row else []
+    options = row.get("fields") or [f"options: {row['options']}"]
+    return [f"  {line}" for line in (row["what_it_does"], *options, *source)]
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -38,21 +66,25 @@ def command(what: str, as_json: bool) -> None:
         table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in _NAMES)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
-    console = Console(width=terminal_width(), highlight=False, emoji=False)
-    console.print(table)
-    if asked_for:
-        from rich.padding import Padding
+    Console(width=terminal_width(), highlight=False, emoji=False).print(table)
 
-        console.print("\nThese run only where they are asked for. Those that change the model need")
-        console.print(
-            'data, as --passes "+prune-experts(keep=0.5,by=usage)" --calib FILE, or in Python'
-        )
-        console.print("moec.transform(model, passes, calib=...), which gives a module that trains:")
-    for row in asked_for:
-        console.print(f"\n[bold]{row['pass']}[/bold]  {row['kind']}")
-        lines = [row["what_it_does"], *row["fields"], f"source: {row['source']}"]
-        for line in lines:
-            console.print(Padding(line, (0, 0, 0, 2)), markup=False)
+
+def _show_brief(rows: list[dict[str, Any]]) -> None:
+    """A line a pass, cut where the terminal ends."""
+    from moec.report.text import terminal_width
+
+    widths = [max(len(row[column]) for row in rows) for column in _BRIEF]
+    head = dict(zip(_BRIEF, (column.replace("_", " ") for column in _BRIEF), strict=True))
+    for row in (head, *rows):
+        cells = (row[column].ljust(width) for column, width in zip(_BRIEF, widths, strict=True))
+        line, width = "  ".join(cells).rstrip(), terminal_width()
+        click.echo(line if len(line) <= width else f"{line[: width - 1]}…")
+    click.echo("\nThose asked for run with --passes +NAME; moec list passes NAME tells more.")
+    click.echo("moec.transform(model, passes, calib=...) gives a module that trains.")
+
+
+def every_pass() -> list[dict[str, Any]]:
+    return passes() + wanted()
 
 
 def wanted() -> list[dict[str, Any]]:

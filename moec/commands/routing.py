@@ -49,9 +49,11 @@ def command(
         click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
         return
     from moec.plan.text import columns
+    from moec.report.units import counted
 
-    tokens = f"{routing.trace.tokens} tokens, " if routing.trace else "counts only, "
-    echo(f"{source} ({routing.source}): {tokens}{routing.rows} choices, {len(layers)} layers")
+    tokens = f"{counted(routing.trace.tokens, 'token')}, " if routing.trace else "counts only, "
+    counts = f"{counted(routing.rows, 'choice')}, {counted(len(layers), 'layer')}"
+    echo(f"{source} ({routing.source}): {tokens}{counts}")
     click.echo()
     rows = [("layer", "experts", "busiest/mean", "entropy", "unused", "drift", "strongest pair")]
     for layer in layers:

@@ -169,6 +169,7 @@ def _one(
     streamed: bool,
     quiet: bool,
 ) -> dict[str, Any]:
+    from moec.report.units import counted
     from moec.runtime.generate import longest_of
     from moec.runtime.write_text import new_texts, write
 
@@ -186,7 +187,8 @@ def _one(
         full = longest is not None and len(text.prompt) + count > longest
         limit = f"; the model takes no more than {longest} tokens" if full else ""
         click.echo(
-            f"{len(text.prompt)} tokens read in {first:.2f} s, then {count} tokens at "
+            f"{counted(len(text.prompt), 'token')} read in {first:.2f} s, then "
+            f"{counted(count, 'token')} at "
             f"{speed:.1f} tokens/s{limit}",
             err=True,
         )

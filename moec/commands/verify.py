@@ -47,9 +47,11 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         checked = "" if graphs else "; its graphs were not read: the compiler is not installed"
         names = ", ".join(opened.package.functions)
+        from moec.report.units import counted
+
         echo(
-            f"{artifact} is intact: {facts['parts']} parts, {size / 1e6:.1f} MB, "
-            f"functions {names}, for {opened.manifest.target_name}{checked}"
+            f"{artifact} is intact: {counted(len(opened.manifest.parts), 'part')}, "
+            f"{size / 1e6:.1f} MB, functions {names}, for {opened.manifest.target_name}{checked}"
         )
 
 

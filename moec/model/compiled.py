@@ -24,6 +24,7 @@ from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
 from moec.report.quantisation import left_wide
 from moec.report.report import Report, describe_graph, pass_lines
+from moec.report.units import counted
 from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
 from moec.runtime.prompt import Tokenizer, load_tokenizer
@@ -33,6 +34,7 @@ from moec.verify import check as checking
 
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
+    from moec.report.picture import Picture
     from moec.runtime.artifact import Sample
     from moec.runtime.executor import Executor
     from moec.runtime.package import Package
@@ -138,7 +140,7 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         built = "compiled" if self.package else "not built"
-        summary = f"{built} for {self.target_name}: {len(self.blocks)} MoE blocks"
+        summary = f"{built} for {self.target_name}: {counted(len(self.blocks), 'MoE block')}"
         return f"<{self.source.name}, {summary}>"
 
     @property
@@ -241,6 +243,13 @@ class CompiledModel:
             ),
             **described,
         )
+
+    def picture(self) -> Picture:
+        """The model drawn: shown by notebooks, and saved by its `save` as .svg, .html or .dot."""
+        from moec.report.picture import Picture, scene
+
+        lines = tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined)
+        return Picture(scene(self.source.name, self.graph, self.blocks, lines))
 
     def save(self, path: Path | str, *, native: bool = True, overwrite: bool = True) -> None:
         """Write the artifact, with the example inputs and their outputs as a sample.

@@ -69,7 +69,9 @@ class LoadedModel:
         )
 
     def __repr__(self) -> str:
-        return f"<{self.path.name}: {len(self.artifact.package.main.inputs)} inputs>"
+        package = self.artifact.package
+        names = ", ".join(port.name for port in package.main.inputs)
+        return f"<{self.path.name} for {package.target_name}: takes {names}>"
 
     def reset(self) -> None:
         """Put the state (a static cache) back to what it starts from."""
@@ -80,6 +82,16 @@ class LoadedModel:
         from moec.report.report import Report
 
         return Report.of_dict(self.artifact.manifest.extra["report"])
+
+    def picture(self) -> Any:
+        """See `CompiledModel.picture`. Needs torch, to read the graph."""
+        from moec.model.stored import stored_graph
+        from moec.report.picture import Picture, scene
+        from moec.runtime.package import MAIN
+
+        report = self.report()
+        graph = stored_graph(self.path, MAIN, self.artifact.graphs[MAIN])
+        return Picture(scene(report.model, graph, report.blocks, report.declined))
 
 
 def load(path: Path | str, device: str | None = None, *, copies: bool = False) -> LoadedModel:

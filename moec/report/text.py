@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,9 @@ from moec.report.units import count, seconds, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+UNWRAPPED = 10_000  # columns
 
 
 def shape(line: PortLine) -> str:
@@ -53,7 +58,10 @@ def render(report: ReportData, width: int = 100, color: bool = False) -> str:
 
 
 def terminal_width() -> int:
-    """How wide to print: as the terminal, within reason; 100 where there is none."""
+    """How wide to print: as the terminal, within reason. What is piped is not wrapped, unless
+    COLUMNS says so."""
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return UNWRAPPED
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 140)
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, noun: str) -> str:
+    """1 layer, 2 layers."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def count(number: float) -> str:
     """1.2 M for 1234567."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):

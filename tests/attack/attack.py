@@ -50,7 +50,8 @@ def attack(
                 yield _fault(kind, seed, current, str(current["fault"]))
         if worker.poll() is None and line is None:
             worker.kill()
-            ending = f"hangs: nothing after {seconds:.0f} s"
+            waited = seconds if current else _START * seconds
+            ending = f"hangs: nothing after {waited:.0f} s"
         else:
             code = worker.wait()
             ending = f"crashes: the process ended with {code}{_last(folder)}" if code else ""

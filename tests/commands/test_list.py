@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +89,34 @@ def test_passes_in_their_order() -> None:
 def test_passes_that_are_asked_for_tell_their_options_and_their_source() -> None:
     rows = {row["pass"]: row for row in json.loads(run("passes", "--json").stdout)}
     assert [p.name for p in OPT_IN] == [n for n, r in rows.items() if "source" in r]
-    shown = " ".join(run("passes").stdout.split())
-    assert "moec.transform(model, passes, calib=...), which gives a module that trains" in shown
+    assert "moec.transform(model, passes, calib=...) gives a module" in run("passes").stdout
     for kind in OPT_IN:
+        shown = run("passes", kind.name).stdout
         row = rows[kind.name]
         assert row["what_it_does"]
         assert "arXiv" in row["source"]
         for line in (*row["fields"], row["source"]):
             assert line in shown
+
+
+def test_all_passes_fit_two_screens() -> None:
+    lines = run("passes").stdout.splitlines()
+    assert len(lines) <= 2 * 25
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_is_piped_is_not_wrapped() -> None:
+    command = [sys.executable, "-m", "moec", "list", "passes"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    rows = json.loads(run("passes", "--json").stdout)
+    for row, line in zip(rows, shown.splitlines()[1:], strict=False):
+        assert line.startswith(row["pass"])
+        assert line.rstrip().endswith(row["what_it_does"])
+
+
+def test_a_name_that_is_none() -> None:
+    assert run("passes", "fuse-gat").stderr == (
+        "error: there is no pass 'fuse-gat'; did you mean 'fuse-gate'?\n"
+    )
+    assert "list targets takes no name: leave out avx2" in run("targets", "avx2").stderr

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moec.errors import UsageError
 from moec.ir.graph import Graph
 from moec.ir.text import parse, print_graph
-from moec.report.picture import Scene, ScenePart, draw, save, scene
+from moec.report.picture import Picture, Scene, ScenePart, draw, save, scene
 from moec.report.picture.svg import lanes, picked, svg
 from tests.commands import models
 
@@ -253,3 +253,13 @@ def test_skips_that_overlap_have_lanes_of_their_own(pairs: list[list[int]]) -> N
     placed = list(zip(edges, lanes(edges), strict=True))
     for (a, lane_a), (b, lane_b) in itertools.combinations(placed, 2):
         assert lane_a != lane_b or a[1] <= b[0] or b[1] <= a[0]
+
+
+def test_a_notebook_shows_it(tmp_path: Path) -> None:
+    picture = Picture(tiny())
+    assert repr(picture) == f"<picture of {tiny().title}>"
+    assert picture._repr_html_().startswith("<svg")
+    picture.save(tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text() == picture._repr_html_()
+    with pytest.raises(UsageError, match="cannot be written: there is no such file or folder"):
+        picture.save(tmp_path / "none" / "x.svg")

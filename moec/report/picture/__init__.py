@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from moec.errors import UsageError
@@ -9,7 +10,7 @@ from moec.files.os_errors import reason
 from moec.report.picture.part import Scene, ScenePart
 from moec.report.picture.scene import scene
 
-__all__ = ["Scene", "ScenePart", "draw", "save", "scene"]
+__all__ = ["Picture", "Scene", "ScenePart", "draw", "save", "scene"]
 
 ENDINGS = (".svg", ".html", ".dot")
 
@@ -40,3 +41,21 @@ def save(scene: Scene, path: Path) -> None:
         path.write_text(draw(scene, path.suffix), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """A scene that notebooks draw."""
+
+    scene: Scene
+
+    def save(self, path: Path | str) -> None:
+        """Write it as .svg, .html (with details on click) or .dot. Raises UsageError for another
+        ending, and where it cannot be written."""
+        save(self.scene, Path(path))
+
+    def __repr__(self) -> str:
+        return f"<picture of {self.scene.title}>"
+
+    def _repr_html_(self) -> str:
+        return draw(self.scene, ".svg")
