@@ -19,8 +19,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def did_you_mean_file(path: Path) -> str:
     """`; did you mean 'X'?` for a file or folder that is there with nearly the name of `path`."""
     try:
-        names = [entry.name for entry in islice(path.parent.iterdir(), _MOST_NAMES)]
+        present = {entry.stem: entry for entry in islice(path.parent.iterdir(), _MOST_NAMES)}
     except OSError:
         return ""
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+    near = difflib.get_close_matches(path.stem, present, 1)  # endings are alike where names are not
+    return f"; did you mean {str(present[near[0]])!r}?" if near else ""
