@@ -48,6 +48,7 @@ from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import Declined, Pass, PassResult, run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.quantise.codes import Quantising
+from moec.passes.recognise.own_rows import FORM as OWN_ROWS
 from moec.passes.specialise.hoist_routers import HoistRouters, split
 from moec.passes.specialise.record_routing import recorded_layers, with_choices
 from moec.pipeline import (
@@ -268,14 +269,14 @@ def _modules_missed(
     source: Source, pass_results: Sequence[PassResult], captured: Captured, backend: Backend
 ) -> list[str]:
     """Modules that may hold experts and were not recognised: all that have no block, where a rule
-    looked at some or there is none at all; all, where the graph cannot be compiled. Those that
-    are described stay as they are."""
+    looked at some or there is none at all; all, where the graph cannot be compiled. A block without
+    its routing counts for none. Those that are described stay as they are."""
     if not traceable(source):
         return []
     looked = any(
         d.rule == "recognise-experts" for pass_result in pass_results for d in pass_result.declined
     )
-    recognised = [block.name for block in _blocks(pass_results)]
+    recognised = [block.name for block in _blocks(pass_results) if block.form != OWN_ROWS]
     if not supported(pass_results[-1].program.graph, backend):
         recognised = []
     elif recognised and not looked:

@@ -69,6 +69,7 @@ class Fact:
     greatest: read into Python it is this upper bound. member: the values are `ids == expert`.
     piece: which rows of a buffer these are. column: the rows that stand in a matrix of one column,
     or are repeated along the features. elements: the same values, as Python has read them.
+    one_hot_of: the ids whose one-hot rows these are, of as many classes as the data say.
     """
 
     choice: ClassChoice | None = None
@@ -85,6 +86,7 @@ class Fact:
     piece: Piece | None = None
     column: torch.Tensor | None = None
     elements: tuple[Any, ...] | None = None
+    one_hot_of: torch.Tensor | None = None
 
 
 NOTHING = Fact()

@@ -18,6 +18,11 @@ from moec.capture.speculate.scattering import scattering_hooks
 from moec.capture.speculate.slicing import slicing_hooks
 from moec.capture.speculate.writing import writing_hooks
 
+_IN_PLACE = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+)
+"""`x += y` and the like, which go by these names and write into x."""
+
 
 class Speculation(TorchFunctionMode):
     """Runs the hooks of `trace`, and follows what is known of tensors through all other calls."""
@@ -54,7 +59,7 @@ class Speculation(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **named)
-        if name.endswith("_") and args:
+        if args and (name.endswith("_") or name in _IN_PLACE):
             self.trace.written(args[0])
         else:
             follow(self.trace.facts, name, args, named, result)

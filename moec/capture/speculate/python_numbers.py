@@ -52,8 +52,20 @@ def _float(value: Any = 0.0) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.item()
     if is_symbolic(value):
-        return torch.sym_float(value)  # type: ignore[no-untyped-call]
+        number = torch.sym_float(value)  # type: ignore[no-untyped-call]
+        if isinstance(value, torch.SymInt):
+            setattr(number, _OF, value)
+        return number
     return builtins.float(value)
+
+
+_OF = "moec_integer"
+"""The attribute of a symbolic float that holds the integer which it was made of."""
+
+
+def integer_of(value: Any) -> Any:
+    """The integer that a symbolic float was made of by float(); any other value as it is."""
+    return getattr(value, _OF, value) if isinstance(value, torch.SymFloat) else value
 
 
 def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import torch
 from moec.capture.speculate.facts import Counts
 from moec.capture.speculate.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.python_numbers import integer_of
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 from moec.errors import CaptureError
 
@@ -48,6 +49,8 @@ def reading_hooks(trace: Trace) -> Hooks:
                 return NotImplemented
             num_classes = fact.choice.classes
         hot = (ids[..., None] == torch.arange(num_classes)).to(torch.int64)
+        if reads_data(num_classes):
+            return facts.note(hot, one_hot_of=ids)
         return facts.note(hot, high=1, single=hot.ndim - 2 if fact.distinct else None)
 
     def nonzero(func: Hook, mask: torch.Tensor, *, as_tuple: bool = False) -> Any:
@@ -137,6 +140,12 @@ def reading_hooks(trace: Trace) -> Hooks:
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         return facts.note(result, size=value) if plain else result
 
+    def compared(func: Hook, a: Any, b: Any) -> Any:
+        """A float of an integer compares as that integer, which has an expression of its own."""
+        if integer_of(a) is a and integer_of(b) is b:
+            return NotImplemented
+        return func(integer_of(a), integer_of(b))
+
     def of_numbers(values: Sequence[Any], dtype: torch.dtype) -> Any:
         """A tensor of numbers that Python has read, from the tensors that it read them of."""
         parts = [trace.readouts.get(expression(value)) for value in values]
@@ -171,6 +180,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         "is_nonzero": truth,
         "tensor": tensor,
         "new_tensor": new_tensor,
+        **dict.fromkeys(("lt", "le", "gt", "ge"), compared),
         "ceil": rounded(math.ceil),
         "floor": rounded(math.floor),
         "trunc": rounded(math.trunc),

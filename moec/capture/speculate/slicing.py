@@ -10,7 +10,7 @@ from moec.capture.speculate.facts import Member, Piece
 from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Row, as_slice, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
-from moec.capture.speculate.symbols import expression, reads_data
+from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 
 
 def slicing_hooks(trace: Trace) -> Hooks:
@@ -22,6 +22,9 @@ def slicing_hooks(trace: Trace) -> Hooks:
             return func(x, tuple(as_slice(part) for part in parts))
         if any(isinstance(part, HitRows) for part in parts):
             return func(x, tuple(as_tensor(part) for part in parts))
+        ids, width = facts.of(x).one_hot_of, first_columns(parts)
+        if ids is not None and width is not None:
+            return (ids[..., None] == torch.arange(width)).to(torch.int64)
         first, *rest = parts
         if isinstance(first, torch.Tensor) and all(part is None for part in rest):
             if first.dtype == torch.bool and first.ndim:
@@ -34,6 +37,14 @@ def slicing_hooks(trace: Trace) -> Hooks:
             if any(map(reads_data, (first.start, first.stop, x.shape[0]))):
                 return between(x, first.start, first.stop)
         return NotImplemented
+
+    def first_columns(parts: tuple[Any, ...]) -> Any:
+        """n of x[..., :n], a number that reads no data."""
+        if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
+            return None
+        start, stop, step = parts[1].start, parts[1].stop, parts[1].step
+        plain = start in (None, 0) and step is None and stop is not None and not reads_data(stop)
+        return stop if plain and (is_symbolic(stop) or stop >= 0) else None
 
     def between(x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
         """Rows start to stop of x, which has exactly so many: a slice of torch's would have a

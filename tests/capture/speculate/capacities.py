@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capture.speculate.layer import D, E, Layer
+from tests.capture.speculate.layer import D, E, K, Layer
 
 
 def _kept(layer: Layer, x: Tensor, capacity: Any) -> Tensor:
@@ -70,3 +70,22 @@ def the_greatest_count(layer: Layer, x: Tensor) -> Tensor:
     y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)
     full = torch.zeros(flat.shape[0], E).scatter(1, ids, weights)
     return torch.einsum("tec,te,ecd->td", slots.to(flat.dtype), full, y).view_as(x)
+
+
+def as_many_classes_as_places(layer: Layer, x: Tensor) -> Tensor:
+    """One-hot rows of the greatest place, cut to the capacity; a mask is written in place."""
+    flat = x.reshape(-1, D)
+    gates, ids = layer.choose(flat)
+    capacity = max(int(flat.shape[0] * 2.0 / E), 2)
+    mask, places, before = F.one_hot(ids.t(), E).float(), [], torch.zeros(1, E)
+    for i in range(K):
+        place = (mask[i].cumsum(0) - mask[i] + before) * mask[i]
+        mask[i] *= (place < float(capacity)).float()
+        before = mask[i].sum(0, keepdim=True) + before
+        places.append((place * mask[i]).sum(-1))
+    kept = torch.stack(places).long()
+    hot = F.one_hot(kept, max(int(kept.max()) + 1, capacity))[..., :capacity].float()
+    combine = (gates.t()[..., None, None] * mask[..., None] * hot[..., None, :]).sum(0)
+    picked = torch.einsum("tec,td->ecd", (combine > 0).float(), flat)
+    y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)
+    return torch.einsum("tec,ecd->td", combine, y).view_as(x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.capture.speculate.capacities import (
+    as_many_classes_as_places,
     capacity_compared,
     capacity_of_a_float,
     capacity_of_a_script,
@@ -386,6 +387,7 @@ FORMS: dict[str, Form] = {
         capacity_of_a_script,
         capacity_compared,
         the_greatest_count,
+        as_many_classes_as_places,
         noise_of_no_size,
         noise_scaled_from_the_left,
         a_batch_norm,
