@@ -15,6 +15,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY, Array, name_of
+from moec.runtime.memory_limit import free_in_groups
 from moec.runtime.package import Function, Port, Size
 from moec.spelling import did_you_mean
 
@@ -155,13 +156,15 @@ def check_memory(
 
 
 def free_memory() -> int:
-    """Bytes that a process may still take; without limit where the system does not say."""
+    """Bytes that a process may still take, by the system and by its control groups; without limit
+    where neither says."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             entries = dict(line.split(":", 1) for line in lines)
-        return int(entries["MemAvailable"].split()[0]) * 1024
+        free = int(entries["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return sys.maxsize
+        free = sys.maxsize
+    return int(min(free, free_in_groups()))
 
 
 def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:

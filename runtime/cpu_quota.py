@@ -9,35 +9,15 @@ cpu.cfs_period_us (Documentation/scheduler/sched-bwc.rst). That of a group holds
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+from moec.runtime.control_groups import MEMBERSHIP, ROOT, group_folders
 
 
 def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
     """Processors, perhaps a fraction; infinity where there is no limit, or none is told."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return math.inf
-    return min((_limit(folder) for folder in _folders(lines, root)), default=math.inf)
-
-
-def _folders(lines: list[str], root: Path) -> Iterator[Path]:
-    """The folders of the groups that a process is in, and of those above them. A container may see
-    its own group as the root."""
-    for line in lines:
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / controllers if controllers else root
-        group = Path(path.lstrip("/"))
-        for parent in (group, *group.parents):
-            yield top / parent
-            if not controllers:
-                yield root / "unified" / parent
+    folders = group_folders("cpu", root, membership)
+    return min((_limit(folder) for folder in folders), default=math.inf)
 
 
 def _limit(folder: Path) -> float:

@@ -20,6 +20,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.tuning.tunable import Tunable
 from moec.errors import NoMatch
+from moec.runtime.memory_limit import free_in_groups
 from moec.target.cpu import last_cache
 
 _BLOCK = 1 << 20  # elements that are drawn; more are the same again
@@ -45,7 +46,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
     dtypes = [str(buffer.dtype) for buffer in prim_func.params]
     held = [i for i, shape in enumerate(shapes) if len(shape) > 1 and _is_fixed(shape)]
     size = sum(math.prod(map(int, shapes[i])) * getattr(torch, dtypes[i]).itemsize for i in held)
-    free = _free_memory()
+    free = int(min(_free_memory(), free_in_groups()))
     if size > free // 2:
         raise NoMatch(
             f"measuring needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
