@@ -14,6 +14,7 @@ from moec.arguments import (
     both_targets,
     cast,
     changes,
+    check_kinds,
     check_tuning,
     example_inputs,
     target_of,
@@ -143,6 +144,10 @@ def compile(
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
     """
+    check_kinds(
+        stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
+        dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
+    )  # fmt: skip
     clock = Clock(progress)
     stored = Quantisation() if quant is None else parse_parts(quant)
     requested = (*choose(opt_level, changes(passes)), *quantising(stored))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -135,3 +135,32 @@ def cast(source: Source, dtype: Any) -> Source:
 
     args, kwargs = pytree.tree_map(converted, (source.args, dict(source.kwargs)))
     return replace(source, model=source.model.to(torch_dtype), args=args, kwargs=kwargs)
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "stop_after": (lambda v: isinstance(v, str), "give the name of a pass"),
+    "fuel": (lambda v: isinstance(v, int) and v >= 0, "give a number of rewrites, from 0"),
+    "backend": (lambda v: hasattr(v, "ready"), "give a moec.codegen.backend.Backend"),
+    "watch": (callable, "give a function of a PassResult"),
+    "progress": (callable, "give a function of a text"),
+    "dynamic_shapes": (
+        lambda v: hasattr(v, "__len__") and not isinstance(v, str),
+        "give what torch.export takes: a dict by input, or a tuple",
+    ),
+    "allow_fixed": (
+        lambda v: isinstance(v, bool | str | Collection),
+        "give True, or the names of inputs",
+    ),
+    "descriptions": (
+        lambda v: isinstance(v, Sequence) and not isinstance(v, str),
+        "give a list of what moec.describe gives",
+    ),
+}
+
+
+def check_kinds(**values: Any) -> None:
+    """Raises UsageError, naming the argument, where one that is not None is of another kind."""
+    for name, value in values.items():
+        fits, words = _KINDS[name]
+        if value is not None and not fits(value):
+            raise UsageError(f"{name} is {value!r}: {words}")
