@@ -1,7 +1,9 @@
 """This machine's numbers for the planner, measured by ranks that are all at work at once.
 
 A device is one rank with its threads: cores and memory that ranks share are shared here too. FLOP/s
-and bytes/s are achieved ones, and the efficiency beside them is 1.
+are those of a compiled layer of experts, its dispatch and sum included; latency is that of the
+exchanges that a layer makes on its way, see `_exchanges`. FLOP/s and bytes/s are achieved ones, and
+the efficiency beside them is 1.
 """
 
 from __future__ import annotations
@@ -18,13 +20,37 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from moec.ir.graph import Program
+from moec.ir.text import parse
 from moec.parallel.launch import start
 from moec.parallel.process import Job, started
+from moec.parallel.segments import RankModel
 from moec.plan.cluster import Cluster, Device, Level
 from moec.plan.files import Quantity
+from moec.target import cpu
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-SIDE = 512  # of the matrices that are multiplied
+E, D, H, T = 4, 256, 512, 1024  # experts, width, hidden width, tokens of one expert each
+FLOP = 2 * T * 3 * D * H
+LAYER = f"""
+graph main(x: DTYPE[T, {D}], i: i64[T, 1]; w1: DTYPE[{E}, {H}, {D}], w3: DTYPE[{E}, {H}, {D}],
+           w2: DTYPE[{E}, {D}, {H}]) {{
+  size T in [0, inf]
+  rows: DTYPE[T, {D}], order: i32[T], ends: i32[{E}] = moe.dispatch(x, i) <num_experts={E}>
+  out: DTYPE[T, {D}] = moe.experts(rows, ends, w1, w3, w2) {{
+    graph expert(r: DTYPE[N, {D}]; v1: DTYPE[{H}, {D}], v3: DTYPE[{H}, {D}],
+                 v2: DTYPE[{D}, {H}]) {{
+      a: DTYPE[N, {H}] = aten.linear.default(r, v1)
+      g: DTYPE[N, {H}] = aten.silu.default(a)
+      u: DTYPE[N, {H}] = aten.linear.default(r, v3)
+      h: DTYPE[N, {H}] = aten.mul.Tensor(g, u)
+      y: DTYPE[N, {D}] = aten.linear.default(h, v2)
+      return y
+    }}
+  }}
+  y: DTYPE[T, {D}] = moe.combine(out, order) <k=1, tokens={{T}}, dtype=DTYPE>
+  return y
+}}"""
 COPIED = 64 << 20  # bytes, beyond any cache
 SENT = 4 << 20  # bytes from each rank to all
 REPEATS = 7
@@ -77,21 +103,46 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
 def measure_rank(job: Job) -> Numbers:
     """One rank's numbers; all ranks run each part at the same time."""
     with started(job) as (_, world):
-        flops = {dtype: 2 * SIDE**3 / _seconds(_product(kind)) for dtype, kind in DTYPES.items()}
+        flops = {dtype: FLOP / _seconds(_layer(dtype)) for dtype in DTYPES}
         source = torch.ones(COPIED // 4)
         target = torch.empty_like(source)
         copied = 2 * COPIED / _seconds(lambda: target.copy_(source))
-        latency = _seconds(_exchange(world, world)) / max(1, world - 1)
+        least = _seconds(_exchange(world, world))
+        latency = _seconds(_exchanges(world)) / 2 / max(1, world - 1)  # of one way
         seconds = _seconds(_exchange(world, SENT // 4 // world * world))
         away = SENT * (world - 1) / world  # what stays on the rank is not sent
-        bandwidth = away / max(seconds - latency * (world - 1), 1e-9)
+        bandwidth = away / max(seconds - least, 1e-9)
         reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Numbers(flops, copied, latency, bandwidth, reserved)
 
 
-def _product(dtype: torch.dtype) -> Callable[[], object]:
-    x = torch.full((SIDE, SIDE), 0.5, dtype=dtype)
-    return lambda: x @ x
+def _layer(dtype: str) -> Callable[[], object]:
+    """A compiled layer of experts that all have as many rows."""
+    graph = parse(LAYER.replace("DTYPE", dtype))
+    weights = {
+        param.name: torch.full([int(dim) for dim in param.shape], 0.01, dtype=DTYPES[dtype])
+        for param in graph.params
+    }
+    model = RankModel(Program(graph, weights), cpu.host())
+    inputs = [torch.full((T, D), 0.5, dtype=DTYPES[dtype]), torch.arange(T)[:, None] % E]
+    return lambda: model(inputs, {})
+
+
+def _exchanges(world: int) -> Callable[[], object]:
+    """What a layer sends, of the smallest size: counts, which are read, then rows and the slots of
+    their experts, and rows on the way back."""
+    counts, arriving = (torch.ones(world, dtype=torch.int32) for _ in range(2))
+    rows, slots = torch.ones(world, 1), torch.ones(world, dtype=torch.int64)
+    result, result_slots = torch.empty_like(rows), torch.empty_like(slots)
+
+    def run() -> None:
+        dist.all_to_all_single(arriving, counts)
+        send, receive = counts.tolist(), arriving.tolist()
+        dist.all_to_all_single(result, rows, receive, send)
+        dist.all_to_all_single(result_slots, slots, receive, send)
+        dist.all_to_all_single(rows, result, send, receive)
+
+    return run
 
 
 def _exchange(world: int, count: int) -> Callable[[], object]:
