@@ -117,7 +117,7 @@ WRONG = [
     ([], "give the file a name with -o OUT.onnx"),
     (["-o", "out.pb"], "out.pb: give the file a name that ends in .onnx"),
     (["-o", "none/out.onnx"], "the folder none does not exist"),
-    (["-o", "x.onnx", "--ep", "tpu"], "'tpu' is not one of 'cpu', 'cuda', 'portable'"),
+    (["-o", "x.onnx", "--ep", "tpu"], "'tpu' is not one of cpu, cuda, portable"),
 ]
 
 
