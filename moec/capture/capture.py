@@ -26,7 +26,7 @@ from moec.capture.call import (
 )
 from moec.capture.decomposition import decompose
 from moec.capture.exported import structure_of, to_program
-from moec.capture.fixed import causes, fixed
+from moec.capture.fixed import causes, fixed, lost_axes
 from moec.capture.fixed import notes as fixed_notes
 from moec.capture.gc_pause import gc_paused
 from moec.capture.guard_text import guards_in_text
@@ -161,20 +161,33 @@ class _Request:
 def _traced(request: _Request) -> Captured:
     """As torch.export takes it."""
     call, wrong = request.call, list[AxisGroup]()
+    special = frozenset[int]()
     while True:
         with EXPORTS, gc_paused():
             refused = [group.axes for group in wrong]
-            general = widen(call, request.wishes, request.joining, refused)
+            general = widen(call, request.wishes, request.joining, refused, special)
             flat = FlatCall(call)
             exported = _export(flat, general)
             refuse_random(type(call.module).__name__, exported)
             converted = _converted(request, general, exported, flat.structure)
+        # A size that the module compares with a number, as view(2, ...) does, is asked once more,
+        # at another length.
+        lost = () if special else lost_axes(converted.program, general.wishes)
+        if lost:
+            special = frozenset(general.tensors[tensor].shape[axis] for tensor, axis in lost)
+            again = widen(call, request.wishes, request.joining, refused, special)
+            if _shapes(again) != _shapes(general):
+                continue
         more = refuted(converted.program, converted.eager, call.tensors, general)
         if not more:
             break
         wrong += more
     form = CaptureForm(converted, flat.structure)
     return _captured(request, general, form, "traced", partial(_speculated, request))
+
+
+def _shapes(general: Widened) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in general.tensors)
 
 
 def _speculated(request: _Request) -> Captured:

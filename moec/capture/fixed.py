@@ -62,10 +62,7 @@ def fixed(
     inputs = program.graph.inputs[: len(example)]
     inputs_allowed = _allowed(allowed, [value.name for value in inputs])
     lost = [
-        (index, axis)
-        for index, (value, wish) in enumerate(zip(inputs, wishes, strict=True))
-        for axis, size in enumerate(value.shape)
-        if isinstance(size, int) and _varies(wish.get(axis)) and value.name not in inputs_allowed
+        axis for axis in lost_axes(program, wishes) if inputs[axis[0]].name not in inputs_allowed
     ]
     for index, axis in lost:
         size = example[index].shape[axis]
@@ -76,6 +73,16 @@ def fixed(
                 _refusal(name, inputs[index].name, axis, size, other, guards.get((index, axis)))
             )
     return notes(program, len(example))
+
+
+def lost_axes(program: Program, wishes: Sequence[Axes]) -> list[Axis]:
+    """The axes that were to vary, and have one size in the program."""
+    return [
+        (index, axis)
+        for index, (value, wish) in enumerate(zip(program.graph.inputs, wishes, strict=False))
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, int) and _varies(wish.get(axis))
+    ]
 
 
 def _varies(wish: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from moec.capture.arithmetic import float_of, whole_of
 from moec.capture.scans import OWN
 from moec.capture.sources import named, user_line
+from moec.capture.views import view_shape
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import Dim, from_torch, normal
@@ -167,6 +168,12 @@ class Converter:
         )
         if target in _VIEWS:  # a graph has no strides: every view is a reshape
             target, attrs = "aten.reshape.default", {"shape": attrs["size"]}
+        if target == "aten.reshape.default" and isinstance(attrs["shape"], tuple):
+            (output,) = outputs
+            shape = view_shape(
+                cast("tuple[Dim, ...]", attrs["shape"]), inputs[0].shape, output.shape
+            )
+            outputs = (Value(output.name, TensorType(output.dtype, tuple(shape))),)
         if target in OWN:  # its inputs stand in the order of the op's own
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}

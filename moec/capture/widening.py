@@ -40,13 +40,15 @@ def widen(
     wishes: Sequence[Axes],
     joining: Collection[Axis] = (),
     refuted: Collection[Collection[Axis]] = (),
+    avoided: Collection[int] = (),
 ) -> Widened:
     """`call`'s example resized so that no axis has a special length.
 
     Axes of length 1 are lengthened, a group at a time; where the module fails then, they keep 1
     and may not vary. Axes of equal length become one group, unless the module runs with either
     of them longer. Axes in `joining` vary only in a group with axes of other tensors. Groups of
-    the axes in `refuted` keep their length. Raises CaptureError where a size that the user named
+    the axes in `refuted` keep their length. Lengths in `avoided` are special: the module compares
+    sizes with them. Raises CaptureError where a size that the user named
     can only be 1.
     """
     example = call.tensors
@@ -55,7 +57,7 @@ def widen(
     search = Search(
         Trials(call),
         example,
-        _fixed_sizes(call, free),
+        _fixed_sizes(call, free).union(avoided),
         frozenset(joining),
         frozenset(map(frozenset, refuted)),
     )

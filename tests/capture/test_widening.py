@@ -219,3 +219,28 @@ def test_trials_leave_states_as_they_were() -> None:
 def test_a_module_with_a_state_takes_an_example_of_one_row() -> None:
     texts = {print_graph(capture(Counts(), (floats(n, WIDTH),)).program.graph) for n in (1, 5)}
     assert len(texts) == 1
+
+
+class TwoHalves(nn.Module):
+    """A view whose first size is 2, as a batch of 2 has, and whose last is left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.layer(x).view(2, x.shape[0] * x.shape[1], -1)
+        return first * second.cos()
+
+
+@pytest.mark.parametrize("size", [(2, 5), (1, 1), (4, 6)])
+def test_a_size_that_a_view_has_too(size: tuple[int, int]) -> None:
+    """torch fixes a batch of 2 then, and writes the open size with floors that hold at 4."""
+    module = TwoHalves()
+    program = capture(module, (torch.randn(*size, 6),)).program
+    assert [str(dim) for dim in program.graph.inputs[0].shape] == ["B", "S", "6"]
+    assert all(bounds.low <= 1 for bounds in program.graph.bounds.values())
+    for other in ((1, 1), (2, 3), (3, 5), (5, 4)):
+        x = torch.randn(*other, 6)
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, module(x))

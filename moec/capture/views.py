@@ -1,0 +1,32 @@
+"""The shape of a view that leaves one size open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+
+from moec.ir.dims import Dim, normal, product
+
+
+def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence[Dim]) -> list[Dim]:
+    """`torch_shape`, with the size that `size` gives as -1 as the quotient of what it views.
+
+    torch writes view(2, B*S, -1) of [B, S, 8] at B = 4 with floor(8*floor(B/2)/B), which is 4 at
+    even B alone. Where the quotient is no polynomial, torch's own stays.
+    """
+    if list(size).count(-1) != 1:
+        return list(torch_shape)
+    others = product(tuple(dim for dim in size if dim != -1))
+    if others == 0:
+        return list(torch_shape)
+    quotient = sympy.cancel(sympy.sympify(product(tuple(source))) / sympy.sympify(others))
+    if not quotient.is_polynomial() or not all(c.is_Integer for c in _coefficients(quotient)):
+        return list(torch_shape)
+    return [
+        normal(quotient) if dim == -1 else at for dim, at in zip(size, torch_shape, strict=True)
+    ]
+
+
+def _coefficients(polynomial: sympy.Expr) -> list[sympy.Expr]:
+    return list(polynomial.expand().as_coefficients_dict().values())
