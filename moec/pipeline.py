@@ -42,6 +42,7 @@ from moec.passes.dense.fuse_residual import FuseResidual
 from moec.passes.dense.fuse_rotary import FuseRotary
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.expand_mixtures import ExpandMixtures
+from moec.passes.lower.expand_neurons import ExpandNeurons
 from moec.passes.lower.expand_soft_mixtures import ExpandSoftMixtures
 from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_decompress import FuseDecompress
@@ -104,6 +105,7 @@ LOWER = Phase(
         (0, ExpandExperts()),
         (0, ExpandMixtures()),
         (0, ExpandSoftMixtures()),
+        (0, ExpandNeurons()),
         (1, FuseActivation()),
         (1, FuseDispatch()),
         (0, FuseDecompress()),

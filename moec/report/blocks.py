@@ -36,7 +36,12 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
 
 def blocks(graph: Graph) -> tuple[Block, ...]:
     """The blocks of a graph in stage MOE, in order."""
-    kinds = {"moe.experts": _block, "moe.mixture": _mixture, "moe.soft_mixture": _soft_mixture}
+    kinds = {
+        "moe.experts": _block,
+        "moe.mixture": _mixture,
+        "moe.soft_mixture": _soft_mixture,
+        "moe.neurons": _neurons,
+    }
     return tuple(kinds[op.name](graph, op) for op in graph.ops if op.name in kinds)
 
 
@@ -96,6 +101,24 @@ def _soft_mixture(graph: Graph, op: Op) -> Block:
         form=f"soft mixture of {_counted(experts, 'expert')} with {_counted(slots, 'slot')}",
         parameters=total,
         active_parameters=total,
+    )
+
+
+def _neurons(graph: Graph, op: Op) -> Block:
+    """Each expert is one row of two tables."""
+    assert op.body is not None
+    tables, k = op.inputs[3:], cast(int, op.inputs[1].shape[1])
+    experts = cast(int, tables[0].shape[0])
+    total = sum(cast(int, product(table.shape)) for table in tables)
+    return Block(
+        name=op.origin or WHOLE,
+        experts=experts,
+        top_k=k,
+        router="custom",
+        activation=activation(op.body),
+        form="experts of one neuron",
+        parameters=total,
+        active_parameters=total * k // experts,
     )
 
 

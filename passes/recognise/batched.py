@@ -24,7 +24,7 @@ from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import ExpertLayout, divide
 from moec.passes.recognise.opnames import PICKS, PRODUCTS
 from moec.passes.recognise.parallel_branches import Fan, fan
-from moec.passes.recognise.region import Scope, chooses
+from moec.passes.recognise.region import Scope
 from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 
@@ -37,13 +37,6 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
     for op in scope.graph.ops:
         if op.name in PRODUCTS and any(stacked(scope, v) for v in op.inputs):
             yield Candidate(op, partial(propose, scope, op, fans))
-        elif op.name in PRODUCTS and (table := neurons(scope, op)) is not None:
-            count, width = table.shape
-            why = NoMatch(
-                f"product-key experts: each of {count} is one row of {width} numbers, and no node "
-                "of moec has experts of one neuron"
-            )
-            yield Candidate(op, partial(refuse, why))
         elif op.name == "aten.cat.default":
             try:
                 match = fan(scope, op)
@@ -70,21 +63,6 @@ def stacked(scope: Scope, value: Value) -> bool:
         if op is None:
             return False
         value = op.inputs[0]
-
-
-def neurons(scope: Scope, op: Op) -> Value | None:
-    """The table [E, D] whose rows, which the op multiplies, a router picks: experts of one neuron
-    (product keys, arXiv 2407.04153)."""
-    for value in op.inputs[:2]:
-        source = scope.behind(
-            value, VIEWS | CASTS | {"aten.permute.default", "aten.expand.default"}
-        )
-        picks = scope.made_by(source, *PICKS)
-        if picks is None or picks.inputs[0] not in scope.constants or len(picks.inputs) < 2:
-            continue
-        if len(picks.inputs[0].shape) == 2 and chooses(scope, picks.inputs[1]):
-            return picks.inputs[0]
-    return None
 
 
 def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:

@@ -1,5 +1,5 @@
 """Experts in all their forms become moe.dispatch, moe.experts and moe.combine; experts of slots
-become moe.soft_mixture.
+become moe.soft_mixture, experts of one neuron moe.neurons.
 
 Each form proposes blocks at its anchors; a proposal counts only once its region and its
 replacement agree on random inputs (moec.passes.proof.prove). What was looked at and refused is
@@ -20,6 +20,7 @@ from moec.passes.proof.branch_coverage import dropped
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
+from moec.passes.recognise.neurons import recognise_neurons
 from moec.passes.recognise.other_choices import other_choices
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routing import Unlike
@@ -44,6 +45,7 @@ class RecogniseExperts(Pass):
     def run(self, program: Program, log: Log) -> Program:
         prover = Prover(program.weights)
         program = recognise_soft_mixtures(program, prover, log)
+        program = recognise_neurons(program, prover, log)
         scope = Scope(program.graph, program.weights)
         blocks: dict[Op, Proposal] = {}
         covered: set[Op] = logits_of_slots(scope)
@@ -65,7 +67,8 @@ class RecogniseExperts(Pass):
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
                 log.decline(op.origin or op.outputs[0].name, reason)
-        if not blocks and not any(refused.values()):
+        nodes = any(op.name.startswith("moe.") for op in scope.graph.ops)
+        if not (blocks or nodes or any(refused.values())):
             for op, reason in other_choices(scope):
                 log.decline(op.origin or op.outputs[0].name, reason)
         return replace(program, graph=splice(scope.graph, blocks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import sympy
@@ -13,7 +13,7 @@ from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
 from moec.ir.traits import CASTS, CHOICES, LIKES, VIEWS, is_elementwise
-from moec.passes.core.rewrite import Builder
+from moec.passes.core.rewrite import Builder, rebuild
 
 
 def unlike(op: Op) -> Op:
@@ -229,6 +229,20 @@ def replacement(
         raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")
     params = tuple(v for v in scope.leaves(ops, cut))
     return Graph(tuple(cut), params, ops, (y,), (), scope.graph.bounds)
+
+
+def replaced(graph: Graph, emits: Mapping[Op, Callable[[RegionEmitter], Value]]) -> Graph:
+    """The graph with what `emits` emits in place of each op of one result."""
+    if not emits:
+        return graph
+    builder = Builder(graph)
+    new: dict[Value, Value] = {}
+    for old in graph.ops:
+        if old in emits:
+            new[old.outputs[0]] = emits[old](RegionEmitter(builder, new, old))
+        else:
+            builder.append(replace(old, inputs=tuple(new.get(v, v) for v in old.inputs)))
+    return rebuild(graph, builder.ops, new)
 
 
 ROUTING = frozenset(

@@ -13,13 +13,12 @@ other forms are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
-from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log
 from moec.passes.proof.input_generators import Logits
 from moec.passes.proof.prove import Prover
@@ -28,7 +27,7 @@ from moec.passes.recognise.body import ROWS, canonical, with_columns
 from moec.passes.recognise.layout import Atom, Axis, ExpertLayout, size_of
 from moec.passes.recognise.opnames import REARRANGE
 from moec.passes.recognise.parallel_branches import Fan, fan
-from moec.passes.recognise.region import RegionEmitter, Scope, replacement
+from moec.passes.recognise.region import RegionEmitter, Scope, replaced, replacement
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.soft_weights import SoftWeights, WeighedSum, weighed_sum
 from moec.passes.recognise.unrolled_experts import cone, family, read_branch, signature
@@ -71,7 +70,8 @@ def recognise_soft_mixtures(program: Program, prover: Prover, log: Log) -> Progr
             continue
         if log.spend(f"soft mixture {at}"):
             mixtures[at] = mixture
-    return replace(program, graph=splice(scope.graph, mixtures))
+    emits = {op: partial(emit, mixture) for op, mixture in mixtures.items()}
+    return replace(program, graph=replaced(scope.graph, emits))
 
 
 def logits_of_slots(scope: Scope) -> set[Op]:
@@ -217,17 +217,3 @@ def _expert_major(logits: Value, experts: int, emit: RegionEmitter) -> Value:
     assert isinstance(slots, int)
     value = emit.reshape(logits, (batch, tokens, slots // experts, experts))
     return emit.reshape(emit.permute(value, (0, 1, 3, 2)), logits.shape)
-
-
-def splice(graph: Graph, mixtures: Mapping[Op, SoftMixture]) -> Graph:
-    """The graph with each node in place of the product that combined its slots."""
-    if not mixtures:
-        return graph
-    builder = Builder(graph)
-    new: dict[Value, Value] = {}
-    for old in graph.ops:
-        if old in mixtures:
-            new[old.outputs[0]] = emit(mixtures[old], RegionEmitter(builder, new, old))
-        else:
-            builder.append(replace(old, inputs=tuple(new.get(v, v) for v in old.inputs)))
-    return rebuild(graph, builder.ops, new)

@@ -294,7 +294,6 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
     others.SoftMixture: "every token uses all 4 experts: nothing chooses among them",
     others.SoftLoop: "every token uses all 4 experts: nothing chooses among them",
     others.ExpertChoice: "experts choose their tokens: aten.topk.default chooses among T of them",
-    others.ProductKeys: "product-key experts: each of 25 is one row of 8 numbers",
     others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
     others.Thresholded: "static loop: the numbers differ by",

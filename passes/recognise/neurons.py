@@ -1,0 +1,198 @@
+"""Form 9: experts of one neuron each, rows of two tables (PEER, arXiv 2407.04153; doge).
+
+    h = act(einsum("td,tkd->tk", x, inward[ids])) * weights
+    y = einsum("tk,tkd->td", h, outward[ids])
+
+becomes one moe.neurons. It begins at the ids and the weights, whatever chose them (product keys
+choose the best sums of two scores); choices of several heads stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from moec.dtypes import FLOATS
+from moec.errors import NoMatch
+from moec.ir.dims import Dim, product
+from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.ir.traits import CASTS, PRODUCTS, VIEWS, is_elementwise
+from moec.passes.core.runner import Log
+from moec.passes.proof.input_generators import Feed, Ids, Positive
+from moec.passes.proof.prove import Prover
+from moec.passes.recognise.body import ROWS
+from moec.passes.recognise.layout import divide
+from moec.passes.recognise.opnames import PICKS
+from moec.passes.recognise.region import (
+    RegionEmitter,
+    Scope,
+    chooses,
+    replaced,
+    replacement,
+)
+
+_MOVES = VIEWS | CASTS | {"aten.permute.default", "aten.expand.default"}
+_SUMS = (*PRODUCTS, "aten.mul.Tensor", "aten.sum.dim_IntList")
+_FARTHEST = 24  # ops between a table and what its rows are summed to
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """`x` [.., D]; `ids` and `weights` hold k choices a token; `functions` act on the sums."""
+
+    output: Value
+    x: Value
+    ids: Value
+    weights: Value
+    inward: Value
+    outward: Value
+    functions: tuple[Op, ...]
+
+    @property
+    def shape(self) -> tuple[Dim, Dim]:
+        """[T, k]"""
+        tokens = product(self.x.shape[:-1])
+        k = divide(product(self.ids.shape), tokens)
+        if not isinstance(k, int):
+            raise NoMatch(f"{self.ids} is not as many choices for each of {tokens} tokens")
+        return tokens, k
+
+
+def recognise_neurons(program: Program, prover: Prover, log: Log) -> Program:
+    """The program with experts of one neuron as nodes; why others are none is logged."""
+    scope = Scope(program.graph, program.weights)
+    nodes: dict[Op, Neurons] = {}
+    for inward, outward in tables(scope):
+        where = inward.origin or inward.outputs[0].name
+        try:
+            node = proved(scope, inward, outward, prover)
+        except NoMatch as why:
+            log.decline(where, f"experts of one neuron: {why}")
+            continue
+        if log.spend(f"neurons {node.output}"):
+            nodes[scope.graph.producers[node.output]] = node
+    emits = {op: partial(emit, node) for op, node in nodes.items()}
+    return replace(program, graph=replaced(scope.graph, emits))
+
+
+def tables(scope: Scope) -> Iterator[tuple[Op, Op]]:
+    """Gathers from two tables [E, ..] by the same choices, of which the second's rows are scaled
+    by what comes of the first."""
+    picks = [
+        op
+        for op in scope.graph.ops
+        if op.name in PICKS
+        and len(op.inputs) == 2
+        and op.inputs[0] in scope.constants
+        and op.inputs[0].dtype in FLOATS
+        and len(op.inputs[0].shape) == 2
+        and chooses(scope, op.inputs[1])
+    ]
+    for inward in picks:
+        for outward in picks:
+            same = scope.behind(inward.inputs[1]) is scope.behind(outward.inputs[1])
+            if inward is outward or not same:
+                continue
+            if inward.inputs[0].shape[0] != outward.inputs[0].shape[0]:
+                continue
+            scaled = sums_of(scope, outward.outputs[0])
+            others = [v for _, operands in scaled for v in operands]
+            if inward in scope.upstream(others):
+                yield inward, outward
+
+
+def sums_of(scope: Scope, value: Value) -> list[tuple[Value, tuple[Value, ...]]]:
+    """What gathered rows are multiplied and summed to, each with the other operands so far."""
+    results: list[tuple[Value, tuple[Value, ...]]] = []
+    waiting: list[tuple[Value, tuple[Value, ...]]] = [(value, ())]
+    while waiting and len(results) < _FARTHEST:
+        current, operands = waiting.pop(0)
+        for op in scope.graph.readers.get(current, ()):
+            if op.name not in _MOVES and op.name not in _SUMS:
+                continue
+            others = tuple(v for v in op.inputs if v is not current)
+            results.append((op.outputs[0], (*operands, *others)))
+            waiting.append(results[-1])
+    return results
+
+
+def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
+    """Raises NoMatch unless some node does what the ops between the gathers do."""
+    reason = "its rows are not multiplied by tokens, weighed and summed"
+    for node in proposals(scope, inward, outward):
+        experts = inward.inputs[0].shape[0]
+        try:
+            _, k = node.shape
+            cut = tuple(dict.fromkeys((node.x, node.ids, node.weights)))
+            at = scope.graph.producers[node.output]
+            region = scope.cut([node.output], cut)
+            after = replacement(scope, at, cut, partial(emit, node))
+            last = node.ids.shape[-1]
+            slots = min(n for n in (last, k, experts) if isinstance(n, int))
+            feeds: dict[Value, Feed] = {node.ids: Ids(int(str(experts)), slots)}
+            feeds[node.weights] = Positive()
+            prover.prove(region, after, feeds)
+            return node
+        except NoMatch as why:
+            reason = str(why)
+    raise NoMatch(reason)
+
+
+def proposals(scope: Scope, inward: Op, outward: Op) -> Iterator[Neurons]:
+    ids = scope.behind(inward.inputs[1])
+    down, up = inward.inputs[0], outward.inputs[0]
+    for sums, operands in sums_of(scope, inward.outputs[0]):
+        if product(sums.shape) != product(ids.shape) or len(operands) != 1:
+            continue
+        x = scope.behind(operands[0], _MOVES)
+        if x.shape[-1:] != down.shape[1:] or x.dtype not in FLOATS:
+            continue
+        functions, active = applied(scope, sums)
+        for reader in scope.graph.readers.get(active, ()):
+            weights = [v for v in reader.inputs if v is not active]
+            if reader.name != "aten.mul.Tensor" or len(weights) != 1:
+                continue
+            if product(weights[0].shape) != product(ids.shape):
+                continue
+            for y, _ in sums_of(scope, outward.outputs[0]):
+                if product(y.shape) == product((*x.shape[:-1], up.shape[1])):
+                    yield Neurons(y, x, ids, weights[0], down, up, functions)
+        return
+
+
+def applied(scope: Scope, value: Value) -> tuple[tuple[Op, ...], Value]:
+    """The element-wise functions of `value` alone that follow it, and what they give."""
+    functions: list[Op] = []
+    while True:
+        readers = scope.graph.readers.get(value, ())
+        if len(readers) != 1 or len(readers[0].inputs) != 1:
+            return tuple(functions), value
+        (op,) = readers
+        moves = op.name in _MOVES - CASTS
+        if not moves and not is_elementwise(op.name):
+            return tuple(functions), value
+        if not moves:
+            functions.append(op)
+        value = op.outputs[0]
+
+
+def body_of(functions: tuple[Op, ...], dtype: str) -> Graph:
+    """The functions, of sums [R]."""
+    sums = value = Value("sums", TensorType(dtype, (ROWS,)))
+    ops = []
+    for number, op in enumerate(functions):
+        output = Value(f"h{number}", TensorType(op.outputs[0].dtype, (ROWS,)))
+        ops.append(Op(op.name, (value,), (output,), op.attrs))
+        value = output
+    return Graph((sums,), (), tuple(ops), (value,), name="body")
+
+
+def emit(node: Neurons, emit: RegionEmitter) -> Value:
+    shape = node.shape
+    x = emit.rows(emit.old(node.x))
+    ids, weights = (emit.reshape(emit.old(v), shape) for v in (node.ids, node.weights))
+    tables = [emit.old(node.inward), emit.old(node.outward)]
+    body = body_of(node.functions, x.dtype)
+    (y,) = emit("moe.neurons", [x, ids, weights, *tables], body=body, named=node.output.name)
+    return emit.reshape(y, node.output.shape)
