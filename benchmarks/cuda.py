@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.bench.gpu_model import LAYERS, TOKENS
-from moec.codegen.cuda.roofline import Layer, layer_seconds
+from moec.codegen.cuda.roofline import LayerShape, layer_seconds
 from moec.target import cuda, nvidia
 
 NUMBERS, FAULTS, TIMES = "numbers", "faults", "times"
@@ -77,7 +77,7 @@ def lacking() -> str:
 Run = Callable[[Any], Any]  # x[1, T, D] -> [1, T, D]
 
 
-def block(layer: Layer) -> Any:
+def block(layer: LayerShape) -> Any:
     """OLMoE's block in this shape: softmax, top-k, SwiGLU; random weights of bf16."""
     import torch
     from transformers import OlmoeConfig
@@ -110,7 +110,7 @@ def with_experts(module: Any, implementation: str) -> Any:
 
 
 @cache
-def subject(layer: Layer, device: str, target: str) -> tuple[Any, Run]:
+def subject(layer: LayerShape, device: str, target: str) -> tuple[Any, Run]:
     """The block, and moec's code of it for any number of tokens: compiled once for all steps."""
     import torch
 
@@ -122,7 +122,7 @@ def subject(layer: Layer, device: str, target: str) -> tuple[Any, Run]:
     return module.to(device), run
 
 
-def equal_products(layer: Layer, tokens: int, device: str) -> Run:
+def equal_products(layer: LayerShape, tokens: int, device: str) -> Run:
     """cuBLAS at the same FLOPs, were the rows of all active experts equally many."""
     import torch
 
@@ -169,7 +169,7 @@ def microseconds(run: Run, x: Any, device: str) -> float:
     return median(timed() for _ in range(ROUNDS)) * 1e6
 
 
-def numbers(layer: Layer, tokens: Sequence[int], device: str, target: str) -> Iterator[str]:
+def numbers(layer: LayerShape, tokens: Sequence[int], device: str, target: str) -> Iterator[str]:
     """A line a number of tokens. Raises SystemExit where a row is wrong."""
     import torch
 
@@ -186,7 +186,7 @@ def numbers(layer: Layer, tokens: Sequence[int], device: str, target: str) -> It
 
 
 def times(
-    layer: Layer,
+    layer: LayerShape,
     tokens: Sequence[int],
     device: str,
     target: str,

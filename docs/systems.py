@@ -34,7 +34,9 @@ says otherwise.
 `captured` is how: traced by torch.export; speculated, where the code reads its data; observed or
 described, where it cannot be traced. `agreement` is the greatest difference to eager that the test
 allows, as a share of the greatest value. Parameters are those of the small model that the test
-compiles; published sizes are in the sections.
+compiles; published sizes are in the sections. `speed` is the time of the better of eager and
+`torch.compile` (Inductor) over moec's, for one layer at the size that the example's `layer()`
+states, measured by `benchmarks/systems.py`; the sections have the times and the machine.
 """
 
 Process = Literal["autoregressive", "diffusion", "hybrid", "encoder", "survey"]
@@ -120,7 +122,7 @@ def _page(
     yield HEAD
     yield table(
         [
-            ["", "system", "captured", "blocks", "agreement", "parameters", "active"],
+            ["", "system", "captured", "blocks", "agreement", "parameters", "active", "speed"],
             *(
                 [
                     str(r.source.number),
@@ -130,6 +132,7 @@ def _page(
                     r.agreement,
                     f"{r.parameters:,}",
                     f"{r.active_parameters:,}",
+                    _speed(measured.get(r.source.number)),
                 ]
                 for r in records
             ),
@@ -138,6 +141,10 @@ def _page(
     yield ""
     for record in records:
         yield from _section(record, measured.get(record.source.number))
+
+
+def _speed(row: tuple[str, Mapping[str, Cell]] | None) -> str:
+    return "not measured" if row is None else f"{show(row[1]['ratio'], 2)}x"
 
 
 def anchor(source: Source) -> str:

@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moec.train import EWA, Constant, Linear
+from moec.train import EWA, ConstantRate, LinearRate
 
 PATCH, WIDTH, HIDDEN, DEPTH, HEADS = 4, 32, 128, 3, 4
 EXPERTS, RATE = 4, 6e-3
@@ -49,8 +49,8 @@ class Setting:
     dropouts: tuple[float, ...]  # of the dense contenders
 
 
-FULL = Setting(20, 400, 0.05, Constant(0.01), 899, 64, (0.0,))
-FEW = Setting(100, 200, 0.5, Linear(0, 0.1, 200), 100, None, (0.0, 0.3))
+FULL = Setting(20, 400, 0.05, ConstantRate(0.01), 899, 64, (0.0,))
+FEW = Setting(100, 200, 0.5, LinearRate(0, 0.1, 200), 100, None, (0.0, 0.3))
 
 
 class Block(nn.Module):

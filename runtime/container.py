@@ -40,7 +40,7 @@ _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
 _CHUNK = 1 << 24
 
 
-class Writer(Protocol):
+class PartWriter(Protocol):
     def add(self, name: str, content: Buffer) -> None: ...
 
 
@@ -176,7 +176,7 @@ def _sentence(error: Exception) -> str:
 
 
 @contextmanager
-def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[Writer]:
+def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[PartWriter]:
     """Write the artifact at `path` anew: it appears whole when the block ends without an error.
     What writers that were killed left beside it is removed.
 

@@ -85,9 +85,9 @@ def device_of(name: str, *, copies: bool = False) -> Device:
         raise UsageError(f"there is no device {name!r}: name cpu, cuda or a GPU such as cuda:1")
     if name == CPU:
         return Cpu()
-    from moec.runtime.gpu import Gpu
+    from moec.runtime.gpu import GpuDevice
 
-    return Gpu(int(match[1] or 0), copies)
+    return GpuDevice(int(match[1] or 0), copies)
 
 
 def default_device(package: Package, *, copies: bool = False) -> Device:

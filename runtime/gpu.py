@@ -25,7 +25,7 @@ _CREATE = "ffi.Module.create.cuda"
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuDevice:
     """The GPU of that index, as `moec.runtime.device.Device`.
 
     Calls take tensors of torch on this GPU and give such, without a copy, on torch's stream. With

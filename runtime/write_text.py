@@ -12,7 +12,7 @@ from moec.runtime.texts import Decoder
 
 
 @dataclass
-class Cut:
+class StopCut:
     """A text as it comes, up to the first of some strings; what may be the beginning of one is held
     back until it is known not to be."""
 
@@ -54,7 +54,7 @@ class Text:
 
     prompt: Sequence[int]
     decode: Callable[[int], str]
-    cut: Cut = field(default_factory=Cut)
+    cut: StopCut = field(default_factory=StopCut)
     tokens: list[int] = field(default_factory=list)
     written: str = ""
 
@@ -93,4 +93,4 @@ def new_texts(
     tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str] = ()
 ) -> list[Text]:
     """Texts that begin with the tokens of a prompt each, and end at the first of some strings."""
-    return [Text(prompt, tokenizer.decoder(prompt), Cut(tuple(stops))) for prompt in prompts]
+    return [Text(prompt, tokenizer.decoder(prompt), StopCut(tuple(stops))) for prompt in prompts]

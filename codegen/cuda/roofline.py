@@ -17,7 +17,7 @@ _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """Gated experts in 16 bits: `width` of the model, `hidden` of an expert."""
 
     experts: int
@@ -47,7 +47,7 @@ class Work:
         return max(self.bytes / target.bandwidth, self.flops / target.bf16_peak)
 
 
-def layer_work(layer: Layer, tokens: int) -> tuple[Work, ...]:
+def layer_work(layer: LayerShape, tokens: int) -> tuple[Work, ...]:
     """The kernels of codegen/cuda for one layer, in their order."""
     rows, active = tokens * layer.top_k, layer.active(tokens)
     up, down = (part * layer.expert_bytes / 3 * active for part in (2, 1))
@@ -62,5 +62,5 @@ def layer_work(layer: Layer, tokens: int) -> tuple[Work, ...]:
     )
 
 
-def layer_seconds(layer: Layer, tokens: int, target: CudaTarget) -> float:
+def layer_seconds(layer: LayerShape, tokens: int, target: CudaTarget) -> float:
     return sum(work.seconds(target) for work in layer_work(layer, tokens))

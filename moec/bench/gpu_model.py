@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from moec.codegen.cuda.roofline import Layer, Work, layer_seconds, layer_work
+from moec.codegen.cuda.roofline import LayerShape, Work, layer_seconds, layer_work
 from moec.target.cuda import TARGETS, CudaTarget
 
 LAYERS = {
-    "olmoe-1b-7b": Layer(64, 8, 2048, 1024),
-    "granite-1b-a400m": Layer(32, 8, 1024, 512),
-    "qwen3-30b-a3b": Layer(128, 8, 2048, 768),
-    "mixtral-8x7b": Layer(8, 2, 4096, 14336),
-    "deepseek-v2-lite": Layer(64, 6, 2048, 1408),
+    "olmoe-1b-7b": LayerShape(64, 8, 2048, 1024),
+    "granite-1b-a400m": LayerShape(32, 8, 1024, 512),
+    "qwen3-30b-a3b": LayerShape(128, 8, 2048, 768),
+    "mixtral-8x7b": LayerShape(8, 2, 4096, 14336),
+    "deepseek-v2-lite": LayerShape(64, 6, 2048, 1408),
 }
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 
@@ -83,7 +83,7 @@ class Expected:
     bound: str
 
 
-def expected(layer: Layer, tokens: int, target: CudaTarget) -> tuple[Expected, ...]:
+def expected(layer: LayerShape, tokens: int, target: CudaTarget) -> tuple[Expected, ...]:
     """The kernels of a layer in their order."""
     return tuple(_expected(work, target) for work in layer_work(layer, tokens))
 

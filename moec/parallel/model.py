@@ -18,7 +18,7 @@ from moec.target import cpu
 
 
 @dataclass(frozen=True)
-class RankModel:
+class RankWriter:
     """This process's rank; all ranks call the same with the same arguments."""
 
     writer: Writer
@@ -35,7 +35,7 @@ class RankModel:
 @contextmanager
 def open_rank(
     folder: Path | str, *, timeout: float = 60.0, threads: int = 1
-) -> Iterator[RankModel]:
+) -> Iterator[RankWriter]:
     """The rank of this process, of a folder that `moec compile --plan` wrote; `timeout` is how
     many seconds a rank waits for the others.
 
@@ -45,4 +45,4 @@ def open_rank(
     path = Path(folder)
     with joined(Job(path, None, None, timeout, threads), DECODE) as (ranks, files):
         decoder = RankDecoder(files, ranks, cpu.host())
-        yield RankModel(Writer(decoder, lambda: load_tokenizer(text_files(path))))
+        yield RankWriter(Writer(decoder, lambda: load_tokenizer(text_files(path))))

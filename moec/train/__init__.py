@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from moec.train.distillation import StagedDistillation
-from moec.train.ewa import EWA, Constant, Linear
+from moec.train.ewa import EWA, ConstantRate, LinearRate
 
-__all__ = ["EWA", "Constant", "Linear", "StagedDistillation"]
+__all__ = ["EWA", "ConstantRate", "LinearRate", "StagedDistillation"]

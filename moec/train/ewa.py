@@ -1,6 +1,6 @@
 """Experts Weights Averaging: train FFNs as mixtures of experts, deploy them as they were.
 
-    ewa = EWA(model, experts=4, share=Linear(0, 0.3, steps))
+    ewa = EWA(model, experts=4, share=LinearRate(0, 0.3, steps))
     optimizer = …(model.parameters())          after EWA: the experts are new parameters
     for …: loss.backward(); optimizer.step(); ewa.step()
     model = ewa.fold()
@@ -24,7 +24,7 @@ from moec.train.feedforward import NamedFFN, feedforwards
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantRate:
     """The same share rate at each step."""
 
     rate: float
@@ -34,7 +34,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearRate:
     """A share rate from `start` at step 0 to `stop` at step `steps`, and `stop` after it."""
 
     start: float
@@ -147,8 +147,9 @@ class EWA:
     """Puts experts in the place of a model's FFNs, in place, until `fold`.
 
     `ffns` names the modules that hold them, by a pattern or several ("blocks.*.mlp"); None finds
-    them. `share` is the share rate: a number, `Constant`, `Linear(start, stop, steps)`, or any
-    function of the number of steps done. Make the optimizer after this, of the model's parameters.
+    them. `share` is the share rate: a number, `ConstantRate`, `LinearRate(start, stop, steps)`, or
+    any function of the number of steps done. Make the optimizer after this, of the model's
+    parameters.
 
     Source: Experts Weights Averaging, arXiv 2308.06093. Raises UsageError where no FFN is found.
     """
@@ -165,7 +166,7 @@ class EWA:
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
             raise UsageError("the model's FFNs are experts already: fold them first")
         self.model = model
-        self.rate = share if callable(share) else Constant(float(share))
+        self.rate = share if callable(share) else ConstantRate(float(share))
         self.rate_at(0)
         self.steps = 0
         self.ffns = feedforwards(model, ffns)

@@ -39,7 +39,7 @@ class JoinCalls(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph
-        families: dict[tuple[object, ...], list[Call]] = {}
+        families: dict[tuple[object, ...], list[ExpertCall]] = {}
         for op in graph.ops:
             if op.name == "moe.experts":
                 call = call_of(graph, op)
@@ -56,7 +56,7 @@ class JoinCalls(Pass):
 
 
 @dataclass(frozen=True)
-class Call:
+class ExpertCall:
     dispatch: Op
     experts: Op
     combine: Op
@@ -87,7 +87,7 @@ class Call:
         )  # fmt: skip
 
 
-def call_of(graph: Graph, experts: Op) -> Call | None:
+def call_of(graph: Graph, experts: Op) -> ExpertCall | None:
     """None where others read the block's parts, or it does more than sum its experts' rows."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
@@ -100,7 +100,7 @@ def call_of(graph: Graph, experts: Op) -> Call | None:
     plain = readers[0].name == "moe.combine" and not readers[0].attrs.get("added")
     if not plain or (limited is not None and limited.name == "moe.capacity"):
         return None
-    return Call(dispatch, experts, readers[0])
+    return ExpertCall(dispatch, experts, readers[0])
 
 
 def origin_of(graph: Graph, value: Value) -> object:
@@ -112,7 +112,7 @@ def origin_of(graph: Graph, value: Value) -> object:
     return (op.name, attrs, tuple(origin_of(graph, source) for source in op.inputs))
 
 
-def depends(graph: Graph, first: Call, other: Call) -> bool:
+def depends(graph: Graph, first: ExpertCall, other: ExpertCall) -> bool:
     """Whether what `other` is given follows from what `first` gives."""
     waiting, reached = [first.combine.outputs[0]], set[Op]()
     while waiting:
@@ -123,7 +123,7 @@ def depends(graph: Graph, first: Call, other: Call) -> bool:
     return other.dispatch in reached
 
 
-def joined(graph: Graph, calls: Sequence[Call]) -> Graph:
+def joined(graph: Graph, calls: Sequence[ExpertCall]) -> Graph:
     builder = Builder(graph)
     builder.names |= {value.name for value in graph.values()}
     first = calls[0]
@@ -161,7 +161,7 @@ def joined(graph: Graph, calls: Sequence[Call]) -> Graph:
 
 
 def _choices(
-    builder: Builder, graph: Graph, calls: Sequence[Call], x: Value
+    builder: Builder, graph: Graph, calls: Sequence[ExpertCall], x: Value
 ) -> tuple[Value, Value | None]:
     """The experts and weights of all rows: by one router where all have the same."""
     first = calls[0]
@@ -193,7 +193,7 @@ def _choices(
     return ids, _cat(builder, [cast(Value, call.weights) for call in calls], first.combine)
 
 
-def _routes_as(route: Op, other: Op | None, call: Call) -> bool:
+def _routes_as(route: Op, other: Op | None, call: ExpertCall) -> bool:
     """Whether a call's choices are what `route` would make of its logits."""
     return (
         other is not None

@@ -100,7 +100,7 @@ def emulation(driver: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def join(host: Any, code: gpu.GpuCode, content: bytes) -> None:
         imported(host, content.decode(), code.launches)
 
-    driver.setattr(gpu, "Gpu", partial(gpu.Gpu, memory=CPU))
+    driver.setattr(gpu, "GpuDevice", partial(gpu.GpuDevice, memory=CPU))
     driver.setattr(gpu, "_load_runtime", lambda: None)
     driver.setattr(gpu, "_import", join)
     return driver
@@ -315,7 +315,7 @@ def test_an_artifact_for_gpus_alone_keeps_its_kernels(example: Example, tmp_path
     ],
 )
 def test_failures_of_a_call(line: str, kind: type[MoecError], words: str) -> None:
-    refusal = gpu.Gpu(1).refusal(line)
+    refusal = gpu.GpuDevice(1).refusal(line)
     assert type(refusal) is kind
     assert str(refusal).startswith(words)
 

@@ -18,7 +18,7 @@ from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime import artifact
 from moec.runtime.chat import ChatTemplate
 from moec.runtime.prompt import load_tokenizer
-from moec.runtime.write_text import Cut
+from moec.runtime.write_text import StopCut
 from tests.runtime import toy
 
 TEMPLATE = (
@@ -65,7 +65,7 @@ def test_strings_that_end_a_text(model: moec.LoadedModel) -> None:
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_a_text_is_cut_before_the_first_of_some_strings(text: str, stops: list[str]) -> None:
-    cut = Cut(tuple(stops))
+    cut = StopCut(tuple(stops))
     pieces = []
     for character in text:
         if not cut.ended:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
 
 from moec.errors import UsageError
-from moec.train import EWA, Constant, Linear
+from moec.train import EWA, ConstantRate, LinearRate
 from moec.train.ewa import ExpertLinear, mean, share
 from moec.train.feedforward import feedforwards
 
@@ -95,7 +95,7 @@ def test_ffns_are_found_trained_and_folded(name):
     make, shape, names = MODELS[name]
     model, x = make(), torch.randn(shape)
     original = copy.deepcopy(model)
-    ewa = EWA(model, experts=4, share=Linear(0, 0.3, 3))
+    ewa = EWA(model, experts=4, share=LinearRate(0, 0.3, 3))
     assert [str(ffn) for ffn in ewa.ffns] == names
     assert sum(isinstance(m, ExpertLinear) for m in model.modules()) == len(ewa.layers)
     model.train()
@@ -189,9 +189,11 @@ def test_partitions_differ_from_step_to_step_and_are_repeated_by_checkpointing()
 
 
 def test_share_rates():
-    assert [Linear(0, 0.3, 3)(step) for step in (0, 1, 3, 9)] == pytest.approx([0, 0.1, 0.3, 0.3])
-    assert Linear(0.1, 0.3, 0)(0) == 0.3
-    assert Constant(0.2)(7) == 0.2
+    assert [LinearRate(0, 0.3, 3)(step) for step in (0, 1, 3, 9)] == pytest.approx(
+        [0, 0.1, 0.3, 0.3]
+    )
+    assert LinearRate(0.1, 0.3, 0)(0) == 0.3
+    assert ConstantRate(0.2)(7) == 0.2
     model = blocks(1)
     ewa = EWA(model, share=lambda step: 0.5 * step)
     for _ in range(3):

@@ -34,7 +34,7 @@ CHUNK = 256  # keys of a task
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartialSoftmax:
     """What is known of each row after one chunk: sums are weights @ values."""
 
     tops: Buffer  # [head, chunk, row]
@@ -45,7 +45,7 @@ class Parts:
 def few(p: Problem) -> None:
     """Fill p.out; at most FEW rows a key head."""
     chunks = T.bind(T.ceildiv(p.keys, CHUNK))
-    parts = Parts(
+    parts = PartialSoftmax(
         T.alloc_buffer((p.heads, chunks, FEW), "float32"),
         T.alloc_buffer((p.heads, chunks, FEW), "float32"),
         T.alloc_buffer((p.heads, chunks, FEW, p.width), "float32"),
@@ -64,7 +64,7 @@ def few(p: Problem) -> None:
         _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
 
 
-def _chunk(p: Problem, parts: Parts, head: Expr, n: Expr, end: Expr) -> None:
+def _chunk(p: Problem, parts: PartialSoftmax, head: Expr, n: Expr, end: Expr) -> None:
     v, soft = p.vector, p.soft
     first = T.bind(n * CHUNK)
     left = T.bind(T.min(end - first, CHUNK))
@@ -164,7 +164,12 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
 
 
 def _weigh(
-    p: Problem, parts: Parts, at: tuple[Expr, Expr], weights: Buffer, first: Expr, left: Expr
+    p: Problem,
+    parts: PartialSoftmax,
+    at: tuple[Expr, Expr],
+    weights: Buffer,
+    first: Expr,
+    left: Expr,
 ) -> None:
     """parts.sums = weights @ values, for some rows at a time."""
     v = p.vector
@@ -197,7 +202,7 @@ def _value(p: Problem, index: tuple[Expr, ...], feature: int) -> Expr:
     return p.vector.load_tail(p.v, index, T.int32(rest))
 
 
-def _join(p: Problem, parts: Parts, head: Expr, row: Expr, chunks: Expr) -> None:
+def _join(p: Problem, parts: PartialSoftmax, head: Expr, row: Expr, chunks: Expr) -> None:
     """One row of the result from its parts."""
     v = p.vector
     where = p.query_at(head, row)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from moec.codegen.cuda.roofline import Layer, layer_seconds, layer_work
+from moec.codegen.cuda.roofline import LayerShape, layer_seconds, layer_work
 from moec.target.cuda import TARGETS
 
-QWEN = Layer(128, 8, 2048, 768)
+QWEN = LayerShape(128, 8, 2048, 768)
 H100 = TARGETS["cuda:sm_90a"]
 A100_40 = replace(TARGETS["cuda:sm_80"], bandwidth=1.555e12)
 
