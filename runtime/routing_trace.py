@@ -6,8 +6,6 @@ u8[T] (0 prefill, 1 decode), `request` i32[T], `experts` i32[L], the experts of 
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import InputError
+from moec.files.whole_file import whole_file
 
 _DTYPES = {"ids": "i2", "step": "i4", "phase": "u1", "request": "i4", "experts": "i4"}
 
@@ -88,15 +87,9 @@ def of_ids(ids: NDArray[np.integer], experts: int | NDArray[np.integer]) -> Rout
 
 def save_trace(trace: RoutingTrace, path: Path) -> None:
     """In one step: a failure leaves no half of a file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        try:
-            arrays = {name: getattr(trace, name).astype(kind) for name, kind in _DTYPES.items()}
-            np.savez_compressed(file, **arrays)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    arrays = {name: getattr(trace, name).astype(kind) for name, kind in _DTYPES.items()}
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_trace(path: Path) -> RoutingTrace:

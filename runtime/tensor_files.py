@@ -7,7 +7,6 @@ Nothing pickled is ever read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from moec.errors import InputError, UsageError
 from moec.files.os_errors import reason
+from moec.files.whole_file import whole_file
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.numpy_files import read_npy, read_npz
 from moec.runtime.package import Port
@@ -78,15 +78,11 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
     check_suffix(path)
     if path.suffix == ".npy" and len(arrays) != 1:
         raise UsageError(f"{path}: a .npy holds one array, and there are {len(arrays)}; use .npz")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with whole_file(path) as file:
             _write(file, path.suffix, arrays)
-        temporary.replace(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:

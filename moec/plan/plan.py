@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
+from moec.files.whole_file import whole_file
 from moec.plan.exchange import Form
 from moec.plan.files import Natural, Positive, Record, Source
 from moec.plan.workload import Workload
@@ -90,14 +89,8 @@ class Plan(Record, frozen=True, kw_only=True):
 def write_plan(plan: Plan, path: Path) -> None:
     """As JSON, in one step: a failure leaves no half of a file."""
     text = msgspec.json.format(msgspec.json.encode(plan), indent=1)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(text + b"\n")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path) as file:
+        file.write(text + b"\n")
 
 
 def read_plan(path: Path) -> Plan:
