@@ -33,6 +33,7 @@ COMMANDS = {
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
     "export": ("moec.commands.export", "Write a model as an ONNX file."),
     "verify": ("moec.commands.verify", "Check an artifact; run nothing of it."),
+    "sign": ("moec.commands.sign", "Sign an artifact, for those who run it."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),

@@ -6,12 +6,14 @@ EXTRAS = {
     "compile": ("torch", "networkx", "numba", "scipy", "sympy", "yaml"),
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
+    "sign": ("cryptography",),
     "bench": ("matplotlib", "sklearn", "gguf", "accelerate"),
 }
 NEEDED_FOR = {
     "compile": "compiling a model",
     "onnx": "ONNX files",
     "hf": "Hugging Face checkpoints",
+    "sign": "a signature",
     "bench": "this benchmark",
 }
 

@@ -210,18 +210,23 @@ def write(
             writer.add(name, content)
 
 
-def read(path: Path | str, *, native: bool = True) -> Artifact:
+def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None = None) -> Artifact:
     """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
 
-    `native=False` leaves out its code, and so accepts code for another machine or TVM.
-    Raises ArtifactError where it is missing, truncated, altered, of another version, or for
-    another CPU.
+    `native=False` leaves out its code, and so accepts code for another machine or TVM. `signed_by`
+    is the file of a public key that must have signed it. Raises ArtifactError where it is missing,
+    truncated, altered, of another version, for another CPU, or not signed so, and UsageError where
+    the key cannot be used.
     """
     path = Path(path)
     container = open_container(path)
     content = container.get(manifests.NAME)
     if content is None:
         raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifests.NAME}")
+    if signed_by is not None:
+        from moec.runtime.signature import check_signature
+
+        check_signature(path, content, Path(signed_by))
     try:
         manifest = manifests.load(content)
         if native:

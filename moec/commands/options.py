@@ -20,6 +20,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON doc
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong."
 )
+signed_by_option = click.option(
+    "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
+    help="Refuse an artifact that the owner of this public key has not signed.",
+)  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace the output where it exists.")
 
 

@@ -12,7 +12,7 @@ import click
 
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
-from moec.commands.options import json_option, quiet_option
+from moec.commands.options import json_option, quiet_option, signed_by_option
 from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
 from moec.errors import UsageError, VerificationError
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     "--device", default=None, metavar="DEVICE",
     help="cpu, cuda or cuda:1; default: the CPU, where there is code for it.",
 )  # fmt: skip
+@signed_by_option
 @click.option("--rebuild", is_flag=True, help="Compile the stored graph anew; use no stored code.")
 @click.option(
     "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: cores."
@@ -65,6 +66,7 @@ def command(
     check: bool,
     trace: Path | None,
     device: str | None,
+    signed_by: Path | None,
     rebuild: bool,
     threads: int | None,
     nproc: int | None,
@@ -82,6 +84,8 @@ def command(
     if (artifact / "ranks.json").is_file():
         from moec.commands.ranks import run_ranks
 
+        if signed_by is not None:
+            raise UsageError(f"{artifact} holds the ranks of a plan, which have no signature")
         if check or rebuild or trace or device:
             raise UsageError(f"{artifact} holds the ranks of a plan: give --input, or a prompt")
         run_ranks(artifact, source, output, options, nproc, timeout, threads, as_json)
@@ -110,7 +114,7 @@ def command(
         check_trace(trace)
     on = None if device is None else device_of(device, copies=True)
     started = time.perf_counter()
-    opened = artifacts.read(artifact, native=not rebuild)
+    opened = artifacts.read(artifact, native=not rebuild, signed_by=signed_by)
     on = on or default_device(opened.package, copies=True)
     opened = only_for(opened, on)
     if rebuild:  # the compiler: slow to import, and seldom needed

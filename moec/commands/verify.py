@@ -10,7 +10,7 @@ import click
 
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
-from moec.commands.options import json_option, quiet_option
+from moec.commands.options import json_option, quiet_option, signed_by_option
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 @click.command("verify", short_help="Check an artifact; run nothing of it.")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@signed_by_option
 @json_option
 @quiet_option
 @log_options
-def command(artifact: Path, as_json: bool, quiet: bool) -> None:
+def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) -> None:
     """Check ARTIFACT as `moec run` does before it runs, and more; run nothing of it.
 
     The manifest against its digest and its own rules, the size and the SHA-256 of every part, the
     text of every graph against the rules of the IR where the compiler is installed. Code for
-    another machine or version of TVM is checked as well. The digests find damage, not malice.
+    another machine or version of TVM is checked as well. The digests find damage, not malice: who
+    made the file, --signed-by tells.
     """
     from moec.runtime import artifact as artifacts
 
-    opened = artifacts.read(artifact, native=False)
+    opened = artifacts.read(artifact, native=False, signed_by=signed_by)
     opened.verify()
     graphs = _check_graphs(opened)
     size = sum(part.size for part in opened.manifest.parts.values())
@@ -41,6 +43,7 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
         "functions": list(opened.package.functions),
         "graphs_checked": graphs,
         "target": opened.manifest.target_name,
+        "signed_by": None if signed_by is None else str(signed_by),
     }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -49,8 +52,9 @@ def command(artifact: Path, as_json: bool, quiet: bool) -> None:
         names = ", ".join(opened.package.functions)
         from moec.report.units import counted
 
+        signed = "" if signed_by is None else f" and signed with the key in {signed_by}"
         echo(
-            f"{artifact} is intact: {counted(len(opened.manifest.parts), 'part')}, "
+            f"{artifact} is intact{signed}: {counted(len(opened.manifest.parts), 'part')}, "
             f"{size / 1e6:.1f} MB, functions {names}, for {opened.manifest.target_name}{checked}"
         )
 

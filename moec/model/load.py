@@ -94,19 +94,27 @@ class LoadedModel:
         return Picture(scene(report.model, graph, report.blocks, report.declined))
 
 
-def load(path: Path | str, device: str | None = None, *, copies: bool = False) -> LoadedModel:
+def load(
+    path: Path | str,
+    device: str | None = None,
+    *,
+    copies: bool = False,
+    signed_by: Path | str | None = None,
+) -> LoadedModel:
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. Left out, it
     is the CPU, or the first GPU where the model was compiled for GPUs alone.
 
     A model on a GPU takes and gives tensors of torch there. With `copies` it takes and gives what
-    lies in memory of the CPU, numpy's or torch's.
+    lies in memory of the CPU, numpy's or torch's. `signed_by` is the file of a public key that must
+    have signed it (`moec sign`); without one, nobody knows who made the code that it runs.
 
-    Raises UsageError where `path` is no path, ArtifactError where any part of the artifact is
-    damaged, or it has no code for the device, and TargetError where this machine cannot run it.
+    Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
+    part of the artifact is damaged, not signed so, or has no code for the device, and TargetError
+    where this machine cannot run it.
     """
     if not isinstance(path, str | Path):
         raise UsageError(f"{path!r} is not the path of an artifact: give text or a Path")
     on = None if device is None else device_of(device, copies=copies)
-    opened = read(path)
+    opened = read(path, signed_by=signed_by)
     opened = opened if on is None else only_for(opened, on)
     return LoadedModel(Path(path), opened, start(opened, on))
