@@ -171,6 +171,8 @@ def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel
 
 
 def _path(path: Path | str) -> Path:
+    if not isinstance(path, Path | str):
+        raise UsageError(f"{path!r} is not the path of a file: give text or a Path")
     path = Path(path)
     if path.suffix != ".onnx":
         raise UsageError(f"{path}: give the file a name that ends in .onnx")

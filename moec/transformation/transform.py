@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.arguments import cast, changes, example_inputs, text, tolerance
+from moec.arguments import cast, changes, check_kinds, example_inputs, text, tolerance
 from moec.capture import Captured
 from moec.capture.call import ModuleCall
 from moec.capture.doors import Source, capture_source, open_source
@@ -78,6 +78,7 @@ def transform(
     """
     if form not in FORMS:
         raise UsageError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+    check_kinds(dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed)
     chosen = _chosen(changes(passes))
     check_calibration(calib)
     limits = budget_of(text("budget", budget))

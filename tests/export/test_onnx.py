@@ -223,9 +223,10 @@ def test_wrong_paths(block: moec.CompiledModel, tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "model.pb", "give the file a name that ends in .onnx"),
         (tmp_path / "none" / "model.onnx", "the folder"),
+        (5, "5 is not the path of a file: give text or a Path"),
     ):
         with pytest.raises(UsageError, match=words):
-            block.export_onnx(path)
+            block.export_onnx(path)  # type: ignore[arg-type]
 
 
 def test_passes_that_stopped(tmp_path: Path) -> None:

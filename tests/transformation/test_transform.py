@@ -274,6 +274,8 @@ def test_calls_are_those_of_the_source():
         ("+prune-experts", {"form": "onnx"}, "form is 'onnx', expected one of auto, class, graph"),
         ("+prune-experts", {"strict": True}, "strict fails where the budget is exceeded"),
         ("+prune-experts", {"calib": 3}, "calib is a int"),
+        ("+prune-experts", {"allow_fixed": 3}, "allow_fixed is 3: give True, or the names"),
+        ("+prune-experts", {"dynamic_shapes": 3}, "dynamic_shapes is 3: give what torch.export"),
     ],
 )
 def test_refusals(passes, options, says):

@@ -34,7 +34,11 @@ def describe(
     raises CaptureError, with the input that shows it, where they differ. Raises UsageError for
     what is no description.
     """
+    if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UsageError(f"{kind!r} is no class of modules: give the class, or its name")
     if forward is not None:
+        if not callable(forward):
+            raise UsageError(f"forward is {forward!r}: give a function of a module and its inputs")
         if description:
             raise UsageError("a description is a forward, or names and numbers: not both")
         return Declared(kind, forward=forward)

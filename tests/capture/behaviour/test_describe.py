@@ -131,6 +131,9 @@ def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
         (CountsInNumpy, RIGHT | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),
         ("Other", RIGHT, "Other is described, and the model has no module of that class"),
         (CountsInNumpy, RIGHT | {"forward": plain}, "a forward, or names and numbers: not both"),
+        (5, RIGHT, "5 is no class of modules: give the class, or its name"),
+        (dict, RIGHT, "<class 'dict'> is no class of modules"),
+        (CountsInNumpy, {"forward": 5}, "forward is 5: give a function of a module and its inputs"),
     ],
 )
 def test_what_is_no_description(kind: Any, description: dict[str, Any], words: str) -> None:
