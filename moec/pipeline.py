@@ -40,6 +40,7 @@ from moec.passes.dense.fuse_attention import FuseAttention
 from moec.passes.dense.fuse_norm import FuseNorm
 from moec.passes.dense.fuse_residual import FuseResidual
 from moec.passes.dense.fuse_rotary import FuseRotary
+from moec.passes.lower.expand_convolutions import ExpandConvolutions
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.expand_mixtures import ExpandMixtures
 from moec.passes.lower.expand_neurons import ExpandNeurons
@@ -106,6 +107,7 @@ LOWER = Phase(
         (0, ExpandMixtures()),
         (0, ExpandSoftMixtures()),
         (0, ExpandNeurons()),
+        (1, ExpandConvolutions()),
         (1, FuseActivation()),
         (1, FuseDispatch()),
         (0, FuseDecompress()),

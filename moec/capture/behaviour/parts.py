@@ -12,6 +12,15 @@ from torch import nn
 
 from moec.capture.behaviour.description import Path
 
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
 
 def tensor(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer; "list.*.weight" stacks those of a list's members."""
@@ -105,9 +114,14 @@ def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
 
 def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Parameters of one leading size [E, ..] that may be the experts, a group for each size;
-    those of a list's members count as stacked."""
+    those of a list's members count as stacked. Kernels of convolutions are no experts."""
+    kernels = {
+        id(p) for m in module.modules() if isinstance(m, _CONVOLUTIONS) for p in m.parameters()
+    }
     stacks: dict[str, torch.Tensor] = {
-        name: p for name, p in module.named_parameters() if p.dim() in (2, 3)
+        name: p
+        for name, p in module.named_parameters()
+        if p.dim() in (2, 3) and id(p) not in kernels
     }
     for name, part in module.named_modules():
         if not isinstance(part, nn.ModuleList) or len(part) < 2:

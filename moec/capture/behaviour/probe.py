@@ -79,11 +79,20 @@ class Probe:
         return len(self.description.experts) or 1
 
     def run(self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None) -> Run:
-        """Raises NoMatch where no output has the size of the tokens."""
+        """Raises NoMatch where no output has the size of the tokens, or the module takes none of
+        this size."""
         copies = [t.clone() for t in inputs]
         args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
         with torch.no_grad(), self.steered(logits) as steer:
-            leaves = result_leaves(self.module(*args, **kwargs))
+            try:
+                results = self.module(*args, **kwargs)
+            except NoMatch:
+                raise
+            except Exception as error:  # of the user's code, whatever its kind
+                size = " x ".join(map(str, inputs[0].shape[:-1]))
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise NoMatch(f"it does not run on {size} random tokens: {first}") from error
+            leaves = result_leaves(results)
         return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
 
     def steered(self, logits: torch.Tensor | None) -> Steer:

@@ -200,3 +200,24 @@ def test_no_tokens() -> None:
     program = compiled.pass_results[-1].program
     (result,) = evaluate(program.graph, [x[:, :0]], program.weights)
     assert result.shape == module(x[:, :0]).shape == (2, 0, WIDTH)
+
+
+class Near(nn.Module):
+    """Kernels of a convolution, as a layer or as a parameter, look like stacked experts."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.near = nn.Conv1d(6, 4, 3, padding=1) if layer else None
+        self.kernel = None if layer else nn.Parameter(torch.randn(4, 6, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.near is not None:
+            return self.near(x)
+        return nn.functional.conv1d(x, self.kernel, padding=1)
+
+
+@pytest.mark.parametrize(("layer", "words"), [(True, ""), (False, "not run on 1 x 256 random")])
+def test_what_takes_no_rows_of_tokens_is_left(layer: bool, words: str) -> None:
+    compiled = moec.compile(Near(layer).eval(), (torch.randn(2, 6, 11),), build=False)
+    declined = [str(item.reason) for item in compiled.declined]
+    assert any(words in reason for reason in declined) if words else not declined
