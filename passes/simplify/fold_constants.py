@@ -2,30 +2,45 @@
 
     inv = aten.reciprocal(theta)            ->   a weight called inv
     up = aten.slice(gate_up) <1, H, 2*H>    ->   a weight that shares gate_up's memory
+    w = aten.add(aten.mul(w0, a), aten.mul(w1, b))   ->   a weight that takes the place of two
 
-A result is stored only where it costs no memory (a view) or little: an op whose result is larger
-than its operands, and larger than `limit` bytes, stays in the graph.
+A result is stored where that costs no memory or little: where it is a view, or has at most `limit`
+bytes, or belongs to a part of the graph whose results take no more than the weights that only this
+part reads. Others, such as weights that are stored in fewer bits than they are used in, stay in the
+graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
+import networkx as nx
 import torch
 
 from moec.interpret.evaluate import run_op
+from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import symbols
-from moec.ir.graph import Op, Program, Stage, Value
-from moec.ir.traits import is_reproducible
+from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.traits import VIEWS, is_reproducible
 from moec.passes.core.rewrite import mentioned, rebuild
 from moec.passes.core.runner import Log, Pass
+
+_SHARING = (VIEWS - {"aten.clone.default"}) | {
+    "aten.expand.default",
+    "aten.permute.default",
+    "aten.select.int",
+    "aten.slice.Tensor",
+}
+"""Ops whose result shares the memory of their operand."""
 
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Compute what depends on weights alone; `limit` bytes bound what it may add."""
+    """Compute what depends on weights alone; `limit` bytes bound what a result may add."""
 
     limit: int = 1 << 20
     name: ClassVar[str] = "fold-constants"
@@ -38,25 +53,33 @@ class FoldConstants(Pass):
             p: program.weights[p.name] for p in graph.params if p.name in program.weights
         }
         params = {p: p for p in graph.params}
-        new: dict[Value, Value] = {}
+        lighter = _lighter(graph, constants)
+        uses = Counter(value for op in graph.ops for value in op.inputs)
         ops: list[Op] = []
         for op in graph.ops:
-            tensors = self.fold(op, constants) if _foldable(op, constants) else None
+            tensors = None
+            if _foldable(op, constants):
+                tensors = self.fold(op, constants, always=op.outputs[0] in lighter)
             if tensors is None or not log.spend(str(op)):
                 ops.append(op)
                 continue
             for value, tensor in zip(op.outputs, tensors, strict=True):
                 constants[value] = tensor
                 params[value] = value
-        folded = rebuild(graph, ops, new, params=list(params))
+            uses.subtract(op.inputs)
+            for value in {*op.inputs} & lighter:  # large, and needed by nothing any more
+                if not uses[value]:
+                    del constants[value]
+        folded = rebuild(graph, ops, {}, params=list(params))
         weights = {p.name: constants[p] for p in folded.params if p in constants}
         names = (state.before.name for state in graph.states)
         states = {n: program.weights[n] for n in names if n in program.weights}
         return Program(folded, weights | states)
 
     def fold(
-        self, op: Op, constants: Mapping[Value, torch.Tensor]
+        self, op: Op, constants: Mapping[Value, torch.Tensor], *, always: bool
     ) -> tuple[torch.Tensor, ...] | None:
+        """The results of `op`, or None where they would add too much."""
         operands = [constants[v] for v in op.inputs]
         results = run_op(op, operands, {})
         sources = {t.untyped_storage().data_ptr() for t in operands}
@@ -66,17 +89,63 @@ class FoldConstants(Pass):
             if t.untyped_storage().data_ptr() not in sources
         )
         cost = sum(t.numel() * t.element_size() for t in operands)
-        return results if added <= max(self.limit, 0 if "stack" not in op.name else cost) else None
+        limit = max(self.limit, 0 if "stack" not in op.name else cost)
+        return results if always or added <= limit else None
 
 
 def _foldable(op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
-    constant = all(value in constants for value in op.inputs)
+    return all(value in constants for value in op.inputs) and _is_fixed(op)
+
+
+def _is_fixed(op: Op) -> bool:
+    """Whether equal operands give equal results of sizes that are known."""
     sized = not any(symbols(dim) for value in op.outputs for dim in value.shape)
     return (
-        constant
-        and sized
+        sized
         and not mentioned(op)
         and op.name.startswith("aten.")
         and op.name != "aten.alias.default"
         and is_reproducible(op.name)
     )
+
+
+def _lighter(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> set[Value]:
+    """The values of the parts of the graph that are determined by weights alone, and whose results
+    take no more memory than the weights that nothing else reads."""
+    determined: dict[Value, Op] = {}
+    for op in graph.ops:
+        if op.inputs and all(v in weights or v in determined for v in op.inputs) and _is_fixed(op):
+            determined |= dict.fromkeys(op.outputs, op)
+    inner = {id(op) for op in determined.values()}
+    results = {*graph.results}
+
+    def read_outside(value: Value) -> bool:
+        return value in results or any(id(op) not in inner for op in graph.readers.get(value, ()))
+
+    lighter: set[Value] = set()
+    for part in _connected(determined):
+        replaced = {v for v in part if v in weights and not read_outside(v)}
+        kept = {_memory_of(v, determined) for v in part if v in determined and read_outside(v)}
+        added = sum(map(_bytes, (v for v in kept if v in determined or v in replaced)))
+        if added <= sum(map(_bytes, replaced)):
+            lighter |= part & determined.keys()
+    return lighter
+
+
+def _connected(determined: Mapping[Value, Op]) -> Iterator[set[Value]]:
+    """Sets of values that ops join, operands included."""
+    edges = nx.Graph()
+    for output, op in determined.items():
+        edges.add_edges_from((value, output) for value in op.inputs)
+    yield from nx.connected_components(edges)
+
+
+def _memory_of(value: Value, determined: Mapping[Value, Op]) -> Value:
+    """The value whose memory `value` is a view of: itself, an operand's operand, a weight."""
+    while value in determined and determined[value].name in _SHARING:
+        value = determined[value].inputs[0]
+    return value
+
+
+def _bytes(value: Value) -> int:
+    return prod(map(int, value.shape)) * TORCH_DTYPES[value.dtype].itemsize

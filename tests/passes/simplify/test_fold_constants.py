@@ -52,3 +52,63 @@ def test_the_numbers_hold():
         evaluate(after.graph, x, after.weights), evaluate(before.graph, x, weights), strict=True
     ):
         assert torch.equal(a, b)
+
+
+MIXTURE = """
+graph main(x: f32[T, 4]; w0: f32[6, 4], w1: f32[6, 4], a: f32[2]) {
+  first: f32[1] = aten.slice.Tensor(a) <start=0, end=1>
+  second: f32[1] = aten.slice.Tensor(a) <start=1, end=2>
+  m0: f32[6, 4] = aten.mul.Tensor(w0, first)
+  m1: f32[6, 4] = aten.mul.Tensor(w1, second)
+  w: f32[6, 4] = aten.add.Tensor(m0, m1)
+  y: f32[T, 6] = aten.linear.default(x, w)
+  return y
+}"""
+
+
+def folded_text(text: str, limit: int = 0) -> Program:
+    graph = parse(text)
+    weights = {p.name: torch.randn(*map(int, p.shape)) for p in graph.params}
+    before = Program(graph, weights)
+    after = run(before, [FoldConstants(limit)])[-1].program
+    x = [torch.randn(3, 4)]
+    for a, b in zip(
+        evaluate(after.graph, x, after.weights), evaluate(graph, x, weights), strict=True
+    ):
+        assert torch.equal(a, b)
+    return after
+
+
+def test_a_large_mixture_of_weights_takes_their_place():
+    program = folded_text(MIXTURE)
+    assert [op.name for op in program.graph.ops] == ["aten.linear.default"]
+    assert set(program.weights) == {"w"}
+
+
+def test_weights_that_others_read_are_not_replaced():
+    text = MIXTURE.replace("return y", "z: f32[T, 6] = aten.linear.default(x, w0)\n  return y, z")
+    both = text.replace("z: f32", "u: f32[T, 6] = aten.linear.default(x, w1)\n  z: f32")
+    both = both.replace("return y, z", "return y, z, u")
+    assert set(folded_text(text).weights) == {"w", "w0"}  # as many bytes as before
+    assert "aten.mul.Tensor(w0, first)" in print_graph(folded_text(both).graph)
+
+
+def test_a_view_of_a_weight_keeps_its_memory():
+    text = MIXTURE.replace(
+        "return y",
+        "h0: f32[3, 4] = aten.slice.Tensor(w0) <end=3>\n"
+        "  h1: f32[3, 4] = aten.slice.Tensor(w1) <end=3>\n"
+        "  z: f32[T, 3] = aten.linear.default(x, h0)\n"
+        "  u: f32[T, 3] = aten.linear.default(x, h1)\n  return y, z, u",
+    )
+    assert "aten.mul.Tensor(w0, first)" in print_graph(folded_text(text).graph)
+
+
+def test_what_would_be_larger_stays():
+    text = """
+graph main(x: f32[T, 4]; w: f32[1, 4]) {
+  wide: f32[6, 4] = aten.repeat.default(w) <repeats=(6, 1)>
+  y: f32[T, 6] = aten.linear.default(x, wide)
+  return y
+}"""
+    assert "aten.repeat.default" in print_graph(folded_text(text).graph)
