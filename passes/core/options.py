@@ -102,7 +102,8 @@ def made_from(kind: type[P], text: str, where: str) -> P:
             have = f"takes {names}" if options else "has no options"
             near = did_you_mean(name, options)
             what = f"there is no option {name}{near}" if equals else f"write {part} as option=value"
-            raise UsageError(f"{where}: {what}; {_name(kind)} {have}")
+            sentence_ends = " " if what.endswith("?") else "; "
+            raise UsageError(f"{where}: {what}{sentence_ends}{_name(kind)} {have}")
         if name in values:
             raise UsageError(f"{where}: {name} is given twice")
         try:

@@ -98,8 +98,17 @@ def tables(scope: Scope) -> Iterator[tuple[Op, Op]]:
                 continue
             scaled = sums_of(scope, outward.outputs[0])
             others = [v for _, operands in scaled for v in operands]
-            if inward in scope.upstream(others):
+            if inward in scope.upstream(others) and _meets_rows(scope, inward):
                 yield inward, outward
+
+
+def _meets_rows(scope: Scope, gather: Op) -> bool:
+    """Whether a gathered row is multiplied by something as wide: a wider one is a whole matrix."""
+    width = gather.inputs[0].shape[1:]
+    sums = sums_of(scope, gather.outputs[0])
+    return any(
+        scope.behind(v, _MOVES).shape[-1:] == width for _, operands in sums for v in operands
+    )
 
 
 def sums_of(scope: Scope, value: Value) -> list[tuple[Value, tuple[Value, ...]]]:

@@ -344,7 +344,7 @@ def compile_with(**options: Any) -> Any:
         ({"passes": [3]}, "passes holds a int: give text or passes"),
         ({"passes": "+prune"}, "where name is one of canonicalise, "),
         ({"passes": "-prune-experts"}, "prune-experts runs only where it is asked for"),
-        ({"passes": "+prune-experts(kep=1)"}, "there is no option kep; prune-experts takes keep"),
+        ({"passes": "+prune-experts(kep=1)"}, "did you mean 'keep'? prune-experts takes keep"),
         ({"passes": "+prune-experts(keep)"}, "write keep as option=value; prune-experts takes"),
         ({"passes": "+prune-experts(keep=a)"}, "keep is 'a', expected a number from 0 to 1"),
         ({"passes": "+prune-experts(keep=2)"}, "keep is 2.0, expected a number from 0 to 1"),
