@@ -125,8 +125,8 @@ def _lighter(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> set[Value]:
     lighter: set[Value] = set()
     for part in _connected(determined):
         replaced = {v for v in part if v in weights and not read_outside(v)}
-        kept = {_memory_of(v, determined) for v in part if v in determined and read_outside(v)}
-        added = sum(map(_bytes, (v for v in kept if v in determined or v in replaced)))
+        stored = {_memory_of(v, determined) for v in part if v in determined and read_outside(v)}
+        added = sum(map(_bytes, (v for v in stored if v in determined or v in replaced)))
         if added <= sum(map(_bytes, replaced)):
             lighter |= part & determined.keys()
     return lighter
