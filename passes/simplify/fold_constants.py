@@ -54,7 +54,7 @@ class FoldConstants(Pass):
         }
         params = {p: p for p in graph.params}
         lighter = _lighter(graph, constants)
-        uses = Counter(value for op in graph.ops for value in op.inputs)
+        uses = Counter((*(value for op in graph.ops for value in op.inputs), *graph.results))
         ops: list[Op] = []
         for op in graph.ops:
             tensors = None

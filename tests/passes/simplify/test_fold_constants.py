@@ -104,6 +104,11 @@ def test_a_view_of_a_weight_keeps_its_memory():
     assert "aten.mul.Tensor(w0, first)" in print_graph(folded_text(text).graph)
 
 
+def test_a_part_of_the_mixture_that_is_returned_stays():
+    text = MIXTURE.replace("return y", "return y, m0")
+    assert set(folded_text(text).weights) == {"w", "m0"}
+
+
 def test_what_would_be_larger_stays():
     text = """
 graph main(x: f32[T, 4]; w: f32[1, 4]) {
