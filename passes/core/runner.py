@@ -54,8 +54,9 @@ class Log:
 
     last: str = ""
 
-    def decline(self, where: str, reason: str) -> None:
-        entry = Declined(where, reason, self.rule)
+    def decline(self, where: str, reason: str, rule: str = "") -> None:
+        """`rule` is the pass's own name where it has no other."""
+        entry = Declined(where, reason, rule or self.rule)
         if entry not in self.declined:
             self.declined.append(entry)
 

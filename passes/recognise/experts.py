@@ -21,6 +21,7 @@ from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.neurons import recognise_neurons
+from moec.passes.recognise.other_choices import RULE as OTHER_CHOICES
 from moec.passes.recognise.other_choices import other_choices
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routing import Unlike
@@ -70,7 +71,7 @@ class RecogniseExperts(Pass):
         nodes = any(op.name.startswith("moe.") for op in scope.graph.ops)
         if not (blocks or nodes or any(refused.values())):
             for op, reason in other_choices(scope):
-                log.decline(op.origin or op.outputs[0].name, reason)
+                log.decline(op.origin or op.outputs[0].name, reason, OTHER_CHOICES)
         return replace(program, graph=splice(scope.graph, blocks))
 
 

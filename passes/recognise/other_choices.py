@@ -13,6 +13,8 @@ from moec.ir.graph import Op
 from moec.ir.traits import CHOICES
 from moec.passes.recognise.region import Scope
 
+RULE = "other-choices"
+"""What these reasons are told by: in a piece of a model, the experts may be in another piece."""
 _MOST_EXPERTS = 1024
 """More are words of a vocabulary."""
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks import cuda as script
-from moec.codegen.cuda.roofline import Layer
+from moec.codegen.cuda.roofline import LayerShape
 from moec.target import nvidia
 from moec.target.cuda import TARGETS
 
-TINY = Layer(4, 2, 32, 32)
+TINY = LayerShape(4, 2, 32, 32)
 
 
 def test_a_dry_run_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
