@@ -2,7 +2,7 @@
 
 The CPU runs it as any other artifact and needs nothing of CUDA. On a machine with an NVIDIA GPU the
 same file runs with device="cuda" (`moec run FILE --device cuda`); here it is refused in a sentence.
-nvcc makes the machine code; without it, `CUDA_TEXT` stops at the CUDA C.
+nvcc or NVRTC makes the machine code; without both, `CUDA_TEXT` stops at the CUDA C.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Layer(nn.Module):
 def main() -> None:
     torch.manual_seed(0)
     layer, x = Layer().requires_grad_(False), torch.randn(5, D)
-    backend = CUDA if nvidia.nvcc() else CUDA_TEXT
+    backend = CUDA if nvidia.nvcc() or nvidia.nvrtc() else CUDA_TEXT
     compiled = moec.compile(layer, (x,), target="cpu,cuda:sm_80", backend=backend)
     assert compiled.for_gpu is not None
     assert compiled.for_gpu.gpu is not None

@@ -22,6 +22,7 @@ from moec.runtime.package import GpuCode, Package
 from moec.target import nvidia
 
 _CREATE = "ffi.Module.create.cuda"
+_CUDART = "libcudart.so.13"  # what TVM's runtime is linked with
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,13 @@ def _major(version: str) -> int:
 
 @cache
 def _load_runtime() -> None:
-    """TVM's runtime for CUDA, into the process. Raises TargetError where it does not load."""
+    """TVM's runtime for CUDA, into the process, with the CUDA runtime of a wheel where there is
+    one. Raises TargetError where it does not load."""
     ffi = tvm_ffi()
+    for folder in nvidia.wheels():
+        library = Path(folder, "lib", _CUDART)
+        if library.exists():
+            ctypes.CDLL(str(library))
     package = importlib.util.find_spec("tvm")
     assert package is not None
     assert package.submodule_search_locations
@@ -145,7 +151,8 @@ def _load_runtime() -> None:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        raise TargetError(f"TVM's runtime for CUDA does not load: {error}") from error
+        hint = f"; pip install 'moec[cuda]' brings {_CUDART}" if _CUDART in str(error) else ""
+        raise TargetError(f"TVM's runtime for CUDA does not load: {error}{hint}") from error
     if ffi.get_global_func(_CREATE, allow_missing=True) is None:
         raise TargetError("TVM's runtime for CUDA is loaded and lacks what opens kernels")
 

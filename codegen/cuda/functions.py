@@ -41,6 +41,14 @@ _CAST = """template <class T, class F> static __forceinline__ __device__ T moec_
   return to;
 }"""
 
+# NVRTC leaves cuda.h out, which has the type of a tensor map: 128 bytes that only the driver reads.
+_TENSOR_MAP = """
+#ifdef __CUDACC_RTC__
+  struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
+  typedef CUtensorMap_st CUtensorMap;
+#endif
+"""
+
 _HEADERS = """#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 """
@@ -51,6 +59,8 @@ def with_functions(source: str) -> str:
     functions in place of fast ones. Raises KeyError for a function that is not defined."""
     source = _FAST.sub(r"\1f", source)
     source = _BITS.sub(r"moec_bits<\1>((", source)
+    if "CUtensorMap" in source:
+        source = _TENSOR_MAP + source
     calls = sorted(set(_CALL.findall(source)))
     if not calls:
         return source

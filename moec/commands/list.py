@@ -184,7 +184,8 @@ def gpu_here(target: CudaTarget) -> str:
     driver = nvidia.driver()
     gpus = driver.gpus if driver else ()
     here = "its GPU is here" if any(target.runs_on(gpu.capability) for gpu in gpus) else "no GPU"
-    return f"compiles; {here}" if nvidia.nvcc() else f"no nvcc; {here}"
+    compiles = nvidia.nvcc() or nvidia.nvrtc()
+    return f"compiles; {here}" if compiles else f"neither nvcc nor NVRTC; {here}"
 
 
 def models() -> list[dict[str, Any]]:

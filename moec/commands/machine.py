@@ -292,7 +292,9 @@ def scratch() -> Check:
     return Check("disk", OK, says)
 
 
-def gpus(driver: nvidia.Driver | None, nvcc: nvidia.Compiler | None, nvrtc: str) -> list[Check]:
+def gpus(
+    driver: nvidia.Driver | None, nvcc: nvidia.Compiler | None, nvrtc: nvidia.Compiler | None
+) -> list[Check]:
     """NVIDIA's driver, GPUs and compilers. Where one is missing all is well: CPUs need none."""
     if driver is None:
         text = "none; only cuda targets need one"
@@ -301,9 +303,16 @@ def gpus(driver: nvidia.Driver | None, nvcc: nvidia.Compiler | None, nvrtc: str)
         text = f"{', '.join(names) or 'none'}; the driver runs CUDA {driver.version}"
     return [
         Check("gpu", OK, text),
-        Check("nvcc", OK, f"{nvcc.version}, {nvcc.path}" if nvcc else "none; see gpu"),
-        Check("nvrtc", OK, nvrtc or "none; see gpu"),
+        Check("nvcc", OK, _compiler(nvcc, used=True)),
+        Check("nvrtc", OK, _compiler(nvrtc, used=nvcc is None)),
     ]
+
+
+def _compiler(compiler: nvidia.Compiler | None, *, used: bool) -> str:
+    if compiler is None:
+        return "none; only cuda targets need it or the other"
+    use = "compiles for cuda targets" if used else "not used where nvcc is"
+    return f"{compiler.version}, {compiler.path}; {use}"
 
 
 def as_json(checks: Sequence[Check]) -> str:

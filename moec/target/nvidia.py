@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = "libcuda.so.1"
+NVCC, NVRTC = "nvcc", "NVRTC"
 NO_DRIVER = f"there is no NVIDIA driver here ({LIBRARY})"
 _NAME = 256  # bytes for the name of a GPU
 # CUDA Driver API, CUdevice_attribute.
@@ -46,10 +47,13 @@ class Driver:
 
 @dataclass(frozen=True)
 class Compiler:
-    """nvcc, with the version of its toolkit."""
+    """What makes machine code of CUDA C, with the version of its toolkit: nvcc, a program, or
+    NVRTC, a library, which is told the folders of CUDA's headers."""
 
     path: str
     version: str
+    name: str = NVCC
+    includes: tuple[str, ...] = ()
 
 
 def capability_of(arch: str) -> tuple[int, int]:
@@ -148,17 +152,37 @@ def _nvcc(search: str) -> Compiler | None:
     return Compiler(path, version[1]) if version and not answer.returncode else None
 
 
-def nvrtc() -> str:
-    """Where NVRTC comes from; empty where there is none."""
-    if importlib.util.find_spec("cuda") and importlib.util.find_spec("nvidia"):
-        root = importlib.util.find_spec("nvidia")
-        for folder in (root and root.submodule_search_locations) or ():
-            for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
-                return str(library)
-    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+def nvrtc() -> Compiler | None:
+    """NVRTC with CUDA's headers, of NVIDIA's wheels (`moec[cuda]`) or of a toolkit; None where
+    one of both is missing."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return _nvrtc((*wheels(), home))
+
+
+def wheels() -> tuple[str, ...]:
+    """The folders of NVIDIA's wheels, each with `lib` and `include`."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return tuple(str(path) for root in folders for path in sorted(Path(root).glob("cu[0-9]*")))
+
+
+_HEADERS = ("cuda_bf16.h", "cuda/std/cstdint", "crt/host_defines.h")
+"""One of each wheel that has headers."""
+
+
+@cache
+def _nvrtc(roots: tuple[str, ...]) -> Compiler | None:
+    """Headers of several wheels lie in several roots, where these are not installed together."""
+    folders = [Path(root, "include", part) for root in roots for part in ("", "cccl")]
+    includes = tuple(str(folder) for folder in folders if folder.is_dir())
+    if not all(any(Path(folder, name).exists() for folder in includes) for name in _HEADERS):
+        return None
+    paths = (path for root in roots for path in sorted(Path(root).glob("lib*/libnvrtc.so.*")))
+    for path in paths:
+        major, minor = ctypes.c_int(), ctypes.c_int()
         try:
-            ctypes.CDLL(name)
-        except OSError:
+            ctypes.CDLL(str(path)).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        except (OSError, AttributeError):
             continue
-        return name
-    return ""
+        return Compiler(str(path), f"{major.value}.{minor.value}", NVRTC, includes)
+    return None

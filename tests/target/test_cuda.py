@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,16 +111,39 @@ def test_kernels_of_gpus_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor() -> None:
-    without = {check.name: check.says for check in machine.gpus(None, None, "")}
-    assert without["gpu"] == "none; only cuda targets need one"
+    without = {check.name: check.says for check in machine.gpus(None, None, None)}
+    assert without == {
+        "gpu": "none; only cuda targets need one",
+        "nvcc": "none; only cuda targets need it or the other",
+        "nvrtc": "none; only cuda targets need it or the other",
+    }
     nvcc = nvidia.Compiler("/usr/bin/nvcc", "13.0.88")
+    nvrtc = nvidia.Compiler("/lib/libnvrtc.so.13", "13.5", nvidia.NVRTC)
     driver = nvidia.Driver("13.0", (H100,))
-    checks = {check.name: check.says for check in machine.gpus(driver, nvcc, "libnvrtc.so.13")}
+    checks = {check.name: check.says for check in machine.gpus(driver, nvcc, nvrtc)}
     assert checks == {
         "gpu": "NVIDIA H100 80GB HBM3 (9.0, 80 GB); the driver runs CUDA 13.0",
-        "nvcc": "13.0.88, /usr/bin/nvcc",
-        "nvrtc": "libnvrtc.so.13",
+        "nvcc": "13.0.88, /usr/bin/nvcc; compiles for cuda targets",
+        "nvrtc": "13.5, /lib/libnvrtc.so.13; not used where nvcc is",
     }
+    checks = {check.name: check.says for check in machine.gpus(driver, None, nvrtc)}
+    assert checks["nvrtc"] == "13.5, /lib/libnvrtc.so.13; compiles for cuda targets"
+
+
+def test_nvrtc_is_of_no_use_without_headers_or_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "without"))
+    assert nvidia.nvrtc() is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for name in ("cuda_bf16.h", "crt/host_defines.h", "cccl/cuda/std/cstdint"):
+        path = tmp_path / "include" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libnvrtc.so.13").write_text("no library")
+    assert nvidia.nvrtc() is None
 
 
 def test_cpu_code_imports_nothing_of_cuda() -> None:

@@ -13,8 +13,8 @@ from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
 from moec.codegen.cuda.attention import attention
+from moec.codegen.cuda.cubin import compiler, cubins
 from moec.codegen.cuda.norm import norm
-from moec.codegen.cuda.nvcc import compiler, cubins
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
@@ -76,4 +76,4 @@ CUDA = Backend(
 )
 
 CUDA_TEXT = replace(CUDA, library=_text, ready=lambda target: linker_for(HOST))
-"""As CUDA, up to the CUDA C of its kernels: for a machine that has no nvcc."""
+"""As CUDA, up to the CUDA C of its kernels: for a machine that has neither nvcc nor NVRTC."""

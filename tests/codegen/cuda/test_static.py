@@ -20,11 +20,11 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.cubin import Cubin, cubin
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
-from moec.codegen.cuda.nvcc import Cubin, cubin
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
@@ -204,14 +204,19 @@ def test_the_second_compilation_comes_from_the_cache(
     source = lowered(KERNELS["combine"](target), target=target).source
     first = cubin(source, target, store)
     assert [entry.kind for entry in entries(store)] == [OBJECTS, OBJECTS]
-    monkeypatch.setattr("moec.codegen.cuda.nvcc._compile", None)
+    monkeypatch.setattr("moec.codegen.cuda.nvcc.compiled", None)
     assert cubin(source, target, store) == first
     assert first.registers > 0
 
 
-def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvcc_and_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "nvcc", lambda: None)
-    with pytest.raises(TargetError, match="target 'cuda:sm_80': there is no nvcc, which compiles"):
+    monkeypatch.setattr(nvidia, "nvrtc", lambda: None)
+    words = (
+        "target 'cuda:sm_80': there is neither nvcc nor NVRTC, which compile its kernels; "
+        r"pip install 'moec\[cuda\]', or install the CUDA toolkit and set CUDA_HOME or PATH to it"
+    )
+    with pytest.raises(TargetError, match=words):
         cubin("", TARGETS["cuda:sm_80"], Store(None))
 
 

@@ -1,0 +1,77 @@
+"""CUDA C -> cubins, by nvcc or NVRTC, once: later ones come from the cache."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from moec.cache import OBJECTS, Store, default_store, key_of, load, save
+from moec.codegen.cuda import nvcc, nvrtc
+from moec.errors import TargetError
+from moec.runtime.threads import available
+from moec.target import nvidia
+from moec.target.cuda import CudaTarget
+
+_COMPILERS = {nvidia.NVCC: nvcc, nvidia.NVRTC: nvrtc}
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code, and what ptxas says of it, of the first of its kernels: registers of a thread,
+    bytes that spill from them, bytes of static shared memory."""
+
+    content: bytes
+    registers: int
+    spills: int
+    static_shared: int
+
+
+def compiler(target: CudaTarget) -> nvidia.Compiler:
+    """nvcc where there is one, else NVRTC. Raises TargetError where there is neither."""
+    chosen = nvidia.nvcc() or nvidia.nvrtc()
+    if chosen is None:
+        raise TargetError(
+            f"target {target.name!r}: there is neither nvcc nor NVRTC, which compile its kernels; "
+            "pip install 'moec[cuda]', or install the CUDA toolkit and set CUDA_HOME or PATH to it"
+        )
+    return chosen
+
+
+def cubins(source: str, target: CudaTarget, store: Store | None = None) -> dict[str, Cubin]:
+    """Kernels for each architecture of a target. `store` has those of before; None stands for
+    the user's.
+
+    Raises TargetError where there is no compiler, or it fails.
+    """
+    one = partial(_cubin, source, chosen=compiler(target), store=store or default_store())
+    with ThreadPoolExecutor(available()) as pool:
+        return dict(zip(target.archs, pool.map(one, target.archs), strict=True))
+
+
+def cubin(source: str, target: CudaTarget, store: Store | None = None) -> Cubin:
+    """As `cubins`, for the oldest architecture of a target."""
+    return _cubin(source, target.arch, compiler(target), store or default_store())
+
+
+def _cubin(source: str, arch: str, chosen: nvidia.Compiler, store: Store) -> Cubin:
+    by = _COMPILERS[chosen.name]
+    key = key_of("cubin", source, arch, chosen.name, chosen.version, *by.FLAGS)
+    log_key = key_of("ptxas", key)
+    content, log = load(store, OBJECTS, key), load(store, OBJECTS, log_key)
+    if content is None or log is None:
+        content, log = by.compiled(source, arch, chosen)
+        save(store, OBJECTS, {key: content, log_key: log})
+    text = log.decode(errors="replace")
+    return Cubin(
+        content,
+        _number(r"Used (\d+) registers", text),
+        _number(r"(\d+) bytes spill stores", text) + _number(r"(\d+) bytes spill loads", text),
+        _number(r"(\d+) bytes smem", text),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
