@@ -39,8 +39,8 @@ from moec.ir.graph import Program
 from moec.ir.stats import stored_bytes
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.tune_grids import TuneGrids
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.moe_layer import constant, layer_of
 from moec.passes.core.runner import Log
 
@@ -110,12 +110,12 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     fitted_on = windows(case.tokenizer, FITTED_ON, options.tokens // LENGTH, LENGTH)
     held_out = windows(case.tokenizer, HELD_OUT, options.windows, LENGTH)
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
-    chooser = Meter(program, calibration(fitted_on, program, {}))
+    chooser = Evaluator(program, load_calibration(fitted_on, program, {}))
     observed = list(zip(layers, chooser.layer_stats(program, layers), strict=True))
-    meter = Meter(program, calibration(held_out, program, {}))
+    evaluator = Evaluator(program, load_calibration(held_out, program, {}))
     stacks = [stack for layer in layers for stack in layer.stacks]
     weights = sum(math.prod(map(int, stack.shape)) for stack in stacks)
-    before, whole = meter.origin.perplexity, stored_bytes(program)
+    before, whole = evaluator.origin.perplexity, stored_bytes(program)
     bits = BITS[stacks[0].dtype]
     assert before is not None
     shapes = {tuple(map(int, stack.shape[1:])) for stack in stacks}
@@ -123,7 +123,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
         f"{', '.join(f'{n} x {k}' for n, k in sorted(shapes))}{notes and '; '}{notes}")  # fmt: skip
     say(
         f"fitted on {fitted_on['input_ids'].numel()} tokens, perplexity of "
-        f"{meter.calibration.tokens} of {', '.join(HELD_OUT)}: {before:.2f}"
+        f"{evaluator.calibration.tokens} of {', '.join(HELD_OUT)}: {before:.2f}"
     )
     seen = torch.cat([some.usage(layer.count) for layer, some in observed]).sort().values
     say(f"rows of an expert: {seen[0]} to {seen[-1]}, {seen[len(seen) // 2]} in the middle")
@@ -137,7 +137,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
                     made = pass_.change(made, layer, some).program
                 fitted[pass_] = made
             made = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
-            after = meter.measure(made)[0].perplexity
+            after = evaluator.measure(made)[0].perplexity
             assert after is not None
             lost = math.log(after / before)
             rounded = lost if way == "nearest" else rounded
@@ -149,9 +149,9 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     say("")
 
 
-def tuned(program: Program, meter: Meter, steps: int) -> Program:
+def tuned(program: Program, evaluator: Evaluator, steps: int) -> Program:
     pass_ = TuneGrids(steps=steps)
-    for layer, grids in zip(*pass_.observe(program, meter, Log()), strict=True):
+    for layer, grids in zip(*pass_.observe(program, evaluator, Log()), strict=True):
         program = pass_.change(program, layer, grids).program
     return program
 

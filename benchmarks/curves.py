@@ -42,10 +42,15 @@ from moec.ir.stats import stored_bytes
 from moec.passes.approximate.average_experts import AverageExperts
 from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
-from moec.passes.calibration.budget import budget
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import LayerStats, Meter
-from moec.passes.calibration.session import Approximate, CalibrationSession, Foresighted, Measured
+from moec.passes.calibration.budget import parse_budget
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator, LayerStats
+from moec.passes.calibration.session import (
+    Approximate,
+    CalibrationSession,
+    MeasuredPass,
+    NeedsGlobalStats,
+)
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import run
 
@@ -115,7 +120,7 @@ def smollm2() -> Case:
 
 def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, LayerStats]]) -> Program:
     """The program after a pass without a budget; a layer of which nothing goes stays as it is."""
-    inner = pass_.planned(case.program, layers) if isinstance(pass_, Foresighted) else pass_
+    inner = pass_.planned(case.program, layers) if isinstance(pass_, NeedsGlobalStats) else pass_
     program = case.program
     for layer, seen in layers:
         with suppress(NoMatch):
@@ -140,14 +145,14 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     start = time.perf_counter(), time.process_time()
     graph = case.program.graph
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
-    calib = calibration(case.seen, case.program, {})
-    chooser = Meter(case.program, calib, {layer.output: layer for layer in layers})
+    calib = load_calibration(case.seen, case.program, {})
+    chooser = Evaluator(case.program, calib, {layer.output: layer for layer in layers})
     observed = list(zip(layers, chooser.layer_stats(case.program, layers), strict=True))
-    meter = Meter(case.program, calibration(case.held_out, case.program, {}))
-    allowed = budget(limit)
+    evaluator = Evaluator(case.program, load_calibration(case.held_out, case.program, {}))
+    allowed = parse_budget(limit)
 
     def point(program: Program) -> tuple[float, float]:
-        perplexity = meter.measure(program)[0].perplexity
+        perplexity = evaluator.measure(program)[0].perplexity
         assert perplexity is not None
         return stored_bytes(program) / 1e6, perplexity
 
@@ -155,7 +160,8 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     say(f"{case.name}: {len(layers)} layers of {layers[0].count} experts{case.notes and '; '}"
           f"{case.notes}")  # fmt: skip
     say(
-        f"chosen on {chooser.tokens} tokens of {', '.join(SEEN)}, perplexity on {meter.tokens} of "
+        f"chosen on {chooser.tokens} tokens of {', '.join(SEEN)}, "
+        f"perplexity on {evaluator.tokens} of "
         f"{', '.join(HELD_OUT)}; whole: {whole[0]:.2f} MB, perplexity {whole[1]:.2f}"
     )
     shares = "".join(f"{kept:>17.1%}" for kept in KEPT)
@@ -165,7 +171,7 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     for name, passes in ways().items():
         made = {kept: point(changed(case, pass_, observed)) for kept, pass_ in passes.items()}
         case.points[name] = [whole, *made.values()]
-        pass_ = Measured(passes[ASKED], CalibrationSession(case.seen, {}, allowed))
+        pass_ = MeasuredPass(passes[ASKED], CalibrationSession(case.seen, {}, allowed))
         step = run(case.program, [pass_], stage=Stage.MOE)[-1]
         assert step.damage is not None
         after = step.damage.after

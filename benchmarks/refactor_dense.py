@@ -47,8 +47,8 @@ from moec.interpret.graph_module import GraphModule  # noqa: E402
 from moec.ir.graph import Program  # noqa: E402
 from moec.passes.approximate.feedforward import feedforwards  # noqa: E402
 from moec.passes.approximate.refactor_dense import RefactorDense  # noqa: E402
-from moec.passes.calibration.data import calibration  # noqa: E402
-from moec.passes.calibration.evaluator import Meter  # noqa: E402
+from moec.passes.calibration.data import load_calibration  # noqa: E402
+from moec.passes.calibration.evaluator import Evaluator  # noqa: E402
 from moec.passes.core.runner import Log  # noqa: E402
 from moec.passes.specialise.hoist_routers import split  # noqa: E402
 
@@ -98,23 +98,23 @@ def active(program: Program) -> tuple[int, int, int]:
     return mlp, body, whole
 
 
-def refactored(program: Program, pass_: RefactorDense, meter: Meter) -> Program:
+def refactored(program: Program, pass_: RefactorDense, evaluator: Evaluator) -> Program:
     """All layers changed, without measuring each of them as `moec.compile` does."""
-    layers, seen = pass_.observe(program, meter, Log())
+    layers, seen = pass_.observe(program, evaluator, Log())
     for layer, one in zip(layers, seen, strict=True):
         program = pass_.change(program, layer, one).program
     return program
 
 
-def perplexity(program: Program, meter: Meter) -> tuple[dict[str, float], float]:
+def perplexity(program: Program, evaluator: Evaluator) -> tuple[dict[str, float], float]:
     """By domain, and the share of tokens that are sent to the expert of theirs."""
     routes = [op for op in program.graph.ops if op.name in ("moe.route", "moe.gate")]
-    domains = list(dict.fromkeys(meter.calibration.domains))
+    domains = list(dict.fromkeys(evaluator.calibration.domains))
     nats, predicted = dict.fromkeys(domains, 0.0), dict.fromkeys(domains, 0)
     right = count = 0
-    cases = zip(meter.calibration.cases, meter.calibration.domains, strict=True)
+    cases = zip(evaluator.calibration.cases, evaluator.calibration.domains, strict=True)
     probes = [op.outputs[1] for op in routes]
-    for (case, domain), made in zip(cases, meter.run(program, probes), strict=True):
+    for (case, domain), made in zip(cases, evaluator.run(program, probes), strict=True):
         (ids,) = case
         scores = made[0].log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
         nats[domain] -= float(scores.sum())
@@ -169,7 +169,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"{FILE}: {whole[2]:,} parameters, {whole[0]:,} of them in {count} feed-forward layers")
     print(f"{WINDOWS} windows of {LENGTH} tokens a domain, torch {torch.__version__}")
     print(f"load average before: {os.getloadavg()[0]:.1f}\n")
-    chosen_on, held_out = (Meter(original, calibration(d, original, {})) for d in (data, other))
+    chosen_on, held_out = (
+        Evaluator(original, load_calibration(d, original, {})) for d in (data, other)
+    )
     print(f"{'':22}{'active parameters':^30}{'perplexity':^24}{'to their own':>14}")
     print(f"{'':22}{'layers':>8}{'no embedding':>14}{'all':>8}{'code':>12}{'prose':>12}")
 

@@ -19,9 +19,9 @@ from moec.ir.stats import stored_bytes
 from moec.passes.approximate.average_experts import AverageExperts
 from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass
 from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
@@ -57,19 +57,21 @@ print(f"KL {damage.after.kl:.3f} of at most 0.45 nats a token\n")
 
 # The same passes by themselves, on the graph as recognised: no code is generated.
 original = next(step for step in compiled.pass_results if step.name == "split-packed").program
-meter = Meter(original, calibration(windows(HELD_OUT), original, {}))
+evaluator = Evaluator(original, load_calibration(windows(HELD_OUT), original, {}))
 
 
 def held_out(program: Program) -> float:
     """Perplexity of the text that the model never saw."""
-    perplexity = meter.measure(program)[0].perplexity
+    perplexity = evaluator.measure(program)[0].perplexity
     assert perplexity is not None
     return perplexity
 
 
 def cut(pass_: Approximate) -> tuple[float, float]:
     """Megabytes and perplexity after a pass."""
-    steps = run(original, [Measured(pass_, CalibrationSession(windows(SEEN), {}))], stage=Stage.MOE)
+    steps = run(
+        original, [MeasuredPass(pass_, CalibrationSession(windows(SEEN), {}))], stage=Stage.MOE
+    )
     return stored_bytes(steps[-1].program) / 1e6, held_out(steps[-1].program)
 
 

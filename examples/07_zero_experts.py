@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 import moec
 from moec.ir.graph import Stage
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import CalibrationSession, Measured
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.calibration.session import CalibrationSession, MeasuredPass
 from moec.passes.core.runner import run
 from moec.train.zero_experts import MoEPlusPlus
 
@@ -82,8 +82,8 @@ def windows(files: Sequence[str]) -> dict[str, Tensor]:
 seen, held_out = windows(["argparse.py"]), windows(["http/client.py", "urllib/parse.py"])
 captured = moec.compile(CHECKPOINT, stop_after="split-packed")
 original = captured.pass_results[-1].program
-meter = Meter(original, calibration(held_out, original, {}))
-print(f"\ntiny_moe, on text that it never saw: perplexity {meter.origin.perplexity:.1f}")
+evaluator = Evaluator(original, load_calibration(held_out, original, {}))
+print(f"\ntiny_moe, on text that it never saw: perplexity {evaluator.origin.perplexity:.1f}")
 print("without training, choices that take no row: KL in nats a token, perplexity")
 print("  " + "".join(f"{fraction:>16.0%}" for fraction in FRACTIONS))
 kept: dict[str, list[float]] = {}
@@ -91,9 +91,9 @@ for by in ("best", "zero"):
     cells = ""
     for fraction in FRACTIONS:
         pass_ = InsertZeroExperts(way="calibrated", fraction=fraction, by=by)
-        measured = Measured(pass_, CalibrationSession(seen, {}))
+        measured = MeasuredPass(pass_, CalibrationSession(seen, {}))
         changed = run(original, [measured], stage=Stage.MOE)[-1].program
-        distance, _, _ = meter.measure(changed)
+        distance, _, _ = evaluator.measure(changed)
         assert distance.kl is not None
         kept.setdefault(by, []).append(distance.kl)
         cells += f"{distance.kl:9.3f}{distance.perplexity:7.1f}"

@@ -24,9 +24,9 @@ import moec
 from moec.ir.graph import Program, Stage
 from moec.ir.stats import stored_bytes
 from moec.passes.approximate.compress_experts import CompressExperts
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter
-from moec.passes.calibration.session import CalibrationSession, Measured
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.calibration.session import CalibrationSession, MeasuredPass
 from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
@@ -56,7 +56,7 @@ print(f"it writes: {tokenizer.decode(text)!r}\n")
 
 # The same pass by itself, with each of its options: no code is generated.
 original = next(step for step in compiled.pass_results if step.name == "split-packed").program
-meter = Meter(original, calibration(windows(HELD_OUT, 4), original, {}))
+evaluator = Evaluator(original, load_calibration(windows(HELD_OUT, 4), original, {}))
 dense = stored_bytes(original)
 stacks = [v for op in original.graph.ops if op.name == "moe.experts" for v in op.inputs[2:]]
 weights = sum(math.prod(int(d) for d in stack.shape) for stack in stacks)
@@ -64,7 +64,7 @@ weights = sum(math.prod(int(d) for d in stack.shape) for stack in stacks)
 
 def held_out(program: Program) -> float:
     """Perplexity of the text that the model never saw."""
-    perplexity = meter.measure(program)[0].perplexity
+    perplexity = evaluator.measure(program)[0].perplexity
     assert perplexity is not None
     return perplexity
 
@@ -75,7 +75,7 @@ print(f"{'':18}{'bits a weight':>14}{'perplexity':>12}{'nats lost':>11}")
 points: dict[str, tuple[float, float]] = {"bf16": (16.0, before)}
 for kind in ("2bit", "ternary"):
     for by in ("nearest", "gptq"):
-        pass_ = Measured(
+        pass_ = MeasuredPass(
             CompressExperts(kind=kind, by=by), CalibrationSession(windows(SEEN, 4), {})
         )
         program = run(original, [pass_], stage=Stage.MOE)[-1].program

@@ -42,13 +42,12 @@ from moec.model.bind_inputs import bound
 from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
-from moec.passes.calibration.budget import Budget
-from moec.passes.calibration.budget import budget as budget_of
+from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import Declined, Pass, PassResult, run
 from moec.passes.decode import continues_text, incremental
-from moec.passes.quantise.codes import Quantising
+from moec.passes.quantise.codes import QuantisingPass
 from moec.passes.recognise.own_rows import FORM as OWN_ROWS
 from moec.passes.specialise.hoist_routers import HoistRouters, split
 from moec.passes.specialise.record_routing import recorded_layers, with_choices
@@ -182,11 +181,11 @@ def compile(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
-        frame = CalibrationSession(calib, source.files, allowed, strict)
+        session = CalibrationSession(calib, source.files, allowed, strict)
 
         def passed(captured: Captured) -> tuple[PassResult, ...]:
             stage = stage_of(captured.program.graph)
-            todo = from_stage(with_calibration(chosen, frame), stage)
+            todo = from_stage(with_calibration(chosen, session), stage)
             return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
 
         pass_results = passed(captured)
@@ -364,14 +363,18 @@ def _allowed(
             "--budget is for passes that change the model, and none was asked for; see "
             "moec list passes"
         )
-    if calib is not None and not changes and not any(isinstance(p, Quantising) for p in requested):
+    if (
+        calib is not None
+        and not changes
+        and not any(isinstance(p, QuantisingPass) for p in requested)
+    ):
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and none was asked "
             "for; see moec list passes"
         )
     if calib is not None:
         check_calibration(calib)
-    return budget_of(budget)
+    return parse_budget(budget)
 
 
 def _blocks(pass_results: Sequence[PassResult]) -> tuple[Block, ...]:

@@ -31,8 +31,8 @@ from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.approximate.tune_grids import TuneGrids
-from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
-from moec.passes.core.options import made_from, split
+from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass
+from moec.passes.core.options import parse_pass, split
 from moec.passes.core.runner import Kind, OptInPass, Pass, PassResult
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.passes.dense.fold_mask import FoldMask
@@ -50,7 +50,7 @@ from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.parallel.plan_parallelism import PlanParallelism
-from moec.passes.quantise.gptq_codes import Calibrated
+from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
@@ -241,7 +241,7 @@ def _parse(changes: PassChanges) -> _Changes:
             why = f"{name} has no options" if name not in kinds else "the list ends with )"
             raise UsageError(f"--passes {item}: {why}")
         if name in kinds:
-            opt_in.append(made_from(kinds[name], options.removesuffix(")"), f"--passes {item}"))
+            opt_in.append(parse_pass(kinds[name], options.removesuffix(")"), f"--passes {item}"))
         else:
             (added if sign == "+" else removed).add(name)
     return _Changes(frozenset(added), frozenset(removed), tuple(opt_in))
@@ -259,15 +259,15 @@ def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
     return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
 
 
-def with_calibration(passes: Sequence[PassSpec], frame: CalibrationSession) -> tuple[Pass, ...]:
+def with_calibration(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pass, ...]:
     """The passes as they run: the approximate ones measured and kept within the budget, those
     that quantise with codes chosen on the calibration data, where there are any."""
 
     def one(pass_: PassSpec) -> Pass:
         if isinstance(pass_, Approximate):
-            return Measured(pass_, frame)
-        if isinstance(pass_, QuantiseExperts | QuantiseLinears) and frame.calib is not None:
-            return Calibrated(pass_, frame.calib, frame.files)
+            return MeasuredPass(pass_, session)
+        if isinstance(pass_, QuantiseExperts | QuantiseLinears) and session.calib is not None:
+            return CalibratedQuantisation(pass_, session.calib, session.files)
         return pass_
 
     return tuple(map(one, passes))

@@ -23,7 +23,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program
 from moec.passes.core.runner import PassResult
-from moec.passes.decode import continues_text, logits_of, past_and_present
+from moec.passes.decode import continues_text, logits_of, with_past_inputs
 
 if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
@@ -51,7 +51,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
     if cache is False or (cache is None and not continues_text(program.graph)):
         return Content(program)
     try:
-        cached_program = past_and_present(program)
+        cached_program = with_past_inputs(program)
     except NoMatch as why:
         if cache:
             raise UnsupportedError(

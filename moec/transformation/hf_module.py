@@ -15,7 +15,7 @@ from torch import nn
 
 from moec.errors import NoMatch
 from moec.ir.graph import Value
-from moec.passes.calibration.evaluator import Tracked
+from moec.passes.calibration.evaluator import ExpertLineage
 from moec.passes.core.moe_layer import Layer
 
 COUNTS = (
@@ -28,8 +28,8 @@ COUNTS = (
 """What configurations call the number of experts of a layer."""
 
 
-def resize_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
-    """A copy of the model with the experts alone that are left in `tracked`.
+def resize_experts(model: Any, lineages: Mapping[Value, ExpertLineage]) -> nn.Module:
+    """A copy of the model with only the experts that `lineages` names.
 
     Raises NoMatch where the layers have other experts than the model, or not all as many, or
     where the class makes other tensors of its configuration.
@@ -38,8 +38,8 @@ def resize_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
         raise NoMatch("it is no model of transformers")
     if getattr(model, "config", None) is None:
         raise NoMatch(f"{type(model).__name__} has no configuration")
-    kept_experts = {t.layer.name: _kept(t) for t in tracked.values()}
-    before = {t.layer.count for t in tracked.values() if isinstance(t.layer, Layer)}
+    kept_experts = {t.layer.name: _experts_left(t) for t in lineages.values()}
+    before = {t.layer.count for t in lineages.values() if isinstance(t.layer, Layer)}
     after = {len(experts) for experts in kept_experts.values()}
     if len(before) > 1 or len(after) > 1:
         raise NoMatch(
@@ -58,9 +58,9 @@ def resize_experts(model: Any, tracked: Mapping[Value, Tracked]) -> nn.Module:
     return module
 
 
-def _kept(tracked: Tracked) -> list[int]:
-    name, members = tracked.layer.name, tracked.members
-    if not isinstance(tracked.layer, Layer):
+def _experts_left(lineage: ExpertLineage) -> list[int]:
+    name, members = lineage.layer.name, lineage.members
+    if not isinstance(lineage.layer, Layer):
         raise NoMatch(f"{name} was dense, and its class has no experts there")
     if members is None:
         raise NoMatch(f"{name} has no router any more")

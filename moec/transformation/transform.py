@@ -22,12 +22,12 @@ from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Program, stage_of
-from moec.passes.calibration.budget import budget as budget_of
+from moec.passes.calibration.budget import parse_budget
 from moec.passes.calibration.data import check as check_calibration
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run
-from moec.passes.quantise.codes import Quantising
+from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassChanges, PassSpec, choose, from_stage, with_calibration
 from moec.transformation.hf_module import resize_experts
 from moec.verify import check as checking
@@ -81,16 +81,16 @@ def transform(
     check_kinds(dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed)
     chosen = _chosen(changes(passes))
     check_calibration(calib)
-    limits = budget_of(text("budget", budget))
+    limits = parse_budget(text("budget", budget))
     if strict and not budget:
         raise UsageError("strict fails where the budget is exceeded: give budget too")
     limit = tolerance(verify)
     source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
     captured = capture_source(source, dynamic_shapes, allow_fixed)
-    frame = CalibrationSession(calib, source.files, limits, strict)
+    session = CalibrationSession(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
     pass_results = run(
-        captured.program, from_stage(with_calibration(chosen, frame), stage), stage=stage
+        captured.program, from_stage(with_calibration(chosen, session), stage), stage=stage
     )
     program = pass_results[-1].program
 
@@ -98,7 +98,7 @@ def transform(
     why = "a graph was asked for"
     if form != "graph":
         try:
-            result = resize_experts(source.model, frame.tracked)
+            result = resize_experts(source.model, session.lineages)
             _same_results(result, source, captured, pass_results, limit)
         except NoMatch as reason:
             result, why = None, str(reason)
@@ -124,7 +124,7 @@ def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
     """What recognises blocks, and the passes that were asked for. Raises UsageError where none
     of them changes the model, or one stores codes."""
     for item in [passes] if isinstance(passes, str) else passes:
-        if item == "+quantise-experts" or isinstance(item, Quantising):
+        if item == "+quantise-experts" or isinstance(item, QuantisingPass):
             raise UsageError(
                 "quantise-experts stores weights as codes, which have no gradient: train the "
                 "module, and quantise when it is compiled, with quant=..."

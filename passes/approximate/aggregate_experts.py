@@ -19,9 +19,9 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Op, Program, Stage, Value
-from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, layer_of, name_of
+from moec.passes.core.moe_layer import Layer, Splice, constant, layer_of, name_of, replace_experts
 from moec.passes.core.options import Model, option, validate
-from moec.passes.core.router_columns import linear_behind, with_weights
+from moec.passes.core.router_columns import logits_linear, with_weights
 from moec.passes.core.runner import Kind, Log, Pass
 
 
@@ -48,7 +48,7 @@ class AggregateExperts(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         """Raises UsageError where the models, or any two of their layers, cannot be aggregated."""
-        other = Program(program.graph, _matching(program, _weights(self.other)))
+        other = Program(program.graph, _match_weights(program, _weights(self.other)))
         experts = [op for op in program.graph.ops if op.name == "moe.experts"]
         if not experts:
             raise UsageError("aggregate-experts: the model has no MoE blocks that were recognised")
@@ -58,18 +58,18 @@ class AggregateExperts(Pass):
         for op in experts:
             try:
                 layer = layer_of(program.graph, op)
-                _aggregate(splice, layer, other)
+                _concatenate_experts(splice, layer, other)
             except NoMatch as why:
                 raise UsageError(f"aggregate-experts at {name_of(op)}: {why}") from None
             log.says.append(f"{layer.name}: {layer.count} and {layer.count} experts")
         aggregated = splice.done()
-        return _averaged(aggregated, other) if self.average else aggregated
+        return _average_weights(aggregated, other) if self.average else aggregated
 
 
-def _aggregate(splice: Splice, layer: Layer, other: Program) -> None:
+def _concatenate_experts(splice: Splice, layer: Layer, other: Program) -> None:
     program = splice.program
     logits, *correction = layer.route.inputs
-    behind = linear_behind(program, logits)
+    behind = logits_linear(program, logits)
     if behind is None:
         raise NoMatch("the router's logits do not come from a linear layer with a stored weight")
     if layer.routing.groups > 1:
@@ -82,10 +82,10 @@ def _aggregate(splice: Splice, layer: Layer, other: Program) -> None:
     logits = with_weights(splice, behind, [both(v) for v in behind[0].inputs[1:]], ops)
     more = [splice.weight(value.name, both(value)) for value in correction]
     splice.put(layer.route, [*ops, replace(layer.route, inputs=(logits, *more))])
-    experts_replaced(splice, layer, [both(stack) for stack in layer.stacks])
+    replace_experts(splice, layer, [both(stack) for stack in layer.stacks])
 
 
-def _averaged(program: Program, other: Program) -> Program:
+def _average_weights(program: Program, other: Program) -> Program:
     """The program with the mean of the weights that both models have, computed in float32."""
     weights = dict(program.weights)
     for name in weights.keys() & other.weights.keys():
@@ -95,7 +95,9 @@ def _averaged(program: Program, other: Program) -> Program:
     return replace(program, weights=weights)
 
 
-def _matching(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _match_weights(
+    program: Program, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The other model's weights, with the names, shapes and dtypes of the program's.
 
     Raises UsageError where one is missing, or has another shape or other integers.

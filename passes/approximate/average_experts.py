@@ -22,7 +22,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, TensorType, Value
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
-from moec.passes.core.inline import inlined
+from moec.passes.core.inline import inline_body
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
 from moec.passes.core.options import option, validate
 
@@ -54,14 +54,14 @@ class AverageExperts:
         share = self.shares(layer, stats)
         splice = Splice(program)
         ops: list[Op] = []
-        x = _scaled_input(splice, layer, ops)
+        x = _scale_input(splice, layer, ops)
         params = {
             param: splice.weight(stack.name, mean(constant(program, stack), share))
             for param, stack in zip(body.params, layer.stacks, strict=True)
         }
-        body_ops, y = inlined(splice, body, x, params, layer.experts.origin)
+        body_ops, y = inline_body(splice, body, x, params, layer.experts.origin)
         ops += body_ops
-        y = _times_router(splice, program, layer, y, ops)
+        y = _scale_by_router(splice, program, layer, y, ops)
         if ops[-1].outputs != (y,):
             splice.emit(ops, "aten.alias.default", (y,), y.type, layer.combine)
         ops[-1] = replace(ops[-1], outputs=(layer.output,))
@@ -84,7 +84,7 @@ def mean(stack: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return total.to(stack.dtype)
 
 
-def _scaled_input(splice: Splice, layer: Layer, ops: list[Op]) -> Value:
+def _scale_input(splice: Splice, layer: Layer, ops: list[Op]) -> Value:
     """The input of the dense layer: x, or x times the router's weight where that scales inputs."""
     x = layer.dispatch.inputs[0]
     if len(layer.dispatch.inputs) == 2:
@@ -95,7 +95,9 @@ def _scaled_input(splice: Splice, layer: Layer, ops: list[Op]) -> Value:
     return splice.emit(ops, "aten.mul.Tensor", (x, weights), x.type, layer.combine)
 
 
-def _times_router(splice: Splice, program: Program, layer: Layer, y: Value, ops: list[Op]) -> Value:
+def _scale_by_router(
+    splice: Splice, program: Program, layer: Layer, y: Value, ops: list[Op]
+) -> Value:
     """y times the sum of the router's weights, in the dtype of the layer's result."""
     like = layer.combine
     total = _sum_of_weights(program, layer)

@@ -68,7 +68,7 @@ def causal_router(embedded: Value, width: int, experts: int) -> Graph:
     }}""")
 
 
-def distilled(
+def distill(
     graph: Graph,
     embedded: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],

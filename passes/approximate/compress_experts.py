@@ -34,7 +34,7 @@ from moec.ir.graph import DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
 from moec.passes.calibration.coordinate_descent import ROUNDS, descend
 from moec.passes.calibration.evaluator import LayerStats
-from moec.passes.calibration.gptq import DAMPING, aimed, damped, hessian, solve_ordered
+from moec.passes.calibration.gptq import DAMPING, damp, hessian, retarget, solve_ordered
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
 from moec.passes.core.options import option, validate
@@ -164,7 +164,7 @@ class CompressExperts:
                 position = stored_body.params.index(param)
                 target = torch.stack([matrices[position] for matrices in original])
                 if cross is not second:
-                    target = aimed(target, cross, second, self.damping)
+                    target = retarget(target, cross, second, self.damping)
                 fitted_codes, grid = self._fitted(module, target, grids[param][list(group)], second)
                 codes[param][list(group)], grids[param][list(group)] = fitted_codes, grid
                 for matrices, matrix in zip(now, module.values(fitted_codes, grid), strict=True):
@@ -179,13 +179,13 @@ class CompressExperts:
         Each row has the best result of several starts, which are shares of its grid. An expert
         without rows starts from its full grid. `second` is the Hessian, f32[E, K, K].
         """
-        damped_hessian = damped(second, self.damping)
+        damped_hessian = damp(second, self.damping)
         unseen = (second.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         least = torch.zeros(())
         for reach in REACHES if self.kind == "2bit" else (self.reach,):
             start = torch.where(unseen, grid, module.shrunk(grid, reach))
-            nearest = partial(_nearest, module, start)
+            nearest = partial(_round_to_grid, module, start)
             solved = solve_ordered(target, second, nearest, self.damping).weight
             codes = module.codes_of(solved, start)
             fitted = module.refit(target, codes, start, damped_hessian)
@@ -203,7 +203,7 @@ class CompressExperts:
         return best
 
 
-def _nearest(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+def _round_to_grid(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     column = column[..., None]
     values: torch.Tensor = module.values(module.codes_of(column, grid), grid)
     return values[..., 0]

@@ -59,15 +59,15 @@ def feedforwards(graph: Graph, log: Log) -> Iterator[FeedForwardOps]:
     """The feed-forward networks of a graph, in order. Logs the reason for each that cannot be
     split by channels."""
     for op in graph.ops:
-        ffn = _behind(graph, op) if op.name == LINEAR else None
+        ffn = _match_network(graph, op) if op.name == LINEAR else None
         if ffn is not None:
             try:
-                yield _checked(graph, ffn)
+                yield _check_channels(graph, ffn)
             except NoMatch as why:
                 log.decline(ffn.name, str(why))
 
 
-def _behind(graph: Graph, down: Op) -> FeedForwardOps | None:
+def _match_network(graph: Graph, down: Op) -> FeedForwardOps | None:
     """The network that ends in `down`; None unless only linear layers and pointwise ops feed it."""
     inside: dict[Op, None] = {}
     waiting = [down.inputs[0]]
@@ -91,7 +91,7 @@ def _name(first: tuple[Op, ...], down: Op) -> str:
     return ".".join(shared) or down.outputs[0].name
 
 
-def _checked(graph: Graph, ffn: FeedForwardOps) -> FeedForwardOps:
+def _check_channels(graph: Graph, ffn: FeedForwardOps) -> FeedForwardOps:
     """Raises NoMatch where the network's channels have other readers, or differ in shape."""
     ops = (*ffn.first, *ffn.inner, ffn.down)
     for op in (*ffn.first, ffn.down):
@@ -132,7 +132,7 @@ def body(ffn: FeedForwardOps, channels: int, biased: bool) -> Graph:
         inputs = [new[v] for v in op.inputs if v in new]
         outer = width if op is ffn.down else channels
         inner = channels if op is ffn.down else ffn.x.shape[-1]
-        for weight in _stored(ffn, op, biased):
+        for weight in _stored_params(ffn, op, biased):
             shape = (outer, inner) if len(weight.shape) == 2 else (outer,)
             params.append(named(f"p{len(params)}", TensorType(weight.dtype, shape)))
             inputs.append(params[-1])
@@ -149,7 +149,7 @@ def weights(
     and biases in turn, of the last one its weight and, where `biased`, its bias."""
     slices = []
     for op in (*ffn.first, ffn.down):
-        for value in _stored(ffn, op, biased):
+        for value in _stored_params(ffn, op, biased):
             tensor = program.weights[value.name]
             if op is not ffn.down:
                 tensor = tensor[channels]
@@ -159,7 +159,7 @@ def weights(
     return slices
 
 
-def _stored(ffn: FeedForwardOps, op: Op, biased: bool) -> tuple[Value, ...]:
+def _stored_params(ffn: FeedForwardOps, op: Op, biased: bool) -> tuple[Value, ...]:
     if op.name != LINEAR:
         return ()
     return op.inputs[1:2] if op is ffn.down and not biased else op.inputs[1:]

@@ -70,8 +70,8 @@ class InsertZeroExperts:
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         _check(layer)
         if self.way == "calibrated":
-            return _calibrated(self, program, layer, stats)
-        return _neutral(self, program, layer)
+            return _insert_calibrated(self, program, layer, stats)
+        return _insert_neutral(self, program, layer)
 
 
 def _check(layer: Layer) -> None:
@@ -90,7 +90,7 @@ def _check(layer: Layer) -> None:
         raise NoMatch(f"tokens {layer.dispatch.inputs[0].type} come back as {layer.output.type}")
 
 
-def _neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Change:
+def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Change:
     kinds = ("zero",) * options.zero + ("copy",) * options.copy + ("constant",) * options.constant
     if not kinds:
         raise NoMatch("zero, copy and constant are all 0: there is nothing to insert")
@@ -111,7 +111,7 @@ def _neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Chan
             "mix": random(options.constant, 2, width),
             "constants": random(options.constant, width),
         }
-    _joined(splice, layer, kinds, weights)
+    _add_zero_experts(splice, layer, kinds, weights)
     members = tuple((e,) if e < layer.count else () for e in range(layer.count + len(kinds)))
     says = ", ".join(
         f"{count} {kind}"
@@ -125,7 +125,7 @@ def _neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Chan
     return Change(splice.done(), members, f"adds {says} to {layer.count} experts, none chosen")
 
 
-def _joined(
+def _add_zero_experts(
     splice: Splice, layer: Layer, kinds: tuple[str, ...], weights: Mapping[str, torch.Tensor]
 ) -> None:
     """Adds moe.zero_experts of `kinds` and `weights` to the result of the layer."""
@@ -154,10 +154,10 @@ class StandIn:
     misses: float
 
 
-def _calibrated(
+def _insert_calibrated(
     options: InsertZeroExperts, program: Program, layer: Layer, stats: LayerStats
 ) -> Change:
-    instead = stand_ins(program, layer, stats, options.by)
+    instead = choose_stand_ins(program, layer, stats, options.by)
     misses = torch.tensor([one.misses for one in instead])
     costs = stats.weights * misses[stats.experts]
     limits, share = _limits(misses, costs, options.fraction)
@@ -173,10 +173,10 @@ def _calibrated(
         ]
     )
     splice = Splice(program)
-    _redirected(splice, layer, limits, table)
+    _redirect_choices(splice, layer, limits, table)
     dtype = constant(program, layer.stacks[0]).dtype
     vectors = [instead[e].vector.to(dtype) for e in constants]
-    _joined(splice, layer, kinds, {"constants": torch.stack(vectors)} if vectors else {})
+    _add_zero_experts(splice, layer, kinds, {"constants": torch.stack(vectors)} if vectors else {})
     attrs = {**layer.experts.attrs, "share": round(1 - share, 6)}
     splice.put(layer.experts, [replace(layer.experts, attrs=attrs)])
     members = (*((e,) for e in range(layer.count)), *(() for _ in kinds))
@@ -201,7 +201,7 @@ def _limits(
     return limits, float((costs < limit).double().mean())
 
 
-def stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> list[StandIn]:
+def choose_stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> list[StandIn]:
     """For each expert the stand-in of the least error, among the kinds that `by` allows."""
     allowed = ("zero", "copy", "constant") if by == "best" else (by,)
     body = layer.experts.body
@@ -224,7 +224,9 @@ def stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> lis
     return chosen
 
 
-def _redirected(splice: Splice, layer: Layer, limits: torch.Tensor, table: torch.Tensor) -> None:
+def _redirect_choices(
+    splice: Splice, layer: Layer, limits: torch.Tensor, table: torch.Tensor
+) -> None:
     """Gives choices whose weight is below the limit the id of their expert's stand-in."""
     route = layer.route
     weights, ids = route.outputs

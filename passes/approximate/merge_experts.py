@@ -26,7 +26,7 @@ from moec.passes.approximate.assignment import assign
 from moec.passes.approximate.neurons import neuron_axes
 from moec.passes.calibration.evaluator import LayerStats, Members
 from moec.passes.calibration.session import Change
-from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced, outputs
+from moec.passes.core.moe_layer import Layer, Splice, constant, expert_outputs, replace_experts
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import merge_columns
 
@@ -60,23 +60,23 @@ class MergeExperts:
         for stack in stacks.values():
             if not stack.is_floating_point():
                 raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
-        groups = clusters(outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
+        groups = cluster_experts(expert_outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
         splice = Splice(program)
         merge_columns(splice, layer, groups)
-        merged = [merge(stacks, axes, group, stats.usage(layer.count)) for group in groups]
-        experts_replaced(
+        merged = [merge_weights(stacks, axes, group, stats.usage(layer.count)) for group in groups]
+        replace_experts(
             splice,
             layer,
             [torch.stack([expert[param] for expert in merged]) for param in body.params],
         )
-        return Change(splice.done(), groups, f"merges {_says(groups)} of {layer.count}")
+        return Change(splice.done(), groups, f"merges {_describe_groups(groups)} of {layer.count}")
 
 
-def _says(groups: Members) -> str:
+def _describe_groups(groups: Members) -> str:
     return ", ".join("+".join(map(str, group)) for group in groups if len(group) > 1)
 
 
-def clusters(results: torch.Tensor, count: int) -> Members:
+def cluster_experts(results: torch.Tensor, count: int) -> Members:
     """`count` groups of the rows of [E, N], by average linkage over their cosine distance; each
     group in rising order, and the groups in the order of their first members."""
     unit = torch.nn.functional.normalize(results.double(), dim=-1)
@@ -94,7 +94,7 @@ def clusters(results: torch.Tensor, count: int) -> Members:
     return tuple(sorted(groups))
 
 
-def merge(
+def merge_weights(
     stacks: Mapping[Value, torch.Tensor],
     axes: Mapping[Value, int],
     group: Sequence[int],
@@ -111,7 +111,7 @@ def merge(
     for e, share in zip(group, shares.tolist(), strict=True):
         expert = {param: stack[e].float() for param, stack in stacks.items()}
         if e != first:
-            order = aligned({p: s[first].float() for p, s in stacks.items()}, expert, axes)
+            order = align_neurons({p: s[first].float() for p, s in stacks.items()}, expert, axes)
             expert = {
                 p: t.index_select(axes[p], order) if p in axes else t for p, t in expert.items()
             }
@@ -120,7 +120,7 @@ def merge(
     return {param: total[param].to(stack.dtype) for param, stack in stacks.items()}
 
 
-def aligned(
+def align_neurons(
     reference: Mapping[Value, torch.Tensor],
     other: Mapping[Value, torch.Tensor],
     axes: Mapping[Value, int],

@@ -22,10 +22,10 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Program, Value
-from moec.passes.approximate.reconstruction import elimination
+from moec.passes.approximate.reconstruction import eliminate_experts
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Approximate, Change
-from moec.passes.core.moe_layer import Layer, Splice, constant, experts_replaced
+from moec.passes.core.moe_layer import Layer, Splice, constant, replace_experts
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import keep_columns
 
@@ -69,10 +69,10 @@ class PruneExperts:
                 ranked.append((layer, self.worth(program, layer, stats)))
             except NoMatch as why:
                 reasons[layer.output] = str(why)
-        return Ranked(self, {**reasons, **ranking(self.keep, ranked)})
+        return PruneByPlan(self, {**reasons, **rank_experts(self.keep, ranked)})
 
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
-        return dropped(
+        return drop_experts(
             program, layer, self.experts_to_keep(layer, self.worth(program, layer, stats))
         )
 
@@ -89,15 +89,15 @@ class PruneExperts:
             raise NoMatch(f"{share} all of them")
         if rest:
             raise NoMatch(f"{share} {count}, which {routing.groups} groups cannot share evenly")
-        if lack := too_few(layer, each):
+        if lack := shortage(layer, each):
             raise NoMatch(f"{share} {count}, {lack}")
-        return best(layer, worth, each)
+        return best_experts(layer, worth, each)
 
     def worth(self, program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
         """The worth of each expert relative to the mean of its layer: f64[E]. (For by=error: the
         error of the layer's output without it, relative to the output's norm.)"""
         if self.by == "error":
-            return elimination(program, layer, stats)
+            return eliminate_experts(program, layer, stats)
         if self.by == "random":
             # The name makes layers differ, whatever their order.
             generator = torch.Generator().manual_seed(self.seed + sum(layer.name.encode()))
@@ -109,7 +109,7 @@ class PruneExperts:
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked:
+class PruneByPlan:
     """The experts that stay, by the layer's output, or the reason why the layer is unchanged."""
 
     inner: PruneExperts
@@ -121,20 +121,20 @@ class Ranked:
         experts = self.plan[layer.output]
         if isinstance(experts, str):
             raise NoMatch(experts)
-        return dropped(program, layer, experts)
+        return drop_experts(program, layer, experts)
 
 
-def dropped(program: Program, layer: Layer, experts: Sequence[int]) -> Change:
+def drop_experts(program: Program, layer: Layer, experts: Sequence[int]) -> Change:
     """The program in which the layer has only `experts`."""
     splice = Splice(program)
     keep_columns(splice, layer, experts)
     stacks = [constant(program, stack)[torch.tensor(experts)] for stack in layer.stacks]
-    experts_replaced(splice, layer, stacks)
+    replace_experts(splice, layer, stacks)
     says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
     return Change(splice.done(), tuple((expert,) for expert in experts), says)
 
 
-def best(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
+def best_experts(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
     """The `each` experts of each group that are worth most, in rising order."""
     worth = worth.reshape(layer.routing.groups, -1)
     order = torch.sort(worth, descending=True, stable=True).indices[:, :each]
@@ -142,7 +142,7 @@ def best(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
     return sorted((order + first).flatten().tolist())
 
 
-def too_few(layer: Layer, each: int) -> str:
+def shortage(layer: Layer, each: int) -> str:
     """Why `each` experts in each group are too few for the router; empty where they are not."""
     routing = layer.routing
     if each * min(routing.top_groups, routing.groups) < routing.k:
@@ -153,7 +153,7 @@ def too_few(layer: Layer, each: int) -> str:
     return ""
 
 
-def ranking(
+def rank_experts(
     keep: float, layers: Sequence[tuple[Layer, torch.Tensor]]
 ) -> dict[Value, list[int] | str]:
     """The experts of each layer that stay if all layers' experts are ranked by worth, [E] each; or
@@ -168,7 +168,7 @@ def ranking(
     each = []
     for layer, _ in layers:
         size = layer.count // layer.routing.groups
-        each.append(next((n for n in range(1, size) if not too_few(layer, n)), size))
+        each.append(next((n for n in range(1, size) if not shortage(layer, n)), size))
     needed = sum(n * layer.routing.groups for n, (layer, _) in zip(each, layers, strict=True))
     if count == total or count < needed:
         why = "all of them" if count == total else f"{count}, and their routers need {needed}"
@@ -185,6 +185,6 @@ def ranking(
     return {
         layer.output: f"its {layer.count} experts are among the best {count} of all {total}"
         if n * layer.routing.groups == layer.count
-        else best(layer, worth, n)
+        else best_experts(layer, worth, n)
         for n, (layer, worth) in zip(each, layers, strict=True)
     }

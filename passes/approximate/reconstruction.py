@@ -17,13 +17,13 @@ from moec.errors import NoMatch
 from moec.ir.graph import Program
 from moec.ops.routing import Routing, route_logits
 from moec.passes.calibration.evaluator import LayerStats
-from moec.passes.core.moe_layer import MOVES, Layer, constant, outputs
+from moec.passes.core.moe_layer import MOVES, Layer, constant, expert_outputs
 
 HELD = 256 << 20
 """Bytes of the products G, and of experts' results, that are in memory at once."""
 
 
-def elimination(program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
+def eliminate_experts(program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
     """The worth of each expert by greedy backward elimination: f64[E], all different.
 
     Each step masks the expert whose removal, with all masked before, changes the layer's output
@@ -36,7 +36,7 @@ def elimination(program: Program, layer: Layer, stats: LayerStats) -> torch.Tens
     of its experts' by the router's weights.
     """
     _check(program, layer)
-    x, logits = (_spread(t, HELD // (4 * layer.count**2)) for t in (stats.x, stats.logits))
+    x, logits = (_subsample(t, HELD // (4 * layer.count**2)) for t in (stats.x, stats.logits))
     correction = [constant(program, value).float() for value in layer.route.inputs[1:]]
     products = _products(program, layer, x)
     weighted = bool(layer.combine.attrs.get("weighted"))
@@ -99,7 +99,7 @@ def _check(program: Program, layer: Layer) -> None:
         raise NoMatch("the weights of the experts' results are not those of the router alone")
 
 
-def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+def _subsample(rows: torch.Tensor, most: int) -> torch.Tensor:
     if len(rows) <= most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, max(most, 1)).long()]
@@ -113,5 +113,5 @@ def _products(program: Program, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         for param, stack in zip(layer.experts.body.params, layer.stacks, strict=True)
     }
     each = max(1, HELD // (4 * layer.count * x.shape[-1]))
-    results = [outputs(layer, stacks, rows) for rows in torch.split(x, each)]
+    results = [expert_outputs(layer, stacks, rows) for rows in torch.split(x, each)]
     return torch.cat([torch.einsum("etd,ftd->tef", result, result) for result in results])

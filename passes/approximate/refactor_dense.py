@@ -27,11 +27,11 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
-from moec.passes.approximate.causal_router import HEADS, causal_router, distilled
+from moec.passes.approximate.causal_router import HEADS, causal_router, distill
 from moec.passes.approximate.feedforward import FeedForwardOps, body, feedforwards, weights
-from moec.passes.calibration.evaluator import Meter
+from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.calibration.session import Change
-from moec.passes.core.inline import inlined
+from moec.passes.core.inline import inline_body
 from moec.passes.core.moe_layer import Splice, constant
 from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log
@@ -43,7 +43,7 @@ HELD = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
+class SharedRouter:
     """The router: its ops, which follow the op `after`, their weights, and the choices i64[T, 1]
     of one of the experts of `domains`."""
 
@@ -55,11 +55,11 @@ class Shared:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptChannels:
     """Which channels of a layer each domain keeps, bool[E, H], and the router of all layers."""
 
     mask: torch.Tensor
-    router: Shared
+    router: SharedRouter
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class RefactorDense:
             )
 
     def observe(
-        self, program: Program, meter: Meter, log: Log
-    ) -> tuple[Sequence[FeedForwardOps], Iterator[Kept]]:
+        self, program: Program, evaluator: Evaluator, log: Log
+    ) -> tuple[Sequence[FeedForwardOps], Iterator[KeptChannels]]:
         """The layers that can be changed, and the channels that stay of each. Raises UsageError
         where the data have fewer than two domains, or one of them is too short."""
-        _check_domains(meter)
+        _check_domains(evaluator)
         try:
             after = _embedding(program.graph)
         except NoMatch as why:
@@ -107,7 +107,7 @@ class RefactorDense:
                 log.decline(ffn.name, str(why))
         if not ffns:
             log.decline("the model", "it has no dense feed-forward layer that could be found")
-        return layers, self.kept(program, meter, layers, after, log)
+        return layers, self.kept(program, evaluator, layers, after, log)
 
     def check(self, ffn: FeedForwardOps, after: Op) -> None:
         """Raises NoMatch for a layer that the router's choices do not fit, or that keeps no
@@ -124,17 +124,22 @@ class RefactorDense:
         return round(self.keep * ffn.channels)
 
     def kept(
-        self, program: Program, meter: Meter, layers: Sequence[FeedForwardOps], after: Op, log: Log
-    ) -> Iterator[Kept]:
+        self,
+        program: Program,
+        evaluator: Evaluator,
+        layers: Sequence[FeedForwardOps],
+        after: Op,
+        log: Log,
+    ) -> Iterator[KeptChannels]:
         """For each layer the channels that stay, with the router, which all layers train."""
         if not layers:
             return
-        masks, overlaps = [], [torch.zeros(())] * len(meter.calibration.cases)
-        for ffn, sizes in _sizes(program, meter, layers, self.by):
-            masks.append(self.mask(ffn, sizes, meter.calibration.domains))
+        masks, overlaps = [], [torch.zeros(())] * len(evaluator.calibration.cases)
+        for ffn, sizes in _channel_strengths(program, evaluator, layers, self.by):
+            masks.append(self.mask(ffn, sizes, evaluator.calibration.domains))
             overlaps = [o + _overlap(s, masks[-1]) for o, s in zip(overlaps, sizes, strict=True)]
-        router = self.router(program, meter, after, overlaps, log)
-        yield from (Kept(mask, router) for mask in masks)
+        router = self.router(program, evaluator, after, overlaps, log)
+        yield from (KeptChannels(mask, router) for mask in masks)
 
     def mask(
         self, ffn: FeedForwardOps, sizes: Sequence[torch.Tensor], of: Sequence[str]
@@ -159,35 +164,37 @@ class RefactorDense:
     def router(
         self,
         program: Program,
-        meter: Meter,
+        evaluator: Evaluator,
         after: Op,
         overlaps: Sequence[torch.Tensor],
         log: Log,
-    ) -> Shared:
+    ) -> SharedRouter:
         """The router, trained to choose the expert of greatest overlap f32[T, E]."""
-        domains = tuple(dict.fromkeys(meter.calibration.domains))
+        domains = tuple(dict.fromkeys(evaluator.calibration.domains))
         table, ids = constant(program, after.inputs[0]), program.graph.inputs.index(after.inputs[1])
-        embedded = [table[case[ids].long()].float() for case in meter.calibration.cases]
+        embedded = [table[case[ids].long()].float() for case in evaluator.calibration.cases]
         # One scale for all tokens, so that those are learned most that some expert suits best.
         spread = torch.cat([o - o.mean(-1, keepdim=True) for o in overlaps]).std().clamp(min=1e-6)
         targets = [(o / spread).softmax(-1) for o in overlaps]
         graph = causal_router(after.outputs[0], self.width, len(domains))
-        trained = distilled(widen(graph), embedded, targets, self.steps, self.seed)
-        log.says += _choices(widen(graph), trained, embedded, meter.calibration.domains)
+        trained = distill(widen(graph), embedded, targets, self.steps, self.seed)
+        log.says += _describe_choices(
+            widen(graph), trained, embedded, evaluator.calibration.domains
+        )
         splice = Splice(program)
         params = {
             p: splice.weight(f"router.{p.name}", tensor)
             for p, tensor in zip(graph.params, trained, strict=True)
         }
-        ops, logits = inlined(splice, graph, after.outputs[0], params, "router")
+        ops, logits = inline_body(splice, graph, after.outputs[0], params, "router")
         tokens = logits.shape[0]
         weights = splice.value("router_weights", TensorType("f32", (tokens, 1)))
         choices = splice.value("router_choices", TensorType("i64", (tokens, 1)))
         attrs = {"k": 1, "renormalize": True}
         ops.append(Op("moe.route", (logits,), (weights, choices), attrs, None, "router"))
-        return Shared(domains, after, tuple(ops), splice.weights, choices)
+        return SharedRouter(domains, after, tuple(ops), splice.weights, choices)
 
-    def change(self, program: Program, layer: FeedForwardOps, stats: Kept) -> Change:
+    def change(self, program: Program, layer: FeedForwardOps, stats: KeptChannels) -> Change:
         router, permanent = stats.router, stats.mask.all(0)
         private = stats.mask & ~permanent
         shared, each = int(permanent.sum()), int(private[0].sum())
@@ -198,7 +205,7 @@ class RefactorDense:
             splice.put(router.after, [router.after, *router.ops])
             splice.weights |= router.weights
             splice.names.names |= {v.name for op in router.ops for v in op.outputs}
-        splice.put(layer.down, _spliced(splice, layer, permanent, private, router.choices))
+        splice.put(layer.down, _emit_experts(splice, layer, permanent, private, router.choices))
         says = (
             f"{shared} of {layer.channels} channels are permanent, {each} more are of each "
             f"expert: {', '.join(router.domains)}"
@@ -206,7 +213,7 @@ class RefactorDense:
         return Change(splice.done(), None, says)
 
 
-def _spliced(
+def _emit_experts(
     splice: Splice,
     layer: FeedForwardOps,
     permanent: torch.Tensor,
@@ -229,7 +236,7 @@ def _spliced(
         x = splice.emit(ops, "aten.reshape.default", (x,), type, like, shape=shape)
     stacks = [
         splice.weight(name, torch.stack(slices))
-        for name, slices in _stacked(splice.program, layer, private, not shared)
+        for name, slices in _expert_weights(splice.program, layer, private, not shared)
     ]
     network = body(layer, int(private[0].sum()), not shared)
     rows = splice.value("rows", TensorType(x.dtype, x.shape))
@@ -251,7 +258,7 @@ def _spliced(
             param: splice.weight(name, tensor)
             for param, (name, tensor) in zip(network.params, slices, strict=True)
         }
-        inner, always = inlined(splice, network, x, params, f"{layer.name}.permanent")
+        inner, always = inline_body(splice, network, x, params, f"{layer.name}.permanent")
         ops += inner
         total = splice.emit(ops, "aten.add.Tensor", (total, always), flat, like)
     if layer.output.shape != flat.shape:
@@ -261,7 +268,7 @@ def _spliced(
     return ops
 
 
-def _stacked(
+def _expert_weights(
     program: Program, layer: FeedForwardOps, private: torch.Tensor, biased: bool
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Each weight by name, with its part for each expert."""
@@ -270,16 +277,16 @@ def _stacked(
         yield parts[0][0], [tensor for _, tensor in parts]
 
 
-def _sizes(
-    program: Program, meter: Meter, layers: Sequence[FeedForwardOps], by: str
+def _channel_strengths(
+    program: Program, evaluator: Evaluator, layers: Sequence[FeedForwardOps], by: str
 ) -> Iterator[tuple[FeedForwardOps, list[torch.Tensor]]]:
     """For each layer how strong its channels are, f32[T, H] case by case."""
-    tokens = meter.calibration.tokens
+    tokens = evaluator.calibration.tokens
     count = max(1, HELD // (4 * tokens * max(ffn.channels for ffn in layers)))
     for start in range(0, len(layers), count):
         group = layers[start : start + count]
-        runs = list(meter.run(program, [ffn.hidden for ffn in group]))
-        for position, ffn in enumerate(group, len(meter.outputs)):
+        runs = list(evaluator.run(program, [ffn.hidden for ffn in group]))
+        for position, ffn in enumerate(group, len(evaluator.outputs)):
             sizes = [results[position].flatten(0, -2).abs() for results in runs]
             if by == "contribution":
                 norm = program.weights[ffn.down.inputs[1].name].float().norm(dim=0)
@@ -293,7 +300,7 @@ def _overlap(sizes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([expert_mask[strongest].sum(-1) for expert_mask in mask.float()], -1)
 
 
-def _choices(
+def _describe_choices(
     graph: Graph,
     trained: Sequence[torch.Tensor],
     embedded: Sequence[torch.Tensor],
@@ -312,15 +319,15 @@ def _choices(
         yield f"tokens of {domain} go {to} expert"
 
 
-def _check_domains(meter: Meter) -> None:
-    of = meter.calibration.domains
+def _check_domains(evaluator: Evaluator) -> None:
+    of = evaluator.calibration.domains
     if len(set(of)) < 2:
         raise UsageError(
             "refactor-dense makes an expert for each domain of the calibration data: name two or "
             "more, as in --calib code=code.txt,prose=prose.txt"
         )
     for domain in dict.fromkeys(of):
-        cases = zip(meter.calibration.cases, of, strict=True)
+        cases = zip(evaluator.calibration.cases, of, strict=True)
         count = sum(case[0].numel() for case, name in cases if name == domain)
         if count < FEWEST:
             raise UsageError(

@@ -25,7 +25,7 @@ from moec.formats.compressed import codes_in, grid_module
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.upcast import widen
-from moec.passes.calibration.evaluator import Meter, float32
+from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
 from moec.passes.core.options import option, validate
@@ -49,7 +49,7 @@ class TuneGrids:
         validate(self)
 
     def observe(
-        self, program: Program, meter: Meter, log: Log
+        self, program: Program, evaluator: Evaluator, log: Log
     ) -> tuple[Sequence[Layer], Iterator[Grids]]:
         layers = []
         for op in program.graph.ops:
@@ -60,7 +60,7 @@ class TuneGrids:
                     layers.append(layer_of(program.graph, op))
                 except NoMatch as why:
                     log.decline(name_of(op), str(why))
-        grids = tuned(program, meter, self.steps, self.rate, self.seed) if layers else {}
+        grids = train_grids(program, evaluator, self.steps, self.rate, self.seed) if layers else {}
         return layers, (
             {grid.name: grids[grid.name] for grid in _grids(program.graph, layer.experts)}
             for layer in layers
@@ -82,9 +82,11 @@ def _grids(graph: Graph, experts: Op) -> list[Value]:
     return [op.inputs[-1] for op in sources if op is not None and op.name == "moe.decompress"]
 
 
-def tuned(program: Program, meter: Meter, steps: int, rate: float, seed: int) -> Grids:
+def train_grids(
+    program: Program, evaluator: Evaluator, steps: int, rate: float, seed: int
+) -> Grids:
     """All grids of the program, trained by Adam; rates fall to 0 as a cosine does."""
-    outputs = tuple(program.graph.outputs[i] for i in meter.outputs)
+    outputs = tuple(program.graph.outputs[i] for i in evaluator.outputs)
     graph = widen(replace(program.graph, outputs=outputs, states=()))
     stacks = [op for op in graph.ops if op.name == "moe.decompress"]
     kinds = [str(op.attrs["kind"]) for op in stacks]
@@ -95,28 +97,28 @@ def tuned(program: Program, meter: Meter, steps: int, rate: float, seed: int) ->
     params = [float32(program.weights[param.name]) for param in graph.params]
     adam = torch.optim.Adam(factors, lr=rate)
     generator = torch.Generator().manual_seed(seed)
-    cases = meter.calibration.cases
+    cases = evaluator.calibration.cases
     order: list[int] = []
     for step in range(steps):
         order = order or torch.randperm(len(cases), generator=generator).tolist()
-        case, right = cases[index := order.pop()], meter.results[index]
+        case, right = cases[index := order.pop()], evaluator.results[index]
         for group in adam.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         weights = {
-            op.outputs[0]: grid_module(kind).values(stack_codes, _scaled(kind, grid, factor))
+            op.outputs[0]: grid_module(kind).values(stack_codes, _scale_grid(kind, grid, factor))
             for op, kind, stack_codes, grid, factor in zip(
                 stacks, kinds, codes, grids, factors, strict=True
             )
         }
         inputs = [float32(tensor) for tensor in (*case, *states)]
         results = run_graph(graph, [*inputs, *params], precomputed=weights)
-        slopes = torch.autograd.grad(_distance(results, right, meter.text), factors)
+        slopes = torch.autograd.grad(_distance(results, right, evaluator.text), factors)
         for factor, slope in zip(factors, slopes, strict=True):
             factor.grad = slope
         adam.step()
     with torch.no_grad():
         return {
-            op.inputs[-1].name: _scaled(kind, grid, factor).bfloat16()
+            op.inputs[-1].name: _scale_grid(kind, grid, factor).bfloat16()
             for op, kind, grid, factor in zip(stacks, kinds, grids, factors, strict=True)
         }
 
@@ -128,7 +130,7 @@ def _codes(program: Program, op: Op) -> Tensor:
     return codes_in(str(op.attrs["kind"]), parts, width)
 
 
-def _scaled(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
+def _scale_grid(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
     """The grid times `factor`, at least 0.01: signs stay. For two bits the zero point, which is a
     code, is not scaled."""
     if kind == "2bit":

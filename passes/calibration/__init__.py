@@ -1,1 +1,1 @@
-"""What a change of the model costs, measured on calibration data."""
+"""Calibration data, the loss of quality that is measured on them, and GPTQ."""

@@ -1,4 +1,4 @@
-"""How much damage is allowed: "kl<=0.02,error<=0.1", measured on the calibration data."""
+"""The limits on an approximate pass's loss of quality, such as "kl<=0.02,error<=0.1"."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LIMIT = re.compile(r"(\w+)\s*<=\s*([0-9.eE+-]+)")
 
 
 class BudgetError(MoecError):
-    """A pass went beyond the budget, and the user asked to be told so."""
+    """A pass exceeded the budget in a strict run (--strict)."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The greatest value of each metric that is limited; nothing is limited where it is empty."""
+    """The greatest allowed value of each limited metric; an empty budget limits nothing."""
 
     limits: tuple[tuple[str, float], ...] = ()
 
@@ -28,7 +28,7 @@ class Budget:
         return ",".join(f"{metric}<={limit:g}" for metric, limit in self.limits)
 
     def breach(self, distance: Distance) -> str:
-        """What is beyond the budget, in words; empty where all is within. NaN is beyond."""
+        """The first metric that exceeds its limit, in words; empty if none does. NaN exceeds."""
         for metric, limit in self.limits:
             value = getattr(distance, metric)
             if not value <= limit:
@@ -36,8 +36,8 @@ class Budget:
         return ""
 
 
-def budget(text: str) -> Budget:
-    """The budget that a text spells. Raises UsageError where it is not of that form."""
+def parse_budget(text: str) -> Budget:
+    """The budget of a text "METRIC<=NUMBER,…". Raises UsageError for any other text."""
     limits: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _LIMIT.fullmatch(part)

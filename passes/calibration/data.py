@@ -1,4 +1,4 @@
-"""Calibration data: the inputs on which approximate passes choose, and are measured.
+"""Calibration data: the inputs on which approximate passes decide and are measured.
 
 They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
 """
@@ -30,19 +30,19 @@ Inputs = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Inputs of a program without its states, in cases small enough to run at once; `tokens` is
-    the number of tokens (elements of the first input, without its last axis where it is floats);
-    `domains` is the domain of each case, empty where none are named."""
+    """Inputs of a program without its states, in cases that are small enough to run at once.
+    `tokens` counts the elements of the first input, without the last axis of floats; `domains` is
+    the domain of each case, empty if none are named."""
 
     cases: tuple[Inputs, ...]
     tokens: int
     domains: tuple[str, ...] = ()
 
 
-def by_domain(calib: Any) -> dict[str, Any]:
-    """The data of each domain, by name; by the empty name where no domain is named.
+def data_by_domain(calib: Any) -> dict[str, Any]:
+    """The data of each domain, by name; data without domains have the name "".
 
-    Raises UsageError for a text that names some domains and not others.
+    Raises UsageError for a text that names only some of its domains.
     """
     if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
         files: dict[str, Any] = {}
@@ -62,8 +62,8 @@ def by_domain(calib: Any) -> dict[str, Any]:
 
 
 def check(calib: Any) -> None:
-    """Raises UsageError for data that no model could use; needs no model."""
-    for name, data in by_domain(calib).items():
+    """Raises UsageError for data that are wrong for any model, before a model is loaded."""
+    for name, data in data_by_domain(calib).items():
         where = _where(name, data)
         if isinstance(data, str | Path):
             path = Path(data)
@@ -84,24 +84,24 @@ def _where(name: str, data: Any) -> str:
     return f"calib[{name!r}]" if name else "calib"
 
 
-def calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
-    """The data for a program. `files` are those of its source, where a tokenizer may be.
+def load_calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
+    """The calibration data of a program. `files` are its source's files, perhaps with a tokenizer.
 
-    A .txt gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
-    UsageError for data that do not fit the program's inputs.
+    A .txt file gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
+    UsageError for data that do not match the program's inputs.
     """
     cases: list[Inputs] = []
     domains: list[str] = []
     tokens = 0
-    for name, data in by_domain(calib).items():
-        domain_cases, count = _of_domain(data, _where(name, data), program, files)
+    for name, data in data_by_domain(calib).items():
+        domain_cases, count = _load_domain(data, _where(name, data), program, files)
         cases += domain_cases
         domains += [name] * len(domain_cases) if name else []
         tokens += count
     return Calibration(tuple(cases), tokens, tuple(domains))
 
 
-def _of_domain(
+def _load_domain(
     calib: Any, where: str, program: Program, files: Mapping[str, Path]
 ) -> tuple[list[Inputs], int]:
     """The cases, and how many tokens they hold."""
@@ -112,7 +112,7 @@ def _of_domain(
         tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files)}
     else:
         tensors = _tensors(calib, where, inputs)
-    batch = tuple(_fitted(value, tensors, where, graph) for value in inputs)
+    batch = tuple(_input_tensor(value, tensors, where, graph) for value in inputs)
     sizes: dict[str, int] = {}
     for value, tensor in zip(inputs, batch, strict=True):
         try:
@@ -131,12 +131,12 @@ def _of_domain(
 
 
 def tokens_in(value: Value, tensor: torch.Tensor) -> int:
-    """How many tokens an input holds: its elements, but for the last axis of floats."""
+    """The number of tokens of an input: its elements, not counting the last axis of floats."""
     return tensor.numel() // (tensor.shape[-1] if value.dtype in FLOATS and tensor.ndim > 1 else 1)
 
 
 def _batch(inputs: list[Value]) -> str | None:
-    """The name of the first axis, where all inputs share it; None otherwise."""
+    """The name of the first axis if all inputs share it, else None."""
     first = {value.shape[0] if value.shape else 1 for value in inputs}
     return str(first.pop()) if len(first) == 1 and not isinstance(next(iter(first)), int) else None
 
@@ -206,8 +206,10 @@ def _tensors(calib: Any, where: str, inputs: list[Value]) -> dict[str, Any]:
         raise UsageError(f"{where}: {error}") from None
 
 
-def _fitted(value: Value, tensors: Mapping[str, Any], where: str, graph: Graph) -> torch.Tensor:
-    """One input with the program's dtype. Floats may be of any width, whole numbers too."""
+def _input_tensor(
+    value: Value, tensors: Mapping[str, Any], where: str, graph: Graph
+) -> torch.Tensor:
+    """One input, cast to the program's dtype. Floats and integers may have any width."""
     if value.name not in tensors:
         names = ", ".join(v for v in tensors) or "nothing"
         raise UsageError(f"{where} holds {names}, and the model takes {value.name}: {value.type}")

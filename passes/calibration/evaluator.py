@@ -55,8 +55,8 @@ class LayerStats:
         return total[:count] / self.usage(count).clamp(min=1)
 
 
-class Place(Protocol):
-    """A layer that passes may change, MoE block or not: its name and its result."""
+class LayerRef(Protocol):
+    """A layer that passes may change, an MoE block or another one: its name and its result."""
 
     @property
     def name(self) -> str: ...
@@ -65,20 +65,20 @@ class Place(Protocol):
 
 
 @dataclass(eq=False)
-class Tracked:
-    """A layer of the original, and the original experts that each present expert replaces;
-    `members` is None where the layer has no router any more, or never had one."""
+class ExpertLineage:
+    """A layer of the original program, and which original experts each current expert replaces;
+    `members` is None for a layer without a router."""
 
-    layer: Place
+    layer: LayerRef
     members: Members | None
 
 
 @dataclass(eq=False)
-class Meter:
-    """Measures the distance of programs from `original`, the one before any approximate pass.
+class Evaluator:
+    """Measures the distance of programs from `original`, the program before any approximate pass.
 
-    `layers` are the original's, by their results. `results` are the original's outputs case by
-    case, `choices` its routers' choices, i64[T, k] by layer.
+    `layers` maps results of the original program to its layers. `results` are its outputs, case by
+    case; `choices` are its routers' expert ids, i64[T, k], by layer.
     """
 
     original: Program
@@ -154,12 +154,14 @@ class Meter:
         """The statistics of each layer in this program, computed a few layers at a time."""
         for start in range(0, len(layers), LAYERS_A_RUN):
             group = layers[start : start + LAYERS_A_RUN]
-            probes = [value for layer in group for value in _observed(layer)]
+            probes = [value for layer in group for value in _observed_values(layer)]
             parts: list[list[Tensors]] = [[] for _ in group]
             for results in self.run(program, probes):
                 probed = results[len(self.outputs) :]
                 for position, layer in enumerate(group):
-                    parts[position].append(_reduced(layer, probed[6 * position : 6 * position + 6]))
+                    parts[position].append(
+                        _reduce_norms(layer, probed[6 * position : 6 * position + 6])
+                    )
             for layer_parts in parts:
                 yield LayerStats(
                     *(torch.cat(tensors) for tensors in zip(*layer_parts, strict=True))
@@ -172,13 +174,14 @@ class Meter:
     def measure(
         self,
         program: Program,
-        tracked: Mapping[Value, Tracked] | None = None,
+        lineages: Mapping[Value, ExpertLineage] | None = None,
         outputs: Sequence[Value] = (),
     ) -> tuple[Distance, dict[Value, float], list[torch.Tensor]]:
-        """The program's distance from the original; for each tracked layer the share of tokens
-        whose experts changed; and the rows [R, D] of each of `outputs`, results of layers."""
-        tracked = tracked or {}
-        alive = [key for key, t in tracked.items() if t.members is not None]
+        """The program's distance from the original; for each layer of `lineages` the share of
+        tokens whose experts changed; and the rows [R, D] of each of `outputs`, results of layers.
+        """
+        lineages = lineages or {}
+        alive = [key for key, t in lineages.items() if t.members is not None]
         probes = [self.layers[key].route.outputs[1] for key in alive]
         probes += outputs
         sums = _Sums()
@@ -191,11 +194,11 @@ class Meter:
             probed = results[len(self.outputs) :]
             ids.append(probed[: len(alive)])
             rows.append(probed[len(alive) :])
-        shares = dict.fromkeys(tracked, 1.0)
+        shares = dict.fromkeys(lineages, 1.0)
         for key, parts in zip(alive, zip(*ids, strict=True), strict=True):
-            members = tracked[key].members
+            members = lineages[key].members
             assert members is not None
-            shares[key] = changed(self.choices[key], torch.cat(parts), members)
+            shares[key] = changed_share(self.choices[key], torch.cat(parts), members)
         distance = sums.distance(sum(shares.values()) / max(len(shares), 1))
         return distance, shares, [_rows(parts) for parts in zip(*rows, strict=True)]
 
@@ -233,13 +236,13 @@ def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-def _observed(layer: Layer) -> tuple[Value, ...]:
+def _observed_values(layer: Layer) -> tuple[Value, ...]:
     weights, experts = layer.route.outputs
     rows, order = layer.experts.outputs[0], layer.dispatch.outputs[1]
     return layer.dispatch.inputs[0], experts, weights, rows, order, layer.route.inputs[0]
 
 
-def _reduced(layer: Layer, probed: Tensors) -> Tensors:
+def _reduce_norms(layer: Layer, probed: Tensors) -> Tensors:
     x, ids, weights, rows, order, logits = probed
     lengths = torch.zeros(ids.numel())
     lengths[order.long()] = rows.float().norm(dim=-1)
@@ -284,7 +287,7 @@ class _Sums:
         )
 
 
-def changed(original: torch.Tensor, ids: torch.Tensor, members: Members) -> float:
+def changed_share(original: torch.Tensor, ids: torch.Tensor, members: Members) -> float:
     """The share of tokens whose experts are not exactly those of the original: one is another
     expert, or replaces more than one."""
     alone = torch.tensor([experts[0] if len(experts) == 1 else -1 for experts in members] + [-2])

@@ -29,8 +29,8 @@ Grid = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """`weight` f32[.., N, K] on the grid; `nearest` bool[..]: matrices whose Hessian had no
-    inverse (no input was seen), which are rounded to nearest."""
+    """`weight` f32[.., N, K] on the grid; `nearest` bool[..] marks the matrices that were rounded
+    to nearest, as their Hessian is singular (they had no inputs)."""
 
     weight: Tensor
     nearest: Tensor
@@ -45,9 +45,9 @@ def hessian(rows: Tensor) -> Tensor:
 def solve(
     weight: Tensor, hessian: Tensor, grid: Grid, damping: float = DAMPING, block: int = BLOCK
 ) -> Solved:
-    """weight [.., N, K] by its inputs' Hessian [.., K, K]; neither is changed.
+    """Round weight [.., N, K] to the grid, given its inputs' Hessian [.., K, K].
 
-    Raises ValueError where the two do not fit.
+    Raises ValueError where the shapes do not match.
     """
     width = weight.shape[-1]
     if hessian.shape != (*weight.shape[:-2], width, width):
@@ -84,20 +84,20 @@ def solve_ordered(
     )
 
 
-def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def damp(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The Hessian [.., K, K] with a share of the mean of its diagonal added to that."""
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return hessian + damping * mean * torch.eye(hessian.shape[-1])
 
 
-def aimed(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def retarget(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The weight V that makes |V X' - W X|^2 least, drawn to W by the damping: f32[.., N, K].
 
     `cross` [.., K, K] is X X'^T, X the inputs as they were, and `hessian` X' X'^T. W itself where
     the damped Hessian has no inverse. (The closed form for one layer, V = W X X'^T (X' X'^T)^-1.)
     """
     hessian = hessian.float()
-    damped_hessian = damped(hessian, damping)
+    damped_hessian = damp(hessian, damping)
     lower, info = torch.linalg.cholesky_ex(damped_hessian)
     singular = (info != 0)[..., None, None]
     rhs = weight.float() @ (cross.float() + (damped_hessian - hessian))
@@ -112,7 +112,7 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the damped Hessian's inverse, f32[.., K, K], and whether the
     Hessian is singular, bool[..]: the factor is then the identity, which rounds to nearest."""
     unit = torch.eye(hessian.shape[-1])
-    lower, info = torch.linalg.cholesky_ex(damped(hessian, damping))
+    lower, info = torch.linalg.cholesky_ex(damp(hessian, damping))
     singular = info != 0
     lower = torch.where(singular[..., None, None], unit, lower)
     upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -1,9 +1,9 @@
 """How approximate passes run: layer by layer, each change measured, within a budget.
 
-An approximate pass is a frozen dataclass whose fields are its options, as every pass; in place of
-`run` it has `change`, which returns the next program for one layer and its statistics on the
-calibration data. Layers are MoE blocks, or those that `observe` of the pass returns. `Measured`
-makes it a pass of the pipeline.
+An approximate pass is a frozen dataclass whose fields are its options. In place of `run` it has
+`change`, which returns the next program for one layer and the statistics of that layer on the
+calibration data. Layers are MoE blocks, or the layers that the pass's `observe` returns.
+`MeasuredPass` wraps it as a pass of the pipeline.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from moec.ir.dims import bind, evaluate_dim
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.stats import product_flops, stored_bytes
 from moec.passes.calibration.budget import Budget, BudgetError
-from moec.passes.calibration.data import calibration, tokens_in
-from moec.passes.calibration.evaluator import LayerStats, Members, Meter, Place, Tracked
+from moec.passes.calibration.data import load_calibration, tokens_in
+from moec.passes.calibration.evaluator import (
+    Evaluator,
+    ExpertLineage,
+    LayerRef,
+    LayerStats,
+    Members,
+)
 from moec.passes.core.damage import Damage, Distance, LayerDamage
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
 from moec.passes.core.options import show
@@ -54,20 +60,20 @@ class Approximate(Protocol):
 
 
 @runtime_checkable
-class Observing(Protocol):
-    """An approximate pass that finds its layers itself, and looks at the data in its own way."""
+class CustomCalibration(Protocol):
+    """An approximate pass that selects its layers and computes their statistics itself."""
 
     def observe(
-        self, program: Program, meter: Meter, log: Log
-    ) -> tuple[Sequence[Place], Iterator[Any]]:
+        self, program: Program, evaluator: Evaluator, log: Log
+    ) -> tuple[Sequence[LayerRef], Iterator[Any]]:
         """The layers, and for each, in the same order, the `stats` of `change`. Raises UsageError
         for data that do not suffice."""
         ...
 
 
 @runtime_checkable
-class Foresighted(Protocol):
-    """An approximate pass that looks at all layers before it changes the first."""
+class NeedsGlobalStats(Protocol):
+    """An approximate pass that needs the statistics of all layers before it changes the first."""
 
     def planned(self, program: Program, layers: Iterable[tuple[Layer, LayerStats]]) -> Approximate:
         """The pass that changes these layers, and only these."""
@@ -83,25 +89,27 @@ class CalibrationSession:
     files: Mapping[str, Path]
     budget: Budget = field(default_factory=Budget)
     strict: bool = False
-    meter: Meter | None = None
-    tracked: dict[Value, Tracked] = field(default_factory=dict)
+    evaluator: Evaluator | None = None
+    lineages: dict[Value, ExpertLineage] = field(default_factory=dict)
     distance: Distance | None = None
 
-    def start(self, program: Program) -> Meter:
-        """The meter of this compilation; the first call measures `program` as the original."""
-        if self.meter is not None:
-            return self.meter
-        data = calibration(self.calib, program, self.files)
+    def start(self, program: Program) -> Evaluator:
+        """The evaluator of this compilation; the first call measures `program` as the original."""
+        if self.evaluator is not None:
+            return self.evaluator
+        data = load_calibration(self.calib, program, self.files)
         layers = _layers(program, Log())
-        self.meter = meter = Meter(program, data, {layer.output: layer for layer in layers})
-        meter.check_size()
-        self.tracked = {
-            layer.output: Tracked(layer, tuple((e,) for e in range(layer.count)))
+        self.evaluator = evaluator = Evaluator(
+            program, data, {layer.output: layer for layer in layers}
+        )
+        evaluator.check_size()
+        self.lineages = {
+            layer.output: ExpertLineage(layer, tuple((e,) for e in range(layer.count)))
             for layer in layers
         }
-        self.distance = meter.origin
+        self.distance = evaluator.origin
         self._check_budget()
-        return meter
+        return evaluator
 
     def _check_budget(self) -> None:
         assert self.distance is not None
@@ -116,11 +124,11 @@ class CalibrationSession:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured(Pass):
+class MeasuredPass(Pass):
     """An approximate pass in the pipeline."""
 
     inner: Approximate
-    frame: CalibrationSession
+    session: CalibrationSession
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
     kind: ClassVar[Kind] = Kind.CHANGES
@@ -130,17 +138,17 @@ class Measured(Pass):
         return self.inner.name
 
     def run(self, program: Program, log: Log) -> Program:
-        """Change layer after layer. Raises BudgetError for a breach where the frame is strict."""
-        frame = self.frame
-        meter = frame.start(program)
+        """Change layer after layer. Raises BudgetError for a breach where the session is strict."""
+        session = self.session
+        evaluator = session.start(program)
         before = program
         done: list[LayerDamage] = []
-        layers, observed = self._observed(before, meter, log)
+        layers, observed = self._observed(before, evaluator, log)
         inner = self.inner
-        if isinstance(inner, Foresighted):
+        if isinstance(inner, NeedsGlobalStats):
             experts = _layers(program, Log())
             inner = inner.planned(
-                before, zip(experts, meter.layer_stats(before, experts), strict=True)
+                before, zip(experts, evaluator.layer_stats(before, experts), strict=True)
             )
         held: dict[Value, torch.Tensor] = {}  # results of layers in the current program
         for layer, following, stats in zip(
@@ -153,16 +161,16 @@ class Measured(Pass):
                 continue
             if not log.spend(f"{layer.name}: {change.says}"):
                 break
-            tracked = dict(frame.tracked)
-            lineage = tracked.get(layer.output, Tracked(layer, None))
-            tracked[layer.output] = _composed(change, lineage)
+            lineages = dict(session.lineages)
+            lineage = lineages.get(layer.output, ExpertLineage(layer, None))
+            lineages[layer.output] = _compose_lineage(change, lineage)
             outputs = [layer.output] + ([following.output] if following else [])
-            distance, shares, results = meter.measure(change.program, tracked, outputs)
+            distance, shares, results = evaluator.measure(change.program, lineages, outputs)
             right = held.pop(layer.output, None)
             if right is None:
-                right = meter.held(program, layer.output)
-            breach = frame.budget.breach(distance)
-            if breach and frame.strict:
+                right = evaluator.held(program, layer.output)
+            breach = session.budget.breach(distance)
+            if breach and session.strict:
                 raise BudgetError(
                     f"{show(self.inner)} at {layer.name}: {breach}; leave out --strict to keep "
                     "this layer as it is"
@@ -181,41 +189,41 @@ class Measured(Pass):
             if breach:
                 log.decline(layer.name, line.says)
                 continue
-            program, frame.tracked, frame.distance = change.program, tracked, distance
+            program, session.lineages, session.distance = change.program, lineages, distance
             held = dict(zip(outputs[1:], results[1:], strict=True))
-        assert frame.distance is not None
+        assert session.distance is not None
         log.damage = Damage(
             show(self.inner),
-            meter.tokens,
-            str(frame.budget),
+            evaluator.tokens,
+            str(session.budget),
             stored_bytes(before),
             stored_bytes(program),
             self._flops(before),
             self._flops(program),
-            meter.origin,
-            frame.distance,
+            evaluator.origin,
+            session.distance,
             tuple(done),
         )
         return program
 
     def _observed(
-        self, program: Program, meter: Meter, log: Log
-    ) -> tuple[Sequence[Place], Iterator[Any]]:
-        if isinstance(self.inner, Observing):
-            return self.inner.observe(program, meter, log)
+        self, program: Program, evaluator: Evaluator, log: Log
+    ) -> tuple[Sequence[LayerRef], Iterator[Any]]:
+        if isinstance(self.inner, CustomCalibration):
+            return self.inner.observe(program, evaluator, log)
         layers = _layers(program, log)
-        return layers, meter.layer_stats(program, layers)
+        return layers, evaluator.layer_stats(program, layers)
 
     def _flops(self, program: Program) -> float:
         """FLOPs per token in the first case of the data. Tokens are those that a block routes, or
         without blocks those of the first input."""
-        meter = self.frame.meter
-        assert meter is not None
+        evaluator = self.session.evaluator
+        assert evaluator is not None
         sizes: dict[str, int] = {}
-        inputs, case = program.graph.inputs, meter.calibration.cases[0]
+        inputs, case = program.graph.inputs, evaluator.calibration.cases[0]
         for value, tensor in zip(inputs, case, strict=False):
             bind(value.shape, tuple(tensor.shape), sizes)
-        tokens = [evaluate_dim(output.shape[0], sizes) for output in meter.layers]
+        tokens = [evaluate_dim(output.shape[0], sizes) for output in evaluator.layers]
         read = tokens_in(inputs[0], case[0])
         return product_flops(program.graph, sizes) / max(tokens, default=read)
 
@@ -231,10 +239,10 @@ def _layers(program: Program, log: Log) -> list[Layer]:
     return layers
 
 
-def _composed(change: Change, before: Tracked) -> Tracked:
+def _compose_lineage(change: Change, before: ExpertLineage) -> ExpertLineage:
     """The lineage after a change: the original experts that each new expert replaces."""
     if change.members is None or before.members is None:
-        return Tracked(before.layer, None)
+        return ExpertLineage(before.layer, None)
     originals = before.members
     members = tuple(tuple(o for e in experts for o in originals[e]) for experts in change.members)
-    return Tracked(before.layer, members)
+    return ExpertLineage(before.layer, members)

@@ -1,1 +1,1 @@
-"""What a pass is, and what passes share: rewriting, options, one MoE layer."""
+"""The pass protocol and runner, and what passes share: rewriting, options, one MoE layer."""

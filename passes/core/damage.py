@@ -1,8 +1,7 @@
-"""What an approximate pass saved and what it cost, as data: the numbers behind the report.
+"""The savings and the loss of quality of an approximate pass, as data for the report.
 
-Distances are those of a changed model from the original one, both in float32, so that they tell
-of meaning and not of rounding. Bytes are those of stored weights, FLOPs those of the products of
-matrices, per token.
+Distances compare the changed model with the original one, both in float32, so that rounding does
+not count. Bytes are those of stored weights; FLOPs are those of matrix products, per token.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ class Distance:
 class LayerDamage:
     """What a pass did to one layer. `says` is what it did, or why it was undone or declined.
 
-    `error` is that of the layer's output where its inputs are the same as before the pass;
-    `changed` that share of this layer alone; `after` is the distance of the whole model from
-    the original with this layer and those above in this report changed. Undone layers save
-    nothing, and hold what was measured before they were undone.
+    `error` is the error of the layer's output given the inputs from before the pass; `changed` is
+    the share of tokens whose experts changed in this layer; `after` is the distance of the model
+    from the original with this layer, and the layers before it in the report, changed. A layer that
+    was undone saves nothing, and holds the values measured before that.
     """
 
     layer: str
@@ -49,10 +48,10 @@ class LayerDamage:
 
 @dataclass(frozen=True)
 class Damage:
-    """What one approximate pass did. `tokens` is how many of calibration data it was measured on.
+    """What one approximate pass did, measured on `tokens` tokens of calibration data.
 
-    `after` is the distance from the model as it was before any approximate pass; bytes and
-    FLOPs before are those before this pass, `original` what that model itself measures.
+    `after` is the distance from the model before any approximate pass, and `original` that model's
+    own measurements; bytes and FLOPs "before" are those before this pass.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The body of an expert written out as ops of the graph, over rows of its own."""
+"""Inlining: the body of an expert as ops of the graph, over the rows of one expert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.passes.core.moe_layer import Splice
 
 
-def inlined(
+def inline_body(
     splice: Splice, body: Graph, rows: Value, params: Mapping[Value, Value], origin: str
 ) -> tuple[list[Op], Value]:
     """The ops that compute the body for `rows` [T, D] with `params` for its params, and the

@@ -6,8 +6,8 @@
     out = moe.experts(rows, ends, w1, …)         experts
     y = moe.combine(out, order, weights)         combine
 
-`splice` keeps the identity of every value that it does not replace, so that the blocks of a
-graph stay valid while one of them changes.
+`Splice` keeps the identity of every value that it does not replace, so that the `Layer`s of a graph
+stay valid while one of them is rewritten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A block whose router is recognised, and whose choices nothing else reads."""
+    """A block with a recognised router, whose choices are read inside the block only."""
 
     name: str
     route: Op
@@ -65,8 +65,8 @@ def name_of(experts: Op) -> str:
 
 
 def layer_of(graph: Graph, experts: Op) -> Layer:
-    """The block around a moe.experts. Raises NoMatch where an op is missing, or where others read
-    its choices or rows."""
+    """The block around a moe.experts. Raises NoMatch where an op is missing, or an op outside the
+    block reads its choices or rows."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
     if [op.name for op in readers] != ["moe.combine"]:
@@ -102,7 +102,9 @@ def constant(program: Program, value: Value) -> torch.Tensor:
     return results[op.outputs.index(value)]
 
 
-def outputs(layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def expert_outputs(
+    layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     """The result of each expert for the same rows x [N, D], in float32: [E, N, D]. `stacks` maps
     the params of the body to tensors [E, …]."""
     assert layer.experts.body is not None
@@ -156,12 +158,11 @@ class Splice:
         return self.emit(ops, "aten._to_copy.default", (value,), type, like, dtype=DType(dtype))
 
     def put(self, old: Op, new: Sequence[Op]) -> None:
-        """Replaces `old` by `new`, which computes the outputs of `old`, unless their readers are
-        replaced too."""
+        """Replaces `old` by `new`, which computes every output of `old` that is still read."""
         self.replaced[old] = list(new)
 
     def done(self) -> Program:
-        """The next program, without ops and weights that are not read any more."""
+        """The next program, without dead ops and weights."""
         graph, weights = self.program.graph, self.program.weights
         ops = tuple(new for old in graph.ops for new in self.replaced.get(old, [old]))
         graph = drop_dead(replace(graph, ops=ops, params=(*graph.params, *self.weights)))
@@ -173,14 +174,15 @@ class Splice:
         )
 
 
-def experts_replaced(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor]) -> None:
-    """Replaces the layer's stacks by others, [E', …]. The caller replaces the router."""
+def replace_experts(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor]) -> None:
+    """Replaces the layer's stacks of weights by `stacks`, [E', …] each. The caller replaces the
+    router."""
     count = len(stacks[0])
     ends = splice.value(layer.dispatch.outputs[2].name, TensorType("i32", (count,)))
     rows, order, _ = layer.dispatch.outputs
     for op in layer.between:
-        splice.put(op, [_recounted(op, count)])
-    dispatch = _recounted(layer.dispatch, count)
+        splice.put(op, [_with_count(op, count)])
+    dispatch = _with_count(layer.dispatch, count)
     splice.put(layer.dispatch, [replace(dispatch, outputs=(rows, order, ends))])
     params = [
         splice.weight(value.name, stack) for value, stack in zip(layer.stacks, stacks, strict=True)
@@ -189,6 +191,6 @@ def experts_replaced(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor
     splice.put(layer.experts, [replace(layer.experts, inputs=inputs)])
 
 
-def _recounted(op: Op, count: int) -> Op:
+def _with_count(op: Op, count: int) -> Op:
     told = {"num_experts": count} if "num_experts" in op.attrs else {}
     return replace(op, attrs={**op.attrs, **told})

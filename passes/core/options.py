@@ -31,13 +31,13 @@ def option(
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """A field of a pass: its default, what it means in a few words, and which values it takes."""
+    """A dataclass field for an option of a pass: its default, a short description, its values."""
     limits = {"says": says, "choices": tuple(choices), "low": low, "high": high}
     return field(default=default, metadata=limits)
 
 
 def validate(pass_: Any) -> None:
-    """Raises UsageError for a value beyond a field's limits; for `__post_init__` of a pass."""
+    """Raises UsageError for a field whose value is not allowed. For `__post_init__` of a pass."""
     hints = get_type_hints(type(pass_))
     for f in fields(pass_):
         value = getattr(pass_, f.name)
@@ -61,7 +61,7 @@ def _fits(f: Field[Any], kind: type, value: Any) -> bool:
 
 
 def expected(f: Field[Any], of: Any) -> str:
-    """The values that a field takes, in words: "a number from 0 to 1", "one of usage, random"."""
+    """The allowed values of a field, in words: "a number from 0 to 1", "one of usage, random"."""
     if f.metadata.get("choices"):
         return f"one of {', '.join(f.metadata['choices'])}"
     kind = get_type_hints(of if isinstance(of, type) else type(of))[f.name]
@@ -76,11 +76,11 @@ def expected(f: Field[Any], of: Any) -> str:
 
 
 def default(f: Field[Any]) -> str:
-    """A field with its default, as it is written."""
+    """A field and its default as text: "keep=0.5"."""
     return f"{f.name}={f.default}" if f.default is not MISSING else "INPUT=VALUE"
 
 
-def made_from(kind: type[P], text: str, where: str) -> P:
+def parse_pass(kind: type[P], text: str, where: str) -> P:
     """A pass from its options as text, such as "keep=0.5,by=usage"; `where` is the user's text.
 
     Raises UsageError for an option that does not exist or a value of another type.

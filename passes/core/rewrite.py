@@ -1,9 +1,9 @@
-"""How a rule turns one graph into the next: a walk in order, re-emitting every op.
+"""Rewriting: a rule is tried at every op of a graph, in order, while the next graph is built.
 
 A rule gets an op whose inputs already belong to the new graph, looks up producers in the
-`Builder`, emits the replacement of the op, and returns the values that replace its outputs, or
-None. Rules never delete: ops left without readers are dropped at the end, so a match whose inner
-values have other readers stays correct.
+`Builder`, emits a replacement, and returns the values that replace the op's outputs, or None. Rules
+never delete: dead ops are dropped at the end, so a match whose inner values have other readers
+stays correct.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rule = Callable[[Op, "Builder"], Sequence[Value] | None]
 
 
 class Builder:
-    """The next graph while it grows."""
+    """The next graph under construction."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -147,7 +147,7 @@ def rebuild(
     *,
     params: Sequence[Value] | None = None,
 ) -> Graph:
-    """`graph` with other ops and results mapped by `new`, without dead ops and params."""
+    """`graph` with `ops` for its ops and results mapped by `new`, without dead ops and params."""
     outputs = tuple(new.get(v, v) for v in graph.outputs)
     states = tuple(State(s.before, new.get(s.after, s.after)) for s in graph.states)
     return drop_dead(
@@ -161,7 +161,7 @@ def rebuild(
     )
 
 
-def mentioned(op: Op) -> set[str]:
+def sizes_in(op: Op) -> set[str]:
     """The named sizes in an op's results and attributes."""
     names = {name for value in op.outputs for dim in value.shape for name in symbols(dim)}
 
@@ -178,7 +178,7 @@ def mentioned(op: Op) -> set[str]:
 
 
 def drop_dead(graph: Graph) -> Graph:
-    """Without the ops and params that no result needs. Inputs stay: they are the interface."""
+    """The graph without ops and params that no output depends on. All inputs stay."""
     needed = set(graph.results)
     reads_sizes = any(op.name == "moec.size" for op in graph.ops)
     sizes: set[str] = set()
@@ -188,6 +188,6 @@ def drop_dead(graph: Graph) -> Graph:
             ops.append(op)
             needed.update(op.inputs)
             if reads_sizes:
-                sizes |= mentioned(op)
+                sizes |= sizes_in(op)
     params = tuple(p for p in graph.params if p in needed)
     return replace(graph, ops=tuple(reversed(ops)), params=params)

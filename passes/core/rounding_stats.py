@@ -1,19 +1,19 @@
-"""What calibration did for the codes of one stack of weights."""
+"""How much calibration reduced the rounding error of one stack of weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FEWEST = 32
-"""Rows of calibration data below which an expert is rounded to nearest."""
+"""An expert with fewer rows of calibration data is rounded to nearest."""
 
 
 @dataclass(frozen=True)
 class RoundingStats:
     """How well codes reproduce the stack called `weight`.
 
-    Both errors are those of the experts' products on their calibration rows, relative to the norm
-    of the exact products: of weights rounded to nearest, and of the codes in use.
+    Both errors are measured on the experts' products with their calibration rows, relative to the
+    norm of the exact products: with weights rounded to nearest, and with the codes in use.
     """
 
     weight: str

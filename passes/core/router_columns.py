@@ -1,9 +1,10 @@
-"""The router of a layer with other columns: fewer, more, or sums of them.
+"""Edits of a router's columns, one per expert: a subset, more columns, or merged columns.
 
     logits = aten.linear(x, w[E, D], b[E]?)        logits = aten.linear(x, w[kept], b[kept]?)
     weights, ids = moe.route(logits)          ->   weights, ids = moe.route(logits)
 
-Where the logits do not come from a linear layer with a stored weight, their columns are picked.
+Where the logits do not come from a linear layer with a stored weight, columns are selected from
+the logits instead.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
 
 
 def keep_columns(splice: Splice, layer: Layer, experts: Sequence[int]) -> None:
-    """Route over the columns of `experts` alone, in that order: the same choices and weights as
-    masking all other columns to minus infinity."""
+    """Route over the columns of `experts` only, in that order: the same choices and weights as
+    with all other columns masked to minus infinity."""
     program = splice.program
     index = torch.tensor(list(experts))
     logits, *correction = layer.route.inputs
     ops: list[Op] = []
-    behind = linear_behind(program, logits)
+    behind = logits_linear(program, logits)
     if behind is None:
-        logits = _picked(splice, layer, logits, index, 1, ops)
+        logits = _select_columns(splice, layer, logits, index, 1, ops)
     else:
         logits = with_weights(
             splice, behind, [constant(program, v)[index] for v in behind[0].inputs[1:]], ops
@@ -38,16 +39,17 @@ def keep_columns(splice: Splice, layer: Layer, experts: Sequence[int]) -> None:
         try:
             inputs.append(splice.weight(value.name, constant(program, value)[index]))
         except NoMatch:
-            inputs.append(_picked(splice, layer, value, index, 0, ops))
+            inputs.append(_select_columns(splice, layer, value, index, 0, ops))
     splice.put(layer.route, [*ops, replace(layer.route, inputs=tuple(inputs))])
 
 
 def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Generator) -> None:
     """Route over `count` more columns of random weights, whose bias (and correction, where there
-    is one) is minus infinity: the scores of the old columns stay, and of equal scores the lower id
-    wins.
+    is one) is minus infinity: the scores of the old columns do not change, and of equal scores the
+    lower id wins.
 
-    Raises NoMatch for a router that compares its columns otherwise, or is no linear layer.
+    Raises NoMatch for a router with expert groups or with scores relative to the greatest logit,
+    and for logits that come from no linear layer.
     """
     program, routing = splice.program, layer.routing
     if routing.groups > 1:
@@ -56,21 +58,21 @@ def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Gener
         raise NoMatch("the router's scores depend on which logits are near the greatest")
     logits, *correction = layer.route.inputs
     ops: list[Op] = []
-    behind = linear_behind(program, logits)
+    behind = logits_linear(program, logits)
     if behind is None:
         raise NoMatch("the logits come from no linear layer with a weight of its own")
     weight, *bias = [constant(program, v) for v in behind[0].inputs[1:]]
     rows = torch.randn(count, weight.shape[1], generator=generator) * weight.float().std()
     never = torch.full((count,), -torch.inf)
     old = bias[0] if bias else torch.zeros(len(weight), dtype=weight.dtype)
-    weights = [_longer(weight, rows), _longer(old, never)]
+    weights = [_append_rows(weight, rows), _append_rows(old, never)]
     inputs = [with_weights(splice, behind, weights, ops)]
     for value in correction:
-        inputs.append(splice.weight(value.name, _longer(constant(program, value), never)))
+        inputs.append(splice.weight(value.name, _append_rows(constant(program, value), never)))
     splice.put(layer.route, [*ops, replace(layer.route, inputs=tuple(inputs))])
 
 
-def _longer(tensor: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+def _append_rows(tensor: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor, more.to(tensor.dtype)])
 
 
@@ -99,9 +101,9 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     splice.put(route, [*ops, replace(route, inputs=(score,))])
 
 
-def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
-    """The linear layer of the logits and the moves after it, in order; None where the logits come
-    from another op, or the weights are computed or not one row per expert."""
+def logits_linear(program: Program, logits: Value) -> tuple[Op, ...] | None:
+    """The linear layer of the logits and the data movements after it, in order; None where the
+    logits come from another op, or the weights are computed or not one row per expert."""
     chain: list[Op] = []
     op = program.graph.producers.get(logits)
     while op is not None and op.name in MOVES:
@@ -121,8 +123,8 @@ def linear_behind(program: Program, logits: Value) -> tuple[Op, ...] | None:
 def with_weights(
     splice: Splice, behind: Sequence[Op], weights: Sequence[torch.Tensor], ops: list[Op]
 ) -> Value:
-    """The logits of a linear layer with other weights [E', D] and biases [E'], moved as before.
-    Appends the ops that compute them to `ops`."""
+    """The logits of the layer with other weights [E', D] and biases [E'], after the same data
+    movements. Appends the ops that compute them to `ops`."""
     linear, *moves = behind
     count = len(weights[0])
     params = [
@@ -142,7 +144,7 @@ def with_weights(
     return value
 
 
-def _picked(
+def _select_columns(
     splice: Splice, layer: Layer, value: Value, index: torch.Tensor, axis: int, ops: list[Op]
 ) -> Value:
     shape = (*value.shape[:axis], len(index))

@@ -1,4 +1,4 @@
-"""What a pass is, and the one loop that runs passes: stages meet, every result is verified."""
+"""The protocol of a pass, and the runner, which checks stages and verifies every result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Declined:
-    """A place that a rule looked at closely and left alone."""
+    """A candidate that a rule examined and did not rewrite, with the reason."""
 
     where: str
     reason: str
@@ -32,9 +32,9 @@ class Declined:
 
 @dataclass
 class Log:
-    """What happens while passes run. `spend` is asked before each rewrite; fuel caps them.
-    `damage` is what an approximate pass did to the numbers, `fits` what calibration did for
-    codes, `says` what people want to know."""
+    """The record of a run of passes. `spend` is called before each rewrite, and fuel caps them.
+    `damage` is what an approximate pass did to the numbers, `fits` how well calibrated codes
+    reproduce weights, `says` the lines for the report."""
 
     fuel: int | None = None
     rewrites: int = 0
@@ -55,14 +55,14 @@ class Log:
     last: str = ""
 
     def decline(self, where: str, reason: str, rule: str = "") -> None:
-        """`rule` is the pass's own name where it has no other."""
+        """Records why a rule did not rewrite `where`. `rule` defaults to the name of the pass."""
         entry = Declined(where, reason, rule or self.rule)
         if entry not in self.declined:
             self.declined.append(entry)
 
 
 class Kind(Enum):
-    """What a pass does to what the model computes."""
+    """How a pass changes the results of a model."""
 
     EXACT = "exact"
     CHANGES = "approximate"
@@ -70,10 +70,10 @@ class Kind(Enum):
 
 
 class Pass(Protocol):
-    """A frozen dataclass whose fields are its options; its docstring's first line is for people.
+    """A frozen dataclass whose fields are its options; `moec list passes` prints its docstring.
 
-    `takes` is the last stage that its graphs may have, `gives` the first that they have after it.
-    `binds` are inputs of the model, by name, that it fixes.
+    `takes` is the last stage that its input may have, `gives` the earliest stage of its output.
+    `binds` maps the names of inputs of the model to the constants that the pass binds them to.
     """
 
     @property
@@ -95,15 +95,14 @@ class Pass(Protocol):
 
 @runtime_checkable
 class OptInPass(Pass, Protocol):
-    """A pass that runs only where it is asked for, and needs no calibration data; `source` says
-    where it is from."""
+    """A pass that runs on request only and needs no calibration data; `source` names its paper."""
 
     source: ClassVar[str]
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did: its program, its seconds, its rewrites, and what it declined and why."""
+    """The result of one pass: its program, seconds, rewrites, and what it declined and why."""
 
     name: str
     program: Program
@@ -119,7 +118,7 @@ class PassResult:
 
     @property
     def changed(self) -> bool:
-        """Whether the program computes something else than the one before."""
+        """Whether the pass changed the model's results beyond rounding."""
         if self.kind is Kind.CHANGES:
             return self.damage.applied if self.damage else self.rewrites > 0
         return self.kind is Kind.QUANTISES
@@ -139,11 +138,11 @@ def run(
     fuel: int | None = None,
     watch: Callable[[PassResult], None] | None = None,
 ) -> list[PassResult]:
-    """Run passes in order. The first result holds the program as given, the last the final one.
+    """Run passes in order. The first result holds the input program, the last the final one.
 
-    `stage` is the program's own, `fuel` caps the rewrites of the whole run, `watch` is called with
-    each result after its pass. Raises IRError where stages do not meet, or a pass breaks a rule of
-    the graph (naming the pass).
+    `stage` is the stage of the input, `fuel` caps the rewrites of the run, `watch` is called with
+    each result after its pass. Raises IRError where a pass takes an earlier stage than the graph
+    has, or returns an invalid graph (naming the pass).
     """
     verify(program.graph, stage)
     pass_results = [PassResult("capture", program, stage, 0.0, 0, ())]

@@ -1,4 +1,4 @@
-"""One step of text generation, made from a whole causal language model.
+"""The decode program: one step of text generation, derived from a causal language model.
 
     f(input_ids[B, S]) -> logits[B, S, V]
     ->
@@ -44,7 +44,7 @@ def continues_text(graph: Graph) -> bool:
 
 
 def incremental(program: Program) -> Program:
-    """The step of a program. Raises NoMatch with the reason where tokens cannot come in chunks."""
+    """The decode program. Raises NoMatch with the reason where tokens cannot come in chunks."""
     graph = program.graph
     rewritten = last_only(with_caches(replace(graph, outputs=(logits_of(graph),))))
     verify(rewritten, Stage.GROUPED)
@@ -53,7 +53,7 @@ def incremental(program: Program) -> Program:
     )
 
 
-def past_and_present(program: Program) -> Program:
+def with_past_inputs(program: Program) -> Program:
     """The program with past keys and values as inputs (kv_inputs.py), and logits of all tokens.
 
     Raises NoMatch with the reason where tokens cannot come in chunks.
@@ -67,7 +67,7 @@ def past_and_present(program: Program) -> Program:
 
 
 def logits_of(graph: Graph) -> Value:
-    """The output that scores every token of the table that the ids look up in."""
+    """The output [B, S, V] with a score for each of the V rows of the embedding table."""
     tables = [table_rows(graph, value) for value in graph.inputs]
     for value in graph.outputs:
         scores = value.name == "logits" or (bool(value.shape) and value.shape[-1] in tables)

@@ -1,7 +1,7 @@
-"""A causal language model rewritten for tokens that come in chunks, op by op.
+"""A causal language model is rewritten, op by op, to take tokens in chunks.
 
-Ops on each token alone stay; values computed from the positions 0 .. S-1 are computed from
-positions that the caller provides; for ops that mix tokens, the caller has a rule.
+Token-wise ops stay. Values computed from the positions 0 .. S-1 are computed from positions that
+the caller provides. For ops that mix tokens, the caller supplies a rule.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder
 from moec.passes.decode.emit import Emitter
-from moec.passes.decode.positions import Stretch, beside, is_line, position_values
+from moec.passes.decode.positions import (
+    ResizedTokens,
+    broadcast_shape,
+    counts_tokens,
+    position_values,
+)
 from moec.passes.decode.tokenwise import require_tokenwise
 
 
 @dataclass
 class ChunkRewrite:
-    """The graph while it is rewritten.
+    """The state of the rewrite.
 
     `line` emits i64[B*S], the position of each token; `carry` has, by op name, the rules for ops
     that mix tokens. `caches` are the states between chunks: (before, after).
@@ -47,7 +52,7 @@ Carry = Callable[[ChunkRewrite, Op], None]
 def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
     """The one input i64[B, S], its batch and its sequence.
 
-    Raises NoMatch where the graph takes something else.
+    Raises NoMatch where the graph has other inputs, or states.
     """
     if graph.states:
         raise NoMatch(f"the model keeps a state of its own, {graph.states[0].before.name}")
@@ -70,12 +75,12 @@ def rewrite_ops(c: ChunkRewrite) -> None:
     c.new |= {value: value for value in (*graph.inputs, *graph.params)}
     c.positions = position_values(graph, c.batch, sequence)
     line: Value | None = None
-    flat = Stretch(sequence, c.batch * sequence)
+    flat = ResizedTokens(sequence, c.batch * sequence)
     for op in graph.ops:
         if op.name in ("moe.capacity", "moec.size"):
             raise NoMatch(f"{op.name} at {op.origin} depends on all tokens of a call")
         if op.outputs[0] in c.positions:
-            if is_line(op, sequence):
+            if counts_tokens(op, sequence):
                 line = line or c.line(c, op)
                 c.new[op.outputs[0]] = line
                 continue
@@ -94,7 +99,7 @@ def rewrite_ops(c: ChunkRewrite) -> None:
         raise NoMatch("the model has no attention that moec fused")
 
 
-def _emit(c: ChunkRewrite, op: Op, stretch: Stretch) -> None:
+def _emit(c: ChunkRewrite, op: Op, stretch: ResizedTokens) -> None:
     types = [stretch.type(value.type) for value in op.outputs]
     outputs = c.builder.emit(
         op.name,
@@ -110,7 +115,7 @@ def _emit(c: ChunkRewrite, op: Op, stretch: Stretch) -> None:
 def _read(c: ChunkRewrite, op: Op, value: Value) -> Value:
     if value not in c.positions:
         return c.new[value]
-    shape = beside(op, value, c.batch, c.sequence)
+    shape = broadcast_shape(op, value, c.batch, c.sequence)
     key = (value, shape)
     if key not in c.shaped:
         c.shaped[key] = Emitter(c.builder, op).reshape(c.new[value], shape)
@@ -118,7 +123,7 @@ def _read(c: ChunkRewrite, op: Op, value: Value) -> Value:
 
 
 def causal(c: ChunkRewrite, op: Op) -> Attention:
-    """An attention of S tokens to those before them. Raises NoMatch for any other."""
+    """The attributes of a causal self-attention over S tokens. Raises NoMatch for any other."""
     a = Attention.of(op)
     where = op.origin or op.outputs[0].name
     if not a.causal:

@@ -1,4 +1,4 @@
-"""The ATen ops that the step needs beside those of the model."""
+"""Emits the ATen ops that the decode program needs in addition to the model's."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Emitter:
         return self.builder.reshape(x, shape, like=self.like, named=x.name)
 
     def permute(self, x: Value, axes: tuple[int, ...]) -> Value:
-        """x with its axes in another order; a reshape, which is free, where only axes of one
-        element move."""
+        """x with its axes in another order, by a reshape (which is free) if only axes of size 1
+        move."""
         shape = tuple(x.shape[axis] for axis in axes)
         long = [axis for axis in axes if x.shape[axis] != 1]
         if long == sorted(long):

@@ -1,13 +1,12 @@
-"""Keys are turned by their angles where they are written into the cache.
+"""The rotary embedding of keys is fused into the op that writes them to the cache.
 
     t = aten.permute(x) <dims=(0, 2, 1, 3)>
     r = nn.rotary(t, cos, sin)
     c = nn.append(cache, r, first)   ->   c = nn.append(cache, x, first, cos, sin)
                                               <turned, tokens_first>
 
-A kernel less for each layer and token, and no turned keys beside those in the cache. The same
-products and sums: no bit changes. Runs on the step that is derived from a model, since only that
-has caches.
+This saves one kernel per layer and token, and a buffer of rotated keys. The products and sums are
+the same: no bit changes. The pass runs on the decode program, the only one with caches.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from moec.passes.simplify.fold_permutes import other_reader, swaps
 
 @dataclass(frozen=True)
 class FuseAppend(Pass):
-    """Turn keys by their angles where they are written into the cache."""
+    """Rotate keys as they are written to the cache."""
 
     name: ClassVar[str] = "fuse-append"
     takes: ClassVar[Stage] = Stage.GROUPED

@@ -36,7 +36,7 @@ def with_caches(graph: Graph) -> Graph:
         "aten.convolution.default": _convolution,
         "nn.linear_attention": _linear_attention,
     }
-    c = ChunkRewrite(graph, batch, sequence, builder, partial(_line, first), carry)
+    c = ChunkRewrite(graph, batch, sequence, builder, partial(_flat_positions, first), carry)
     rewrite_ops(c)
     grows = any(symbol(ROOM) in before.shape for before, _ in c.caches)
     stepped = replace(
@@ -49,7 +49,7 @@ def with_caches(graph: Graph) -> Graph:
     return rebuild(stepped, builder.ops, c.new)
 
 
-def _line(first: Value, c: ChunkRewrite, like: Op) -> Value:
+def _flat_positions(first: Value, c: ChunkRewrite, like: Op) -> Value:
     """i64[B*S]: the position of each token."""
     b, s = c.batch, c.sequence
     e = Emitter(c.builder, like)
@@ -69,8 +69,8 @@ def _attention(first: Value, c: ChunkRewrite, op: Op) -> None:
 
 
 def _convolution(c: ChunkRewrite, op: Op) -> None:
-    """A causal convolution: padded by the kernel's length - 1, and cut at the end. Its state is
-    the last kernel length - 1 inputs, zeros at first."""
+    """A causal convolution, padded by K - 1 for a kernel of length K and cut at the end. Its state
+    is the last K - 1 inputs, zeros at first."""
     x, where = op.inputs[0], op.origin or op.outputs[0].name
     width = op.inputs[1].shape[-1]
     expected = {"stride": (1,), "dilation": (1,), "padding": (width - 1,), "transposed": False}

@@ -1,14 +1,13 @@
-"""A causal language model -> the same model with past keys and values as inputs.
+"""A causal language model is rewritten to take past keys and values as inputs.
 
     logits = f(input_ids[B, S])
     ->  logits, present = g(input_ids[B, S], attention_mask[B, past + S], past_key_values)
 
-Pure. The logits are those of all tokens, under the name that the model gives them; all else has
-the names that exporters of Hugging Face models use: layer N takes `past_key_values.N.key` and
-`.value` [B, heads, past, width] and gives `present.N.key` and `.value` [B, heads, past + S, width],
-and `past` may be 0. attention_mask is 1, and 0 where a token is padding: left, right or
-interleaved. The position of a token is the number of tokens of its text before it; it attends to
-these and itself.
+The graph has no state. The logits are those of all tokens and keep their name; the other names are
+those of Hugging Face's exporters: layer N takes `past_key_values.N.key` and `.value`
+[B, heads, past, width] and returns `present.N.key` and `.value` [B, heads, past + S, width]; `past`
+may be 0. attention_mask is 0 for padding, else 1; padding may be left, right or interleaved. The
+position of a token is the number of unpadded tokens before it; it attends to these and itself.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Padded:
 def with_past(graph: Graph) -> Graph:
     """The graph with past keys and values as inputs.
 
-    Raises NoMatch, naming the op, where tokens cannot come in chunks, or where the model has
-    states other than keys and values.
+    Raises NoMatch, naming the op, where tokens cannot come in chunks, or the model has states
+    other than keys and values.
     """
     tokens, batch, sequence = tokens_of(graph)
     builder = Builder(graph)
@@ -50,7 +49,7 @@ def with_past(graph: Graph) -> Graph:
         "aten.convolution.default": _refuse,
         "nn.linear_attention": _refuse,
     }
-    c = ChunkRewrite(graph, batch, sequence, builder, partial(_line, padded), carry)
+    c = ChunkRewrite(graph, batch, sequence, builder, partial(_flat_positions, padded), carry)
     rewrite_ops(c)
     stepped = replace(
         graph,
@@ -70,7 +69,7 @@ def _refuse(c: ChunkRewrite, op: Op) -> None:
     )
 
 
-def _standing(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
+def _key_positions(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B, past + S]: the position of each token in its text, -1 before the first."""
     if "standing" not in padded.memo:
         e, mask = Emitter(c.builder, like), padded.mask
@@ -82,7 +81,7 @@ def _standing(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
 def _queries(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B, S]: the positions of the new tokens; -1 for padding before the first."""
     if "queries" not in padded.memo:
-        standing, past = _standing(padded, c, like), symbol(PAST)
+        standing, past = _key_positions(padded, c, like), symbol(PAST)
         attrs: dict[str, Attr] = {"dim": 1, "start": past, "end": standing.shape[1]}
         padded.memo["queries"] = Emitter(c.builder, like).op(
             "slice.Tensor", [standing], "i64", (c.batch, c.sequence), attrs, "queries"
@@ -90,7 +89,7 @@ def _queries(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     return padded.memo["queries"]
 
 
-def _line(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
+def _flat_positions(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B*S]: the position of each token; 0 for padding, which any table has."""
     queries, e = _queries(padded, c, like), Emitter(c.builder, like)
     positions = e.op("clamp.default", [queries], "i64", queries.shape, {"min": 0}, "places")
@@ -102,7 +101,7 @@ def _visible(padded: Padded, c: ChunkRewrite, like: Op, a: Attention) -> Value:
     limits = ("seen", a.window, a.chunk)
     if limits in padded.memo:
         return padded.memo[limits]
-    e, standing = Emitter(c.builder, like), _standing(padded, c, like)
+    e, standing = Emitter(c.builder, like), _key_positions(padded, c, like)
     key_shape: tuple[Dim, ...] = (c.batch, 1, 1, standing.shape[1])
     query_shape: tuple[Dim, ...] = (c.batch, 1, c.sequence, 1)
     shape = (*query_shape[:3], standing.shape[1])

@@ -1,13 +1,13 @@
-"""Logits of one token a sequence: values that no cache needs are computed for that token alone.
+"""Logits of one token per sequence: values that no cache needs are computed for that token only.
 
     logits[B, S, V]  ->  logits[B, 1, V] of the token in row rows[b] of the B*S tokens
 
 Values that the caches need are computed for all tokens. The other ops (the last layer's experts,
-the norm, the head) read one row a sequence of them; `last[b]` is the position of that token in its
-sequence. Choices that layers share are sorted anew, as the order of all tokens' rows does not give
-the order of the selected rows.
+the norm, the head) read one of their rows per sequence; `last[b]` is the position of that token in
+its sequence. Choices that layers share are sorted again, since the sorted order of all rows does
+not give that of the selected rows.
 
-Logits are written also for greedy decoding: a head without logits could only save numpy's argmax.
+Greedy decoding writes logits too: an argmax in the head could save only numpy's argmax.
 On an AMD EPYC that is 3 of 190 µs a token at V = 1,024
 (tiny_moe, one thread) and 13 µs of 22 ms at V = 49,155 (a granite of 24 layers, two threads).
 """
@@ -25,7 +25,7 @@ from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.emit import Emitter
-from moec.passes.decode.positions import Stretch
+from moec.passes.decode.positions import ResizedTokens
 from moec.passes.decode.tokenwise import has_tokens
 
 ROWS, LAST = "rows", "last"
@@ -33,14 +33,14 @@ ROWS, LAST = "rows", "last"
 
 @dataclass
 class Narrowing:
-    """The graph while it is rewritten."""
+    """The state of the rewrite."""
 
     graph: Graph
     batch: sympy.Symbol
     sequence: sympy.Symbol
     builder: Builder
     rows: Value
-    one: Stretch
+    one: ResizedTokens
     last_rows: dict[Value, Value] = field(default_factory=dict)
 
 
@@ -58,8 +58,8 @@ def last_only(graph: Graph) -> Graph:
     builder = Builder(graph)
     type = TensorType("i64", (batch,))
     rows, last = (Value(builder.fresh(name), type) for name in (ROWS, LAST))
-    n = Narrowing(graph, batch, sequence, builder, rows, Stretch(sequence, 1))
-    shared = _for_caches(graph)
+    n = Narrowing(graph, batch, sequence, builder, rows, ResizedTokens(sequence, 1))
+    shared = _cache_ops(graph)
     narrow: dict[Value, Value] = {}
     for op in graph.ops:
         if op in shared:
@@ -69,7 +69,7 @@ def last_only(graph: Graph) -> Graph:
         if op.name == "nn.attention":  # the one query of a text is at position `last`
             first = Attention.of(op).first
             inputs = [last if v is first else w for v, w in zip(op.inputs, inputs, strict=True)]
-        narrow |= _narrowed(n, op, inputs)
+        narrow |= _narrow(n, op, inputs)
     if logits not in narrow:
         raise NoMatch(f"the logits {logits} are also in a cache")
     made_graph = rebuild(graph, builder.ops, {logits: narrow[logits]})
@@ -77,7 +77,7 @@ def last_only(graph: Graph) -> Graph:
     return replace(made_graph, inputs=(tokens, first, rows, last, *caches))
 
 
-def _narrowed(n: Narrowing, op: Op, inputs: Sequence[Value]) -> dict[Value, Value]:
+def _narrow(n: Narrowing, op: Op, inputs: Sequence[Value]) -> dict[Value, Value]:
     """Emits the op for one token a sequence. Returns the new value of each output."""
     outputs = n.builder.emit(
         op.name,
@@ -99,8 +99,8 @@ def _is_sorted(graph: Graph, value: Value) -> bool:
     return source is not None and source.name in ("moe.sort", "moe.dispatch")
 
 
-def _for_caches(graph: Graph) -> set[Op]:
-    """The ops that some cache needs."""
+def _cache_ops(graph: Graph) -> set[Op]:
+    """The ops that the new contents of a cache depend on."""
     needed = {state.after for state in graph.states}
     ops: set[Op] = set()
     for op in reversed(graph.ops):
@@ -111,10 +111,10 @@ def _for_caches(graph: Graph) -> set[Op]:
 
 
 def _take(n: Narrowing, op: Op, value: Value) -> Value:
-    """One row a sequence of a value that holds all tokens: [B, .., S, ..] or [B*S, ..]."""
+    """One row per sequence of a value with all tokens: [B, .., S, ..] or [B*S, ..]."""
     if value not in n.last_rows and _is_sorted(n.graph, value):
         source = n.graph.producers[value]
-        n.last_rows |= _narrowed(n, source, [_take(n, source, v) for v in source.inputs])
+        n.last_rows |= _narrow(n, source, [_take(n, source, v) for v in source.inputs])
     if value in n.last_rows:
         return n.last_rows[value]
     if not has_tokens(value, n.sequence.name):
@@ -134,7 +134,7 @@ def _take(n: Narrowing, op: Op, value: Value) -> Value:
 
 
 def _token_axis(n: Narrowing, op: Op, value: Value) -> int:
-    """The axis of the tokens; 0 where it holds the batch too."""
+    """The axis of the tokens; 0 if it is an axis of batch times tokens."""
     if value.shape[0] == normal(n.batch * n.sequence):
         return 0
     if value.shape[0] == n.batch and value.shape.count(n.sequence) == 1:

@@ -34,10 +34,10 @@ def position_values(graph: Graph, batch: sympy.Symbol, sequence: sympy.Symbol) -
     return positions
 
 
-def is_line(op: Op, sequence: sympy.Symbol) -> bool:
+def counts_tokens(op: Op, sequence: sympy.Symbol) -> bool:
     """Whether an op counts the tokens from 0.
 
-    Raises NoMatch where it counts them in some other way.
+    Raises NoMatch for an arange with another start or step.
     """
     if op.name not in _LINES:
         return False
@@ -48,8 +48,8 @@ def is_line(op: Op, sequence: sympy.Symbol) -> bool:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Another size for the tokens, in types and attributes."""
+class ResizedTokens:
+    """Replaces the size of the tokens in types and attributes."""
 
     old: sympy.Symbol
     new: Dim
@@ -71,8 +71,8 @@ class Stretch:
         return attr
 
 
-def beside(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) -> tuple[Dim, ...]:
-    """The shape in which an op over B by S tokens reads a value of positions, of B*S tokens.
+def broadcast_shape(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) -> tuple[Dim, ...]:
+    """The shape that broadcasts a value of positions, with B*S tokens, in an op over B by S tokens.
 
     Raises NoMatch where the op does more than broadcast it.
     """

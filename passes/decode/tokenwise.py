@@ -1,7 +1,7 @@
-"""Which ops treat every token alone: then tokens can come in pieces, and the results stay.
+"""Which ops treat tokens independently, so that chunks of tokens give the same results.
 
-A size counts tokens where it holds the name of the sequence. An op is safe where it works on
-each element alone, or along axes that count no tokens.
+An axis counts tokens if its size contains the name of the sequence. An op is safe if it is
+element-wise, or works along axes that do not count tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def is_elementwise(op: Op) -> bool:
 
 
 def require_tokenwise(op: Op, sequence: str) -> None:
-    """Raises NoMatch, naming the op, where it may mix tokens or its habits are not known."""
+    """Raises NoMatch, naming the op, if it may mix tokens."""
     if not any(has_tokens(value, sequence) for value in (*op.inputs, *op.outputs)):
         return
     definition = OPS.get(op.name)
@@ -77,7 +77,7 @@ def _where(op: Op) -> str:
 
 
 def _moves(op: Op, sequence: str) -> bool:
-    """A permutation always; a reshape where the batch and the tokens stay the outer axes."""
+    """Any permutation; a reshape if the batch and the tokens stay the outer axes."""
     if op.name == "aten.permute.default":
         return True
     source, out = (_token_axes(v, sequence) for v in (op.inputs[0], op.outputs[0]))
@@ -89,7 +89,7 @@ def _token_axes(value: Value, sequence: str) -> list[int]:
 
 
 def _product(op: Op, sequence: str) -> bool:
-    """Of two matrices one holds no tokens, and the other none along the axis that is summed."""
+    """A matrix product with tokens in one operand only, and not along the axis that is summed."""
     first = PRODUCTS[op.name]
     left, right = op.inputs[first : first + 2]
     summed = ((left, -1), (right, -1 if op.name == "aten.linear.default" else -2))
@@ -110,7 +110,7 @@ def _layer_norm(op: Op, sequence: str) -> bool:
 
 
 def _repeat(op: Op, sequence: str) -> bool:
-    """Only axes that count no tokens are there more than once."""
+    """A repeat along axes that do not count tokens."""
     (x,), repeats = op.inputs, op.attrs.get("repeats")
     if not isinstance(repeats, tuple):
         return False
@@ -122,7 +122,7 @@ def _repeat(op: Op, sequence: str) -> bool:
 
 
 def _lookup(op: Op, sequence: str) -> bool:
-    """Rows of a table that holds no tokens."""
+    """A lookup in a table without an axis of tokens."""
     return not has_tokens(op.inputs[0], sequence)
 
 

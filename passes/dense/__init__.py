@@ -1,1 +1,1 @@
-"""The dense part of a transformer: attention, masks, norms, rotary embedding."""
+"""Passes for the dense part of a transformer: attention, masks, norms, rotary embedding."""

@@ -1,7 +1,7 @@
 """The real and imaginary parts of a complex tensor, without complex numbers where possible.
 
-polar(1, angle) * c is (cos(angle) * c, sin(angle) * c): rotary embeddings in complex form need
-no more. What else there is comes out of view_as_real.
+polar(1, angle) * c is (cos(angle) * c, sin(angle) * c), which is enough for rotary embeddings in
+complex form. Any other complex value is split by view_as_real.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def complex_parts(value: Value, like: Op, b: Builder) -> tuple[Value, Value]:
 
 
 def _each(op: Op, a: Value, c: Value, like: Op, b: Builder) -> tuple[Value, Value]:
-    """`op` on either part: one that does the same to both."""
+    """`op` applied to each part, for ops that treat both parts alike."""
     target = TensorType("f32", op.outputs[0].shape)
     (real,) = b.emit(op.name, [a], [target], like=op, attrs=op.attrs)
     (imaginary,) = b.emit(op.name, [c], [target], like=op, attrs=op.attrs)

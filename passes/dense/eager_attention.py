@@ -1,11 +1,11 @@
-"""Attention spelled out: softmax(q @ k^T * scale + masks) @ v, read backwards from the end.
+"""Matches eager attention, softmax(q @ k^T * scale + masks) @ v, from its last product backwards.
 
 p = aten.matmul(q, k^T)              T5 and Switch leave the scale out
 s = aten.mul(p, scale); s = aten.add(s, mask) …  |  aten.where(allowed, s, -inf)
 s = aten.cat(s, sinks)               GPT-OSS: one more column of logits …
 s = aten.sub(s, aten.max(s))         … whose greatest is subtracted: softmax does it anyway
 w = aten.softmax(s, -1); w = w[.., :-1]
-y = aten.matmul(w, v)                casts between floats may stand anywhere
+y = aten.matmul(w, v)                casts between floats may occur anywhere
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _SOFTMAX = (
     "aten._softmax.default",
     "aten._safe_softmax.default",
 )
-# A hidden score of this, or less, is as good as -inf even in a row that is hidden whole: in
-# float32 it absorbs the scores it is added to, so such a row stays uniform.
+# A mask value of this or less acts like -inf, even in a row that is masked entirely: in float32 it
+# absorbs the scores that it is added to, so that the softmax of the row is uniform.
 HIDDEN = -1e9
 _DEEPEST = 8  # of the ops between the product and the softmax
 
@@ -47,8 +47,8 @@ def eager_attention(
 ) -> tuple[Attention, tuple[Value, ...]] | None:
     """The attention that ends in this product, and its masks; None where it is another product.
 
-    `numbers` are the params of one element. Raises NoMatch where it is attention of a kind
-    that nn.attention cannot express.
+    `numbers` holds the params of one element. Raises NoMatch for attention that nn.attention cannot
+    express.
     """
     shares, v = op.inputs
     if len(shares.shape) != 4 or len(v.shape) != 4:
@@ -56,18 +56,18 @@ def eager_attention(
     softmax, cut = _softmax(shares, b)
     if softmax is None:
         return None
-    logits = _unshifted(_uncast(softmax.inputs[0], b), b)
+    logits = _through_max_shift(_through_casts(softmax.inputs[0], b), b)
     sinks: Value | None = None
     if cut:
-        joined = _joined(logits, b)
+        joined = _split_sinks(logits, b)
         if joined is None:
             return None
         logits, column = joined
         sinks = _per_head(column, op, b)
-    scores = _scores(logits, b, numbers)
+    scores = _match_scores(logits, b, numbers)
     if scores is None:
         return None
-    k = _turned(scores.turned, op, b)
+    k = _transposed(scores.turned, op, b)
     attention = Attention(scores.q, k, v, None, sinks, scores.scale, False, None, None)
     if scores.allowed is None:
         return attention, scores.masks
@@ -75,10 +75,10 @@ def eager_attention(
 
 
 def _softmax(value: Value, b: Builder) -> tuple[Op | None, bool]:
-    """The softmax over the last axis behind `value`, and whether its last column was cut off."""
+    """The softmax over the last axis that gives `value`, and whether its last column is cut off."""
     cut = False
     while True:
-        value = _uncast(value, b)
+        value = _through_casts(value, b)
         op = b.producers.get(value)
         if op is not None and not cut and _cuts_last(op):
             cut, value = True, op.inputs[0]
@@ -96,8 +96,8 @@ def _cuts_last(op: Op) -> bool:
     return from_start and x.shape[-1] - y.shape[-1] == 1
 
 
-def _uncast(value: Value, b: Builder) -> Value:
-    """Through casts between floats."""
+def _through_casts(value: Value, b: Builder) -> Value:
+    """The operand of the casts between floats that compute `value`."""
     op = b.producers.get(value)
     while op is not None and op.name == "aten._to_copy.default" and op.inputs[0].dtype in FLOATS:
         value = op.inputs[0]
@@ -105,8 +105,8 @@ def _uncast(value: Value, b: Builder) -> Value:
     return value
 
 
-def _unshifted(value: Value, b: Builder) -> Value:
-    """x of x - max(x, -1): softmax does not change with what is subtracted from a whole row."""
+def _through_max_shift(value: Value, b: Builder) -> Value:
+    """x of x - max(x, -1): subtracting one number from a row does not change its softmax."""
     op = b.producers.get(value)
     if op is None or op.name != "aten.sub.Tensor" or len(op.inputs) != 2:
         return value
@@ -115,22 +115,22 @@ def _unshifted(value: Value, b: Builder) -> Value:
         return value
     over_last = top.attrs.get("dim") in (-1, 3, (-1,), (3,)) and top.attrs.get("keepdim")
     same = top.inputs[0] is op.inputs[0] and top.outputs[0] is op.inputs[1]
-    return _uncast(op.inputs[0], b) if over_last and same else value
+    return _through_casts(op.inputs[0], b) if over_last and same else value
 
 
-def _joined(value: Value, b: Builder) -> tuple[Value, Value] | None:
+def _split_sinks(value: Value, b: Builder) -> tuple[Value, Value] | None:
     """scores, column of cat(scores, column)."""
     op = b.producers.get(value)
     if op is None or op.name != "aten.cat.default" or len(op.inputs) != 2:
         return None
     last = op.attrs.get("dim") in (-1, 3) and op.attrs.get("tensors") == (Ref(0), Ref(1))
     scores, column = op.inputs
-    return (_uncast(scores, b), column) if last and column.shape[-1] == 1 else None
+    return (_through_casts(scores, b), column) if last and column.shape[-1] == 1 else None
 
 
 def _per_head(column: Value, op: Op, b: Builder) -> Value:
     """[Hq] of a column of logits that is the same for every query."""
-    column = _uncast(column, b)
+    column = _through_casts(column, b)
     source = b.producers.get(column)
     if source is not None and source.name == "aten.expand.default":
         column = source.inputs[0]
@@ -140,22 +140,22 @@ def _per_head(column: Value, op: Op, b: Builder) -> Value:
     return b.reshape(column, (heads,), like=op, named="sinks")
 
 
-def _scores(
+def _match_scores(
     value: Value, b: Builder, numbers: Mapping[Value, float], depth: int = 0
 ) -> _Scores | None:
-    value = _uncast(value, b)
+    value = _through_casts(value, b)
     op = b.producers.get(value)
     if op is None or len(value.shape) != 4 or depth > _DEEPEST:
         return None
 
     def inner(value: Value) -> _Scores | None:
-        return _scores(value, b, numbers, depth + 1)
+        return _match_scores(value, b, numbers, depth + 1)
 
     if op.name == "aten.matmul.default":
         q, turned = op.inputs
         return _Scores(q, turned) if len(q.shape) == len(turned.shape) == 4 else None
     if op.name in ("aten.mul.Tensor", "aten.div.Tensor"):
-        return _scaled(op, numbers, inner)
+        return _match_scale(op, numbers, inner)
     if op.name == "aten.add.Tensor" and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
         for x, mask in (op.inputs, op.inputs[::-1]):
             scores = inner(x)
@@ -165,11 +165,11 @@ def _scores(
                 raise NoMatch(f"{mask} is added to the scores; a mask that is added has floats")
             return replace(scores, masks=(*scores.masks, mask))
     if op.name == "aten.where.self" and len(op.inputs) == 3:
-        return _chosen(op, b, numbers, inner)
+        return _match_where(op, b, numbers, inner)
     return None
 
 
-def _scaled(
+def _match_scale(
     op: Op, numbers: Mapping[Value, float], inner: Callable[[Value], _Scores | None]
 ) -> _Scores | None:
     factor = op.attrs.get("other") if len(op.inputs) == 1 else numbers.get(op.inputs[1])
@@ -184,15 +184,14 @@ def _scaled(
     return replace(scores, scale=scale)
 
 
-def _chosen(
+def _match_where(
     op: Op,
     b: Builder,
     numbers: Mapping[Value, float],
     inner: Callable[[Value], _Scores | None],
 ) -> _Scores | None:
-    """where(allowed, scores, hidden): a bool mask where hidden is -inf, or close to it.
-
-    where(forbidden, hidden, scores) is what masked_fill becomes.
+    """Matches where(allowed, scores, hidden), a bool mask if `hidden` is (close to) -inf, and
+    where(forbidden, hidden, scores), which masked_fill becomes.
     """
     condition, *branches = op.inputs
     scores, other = inner(branches[0]), branches[1]
@@ -211,7 +210,7 @@ def _chosen(
 
 
 def constant(value: Value, b: Builder, numbers: Mapping[Value, float]) -> float | None:
-    """The number that every element is."""
+    """The number that all elements equal; None if there is none, or it is not known."""
     op = b.producers.get(value)
     while op is not None and op.name in ("aten.expand.default", "aten._to_copy.default"):
         value = op.inputs[0]
@@ -229,7 +228,7 @@ def constant(value: Value, b: Builder, numbers: Mapping[Value, float]) -> float 
     return float(number) if isinstance(number, int | float) and not math.isnan(number) else None
 
 
-def _turned(value: Value, op: Op, b: Builder) -> Value:
+def _transposed(value: Value, op: Op, b: Builder) -> Value:
     """`value` with its last two axes swapped: x itself where it is a permute of x."""
     source = value
     order: tuple[int, ...] = (0, 1, 3, 2)

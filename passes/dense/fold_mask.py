@@ -1,12 +1,11 @@
-"""A mask that depends on sizes only becomes attributes of nn.attention, or nothing.
+"""A mask that depends on sizes only becomes attributes of nn.attention, or is removed.
 
     y = nn.attention(q, k, v, mask) <masked>   ->   y = nn.attention(q, k, v) <causal, window=W>
 
-The mask's elements are compared with each closed form: everything is seen; causal; causal
-within a window of W keys; causal within chunks of C keys (Llama 4); chunks alone. A bool mask
-that is an `and` of parts is taken apart, and its parts that read data (padding) stay a mask.
-
-mask_forms says why comparing some sizes proves it for all.
+The mask's elements are compared with each closed form: no mask; causal; causal within a window of W
+keys; causal within chunks of C keys (Llama 4); chunks only. A bool mask that is a conjunction is
+split, and its parts that read data (padding) stay a mask. mask_forms explains why comparing some
+sizes proves it for all.
 
 Masks that are added may hold 0 where a key is visible, and -inf or the dtype's least number
 where it is hidden: exp(score + mask - max) is 0 either way if the row has one visible key, which
@@ -26,7 +25,7 @@ from moec.ir.graph import Graph, Op, Program, Stage, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-from moec.passes.dense.mask_forms import Form, study
+from moec.passes.dense.mask_forms import Form, closed_form
 from moec.passes.dense.mask_values import FILLED, cut
 
 _AND = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
@@ -34,7 +33,7 @@ _AND = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 
 @dataclass(frozen=True)
 class FoldMask(Pass):
-    """Say with attributes what a mask says that no input's data can change."""
+    """Replace masks that depend on sizes only by attributes: causal, window, chunk."""
 
     name: ClassVar[str] = "fold-mask"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -47,7 +46,7 @@ class FoldMask(Pass):
 
 @dataclass
 class _MaskFolder:
-    """The rule, with the form of each mask so far: layers share masks."""
+    """The rewrite rule, and the forms of the masks so far, as layers share masks."""
 
     graph: Graph
     weights: Mapping[str, torch.Tensor]
@@ -65,7 +64,7 @@ class _MaskFolder:
         form = self.form(tuple(sized), attention, b)
         if attention.window is not None or attention.chunk is not None:
             raise NoMatch("the attention has a window or chunks besides its mask")
-        left = _joined(read, op, b)
+        left = _conjunction(read, op, b)
         causal = attention.causal or form.causal
         folded = replace(attention, mask=left, causal=causal, window=form.window, chunk=form.chunk)
         return b.emit("nn.attention", folded.inputs, like=op, attrs=folded.attrs())
@@ -78,7 +77,7 @@ class _MaskFolder:
         return (sized, [p for p in parts if p in self.reading]) if sized else (parts, [])
 
     def follow(self, b: Builder) -> None:
-        """Bring `reading`, the values that depend on inputs' data, up to the last op."""
+        """Update `reading`, the values that depend on inputs' data, up to the last op."""
         self.reading |= set(self.graph.inputs)
         for op in b.ops[self.followed :]:
             if op.name not in FILLED and not self.reading.isdisjoint(op.inputs):
@@ -89,7 +88,7 @@ class _MaskFolder:
         if parts not in self.forms:
             try:
                 source = cut(parts, self.graph, self.weights, b.producers)
-                self.forms[parts] = study(parts, source, attention, self.graph.bounds)
+                self.forms[parts] = closed_form(parts, source, attention, self.graph.bounds)
             except NoMatch as why:
                 self.forms[parts] = why
         form = self.forms[parts]
@@ -109,7 +108,7 @@ def _conjuncts(mask: Value, b: Builder) -> Iterator[Value]:
         yield mask
 
 
-def _joined(parts: Sequence[Value], op: Op, b: Builder) -> Value | None:
+def _conjunction(parts: Sequence[Value], op: Op, b: Builder) -> Value | None:
     """The `and` of masks, with four axes."""
     total: Value | None = None
     for part in parts:

@@ -1,16 +1,16 @@
-"""Attention, written either way, becomes nn.attention.
+"""Attention, fused or spelled out, becomes nn.attention.
 
     y = aten.scaled_dot_product_attention(q, k, v, mask)            ->   y = nn.attention(..)
     y = aten.matmul(softmax(aten.matmul(q, k^T) * scale + mask), v) ->   y = nn.attention(..)
 
-Keys and values that were repeated for groups of query heads (Hugging Face's repeat_kv: an
-expand of a new axis after the heads) are read where they are; a mask that was expanded is
-read unexpanded. Which masks are causal is a question of its own: see fold_mask.
+The repetition of keys and values for groups of query heads (Hugging Face's repeat_kv: an expand of
+a new axis after the heads) and the expansion of masks are removed. Which masks are causal is left
+to fold_mask.
 
-nn.attention computes in float32 and rounds once. Eager attention of half types rounds the
-scores, the masked scores and the shares as well; dropping roundings is not repeating them, so
-half types agree to a few units in the last place of the values, float32 to reordered sums.
-A query that sees no key gives zeros, where eager with a mask of -inf gives NaN.
+nn.attention computes in float32 and rounds once. Eager attention in half types also rounds the
+scores, the masked scores and the softmax; so half types agree to a few units in the last place of
+the values, float32 up to reordered sums. A query that attends to no key gives zeros, where eager
+with a mask of -inf gives NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SDPA = "aten.scaled_dot_product_attention.default"
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Make one op of each attention, without the repeating of keys and values."""
+    """Make one op of each attention, without the repetition of keys and values."""
 
     name: ClassVar[str] = "fuse-attention"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -58,7 +58,7 @@ class FuseAttention(Pass):
 def fuse_attention(op: Op, b: Builder, numbers: Mapping[Value, float]) -> Sequence[Value] | None:
     """The rule; `numbers` are the params of one element. Run after canonicalise."""
     if op.name == _SDPA:
-        attention, masks = _sdpa(op)
+        attention, masks = _match_sdpa(op)
     elif op.name == "aten.matmul.default":
         eager = eager_attention(op, b, numbers)
         if eager is None:
@@ -68,7 +68,7 @@ def fuse_attention(op: Op, b: Builder, numbers: Mapping[Value, float]) -> Sequen
         return None
     effective = [m for m in masks if m.dtype == "bool" or constant(m, b, numbers) != 0]
     attention = replace(attention, mask=_mask(effective, op, b))
-    k, v = _ungrouped(attention.k, op, b), _ungrouped(attention.v, op, b)
+    k, v = _grouped_heads(attention.k, op, b), _grouped_heads(attention.v, op, b)
     if k.shape[1] == v.shape[1]:
         attention = replace(attention, k=k, v=v)
     for value in (attention.q, attention.k, attention.v):
@@ -83,7 +83,7 @@ def fuse_attention(op: Op, b: Builder, numbers: Mapping[Value, float]) -> Sequen
     return outputs
 
 
-def _sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
+def _match_sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
     q, k, v, *masks = op.inputs
     if len(q.shape) != 4:
         raise NoMatch(f"the queries are {q.type}; attention is fused for [B, H, S, D]")
@@ -102,7 +102,7 @@ def _sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
     return attention, tuple(masks)
 
 
-def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
+def _grouped_heads(value: Value, op: Op, b: Builder) -> Value:
     """[B, Hkv, L, D] where `value` repeats each of its heads g times in a row, else itself."""
     if len(value.shape) != 4:
         return value
@@ -131,15 +131,15 @@ def _ungrouped(value: Value, op: Op, b: Builder) -> Value:
 
 
 def _mask(masks: Sequence[Value], op: Op, b: Builder) -> Value | None:
-    """One mask with four axes: the sum of those that are added to the scores."""
+    """The sum of all masks that are added to the scores, with four axes; None without masks."""
     total: Value | None = None
     for mask in masks:
-        plain = _unexpanded(mask, op, b)
+        plain = _without_expand(mask, op, b)
         total = plain if total is None else _sum(total, plain, op, b)
     return total
 
 
-def _unexpanded(mask: Value, op: Op, b: Builder) -> Value:
+def _without_expand(mask: Value, op: Op, b: Builder) -> Value:
     source = b.producers.get(mask)
     while source is not None and source.name == "aten.expand.default":
         mask = source.inputs[0]

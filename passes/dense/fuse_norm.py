@@ -3,16 +3,16 @@
     s = aten.pow(x, 2); m = aten.mean(s, -1, keepdim); r = aten.rsqrt(m + epsilon)
     y = aten.mul(w, aten.mul(x, r))        ->   y = nn.rms_norm(x, w) <epsilon>
 
-Grown outwards, one op at a time, each step exact by itself:
+The match grows outwards, one op at a time; each step is exact by itself:
 
     x * rsqrt(mean(x^2) + epsilon)         ->   rms_norm(x)        of float32 x
     cast(rms_norm(cast(x), w?))            ->   rms_norm(x, w?)    both casts are in the op
     rms_norm(x) * w                        ->   rms_norm(x, w)     round_first where x is a
                                                                    half type: x was rounded
 
-So Llama's norm (weight after the cast back), GPT-OSS's (before it), Gemma's (weight 1 + w),
-T5's (x itself is multiplied, not its float32 copy) and norms without a weight need no forms
-of their own. x / sqrt(..) is taken for x * rsqrt(..): they differ by a rounding.
+So the norms of Llama (weight after the cast back), GPT-OSS (weight before it), Gemma (weight 1 + w)
+and T5 (x itself is multiplied, not its float32 copy), and norms without a weight, need no separate
+forms. x / sqrt(..) is treated as x * rsqrt(..): they differ by one rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fuse_norm(op: Op, b: Builder) -> Sequence[Value] | None:
     return rule(op, b) if rule is not None else None
 
 
-def _product(op: Op, b: Builder) -> Sequence[Value] | None:
+def _match_product(op: Op, b: Builder) -> Sequence[Value] | None:
     if len(op.inputs) != 2:
         return None
     for x, other in (op.inputs, op.inputs[::-1]):
@@ -54,20 +54,20 @@ def _product(op: Op, b: Builder) -> Sequence[Value] | None:
         if source is None:
             continue
         if source.name == "aten.rsqrt.default":
-            return _bare(op, x, source, b)
+            return _match_bare(op, x, source, b)
         if source.name == "nn.rms_norm" and len(source.inputs) == 1:
-            return _weighted(op, x, source, b)
+            return _emit_weighted(op, x, source, b)
     return None
 
 
-def _quotient(op: Op, b: Builder) -> Sequence[Value] | None:
+def _match_quotient(op: Op, b: Builder) -> Sequence[Value] | None:
     source = b.producers.get(op.inputs[-1])
     if len(op.inputs) != 2 or source is None or source.name != "aten.sqrt.default":
         return None
-    return _bare(op, op.inputs[0], source, b)
+    return _match_bare(op, op.inputs[0], source, b)
 
 
-def _bare(op: Op, x: Value, root: Op, b: Builder) -> Sequence[Value] | None:
+def _match_bare(op: Op, x: Value, root: Op, b: Builder) -> Sequence[Value] | None:
     """x * rsqrt(mean(x^2) + epsilon), of a mean of squares."""
     shifted = b.producers.get(root.inputs[0])
     if shifted is None or shifted.name != "aten.add.Tensor" or len(shifted.inputs) != 1:
@@ -84,7 +84,7 @@ def _bare(op: Op, x: Value, root: Op, b: Builder) -> Sequence[Value] | None:
         raise NoMatch(f"the mean of squares is over axes {mean.attrs['dim']}, not the last one")
     if not mean.attrs.get("keepdim") or shifted.attrs.get("alpha", 1) != 1:
         return None
-    if x is not squared and x is not _uncast(squared, b):
+    if x is not squared and x is not _lossless_source(squared, b):
         raise NoMatch(f"{x.name} is multiplied, but the mean is of the squares of {squared.name}")
     if squared.dtype != "f32" or op.outputs[0].type != squared.type:
         raise NoMatch(f"computed in {squared.dtype}; nn.rms_norm computes in f32")
@@ -102,7 +102,7 @@ def _squared(op: Op | None) -> Value | None:
     return None
 
 
-def _weighted(op: Op, weight: Value, norm: Op, b: Builder) -> Sequence[Value] | None:
+def _emit_weighted(op: Op, weight: Value, norm: Op, b: Builder) -> Sequence[Value] | None:
     x = norm.inputs[0]
     if weight.shape != x.shape[-1:] or op.outputs[0].type != x.type:
         return None
@@ -115,13 +115,13 @@ def _cast(op: Op, b: Builder) -> Sequence[Value] | None:
     norm = b.producers.get(op.inputs[0])
     if norm is None or norm.name != "nn.rms_norm":
         return None
-    x = _uncast(norm.inputs[0], b)
+    x = _lossless_source(norm.inputs[0], b)
     if x is None or x.type != op.outputs[0].type or set(op.attrs) != {"dtype"}:
         return None
     return b.emit("nn.rms_norm", [x, *norm.inputs[1:]], like=op, attrs=norm.attrs)
 
 
-def _uncast(value: Value, b: Builder) -> Value | None:
+def _lossless_source(value: Value, b: Builder) -> Value | None:
     """x where value is float32(x) and x is of a half type."""
     cast = b.producers.get(value)
     if cast is None or cast.name != "aten._to_copy.default":
@@ -131,7 +131,7 @@ def _uncast(value: Value, b: Builder) -> Value | None:
 
 
 _RULES: dict[str, Callable[[Op, Builder], Sequence[Value] | None]] = {
-    "aten.mul.Tensor": _product,
-    "aten.div.Tensor": _quotient,
+    "aten.mul.Tensor": _match_product,
+    "aten.div.Tensor": _match_quotient,
     "aten._to_copy.default": _cast,
 }

@@ -1,12 +1,12 @@
-"""A residual is added where the sum is normalised.
+"""The addition of a residual is fused into the norm that reads the sum.
 
     a = aten.mul(x) <other=scale>           (or x as it is)
     h = aten.add(a, residual)
     y = nn.rms_norm(h, weight)              ->   h, y = nn.add_norm(x, residual, weight)
 
-One kernel less for each residual, two with a scale (Granite), and a pass over [T, D] less: the
-norm reads the sum from the nearest cache. The layers before and after read h. It is rounded before
-it is normalised, as in eager, so no bit changes. layer_norm is fused in the same way.
+This saves one kernel per residual, two with a scale (Granite), and one read of [T, D]: the norm
+reads the sum from the L1 cache. h is still written, for other layers. It is rounded before it is
+normalised, as in eager, so no bit changes. layer_norm is fused in the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FuseResidual(Pass):
 def fuse_residual(op: Op, b: Builder) -> Sequence[Value] | None:
     """The rule: a sum becomes nn.add_norm, and the norm that follows becomes its second result."""
     if op.name == "aten.add.Tensor":
-        return _sum(op, b)
+        return _match_sum(op, b)
     if op.name in _NORMS:
         joined = b.producers.get(op.inputs[0])
         if joined is not None and joined.name == "nn.add_norm":
@@ -55,7 +55,7 @@ class _Norm:
     attrs: dict[str, Attr]
 
 
-def _sum(op: Op, b: Builder) -> Sequence[Value] | None:
+def _match_sum(op: Op, b: Builder) -> Sequence[Value] | None:
     readers = b.graph.readers.get(op.outputs[0], ())
     reader = next((r for r in readers if r.name in _NORMS and r.inputs[0] is op.outputs[0]), None)
     if reader is None or len(op.inputs) != 2:
@@ -67,14 +67,14 @@ def _sum(op: Op, b: Builder) -> Sequence[Value] | None:
         if value.type != total.type:
             raise NoMatch(f"{value.name} is {value.type}, and the sum that is normalised {total}")
     for x, residual in (op.inputs, op.inputs[::-1]):
-        scaled = _scaled(b.producers.get(x))
+        scaled = _match_scale(b.producers.get(x))
         if scaled is not None:
             source, scale = scaled
-            return _joined(op, b, (source, residual), norm, {"scale": scale})
-    return _joined(op, b, op.inputs, norm, {})
+            return _emit_add_norm(op, b, (source, residual), norm, {"scale": scale})
+    return _emit_add_norm(op, b, op.inputs, norm, {})
 
 
-def _joined(
+def _emit_add_norm(
     op: Op, b: Builder, added: Sequence[Value], norm: _Norm, attrs: dict[str, Attr]
 ) -> Sequence[Value]:
     names = [op.outputs[0].name, f"{op.outputs[0].name}_normalised"]
@@ -84,7 +84,7 @@ def _joined(
     return outputs[:1]
 
 
-def _scaled(op: Op | None) -> tuple[Value, float] | None:
+def _match_scale(op: Op | None) -> tuple[Value, float] | None:
     """x and the number of x * number."""
     if op is None or op.name != "aten.mul.Tensor" or len(op.inputs) != 1:
         return None
@@ -94,8 +94,7 @@ def _scaled(op: Op | None) -> tuple[Value, float] | None:
 
 
 def _norm(op: Op, graph: Graph) -> _Norm:
-    """The norm's weights and attributes. Raises NoMatch where it has no kernel, or cannot be
-    computed where the sum is."""
+    """The norm's weights and attributes. Raises NoMatch where no kernel adds and normalises so."""
     x, *weights = op.inputs
     if x.dtype not in VECTOR_DTYPES or not isinstance(x.shape[-1], int):
         raise NoMatch(f"norms of {x.type} have no kernel that adds")

@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the spellings of Hugging Face, becomes nn.rotary.
+"""Rotary position embedding, as Hugging Face models write it, becomes nn.rotary.
 
     x * cos + cat(-x[.., D/2:], x[.., :D/2]) * sin          Llama: pairs are halves
     cat(a*cos - b*sin, b*cos + a*sin)                       GPT-OSS, where a and b are halves of
@@ -6,8 +6,8 @@
                                                             even and odd features
     real(complex(x) * polar(1, angle))                      Llama 4, DeepSeek-V2: neighbours
 
-nn.rotary computes in float32 and rounds once, where the spelled forms round each product of
-half types: the results differ by a unit in the last place of the products.
+nn.rotary computes in float32 and rounds once. In half types these forms round each product: the
+results differ by a unit in the last place of the products.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ class _Piece:
     second: bool
 
 
-def _sum(op: Op, b: Builder) -> Sequence[Value] | None:
-    """x * cos + turned(x) * sin"""
+def _match_sum(op: Op, b: Builder) -> Sequence[Value] | None:
+    """Matches x * cos + rotate_half(x) * sin."""
     if len(op.inputs) != 2 or op.attrs.get("alpha", 1) != 1:
         return None
     products = [_factors(value, b) for value in op.inputs]
     for plain, other in (products, products[::-1]):
         for turned, sin in _orders(other):
-            source = _turned(turned, b)
+            source = _rotate_half(turned, b)
             if source is None:
                 continue
             for x, cos in _orders(plain):
                 if x is source:
-                    return _turn(op, b, x, cos, sin, "halves")
+                    return _emit_rotary(op, b, x, cos, sin, "halves")
             if plain:
                 names = " by ".join(value.name for value in plain)
                 raise NoMatch(f"turns the halves of {source.name}, but adds {names}")
     return None
 
 
-def _turned(value: Value, b: Builder) -> Value | None:
+def _rotate_half(value: Value, b: Builder) -> Value | None:
     """x of cat(-x[.., D/2:], x[.., :D/2])."""
     op = b.producers.get(value)
     if not _joins_two(op):
@@ -85,8 +85,8 @@ def _turned(value: Value, b: Builder) -> Value | None:
     return low.x if high.second and not low.second and high.pairs == "halves" else None
 
 
-def _joined(op: Op, b: Builder) -> Sequence[Value] | None:
-    """cat(a*cos - b*sin, b*cos + a*sin)"""
+def _match_cat(op: Op, b: Builder) -> Sequence[Value] | None:
+    """Matches cat(a*cos - b*sin, b*cos + a*sin)."""
     if not _joins_two(op):
         return None
     difference, total = (b.producers.get(value) for value in op.inputs)
@@ -97,14 +97,16 @@ def _joined(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     if difference.attrs.get("alpha", 1) != 1 or total.attrs.get("alpha", 1) != 1:
         return None
-    rotation = _turns(difference, total, b)
+    rotation = _match_rotation(difference, total, b)
     if rotation is None:
         return None
     x, pairs, cos, sin = rotation
-    return _turn(op, b, x, cos, sin, pairs)
+    return _emit_rotary(op, b, x, cos, sin, pairs)
 
 
-def _turns(difference: Op, total: Op, b: Builder) -> tuple[Value, str, Value, Value] | None:
+def _match_rotation(
+    difference: Op, total: Op, b: Builder
+) -> tuple[Value, str, Value, Value] | None:
     """x, the layout of its pairs, cos and sin."""
     plain, minus = (_split(value, b) for value in difference.inputs)
     ones = [_split(value, b) for value in total.inputs]
@@ -174,10 +176,7 @@ def _piece(value: Value, b: Builder) -> _Piece | None:
 
 
 def _complex(op: Op, b: Builder) -> Sequence[Value] | None:
-    """reshape(real(complex(reshape(x)) * turns))
-
-    What is reshaped to pairs may have had any shape before.
-    """
+    """Matches reshape(real(complex(reshape(x)) * turns)), where x may have any shape."""
     real = b.producers.get(op.inputs[0])
     if real is None or real.name != "aten.view_as_real.default":
         return None
@@ -187,20 +186,20 @@ def _complex(op: Op, b: Builder) -> Sequence[Value] | None:
             continue
         width = product((2, pairs.shape[-1]))
         joined = TensorType("f32", (*pairs.shape[:-1], width))
-        x = _reshaped(source.inputs[0], joined, op, b)
-        cos, sin = (_ranked(v, x, op, b) for v in complex_parts(turns, op, b))
+        x = _reshape(source.inputs[0], joined, op, b)
+        cos, sin = (_with_rank(v, x, op, b) for v in complex_parts(turns, op, b))
         attrs = {"pairs": "neighbours", "gives": "neighbours"}
         outputs = _rotary(op, b, (x, cos, sin), attrs)
         return (
             outputs
             if outputs[0].type == op.outputs[0].type
-            else [_reshaped(outputs[0], op.outputs[0].type, op, b)]
+            else [_reshape(outputs[0], op.outputs[0].type, op, b)]
         )
     return None
 
 
 def _cast(op: Op, b: Builder) -> Sequence[Value] | None:
-    """cast(rotary(float32(x))) is what nn.rotary of x does by itself."""
+    """Folds casts: cast(rotary(float32(x))) is nn.rotary(x)."""
     rotary = b.producers.get(op.inputs[0])
     if rotary is None or rotary.name != "nn.rotary" or set(op.attrs) != {"dtype"}:
         return None
@@ -214,11 +213,13 @@ def _cast(op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit("nn.rotary", [x, *rotary.inputs[1:]], like=op, attrs=rotary.attrs)
 
 
-def _turn(op: Op, b: Builder, x: Value, cos: Value, sin: Value, pairs: str) -> Sequence[Value]:
+def _emit_rotary(
+    op: Op, b: Builder, x: Value, cos: Value, sin: Value, pairs: str
+) -> Sequence[Value]:
     if x.type != op.outputs[0].type:
         raise NoMatch(f"turns {x.type} into {op.outputs[0].type}")
     attrs = {} if pairs == "halves" else {"pairs": pairs}
-    return _rotary(op, b, (x, _ranked(cos, x, op, b), _ranked(sin, x, op, b)), attrs)
+    return _rotary(op, b, (x, _with_rank(cos, x, op, b), _with_rank(sin, x, op, b)), attrs)
 
 
 def _rotary(
@@ -230,13 +231,13 @@ def _rotary(
         raise NoMatch(str(error).lstrip(" =")) from None
 
 
-def _ranked(value: Value, x: Value, op: Op, b: Builder) -> Value:
-    """`value` with as many axes as x: those that broadcasting would add in front."""
+def _with_rank(value: Value, x: Value, op: Op, b: Builder) -> Value:
+    """`value` with as many axes as x: the leading axes that broadcasting would add are explicit."""
     missing = len(x.shape) - len(value.shape)
-    return _reshaped(value, TensorType(value.dtype, (*(1,) * missing, *value.shape)), op, b)
+    return _reshape(value, TensorType(value.dtype, (*(1,) * missing, *value.shape)), op, b)
 
 
-def _reshaped(value: Value, to: TensorType, op: Op, b: Builder) -> Value:
+def _reshape(value: Value, to: TensorType, op: Op, b: Builder) -> Value:
     source = b.producers.get(value)
     if source is not None and source.name == "aten.reshape.default":
         if value.type != to:
@@ -245,8 +246,8 @@ def _reshaped(value: Value, to: TensorType, op: Op, b: Builder) -> Value:
 
 
 _RULES: dict[str, Callable[[Op, Builder], Sequence[Value] | None]] = {
-    "aten.add.Tensor": _sum,
-    "aten.cat.default": _joined,
+    "aten.add.Tensor": _match_sum,
+    "aten.cat.default": _match_cat,
     "aten.reshape.default": _complex,
     "aten._to_copy.default": _cast,
 }

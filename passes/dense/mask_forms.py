@@ -1,14 +1,14 @@
-"""The closed form of a mask, as attributes of nn.attention express it.
+"""The closed form of a mask, as attributes of nn.attention.
 
-Why comparing some sizes proves it for all. Only ops that compare, shift, divide by constants
-and combine positions are allowed (mask_values), so an element is a Boolean function of
-comparisons between positions, sums of positions and constants of the graph: its rule changes
-only where a position, or a difference of two, crosses a constant or a multiple of one. So every
-constant c adds sizes c - 1, c, c + 1, 2c + 1 and 2c + 3, and within each size the rows and
-columns around c, its multiples and the diagonal; masks of sizes to 33, and other small masks,
-are compared element by element. Sizes keep to the graph's bounds and include them. One element
-that differs excludes a form. A mask that is read from a weight (a triangle in a buffer) can have
-any content: there the size must have a bound, and the whole mask is compared.
+Why comparing some sizes is enough: only ops that compare, shift, divide by constants and combine
+positions are allowed (mask_values), so an element is a Boolean function of comparisons between
+positions, sums of positions and constants of the graph. It can change only where a position, or a
+difference of two, crosses a constant or a multiple of one. So every constant c adds the sizes
+c - 1, c, c + 1, 2c + 1 and 2c + 3, and within each size the rows and columns around c, its
+multiples and the diagonal; masks of sizes up to 33, and other small masks, are compared element by
+element. Sizes stay within the graph's bounds and include them. One element that differs excludes a
+form. A mask that is read from a weight (a triangle in a buffer) may have any content: its size must
+have a bound, and all elements are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Attr, Op, Value
 from moec.ops.attention import Attention, visible
-from moec.passes.core.rewrite import mentioned
+from moec.passes.core.rewrite import sizes_in
 from moec.passes.dense.eager_attention import HIDDEN
 from moec.passes.dense.mask_values import SMALL, Cut, Elements, Positions
 
@@ -45,10 +45,10 @@ class Form:
     chunk: int | None = None
 
 
-def study(
+def closed_form(
     parts: Sequence[Value], source: Cut, attention: Attention, bounds: Mapping[str, Bounds]
 ) -> Form:
-    """The closed form of the `and` of `parts`. Raises NoMatch where there is none."""
+    """The closed form of the conjunction of `parts`. Raises NoMatch where there is none."""
     numbers = sorted(_numbers(source.ops))
     tables = [value for value, tensor in source.weights.items() if tensor.numel() > 1]
     forms = [Form(), Form(causal=True)]
@@ -64,7 +64,7 @@ def study(
             continue
         for positions in _positions(shape, numbers, every=bool(tables)):
             mask = _mask_at(parts, elements, positions)
-            forms = [f for f in forms if _same(f, attention, mask, positions)]
+            forms = [f for f in forms if _matches(f, attention, mask, positions)]
             if not forms:
                 raise NoMatch(
                     "the mask is neither causal nor a window, nor chunks, nor all True "
@@ -73,7 +73,7 @@ def study(
     return forms[0]
 
 
-def _same(form: Form, attention: Attention, mask: torch.Tensor, positions: Positions) -> bool:
+def _matches(form: Form, attention: Attention, mask: torch.Tensor, positions: Positions) -> bool:
     says = replace(attention, causal=form.causal, window=form.window, chunk=form.chunk)
     return torch.equal(visible(positions[2], positions[3], says), mask)
 
@@ -132,7 +132,7 @@ def _environments(
     tables: Sequence[Value],
 ) -> Iterator[dict[str, int]]:
     """The combinations of sizes that are compared, small ones first."""
-    names = {n for op in source.ops for n in mentioned(op)}
+    names = {n for op in source.ops for n in sizes_in(op)}
     names |= {n for v in attention.inputs for dim in v.shape for n in symbols(dim)}
     unknown = sorted(names - bounds.keys())
     if unknown:
@@ -169,7 +169,7 @@ def _environments(
 def _positions(
     shape: tuple[int, int, int, int], numbers: Sequence[int], every: bool
 ) -> Iterator[Positions]:
-    """All positions of a small mask; of a large one, those at which its rule could change.
+    """All positions of a small mask; the positions of a large one around which it may change.
 
     With `every`, all positions of a large mask too, in blocks of rows.
     """

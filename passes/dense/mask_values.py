@@ -76,7 +76,7 @@ def cut(
         if ready:
             ops[op] = None
             continue
-        if not _studied(op, producers):
+        if not _is_supported(op, producers):
             raise NoMatch(f"the mask is computed with {op.name}, whose values are not studied")
         pending.append((value, True))
         if op.name not in FILLED:
@@ -84,7 +84,7 @@ def cut(
     return Cut(tuple(ops), leaves)
 
 
-def _studied(op: Op, producers: Mapping[Value, Op]) -> bool:
+def _is_supported(op: Op, producers: Mapping[Value, Op]) -> bool:
     kind = _kind(op)
     if kind in _STRETCHING and sum(bool(v.shape) for v in op.inputs) == 2:
         # A product of two positions changes at positions other than the constants.

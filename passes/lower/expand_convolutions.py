@@ -1,4 +1,4 @@
-"""Convolutions are linear layers over the elements that each of their results reads.
+"""Convolutions become linear layers over their receptive fields (im2col).
 
     y = aten.convolution(x[B, C, N], w[O, C, K], bias) <stride=s> <padding=p>
     ->
@@ -6,12 +6,12 @@
     read = aten.cat(slice(rows, 0 ::s), ..., slice(rows, K - 1 ::s))      [B, N', K*C]
     y = permute(aten.linear(read, reshape(permute(w, 0 2 1)), bias))      [B, O, N']
 
-Where the kernels lie side by side, as those of the patches of a picture do, a reshape cuts the axes
-into kernels, and each element is copied once. The rewrite of the weight is folded. The product runs
-on the tiles of linear layers; a loop over positions would read each weight for each result.
+Where the stride equals the kernel's size, as in patch embeddings, a reshape cuts the axes into
+kernels, and each element is copied once. The rewrite of the weight is folded. The product runs on
+the tiles of linear layers; a loop over positions would read each weight for each result.
 
-A convolution in groups has few products for each element, and stays a loop; so does one that a
-decoder can continue, padded by the kernel's length - 1 (`passes/decode/kv_cache.py`).
+A grouped convolution has few products per element and stays a loop. So does a causal convolution,
+padded by the kernel's length - 1, whose state a decoder keeps (`passes/decode/kv_cache.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
 MOST_TAPS = 32
-"""Positions of a kernel that overlaps with the next one: each is a copy of the input."""
+"""The most positions of a kernel whose windows overlap: each position is a copy of the input."""
 
 
 @dataclass(frozen=True)
 class ExpandConvolutions(Pass):
-    """Write out a convolution that is not in groups: a linear layer over what its kernel covers."""
+    """Write out a convolution without groups as a linear layer over what its kernel covers."""
 
     name: ClassVar[str] = "expand-convolutions"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -75,7 +75,7 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     if op.attrs.get("groups", 1) != 1 or len(op.inputs[0].shape) < 3:
         return None
     convolution = _convolution(op)
-    if _continues(convolution):
+    if _has_decode_state(convolution):
         return None
     taps = prod(convolution.kernel)
     if not convolution.side_by_side and taps > MOST_TAPS:
@@ -86,9 +86,9 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     x, weight, *rest = op.inputs
     outputs, width = weight.shape[0], product(weight.shape[1:])
     if convolution.side_by_side:
-        read, matrix = _cut(x, convolution, b), weight
+        read, matrix = _patches(x, convolution, b), weight
     else:
-        read, matrix = _covered(x, convolution, b), _positions_first(weight, op, b)
+        read, matrix = _windows(x, convolution, b), _matrix_of_weight(weight, op, b)
     batch, sizes = x.shape[0], convolution.sizes
     rows = b.reshape(read, (product((batch, *sizes)), width), like=op)
     matrix = b.reshape(matrix, (outputs, width), like=op)
@@ -109,8 +109,8 @@ def _convolution(op: Op) -> _Convolution:
     return _Convolution(op, kernel, each("stride", 1), each("padding", 0), each("dilation", 1))
 
 
-def _continues(c: _Convolution) -> bool:
-    """Whether it is causal once its end is cut off, and has a state while a text is written."""
+def _has_decode_state(c: _Convolution) -> bool:
+    """Whether it is causal once its end is cut off, so that decoding keeps a state for it."""
     ends = c.rank == 1 and (c.stride, c.dilation) == ((1,), (1,))
     return ends and c.padding == (c.kernel[0] - 1,) != (0,)
 
@@ -123,12 +123,12 @@ def _channels_first(rank: int) -> tuple[int, ...]:
     return (0, 1 + rank, *range(1, 1 + rank))
 
 
-def _positions_first(weight: Value, op: Op, b: Builder) -> Value:
+def _matrix_of_weight(weight: Value, op: Op, b: Builder) -> Value:
     """w[O, C, K...] as [O, K..., C], in the order in which `_covered` joins."""
     return b.permute(weight, _channels_last(len(weight.shape) - 2), like=op)
 
 
-def _cut(x: Value, c: _Convolution, b: Builder) -> Value:
+def _patches(x: Value, c: _Convolution, b: Builder) -> Value:
     """x[B, C, N...] as [B, N'..., C, K...]: the axes cut into kernels, the rest left out."""
     parts: list[Dim] = [*x.shape[:2]]
     for axis, (count, size) in enumerate(zip(c.sizes, c.kernel, strict=True), 2):
@@ -140,10 +140,10 @@ def _cut(x: Value, c: _Convolution, b: Builder) -> Value:
     return b.permute(x, order, like=c.op)
 
 
-def _covered(x: Value, c: _Convolution, b: Builder) -> Value:
+def _windows(x: Value, c: _Convolution, b: Builder) -> Value:
     """x[B, C, N...] as [B, N'..., K * C]: for each result what its kernel covers."""
     rows = b.permute(x, _channels_last(c.rank), like=c.op)
-    rows = _padded(rows, c, b)
+    rows = _pad(rows, c, b)
     pieces = [_tap(rows, tap, c, b) for tap in itertools.product(*map(range, c.kernel))]
     if len(pieces) == 1:
         return pieces[0]
@@ -152,7 +152,7 @@ def _covered(x: Value, c: _Convolution, b: Builder) -> Value:
     return b.emit("aten.cat.default", pieces, [joined], like=c.op, attrs=attrs)[0]
 
 
-def _padded(rows: Value, c: _Convolution, b: Builder) -> Value:
+def _pad(rows: Value, c: _Convolution, b: Builder) -> Value:
     """rows[B, N..., C] with zeros before and after each spatial axis."""
     if not any(c.padding):
         return rows
@@ -173,7 +173,7 @@ def _tap(rows: Value, tap: tuple[int, ...], c: _Convolution, b: Builder) -> Valu
 
 
 def _slice(x: Value, axis: int, start: int, step: int, size: Dim, op: Op, b: Builder) -> Value:
-    """`size` elements of an axis from `start` on, each `step`-th; x itself where those are all."""
+    """Every `step`-th element of an axis from `start` on, `size` in all; x itself if that is x."""
     if (start, step, size) == (0, 1, x.shape[axis]):
         return x
     target = TensorType(x.dtype, (*x.shape[:axis], size, *x.shape[axis + 1 :]))

@@ -5,9 +5,8 @@
       a = silu(h)                          ->      out = grouped.linear(a, ends, w2)
       y = linear(a, b2) }
 
-A linear becomes one grouped.linear over the stacked weights; an op that acts on each row
-alone is the same op over all rows; a param that such an op reads (the weight of a norm) is
-gathered for each row's expert.
+A linear becomes one grouped.linear over the stacked weights. A row-wise op is applied to all rows
+at once. A param of a row-wise op (the weight of a norm) is gathered per row, by the row's expert.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def expand_experts(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 class _Expansion:
-    """One body being written out: which of its values are rows, and which are stacks."""
+    """The expansion of one body. Its values become rows [R, ...] or stacks of weights [E, ...]."""
 
     def __init__(self, op: Op, body: Graph, b: Builder) -> None:
         self.op, self.body, self.b = op, body, b
@@ -107,8 +106,8 @@ class _Expansion:
         self.rows[inner.outputs[0]] = output
 
     def row_op(self, inner: Op) -> None:
-        """The same op over all rows. Attributes that name an axis count from the end, or the op
-        has two axes, so that nothing moves."""
+        """The same op over all rows. No attribute changes: axes are counted from the end, or the
+        op's operand has two axes."""
         inputs = [self.rows[v] if v in self.rows else self.gather(v) for v in inner.inputs]
         attrs = {name: self.attr(value) for name, value in inner.attrs.items()}
         types = [TensorType(v.dtype, self.shape(v)) for v in inner.outputs]
@@ -117,7 +116,8 @@ class _Expansion:
         self.rows |= dict(zip(inner.outputs, outputs, strict=True))
 
     def layer_norm(self, inner: Op) -> None:
-        """Without its weight and bias, which differ from row to row, and then by them."""
+        """A layer norm without weight and bias, then a product and a sum with those of each row's
+        expert."""
         x, *affine = inner.inputs
         (value,) = inner.outputs
         plain = replace(inner, inputs=(x,))

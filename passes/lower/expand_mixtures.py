@@ -1,10 +1,10 @@
-"""Experts of different kinds are written out, each with the weight of its result.
+"""Experts of different architectures are written out, and their weighted results are added.
 
     y = moe.mixture(a, x, w…) {            o0 = detect(x); o1 = segment(x); …
       o0 = detect(x); o1 = segment(x) } -> y = o0 * a[:, 0] + o1 * a[:, 1] + …
 
-No two of them are alike, so that no product over all rows could stand for them; the sum becomes
-part of the last loops.
+Experts that differ in more than their weights cannot share a grouped product. The weighted sum is
+fused into the loops of the last ops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class ExpandMixtures(Pass):
-    """Write out the experts of a mixture, and the sum of their weighed results."""
+    """Write out the experts of a mixture, and the sum of their weighted results."""
 
     name: ClassVar[str] = "expand-mixtures"
     takes: ClassVar[Stage] = Stage.GROUPED

@@ -1,11 +1,11 @@
-"""Experts of one neuron are sums over the rows that were chosen, gathered as they are read.
+"""Experts of one neuron become two sums over gathered rows of the two tables of weights.
 
     y = moe.neurons(x, experts, weights, inward, outward) {f}
     ->
     sums = aten.sum(inward[experts] * x[:, None], 2)                        [T, k]
     y = aten.sum((f(sums) * weights)[:, :, None] * outward[experts], 1)     [T, D']
 
-Each sum takes in its gather and its product: no [T, k, D] is stored.
+Each sum is fused with its gather and its product, so that no [T, k, D] is stored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     x, experts, weights, inward, outward = op.inputs
     tokens, k = experts.shape
     rows = b.reshape(x, (tokens, 1, x.shape[1]), like=op)
-    sums = summed(rows, inward, experts, 2, op, b)
+    sums = weighted_sum(rows, inward, experts, 2, op, b)
     new = {op.body.inputs[0]: sums}
     for inner in op.body.ops:
         (output,) = inner.outputs
@@ -48,10 +48,12 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     active = new[op.body.outputs[0]]
     (active,) = b.emit("aten.mul.Tensor", [active, weights], [weights.type], like=op)
     columns = b.reshape(active, (tokens, k, 1), like=op)
-    return (summed(columns, outward, experts, 1, op, b),)
+    return (weighted_sum(columns, outward, experts, 1, op, b),)
 
 
-def summed(scale: Value, table: Value, experts: Value, axis: int, op: Op, b: Builder) -> Value:
+def weighted_sum(
+    scale: Value, table: Value, experts: Value, axis: int, op: Op, b: Builder
+) -> Value:
     """The sum over an axis of table[experts] * scale."""
     full: tuple[Dim, ...] = (*experts.shape, table.shape[1])
     type = TensorType(table.dtype, full)

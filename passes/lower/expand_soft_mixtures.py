@@ -8,7 +8,7 @@
     outs = the body over all rows, as of moe.experts(rows, ends, w…)
     y = aten.bmm(aten.softmax(combine, 2), reshape(permute(outs)))
 
-The slots of an expert lie together by construction: nothing is sorted.
+The slots of an expert are consecutive by construction, so nothing is sorted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     turned = b.permute(weights, (0, 2, 1), like=op)
     types = [TensorType(x.dtype, (batch, slots, x.shape[2]))]
     (sums,) = b.emit("aten.bmm.default", [turned, x], types, like=op, named=f"{x.name}_slots")
-    rows = moved(sums, (batch, experts, each), op, b)
+    rows = rows_by_expert(sums, (batch, experts, each), op, b)
     count = product((batch, each))
     attrs: dict[str, Attr] = {"num_experts": experts, "each": count}
     (ends,) = b.emit("moe.even_ends", [], like=op, attrs=attrs, named=f"{x.name}_ends")
@@ -68,8 +68,8 @@ def softmax(logits: Value, dim: int, op: Op, b: Builder) -> Value:
     return b.emit("aten.softmax.int", [logits], [logits.type], like=op, attrs=attrs)[0]
 
 
-def moved(sums: Value, parts: tuple[Dim, Dim, Dim], op: Op, b: Builder) -> Value:
-    """Slots [B, E*P, D] as rows [E*B*P, D], those of one expert after the other."""
+def rows_by_expert(sums: Value, parts: tuple[Dim, Dim, Dim], op: Op, b: Builder) -> Value:
+    """Slots [B, E*P, D] as rows [E*B*P, D], grouped by expert."""
     batch, experts, each = parts
     width = sums.shape[2]
     value = b.reshape(sums, (batch, experts, each, width), like=op)

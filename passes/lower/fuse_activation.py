@@ -1,4 +1,4 @@
-"""What stands between two grouped linears joins the first: SwiGLU and its kin, biases included.
+"""The activation between two grouped linears joins the first: SwiGLU, GeGLU, with their biases.
 
     g = grouped.linear(rows, ends, gate)
     u = grouped.linear(rows, ends, up)
@@ -7,8 +7,8 @@
     y = grouped.linear(h, ends, down)         body(acc_0, acc_1): mul(silu(acc_0), acc_1) }
                                             y = grouped.linear(h, ends, down)
 
-g, u and a are [R, H] each: unfused they cross memory five times. Any expression of
-element-wise ops fuses; what the kernel evaluates is the expression itself.
+g, u and a are [R, H] each; unfused, they are written or read five times. Any expression of
+element-wise ops fuses: the kernel evaluates the expression that the body holds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class FuseActivation(Pass):
-    """Evaluate what stands between two grouped linears (SwiGLU, GeGLU …) inside the first."""
+    """Evaluate the activation between two grouped linears (SwiGLU, GeGLU …) inside the first."""
 
     name: ClassVar[str] = "fuse-activation"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -63,7 +63,7 @@ def fuse_activation(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def _expression(value: Value, b: Builder) -> tuple[list[Op], list[Op]]:
-    """The element-wise ops behind `value`, in order, and the grouped linears that feed them."""
+    """The element-wise ops that compute `value`, in order, and the grouped linears they read."""
     between: dict[Op, None] = {}
     linears: dict[Op, None] = {}
 

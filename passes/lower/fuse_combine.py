@@ -3,7 +3,7 @@
     y = grouped.linear(h, ends, down)
     z = moe.combine(y, order, weights)     ->     z = grouped.combine(h, ends, down, order, weights)
 
-Only the gradient of the weights asks what y was, and h tells that as well: a product less.
+Only the gradient of the routing weights reads y, and it can be computed from h: one product less.
 """
 
 from __future__ import annotations

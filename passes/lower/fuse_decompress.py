@@ -1,10 +1,10 @@
-"""Compressed weights are decoded inside the product that needs them.
+"""Compressed weights are decoded inside the product that reads them.
 
     w = moe.decompress(stream, starts, grid)
     y = grouped.linear(x, ends, w)              ->   y = grouped.compressed(x, ends, stream,
                                                                             starts, grid)
 
-The weights in full are then never in memory: reading them is what a product of few rows waits for.
+The decoded weights are never stored: a product of few rows is bound by reading its weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class FuseDecompress(Pass):
-    """Decode compressed weights of experts inside the products that need them."""
+    """Decode compressed weights of experts inside the products that read them."""
 
     name: ClassVar[str] = "fuse-decompress"
     takes: ClassVar[Stage] = Stage.GROUPED

@@ -1,13 +1,13 @@
-"""Rows are never copied: the first grouped linear gathers, the last one leaves float32.
+"""The first grouped linear gathers rows itself, the last one returns float32.
 
     rows, order, ends = moe.dispatch(x, experts)      order, slots, ends = moe.sort(experts)
     h = grouped.linear(rows, ends, w1)          ->    h = grouped.linear(x, ends, w1, order)
     y = grouped.linear(h, ends, w2)                   y = grouped.linear(h, ends, w2) <dtype=f32>
     z = moe.combine(y, order, weights)                z = moe.combine(y, slots, weights)
 
-Rows are k copies of x, written and read once each. The sum over a token's choices is in
-float32 either way; now its terms are too. An input-side weight (Llama 4) scales the row as it
-is gathered.
+The dispatched rows would be k copies of x, each written and read once. The sum over a token's k
+choices is in float32 in both forms; after the pass its terms are in float32 too. An input-side
+routing weight (Llama 4) scales the row as it is gathered.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FuseDispatch(Pass):
 
 
 def sort_choices(op: Op, b: Builder) -> Sequence[Value] | None:
-    """The order and ends of a dispatch come from a sort; its rows stay for whoever reads them."""
+    """The order and ends of a dispatch come from a sort; its rows stay while an op reads them."""
     if op.name != "moe.dispatch" or "sorted" in op.attrs:
         return None
     count = {"num_experts": op.attrs["num_experts"]}
@@ -81,7 +81,7 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
         attrs = {**last.attrs, "dtype": DType("f32")}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
-    # Another shape where each choice is a token of its own: rows are put back, not summed.
+    # The shapes differ where each choice counts as a token: rows are put back, not summed.
     shape = (normal(op.attrs["tokens"]), integer(op, "k"))
     slots = b.reshape(sort.outputs[1], shape, like=op)
     return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)

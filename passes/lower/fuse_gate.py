@@ -1,10 +1,10 @@
-"""The router's linear layer and its choice become one kernel.
+"""The router's linear layer and its top-k become one kernel.
 
     logits = aten.linear(x, w)
     weights, experts = moe.route(logits)    ->    weights, experts = moe.gate(x, w)
 
-The logits, [T, E], never reach memory. The dtypes in which eager computes them and rounds them
-are attributes of moe.gate: which experts win depends on them.
+The logits, [T, E], are never stored. The dtypes in which eager computes and rounds them are
+attributes of moe.gate, because the choice of experts depends on them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WIDENINGS = {("bf16", "f32"), ("f16", "f32")}
 
 @dataclass(frozen=True)
 class FuseGate(Pass):
-    """Compute the router's logits and its choice in one kernel."""
+    """Compute the router's logits and its top-k in one kernel."""
 
     name: ClassVar[str] = "fuse-gate"
     takes: ClassVar[Stage] = Stage.MOE
@@ -40,14 +40,14 @@ def fuse_gate(op: Op, b: Builder) -> Sequence[Value] | None:
     if op.name != "moe.route":
         return None
     logits, *correction = op.inputs
-    linear, rounded = _linear_behind(logits, b)
+    linear, rounded = _match_linear(logits, b)
     x, weight, *bias = linear.inputs
     if bias and len(bias[0].shape) != 1:
         raise NoMatch(f"the router's bias is {bias[0].type}, not one number an expert")
     if weight not in b.params:
         raise NoMatch(f"the router's weight {weight.name} is computed, not stored")
     compute = x.dtype
-    x = _before_widening(x, b)
+    x = _before_upcast(x, b)
     x = _flat(x, op, b)
     attrs: dict[str, Attr] = {
         **Routing.of(op).attrs(),
@@ -62,8 +62,8 @@ def fuse_gate(op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit("moe.gate", inputs, like=op, attrs=attrs, named=("weights", "experts"))
 
 
-def _linear_behind(logits: Value, b: Builder) -> tuple[Op, str]:
-    """The linear that made the logits, and the dtype to which they were rounded on the way."""
+def _match_linear(logits: Value, b: Builder) -> tuple[Op, str]:
+    """The linear that computes the logits, and the narrowest dtype they are rounded to after it."""
     rounded = logits.dtype
     current = logits
     while (source := b.producers.get(current)) is not None and source.name in _REPHRASING:
@@ -82,8 +82,8 @@ def _linear_behind(logits: Value, b: Builder) -> tuple[Op, str]:
     return source, rounded
 
 
-def _before_widening(x: Value, b: Builder) -> Value:
-    """x before a cast that lost nothing: the kernel widens as it reads."""
+def _before_upcast(x: Value, b: Builder) -> Value:
+    """The operand of a lossless upcast to x, which the kernel does as it reads; x without one."""
     source = b.producers.get(x)
     if source is not None and source.name == "aten._to_copy.default":
         if (source.inputs[0].dtype, x.dtype) in _WIDENINGS:
@@ -92,7 +92,7 @@ def _before_widening(x: Value, b: Builder) -> Value:
 
 
 def _flat(x: Value, op: Op, b: Builder) -> Value:
-    """x as [T, D]; a reshape that only splits T is looked through."""
+    """x as [T, D]: the operand of a reshape that only splits T, else x reshaped."""
     source = b.producers.get(x)
     if len(x.shape) == 2:
         return x

@@ -1,1 +1,1 @@
-"""Proof by running: what replaces a region agrees with it on random inputs."""
+"""Proof by running: a region and its replacement must agree on random inputs."""

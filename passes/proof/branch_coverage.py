@@ -1,7 +1,7 @@
-"""Branches of a graph on the values of floats: a comparison with a threshold, a clamp.
+"""Branch coverage of proofs: comparisons of floats with a threshold, and clamps.
 
-A proof by running covers a branch only where both outcomes occur: otherwise a graph without it
-gives the same numbers.
+A proof by running covers a branch only if both outcomes occur in it: otherwise a graph without the
+branch gives the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BOUNDING = frozenset(
 )
 """Ops that change values beyond a bound and keep the others."""
 _GUARD = 1e-4
-"""A lower clamp up to this only guards a sum against zero, and needs no case where it binds."""
+"""A clamp from below at this or less only guards against division by zero: it need not bind."""
 _LIMITS = ("other", "min", "max", "min_val", "max_val")
 _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
 
@@ -32,8 +32,8 @@ _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
 def decisions(graph: Graph) -> Iterator[Op]:
     """The ops that bound floats, or that map floats to other types: comparisons, roundings.
 
-    Ops that choose the best scores are left out, as proofs compare choices, and so are tests of
-    masks that are stored as floats.
+    Ops that choose the best scores are left out, as proofs compare choices, and so are comparisons
+    of masks that are stored as floats.
     """
     for op in graph.ops:
         reads = [value for value in op.inputs if value.dtype in FLOATS]
@@ -59,7 +59,7 @@ def _is_mask(graph: Graph, value: Value) -> bool:
     return value.dtype not in FLOATS or (maker is not None and maker.name in _MASKS)
 
 
-def dropped(before: Graph, after: Graph, body: Graph, features: Value) -> Iterator[Op]:
+def missing_decisions(before: Graph, after: Graph, body: Graph, features: Value) -> Iterator[Op]:
     """The decisions of a region that its replacement does not contain.
 
     Decisions on values that depend on `features`, the experts' rows, are left out where the
@@ -81,13 +81,13 @@ def thresholds(ops: Iterable[Op]) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(n) for n in numbers if isinstance(n, int | float) and n > 0))
 
 
-def outcome(op: Op, read: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+def branch_taken(op: Op, read: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """The outcome of a decision per element: a comparison's result, or whether a clamp bound."""
     return result != read if result.is_floating_point() else result
 
 
-def require_both(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) -> None:
-    """`outcomes` [case][op]. Raises NoMatch for a decision that always comes out the same."""
+def require_both_branches(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Raises NoMatch for a decision with the same outcome everywhere; `outcomes` is [case][op]."""
     for op, results in zip(ops, zip(*outcomes, strict=True), strict=True):
         bounds = {bound for t in results if t.numel() for bound in (int(t.min()), int(t.max()))}
         if len(bounds) < 2:

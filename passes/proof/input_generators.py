@@ -1,4 +1,4 @@
-"""What the random inputs of a proof look like: ids, masks, scores, weights, or any floats."""
+"""Generators of the random inputs of a proof: ids, masks, scores, weights, or any floats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from moec.ir.graph import Value
 
 @dataclass(frozen=True)
 class Ids:
-    """The input holds expert ids, `slots` for each token, which are distinct; `absent` allows
-    the id E, which means no expert."""
+    """The input holds expert ids, `slots` distinct ones for each token; `absent` allows the id E,
+    which means no expert."""
 
     num_experts: int
     slots: int
@@ -37,8 +37,8 @@ class Logits:
 
 @dataclass(frozen=True)
 class Correction:
-    """The input is added to scores before experts are chosen: as weak as trained ones are,
-    nothing at all, or stronger than any score."""
+    """The input is added to scores before experts are chosen: small as after training, zero, or
+    greater than any score."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Uniform:
 
 
 Feed = Ids | OneHot | Logits | Correction | Positive | Uniform | None
-"""What a random input looks like; None is any float."""
+"""The kind of a random input; None means any floats."""
 
 
 _ABOUT = "weights about "
 
 
-def patterns(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -> tuple[str, ...]:
-    """The names of the cases to draw. Weights lie on both sides of each threshold in one."""
+def input_cases(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -> tuple[str, ...]:
+    """The names of the cases to draw. In one, weights are on both sides of each threshold."""
     has = {type(feed) for feed in feeds.values()}
     return (
         *("random", "tied", "one expert", "few experts"),
@@ -68,7 +68,7 @@ def patterns(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -> t
     )
 
 
-def draw(
+def sample(
     value: Value, feed: Feed, pattern: str, sizes: Mapping[str, int], generator: torch.Generator
 ) -> torch.Tensor:
     shape = tuple(evaluate_dim(d, sizes) for d in value.shape)

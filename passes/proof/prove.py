@@ -1,10 +1,10 @@
 """Proof by running: a region and its replacement must agree on random inputs.
 
-Two graphs over the same input and param values are evaluated in eager PyTorch: several token
-counts; routings with ties, experts that nobody chose, everything on one expert, overflowing
-capacities. Low-precision floats are widened to float32 in both graphs, so that a difference
-is one of structure and not of rounding. Weights are random and of the real shapes; large ones
-are overlapping windows of a small random pool, so that they cost no memory.
+Two graphs over the same input and param values are evaluated in eager PyTorch, with several token
+counts and with routings that have ties, empty experts, all tokens on one expert, and overflowing
+capacities. Low-precision floats are upcast to float32 in both graphs, so that rounding makes no
+difference. Weights are random and of the real shapes; large ones are overlapping windows of a small
+random pool, so that they cost no memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moec.ir.canonical import canonical_text
 from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.upcast import widen
-from moec.passes.proof.branch_coverage import outcome, require_both, thresholds
-from moec.passes.proof.input_generators import Feed, draw, patterns
+from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds
+from moec.passes.proof.input_generators import Feed, input_cases, sample
 
 TOLERANCE = 2e-4
-"""Of the largest result: float32 sums in another order, over widths of a few thousand."""
+"""Tolerance, relative to the largest result: float32 sums of a few thousand terms, reordered."""
 _POOL = 1 << 22
 _COUNTS = (1, 5, 13)
 _MOST = 1 << 11
@@ -42,7 +42,7 @@ Compare = Callable[[Results, Results, Inputs], str]
 """Returns why two results differ, or an empty string."""
 
 Bind = Callable[[Inputs], Mapping[str, int]]
-"""The sizes that depend on the data, for the inputs of a case."""
+"""Computes the data-dependent sizes from the inputs of a case."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _run(
 
 @dataclass
 class Prover:
-    """Proves pairs of graphs, equal pairs once. `weights` are the program's real ones."""
+    """Proves pairs of graphs, equal pairs once. `weights` are the program's weights."""
 
     weights: Mapping[str, torch.Tensor]
     verdicts: dict[str, str] = field(default_factory=dict)
@@ -109,13 +109,13 @@ class Prover:
         watched = [before.ops.index(op) for op in decisions]
         fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
         left = "\n".join([canonical_text(before), *fixed])
-        key = left + canonical_text(_aligned(before, after))
+        key = left + canonical_text(_with_interface_of(before, after))
         if key not in self.verdicts:
             try:
                 if left not in self.runs:
                     self.runs[left] = self._cases(before, feeds, counts, bind, decisions)
                 for case in self.runs[left]:
-                    self._compare(case, before, after, compare or close)
+                    self._compare(case, before, after, compare or compare_results)
                 self.verdicts[key] = ""
             except NoMatch as why:
                 self.verdicts[key] = str(why)
@@ -143,9 +143,9 @@ class Prover:
         wide = replace(wide, outputs=(*wide.outputs, *watched))
         cases, outcomes = [], []
         for sizes in _sizes(before, counts):
-            for pattern in patterns(feeds, thresholds(decisions)):
+            for pattern in input_cases(feeds, thresholds(decisions)):
                 inputs = [
-                    draw(value, feeds.get(value), pattern, sizes, generator)
+                    sample(value, feeds.get(value), pattern, sizes, generator)
                     for value in before.inputs
                 ]
                 named = dict(zip(before.inputs, inputs, strict=True))
@@ -157,9 +157,9 @@ class Prover:
                 cases.append(Case(name, inputs, env, result[:results]))
                 watched_values = result[results:]
                 outcomes.append(
-                    [*map(outcome, decisions, watched_values[::2], watched_values[1::2])]
+                    [*map(branch_taken, decisions, watched_values[::2], watched_values[1::2])]
                 )
-        require_both(decisions, outcomes)
+        require_both_branches(decisions, outcomes)
         return cases
 
     def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
@@ -193,7 +193,7 @@ class Prover:
 
 @cache
 def _normal() -> torch.Tensor:
-    """The random numbers of all pools: drawing them takes longer than most proofs."""
+    """Random numbers that all pools share, since drawing them takes longer than most proofs."""
     return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
 
 
@@ -228,7 +228,7 @@ def _limits(graph: Graph) -> Iterator[int]:
 
 
 def _counts(limits: Sequence[int]) -> tuple[int, ...]:
-    """Token counts to try; the last is beyond every limit, or no case would see it bind."""
+    """Token counts to try; the last exceeds every limit, so that each limit binds in a case."""
     most = max((limit + 9 for limit in limits), default=0)
     if most > _MOST:
         raise NoMatch(
@@ -239,7 +239,7 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
 
 
 def _is_constant(value: Value) -> bool:
-    """Whether a param keeps its real content, as ids, masks and scalars do; others are random."""
+    """Whether a param keeps its real content (ids, masks, scalars); all others are random."""
     return value.dtype not in FLOATS or not value.shape
 
 
@@ -258,7 +258,7 @@ def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
         yield sizes
 
 
-def close(
+def compare_results(
     before: Sequence[torch.Tensor],
     after: Sequence[torch.Tensor],
     inputs: Mapping[Value, torch.Tensor],
@@ -277,7 +277,7 @@ def close(
     return ""
 
 
-def _aligned(before: Graph, after: Graph) -> Graph:
+def _with_interface_of(before: Graph, after: Graph) -> Graph:
     """`after` with the inputs and params of `before` first, so that the key identifies them."""
     both = dict.fromkeys((*before.inputs, *before.params))
     return replace(after, inputs=(*both,), params=tuple(p for p in after.params if p not in both))

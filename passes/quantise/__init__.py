@@ -1,1 +1,1 @@
-"""Weights as numbers of few bits: opt-in, and approximate."""
+"""Quantisation of weights to few bits: opt-in and approximate."""

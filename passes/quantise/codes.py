@@ -31,7 +31,7 @@ class Codes:
     """The weights of `program` that have been quantised so far, each once.
 
     `calibrated` holds codes that were chosen on calibration data, by name and format; all other
-    weights are rounded to nearest. `tensors` are the new params' contents.
+    weights are rounded to nearest. `tensors` maps the new params to their contents.
     """
 
     program: Program
@@ -85,8 +85,8 @@ class Codes:
         return Program(graph, {n: t for n, t in weights.items() if n in names})
 
 
-class Quantising(Pass, ABC):
-    """A pass that puts codes in the place of weights."""
+class QuantisingPass(Pass, ABC):
+    """A pass that replaces weights by codes and scales."""
 
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
@@ -104,7 +104,7 @@ class Quantising(Pass, ABC):
         return self.rounded(program, log, Codes(program))
 
     def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
-        """The program with `codes` in the place of weights."""
+        """The program with weights replaced by `codes`."""
         formats = {op.outputs[0].name: (op.name, f) for op, f in self.targets(program.graph)}
 
         def rule(op: Op, b: Builder) -> Sequence[Value] | None:

@@ -1,7 +1,7 @@
-"""Codes chosen on calibration data: the inputs of a layer weigh the errors of its weights.
+"""Codes that GPTQ chooses on calibration data, so that the error of a layer's results is small.
 
-Scales are those of rounding to nearest. Codes are found by GPTQ (passes/calibration/gptq.py) for
-each expert on its own rows; an expert with too few rows is rounded to nearest, and reported.
+Scales are those of rounding to nearest. Codes are computed by GPTQ (passes/calibration/gptq.py) for
+each expert from its own rows; an expert with too few rows is rounded to nearest, and reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moec.formats.integer import Format, Quantised, dequantise, encode, quantise
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.grouped import GroupedLinear
-from moec.passes.calibration.data import Calibration, calibration
+from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
@@ -29,7 +29,7 @@ from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 
 DAMPING = 0.01
-"""Of the Hessian, as GPTQ has it for four bits and more."""
+"""Damping of the Hessian, the value that GPTQ uses for four bits and more."""
 HELD = 256 << 20
 """Bytes of Hessians that are worked on at once."""
 OPS_A_RUN = 8
@@ -37,7 +37,7 @@ OPS_A_RUN = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated(Pass):
+class CalibratedQuantisation(Pass):
     """A pass that quantises, with codes chosen on calibration data: `calib` as `moec.compile`
     takes it, `files` of the model's source."""
 
@@ -55,7 +55,7 @@ class Calibrated(Pass):
     def run(self, program: Program, log: Log) -> Program:
         codes = Codes(program)
         targets = [(op, format) for op, format in self.inner.targets(program.graph)]
-        data = calibration(self.calib, program, self.files)
+        data = load_calibration(self.calib, program, self.files)
         for (op, format), rows in zip(
             targets, rows_of(program, data, [op for op, _ in targets]), strict=True
         ):

@@ -1,4 +1,4 @@
-"""The weights of experts become numbers of few bits: opt-in, and approximate.
+"""The weights of experts are quantised to few bits: opt-in and approximate.
 
     h = grouped.linear(x, ends, gate, up, order)      h = grouped.quantised(x, ends,
                                                             gate.codes, gate.scales,
@@ -6,9 +6,9 @@
       up:   f32[E, H, D]                                gate.codes: u8[E, H, D]
                                                         gate.scales: bf16[E, H, D/block]
 
-Experts are where the bytes of an MoE model are, and decoding reads each chosen one whole: int8
-halves and int4 quarters what bf16 reads. Whole stacks are quantised at once, so an expert is
-quantised with all others or not at all. Routers, norms and the head stay as they are.
+Experts hold most bytes of an MoE model, and decoding reads all weights of each chosen expert: int8
+halves and int4 quarters the bytes of bf16. A stack is quantised as one, so that an expert is
+quantised together with all others or not at all. Routers, norms and the head are not changed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from moec.formats.integer import Format
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
-from moec.passes.quantise.codes import WIDE, Codes, Quantising, attributes
+from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 
 
 @dataclass(frozen=True)
-class QuantiseExperts(Quantising):
+class QuantiseExperts(QuantisingPass):
     """Store the weights of experts in few bits, as --quant asks."""
 
     format: Format

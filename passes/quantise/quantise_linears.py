@@ -1,11 +1,11 @@
-"""The weights of linear layers become numbers of few bits: opt-in, and approximate.
+"""The weights of linear layers are quantised to few bits: opt-in and approximate.
 
     y = aten.linear(x, w[N, K], b?)   ->   y = nn.quantised_linear(x, w.codes, w.scales, b?)
 
-Besides the experts, decoding reads these weights for every token: projections of attention,
-shared experts, dense layers, and the head, the largest of them. The head (the source of the outputs
-before casts, scalings and slices) has its own option. Routers are not quantised, as an error in a
-score sends a token to another expert.
+Decoding reads these weights for every token: projections of attention, shared experts, dense
+layers, and the head, the largest. The head (the layer that computes the outputs, up to casts,
+scalings and slices) has a separate option. Routers are not quantised, as an error in a score may
+send a token to another expert.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from moec.formats.integer import Format
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.rewrite import Builder
-from moec.passes.quantise.codes import WIDE, Codes, Quantising, attributes
+from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 
 LINEAR = "aten.linear.default"
 FEW = 16
-"""Outputs of a layer that is not worth rounding: a gate of a shared expert has one."""
+"""Layers with at most as many outputs are not quantised: the gate of a shared expert has one."""
 
 
 @dataclass(frozen=True)
-class QuantiseLinears(Quantising):
+class QuantiseLinears(QuantisingPass):
     """Store linear layers in few bits, as --quant linears=…,head=… asks."""
 
     linears: Format | None = None

@@ -16,7 +16,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
-from moec.passes.proof.branch_coverage import dropped
+from moec.passes.proof.branch_coverage import missing_decisions
 from moec.passes.proof.prove import Prover
 from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
@@ -99,7 +99,7 @@ def check(scope: Scope, block: Proposal, prover: Prover) -> None:
     capacity = block.capacity.size if block.capacity is not None else None
     limits = (capacity,) if isinstance(capacity, int) else ()
     after = alone(scope, block)
-    lost = tuple(dropped(region, after, block.body, block.x))
+    lost = tuple(missing_decisions(region, after, block.body, block.x))
     prover.prove(region, after, block.feeds, limits=limits, decisions=lost)
 
 

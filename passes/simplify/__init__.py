@@ -1,1 +1,1 @@
-"""Fewer ops that compute the same, in any graph."""
+"""Passes that leave fewer ops with the same results, in any graph."""

@@ -1,4 +1,4 @@
-"""One spelling per idea, so that later passes match one form each.
+"""Equivalent ops are written in one form, so that later passes match one form each.
 
 t, transpose, numpy_T           -> permute
 mm(x, permute(w)), addmm, matmul(x, permute(w)) -> linear(x, w, bias)
@@ -29,7 +29,7 @@ Simplify = Callable[[Op, Builder], Sequence[Value] | None]
 
 @dataclass(frozen=True)
 class Canonicalise(Pass):
-    """Write each idea in one way: permute, reshape, linear; drop what changes nothing."""
+    """Write equivalent ops in one form: permute, reshape, linear; drop ops that change nothing."""
 
     name: ClassVar[str] = "canonicalise"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -51,7 +51,7 @@ def _same_type(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def _alias(op: Op, b: Builder) -> Sequence[Value] | None:
-    """The aliases that name the outputs stay: they are the interface."""
+    """The operand of an alias; aliases that name the graph's outputs stay."""
     return None if any(v.name == op.outputs[0].name for v in b.graph.outputs) else op.inputs[:1]
 
 
@@ -60,13 +60,13 @@ def _cat(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def _slice(op: Op, b: Builder) -> Sequence[Value] | None:
-    """A slice that keeps the type keeps everything: its step is 1 or its axis has size 1."""
+    """The operand of a slice of the same type, which selects all elements."""
     start, step = op.attrs.get("start"), op.attrs.get("step", 1)
     from_start = start in (None, 0) and step == 1
     return _same_type(op, b) if from_start else None
 
 
-def _neutral(neutral: int, kinds: str) -> Simplify:
+def _neutral_operand(neutral: int, kinds: str) -> Simplify:
     """x * 1 of integers and floats, x + 0 of integers only, since -0.0 + 0 is 0.0."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -170,8 +170,8 @@ _RULES: dict[str, Simplify] = {
     "aten.expand.default": _same_type,
     "aten.cat.default": _cat,
     "aten.slice.Tensor": _slice,
-    "aten.add.Tensor": _neutral(0, "i"),
-    "aten.mul.Tensor": _neutral(1, "if"),
+    "aten.add.Tensor": _neutral_operand(0, "i"),
+    "aten.mul.Tensor": _neutral_operand(1, "if"),
     "aten.reshape.default": _reshape,
     "aten.unsqueeze.default": _reshape,
     "aten.squeeze.default": _reshape,

@@ -1,11 +1,11 @@
-"""What is added to the result of a combine is added by the combine: a shared expert, a residual.
+"""An addend of a combine's result, such as a shared expert or a residual, is added by the combine.
 
     y = moe.combine(rows, slots, weights)
     z = aten.add(y, shared)                 ->   z = moe.combine(rows, slots, weights, shared)
 
-One pass over [T, D] less. The sum stays in float32 until it is complete, where eager rounds
-the routed part first. The result of moe.zero_experts is such an addend; the addend after it goes
-into moe.zero_experts, so that an expert that no token chose changes no rounding.
+This saves one read and write of [T, D]. The sum stays in float32 until it is complete, where eager
+rounds the routed part first. The result of moe.zero_experts is an addend too; the addend after it
+is folded into moe.zero_experts, so that zero experts that no token chose change no rounding.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Valu
     if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs.get("alpha", 1) != 1:
         return None
     for routed, other in (op.inputs, op.inputs[::-1]):
-        combine = _combine_behind(routed, b)
+        combine = _match_combine(routed, b)
         adds = None if combine is None else adder(combine)
         if (
             combine is not None
@@ -77,7 +77,7 @@ def _fold(op: Op, b: Builder, adder: Callable[[Op], Op | None]) -> Sequence[Valu
     return [b.reshape(total, op.outputs[0].shape, like=op)]
 
 
-def _combine_behind(value: Value, b: Builder) -> Op | None:
+def _match_combine(value: Value, b: Builder) -> Op | None:
     """The combine that produces `value`, perhaps through a reshape, if its result has no other
     reader."""
     source = b.producers.get(value)

@@ -4,10 +4,10 @@
     up = aten.slice(gate_up) <1, H, 2*H>    ->   a weight that shares gate_up's memory
     w = aten.add(aten.mul(w0, a), aten.mul(w1, b))   ->   a weight that takes the place of two
 
-A result is stored where that costs no memory or little: where it is a view, or has at most `limit`
-bytes, or belongs to a part of the graph whose results take no more than the weights that only this
-part reads. Others, such as weights that are stored in fewer bits than they are used in, stay in the
-graph.
+A result is stored where it adds little memory: it is a view, or has at most `limit` bytes, or
+belongs to a part of the graph whose results are no larger than the weights that only this part
+reads. Other results, such as weights that are stored in fewer bits than they are used in, are
+computed by the graph in each call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ir.traits import VIEWS, is_reproducible
-from moec.passes.core.rewrite import mentioned, rebuild
+from moec.passes.core.rewrite import rebuild, sizes_in
 from moec.passes.core.runner import Log, Pass
 
 _SHARING = (VIEWS - {"aten.clone.default"}) | {
@@ -53,7 +53,7 @@ class FoldConstants(Pass):
             p: program.weights[p.name] for p in graph.params if p.name in program.weights
         }
         params = {p: p for p in graph.params}
-        lighter = _lighter(graph, constants)
+        lighter = _shrinking_values(graph, constants)
         uses = Counter((*(value for op in graph.ops for value in op.inputs), *graph.results))
         ops: list[Op] = []
         for op in graph.ops:
@@ -102,16 +102,16 @@ def _is_fixed(op: Op) -> bool:
     sized = not any(symbols(dim) for value in op.outputs for dim in value.shape)
     return (
         sized
-        and not mentioned(op)
+        and not sizes_in(op)
         and op.name.startswith("aten.")
         and op.name != "aten.alias.default"
         and is_reproducible(op.name)
     )
 
 
-def _lighter(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> set[Value]:
-    """The values of the parts of the graph that are determined by weights alone, and whose results
-    take no more memory than the weights that nothing else reads."""
+def _shrinking_values(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> set[Value]:
+    """The values of those parts of the graph that depend on weights alone and whose results are no
+    larger than the weights that only the part reads."""
     determined: dict[Value, Op] = {}
     for op in graph.ops:
         if op.inputs and all(v in weights or v in determined for v in op.inputs) and _is_fixed(op):
@@ -133,7 +133,7 @@ def _lighter(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> set[Value]:
 
 
 def _connected(determined: Mapping[Value, Op]) -> Iterator[set[Value]]:
-    """Sets of values that ops join, operands included."""
+    """The connected components: sets of values that are joined by ops, operands included."""
     edges = nx.Graph()
     for output, op in determined.items():
         edges.add_edges_from((value, output) for value in op.inputs)
@@ -141,7 +141,7 @@ def _connected(determined: Mapping[Value, Op]) -> Iterator[set[Value]]:
 
 
 def _memory_of(value: Value, determined: Mapping[Value, Op]) -> Value:
-    """The value whose memory `value` is a view of: itself, an operand's operand, a weight."""
+    """The value whose memory `value` uses: the operand of its views, or itself."""
     while value in determined and determined[value].name in _SHARING:
         value = determined[value].inputs[0]
     return value

@@ -1,4 +1,4 @@
-"""Permutations before and after attention become attributes: the layout of its operands.
+"""Permutations before and after attention become attributes of it: the layout of its operands.
 
     t = aten.permute(x) <dims=(0, 2, 1, 3)>      x[B, S, H, D], as a linear layer gives it
     y = nn.attention(q, k, t)                ->  y = nn.attention(q, k, x) <tokens_first=("v")>
@@ -6,9 +6,9 @@
     y = nn.attention(q, k, v)                ->  z = nn.attention(q, k, v) <tokens_first=("out")>
     z = aten.permute(y) <dims=(0, 2, 1, 3)>
 
-Each saves a kernel that moves all queries, keys, values or results and computes nothing. Features
-of a token are contiguous in either layout, so attention's kernels read and write both at the same
-speed, and no bit changes. A permutation with other readers stays, as they need it anyway.
+Each saves a kernel that only copies queries, keys, values or results. The features of a token are
+contiguous in both layouts, so attention's kernels read and write both at the same speed, and no bit
+changes. A permutation with other readers stays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class FoldPermutes(Pass):
-    """Let attention read and write tokens where linear layers have them."""
+    """Let attention read and write the layout of linear layers, without permuting."""
 
     name: ClassVar[str] = "fold-permutes"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -38,10 +38,10 @@ class FoldPermutes(Pass):
 
 
 def fold_permutes(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
-    """The rule. An operand with other readers is declined by itself; other operands are folded."""
+    """The rewrite rule. It declines each operand with other readers, and folds the rest."""
     if op.name == "nn.attention":
-        return _before(log, op, b)
-    return _behind(op, b) if swaps(op) else None
+        return _fold_operands(log, op, b)
+    return _fold_output(op, b) if swaps(op) else None
 
 
 def swaps(op: Op) -> bool:
@@ -49,7 +49,7 @@ def swaps(op: Op) -> bool:
     return op.name == "aten.permute.default" and op.attrs.get("dims") == SWAP
 
 
-def _before(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
+def _fold_operands(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
     attention, unpermuted = Attention.of(op), dict[str, Value]()
     for name in "qkv":
         value: Value = getattr(attention, name)
@@ -68,7 +68,7 @@ def _before(log: Log, op: Op, b: Builder) -> Sequence[Value] | None:
     return b.emit("nn.attention", folded.inputs, like=op, attrs=folded.attrs())
 
 
-def _behind(op: Op, b: Builder) -> Sequence[Value] | None:
+def _fold_output(op: Op, b: Builder) -> Sequence[Value] | None:
     source = b.producers.get(op.inputs[0])
     if source is None or source.name != "nn.attention":
         return None

@@ -1,4 +1,4 @@
-"""Blocks with the same experts become one block over the rows of all of them.
+"""Blocks that share their experts become one block over the rows of all of them.
 
     w1, i1 = moe.route(aten.linear(x1, g))     x = cat(x1, x2)
     r1, o1, e1 = moe.dispatch(x1, i1)          w, i = moe.route(aten.linear(x, g))
@@ -7,10 +7,9 @@
     r2, o2, e2 = moe.dispatch(x2, i2)          y1 = y[: T1]; y2 = y[T1 :]
     y2 = moe.combine(moe.experts(r2, …), w2)
 
-A module that is called twice, for two objectives (M3-JEPA, arXiv 2409.05929) or two views, has its
-experts read once instead of twice, in products of twice the rows. Blocks of which one needs the
-result of another stay as they are, and so do those whose experts take a limited number of rows: it
-is a limit to each.
+The experts of a module that is called twice, for two objectives (M3-JEPA, arXiv 2409.05929) or two
+views, are read once instead of twice, in products of twice the rows. Blocks stay separate where one
+depends on the result of another, and where experts have a capacity, which limits each call.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.text import print_graph, show_attr
 from moec.passes.core.moe_layer import name_of
-from moec.passes.core.rewrite import Builder, mentioned, rebuild
+from moec.passes.core.rewrite import Builder, rebuild, sizes_in
 from moec.passes.core.runner import Log, Pass
 
 
 @dataclass(frozen=True)
 class JoinCalls(Pass):
-    """Run blocks that have the same experts as one, over the rows of all."""
+    """Run blocks that share their experts as one block, over the rows of all."""
 
     name: ClassVar[str] = "join-calls"
     takes: ClassVar[Stage] = Stage.MOE
@@ -48,10 +47,10 @@ class JoinCalls(Pass):
         for calls in families.values():
             if len(calls) < 2:
                 continue
-            if any(depends(graph, call, later) for call, later in combinations(calls, 2)):
+            if any(depends_on(graph, call, later) for call, later in combinations(calls, 2)):
                 log.decline(calls[0].name, "its experts are called again with what they give")
             elif log.spend(f"{len(calls)} calls of {calls[0].name}"):
-                graph = joined(graph, calls)
+                graph = join_calls(graph, calls)
         return replace(program, graph=graph)
 
 
@@ -74,7 +73,7 @@ class ExpertCall:
         return self.combine.inputs[2] if self.combine.attrs.get("weighted") else None
 
     def key(self, graph: Graph) -> tuple[object, ...]:
-        """Equal for calls that can be one."""
+        """Equal for calls that can be joined."""
         body = self.experts.body
         assert body is not None
         x, ids = self.dispatch.inputs
@@ -88,7 +87,8 @@ class ExpertCall:
 
 
 def call_of(graph: Graph, experts: Op) -> ExpertCall | None:
-    """None where others read the block's parts, or it does more than sum its experts' rows."""
+    """The block of `experts`; None where ops outside it read its values, or it does more than
+    dispatch, run the experts and combine."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
     if dispatch.name != "moe.dispatch" or len(dispatch.inputs) > 2 or len(readers) != 1:
@@ -104,7 +104,7 @@ def call_of(graph: Graph, experts: Op) -> ExpertCall | None:
 
 
 def origin_of(graph: Graph, value: Value) -> object:
-    """Equal for values that the same ops make from the same weights."""
+    """A key that is equal for values computed by equal ops from the same weights."""
     op = graph.producers.get(value)
     if op is None:
         return value
@@ -112,8 +112,8 @@ def origin_of(graph: Graph, value: Value) -> object:
     return (op.name, attrs, tuple(origin_of(graph, source) for source in op.inputs))
 
 
-def depends(graph: Graph, first: ExpertCall, other: ExpertCall) -> bool:
-    """Whether what `other` is given follows from what `first` gives."""
+def depends_on(graph: Graph, first: ExpertCall, other: ExpertCall) -> bool:
+    """Whether the input of `other` depends on the output of `first`."""
     waiting, reached = [first.combine.outputs[0]], set[Op]()
     while waiting:
         for reader in graph.readers.get(waiting.pop(), ()):
@@ -123,7 +123,7 @@ def depends(graph: Graph, first: ExpertCall, other: ExpertCall) -> bool:
     return other.dispatch in reached
 
 
-def joined(graph: Graph, calls: Sequence[ExpertCall]) -> Graph:
+def join_calls(graph: Graph, calls: Sequence[ExpertCall]) -> Graph:
     builder = Builder(graph)
     builder.names |= {value.name for value in graph.values()}
     first = calls[0]
@@ -157,13 +157,13 @@ def joined(graph: Graph, calls: Sequence[ExpertCall]) -> Graph:
         for op in graph.ops
         if op not in gone
     ]
-    return rebuild(graph, in_order(graph, [*rest, *builder.ops]), new)
+    return rebuild(graph, topological_order(graph, [*rest, *builder.ops]), new)
 
 
 def _choices(
     builder: Builder, graph: Graph, calls: Sequence[ExpertCall], x: Value
 ) -> tuple[Value, Value | None]:
-    """The experts and weights of all rows: by one router where all have the same."""
+    """The expert ids and weights of all rows, by one router where the calls share it."""
     first = calls[0]
     routes = [graph.producers.get(call.dispatch.inputs[1]) for call in calls]
     route = routes[0]
@@ -194,7 +194,7 @@ def _choices(
 
 
 def _routes_as(route: Op, other: Op | None, call: ExpertCall) -> bool:
-    """Whether a call's choices are what `route` would make of its logits."""
+    """Whether a call's router is `route`, applied to other logits."""
     return (
         other is not None
         and route.name == other.name == "moe.route"
@@ -212,8 +212,8 @@ def _cat(builder: Builder, values: Sequence[Value], like: Op) -> Value:
     return builder.emit("aten.cat.default", values, [joint_type], like=like, attrs=attrs)[0]
 
 
-def in_order(graph: Graph, ops: Sequence[Op]) -> list[Op]:
-    """The ops after what they read, sizes that are read from data included; else as they are."""
+def topological_order(graph: Graph, ops: Sequence[Op]) -> list[Op]:
+    """The ops in a stable topological order, which includes the sizes that they read from data."""
     makers = {value: op for op in ops for value in op.outputs}
     sizes = {op.attrs["name"]: op for op in ops if op.name == "moec.size"}
     ordered: dict[Op, None] = {}
@@ -222,7 +222,7 @@ def in_order(graph: Graph, ops: Sequence[Op]) -> list[Op]:
         while waiting:
             op = waiting[-1]
             needs = [makers[v] for v in op.inputs if v in makers]
-            needs += [sizes[name] for name in mentioned(op) if name in sizes] if sizes else []
+            needs += [sizes[name] for name in sizes_in(op) if name in sizes] if sizes else []
             missing = [need for need in needs if need not in ordered and need is not op]
             if missing:
                 waiting += missing

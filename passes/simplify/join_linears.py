@@ -1,4 +1,4 @@
-"""Linear layers that read one value become one, of all their weights.
+"""Linear layers that read the same value become one layer with concatenated weights.
 
     m0 = aten.linear(z, w0, b0)                y = aten.linear(z, w, b)       w = cat(w0, s0, …)
     s0 = aten.linear(z, u0, c0)        ->      m0 = aten.slice(y) <0, N>
@@ -6,9 +6,8 @@
                                                …
 
 Heads of several experts over one encoding (MoE-LM, arXiv 2206.00059) are small products of few
-rows: what they cost is mostly that there are many. Exact: each number is the same sum. Where the
-layers are large, a slice of the result may cost more than a product saves, so it runs where it is
-asked for.
+rows, and their cost is mostly that of the calls. Exact: each number is the same sum. For large
+layers, slicing the result may cost more than one product saves; hence the pass is opt-in.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ class JoinLinears(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         splice = Splice(program)
-        for layers in families(program.graph):
+        for layers in joinable_groups(program.graph):
             if log.spend(f"{len(layers)} layers that read {layers[0].inputs[0].name}"):
                 join(splice, layers, program)
                 log.says.append(f"{len(layers)} linear layers that read one value are one")
         return splice.done()
 
 
-def families(graph: Graph) -> Iterator[list[Op]]:
-    """Two linear layers or more that read one value and give one type but for its width, all with
-    a bias or all without, whose weights are stored."""
+def joinable_groups(graph: Graph) -> Iterator[list[Op]]:
+    """Groups of two or more linear layers that read the same value and differ in their width alone:
+    all with a bias or all without, with stored weights."""
     groups: dict[tuple[object, ...], list[Op]] = {}
     for op in graph.ops:
         if op.name == LINEAR and all(value in graph.params for value in op.inputs[1:]):
@@ -57,7 +56,7 @@ def families(graph: Graph) -> Iterator[list[Op]]:
 
 
 def join(splice: Splice, layers: Sequence[Op], program: Program) -> None:
-    """Where the first of `layers` is, one layer and the parts of its result."""
+    """Puts the joined layer and the slices of its result in place of the first of `layers`."""
     first = layers[0]
     stored = []
     for which in range(1, len(first.inputs)):
@@ -78,6 +77,6 @@ def join(splice: Splice, layers: Sequence[Op], program: Program) -> None:
 
 
 def part(joined: Value, layer: Op, start: int, end: int) -> Op:
-    """What `layer` gives, as columns of the joined result."""
+    """The op that slices the output of `layer` from the joined result."""
     attrs: dict[str, Attr] = {"dim": len(joined.shape) - 1, "start": start, "end": end}
     return Op("aten.slice.Tensor", (joined,), layer.outputs, attrs, None, layer.origin)

@@ -1,4 +1,4 @@
-"""Indexing with a mask, written as indexing with the rows where it is set.
+"""Indexing with a mask becomes indexing with the positions where it is set.
 
 x[mask]       -> x[i, j, ..]        with i, j, .. the columns of nonzero(mask)
 x[mask] = y   -> x[i, j, ..] = y
@@ -19,7 +19,7 @@ def index(op: Op, b: Builder) -> Sequence[Value] | None:
     if axis is None:
         return None
     mask = op.inputs[1]
-    rows = _rows(mask, op.outputs[0].shape[axis], op, b)
+    rows = _set_positions(mask, op.outputs[0].shape[axis], op, b)
     attrs: dict[str, Attr] = {"indices": _indices(axis, len(rows))}
     return b.emit(op.name, [op.inputs[0], *rows], [op.outputs[0].type], like=op, attrs=attrs)
 
@@ -32,7 +32,7 @@ def put(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     if values.shape[axis] == 1:
         return None
-    rows = _rows(op.inputs[1], values.shape[axis], op, b)
+    rows = _set_positions(op.inputs[1], values.shape[axis], op, b)
     attrs: dict[str, Attr] = {**op.attrs, "indices": _indices(axis, len(rows))}
     return b.emit(op.name, [x, *rows, values], [op.outputs[0].type], like=op, attrs=attrs)
 
@@ -49,7 +49,7 @@ def _indices(axis: int, count: int) -> tuple[Attr, ...]:
     return (*[None] * axis, *(Ref(1 + i) for i in range(count)))
 
 
-def _rows(mask: Value, count: Dim, op: Op, b: Builder) -> list[Value]:
+def _set_positions(mask: Value, count: Dim, op: Op, b: Builder) -> list[Value]:
     """i64[count] for each axis of the mask: where it is set, in row-major order."""
     rank = len(mask.shape)
     index_type = TensorType("i64", (count, rank))

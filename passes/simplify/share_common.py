@@ -1,7 +1,7 @@
-"""Two ops that compute the same value become one: same op, inputs, attributes and body text.
+"""Common subexpression elimination: ops of the same name, inputs, attributes and body become one.
 
-Routing that several banks of experts share is sorted once this way: moe.dispatch and moe.sort
-are ops like any other.
+Banks of experts that share their routing then share its sort, as moe.dispatch and moe.sort are
+treated like any other op.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class ShareCommon(Pass):
-    """Compute equal values once, a shared dispatch included."""
+    """Compute equal values once, including the dispatch that several banks of experts share."""
 
     name: ClassVar[str] = "share-common"
     takes: ClassVar[Stage] = Stage.GROUPED

@@ -1,12 +1,12 @@
-"""A linear layer of an expert whose result is only ever cut up becomes one layer per part.
+"""A linear layer of an expert whose readers only slice its result becomes one layer per slice.
 
     gu = linear(x, gate_up)                    g = linear(x, gate_up_0)
     g  = slice(gu, -1, 0, H)           ->      u = linear(x, gate_up_1)
     u  = slice(gu, -1, H, 2*H)
 
-The stacked weight is cut in the same way outside the body, which costs nothing (a view), and
-so is a bias. Contiguous halves and interleaved columns (step 2, GPT-OSS) both cut this way;
-kernels then see gate and up by name, and pack them as they stream them.
+The stacked weight and bias are sliced in the same way outside the body; these slices are views and
+cost nothing. Contiguous halves and interleaved columns (step 2, GPT-OSS) are both supported.
+Kernels then read gate and up as two weights, and pack them in the order in which they stream them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def split_packed(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def _cuts(linear: Op, body: Graph) -> dict[Value, _Cut] | None:
-    """For each value that readers cut from the linear's result, which columns it is."""
+    """The columns of the linear's result that each of its readers slices; None if one does not."""
     result = linear.outputs[0]
     width = result.shape[-1]
     if result in body.results or not isinstance(width, int):
@@ -127,7 +127,7 @@ def _split(
 
 
 def _cut_stack(stack: Value, cut: _Cut, op: Op, b: Builder) -> Value:
-    """Columns of the result are rows of the stacked weight [E, N, K], and of the bias [E, N]."""
+    """The rows of a stacked weight [E, N, K] or bias [E, N] that compute these columns."""
     shape = (stack.shape[0], len(cut), *stack.shape[2:])
     attrs = {"dim": 1, "start": cut.start, "end": cut.stop, "step": cut.step}
     (part,) = b.emit(

@@ -1,11 +1,11 @@
-"""A selection of everything selects nothing.
+"""A scatter at all positions of an axis is a constant.
 
-    i = aten.topk(x) <k=T, dim=0>       of x[T, E]: each place of the axis once
+    i = aten.topk(x) <k=T, dim=0>       of x[T, E]: each position of the axis once
     y = aten.scatter(z, i) <value=1>    ->   y = aten.full_like(z) <1>
     m = aten.mul(mask, y)               ->   mask        of integers
 
-So a limit on the tokens of an expert (random token selection, arXiv 2201.05596) leaves the graph
-where it is as great as the number of tokens.
+This removes a limit on the tokens of an expert (random token selection, arXiv 2201.05596) that is
+at least the number of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ORDERS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable", "aten.a
 
 
 def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
-    """One number, written to every place of an axis, whatever the order."""
+    """One number scattered to every position of an axis, in any order, is a constant tensor."""
     x, index = op.inputs
     order = b.producers.get(index)
     if order is None or order.name not in _ORDERS or x.shape != index.shape:
@@ -33,7 +33,7 @@ def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def is_one(value: Value, b: Builder) -> bool:
-    """Whether `value` is 1 everywhere."""
+    """Whether every element of `value` is 1."""
     op = b.producers.get(value)
     return (
         op is not None

@@ -1,1 +1,1 @@
-"""What is known before the model runs is computed before it runs."""
+"""Passes that bind inputs, adapters or architectures, and compute what then is constant."""

@@ -3,8 +3,8 @@
     graph main(x: f32[B, 8], task: i64[B])  ->  graph main(x: f32[B, 8])
                                                   task = moec.bound() <value=(3), shape=(B), …>
 
-As an op, the constant cannot be mistaken for one of the model's weights while blocks are
-recognised; the pass that bound the input folds it.
+The constant is an op, so that recognisers do not take it for a weight of the model; the pass that
+bound the input folds it later.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from moec.passes.core.options import Given
 
 
 def bind(program: Program, values: Given, who: str) -> Program:
-    """The program with the inputs `values` as constants; inputs that are bound already stay.
+    """The program with the inputs named in `values` bound to them. Bound inputs stay bound.
 
-    Raises UsageError for an input that the program does not have, a value that the input cannot
-    have, and for an input that alone tells a size.
+    Raises UsageError for an input that the program lacks, for a value of the wrong type, range or
+    shape, and for an input that is the only one to determine a size.
     """
     graph = program.graph
     before = {state.before for state in graph.states}
@@ -37,7 +37,7 @@ def bind(program: Program, values: Given, who: str) -> Program:
     constants = {}
     for name, value in values.items():
         if name in inputs:
-            constants[inputs[name]] = _stands_for(program, inputs[name], value, who)
+            constants[inputs[name]] = _constant(program, inputs[name], value, who)
         elif name not in bound:
             raise UsageError(
                 f"{who}: the model has no input {name}; it has {', '.join(inputs) or 'none'}"
@@ -65,7 +65,7 @@ def seeds(program: Program) -> dict[Value, torch.Tensor]:
     return {op.outputs[0]: place(op) for op in program.graph.ops if op.name == "moec.bound"}
 
 
-def _stands_for(program: Program, value: Value, number: Any, who: str) -> torch.Tensor:
+def _constant(program: Program, value: Value, number: Any, who: str) -> torch.Tensor:
     """The constant of an input, with 1 for every axis of a named size, along which it repeats."""
     shape = tuple(1 if symbols(dim) else int(dim) for dim in value.shape)
     try:
@@ -99,7 +99,7 @@ def _show(tensor: torch.Tensor) -> str:
 
 
 def _check_sizes(constants: Iterable[Value], left: Iterable[Value], who: str) -> None:
-    sizes = {name for value in left for dim in value.shape for name in _alone(dim)}
+    sizes = {name for value in left for dim in value.shape for name in _single_size(dim)}
     for value in constants:
         for name in {name for dim in value.shape for name in symbols(dim)} - sizes:
             raise UsageError(
@@ -108,5 +108,5 @@ def _check_sizes(constants: Iterable[Value], left: Iterable[Value], who: str) ->
             )
 
 
-def _alone(dim: Dim) -> set[str]:
+def _single_size(dim: Dim) -> set[str]:
     return {str(dim)} if symbols(dim) == {str(dim)} else set()

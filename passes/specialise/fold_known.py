@@ -1,11 +1,11 @@
-"""Values that are known before the model runs become constants.
+"""Values that a program computes from constants alone become constants themselves.
 
     row = aten.index_select(table, task)     row: a weight
     all = aten.expand(row) <(B*S, 8)>  ->    all = aten.expand(row) <(B*S, 8)>
     y = aten.add(x, all)                     y = aten.add(x, all)
 
-Only constants that other ops read are stored; the ops before them vanish. A value that would take
-much more memory than its operands is still computed.
+Only constants that remaining ops read are stored; the ops that computed them are removed. A value
+that would take much more memory than its operands is still computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fold_known(program: Program, constants: Mapping[Value, torch.Tensor], log: L
     for op in reversed(graph.ops):
         if op in stays or not needed.intersection(op.outputs):
             continue
-        left = _done(op) or (op.name != "moec.bound" and _dear(program, op, constants))
+        left = _is_folded(op) or (op.name != "moec.bound" and _is_costly(program, op, constants))
         if left or not (op.name == "moec.bound" or log.spend(str(op))):
             needed.update(op.inputs)
             continue
@@ -45,7 +45,7 @@ def fold_known(program: Program, constants: Mapping[Value, torch.Tensor], log: L
 def _constant(
     splice: Splice, op: Op, value: Value, constants: Mapping[Value, torch.Tensor]
 ) -> list[Op]:
-    """The ops that compute `value` from a constant: none, or one that repeats it."""
+    """The ops that compute `value` from its stored constant: none, or one expand."""
     tensor = constants[value].contiguous()
     if not any(symbols(dim) for dim in value.shape):
         splice.weights[value] = tensor
@@ -54,13 +54,13 @@ def _constant(
     return [Op("aten.expand.default", (param,), (value,), {"size": value.shape}, None, op.origin)]
 
 
-def _done(op: Op) -> bool:
-    """Whether an op only repeats a constant, as `fold_known` leaves it, or is a router, which goes
-    with its layer."""
+def _is_folded(op: Op) -> bool:
+    """Whether `fold_known` leaves the op: an expand of a constant, or a router, which is removed
+    together with its layer."""
     return op.name in ("aten.expand.default", "moe.route")
 
 
-def _dear(program: Program, op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
+def _is_costly(program: Program, op: Op, constants: Mapping[Value, torch.Tensor]) -> bool:
     size = sum(bytes_of(constants[value]) for value in op.outputs)
     read = [constants.get(v, program.weights.get(v.name)) for v in op.inputs]
     return size > max(LIMIT, sum(bytes_of(tensor) for tensor in read if tensor is not None))

@@ -1,13 +1,13 @@
-"""A low-rank adapter becomes part of the linear layer that it corrects.
+"""A low-rank adapter is merged into the weight of the linear layer that it corrects.
 
     y = aten.linear(x, w, bias?)
     a = aten.linear(x, down)                 w' = w + 2 * up @ down
     b = aten.linear(a, up)            ->     z = aten.linear(x, w', bias?)
     z = aten.add(y, aten.mul(b, 2))
 
-Three products become one. Experts that are one frozen layer with an adapter each (Uni-MoE) become
-experts of one weight each, which are recognised, where adapters are not, and take the memory of
-full weights. The sum is computed in float32 and rounded once.
+Three products become one. Experts that share one frozen layer and have an adapter each (Uni-MoE)
+become experts with full weights, which are recognised (adapters are not) but take more memory. The
+sum is computed in float32 and rounded once.
 """
 
 from __future__ import annotations

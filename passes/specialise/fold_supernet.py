@@ -1,4 +1,4 @@
-"""Weights that are mixtures of several become one weight, for a given architecture.
+"""Weights that a supernet mixes from several become one weight, for a given architecture.
 
     r = softmax(linear(relu(linear(arch, w1)), w2))       arch is [0.5, 1, …]
     w = sum_i r_i * experts[i, :H, :D]             ->     w: a weight [H, D]
@@ -44,7 +44,7 @@ class FoldSupernet(Pass):
         return self.inputs
 
     def run(self, program: Program, log: Log) -> Program:
-        """Raises UsageError for an input that the model has not, or that cannot have that value."""
+        """Raises UsageError for an input that the model lacks, or that cannot have that value."""
         before = stored_bytes(program)
         program = bind(program, self.inputs, self.name)
         graph = program.graph
@@ -70,13 +70,13 @@ def _mixed_weights(graph: Graph) -> list[tuple[Op, Value]]:
     for op in graph.ops:
         if op.name == "aten.linear.default":
             for value in op.inputs[1:]:
-                kinds = {p.name.split(".")[1] for p in _behind(graph, value)}
+                kinds = {p.name.split(".")[1] for p in _ops_of(graph, value)}
                 if kinds & set(_MIXES):
                     weights.append((op, value))
     return weights
 
 
-def _behind(graph: Graph, value: Value) -> set[Op]:
+def _ops_of(graph: Graph, value: Value) -> set[Op]:
     ops: set[Op] = set()
     waiting = [value]
     while waiting:
@@ -88,9 +88,9 @@ def _behind(graph: Graph, value: Value) -> set[Op]:
 
 
 def _leaves(graph: Graph, value: Value) -> set[Value]:
-    return {v for op in _behind(graph, value) for v in op.inputs}
+    return {v for op in _ops_of(graph, value) for v in op.inputs}
 
 
 def _is_bound(graph: Graph, value: Value) -> bool:
     """Whether a value depends on a bound input."""
-    return any(op.name == "moec.bound" for op in _behind(graph, value))
+    return any(op.name == "moec.bound" for op in _ops_of(graph, value))

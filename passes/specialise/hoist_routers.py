@@ -1,4 +1,4 @@
-"""Routers that read no hidden state leave their layers, and become a function of their own.
+"""Routers that read no hidden state are hoisted out of their layers, into a separate function.
 
     h = …                                        logits = aten.linear(aten.embedding(e, ids), r)
     logits = aten.linear(aten.embedding(e, ids), r)   w, i = moe.route(logits)
@@ -22,7 +22,7 @@ from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.moe_layer import name_of
-from moec.passes.core.rewrite import drop_dead, mentioned
+from moec.passes.core.rewrite import drop_dead, sizes_in
 from moec.passes.core.runner import Log, Pass
 
 _HIDDEN = frozenset({*PRODUCTS, "aten.convolution.default", "aten.layer_norm.default"})
@@ -30,7 +30,7 @@ _HIDDEN = frozenset({*PRODUCTS, "aten.convolution.default", "aten.layer_norm.def
 
 @dataclass(frozen=True)
 class HoistRouters(Pass):
-    """Evaluate routers that read no hidden state before all layers, as a function of their own."""
+    """Evaluate routers that read no hidden state before all layers, as a separate function."""
 
     name: ClassVar[str] = "hoist-routers"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -40,10 +40,10 @@ class HoistRouters(Pass):
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph
         first: set[Op] = set()
-        chosen = _chosen(graph)
+        chosen = _router_results(graph)
         for choice in _choices(graph):
             try:
-                cone = _hoistable(graph, choice, chosen)
+                cone = _router_ops(graph, choice, chosen)
             except NoMatch as why:
                 log.decline(choice.layer, str(why))
                 continue
@@ -67,10 +67,10 @@ class RouterResult:
 
 @dataclass(frozen=True)
 class Hoisted:
-    """`route` computes the choices of layers from some of the inputs; `routed` takes all inputs,
+    """`route` computes the choices of layers from some of the inputs. `routed` takes all inputs,
     then the outputs of `route`, and returns the results of the model. Where routers read different
-    inputs, `parts` are those of `route` that read the same ones: what a prompt decides is then
-    computed once a prompt, and what a timestep decides once a step."""
+    inputs, `parts` divides `route` by the inputs read: choices that depend on a prompt are then
+    computed once per prompt, choices that depend on a timestep once per step."""
 
     route: Program
     routed: Program
@@ -81,17 +81,17 @@ class Hoisted:
 def split(program: Program) -> Hoisted | None:
     """The two functions of a program whose routers are hoisted; None where no router can be."""
     graph = program.graph
-    choices, chosen = [], _chosen(graph)
+    choices, chosen = [], _router_results(graph)
     route, parts = Cones(), dict[tuple[Value, ...], Cones]()
     for choice in _choices(graph):
         try:
-            ops = _hoistable(graph, choice, chosen)
+            ops = _router_ops(graph, choice, chosen)
         except NoMatch:
             continue
         weights = choice.weights
         if weights is not None and weights not in graph.params:
             try:
-                ops |= _hoistable(graph, replace(choice, experts=weights), chosen)
+                ops |= _router_ops(graph, replace(choice, experts=weights), chosen)
             except NoMatch:
                 weights = None
         choices.append(replace(choice, weights=weights))
@@ -119,7 +119,7 @@ def split(program: Program) -> Hoisted | None:
 
 @dataclass(frozen=True)
 class Cones:
-    """What some routers need, and what they give."""
+    """The ops that some routers depend on, and the routers' results."""
 
     ops: frozenset[Op] = frozenset()
     outputs: tuple[Value, ...] = ()
@@ -134,8 +134,8 @@ class Cones:
 
 
 def _read(graph: Graph, ops: Set[Op], outputs: Iterable[Value]) -> tuple[Value, ...]:
-    """The inputs that `ops` read, and those that tell the sizes of `outputs`, in order."""
-    needed = _leaves(ops) | set(_sizing(graph, outputs, _leaves(ops)))
+    """The inputs that `ops` read, and inputs that determine the sizes of `outputs`, in order."""
+    needed = _leaves(ops) | set(_size_inputs(graph, outputs, _leaves(ops)))
     return tuple(value for value in graph.inputs if value in needed)
 
 
@@ -146,7 +146,7 @@ def _with_weights(graph: Graph, program: Program) -> Program:
 
 
 def _choices(graph: Graph) -> Iterator[RouterResult]:
-    """The choices that each layer's rows are sorted by. Layers may share a sort."""
+    """The choices by which each layer's rows are sorted. Layers may share a sort."""
     for op in graph.ops:
         if op.name == "moe.sort":
             experts, orders, ends = op.inputs[0], op.outputs[:2], op.outputs[2]
@@ -163,16 +163,16 @@ def _choices(graph: Graph) -> Iterator[RouterResult]:
             yield RouterResult(name_of(combine), experts, weights, matching[0].inputs[0])
 
 
-def _chosen(graph: Graph) -> set[Value]:
+def _router_results(graph: Graph) -> set[Value]:
     """All results of routers."""
     both = (v for choice in _choices(graph) for v in (choice.experts, choice.weights))
     return {value for value in both if value is not None}
 
 
-def _hoistable(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[Op]:
-    """The ops that a layer's choices need. Raises NoMatch where they need what layers compute.
+def _router_ops(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[Op]:
+    """The ops that a layer's choices depend on. Raises NoMatch if one of them is an op of a layer.
 
-    What a layer's rows are made from is followed up to what routers have `chosen`.
+    The inputs of a layer's rows are followed back up to `chosen`, the results of routers.
     """
     cone, rows = _cone(graph, choice.experts), _cone(graph, choice.x, chosen)
     for op in graph.ops:
@@ -181,7 +181,7 @@ def _hoistable(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[Op
     if not cone:
         raise NoMatch("its choices are an input or a weight, and need no router")
     if (_leaves(rows) - _leaves(cone)) & set(graph.inputs):
-        return cone  # the rows know more than the router
+        return cone  # the rows depend on more than the router does
     for op in graph.ops:
         if op in cone and op in rows and _is_hidden(op):
             raise NoMatch(f"its router reads hidden states: {op} makes its experts' rows too")
@@ -203,7 +203,7 @@ def _cone(graph: Graph, value: Value, stop: Set[Value] = frozenset()) -> set[Op]
             continue
         ops.add(op)
         waiting += [graph.producers[v] for v in op.inputs if v in graph.producers and v not in stop]
-        waiting += [sizes[name] for name in mentioned(op) if name in sizes] if sizes else []
+        waiting += [sizes[name] for name in sizes_in(op) if name in sizes] if sizes else []
     return ops
 
 
@@ -211,8 +211,8 @@ def _leaves(ops: Iterable[Op]) -> set[Value]:
     return {value for op in ops for value in op.inputs}
 
 
-def _sizing(graph: Graph, outputs: Iterable[Value], inputs: set[Value]) -> Iterator[Value]:
-    """The inputs that tell the sizes of `outputs`, where `inputs` do not."""
+def _size_inputs(graph: Graph, outputs: Iterable[Value], inputs: set[Value]) -> Iterator[Value]:
+    """The inputs that determine those sizes of `outputs` that `inputs` do not determine."""
     told = {str(dim) for value in graph.inputs if value in inputs for dim in value.shape}
     for value in outputs:
         for name in sorted({n for dim in value.shape for n in symbols(dim)} - told):

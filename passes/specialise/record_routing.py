@@ -1,10 +1,10 @@
-"""A program that also gives what its routers choose, for `moec.runtime.recording`.
+"""A program that also returns its routers' choices, for `moec.runtime.recording`.
 
     f(x) -> y                        f(x) -> y, i_0, i_1
     w_0, i_0 = moe.gate(h_0)    ->   w_0, i_0 = moe.gate(h_0)
     … = moe.sort(i_0)                … = moe.sort(i_0)
 
-Exact: ops are neither moved nor changed, their choices are outputs too.
+Exact: no op changes; the choices become additional outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.passes.core.moe_layer import name_of
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedLayer:
     """The choices [T, k] of a layer, among `experts`."""
 
     layer: str
@@ -28,9 +28,9 @@ class Recorded:
     choices: Value
 
 
-def recorded_layers(graph: Graph) -> tuple[Recorded, ...]:
-    """The layers whose rows are sorted by choices; layers that share a sort are one."""
-    layers: dict[Value, Recorded] = {}
+def recorded_layers(graph: Graph) -> tuple[RecordedLayer, ...]:
+    """The layers that sort rows by expert; layers that share a sort count as one."""
+    layers: dict[Value, RecordedLayer] = {}
     for op in graph.ops:
         if op.name == "moe.sort":
             choices = op.inputs[0]
@@ -38,15 +38,15 @@ def recorded_layers(graph: Graph) -> tuple[Recorded, ...]:
             choices = op.inputs[1]
         else:
             continue
-        layers.setdefault(choices, Recorded(name_of(op), integer(op, "num_experts"), choices))
+        layers.setdefault(choices, RecordedLayer(name_of(op), integer(op, "num_experts"), choices))
     return tuple(layers.values())
 
 
 def with_choices(program: Program, rows: Sequence[Dim] | None = None) -> Program:
     """The program whose last outputs are the choices of its layers, in order.
 
-    A trace has one row a token: all layers have to route as many, or one of the numbers `rows`.
-    Raises NoMatch where they do not, or there is no layer that routes.
+    A trace has one row per token, so all layers must route the same number of rows, or one of the
+    numbers in `rows`. Raises NoMatch otherwise, and for a program without routed layers.
     """
     layers = recorded_layers(program.graph)
     if not layers:

@@ -1,4 +1,4 @@
-"""An input of the model is always the same: values that depend on it alone are computed now.
+"""Inputs of the model are bound to constants, and values that depend on these alone are folded.
 
     graph main(x, task; gates[8, E, D], w1[E, H, D], …)   graph main(x; w1_3[H, D], …)
       g = aten.index_select(gates, task)                    h = aten.linear(x, w1_3)
@@ -7,10 +7,10 @@
       … = moe.dispatch(x, ids)
       y = moe.combine(moe.experts(…), …, w)
 
-A layer whose choices are then the same for every token becomes the sum of the chosen experts, each
-a dense layer. A router that adds minus infinity to some columns (for experts of other languages)
-loses these columns, and the layer their experts. Exact up to the rounding of products whose rows
-are in another order.
+If every token then chooses the same experts of a layer, the layer becomes the weighted sum of these
+experts as dense layers. If a router adds minus infinity to some columns (for experts of other
+languages), these columns and their experts are removed. Exact up to the rounding of products whose
+rows are in another order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from moec.passes.core.options import Given, show_given
 from moec.passes.core.runner import Log, Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
 from moec.passes.specialise.fold_known import fold_known
-from moec.passes.specialise.static_routing import Constants, densify, reachable, restrict_experts
+from moec.passes.specialise.static_routing import (
+    Constants,
+    densify,
+    reachable_experts,
+    restrict_experts,
+)
 from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
 
 
@@ -55,14 +60,14 @@ class Specialise(Pass):
             raise UsageError("specialise: name an input of the model and what it always is")
 
     def run(self, program: Program, log: Log) -> Program:
-        """Raises UsageError for an input that the model has not, or that cannot have that value."""
+        """Raises UsageError for an input that the model lacks, or that cannot have that value."""
         before = stored_bytes(program)
         program = bind(program, self.inputs, self.name)
         constants = TokenInvariantAnalysis(program, seeds(program)).constants
         program = fold_known(program, constants, log)
         for experts in [op for op in program.graph.ops if op.name == "moe.experts"]:
             try:
-                program = _narrowed(program, experts, constants, log)
+                program = _restrict_layer(program, experts, constants, log)
             except NoMatch as why:
                 log.decline(name_of(experts), str(why))
         bound = ", ".join(f"{name}={value}" for name, value in show_given(self.inputs).items())
@@ -70,7 +75,7 @@ class Specialise(Pass):
         return program
 
 
-def _narrowed(program: Program, experts: Op, constants: Constants, log: Log) -> Program:
+def _restrict_layer(program: Program, experts: Op, constants: Constants, log: Log) -> Program:
     """The program with the layer restricted to the experts that some token can choose."""
     where = name_of(experts)
     dispatch = program.graph.producers[experts.inputs[1]]
@@ -82,7 +87,7 @@ def _narrowed(program: Program, experts: Op, constants: Constants, log: Log) -> 
         says = f"{where}: every token takes {listed} of {count} experts: dense"
     else:
         layer = layer_of(program.graph, experts)
-        ids = reachable(program, layer, constants)
+        ids = reachable_experts(program, layer, constants)
         if layer.route.outputs[1] in constants:
             raise NoMatch("every token takes the same experts, and a capacity drops some of them")
         if len(ids) == count:

@@ -19,15 +19,15 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Op, Program, TensorType, Value
-from moec.passes.core.inline import inlined
-from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, experts_replaced
+from moec.passes.core.inline import inline_body
+from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, replace_experts
 from moec.passes.core.router_columns import keep_columns
 
 Constants = Mapping[Value, torch.Tensor]
 
 
 def densify(program: Program, experts: Op, chosen: list[int], constants: Constants) -> Program:
-    """The program with a layer's experts as dense layers; every token takes `chosen`, one a slot.
+    """The program with a layer's experts as dense layers; `chosen` are the k experts of each token.
 
     Raises NoMatch where the rows have other readers, or a choice is no expert.
     """
@@ -55,7 +55,7 @@ def densify(program: Program, experts: Op, chosen: list[int], constants: Constan
             param: splice.weight(stack.name, constant(program, stack)[expert].clone())
             for param, stack in zip(body.params, experts.inputs[2:], strict=True)
         }
-        body_ops, y = inlined(splice, body, x, params, experts.origin)
+        body_ops, y = inline_body(splice, body, x, params, experts.origin)
         ops += body_ops
         y = splice.cast(ops, y, "f32", combine)
         if weights is not None and not _is_one(weights, slot, constants):
@@ -87,7 +87,7 @@ def _is_one(weights: Value, slot: int, constants: Constants) -> bool:
 def _slot(
     splice: Splice, ops: list[Op], weights: Value, slot: int, constants: Constants, like: Op
 ) -> Value:
-    """One column [T, 1] of the weights; one number [1, 1], where it is the same for all tokens."""
+    """One column of the weights: [T, 1], or [1, 1] if it is the same for all tokens."""
     if weights in constants:
         return splice.weight(weights.name, constants[weights][:, slot : slot + 1].clone())
     if weights.shape[1] == 1:
@@ -105,15 +105,15 @@ def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Prog
     splice = Splice(program)
     keep_columns(splice, layer, experts)
     index = torch.tensor(experts)
-    experts_replaced(splice, layer, [constant(program, s)[index] for s in layer.stacks])
+    replace_experts(splice, layer, [constant(program, s)[index] for s in layer.stacks])
     return splice.done()
 
 
-def reachable(program: Program, layer: Layer, constants: Constants) -> list[int]:
+def reachable_experts(program: Program, layer: Layer, constants: Constants) -> list[int]:
     """The experts whose logits are not minus infinity for every token.
 
-    The other logits are taken to be finite. Raises NoMatch where minus infinity does not keep the
-    router from choosing an expert.
+    All other logits are assumed to be finite. Raises NoMatch where the router may choose an expert
+    whose logit is minus infinity.
     """
     columns = _columns(program, layer.route.inputs[0], constants)
     if columns is None or not (columns == -math.inf).any():
@@ -140,10 +140,10 @@ def _columns(program: Program, value: Value, constants: Constants) -> torch.Tens
     if op.name in MOVES and op.inputs[0].shape[-1:] == value.shape[-1:]:
         return _columns(program, op.inputs[0], constants)
     if op.name == "aten.add.Tensor" and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
-        return _added([_row(program, v, value, constants) for v in op.inputs])
+        return _add_known([_row(program, v, value, constants) for v in op.inputs])
     fill = op.attrs.get("value")
     if op.name == "aten.masked_fill.Scalar" and isinstance(fill, int | float):
-        return _filled(_row(program, op.inputs[1], value, constants), float(fill))
+        return _fill_known(_row(program, op.inputs[1], value, constants), float(fill))
     if op.name == "aten.where.self" and len(op.inputs) == 3:
         condition, *sides = (_row(program, v, value, constants) for v in op.inputs)
         if condition is None:
@@ -157,7 +157,7 @@ def _columns(program: Program, value: Value, constants: Constants) -> torch.Tens
 def _row(
     program: Program, value: Value, target: Value, constants: Constants
 ) -> torch.Tensor | None:
-    """`_columns` of an operand that is broadcast to `whole`."""
+    """`_columns` of an operand that is broadcast to the shape of `target`."""
     columns = _columns(program, value, constants)
     if columns is None and value in program.graph.params:
         tensor = program.weights[value.name].float()
@@ -165,7 +165,7 @@ def _row(
     return None if columns is None else columns.expand(int(cast(int, target.shape[-1])))
 
 
-def _added(sides: list[torch.Tensor | None]) -> torch.Tensor | None:
+def _add_known(sides: list[torch.Tensor | None]) -> torch.Tensor | None:
     """A sum is known where both sides are, and minus infinity where one of them is."""
     told = [side for side in sides if side is not None]
     if not told:
@@ -175,5 +175,5 @@ def _added(sides: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.where(out, -math.inf, total)
 
 
-def _filled(mask: torch.Tensor | None, fill: float) -> torch.Tensor | None:
+def _fill_known(mask: torch.Tensor | None, fill: float) -> torch.Tensor | None:
     return None if mask is None else torch.where(mask != 0, fill, math.nan)

@@ -1,12 +1,12 @@
-"""Values that are the same for every token, and known before the model runs.
+"""Constant propagation for values that are the same for every token.
 
     task = 3                                known: 3
     row = aten.embedding(w, task)           known: w[3]
     all = aten.expand(row) <(B*S, 8)>       known: one row [1, 8] that stands for all B*S
 
-A constant is a tensor of the value's shape with 1 for every axis of a named size: the value is that
-tensor repeated along these axes. An op is followed where it acts on each position of such an axis
-alone, so that its result repeats too.
+A constant is stored with size 1 for every axis of a named size; the value is that tensor repeated
+along these axes. An op is evaluated on constants if it treats the positions of such axes
+independently, so that its result repeats too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Attr, Op, Program, Value
 from moec.ir.traits import PRODUCTS, is_elementwise
 from moec.passes.core.moe_layer import constant
-from moec.passes.core.rewrite import mentioned
+from moec.passes.core.rewrite import sizes_in
 
 _AXES = {  # kinds that read several positions of an axis, with the axis if `dim` is absent
     **dict.fromkeys("slice cat split_with_sizes select index_select gather".split(), 0),
@@ -31,7 +31,7 @@ _AXES = {  # kinds that read several positions of an axis, with the axis if `dim
     **dict.fromkeys("cumsum argmax argmin amax amin sum mean max min any all".split(), None),
     "linalg_vector_norm": None,
 }
-_MADE = frozenset("full zeros ones scalar_tensor new_zeros new_ones full_like".split())
+_CREATION = frozenset("full zeros ones scalar_tensor new_zeros new_ones full_like".split())
 _MOVES = frozenset("reshape expand permute embedding index stack".split())
 _SHAPES = ("size", "shape")
 
@@ -55,7 +55,7 @@ class TokenInvariantAnalysis:
                 self.follow(op)
 
     def follow(self, op: Op) -> None:
-        """Adds the op's results, where its inputs are constants and it acts on positions alone."""
+        """Adds the op's results if its inputs are constants and it keeps repeated axes apart."""
         tensors = [self.of(value) for value in op.inputs]
         told = [t for t in tensors if t is not None]
         results = _run(op, told, self.sizes) if len(told) == len(tensors) else None
@@ -74,7 +74,7 @@ class TokenInvariantAnalysis:
 
     def _stored(self, value: Value) -> torch.Tensor | None:
         op = self.program.graph.producers.get(value)
-        if op is not None and not op.inputs and _kind(op) in _MADE:
+        if op is not None and not op.inputs and _kind(op) in _CREATION:
             results = _run(op, [], {})
             return None if results is None else results[op.outputs.index(value)]
         try:
@@ -86,11 +86,11 @@ class TokenInvariantAnalysis:
 def _run(
     op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> tuple[torch.Tensor, ...] | None:
-    """The results with 1 for every other named size; None where they would not repeat."""
+    """The results with size 1 for every other named size; None where they would not repeat."""
     if not _acts_on_each(op, tensors, sizes):
         return None
     try:
-        results = run_op(op, tensors, dict.fromkeys(mentioned(op), 1) | dict(sizes))
+        results = run_op(op, tensors, dict.fromkeys(sizes_in(op), 1) | dict(sizes))
     except (IndexError, RuntimeError) as error:
         raise UsageError(f"{op} fails on what inputs are bound to: {error}") from None
     fits = all(
@@ -113,15 +113,15 @@ def _acts_on_each(op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, i
         operands = op.inputs[:1] if kind == "index_select" else op.inputs
         return not any(symbols(v.shape[axis]) for v in operands for axis in _axes(op, v))
     if kind == "reshape":
-        leads = _leads(op.inputs[0].shape) and _leads(op.outputs[0].shape)
+        leads = _named_axes_lead(op.inputs[0].shape) and _named_axes_lead(op.outputs[0].shape)
         return leads or all(t.numel() == 1 for t in tensors)
     if kind in ("embedding", "index"):
         return not any(symbols(dim) for dim in op.inputs[0].shape)
-    return kind in _MADE or kind in _MOVES
+    return kind in _CREATION or kind in _MOVES
 
 
 def _axes(op: Op, value: Value) -> list[int]:
-    """The axes of which an op reads several positions; all where it has no `dim`."""
+    """The axes along which an op combines positions; all axes if it has no `dim`."""
     rank = len(value.shape)
     axes = op.attrs.get("dim", _AXES[_kind(op)])
     if axes is None:
@@ -141,7 +141,7 @@ def _names(attr: Attr) -> set[str]:
     return symbols(attr) if isinstance(attr, sympy.Expr) else set()
 
 
-def _leads(shape: Sequence[Dim]) -> bool:
+def _named_axes_lead(shape: Sequence[Dim]) -> bool:
     """Whether axes of named sizes precede all other axes of more than one element: then a reshape
     does not mix axes that repeat with axes that do not."""
     told = [bool(symbols(dim)) for dim in shape if dim != 1]

@@ -17,7 +17,7 @@ from moec.codegen.onnx.rules import BUILD
 from moec.errors import UnsupportedError, VerificationError
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
-from moec.passes.decode import past_and_present
+from moec.passes.decode import with_past_inputs
 from tests.passes.forms.loops import Loop
 from tests.passes.forms.sizes import D
 
@@ -117,7 +117,7 @@ def test_texts_of_unequal_lengths(
     language.export_onnx(path, ep, opset=opset, cache=True)
     run = runner(open_session(path))
     for pieces in PADDED.values():
-        texts = CachedTexts(past_and_present(language.pass_results[-1].program), run, 3)
+        texts = CachedTexts(with_past_inputs(language.pass_results[-1].program), run, 3)
         masks = [torch.tensor(piece) for piece in pieces]
         ids = [torch.randint(VOCABULARY, mask.shape) for mask in masks]
         got = torch.cat([texts.feed(i, m) for i, m in zip(ids, masks, strict=True)], 1)

@@ -12,7 +12,7 @@ import moec
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
 from moec.interpret.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
-from moec.passes.decode import past_and_present
+from moec.passes.decode import with_past_inputs
 from tests.models.families import FAMILIES
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
@@ -128,7 +128,7 @@ def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) ->
     made = model.export_onnx(path, "portable", cache=True)
     assert (made.caches, set(made.parity.values())) == (2, {1.0})
     texts = CachedTexts(
-        past_and_present(model.pass_results[-1].program), runner(open_session(path)), 2
+        with_past_inputs(model.pass_results[-1].program), runner(open_session(path)), 2
     )
     (ids,) = tensors(FAMILIES[name].inputs(2, 20))
     pieces = [texts.feed(piece) for piece in ids.split([12, *[1] * 8], 1)]

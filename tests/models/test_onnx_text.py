@@ -10,7 +10,7 @@ import torch
 import moec
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
-from moec.passes.decode import past_and_present
+from moec.passes.decode import with_past_inputs
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 PROMPTS = [[5, 9, 12, 7, 33, 81, 4], [100], [640, 3, 77], [8, 20, 31, 150, 9, 11, 77, 500, 2]]
@@ -31,7 +31,7 @@ def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_p
     path = tmp_path / "model.onnx"
     tiny_moe.export_onnx(path, ep)
     run = runner(open_session(path))
-    program = past_and_present(tiny_moe.pass_results[-1].program)
+    program = with_past_inputs(tiny_moe.pass_results[-1].program)
     width = max(map(len, PROMPTS))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     lengths = torch.tensor(list(map(len, PROMPTS)))

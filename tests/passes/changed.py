@@ -10,8 +10,8 @@ import torch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse
-from moec.passes.calibration.budget import budget
-from moec.passes.calibration.session import Approximate, CalibrationSession, Measured
+from moec.passes.calibration.budget import parse_budget
+from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import PassResult, run
 
@@ -78,10 +78,10 @@ def change(
     given: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
 ) -> list[PassResult]:
     """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
-    frame = CalibrationSession(
-        {"ids": tokens()} if calib is None else calib, {}, budget(limit), strict
+    session = CalibrationSession(
+        {"ids": tokens()} if calib is None else calib, {}, parse_budget(limit), strict
     )
-    return run(given, [Measured(p, frame) for p in passes], stage=Stage.MOE)
+    return run(given, [MeasuredPass(p, session) for p in passes], stage=Stage.MOE)
 
 
 def declined(given: Program, pass_: Approximate) -> str:

@@ -12,8 +12,8 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.text import parse
 from moec.passes.approximate.refactor_dense import RefactorDense
-from moec.passes.calibration.budget import budget
-from moec.passes.calibration.session import CalibrationSession, Measured
+from moec.passes.calibration.budget import parse_budget
+from moec.passes.calibration.session import CalibrationSession, MeasuredPass
 from moec.passes.core.runner import PassResult, run
 
 GATED = """
@@ -76,8 +76,8 @@ SMALL = RefactorDense(width=4, steps=20)
 def change(
     given: Program, pass_: RefactorDense = SMALL, limit: str = "", calib: Any = DOMAINS
 ) -> PassResult:
-    frame = CalibrationSession(calib, {}, budget(limit))
-    return run(given, [Measured(pass_, frame)], stage=Stage.MOE)[-1]
+    session = CalibrationSession(calib, {}, parse_budget(limit))
+    return run(given, [MeasuredPass(pass_, session)], stage=Stage.MOE)[-1]
 
 
 def everything() -> Tensor:

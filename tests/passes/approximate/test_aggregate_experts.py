@@ -14,7 +14,7 @@ from moec.errors import UsageError
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.aggregate_experts import AggregateExperts
-from moec.passes.core.options import made_from
+from moec.passes.core.options import parse_pass
 from moec.passes.core.runner import PassResult, run
 from moec.pipeline import choose, exact
 from tests.capture.modules import WIDTH, Moe
@@ -120,7 +120,7 @@ def test_what_is_no_model() -> None:
     for wrong in ("", 3):
         with pytest.raises(UsageError, match="other is the second model: give the folder of"):
             aggregated(program(1), wrong)
-    assert made_from(AggregateExperts, "other=a/b,average=false", "") == AggregateExperts(
+    assert parse_pass(AggregateExperts, "other=a/b,average=false", "") == AggregateExperts(
         "a/b", False
     )
     with pytest.raises(UsageError, match="changes what the model computes: no"):

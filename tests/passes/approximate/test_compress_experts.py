@@ -16,7 +16,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import REACHES, CompressExperts, _rows
-from moec.passes.calibration.gptq import damped, hessian
+from moec.passes.calibration.gptq import damp, hessian
 from moec.passes.core.runner import Pass, run
 from moec.passes.lower.expand_experts import ExpandExperts
 from moec.passes.lower.fuse_activation import FuseActivation
@@ -71,7 +71,7 @@ def lost(pass_: CompressExperts) -> torch.Tensor:
     module, second = grid_module(pass_.kind), hessian(x)
     made = pass_._fitted(module, weight, module.grid_of(weight), second)
     off = module.values(*made) - weight
-    return ((off @ damped(second)) * off).sum(-1)
+    return ((off @ damp(second)) * off).sum(-1)
 
 
 @pytest.mark.parametrize("kind", ["ternary", "2bit"])

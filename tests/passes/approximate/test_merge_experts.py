@@ -16,7 +16,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import print_graph
 from moec.passes.approximate.assignment import assign
-from moec.passes.approximate.merge_experts import MergeExperts, clusters, merge
+from moec.passes.approximate.merge_experts import MergeExperts, cluster_experts, merge_weights
 from moec.passes.approximate.neurons import neuron_axes
 from tests.passes.changed import LAYER, change, declined, graph, outputs, program, tokens
 
@@ -71,10 +71,10 @@ def test_neurons_are_put_in_one_order_before_they_are_averaged():
         param: original.weights[stack.name]
         for param, stack in zip(op.body.params, op.inputs[2:], strict=True)
     }
-    mean = merge(stacks, neuron_axes(op.body), (0, 2), torch.tensor([5, 0, 3, 0]))
+    mean = merge_weights(stacks, neuron_axes(op.body), (0, 2), torch.tensor([5, 0, 3, 0]))
     for param, stack in stacks.items():
         torch.testing.assert_close(mean[param], stack[0], rtol=1e-6, atol=1e-6)
-    mean = merge(stacks, neuron_axes(op.body), (0, 1), torch.tensor([3, 1, 0, 0]))
+    mean = merge_weights(stacks, neuron_axes(op.body), (0, 1), torch.tensor([3, 1, 0, 0]))
     (first, *_) = stacks
     kept = 0.75 * stacks[first][0].norm(dim=1) - 0.25 * stacks[first][1].norm(dim=1).max()
     assert (mean[first].norm(dim=1) > kept).all()  # three quarters of expert 0, in its own order
@@ -105,9 +105,9 @@ def test_all_is_measured_and_saved():
 def test_clusters():
     """Rows 0, 3 and 4 point one way, 1 the other way, 2 aside; length does not matter."""
     rows = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [5, 0.1], [2, 0.2]])
-    assert clusters(rows, 5) == ((0,), (1,), (2,), (3,), (4,))
-    assert clusters(rows, 3) == ((0, 3, 4), (1,), (2,))
-    assert clusters(torch.zeros(3, 2), 1) == ((0, 1, 2),)
+    assert cluster_experts(rows, 5) == ((0,), (1,), (2,), (3,), (4,))
+    assert cluster_experts(rows, 3) == ((0, 3, 4), (1,), (2,))
+    assert cluster_experts(torch.zeros(3, 2), 1) == ((0, 1, 2),)
 
 
 @given(st.integers(1, 6), st.integers(0, 2**32 - 1), st.booleans())

@@ -9,10 +9,10 @@ import torch
 
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.approximate.prune_experts import PruneExperts, ranking
-from moec.passes.approximate.reconstruction import elimination
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import LayerStats, Meter
+from moec.passes.approximate.prune_experts import PruneExperts, rank_experts
+from moec.passes.approximate.reconstruction import eliminate_experts
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator, LayerStats
 from moec.passes.core.moe_layer import Layer
 from tests.passes.changed import (
     LAYER,
@@ -71,20 +71,20 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
     graph; all experts once and products of theirs instead, in few rows at a time, as many."""
     original = program(1, FORMS[form])
     (layer,) = layers_of(original)
-    data = calibration({"ids": tokens(64)}, original, {})
-    meter = Meter(original, data)
-    (seen,) = meter.layer_stats(original, [layer])
+    data = load_calibration({"ids": tokens(64)}, original, {})
+    evaluator = Evaluator(original, data)
+    (seen,) = evaluator.layer_stats(original, [layer])
     monkeypatch.setattr(
         "moec.passes.approximate.reconstruction.HELD", 4 * 4 * 4 * 64
     )  # G of 64 rows
-    worth = elimination(original, layer, seen)
-    right, gone = meter.held(original, layer.output), []
+    worth = eliminate_experts(original, layer, seen)
+    right, gone = evaluator.held(original, layer.output), []
     for _ in range(2):
         errors = {}
         for e in set(range(4)) - set(gone):
             masked = with_masks(original, [sorted(set(range(4)) - {*gone, e})], FORMS[form])
             (y,) = [v for v in masked.graph.values() if v.name == layer.output.name]
-            errors[e] = float((meter.held(masked, y) - right).norm() / right.norm())
+            errors[e] = float((evaluator.held(masked, y) - right).norm() / right.norm())
         gone.append(min(errors, key=errors.__getitem__))
         assert float(worth[gone[-1]]) == pytest.approx(errors[gone[-1]], rel=1e-5)
     assert worth.isinf().sum() == 2
@@ -95,11 +95,11 @@ def test_experts_that_nobody_chooses_go_first():
     """They cost nothing; of these equals the one with the higher number goes before the other."""
     original = program(1)
     (layer,) = layers_of(original)
-    (seen,) = Meter(original, calibration({"ids": tokens()}, original, {})).layer_stats(
+    (seen,) = Evaluator(original, load_calibration({"ids": tokens()}, original, {})).layer_stats(
         original, [layer]
     )
     seen = replace(seen, logits=seen.logits * 0 + torch.tensor([-9.0, 2.0, -8.0, 2.0]))
-    worth = elimination(original, layer, seen)
+    worth = eliminate_experts(original, layer, seen)
     assert worth.isinf().tolist() == [False, True, False, True]
     assert 0 == worth[2] < worth[0] < 1e-300
 
@@ -154,7 +154,7 @@ def flat(count: int, value: float, **attrs: object) -> tuple[Layer, torch.Tensor
 )
 def test_one_ranking_for_all_layers(layers, keep, wanted):
     given = [flat(count, value, **attrs) for count, value, attrs in layers]
-    plan = list(ranking(keep, given).values())
+    plan = list(rank_experts(keep, given).values())
     assert [len(own) if isinstance(own, list) else own for own in plan] == [
         f"its 4 experts are among the best {round(keep * sum(c for c, _, _ in layers))} of all "
         f"{sum(c for c, _, _ in layers)}"
@@ -188,8 +188,8 @@ def test_a_layer_that_cannot_be_ranked_is_left_out():
 def test_norms_are_those_of_what_an_expert_adds():
     original = program(1)
     (layer,) = layers_of(original)
-    data = calibration({"ids": tokens(32)}, original, {})
-    (seen,) = Meter(original, data).layer_stats(original, [layer])
+    data = load_calibration({"ids": tokens(32)}, original, {})
+    (seen,) = Evaluator(original, data).layer_stats(original, [layer])
     w1, w3, w2 = (original.weights[f"layers.0.{name}"] for name in ("w1", "w3", "w2"))
     for token in (0, 17):
         for slot in range(2):

@@ -15,7 +15,7 @@ from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate, run_graph
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
-from moec.passes.approximate.causal_router import causal_router, distilled
+from moec.passes.approximate.causal_router import causal_router, distill
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.core.runner import run
 from moec.passes.specialise.hoist_routers import split
@@ -124,7 +124,7 @@ def test_a_router_learns_what_only_the_text_before_tells():
     ids = torch.randint(3, 8, (48, 6), generator=generator)
     ids[:, 0] = torch.arange(48) % 3
     target = F.one_hot(ids[:, :1].expand(48, 6), 3).float().flatten(0, 1)
-    trained = distilled(graph, [table[ids]], [target], steps=120, seed=0)
+    trained = distill(graph, [table[ids]], [target], steps=120, seed=0)
     (logits,) = run_graph(graph, [table[ids], *trained])
     assert float((logits.argmax(-1) == target.argmax(-1)).float().mean()) > 0.95
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moec.formats import ternary, two_bit
 from moec.passes.calibration.coordinate_descent import descend
-from moec.passes.calibration.gptq import damped, hessian
+from moec.passes.calibration.gptq import damp, hessian
 
 both = pytest.mark.parametrize("module", [ternary, two_bit], ids=["ternary", "2bit"])
 
@@ -21,7 +21,7 @@ def case(seed: int, rows: int, width: int = 12) -> tuple[torch.Tensor, torch.Ten
     """Weights [2, 5, width], and the damped Hessian of rows that hang together."""
     torch.manual_seed(seed)
     x = torch.randn(2, rows, width) + torch.randn(2, rows, 1)
-    return torch.randn(2, 5, width), damped(hessian(x))
+    return torch.randn(2, 5, width), damp(hessian(x))
 
 
 def start(module: ModuleType, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.passes.calibration.gptq import aimed, hessian, solve, solve_ordered
+from moec.passes.calibration.gptq import hessian, retarget, solve, solve_ordered
 
 
 def whole(column: torch.Tensor, k: int) -> torch.Tensor:
@@ -113,13 +113,13 @@ def test_what_is_aimed_at_is_the_original_result():
     torch.manual_seed(1)
     was, weight = inputs(60, 12), torch.randn(5, 12)
     now = was + 0.3 * torch.randn(60, 12)
-    made = aimed(weight, was.T @ now, now.T @ now, damping=0)
+    made = retarget(weight, was.T @ now, now.T @ now, damping=0)
     wanted = torch.linalg.lstsq(now, was @ weight.T).solution.T
     torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_stayed_or_were_never_seen_leave_the_weight():
     weight, h = torch.randn(2, 5, 12), torch.stack([hessian(inputs(40, 12)), torch.zeros(12, 12)])
-    made = aimed(weight, h, h)
+    made = retarget(weight, h, h)
     torch.testing.assert_close(made[0], weight[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(made[1], weight[1])

@@ -19,9 +19,9 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.prune_experts import PruneExperts
-from moec.passes.calibration.budget import Budget, BudgetError, budget
-from moec.passes.calibration.data import calibration
-from moec.passes.calibration.evaluator import Meter, changed
+from moec.passes.calibration.budget import Budget, BudgetError, parse_budget
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator, changed_share
 from moec.passes.core.damage import Damage, Distance
 from moec.passes.core.options import split
 from moec.passes.core.runner import Log
@@ -203,11 +203,11 @@ def test_a_wrong_exact_pass_is_named(monkeypatch: pytest.MonkeyPatch, name: str)
 
 def test_changed_tokens() -> None:
     original = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 0]])
-    assert changed(original, original, ((0,), (1,), (2,), (3,))) == 0
-    assert changed(original, original.flip(1), ((0,), (1,), (2,), (3,))) == 0
-    assert changed(original, torch.tensor([[0, 1]] * 4), ((0,), (1,))) == 0.5
-    assert changed(original, original, ((0,), (1,), (2, 3), ())) == 0.5
-    assert changed(original, original[:, :1], ((0,), (1,), (2,), (3,))) == 1
+    assert changed_share(original, original, ((0,), (1,), (2,), (3,))) == 0
+    assert changed_share(original, original.flip(1), ((0,), (1,), (2,), (3,))) == 0
+    assert changed_share(original, torch.tensor([[0, 1]] * 4), ((0,), (1,))) == 0.5
+    assert changed_share(original, original, ((0,), (1,), (2, 3), ())) == 0.5
+    assert changed_share(original, original[:, :1], ((0,), (1,), (2,), (3,))) == 1
 
 
 def test_a_model_that_looks_ahead_is_no_language_model() -> None:
@@ -224,7 +224,7 @@ def test_a_model_that_looks_ahead_is_no_language_model() -> None:
     }""")
     ahead = Program(graph, {"embed": made.weights["embed"]})
     for given, wanted in ((made, (0, 0)), (ahead, None)):
-        assert Meter(given, calibration({"ids": tokens()}, given, {})).text == wanted
+        assert Evaluator(given, load_calibration({"ids": tokens()}, given, {})).text == wanted
 
 
 @pytest.mark.parametrize(
@@ -281,13 +281,13 @@ def test_text(tiny_moe: Path, tmp_path: Path) -> None:
       return e
     }"""), {"embed": torch.zeros(1024, 8)})  # fmt: skip
     (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 300)
-    data = calibration(tmp_path / "a.txt", captured, files)
+    data = load_calibration(tmp_path / "a.txt", captured, files)
     assert {tuple(t.shape[1:]) for case in data.cases for t in case} == {(256,)}
     assert data.tokens % 256 == 0
     assert 256 < data.tokens <= 16 * 256
     (tmp_path / "b.txt").write_text("def")
     with pytest.raises(UsageError, match="one window needs 256; give more"):
-        calibration(tmp_path / "b.txt", captured, files)
+        load_calibration(tmp_path / "b.txt", captured, files)
 
 
 def test_calibration_data_of_several_domains(tmp_path: Path) -> None:
@@ -300,21 +300,21 @@ def test_calibration_data_of_several_domains(tmp_path: Path) -> None:
       return y
     }"""), {})  # fmt: skip
     given = {"a": {"x": torch.randn(6, 100, 8)}, "b": {"x": torch.randn(2, 50, 8)}}
-    found = calibration(given, program, {})
+    found = load_calibration(given, program, {})
     assert found.domains == ("a", "a", "b")
     assert [tuple(case[0].shape) for case in found.cases] == [(4, 100, 8), (2, 100, 8), (2, 50, 8)]
     assert found.tokens == 700
     for name, data in given.items():
         np.savez(tmp_path / f"{name}.npz", x=data["x"].numpy())
     text = ",".join(f"{name}={tmp_path}/{name}.npz" for name in given)
-    again = calibration(text, program, {})
+    again = load_calibration(text, program, {})
     assert again.domains == found.domains
     assert all(torch.equal(a[0], b[0]) for a, b in zip(again.cases, found.cases, strict=True))
-    assert calibration({"x": given["a"]["x"]}, program, {}).domains == ()
+    assert load_calibration({"x": given["a"]["x"]}, program, {}).domains == ()
     (tmp_path / "x=1.npz").write_bytes((tmp_path / "a.npz").read_bytes())
-    assert calibration(f"{tmp_path}/x=1.npz", program, {}).domains == ()
+    assert load_calibration(f"{tmp_path}/x=1.npz", program, {}).domains == ()
     with pytest.raises(UsageError, match=r"calib\['b'\] holds y, and the model takes x"):
-        calibration({**given, "b": {"y": torch.zeros(1, 1, 8)}}, program, {})
+        load_calibration({**given, "b": {"y": torch.zeros(1, 1, 8)}}, program, {})
 
 
 def compile_with(**options: Any) -> Any:
@@ -374,12 +374,12 @@ def test_spelling() -> None:
 
 
 def test_budgets() -> None:
-    assert budget("kl <= 0.02, error<=1e-1") == Budget((("kl", 0.02), ("error", 0.1)))
-    assert str(budget("kl<=0.02,changed<=0.5")) == "kl<=0.02,changed<=0.5"
+    assert parse_budget("kl <= 0.02, error<=1e-1") == Budget((("kl", 0.02), ("error", 0.1)))
+    assert str(parse_budget("kl<=0.02,changed<=0.5")) == "kl<=0.02,changed<=0.5"
     far = Distance(error=float("nan"), changed=0.5, kl=0.02)
-    assert budget("kl<=0.02,changed<=0.5").breach(far) == ""
-    assert budget("kl<=0.0199").breach(far) == "kl is 0.02, the budget is kl<=0.0199"
-    assert budget("error<=10").breach(far).startswith("error is nan")
+    assert parse_budget("kl<=0.02,changed<=0.5").breach(far) == ""
+    assert parse_budget("kl<=0.0199").breach(far) == "kl is 0.02, the budget is kl<=0.0199"
+    assert parse_budget("error<=10").breach(far).startswith("error is nan")
 
 
 def test_damage_as_a_dict() -> None:

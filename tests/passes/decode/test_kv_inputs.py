@@ -14,7 +14,7 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import print_graph
-from moec.passes.decode import past_and_present
+from moec.passes.decode import with_past_inputs
 from tests.passes.decode.test_incremental import ATTENTION, HEAD, TAIL, carrying, folded, program
 
 LIMITED = {
@@ -43,7 +43,7 @@ def logits(step: Program, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def test_the_graph(golden: Callable[[str], None]) -> None:
-    golden(print_graph(past_and_present(limited("window")).graph))
+    golden(print_graph(with_past_inputs(limited("window")).graph))
 
 
 @settings(max_examples=60)
@@ -60,7 +60,7 @@ def test_padding_anywhere(
     """Where a slot holds a token, its logits are those of its text without the padding; nowhere
     is a NaN. The padding is any token at all."""
     whole = folded(limited(kind)) if fold else limited(kind)
-    step = past_and_present(whole)
+    step = with_past_inputs(whole)
     mask = torch.tensor(texts, dtype=torch.int64)
     ids = torch.randint(9, mask.shape, generator=torch.Generator().manual_seed(seed))
     ends = [*sorted(stops), 9]
@@ -75,7 +75,7 @@ def test_padding_anywhere(
 
 def test_equal_limits_are_written_once() -> None:
     second = ATTENTION.replace("y1:", "y0:")
-    graph = past_and_present(
+    graph = with_past_inputs(
         program(HEAD + second + ATTENTION.replace("(q, q, q)", "(y0, q, q)") + TAIL)
     ).graph
     attentions = [op for op in graph.ops if op.name == "nn.attention"]
@@ -91,7 +91,7 @@ def test_equal_limits_are_written_once() -> None:
 def test_other_states_are_refused() -> None:
     whole = carrying()
     with pytest.raises(NoMatch) as refused:
-        past_and_present(whole)
+        with_past_inputs(whole)
     assert str(refused.value) == (
         "the convolution at model.conv carries a state of its own from token to token, in which "
         "padding would count"
@@ -100,4 +100,4 @@ def test_other_states_are_refused() -> None:
 
 def test_what_pieces_cannot_be_is_refused() -> None:
     with pytest.raises(NoMatch, match=r"the attention at model\.attention is not causal"):
-        past_and_present(program(HEAD + ATTENTION.replace("=true", "=false") + TAIL))
+        with_past_inputs(program(HEAD + ATTENTION.replace("=true", "=false") + TAIL))

@@ -14,7 +14,7 @@ from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
-from moec.passes.core.options import made_from
+from moec.passes.core.options import parse_pass
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.bind_inputs import bind
@@ -233,12 +233,12 @@ def test_what_is_refused(inputs: dict[str, Any], says: str) -> None:
 )
 def test_what_is_refused_as_text(text: str, says: str) -> None:
     with pytest.raises(UsageError) as raised:
-        made_from(Specialise, text, "here")
+        parse_pass(Specialise, text, "here")
     assert says in str(raised.value)
 
 
 def test_as_text() -> None:
-    assert made_from(Specialise, "task=3, scale=0.5:1", "") == Specialise(
+    assert parse_pass(Specialise, "task=3, scale=0.5:1", "") == Specialise(
         {"task": 3, "scale": [0.5, 1]}
     )
 
