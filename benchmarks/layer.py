@@ -46,7 +46,7 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 
 import moec  # noqa: E402
 from moec.bench.limits import peak, reading, timed, warm  # noqa: E402
-from moec.formats import integer  # noqa: E402
+from moec.formats import notation  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
 from moec.target.cpu import host, processor  # noqa: E402
 
@@ -221,7 +221,7 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
     with the same weights, over tokens that go to the same experts everywhere."""
     from qmoe import qmoe
 
-    layer, format = block(torch.bfloat16, True, shape), integer.parse(text)
+    layer, format = block(torch.bfloat16, True, shape), notation.parse(text)
     exact = copy.deepcopy(layer).float()
     example = torch.randn(1, 7, shape.D).bfloat16()
     compiled = moec.compile(layer, (example,), quant=text, verify=False)

@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from moec.formats.integer import Format, quantise
+from moec.formats.integer import quantise
+from moec.formats.notation import Format
 
 
 def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]:

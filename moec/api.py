@@ -35,7 +35,7 @@ from moec.capture.gc_pause import gc_paused
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import CaptureError, NoMatch, UsageError
-from moec.formats.integer import Quantisation, parse_parts
+from moec.formats.notation import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Stage, stage_of
 from moec.model.bind_inputs import bound
@@ -43,7 +43,7 @@ from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.calibration.budget import Budget, parse_budget
-from moec.passes.calibration.data import check as check_calibration
+from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import Declined, Pass, PassResult, run
 from moec.passes.decode import continues_text, incremental

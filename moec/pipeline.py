@@ -20,7 +20,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from moec.errors import UsageError
-from moec.formats.integer import Format, Quantisation
+from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts
@@ -32,7 +32,8 @@ from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.approximate.refactor_dense import RefactorDense
 from moec.passes.approximate.tune_grids import TuneGrids
 from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass
-from moec.passes.core.options import parse_pass, split
+from moec.passes.core.names import sign_and_name, split
+from moec.passes.core.options import parse_pass
 from moec.passes.core.runner import Kind, OptInPass, Pass, PassResult
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.passes.dense.fold_mask import FoldMask
@@ -215,7 +216,6 @@ def decode_passes(opt_level: int = 2, changes: PassChanges = "") -> tuple[Pass, 
 
 
 def _parse(changes: PassChanges) -> _Changes:
-    names = [pass_.name for pass_ in all_passes()]
     kinds = {str(kind.name): kind for kind in OPT_IN}
     needed = {pass_.name for phase in PHASES for level, pass_ in phase.leveled if level == 0}
     added: set[str] = set()
@@ -228,11 +228,7 @@ def _parse(changes: PassChanges) -> _Changes:
             continue
         if not isinstance(item, str):
             raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
-        sign, name, bracket, options = *_head(item), *item.partition("(")[1:]
-        if sign not in ("+", "-") or name not in (*names, *kinds):
-            near = did_you_mean(name, (*names, *kinds)) if name not in (*names, *kinds) else ""
-            rule = near or f", where name is one of {', '.join((*names, *kinds))}"
-            raise UsageError(f"--passes {item}: write +name or -name{rule}")
+        (sign, name), (_, bracket, options) = sign_and_name(item), item.partition("(")
         if sign == "-" and name in needed:
             raise UsageError(f"--passes {item}: code cannot be generated without {name}")
         if sign == "-" and name in kinds:
@@ -245,10 +241,6 @@ def _parse(changes: PassChanges) -> _Changes:
         else:
             (added if sign == "+" else removed).add(name)
     return _Changes(frozenset(added), frozenset(removed), tuple(opt_in))
-
-
-def _head(item: str) -> tuple[str, str]:
-    return item[:1], item[1:].partition("(")[0].strip()
 
 
 def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:

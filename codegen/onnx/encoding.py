@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.formats.integer import E2M1_TWICE, Format
+from moec.formats.integer import E2M1_TWICE
+from moec.formats.notation import Format
 from moec.ops.quantised import GroupedQuantised, Matrix
 
 ROW_BLOCKS = (256, 128, 64, 32, 16)

@@ -24,7 +24,7 @@ from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 from moec.ir.graph import Value
 from moec.ops.quantised import GroupedQuantised
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 
 INT8 = Format("int8")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moec.bench.names import BASELINES, PACKAGES, TRANSFORMERS
+from moec.bench.names import TRANSFORMERS, check_names
 from moec.errors import UsageError
 from moec.runtime.executor import Executor
 from moec.runtime.texts import Texts
@@ -61,12 +61,7 @@ def transformers(names: Sequence[str], load: Callable[[], Any]) -> list[Contende
 
     Raises UsageError for a name that is none of BASELINES.
     """
-    unknown = [name for name in names if name not in BASELINES]
-    if unknown:
-        raise UsageError(
-            f"--baseline {unknown[0]}: there is no such baseline; there are "
-            f"{', '.join((*BASELINES, *PACKAGES))}"
-        )
+    check_names(names)
     if not names:
         return []
     model = load().eval()

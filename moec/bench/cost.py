@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.attention import Attention

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from moec.bench.contenders import Contender, Tokens
-from moec.bench.names import PACKAGES
+from moec.bench.names import PACKAGES, files_of
 from moec.errors import UsageError
 
-SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "llama.cpp": ".gguf"}
 PAST, PRESENT = "past_key_values.", "present."
 
 
@@ -23,24 +22,7 @@ def of_files(names: Sequence[str], files: Sequence[Path], threads: int) -> list[
 
     Raises UsageError where a file or a package is missing, or a file is not needed.
     """
-    contenders = []
-    for name in names:
-        matching = [file for file in files if file.suffix == SUFFIXES[name]]
-        if len(matching) != 1:
-            raise UsageError(
-                f"--baseline {name} runs a file that you bring: give one "
-                f"--file FILE{SUFFIXES[name]}"
-            )
-        if not matching[0].is_file():
-            raise UsageError(f"--file {matching[0]}: there is no such file")
-        contenders.append(_MAKE[name](matching[0], threads))
-    suffixes = {SUFFIXES[name] for name in names}
-    for file in files:
-        if file.suffix not in suffixes:
-            raise UsageError(
-                f"--file {file}: no --baseline reads a {file.suffix or 'nameless'} file"
-            )
-    return contenders
+    return [_MAKE[name](file, threads) for name, file in files_of(names, files).items()]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
-from moec.bench.names import PACKAGES
+from moec.bench.names import PACKAGES, check_names, files_of
 from moec.commands.echo import echo
 from moec.commands.files import OutputFile
 from moec.commands.inspect import is_artifact
-from moec.commands.options import DTypeName, json_option
+from moec.commands.options import DTypeName, check_changes, json_option
 from moec.errors import UsageError
 from moec.target.cpu import processor
 
@@ -103,7 +103,10 @@ def command(
         raise UsageError("name a model or an artifact to time")
     if plot:
         importlib.import_module("matplotlib")  # a run takes minutes, and would be lost
+    check_changes(quant=quant)
     names = [name.strip() for name in baseline.split(",") if name.strip()]
+    check_names(names)
+    files_of([name for name in names if name in PACKAGES], files)
     path = Path(model)
     of_artifact = is_artifact(path)
     if quant and (artifact or of_artifact):

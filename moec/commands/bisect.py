@@ -9,7 +9,7 @@ import click
 from moec import model_path
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
-from moec.commands.options import Tolerance, asked, json_option, model_options
+from moec.commands.options import Tolerance, asked, check_changes, json_option, model_options
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -50,6 +50,7 @@ def command(
     from moec.commands.shapes import explained
 
     model_path.kind_of_model(model)
+    check_changes(passes)
     arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed)
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:

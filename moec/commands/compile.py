@@ -26,6 +26,7 @@ from moec.commands.options import (
     quiet_option,
 )
 from moec.errors import UnsupportedError, UsageError
+from moec.passes.core.names import check_last
 from moec.target.named import parse_both
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ def command(
         raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
     model_path.kind_of_model(model)
     parse_both(target)
+    if stop_after is not None:
+        check_last(stop_after)
+    if plan_file is not None and not plan_file.is_file():
+        raise UsageError(f"{plan_file} does not exist")
     arguments = asked(**options)
     key = None
     if (

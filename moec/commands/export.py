@@ -47,7 +47,7 @@ NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
     help="Whether the file takes the keys and values of the tokens before and gives those after; "
     "default: where a model continues text and can.",
 )  # fmt: skip
-@click.option("--opset", type=int, help="18 to 25; default: the first with Attention, 23.")
+@click.option("--opset", type=click.IntRange(18, 25), help="Default: the first with Attention, 23.")
 @model_options
 @changing_options
 @click.option(

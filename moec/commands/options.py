@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
-from moec.spelling import did_you_mean
+from moec.errors import UsageError
+from moec.spelling import did_you_mean, did_you_mean_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,12 +132,39 @@ def asked(shapes: tuple[str, ...], describe: str | None = None, **options: Any) 
     """The options of `model_options` and `changing_options` as arguments of `moec.compile`, which
     has them under the same names.
 
-    Raises UsageError for shapes, or descriptions of modules, that cannot be read.
+    Raises UsageError for options that cannot be read: for a typo before torch is imported.
     """
     from moec.commands.shapes import dynamic_shapes, parse
 
+    check_changes(**{name: options[name] for name in CHANGES if name in options})
+    parsed = parse(shapes)
     if describe is not None:
+        if not Path(describe).is_file():
+            near = did_you_mean_file(Path(describe))
+            raise UsageError(f"--describe {describe}: there is no such file{near}")
         from moec.capture.behaviour.describe import read_descriptions
 
         options["descriptions"] = read_descriptions(Path(describe))
-    return {"dynamic_shapes": dynamic_shapes(parse(shapes)), **options}
+    return {"dynamic_shapes": dynamic_shapes(parsed), **options}
+
+
+CHANGES = ("passes", "quant", "calib", "budget")
+
+
+def check_changes(
+    passes: str = "", quant: str | None = None, calib: str | None = None, budget: str = ""
+) -> None:
+    """Raises UsageError for a change of the model that cannot be meant, without importing torch:
+    what `moec.compile` would say seconds later."""
+    from moec.formats.notation import parse_parts
+    from moec.passes.calibration import files
+    from moec.passes.calibration.budget import parse_budget
+    from moec.passes.core.names import sign_and_name, split
+
+    for item in split(passes):
+        sign_and_name(item)
+    if quant is not None:
+        parse_parts(quant)
+    if calib is not None:
+        files.check(calib)
+    parse_budget(budget)

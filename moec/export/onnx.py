@@ -20,7 +20,7 @@ from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
 from moec.export.parity import routing_parity
 from moec.export.session import open_session, runner
-from moec.formats.integer import WIDE_ROWS, parse_parts
+from moec.formats.notation import WIDE_ROWS, parse_parts
 from moec.interpret.tolerance import computed_dtypes
 from moec.ir.graph import Stage
 from moec.passes.core.runner import run

@@ -17,15 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.errors import UsageError
+from moec.formats.notation import BITS, Format
 
-KINDS = ("int8", "int4", "fp8", "mxfp4")
-BLOCKS = (32, 64, 128)
-ROW_BITS = (8, 16)
-BITS = {"int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
 E4M3_MOST = 448.0
 """The greatest magnitude of e4m3. It has no infinity; a finite weight is no NaN of it."""
-MXFP4_BLOCK = 32
 # e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 E2M1_ZERO = max(E2M1_TWICE)  # what kernels shift codes of e2m1 by, so that they are unsigned
@@ -34,117 +29,6 @@ MOST_SUMMED = 65536
 their zeros (-255 .. 255), have a sum below 2^31."""
 TINY = 1e-30
 """A block of activations without a greater magnitude is 0: its scale could not be inverted."""
-
-SPELLING = (
-    "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, fp8 with a "
-    "block or without, or mxfp4; "
-    "any of them with :rows16"
-)
-WIDE_ROWS = "rows16"
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a weight is stored, and to how many bits (8 or 16) the rows are rounded that it meets.
-    `block` 0: one scale a row."""
-
-    kind: str
-    block: int = 0
-    asymmetric: bool = False
-    row_bits: int = 8
-
-    @property
-    def bits(self) -> int:
-        return BITS[self.kind]
-
-    @property
-    def scale_dtype(self) -> str:
-        """bf16 has the range of float32 and half of its bytes; mxfp4's scales are exponents."""
-        return "u8" if self.kind == "mxfp4" else "bf16"
-
-    def blocks(self, width: int) -> int:
-        """Scales in a row of `width` weights."""
-        return width // self.block if self.block else 1
-
-    def nbytes(self, rows: int, width: int) -> int:
-        """Bytes of `rows` rows of codes, scales and zeros, without padding."""
-        each = self.blocks(width) * (1 if self.kind == "mxfp4" else 2 + self.asymmetric)
-        return rows * (-(-width * self.bits // 8) + each)
-
-    def __str__(self) -> str:
-        block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
-        rows = f":{WIDE_ROWS}" if self.row_bits == 16 else ""
-        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows
-
-
-def parse(text: str) -> Format:
-    """The format that a text such as "int4:64:asymmetric" spells.
-
-    Raises UsageError, naming the part that is wrong, for any other text.
-    """
-    if not isinstance(text, str):
-        raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
-    kind, *options = text.split(":")
-    if kind not in KINDS:
-        raise UsageError(f"quant {text!r}: {kind!r} is no format; {SPELLING}")
-    block, asymmetric, row_bits = 0, False, 8
-    for option in options:
-        if option == WIDE_ROWS and row_bits == 8:
-            row_bits = 16
-        elif kind == "mxfp4":
-            raise UsageError(
-                f"quant {text!r}: mxfp4 is symmetric, in blocks of 32: it takes no :{option}"
-            )
-        elif option == "asymmetric" and kind == "fp8":
-            raise UsageError(f"quant {text!r}: fp8 has no zero point: it takes no :asymmetric")
-        elif option == "asymmetric" and not asymmetric:
-            asymmetric = True
-        elif option in map(str, BLOCKS) and not block:
-            block = int(option)
-        else:
-            raise UsageError(
-                f"quant {text!r}: :{option} is no block and no option, or comes twice; {SPELLING}"
-            )
-    return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric, row_bits)
-
-
-PARTS = ("experts", "linears", "head")
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How the parts of a model are stored; None: as they are. `linears` are all linear layers
-    but routers and the head."""
-
-    experts: Format | None = None
-    linears: Format | None = None
-    head: Format | None = None
-
-    def __str__(self) -> str:
-        formats = ((part, getattr(self, part)) for part in PARTS)
-        return ",".join(f"{part}={format}" for part, format in formats if format is not None)
-
-
-def parse_parts(text: str) -> Quantisation:
-    """What a text such as "int4:64,linears=int8,head=int8" spells; a format alone is that of
-    the experts.
-
-    Raises UsageError, naming the part that is wrong, for any other text.
-    """
-    if not isinstance(text, str):
-        raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
-    formats: dict[str, Format] = {}
-    for item in text.split(","):
-        part, equals, format = item.strip().partition("=")
-        if not equals:
-            part, format = "experts", part
-        if part not in PARTS:
-            raise UsageError(f"quant {text!r}: {part!r} is none of {', '.join(PARTS)}")
-        parsed = parse(format)
-        if part in formats:
-            raise UsageError(f"quant {text!r}: {part} comes twice")
-        formats[part] = parsed
-    return Quantisation(**formats)
 
 
 @dataclass(frozen=True)

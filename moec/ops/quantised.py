@@ -8,15 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from moec.formats.integer import (
-    KINDS,
-    MOST_SUMMED,
-    MXFP4_BLOCK,
-    ROW_BITS,
-    Format,
-    dequantise,
-    round_rows,
-)
+from moec.formats.integer import MOST_SUMMED, dequantise, round_rows
+from moec.formats.notation import KINDS, MXFP4_BLOCK, ROW_BITS, Format
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, require, tensors_of
 from moec.ops.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from moec.formats.integer import Format, dequantise, round_rows
+from moec.formats.integer import dequantise, round_rows
+from moec.formats.notation import Format
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 from moec.ops.quantised import GroupedQuantised, Matrix, format_of

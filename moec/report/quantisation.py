@@ -11,7 +11,8 @@ from itertools import takewhile
 import torch
 
 from moec.errors import UnsupportedError
-from moec.formats.integer import Format, dequantise
+from moec.formats.integer import dequantise
+from moec.formats.notation import Format
 from moec.ir.graph import Attr, Op, Program, Value
 from moec.ops.quantised import Matrix, format_of
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of

@@ -23,7 +23,7 @@ from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Program, stage_of
 from moec.passes.calibration.budget import parse_budget
-from moec.passes.calibration.data import check as check_calibration
+from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run

@@ -1,7 +1,4 @@
-"""Calibration data: the inputs on which approximate passes decide and are measured.
-
-They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
-"""
+"""Calibration data: the inputs on which approximate passes decide and are measured."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import bind
 from moec.ir.graph import Graph, Program, Value
+from moec.passes.calibration.files import data_by_domain, data_label
 
-SUFFIXES = (".npz", ".safetensors", ".txt")
 LENGTH = 256
 WINDOWS = 16
 TOKENS_A_CASE = 2048
@@ -39,51 +36,6 @@ class Calibration:
     domains: tuple[str, ...] = ()
 
 
-def data_by_domain(calib: Any) -> dict[str, Any]:
-    """The data of each domain, by name; data without domains have the name "".
-
-    Raises UsageError for a text that names only some of its domains.
-    """
-    if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
-        files: dict[str, Any] = {}
-        for part in calib.split(","):
-            name, _, file = (piece.strip() for piece in part.partition("="))
-            if not name or not file or name in files:
-                raise UsageError(
-                    f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
-                )
-            files[name] = file
-        return files
-    if isinstance(calib, Mapping) and any(
-        isinstance(v, str | Path | Mapping) for v in calib.values()
-    ):
-        return dict(calib)
-    return {"": calib}
-
-
-def check(calib: Any) -> None:
-    """Raises UsageError for data that are wrong for any model, before a model is loaded."""
-    for name, data in data_by_domain(calib).items():
-        where = _where(name, data)
-        if isinstance(data, str | Path):
-            path = Path(data)
-            if path.suffix not in SUFFIXES:
-                raise UsageError(f"{where}: calibration data are kept in {', '.join(SUFFIXES)}")
-            if not path.is_file():
-                raise UsageError(f"{where}: there is no such file")
-        elif not isinstance(data, Mapping):
-            raise UsageError(
-                f"{where} is a {type(data).__name__}: give the path of a file, or tensors by "
-                "input name"
-            )
-
-
-def _where(name: str, data: Any) -> str:
-    if isinstance(data, str | Path):
-        return f"--calib {name}={data}" if name else f"--calib {data}"
-    return f"calib[{name!r}]" if name else "calib"
-
-
 def load_calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
     """The calibration data of a program. `files` are its source's files, perhaps with a tokenizer.
 
@@ -94,7 +46,7 @@ def load_calibration(calib: Any, program: Program, files: Mapping[str, Path]) ->
     domains: list[str] = []
     tokens = 0
     for name, data in data_by_domain(calib).items():
-        domain_cases, count = _load_domain(data, _where(name, data), program, files)
+        domain_cases, count = _load_domain(data, data_label(name, data), program, files)
         cases += domain_cases
         domains += [name] * len(domain_cases) if name else []
         tokens += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeAlias, TypeVar, get_type_hints
@@ -154,22 +153,3 @@ def show_given(inputs: Given) -> dict[str, str]:
         name: ":".join(map(str, torch.as_tensor(value).flatten().tolist()))
         for name, value in inputs.items()
     }
-
-
-_ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")
-
-
-def split(text: str) -> list[str]:
-    """The items of "+a(b=1,c=2),-d", split at the commas outside parentheses.
-
-    Raises UsageError where a parenthesis has no partner.
-    """
-    items: list[str] = []
-    at = 0
-    while at < len(text):
-        match = _ITEM.match(text, at)
-        if match is None:
-            raise UsageError(f"--passes {text}: a parenthesis has no partner")
-        items.append(match[1].strip())
-        at = match.end()
-    return [item for item in items if item]

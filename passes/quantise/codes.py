@@ -11,7 +11,8 @@ import torch
 
 from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
-from moec.formats.integer import MOST_SUMMED, Format, Quantised, quantise
+from moec.formats.integer import MOST_SUMMED, Quantised, quantise
+from moec.formats.notation import Format
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass

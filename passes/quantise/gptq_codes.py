@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats.integer import Format, Quantised, dequantise, encode, quantise
+from moec.formats.integer import Quantised, dequantise, encode, quantise
+from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.grouped import GroupedLinear

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.rewrite import Builder

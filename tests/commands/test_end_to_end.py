@@ -193,7 +193,10 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
         (["MODEL:broken"], "must return (module, arguments)"),
         (["MODEL:fails"], "fails() fails: ValueError: no weights here"),
         (["MODEL:make", "--target", "z80"], "unknown target 'z80'; the known targets are cpu"),
-        (["MODEL:make", "--passes", "fuse-gate"], "--passes fuse-gate: write +name or -name"),
+        (
+            ["MODEL:make", "--passes", "fuse-gate"],
+            "--passes fuse-gate: write +fuse-gate or -fuse-gate",
+        ),
         (["MODEL:make", "--passes=-expand-experts"], "cannot be generated without expand-experts"),
         (["MODEL:make", "--stop-after", "lunch"], "--stop-after lunch: no such pass"),
         (["MODEL:make", "--shapes", "y=Tx8"], "names y, but the arguments are x"),

@@ -185,6 +185,8 @@ def test_a_full_folder_for_temporary_files(tmp_path: Path) -> None:
     assert "set TMPDIR to a folder on another disk" in done.stdout
 
 
+TINY = str(Path(__file__).parents[2] / "examples/tiny_moe/checkpoint")
+DRY = ["compile", TINY, "--dry-run"]
 TYPOS = (
     (["compile", "no/model", "-o", "x.moec"], "no/model does not exist: give the folder"),
     (["compile", ".", "-o", "x.moec"], ". is not a checkpoint: it has no config.json"),
@@ -196,6 +198,25 @@ TYPOS = (
     (["inspect", "no/model"], "no/model does not exist"),
     (["bisect", "no/model"], "no/model does not exist"),
     (["bench", "no/model"], "no/model does not exist"),
+    ([*DRY, "--passes", "+prune-expert(keep=1)"], "+name or -name; did you mean 'prune-experts'?"),
+    ([*DRY, "--passes", "+specialise(task=1"], "a parenthesis has no partner"),
+    ([*DRY, "--passes", "fuse-gate"], "write +fuse-gate or -fuse-gate"),
+    ([*DRY, "--quant", "int5"], "'int5' is no format; write int8 or int4"),
+    ([*DRY, "--calib", "none.npz"], "--calib none.npz: there is no such file"),
+    ([*DRY, "--budget", "kl<0.1"], "--budget kl<0.1: write METRIC<=NUMBER"),
+    ([*DRY, "--stop-after", "fuse-gat"], "no such pass; did you mean 'fuse-gate'?"),
+    ([*DRY, "--describe", "none.yaml"], "--describe none.yaml: there is no such file"),
+    ([*DRY, "--shapes", "x"], "--shapes 'x' is not INPUT=SIZES"),
+    ([*DRY, "--target", "cpuu"], "cpuu"),
+    (["compile", TINY, "-o", "ranks", "--plan", "none.json"], "none.json does not exist"),
+    (["export", TINY, "-o", "x.onnx", "--opset", "3"], "3 is not in the range 18<=x<=25"),
+    (["export", TINY, "-o", "x.onnx", "--passes", "+magic"], "+magic: write +name or -name"),
+    (["inspect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
+    (["bisect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
+    (["bench", TINY, "--quant", "int5"], "'int5' is no format"),
+    (["bench", TINY, "--baseline", "egaer"], "no such baseline; did you mean 'eager'?"),
+    (["bench", TINY, "--baseline", "llama.cpp"], "give one --file FILE.gguf"),
+    (["plan", "mixtral", "--cluster", "none"], "none"),
 )
 
 
@@ -217,6 +238,16 @@ def test_a_typo_costs_no_import_of_torch() -> None:
     for line, (_, words) in zip(said, TYPOS, strict=True):
         assert line.startswith("error: ")
         assert words in line
+
+
+def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
+    """A name in passes/core/names.py is all that the command line reads before it imports torch."""
+    from moec import pipeline
+    from moec.passes.core import names
+
+    own = [*(p.name for p in pipeline.all_passes()), *(str(k.name) for k in pipeline.OPT_IN)]
+    assert list(names.NAMES) == own
+    assert list(names.ON_REQUEST) == [pass_.name for _, pass_ in pipeline.ON_REQUEST]
 
 
 def test_what_was_probably_meant() -> None:

@@ -8,16 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import UsageError
-from moec.formats.integer import (
-    E2M1_TWICE,
-    Format,
-    Quantisation,
-    dequantise,
-    parse,
-    parse_parts,
-    quantise,
-    round_rows,
-)
+from moec.formats.integer import E2M1_TWICE, dequantise, quantise, round_rows
+from moec.formats.notation import Format, Quantisation, parse, parse_parts
 
 FORMATS = (
     "int8",

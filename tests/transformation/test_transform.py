@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import moec
 from moec.errors import InputError, UsageError
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
 from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import flatten

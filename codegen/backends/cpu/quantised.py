@@ -14,7 +14,7 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import Format
+from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op
 from moec.ops.quantised import GroupedQuantised
 

@@ -21,8 +21,9 @@ from moec.codegen.cuda.round_rows import round_rows
 from moec.codegen.cuda.tiles import TileShape
 from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch
-from moec.formats.integer import TINY, dequantise, most_of, parse, quantise
+from moec.formats.integer import TINY, dequantise, most_of, quantise
 from moec.formats.integer import round_rows as rounded
+from moec.formats.notation import parse
 from moec.target.cuda import TARGETS
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (

@@ -34,7 +34,7 @@ from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import TargetError
-from moec.formats.integer import parse
+from moec.formats.notation import parse
 from moec.ops.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget

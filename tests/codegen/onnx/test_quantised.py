@@ -18,7 +18,7 @@ from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
 from moec.export.session import open_session, runner
-from moec.formats.integer import parse
+from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import EXACT_ROWS, row_errors
 from moec.ir.graph import Program

@@ -31,7 +31,7 @@ from moec.codegen.tuning.measure import FEWEST, MOST, TOKENS, Bench, OnThisMachi
 from moec.codegen.tuning.tunable import Tunable, Values
 from moec.codegen.tuning.tune import tune
 from moec.errors import NoMatch
-from moec.formats.integer import parse
+from moec.formats.notation import parse
 from moec.target.cpu import TARGETS, host
 
 E, K = 4, 2

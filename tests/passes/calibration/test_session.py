@@ -23,7 +23,7 @@ from moec.passes.calibration.budget import Budget, BudgetError, parse_budget
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator, changed_share
 from moec.passes.core.damage import Damage, Distance
-from moec.passes.core.options import split
+from moec.passes.core.names import split
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.simplify.split_packed import SplitPacked

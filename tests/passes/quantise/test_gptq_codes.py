@@ -9,7 +9,8 @@ import torch
 
 import moec
 from moec.errors import UsageError
-from moec.formats.integer import dequantise, parse, quantise
+from moec.formats.integer import dequantise, quantise
+from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.passes.calibration.data import Calibration

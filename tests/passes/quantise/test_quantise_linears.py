@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.formats.integer import dequantise, parse, quantise
+from moec.formats.integer import dequantise, quantise
+from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse as read

@@ -7,7 +7,7 @@ import torch
 
 from moec.codegen.backends.cuda.backend import CUDA, CUDA_TEXT
 from moec.codegen.package import build
-from moec.formats.integer import parse
+from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse as read

@@ -17,7 +17,7 @@ from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import parse
+from moec.formats.notation import parse
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.emulated_tiles import EMULATED, emulated
 from tests.codegen.cpu.gemm.test_grouped import routing

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.package import build as package
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import parse, quantise
+from moec.formats.integer import quantise
+from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.interpret.verifier import verify
 from moec.ir.graph import Module, Program, Stage

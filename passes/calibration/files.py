@@ -1,0 +1,60 @@
+"""Which files calibration data come from, told before torch is imported.
+
+They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moec.errors import UsageError
+
+SUFFIXES = (".npz", ".safetensors", ".txt")
+
+
+def data_by_domain(calib: Any) -> dict[str, Any]:
+    """The data of each domain, by name; data without domains have the name "".
+
+    Raises UsageError for a text that names only some of its domains.
+    """
+    if isinstance(calib, str) and "=" in calib and not Path(calib).is_file():
+        files: dict[str, Any] = {}
+        for part in calib.split(","):
+            name, _, file = (piece.strip() for piece in part.partition("="))
+            if not name or not file or name in files:
+                raise UsageError(
+                    f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
+                )
+            files[name] = file
+        return files
+    if isinstance(calib, Mapping) and any(
+        isinstance(v, str | Path | Mapping) for v in calib.values()
+    ):
+        return dict(calib)
+    return {"": calib}
+
+
+def check(calib: Any) -> None:
+    """Raises UsageError for data that are wrong for any model, before a model is loaded."""
+    for name, data in data_by_domain(calib).items():
+        label = data_label(name, data)
+        if isinstance(data, str | Path):
+            path = Path(data)
+            if path.suffix not in SUFFIXES:
+                raise UsageError(f"{label}: calibration data are kept in {', '.join(SUFFIXES)}")
+            if not path.is_file():
+                raise UsageError(f"{label}: there is no such file")
+        elif not isinstance(data, Mapping):
+            raise UsageError(
+                f"{label} is a {type(data).__name__}: give the path of a file, or tensors by "
+                "input name"
+            )
+
+
+def data_label(name: str, data: Any) -> str:
+    """How data of a domain were given, for messages."""
+    if isinstance(data, str | Path):
+        return f"--calib {name}={data}" if name else f"--calib {data}"
+    return f"calib[{name!r}]" if name else "calib"

@@ -1,0 +1,96 @@
+"""The names of all passes, and how they are asked for: "+prune-experts(keep=0.5),-fuse-gate".
+
+The passes themselves need torch, which takes seconds to import. A typo in --passes is told without.
+"""
+
+from __future__ import annotations
+
+import re
+
+from moec.errors import UsageError
+from moec.spelling import did_you_mean
+
+NAMES = (
+    "canonicalise",
+    "share-common",
+    "fuse-norm",
+    "fuse-attention",
+    "fold-mask",
+    "fuse-rotary",
+    "recognise-experts",
+    "recognise-routers",
+    "split-packed",
+    "recognise-mixtures",
+    "join-calls",
+    "fuse-gate",
+    "fold-addend",
+    "fold-constants",
+    "expand-experts",
+    "expand-mixtures",
+    "expand-soft-mixtures",
+    "expand-neurons",
+    "expand-convolutions",
+    "fuse-activation",
+    "fuse-dispatch",
+    "fuse-decompress",
+    "fuse-residual",
+    "fold-permutes",
+    "fuse-append",
+    "prune-experts",
+    "keep-used",
+    "average-experts",
+    "merge-experts",
+    "compress-experts",
+    "tune-grids",
+    "insert-zero-experts",
+    "refactor-dense",
+    "specialise",
+    "hoist-routers",
+    "fold-lora",
+    "fold-supernet",
+    "join-linears",
+    "aggregate-experts",
+    "plan-parallelism",
+)
+"""In the order of moec/pipeline.py, those that are only run where they are asked for at the end."""
+ON_REQUEST = ("quantise-experts", "quantise-linears")
+"""Those that --quant asks for; they may be the last of --stop-after."""
+
+_ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")
+
+
+def split(text: str) -> list[str]:
+    """The items of "+a(b=1,c=2),-d", split at the commas outside parentheses.
+
+    Raises UsageError where a parenthesis has no partner.
+    """
+    items: list[str] = []
+    at = 0
+    while at < len(text):
+        match = _ITEM.match(text, at)
+        if match is None:
+            raise UsageError(f"--passes {text}: a parenthesis has no partner")
+        items.append(match[1].strip())
+        at = match.end()
+    return [item for item in items if item]
+
+
+def sign_and_name(item: str) -> tuple[str, str]:
+    """Of "+name" and "-name(option=1)". Raises UsageError where there is no such pass."""
+    sign, name = item[:1], item[1:].partition("(")[0].strip()
+    bare = item.partition("(")[0].strip()
+    if bare in NAMES:
+        raise UsageError(f"--passes {item}: write +{bare} or -{bare}")
+    if sign not in ("+", "-") or name not in NAMES:
+        near = did_you_mean(bare.lstrip("+-"), NAMES)
+        rule = near or f", where name is one of {', '.join(NAMES)}"
+        raise UsageError(f"--passes {item}: write +name or -name{rule}")
+    return sign, name
+
+
+def check_last(stop_after: str) -> None:
+    """Raises UsageError where --stop-after names neither a pass nor the beginning of one's name."""
+    names = ("capture", *NAMES, *ON_REQUEST)
+    if not any(name == stop_after or name.startswith(f"{stop_after}-") for name in names):
+        near = did_you_mean(stop_after, names) or f"; there are {', '.join(names)}"
+        raise UsageError(f"--stop-after {stop_after}: no such pass{near}")
