@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tests.attack.patience import INTERVAL, Patience
+
 ROOT = Path(__file__).parents[2]
 STDERR = "stderr.txt"
-_START = 5  # times as long as for a command: a worker imports numpy and TVM first
 MEMORY = 12 << 30  # bytes of addresses that a worker may have
 
 
@@ -37,24 +38,27 @@ class Fault:
 def attack(
     kind: str, seed: int, first: int, last: int, folder: Path, seconds: float = 60
 ) -> Iterator[Fault]:
-    """The faults of the cases `first` to `last`. A command that takes longer than `seconds` hangs:
-    its worker is ended, and the next begins after it, as after a crash. A worker may take longer
-    to start."""
+    """The faults of the cases `first` to `last`. A command that hangs, by its `seconds` of a
+    processor or of waiting, has its worker ended, and the next begins after it, as after a
+    crash."""
     while first < last:
         worker = _start(kind, seed, first, last, folder)
         assert worker.stdout is not None
         current: dict[str, object] = {}
-        while line := _line(worker.stdout, seconds if current else _START * seconds):
-            current = json.loads(line)
+        patience: Patience | None = None
+        ending = ""
+        while not ending and (line := _line(worker.stdout)) != b"":
+            if line is None:
+                patience = patience or Patience(worker.pid, seconds)
+                ending = patience.verdict()
+                continue
+            patience, current = None, json.loads(line)
             if "fault" in current:
                 yield _fault(kind, seed, current, str(current["fault"]))
-        if worker.poll() is None and line is None:
+        if ending:
             worker.kill()
-            waited = seconds if current else _START * seconds
-            ending = f"hangs: nothing after {waited:.0f} s"
-        else:
-            code = worker.wait()
-            ending = f"crashes: the process ended with {code}{_last(folder)}" if code else ""
+        elif code := worker.wait():
+            ending = f"crashes: the process ended with {code}{_last(folder)}"
         worker.wait()
         worker.stdout.close()
         if not ending:
@@ -83,11 +87,11 @@ def _start(kind: str, seed: int, first: int, last: int, folder: Path) -> subproc
         )  # fmt: skip
 
 
-def _line(stream: IO[bytes], seconds: float) -> bytes | None:
-    """The next line; empty at the end, None where none comes in time."""
+def _line(stream: IO[bytes]) -> bytes | None:
+    """The next line; empty at the end, None where none comes soon."""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        if not selector.select(seconds):
+        if not selector.select(INTERVAL):
             return None
     return stream.readline()
 

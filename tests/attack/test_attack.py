@@ -4,6 +4,7 @@ long one is `python -m tests.attack`. The tests after it show that it notices wh
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def test_a_crash_and_a_hang_are_noticed(folder: Path, monkeypatch: pytest.Monkey
         [
             'import os; print(\'{"case": 0, "words": ["run"]}\', flush=True); os.abort()',
             'import time; print(\'{"case": 1, "words": ["verify"]}\', flush=True); time.sleep(60)',
-            'print(\'{"case": 2, "words": ["list"], "fault": "exit code 70"}\')',
+            'print(\'{"case": 2, "words": ["run"]}\', flush=True)\nwhile True: pass',
+            'print(\'{"case": 3, "words": ["list"], "fault": "exit code 70"}\')',
         ]
     )
 
@@ -42,11 +44,13 @@ def test_a_crash_and_a_hang_are_noticed(folder: Path, monkeypatch: pytest.Monkey
         return real([sys.executable, "-c", next(programs)], **how)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    faults = [*attack("forged", 0, 0, 3, folder, seconds=20)]
-    assert [(fault.case, fault.says) for fault in faults] == [
+    faults = [*attack("forged", 0, 0, 4, folder, seconds=1)]
+    says = "it has waited for 2 s, and nothing wakes it"  # 1.5, rounded to even
+    assert [(fault.case, re.sub(r"used \d+", "used 1", fault.says)) for fault in faults] == [
         (0, "crashes: the process ended with -6"),
-        (1, "hangs: nothing after 20 s"),
-        (2, "exit code 70"),
+        (1, f"hangs: {says}"),
+        (2, "hangs: it has used 1 s of a processor"),
+        (3, "exit code 70"),
     ]
 
 
