@@ -89,19 +89,19 @@ MODELS: dict[str, Callable[[Path], Case]] = {
 
 def ways(kind: str, reach: float, steps: int) -> dict[str, tuple[CompressExperts, int]]:
     """By name: the pass, and the steps of tuning behind it."""
-    made = {
+    result = {
         "nearest": (CompressExperts(kind=kind, by="nearest"), 0),
         "gptq alone": (CompressExperts(kind=kind, rounds=0), 0),
         "gptq": (CompressExperts(kind=kind), 0),
     }
     if steps:
-        made["gptq, tuned"] = (CompressExperts(kind=kind), steps)
+        result["gptq, tuned"] = (CompressExperts(kind=kind), steps)
     if kind == "ternary":
         further = CompressExperts(kind=kind, reach=reach)
-        made[f"reach {reach:g}"] = (further, 0)
+        result[f"reach {reach:g}"] = (further, 0)
         if steps:
-            made[f"reach {reach:g}, tuned"] = (further, steps)
-    return made
+            result[f"reach {reach:g}, tuned"] = (further, steps)
+    return result
 
 
 def measure(name: str, options: argparse.Namespace, say: Say) -> None:
@@ -115,7 +115,7 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     evaluator = Evaluator(program, load_calibration(held_out, program, {}))
     stacks = [stack for layer in layers for stack in layer.stacks]
     weights = sum(math.prod(map(int, stack.shape)) for stack in stacks)
-    before, whole = evaluator.origin.perplexity, stored_bytes(program)
+    before, full = evaluator.origin.perplexity, stored_bytes(program)
     bits = BITS[stacks[0].dtype]
     assert before is not None
     shapes = {tuple(map(int, stack.shape[1:])) for stack in stacks}
@@ -125,26 +125,27 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
         f"fitted on {fitted_on['input_ids'].numel()} tokens, perplexity of "
         f"{evaluator.calibration.tokens} of {', '.join(HELD_OUT)}: {before:.2f}"
     )
-    seen = torch.cat([some.usage(layer.count) for layer, some in observed]).sort().values
-    say(f"rows of an expert: {seen[0]} to {seen[-1]}, {seen[len(seen) // 2]} in the middle")
+    counts = torch.cat([stats.usage(layer.count) for layer, stats in observed]).sort().values
+    say(f"rows of an expert: {counts[0]} to {counts[-1]}, {counts[len(counts) // 2]} in the middle")
     say(f"{'':26}{'bits a weight':>14}{'zeros':>7}{'perplexity':>12}{'nats lost':>11}{'left':>6}")
     for kind in KINDS:
         rounded, fitted = math.nan, dict[CompressExperts, Program]()
         for way, (pass_, steps) in ways(kind, options.reach, options.steps).items():
             if pass_ not in fitted:
-                made = program
-                for layer, some in observed:
-                    made = pass_.change(made, layer, some).program
-                fitted[pass_] = made
-            made = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
-            after = evaluator.measure(made)[0].perplexity
+                result = program
+                for layer, stats in observed:
+                    result = pass_.change(result, layer, stats).program
+                fitted[pass_] = result
+            result = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
+            after = evaluator.measure(result)[0].perplexity
             assert after is not None
             lost = math.log(after / before)
             rounded = lost if way == "nearest" else rounded
-            own = bits - 8 * (whole - stored_bytes(made)) / weights
+            private = bits - 8 * (full - stored_bytes(result)) / weights
             left = "" if way == "nearest" else f"{lost / rounded:6.0%}"
             say(
-                f"{f'{kind}, {way}':26}{own:14.2f}{zeros(made):7.0%}{after:12.2f}{lost:11.3f}{left}"
+                f"{f'{kind}, {way}':26}{private:14.2f}{zeros(result):7.0%}{after:12.2f}"
+                f"{lost:11.3f}{left}"
             )
     say("")
 
@@ -176,11 +177,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(line: str) -> None:
         print(line, flush=True)
-        said.append(line)
+        messages.append(line)
 
     say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
     for name in options.models.split(","):
@@ -189,7 +190,7 @@ def main() -> None:
         return
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
     command = shlex.join(["python", "benchmarks/compress.py", *words])
-    body = textwrap.indent("\n".join(said).rstrip(), "    ", lambda line: bool(line.strip()))
+    body = textwrap.indent("\n".join(messages).rstrip(), "    ", lambda line: bool(line.strip()))
     with options.append.open("a", encoding="utf-8") as file:
         file.write(
             "\n## Compressed experts of trained models: bits and nats lost\n\n"

@@ -72,7 +72,7 @@ class Case:
 
     name: str
     program: Program
-    seen: Tokens
+    train: Tokens
     held_out: Tokens
     notes: str = ""
     points: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -95,13 +95,13 @@ def recognised(model: Any, *example: Any, **options: Any) -> Program:
 
 def tiny_moe() -> Case:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    seen, held_out = (windows(tokenizer, files, 8, 256) for files in (SEEN, HELD_OUT))
-    return Case("tiny_moe", recognised(CHECKPOINT), seen, held_out)
+    train, held_out = (windows(tokenizer, files, 8, 256) for files in (SEEN, HELD_OUT))
+    return Case("tiny_moe", recognised(CHECKPOINT), train, held_out)
 
 
 def smollm2() -> Case:
     model, tokenizer = load()
-    seen, held_out = (windows(tokenizer, files, 2, 160) for files in (SEEN, HELD_OUT))
+    train, held_out = (windows(tokenizer, files, 2, 160) for files in (SEEN, HELD_OUT))
 
     def perplexity() -> float:
         ids = held_out["input_ids"]
@@ -115,29 +115,29 @@ def smollm2() -> Case:
         f"the dense MLP's output by {', '.join(f'{error:.2f}' for error in errors)}; perplexity "
         f"{before:.2f} before"
     )
-    return Case("smollm2", recognised(model, (seen["input_ids"],)), seen, held_out, notes)
+    return Case("smollm2", recognised(model, (train["input_ids"],)), train, held_out, notes)
 
 
 def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, LayerStats]]) -> Program:
     """The program after a pass without a budget; a layer of which nothing goes stays as it is."""
     inner = pass_.planned(case.program, layers) if isinstance(pass_, NeedsGlobalStats) else pass_
     program = case.program
-    for layer, seen in layers:
+    for layer, stats in layers:
         with suppress(NoMatch):
-            program = inner.change(program, layer, seen).program
+            program = inner.change(program, layer, stats).program
     return program
 
 
 def ways() -> dict[str, dict[float, Approximate]]:
     """The curves: a pass for each share of the experts that is kept."""
-    made: dict[str, dict[float, Approximate]] = {
+    result: dict[str, dict[float, Approximate]] = {
         f"prune by {by}, {scope}": {k: PruneExperts(keep=k, by=by, scope=scope) for k in KEPT}
         for by in CRITERIA
         for scope in SCOPES
     }
-    made["merge"] = {k: MergeExperts(keep=k) for k in KEPT}
-    made["average, to one"] = {ASKED: AverageExperts()}
-    return made
+    result["merge"] = {k: MergeExperts(keep=k) for k in KEPT}
+    result["average, to one"] = {ASKED: AverageExperts()}
+    return result
 
 
 def measure(case: Case, limit: str, say: Say) -> bool:
@@ -145,7 +145,7 @@ def measure(case: Case, limit: str, say: Say) -> bool:
     start = time.perf_counter(), time.process_time()
     graph = case.program.graph
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]
-    calib = load_calibration(case.seen, case.program, {})
+    calib = load_calibration(case.train, case.program, {})
     chooser = Evaluator(case.program, calib, {layer.output: layer for layer in layers})
     observed = list(zip(layers, chooser.layer_stats(case.program, layers), strict=True))
     evaluator = Evaluator(case.program, load_calibration(case.held_out, case.program, {}))
@@ -156,28 +156,32 @@ def measure(case: Case, limit: str, say: Say) -> bool:
         assert perplexity is not None
         return stored_bytes(program) / 1e6, perplexity
 
-    whole = point(case.program)
+    full = point(case.program)
     say(f"{case.name}: {len(layers)} layers of {layers[0].count} experts{case.notes and '; '}"
           f"{case.notes}")  # fmt: skip
     say(
         f"chosen on {chooser.tokens} tokens of {', '.join(SEEN)}, "
         f"perplexity on {evaluator.tokens} of "
-        f"{', '.join(HELD_OUT)}; whole: {whole[0]:.2f} MB, perplexity {whole[1]:.2f}"
+        f"{', '.join(HELD_OUT)}; whole: {full[0]:.2f} MB, perplexity {full[1]:.2f}"
     )
-    shares = "".join(f"{kept:>17.1%}" for kept in KEPT)
+    shares = "".join(f"{remaining:>17.1%}" for remaining in KEPT)
     say(f"{'':22}{shares}    {ASKED:.0%} asked for, {allowed}")
     say(f"{'':22}" + "       MB  perpl." * len(KEPT) + "       MB  perpl.      kl  layers")
     inside = True
     for name, passes in ways().items():
-        made = {kept: point(changed(case, pass_, observed)) for kept, pass_ in passes.items()}
-        case.points[name] = [whole, *made.values()]
-        pass_ = MeasuredPass(passes[ASKED], CalibrationSession(case.seen, {}, allowed))
+        result = {
+            remaining: point(changed(case, pass_, observed)) for remaining, pass_ in passes.items()
+        }
+        case.points[name] = [full, *result.values()]
+        pass_ = MeasuredPass(passes[ASKED], CalibrationSession(case.train, {}, allowed))
         step = run(case.program, [pass_], stage=Stage.MOE)[-1]
         assert step.damage is not None
         after = step.damage.after
         inside &= not allowed.breach(after)
         case.budgeted[name] = point(step.program)
-        cells = [f"{made[k][0]:9.2f}{made[k][1]:8.2f}" if k in made else " " * 17 for k in KEPT]
+        cells = [
+            f"{result[k][0]:9.2f}{result[k][1]:8.2f}" if k in result else " " * 17 for k in KEPT
+        ]
         done = sum(not line.undone for line in step.damage.layers)
         megabytes, perplexity = case.budgeted[name]
         say(
@@ -195,16 +199,16 @@ def plot(cases: Sequence[Case], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 5), squeeze=False)
-    for place, case in zip(axes[0], cases, strict=True):
+    for position, case in zip(axes[0], cases, strict=True):
         for i, (name, points) in enumerate(case.points.items()):
             colour = f"C{i // 2}" if i < 2 * len(CRITERIA) else f"C{i - len(CRITERIA)}"
             style = "--" if "global" in name else "-"
-            place.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=name)
-            place.plot(*case.budgeted[name], "x", color=colour)
-        place.set(
+            position.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=name)
+            position.plot(*case.budgeted[name], "x", color=colour)
+        position.set(
             title=case.name, xlabel="MB of weights", ylabel="perplexity (x: within the budget)"
         )
-        place.set_yscale("log")
+        position.set_yscale("log")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
@@ -219,18 +223,18 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(line: str) -> None:
         print(line, flush=True)
-        said.append(line)
+        messages.append(line)
 
     code = compare(options, say)
     if options.append is None:
         return code
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
     command = shlex.join(["python", "benchmarks/curves.py", *words])
-    body = textwrap.indent("\n".join(said).rstrip(), "    ")
+    body = textwrap.indent("\n".join(messages).rstrip(), "    ")
     with options.append.open("a", encoding="utf-8") as file:
         file.write(
             "\n## Perplexity against memory: pruned, merged and averaged experts\n\n"
@@ -241,10 +245,10 @@ def main() -> int:
 
 def compare(options: argparse.Namespace, say: Say) -> int:
     say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
-    known = {"tiny_moe": tiny_moe, "smollm2": smollm2}
+    reference = {"tiny_moe": tiny_moe, "smollm2": smollm2}
     cases, inside = [], True
     for name in options.models.split(","):
-        cases.append(known[name]())
+        cases.append(reference[name]())
         inside &= measure(cases[-1], options.budget, say)
     if options.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:

@@ -70,14 +70,14 @@ def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
     writer.add_logit_scale(config.logits_scaling)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    wanted = gguf.GGMLQuantizationType[kind]
+    expected = gguf.GGMLQuantizationType[kind]
 
     def add(name: str, tensor: torch.Tensor, wide: bool = False) -> None:
         array = tensor.detach().float().numpy()
         if wide or array.ndim == 1:
             writer.add_tensor(name, array)
             return
-        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+        writer.add_tensor(name, gguf.quants.quantize(array, expected), raw_dtype=expected)
 
     weights = dict(model.named_parameters())
     add("token_embd.weight", weights["model.embed_tokens.weight"])
@@ -102,12 +102,12 @@ def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--gguf", "with_gguf", is_flag=True, help="Also for llama.cpp.")
 def main(folder: Path, with_gguf: bool) -> None:
-    made = model()
-    made.save_pretrained(folder / "model")
-    click.echo(f"wrote {folder / 'model'}: {sum(p.numel() for p in made.parameters()):,} weights")
+    module = model()
+    module.save_pretrained(folder / "model")
+    click.echo(f"wrote {folder / 'model'}: {sum(p.numel() for p in module.parameters()):,} weights")
     for kind in ("BF16", "Q8_0") if with_gguf else ():
         path = folder / f"model-{kind.lower()}.gguf"
-        write_gguf(made, path, kind)
+        write_gguf(module, path, kind)
         click.echo(f"wrote {path}: {path.stat().st_size / 1e6:.0f} MB")
 
 

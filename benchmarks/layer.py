@@ -96,8 +96,8 @@ class Block(OlmoeSparseMoeBlock):
         self.shared = OlmoeMLP(wide) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = super().forward(x)
-        return made if self.shared is None else made + self.shared(x)
+        result: Tensor = super().forward(x)
+        return result if self.shared is None else result + self.shared(x)
 
 
 def block(dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE) -> Block:
@@ -108,10 +108,10 @@ def block(dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE) ->
         num_experts_per_tok=shape.K,
         norm_topk_prob=normalised,
     )
-    made = Block(config, shape.shared).to(dtype).requires_grad_(False).eval()
-    for weight in made.parameters():
+    module = Block(config, shape.shared).to(dtype).requires_grad_(False).eval()
+    for weight in module.parameters():
         weight.normal_(std=0.03)
-    return made
+    return module
 
 
 def way(layer: Block, implementation: str) -> Block:
@@ -130,17 +130,17 @@ def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
     first = layer.gate.weight
     x = torch.randn(1, 7, first.shape[1], dtype=first.dtype)
     compiled = moec.compile(layer, (x,))
-    found = [Contender("moec", compiled)]
-    found += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
+    entries = [Contender("moec", compiled)]
+    entries += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
     # It copies each token's weights: a way for one token, absurd for many.
-    found += [Contender("batched_mm", way(layer, "batched_mm"), most_tokens=8)]
+    entries += [Contender("batched_mm", way(layer, "batched_mm"), most_tokens=8)]
     if inductor:
-        found += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
+        entries += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
     if onnx and first.dtype == torch.float32:
         from onnx_layer import onnx_ways
 
-        found += [Contender(name, run) for name, run in onnx_ways(compiled, THREADS).items()]
-    return found
+        entries += [Contender(name, run) for name, run in onnx_ways(compiled, THREADS).items()]
+    return entries
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ def compare(
     for t in tokens:
         x = torch.randn(1, t, shape.D).to(DTYPES[dtype])
         running = [c for c in ways if t <= c.most_tokens]
-        wanted = running[1].run(x)
+        expected = running[1].run(x)
         for c in running:
-            astray, rows = strays(c.run(x)[0], wanted[0], TOLERANCES[dtype])
+            astray, rows = strays(c.run(x)[0], expected[0], TOLERANCES[dtype])
             # In bf16 near ties among 64 scores send some tokens to other experts than eager's.
             allowed = rows // 4 + 1 if dtype == "bfloat16" else 0
             if astray > allowed:
@@ -181,7 +181,7 @@ def compare(
             for c in running:
                 warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
-        median = {name: statistics.median(some) for name, some in times.items()}
+        median = {name: statistics.median(seconds) for name, seconds in times.items()}
         other = min(m for name, m in median.items() if name != "moec")
         stream = statistics.median(streams)
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
@@ -237,8 +237,8 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
     table: list[dict[str, Cell]] = []
     for t in tokens:
         x = clear_tokens(exact, t)
-        wanted = exact(x.float())
-        errors = [float((c.run(x).float() - wanted).norm() / wanted.norm()) for c in ways]
+        expected = exact(x.float())
+        errors = [float((c.run(x).float() - expected).norm() / expected.norm()) for c in ways]
         times: dict[str, list[float]] = {c.name: [] for c in ways}
         streams = []
         for _ in range(rounds):
@@ -247,22 +247,22 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
                 time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
                 warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
-        median = {name: statistics.median(some) for name, some in times.items()}
+        median = {name: statistics.median(seconds) for name, seconds in times.items()}
         used = len(set(layer.gate(x.view(-1, shape.D))[2].flatten().tolist()))
         stream = statistics.median(streams)
         share = stored * used / shape.E / stream / median["quantised"]
         cells = "".join(f"{median[c.name] * 1e3:12.2f}" for c in ways)
-        said = ", ".join(f"{e:.1e}" for e in errors)
+        message = ", ".join(f"{e:.1e}" for e in errors)
         table.append(
             {
                 "tokens": t,
                 **{name: round(m * 1e3, 2) for name, m in median.items()},
                 "GB/s": round(stream / 1e9, 1),
                 "% of bandwidth": round(share * 100),
-                "errors": said,
+                "errors": message,
             }
         )
-        print(f"{t:6}{cells}{stream / 1e9:8.1f}{share:10.0%}   {said}", flush=True)
+        print(f"{t:6}{cells}{stream / 1e9:8.1f}{share:10.0%}   {message}", flush=True)
     return Table("layer-quantised", text, table, f"{THREADS} threads")
 
 

@@ -34,13 +34,13 @@ def main() -> None:
         start = time.perf_counter()
         while time.perf_counter() - start < options.seconds or len(times[options.files[0]]) < 4:
             ids = random.integers(3, options.vocabulary, (1, tokens))
-            for name, made in sessions.items():
-                times[name].append(seconds(made, ids))
-        medians = {name: median(taken[1:]) for name, taken in times.items()}  # the first warms up
+            for name, result in sessions.items():
+                times[name].append(seconds(result, ids))
+        medians = {name: median(rows[1:]) for name, rows in times.items()}  # the first warms up
         first = medians[options.files[0]]
         print(f"{tokens} tokens, {len(times[options.files[0]]) - 1} calls of each")
-        for name, taken in medians.items():
-            print(f"  {taken * 1e3:9.2f} ms  {first / taken:5.2f}x  {name}")
+        for name, rows in medians.items():
+            print(f"  {rows * 1e3:9.2f} ms  {first / rows:5.2f}x  {name}")
 
 
 def session(name: str, threads: int) -> Any:
@@ -51,19 +51,19 @@ def session(name: str, threads: int) -> Any:
     return onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
 
 
-def seconds(made: Any, ids: Any) -> float:
-    feeds = {given.name: value(given, ids) for given in made.get_inputs()}
+def seconds(result: Any, ids: Any) -> float:
+    feeds = {inputs.name: value(inputs, ids) for inputs in result.get_inputs()}
     start = time.perf_counter()
-    made.run(None, feeds)
+    result.run(None, feeds)
     return time.perf_counter() - start
 
 
-def value(given: Any, ids: Any) -> Any:
-    if given.name == "input_ids":
+def value(inputs: Any, ids: Any) -> Any:
+    if inputs.name == "input_ids":
         return ids
-    if given.type == "tensor(int64)":
+    if inputs.type == "tensor(int64)":
         return np.ones_like(ids)
-    _, heads, _, width = given.shape  # keys or values [B, heads, past, width]
+    _, heads, _, width = inputs.shape  # keys or values [B, heads, past, width]
     return np.zeros((len(ids), heads, 0, width), np.float32)
 
 

@@ -32,7 +32,7 @@ def onnx_ways(compiled: CompiledModel, threads: int) -> dict[str, Callable[[Tens
             session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )
-        (given,) = session.get_inputs()
-        return lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
+        (inputs,) = session.get_inputs()
+        return lambda x: torch.from_numpy(session.run(None, {inputs.name: x.numpy()})[0])
 
     return {name: way(form) for name, form in FORMS.items()}

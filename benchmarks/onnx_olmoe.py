@@ -35,8 +35,8 @@ def main() -> None:
     for name in options.only:
         path = options.folder / f"{name.replace(':', '-')}.onnx"
         start = time.perf_counter()
-        said = of_transformers(path) if name == "hf" else of_moec(path, name, options.check)
-        print(f"{path}: {said}, {time.perf_counter() - start:.0f} s", flush=True)
+        message = of_transformers(path) if name == "hf" else of_moec(path, name, options.check)
+        print(f"{path}: {message}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def model() -> Any:
@@ -65,19 +65,21 @@ def of_transformers(path: Path) -> str:
     import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    made = OnnxExporter().export(model(), inputs(), OnnxConfig(dynamic=True, ort_fusions="cpu"))
-    onnx_ir.save(made.program, path, external_data=f"{path.name}.data")
-    return f"{len(list(made.program.graph))} nodes"
+    exported = OnnxExporter().export(model(), inputs(), OnnxConfig(dynamic=True, ort_fusions="cpu"))
+    onnx_ir.save(exported.program, path, external_data=f"{path.name}.data")
+    return f"{len(list(exported.program.graph))} nodes"
 
 
 def of_moec(path: Path, name: str, check: bool) -> str:
     quant = None if name == "cpu" else name
     compiled = moec.compile(model(), kwargs=inputs(), quant=quant, verify=False, build=False)
-    made = compiled.export_onnx(path, "cpu", verify=check)
-    errors = "".join(f", error of {output} {error:.1e}" for output, error in made.errors.items())
+    exported = compiled.export_onnx(path, "cpu", verify=check)
+    errors = "".join(
+        f", error of {output} {error:.1e}" for output, error in exported.errors.items()
+    )
     return (
-        f"{made.nodes} nodes, {made.moe_nodes} of them for the MoE block, "
-        f"{made.bytes / 1e6:.0f} MB{errors}"
+        f"{exported.nodes} nodes, {exported.moe_nodes} of them for the MoE block, "
+        f"{exported.bytes / 1e6:.0f} MB{errors}"
     )
 
 

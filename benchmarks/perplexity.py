@@ -35,11 +35,11 @@ def ways(formats: list[str], text: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def perplexity(compiled: moec.CompiledModel, held_out: torch.Tensor) -> float:
     """Of each window's tokens [W, L] after its first."""
     total = 0.0
-    for some in held_out.split(8):
-        logits = compiled(some).float()
+    for batch in held_out.split(8):
+        logits = compiled(batch).float()
         total += float(
             torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), some[:, 1:].flatten(), reduction="sum"
+                logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
             )
         )
     return math.exp(total / held_out[:, 1:].numel())
@@ -55,9 +55,9 @@ def main() -> None:
     held_out = windows(tokenizer, (*HELD_OUT, *MORE), options.windows, LENGTH)["input_ids"]
     before = 0.0
     for name, arguments in ways(options.formats.split(","), text):
-        found = perplexity(moec.compile(str(CHECKPOINT), **arguments), held_out)
-        before = before or found
-        print(f"{name:20}{found:9.3f}{found / before - 1:+9.2%}", flush=True)
+        perplexities = perplexity(moec.compile(str(CHECKPOINT), **arguments), held_out)
+        before = before or perplexities
+        print(f"{name:20}{perplexities:9.3f}{perplexities / before - 1:+9.2%}", flush=True)
 
 
 if __name__ == "__main__":

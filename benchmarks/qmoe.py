@@ -27,11 +27,11 @@ def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]
     fc1 = torch.stack([gate, up], 2).flatten(1, 2)
     weights = {}
     for name, weight in (("fc1", fc1), ("fc2", experts.down_proj)):
-        made = quantise(format, weight)
-        codes = made.codes
+        quantised = quantise(format, weight)
+        codes = quantised.codes
         if format.bits == 4:
             codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        scales = made.scales.float() if format.block else made.scales.float().squeeze(-1)
+        scales = quantised.scales.float() if format.block else quantised.scales.float().squeeze(-1)
         weights[f"{name}_w"] = codes.numpy()
         weights[f"{name}_s"] = scales.numpy()
     width = fc1.shape[-1]

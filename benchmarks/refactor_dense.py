@@ -94,14 +94,14 @@ def active(program: Program) -> tuple[int, int, int]:
         if v.dtype in FLOATS and "inv_freq" not in v.name  # a buffer
     }
     kinds = (layers, shares.keys() - tables, shares.keys())
-    mlp, body, whole = (round(sum(counts.get(v, 0) for v in kind)) for kind in kinds)
-    return mlp, body, whole
+    mlp, body, total = (round(sum(counts.get(v, 0) for v in kind)) for kind in kinds)
+    return mlp, body, total
 
 
 def refactored(program: Program, pass_: RefactorDense, evaluator: Evaluator) -> Program:
     """All layers changed, without measuring each of them as `moec.compile` does."""
-    layers, seen = pass_.observe(program, evaluator, Log())
-    for layer, one in zip(layers, seen, strict=True):
+    layers, stats = pass_.observe(program, evaluator, Log())
+    for layer, one in zip(layers, stats, strict=True):
         program = pass_.change(program, layer, one).program
     return program
 
@@ -114,12 +114,12 @@ def perplexity(program: Program, evaluator: Evaluator) -> tuple[dict[str, float]
     right = count = 0
     cases = zip(evaluator.calibration.cases, evaluator.calibration.domains, strict=True)
     probes = [op.outputs[1] for op in routes]
-    for (case, domain), made in zip(cases, evaluator.run(program, probes), strict=True):
+    for (case, domain), result in zip(cases, evaluator.run(program, probes), strict=True):
         (ids,) = case
-        scores = made[0].log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+        scores = result[0].log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
         nats[domain] -= float(scores.sum())
         predicted[domain] += scores.numel()
-        for chosen in made[1:]:
+        for chosen in result[1:]:
             right += int((chosen == domains.index(domain)).sum())
             count += chosen.numel()
     return {d: math.exp(n / predicted[d]) for d, n in nats.items()}, right / max(count, 1)
@@ -138,9 +138,9 @@ def trained(program: Program, dense: Any, data: Texts, structure: Any, steps: in
             group["lr"] = RATE * (1 - step / steps)
         batch = ids[torch.randperm(len(ids), generator=generator)[:BATCH]]
         with torch.no_grad():
-            wanted = dense(input_ids=batch, use_cache=False).logits.log_softmax(-1)
-        made = module(input_ids=batch).logits.log_softmax(-1)
-        loss = (wanted.exp() * (wanted - made)).sum(-1).mean()
+            expected = dense(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+        result = module(input_ids=batch).logits.log_softmax(-1)
+        loss = (expected.exp() * (expected - result)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,7 +155,7 @@ def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
             start = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(own) for name, own in times.items()}
+    return {name: statistics.median(entry) for name, entry in times.items()}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -164,9 +164,9 @@ def run(options: argparse.Namespace) -> None:
     example = {"input_ids": data["code"]["input_ids"][:2, :7]}
     captured = moec.compile(model, kwargs=example, stop_after="split-packed")
     original = captured.pass_results[-1].program
-    whole = active(original)
+    full = active(original)
     count = sum(1 for _ in feedforwards(original.graph, Log()))
-    print(f"{FILE}: {whole[2]:,} parameters, {whole[0]:,} of them in {count} feed-forward layers")
+    print(f"{FILE}: {full[2]:,} parameters, {full[0]:,} of them in {count} feed-forward layers")
     print(f"{WINDOWS} windows of {LENGTH} tokens a domain, torch {torch.__version__}")
     print(f"load average before: {os.getloadavg()[0]:.1f}\n")
     chosen_on, held_out = (
@@ -177,12 +177,12 @@ def run(options: argparse.Namespace) -> None:
 
     def row(name: str, program: Program) -> None:
         shares = "".join(
-            f"{made / most:{size}.0%}"
-            for made, most, size in zip(active(program), whole, (8, 14, 8), strict=True)
+            f"{result / most:{size}.0%}"
+            for result, most, size in zip(active(program), full, (8, 14, 8), strict=True)
         )
-        found, right = perplexity(program, held_out)
+        perplexities, right = perplexity(program, held_out)
         last = "" if program is original else f"{right:14.0%}"
-        values = "".join(f"{value:12.1f}" for value in found.values())
+        values = "".join(f"{value:12.1f}" for value in perplexities.values())
         print(f"{name:22}{shares}{values}{last}", flush=True)
 
     row("dense", original)
@@ -209,18 +209,18 @@ def run(options: argparse.Namespace) -> None:
 def compare(model: Any, module: GraphModule, example: Mapping[str, Tensor], ids: Tensor) -> None:
     """Compiled, beside the dense model."""
     dense = moec.compile(model, kwargs=example, kv_cache=False)
-    made = moec.compile(module, passes="+hoist-routers", kv_cache=False)
-    choices = made.routers(ids[:1])
-    same = torch.equal(made.routed(choices, ids[:1]), made(ids[:1]))
+    compiled_model = moec.compile(module, passes="+hoist-routers", kv_cache=False)
+    choices = compiled_model.routers(ids[:1])
+    same = torch.equal(compiled_model.routed(choices, ids[:1]), compiled_model(ids[:1]))
     print(f"routers ahead, then the rest: the same bits as in one: {same}")
     for t in (1, LENGTH):
         calls: dict[str, Callable[[], Any]] = {
             "dense": partial(dense, ids[:1, :t]),
-            "experts": partial(made, ids[:1, :t]),
-            "router alone": partial(made.routers, ids[:1, :t]),
+            "experts": partial(compiled_model, ids[:1, :t]),
+            "router alone": partial(compiled_model.routers, ids[:1, :t]),
         }
-        found = milliseconds(calls, 20 if t == 1 else 5)
-        line = ", ".join(f"{name} {value:.2f} ms" for name, value in found.items())
+        result = milliseconds(calls, 20 if t == 1 else 5)
+        line = ", ".join(f"{name} {value:.2f} ms" for name, value in result.items())
         print(f"{t} tokens, {THREADS} threads: {line}", flush=True)
 
 
@@ -235,14 +235,14 @@ def main() -> None:
     if options.append is None:
         run(options)
         return
-    said = io.StringIO()
-    with redirect_stdout(said):
+    message = io.StringIO()
+    with redirect_stdout(message):
         run(options)
-    print(said.getvalue(), end="")
+    print(message.getvalue(), end="")
     words = sys.argv[1:]
     at = words.index("--append")
     command = shlex.join(["python", "benchmarks/refactor_dense.py", *words[:at], *words[at + 2 :]])
-    body = textwrap.indent(said.getvalue(), "    ", lambda line: bool(line.strip()))
+    body = textwrap.indent(message.getvalue(), "    ", lambda line: bool(line.strip()))
     with options.append.open("a", encoding="utf-8") as file:
         file.write(f"\n## SmolLM2-135M as experts for domains\n\n{date.today()}\n\n")
         file.write(f"    $ {command}\n{body}")

@@ -40,20 +40,23 @@ def decimals(cell: Cell) -> int:
     return len(str(cell).partition(".")[2]) if isinstance(cell, float) else 0
 
 
-def show(cell: Cell, places: int) -> str:
+def show(cell: Cell, positions: int) -> str:
     """A cell as text; floats of one column have the same number of decimals."""
     if cell is None:
         return ""
-    return f"{cell:.{places}f}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.{positions}f}" if isinstance(cell, float) else str(cell)
 
 
 def cells(records: Sequence[Record]) -> list[list[str]]:
     """The rows of records in one table; of several, machine and case are columns too."""
     columns = list(dict.fromkeys(name for r in records for row in r.rows for name in row))
-    places = {c: max(decimals(row.get(c)) for r in records for row in r.rows) for c in columns}
+    positions = {c: max(decimals(row.get(c)) for r in records for row in r.rows) for c in columns}
     about = ["machine", "case"] if len(records) > 1 else []
     body = [
-        [*([r.machine, r.case] if about else []), *(show(row.get(c), places[c]) for c in columns)]
+        [
+            *([r.machine, r.case] if about else []),
+            *(show(row.get(c), positions[c]) for c in columns),
+        ]
         for r in records
         for row in r.rows
     ]

@@ -63,7 +63,7 @@ def words(*shape: int) -> Tensor:
 def compare_times(format: Format) -> None:
     ways = {e: [kernel(f, e) for f in both(format)] for e in set(CASES.values())}
     for rows, experts in CASES.items():
-        calls = [made(rows) for made in ways[experts]]
+        calls = [result(rows) for result in ways[experts]]
         least = [float("inf")] * len(calls)
         for _ in range(RUNS):
             for i, call in enumerate(calls):
@@ -93,20 +93,20 @@ def compare_errors(format: Format) -> None:
             y += weights[:, e : e + 1] * (round(hidden) @ down.mT)
         return y
 
-    wanted = layer(experts, lambda rows: rows)
+    expected = layer(experts, lambda rows: rows)
     cells = ""
     for bits in (8, 16, 0):
-        made = layer(
+        module = layer(
             stored,
             lambda rows, b=bits: round_rows(rows, format.blocks(rows.shape[-1]), b) if b else rows,
         )
-        cells += f"{float((made - wanted).norm() / wanted.norm()):12.2e}"
+        cells += f"{float((module - expected).norm() / expected.norm()):12.2e}"
     print(f"{format!s:>10}{cells}", flush=True)
 
 
 def _stored(format: Format, matrix: Tensor) -> Tensor:
-    made = quantise(format, matrix[None])
-    return dequantise(format.kind, made.codes, made.scales, made.zeros)[0]
+    codes = quantise(format, matrix[None])
+    return dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
 
 
 def main() -> None:

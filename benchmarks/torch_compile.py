@@ -60,31 +60,31 @@ def trained(run: Run, layer: nn.Module) -> Run:
 
 def contenders(layer: nn.Module, names: list[str], train: bool) -> dict[str, tuple[Run, nn.Module]]:
     """By name, what runs and the module whose gradients it makes. All share their weights."""
-    made: dict[str, tuple[Run, nn.Module]] = {}
+    result: dict[str, tuple[Run, nn.Module]] = {}
     for name in names:
         if name == "artifact":
             x = torch.randn(1, 7, OLMOE.D, dtype=next(layer.parameters()).dtype)
-            made[name] = (moec.compile(layer, (x,), verify=False), layer)
+            result[name] = (moec.compile(layer, (x,), verify=False), layer)
         elif name.startswith(MOEC):
             twin = way(layer, "eager")
-            made[name] = (compiled(twin, "eager" if name.endswith("eager") else "inductor"), twin)
+            result[name] = (compiled(twin, "eager" if name.endswith("eager") else "inductor"), twin)
         elif name == "inductor":
             twin = way(layer, "grouped_mm")
-            made[name] = (torch.compile(twin, dynamic=False), twin)
+            result[name] = (torch.compile(twin, dynamic=False), twin)
         else:
             twin = way(layer, name)
-            made[name] = (twin, twin)
+            result[name] = (twin, twin)
     if train:
-        return {name: (trained(run, own), own) for name, (run, own) in made.items()}
-    return made
+        return {name: (trained(run, entry), entry) for name, (run, entry) in result.items()}
+    return result
 
 
 def compare(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
     """The medians in seconds. Exits where results differ from those of the last contender."""
     dtype = str(x.dtype).removeprefix("torch.")
-    wanted = list(runs.values())[-1](x)
+    expected = list(runs.values())[-1](x)
     for name, run in runs.items():
-        astray, rows = strays(run(x)[0], wanted[0], TOLERANCES[dtype])
+        astray, rows = strays(run(x)[0], expected[0], TOLERANCES[dtype])
         # In bf16 near ties among 64 scores send some tokens to other experts.
         if astray > (rows // 4 + 1 if dtype == "bfloat16" else 0):
             raise SystemExit(f"{name}: {astray} of {rows} rows differ")
@@ -94,7 +94,7 @@ def compare(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
             time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
             warm(partial(run, x))
             times[name].append(timed(partial(run, x)))
-    return {name: statistics.median(some) for name, some in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def main() -> int:
@@ -123,19 +123,20 @@ def main() -> int:
     layer = block(DTYPES[options.dtype])
     with torch.set_grad_enabled(options.train):
         layer.requires_grad_(options.train)
-        made = contenders(layer, names, options.train)
+        result = contenders(layer, names, options.train)
         for t in map(int, tokens.split(",")):
             x = torch.randn(1, t, OLMOE.D).to(DTYPES[options.dtype])
-            runs = {name: run for name, (run, _) in made.items()}
-            found = compare(runs, x, options.rounds or (5 if options.train else 15))
+            runs = {name: run for name, (run, _) in result.items()}
+            record = compare(runs, x, options.rounds or (5 if options.train else 15))
             cells = "".join(
-                f"{found[name] * 1e3:9.2f}{found[name] / found[names[0]]:6.2f}x" for name in names
+                f"{record[name] * 1e3:9.2f}{record[name] / record[names[0]]:6.2f}x"
+                for name in names
             )
             print(f"{t:6}{cells}", flush=True)
             rows.append({"tokens": t})
             for name in names:
-                rows[-1][name] = round(found[name] * 1e3, 2)
-                rows[-1][f"{name} ratio"] = round(found[name] / found[names[0]], 2)
+                rows[-1][name] = round(record[name] * 1e3, 2)
+                rows[-1][f"{name} ratio"] = round(record[name] / record[names[0]], 2)
     claim = "torch-compile-training" if options.train else "torch-compile"
     case = f"olmoe, {options.dtype.replace('bfloat16', 'bf16')}"
     conditions = f"{OLMOE}; {THREADS} threads, load average {load:.1f}; milliseconds"

@@ -41,7 +41,7 @@ def compare(shape: str, dtype: str, quant: str | None, tokens: list[int], rounds
     tuned = moec.compile(layer, (example,), quant=quant, verify=False, tune=True)
     seconds = time.perf_counter() - start
     report = tuned.report()
-    said = [
+    document = [
         f"{shape}, {quant or dtype}: {THREADS} threads, {processor()}, target {host().name}, "
         f"load average {os.getloadavg()[0]:.1f}",
         f"compiled in {seconds:.0f} s, of which tuning {report.phases['tune']:.0f} s",
@@ -54,14 +54,14 @@ def compare(shape: str, dtype: str, quant: str | None, tokens: list[int], rounds
             x = torch.randn(1, count, width).to(DTYPES[dtype])
             for i in (turn % 2, 1 - turn % 2):
                 model = (plain, tuned)[i]
-                taken = timed(lambda model=model, x=x: model(x))  # type: ignore[misc]
+                elapsed = timed(lambda model=model, x=x: model(x))  # type: ignore[misc]
                 if turn:
-                    times[i].append(taken)
+                    times[i].append(elapsed)
         middle, error = gain(*times)
-        default, other = (statistics.median(some) * 1e3 for some in times)
+        default, other = (statistics.median(each) * 1e3 for each in times)
         ratio = f"{math.exp(middle):.2f} ± {error:.2f}"
-        said.append(f"{count:6}{default:12.2f}{other:12.2f}{ratio:>16}")
-    return said
+        document.append(f"{count:6}{default:12.2f}{other:12.2f}{ratio:>16}")
+    return document
 
 
 def _chosen(line: TunedLine) -> str:
@@ -83,13 +83,13 @@ def main() -> None:
     torch.manual_seed(0)
     tokens = [int(count) for count in options.tokens.split(",")]
     with torch.inference_mode():
-        said = compare(options.shape, options.dtype, options.quant, tokens, options.rounds)
-    print("\n".join(said))
+        message = compare(options.shape, options.dtype, options.quant, tokens, options.rounds)
+    print("\n".join(message))
     if options.append is None:
         return
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
     command = shlex.join(["python", "benchmarks/tune.py", *words])
-    body = "\n".join(f"    {line}" for line in said)
+    body = "\n".join(f"    {line}" for line in message)
     title = f"One layer of {options.shape}, tuned"
     with options.append.open("a", encoding="utf-8") as file:
         file.write(f"\n## {title}\n\n{date.today()}\n\n    $ {command}\n{body}\n")

@@ -67,8 +67,8 @@ class Mlp(nn.Module):
         return F.silu(self.gate(x)) * self.up(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.down(self.hidden(x))
-        return made
+        result: Tensor = self.down(self.hidden(x))
+        return result
 
 
 def upcycle(model: Any, tokenizer: Any) -> list[float]:
@@ -83,29 +83,29 @@ def upcycle(model: Any, tokenizer: Any) -> list[float]:
     errors = []
     for number, x in entering.items():
         layer = model.model.layers[number]
-        made, error = _trained(layer.mlp, x)
-        layer.mlp = made
+        result, error = _trained(layer.mlp, x)
+        layer.mlp = result
         errors.append(error)
     return errors
 
 
 def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
     """What enters the MLP of each of LAYERS: [TOKENS, D]."""
-    found: dict[int, list[Tensor]] = {number: [] for number in LAYERS}
+    result: dict[int, list[Tensor]] = {number: [] for number in LAYERS}
 
     def watch(number: int) -> Any:
-        def keep(_: Any, given: tuple[Tensor, ...]) -> None:
-            found[number].append(given[0].flatten(0, 1))
+        def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            result[number].append(inputs[0].flatten(0, 1))
 
         return model.model.layers[number].mlp.register_forward_pre_hook(keep)
 
     handles = [watch(number) for number in LAYERS]
     with torch.no_grad():
-        for some in windows.split(2):
-            model.model(some)
+        for batch in windows.split(2):
+            model.model(batch)
     for handle in handles:
         handle.remove()
-    return {number: torch.cat(parts) for number, parts in found.items()}
+    return {number: torch.cat(parts) for number, parts in result.items()}
 
 
 def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
@@ -115,15 +115,15 @@ def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
     unit = F.normalize(x - mean)
     centres = unit[torch.randperm(len(x))[:EXPERTS]]
     for _ in range(rounds):
-        own = F.one_hot((unit @ centres.T).argmax(-1), EXPERTS).float()
-        centres = F.normalize(own.T @ unit + 1e-6 * centres)
+        private = F.one_hot((unit @ centres.T).argmax(-1), EXPERTS).float()
+        centres = F.normalize(private.T @ unit + 1e-6 * centres)
     return centres, mean
 
 
 def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
     """The experts that stand for an MLP, and their error on its rows x [N, D]."""
     with torch.no_grad():
-        wanted = mlp(x)
+        expected = mlp(x)
         centres, mean = _centres(x)
         router = nn.Linear(x.shape[1], EXPERTS)
         router.weight.copy_(centres * 4 / (x - mean).norm(dim=-1).mean())  # logits of -4 to 4
@@ -132,24 +132,26 @@ def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
         experts = []
         for number in range(EXPERTS):
             expert = Mlp(mlp)
-            own = x[(chosen == number).any(-1)]
-            use = expert.hidden(own).square().mean(0) * expert.down.weight.square().sum(0)
+            private = x[(chosen == number).any(-1)]
+            use = expert.hidden(private).square().mean(0) * expert.down.weight.square().sum(0)
             least = use.argsort()[: len(use) // 2]
             for matrix in (expert.gate.weight, expert.up.weight):
                 matrix[least] = torch.randn(len(least), x.shape[1]) * matrix.std()
             shape = (x.shape[1], len(least))
             expert.down.weight[:, least] = torch.randn(shape) * expert.down.weight.std() / 4
             experts.append(expert)
-    made = Experts(experts, router)
-    optimizer = torch.optim.Adam(made.parameters(), lr=RATE)
+    module = Experts(experts, router)
+    optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / STEPS)
-        some = torch.randint(len(x), (ROWS,))
-        loss = (made(x[some]) - wanted[some]).square().sum() / wanted[some].square().sum()
+        sample = torch.randint(len(x), (ROWS,))
+        loss = (module(x[sample]) - expected[sample]).square().sum() / expected[
+            sample
+        ].square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        error = float((made(x) - wanted).norm() / wanted.norm())
-    return made.eval(), error
+        error = float((module(x) - expected).norm() / expected.norm())
+    return module.eval(), error

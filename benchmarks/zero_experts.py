@@ -140,9 +140,9 @@ def compare(name: str, options: argparse.Namespace, conditions: str) -> bool:
     layers = [Layer(networks, []), Layer(networks, [Copy(), *constants])]
     x = torch.randn(tokens, shape.width).bfloat16()
     even = torch.full((shape.networks,), 1 / shape.networks)
-    given = [logits(tokens, even), *(logits(tokens, shares(shape, tau)) for tau in TAUS)]
+    inputs = [logits(tokens, even), *(logits(tokens, shares(shape, tau)) for tau in TAUS)]
     runs = []
-    for layer, scores in zip(layers, given, strict=False):
+    for layer, scores in zip(layers, inputs, strict=False):
         layer.bfloat16().requires_grad_(False).eval()
         example = (x[:7], scores[:7])
         t = torch.export.Dim("T")
@@ -153,14 +153,14 @@ def compare(name: str, options: argparse.Namespace, conditions: str) -> bool:
         if astray:
             raise SystemExit(f"{name}: {astray} of {rows} rows differ from eager")
         runs.append(compiled)
-    ways = [partial(runs[0], x, given[0]), *(partial(runs[1], x, scores) for scores in given[1:])]
+    ways = [partial(runs[0], x, inputs[0]), *(partial(runs[1], x, scores) for scores in inputs[1:])]
     times: list[list[float]] = [[] for _ in ways]
     for way in ways:
         way()
     for _ in range(rounds):
-        for some, way in zip(times, ways, strict=True):
-            some.append(timed(way))
-    vanilla, *medians = [statistics.median(some) for some in times]
+        for seconds, way in zip(times, ways, strict=True):
+            seconds.append(timed(way))
+    vanilla, *medians = [statistics.median(seconds) for seconds in times]
     flops = K * tokens * 6 * shape.width * shape.hidden
     case = f"{name}/({shape.networks}+{shape.zero})"
     speed = f"vanilla MoE {vanilla * 1e3:.2f} ms, {flops / vanilla / 1e9:.0f} GFLOP/s"

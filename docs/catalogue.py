@@ -86,14 +86,14 @@ def _passes() -> Iterator[str]:
     )
     yield fenced(pipeline.__doc__ or "")
     yield "## In their order"
-    known = {p.name: p for p in _defaults()}
+    reference = {p.name: p for p in _defaults()}
     for row in passes():
         yield f"### {row['pass']}"
         yield f"{row['what_it_does']}."
         facts = [row["from"], row["kind"], f"gives {row['gives']}"]
         if row["options"] != "-":
             facts.append(f"options `{row['options']}`")
-        module = type(known[row["pass"]]).__module__
+        module = type(reference[row["pass"]]).__module__
         yield f"{', '.join(facts)}; `{_file(module)}`"
         yield fenced(sys.modules[module].__doc__ or "")
     yield "## When asked for"

@@ -90,10 +90,10 @@ def _svg(rows: Sequence[Sequence[Column]]) -> Iterator[str]:
     yield f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>'
     top = MARGIN
     for number, row in enumerate(rows):
-        for place, box in enumerate(row):
-            x = MARGIN + GAP - 6 + place * (WIDTH + GAP)
+        for position, box in enumerate(row):
+            x = MARGIN + GAP - 6 + position * (WIDTH + GAP)
             yield from _box(box, x, top)
-            if number or place:
+            if number or position:
                 yield _arrow(x, top + 24)
         top += heights[number]
     yield from _legend(height)

@@ -82,7 +82,7 @@ rows: dict[str, list[Approximate]] = {
     "merge": [MergeExperts(keep=k) for k in KEPT],
 }
 print(f"perplexity on {', '.join(HELD_OUT)}; whole: {held_out(original):.1f}")
-print(f"{'experts kept':16}" + "".join(f"{kept:>10.0%}" for kept in KEPT))
+print(f"{'experts kept':16}" + "".join(f"{remaining:>10.0%}" for remaining in KEPT))
 for name, passes in rows.items():
     results = [cut(pass_) for pass_ in passes]
     print(f"{name:16}" + "".join(f"{perplexity:10.1f}" for _, perplexity in results))

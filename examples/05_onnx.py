@@ -72,19 +72,19 @@ def generate(session: Any, prompts: list[list[int]], tokens: int) -> Array:
     """The likeliest tokens after each prompt, [B, tokens]."""
     ids, mask = padded(prompts)
     past = {
-        given.name: np.zeros((len(ids), given.shape[1], 0, given.shape[3]), np.float32)
-        for given in session.get_inputs()
-        if given.name.startswith("past_key_values.")
+        inputs.name: np.zeros((len(ids), inputs.shape[1], 0, inputs.shape[3]), np.float32)
+        for inputs in session.get_inputs()
+        if inputs.name.startswith("past_key_values.")
     }
-    made = []
+    results = []
     for _ in range(tokens):
         feeds = {"input_ids": ids, "attention_mask": mask, **past}
         logits, *present = session.run(None, feeds)
         past = dict(zip(past, present, strict=True))
         ids = logits[:, -1].argmax(-1)[:, None]
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        made.append(ids)
-    return np.concatenate(made, axis=1)
+        results.append(ids)
+    return np.concatenate(results, axis=1)
 
 
 torch.manual_seed(0)
@@ -94,10 +94,10 @@ compiled = moec.compile(model, (torch.randn(33, 64),), build=False)
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "routed.onnx"
     for options in ({"ep": "portable"}, {"ep": "cpu", "moe": "op"}):
-        made = compiled.export_onnx(path, **options)
-        error, share = made.errors["output"], min(made.parity.values())
+        exported = compiled.export_onnx(path, **options)
+        error, share = exported.errors["output"], min(exported.parity.values())
         form = "com.microsoft.MoE" if options.get("moe") == "op" else "standard operators"
-        print(f"{form}: {made.nodes} nodes, error {error:.1e}, {share:.0%} of the tokens agree")
+        print(f"{form}: {exported.nodes} nodes, error {error:.1e}, {share:.0%} of the tokens agree")
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         with torch.inference_mode():
@@ -113,9 +113,9 @@ prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tiny_moe.onnx"
-    made = compiled.export_onnx(path)
-    worst, share = max(made.errors.values()), min(made.parity.values())
-    print(f"tiny_moe: {made.nodes} nodes, error {worst:.1e}, {share:.0%} of the tokens agree")
+    exported = compiled.export_onnx(path)
+    worst, share = max(exported.errors.values()), min(exported.parity.values())
+    print(f"tiny_moe: {exported.nodes} nodes, error {worst:.1e}, {share:.0%} of the tokens agree")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     together = generate(session, prompts, tokens=24)
     for prompt, tokens, text in zip(prompts, together, PROMPTS, strict=True):

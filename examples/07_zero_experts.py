@@ -79,23 +79,23 @@ def windows(files: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": torch.stack([ids[start : start + LENGTH] for start in starts])}
 
 
-seen, held_out = windows(["argparse.py"]), windows(["http/client.py", "urllib/parse.py"])
+train, held_out = windows(["argparse.py"]), windows(["http/client.py", "urllib/parse.py"])
 captured = moec.compile(CHECKPOINT, stop_after="split-packed")
 original = captured.pass_results[-1].program
 evaluator = Evaluator(original, load_calibration(held_out, original, {}))
 print(f"\ntiny_moe, on text that it never saw: perplexity {evaluator.origin.perplexity:.1f}")
 print("without training, choices that take no row: KL in nats a token, perplexity")
 print("  " + "".join(f"{fraction:>16.0%}" for fraction in FRACTIONS))
-kept: dict[str, list[float]] = {}
+remaining: dict[str, list[float]] = {}
 for by in ("best", "zero"):
     cells = ""
     for fraction in FRACTIONS:
         pass_ = InsertZeroExperts(way="calibrated", fraction=fraction, by=by)
-        measured = MeasuredPass(pass_, CalibrationSession(seen, {}))
+        measured = MeasuredPass(pass_, CalibrationSession(train, {}))
         changed = run(original, [measured], stage=Stage.MOE)[-1].program
         distance, _, _ = evaluator.measure(changed)
         assert distance.kl is not None
-        kept.setdefault(by, []).append(distance.kl)
+        remaining.setdefault(by, []).append(distance.kl)
         cells += f"{distance.kl:9.3f}{distance.perplexity:7.1f}"
     print(f"  {cells}  {'nothing' if by == 'zero' else 'the best stand-in'} instead")
 
@@ -104,7 +104,7 @@ parser.add_argument("--plot", type=Path)
 if path := parser.parse_args().plot:
     from matplotlib import pyplot
 
-    for by, values in kept.items():
+    for by, values in remaining.items():
         pyplot.plot(FRACTIONS, values, marker="o", label=by)
     pyplot.xlabel("share of choices that take no row")
     pyplot.ylabel("KL, nats a token")

@@ -79,16 +79,16 @@ def milliseconds(*calls: Callable[[], Any]) -> list[float]:
     """The median time of each, called in turn so that all meet the same machine."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(30):
-        for own, call in zip(times, calls, strict=True):
+        for entry, call in zip(times, calls, strict=True):
             start = time.perf_counter()
             call()
-            own.append(1e3 * (time.perf_counter() - start))
-    return [median(own) for own in times]
+            entry.append(1e3 * (time.perf_counter() - start))
+    return [median(entry) for entry in times]
 
 
 torch.manual_seed(0)
 model, x, task = ManyTasks(), torch.randn(64, D), torch.tensor(2)
-whole = moec.compile(model, (x, task))
+full = moec.compile(model, (x, task))
 one = moec.compile(model, (x, task), passes=[Specialise({"task": 2})])
 (step,) = [step for step in one.pass_results if step.says]
 print("\n".join(step.says))
@@ -96,17 +96,17 @@ with torch.no_grad():
     print(f"greatest difference to eager: {float((one(x) - model(x, task)).abs().max()):.1e}\n")
 
 print(f"{'':12}{'inputs':>10}{'blocks':>8}{'megabytes':>11}{'T=1':>10}{'T=64':>10}")
-rows = {"all tasks": (whole, (task,)), "task 2": (one, ())}
+rows = {"all tasks": (full, (task,)), "task 2": (one, ())}
 times = [
     milliseconds(*(lambda m=m, more=more, t=t: m(x[:t], *more) for m, more in rows.values()))
     for t in (1, 64)
 ]
-for i, (name, (made, _)) in enumerate(rows.items()):
-    inputs = ", ".join(port.name for port in made.package.main.inputs)
-    size = sum(array.nbytes for array in made.package.arrays.values()) / 1e6
+for i, (name, (result, _)) in enumerate(rows.items()):
+    inputs = ", ".join(port.name for port in result.package.main.inputs)
+    size = sum(array.nbytes for array in result.package.arrays.values()) / 1e6
     print(
-        f"{name:12}{inputs:>10}{len(made.blocks):8}{size:11.2f}"
-        + "".join(f"{own[i]:7.3f} ms" for own in times)
+        f"{name:12}{inputs:>10}{len(result.blocks):8}{size:11.2f}"
+        + "".join(f"{item[i]:7.3f} ms" for item in times)
     )
 
 ids = torch.randint(VOCABULARY, (64,))

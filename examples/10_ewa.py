@@ -92,9 +92,9 @@ class Data:
 
 def digits(count: int, seed: int) -> Data:
     """1,797 images: `count` of the 899 even ones to train on, the odd ones to test on."""
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    labels = torch.tensor(found.target)
+    result = load_digits()
+    images = torch.tensor(result.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(result.target)
     even = torch.randperm(899, generator=torch.Generator().manual_seed(seed))[:count].sort()[0] * 2
     return Data((images[even], labels[even]), (images[1::2], labels[1::2]))
 
@@ -167,12 +167,12 @@ parser.add_argument(
 parser.add_argument("--few", action="store_true", help=f"{FEW.images} images, {FEW.seeds} seeds")
 arguments = parser.parse_args()
 setting = FEW if arguments.few else FULL
-whole = arguments.full or arguments.few
+full = arguments.full or arguments.few
 
 rows: dict[str, list[float]] = {}
-for seed in range(setting.seeds if whole else 1):
+for seed in range(setting.seeds if full else 1):
     data = digits(setting.images, seed)
-    models = contenders(seed, setting.steps if whole else 20, data, setting)
+    models = contenders(seed, setting.steps if full else 20, data, setting)
     if not seed:
         print(f"accuracy on {len(data.test[1])} images, in percent")
         print("seed" + "".join(f"{name:>13}" for name in models))

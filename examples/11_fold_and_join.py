@@ -38,8 +38,8 @@ class Adapted(nn.Module):
         self.b = nn.Linear(rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.base(x) + 2.0 * self.b(self.a(x))
-        return made
+        result: Tensor = self.base(x) + 2.0 * self.b(self.a(x))
+        return result
 
 
 class Layer(nn.Module):
@@ -82,28 +82,31 @@ class Mixed(nn.Module):
 
 def joined(a: Layer, b: Layer) -> Layer:
     """The layer that has all experts of both."""
-    made = Layer(2 * E)
-    made.up, made.down = nn.ModuleList([*a.up, *b.up]), nn.ModuleList([*a.down, *b.down])
+    result = Layer(2 * E)
+    result.up, result.down = nn.ModuleList([*a.up, *b.up]), nn.ModuleList([*a.down, *b.down])
     for name in ("weight", "bias"):
         both = [getattr(layer.gate, name) for layer in (a, b)]
-        setattr(made.gate, name, nn.Parameter(torch.cat(both)))
-    return made
+        setattr(result.gate, name, nn.Parameter(torch.cat(both)))
+    return result
 
 
 def line(
-    name: str, model: nn.Module, inputs: tuple[Tensor, ...], wanted: Tensor, **options: Any
+    name: str, model: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor, **options: Any
 ) -> None:
     """Run a pass, and print what it changed. (No code is generated: that takes longer.)"""
-    made = moec.compile(model, inputs, build=False, verify=False, **options)
-    program = made.pass_results[-1].program
+    compiled_model = moec.compile(model, inputs, build=False, verify=False, **options)
+    program = compiled_model.pass_results[-1].program
     before = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     (result,) = evaluate(program.graph, [inputs[0]], program.weights)
-    off = float((result - wanted).abs().max())
-    says = [said for step in made.pass_results for said in step.says]
+    off = float((result - expected).abs().max())
+    says = [messages for step in compiled_model.pass_results for messages in step.says]
     says += [
-        layer.says for step in made.pass_results if step.damage for layer in step.damage.layers
+        layer.says
+        for step in compiled_model.pass_results
+        if step.damage
+        for layer in step.damage.layers
     ]
-    says += [f"a block of {block.experts} experts" for block in made.blocks]
+    says += [f"a block of {block.experts} experts" for block in compiled_model.blocks]
     size = f"{before:6.2f} ->{stored_bytes(program) / 1e6:5.2f} MB"
     print(f"{name:14}{size}   {off:.0e}   {'; '.join(says)}")
 
@@ -118,9 +121,9 @@ with torch.no_grad():
     line("fold-supernet", mixed, (x, arch), mixed(x, arch), passes="+fold-supernet(arch=1:0.5)")
 
     # A task is where its tokens are: these lie between the router's rows of two or three experts.
-    shared, some = Layer(), torch.randint(2, (T, 1))
+    shared, sample = Layer(), torch.randint(2, (T, 1))
     rows = shared.gate.weight
-    task = 20 * (rows[1] + some * rows[2] + (1 - some) * rows[3]) + torch.randn(T, D) / 8
+    task = 20 * (rows[1] + sample * rows[2] + (1 - sample) * rows[3]) + torch.randn(T, D) / 8
     options = {"passes": [KeepUsed()], "calib": {"x": task}, "budget": "changed<=0.01"}
     line("keep-used", shared, (task,), shared(task), **options)
 

@@ -95,8 +95,8 @@ def train(model: nn.Module, ids: Tensor, steps: int, rate: float) -> None:
 
 def row(name: str, model: nn.Module, texts: Mapping[str, Mapping[str, Tensor]]) -> None:
     with torch.no_grad():
-        found = [loss(model, text["ids"]).exp().item() for text in texts.values()]
-    print(f"{name:30}" + "".join(f"{value:8.2f}" for value in found), flush=True)
+        result = [loss(model, text["ids"]).exp().item() for text in texts.values()]
+    print(f"{name:30}" + "".join(f"{value:8.2f}" for value in result), flush=True)
 
 
 torch.manual_seed(0)
@@ -112,12 +112,12 @@ row("dense", model.eval(), held_out)
 for keep in KEPT:
     for by in ("random", "activation"):
         pass_ = RefactorDense(keep=keep, by=by, width=32, steps=40)
-        made = moec.transform(model, [pass_], (example,), calib=calib)
-        row(f"{keep:.0%} of channels, by {by}", made, held_out)
-for line in made.transformation.damage[0].layers:
+        program = moec.transform(model, [pass_], (example,), calib=calib)
+        row(f"{keep:.0%} of channels, by {by}", program, held_out)
+for line in program.transformation.damage[0].layers:
     print(f"{line.layer}: {line.says}")
 if "--train" in sys.argv:
-    train(made, everything, STEPS, RATE / 3)
-    row(f"the last, after {STEPS} steps", made, held_out)
+    train(program, everything, STEPS, RATE / 3)
+    row(f"the last, after {STEPS} steps", program, held_out)
     train(model.train(), everything, STEPS, RATE / 3)
     row("dense, after as many", model.eval(), held_out)

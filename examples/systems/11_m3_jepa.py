@@ -169,14 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     losses = train(connector, text, images, 120)
     print(f"loss {losses[0]:.2f} -> {sum(losses[-10:]) / 10:.2f} in {len(losses)} steps")
     stored = moec.compile(Query(connector.eval()), (text[:9],))
-    whole = moec.compile(Query(connector, encoder), (spelled(labels[:9]),))
+    full = moec.compile(Query(connector, encoder), (spelled(labels[:9]),))
     print(stored.report())
     near, nearest = stored(text[:10])
     with torch.no_grad():
         expected = Query(connector)(text[:10])
     errors = [float((a - b).abs().max()) for a, b in zip((near, nearest), expected, strict=True)]
     print(f"greatest difference to eager: {max(errors):.0e}")
-    again = whole(spelled(labels[:10]))
+    again = full(spelled(labels[:10]))
     print(f"stored vectors and end to end differ by {float((again[1] - nearest).abs().max()):.0e}")
     scores = F.normalize(nearest, dim=-1) @ F.normalize(images, dim=-1).T
     print(f"the best image shows the digit that was named: {recall(scores):.0%} (chance: 10%)")

@@ -97,9 +97,9 @@ class Captioning(nn.Module):
 class Projector(nn.Module):
     """What an expert gives, of any shape [B, ..], as tokens [B, tokens, D]."""
 
-    def __init__(self, given: int, sizes: Sizes) -> None:
+    def __init__(self, count: int, sizes: Sizes) -> None:
         super().__init__()
-        self.linear = nn.Linear(given, sizes.tokens * sizes.width)
+        self.linear = nn.Linear(count, sizes.tokens * sizes.width)
         self.tokens = sizes.tokens
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,12 +113,12 @@ class Vision(nn.Module):
         super().__init__()
         n = sizes.side
         kinds = (Detection, Segmentation, Classification, Captioning)
-        given = (sizes.boxes * 5, n * 2, sizes.classes, sizes.tokens * sizes.width)
+        inputs = (sizes.boxes * 5, n * 2, sizes.classes, sizes.tokens * sizes.width)
         self.experts = nn.ModuleDict(
             {name: kind(sizes) for name, kind in zip(EXPERTS, kinds, strict=True)}
         )
         self.projectors = nn.ModuleDict(
-            {name: Projector(count, sizes) for name, count in zip(EXPERTS, given, strict=True)}
+            {name: Projector(count, sizes) for name, count in zip(EXPERTS, inputs, strict=True)}
         )
         self.residual = nn.Linear(sizes.width, sizes.width)
         self.allocator = nn.Sequential(
@@ -224,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{block.name}: {block.experts} experts {block.activation}, {block.router}")
     with torch.no_grad():
         right = model(images)
-    made = artifact(images)
-    print(f"greatest difference to eager: {float((made - right).abs().max()):.0e}")
-    print(f"digits named: {float((made.argmax(-1) == labels).float().mean()):.0%} (chance: 10%)")
+    result = artifact(images)
+    print(f"greatest difference to eager: {float((result - right).abs().max()):.0e}")
+    print(f"digits named: {float((result.argmax(-1) == labels).float().mean()):.0%} (chance: 10%)")
     print("the paper: 4.7 % more than others on average over 12 benchmarks, with trained experts")
 
 

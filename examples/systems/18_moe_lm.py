@@ -257,10 +257,10 @@ def train(
     for _ in range(2 * steps):
         contexts, wishes = conversations(size, 64)
         with torch.no_grad():
-            said, _ = converse((candidates, decoder, manager), size, contexts, noise(size, 64))
+            sentence, _ = converse((candidates, decoder, manager), size, contexts, noise(size, 64))
             z = candidates.encoder(contexts)
-        values, _ = manager(z, said)
-        step(third, F.mse_loss(values, reward(said, wishes[:, None])), learned.manager)
+        values, _ = manager(z, sentence)
+        step(third, F.mse_loss(values, reward(sentence, wishes[:, None])), learned.manager)
     return learned
 
 
@@ -284,8 +284,8 @@ def chosen_reward(parts: Parts, size: Size, count: int = 256) -> tuple[float, fl
     """The mean reward of what the manager picks, of a random candidate, and of the best one."""
     contexts, wishes = conversations(size, count)
     with torch.no_grad():
-        said, pick = converse(parts, size, contexts, noise(size, count))
-    rewards = reward(said, wishes[:, None])
+        sentence, pick = converse(parts, size, contexts, noise(size, count))
+    rewards = reward(sentence, wishes[:, None])
     picked = rewards.gather(1, pick[:, None])
     return float(picked.mean()), float(rewards.mean()), float(rewards.max(dim=1).values.mean())
 

@@ -139,8 +139,8 @@ class Stack(nn.Module):
         self.norm = nn.RMSNorm(size.width, eps=1e-6)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        places = torch.arange(x.shape[1])
-        distance = places[None, :] - places[:, None]  # of keys from queries
+        positions = torch.arange(x.shape[1])
+        distance = positions[None, :] - positions[:, None]  # of keys from queries
         bias = self.bias(self.buckets(distance)).permute(2, 0, 1)
         if self.decodes:
             bias = bias.masked_fill(distance > 0, -math.inf)

@@ -216,13 +216,13 @@ def masks(model: ReadMe, windows: Tensor, domains: Tensor) -> list[Tensor]:
             model(windows[domains == domain])
         for hook in hooks:
             hook.remove()
-    kept = []
+    channel_masks = []
     for activations in means:
         chosen = torch.stack(activations).topk(channels, dim=-1).indices
-        kept.append(
+        channel_masks.append(
             torch.zeros(size.domains, size.hidden, dtype=torch.bool).scatter_(1, chosen, True)
         )
-    return kept
+    return channel_masks
 
 
 def expert(dense: FeedForward, channels: Tensor) -> FeedForward:
@@ -237,18 +237,18 @@ def expert(dense: FeedForward, channels: Tensor) -> FeedForward:
     return module
 
 
-def refactor(dense: ReadMe, kept: Sequence[Tensor]) -> ReadMe:
+def refactor(dense: ReadMe, channel_masks: Sequence[Tensor]) -> ReadMe:
     """The dense model with experts for its feed-forward layers, and a router that is random."""
     model = copy.deepcopy(dense)
     model.router = Router(dense.size)
-    for layer, channels in zip(model.layers, kept, strict=True):
+    for layer, channels in zip(model.layers, channel_masks, strict=True):
         layer.mlp = Experts([expert(layer.mlp, mask) for mask in channels])
     return model
 
 
-def router_targets(kept: Sequence[Tensor], domains: Tensor) -> Tensor:
+def router_targets(channel_masks: Sequence[Tensor], domains: Tensor) -> Tensor:
     """softmax of how much the masks of each expert overlap those of a domain: [N, experts]."""
-    every = torch.cat([mask.float() for mask in kept], dim=1)
+    every = torch.cat([mask.float() for mask in channel_masks], dim=1)
     overlap = every @ every.T / every.sum(dim=1)
     return (10 * overlap).softmax(dim=-1)[domains]
 
@@ -269,9 +269,9 @@ def build(size: Size, steps: int) -> tuple[ReadMe, ReadMe, list[float]]:
 
     dense = ReadMe(size)
     train(dense, lambda share: next_token_loss(dense, windows[some(share)]), steps, 3e-3)
-    kept = masks(dense, windows, domains)
-    model = refactor(dense, kept)
-    targets = router_targets(kept, domains)
+    channel_masks = masks(dense, windows, domains)
+    model = refactor(dense, channel_masks)
+    targets = router_targets(channel_masks, domains)
     router = model.router
     assert router is not None
     losses = train(
@@ -299,10 +299,10 @@ def parameters(size: Size) -> tuple[int, int, int]:
         router, dense = Router(size), ReadMe(size)
     total = sum(p.numel() for p in dense.parameters())
     feed_forward = sum(p.numel() for layer in dense.layers for p in layer.mlp.parameters())
-    own = sum(p.numel() for p in router.parameters())
+    router_size = sum(p.numel() for p in router.parameters())
     part = round(feed_forward * size.remain)
-    rest = total - feed_forward + own
-    return own, rest + size.domains * part, rest + part
+    rest = total - feed_forward + router_size
+    return router_size, rest + size.domains * part, rest + part
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -317,9 +317,9 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
-    own, total, active = parameters(LLAMA_2_7B)
+    router_size, total, active = parameters(LLAMA_2_7B)
     print("Llama-2-7B in 7 experts, without what they share (paper)")
-    print(f"router {own / 1e6:.1f} M (18 M), active {active / 1e9:.2f} B (4.7 B)")
+    print(f"router {router_size / 1e6:.1f} M (18 M), active {active / 1e9:.2f} B (4.7 B)")
     print(f"all {total / 1e9:.1f} B (17 B)")
 
     torch.manual_seed(0)

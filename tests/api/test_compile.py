@@ -48,9 +48,9 @@ def compiled(model: Moe) -> moec.CompiledModel:
 
 
 def test_torch_gives_torch_and_numpy_gives_numpy(model: Moe, compiled: moec.CompiledModel) -> None:
-    made = compiled(x=x.numpy())
-    assert isinstance(made, np.ndarray)
-    assert close(torch.from_numpy(made), model(x))
+    y = compiled(x=x.numpy())
+    assert isinstance(y, np.ndarray)
+    assert close(torch.from_numpy(y), model(x))
     assert close(compiled(x), model(x))
     assert repr(compiled).startswith("<Moe, compiled for ")
 
@@ -65,14 +65,14 @@ def test_a_model_that_is_one_block_names_its_kernels(compiled: moec.CompiledMode
 def test_every_number_of_rows_within_the_bounds(
     model: Moe, compiled: moec.CompiledModel, rows: int
 ) -> None:
-    given = torch.randn(rows, WIDTH)
-    made = compiled(given)
-    assert made.shape == (rows, WIDTH)
-    assert close(made, model(given))
+    x = torch.randn(rows, WIDTH)
+    y = compiled(x)
+    assert y.shape == (rows, WIDTH)
+    assert close(y, model(x))
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("inputs", "words"),
     [
         (torch.randn(65, WIDTH), "axis 0 of input 'x' is 65, and the model was compiled for rows"),
         (torch.randn(5, 9), "axis 1 of input 'x' is 9, expected 8"),
@@ -81,9 +81,9 @@ def test_every_number_of_rows_within_the_bounds(
         ([1.0], "input 'x' is a list, expected a tensor f32[rows, 8]"),
     ],
 )
-def test_inputs_that_do_not_fit(compiled: moec.CompiledModel, given: Any, words: str) -> None:
+def test_inputs_that_do_not_fit(compiled: moec.CompiledModel, inputs: Any, words: str) -> None:
     with pytest.raises(InputError) as raised:
-        compiled(given)
+        compiled(inputs)
     assert words in str(raised.value)
 
 
@@ -100,11 +100,11 @@ def test_too_many_inputs_and_wrong_names(compiled: moec.CompiledModel) -> None:
 
 def test_rows_of_nan_stay_where_they_are(model: Moe, compiled: moec.CompiledModel) -> None:
     """A row of NaN is eager's NaN row, and its neighbours do not notice."""
-    given = x.clone()
-    given[2] = float("nan")
-    made, expected = compiled(given), model(given)
-    assert torch.equal(made.isnan(), expected.isnan())
-    assert close(made, expected)
+    tokens = x.clone()
+    tokens[2] = float("nan")
+    y, expected = compiled(tokens), model(tokens)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert close(y, expected)
 
 
 def test_two_threads_and_two_models(model: Moe, compiled: moec.CompiledModel) -> None:
@@ -116,11 +116,11 @@ def test_two_threads_and_two_models(model: Moe, compiled: moec.CompiledModel) ->
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for rows in range(1, 30):
-            given = torch.randn(rows, WIDTH, generator=generator)
+            tokens = torch.randn(rows, WIDTH, generator=generator)
             with torch.no_grad():
-                if not close(compiled(given), model(given)):
+                if not close(compiled(tokens), model(tokens)):
                     wrong.append(f"moe at {rows} rows")
-                if not close(other(given), other_model(given)):
+                if not close(other(tokens), other_model(tokens)):
                     wrong.append(f"dense at {rows} rows")
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
@@ -135,18 +135,18 @@ def test_models_are_compiled_side_by_side() -> None:
     """torch.export and TVM's builders have state that threads share; so have the streams."""
     streams = sys.stdout, sys.stderr
     models = [Moe() for _ in range(4)]
-    made: list[bool | None] = [None] * len(models)
+    results: list[bool | None] = [None] * len(models)
 
-    def work(place: int) -> None:
-        compiled = moec.compile(models[place], (x,))
-        made[place] = close(compiled(x), models[place](x))
+    def work(position: int) -> None:
+        compiled = moec.compile(models[position], (x,))
+        results[position] = close(compiled(x), models[position](x))
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(models))]
+    threads = [threading.Thread(target=work, args=(position,)) for position in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [True] * len(models)
+    assert results == [True] * len(models)
     assert (sys.stdout, sys.stderr) == streams
 
 
@@ -248,7 +248,7 @@ def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> N
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "words"),
+    ("options", "kind", "words"),
     [
         ({"args": 5}, UsageError, "args is a int: give the example inputs as a tuple"),
         ({"args": x.numpy()}, UsageError, "args is a ndarray: give the example inputs as a tuple"),
@@ -280,20 +280,20 @@ def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> N
     ],
 )
 def test_what_cannot_be_asked(
-    model: Moe, asked: dict[str, Any], kind: type[MoecError], words: str
+    model: Moe, options: dict[str, Any], kind: type[MoecError], words: str
 ) -> None:
     with pytest.raises(kind) as raised:
-        moec.compile(model, **{"args": (x,), **asked})
+        moec.compile(model, **{"args": (x,), **options})
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_nothing_is_built_where_passes_stop(tmp_path: Path, model: Moe) -> None:
-    seen: list[str] = []
-    stopped = moec.compile(model, (x,), stop_after="canonicalise", progress=seen.append)
+    calls: list[str] = []
+    stopped = moec.compile(model, (x,), stop_after="canonicalise", progress=calls.append)
     assert (stopped.package, stopped.executor, stopped.checked) == (None, None, None)
-    assert seen == ["capture", "passes"]
-    assert list(stopped.phases) == seen
+    assert calls == ["capture", "passes"]
+    assert list(stopped.phases) == calls
     for use in (lambda: stopped(x), lambda: stopped.save(tmp_path / "x.moec"), stopped.reset):
         with pytest.raises(UsageError, match="not built: leave out stop_after and build=False"):
             use()
@@ -329,13 +329,15 @@ def test_code_for_another_machine(
     assert targets.missing(TARGETS["avx2"])
     with pytest.raises(UsageError, match="cannot be verified here: switch verification off"):
         moec.compile(model, (x,), target="avx2")
-    made = moec.compile(model, (x,), target="avx2", verify=False)
-    assert made.package is not None
-    assert made.executor is None
-    assert "which this machine cannot run: not verified, and saved without" in str(made.report())
+    artifact = moec.compile(model, (x,), target="avx2", verify=False)
+    assert artifact.package is not None
+    assert artifact.executor is None
+    assert "which this machine cannot run: not verified, and saved without" in str(
+        artifact.report()
+    )
     with pytest.raises(UsageError, match="cannot run code for avx2: save the model, and load it"):
-        made(x)
-    made.save(tmp_path / "far.moec")
+        artifact(x)
+    artifact.save(tmp_path / "far.moec")
     monkeypatch.undo()
     loaded = moec.load(tmp_path / "far.moec")
     assert loaded.artifact.samples == ()

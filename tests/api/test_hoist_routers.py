@@ -82,11 +82,11 @@ def test_choices_are_known_before_the_model_runs(compiled: Any, model: Denoiser)
 
 
 def test_a_loop_over_steps_asks_the_router_of_the_text_once(compiled: Any, model: Denoiser) -> None:
-    kept = compiled.routers(x, text, time)["by_text"]
+    remaining = compiled.routers(x, text, time)["by_text"]
     latents = x
     for step in range(3):
         now = torch.tensor([step, step])
-        choices = {**compiled.routers(x, torch.zeros_like(text), now), "by_text": kept}
+        choices = {**compiled.routers(x, torch.zeros_like(text), now), "by_text": remaining}
         latents = compiled.routed(choices, latents, text, now)
     right = x
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_a_loop_over_steps_asks_the_router_of_the_text_once(compiled: Any, model
 def test_routers_of_one_input_are_asked_alone(compiled: Any) -> None:
     """What a prompt decides needs no time, and what a time decides no prompt."""
     every = compiled.routers(x, text, time)
-    for name, given in (("by_text", {"x": x, "text": text}), ("by_time", {"x": x, "time": time})):
-        (alone,) = compiled.routers(**given).items()
+    for name, inputs in (("by_text", {"x": x, "text": text}), ("by_time", {"x": x, "time": time})):
+        (alone,) = compiled.routers(**inputs).items()
         assert alone[0] == name
         for kind, value in alone[1].items():
             assert torch.equal(value, every[name][kind])
@@ -128,8 +128,8 @@ def test_artifacts_keep_the_functions(compiled: Any, tmp_path: Path) -> None:
 
 
 def test_a_graph_that_is_missing(compiled: Any, tmp_path: Path) -> None:
-    compiled.save(whole := tmp_path / "denoiser.moec")
-    path = unpacked(whole)
+    compiled.save(full := tmp_path / "denoiser.moec")
+    path = unpacked(full)
     edit_manifest(path, lambda text: text["parts"].pop("graphs/routed.moec"))
     with pytest.raises(ArtifactError, match=r"holds no graphs/routed\.moec; compile or copy"):
         read(path)
@@ -157,8 +157,8 @@ def test_mistakes(compiled: Any) -> None:
 
 def test_a_model_without_such_routers() -> None:
     hidden = nn.Sequential(nn.Linear(WIDTH, WIDTH), Moe())
-    made = moec.compile(hidden, (torch.randn(5, WIDTH),), passes="+hoist-routers")
-    (declined,) = [d for d in made.declined if d.rule == "hoist-routers"]
+    compiled_model = moec.compile(hidden, (torch.randn(5, WIDTH),), passes="+hoist-routers")
+    (declined,) = [d for d in compiled_model.declined if d.rule == "hoist-routers"]
     assert "its router reads hidden states" in declined.reason
     with pytest.raises(InputError, match="no router of this model is a function of its own"):
-        made.routers(torch.randn(5, WIDTH))
+        compiled_model.routers(torch.randn(5, WIDTH))

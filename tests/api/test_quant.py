@@ -57,21 +57,21 @@ def test_the_report_says_what_it_cost(compiled: moec.CompiledModel) -> None:
 
 def test_saved_loaded_and_rebuilt(compiled: moec.CompiledModel, tmp_path: Any) -> None:
     compiled.save(tmp_path / "m.moec")
-    wanted = compiled(x)
-    assert torch.equal(moec.load(tmp_path / "m.moec")(x), wanted)
+    expected = compiled(x)
+    assert torch.equal(moec.load(tmp_path / "m.moec")(x), expected)
     again = Executor(rebuild(artifact.read(tmp_path / "m.moec")))
-    (made,) = again({"x": x}).values()
-    assert torch.equal(made, wanted)
+    (result,) = again({"x": x}).values()
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("text", ["int8", "int8:asymmetric", "int8:rows16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_level_runs_it(text: str, dtype: torch.dtype) -> None:
-    made = moec.compile(Moe(dtype), (x.to(dtype),), quant=text, opt_level=0)
-    assert made.checked is not None
-    assert made.checked.moved[0].error < 0.02
+    model = moec.compile(Moe(dtype), (x.to(dtype),), quant=text, opt_level=0)
+    assert model.checked is not None
+    assert model.checked.moved[0].error < 0.02
     if dtype is torch.float32:  # of rows that a kernel rounds to another code than eager
-        assert made.checked.tolerance == (1e-4 if text.endswith("rows16") else 4e-3)
+        assert model.checked.tolerance == (1e-4 if text.endswith("rows16") else 4e-3)
 
 
 def test_wrong_formats_are_refused_before_anything_slow() -> None:
@@ -112,15 +112,15 @@ def test_an_expert_that_was_left_out_is_counted(monkeypatch: Any) -> None:
     right = QuantiseExperts.run
 
     def wrong(self: QuantiseExperts, program: Any, log: Log) -> Any:
-        made = right(self, program, log)
-        for name, tensor in made.weights.items():
+        model = right(self, program, log)
+        for name, tensor in model.weights.items():
             if name.endswith(".codes"):
                 tensor[1] = 8
-        return made
+        return model
 
     monkeypatch.setattr(QuantiseExperts, "run", wrong)
-    made = moec.compile(Moe(), (x,), quant="int4", build=False)
-    (line,) = made.quantised
+    model = moec.compile(Moe(), (x,), quant="int4", build=False)
+    (line,) = model.quantised
     assert (line.covered, line.parts - line.covered) == (line.parts - 1, 1)
     assert line.worst == pytest.approx(1.0)
 
@@ -149,21 +149,21 @@ def with_threads(count: int, artifact: Path) -> bytes:
 def test_the_whole_model_in_eight_bits(tiny_moe: Path, tmp_path: Path) -> None:
     """Each linear layer but the routers; text is generated token by token from it, and any
     number of threads gives the same bits."""
-    made = moec.compile(tiny_moe, quant=ALL)
-    lines = {line.name: line for line in made.report().quantised}
+    model = moec.compile(tiny_moe, quant=ALL)
+    lines = {line.name: line for line in model.report().quantised}
     assert lines["lm_head"].parts == 1
     projections = [line for name, line in lines.items() if name.endswith("_proj")]
     assert [line.covered for line in projections] == [4, 4, 4, 4]
     assert projections[0].name == "model.layers.{0..3}.self_attn.q_proj"
-    kernels = made.report().kernels
+    kernels = model.report().kernels
     assert kernels["int8 linear"] == 17
     assert "linear" not in kernels
-    assert made.package is not None
-    assert made.package.generation is not None
+    assert model.package is not None
+    assert model.package.generation is not None
     tokens = torch.tensor([[5, 6, 7, 8]])
-    (text,) = made.generate(tokens, max_new_tokens=1)
-    assert text[-1] == int(made(tokens)[0, -1].argmax())
-    made.save(tmp_path / "all.moec")
+    (text,) = model.generate(tokens, max_new_tokens=1)
+    assert text[-1] == int(model(tokens)[0, -1].argmax())
+    model.save(tmp_path / "all.moec")
     one, three = (with_threads(count, tmp_path / "all.moec") for count in (1, 3))
     assert len(one) == 150 * 1024 * 2
     assert one == three

@@ -88,13 +88,17 @@ def test_the_artifact_holds_no_more_than_it_reads(compiled: Any, tmp_path: Path)
 
 
 def test_as_text_and_without_building(model: Model) -> None:
-    made = moec.compile(model, (x, task), passes="+specialise(task=0)", stop_after="specialise")
-    assert made.pass_results[-1].says[-1].startswith("task=0: ")
+    compiled_model = moec.compile(
+        model, (x, task), passes="+specialise(task=0)", stop_after="specialise"
+    )
+    assert compiled_model.pass_results[-1].says[-1].startswith("task=0: ")
 
 
 def test_without_verification(model: Model) -> None:
-    made = moec.compile(model, (x, task), passes="+specialise(task=1)", build=False, verify=False)
-    assert [v.name for v in made.graph.inputs] == ["x"]
+    compiled_model = moec.compile(
+        model, (x, task), passes="+specialise(task=1)", build=False, verify=False
+    )
+    assert [v.name for v in compiled_model.graph.inputs] == ["x"]
 
 
 @pytest.mark.parametrize(

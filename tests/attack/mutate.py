@@ -52,9 +52,9 @@ def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
 
 def mutated_json(value: Any, draw: random.Random) -> Any:
     """One to three values replaced, doubled, removed or exchanged with others, anywhere in it."""
-    made = copy.deepcopy(value)
+    result = copy.deepcopy(value)
     for _ in range(draw.randint(1, 3)):
-        holders = list(_holders(made))
+        holders = list(_holders(result))
         if not holders:
             return draw.choice(_VALUES)
         holder, key = draw.choice(holders)
@@ -70,7 +70,7 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
                 holder[draw.choice(("", "x", "main", "decode", "../x"))] = holder.pop(key)
             case _:
                 holder[key] = copy.deepcopy(draw.choice(_VALUES))
-    return made
+    return result
 
 
 def _holders(value: Any) -> Any:

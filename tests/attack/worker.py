@@ -22,12 +22,12 @@ def faults(words: Words, watch: Watch) -> list[str]:
 
     with watch.acts() as acts:
         done = CliRunner().invoke(cli, words, prog_name="moec")
-    found = [f"did what nobody asked for: {act}" for act in acts]
+    result = [f"did what nobody asked for: {act}" for act in acts]
     if done.exit_code not in EXIT_CODES:
-        found.append(f"exit code {done.exit_code}: {done.stderr.strip() or done.exception!r}")
+        result.append(f"exit code {done.exit_code}: {done.stderr.strip() or done.exception!r}")
     elif done.exit_code and not done.stderr.strip():
-        found.append(f"exit code {done.exit_code} without a word")
-    return found
+        result.append(f"exit code {done.exit_code} without a word")
+    return result
 
 
 def main() -> None:

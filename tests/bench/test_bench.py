@@ -39,15 +39,15 @@ w: bf16[16, 8], gate: bf16[4, 8], up: bf16[4, 6, 8], down: bf16[4, 8, 6]) {
 
 def test_the_least_that_a_call_costs() -> None:
     """One token of two texts: 4 rows of experts; all counted by hand."""
-    made = cost(parse(GRAPH), {"B": 2, "S": 1, "L": 32}, context=10)
+    result = cost(parse(GRAPH), {"B": 2, "S": 1, "L": 32}, context=10)
     linear, gate = 2 * 2 * 16 * 8, 2 * 2 * 4 * 8
     experts = 2 * 4 * (6 * 8 + 8 * 6)
     attention = 2 * (2 * 4) * 10 * (2 + 2)
-    assert made.flops == linear + gate + experts + attention
+    assert result.flops == linear + gate + experts + attention
     share = 1 - (1 - 1 / 4) ** 4
     weights = 2 * 16 * 8 + 2 * 4 * 8 + share * 2 * 4 * (6 * 8 + 8 * 6)
     caches = 2 * 2 * 10 * (2 + 2) * 4
-    assert made.bytes == pytest.approx(weights + caches)
+    assert result.bytes == pytest.approx(weights + caches)
 
 
 def test_codes_of_four_bits() -> None:
@@ -57,9 +57,9 @@ def test_codes_of_four_bits() -> None:
         "  y: f32[2, 16] = grouped.quantised(x, ends, codes, scales) "
         '<matrices=1, dtype=f32, kind="int4">\n  return y\n}\n'
     )
-    made = cost(parse(text), {}, context=0)
-    assert made.flops == 2 * 2 * 16 * 32
-    assert made.bytes == (1 - 0.75**2) * (4 * 16 * 32 / 2 + 4 * 16 * 2)
+    result = cost(parse(text), {}, context=0)
+    assert result.flops == 2 * 2 * 16 * 32
+    assert result.bytes == (1 - 0.75**2) * (4 * 16 * 32 / 2 + 4 * 16 * 2)
 
 
 def test_a_linear_layer_of_four_bits() -> None:
@@ -78,9 +78,9 @@ def test_compressed_experts_cost_what_their_parts_hold() -> None:
         "  y: f32[2, 16] = grouped.compressed(x, ends, s, t, g) "
         '<matrices=1, dtype=f32, kind="ternary">\n  return y\n}\n'
     )
-    made = cost(parse(text), {}, context=0)
-    assert made.flops == 2 * 2 * 16 * 32
-    assert made.bytes == (1 - 0.75**2) * (2 * 40 + 4 * 65 + 2 * 4 * 16 * 2)
+    result = cost(parse(text), {}, context=0)
+    assert result.flops == 2 * 2 * 16 * 32
+    assert result.bytes == (1 - 0.75**2) * (2 * 40 + 4 * 65 + 2 * 4 * 16 * 2)
 
 
 def test_a_prompt_sees_half_of_itself() -> None:
@@ -116,7 +116,7 @@ def test_all_are_fed_the_same_in_turn() -> None:
     times = race([contender("a"), contender("b")], Load(2, 3, 2, 9), rounds=2)
     assert order == ["a", "b"] * 3  # the first round is not measured
     assert [(t.name, len(t.prefill), len(t.decode)) for t in times] == [("a", 2, 4), ("b", 2, 4)]
-    assert all(s.fed == sessions["a"][0].fed for own in sessions.values() for s in own)
+    assert all(s.fed == sessions["a"][0].fed for entry in sessions.values() for s in entry)
     assert [[len(text) for text in fed] for fed in sessions["a"][0].fed] == [[3, 3], [1, 1], [1, 1]]
 
 
@@ -147,13 +147,13 @@ def test_a_race_with_transformers(
     threads = torch.get_num_threads()
     command.main([str(tiny_moe), *words], standalone_mode=False)
     torch.set_num_threads(threads)
-    said = json.loads(capsys.readouterr().out)
-    ours, eager = said["lines"]
+    report = json.loads(capsys.readouterr().out)
+    ours, eager = report["lines"]
     assert (ours["name"], eager["name"]) == ("moec", "eager")
     assert ours["decode_ahead"] == 1.0
     assert eager["decode"]["median"] > 0
-    assert said["limits"]["peak"] > 1e9
-    assert said["decode_share"] > 0  # a small model may beat the memory: it stays in the cache
+    assert report["limits"]["peak"] > 1e9
+    assert report["decode_share"] > 0  # a small model may beat the memory: it stays in the cache
     written = (tmp_path / "results.md").read_text()
     assert written.startswith("\n## checkpoint, bf16, 1 x 5 tokens\n\n")
     assert "\n    $ moec" in written
@@ -173,21 +173,21 @@ def test_moec_and_eager_compute_the_same(saved: Path, tiny_moe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--plot", "x.jpg"], "--plot x.jpg: the name must end in .png, .svg or .pdf"),
         (["--baseline", "eager"], "name the checkpoint that it was made of, then --artifact"),
         (["--prompt-tokens", "1020"], r"1020 \+ 32 tokens are asked for, and the model takes"),
     ],
 )
-def test_what_cannot_be_raced(saved: Path, words: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_what_cannot_be_raced(saved: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         command.main([str(saved), *words, "-q"], standalone_mode=False)
 
 
 def test_the_text() -> None:
     times: Any = race([Contender("moec", lambda texts, room: Fake())], Load(1, 4, 2, 9), 1)
-    made = result(
+    record = result(
         "toy",
         "f32",
         "a machine",
@@ -198,7 +198,7 @@ def test_the_text() -> None:
         times,
         0.5,
     )
-    lines = str(made).splitlines()
+    lines = str(record).splitlines()
     assert lines[0] == "toy, f32, 2 threads, a machine"
     assert (
         lines[1]
@@ -206,4 +206,4 @@ def test_the_text() -> None:
     )
     assert lines[5].startswith("moec ")
     with pytest.raises((UsageError, ValueError)):
-        plot(made, Path("x.unknown"))
+        plot(record, Path("x.unknown"))

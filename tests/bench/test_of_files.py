@@ -60,8 +60,8 @@ def test_the_cache_is_handed_back(name: str, tmp_path: Path) -> None:
     (contender,) = of_files([name], [cached(tmp_path / "m.onnx")], 1)
     for _ in range(2):  # a new session starts empty
         session = contender.open(1, 8)
-        made = [session.feed(tokens).tolist() for tokens in ([[5, 6, 7]], [[9]], [[2]])]
-        assert made == [[[7, 3, 18]], [[9, 4, 27]], [[2, 5, 29]]]
+        results = [session.feed(tokens).tolist() for tokens in ([[5, 6, 7]], [[9]], [[2]])]
+        assert results == [[[7, 3, 18]], [[9, 4, 27]], [[2, 5, 29]]]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

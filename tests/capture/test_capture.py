@@ -115,10 +115,10 @@ def test_tied_weights_are_one() -> None:
 def test_weights_keep_their_names_and_memory() -> None:
     model = Moe()
     captured = capture(model, (x,))
-    kept = dict(model.named_parameters())
-    assert captured.program.weights.keys() == kept.keys()
+    remaining = dict(model.named_parameters())
+    assert captured.program.weights.keys() == remaining.keys()
     for name, weight in captured.program.weights.items():
-        assert weight.data_ptr() == kept[name].data_ptr()
+        assert weight.data_ptr() == remaining[name].data_ptr()
 
 
 def test_mapped_safetensors_stay_mapped(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_mapped_safetensors_stay_mapped(tmp_path: Path) -> None:
 def test_a_number_among_the_inputs_is_fixed() -> None:
     captured = capture(Function(lambda x, scale: x * scale), (x, 3))
     assert shapes(captured) == {"x": ("T", "8")}
-    (made,) = evaluate(captured.program.graph, (y,), captured.program.weights)
-    assert torch.equal(made, y * 3)
+    (result,) = evaluate(captured.program.graph, (y,), captured.program.weights)
+    assert torch.equal(result, y * 3)
 
 
 def test_a_module_that_casts_its_part_in_forward() -> None:
@@ -154,8 +154,8 @@ def test_a_module_that_casts_its_part_in_forward() -> None:
 
     model = Casts()
     captured = capture(model, (x,))
-    (made,) = evaluate(captured.program.graph, (y,), captured.program.weights)
-    assert torch.allclose(made, model(y))
+    (result,) = evaluate(captured.program.graph, (y,), captured.program.weights)
+    assert torch.allclose(result, model(y))
 
 
 def writes_into_its_input(x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def depends_on_data(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "given", "words"),
+    ("function", "inputs", "words"),
     [
         (writes_into_its_input, x, "writes into its input x; copy the input first, or make it"),
         (branches, x, "control flow (cond) cannot be compiled; write it with torch.where"),
@@ -182,9 +182,9 @@ def depends_on_data(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x, torch.empty(5, WIDTH, device="meta"), "input x has no data"),
     ],
 )
-def test_refusals(function: Callable[..., Any], given: Any, words: str) -> None:
+def test_refusals(function: Callable[..., Any], inputs: Any, words: str) -> None:
     with pytest.raises(CaptureError) as raised:
-        capture(Function(function), (given,))
+        capture(Function(function), (inputs,))
     assert words in str(raised.value)
 
 
@@ -194,9 +194,9 @@ def test_a_size_may_be_made_from_a_float() -> None:
     (op,) = [op for op in captured.program.graph.ops if op.name == "aten.lt.Scalar"]
     assert str(op.attrs["other"]) == "ceiling(3*T/4)"
     for rows in (1, 3, 8):
-        given = torch.rand(rows, WIDTH)
-        (got,) = evaluate(captured.program.graph, [given], captured.program.weights)
-        assert torch.equal(got, model(given))
+        tokens = torch.rand(rows, WIDTH)
+        (got,) = evaluate(captured.program.graph, [tokens], captured.program.weights)
+        assert torch.equal(got, model(tokens))
 
 
 def test_weights_without_data_are_refused() -> None:

@@ -38,14 +38,14 @@ def pt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_pt2(pt2: Path) -> None:
-    found = captured(open_source(pt2))
-    (value,) = found.program.graph.inputs
+    capture = captured(open_source(pt2))
+    (value,) = capture.program.graph.inputs
     assert (value.name, [str(d) for d in value.shape]) == ("x", ["T", "8"])
-    assert found.program.graph.bounds["T"].high == 64
+    assert capture.program.graph.bounds["T"].high == 64
     other = torch.randn(9, WIDTH)
-    (made,) = evaluate(found.program.graph, (other,), found.program.weights)
-    assert torch.allclose(made, Moe()(other), atol=1e-5)
-    assert torch.equal(found.example[0], x)
+    (result,) = evaluate(capture.program.graph, (other,), capture.program.weights)
+    assert torch.allclose(result, Moe()(other), atol=1e-5)
+    assert torch.equal(capture.example[0], x)
 
 
 def test_examples_for_a_pt2(pt2: Path) -> None:
@@ -113,31 +113,31 @@ def test_what_is_no_model() -> None:
 
 def broken(folder: Path, tiny: Path, how: str) -> Path:
     """A folder or file that is wrong in one way."""
-    made = folder / "model"
+    path = folder / "model"
     if how == "an empty folder":
-        made.mkdir()
+        path.mkdir()
     elif how == "a text file":
-        made.write_text("hello")
+        path.write_text("hello")
     elif how == "no .pt2":
-        made = folder / "model.pt2"
-        made.write_bytes(b"not a zip")
+        path = folder / "model.pt2"
+        path.write_bytes(b"not a zip")
     else:
-        shutil.copytree(tiny, made, copy_function=shutil.copy)
-        config = made / "config.json"
+        shutil.copytree(tiny, path, copy_function=shutil.copy)
+        config = path / "config.json"
         if how == "config no JSON":
             config.write_text("{")
         elif how == "own code":
-            own = json.loads(config.read_text()) | {"auto_map": {"AutoModel": "x.Model"}}
-            config.write_text(json.dumps(own))
+            settings = json.loads(config.read_text()) | {"auto_map": {"AutoModel": "x.Model"}}
+            config.write_text(json.dumps(settings))
         elif how == "unknown type":
             config.write_text(json.dumps({"model_type": "no_such_family"}))
         elif how == "no weights":
-            for file in made.glob("*.safetensors"):
+            for file in path.glob("*.safetensors"):
                 file.unlink()
         elif how == "cut weights":
-            (file,) = made.glob("*.safetensors")
+            (file,) = path.glob("*.safetensors")
             file.write_bytes(file.read_bytes()[:5000])
-    return made
+    return path
 
 
 @pytest.mark.parametrize(

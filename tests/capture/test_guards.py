@@ -86,9 +86,9 @@ def test_a_capacity_beside_a_top_k_is_right_at_every_length() -> None:
     module = Tied().eval()
     compiled = moec.compile(module, (torch.randn(2, 24, 16),))
     for length in (1, 3, 4, 24, 27, 28, 40):
-        given = torch.randn(2, length, 16)
+        x = torch.randn(2, length, 16)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(given), module(given))
+            torch.testing.assert_close(compiled(x), module(x))
 
 
 def test_compiled_code_rounds_as_python_does() -> None:
@@ -96,13 +96,13 @@ def test_compiled_code_rounds_as_python_does() -> None:
 
     def both(x: torch.Tensor) -> torch.Tensor:
         count = x.shape[0]
-        kept = first(x, -int(-(count / 8 * 1.1) // 1))
-        return kept + x.new_ones(round(count * 0.57 * 100 - 0.5), 8).sum(0)
+        remaining = first(x, -int(-(count / 8 * 1.1) // 1))
+        return remaining + x.new_ones(round(count * 0.57 * 100 - 0.5), 8).sum(0)
 
     compiled = moec.compile(Function(both), (x,))
     for size in (7, 24, 80, 100, 160, 240, 320, 400):
-        given = torch.randn(size, 8)
-        assert torch.equal(compiled(given), both(given)), size
+        tokens = torch.randn(size, 8)
+        assert torch.equal(compiled(tokens), both(tokens)), size
 
 
 def test_onnx_rounds_as_python_does(tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_onnx_rounds_as_python_does(tmp_path: Path) -> None:
     moec.compile(Function(function), (x,), build=False).export_onnx(path)
     session = onnxruntime.InferenceSession(str(path))
     for size in (1, 24, 80, 160, 400):
-        given = torch.randn(size, 8)
-        (got,) = session.run(None, {"x": given.numpy()})
-        assert torch.equal(torch.from_numpy(got), function(given)), size
+        tokens = torch.randn(size, 8)
+        (got,) = session.run(None, {"x": tokens.numpy()})
+        assert torch.equal(torch.from_numpy(got), function(tokens)), size
 
 
 def equal_sizes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -275,9 +275,9 @@ class Capacity(nn.Module):
         capacity = max(int(x.shape[0] * 1.1 / 4), 2)
         weight, expert = self.gate(x).softmax(-1).max(-1)
         mask = functional.one_hot(expert, 4)
-        place = (mask.cumsum(0) - 1) * mask
-        mask = mask * (place < capacity)
-        slot = functional.one_hot((place * mask).sum(-1), capacity).float()
+        position = (mask.cumsum(0) - 1) * mask
+        mask = mask * (position < capacity)
+        slot = functional.one_hot((position * mask).sum(-1), capacity).float()
         share = (weight[:, None] * mask).sum(-1)
         combine = share[:, None, None] * mask[:, :, None].float() * slot[:, None, :]
         rows = torch.einsum("tec,td->ecd", combine.bool().float(), x)
@@ -291,18 +291,18 @@ def test_a_capacity_of_floats_is_recognised_and_right_through_every_door() -> No
     backend = torch.compile(module, backend="moec", dynamic=True, options={"rest": "eager"})
     with torch.no_grad():
         for size in (1, 8, 24, 40, 80, 200, 400):
-            given = torch.randn(size, 16)
-            torch.testing.assert_close(compiled(given), module(given), rtol=1e-4, atol=1e-5)
+            x = torch.randn(size, 16)
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
         for size in (24, 40, 80):
-            given = torch.randn(size, 16)
-            torch.testing.assert_close(backend(given), module(given), rtol=1e-4, atol=1e-5)
+            x = torch.randn(size, 16)
+            torch.testing.assert_close(backend(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_int_and_float_are_still_types_while_sizes_are_kept() -> None:
     def typed(x: torch.Tensor) -> torch.Tensor:
-        kept = int(len(x) * 0.5)
+        remaining = int(len(x) * 0.5)
         plain = isinstance(3, int) and not isinstance(3.0, int) and int("7") == 7
-        return first(x, kept) if plain else x
+        return first(x, remaining) if plain else x
 
     captured = capture(Function(typed), (x,))
     for size in (5, 24, 40):

@@ -29,15 +29,15 @@ class Layer(nn.Module):
         torch.manual_seed(0)
         self.attention = attention(CONFIG, 0)
 
-    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.attention(x, None, seen)[0]
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.attention(x, None, mask)[0]
         return y
 
 
 def draw(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    seen = torch.ones(2, length, dtype=torch.int64)
-    seen[1, : length // 2] = 0
-    return torch.randn(2, length, 32), seen
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[1, : length // 2] = 0
+    return torch.randn(2, length, 32), mask
 
 
 def test_one_graph_serves_every_length() -> None:
@@ -45,18 +45,18 @@ def test_one_graph_serves_every_length() -> None:
     compiled = moec.compile(layer, draw(7), verify=TOLERANCE)
     assert [op.name for op in compiled.graph.ops].count("nn.linear_attention") == 1
     for length in (1, 4, 5, 30):
-        x, seen = draw(length)
+        x, mask = draw(length)
         with torch.no_grad():
-            want = layer(x, seen)
-        torch.testing.assert_close(compiled(x, seen), want, rtol=TOLERANCE, atol=TOLERANCE)
+            want = layer(x, mask)
+        torch.testing.assert_close(compiled(x, mask), want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 class Reversed(MiniMaxLightningAttention):  # type: ignore[misc]
     """Looks the same, and reads the sequence from its end."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        y, state = super().forward(hidden_states.flip(1), *args, **kwargs)
-        return y.flip(1), state
+        y, mask = super().forward(hidden_states.flip(1), *args, **kwargs)
+        return y.flip(1), mask
 
 
 def test_what_computes_something_else_stays_as_it_is() -> None:

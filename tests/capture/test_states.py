@@ -16,9 +16,9 @@ TOLERANCE = 1e-5  # float32, a handful of sums
 
 
 def compare(model: nn.Module, compiled: moec.CompiledModel, calls: list[tuple[Any, ...]]) -> None:
-    for given in calls:
+    for inputs in calls:
         with torch.no_grad():
-            assert torch.allclose(compiled(*given), model(*given), rtol=0, atol=TOLERANCE)
+            assert torch.allclose(compiled(*inputs), model(*inputs), rtol=0, atol=TOLERANCE)
 
 
 def test_a_capture_leaves_the_module_as_it_was() -> None:
@@ -51,8 +51,8 @@ def test_saving_does_not_disturb_a_state(tmp_path: Any) -> None:
     compiled.save(tmp_path / "counts.moec")
     compare(model, compiled, [(torch.randn(2, WIDTH),)])
     loaded = moec.load(tmp_path / "counts.moec")
-    given = torch.ones(1, WIDTH)
-    assert torch.allclose(loaded(given), given + given.sum(0) + 0.5)
+    x = torch.ones(1, WIDTH)
+    assert torch.allclose(loaded(x), x + x.sum(0) + 0.5)
 
 
 def test_a_window_moved_by_slices() -> None:
@@ -108,11 +108,11 @@ def test_the_static_cache_of_transformers(tiny_moe: Any) -> None:
         model, batch_size=1, max_cache_len=16, device="cpu"
     )
     length = torch.export.Dim("S", min=1, max=16)
-    ids, places = torch.tensor([[40, 41, 42, 43]]), torch.arange(4)
+    ids, positions = torch.tensor([[40, 41, 42, 43]]), torch.arange(4)
     compiled = moec.compile(
         module,
         (),
-        {"input_ids": ids, "cache_position": places},
+        {"input_ids": ids, "cache_position": positions},
         dynamic_shapes={"input_ids": {1: length}, "cache_position": {0: length}},
     )
     layers = model.config.num_hidden_layers
@@ -120,7 +120,7 @@ def test_the_static_cache_of_transformers(tiny_moe: Any) -> None:
     assert len(compiled.captured.program.graph.states) == 3 * layers  # keys, values, length
     with torch.no_grad():
         one_by_one = [(torch.tensor([[50 + at]]), torch.tensor([at])) for at in range(4, 8)]
-        for given in [(ids, places), *one_by_one]:
-            expected = module(input_ids=given[0], cache_position=given[1])
-            got = compiled(*given)
+        for inputs in [(ids, positions), *one_by_one]:
+            expected = module(input_ids=inputs[0], cache_position=inputs[1])
+            got = compiled(*inputs)
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -59,9 +59,9 @@ def test_products_of_the_same_rows_are_one_kernel() -> None:
     assert sorted(n for n in names if n.startswith("linear")) == ["linear", "linears"]
     weights = {p.name: torch.randn(*map(int, p.shape)) for p in graph.params}
     x = torch.randn(6, 8)
-    made = Executor(build(Module.of(Program(graph, weights)), host()))({"x": x})
+    result = Executor(build(Module.of(Program(graph, weights)), host()))({"x": x})
     for i in range(5):
-        torch.testing.assert_close(made[f"y{i}"], x @ weights[f"w{i}"].T)
+        torch.testing.assert_close(result[f"y{i}"], x @ weights[f"w{i}"].T)
 
 
 def test_what_two_kernels_need_is_stored_once() -> None:
@@ -168,8 +168,8 @@ def test_writes_out_of_range_are_left_out() -> None:
       return a
     }""")
     x = torch.zeros(4, 2)
-    (found,) = run(graph, {"x": x, "i": torch.tensor([[2**40, 1], [-1, -(2**40)]])}, {})
-    assert torch.equal(found, torch.tensor([[0.0, 0], [0, 9], [0, 0], [9, 0]]))
+    (result,) = run(graph, {"x": x, "i": torch.tensor([[2**40, 1], [-1, -(2**40)]])}, {})
+    assert torch.equal(result, torch.tensor([[0.0, 0], [0, 9], [0, 0], [9, 0]]))
 
 
 def test_ranges_are_found_through_reshapes() -> None:
@@ -206,8 +206,8 @@ def test_capacity(order: str, tokens: int) -> None:
     }}""")
     torch.manual_seed(0)
     experts = torch.randint(0, 4, (tokens, 2))
-    (found,) = run(graph, {"e": experts}, {})
-    assert torch.equal(found, evaluate(graph, [experts])[0])
+    (result,) = run(graph, {"e": experts}, {})
+    assert torch.equal(result, evaluate(graph, [experts])[0])
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [3, 0, 2], [0, 5, 0]])
@@ -227,9 +227,9 @@ def test_grouped_products_without_a_fast_kernel(counts: list[int]) -> None:
     ends = torch.tensor(counts).cumsum(0).int()
     x, w = torch.randn(int(sum(counts)) + 2, 4), torch.randn(3, 5, 4)
     scale = torch.randn(3, 5, 4)
-    (found,) = run(graph, {"x": x, "ends": ends, "scale": scale}, {"w": w})
+    (result,) = run(graph, {"x": x, "ends": ends, "scale": scale}, {"w": w})
     (expected,) = evaluate(graph, [x, ends, scale], {"w": w})
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_state_is_kept_between_calls() -> None:

@@ -21,12 +21,12 @@ from tests.commands import models
 class FakeCompiler:
     """Stands for moec.api: `asked` is what the last compilation was asked for."""
 
-    asked: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None
     fails_in: str = "verify"
 
     def compile(self, model: str, **options: Any) -> FakeCompiled:
-        self.asked = {"model": model, **options}
+        self.request = {"model": model, **options}
         program = Program(models.graph(), models.weights(models.graph()))
         pass_results = [
             PassResult("capture", program, Stage.ATEN, 0.0, 0, ()),

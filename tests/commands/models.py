@@ -69,7 +69,7 @@ def block(i: int, experts: int = 4) -> Block:
 
 
 def report(layers: int = 3) -> Report:
-    made = graph(layers)
+    recognised = graph(layers)
     return Report(
         model="tiny",
         target="avx512",
@@ -88,5 +88,5 @@ def report(layers: int = 3) -> Report:
         verification=(ErrorLine("logits", 1.5e-7, 1e-4), ErrorLine("hidden", 2e-3, 1e-4)),
         phases={"capture": 1.25, "kernels": 61.0},
         notes=("axis 1 of ids is always 7",),
-        **describe_graph(made, weights(made)),
+        **describe_graph(recognised, weights(recognised)),
     )

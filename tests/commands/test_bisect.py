@@ -59,8 +59,8 @@ class Swap(Pass):
             name = self.wrong if op.origin == f"layers.{self.at}" else self.right
             return builder.emit(name, op.inputs, [op.outputs[0].type], like=op)
 
-        own = log if self.counted else Log()
-        return replace(program, graph=rewrite(program.graph, rule, own))
+        private = log if self.counted else Log()
+        return replace(program, graph=rewrite(program.graph, rule, private))
 
 
 INPUTS = [[torch.linspace(0.1, 1, 8).reshape(2, 4)]]
@@ -69,12 +69,12 @@ INPUTS = [[torch.linspace(0.1, 1, 8).reshape(2, 4)]]
 @pytest.mark.parametrize("at", range(CHAIN))
 def test_finds_the_rewrite(at: int) -> None:
     passes = [Swap("clean"), Swap("broken", at=at), Swap("later", at=0)]
-    found = bisect(program(), passes, INPUTS).culprit
-    assert found is not None
-    assert (found.pass_name, found.rewrite, found.of) == ("broken", at + 1, CHAIN)
-    assert f"@ layers.{at}" in found.what
-    assert found.before == 0.0
-    assert found.after > 0.5
+    culprit = bisect(program(), passes, INPUTS).culprit
+    assert culprit is not None
+    assert (culprit.pass_name, culprit.rewrite, culprit.of) == ("broken", at + 1, CHAIN)
+    assert f"@ layers.{at}" in culprit.what
+    assert culprit.before == 0.0
+    assert culprit.after > 0.5
 
 
 def test_says_what_it_found(golden: Callable[[str], None]) -> None:
@@ -82,18 +82,18 @@ def test_says_what_it_found(golden: Callable[[str], None]) -> None:
 
 
 def test_nothing_to_find() -> None:
-    found = bisect(program(), [Swap("one"), Swap("two")], INPUTS)
-    assert found.culprit is None
-    assert str(found) == (
+    bisection = bisect(program(), [Swap("one"), Swap("two")], INPUTS)
+    assert bisection.culprit is None
+    assert str(bisection) == (
         f"{2 * CHAIN} rewrites in 2 passes, and none changes the numbers: "
         "the greatest error is 0.0e+00, allowed are 2e-04"
     )
 
 
 def test_a_pass_that_does_not_count_its_rewrites_is_named_as_a_whole() -> None:
-    found = bisect(program(), [Swap("broken", at=3, counted=False)], INPUTS)
-    assert found.culprit is not None
-    assert "the pass as a whole" in str(found)
+    bisection = bisect(program(), [Swap("broken", at=3, counted=False)], INPUTS)
+    assert bisection.culprit is not None
+    assert "the pass as a whole" in str(bisection)
 
 
 def test_tolerance_decides() -> None:

@@ -46,13 +46,20 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
         "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    asked = compiler.asked
-    assert asked["model"] == "model"
-    assert (asked["target"], asked["dtype"], asked["opt_level"]) == ("avx2", "bfloat16", 1)
-    assert (asked["quant"], asked["tune"]) == ("int4:64", True)
-    assert (str(asked["calib"]), asked["budget"], asked["strict"]) == ("text.txt", "kl<=0.1", True)
-    assert (asked["passes"], asked["verify"], asked["stop_after"]) == ("+a,-b", 1e-3, None)
-    assert (asked["dynamic_shapes"]["ids"][0].min, asked["dynamic_shapes"]["ids"][0].max) == (1, 64)
+    requests = compiler.request
+    assert requests["model"] == "model"
+    assert (requests["target"], requests["dtype"], requests["opt_level"]) == ("avx2", "bfloat16", 1)
+    assert (requests["quant"], requests["tune"]) == ("int4:64", True)
+    assert (str(requests["calib"]), requests["budget"], requests["strict"]) == (
+        "text.txt",
+        "kl<=0.1",
+        True,
+    )
+    assert (requests["passes"], requests["verify"], requests["stop_after"]) == ("+a,-b", 1e-3, None)
+    assert (requests["dynamic_shapes"]["ids"][0].min, requests["dynamic_shapes"]["ids"][0].max) == (
+        1,
+        64,
+    )
 
 
 @pytest.mark.parametrize(("word", "value"), [("off", False), ("on", True)])
@@ -60,15 +67,15 @@ def test_verification_is_on_unless_it_is_off(
     compiler: FakeCompiler, tmp_path: Path, word: str, value: bool
 ) -> None:
     run("-o", tmp_path / "out.moec", "--verify", word)
-    assert compiler.asked["verify"] is value
+    assert compiler.request["verify"] is value
 
 
 def test_json_is_one_document(compiler: FakeCompiler, tmp_path: Path) -> None:
     out = tmp_path / "out.moec"
     result = run("-o", out, "--json")
-    said = json.loads(result.stdout)
-    assert said.pop("output") == str(out)
-    assert Report.of_dict(said) == models.report()
+    report = json.loads(result.stdout)
+    assert report.pop("output") == str(out)
+    assert Report.of_dict(report) == models.report()
     assert result.stderr == ""
 
 
@@ -84,7 +91,7 @@ def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
     assert "3 MoE blocks" in result.stdout
     assert "7.5 kB f32, 7.5 kB packed" in result.stdout
     assert "note: nothing was built; the packed size is an estimate" in result.stdout
-    assert compiler.asked["build"] is False
+    assert compiler.request["build"] is False
 
 
 def test_dump_ir_writes_every_step(compiler: FakeCompiler, tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_dump_ir_writes_every_step(compiler: FakeCompiler, tmp_path: Path) -> No
 
 def test_stop_after_prints_the_graph(compiler: FakeCompiler) -> None:
     result = run("--stop-after", "recognise")
-    assert compiler.asked["stop_after"] == "recognise"
+    assert compiler.request["stop_after"] == "recognise"
     assert parse(result.stdout).name == "main"
 
 
@@ -120,7 +127,7 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
     for arguments, words in cases.items():
         result = run(*arguments)
         assert (result.exit_code, result.stderr) == (1, words)
-    assert compiler.asked == {}
+    assert compiler.request == {}
     assert out.read_text() == "mine"
     assert run("-o", out, "--force").exit_code == 0
     assert out.read_text() == "artifact"
@@ -170,8 +177,8 @@ def test_stopped_in_the_middle(tmp_path: Path, sent: int, code: int) -> None:
         while "kernels" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(sent)
-        said = process.stderr.read()
+        message = process.stderr.read()
     assert process.returncode == code
-    assert "stopped in kernels" in said
-    assert "Traceback" not in said
+    assert "stopped in kernels" in message
+    assert "Traceback" not in message
     assert list(tmp_path.iterdir()) == []

@@ -95,32 +95,32 @@ def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def test_compile(compiled: tuple[Path, Any, Path]) -> None:
-    path, said, _ = compiled
+    path, report, _ = compiled
     assert path.exists()
-    (block,) = said["blocks"]
+    (block,) = report["blocks"]
     assert (block["name"], block["experts"], block["top_k"]) == ("moe", 4, 2)
     assert (block["router"], block["activation"]) == ("softmax, top-2", "silu")
-    assert said["sizes"] == {"T": [1, 64]}
-    assert said["parameters"] == 8 * 16 + 16 + 4 * 16 + 4 * (16 * 24 + 24 + 24 * 16 + 16)
-    (checked,) = said["verification"]
+    assert report["sizes"] == {"T": [1, 64]}
+    assert report["parameters"] == 8 * 16 + 16 + 4 * 16 + 4 * (16 * 24 + 24 + 24 * 16 + 16)
+    (checked,) = report["verification"]
     assert checked["error"] <= checked["tolerance"]
 
 
 def test_every_step_was_dumped(compiled: tuple[Path, Any, Path]) -> None:
-    _, said, folder = compiled
+    _, report, folder = compiled
     names = [file.name for file in sorted(folder.iterdir())]
-    assert names == [f"{i:02d}-{p['name']}.moe" for i, p in enumerate(said["passes"])]
+    assert names == [f"{i:02d}-{p['name']}.moe" for i, p in enumerate(report["passes"])]
     for file in folder.iterdir():
         parse(file.read_text())
 
 
 def test_inspect_the_artifact(compiled: tuple[Path, Any, Path], tmp_path: Path) -> None:
-    path, said, _ = compiled
+    path, report, _ = compiled
     result = run("inspect", path, "--json", "--graph", tmp_path / "out.html")
     assert result.exit_code == 0, result.stderr
     inspected = json.loads(result.stdout)
-    assert inspected["blocks"] == said["blocks"]
-    assert inspected["kernels"] == said["kernels"]
+    assert inspected["blocks"] == report["blocks"]
+    assert inspected["kernels"] == report["kernels"]
     assert "softmax, top-2" in (tmp_path / "out.html").read_text()
 
 
@@ -160,12 +160,12 @@ def test_bisect_finds_a_pass_that_is_wrong(model: Path, monkeypatch: pytest.Monk
 
     def wrong(self: FuseGate, program: Program, log: Log) -> Program:
         """It renormalises where the model does not."""
-        made = right(self, program, log)
+        output = right(self, program, log)
         ops = tuple(
             replace(op, attrs={**op.attrs, "renormalize": True}) if op.name == "moe.gate" else op
-            for op in made.graph.ops
+            for op in output.graph.ops
         )
-        return replace(made, graph=replace(made.graph, ops=ops))
+        return replace(output, graph=replace(output.graph, ops=ops))
 
     monkeypatch.setattr(FuseGate, "run", wrong)
     result = run("bisect", f"{model}:make", "--json", "--quiet")
@@ -207,8 +207,8 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes(model: Path, arguments: list[str], words: str) -> None:
-    given = [a.replace("MODEL", str(model)) for a in arguments]
-    result = run("compile", *given, "--dry-run", "--quiet")
+    inputs = [a.replace("MODEL", str(model)) for a in arguments]
+    result = run("compile", *inputs, "--dry-run", "--quiet")
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.startswith("error: ")

@@ -72,9 +72,9 @@ def test_writes_the_file_and_says_what_it_is(factory: str, tmp_path: Path) -> No
 
 def test_json_is_one_document(factory: str, tmp_path: Path) -> None:
     out = tmp_path / "block.onnx"
-    said = json.loads(run(factory + "block", "-o", out, "--json").stdout)
-    assert (said["path"], said["ep"], said["opset"]) == (str(out), "cpu", 23)
-    assert said["forms"] == {"(whole model)": "rows"}
+    report = json.loads(run(factory + "block", "-o", out, "--json").stdout)
+    assert (report["path"], report["ep"], report["opset"]) == (str(out), "cpu", 23)
+    assert report["forms"] == {"(whole model)": "rows"}
 
 
 def test_changed_models_reach_the_file(factory: str, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_changed_models_reach_the_file(factory: str, tmp_path: Path) -> None:
         "--passes", "+prune-experts(keep=0.5,by=reap)", "--calib", calib,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    said = json.loads(result.stdout)
-    assert said["quant"] == "int8"
-    assert said["errors"]["output"] <= said["tolerance"]
+    report = json.loads(result.stdout)
+    assert report["quant"] == "int8"
+    assert report["errors"]["output"] <= report["tolerance"]
     kinds = [node.op_type for node in onnx.load(out).graph.node]
     assert kinds.count("DequantizeLinear") == 2
 

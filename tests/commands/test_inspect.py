@@ -31,7 +31,7 @@ def test_a_model(compiler: FakeCompiler) -> None:
     assert result.exit_code == 0
     for words in ("3 MoE blocks", "layers.{0..2}.moe", "a linear layer is no expert", "T 1 to 512"):
         assert words in result.stdout
-    assert compiler.asked["verify"] is False
+    assert compiler.request["verify"] is False
 
 
 def test_json(compiler: FakeCompiler) -> None:
@@ -51,7 +51,7 @@ def test_a_picture_of_another_kind_is_refused_before_the_work(compiler: FakeComp
     result = run("model", "--graph", "out.png")
     assert result.exit_code == 1
     assert result.stderr == "error: --graph out.png: the name must end in .svg, .html or .dot\n"
-    assert compiler.asked == {}
+    assert compiler.request == {}
 
 
 def test_what_is_no_artifact(tmp_path: Path) -> None:

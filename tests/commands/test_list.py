@@ -38,7 +38,7 @@ def test_targets() -> None:
 
 def test_names_stay_whole_on_a_machine_that_lacks_much(monkeypatch: pytest.MonkeyPatch) -> None:
     features = target.TARGETS["amx"].features
-    monkeypatch.setattr(target, "missing", lambda wanted: features)
+    monkeypatch.setattr(target, "missing", lambda expected: features)
     assert all(name in run("targets").stdout for name in target.TARGETS)
 
 

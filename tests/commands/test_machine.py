@@ -22,13 +22,13 @@ def run(*arguments: str) -> Any:
 
 def test_this_machine_can_work() -> None:
     result = run("--json")
-    said = json.loads(result.stdout)
-    assert said["ok"], [check for check in said["checks"] if check["state"] == BAD]
+    report = json.loads(result.stdout)
+    assert report["ok"], [check for check in report["checks"] if check["state"] == BAD]
     assert result.exit_code == 0
-    names = [check["name"] for check in said["checks"]]
+    names = [check["name"] for check in report["checks"]]
     for name in ("python", "cpu", "features", "target", "torch", "apache-tvm", "linker", "memory"):
         assert name in names
-    for check in said["checks"]:
+    for check in report["checks"]:
         assert check["state"] == OK or check["mend"], check
 
 

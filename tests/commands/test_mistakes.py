@@ -233,9 +233,9 @@ def test_a_typo_costs_no_import_of_torch() -> None:
         [sys.executable, "-c", program], input=json.dumps([words for words, _ in TYPOS]),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said, heavy = json.loads(done.stdout)
+    report, heavy = json.loads(done.stdout)
     assert heavy == []
-    for line, (_, words) in zip(said, TYPOS, strict=True):
+    for line, (_, words) in zip(report, TYPOS, strict=True):
         assert line.startswith("error: ")
         assert words in line
 

@@ -58,11 +58,11 @@ def test_alike_layers_are_drawn_once() -> None:
 
 
 def test_parameters_are_all_counted() -> None:
-    whole = tiny().root
-    assert whole.parameters == 400 + 3 * (8 + 64 + 32 + 256) + 400
-    assert whole.active == whole.parameters - 3 * (288 - 160)
-    assert sum(whole.split.values()) == whole.parameters
-    assert whole.split == {
+    full = tiny().root
+    assert full.parameters == 400 + 3 * (8 + 64 + 32 + 256) + 400
+    assert full.active == full.parameters - 3 * (288 - 160)
+    assert sum(full.split.values()) == full.parameters
+    assert full.split == {
         "embedding": 400, "norm": 24, "attention": 192, "router": 96, "moe": 768, "linear": 400
     }  # fmt: skip
 

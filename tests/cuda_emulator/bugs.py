@@ -21,7 +21,7 @@ class Bug:
     name: str
     pattern: str
     text: str
-    found: frozenset[Schedule] = ALL
+    schedules: frozenset[Schedule] = ALL
     words: str = ""
     last: bool = False
 
@@ -44,6 +44,6 @@ def check_found(bug: Bug, is_right: Callable[[Schedule], bool]) -> None:
             outcomes[str(schedule)] = "" if is_right(schedule) else "wrong"
         except EmulationError as error:
             outcomes[str(schedule)] = str(error)
-    assert {name for name, outcome in outcomes.items() if outcome} == set(map(str, bug.found))
+    assert {name for name, outcome in outcomes.items() if outcome} == set(map(str, bug.schedules))
     if bug.words:
         assert all(bug.words in outcome for outcome in outcomes.values() if outcome), outcomes

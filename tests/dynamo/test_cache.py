@@ -62,8 +62,8 @@ def compile_once(**options: Any) -> moec.dynamo.Stats:
     return moec.stats()
 
 
-def counts(found: moec.dynamo.Stats) -> tuple[int, int]:
-    return found.code_compiled, found.disk_hits
+def counts(stats: moec.dynamo.Stats) -> tuple[int, int]:
+    return stats.code_compiled, stats.disk_hits
 
 
 def test_a_second_process_starts_from_it() -> None:
@@ -116,6 +116,6 @@ def test_a_folder_that_others_may_write_costs_the_cache_alone(tmp_path: Path) ->
     shared.mkdir()
     shared.chmod(0o777)
     with pytest.warns(CacheWarning, match="is not yours alone.*chmod 700"):
-        found = compile_once(cache=shared)
-    assert counts(found) == (1, 0)
+        record = compile_once(cache=shared)
+    assert counts(record) == (1, 0)
     assert not list(shared.iterdir())

@@ -34,15 +34,15 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 @pytest.fixture
 def rest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for each graph that goes through AOTAutograd."""
-    seen: list[int] = []
+    calls: list[int] = []
     original = compiler.compile_rest
 
-    def counted(*given: Any) -> Any:
-        seen.append(1)
-        return original(*given)
+    def counted(*inputs: Any) -> Any:
+        calls.append(1)
+        return original(*inputs)
 
     monkeypatch.setattr(compiler, "compile_rest", counted)
-    return seen
+    return calls
 
 
 @pytest.mark.parametrize("how", ["eager", "inductor"])
@@ -52,10 +52,10 @@ def test_blocks_and_views(rest: list[int], how: str) -> None:
     with torch.no_grad():
         for batch, length in ((2, 3), (4, 5), (3, 33)):
             x = torch.randn(batch, length, 16)
-            kept = x.clone()
+            before = x.clone()
             y = run(x)
             torch.testing.assert_close(y, model(x), **CLOSE)
-            assert torch.equal(x, kept)
+            assert torch.equal(x, before)
             again = run(x)
             assert torch.equal(again, y)
             assert again.data_ptr() != y.data_ptr()
@@ -128,8 +128,8 @@ def test_a_gradient_needs_the_rest(rest: list[int]) -> None:
     mine = [p.grad for p in model.parameters()]
     model.zero_grad()
     model(x).sum().backward()
-    for made, p in zip(mine, model.parameters(), strict=True):
-        torch.testing.assert_close(made, p.grad, **CLOSE)
+    for result, p in zip(mine, model.parameters(), strict=True):
+        torch.testing.assert_close(result, p.grad, **CLOSE)
     frozen = Shaped().requires_grad_(False)
     rest.clear()
     assert not compiled(frozen)(x).requires_grad

@@ -49,13 +49,13 @@ def test_logits(name: str) -> None:
     sizes = [(2, 7), (2, 9), (3, 5), (2, 2), (4, 16), (5, 3), (2, 31), (3, 11), (6, 4), (2, 12)]
     with torch.no_grad():
         for batch, length in sizes:
-            given = family.inputs(batch, length, seed=length)
+            inputs = family.inputs(batch, length, seed=length)
             # float32 through a few layers whose sums are in another order
             torch.testing.assert_close(
-                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+                run(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-5
             )
-    found = moec.stats()
-    assert (found.compilations, found.blocks, found.fallbacks) == (1, 1, ())
+    stats = moec.stats()
+    assert (stats.compilations, stats.blocks, stats.fallbacks) == (1, 1, ())
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "phimoe"])
@@ -66,12 +66,12 @@ def test_one_text(name: str) -> None:
     run = compiled(moec.prepare(family.build()))
     with torch.no_grad():
         for batch, length in ((1, 5), (1, 1), (1, 9)):
-            given = family.inputs(batch, length, seed=length)
+            inputs = family.inputs(batch, length, seed=length)
             torch.testing.assert_close(
-                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+                run(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-5
             )
-    found = moec.stats()
-    assert (found.compilations, found.blocks, found.fallbacks) == (2, 2, ())
+    stats = moec.stats()
+    assert (stats.compilations, stats.blocks, stats.fallbacks) == (2, 2, ())
 
 
 def test_logits_where_inductor_takes_the_rest() -> None:
@@ -82,9 +82,9 @@ def test_logits_where_inductor_takes_the_rest() -> None:
     )
     with torch.no_grad():
         for batch, length in ((2, 7), (3, 5)):
-            given = family.inputs(batch, length, seed=length)
+            inputs = family.inputs(batch, length, seed=length)
             torch.testing.assert_close(
-                run(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+                run(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-5
             )
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
 
@@ -109,12 +109,12 @@ def test_an_unprepared_model_says_what_to_do() -> None:
     model = replace(family, fields={**family.fields, "num_hidden_layers": 1}).build()
     model.set_experts_implementation("eager")
     run = torch.compile(model, backend="moec", options={"rest": "eager"})
-    given = family.inputs(2, 7)
-    with torch.no_grad(), pytest.warns(FallbackWarning) as seen:
-        run(**given)
-    said = [str(warning.message) for warning in seen if warning.category is FallbackWarning]
-    assert len(said) == 2  # the router's graph, and the loop behind it
-    assert all("moec.prepare(model)" in words for words in said)
+    inputs = family.inputs(2, 7)
+    with torch.no_grad(), pytest.warns(FallbackWarning) as record:
+        run(**inputs)
+    messages = [str(warning.message) for warning in record if warning.category is FallbackWarning]
+    assert len(messages) == 2  # the router's graph, and the loop behind it
+    assert all("moec.prepare(model)" in words for words in messages)
 
 
 def test_preparing() -> None:
@@ -127,11 +127,11 @@ def test_preparing() -> None:
 def test_a_prepared_model_runs_and_compiles_as_before() -> None:
     family = FAMILIES["qwen2_moe"]
     model, eager = moec.prepare(moec.prepare(family.build())), family.build()
-    given = family.inputs(2, 5)
+    inputs = family.inputs(2, 5)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5
+            model(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-5
         )
-    assert len(moec.compile(model, kwargs=given, verify=False, build=False).blocks) == 2
+    assert len(moec.compile(model, kwargs=inputs, verify=False, build=False).blocks) == 2
     with torch.no_grad():  # capturing has left it prepared
-        model(**given)
+        model(**inputs)

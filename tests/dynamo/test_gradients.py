@@ -83,19 +83,19 @@ def graphs(
     stacks = ", ".join(typed(p, str(E), sizes, dtype) for p in params.split())
     lines = []
     for line in ops.replace("H, H", f"{sizes[1]}, {sizes[1]}").splitlines():
-        made, _, call = line.partition(" = ")
+        result, _, call = line.partition(" = ")
         # x's own sizes are free; those of weights, two of them, are not
-        parts = made.replace("],", "];").split(";")
+        parts = result.replace("],", "];").split(";")
         weight = "," in parts[0]
         rows = "" if weight else "R"
         lines.append(", ".join(typed(p, rows, sizes, dtype) for p in parts) + " = " + call)
     body = "\n      ".join(lines)
     of_one = ", ".join(typed(p, "", sizes, dtype) for p in params.split())
     names = ", ".join(p.partition("[")[0] for p in params.split())
-    given = f"weights: {dtype}[T, 2], " if weighted else ""
+    inputs = f"weights: {dtype}[T, 2], " if weighted else ""
     d = sizes[0]
     graph = parse(
-        f"""graph main({given}rows_in: {dtype}[T, {d}], experts: i64[T, 2]; {stacks}) {{
+        f"""graph main({inputs}rows_in: {dtype}[T, {d}], experts: i64[T, 2]; {stacks}) {{
   size T in [0, inf]
   rows: {dtype}[2*T, {d}], order: i32[2*T], ends: i32[4] = moe.dispatch(rows_in, experts) """
         f"""<num_experts=4>
@@ -122,13 +122,13 @@ def tensors(
 ) -> list[torch.Tensor]:
     params = [p.rstrip("]").partition("[")[2].split(",") for p in BODIES[name][0].split()]
     tokens = len(experts)
-    given = [torch.randn(tokens, K)] if weighted else []
+    inputs = [torch.randn(tokens, K)] if weighted else []
     stacks = [torch.randn(E, *(lengths(sizes)[d] for d in dims)) for dims in params]
-    return [*given, torch.randn(tokens, sizes[0]), experts, *stacks]
+    return [*inputs, torch.randn(tokens, sizes[0]), experts, *stacks]
 
 
-def gradients(graph: Graph, given: list[torch.Tensor], grad: torch.Tensor, **how: object) -> list:
-    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in given]
+def gradients(graph: Graph, inputs: list[torch.Tensor], grad: torch.Tensor, **how: object) -> list:
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
     (y,) = run_graph(graph, leaves, **how)  # type: ignore[arg-type]
     floats = [leaf for leaf in leaves if leaf.requires_grad]
     return [y.detach(), *torch.autograd.grad(y, floats, grad, materialize_grads=True)]
@@ -136,13 +136,13 @@ def gradients(graph: Graph, given: list[torch.Tensor], grad: torch.Tensor, **how
 
 def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
     graph, expanded = graphs(name, weighted)
-    given = tensors(name, weighted, experts)
+    inputs = tensors(name, weighted, experts)
     grad = torch.randn(len(experts), NARROW[0])
-    wanted = gradients(graph, given, grad)
+    expected = gradients(graph, inputs, grad)
     for products in (IN_PYTORCH, KERNELS):
         meanings = differentiable(products)
         for mine, theirs in zip(
-            gradients(expanded, given, grad, meanings=meanings), wanted, strict=True
+            gradients(expanded, inputs, grad, meanings=meanings), expected, strict=True
         ):
             # float32 sums of some dozen products in another order: what is lost is a share of the
             # terms, which are no greater than the greatest sums, and not of a sum near zero.
@@ -150,9 +150,9 @@ def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest)))
 
 
-def error(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
+def error(gradients: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
     """Of each, relative to its norm."""
-    pairs = zip(made, wanted, strict=True)
+    pairs = zip(gradients, expected, strict=True)
     return [float((m.float() - w).norm() / w.norm().clamp(min=1e-6)) for m, w in pairs]
 
 
@@ -163,18 +163,18 @@ def test_bf16_is_as_near_to_float32_as_eager(name: str, tokens: int) -> None:
     float32. Over some hundred elements the norms of such errors agree within a tenth or so; those
     of a gradient of few elements (one token) within a factor."""
     experts = torch.randint(0, E, (tokens, K))
-    given = [
+    inputs = [
         t.bfloat16() if t.is_floating_point() else t for t in tensors(name, True, experts, WIDE)
     ]
-    for t in given:
+    for t in inputs:
         if t.is_floating_point() and t.dim() == 3:
             t *= 0.1
     grad = torch.randn(tokens, WIDE[0]).bfloat16()
-    wide = [t.float() if t.is_floating_point() else t for t in given]
-    wanted = gradients(graphs(name, True, WIDE)[0], wide, grad.float())
+    wide = [t.float() if t.is_floating_point() else t for t in inputs]
+    expected = gradients(graphs(name, True, WIDE)[0], wide, grad.float())
     graph, expanded = graphs(name, True, WIDE, "bf16")
-    eager = error(gradients(graph, given, grad), wanted)
-    mine = error(gradients(expanded, given, grad, meanings=differentiable(KERNELS)), wanted)
+    eager = error(gradients(graph, inputs, grad), expected)
+    mine = error(gradients(expanded, inputs, grad, meanings=differentiable(KERNELS)), expected)
     slack = 1.2 if tokens > 1 else 2
     assert all(m <= slack * e + 1e-3 for m, e in zip(mine, eager, strict=True)), (mine, eager)
 
@@ -204,34 +204,34 @@ def test_what_kernels_do_not_take_is_pytorchs() -> None:
         (KERNELS, rows, sliced),
         (tiles, rows.bfloat16(), w.bfloat16()),
     ):
-        made = products.product(x, ends, stack, None)
-        assert torch.equal(made, IN_PYTORCH.product(x, ends, stack, None))
+        result = products.product(x, ends, stack, None)
+        assert torch.equal(result, IN_PYTORCH.product(x, ends, stack, None))
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_they_are_the_same_each_time(name: str) -> None:
     _, expanded = graphs(name, True)
-    given = tensors(name, True, torch.randint(0, E, (40, K)))
+    inputs = tensors(name, True, torch.randint(0, E, (40, K)))
     grad = torch.randn(40, NARROW[0])
     meanings = differentiable(KERNELS)
-    first, second = (gradients(expanded, given, grad, meanings=meanings) for _ in range(2))
+    first, second = (gradients(expanded, inputs, grad, meanings=meanings) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
 def test_the_gradient_of_a_transposed_stack_lies_as_the_stack_does() -> None:
     name = "clamped, transposed"
     _, expanded = graphs(name, True)
-    given = tensors(name, True, torch.randint(0, E, (7, K)))
+    inputs = tensors(name, True, torch.randint(0, E, (7, K)))
     for products in (IN_PYTORCH, KERNELS):
         meanings = differentiable(products)
-        made = gradients(expanded, given, torch.randn(7, NARROW[0]), meanings=meanings)
-        assert all(gradient.is_contiguous() for gradient in made)
+        actual = gradients(expanded, inputs, torch.randn(7, NARROW[0]), meanings=meanings)
+        assert all(gradient.is_contiguous() for gradient in actual)
 
 
 def test_the_meaning_itself_writes_the_gradient_of_a_stack_once() -> None:
     """And not once for each expert, as the gradient of `stack[expert]` would be."""
     graph, _ = graphs("tanh gelu", True)
-    given = tensors("tanh gelu", True, torch.randint(0, E, (3, K)))
+    inputs = tensors("tanh gelu", True, torch.randint(0, E, (3, K)))
     with torch.profiler.profile() as profile:
-        gradients(graph, given, torch.randn(3, NARROW[0]))
+        gradients(graph, inputs, torch.randn(3, NARROW[0]))
     assert "UnbindBackward0" in {event.key for event in profile.key_averages()}

@@ -45,9 +45,9 @@ def test_one_compilation_serves_ten_token_counts() -> None:
         for batch, length in zip((2, 3, 4, 5, 2, 7, 3, 2, 9, 2), range(3, 33, 3), strict=True):
             x = torch.randn(batch, length, 16)
             torch.testing.assert_close(run(x), model(x), **CLOSE)
-    found = moec.stats()
-    assert (found.compilations, found.blocks, found.fallbacks) == (1, 2, ())
-    assert (found.code_compiled, found.cache_hits, found.packs) == (1, 1, 2)
+    stats = moec.stats()
+    assert (stats.compilations, stats.blocks, stats.fallbacks) == (1, 2, ())
+    assert (stats.code_compiled, stats.cache_hits, stats.packs) == (1, 1, 2)
 
 
 def test_no_guards_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,12 +56,12 @@ def test_no_guards_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     guards: list[tuple[int, int]] = []
     original = compiler._replace_blocks
 
-    def counted(*given: Any) -> Any:
+    def counted(*inputs: Any) -> Any:
         environment = torch._guards.TracingContext.get().fake_mode.shape_env
         before = len(environment.guards)
-        made = original(*given)
+        result = original(*inputs)
         guards.append((before, len(environment.guards)))
-        return made
+        return result
 
     monkeypatch.setattr(compiler, "_replace_blocks", counted)
     with torch.no_grad():
@@ -165,9 +165,9 @@ def test_a_fallback_is_one_warning_with_its_reason() -> None:
     model = Mixed().eval()
     run = compiled(model, strict=False)
     x = torch.randn(3, 16)
-    with torch.no_grad(), pytest.warns(FallbackWarning, match="no experts were found") as seen:
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="no experts were found") as record:
         torch.testing.assert_close(run(x), model(x), **CLOSE)
-    assert len(seen) == 1
+    assert len(record) == 1
     (fallback,) = moec.stats().fallbacks
     assert "moec.prepare(model)" in fallback.reason
 
@@ -291,9 +291,9 @@ def test_what_dynamo_skips_is_said_once_by_name(form: type[nn.Module]) -> None:
     model = form().eval()
     run = compiled(model)
     with torch.no_grad():
-        with pytest.warns(FallbackWarning, match=r"Looped: .*moec\.prepare\(model\)") as seen:
+        with pytest.warns(FallbackWarning, match=r"Looped: .*moec\.prepare\(model\)") as record:
             run(torch.randn(5, 16))
-        assert len(seen) == 1
+        assert len(record) == 1
         x = torch.randn(9, 16)
         torch.testing.assert_close(run(x), model(x), **CLOSE)
     assert [fallback.where for fallback in moec.stats().fallbacks] == ["Looped"]
@@ -302,11 +302,11 @@ def test_what_dynamo_skips_is_said_once_by_name(form: type[nn.Module]) -> None:
 def test_a_loop_that_asks_whether_a_mask_is_set_is_named() -> None:
     watch(backend)
     run = torch.compile(moec.prepare(rows.Asked().eval()), backend="moec")
-    with torch.no_grad(), pytest.warns(FallbackWarning) as seen:
+    with torch.no_grad(), pytest.warns(FallbackWarning) as record:
         run(torch.randn(5, D))
-    said = " ".join(str(warning.message) for warning in seen)
-    assert re.search(r"Asked: Dynamo skips it .* asks whether a mask is set", said)
-    assert "no experts were found in it" in said  # the router, which Python calls alone then
+    message = " ".join(str(warning.message) for warning in record)
+    assert re.search(r"Asked: Dynamo skips it .* asks whether a mask is set", message)
+    assert "no experts were found in it" in message  # the router, which Python calls alone then
 
 
 @pytest.mark.parametrize("form", [Gathered, Listed, Masked])
@@ -357,5 +357,5 @@ def test_graphs_of_one_layer_share_its_packed_weights() -> None:
         model.router.weight.mul_(-1)
         for rows in (x, x[:1]):
             torch.testing.assert_close(run(rows), model(rows), **CLOSE)
-    found = moec.stats()
-    assert (found.compilations, found.packs) == (2, 2)
+    stats = moec.stats()
+    assert (stats.compilations, stats.packs) == (2, 2)

@@ -20,13 +20,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_defaults() -> None:
-    found = parse(None, None)
-    assert (found.rest, found.opt_level, found.passes, found.strict) == ("inductor", 2, "", False)
-    assert found.cache.folder == Path(os.environ["MOEC_CACHE"])
+    result = parse(None, None)
+    assert (result.rest, result.opt_level, result.passes, result.strict) == (
+        "inductor",
+        2,
+        "",
+        False,
+    )
+    assert result.cache.folder == Path(os.environ["MOEC_CACHE"])
 
 
 def test_all_options(tmp_path: Path) -> None:
-    found = parse(
+    result = parse(
         {
             "rest": "eager",
             "target": "generic",
@@ -37,7 +42,7 @@ def test_all_options(tmp_path: Path) -> None:
         },
         None,
     )
-    assert (found.rest, found.target.name, found.cache.folder) == ("eager", "generic", tmp_path)
+    assert (result.rest, result.target.name, result.cache.folder) == ("eager", "generic", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,9 @@ class NoGrad(Stopped):
 @pytest.mark.parametrize("form", [Stopped, Data, NoGrad])
 def test_a_stopped_gradient_leaves_the_block_to_torch(form: type[nn.Module]) -> None:
     model, x = form(), torch.randn(2, 5, 16)
-    with pytest.warns(FallbackWarning, match=r"gradients stop at .* inside the block") as seen:
+    with pytest.warns(FallbackWarning, match=r"gradients stop at .* inside the block") as record:
         compiled(model, strict=False)(x).square().mean().backward()
-    assert len(seen) == 1
+    assert len(record) == 1
     assert model.router.weight.grad is None
     torch._dynamo.reset()
     with torch.no_grad():  # without gradients it is a block like any other
@@ -160,10 +160,10 @@ def test_gradients_of_families(name: str) -> None:
     model, eager = moec.prepare(family.build()), family.build()
     run = compiled(model)
     for length in (7, 4):
-        given = family.inputs(2, length)
+        inputs = family.inputs(2, length)
         for which, forward in ((model, run), (eager, eager)):
             which.zero_grad()
-            forward(**given, labels=given["input_ids"]).loss.backward()
+            forward(**inputs, labels=inputs["input_ids"]).loss.backward()
         pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
         for (where, mine), theirs in pairs:
             if theirs.grad is not None:
@@ -178,9 +178,9 @@ def test_gradients_of_families(name: str) -> None:
 def test_experts_of_a_prepared_model_learn_without_the_backend() -> None:
     family = FAMILIES["qwen2_moe"]
     prepared, eager = moec.prepare(family.build()), family.build()
-    given = family.inputs(2, 7)
+    inputs = family.inputs(2, 7)
     for model in (prepared, eager):
-        model(**given, labels=given["input_ids"]).loss.backward()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for (name, mine), theirs in zip(prepared.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(
             mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
@@ -212,5 +212,5 @@ def test_fine_tuning_follows_eagers_loss(tiny_moe: Path) -> None:
     eager, mine = losses
     assert eager[-1] < eager[0]
     assert max(abs(a - b) for a, b in zip(eager, mine, strict=True)) < 1e-3
-    found = moec.stats()
-    assert (found.compilations, found.blocks, found.fallbacks) == (1, 4, ())
+    stats = moec.stats()
+    assert (stats.compilations, stats.blocks, stats.fallbacks) == (1, 4, ())

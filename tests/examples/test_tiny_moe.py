@@ -53,10 +53,10 @@ def test_it_is_trained_and_uses_every_expert(train):
     held_out = Path(sysconfig.get_path("stdlib"), "http", "client.py").read_text(encoding="utf-8")
     ids = np.asarray(TOKENIZER.encode(held_out).ids, dtype=np.int32)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    found = train.quality(model, train.Text(ids, ids, len(held_out.encode())), 256, windows=8)
-    assert found.loss < 3.3
-    assert found.share.min() > 0.04  # an even share is 0.125
-    assert found.share.max() < 0.3
+    result = train.quality(model, train.Text(ids, ids, len(held_out.encode())), 256, windows=8)
+    assert result.loss < 3.3
+    assert result.share.min() > 0.04  # an even share is 0.125
+    assert result.share.max() < 0.3
 
 
 def test_training_learns(train):

@@ -24,15 +24,15 @@ def test_an_export_is_the_model_and_survives_saving(tmp_path: Path) -> None:
     other = FAMILY.inputs(1, 9, seed=3)["input_ids"]
     with torch.no_grad():
         expected = model(other, use_cache=False)
-    made = exported(input_ids=other)
-    assert type(made) is type(expected)
-    torch.testing.assert_close(made.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    onnx_file = exported(input_ids=other)
+    assert type(onnx_file) is type(expected)
+    torch.testing.assert_close(onnx_file.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
     exported.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="trust_remote_code"):
         ExportedModel.from_pretrained(tmp_path / "saved")
     loaded = ExportedModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert torch.equal(loaded(input_ids=other).logits, made.logits)
+    assert torch.equal(loaded(input_ids=other).logits, onnx_file.logits)
     with pytest.raises(UsageError, match="was loaded, and can be copied as the file that it is"):
         loaded.save_pretrained(tmp_path / "again")
 

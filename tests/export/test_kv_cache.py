@@ -70,11 +70,11 @@ def language() -> moec.CompiledModel:
 
 
 def test_the_names_and_shapes(language: moec.CompiledModel, tmp_path: Path) -> None:
-    made = language.export_onnx(tmp_path / "model.onnx", "portable")
-    assert made.caches == 2
-    assert set(made.errors) == {"output", "output in pieces"}
-    assert max(made.errors.values()) <= NEAR
-    assert set(made.parity.values()) == {1.0}
+    exported = language.export_onnx(tmp_path / "model.onnx", "portable")
+    assert exported.caches == 2
+    assert set(exported.errors) == {"output", "output in pieces"}
+    assert max(exported.errors.values()) <= NEAR
+    assert set(exported.parity.values()) == {1.0}
     model = onnx.load(tmp_path / "model.onnx")
     assert {opset.domain for opset in model.opset_import} == {""}
     assert {p.key: p.value for p in model.metadata_props}["moec.caches"] == "2"
@@ -87,15 +87,15 @@ def test_the_names_and_shapes(language: moec.CompiledModel, tmp_path: Path) -> N
 
     past = ["B", HEADS // 2, "past", D // HEADS]
     present = ["B", HEADS // 2, "S + past", D // HEADS]
-    places = [f"{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    positions = [f"{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
     assert shapes(model.graph.input) == {
         "input_ids": ["B", "S"],
         "attention_mask": ["B", "S + past"],
-        **{f"past_key_values.{place}": past for place in places},
+        **{f"past_key_values.{position}": past for position in positions},
     }
     assert shapes(model.graph.output) == {
         "output": ["B", "S", VOCABULARY],
-        **{f"present.{place}": present for place in places},
+        **{f"present.{position}": present for position in positions},
     }
 
 
@@ -122,9 +122,11 @@ def test_texts_of_unequal_lengths(
         ids = [torch.randint(VOCABULARY, mask.shape) for mask in masks]
         got = torch.cat([texts.feed(i, m) for i, m in zip(ids, masks, strict=True)], 1)
         assert got.isfinite().all()
-        for row, text, own in zip(got, torch.cat(ids, 1), torch.cat(masks, 1).bool(), strict=True):
-            (expected,) = language.captured.eager(text[own][None])
-            assert (row[own] - expected[0]).abs().max() <= NEAR * expected.abs().max()
+        for row, text, entry in zip(
+            got, torch.cat(ids, 1), torch.cat(masks, 1).bool(), strict=True
+        ):
+            (expected,) = language.captured.eager(text[entry][None])
+            assert (row[entry] - expected[0]).abs().max() <= NEAR * expected.abs().max()
 
 
 def test_a_file_that_is_wrong_for_padding_alone(
@@ -141,17 +143,17 @@ def test_half_precision_and_what_is_left_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ids = torch.randint(VOCABULARY, (2, 7))
     model = moec.compile(Language(hidden=True).half().eval(), (ids,), build=False)
-    made = model.export_onnx(tmp_path / "model.onnx")
-    assert made.notes == ("with a cache the file gives logits, and not hidden",)
-    assert set(made.errors) == {"logits", "logits in pieces"}
-    assert max(made.errors.values()) <= made.tolerance == 1e-2
+    exported = model.export_onnx(tmp_path / "model.onnx")
+    assert exported.notes == ("with a cache the file gives logits, and not hidden",)
+    assert set(exported.errors) == {"logits", "logits in pieces"}
+    assert max(exported.errors.values()) <= exported.tolerance == 1e-2
     past = onnx.load(tmp_path / "model.onnx").graph.input[2]
     assert past.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_without_a_cache(language: moec.CompiledModel, tmp_path: Path) -> None:
-    made = language.export_onnx(tmp_path / "model.onnx", cache=False)
-    assert (made.caches, made.notes, set(made.errors)) == (0, (), {"output"})
+    exported = language.export_onnx(tmp_path / "model.onnx", cache=False)
+    assert (exported.caches, exported.notes, set(exported.errors)) == (0, (), {"output"})
     assert [v.name for v in onnx.load(tmp_path / "model.onnx").graph.input] == ["input_ids"]
 
 
@@ -166,8 +168,8 @@ def test_what_cannot_have_one(tmp_path: Path) -> None:
         "cache=False (--no-cache)"
     )
     assert not list(tmp_path.iterdir())
-    made = model.export_onnx(tmp_path / "model.onnx")
-    assert (made.caches, made.notes) == (0, (f"without a cache of keys and values: {why}",))
+    exported = model.export_onnx(tmp_path / "model.onnx")
+    assert (exported.caches, exported.notes) == (0, (f"without a cache of keys and values: {why}",))
 
 
 def test_a_model_without_text(tmp_path: Path) -> None:

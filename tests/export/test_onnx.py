@@ -54,9 +54,9 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def test_equals_eager(
     block: moec.CompiledModel, ep: str, opset: int | None, tmp_path: Path
 ) -> None:
-    made = block.export_onnx(tmp_path / "model.onnx", ep, opset=opset)
-    assert made.errors["output"] <= 1e-6
-    assert made.parity == {"moe": 1.0}
+    exported = block.export_onnx(tmp_path / "model.onnx", ep, opset=opset)
+    assert exported.errors["output"] <= 1e-6
+    assert exported.parity == {"moe": 1.0}
     run = session(tmp_path / "model.onnx")
     for tokens in (0, 1, 40):
         x = torch.randn(tokens, D)
@@ -75,9 +75,9 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_however_it_is_written(form: str, tmp_path: Path) -> None:
     model = moec.compile(FORMS[form]().eval(), (torch.randn(5, D),), build=False)
-    made = model.export_onnx(tmp_path / "model.onnx")
-    assert list(made.forms.values()) == ["rows"]
-    assert made.errors["output"] <= 1e-5
+    exported = model.export_onnx(tmp_path / "model.onnx")
+    assert list(exported.forms.values()) == ["rows"]
+    assert exported.errors["output"] <= 1e-5
 
 
 def test_without_fusions(tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_parity_sees_other_choices(
         return weights, c.w("Expand", experts, c.w("Shape", weights))
 
     monkeypatch.setitem(BUILD, "moe.gate", first)
-    made = block.export_onnx(tmp_path / "model.onnx", verify=10.0)
-    assert made.parity["moe"] < 0.9
+    exported = block.export_onnx(tmp_path / "model.onnx", verify=10.0)
+    assert exported.parity["moe"] < 0.9
 
 
 def test_an_older_file_is_replaced_whole(block: moec.CompiledModel, tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_an_older_file_is_replaced_whole(block: moec.CompiledModel, tmp_path: Pa
 
 def test_half_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    made = compiled(Block(), dtype=torch.float16).export_onnx(tmp_path / "model.onnx")
-    assert made.errors["output"] <= made.tolerance == 1e-2
+    exported = compiled(Block(), dtype=torch.float16).export_onnx(tmp_path / "model.onnx")
+    assert exported.errors["output"] <= exported.tolerance == 1e-2
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -182,12 +182,12 @@ def test_bfloat16(tmp_path: Path) -> None:
     model = compiled(Block(), dtype=torch.bfloat16)
     with pytest.raises(TargetError, match="the model computes in bf16, in which ONNX Runtime's"):
         model.export_onnx(tmp_path / "model.onnx", "cpu")
-    made = model.export_onnx(tmp_path / "model.onnx", "cuda")
-    assert made.notes == (
+    exported = model.export_onnx(tmp_path / "model.onnx", "cuda")
+    assert exported.notes == (
         "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16",
     )
-    assert not made.errors
-    assert made.forms == {"moe": "op"}
+    assert not exported.errors
+    assert exported.forms == {"moe": "op"}
     other = compiled(Block(rule=softmax_topk), dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match="round the logarithms of the weights to bf16"):
         other.export_onnx(tmp_path / "model.onnx", "cuda", moe="op")
@@ -196,8 +196,8 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 def test_cuda_says_what_was_not_tried(block: moec.CompiledModel, tmp_path: Path) -> None:
-    made = block.export_onnx(tmp_path / "model.onnx", "cuda")
-    assert "made for CUDA, and run on the CPU: no CUDA kernel was tried" in made.notes
+    exported = block.export_onnx(tmp_path / "model.onnx", "cuda")
+    assert "made for CUDA, and run on the CPU: no CUDA kernel was tried" in exported.notes
 
 
 WRONG = [
@@ -260,9 +260,9 @@ class Same(nn.Module):
 def test_results_that_are_the_same(tmp_path: Path) -> None:
     """Each output has a name of its own."""
     model = moec.compile(Same(), (torch.randn(5, 8),), build=False)
-    made = model.export_onnx(tmp_path / "model.onnx")
-    assert len(made.errors) == 3
-    assert set(made.errors.values()) == {0.0}
+    exported = model.export_onnx(tmp_path / "model.onnx")
+    assert len(exported.errors) == 3
+    assert set(exported.errors.values()) == {0.0}
 
 
 def test_an_input_that_is_passed_on(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ each_format = pytest.mark.parametrize("text", FORMATS)
 
 
 def meaning(format: Format, weight: torch.Tensor) -> torch.Tensor:
-    made = quantise(format, weight)
-    return dequantise(format.kind, made.codes, made.scales, made.zeros)
+    codes = quantise(format, weight)
+    return dequantise(format.kind, codes.codes, codes.scales, codes.zeros)
 
 
 @each_format
@@ -70,21 +70,21 @@ def test_rounding_is_to_nearest(text: str, dtype: torch.dtype) -> None:
     """
     format = parse(text)
     weight = (torch.randn(2, 12, 256) * 0.1).to(dtype)
-    made = quantise(format, weight)
-    off = (dequantise(format.kind, made.codes, made.scales, made.zeros) - weight.float()).abs()
-    off = off.unflatten(-1, (made.scales.shape[-1], -1))
+    codes = quantise(format, weight)
+    off = (dequantise(format.kind, codes.codes, codes.scales, codes.zeros) - weight.float()).abs()
+    off = off.unflatten(-1, (codes.scales.shape[-1], -1))
     if format.kind == "mxfp4":
-        step = torch.ldexp(torch.ones(made.scales.shape), made.scales.int() - 127)[..., None]
+        step = torch.ldexp(torch.ones(codes.scales.shape), codes.scales.int() - 127)[..., None]
         assert (off <= step * 2.0).all()  # beyond 6 is 6: up to 8 there is a range of 2
         inside = off[weight.float().abs().unflatten(-1, off.shape[-2:]) <= 6 * step]
         assert (inside <= step.expand_as(off).max() * 1.0).all()
     elif format.kind == "fp8":
         # Half a step of three bits, or of the smallest magnitudes; the greatest may end 2^-9 short.
-        scale, magnitude = made.scales.float()[..., None], weight.float().abs()
+        scale, magnitude = codes.scales.float()[..., None], weight.float().abs()
         relative = (2.0**-4 + 2.0**-9) * magnitude.unflatten(-1, off.shape[-2:])
         assert (off <= torch.maximum(relative, scale * 2.0**-10)).all()
     else:
-        step = made.scales.float().abs()[..., None]
+        step = codes.scales.float().abs()[..., None]
         ends = 1 + 2.0**-8 * 2**format.bits / 2
         assert (off <= step * ends).all()
         assert ((off <= step * 0.501).float().mean()) > 0.95
@@ -161,8 +161,8 @@ def test_rows_are_rounded_block_by_block(
     """Within half of a 127th (a 32639th) of the block's greatest, or NaN as a block. The scale,
     its inverse and two products round by 2^-24 each, which in 16 bits is 0.4 % of such a half."""
     x, (bits, most) = torch.tensor([numbers]), levels
-    made = round_rows(x, blocks, bits).view(blocks, -1)
-    for got, block in zip(made, x.view(blocks, -1), strict=True):
+    result = round_rows(x, blocks, bits).view(blocks, -1)
+    for got, block in zip(result, x.view(blocks, -1), strict=True):
         if not block.isfinite().all():
             assert got.isnan().all()
             continue
@@ -172,9 +172,9 @@ def test_rows_are_rounded_block_by_block(
 
 
 def test_parts_of_a_model_are_spelled_by_name() -> None:
-    made = parse_parts("int4:64, linears=int8,head=int8:32")
-    assert made == Quantisation(parse("int4:64"), parse("int8"), parse("int8:32"))
-    assert str(made) == "experts=int4:64,linears=int8,head=int8:32"
+    result = parse_parts("int4:64, linears=int8,head=int8:32")
+    assert result == Quantisation(parse("int4:64"), parse("int8"), parse("int8:32"))
+    assert str(result) == "experts=int4:64,linears=int8,head=int8:32"
     assert parse_parts("head=int8") == Quantisation(head=parse("int8"))
 
 

@@ -49,7 +49,7 @@ def source(rows: int, width: int, zeros: float, seed: int) -> torch.Tensor:
 
 
 def test_the_dictionary_is_the_likeliest_sequences_in_order():
-    made = dictionary()
+    encoded = dictionary()
     sequences = [sequence(word) for word in range(CODEWORDS)]
     assert len(set(sequences)) == CODEWORDS
     assert {len(s) for s in sequences} == {2 * n for n in range(1, MOST_PAIRS + 1)}
@@ -57,38 +57,38 @@ def test_the_dictionary_is_the_likeliest_sequences_in_order():
     for word in range(0, CODEWORDS, 97):
         zeros = sequences[word].count(0)
         likelihood = ZEROS**zeros * rest ** (len(sequences[word]) - zeros)
-        assert made.likelihoods[word] == pytest.approx(likelihood)
-    assert (made.likelihoods[:-1] >= made.likelihoods[1:]).all()
+        assert encoded.likelihoods[word] == pytest.approx(likelihood)
+    assert (encoded.likelihoods[:-1] >= encoded.likelihoods[1:]).all()
     # None is left out that is likelier than the last: each child that has no codeword.
-    places = {s: word for word, s in enumerate(sequences)}
+    positions = {s: word for word, s in enumerate(sequences)}
     for s in sequences[::31]:
-        assert len(s) == 2 or s[:-2] in places
+        assert len(s) == 2 or s[:-2] in positions
         for pair in PAIRS:
-            if len(s) < 2 * MOST_PAIRS and (*s, *pair) not in places:
+            if len(s) < 2 * MOST_PAIRS and (*s, *pair) not in positions:
                 zeros = (*s, *pair).count(0)
                 missing = ZEROS**zeros * rest ** (len(s) + 2 - zeros)
-                assert missing <= made.likelihoods[-1] * (1 + 1e-9)
-    assert (made.children[ROOT] >= 0).all()
+                assert missing <= encoded.likelihoods[-1] * (1 + 1e-9)
+    assert (encoded.children[ROOT] >= 0).all()
 
 
 def test_the_masks_of_a_kernel_are_the_entries():
-    made = masks(dictionary().entries)
+    result = masks(dictionary().entries)
     for word in (0, 13, 500, 40000, CODEWORDS - 1):
         weights = sequence(word)
-        assert int(made[word]) >> 60 == len(weights) // 2
+        assert int(result[word]) >> 60 == len(weights) // 2
         for i in range(28):
             code = weights[i] if i < len(weights) else 0
-            assert int(made[word]) >> i & 1 == (code == 1)
-            assert int(made[word]) >> 32 + i & 1 == (code == 2)
+            assert int(result[word]) >> i & 1 == (code == 1)
+            assert int(result[word]) >> 32 + i & 1 == (code == 2)
 
 
 def test_the_signs_of_a_kernel_are_the_entries():
-    made = signs(dictionary().entries)
+    result = signs(dictionary().entries)
     for word in (0, 13, 500, 40000, CODEWORDS - 1):
         weights = sequence(word)
-        assert made[word, -1] == len(weights) // 2
-        wanted = [{0: 0, 1: -1, 2: 1}[code] for code in weights]
-        assert made[word, :-1].tolist() == wanted + [0] * (31 - len(weights))
+        assert result[word, -1] == len(weights) // 2
+        expected = [{0: 0, 1: -1, 2: 1}[code] for code in weights]
+        assert result[word, :-1].tolist() == expected + [0] * (31 - len(weights))
 
 
 @given(
@@ -99,10 +99,10 @@ def test_the_signs_of_a_kernel_are_the_entries():
 )
 def test_codes_come_back(rows, width, zeros, seed):
     codes = source(rows, width, zeros, seed)
-    made = encode(codes)
-    assert torch.equal(decode(made, rows, width), codes)
-    for row, (start, stop) in enumerate(pairwise(unpack_starts(made.starts, rows).tolist())):
-        words = (made.stream[start:stop].int() & 0xFFFF).tolist()
+    encoded = encode(codes)
+    assert torch.equal(decode(encoded, rows, width), codes)
+    for row, (start, stop) in enumerate(pairwise(unpack_starts(encoded.starts, rows).tolist())):
+        words = (encoded.stream[start:stop].int() & 0xFFFF).tolist()
         read = [weight for word in words for weight in sequence(word)]
         assert read == codes[row].tolist() + [0] * (width % 2)
         for a, b in pairwise(words):  # each match is the longest
@@ -114,31 +114,31 @@ def test_codes_come_back(rows, width, zeros, seed):
 def test_88_percent_zeros_are_compressed_20_times(width):
     """Against bf16, with row starts and two bf16 numbers a row; the bound is 25.4 times."""
     codes = source(1024, width, ZEROS, 1)
-    made = encode(codes)
-    assert 20 < 2 * codes.numel() / (made.nbytes + 4 * len(codes)) < 25.4
+    encoded = encode(codes)
+    assert 20 < 2 * codes.numel() / (encoded.nbytes + 4 * len(codes)) < 25.4
 
 
 def test_a_stream_that_does_not_fill_its_rows_is_refused():
-    made = encode(source(35, 40, 0.885, 2))
-    starts = unpack_starts(made.starts, 35)
+    encoded = encode(source(35, 40, 0.885, 2))
+    starts = unpack_starts(encoded.starts, 35)
     starts[34] -= 1
     with pytest.raises(ValueError, match="row 33 of the stream does not hold 40 weights"):
-        decode(Encoded(made.stream, pack_starts(starts)), 35, 40)
+        decode(Encoded(encoded.stream, pack_starts(starts)), 35, 40)
     with pytest.raises(ValueError, match="row 0 of the stream does not hold 38 weights"):
-        decode(made, 35, 38)
+        decode(encoded, 35, 38)
     with pytest.raises(ValueError, match=r"rows of \d+ codewords are not \d+"):
-        decode(Encoded(made.stream[:-1], made.starts), 35, 40)
+        decode(Encoded(encoded.stream[:-1], encoded.starts), 35, 40)
 
 
 @pytest.mark.parametrize(("row", "byte"), [(1, 0), (0, 4 + 31), (1, 4 + 3)])
 def test_starts_that_do_not_follow_each_other_are_refused(row, byte):
     """A wrong start, a wrong count, one behind the last row."""
-    made = encode(source(35, 40, 0.885, 2))
-    made.starts[row, byte] += 1
+    encoded = encode(source(35, 40, 0.885, 2))
+    encoded.starts[row, byte] += 1
     with pytest.raises(ValueError, match="the starts of rows do not follow each other"):
-        decode(made, 35, 40)
+        decode(encoded, 35, 40)
     with pytest.raises(ValueError, match="are not those of 65 rows"):
-        decode(made, 65, 40)
+        decode(encoded, 65, 40)
 
 
 def test_other_codes_are_refused():
@@ -148,11 +148,11 @@ def test_other_codes_are_refused():
 
 def test_weights_beyond_half_of_a_limit_take_it():
     weight = torch.tensor([[-1.0, -0.51, -0.5, 0.0, 1.0, 1.01, 2.0], [1, 2, 3, 4, 5, 6, 8]])
-    found = grid_of(weight)
-    assert found.tolist() == [[-1, 2], [0, 8]]
-    codes = codes_of(weight, found)
+    result = grid_of(weight)
+    assert result.tolist() == [[-1, 2], [0, 8]]
+    codes = codes_of(weight, result)
     assert codes.tolist() == [[1, 1, 0, 0, 0, 2, 2], [0, 0, 0, 0, 2, 2, 2]]
-    assert values(codes, found)[0].tolist() == [-1, -1, 0, 0, 0, 2, 2]
+    assert values(codes, result)[0].tolist() == [-1, -1, 0, 0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("module", [ternary, two_bit], ids=["ternary", "2bit"])
@@ -169,10 +169,10 @@ def test_numbers_fitted_to_codes_lose_less_and_none_nearby_loses_less(module):
 
     fitted = module.refit(weight, codes, grid, hessian)
     assert (lost(fitted) < lost(grid)).all()
-    for place in range(2 if module is ternary else 1):
+    for position in range(2 if module is ternary else 1):
         for factor in (0.98, 1.02):
             other = fitted.clone()
-            other[..., place] *= factor
+            other[..., position] *= factor
             assert (lost(other) > lost(fitted)).all()
 
 

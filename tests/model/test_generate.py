@@ -122,15 +122,15 @@ def test_a_batch_in_bf16(loaded: moec.LoadedModel, prompts: list[list[int]]) -> 
 
 def test_a_tensor_gives_a_tensor(compiled: moec.CompiledModel) -> None:
     ids = torch.randint(3, 1024, (2, 5))
-    made = compiled.generate(ids, max_new_tokens=4)
-    assert made.dtype == torch.int64
-    assert made.shape == (2, 9)
-    assert torch.equal(made[:, :5], ids)
+    tokens = compiled.generate(ids, max_new_tokens=4)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, 9)
+    assert torch.equal(tokens[:, :5], ids)
     as_numpy = compiled.generate(ids.numpy(), max_new_tokens=4)
     assert isinstance(as_numpy, np.ndarray)
-    assert as_numpy.tolist() == made.tolist()
+    assert as_numpy.tolist() == tokens.tolist()
     streamed = list(compiled.stream(ids, max_new_tokens=4))
-    assert torch.tensor(streamed).T.tolist() == made[:, 5:].tolist()
+    assert torch.tensor(streamed).T.tolist() == tokens[:, 5:].tolist()
 
 
 def test_a_text_that_ends_early_is_filled_up(compiled: moec.CompiledModel) -> None:
@@ -138,9 +138,9 @@ def test_a_text_that_ends_early_is_filled_up(compiled: moec.CompiledModel) -> No
     free = compiled.generate(ids, max_new_tokens=8, stop=())
     last = int(free[0, 5])
     assert last not in free[1, 4:].tolist()
-    made = compiled.generate(ids, max_new_tokens=8, stop=last)
-    assert made[0].tolist() == [*free[0, :6].tolist(), *[last] * 6]
-    assert made[1].tolist() == free[1].tolist()
+    tokens = compiled.generate(ids, max_new_tokens=8, stop=last)
+    assert tokens[0].tolist() == [*free[0, :6].tolist(), *[last] * 6]
+    assert tokens[1].tolist() == free[1].tolist()
     lists = compiled.generate(ids.tolist(), max_new_tokens=8, stop=[last])
     assert [len(text) for text in lists] == [6, 12]
 
@@ -158,18 +158,18 @@ def test_a_long_prompt_goes_through_in_pieces(
     """Tolerance: that of verification in bf16, against the model over all tokens at once."""
     ids = torch.randint(3, 1024, (1, PIECE + 200))
     texts = Texts(compiled.executor, 1, ids.shape[1])  # type: ignore[arg-type]
-    made = torch.from_numpy(texts.feed(ids.tolist()))
+    result = torch.from_numpy(texts.feed(ids.tolist()))
     with torch.no_grad():
         expected = eager(ids).logits[:, -1].float()
-    assert (made - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert (result - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 def test_up_to_the_last_place(compiled: moec.CompiledModel) -> None:
     """The model has 1024 places; texts that are full stay while others go on."""
     full, other = [7] * 1022, [8] * 3
-    made = compiled.generate([full, other], max_new_tokens=6, stop=())
-    assert [len(text) for text in made] == [1025, 9]
-    assert made[1] == compiled.generate([other], max_new_tokens=6, stop=())[0]
+    tokens = compiled.generate([full, other], max_new_tokens=6, stop=())
+    assert [len(text) for text in tokens] == [1025, 9]
+    assert tokens[1] == compiled.generate([other], max_new_tokens=6, stop=())[0]
     with pytest.raises(InputError, match="the prompt has 1025 tokens, and the model takes at most"):
         compiled.generate([[7] * 1025])
 
@@ -177,21 +177,21 @@ def test_up_to_the_last_place(compiled: moec.CompiledModel) -> None:
 def test_many_threads_at_one_model(loaded: moec.LoadedModel, prompts: list[list[int]]) -> None:
     texts = prompts[:8]
     alone = [loaded.generate([text], max_new_tokens=8) for text in texts]
-    made: list[Any] = [None] * len(texts)
+    results: list[Any] = [None] * len(texts)
 
-    def speak(place: int) -> None:
-        made[place] = loaded.generate([texts[place]], max_new_tokens=8)
+    def speak(position: int) -> None:
+        results[position] = loaded.generate([texts[position]], max_new_tokens=8)
 
     threads = [threading.Thread(target=speak, args=(i,)) for i in range(len(texts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == alone
+    assert results == alone
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "words"),
+    ("inputs", "options", "words"),
     [
         ([1, 2], {}, "the prompts are one list of token ids: give a list of such lists"),
         (7, {}, "the prompts are a 7, expected text, token ids"),
@@ -208,10 +208,10 @@ def test_many_threads_at_one_model(loaded: moec.LoadedModel, prompts: list[list[
     ],
 )
 def test_what_cannot_be_continued(
-    compiled: moec.CompiledModel, given: Any, options: dict[str, Any], words: str
+    compiled: moec.CompiledModel, inputs: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        compiled.generate(given, **options)
+        compiled.generate(inputs, **options)
 
 
 class Bag(nn.Module):
@@ -236,11 +236,11 @@ def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
     (declined,) = [d for d in compiled.declined if d.rule == "decode"]
     assert declined.reason == "aten.mean.dim at mean mixes tokens"
     with pytest.warns(UserWarning, match="each token runs the whole text again: aten.mean"):
-        made = compiled.generate([[1, 2, 3], [4]], max_new_tokens=3)
+        tokens = compiled.generate([[1, 2, 3], [4]], max_new_tokens=3)
     text = [1, 2, 3]
     for _ in range(3):
         text.append(int(compiled(torch.tensor([text]))[0, -1].argmax()))
-    assert made[0] == text
+    assert tokens[0] == text
 
 
 def test_the_cache_can_be_left_out(short_moe: Path) -> None:

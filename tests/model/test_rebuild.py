@@ -62,13 +62,13 @@ def test_without_native_code(
 ) -> None:
     path = save(tmp_path / "bare.moec", compiled, native=False)
     rebuilt = Executor(rebuild(artifact.read(path, native=False)))
-    made = rebuilt({"x": x})["y"]
-    np.testing.assert_array_equal(made, Executor(compiled)({"x": x})["y"])
+    result = rebuilt({"x": x})["y"]
+    np.testing.assert_array_equal(result, Executor(compiled)({"x": x})["y"])
     exact = torch.nn.functional.silu(
         torch.from_numpy(x).double() @ weights["w"].double().T + weights["b"].double()
     )
     # 17 terms of magnitude below 10, each rounded to 24 bits.
-    np.testing.assert_allclose(made, exact, rtol=0, atol=17 * 10 * 2**-24)
+    np.testing.assert_allclose(result, exact, rtol=0, atol=17 * 10 * 2**-24)
 
 
 def test_code_for_another_machine_or_tvm_does_not_matter(
@@ -154,5 +154,5 @@ def test_in_a_process_that_began_without_torch(compiled: Package, tmp_path: Path
     path = save(tmp_path / "model.moec", compiled, native=False)
     np.savez(source := tmp_path / "x.npz", x=np.ones((2, 16), np.float32))
     words = [sys.executable, "-m", "moec", "run", str(path), "--rebuild", "--input", str(source)]
-    made = subprocess.run(words, capture_output=True, text=True)
-    assert (made.returncode, made.stdout, made.stderr) == (0, "y: f32[2, 24]\n", "")
+    process = subprocess.run(words, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "y: f32[2, 24]\n", "")

@@ -39,9 +39,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> moec.CompiledModel:
         patch.setenv("MOEC_CACHE", str(tmp_path_factory.mktemp("cache") / "own"))
         patch.setattr(measuring.OnThisMachine, "__call__", fast_without_fetching)
         phases: list[str] = []
-        made = moec.compile(Moe(), (x,), tune=True, progress=phases.append)
+        model = moec.compile(Moe(), (x,), tune=True, progress=phases.append)
         assert [p.partition(" ")[0] for p in phases].index("tune") < phases.index("kernels")
-        return made
+        return model
 
 
 def test_the_report_says_what_was_chosen_and_what_it_gains(compiled: moec.CompiledModel) -> None:
@@ -59,31 +59,31 @@ def test_the_report_says_what_was_chosen_and_what_it_gains(compiled: moec.Compil
 def test_saved_inspected_and_rebuilt(
     compiled: moec.CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = compiled(x)
+    expected = compiled(x)
     compiled.save(path := tmp_path / "tuned.moec", native=False)
-    found, _ = of_artifact(path)
-    assert found.tuned == compiled.report().tuned
+    result, _ = of_artifact(path)
+    assert result.tuned == compiled.report().tuned
     opened = artifact.read(path, native=False)
     assert compiled.package is not None
     assert opened.package.tunings == compiled.package.tunings
     assert all(values["fetched"] == 0 for values in opened.package.tunings.values())
-    made: list[Values] = []
+    results: list[Values] = []
     tuned = module_builder.Lowering.tuned
 
     def spied(self: module_builder.Lowering, kernel: Tunable, name: str) -> object:
         def make(name: str, values: Values) -> object:
-            made.append(values)
+            results.append(values)
             return kernel.make(name, values)
 
         return tuned(self, replace(kernel, make=make), name)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module_builder.Lowering, "tuned", spied)
     again = Executor(rebuild(opened))
-    assert made
-    assert all(values["fetched"] == 0 for values in made)
+    assert results
+    assert all(values["fetched"] == 0 for values in results)
     (name,) = (port.name for port in compiled.package.main.inputs)
-    (given,) = again({name: x.numpy()}).values()
-    assert torch.equal(torch.as_tensor(given), wanted)
+    (inputs,) = again({name: x.numpy()}).values()
+    assert torch.equal(torch.as_tensor(inputs), expected)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def compiled(name: str, dtype: torch.dtype) -> moec.CompiledModel:
     return moec.compile(family.build(dtype), (), family.inputs(2, 7))
 
 
-def results(model: object, given: list[torch.Tensor]) -> list[torch.Tensor]:
-    made = model(*given)  # type: ignore[operator]
-    return list(made.values()) if isinstance(made, dict) else [made]
+def results(model: object, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    module = model(*inputs)  # type: ignore[operator]
+    return list(module.values()) if isinstance(module, dict) else [module]
 
 
 def same_choice(got: torch.Tensor, expected: torch.Tensor, limit: float) -> torch.Tensor:
@@ -69,10 +69,10 @@ def test_float32(name: str, tmp_path: Path) -> None:
     model.save(tmp_path / "model.moec")
     loaded = moec.load(tmp_path / "model.moec")
     for batch, sequence in SIZES:
-        given = tensors(FAMILIES[name].inputs(batch, sequence))
-        expected = model.captured.eager(*given)
+        inputs = tensors(FAMILIES[name].inputs(batch, sequence))
+        expected = model.captured.eager(*inputs)
         for got, again, value in zip(
-            results(model, given), results(loaded, given), expected, strict=True
+            results(model, inputs), results(loaded, inputs), expected, strict=True
         ):
             assert distance(got, value) <= limit
             assert same_choice(got, value, limit).all()
@@ -93,16 +93,18 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
     kinds = [("cpu", "auto"), ("portable", "auto")] + [("cpu", "op")] * (name in OPERATOR)
     for ep, moe in kinds:
         path = folder / f"{ep}-{moe}.onnx"
-        made = model.export_onnx(path, ep, moe=moe, cache=False)
-        assert set(made.parity.values()) == {1.0}
+        exported = model.export_onnx(path, ep, moe=moe, cache=False)
+        assert set(exported.parity.values()) == {1.0}
         if name != "jetmoe":  # there a block is two: its rows are sorted once
-            assert list(made.forms.values()) == ["op" if moe == "op" else "rows"] * BLOCKS[name][0]
+            assert (
+                list(exported.forms.values()) == ["op" if moe == "op" else "rows"] * BLOCKS[name][0]
+            )
         open_file = runner(open_session(path))
         names = [value.name for value in model.graph.inputs]
         for batch, sequence in SIZES:
-            given = tensors(FAMILIES[name].inputs(batch, sequence))
-            results = open_file(dict(zip(names, given, strict=True))).values()
-            for got, value in zip(results, model.captured.eager(*given), strict=True):
+            inputs = tensors(FAMILIES[name].inputs(batch, sequence))
+            results = open_file(dict(zip(names, inputs, strict=True))).values()
+            for got, value in zip(results, model.captured.eager(*inputs), strict=True):
                 assert distance(got, value) <= TOLERANCES["f32"]
 
 
@@ -110,23 +112,23 @@ def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> 
     """int8 and int4 for each ep: the door compares with the quantised weights in float32."""
     for text in ("int8", "int4"):
         for ep in ("cpu", "portable"):
-            made = model.export_onnx(folder / "few.onnx", ep, text, cache=False)
-            assert made.quant == text
-            assert set(made.forms.values()) == {"op" if ep == "cpu" else "rows"}
-            assert 0 < max(made.errors.values()) <= made.tolerance == EXACT_ROWS
-            assert 0 < made.moved[0].error < (0.03 if text == "int8" else 0.3)
+            exported = model.export_onnx(folder / "few.onnx", ep, text, cache=False)
+            assert exported.quant == text
+            assert set(exported.forms.values()) == {"op" if ep == "cpu" else "rows"}
+            assert 0 < max(exported.errors.values()) <= exported.tolerance == EXACT_ROWS
+            assert 0 < exported.moved[0].error < (0.03 if text == "int8" else 0.3)
 
 
 def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) -> None:
     """A prompt and then token by token gives eager's numbers for the whole text; a file for CUDA
     is valid, with all its shapes."""
     path, limit = folder / "cache.onnx", TOLERANCES["f32"]
-    made = model.export_onnx(path, "cuda", cache=True)
+    exported = model.export_onnx(path, "cuda", cache=True)
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
     onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
-    made = model.export_onnx(path, "portable", cache=True)
-    assert (made.caches, set(made.parity.values())) == (2, {1.0})
+    exported = model.export_onnx(path, "portable", cache=True)
+    assert (exported.caches, set(exported.parity.values())) == (2, {1.0})
     texts = CachedTexts(
         with_past_inputs(model.pass_results[-1].program), runner(open_session(path)), 2
     )
@@ -142,13 +144,13 @@ def test_bfloat16(name: str) -> None:
     the right size."""
     model = compiled(name, torch.bfloat16)
     limit = TOLERANCES["bf16"]
-    found, rows = 0, 0
+    outliers, rows = 0, 0
     for batch, sequence in SIZES:
-        given = tensors(FAMILIES[name].inputs(batch, sequence))
-        expected = model.captured.eager(*given)
-        for got, value in zip(results(model, given), expected, strict=True):
+        inputs = tensors(FAMILIES[name].inputs(batch, sequence))
+        expected = model.captured.eager(*inputs)
+        for got, value in zip(results(model, inputs), expected, strict=True):
             few, many = strays(got, value, limit)
-            found, rows = found + few, rows + many
+            outliers, rows = outliers + few, rows + many
             assert distance(got, value) <= FAR
             assert (~same_choice(got, value, limit)).sum() <= few
-    assert found <= STRAYS["bf16"] * rows
+    assert outliers <= STRAYS["bf16"] * rows

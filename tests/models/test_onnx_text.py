@@ -37,18 +37,18 @@ def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_p
     lengths = torch.tensor(list(map(len, PROMPTS)))
     mask = (torch.arange(width) >= width - lengths[:, None]).long()
     alone = [(torch.tensor([p]), torch.ones(1, len(p), dtype=torch.int64)) for p in PROMPTS]
-    for ids, given in [*alone, (padded, mask)]:
+    for ids, inputs in [*alone, (padded, mask)]:
         with torch.no_grad():
             expected = model.generate(
                 ids,
-                attention_mask=given,
+                attention_mask=inputs,
                 max_new_tokens=TOKENS,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
             )[:, ids.shape[1] :]
         texts = CachedTexts(program, run, len(ids))
-        made = [texts.feed(ids, given)[:, -1:].argmax(-1)]
-        while len(made) < TOKENS:
-            made.append(texts.feed(made[-1])[:, -1:].argmax(-1))
-        assert torch.equal(torch.cat(made, 1), expected)
+        results = [texts.feed(ids, inputs)[:, -1:].argmax(-1)]
+        while len(results) < TOKENS:
+            results.append(texts.feed(results[-1])[:, -1:].argmax(-1))
+        assert torch.equal(torch.cat(results, 1), expected)

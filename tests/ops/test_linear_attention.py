@@ -67,9 +67,9 @@ def test_a_state_goes_on_where_it_stopped(per: str) -> None:
     shape = [2, 8, *map(int, decay.split(", ")[2:])]
     tensors[3] = -torch.rand(shape)
     extra = "rates: f32[4, 5, 3]; " if rates else ""
-    whole = graph(f"{attrs}delta=true", decay=decay, extra=f"{extra}beta: f32[B, S, 4]")
+    full = graph(f"{attrs}delta=true", decay=decay, extra=f"{extra}beta: f32[B, S, 4]")
     beta = torch.rand(2, 8, 4)
-    y, end = evaluate(whole, [*tensors, *rates, beta])
+    y, end = evaluate(full, [*tensors, *rates, beta])
     parts = graph(
         f"{attrs}delta=true, started=true",
         decay=decay,

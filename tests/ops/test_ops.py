@@ -106,9 +106,10 @@ def test_a_correction_chooses_but_does_not_weigh():
 
 
 @pytest.mark.parametrize(
-    ("order", "kept"), [("slot", [[0, 2], [2, 0], [2, 2]]), ("token", [[0, 0], [2, 2], [2, 2]])]
+    ("order", "remaining"),
+    [("slot", [[0, 2], [2, 0], [2, 2]]), ("token", [[0, 0], [2, 2], [2, 2]])],
 )
-def test_capacity_drops(order, kept):
+def test_capacity_drops(order, remaining):
     graph = parse(
         f"""graph main(i: i64[T, 2]) {{
           y: i64[T, 2] = moe.capacity(i) <num_experts=2, capacity=2, order="{order}">
@@ -117,5 +118,5 @@ def test_capacity_drops(order, kept):
     )
     experts = torch.tensor([[0, 0], [0, 0], [0, 0]])
     if order == "slot":  # first choices first: tokens 0 and 1
-        kept = [[0, 2], [0, 2], [2, 2]]
-    assert evaluate(graph, [experts])[0].tolist() == kept
+        remaining = [[0, 2], [0, 2], [2, 2]]
+    assert evaluate(graph, [experts])[0].tolist() == remaining

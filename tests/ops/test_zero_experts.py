@@ -34,22 +34,22 @@ def test_each_kind_is_the_papers() -> None:
             return a * row + b * v[e - 5]
         return torch.zeros(4)
 
-    wanted = torch.stack(
+    expected = torch.stack(
         [
             sum(w[t, s] * expert(int(ids[t, s]), x[t]) for s in range(2))  # type: ignore[misc]
             for t in range(8)
         ]
     )
-    (made,) = evaluate(parse(TEXT), [x, ids, w], {"mix": mix, "v": v})
-    torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-6)
+    (result,) = evaluate(parse(TEXT), [x, ids, w], {"mix": mix, "v": v})
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_was_not_chosen_is_not_multiplied() -> None:
     x = torch.full((2, 4), torch.inf)
     ids = torch.tensor([[0, 3], [2, 8]])
     weights = {"mix": torch.randn(2, 2, 4), "v": torch.full((2, 4), torch.nan)}
-    (made,) = evaluate(parse(TEXT), [x, ids, torch.rand(2, 2)], weights)
-    assert torch.equal(made, torch.zeros(2, 4))
+    (result,) = evaluate(parse(TEXT), [x, ids, torch.rand(2, 2)], weights)
+    assert torch.equal(result, torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize(

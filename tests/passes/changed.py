@@ -61,12 +61,13 @@ def graph(layers: int = 2, layer: str = LAYER) -> Graph:
 
 
 def program(layers: int = 2, layer: str = LAYER) -> Program:
-    made = graph(layers, layer)
+    result = graph(layers, layer)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        p.name: torch.randn([int(d) for d in p.shape], generator=generator) / 2 for p in made.params
+        p.name: torch.randn([int(d) for d in p.shape], generator=generator) / 2
+        for p in result.params
     }
-    return Program(made, weights)
+    return Program(result, weights)
 
 
 def tokens(count: int = 256, seed: int = 0, limit: int = VOCABULARY) -> torch.Tensor:
@@ -75,28 +76,28 @@ def tokens(count: int = 256, seed: int = 0, limit: int = VOCABULARY) -> torch.Te
 
 
 def change(
-    given: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
+    program: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
 ) -> list[PassResult]:
     """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
     session = CalibrationSession(
         {"ids": tokens()} if calib is None else calib, {}, parse_budget(limit), strict
     )
-    return run(given, [MeasuredPass(p, session) for p in passes], stage=Stage.MOE)
+    return run(program, [MeasuredPass(p, session) for p in passes], stage=Stage.MOE)
 
 
-def declined(given: Program, pass_: Approximate) -> str:
+def declined(program: Program, pass_: Approximate) -> str:
     """Why a pass leaves a program alone, as it must for this to be asked."""
-    step = change(given, pass_)[-1]
-    assert step.program is given
+    step = change(program, pass_)[-1]
+    assert step.program is program
     assert step.damage is not None
     assert not step.damage.applied
     return "; ".join(d.reason for d in step.declined)
 
 
-def layers_of(given: Program) -> list[Layer]:
-    ops = given.graph.ops
-    return [layer_of(given.graph, op) for op in ops if op.name == "moe.experts"]
+def layers_of(program: Program) -> list[Layer]:
+    ops = program.graph.ops
+    return [layer_of(program.graph, op) for op in ops if op.name == "moe.experts"]
 
 
-def outputs(given: Program, ids: torch.Tensor) -> Sequence[torch.Tensor]:
-    return evaluate(given.graph, [ids], given.weights)
+def outputs(program: Program, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+    return evaluate(program.graph, [ids], program.weights)

@@ -74,28 +74,28 @@ SMALL = RefactorDense(width=4, steps=20)
 
 
 def change(
-    given: Program, pass_: RefactorDense = SMALL, limit: str = "", calib: Any = DOMAINS
+    program: Program, pass_: RefactorDense = SMALL, limit: str = "", calib: Any = DOMAINS
 ) -> PassResult:
     session = CalibrationSession(calib, {}, parse_budget(limit))
-    return run(given, [MeasuredPass(pass_, session)], stage=Stage.MOE)[-1]
+    return run(program, [MeasuredPass(pass_, session)], stage=Stage.MOE)[-1]
 
 
 def everything() -> Tensor:
     return torch.cat([data["ids"] for data in DOMAINS.values()])
 
 
-def values(made: Program, value: Value, ids: Tensor) -> Tensor:
-    graph = replace(made.graph, outputs=(value,))
-    return evaluate(graph, [ids], made.weights)[0]
+def values(program: Program, value: Value, ids: Tensor) -> Tensor:
+    graph = replace(program.graph, outputs=(value,))
+    return evaluate(graph, [ids], program.weights)[0]
 
 
-def choices(made: Program, ids: Tensor) -> Tensor:
+def choices(program: Program, ids: Tensor) -> Tensor:
     """Which expert each token is sent to: i64[T]."""
-    (route,) = [op for op in made.graph.ops if op.name == "moe.route"]
-    return values(made, route.outputs[1], ids)[:, 0]
+    (route,) = [op for op in program.graph.ops if op.name == "moe.route"]
+    return values(program, route.outputs[1], ids)[:, 0]
 
 
-def hidden(given: Program) -> Tensor:
+def hidden(program: Program) -> Tensor:
     """The channels of the only layer: [32, 16, 12]."""
-    (down,) = [op for op in given.graph.ops if ".w2" in op.origin]
-    return values(given, down.inputs[0], everything()).reshape(32, 16, 12)
+    (down,) = [op for op in program.graph.ops if ".w2" in op.origin]
+    return values(program, down.inputs[0], everything()).reshape(32, 16, 12)

@@ -13,13 +13,13 @@ from tests.passes.changed import (
 )
 
 
-def with_masks(original: Program, kept: list[list[int]], layer: str = LAYER) -> Program:
+def with_masks(original: Program, experts: list[list[int]], layer: str = LAYER) -> Program:
     """The same model with minus infinity added to the router's columns that are not kept."""
-    text = print_graph(graph(len(kept), layer))
+    text = print_graph(graph(len(experts), layer))
     weights = dict(original.weights)
-    for i, own in enumerate(kept):
+    for i, entry in enumerate(experts):
         mask = torch.full((4,), -torch.inf)
-        mask[own] = 0
+        mask[entry] = 0
         weights[f"mask{i}"] = mask
         text = text.replace("embed: f32[20, 8]", f"embed: f32[20, 8], mask{i}: f32[4]", 1)
         text = text.replace(

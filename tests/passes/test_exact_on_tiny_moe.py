@@ -46,10 +46,10 @@ def outputs(program: Program, *inputs: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_moe: Any) -> Program:
+def trained(tiny_moe: Any) -> Program:
     """Blocks recognised, and a bias of zero for every router."""
-    made = moec.compile(tiny_moe, stop_after="split-packed", dtype="float32", kv_cache=False)
-    program = made.pass_results[-1].program
+    model = moec.compile(tiny_moe, stop_after="split-packed", dtype="float32", kv_cache=False)
+    program = model.pass_results[-1].program
     graph, weights = program.graph, dict(program.weights)
     ops, params = list(graph.ops), list(graph.params)
     for i, op in enumerate(ops):
@@ -85,8 +85,8 @@ def routed(program: Program, seed: int, never: int = 0) -> Program:
     ],
     ids=["keep-used", "usage", "reap", "error", "global"],
 )
-def test_experts_that_nobody_chooses_go(whole: Program, pass_: Approximate) -> None:
-    original = routed(whole, 7, never=2)
+def test_experts_that_nobody_chooses_go(trained: Program, pass_: Approximate) -> None:
+    original = routed(trained, 7, never=2)
     calib = {"input_ids": text(0, 64)}
     step = change(original, pass_, calib=calib, limit="changed<=0,error<=1e-5")[-1]
     assert step.damage is not None
@@ -98,9 +98,9 @@ def test_experts_that_nobody_chooses_go(whole: Program, pass_: Approximate) -> N
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_equal_experts_fold_into_one(whole: Program, seed: int) -> None:
+def test_equal_experts_fold_into_one(trained: Program, seed: int) -> None:
     """What Experts Weights Averaging ends with."""
-    original = routed(whole, seed)
+    original = routed(trained, seed)
     for name in [name for name in original.weights if ".experts." in name]:
         stack = original.weights[name]
         original.weights[name] = stack[seed].expand_as(stack).clone()
@@ -112,9 +112,9 @@ def test_equal_experts_fold_into_one(whole: Program, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_neutral_columns_win_nowhere(whole: Program, seed: int) -> None:
+def test_neutral_columns_win_nowhere(trained: Program, seed: int) -> None:
     """In eager; approximate/test_insert_zero_experts.py has the bits of compiled code."""
-    original = routed(whole, seed)
+    original = routed(trained, seed)
     calib = {"input_ids": text(0, 64)}
     step = change(original, InsertZeroExperts(), calib=calib, limit="changed<=0,error<=1e-5")[-1]
     assert step.damage is not None
@@ -181,8 +181,8 @@ class Adapted(nn.Module):
         self.b = nn.Linear(4, weight.shape[0], bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = F.linear(x, self.base) + 2.0 * self.b(self.a(x))
-        return made
+        result: Tensor = F.linear(x, self.base) + 2.0 * self.b(self.a(x))
+        return result
 
 
 class WithLora(nn.Module):
@@ -190,11 +190,11 @@ class WithLora(nn.Module):
 
     def __init__(self, trained: Any) -> None:
         super().__init__()
-        own = Experts(trained)
+        private = Experts(trained)
         self.router = nn.Linear(D, E, bias=False)
         self.gate, self.up, self.down = (
             nn.ModuleList(Adapted(w) for w in stack.detach())
-            for stack in (own.gate, own.up, own.down)
+            for stack in (private.gate, private.up, private.down)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,9 +210,9 @@ class Supernet(nn.Module):
 
     def __init__(self, trained: Any) -> None:
         super().__init__()
-        own = Experts(trained)
+        private = Experts(trained)
         self.router, self.mixer = nn.Linear(D, E, bias=False), nn.Linear(2, 2)
-        stacks = [stack.detach() for stack in (own.gate, own.up, own.down)]
+        stacks = [stack.detach() for stack in (private.gate, private.up, private.down)]
         self.gate, self.up, self.down = (
             nn.Parameter(torch.stack([stack, stack.roll(1, 0)])) for stack in stacks
         )
@@ -230,7 +230,7 @@ class Supernet(nn.Module):
 
 
 class Tiny(nn.Module):
-    """tiny_moe's first layers, ids i64[B, S] -> logits [B, S, 1024]; `given` is for the experts."""
+    """tiny_moe's first layers, ids i64[B, S] -> logits [B, S, 1024]; `extra` is for the experts."""
 
     def __init__(self, folder: Any, *kinds: Callable[[Any], nn.Module], ids: bool = False) -> None:
         super().__init__()
@@ -245,15 +245,15 @@ class Tiny(nn.Module):
             del layer.mlp
         self.requires_grad_(False).eval()
 
-    def forward(self, ids: Tensor, *given: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, *extra: Tensor) -> Tensor:
         x = self.model.embed_tokens(ids)
-        places = self.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+        positions = self.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
         for layer, experts in zip(self.layers, self.experts, strict=True):
-            x = x + layer.self_attn(layer.input_layernorm(x), places, None)[0]
+            x = x + layer.self_attn(layer.input_layernorm(x), positions, None)[0]
             rows = layer.post_attention_layernorm(x).flatten(0, 1)
-            x = x + experts(rows, *((ids,) if self.ids else given)).unflatten(0, ids.shape)
-        made: Tensor = self.head(self.model.norm(x))
-        return made
+            x = x + experts(rows, *((ids,) if self.ids else extra)).unflatten(0, ids.shape)
+        result: Tensor = self.head(self.model.norm(x))
+        return result
 
 
 def changed_routers(model: nn.Module, program: Program, seed: int) -> Program:
@@ -267,26 +267,26 @@ def changed_routers(model: nn.Module, program: Program, seed: int) -> Program:
     return Program(program.graph, weights)
 
 
-def compiled(model: nn.Module, *given: Any, passes: str) -> Any:
-    return moec.compile(model, (text(0), *given), passes=passes, build=False, verify=False)
+def compiled(model: nn.Module, *inputs: Any, passes: str) -> Any:
+    return moec.compile(model, (text(0), *inputs), passes=passes, build=False, verify=False)
 
 
 def test_adapters_fold(tiny_moe: Any) -> None:
     model = Tiny(tiny_moe, WithLora)
-    made = compiled(model, passes="+fold-lora")
-    assert [block.experts for block in made.blocks] == [E]
+    compiled_model = compiled(model, passes="+fold-lora")
+    assert [block.experts for block in compiled_model.blocks] == [E]
     for seed in SEEDS:
-        program = changed_routers(model, made.pass_results[-1].program, seed)
+        program = changed_routers(model, compiled_model.pass_results[-1].program, seed)
         torch.testing.assert_close(outputs(program, text(seed)), model(text(seed)), **CLOSE)
 
 
 def test_a_supernet_folds(tiny_moe: Any) -> None:
     arch = torch.tensor([1.0, 0.5])
     model = Tiny(tiny_moe, Supernet)
-    made = compiled(model, arch, passes="+fold-supernet(given_0=1:0.5)")
-    assert [block.experts for block in made.blocks] == [E]
+    compiled_model = compiled(model, arch, passes="+fold-supernet(extra_0=1:0.5)")
+    assert [block.experts for block in compiled_model.blocks] == [E]
     for seed in SEEDS:
-        program = changed_routers(model, made.pass_results[-1].program, seed)
+        program = changed_routers(model, compiled_model.pass_results[-1].program, seed)
         torch.testing.assert_close(outputs(program, text(seed)), model(text(seed), arch), **CLOSE)
 
 
@@ -294,19 +294,21 @@ def test_one_task_is_left(tiny_moe: Any) -> None:
     """Five experts of the first layer, and of the second those two that the task takes, dense."""
     model = Tiny(tiny_moe, ByTask, lambda trained: ByTask(trained, alone=True))
     task = torch.tensor(1)
-    made = compiled(model, task, passes="+specialise(given_0=1)")
-    assert [block.experts for block in made.blocks] == [E - 3]
+    compiled_model = compiled(model, task, passes="+specialise(extra_0=1)")
+    assert [block.experts for block in compiled_model.blocks] == [E - 3]
     for seed in SEEDS:
         torch.testing.assert_close(
-            outputs(made.pass_results[-1].program, text(seed)), model(text(seed), task), **CLOSE
+            outputs(compiled_model.pass_results[-1].program, text(seed)),
+            model(text(seed), task),
+            **CLOSE,
         )
 
 
 def test_routers_of_ids_run_alone(tiny_moe: Any) -> None:
     model = Tiny(tiny_moe, ByIds, ids=True)
-    made = compiled(model, passes="+hoist-routers")
+    compiled_model = compiled(model, passes="+hoist-routers")
     for seed in SEEDS:
-        program = changed_routers(model, made.pass_results[-1].program, seed)
+        program = changed_routers(model, compiled_model.pass_results[-1].program, seed)
         parts = split(program)
         assert parts is not None
         assert len(parts.choices) == 1

@@ -69,8 +69,8 @@ def test_the_same_model_gives_the_same_bytes(package: Package, saved: Path, tmp_
 def test_a_folder_unpacked_from_the_file_is_the_same_artifact(saved: Path) -> None:
     folder = unpacked(saved)
     model = executor.load(folder)
-    given = toy.inputs()
-    np.testing.assert_array_equal(model(given)["y"], executor.load(saved)(given)["y"])
+    inputs = toy.inputs()
+    np.testing.assert_array_equal(model(inputs)["y"], executor.load(saved)(inputs)["y"])
 
 
 def test_nothing_is_left_where_writing_fails(
@@ -149,9 +149,9 @@ def test_empty_and_strided_arrays(package: Package, tmp_path: Path) -> None:
 def test_the_private_copy_of_the_code_is_gone_after_loading(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "temporary"
-    place.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(place))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
     executor.load(saved)
-    assert os.listdir(place) == []
-    shutil.rmtree(place)
+    assert os.listdir(folder) == []
+    shutil.rmtree(folder)

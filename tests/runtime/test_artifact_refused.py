@@ -68,7 +68,7 @@ def test_a_changed_byte_is_found_in_every_part(saved: Path) -> None:
 
 def test_a_changed_byte_anywhere_in_the_file_is_found_or_harmless(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
-    whole = artifact.read(saved)
+    full = artifact.read(saved)
     spots = random.Random(0).sample(range(len(content)), 200)
     spots += range(len(content) - 700, len(content))  # the zip directory
     for at in spots:
@@ -80,8 +80,8 @@ def test_a_changed_byte_anywhere_in_the_file_is_found_or_harmless(saved: Path) -
             read.verify()
         except ArtifactError:
             continue
-        assert read.package.library == whole.package.library
-        same(read.package.arrays, whole.package.arrays)
+        assert read.package.library == full.package.library
+        same(read.package.arrays, full.package.arrays)
 
 
 def test_no_array_is_handed_out_unverified(saved: Path) -> None:
@@ -226,14 +226,14 @@ def test_a_directory_that_points_to_another_member(saved: Path) -> None:
 
 def test_packed_again_by_another_program(saved: Path) -> None:
     """Stored but not aligned: the weights are copied to where kernels can read them."""
-    given = toy.inputs()
-    y = executor.load(saved)(given)["y"]
+    inputs = toy.inputs()
+    y = executor.load(saved)(inputs)["y"]
     folder = unpacked(saved)
     again = saved.with_name("again.moec")
     with zipfile.ZipFile(again, "w") as archive:
         for path in sorted(folder.rglob("*")):
             archive.write(path, path.relative_to(folder))
-    np.testing.assert_array_equal(executor.load(again)(given)["y"], y)
+    np.testing.assert_array_equal(executor.load(again)(inputs)["y"], y)
 
 
 def test_a_folder_never_follows_a_link(saved: Path) -> None:

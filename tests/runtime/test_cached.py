@@ -32,8 +32,8 @@ class Remembers(nn.Module):
     def forward(self, input_ids: torch.Tensor, cache_position: torch.Tensor) -> torch.Tensor:
         x = self.embedding(input_ids)
         self.keys.index_copy_(2, cache_position, x[:, None])
-        seen = torch.arange(LONGEST)[None, :] <= cache_position[:, None]
-        scores = (x @ self.keys[0, 0].T).masked_fill(~seen, float("-inf"))
+        visible = torch.arange(LONGEST)[None, :] <= cache_position[:, None]
+        scores = (x @ self.keys[0, 0].T).masked_fill(~visible, float("-inf"))
         return self.out(scores.softmax(-1) @ self.keys[0, 0] + x)
 
 
@@ -64,8 +64,8 @@ def test_generates_as_eager_does(saved: tuple[Path, Remembers]) -> None:
             text.append(int(logits[0, -1].argmax()))
     executor = load(path)
     for _ in range(2):  # each generation starts from an empty cache
-        made = [token for (token,) in generate(executor, [prompt], Request(99))]
-        assert made == text[len(prompt) :]
+        results = [token for (token,) in generate(executor, [prompt], Request(99))]
+        assert results == text[len(prompt) :]
     assert len(set(text)) > 3  # it does not just repeat itself
     assert causal_lm(executor.package.main).longest == LONGEST
     assert slow(executor) == ""
@@ -78,6 +78,6 @@ def test_the_stored_sample_starts_from_the_first_state(saved: tuple[Path, Rememb
     executor = load(saved[0])
     for _ in range(2):
         executor.reset()
-        made = executor(sample.inputs)
+        result = executor(sample.inputs)
         for name, expected in sample.outputs.items():
-            assert (made[name] == expected).all()
+            assert (result[name] == expected).all()

@@ -30,14 +30,14 @@ FUNCTION = Function(
 def right(**changes: Any) -> dict[str, Any]:
     import ml_dtypes
 
-    made = {
+    result = {
         "input_ids": np.arange(6).reshape(2, 3),
         "mask": np.ones((2, 4), bool),
         "scale": np.ones(3, np.float32),
         "low": np.ones(4, ml_dtypes.bfloat16),
         **changes,
     }
-    return {name: value for name, value in made.items() if value is not None}
+    return {name: value for name, value in result.items() if value is not None}
 
 
 TAKES = (
@@ -98,12 +98,12 @@ def test_refuses(changes: dict[str, Any], words: str) -> None:
 def test_accepts(batch: int, length: int, pairs: int) -> None:
     import ml_dtypes
 
-    made = right(
+    result = right(
         input_ids=np.full((batch, length), 99),
         mask=np.ones((batch, length + 1), bool),
         low=np.ones(2 * pairs, ml_dtypes.bfloat16),
     )
-    assert check_inputs(FUNCTION, made) == {"B": batch, "S": length, "N": pairs}
+    assert check_inputs(FUNCTION, result) == {"B": batch, "S": length, "N": pairs}
 
 
 def test_a_size_is_learned_from_any_input() -> None:

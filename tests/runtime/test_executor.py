@@ -37,25 +37,25 @@ def model(original: Path) -> Executor:
 def test_numbers(model: Executor, package: Package, rows: int, seed: int) -> None:
     inputs = toy.inputs(rows, seed)
     y = toy.expected(package, inputs)
-    made = model(inputs)
-    np.testing.assert_allclose(made["y"], y, **CLOSE)
-    np.testing.assert_array_equal(made["top"], -np.sort(-made["y"], axis=1)[:, :2])
-    assert made["low"].dtype == NUMPY["bf16"]
-    np.testing.assert_array_equal(made["low"], made["y"].astype(NUMPY["bf16"]))
+    module = model(inputs)
+    np.testing.assert_allclose(module["y"], y, **CLOSE)
+    np.testing.assert_array_equal(module["top"], -np.sort(-module["y"], axis=1)[:, :2])
+    assert module["low"].dtype == NUMPY["bf16"]
+    np.testing.assert_array_equal(module["low"], module["y"].astype(NUMPY["bf16"]))
 
 
 def test_torch_in_torch_out(model: Executor, package: Package) -> None:
     inputs = toy.inputs(5)
-    made = model({name: torch.from_numpy(a) for name, a in inputs.items()})
-    assert {name: v.dtype for name, v in made.items()} == {
+    module = model({name: torch.from_numpy(a) for name, a in inputs.items()})
+    assert {name: v.dtype for name, v in module.items()} == {
         "y": torch.float32,
         "top": torch.float32,
         "low": torch.bfloat16,
     }
-    np.testing.assert_allclose(made["y"].numpy(), toy.expected(package, inputs), **CLOSE)
+    np.testing.assert_allclose(module["y"].numpy(), toy.expected(package, inputs), **CLOSE)
     needs_grad = torch.from_numpy(inputs["x"]).requires_grad_()
     again = model({"x": needs_grad, "ids": torch.from_numpy(inputs["ids"])})
-    assert torch.equal(made["y"], again["y"])
+    assert torch.equal(module["y"], again["y"])
 
 
 def test_memory_that_kernels_cannot_read_is_copied(model: Executor, package: Package) -> None:
@@ -78,11 +78,11 @@ def test_memory_that_kernels_cannot_read_is_copied(model: Executor, package: Pac
 def test_results_outlive_later_calls_and_the_model(original: Path) -> None:
     model = load(original)
     first = model(toy.inputs(8))["y"]
-    kept = first.copy()
+    before = first.copy()
     for seed in range(20):
         model(toy.inputs(8, seed))
     del model
-    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(first, before)
     first[...] = 0  # results belong to the caller
 
 
@@ -110,8 +110,8 @@ def test_threads_take_turns(original: Path, package: Package) -> None:
     cases = [toy.inputs(rows, seed) for seed, rows in enumerate([1, 64, 0, 17] * 25)]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(model, cases))
-    for case, made in zip(cases, results, strict=True):
-        np.testing.assert_allclose(made["y"], toy.expected(package, case), **CLOSE)
+    for case, result in zip(cases, results, strict=True):
+        np.testing.assert_allclose(result["y"], toy.expected(package, case), **CLOSE)
     assert model.states()["count"].tolist() == [len(cases)]
 
 
@@ -124,8 +124,8 @@ def test_a_package_runs_without_an_artifact(package: Package) -> None:
 def test_one_result_may_come_bare() -> None:
     package = toy.language_model()
     ids = np.array([[1, 2, 7]])
-    made = Executor(package)({"input_ids": ids, "attention_mask": np.ones_like(ids)})
-    assert made["logits"].argmax(-1).tolist() == [[2, 3, 0]]
+    result = Executor(package)({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    assert result["logits"].argmax(-1).tolist() == [[2, 3, 0]]
 
 
 def test_results_do_not_share_memory_with_inputs_weights_or_states() -> None:
@@ -133,8 +133,8 @@ def test_results_do_not_share_memory_with_inputs_weights_or_states() -> None:
     package = echo()
     model = Executor(package)
     for x in (np.ones((2, 2), np.float32), torch.ones(2, 2)):
-        made = model({"x": x})
-        for value in made.values():
+        module = model({"x": x})
+        for value in module.values():
             value[...] = 5
         assert np.asarray(x).tolist() == [[1, 1], [1, 1]]
         model.reset()
@@ -154,8 +154,8 @@ def echo() -> Package:
     builder = relax.BlockBuilder()
     with builder.function("main", [x, s, w]):
         with builder.dataflow():
-            made = builder.emit_output(relax.Tuple([x, w, s, s]))
-        builder.emit_func_output(made)
+            output = builder.emit_output(relax.Tuple([x, w, s, s]))
+        builder.emit_func_output(output)
     main = Function(
         inputs=(Port("x", "f32", (2, 2)),),
         outputs=(Port("x", "f32", (2, 2)), Port("w", "f32", (2,)), Port("s", "f32", (1,))),
@@ -181,8 +181,8 @@ def test_complex_numbers_cross_as_pairs() -> None:
     x = np.array([1 + 2j, 3 - 4j], np.complex64)
     model = Executor(replace(package, functions={"main": main}))
     np.testing.assert_array_equal(model({"x": x})["x"], x)
-    made = model({"x": torch.from_numpy(x).conj()})["x"]
-    assert torch.equal(made, torch.from_numpy(x.conj()))
+    result = model({"x": torch.from_numpy(x).conj()})["x"]
+    assert torch.equal(result, torch.from_numpy(x.conj()))
 
 
 def test_names_of_dtypes() -> None:
@@ -209,9 +209,9 @@ print(sorted({{"torch", "tvm", "sympy", "transformers", "click"}} & sys.modules.
 print("libtvm_compiler" in loaded, "libtvm_runtime" in loaded)
 import torch
 """
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines() == ["[]", "False True"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["[]", "False True"]
 
 
 def test_every_processor_works_unless_told_otherwise() -> None:
@@ -223,8 +223,8 @@ print(tvm_ffi().get_global_func("runtime.NumThreads")(), available())
     plain = {k: v for k, v in os.environ.items() if k != "TVM_NUM_THREADS"}
     told: dict[str, str]
     for told in ({}, {"TVM_NUM_THREADS": "1"}):
-        made = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", script], env=plain | told, capture_output=True, text=True
         )
-        threads, processors = made.stdout.split()
+        threads, processors = process.stdout.split()
         assert threads == ("1" if told else processors)

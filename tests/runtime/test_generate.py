@@ -23,8 +23,8 @@ from tests.runtime import toy
 def speak(
     most: int, prompt: list[int], stop: frozenset[int] = frozenset(), **how: Any
 ) -> list[int]:
-    made = generate(Executor(toy.language_model(**how)), [prompt], Request(most, stop=stop))
-    return [token for (token,) in made if token is not None]
+    tokens = generate(Executor(toy.language_model(**how)), [prompt], Request(most, stop=stop))
+    return [token for (token,) in tokens if token is not None]
 
 
 def test_tokens_until_there_are_enough() -> None:
@@ -37,8 +37,8 @@ def test_tokens_until_one_that_stops() -> None:
 
 def test_texts_of_unequal_lengths_that_end_at_different_times() -> None:
     model = Executor(toy.language_model())
-    made = list(generate(model, [[1, 2, 3], [4]], Request(99, stop=frozenset([6]))))
-    assert made == [(4, 5), (5, 6), (6, None)]
+    result = list(generate(model, [[1, 2, 3], [4]], Request(99, stop=frozenset([6]))))
+    assert result == [(4, 5), (5, 6), (6, None)]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ class Cached:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         check_inputs(self.package.main, inputs)
-        tokens, places = inputs["input_ids"][0], inputs["cache_position"]
-        assert places.tolist() == list(range(len(self.seen), len(self.seen) + len(tokens)))
+        tokens, positions = inputs["input_ids"][0], inputs["cache_position"]
+        assert positions.tolist() == list(range(len(self.seen), len(self.seen) + len(tokens)))
         self.seen += tokens.tolist()
         self.calls.append(len(tokens))
         return {"logits": np.eye(8, dtype=np.float32)[(tokens + 1) % 8][None]}
@@ -155,10 +155,10 @@ def test_characters_come_when_they_are_whole() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = load_tokenizer({"tokenizer/tokenizer.json": made.to_str().encode()})
+    result = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    tokenizer = load_tokenizer({"tokenizer/tokenizer.json": result.to_str().encode()})
     tokens = tokenizer.encode("né!")
     assert len(tokens) == 4
     assert list(map(tokenizer.decoder(tokenizer.encode("a")), tokens)) == ["n", "", "é", "!"]
@@ -181,9 +181,9 @@ def test_characters_come_when_they_are_whole() -> None:
     ],
 )
 def test_where_the_end_of_a_text_is_written(files: dict[str, Any], stop: set[int]) -> None:
-    given = toy.tokenizer_files()
-    given |= {f"tokenizer/{name}": json.dumps(text).encode() for name, text in files.items()}
-    assert load_tokenizer(given).stop == stop
+    inputs = toy.tokenizer_files()
+    inputs |= {f"tokenizer/{name}": json.dumps(text).encode() for name, text in files.items()}
+    assert load_tokenizer(inputs).stop == stop
 
 
 def test_no_tokenizer_or_a_bad_one() -> None:

@@ -43,16 +43,16 @@ def test_outputs_to_a_file(
     output = inputs.with_name("y.npz")
     run(original, "--input", inputs, "--output", output)
     assert capsys.readouterr().out == "y: f32[3, 3]\ntop: f32[3, 2]\nlow: bf16[3, 3]\n"
-    with np.load(output) as made:
-        np.testing.assert_allclose(made["y"], toy.expected(package, toy.inputs()), atol=5e-6)
+    with np.load(output) as result:
+        np.testing.assert_allclose(result["y"], toy.expected(package, toy.inputs()), atol=5e-6)
 
 
 def test_json(original: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(original, "--input", inputs, "--check", "--json")
-    said = json.loads(capsys.readouterr().out)
-    assert said["outputs"]["low"] == {"dtype": "bf16", "shape": [3, 3]}
-    assert said["check"]["samples"] == 1
-    assert said["check"]["difference"] <= said["check"]["tolerance"] == 1e-5
+    report = json.loads(capsys.readouterr().out)
+    assert report["outputs"]["low"] == {"dtype": "bf16", "shape": [3, 3]}
+    assert report["check"]["samples"] == 1
+    assert report["check"]["difference"] <= report["check"]["tolerance"] == 1e-5
 
 
 def test_quiet(original: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,9 @@ def test_wrong_input_leaves_no_output(original: Path, tmp_path: Path) -> None:
 
 
 def test_nan_is_refused(package: Package, original: Path, tmp_path: Path) -> None:
-    given = toy.inputs()
-    given["x"][1, 2] = np.nan
-    np.savez(source := tmp_path / "x.npz", **given)
+    arguments = toy.inputs()
+    arguments["x"][1, 2] = np.nan
+    np.savez(source := tmp_path / "x.npz", **arguments)
     with pytest.raises(InputError, match=r"input 'x' holds NaN, first at \[1, 2\]"):
         run(original, "--input", source, "--output", tmp_path / "y.npz")
 
@@ -145,10 +145,10 @@ def test_options_of_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_prompt_as_json(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(speaker, "--prompt", "b c", "--json")
-    said = json.loads(capsys.readouterr().out)
-    assert said["text"] == " d e f g"
-    assert said["tokens"] == [3, 4, 5, 6]  # 7 ends the text
-    assert said["prompt_tokens"] == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["text"] == " d e f g"
+    assert report["tokens"] == [3, 4, 5, 6]  # 7 ends the text
+    assert report["prompt_tokens"] == 2
 
 
 def test_a_prompt_that_fills_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,9 +173,9 @@ for words in (["run", {str(original)!r}, "--check", "-i", {str(inputs)!r}],
 print(sorted({{"torch", "tvm", "sympy", "transformers", "rich"}} & sys.modules.keys()))
 print("libtvm_compiler" in open("/proc/self/maps").read())
 """
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[-3:] == [" d e f g", "[]", "False"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-3:] == [" d e f g", "[]", "False"]
 
 
 def test_exit_codes_and_one_line_for_each_mistake(

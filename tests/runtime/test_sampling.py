@@ -29,9 +29,9 @@ def test_the_likeliest_and_of_equals_the_first() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     """3000 draws: three standard deviations of a share of 0.4 are 0.027."""
-    seen = draws(3000, temperature=1.0)
+    state = draws(3000, temperature=1.0)
     for token, share in enumerate([0.1, 0.4, 0.2, 0.3]):
-        assert abs(seen[token] / 3000 - share) < 0.03
+        assert abs(state[token] / 3000 - share) < 0.03
 
 
 def test_a_low_temperature_takes_the_likeliest() -> None:

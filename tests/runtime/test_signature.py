@@ -106,9 +106,9 @@ def test_another_artifact_under_the_signature_is_refused_by_every_door(model: Pa
 
 def test_somebody_elses_signature_is_refused(model: Path) -> None:
     sign(model, write_pair(model.parent, "theirs"))
-    own = public_path(write_pair(model.parent, "ours"))
+    private = public_path(write_pair(model.parent, "ours"))
     with pytest.raises(ArtifactError, match="or somebody else signed it"):
-        artifact.read(model, native=False, signed_by=own)
+        artifact.read(model, native=False, signed_by=private)
 
 
 def test_a_part_that_was_changed_is_found_under_a_right_signature(model: Path) -> None:

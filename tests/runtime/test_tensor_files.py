@@ -24,24 +24,24 @@ def arrays() -> dict[str, Any]:
 
 def test_safetensors_keep_every_dtype(tmp_path: Path) -> None:
     write_tensors(path := tmp_path / "a.safetensors", arrays())
-    made = read_tensors(path, (X, LOW))
+    result = read_tensors(path, (X, LOW))
     for name, array in arrays().items():
-        assert made[name].dtype == array.dtype
-        np.testing.assert_array_equal(made[name], array)
+        assert result[name].dtype == array.dtype
+        np.testing.assert_array_equal(result[name], array)
 
 
 def test_npz_widens_bf16_when_written(tmp_path: Path) -> None:
     write_tensors(path := tmp_path / "a.npz", arrays())
-    made = read_tensors(path, (X,))
-    assert made["low"].dtype == np.float32
-    np.testing.assert_array_equal(made["low"], [0, 1, 2])
+    result = read_tensors(path, (X,))
+    assert result["low"].dtype == np.float32
+    np.testing.assert_array_equal(result["low"], [0, 1, 2])
 
 
 def test_npz_with_raw_bf16_is_read_as_the_model_expects(tmp_path: Path) -> None:
     np.savez(path := tmp_path / "a.npz", **arrays())
-    made = read_tensors(path, (X, LOW))
-    assert made["low"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(made["low"], arrays()["low"])
+    result = read_tensors(path, (X, LOW))
+    assert result["low"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(result["low"], arrays()["low"])
 
 
 def test_npy_is_for_the_only_input(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_chat(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin", "said"),
+    ("words", "stdin", "message"),
     [
         (["--prompt", "a", "--chat"], "", "--prompt and --chat exclude each other"),
         (["--input", "x.npz", "--chat"], "", "--input and --chat exclude each other"),
@@ -164,10 +164,10 @@ def test_a_chat(path: Path) -> None:
         (["--prompt", "a", "--stop", ""], "", "a text ends at a string of characters"),
     ],
 )
-def test_mistakes(path: Path, words: list[str], stdin: str, said: str) -> None:
+def test_mistakes(path: Path, words: list[str], stdin: str, message: str) -> None:
     done = run(path, *words, stdin=stdin)
     assert done.exit_code == 1
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_files_that_hold_no_text(path: Path, tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def library() -> bytes:
             top = builder.emit(relax.op.topk(y, 2, ret_type="values"))
             low = builder.emit(relax.op.astype(y, "bfloat16"))
             more = builder.emit(relax.op.add(count, relax.const(np.float32([1]))))
-            made = builder.emit_output(relax.Tuple([y, top, low, more]))
-        builder.emit_func_output(made)
+            output = builder.emit_output(relax.Tuple([y, top, low, more]))
+        builder.emit_func_output(output)
     return export(builder.get())
 
 
@@ -97,18 +97,18 @@ def inputs(rows: int = 3, seed: int = 1) -> dict[str, Array]:
     }
 
 
-def expected(package: Package, given: dict[str, Array]) -> Array:
+def expected(package: Package, inputs: dict[str, Array]) -> Array:
     arrays = package.arrays
-    product = given["x"] @ arrays["w"].astype(np.float32)
-    made: Array = product + arrays["b"] + arrays["table"][given["ids"]]
-    return made
+    product = inputs["x"] @ arrays["w"].astype(np.float32)
+    result: Array = product + arrays["b"] + arrays["table"][inputs["ids"]]
+    return result
 
 
 def sample(package: Package, rows: int = 3) -> Sample:
-    given = inputs(rows)
-    y = expected(package, given)
+    arguments = inputs(rows)
+    y = expected(package, arguments)
     top = -np.sort(-y, axis=1)[:, :2]
-    return Sample(given, {"y": y, "top": top, "low": y.astype(ml_dtypes.bfloat16)})
+    return Sample(arguments, {"y": y, "top": top, "low": y.astype(ml_dtypes.bfloat16)})
 
 
 @cache
@@ -125,8 +125,8 @@ def language_model_library(name: str = "main") -> bytes:
     builder = relax.BlockBuilder()
     with builder.function(name, [ids, mask, table]):
         with builder.dataflow():
-            made = builder.emit_output(relax.op.take(table, ids, axis=0))
-        builder.emit_func_output(made)
+            output = builder.emit_output(relax.op.take(table, ids, axis=0))
+        builder.emit_func_output(output)
     return export(builder.get())
 
 
@@ -154,9 +154,9 @@ def tokenizer_files(stop: int | None = 7) -> dict[str, bytes]:
     """Words a to h, split at spaces; the token `stop` ends the text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    made = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefgh")}, unk_token="a"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    result = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefgh")}, unk_token="a"))
+    result.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return {
-        "tokenizer/tokenizer.json": made.to_str().encode(),
+        "tokenizer/tokenizer.json": result.to_str().encode(),
         "tokenizer/generation_config.json": json.dumps({"eos_token_id": stop}).encode(),
     }

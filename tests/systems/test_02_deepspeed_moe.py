@@ -53,8 +53,8 @@ def layer(top_k: int) -> tuple[nn.Module, CompiledModel]:
 
 def has_places(value: Value) -> bool:
     """Whether it has an axis for the places of each expert beside one of the tokens."""
-    places = [d for d in value.shape if "Max" in str(d)]
-    return bool(places) and any(symbols(d) for d in value.shape if d not in places)
+    dims = [d for d in value.shape if "Max" in str(d)]
+    return bool(dims) and any(symbols(d) for d in value.shape if d not in dims)
 
 
 def check_ops(model: CompiledModel) -> set[str]:
@@ -76,7 +76,7 @@ def test_equal_to_eager_where_experts_overflow() -> None:
         ids = torch.randint(example.SMALL.vocabulary, shape)
         with torch.no_grad():
             torch.testing.assert_close(ours(ids), model(ids), rtol=TOLERANCE, atol=TOLERANCE)
-    same = torch.full((2, 16), 7)  # equal tokens choose alike, up to their positions
+    same = torch.full((2, 16), 7)  # equal tokens choose alike, up to their dims
     with torch.no_grad():
         torch.testing.assert_close(ours(same), model(same), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -95,11 +95,11 @@ def test_layers_that_drop_choices(top_k: int) -> None:
             expected = model(*inputs)
         output = ours(*inputs)
         torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
-        kept = output.flatten(0, 1).abs().sum(-1).nonzero()[:, 0]
-        assert len(kept) == 10 * top_k
+        rows = output.flatten(0, 1).abs().sum(-1).nonzero()[:, 0]
+        assert len(rows) == 10 * top_k
         if top_k == 1:
             chosen = int(model.gate(x[0, 0]).argmax())
-            assert kept.tolist() == numbers[:, chosen].topk(10).indices.sort().values.tolist()
+            assert rows.tolist() == numbers[:, chosen].topk(10).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize(("ranks", "node", "slices"), [(128, 8, 8), (64, 8, 4)])

@@ -71,8 +71,8 @@ def test_equal_to_eager(count: int) -> None:
 def test_stored_vectors_are_as_good_as_the_encoder() -> None:
     ids = example.spelled(torch.arange(10))
     query = example.Query(connector(), encoder())
-    whole = moec.compile(query, (ids,), kv_cache=False, verify=TOLERANCE)
-    for a, b in zip(whole(ids), stored()(encoder()(ids)), strict=True):
+    full = moec.compile(query, (ids,), kv_cache=False, verify=TOLERANCE)
+    for a, b in zip(full(ids), stored()(encoder()(ids)), strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 

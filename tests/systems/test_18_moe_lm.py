@@ -67,9 +67,9 @@ def test_candidates_and_picks_equal_eager_with_fixed_noise() -> None:
         return ours[1](latents, tokens)
 
     with torch.no_grad():
-        said, pick = example.converse(parts, example.SMALL, contexts, noise)
+        message, pick = example.converse(parts, example.SMALL, contexts, noise)
     mine, picked = example.converse((ours[0], decode, ours[2]), example.SMALL, contexts, noise)
-    assert torch.equal(mine, said)
+    assert torch.equal(mine, message)
     assert torch.equal(picked, pick)
     size = example.SMALL
     assert calls == [6 * size.experts] * size.length  # all candidates in one batch

@@ -49,8 +49,8 @@ def test_einsum_dispatch_becomes_a_table() -> None:
     ]
     assert not [op for op in ours.graph.ops if "bmm" in op.name]
     shapes = [v.shape for op in ours.graph.ops for v in op.outputs]
-    places = [shape for shape in shapes if any("Max" in str(d) for d in shape)]
-    assert not [shape for shape in places if sum(bool(symbols(d)) for d in shape) > 1]
+    capacities = [shape for shape in shapes if any("Max" in str(d) for d in shape)]
+    assert not [shape for shape in capacities if sum(bool(symbols(d)) for d in shape) > 1]
 
 
 def test_drop_policies_are_attributes() -> None:

@@ -17,8 +17,8 @@ from moec.target.cpu import TARGETS, features_of, host, host_features, missing, 
 @pytest.mark.parametrize("name", TARGETS)
 def test_llvm_knows_each_target_and_gives_it_the_features(name):
     target = tvm.target.Target(TARGETS[name].tvm())
-    known = set(tvm.target.codegen.llvm_get_cpu_features(target))
-    assert set(TARGETS[name].features) <= known
+    reference = set(tvm.target.codegen.llvm_get_cpu_features(target))
+    assert set(TARGETS[name].features) <= reference
 
 
 def test_cpu_is_the_best_that_this_machine_has():
@@ -104,14 +104,14 @@ def test_features_are_in_the_names_of_llvm():
     assert not any("_" in f for f in host_features() if f.startswith("avx"))
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_tiles_count_only_where_the_system_gives_them(monkeypatch, tmp_path, given):
+@pytest.mark.parametrize("inputs", [True, False])
+def test_tiles_count_only_where_the_system_gives_them(monkeypatch, tmp_path, inputs):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : avx512f amx_tile amx_bf16\n")
     monkeypatch.setattr(target, "Path", lambda _: cpuinfo)
-    monkeypatch.setattr(amx, "permitted", lambda: given)
-    found = host_features.__wrapped__()
-    assert found == {"avx512f", *(("amx-tile", "amx-bf16") if given else ())}
+    monkeypatch.setattr(amx, "permitted", lambda: inputs)
+    result = host_features.__wrapped__()
+    assert result == {"avx512f", *(("amx-tile", "amx-bf16") if inputs else ())}
 
 
 def test_asking_for_tiles_twice_is_harmless():

@@ -77,8 +77,8 @@ MODELS = {
 
 
 def result(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    made = model(x)
-    return made if isinstance(made, torch.Tensor) else made.logits
+    module = model(x)
+    return module if isinstance(module, torch.Tensor) else module.logits
 
 
 def trained(model: nn.Module, x: torch.Tensor, ewa: EWA, steps: int = 3) -> None:
@@ -140,10 +140,10 @@ def test_a_fold_of_equal_experts_is_the_model_bit_by_bit(name, experts):
 )
 def test_sharing_is_the_formula_and_keeps_the_mean(count, rate, seed, dtype):
     stack = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    made = share(stack, rate)
+    result = share(stack, rate)
     others = (stack.sum(0) - stack) / (count - 1)
-    torch.testing.assert_close(made, (1 - rate) * stack + rate * others, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean(made), mean(stack), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, (1 - rate) * stack + rate * others, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean(result), mean(stack), rtol=1e-5, atol=1e-5)
 
 
 def test_equal_experts_stay_equal():
@@ -165,8 +165,8 @@ def test_each_token_meets_one_expert_and_parts_are_even(tokens):
     x = torch.randn(tokens, 1)
     torch.testing.assert_close(model(x), x)  # e times 1/e
     if tokens:
-        asked = up(torch.ones(tokens, 1))[:, 0].round().long()
-        counts = torch.bincount(asked, minlength=5)[1:]
+        options = up(torch.ones(tokens, 1))[:, 0].round().long()
+        counts = torch.bincount(options, minlength=5)[1:]
         assert int(counts.max() - counts.min()) <= 1
         down(torch.ones(tokens, 2))
 

@@ -32,15 +32,15 @@ def test_balance_loss_is_least_where_networks_are_chosen_tau_times_as_often(tau:
 
 
 def test_capacities_hold_all_choices() -> None:
-    own, other = capacities(1200, networks=8, others=4, tau=0.5, gamma=1.0)
-    assert (own, other) == (75, 150)
-    assert 8 * own + 4 * other == 1200
+    private, other = capacities(1200, networks=8, others=4, tau=0.5, gamma=1.0)
+    assert (private, other) == (75, 150)
+    assert 8 * private + 4 * other == 1200
 
 
 def test_choices_beyond_a_capacity_are_left_out_in_order() -> None:
     ids = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]])
-    kept = within(ids, torch.tensor([2, 1, 5]))
-    assert kept.tolist() == [[True, True], [True, True], [False, False], [False, False]]
+    remaining = within(ids, torch.tensor([2, 1, 5]))
+    assert remaining.tolist() == [[True, True], [True, True], [False, False], [False, False]]
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"k": 9}, {"zero": -1}, {"networks": 0}])

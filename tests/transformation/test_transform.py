@@ -113,8 +113,8 @@ def trained(module, ids, steps, **named):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
-        made = module(ids, **named)
-        logits = made if isinstance(made, torch.Tensor) else made.logits
+        model = module(ids, **named)
+        logits = model if isinstance(model, torch.Tensor) else model.logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -202,11 +202,11 @@ def test_weights_keep_their_names_and_their_kind():
 
 
 def test_names_on_the_way_to_others():
-    given = change(program(1), MergeExperts(keep=0.5))[-1].program
-    assert "layers.0.router" in given.weights  # and layers.0.router.members
-    module = GraphModule(given, {}, ((), {}), flatten(torch.zeros(0))[1])
+    original = change(program(1), MergeExperts(keep=0.5))[-1].program
+    assert "layers.0.router" in original.weights  # and layers.0.router.members
+    module = GraphModule(original, {}, ((), {}), flatten(torch.zeros(0))[1])
     ids = tokens(32)
-    assert torch.equal(module(ids), evaluate(given.graph, [ids], given.weights)[0])
+    assert torch.equal(module(ids), evaluate(original.graph, [ids], original.weights)[0])
     assert {"layers.0.router", "layers.0.router_members"} <= set(module.state_dict())
 
 
@@ -243,8 +243,8 @@ def test_transformed_again():
 
 def test_bisect_starts_where_the_module_is():
     module = transformed(PASSES["prune"])
-    found = bisect(module.program, exact(choose(), ""), [(tokens(32),)])
-    assert found.culprit is None
+    culprit = bisect(module.program, exact(choose(), ""), [(tokens(32),)])
+    assert culprit.culprit is None
     assert moec.compile(module, stop_after="capture").pass_results[0].stage is Stage.MOE
 
 

@@ -34,13 +34,13 @@ def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     right = FuseGate.run
 
     def wrong(self: FuseGate, program: Program, log: Log) -> Program:
-        made = right(self, program, log)
+        result = right(self, program, log)
         ops = tuple(
             replace(op, attrs={**op.attrs, "scale": 1.2}) if op.name == "moe.gate" else op
-            for op in made.graph.ops
+            for op in result.graph.ops
         )
-        assert ops != made.graph.ops
-        return replace(made, graph=replace(made.graph, ops=ops))
+        assert ops != result.graph.ops
+        return replace(result, graph=replace(result.graph, ops=ops))
 
     monkeypatch.setattr(FuseGate, "run", wrong)
 
@@ -93,9 +93,9 @@ def off(rows: slice) -> Any:
     captured = capture(Moe(torch.bfloat16), (torch.randn(40, WIDTH).bfloat16(),))
 
     def run(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        (made,) = captured.eager(inputs["x"])
-        made[rows] += 0.2 * made.abs().max()
-        return {"output": made}
+        (result,) = captured.eager(inputs["x"])
+        result[rows] += 0.2 * result.abs().max()
+        return {"output": result}
 
     return captured, run
 
@@ -155,9 +155,9 @@ class Positions(nn.Module):
 def test_sizes_that_the_module_refuses_are_left_out_and_said() -> None:
     compiled = moec.compile(Positions(), (x,))
     assert compiled.checked is not None
-    (said,) = compiled.checked.skipped
-    assert said.startswith("inputs (19, 8) were not compared: the model fails: ")
-    assert said in compiled.report().notes
+    (report,) = compiled.checked.skipped
+    assert report.startswith("inputs (19, 8) were not compared: the model fails: ")
+    assert report in compiled.report().notes
 
 
 def test_a_module_that_fails_on_its_example() -> None:
@@ -180,9 +180,11 @@ def test_nothing_is_apart_from_itself(values: torch.Tensor) -> None:
 
 
 @given(numbers, st.integers(0, 5), st.sampled_from([float("nan"), float("inf"), float("-inf")]))
-def test_what_is_not_finite_must_be_the_same(values: torch.Tensor, place: int, odd: float) -> None:
+def test_what_is_not_finite_must_be_the_same(
+    values: torch.Tensor, position: int, odd: float
+) -> None:
     changed = values.clone()
-    changed[place % len(values)] = odd
+    changed[position % len(values)] = odd
     same = bool(((changed == values) | (changed.isnan() & values.isnan())).all())
     assert (distance(changed, values) == 0.0) == same
     assert (distance(values, changed) == 0.0) == same
@@ -198,8 +200,8 @@ class Sparse(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.relu(x - 1.5)
-        kept = torch.zeros_like(x).scatter(1, scores.topk(4).indices, 1.0)
-        return x * kept
+        mask = torch.zeros_like(x).scatter(1, scores.topk(4).indices, 1.0)
+        return x * mask
 
 
 def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:

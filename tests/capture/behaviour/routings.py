@@ -52,8 +52,8 @@ class Mass(Routing):
 
     def shares(self, flat: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         p, ids = self.gate(flat).softmax(-1).sort(-1, descending=True)
-        kept = p * (p.cumsum(-1) - p < 0.6)
-        return torch.zeros_like(p).scatter(1, ids, kept / kept.sum(-1, keepdim=True))
+        mask = p * (p.cumsum(-1) - p < 0.6)
+        return torch.zeros_like(p).scatter(1, ids, mask / mask.sum(-1, keepdim=True))
 
 
 class MassWithoutRenormalising(Routing):

@@ -30,19 +30,19 @@ def run(a: Any, b: Any) -> int:
 
 def seen(sites: Any, watching: Any) -> list[tuple[str, bool, int]]:
     """For each branch of `run` its line, whether it is a jump, and how many ways it was seen."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     class Asked:
         def __bool__(self) -> bool:
-            asked.append(sites.site_of(sys._getframe(1)))
+            requests.append(sites.site_of(sys._getframe(1)))
             return True
 
     run(Asked(), Asked())
-    found = list(dict.fromkeys(asked))
+    unique = list(dict.fromkeys(requests))
     both: dict[Any, set[int]] = {}
     for a, b in ((True, False), (False, True), (True, True)):
-        with watching.watched([site for site in found if site.jumps]) as ways:
+        with watching.watched([site for site in unique if site.jumps]) as ways:
             run(a, b)
         for site, to in ways.items():
             both.setdefault(site, set()).update(to)
-    return [(site.text, site.jumps, len(both.get(site, ()))) for site in found]
+    return [(site.text, site.jumps, len(both.get(site, ()))) for site in unique]

@@ -19,11 +19,11 @@ def _kept(layer: Layer, x: Tensor, capacity: Any) -> Tensor:
     flat = x.reshape(-1, D)
     p, ids = layer.gate(flat).softmax(-1).max(-1)
     mask = F.one_hot(ids, E)
-    place = (mask.cumsum(0) - 1).gather(1, ids[:, None])[:, 0]
-    kept = place < capacity
+    position = (mask.cumsum(0) - 1).gather(1, ids[:, None])[:, 0]
+    selected = position < capacity
     out = torch.zeros_like(flat)
     for i, e in enumerate(layer.experts):
-        m = (ids == i) & kept
+        m = (ids == i) & selected
         out[m] = e(flat[m]) * p[m, None]
     return out.view_as(x)
 
@@ -63,9 +63,9 @@ def the_greatest_count(layer: Layer, x: Tensor) -> Tensor:
     flat = x.reshape(-1, D)
     weights, ids = layer.choose(flat)
     mask = F.one_hot(ids, E).sum(1)
-    place = mask.cumsum(0) * mask - 1
+    position = mask.cumsum(0) * mask - 1
     most = int(mask.sum(0).max().item())
-    slots = F.one_hot(place.clamp(min=0), most) * mask[..., None]
+    slots = F.one_hot(position.clamp(min=0), most) * mask[..., None]
     picked = torch.einsum("tec,td->ecd", slots.to(flat.dtype), flat)
     y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)
     full = torch.zeros(flat.shape[0], E).scatter(1, ids, weights)
@@ -77,14 +77,14 @@ def as_many_classes_as_places(layer: Layer, x: Tensor) -> Tensor:
     flat = x.reshape(-1, D)
     gates, ids = layer.choose(flat)
     capacity = max(int(flat.shape[0] * 2.0 / E), 2)
-    mask, places, before = F.one_hot(ids.t(), E).float(), [], torch.zeros(1, E)
+    mask, positions, before = F.one_hot(ids.t(), E).float(), [], torch.zeros(1, E)
     for i in range(K):
-        place = (mask[i].cumsum(0) - mask[i] + before) * mask[i]
-        mask[i] *= (place < float(capacity)).float()
+        position = (mask[i].cumsum(0) - mask[i] + before) * mask[i]
+        mask[i] *= (position < float(capacity)).float()
         before = mask[i].sum(0, keepdim=True) + before
-        places.append((place * mask[i]).sum(-1))
-    kept = torch.stack(places).long()
-    hot = F.one_hot(kept, max(int(kept.max()) + 1, capacity))[..., :capacity].float()
+        positions.append((position * mask[i]).sum(-1))
+    remaining = torch.stack(positions).long()
+    hot = F.one_hot(remaining, max(int(remaining.max()) + 1, capacity))[..., :capacity].float()
     combine = (gates.t()[..., None, None] * mask[..., None] * hot[..., None, :]).sum(0)
     picked = torch.einsum("tec,td->ecd", (combine > 0).float(), flat)
     y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)

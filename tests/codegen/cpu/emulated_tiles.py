@@ -35,9 +35,9 @@ def emulated() -> Iterator[None]:
 
 def _functions() -> str:
     text = re.sub(r"declare void @llvm\.x86\..*\n", "", tile_functions())
-    own = [_EMULATED, _moved("tileloadd64", load=True), _moved("tilestored64", load=False)]
-    own += [_product("tdpbsud", 0), _product("tdpbssd", -0x7F7F7F80)]
-    return "\n".join([text.replace("@llvm.x86.", "@moec_emulated_"), *own])
+    private = [_EMULATED, _moved("tileloadd64", load=True), _moved("tilestored64", load=False)]
+    private += [_product("tdpbsud", 0), _product("tdpbssd", -0x7F7F7F80)]
+    return "\n".join([text.replace("@llvm.x86.", "@moec_emulated_"), *private])
 
 
 def _row(name: str, register: str, row: int | str) -> str:

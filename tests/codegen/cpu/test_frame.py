@@ -31,8 +31,8 @@ def imported(function: PrimFunc) -> list[str]:
     """The names of what LLVM text in the function defines or declares."""
     texts: list[str] = []
     structural_walk(function.body, (StringImm, lambda string: texts.append(string.value)))
-    found = re.findall(r"^(?:define|declare)[^@]*@([\w.]+)", "\n".join(texts), re.MULTILINE)
-    return sorted(found)
+    matches = re.findall(r"^(?:define|declare)[^@]*@([\w.]+)", "\n".join(texts), re.MULTILINE)
+    return sorted(matches)
 
 
 def test_what_is_called_comes_with_all_that_it_calls() -> None:

@@ -83,6 +83,6 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_library_for_aarch64_is_one():
     target = TARGETS["neon-dotprod"]
     built = compile_kernels(grouped_linear(target, LinearSpec(8, 8, "float32")), target=target)
-    made = link.linked(built, target)
-    assert made.startswith(b"\x7fELF")
-    assert int.from_bytes(made[MACHINE : MACHINE + 2], "little") == AARCH64
+    result = link.linked(built, target)
+    assert result.startswith(b"\x7fELF")
+    assert int.from_bytes(result[MACHINE : MACHINE + 2], "little") == AARCH64

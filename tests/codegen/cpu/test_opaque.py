@@ -26,15 +26,15 @@ def with_arguments(body: Any) -> tvm.tirx.PrimFunc:
 
 def shifted(n: Any, x: Any, y: Any) -> None:
     half = T.bind(T.truncdiv(n, T.int64(2)))
-    kept = T.alloc_buffer((half,), "float32")
+    remaining = T.alloc_buffer((half,), "float32")
     with T.serial(0, half) as i:
-        T.buffer_store(kept, x[i], [i])
+        T.buffer_store(remaining, x[i], [i])
     with T.serial(0, n) as i:
         at = T.bind(T.truncmod(i, half))
         same = T.bind(at)
         first = T.bind(i < half)
         one = T.bind(T.int64(1))
-        value = T.bind(kept[same])
+        value = T.bind(remaining[same])
         with T.If(first):
             with T.Then():
                 T.buffer_store(y, value, [i])
@@ -67,22 +67,22 @@ def test_numbers_are_the_same() -> None:
 
 
 def test_nothing_is_left_of_the_calls() -> None:
-    made = assembly(with_arguments(shifted), host())
-    assert "moec_number" not in made
+    code = assembly(with_arguments(shifted), host())
+    assert "moec_number" not in code
 
 
 def test_the_simplifier_is_given_the_calls() -> None:
     """Without them it took 12 s for the products of a small model in bfloat16."""
-    seen: dict[str, int] = {}
+    calls: dict[str, int] = {}
 
     @tvm.ir.instrument.pass_instrument
     class Seen:
         def run_before_pass(self, module: tvm.IRModule, info: Any) -> None:
-            seen.setdefault(str(info.name), module.script().count("moec_number_64"))
+            calls.setdefault(str(info.name), module.script().count("moec_number_64"))
 
     module = tvm.IRModule({"kernel": with_arguments(shifted)})
     with tvm.transform.PassContext(opt_level=3, instruments=[Seen()]):
         tvm.compile(module, tvm.target.Target(host().tvm()), tir_pipeline=PIPELINE)
-    simplified = [count for name, count in seen.items() if name.endswith("StmtSimplify")]
+    simplified = [count for name, count in calls.items() if name.endswith("StmtSimplify")]
     assert simplified
     assert all(simplified)

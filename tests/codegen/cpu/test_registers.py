@@ -38,7 +38,7 @@ def test_no_innermost_loop_stores_a_sum(name, dtype, gated):
         kernel = gathered_linear(target, spec, 8, lambda g, u: v.silu(g) * u)
     else:
         kernel = grouped_linear(target, spec)
-    made = assembly(kernel, target)
-    loops = [loop for loop in innermost(made) if len(ADDS.findall(loop)) >= 4]
+    code = assembly(kernel, target)
+    loops = [loop for loop in innermost(code) if len(ADDS.findall(loop)) >= 4]
     assert loops
     assert not [loop for loop in loops if KEPT.search(loop)]

@@ -41,10 +41,10 @@ def meaning(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor)
     k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
     scores = q @ k.mT * spec.scale
     s, at = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-    seen = (at <= s) if spec.is_causal else torch.ones_like(scores[0, 0], dtype=torch.bool)
+    visible = (at <= s) if spec.is_causal else torch.ones_like(scores[0, 0], dtype=torch.bool)
     if spec.window is not None:
-        seen = seen & (at > s - spec.window)
-    scores = scores.masked_fill(~seen, -torch.inf)
+        visible = visible & (at > s - spec.window)
+    scores = scores.masked_fill(~visible, -torch.inf)
     if spec.sinks:
         column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         return (torch.cat([scores, column], -1).softmax(-1)[..., :-1]) @ v

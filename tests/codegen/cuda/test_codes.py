@@ -102,8 +102,8 @@ def right(run: Emulated, spec: QuantisedSpec, experts: list[int], schedule: Sche
     ends = torch.bincount(owners, minlength=4)[:3].cumsum(0).int()
     blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
     row_scales, codes = codes_of(random(len(experts), spec.k), blocks, bits)
-    whole = codes.float().reshape(len(codes), -1, blocks, spec.k // blocks).sum(1)
-    x = (whole * row_scales[..., None]).flatten(1)
+    total = codes.float().reshape(len(codes), -1, blocks, spec.k // blocks).sum(1)
+    x = (total * row_scales[..., None]).flatten(1)
     expected = torch.full((len(experts), spec.n), torch.nan)
     start = 0
     for e, end in enumerate(ends.tolist()):
@@ -199,8 +199,8 @@ def test_rounded_rows_are_the_same_numbers(bits: int, blocks: int) -> None:
     x[2, 3], x[3, 40], x[4] = torch.inf, torch.nan, TINY / 2
     scales, codes = torch.empty(5, blocks), torch.empty(5, 96 * bits // 8, dtype=torch.float16)
     emulated(round_rows(96, blocks, bits, "bfloat16", SM_80))(x, scales, codes)
-    whole = codes.float().reshape(5, -1, blocks, 96 // blocks).sum(1)
-    y = (whole * scales[..., None]).flatten(1)
+    total = codes.float().reshape(5, -1, blocks, 96 // blocks).sum(1)
+    y = (total * scales[..., None]).flatten(1)
     torch.testing.assert_close(y, rounded(x, blocks, bits), rtol=0, atol=0, equal_nan=True)
 
 

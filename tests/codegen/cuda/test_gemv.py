@@ -40,8 +40,8 @@ PLAIN = {
 @cache
 def kernel(spec: LinearSpec, top_k: int = 0, bug: Bug | None = None) -> Emulated:
     join = gated(silu) if spec.gated else None
-    made = gemv(spec, SM_80, epilogue=join, top_k=top_k, blocks=2)
-    return emulated(made, change=bug.plant if bug else str)
+    code = gemv(spec, SM_80, epilogue=join, top_k=top_k, blocks=2)
+    return emulated(code, change=bug.plant if bug else str)
 
 
 def problem(spec: LinearSpec, experts: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

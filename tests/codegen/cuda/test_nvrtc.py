@@ -52,12 +52,12 @@ def test_a_family_is_compiled_and_its_source_is_that_of_the_emulator() -> None:
         content = package.gpu.parts[name]
         assert content.startswith(b"\x7fELF")
         assert all(launch.name.encode() in content for launch in package.gpu.launches)
-    given = {port.name: inputs[port.name] for port in package.main.inputs}
+    values = {port.name: inputs[port.name] for port in package.main.inputs}
     with torch.no_grad():
         expected = model(**inputs).logits
     # float32: sums in another order.
     torch.testing.assert_close(
-        emulated_model(package)(given).popitem()[1], expected, rtol=1e-4, atol=1e-5
+        emulated_model(package)(values).popitem()[1], expected, rtol=1e-4, atol=1e-5
     )
 
 

@@ -23,8 +23,8 @@ class Turned(torch.nn.Module):
         heads = x.view(*x.shape[:2], 4, 16 + self.rest).transpose(1, 2)
         first, rest = heads[..., :16], heads[..., 16:]
         turned = torch.cat([-first[..., 8:], first[..., :8]], -1)
-        whole = torch.cat([first * y.cos() + turned * y.sin(), rest], -1)
-        return torch.nn.functional.scaled_dot_product_attention(whole, whole, whole)
+        joined = torch.cat([first * y.cos() + turned * y.sin(), rest], -1)
+        return torch.nn.functional.scaled_dot_product_attention(joined, joined, joined)
 
 
 @pytest.mark.parametrize("rest", [0, 2])

@@ -25,10 +25,10 @@ def test_equal_to_eager(dtype: torch.dtype, tolerance: float) -> None:
     """Four products a sum: float32 in another order, bf16 rounded once."""
     torch.manual_seed(0)
     module, rows = Products(dtype), torch.export.Dim("B", min=1, max=64)
-    given = torch.randn(3, 5, 4, dtype=dtype)
-    made = moec.compile(module, (given,), dynamic_shapes=({0: rows},), verify=tolerance)
+    tokens = torch.randn(3, 5, 4, dtype=dtype)
+    model = moec.compile(module, (tokens,), dynamic_shapes=({0: rows},), verify=tolerance)
     x = torch.randn(7, 5, 4, dtype=dtype)
     with torch.no_grad():
         right = module(x)
-    for ours, eager in zip(made(x), right, strict=True):
+    for ours, eager in zip(model(x), right, strict=True):
         torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)

@@ -229,20 +229,20 @@ def check(
     group: str, dtype: str, rows: int, main: Signature, run: Callable[[Any], Mapping[str, Any]]
 ) -> None:
     """What a compiled group gives equals torch."""
-    given = inputs(rows, DTYPES[dtype])
+    arguments = inputs(rows, DTYPES[dtype])
     if rows < min(low for low, _ in main.sizes.values()):
         pytest.skip("torch.export allows no fewer rows")
-    made = iter(run({port.name: given[port.name] for port in main.inputs}).values())
+    result = iter(run({port.name: arguments[port.name] for port in main.inputs}).values())
     for name, function in GROUPS[group].items():
-        expected = function(*given.values())
+        expected = function(*arguments.values())
         for part in expected if isinstance(expected, tuple) else (expected,):
-            found = next(made)
-            assert found.dtype == part.dtype, name
+            value = next(result)
+            assert value.dtype == part.dtype, name
             # float32: sums in another order and functions to 2 ulp; bf16: one rounding apart.
             exact = dtype == "f32" and part.dtype not in (torch.float16, torch.bfloat16)
             near = {"rtol": 2e-5, "atol": 2e-6} if exact else {"rtol": 1.6e-2, "atol": 1e-2}
             torch.testing.assert_close(
-                found,
+                value,
                 part.contiguous(),
                 equal_nan=True,
                 msg=lambda text, name=name: f"{name}: {text}",

@@ -49,7 +49,9 @@ def agree(
     """ONNX Runtime's results are those of the graph's meaning in eager PyTorch."""
     graph = program.graph
     expected = evaluate(graph, inputs, program.weights)
-    made = run({v.name: t for v, t in zip(graph.inputs, inputs, strict=True)})
-    for value, wanted in zip(graph.outputs, expected, strict=True):
-        torch.testing.assert_close(made[value.name], wanted, rtol=near, atol=near, equal_nan=True)
+    result = run({v.name: t for v, t in zip(graph.inputs, inputs, strict=True)})
+    for value, reference in zip(graph.outputs, expected, strict=True):
+        torch.testing.assert_close(
+            result[value.name], reference, rtol=near, atol=near, equal_nan=True
+        )
     return expected

@@ -73,13 +73,13 @@ def test_any_routing(runs: list[tuple[Program, Run]], rows: list[list[float]]) -
     """Ties, empty experts, all rows on one, no tokens; choices beyond a capacity add nothing."""
     logits = torch.tensor(rows).reshape(-1, E)
     x = torch.linspace(-1, 1, len(rows) * D).reshape(-1, D)
-    for made, run in runs:
-        agree(made, run, [logits, x])
+    for module, run in runs:
+        agree(module, run, [logits, x])
 
 
 def test_an_expert_sees_the_rows_that_chose_it_and_no_others(tmp_path: Path) -> None:
-    made = block()
-    _, path = written(made, tmp_path)
+    module = block()
+    _, path = written(module, tmp_path)
     model = onnx.load(path, load_external_data=False)
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm")]
     experts = [n for n in products if any(i.startswith(("gate.", "down.")) for i in n.input)]
@@ -112,20 +112,20 @@ ROUTERS = {
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers(router: str, moe: str, tmp_path: Path) -> None:
     """com.microsoft.MoE gets those that it cannot rank as logarithms of their weights."""
-    made = block(ROUTERS[router])
-    run = running(made, tmp_path, ep="cpu", moe=moe)
+    module = block(ROUTERS[router])
+    run = running(module, tmp_path, ep="cpu", moe=moe)
     for tokens in (1, 9, 33):
-        agree(made, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
+        agree(module, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
 
 
 def test_a_correction_chooses_and_does_not_weigh(tmp_path: Path) -> None:
-    made = program("""
+    changed = program("""
     graph main(logits: f32[T, 6]; c: f32[6]) {
       size T in [0, 64]
       w: f32[T, 2], e: i64[T, 2] = moe.route(logits, c) <k=2, score="sigmoid">
       return w, e
     }""", scale=3)  # fmt: skip
-    agree(made, running(made, tmp_path), [torch.randn(40, 6)])
+    agree(changed, running(changed, tmp_path), [torch.randn(40, 6)])
 
 
 def body(*lines: str, two: bool = True) -> str:
@@ -155,10 +155,10 @@ BODIES = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_activations_of_the_operator(name: str, tmp_path: Path) -> None:
-    made = block(body=body(*map(typed, BODIES[name])))
-    lowered, path = written(made, tmp_path, ep="cpu", moe="op")
+    module = block(body=body(*map(typed, BODIES[name])))
+    lowered, path = written(module, tmp_path, ep="cpu", moe="op")
     assert [n.kind for n in lowered.nodes()] == ["MoE"]
-    agree(made, runner(open_session(path)), [torch.randn(9, E), 9 * torch.randn(9, D)], 1e-4)
+    agree(module, runner(open_session(path)), [torch.randn(9, E), 9 * torch.randn(9, D)], 1e-4)
 
 
 REFUSED = {
@@ -185,13 +185,15 @@ REFUSED = {
 def test_what_the_operator_cannot_express(name: str, tmp_path: Path) -> None:
     """It is named, with the way out; left to itself the block takes the other form."""
     changes, reason = REFUSED[name]
-    made = block(**changes)
+    module = block(**changes)
     with pytest.raises(UnsupportedError) as error:
-        lower(made.graph, PROFILES["cpu"], 23, "op")
-    said = f'com.microsoft.MoE cannot express the block: {reason}; leave out moe="op" (1 time: at'
-    assert said in str(error.value)
-    run = running(made, tmp_path, ep="cuda", moe="auto")
-    agree(made, run, [torch.randn(9, E), torch.randn(9, D)])
+        lower(module.graph, PROFILES["cpu"], 23, "op")
+    message = (
+        f'com.microsoft.MoE cannot express the block: {reason}; leave out moe="op" (1 time: at'
+    )
+    assert message in str(error.value)
+    run = running(module, tmp_path, ep="cuda", moe="auto")
+    agree(module, run, [torch.randn(9, E), torch.randn(9, D)])
 
 
 def test_nodes_of_a_block(tmp_path: Path, golden) -> None:  # type: ignore[no-untyped-def]

@@ -43,23 +43,23 @@ def captured(names: list[str], group: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("group", GROUPS)
 def test_equals_torch(group: str, opset: int, tmp_path: Path) -> None:
     names = [n for n in GROUPS[group] if n not in ABSENT and n not in NOT_IN_NUMPY]
-    made = captured(names, group)
-    run = running(made.program, tmp_path, opset=opset)
-    low = max((b.low for b in made.program.graph.bounds.values()), default=0)
+    result = captured(names, group)
+    run = running(result.program, tmp_path, opset=opset)
+    low = max((b.low for b in result.program.graph.bounds.values()), default=0)
     for rows in (0, 1, 2, 5, 12):
         if rows < low:
             continue
-        given = inputs(rows, torch.float32)
-        results = list(run(given).values())
+        arguments = inputs(rows, torch.float32)
+        results = list(run(arguments).values())
         for name in names:
-            expected = GROUPS[group][name](*given.values())
+            expected = GROUPS[group][name](*arguments.values())
             for part in expected if isinstance(expected, tuple) else (expected,):
-                found = results.pop(0)
-                assert found.dtype == part.dtype, name
+                value = results.pop(0)
+                assert value.dtype == part.dtype, name
                 if rows > 4 and name in NOT_OF_NAN:
                     continue
                 torch.testing.assert_close(
-                    found,
+                    value,
                     part.contiguous(),
                     rtol=2e-5,
                     atol=2e-5,
@@ -82,7 +82,7 @@ def test_everything_is_refused_at_once() -> None:
     program = captured(["cumulative maximum", "variance"], "reductions").program
     with pytest.raises(UnsupportedError) as error:
         lower(program.graph, PROFILES["portable"], 23)
-    said = str(error.value)
-    assert "aten.cummax.default" in said
-    assert "aten.var.correction" in said
-    assert "(1 time: at " in said
+    message = str(error.value)
+    assert "aten.cummax.default" in message
+    assert "aten.var.correction" in message
+    assert "(1 time: at " in message

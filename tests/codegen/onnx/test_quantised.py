@@ -63,10 +63,10 @@ def block(
     return with_exact_rows(QuantiseExperts(parse(format)).run(wide, Log()))
 
 
-def near(made: Program, run: Run, inputs: list[torch.Tensor]) -> None:
+def near(program: Program, run: Run, inputs: list[torch.Tensor]) -> None:
     """Apart from the rounding of rows to 8 bits, of which this block has two."""
-    (expected,) = evaluate(made.graph, inputs, made.weights)
-    got = run({v.name: t for v, t in zip(made.graph.inputs, inputs, strict=True)})["y"]
+    (expected,) = evaluate(program.graph, inputs, program.weights)
+    got = run({v.name: t for v, t in zip(program.graph.inputs, inputs, strict=True)})["y"]
     assert got.shape == expected.shape
     assert float(row_errors(got, expected).amax() if len(got) else 0.0) <= EXACT_ROWS
 
@@ -76,12 +76,12 @@ def near(made: Program, run: Run, inputs: list[torch.Tensor]) -> None:
 def test_formats(format: str, form: str, tmp_path: Path) -> None:
     ep, moe = FORMS[form]
     torch.manual_seed(1)
-    made = block(format, bias=True)
-    lowered, path = written(made, tmp_path, ep=ep, moe=moe)
+    module = block(format, bias=True)
+    lowered, path = written(module, tmp_path, ep=ep, moe=moe)
     kinds = {node.kind for node in lowered.nodes()}
     expected = {"op": "QMoE", "rows": "MatMulNBits", "portable": "DequantizeLinear"}
     assert kinds & set(expected.values()) == {expected[form]}
-    near(made, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)])
+    near(module, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)])
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_formats(format: str, form: str, tmp_path: Path) -> None:
 def test_rows_of_16_bits_ask_for_rows_that_are_not_rounded(
     format: str, form: str, tmp_path: Path
 ) -> None:
-    made = block(format, bias=True)
-    lowered, path = written(made, tmp_path, ep="cpu", moe="auto")
+    module = block(format, bias=True)
+    lowered, path = written(module, tmp_path, ep="cpu", moe="auto")
     assert set(lowered.forms.values()) == {form}
-    agree(made, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)], 1e-5)
+    agree(module, runner(open_session(path)), [torch.randn(33, E) * 3, torch.randn(33, D)], 1e-5)
 
 
 @pytest.mark.parametrize("form", ["rows", "portable"])
@@ -112,11 +112,11 @@ def test_rows_of_whole_numbers_are_exact(
       h: f32[T, 7] = grouped.linear(x, n, up, o) <matrices=1, dtype=f32, gather=1>
       return h
     }}""")
-    made = with_exact_rows(QuantiseExperts(parse(format)).run(wide, Log()))
+    changed = with_exact_rows(QuantiseExperts(parse(format)).run(wide, Log()))
     x = torch.randint(-127, 128, (19, width)).float()
     x[:, ::16] = 127
-    run = running(made, tmp_path, ep=FORMS[form][0])
-    agree(made, run, [torch.randint(E, (19, 1)), x], 2e-5)
+    run = running(changed, tmp_path, ep=FORMS[form][0])
+    agree(changed, run, [torch.randint(E, (19, 1)), x], 2e-5)
 
 
 ROUTERS = {
@@ -131,10 +131,10 @@ ROUTERS = {
 @pytest.mark.parametrize("router", ROUTERS)
 def test_any_router_is_one_of_qmoe(router: str, tmp_path: Path) -> None:
     """Its weights reach the kernel as router_weights, and choose there too."""
-    made = block("int8:32", routing=ROUTERS[router])
-    run = running(made, tmp_path, ep="cpu", moe="op")
+    module = block("int8:32", routing=ROUTERS[router])
+    run = running(module, tmp_path, ep="cpu", moe="op")
     for tokens in (1, 33):
-        near(made, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
+        near(module, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
 
 
 small = st.integers(-1, 1).map(float)
@@ -142,8 +142,8 @@ small = st.integers(-1, 1).map(float)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Program, Run]]:
-    folder, made = tmp_path_factory.mktemp("onnx"), block("int4:32")
-    return [(made, running(made, folder, ep=ep, moe=moe)) for ep, moe in FORMS.values()]
+    folder, module = tmp_path_factory.mktemp("onnx"), block("int4:32")
+    return [(module, running(module, folder, ep=ep, moe=moe)) for ep, moe in FORMS.values()]
 
 
 @settings(max_examples=25)
@@ -152,8 +152,8 @@ def test_any_routing(runs: list[tuple[Program, Run]], rows: list[list[float]]) -
     """Ties, empty experts, all rows on one, no tokens."""
     logits = torch.tensor(rows).reshape(-1, E)
     x = torch.linspace(-1, 1, len(rows) * D).reshape(-1, D)
-    for made, run in runs:
-        near(made, run, [logits, x])
+    for case, run in runs:
+        near(case, run, [logits, x])
 
 
 REFUSED = {
@@ -169,14 +169,14 @@ REFUSED = {
 def test_what_qmoe_cannot_express(name: str, tmp_path: Path) -> None:
     """It is named, with the way out; left to itself the block becomes rows."""
     changes, reason = REFUSED[name]
-    made = block("int8", **changes)  # type: ignore[arg-type]
+    module = block("int8", **changes)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError) as error:
-        lower(made.graph, PROFILES["cpu"], 23, "op")
-    said = f'com.microsoft.QMoE cannot express the block: {reason}; leave out moe="op"'
-    assert said in str(error.value)
-    lowered, path = written(made, tmp_path, ep="cpu", moe="auto")
+        lower(module.graph, PROFILES["cpu"], 23, "op")
+    message = f'com.microsoft.QMoE cannot express the block: {reason}; leave out moe="op"'
+    assert message in str(error.value)
+    lowered, path = written(module, tmp_path, ep="cpu", moe="auto")
     assert set(lowered.forms.values()) == {"rows"}
-    near(made, runner(open_session(path)), [torch.randn(9, E), torch.randn(9, D)])
+    near(module, runner(open_session(path)), [torch.randn(9, E), torch.randn(9, D)])
 
 
 def test_qmoe_rounds_rows_that_meet_8_bits() -> None:
@@ -205,9 +205,11 @@ def test_an_opset_without_blocks_is_refused() -> None:
 
 def test_layers_that_are_no_experts_are_refused(tmp_path: Path) -> None:
     model = nn.Linear(32, 32)
-    made = moec.compile(model, (torch.randn(2, 32),), build=False, quant="linears=int8,head=int8")
+    compiled_model = moec.compile(
+        model, (torch.randn(2, 32),), build=False, quant="linears=int8,head=int8"
+    )
     with pytest.raises(UnsupportedError, match="have no ONNX form: quantise the experts alone"):
-        made.export_onnx(tmp_path / "m.onnx")
+        compiled_model.export_onnx(tmp_path / "m.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +230,11 @@ def compiled() -> moec.CompiledModel:
 
 
 def test_the_door(compiled: moec.CompiledModel, tmp_path: Path) -> None:
-    made = compiled.export_onnx(tmp_path / "m.onnx", "portable")
-    assert made.quant == "int8"
-    assert made.errors["output"] <= made.tolerance == EXACT_ROWS
-    assert 0 < made.moved[0].error < 0.02
-    assert made.parity == {"moe": 1.0}
+    exported = compiled.export_onnx(tmp_path / "m.onnx", "portable")
+    assert exported.quant == "int8"
+    assert exported.errors["output"] <= exported.tolerance == EXACT_ROWS
+    assert 0 < exported.moved[0].error < 0.02
+    assert exported.parity == {"moe": 1.0}
 
 
 def test_a_model_is_quantised_as_it_is_exported(tmp_path: Path) -> None:
@@ -243,8 +245,8 @@ def test_a_model_is_quantised_as_it_is_exported(tmp_path: Path) -> None:
     files = []
     for here in (True, False):
         before, after = (None, "int4") if here else ("int4", None)
-        made = moec.compile(model, (x,), dynamic_shapes=rows, build=False, quant=before)
-        written = made.export_onnx(tmp_path / "m.onnx", "cpu", after)
+        compiled_model = moec.compile(model, (x,), dynamic_shapes=rows, build=False, quant=before)
+        written = compiled_model.export_onnx(tmp_path / "m.onnx", "cpu", after)
         assert (written.quant, len(written.moved)) == ("int4", 1)
         files.append((tmp_path / "m.onnx").read_bytes())  # its weights are small
     assert files[0] == files[1]
@@ -261,8 +263,8 @@ def test_a_quantised_model_is_not_quantised_again(
 def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> None:
     """Which is said, and true: with the option that is named the rows are as they were."""
     torch.manual_seed(0)
-    made = moec.compile(Loop().eval(), (torch.randn(5, WIDTH),), build=False, quant="int8:rows16")
-    written = made.export_onnx(tmp_path / "m.onnx", "portable")
+    model = moec.compile(Loop().eval(), (torch.randn(5, WIDTH),), build=False, quant="int8:rows16")
+    written = model.export_onnx(tmp_path / "m.onnx", "portable")
     (note,) = written.notes
     key = "session.qdq_matmulnbits_accuracy_level"
     assert note.startswith("rows16 cannot be written")
@@ -273,7 +275,7 @@ def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> No
     x = torch.randn(5, WIDTH)
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    program = with_exact_rows(made.pass_results[-1].program)
+    program = with_exact_rows(model.pass_results[-1].program)
     (expected,) = evaluate(program.graph, [x], program.weights)
     assert float(row_errors(torch.from_numpy(got), expected).amax()) < 1e-5
 

@@ -79,14 +79,14 @@ def test_no_bit_depends_on_it(build, dtype: str) -> None:  # type: ignore[no-unt
     """All values at both ends, and enough rows and columns that all of the loops run."""
     kernel = kernel_of(dtype, 65 * 32)
     ends = [{n: end(options) for n, options in kernel.candidates.items()} for end in (min, max)]
-    given = arguments(kernel, kernel.make("k", {}), 0).draw(150)(0)
-    made = []
+    inputs = arguments(kernel, kernel.make("k", {}), 0).draw(150)(0)
+    results = []
     for tuning in ({}, *ends):
-        *before, y = [torch.from_dlpack(one) for one in given]
+        *before, y = [torch.from_dlpack(one) for one in inputs]
         y.fill_(float("nan"))
         build(HOST, kernel.make("k", tuning))(*before, y)
-        made.append(y.clone().view(torch.int8))
-    assert all(torch.equal(y, made[0]) for y in made)
+        results.append(y.clone().view(torch.int8))
+    assert all(torch.equal(y, results[0]) for y in results)
 
 
 def test_which_values_matter_to_which_kernels() -> None:
@@ -126,10 +126,10 @@ def test_the_fastest_of_several_values_is_chosen() -> None:
     bench = taking(
         lambda t, _: cost.get(t["fetched"], 1.1) * (0.9 if t["tiles_at_once"] == 1 else 1)
     )
-    chosen, found = choose(kernel_of(n=65 * 32), bench)
+    chosen, choice = choose(kernel_of(n=65 * 32), bench)
     assert chosen == {"fetched": 4096, "tiles_at_once": 1}
-    assert found is not None
-    assert found.mean == pytest.approx(-math.log(0.72))
+    assert choice is not None
+    assert choice.mean == pytest.approx(-math.log(0.72))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_noise_alone_chooses_hardly_anything() -> None:
         return dict(zip(TOKENS, drawn.tolist(), strict=True))
 
     chosen = [choose(kernel_of(), bench) for _ in range(30)]
-    assert all((not values) == (found is None) for values, found in chosen)
-    assert sum(found is not None for _, found in chosen) <= 1
+    assert all((not values) == (choice is None) for values, choice in chosen)
+    assert sum(choice is not None for _, choice in chosen) <= 1
 
 
 def test_what_a_second_measurement_does_not_confirm_is_dropped() -> None:
@@ -181,15 +181,15 @@ def test_a_disturbed_round_counts_little() -> None:
 
 
 def test_candidates_that_make_the_same_kernel_are_not_measured() -> None:
-    seen: list[Sequence[Values]] = []
+    calls: list[Sequence[Values]] = []
 
     def bench(tunings: Sequence[Values]) -> Times:
-        seen.append(tunings)
+        calls.append(tunings)
         return taking(lambda t, _: 1.0)(tunings)
 
     kernel = kernel_of()
     choose(kernel, bench)  # few tiles: one at once whatever is asked for
-    varied = {name for tunings in seen for t in tunings for name in kernel.changed(t)}
+    varied = {name for tunings in calls for t in tunings for name in kernel.changed(t)}
     assert varied == {"fetched", "worth"}
 
 
@@ -203,7 +203,7 @@ def test_a_kernel_is_measured_in_turn() -> None:
     )  # a second a call: few rounds
     times = measure(kernel_of("bfloat16"))([{}, {"fetched": 0}])
     assert tuple(times) == TOKENS
-    assert {len(some) for per_tuning in times.values() for some in per_tuning} == {FEWEST}
+    assert {len(sample) for per_tuning in times.values() for sample in per_tuning} == {FEWEST}
     quick = OnThisMachine(HOST, 0, clock=lambda: next(ticks) * 1e-9)
     assert len(quick(kernel_of("int4:32"))([{}])[1][0]) == MOST
 
@@ -213,8 +213,8 @@ def test_rows_and_copies_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert (order.tolist(), ends.tolist()) == ([1, 0, 2, 3], [1, 1, 3, 4])
     kernel = kernel_of()
     size = kernel.work.bytes * E
-    made = kernel.make("k", {})
-    call = arguments(kernel, made, 0).draw(1)
+    func = kernel.make("k", {})
+    call = arguments(kernel, func, 0).draw(1)
     met = {tuple(torch.from_dlpack(call(turn)[2]).tolist()) for turn in range(20)}
     assert len(met) > 1  # on the same row, other experts
     assert all(
@@ -222,11 +222,11 @@ def test_rows_and_copies_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
         for ends in met
     )
     monkeypatch.setattr(arguments_module, "last_cache", lambda: size)
-    assert arguments(kernel, made, 100 * size).copies == 4  # behind which the cache has forgotten
-    assert arguments(kernel, made, 0).copies == 1  # the whole model fits
+    assert arguments(kernel, func, 100 * size).copies == 4  # behind which the cache has forgotten
+    assert arguments(kernel, func, 0).copies == 1  # the whole model fits
     monkeypatch.setattr(arguments_module, "_free_memory", lambda: size)
     with pytest.raises(NoMatch, match=r"measuring needs 0.0 GB for weights, and 0.0 GB are free"):
-        arguments(kernel, made, 0)
+        arguments(kernel, func, 0)
 
 
 # ---- the cache -------------------------------------------------------------------------
@@ -247,16 +247,16 @@ def entry_of(store: Store) -> Path:
 
 
 def test_a_second_time_nothing_is_measured(store: Store) -> None:
-    kernel, said = kernel_of(), []
+    kernel, messages = kernel_of(), []
 
     def measure(kernel: Tunable) -> Bench:
         return taking(lambda t, _: 0.8 if t["fetched"] == 0 else 1.0)
 
-    (first,) = tune([kernel], HOST, measure, store, progress=said.append)
+    (first,) = tune([kernel], HOST, measure, store, progress=messages.append)
     (again,) = tune([kernel], HOST, never, store)
     assert (first.values, first.from_cache) == ({"fetched": 0}, False)
     assert again == replace(first, from_cache=True)
-    assert said == ["tune 1/1 float32 gathered, 4x96x64"]
+    assert messages == ["tune 1/1 float32 gathered, 4x96x64"]
     assert entry_of(store).stat().st_mode & 0o777 == 0o600
 
 
@@ -283,8 +283,8 @@ def test_what_differs_or_is_damaged_is_measured(
         entry.write_bytes(entry.read_bytes()[:-9])
     else:
         entry.chmod(0o666)
-    (found,) = tune([kernel], target, measure, store, context)
-    assert (found.values, found.from_cache) == ({"fetched": 0}, False)
+    (choice,) = tune([kernel], target, measure, store, context)
+    assert (choice.values, choice.from_cache) == ({"fetched": 0}, False)
     (again,) = tune([kernel], target, never, store, context)
     assert again.from_cache
 
@@ -312,6 +312,6 @@ def test_a_kernel_that_cannot_be_measured_keeps_the_default(store: Store) -> Non
     def measure(kernel: Tunable) -> Bench:
         raise NoMatch("no memory")
 
-    (found,) = tune([kernel_of()], HOST, measure, store)
-    assert (found.values, found.why) == ({}, "no memory")
+    (choice,) = tune([kernel_of()], HOST, measure, store)
+    assert (choice.values, choice.why) == ({}, "no memory")
     assert not list(entries(store))

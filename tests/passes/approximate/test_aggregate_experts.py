@@ -38,13 +38,13 @@ def whole(first: Program, second: dict[str, torch.Tensor], average: bool) -> Pro
     text = print_graph(first.graph).replace("num_experts=4", "num_experts=8")
     for old in ("B*S, 4]", "[4, 8]", "[4, 6, 8]", "[4, 8, 6]", "i32[4]"):
         text = text.replace(old, old.replace("4", "8", 1))
-    made = parse(text)
+    graph = parse(text)
     weights = {}
     for name, a in first.weights.items():
         joined = name.startswith("layers.")
         mean = (a + second[name]) / 2 if average else a
         weights[name] = torch.cat([a, second[name]]) if joined else mean
-    return Program(made, weights)
+    return Program(graph, weights)
 
 
 def test_text(golden: Any) -> None:
@@ -58,8 +58,8 @@ def test_the_union_routed_by_all_logits(average: bool, seed: int, count: int) ->
     second = other(first, seed)
     step = aggregated(first, second, average)
     ids = tokens(count, seed)
-    made, right = outputs(step.program, ids), outputs(whole(first, second, average), ids)
-    torch.testing.assert_close(made, right, rtol=1e-6, atol=1e-6)  # sums in another order
+    result, right = outputs(step.program, ids), outputs(whole(first, second, average), ids)
+    torch.testing.assert_close(result, right, rtol=1e-6, atol=1e-6)  # sums in another order
     assert step.says == ("layers.0: 4 and 4 experts", "layers.1: 4 and 4 experts")
 
 
@@ -106,8 +106,8 @@ def test_weights_that_do_not_go_together() -> None:
 
 
 def test_whole_numbers_have_no_mean() -> None:
-    made = graph(1)
-    text = print_graph(made).replace("embed: f32", "places: i64[2], embed: f32", 1).replace(
+    result = graph(1)
+    text = print_graph(result).replace("embed: f32", "places: i64[2], embed: f32", 1).replace(
         "return scores", "back: i64[2] = aten.neg.default(places)\n  return scores, back"
     )  # fmt: skip
     first = Program(parse(text), {**program(1).weights, "places": torch.tensor([1, 2])})

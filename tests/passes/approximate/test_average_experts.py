@@ -59,10 +59,12 @@ def test_equal_experts_become_one_without_damage(form, by):
         )
 
 
-@pytest.mark.parametrize(("form", "kept"), [("renormalised", False), ("not renormalised", True)])
-def test_a_router_whose_weights_sum_to_one_goes_away(form, kept):
+@pytest.mark.parametrize(
+    ("form", "remaining"), [("renormalised", False), ("not renormalised", True)]
+)
+def test_a_router_whose_weights_sum_to_one_goes_away(form, remaining):
     text = print_graph(change(program(1, FORMS[form]), AverageExperts())[-1].program.graph)
-    assert ("moe.route" in text) == ("layers.0.router" in text) == kept
+    assert ("moe.route" in text) == ("layers.0.router" in text) == remaining
 
 
 def test_the_mean():
@@ -75,10 +77,10 @@ def test_the_mean():
 def test_weights_are_the_mean_and_bytes_are_saved():
     original = program(1)
     step = change(original, AverageExperts())[-1]
-    made = step.program.weights
+    result = step.program.weights
     for name in ("w1", "w2", "w3"):
-        wanted = original.weights[f"layers.0.{name}"].mean(0)
-        torch.testing.assert_close(made[f"layers.0.{name}_2"], wanted)
+        expected = original.weights[f"layers.0.{name}"].mean(0)
+        torch.testing.assert_close(result[f"layers.0.{name}_2"], expected)
     (line,) = step.damage.layers
     assert line.says == "4 experts are one, by uniform"
     assert line.bytes_saved == 4 * (3 * 3 * 48 + 4 * 8)  # three experts, and the router
@@ -92,8 +94,8 @@ def test_usage_weighs_the_mean():
     original.weights["embed"][:, 0] = 9.0
     original.weights["layers.0.router"][:, 0] = torch.tensor([2.0, 1.0, -3.0, -3.0])
     step = change(original, AverageExperts(by="usage"))[-1]  # everyone chooses 0 and 1
-    wanted = original.weights["layers.0.w1"][:2].mean(0)
-    torch.testing.assert_close(step.program.weights["layers.0.w1_2"], wanted)
+    expected = original.weights["layers.0.w1"][:2].mean(0)
+    torch.testing.assert_close(step.program.weights["layers.0.w1_2"], expected)
 
 
 @pytest.mark.parametrize(

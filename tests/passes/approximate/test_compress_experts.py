@@ -50,8 +50,8 @@ def test_rounding_to_nearest_is_the_weights_in_codes():
         for i in range(2):
             weight = before.weights[f"layers.{i}.{name}"]
             grid = grid_of(weight)
-            wanted = values(codes_of(weight, grid), grid)
-            assert torch.equal(stack(after, f"layers.{i}.{name}", "ternary", width), wanted)
+            expected = values(codes_of(weight, grid), grid)
+            assert torch.equal(stack(after, f"layers.{i}.{name}", "ternary", width), expected)
             assert f"layers.{i}.{name}" not in after.weights
 
 
@@ -69,8 +69,8 @@ def lost(pass_: CompressExperts) -> torch.Tensor:
     torch.manual_seed(0)
     weight, x = torch.randn(2, 6, 24), torch.randn(2, 60, 24) + torch.randn(2, 60, 1)
     module, second = grid_module(pass_.kind), hessian(x)
-    made = pass_._fitted(module, weight, module.grid_of(weight), second)
-    off = module.values(*made) - weight
+    result = pass_._fitted(module, weight, module.grid_of(weight), second)
+    off = module.values(*result) - weight
     return ((off @ damp(second)) * off).sum(-1)
 
 
@@ -82,18 +82,18 @@ def test_a_descent_loses_less_than_gptq_alone(kind):
 
 
 def test_each_row_of_two_bits_takes_the_best_of_some_grids(monkeypatch):
-    made = lost(TWO_BITS)
+    result = lost(TWO_BITS)
     each = []
     for reach in REACHES:
         monkeypatch.setattr("moec.passes.approximate.compress_experts.REACHES", (reach,))
         each.append(lost(TWO_BITS))
-    assert torch.equal(made, torch.stack(each).amin(0))
+    assert torch.equal(result, torch.stack(each).amin(0))
     assert len(set(torch.stack(each).argmin(0).flatten().tolist())) > 1
 
 
 def test_a_shorter_reach_leaves_fewer_zeros():
-    made = [change(program(1), CompressExperts(reach=r))[-1].program for r in (1.0, 0.7, 0.4)]
-    zeros = [int((stack(p, "layers.0.w1", "ternary", 8) == 0).sum()) for p in made]
+    changed = [change(program(1), CompressExperts(reach=r))[-1].program for r in (1.0, 0.7, 0.4)]
+    zeros = [int((stack(p, "layers.0.w1", "ternary", 8) == 0).sum()) for p in changed]
     assert zeros[0] > zeros[1] > zeros[2]
 
 
@@ -107,8 +107,8 @@ def test_the_fused_product_means_the_compressed_model(pass_):
     assert "grouped.linear" not in names
     assert "moe.decompress" not in names
     ids = tokens(48, 3)
-    (wanted,), (got,) = outputs(after, ids), outputs(fused, ids)
-    assert 0 < (got - wanted).norm() <= 1e-4 * wanted.norm()
+    (expected,), (got,) = outputs(after, ids), outputs(fused, ids)
+    assert 0 < (got - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_bytes_are_those_of_the_parts():
@@ -139,39 +139,39 @@ def test_an_expert_without_rows_is_rounded_and_named():
     assert line.says.endswith("; no rows for 1, rounded to nearest")
     weight = before.weights["layers.0.w1"]
     grid = grid_of(weight)
-    made = stack(step.program, "layers.0.w1", "ternary", 8)
-    assert torch.equal(made[1], values(codes_of(weight, grid), grid)[1])
-    assert not torch.equal(made[0], values(codes_of(weight, grid), grid)[0])
+    result = stack(step.program, "layers.0.w1", "ternary", 8)
+    assert torch.equal(result[1], values(codes_of(weight, grid), grid)[1])
+    assert not torch.equal(result[0], values(codes_of(weight, grid), grid)[0])
 
 
 def test_a_favourite_counts_four_times_the_mean():
     """32 choices of 16 experts, all on one: the first eight of its rows."""
-    seen = SimpleNamespace(
+    stats = SimpleNamespace(
         x=torch.arange(32.0)[:, None],
         experts=torch.zeros(32, 1, dtype=torch.int64),
         weights=torch.ones(32, 1),
     )
     layer = SimpleNamespace(count=16, dispatch=SimpleNamespace(inputs=("x", "experts")))
-    rows = _rows(layer, seen)
+    rows = _rows(layer, stats)
     assert rows[0].flatten().tolist() == list(range(8))
-    assert [len(own) for own in rows[1:]] == [0] * 15
+    assert [len(entry) for entry in rows[1:]] == [0] * 15
 
 
 def test_rows_are_scaled_where_the_dispatch_scales_them():
     x, weights = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5, 3.0], [7.0, 11.0]])
-    seen = SimpleNamespace(x=x, experts=torch.tensor([[0, 1], [1, 0]]), weights=weights)
-    for inputs, wanted in ((2, [[1, 2], [1, 2]]), (3, [[0.5, 22], [3, 14]])):
+    stats = SimpleNamespace(x=x, experts=torch.tensor([[0, 1], [1, 0]]), weights=weights)
+    for inputs, expected in ((2, [[1, 2], [1, 2]]), (3, [[0.5, 22], [3, 14]])):
         layer = SimpleNamespace(count=2, dispatch=SimpleNamespace(inputs=range(inputs)))
-        assert [own.flatten().tolist() for own in _rows(layer, seen)] == wanted
+        assert [entry.flatten().tolist() for entry in _rows(layer, stats)] == expected
 
 
 def test_experts_are_fitted_alike_in_groups_of_any_size(monkeypatch):
-    made = []
+    results = []
     for size in (16, 3):
         monkeypatch.setattr("moec.passes.approximate.compress_experts.GROUP", size)
-        made.append(change(program(1), TERNARY)[-1].program.weights)
-    for name, wanted in made[0].items():
-        assert torch.equal(made[1][name], wanted), name
+        results.append(change(program(1), TERNARY)[-1].program.weights)
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
 
 
 def test_the_last_matrix_is_fitted_to_what_the_compressed_first_ones_give(monkeypatch):
@@ -179,8 +179,8 @@ def test_the_last_matrix_is_fitted_to_what_the_compressed_first_ones_give(monkey
     monkeypatch.setattr(
         "moec.passes.approximate.compress_experts.hessian", lambda x: read.append(x) or hessian(x)
     )
-    made = change(program(1), TERNARY)[-1].program
-    gate, up = (stack(made, f"layers.0.{name}", "ternary", 8) for name in ("w1", "w3"))
+    changed = change(program(1), TERNARY)[-1].program
+    gate, up = (stack(changed, f"layers.0.{name}", "ternary", 8) for name in ("w1", "w3"))
     count = len(gate)
     assert len(read) == 2 * count
     for e, (x, hidden) in enumerate(zip(read[:count], read[count:], strict=True)):
@@ -204,9 +204,9 @@ def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
     before = program(1, scaled)
     after = change(before, TERNARY)[-1].program
     ids = tokens(32, 4)
-    (wanted,) = outputs(before, ids)
+    (expected,) = outputs(before, ids)
     (got,) = outputs(after, ids)
-    assert (got - wanted).norm() < 0.5 * wanted.norm()
+    assert (got - expected).norm() < 0.5 * expected.norm()
     (fused,) = outputs(lowered(after), ids)
     torch.testing.assert_close(fused, got, rtol=1e-3, atol=1e-3)
 

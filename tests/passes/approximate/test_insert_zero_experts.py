@@ -96,10 +96,10 @@ def test_neutral_columns_change_no_bit(count, k, bias, renormalise, dtype, optio
 
 
 def test_neutral_on_a_trained_model() -> None:
-    asked = {"kv_cache": False, "verify": False}
-    plain = moec.compile(TINY, **asked)
+    options = {"kv_cache": False, "verify": False}
+    plain = moec.compile(TINY, **options)
     calib = {"input_ids": torch.randint(1024, (4, 64))}
-    inserted = moec.compile(TINY, passes="+insert-zero-experts", calib=calib, **asked)
+    inserted = moec.compile(TINY, passes="+insert-zero-experts", calib=calib, **options)
     assert [block.zero for block in inserted.blocks] == ["2 constant, 1 copy, 1 zero"] * 4
     for shape in ((1, 1), (2, 9), (1, 120)):
         ids = torch.randint(1024, shape)
@@ -133,17 +133,22 @@ def test_new_columns_are_never_chosen(logits, k, score, corrected) -> None:
 
 def test_opened_columns_are_chosen_and_mean_what_the_paper_says() -> None:
     """With a bias of 0 the inserted experts work: what a fine-tuning starts from."""
-    made = change(program(1), NEUTRAL)[-1].program
-    (bias,) = [name for name in made.weights if name.endswith("router.bias")]
-    assert torch.equal(made.weights[bias][:4], torch.zeros(4))
-    assert (made.weights[bias][4:] == -torch.inf).all()
-    weights = {**made.weights, bias: torch.tensor([0.0] * 4 + [50.0] * 4)}
-    route = next(op for op in made.graph.ops if op.name == "moe.route")
-    zero = next(op for op in made.graph.ops if op.name == "moe.zero_experts")
-    combine = next(op for op in made.graph.ops if op.name == "moe.combine")
+    changed = change(program(1), NEUTRAL)[-1].program
+    (bias,) = [name for name in changed.weights if name.endswith("router.bias")]
+    assert torch.equal(changed.weights[bias][:4], torch.zeros(4))
+    assert (changed.weights[bias][4:] == -torch.inf).all()
+    weights = {**changed.weights, bias: torch.tensor([0.0] * 4 + [50.0] * 4)}
+    route = next(op for op in changed.graph.ops if op.name == "moe.route")
+    zero = next(op for op in changed.graph.ops if op.name == "moe.zero_experts")
+    combine = next(op for op in changed.graph.ops if op.name == "moe.combine")
     probes = (*zero.inputs, *zero.outputs, *combine.outputs, *route.outputs)
-    graph = type(made.graph)(
-        made.graph.inputs, made.graph.params, made.graph.ops, probes, (), made.graph.bounds
+    graph = type(changed.graph)(
+        changed.graph.inputs,
+        changed.graph.params,
+        changed.graph.ops,
+        probes,
+        (),
+        changed.graph.bounds,
     )
     x, ids, share, mix, vectors, z, y, _, _ = evaluate(graph, [tokens(64)], weights)
     assert (ids >= 4).all()
@@ -206,13 +211,13 @@ def test_the_budget_undoes_a_layer() -> None:
 def test_calibrated_compiles_and_is_verified() -> None:
     """The code against the changed graph in eager, with rows that nobody owns."""
     calib = {"input_ids": torch.randint(1024, (4, 64))}
-    made = moec.compile(
+    model = moec.compile(
         TINY, passes=[CALIBRATED], calib=calib, budget="kl<=0.2", kv_cache=False, verify=True
     )
-    assert made.checked is not None
-    (damage,) = made.report().damage
+    assert model.checked is not None
+    (damage,) = model.report().damage
     assert damage.after.kl <= 0.2
-    assert all(block.zero and "some choices replaced" in block.router for block in made.blocks)
+    assert all(block.zero and "some choices replaced" in block.router for block in model.blocks)
 
 
 # ---- refusals ----------------------------------------------------------------------------

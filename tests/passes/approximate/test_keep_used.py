@@ -40,8 +40,8 @@ def test_never_chosen_experts_cost_nothing() -> None:
     assert [line.says for line in step.damage.layers] == ["keeps 1, 2 of 4"] * 2
     for seed in range(5):  # sums of 20 products in another order
         ids = tokens(64, seed)
-        made, right = outputs(step.program, ids), outputs(original, ids)
-        torch.testing.assert_close(made, right, rtol=1e-6, atol=1e-6)
+        result, right = outputs(step.program, ids), outputs(original, ids)
+        torch.testing.assert_close(result, right, rtol=1e-6, atol=1e-6)
 
 
 def test_no_fewer_than_k(tmp_path: Path) -> None:

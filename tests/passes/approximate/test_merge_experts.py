@@ -25,16 +25,16 @@ HALF = MergeExperts(keep=0.5)
 
 def pairs(layer: str = LAYER) -> Program:
     """Experts 0 and 2 are one but for the order of their neurons, and so are 1 and 3."""
-    made = program(2, layer)
+    changed = program(2, layer)
     for i in range(2):
         for a, b in ((0, 2), (1, 3)):
             order = torch.randperm(6)
             for name in ("w1", "w3"):
-                stack = made.weights[f"layers.{i}.{name}"]
+                stack = changed.weights[f"layers.{i}.{name}"]
                 stack[b] = stack[a][order]
-            stack = made.weights[f"layers.{i}.w2"]
+            stack = changed.weights[f"layers.{i}.w2"]
             stack[b] = stack[a][:, order]
-    return made
+    return changed
 
 
 def test_text(golden):
@@ -76,8 +76,8 @@ def test_neurons_are_put_in_one_order_before_they_are_averaged():
         torch.testing.assert_close(mean[param], stack[0], rtol=1e-6, atol=1e-6)
     mean = merge_weights(stacks, neuron_axes(op.body), (0, 1), torch.tensor([3, 1, 0, 0]))
     (first, *_) = stacks
-    kept = 0.75 * stacks[first][0].norm(dim=1) - 0.25 * stacks[first][1].norm(dim=1).max()
-    assert (mean[first].norm(dim=1) > kept).all()  # three quarters of expert 0, in its own order
+    bound = 0.75 * stacks[first][0].norm(dim=1) - 0.25 * stacks[first][1].norm(dim=1).max()
+    assert (mean[first].norm(dim=1) > bound).all()  # three quarters of expert 0, in its own order
     assert not torch.equal(mean[first], stacks[first][0])
 
 
@@ -114,10 +114,10 @@ def test_clusters():
 def test_the_assignment_is_the_best_of_all(n, seed, ties):
     rng = np.random.default_rng(seed)
     gain = rng.integers(-3, 4, (n, n)).astype(float) if ties else rng.normal(size=(n, n))
-    found = assign(torch.from_numpy(gain)).tolist()
-    assert sorted(found) == list(range(n))
+    columns = assign(torch.from_numpy(gain)).tolist()
+    assert sorted(columns) == list(range(n))
     best = max(sum(gain[i, p[i]] for i in range(n)) for p in itertools.permutations(range(n)))
-    assert sum(gain[i, found[i]] for i in range(n)) == pytest.approx(best)
+    assert sum(gain[i, columns[i]] for i in range(n)) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,13 @@ def test_it_is_masking(by, scope):
     """The same choices; the numbers differ by no more than the order of sums in one product."""
     original = program(3)
     step = change(original, PruneExperts(keep=0.6, by=by, scope=scope))[-1]
-    kept = kept_by(step)
-    assert [len(own) for own in kept] == [2, 2, 2] if scope == "layer" else sum(map(len, kept)) == 7
-    expected = with_masks(original, kept)
+    experts = kept_by(step)
+    assert (
+        [len(entry) for entry in experts] == [2, 2, 2]
+        if scope == "layer"
+        else sum(map(len, experts)) == 7
+    )
+    expected = with_masks(original, experts)
     for seed in range(4):
         ids = tokens(64, seed)
         torch.testing.assert_close(
@@ -52,13 +56,13 @@ def test_it_is_masking(by, scope):
     logits=st.lists(
         st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 3.0]), min_size=5, max_size=5), max_size=4
     ),
-    kept=st.sets(st.integers(0, 4), min_size=2),
+    remaining=st.sets(st.integers(0, 4), min_size=2),
     score=st.sampled_from(["softmax", "none"]),
     renormalize=st.booleans(),
 )
-def test_picked_columns_route_as_masked_ones(logits, kept, score, renormalize):
+def test_picked_columns_route_as_masked_ones(logits, remaining, score, renormalize):
     """Over any scores, ties included: columns that are left out are columns that never win."""
-    columns = torch.tensor(sorted(kept))
+    columns = torch.tensor(sorted(remaining))
     scores = torch.tensor(logits).reshape(-1, 5)
     hidden = torch.full_like(scores, -torch.inf)
     hidden[:, columns] = scores[:, columns]
@@ -195,10 +199,10 @@ def test_a_capacity_and_a_correction_follow():
             "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:",
         )
     )
-    made = program(1, layer.replace("layers.#.c", "c#").replace(
+    changed = program(1, layer.replace("layers.#.c", "c#").replace(
         "  logits#:", "  c#: f32[4] = aten.sum.dim_IntList(layers.#.router) <dim=(1)>\n  logits#:"
     ))  # fmt: skip
-    step = change(made, HALF)[-1]
+    step = change(changed, HALF)[-1]
     text = print_graph(step.program.graph)
     assert "moe.capacity(i0) <num_experts=2, capacity=3>" in text
     assert step.damage.applied

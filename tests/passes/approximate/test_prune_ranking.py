@@ -28,7 +28,7 @@ from tests.passes.masked import kept_by, with_masks
 
 def test_what_an_expert_is_worth():
     """Three tokens: expert 0 is chosen often and adds little, expert 3 once and much."""
-    seen = LayerStats(
+    stats = LayerStats(
         torch.zeros(3, 8),
         torch.tensor([[0, 1], [0, 3], [0, 1]]),
         torch.full((3, 2), 0.5),
@@ -40,10 +40,10 @@ def test_what_an_expert_is_worth():
 
     def kept(**options):
         pass_ = PruneExperts(**options)
-        return pass_.experts_to_keep(layer, pass_.worth(original, layer, seen))
+        return pass_.experts_to_keep(layer, pass_.worth(original, layer, stats))
 
-    assert seen.usage(4).tolist() == [3, 2, 0, 1]
-    assert seen.saliency(4).tolist() == [1, 2, 0, 9]
+    assert stats.usage(4).tolist() == [3, 2, 0, 1]
+    assert stats.saliency(4).tolist() == [1, 2, 0, 9]
     assert kept(by="usage") == [0, 1]
     assert kept(by="reap") == [1, 3]
     drawn = {tuple(kept(by="random", seed=s)) for s in range(20)}
@@ -73,11 +73,11 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
     (layer,) = layers_of(original)
     data = load_calibration({"ids": tokens(64)}, original, {})
     evaluator = Evaluator(original, data)
-    (seen,) = evaluator.layer_stats(original, [layer])
+    (stats,) = evaluator.layer_stats(original, [layer])
     monkeypatch.setattr(
         "moec.passes.approximate.reconstruction.HELD", 4 * 4 * 4 * 64
     )  # G of 64 rows
-    worth = eliminate_experts(original, layer, seen)
+    worth = eliminate_experts(original, layer, stats)
     right, gone = evaluator.held(original, layer.output), []
     for _ in range(2):
         errors = {}
@@ -88,18 +88,18 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
         gone.append(min(errors, key=errors.__getitem__))
         assert float(worth[gone[-1]]) == pytest.approx(errors[gone[-1]], rel=1e-5)
     assert worth.isinf().sum() == 2
-    assert PruneExperts(by="error").worth(original, layer, seen).equal(worth)
+    assert PruneExperts(by="error").worth(original, layer, stats).equal(worth)
 
 
 def test_experts_that_nobody_chooses_go_first():
     """They cost nothing; of these equals the one with the higher number goes before the other."""
     original = program(1)
     (layer,) = layers_of(original)
-    (seen,) = Evaluator(original, load_calibration({"ids": tokens()}, original, {})).layer_stats(
+    (stats,) = Evaluator(original, load_calibration({"ids": tokens()}, original, {})).layer_stats(
         original, [layer]
     )
-    seen = replace(seen, logits=seen.logits * 0 + torch.tensor([-9.0, 2.0, -8.0, 2.0]))
-    worth = eliminate_experts(original, layer, seen)
+    stats = replace(stats, logits=stats.logits * 0 + torch.tensor([-9.0, 2.0, -8.0, 2.0]))
+    worth = eliminate_experts(original, layer, stats)
     assert worth.isinf().tolist() == [False, True, False, True]
     assert 0 == worth[2] < worth[0] < 1e-300
 
@@ -143,7 +143,7 @@ def flat(count: int, value: float, **attrs: object) -> tuple[Layer, torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("layers", "keep", "wanted"),
+    ("layers", "keep", "expected"),
     [
         ([(4, 3.0, {}), (4, 1.0, {})], 0.75, [4, 2]),
         ([(4, 1.0, {}), (4, 1.0, {})], 0.75, [3, 3]),  # of equals those of the first layer
@@ -152,15 +152,15 @@ def flat(count: int, value: float, **attrs: object) -> tuple[Layer, torch.Tensor
         ([(4, 3.0, {}), (8, 2.0, {"groups": 2, "top_groups": 1})], 0.75, [4, 4]),  # one is left
     ],
 )
-def test_one_ranking_for_all_layers(layers, keep, wanted):
-    given = [flat(count, value, **attrs) for count, value, attrs in layers]
-    plan = list(rank_experts(keep, given).values())
-    assert [len(own) if isinstance(own, list) else own for own in plan] == [
+def test_one_ranking_for_all_layers(layers, keep, expected):
+    inputs = [flat(count, value, **attrs) for count, value, attrs in layers]
+    plan = list(rank_experts(keep, inputs).values())
+    assert [len(entry) if isinstance(entry, list) else entry for entry in plan] == [
         f"its 4 experts are among the best {round(keep * sum(c for c, _, _ in layers))} of all "
         f"{sum(c for c, _, _ in layers)}"
         if count == size
         else count
-        for count, (size, _, _) in zip(wanted, layers, strict=True)
+        for count, (size, _, _) in zip(expected, layers, strict=True)
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_layer_that_cannot_be_ranked_is_left_out():
     limited = "  j1: i64[B*S, 2] = moe.capacity(i1) <num_experts=4, capacity=3>\n  rows1:"
     text = print_graph(graph()).replace("  rows1:", limited).replace("(x0, i1)", "(x0, j1)")
     step = change(Program(parse(text), program().weights), PruneExperts(by="error", scope="global"))
-    assert [len(own) for own in kept_by(step[-1])] == [2]
+    assert [len(entry) for entry in kept_by(step[-1])] == [2]
     assert ["capacity" in d.reason for d in step[-1].declined] == [True]
 
 
@@ -189,12 +189,12 @@ def test_norms_are_those_of_what_an_expert_adds():
     original = program(1)
     (layer,) = layers_of(original)
     data = load_calibration({"ids": tokens(32)}, original, {})
-    (seen,) = Evaluator(original, data).layer_stats(original, [layer])
+    (stats,) = Evaluator(original, data).layer_stats(original, [layer])
     w1, w3, w2 = (original.weights[f"layers.0.{name}"] for name in ("w1", "w3", "w2"))
     for token in (0, 17):
         for slot in range(2):
-            e, x = int(seen.experts[token, slot]), seen.x[token]
+            e, x = int(stats.experts[token, slot]), stats.x[token]
             y = w2[e] @ (torch.nn.functional.silu(w1[e] @ x) * (w3[e] @ x))
             torch.testing.assert_close(
-                seen.norms[token, slot], y.norm() * seen.weights[token, slot]
+                stats.norms[token, slot], y.norm() * stats.weights[token, slot]
             )

@@ -39,13 +39,13 @@ def test_text(golden):
     golden(print_graph(change(program(), RefactorDense(width=4, steps=1)).program.graph))
 
 
-def masked(given: Program, layer: str, ids: Tensor, kept: Tensor) -> Tensor:
+def masked(program: Program, layer: str, ids: Tensor, remaining: Tensor) -> Tensor:
     """The model of one layer with the channels `kept` [T, 12] of each token alone."""
-    w = {name.removeprefix("layers.0."): t for name, t in given.weights.items()}
+    w = {name.removeprefix("layers.0."): t for name, t in program.weights.items()}
     x = w["embed"][ids.flatten()]
     a = F.silu(F.linear(x, w["w1"], w["b1"] if layer == "biased" else None))
     h = a * (a if layer == "biased" else F.linear(x, w["w3"]))
-    y = F.linear(h * kept, w["w2"], w["b2"] if layer == "biased" else None)
+    y = F.linear(h * remaining, w["w2"], w["b2"] if layer == "biased" else None)
     return F.linear(x + y, w["embed"]).reshape(*ids.shape, -1)
 
 
@@ -56,60 +56,60 @@ def masked(given: Program, layer: str, ids: Tensor, kept: Tensor) -> Tensor:
 def test_a_token_meets_the_channels_that_its_domain_keeps(layer, keep, permanent):
     """Only the order of sums over channels changes. Where none is permanent each expert has the
     bias of the last layer."""
-    given = program(1, {"gated": GATED, "biased": BIASED, "flat": FLAT}[layer])
+    original = program(1, {"gated": GATED, "biased": BIASED, "flat": FLAT}[layer])
     masks = []
-    for channels in hidden(given).reshape(2, -1, 12):  # a domain each
+    for channels in hidden(original).reshape(2, -1, 12):  # a domain each
         strongest = channels.abs().mean(0).topk(round(keep * 12)).indices
         masks.append(torch.zeros(12).scatter(0, strongest, 1))
     assert bool((masks[0] * masks[1]).any()) == permanent
-    made = change(given, RefactorDense(keep=keep, width=4, steps=20)).program
-    chosen = choices(made, ids := everything())
+    changed = change(original, RefactorDense(keep=keep, width=4, steps=20)).program
+    chosen = choices(changed, ids := everything())
     assert set(chosen.tolist()) == {0, 1}
-    wanted = masked(given, layer, ids, torch.stack(masks)[chosen])
-    (got,) = evaluate(made.graph, [ids], made.weights)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    expected = masked(original, layer, ids, torch.stack(masks)[chosen])
+    (got,) = evaluate(changed.graph, [ids], changed.weights)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_contribution_counts_what_a_channel_writes():
-    given = program(1)
-    weak = int(hidden(given).abs().mean((0, 1)).argmin())
-    given.weights["layers.0.w2"][:, weak] *= 1000
-    for by, kept in (("activation", False), ("contribution", True)):
-        made = change(given, RefactorDense(by=by, keep=0.25, width=4, steps=1)).program
-        stored = [t for name, t in made.weights.items() if name.startswith("layers.0.w2")]
-        assert (max(float(t.abs().max()) for t in stored) > 100) == kept
+    original = program(1)
+    weak = int(hidden(original).abs().mean((0, 1)).argmin())
+    original.weights["layers.0.w2"][:, weak] *= 1000
+    for by, remaining in (("activation", False), ("contribution", True)):
+        changed = change(original, RefactorDense(by=by, keep=0.25, width=4, steps=1)).program
+        stored = [t for name, t in changed.weights.items() if name.startswith("layers.0.w2")]
+        assert (max(float(t.abs().max()) for t in stored) > 100) == remaining
 
 
 def test_one_router_comes_before_all_layers():
-    made = change(program(3)).program
-    names = [op.name for op in made.graph.ops]
+    changed = change(program(3)).program
+    names = [op.name for op in changed.graph.ops]
     assert names.count("moe.route") == 1
     assert names.count("moe.experts") == 3
     assert names.index("moe.route") < names.index("moe.dispatch")
     route = names.index("moe.route")
-    assert all(op.origin in ("", "router") for op in made.graph.ops[:route])
+    assert all(op.origin in ("", "router") for op in changed.graph.ops[:route])
 
 
 def test_the_router_is_a_function_of_tokens_alone_and_gives_the_same_bits():
-    made = change(program(3)).program
-    lowered = run(made, choose(2, "+hoist-routers")[-14:], stage=Stage.MOE)[-1].program
+    changed = change(program(3)).program
+    lowered = run(changed, choose(2, "+hoist-routers")[-14:], stage=Stage.MOE)[-1].program
     assert [op.name for op in lowered.graph.ops].count("moe.sort") == 1
     parts = split(lowered)
     assert [v.name for v in parts.route.graph.inputs] == ["ids"]
     assert [c.layer for c in parts.choices] == ["layers.0", "layers.1", "layers.2"]
     ids = DOMAINS["low"]["ids"]
     chosen = evaluate(parts.route.graph, [ids], parts.route.weights)
-    (whole,) = evaluate(lowered.graph, [ids], lowered.weights)
+    (full,) = evaluate(lowered.graph, [ids], lowered.weights)
     (routed,) = evaluate(parts.routed.graph, [ids, *chosen], parts.routed.weights)
-    assert torch.equal(whole, routed)
+    assert torch.equal(full, routed)
 
 
 def test_what_comes_later_does_not_route_what_came_before():
-    made = change(program()).program
+    changed = change(program()).program
     ids = torch.cat([DOMAINS["low"]["ids"], DOMAINS["high"]["ids"]])
     other = ids.clone()
     other[:, 10:] = (other[:, 10:] + 7) % 20
-    before, after = (choices(made, given).reshape(ids.shape) for given in (ids, other))
+    before, after = (choices(changed, inputs).reshape(ids.shape) for inputs in (ids, other))
     assert torch.equal(before[:, :10], after[:, :10])
     assert not torch.equal(before, after)
 
@@ -130,10 +130,10 @@ def test_a_router_learns_what_only_the_text_before_tells():
 
 
 def test_each_domain_is_sent_to_its_expert_and_that_is_said():
-    given = program()
+    original = program()
     for i in range(2):  # half of the channels are silent for each domain
-        given.weights[f"layers.{i}.w1"][:, 0] = torch.tensor([3.0, -3.0]).repeat_interleave(6)
-    step = change(given, RefactorDense(width=16, steps=60))
+        original.weights[f"layers.{i}.w1"][:, 0] = torch.tensor([3.0, -3.0]).repeat_interleave(6)
+    step = change(original, RefactorDense(width=16, steps=60))
     for domain, says in zip(DOMAINS, step.says, strict=True):
         assert says.startswith(f"tokens of {domain} go ")
         share = says.partition(f"% to {domain}'s")[0].split()[-1]
@@ -152,20 +152,20 @@ def test_damage_is_less_than_that_of_random_channels():
 
 
 def test_what_would_break_the_budget_is_undone():
-    given = program()
-    step = change(given, limit="error<=0.0001")
-    assert step.program is given
+    original = program()
+    step = change(original, limit="error<=0.0001")
+    assert step.program is original
     assert all(line.undone for line in step.damage.layers)
-    first, second = (line.after.error for line in change(given).damage.layers)
+    first, second = (line.after.error for line in change(original).damage.layers)
     assert first < second
-    half = change(given, limit=f"error<={(first + second) / 2}")
+    half = change(original, limit=f"error<={(first + second) / 2}")
     assert [line.undone for line in half.damage.layers] == [False, True]
     assert [op.name for op in half.program.graph.ops].count("moe.experts") == 1
 
 
-def declined(given: Program, pass_: RefactorDense = SMALL, calib: Any = DOMAINS) -> str:
-    step = change(given, pass_, calib=calib)
-    assert step.program is given
+def declined(program: Program, pass_: RefactorDense = SMALL, calib: Any = DOMAINS) -> str:
+    step = change(program, pass_, calib=calib)
+    assert step.program is program
     assert not step.damage.applied
     return "; ".join(f"{d.where}: {d.reason}" for d in step.declined)
 
@@ -224,13 +224,13 @@ def test_declines_what_has_nothing_to_choose():
 
 
 def test_declines_a_model_that_reads_no_tokens():
-    given = program(1)
-    text = print_graph(given.graph).replace("ids: i64[B, S]", "x: f32[B, S, 8]")
+    original = program(1)
+    text = print_graph(original.graph).replace("ids: i64[B, S]", "x: f32[B, S, 8]")
     text = text.replace("aten.embedding.default(embed, ids)", "aten.neg.default(x)")
-    made = Program(parse(text), given.weights)
+    changed = Program(parse(text), original.weights)
     data = {name: {"x": torch.randn(16, 16, 8)} for name in DOMAINS}
     says = "the model: it looks up no token ids [B, S] that a router could read"
-    assert says in declined(made, calib=data)
+    assert says in declined(changed, calib=data)
 
 
 @pytest.mark.parametrize(
@@ -291,25 +291,25 @@ class Small(nn.Module):
 
 def test_kernels_run_the_experts_and_the_router_alone_tells_whom():
     torch.manual_seed(0)
-    made = moec.compile(
+    model = moec.compile(
         Small(), (IDS,), passes="+refactor-dense(width=16,steps=30),+hoist-routers", calib=TWO
     )
-    assert [(b.name, b.experts, b.top_k) for b in made.blocks] == [
+    assert [(b.name, b.experts, b.top_k) for b in model.blocks] == [
         ("ffns.0", 2, 1), ("ffns.1", 2, 1)
     ]  # fmt: skip
-    assert [op.name for op in made.pass_results[-1].program.graph.ops].count("moe.gate") == 1
-    chosen = made.routers(IDS)
+    assert [op.name for op in model.pass_results[-1].program.graph.ops].count("moe.gate") == 1
+    chosen = model.routers(IDS)
     assert list(chosen) == ["ffns.0", "ffns.1"]
-    assert torch.equal(made.routed(chosen, IDS), made(IDS))
+    assert torch.equal(model.routed(chosen, IDS), model(IDS))
 
 
 def test_it_becomes_a_module_that_trains():
     torch.manual_seed(0)
-    made = moec.transform(Small(), "+refactor-dense(width=16,steps=5)", (IDS,), calib=TWO)
-    assert made.transformation.form == "graph"
-    made(IDS).square().mean().backward()
+    program = moec.transform(Small(), "+refactor-dense(width=16,steps=5)", (IDS,), calib=TWO)
+    assert program.transformation.form == "graph"
+    program(IDS).square().mean().backward()
     stacks = {
-        n: p.grad for n, p in made.named_parameters() if n.startswith("ffns.") and p.ndim == 3
+        n: p.grad for n, p in program.named_parameters() if n.startswith("ffns.") and p.ndim == 3
     }
     assert len(stacks) == 4
     assert all(grad is not None and bool(grad.any()) for grad in stacks.values())

@@ -49,18 +49,18 @@ def test_signs_and_the_zeros_of_two_bits_stay(kind):
 
 def test_it_is_deterministic_and_the_seed_orders_the_cases():
     calib = {"ids": tokens(4096)}
-    made = [
+    changed = [
         change(program(1), CompressExperts(), TuneGrids(steps=3, seed=seed), calib=calib)[-1]
         for seed in (0, 0, 1)
     ]
-    first, again, other = (step.program.weights["layers.0.w1.grid"] for step in made)
+    first, again, other = (step.program.weights["layers.0.w1.grid"] for step in changed)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_codes_come_back_as_they_were_stored():
-    made = change(program(1), CompressExperts())[-1].program
-    parts = [made.weights[f"layers.0.w2.{part}"] for part in PARTS["ternary"]]
+    changed = change(program(1), CompressExperts())[-1].program
+    parts = [changed.weights[f"layers.0.w2.{part}"] for part in PARTS["ternary"]]
     codes = codes_in("ternary", parts, 6)
     assert codes.shape == (4, 8, 6)
     values = grid_module("ternary").values(codes, parts[-1])

@@ -34,11 +34,11 @@ def lost(
     weight: torch.Tensor,
     codes: torch.Tensor,
     grid: torch.Tensor,
-    known: torch.Tensor,
+    hessian: torch.Tensor,
 ) -> torch.Tensor:
     """Of each row, in float64."""
     off = (module.values(codes, grid) - weight).double()
-    return ((off @ known.double()) * off).sum(-1)
+    return ((off @ hessian.double()) * off).sum(-1)
 
 
 @both
@@ -46,24 +46,26 @@ def lost(
 @given(seed=st.integers(0, 10**6), rows=st.integers(0, 30), rounds=st.integers(0, 6))
 def test_no_row_becomes_worse(module, seed, rows, rounds):
     """But for what float32 rounds."""
-    weight, known = case(seed, rows)
+    weight, hessian = case(seed, rows)
     codes, grid = start(module, weight)
-    kept = codes.clone(), grid.clone(), known.clone()
-    before = lost(module, weight, codes, grid, known)
-    made = descend(module, weight, codes, grid, known, rounds)
-    after = lost(module, weight, *made, known)
+    copies = codes.clone(), grid.clone(), hessian.clone()
+    before = lost(module, weight, codes, grid, hessian)
+    solution = descend(module, weight, codes, grid, hessian, rounds)
+    after = lost(module, weight, *solution, hessian)
     assert (after <= before * (1 + 1e-5)).all()
-    assert made[1].isfinite().all()
-    for tensor, old in zip((codes, grid, known), kept, strict=True):
+    assert solution[1].isfinite().all()
+    for tensor, old in zip((codes, grid, hessian), copies, strict=True):
         assert torch.equal(tensor, old)
 
 
 @both
 def test_more_rounds_lose_less_and_it_ends(module):
-    weight, known = case(0, 40)
+    weight, hessian = case(0, 40)
     begin = start(module, weight)
     losses = [
-        float(lost(module, weight, *descend(module, weight, *begin, known, rounds), known).sum())
+        float(
+            lost(module, weight, *descend(module, weight, *begin, hessian, rounds), hessian).sum()
+        )
         for rounds in (0, 1, 2, 50, 1000)
     ]
     assert losses[0] > losses[1] > losses[2] >= losses[3]
@@ -74,25 +76,25 @@ def test_more_rounds_lose_less_and_it_ends(module):
 @both
 def test_no_single_code_is_left_that_would_help(module):
     """By more than the numbers' rounding to bf16 moved them after the last code."""
-    weight, known = case(1, 40)
-    codes, grid = descend(module, weight, *start(module, weight), known, 100)
-    least = lost(module, weight, codes, grid, known)
+    weight, hessian = case(1, 40)
+    codes, grid = descend(module, weight, *start(module, weight), hessian, 100)
+    least = lost(module, weight, codes, grid, hessian)
     for j in range(weight.shape[-1]):
         for code in range(module.levels(grid).shape[-1]):
             other = codes.clone()
             other[..., j] = code
-            assert (lost(module, weight, other, grid, known) >= least * (1 - 1e-2)).all()
+            assert (lost(module, weight, other, grid, hessian) >= least * (1 - 1e-2)).all()
 
 
 @both
 def test_it_is_the_same_every_time_and_on_any_number_of_threads(module):
-    weight, known = case(2, 40)
+    weight, hessian = case(2, 40)
     begin = start(module, weight)
-    first = descend(module, weight, *begin, known)
+    first = descend(module, weight, *begin, hessian)
     before = numba.get_num_threads()
     try:
         numba.set_num_threads(1)
-        again = descend(module, weight, *begin, known)
+        again = descend(module, weight, *begin, hessian)
     finally:
         numba.set_num_threads(before)
     for a, b in zip(first, again, strict=True):
@@ -101,11 +103,11 @@ def test_it_is_the_same_every_time_and_on_any_number_of_threads(module):
 
 @both
 def test_each_matrix_is_fitted_by_its_own_hessian(module):
-    weight, known = case(3, 40)
+    weight, hessian = case(3, 40)
     begin = start(module, weight)
-    together = descend(module, weight, *begin, known)
+    together = descend(module, weight, *begin, hessian)
     for e in range(2):
-        alone = descend(module, weight[e], *(part[e] for part in begin), known[e])
+        alone = descend(module, weight[e], *(part[e] for part in begin), hessian[e])
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[e], b)
 
@@ -115,8 +117,8 @@ def test_inputs_that_are_never_seen_change_nothing(module):
     """No rows at all, and one input that is always 0 without damping."""
     weight, _ = case(4, 40)
     begin = start(module, weight)
-    made = descend(module, weight, *begin, torch.zeros(2, 12, 12))
-    for a, b in zip(made, begin, strict=True):
+    solution = descend(module, weight, *begin, torch.zeros(2, 12, 12))
+    for a, b in zip(solution, begin, strict=True):
         assert torch.equal(a, b)
     x = torch.randn(2, 40, 12)
     x[..., 5] = 0
@@ -127,17 +129,17 @@ def test_inputs_that_are_never_seen_change_nothing(module):
 
 @both
 def test_codes_and_weights_that_lie_in_any_order(module):
-    weight, known = case(5, 40)
+    weight, hessian = case(5, 40)
     codes, grid = start(module, weight)
-    wanted = descend(module, weight, codes, grid, known)
+    expected = descend(module, weight, codes, grid, hessian)
     turned = codes.mT.contiguous().mT, grid.mT.contiguous().mT
-    made = descend(module, weight.mT.contiguous().mT, *turned, known.mT)
-    for a, b in zip(made, wanted, strict=True):
+    solution = descend(module, weight.mT.contiguous().mT, *turned, hessian.mT)
+    for a, b in zip(solution, expected, strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_row_of_zeros_stays_one():
-    weight, known = case(6, 40)
+    weight, hessian = case(6, 40)
     weight[0, 2] = 0
-    codes, grid = descend(ternary, weight, *start(ternary, weight), known)
+    codes, grid = descend(ternary, weight, *start(ternary, weight), hessian)
     assert not ternary.values(codes, grid)[0, 2].any()

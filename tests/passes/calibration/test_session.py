@@ -46,8 +46,8 @@ def pruned() -> moec.CompiledModel:
 
 def test_the_code_is_that_of_the_changed_graph(pruned: moec.CompiledModel) -> None:
     (step,) = [s for s in pruned.pass_results if s.damage]
-    wanted = evaluate(step.program.graph, [x], step.program.weights)[0]
-    torch.testing.assert_close(pruned(x), wanted, rtol=1e-5, atol=1e-5)
+    expected = evaluate(step.program.graph, [x], step.program.weights)[0]
+    torch.testing.assert_close(pruned(x), expected, rtol=1e-5, atol=1e-5)
     assert (pruned(x) - pruned.captured.eager(x)[0]).norm() > 1e-2  # and not the original's
     (block,) = pruned.blocks
     assert block.experts == 3
@@ -77,15 +77,15 @@ def test_measured_on_text() -> None:
     damage = step.damage
     assert damage is not None
     ids = tokens()
-    right, made = (outputs(p, ids)[0].double() for p in (original, step.program))
+    right, result = (outputs(p, ids)[0].double() for p in (original, step.program))
     kl = nn.functional.kl_div(
-        made.log_softmax(-1), right.log_softmax(-1), log_target=True, reduction="sum"
+        result.log_softmax(-1), right.log_softmax(-1), log_target=True, reduction="sum"
     )
-    loss = nn.functional.cross_entropy(made[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss = nn.functional.cross_entropy(result[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert damage.after.kl == pytest.approx(float(kl) / ids.numel(), rel=1e-4)
     assert damage.after.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
     assert damage.after.error == pytest.approx(
-        float((made - right).norm() / right.norm()), rel=1e-4
+        float((result - right).norm() / right.norm()), rel=1e-4
     )
     assert damage.original.kl == damage.original.error == damage.original.changed == 0
 
@@ -140,20 +140,20 @@ def test_the_second_pass_counts_from_the_original() -> None:
     """An expert that was renumbered by the first pass is still the same one."""
     original = program(1)
     steps = change(original, PruneExperts(keep=0.75), PruneExperts(keep=2 / 3))
-    kept = torch.arange(4)
+    remaining = torch.arange(4)
     for step in steps[1:]:
         assert step.damage is not None
         (line,) = step.damage.layers
         numbers = line.says.removeprefix("keeps ").partition(" of")[0].split(", ")
-        kept = kept[torch.tensor([int(n) for n in numbers])]
-    assert len(kept) == 2
+        remaining = remaining[torch.tensor([int(n) for n in numbers])]
+    assert len(remaining) == 2
     (layer,) = layers_of(original)
     ids = layer.route.outputs[1]
     before, after = (
         evaluate(replace(p.graph, outputs=(ids,)), [tokens()], p.weights)[0]
         for p in (original, steps[-1].program)
     )
-    same = (before.sort(-1).values == kept[after].sort(-1).values).all(-1)
+    same = (before.sort(-1).values == remaining[after].sort(-1).values).all(-1)
     assert 0 < same.double().mean() < 1
     assert steps[-1].damage is not None
     assert steps[-1].damage.after.changed == pytest.approx(1 - float(same.double().mean()))
@@ -187,14 +187,14 @@ def test_a_wrong_exact_pass_is_named(monkeypatch: pytest.MonkeyPatch, name: str)
     right = kind.run
 
     def wrong(self: Any, program: Program, log: Log) -> Program:
-        made = right(self, program, log)
+        result = right(self, program, log)
         ops = tuple(
             replace(op, attrs={**op.attrs, "scale": 1.2})
             if op.name in ("moe.gate", "moe.route")
             else op
-            for op in made.graph.ops
+            for op in result.graph.ops
         )
-        return replace(made, graph=replace(made.graph, ops=ops))
+        return replace(result, graph=replace(result.graph, ops=ops))
 
     monkeypatch.setattr(kind, "run", wrong)
     with pytest.raises(VerificationError, match=f"the graph differs is {name}"):
@@ -211,7 +211,7 @@ def test_changed_tokens() -> None:
 
 
 def test_a_model_that_looks_ahead_is_no_language_model() -> None:
-    made = program(1)
+    changed = program(1)
     graph = parse("""
     graph main(ids: i64[B, S]; embed: f32[20, 8]) {
       size B in [1, inf]
@@ -222,9 +222,9 @@ def test_a_model_that_looks_ahead_is_no_language_model() -> None:
       scores: f32[B, S, 20] = aten.linear.default(s, embed)
       return scores
     }""")
-    ahead = Program(graph, {"embed": made.weights["embed"]})
-    for given, wanted in ((made, (0, 0)), (ahead, None)):
-        assert Evaluator(given, load_calibration({"ids": tokens()}, given, {})).text == wanted
+    ahead = Program(graph, {"embed": changed.weights["embed"]})
+    for inputs, expected in ((changed, (0, 0)), (ahead, None)):
+        assert Evaluator(inputs, load_calibration({"ids": tokens()}, inputs, {})).text == expected
 
 
 @pytest.mark.parametrize(
@@ -247,24 +247,24 @@ def test_data_that_do_not_fit(calib: Any, says: str) -> None:
 
 
 def test_a_model_without_floats_is_refused() -> None:
-    given = program(1)
-    text = print_graph(given.graph).replace(
+    original = program(1)
+    text = print_graph(original.graph).replace(
         "  return scores",
         "  best: i64[B, S] = aten.argmax.default(scores) <dim=-1>\n  return best",
     )
     with pytest.raises(UsageError, match="whole numbers alone: no distance can be measured"):
-        change(Program(parse(text), given.weights), HALF)
+        change(Program(parse(text), original.weights), HALF)
 
 
 def test_data_from_files(tmp_path: Path) -> None:
     ids = tokens().numpy()
     np.savez(tmp_path / "ids.npz", ids=ids.astype(np.int32))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    made = [
+    changed = [
         change(program(), HALF, calib=calib)[-1].damage
         for calib in (tmp_path / "ids.npz", str(tmp_path / "ids.safetensors"), {"ids": ids})
     ]
-    assert made[0] == made[1] == made[2]
+    assert changed[0] == changed[1] == changed[2]
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UsageError, match=r"brings no tokenizer\.json"):
         change(program(), HALF, calib=tmp_path / "a.txt")
@@ -299,22 +299,22 @@ def test_calibration_data_of_several_domains(tmp_path: Path) -> None:
       y: f32[T, S, 8] = aten.neg.default(x)
       return y
     }"""), {})  # fmt: skip
-    given = {"a": {"x": torch.randn(6, 100, 8)}, "b": {"x": torch.randn(2, 50, 8)}}
-    found = load_calibration(given, program, {})
-    assert found.domains == ("a", "a", "b")
-    assert [tuple(case[0].shape) for case in found.cases] == [(4, 100, 8), (2, 100, 8), (2, 50, 8)]
-    assert found.tokens == 700
-    for name, data in given.items():
+    x = {"a": {"x": torch.randn(6, 100, 8)}, "b": {"x": torch.randn(2, 50, 8)}}
+    result = load_calibration(x, program, {})
+    assert result.domains == ("a", "a", "b")
+    assert [tuple(case[0].shape) for case in result.cases] == [(4, 100, 8), (2, 100, 8), (2, 50, 8)]
+    assert result.tokens == 700
+    for name, data in x.items():
         np.savez(tmp_path / f"{name}.npz", x=data["x"].numpy())
-    text = ",".join(f"{name}={tmp_path}/{name}.npz" for name in given)
+    text = ",".join(f"{name}={tmp_path}/{name}.npz" for name in x)
     again = load_calibration(text, program, {})
-    assert again.domains == found.domains
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(again.cases, found.cases, strict=True))
-    assert load_calibration({"x": given["a"]["x"]}, program, {}).domains == ()
+    assert again.domains == result.domains
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again.cases, result.cases, strict=True))
+    assert load_calibration({"x": x["a"]["x"]}, program, {}).domains == ()
     (tmp_path / "x=1.npz").write_bytes((tmp_path / "a.npz").read_bytes())
     assert load_calibration(f"{tmp_path}/x=1.npz", program, {}).domains == ()
     with pytest.raises(UsageError, match=r"calib\['b'\] holds y, and the model takes x"):
-        load_calibration({**given, "b": {"y": torch.zeros(1, 1, 8)}}, program, {})
+        load_calibration({**x, "b": {"y": torch.zeros(1, 1, 8)}}, program, {})
 
 
 def compile_with(**options: Any) -> Any:

@@ -51,11 +51,11 @@ def names(graph: Graph) -> list[str]:
 
 def tensors(text: str, batch: int, tokens: int, spare: int) -> dict[str, torch.Tensor]:
     sizes = {"B": batch, "S": tokens, "L": tokens + spare}
-    made = {
+    result = {
         value.name: torch.randn([d if isinstance(d, int) else sizes[str(d)] for d in value.shape])
         for value in parse(text).inputs
     }
-    return made | {"first": torch.randint(spare + 1, (batch,))}
+    return result | {"first": torch.randint(spare + 1, (batch,))}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -68,11 +68,11 @@ def program(text: str = HEAD + ATTENTION + TAIL) -> Program:
     )
 
 
-def folded(whole: Program) -> Program:
+def folded(full: Program) -> Program:
     """With queries, keys, values and results of attention where linear layers have them."""
-    made = run(whole, [FoldPermutes()], stage=Stage.GROUPED)[-1].program
-    assert any(op.attrs.get("tokens_first") == OPERANDS for op in made.graph.ops)
-    return made
+    program = run(full, [FoldPermutes()], stage=Stage.GROUPED)[-1].program
+    assert any(op.attrs.get("tokens_first") == OPERANDS for op in program.graph.ops)
+    return program
 
 
 def test_the_step_of_tokens_that_stand_first(golden: Callable[[str], None]) -> None:
@@ -82,8 +82,8 @@ def test_the_step_of_tokens_that_stand_first(golden: Callable[[str], None]) -> N
 def test_no_kernel_moves_what_attention_reads_and_gives() -> None:
     """Neither in the whole nor in the step."""
 
-    def permuting(whole: Program) -> list[str]:
-        module = lower(Module({"main": whole, "decode": incremental(whole)}), host(), CPU).module
+    def permuting(full: Program) -> list[str]:
+        module = lower(Module({"main": full, "decode": incremental(full)}), host(), CPU).module
         return [v.name_hint for v in module.get_global_vars() if "permute" in v.name_hint]
 
     assert permuting(program())
@@ -104,11 +104,11 @@ def test_pieces_give_what_the_whole_gives(
     batch: int, pieces: list[int], seed: int, fold: bool
 ) -> None:
     """Tolerance: sums over 8 features and 25 keys in another order."""
-    whole = folded(program()) if fold else program()
-    step = incremental(whole)
+    full = folded(program()) if fold else program()
+    step = incremental(full)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(9, (batch, sum(pieces)), generator=generator)
-    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    (expected,) = evaluate(full.graph, [ids], full.weights)
     caches = [torch.full((batch, 2, 32, 4), 9.0) for _ in step.graph.states]  # anything at all
     done = 0
     for count in pieces:
@@ -144,11 +144,11 @@ def test_layers_before_and_after_the_last_cache_share_a_router(pieces: list[int]
     """Only the last token of a piece runs through the layer after it: its rows are sorted alone.
     Tolerance: as above; weights are small, so that no softmax is so sharp that rounding moves it.
     """
-    whole = program(ONE_ROUTER)
-    whole = Program(whole.graph, {name: t / 4 for name, t in whole.weights.items()})
-    step = incremental(whole)
+    full = program(ONE_ROUTER)
+    full = Program(full.graph, {name: t / 4 for name, t in full.weights.items()})
+    step = incremental(full)
     ids = torch.randint(9, (2, sum(pieces)), generator=torch.Generator().manual_seed(0))
-    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    (expected,) = evaluate(full.graph, [ids], full.weights)
     caches = [torch.zeros(2, 2, 32, 4) for _ in step.graph.states]
     done = 0
     for count in pieces:
@@ -162,8 +162,8 @@ def test_layers_before_and_after_the_last_cache_share_a_router(pieces: list[int]
 
 
 def test_texts_may_stand_at_different_places() -> None:
-    whole = program()
-    step = incremental(whole)
+    full = program()
+    step = incremental(full)
     texts = [[1, 2, 3, 4, 5, 6], [7, 8, 2]]
     caches = [torch.zeros(2, 2, 32, 4) for _ in step.graph.states]
     ids = torch.tensor([[1, 2, 3, 4], [7, 8, 0, 0]])  # the second is padded
@@ -180,7 +180,7 @@ def test_texts_may_stand_at_different_places() -> None:
         step.weights,
     )
     for text, row in zip(texts, logits, strict=True):
-        (expected,) = evaluate(whole.graph, [torch.tensor([text])], whole.weights)
+        (expected,) = evaluate(full.graph, [torch.tensor([text])], full.weights)
         assert (row[0] - expected[0, -1]).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -268,17 +268,17 @@ def test_places_that_are_spread_over_the_batch_behind_another_axis() -> None:
         "  x: f32[B, S, 8] = aten.add.Tensor(e, p2) @ model\n"
     )
     plain = "  x: f32[B, S, 8] = aten.add.Tensor(e, places) @ model\n"
-    whole = program((HEAD + ATTENTION + TAIL).replace(plain, spread))
-    step = incremental(whole)
+    full = program((HEAD + ATTENTION + TAIL).replace(plain, spread))
+    step = incremental(full)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    (expected,) = evaluate(full.graph, [ids], full.weights)
     caches = [torch.zeros(2, 2, 32, 4) for _ in step.graph.states]
-    for place in range(3):
-        at = torch.full((2,), place)
-        given_ = [ids[:, place : place + 1], at, torch.arange(2), at]
+    for position in range(3):
+        at = torch.full((2,), position)
+        given_ = [ids[:, position : position + 1], at, torch.arange(2), at]
         logits, *caches = evaluate(step.graph, [*given_, *caches], step.weights)
-        wanted = expected[:, place]
-        assert (logits[:, 0] - wanted).abs().max() <= 1e-5 * expected.abs().max()
+        reference = expected[:, position]
+        assert (logits[:, 0] - reference).abs().max() <= 1e-5 * expected.abs().max()
 
 
 CARRIED = (
@@ -295,11 +295,11 @@ CARRIED = (
 
 
 def carrying(text: str = CARRIED) -> Program:
-    made = program(
+    changed = program(
         (HEAD + text + TAIL).replace("head: f32[9, 8]", "head: f32[9, 8], taps: f32[8, 1, 3]")
     )
     # Small numbers: what is carried grows with exp(decay).
-    return Program(made.graph, {name: 0.3 * value for name, value in made.weights.items()})
+    return Program(changed.graph, {name: 0.3 * value for name, value in changed.weights.items()})
 
 
 def test_what_is_carried(golden: Callable[[str], None]) -> None:
@@ -309,10 +309,10 @@ def test_what_is_carried(golden: Callable[[str], None]) -> None:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_a_state_goes_on_where_the_piece_before_ended(pieces: list[int]) -> None:
     """Tolerance: float32 sums in another order; what is carried may grow over 20 tokens."""
-    whole = carrying()
-    step = incremental(whole)
+    full = carrying()
+    step = incremental(full)
     ids = torch.arange(2 * sum(pieces)).reshape(2, -1) % 9
-    (expected,) = evaluate(whole.graph, [ids], whole.weights)
+    (expected,) = evaluate(full.graph, [ids], full.weights)
     states = [torch.zeros(2, *map(int, state.before.shape[1:])) for state in step.graph.states]
     done = 0
     for count in pieces:

@@ -34,12 +34,12 @@ def logits(step: Program, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
     batch = len(pieces[0][0])
     past = [torch.zeros(batch, 2, 0, 4) for _ in step.graph.inputs[2:]]
     masks: list[Tensor] = []
-    found = []
+    matches = []
     for ids, mask in pieces:
         masks.append(mask)
-        made, *past = evaluate(step.graph, [ids, torch.cat(masks, 1), *past], step.weights)
-        found.append(made)
-    return torch.cat(found, 1)
+        result, *past = evaluate(step.graph, [ids, torch.cat(masks, 1), *past], step.weights)
+        matches.append(result)
+    return torch.cat(matches, 1)
 
 
 def test_the_graph(golden: Callable[[str], None]) -> None:
@@ -59,18 +59,18 @@ def test_padding_anywhere(
 ) -> None:
     """Where a slot holds a token, its logits are those of its text without the padding; nowhere
     is a NaN. The padding is any token at all."""
-    whole = folded(limited(kind)) if fold else limited(kind)
-    step = with_past_inputs(whole)
+    full = folded(limited(kind)) if fold else limited(kind)
+    step = with_past_inputs(full)
     mask = torch.tensor(texts, dtype=torch.int64)
     ids = torch.randint(9, mask.shape, generator=torch.Generator().manual_seed(seed))
     ends = [*sorted(stops), 9]
     pieces = [(ids[:, a:b], mask[:, a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     got = logits(step, pieces)
     assert got.isfinite().all()
-    for text, row, own in zip(ids, got, mask.bool(), strict=True):
-        if own.any():
-            (expected,) = evaluate(whole.graph, [text[own][None]], whole.weights)
-            assert (row[own] - expected[0]).abs().max() <= FAR * expected.abs().max()
+    for text, row, entry in zip(ids, got, mask.bool(), strict=True):
+        if entry.any():
+            (expected,) = evaluate(full.graph, [text[entry][None]], full.weights)
+            assert (row[entry] - expected[0]).abs().max() <= FAR * expected.abs().max()
 
 
 def test_equal_limits_are_written_once() -> None:
@@ -89,9 +89,9 @@ def test_equal_limits_are_written_once() -> None:
 
 
 def test_other_states_are_refused() -> None:
-    whole = carrying()
+    full = carrying()
     with pytest.raises(NoMatch) as refused:
-        with_past_inputs(whole)
+        with_past_inputs(full)
     assert str(refused.value) == (
         "the convolution at model.conv carries a state of its own from token to token, in which "
         "padding would count"

@@ -147,9 +147,9 @@ def test_same_numbers(name: str) -> None:
     mask, attrs = MASKS[name]
     source = text(mask, bounds_of(name))
     step = folded(source)
-    found = dict(attention(step).attrs)
-    assert found.pop("scale") == 0.5
-    assert found == attrs
+    result = dict(attention(step).attrs)
+    assert result.pop("scale") == 0.5
+    assert result == attrs
     table = {"table": torch.ones(64, 64, dtype=torch.bool).tril()[None, None]}
     torch.manual_seed(0)
     for batch, length in ((1, 1), (2, 4), (3, 13), (1, 40)):
@@ -165,18 +165,18 @@ def test_single_elements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = parse(text(MASKS[name][0], bounds_of(name)))
     mask = graph.ops[-1].inputs[3]
     weights = {"table": torch.ones(64, 64, dtype=torch.bool).tril()[None, None]}
-    made = {value: op for op in graph.ops for value in op.outputs}
+    producers = {value: op for op in graph.ops for value in op.outputs}
     if name == "padding_stays":
-        mask = next(value for value in made if value.name == "causal")
-    source = mask_values.cut([mask], graph, weights, made)
+        mask = next(value for value in producers if value.name == "causal")
+    source = mask_values.cut([mask], graph, weights, producers)
     monkeypatch.setattr(mask_values, "SMALL", 30)
     by_element = mask_values.Elements(source, {"B": 2, "S": 12})
     assert mask not in by_element.computed
     monkeypatch.setattr(mask_values, "SMALL", 10**6)
-    whole = mask_values.Elements(source, {"B": 2, "S": 12}).computed[mask]
-    grids = torch.meshgrid(*map(torch.arange, whole.shape), indexing="ij")
-    places = tuple(grid.reshape(-1) for grid in grids)
-    assert torch.equal(by_element.at(mask, places), whole.reshape(-1))
+    full = mask_values.Elements(source, {"B": 2, "S": 12}).computed[mask]
+    grids = torch.meshgrid(*map(torch.arange, full.shape), indexing="ij")
+    positions = tuple(grid.reshape(-1) for grid in grids)
+    assert torch.equal(by_element.at(mask, positions), full.reshape(-1))
 
 
 def test_single_elements_at_negative_places(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,14 +188,14 @@ def test_single_elements_at_negative_places(monkeypatch: pytest.MonkeyPatch) -> 
         ).replace("mask)", "pad)")
     )
     (op,) = [op for op in graph.ops if op.name == "aten.index.Tensor"]
-    made = {value: o for o in graph.ops for value in o.outputs}
-    source = mask_values.cut(op.outputs, graph, {}, made)
+    producers = {value: o for o in graph.ops for value in o.outputs}
+    source = mask_values.cut(op.outputs, graph, {}, producers)
     monkeypatch.setattr(mask_values, "SMALL", 30)
     at = torch.arange(12)
     zero = torch.zeros(144, dtype=torch.int64)
-    places = (zero, zero, at.repeat_interleave(12), at.repeat(12))
-    found = mask_values.Elements(source, {"B": 1, "S": 12}).at(op.outputs[0], places)
-    assert torch.equal(found, (places[2] - places[3]) % 12)
+    positions = (zero, zero, at.repeat_interleave(12), at.repeat(12))
+    result = mask_values.Elements(source, {"B": 1, "S": 12}).at(op.outputs[0], positions)
+    assert torch.equal(result, (positions[2] - positions[3]) % 12)
 
 
 def test_a_large_table_is_compared_whole() -> None:

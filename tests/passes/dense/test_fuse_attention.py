@@ -91,14 +91,14 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 def tensors(batch: int, queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(batch + queries + keys)
-    seen = torch.rand(batch, 1, 1, keys) < 0.7
-    seen[..., 0] = True
+    visible = torch.rand(batch, 1, 1, keys) < 0.7
+    visible[..., 0] = True
     return [
         torch.randn(batch, 4, queries, 8).to(dtype),
         torch.randn(batch, 2, keys, 8).to(dtype),
         torch.randn(batch, 2, keys, 6).to(dtype),
-        torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype),
-        seen,
+        torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype),
+        visible,
         torch.randn(1, 4, queries, keys).to(dtype),
     ]
 

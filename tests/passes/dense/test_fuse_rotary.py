@@ -96,8 +96,8 @@ def tensors(width: int, batch: int, length: int, dtype: torch.dtype) -> list[tor
     angle = torch.rand(1, length, 4) * 50
     turns = [f(angle).repeat(1, 1, width // 4)[:, None] * 1.25 for f in (torch.cos, torch.sin)]
     x, z = torch.randn(2, batch, 4, length, 8)
-    found = [x, z, torch.randn(batch, length, 32), *turns, angle]
-    return [tensor.to(dtype) for tensor in found]
+    inputs = [x, z, torch.randn(batch, length, 32), *turns, angle]
+    return [tensor.to(dtype) for tensor in inputs]
 
 
 def names(graph: Graph) -> list[str]:

@@ -104,10 +104,10 @@ class SlotLoop(Loop):
         pairs = [(e, k) for e in numbers for k in slots]
         if not self.inside:
             pairs.sort(key=lambda pair: pair[1])
-        made = [expert(x) for expert in self.experts]
+        results = [expert(x) for expert in self.experts]
         out = torch.zeros_like(x)
         for e, k in pairs:
-            rows = made[e] if self.inside else self.experts[e](x)
+            rows = results[e] if self.inside else self.experts[e](x)
             out = out + (chosen[:, k] == e)[:, None] * weights[:, k, None] * rows
         return out
 
@@ -117,11 +117,11 @@ class OtherSlots(SlotLoop):
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.router(x)
-        made = [expert(x) for expert in self.experts]
+        results = [expert(x) for expert in self.experts]
         out = torch.zeros_like(x)
         for k in range(chosen.shape[-1]):
-            for e, rows in enumerate(made):
-                mask = chosen[:, k] == (e + k) % len(made)
+            for e, rows in enumerate(results):
+                mask = chosen[:, k] == (e + k) % len(results)
                 out = out + mask[:, None] * weights[:, k, None] * rows
         return out
 

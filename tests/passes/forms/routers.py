@@ -94,10 +94,10 @@ class Grouped(nn.Module):
     """DeepSeek: V3 scores groups by their best two and corrects the choice, V2 by their best."""
 
     def __init__(
-        self, version: int, experts: int = 8, groups: int = 4, kept: int = 2, k: int = 3
+        self, version: int, experts: int = 8, groups: int = 4, count: int = 2, k: int = 3
     ) -> None:
         super().__init__()
-        self.version, self.groups, self.kept, self.k = version, groups, kept, k
+        self.version, self.groups, self.kept, self.k = version, groups, count, k
         self.gate = nn.Linear(D, experts, bias=False)
         self.correction = nn.Parameter(torch.randn(experts) * 0.3)
 
@@ -111,8 +111,8 @@ class Grouped(nn.Module):
             choice = scores = logits.softmax(-1)
             groups = choice.view(-1, self.groups, size).max(-1).values
         best = groups.topk(self.kept, sorted=False)[1]
-        kept = torch.zeros_like(groups).scatter_(1, best, 1).unsqueeze(-1)
-        mask = kept.expand(-1, -1, size).reshape(-1, self.groups * size)
+        selected = torch.zeros_like(groups).scatter_(1, best, 1).unsqueeze(-1)
+        mask = selected.expand(-1, -1, size).reshape(-1, self.groups * size)
         choice = choice.masked_fill(~mask.bool(), float("-inf") if self.version == 3 else 0.0)
         experts = choice.topk(self.k, sorted=False)[1]
         weights = scores.gather(1, experts)

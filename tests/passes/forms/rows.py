@@ -101,9 +101,9 @@ class Counted(Loop):
         counts = F.one_hot(flat, len(self.experts)).sum(0).tolist()
         token = order // chosen.shape[1]
         parts = x[token].split(counts, dim=0)
-        made = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
-        made = made * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, token, made)
+        result = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        result = result * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, token, result)
 
 
 class Asked(Loop):
@@ -149,9 +149,9 @@ class Places(Loop):
         size = 3
         weights, chosen = self.router(x)
         hot = F.one_hot(chosen[:, 0], E)
-        place = (hot.cumsum(0) * hot).sum(-1) - 1
-        hot = hot * (place < size)[:, None]
-        dispatch = hot[..., None] * F.one_hot(place.clamp(max=size - 1), size)[:, None]
+        position = (hot.cumsum(0) * hot).sum(-1) - 1
+        hot = hot * (position < size)[:, None]
+        dispatch = hot[..., None] * F.one_hot(position.clamp(max=size - 1), size)[:, None]
         rows = torch.einsum("tec,td->ecd", dispatch.to(x.dtype), x)
         if self.chunks:  # as DeepSpeed, with an axis for the ranks
             parts = rows.reshape(1, E, size, D).chunk(E, dim=1)

@@ -119,16 +119,18 @@ class Capacity(Stacks):
         weights, chosen = self.router(x)
         hot = F.one_hot(chosen, E)
         if self.by_slot:
-            place = hot.transpose(0, 1).reshape(-1, E).cumsum(0) - 1
-            place = place.reshape(K, -1, E).transpose(0, 1)
+            position = hot.transpose(0, 1).reshape(-1, E).cumsum(0) - 1
+            position = position.reshape(K, -1, E).transpose(0, 1)
         else:
-            place = (hot.reshape(-1, E).cumsum(0) - 1).reshape(-1, K, E)
-        kept = (hot * (place < self.size)).to(x.dtype)
-        place = F.one_hot((place * hot).sum(-1).clamp(max=self.size - 1), self.size).to(x.dtype)
+            position = (hot.reshape(-1, E).cumsum(0) - 1).reshape(-1, K, E)
+        mask = (hot * (position < self.size)).to(x.dtype)
+        position = F.one_hot((position * hot).sum(-1).clamp(max=self.size - 1), self.size).to(
+            x.dtype
+        )
         if self.renormalise:
-            weights = weights * kept.sum(-1)
+            weights = weights * mask.sum(-1)
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
-        combine = torch.einsum("tke,tkc,tk->tec", kept, place, weights)
+        combine = torch.einsum("tke,tkc,tk->tec", mask, position, weights)
         dispatch = (combine > 0).to(x.dtype)
         rows = torch.einsum("tec,td->ecd", dispatch, x)
         hidden = F.gelu(torch.einsum("ecd,ehd->ech", rows, self.up) + self.bias[:, None])
@@ -141,9 +143,9 @@ class SwitchCapacity(Stacks):
     def forward(self, x: Tensor) -> Tensor:
         gates = F.softmax(self.router.gate(x), dim=1)
         mask = F.one_hot(torch.argmax(gates, dim=1), E)
-        place = torch.cumsum(mask, dim=0) - 1
-        mask = mask * torch.lt(place, 2)
-        spot = F.one_hot((place * mask).sum(1), 2).to(x.dtype)
+        position = torch.cumsum(mask, dim=0) - 1
+        mask = mask * torch.lt(position, 2)
+        spot = F.one_hot((position * mask).sum(1), 2).to(x.dtype)
         gates = gates * mask.to(x.dtype)
         combine = torch.einsum("se,sc->sec", gates, spot)
         rows = torch.einsum("sec,sm->ecm", combine.bool().to(x.dtype), x)

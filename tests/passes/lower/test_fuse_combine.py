@@ -36,9 +36,13 @@ def fused(form: dict[str, str]) -> tuple[Graph, Graph]:
 def test_golden(form: dict[str, str], golden: Callable[[str], None]) -> None:
     before, after = fused(form)
     golden(print_graph(after))
-    given = [torch.randn(6, 6).bfloat16(), torch.tensor([[0, 3], [3, 1], [2, 4]]), torch.rand(3, 2)]
+    inputs = [
+        torch.randn(6, 6).bfloat16(),
+        torch.tensor([[0, 3], [3, 1], [2, 4]]),
+        torch.rand(3, 2),
+    ]
     weights = {"w": torch.randn(4, 5, 6).bfloat16(), "b": torch.randn(4, 5).bfloat16()}
-    assert torch.equal(evaluate(before, given, weights)[0], evaluate(after, given, weights)[0])
+    assert torch.equal(evaluate(before, inputs, weights)[0], evaluate(after, inputs, weights)[0])
 
 
 @pytest.mark.parametrize("form", [{"dtype": "f32"}, {"places": "slots"}])

@@ -169,9 +169,9 @@ def check(graph: Graph, x: torch.Tensor, seed: int = 0) -> None:
     torch.manual_seed(seed)
     weights = {p.name: torch.randn(p.shape) for p in graph.params}
     s = torch.randn_like(x)
-    made = steps(graph, weights=weights)
+    result = steps(graph, weights=weights)
     (expected,) = evaluate(graph, [x, s], weights)
-    for step in made[1:]:
+    for step in result[1:]:
         (got,) = evaluate(step.program.graph, [x, s], step.program.weights)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 

@@ -13,7 +13,7 @@ from moec.passes.proof.prove import Prover
 
 def counted(limit: int | None) -> Graph:
     """x where fewer than `limit` positive values stand before it in its column."""
-    kept = (
+    mask = (
         f"kept: bool[T, 4] = aten.le.Scalar(place) <other={limit}>"
         if limit is not None
         else "kept: bool[T, 4] = aten.ge.Scalar(place) <other=0>"
@@ -23,7 +23,7 @@ def counted(limit: int | None) -> Graph:
       positive: bool[T, 4] = aten.gt.Scalar(x) <other=0>
       one: i64[T, 4] = aten._to_copy.default(positive) <dtype=i64>
       place: i64[T, 4] = aten.cumsum.default(one) <dim=0>
-      {kept}
+      {mask}
       y: f32[T, 4] = aten.mul.Tensor(x, kept)
       return y
     }}""")

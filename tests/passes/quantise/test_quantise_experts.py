@@ -59,10 +59,10 @@ def test_it_means_the_graph_with_rounded_weights(text):
     format = parse(text)
     rounded = dict(before.weights)
     for name in ("gate", "up", "down"):
-        made = quantise(format, before.weights[name])
-        rounded[name] = dequantise(format.kind, made.codes, made.scales, made.zeros)
+        codes = quantise(format, before.weights[name])
+        rounded[name] = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)
         stored = after.program.weights[f"{name}.codes"]
-        assert torch.equal(stored, made.codes)
+        assert torch.equal(stored, codes.codes)
         assert name not in after.program.weights
     inputs = [
         torch.randn(3, 64),
@@ -71,9 +71,9 @@ def test_it_means_the_graph_with_rounded_weights(text):
         torch.rand(3, 2),
     ]
     (got,) = evaluate(after.program.graph, inputs, after.program.weights)
-    (wanted,) = evaluate(before.graph, inputs, rounded)
+    (expected,) = evaluate(before.graph, inputs, rounded)
     finer = 257 if format.row_bits == 16 else 1
-    assert 0 < (got - wanted).norm() <= 0.02 / finer * wanted.norm()
+    assert 0 < (got - expected).norm() <= 0.02 / finer * expected.norm()
     assert not got[5].any()
 
 

@@ -78,15 +78,15 @@ def test_it_means_the_graph_with_rounded_weights(text):
     assert after.changed
     format, rounded = parse(text), dict(before.weights)
     for name in ("p", "q", "table"):
-        made = quantise(format, before.weights[name][None])
-        zeros = None if made.zeros is None else made.zeros[0]
-        rounded[name] = dequantise(format.kind, made.codes[0], made.scales[0], zeros)
-        assert torch.equal(after.program.weights[f"{name}.codes"], made.codes[0])
+        codes = quantise(format, before.weights[name][None])
+        zeros = None if codes.zeros is None else codes.zeros[0]
+        rounded[name] = dequantise(format.kind, codes.codes[0], codes.scales[0], zeros)
+        assert torch.equal(after.program.weights[f"{name}.codes"], codes.codes[0])
         assert name not in after.program.weights
     x = [torch.randn(7, 64)]
     (got,) = evaluate(after.program.graph, x, after.program.weights)
-    (wanted,) = evaluate(before.graph, x, rounded)
-    assert 0 < (got - wanted).norm() <= 0.03 * wanted.norm()
+    (expected,) = evaluate(before.graph, x, rounded)
+    assert 0 < (got - expected).norm() <= 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(

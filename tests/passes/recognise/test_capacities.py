@@ -24,10 +24,10 @@ LIMIT = 3
 def table(mask: Tensor, weight: Tensor, collide: bool = False) -> Tensor:
     """[.., N, E] masks and weights [.., N] -> combine weights [.., N, E, LIMIT], places counted
     along N; `collide` gives all rows of an expert the first place."""
-    place = torch.zeros_like(mask) if collide else mask.cumsum(-2) - mask
-    kept = mask * (mask.cumsum(-2) <= LIMIT)
-    spot = F.one_hot((place * kept).sum(-1), LIMIT).float()
-    return (weight[..., None] * kept)[..., None] * spot[..., None, :]
+    position = torch.zeros_like(mask) if collide else mask.cumsum(-2) - mask
+    selected = mask * (mask.cumsum(-2) <= LIMIT)
+    spot = F.one_hot((position * selected).sum(-1), LIMIT).float()
+    return (weight[..., None] * selected)[..., None] * spot[..., None, :]
 
 
 class PerText(Stacks):

@@ -76,12 +76,12 @@ def steps(module: nn.Module) -> Any:
 @pytest.mark.parametrize("kind", [Kinds, Residual, Swapped])
 def test_one_node_and_back(kind: type[nn.Module]) -> None:
     module = kind()
-    made = steps(module)
-    by_name = {step.name: step.program for step in made.pass_results}
+    result = steps(module)
+    by_name = {step.name: step.program for step in result.pass_results}
     node, out = by_name["recognise-mixtures"], by_name["expand-mixtures"]
     assert [op.name for op in node.graph.ops].count("moe.mixture") == 1
     assert not any(op.name == "moe.mixture" for op in out.graph.ops)
-    (block,) = made.blocks
+    (block,) = result.blocks
     assert (block.experts, block.top_k, block.router) == (3, 3, "softmax, all")
     x = torch.randn(5, D)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_share_that_weighs_nothing() -> None:
 
 
 def test_a_result_that_others_read() -> None:
-    made = steps(ReadByOthers())
-    assert made.blocks == ()
-    (declined,) = [d for d in made.declined if d.rule == "recognise-mixtures"]
+    result = steps(ReadByOthers())
+    assert result.blocks == ()
+    (declined,) = [d for d in result.declined if d.rule == "recognise-mixtures"]
     assert declined.reason == "what one of its experts gives is read by others too"

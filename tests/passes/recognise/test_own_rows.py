@@ -36,6 +36,6 @@ def test_one_product_is_no_network() -> None:
     ],
 )
 def test_choices_of_what_is_no_expert_are_declined(form: type[nn.Module], why: str) -> None:
-    _, found, declined = recognised(form())
-    assert found == ()
+    _, blocks, declined = recognised(form())
+    assert blocks == ()
     assert any(why in item.reason for item in declined), declined

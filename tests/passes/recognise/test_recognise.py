@@ -183,7 +183,7 @@ def test_grouped_routers(version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "experts", "groups", "kept", "k", "seen"),
+    ("version", "experts", "groups", "count", "k", "visible"),
     [
         (3, 8, 4, 2, 2, True),  # a correction above all scores would hide it
         (3, 16, 8, 7, 2, True),  # seldom do they differ
@@ -193,11 +193,11 @@ def test_grouped_routers(version: int) -> None:
     ],
 )
 def test_a_limit_to_groups_is_never_lost(
-    version: int, experts: int, groups: int, kept: int, k: int, seen: bool
+    version: int, experts: int, groups: int, count: int, k: int, visible: bool
 ) -> None:
-    router = routers.Grouped(version, experts, groups, kept, k)
+    router = routers.Grouped(version, experts, groups, count, k)
     _, (block,), _ = recognised(loops.Loop(router=router, count=experts))
-    assert (f"best {kept} of {groups} groups" in block.router) == seen
+    assert (f"best {count} of {groups} groups" in block.router) == visible
     assert f"top-{k}" in block.router
 
 
@@ -309,8 +309,8 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
 
 @pytest.mark.parametrize("form", REFUSED)
 def test_refusals(form: Callable[[], nn.Module]) -> None:
-    program, found, declined = recognised(form())
-    assert found == ()
+    program, blocks, declined = recognised(form())
+    assert blocks == ()
     assert not any(op.name.startswith("moe.") for op in program.graph.ops)
     assert any(REFUSED[form] in d.reason for d in declined), declined
 
@@ -326,8 +326,8 @@ def test_what_one_expert_cannot_do() -> None:
 
 @pytest.mark.parametrize("form", [others.Dense, others.Ensemble])
 def test_dense_models_are_left_alone_silently(form: type[nn.Module]) -> None:
-    _, found, declined = recognised(form())
-    assert (found, declined) == ((), ())
+    _, blocks, declined = recognised(form())
+    assert (blocks, declined) == ((), ())
 
 
 @pytest.fixture(scope="module")
@@ -364,10 +364,10 @@ def test_equal_layers_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compare = Prover._compare
     monkeypatch.setattr(Prover, "_compare", lambda *args: ran.append(args[2]) or compare(*args))
     layers = nn.Sequential(stacks.Gathered(), stacks.Gathered(), stacks.Gathered())
-    _, found, _ = recognised(layers)
-    assert len(found) == 3
+    _, blocks, _ = recognised(layers)
+    assert len(blocks) == 3
     assert len({id(before) for before in ran}) == 2  # one region, one router
-    assert [block.name for block in found] == ["0", "1", "2"]
+    assert [block.name for block in blocks] == ["0", "1", "2"]
 
 
 def test_fuel_limits_recognition() -> None:

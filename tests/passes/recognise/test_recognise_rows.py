@@ -29,8 +29,8 @@ LIMITED = ", at most 3 per expert, by slot"
 
 @pytest.mark.parametrize("name", FORMS)
 def test_rows(name: str, golden: Golden) -> None:
-    made, slots, form = FORMS[name]
-    program, (block,), declined = recognised(made())
+    make, slots, form = FORMS[name]
+    program, (block,), declined = recognised(make())
     check_text(program, golden)
     assert (block.form, block.experts, block.top_k) == (form, E, slots)
     router = "softmax, top-2, renormalised" if slots == 2 else "softmax, top-1"
@@ -39,17 +39,17 @@ def test_rows(name: str, golden: Golden) -> None:
 
 
 def test_a_sum_for_each_slot_is_a_block_for_each() -> None:
-    _, found, _ = recognised(rows.SlotSums())
-    assert [(block.form, block.experts, block.top_k) for block in found] == [
+    _, blocks, _ = recognised(rows.SlotSums())
+    assert [(block.form, block.experts, block.top_k) for block in blocks] == [
         ("static loop", E, 1)
     ] * 2
 
 
-@pytest.mark.parametrize("made", [rows.Written, rows.OtherWeights])
-def test_what_only_looks_so_is_refused(made: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("module", [rows.Written, rows.OtherWeights])
+def test_what_only_looks_so_is_refused(module: Callable[[], nn.Module]) -> None:
     """Two slots, of which one is written over or has other experts."""
-    _, found, declined = recognised(made())
-    assert found == ()
+    _, blocks, declined = recognised(module())
+    assert blocks == ()
     assert "the numbers differ" in declined[0].reason
 
 

@@ -46,30 +46,30 @@ def recognised(module: nn.Module, axis: int) -> moec.CompiledModel:
     torch.manual_seed(0)
     shape = (2, N, D) if axis == 0 else (N, 2, D)
     pictures = torch.export.Dim("B", min=1, max=64)
-    given = (torch.randn(shape), torch.randn(2, D))
+    x = (torch.randn(shape), torch.randn(2, D))
     return moec.compile(
-        module.eval(), given, dynamic_shapes=({axis: pictures}, {0: pictures}),
+        module.eval(), x, dynamic_shapes=({axis: pictures}, {0: pictures}),
         stop_after="recognise-routers",
     )  # fmt: skip
 
 
 def test_rows_of_a_picture_share_its_choice() -> None:
-    made = recognised(Pictures(), 0)
-    (block,) = made.blocks
+    result = recognised(Pictures(), 0)
+    (block,) = result.blocks
     assert (block.experts, block.top_k, block.router) == (E, 1, "softmax, top-1")
-    ops = made.pass_results[-1].program.graph.ops
+    ops = result.pass_results[-1].program.graph.ops
     (route,) = [op for op in ops if op.name == "moe.route"]
     assert [str(dim) for dim in route.outputs[1].shape] == ["B", "1"]  # once a picture
-    program = made.pass_results[-1].program
+    program = result.pass_results[-1].program
     inputs = [torch.randn(4, N, D), torch.randn(4, D)]
     with torch.no_grad():
-        right = made.source.model(*inputs)
+        right = result.source.model(*inputs)
     (rows,) = evaluate(program.graph, inputs, program.weights)
     torch.testing.assert_close(rows, right, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_do_not_stand_together() -> None:
     """The hypothesis is that a picture's rows follow each other: the proof refuses it."""
-    made = recognised(Columns(), 1)
-    assert made.blocks == ()
-    assert made.declined
+    result = recognised(Columns(), 1)
+    assert result.blocks == ()
+    assert result.declined

@@ -78,8 +78,8 @@ def test_the_numbers_stay(tokens: int, seed: int, copies: bool) -> None:
     inputs = [x, x if copies else z]
     (right,) = evaluate(before.graph, inputs, before.weights)
     step = after(before)
-    (made,) = evaluate(step.program.graph, inputs, step.program.weights)
-    torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
+    (result,) = evaluate(step.program.graph, inputs, step.program.weights)
+    torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
     assert [op.name for op in step.program.graph.ops].count("moe.experts") == 1
 
 

@@ -28,8 +28,8 @@ def ops(k: str = "T", dim: int = 0, value: int = 1) -> list[str]:
     before = Program(parse(TEXT.format(k=k, number=number, dim=dim, value=value)), {})
     after = run(before, [Canonicalise()], stage=Stage.ATEN)[-1].program
     inputs = [torch.randint(2, (7, 3)), torch.rand(7, 3)]
-    made, right = (evaluate(p.graph, inputs, p.weights)[0] for p in (after, before))
-    assert torch.equal(made, right)
+    result, right = (evaluate(p.graph, inputs, p.weights)[0] for p in (after, before))
+    assert torch.equal(result, right)
     return [op.name.split(".")[1] for op in after.graph.ops]
 
 

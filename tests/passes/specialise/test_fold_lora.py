@@ -44,10 +44,10 @@ def model(body: str, dtype: str = "f32", seed: int = 0) -> Program:
     }}""".replace("f32", dtype)
     )
     generator = torch.Generator().manual_seed(seed)
-    made = {p.name: torch.randn([int(d) for d in p.shape], generator=generator)
+    result = {p.name: torch.randn([int(d) for d in p.shape], generator=generator)
             for p in graph.params}  # fmt: skip
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return Program(graph, {name: tensor.to(kind) for name, tensor in made.items()})
+    return Program(graph, {name: tensor.to(kind) for name, tensor in result.items()})
 
 
 def folded(program: Program) -> PassResult:
@@ -71,9 +71,9 @@ def test_same_numbers(body: str, rows: int, seed: int) -> None:
     assert [op.name for op in step.program.graph.ops] == ["aten.linear.default"]
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
     (right,) = evaluate(before.graph, [x, x], before.weights)
-    (made,) = evaluate(step.program.graph, [x, x], step.program.weights)
+    (result,) = evaluate(step.program.graph, [x, x], step.program.weights)
     scale = float(right.abs().max()) if rows else 1.0
-    torch.testing.assert_close(made, right, rtol=0, atol=1e-5 * max(scale, 1.0))
+    torch.testing.assert_close(result, right, rtol=0, atol=1e-5 * max(scale, 1.0))
 
 
 def test_bf16_is_rounded_once() -> None:
@@ -130,8 +130,8 @@ class Adapted(nn.Module):
         self.b = nn.Linear(2, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.base(x) + self.b(self.a(x)) * self.scale
-        return made
+        result: Tensor = self.base(x) + self.b(self.a(x)) * self.scale
+        return result
 
 
 class Model(nn.Module):

@@ -83,10 +83,10 @@ def test_one_dense_layer_with_the_same_numbers(
     assert [value.name for value in graph.inputs] == ["x"]
     assert [str(p.type) for p in graph.params] == ["f32[6, 8]"]
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
-    given = [x] if stored else [x, torch.tensor([arch])]
-    (right,) = evaluate(before.graph, given, before.weights)
-    (made,) = evaluate(graph, [x], step.program.weights)
-    assert torch.equal(made, right)
+    inputs = [x] if stored else [x, torch.tensor([arch])]
+    (right,) = evaluate(before.graph, inputs, before.weights)
+    (result,) = evaluate(graph, [x], step.program.weights)
+    assert torch.equal(result, right)
 
 
 def test_a_mixture_by_an_input_that_is_not_bound_is_declined() -> None:

@@ -40,8 +40,8 @@ BY_EXPERTS = """
 
 
 def layer(number: int, x: str, weight: str = "w", choice: str = "i") -> str:
-    made = LAYER.replace("#", str(number)).replace("IN", x)
-    return made.replace("WEIGHT", weight).replace("CHOICE", choice)
+    result = LAYER.replace("#", str(number)).replace("IN", x)
+    return result.replace("WEIGHT", weight).replace("CHOICE", choice)
 
 
 def model(body: str, seed: int = 0) -> Program:
@@ -112,8 +112,8 @@ def test_the_parts_give_the_whole(body: str, sizes: tuple[int, int], seed: int) 
     right = evaluate(before.graph, [ids], before.weights)
     choices = evaluate(parts.route.graph, [ids], parts.route.weights)
     assert all(map(torch.equal, evaluate(step.program.graph, [ids], step.program.weights), right))
-    made = evaluate(parts.routed.graph, [ids, *choices], parts.routed.weights)
-    assert all(map(torch.equal, made, right))
+    result = evaluate(parts.routed.graph, [ids, *choices], parts.routed.weights)
+    assert all(map(torch.equal, result, right))
 
 
 def test_weights_that_rows_tell_stay() -> None:

@@ -65,13 +65,13 @@ LIMITED = EXPERTS.replace("moe.dispatch(x, i)", "moe.dispatch(x, c)").replace(
 
 def model(router: str, k: int = 2, experts: str = EXPERTS, seed: int = 0) -> Program:
     text = (router + experts).replace("K*B", f"{k}*B" if k > 1 else "B").replace("K", str(k))
-    whole = parse(f"""
+    full = parse(f"""
     graph main(x: f32[B, 8], task: i64[B]; tasks: f32[3, 4], gates: f32[3, 4, 8], router: f32[4, 8],
                masks: f32[3, 4], infinity: f32[1, 4], w1: f32[4, 6, 8], w2: f32[4, 8, 6]) {{
       size B in [0, inf]{text}
       return y
     }}""")
-    graph = drop_dead(whole)  # the weights that this router reads
+    graph = drop_dead(full)  # the weights that this router reads
     generator = torch.Generator().manual_seed(seed)
     weights = {
         p.name: torch.randn([int(d) for d in p.shape], generator=generator) for p in graph.params
@@ -92,8 +92,8 @@ def assert_same(before: Program, after: Program, task: int, rows: int = 7, seed:
     """Products of other rows differ in rounding alone: sums of 8 and 6 numbers of about 1."""
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
     (right,) = evaluate(before.graph, [x, torch.full((rows,), task)], before.weights)
-    (made,) = evaluate(after.graph, [x], after.weights)
-    torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
+    (result,) = evaluate(after.graph, [x], after.weights)
+    torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
 
 
 def test_text(golden: Any) -> None:
@@ -244,7 +244,7 @@ def test_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "known"),
+    ("op", "reference"),
     [
         ("v: f32[B, 4] = aten.softmax.int(row) <dim=-1>", True),
         ("v: f32[B, 4] = aten.softmax.int(row) <dim=0>", False),
@@ -260,7 +260,7 @@ def test_as_text() -> None:
         ("v: f32[B, 4] = aten.mul.Tensor(row, x)", False),
     ],
 )
-def test_what_is_known(op: str, known: bool) -> None:
+def test_what_is_known(op: str, reference: bool) -> None:
     """An op that sees several tokens at once tells of none."""
     graph = parse(f"""
     graph main(x: f32[B, 4], task: i64[B]; tasks: f32[3, 4], square: f32[4, 4]) {{
@@ -273,7 +273,7 @@ def test_what_is_known(op: str, known: bool) -> None:
     weights = {p.name: torch.randn([int(d) for d in p.shape]) for p in graph.params}
     (value,) = graph.outputs
     seeds = {graph.inputs[1]: torch.tensor([1])}
-    assert (value in TokenInvariantAnalysis(Program(graph, weights), seeds).constants) is known
+    assert (value in TokenInvariantAnalysis(Program(graph, weights), seeds).constants) is reference
 
 
 def test_a_value_that_the_model_fails_on() -> None:
@@ -282,5 +282,5 @@ def test_a_value_that_the_model_fails_on() -> None:
 
 
 def test_bound_values_have_a_text() -> None:
-    made = bind(model(BY_TASK), {"task": 2}, "it").graph
-    assert print_graph(parse(print_graph(made))) == print_graph(made)
+    result = bind(model(BY_TASK), {"task": 2}, "it").graph
+    assert print_graph(parse(print_graph(result))) == print_graph(result)

@@ -28,19 +28,19 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def compiled(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, CompiledModel]:
     family = FAMILIES[name]
     model = family.build(dtype)
-    made = moec.compile(
+    compiled_model = moec.compile(
         model, kwargs=family.inputs(2, 9), target=TARGET, backend=CUDA_TEXT, verify=False
     )
-    return model, made
+    return model, compiled_model
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - RUN.keys()))
 def test_families_become_cuda_c(name: str) -> None:
-    _, made = compiled(name, torch.float32)
-    assert made.package is not None
-    assert made.package.gpu is not None
-    source = made.package.gpu.parts["kernels.cu"].decode()
-    assert all(f" {launch.name}(" in source for launch in made.package.gpu.launches)
+    _, model = compiled(name, torch.float32)
+    assert model.package is not None
+    assert model.package.gpu is not None
+    source = model.package.gpu.parts["kernels.cu"].decode()
+    assert all(f" {launch.name}(" in source for launch in model.package.gpu.launches)
 
 
 @pytest.mark.long
@@ -48,15 +48,15 @@ def test_families_become_cuda_c(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_emulated_models_equal_eager(name: str) -> None:
     dtype = RUN[name]
-    model, made = compiled(name, dtype)
-    assert made.package is not None
-    run = emulated_model(made.package)
+    model, compiled_model = compiled(name, dtype)
+    assert compiled_model.package is not None
+    run = emulated_model(compiled_model.package)
     for number, (batch, sequence) in enumerate([(2, 9), (1, 5)]):
         inputs = FAMILIES[name].inputs(batch, sequence, seed=number)
         with torch.no_grad():
             expected = model(**inputs).logits.float()
-        ports = made.package.main.inputs
-        given = {port.name: inputs[port.name] for port in ports}
-        found = run(given, schedule=SCHEDULES[number]).popitem()[1].float()
-        error = (found - expected).abs().max() / expected.abs().max()
+        ports = compiled_model.package.main.inputs
+        values = {port.name: inputs[port.name] for port in ports}
+        result = run(values, schedule=SCHEDULES[number]).popitem()[1].float()
+        error = (result - expected).abs().max() / expected.abs().max()
         assert error <= NEAR[dtype]

@@ -53,8 +53,8 @@ def random_inputs(spec: AttentionSpec, batch: int, queries: int, keys: int) -> I
     v = torch.randn(batch, spec.kv_heads, keys, spec.value_dim).to(dtype)
     mask = sinks = first = None
     if spec.mask is not None:
-        whole = (batch, spec.q_heads, queries, keys)
-        shape = [d if full else 1 for d, full in zip(whole, spec.mask.full, strict=True)]
+        total = (batch, spec.q_heads, queries, keys)
+        shape = [d if full else 1 for d, full in zip(total, spec.mask.full, strict=True)]
         mask = torch.rand(shape) < 0.7
         if spec.mask.dtype != "bool":
             mask = torch.where(mask, torch.randn(shape), -torch.inf).to(TORCH[spec.mask.dtype])
@@ -78,9 +78,9 @@ def shared(t: Tensor) -> tvm.runtime.Tensor:
 def run(spec: AttentionSpec, x: Inputs) -> Tensor:
     out = torch.full((*x.q.shape[:3], spec.value_dim), torch.nan, dtype=x.q.dtype)
     tensors = [*x.tensors(), out]
-    for name, place in (("q", 0), ("k", 1), ("v", 2), ("out", -1)):
+    for name, position in (("q", 0), ("k", 1), ("v", 2), ("out", -1)):
         if name in spec.tokens_first:
-            tensors[place] = tensors[place].transpose(1, 2).contiguous()
+            tensors[position] = tensors[position].transpose(1, 2).contiguous()
     kernel(spec)["attention"](*map(shared, tensors))
     return tensors[-1].transpose(1, 2) if "out" in spec.tokens_first else out
 
@@ -240,9 +240,9 @@ def test_great_scores_do_not_overflow(queries: int) -> None:
     ("name", "target"), [*(("bf16-mask", t) for t in TARGETS), ("uneven-f16", "generic")]
 )
 def test_compiles_for_every_target(name: str, target: str) -> None:
-    made = assembly(attention(SPECS[name], TARGETS[target]), TARGETS[target])
-    assert ("zmm" in made) == (TARGETS[target].vector_lanes == 16)
-    assert ("tdpbf16ps" in made) == TARGETS[target].bf16_tiles
+    code = assembly(attention(SPECS[name], TARGETS[target]), TARGETS[target])
+    assert ("zmm" in code) == (TARGETS[target].vector_lanes == 16)
+    assert ("tdpbf16ps" in code) == TARGETS[target].bf16_tiles
 
 
 def test_compiles_for_haswell() -> None:
@@ -283,7 +283,7 @@ assert tvm.get_global_func("runtime.NumThreads")() == min(THREADS, os.cpu_count(
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    made = [
+    process = [
         subprocess.run(
             [sys.executable, "-c", SCRIPT.replace("THREADS", str(threads))],
             env=os.environ | {"TVM_NUM_THREADS": str(threads)},
@@ -293,4 +293,4 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         ).stdout
         for threads in (1, 2)
     ]
-    assert made[0] == made[1]
+    assert process[0] == process[1]

@@ -85,7 +85,7 @@ class Linear:
         rows = round_rows(x, 1, 16)
         if self.top_k:
             rows = rows[order.long() // self.top_k]
-        made = torch.zeros(len(rows), self.spec.n, dtype=torch.float64)
+        result = torch.zeros(len(rows), self.spec.n, dtype=torch.float64)
         start = 0
         for e, end in enumerate(ends.tolist()):
             parts = [rows[start:end].double() @ w[e].double().T for w in self.weights]
@@ -93,16 +93,18 @@ class Linear:
                 parts = [p * scale.flatten()[order.long()][start:end, None] for p in parts]
             if self.biases:
                 parts = [p + b[e] for p, b in zip(parts, self.biases, strict=True)]
-            made[start:end] = F.silu(parts[0]) * parts[1] if self.spec.gated else parts[0]
+            result[start:end] = F.silu(parts[0]) * parts[1] if self.spec.gated else parts[0]
             start = end
-        return made
+        return result
 
 
-def check(y, wanted):
-    assert torch.equal(y.isfinite(), wanted.isfinite())
-    some = wanted.isfinite()
-    if some.any():
-        assert (y.double() - wanted)[some].abs().max() <= CLOSE * (1 + wanted[some].abs().max())
+def check(y, expected):
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    if finite.any():
+        assert (y.double() - expected)[finite].abs().max() <= CLOSE * (
+            1 + expected[finite].abs().max()
+        )
 
 
 @pytest.mark.parametrize(("target", "kind"), BUILT, ids=lambda v: getattr(v, "name", v))
@@ -151,10 +153,10 @@ def test_a_row_means_the_same_beside_any_others(build, tokens):
     """Whether weights are decoded for few rows, or once for many, more than a chunk of 96 even."""
     linear, x = small(build), torch.randn(tokens, 32)
     order, ends = routing(torch.full((tokens, 2), 3), 6)
-    whole = linear(x, order, ends)
+    full = linear(x, order, ends)
     order, ends = routing(torch.full((1, 2), 3), 6)
     for t in range(tokens):
-        assert torch.equal(linear(x[t : t + 1].clone(), order, ends), whole[2 * t : 2 * t + 2])
+        assert torch.equal(linear(x[t : t + 1].clone(), order, ends), full[2 * t : 2 * t + 2])
 
 
 @pytest.mark.parametrize(
@@ -162,15 +164,15 @@ def test_a_row_means_the_same_beside_any_others(build, tokens):
 )
 def test_masks_and_signs_give_the_same_bits(build, target, monkeypatch):
     """Few rows and many, of weights that are mostly not 0."""
-    made = []
+    results = []
     for signs in (True, False):
         monkeypatch.setattr(compressed_weights, "signed", lambda target, signs=signs: signs)
         torch.manual_seed(0)
         linear = Linear(build, target, "ternary", 37, 90, 3)
         rows = torch.randn(6 + MANY, 90)
-        made.append(linear(rows, None, torch.tensor([5, 6, 6 + MANY], dtype=torch.int32)))
-    assert made[0].isfinite().all()
-    assert torch.equal(*made)
+        results.append(linear(rows, None, torch.tensor([5, 6, 6 + MANY], dtype=torch.int32)))
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
 
 
 def test_the_greatest_sums_fit(build):

@@ -31,8 +31,8 @@ on_amx = pytest.mark.skipif(bool(missing(AMX)), reason="needs a CPU with AMX")
 def packed(spec: LinearSpec, *weights, biases=()):
     layout = Layout(spec, AMX)
     assert layout.amx
-    made = [pack(layout, *weights)] + ([pack_bias(layout, *biases)] if biases else [])
-    return [torch.from_numpy(p) for p in made]
+    results = [pack(layout, *weights)] + ([pack_bias(layout, *biases)] if biases else [])
+    return [torch.from_numpy(p) for p in results]
 
 
 def near(y, x, w, bias=0.0):
@@ -81,9 +81,9 @@ def test_rows_past_the_cache_go_in_chunks(build):
     weights = [torch.randn(s.n, 64).bfloat16() for s in specs]
     arguments = [packed(s, w)[0] for s, w in zip(specs, weights, strict=True)]
     x = torch.randn(200, 64).bfloat16()
-    made = [torch.empty(200, 70).bfloat16(), torch.empty(200, 16)]
-    build(small, linears(small, specs))(x, *arguments, *made)
-    assert all(near(y, x, w) for y, w in zip(made, weights, strict=True))
+    results = [torch.empty(200, 70).bfloat16(), torch.empty(200, 16)]
+    build(small, linears(small, specs))(x, *arguments, *results)
+    assert all(near(y, x, w) for y, w in zip(results, weights, strict=True))
 
 
 @on_amx
@@ -105,7 +105,7 @@ def test_gathered_gate_and_up(build, num_experts):
         ends = counts.cumsum(0)[:num_experts].int()
         y = torch.full((t * k, h), float("nan"))
         function(x, order, ends, *arguments, scale, y)
-        wanted = torch.zeros(t * k, h, dtype=torch.float64)
+        expected = torch.zeros(t * k, h, dtype=torch.float64)
         for r, choice in enumerate(order.tolist()):
             e = int(owners.flatten()[choice])
             if e < num_experts:
@@ -113,9 +113,9 @@ def test_gathered_gate_and_up(build, num_experts):
                 gate, up = (
                     w[e].double() @ row + b[e] for w, b in zip(weights, biases, strict=True)
                 )
-                wanted[r] = F.silu(gate) * up
+                expected[r] = F.silu(gate) * up
         # Products of order 1, of two sums of 64: 4e-6 in test_grouped, for sums of some dozens.
-        assert ((y - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all()
+        assert ((y - expected).abs() <= 1e-5 * (1 + expected.abs())).all()
 
 
 @on_amx

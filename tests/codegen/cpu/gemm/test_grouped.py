@@ -44,19 +44,19 @@ def routing(experts: torch.Tensor, num_experts: int):
 
 def expected(rows, ends, weights, biases, scale, join):
     """Expert by expert in float64; rows of nobody are 0."""
-    made = torch.zeros(len(rows), weights[0].shape[1], dtype=torch.float64)
+    result = torch.zeros(len(rows), weights[0].shape[1], dtype=torch.float64)
     start = 0
     for e, end in enumerate(ends.tolist()):
         x = rows[start:end].double() * scale[start:end].double()
         parts = [x @ w[e].double().T for w in weights]
         parts = [p + b[e].double() for p, b in zip(parts, biases, strict=True)] if biases else parts
-        made[start:end] = join(*parts)
+        result[start:end] = join(*parts)
         start = end
-    return made
+    return result
 
 
-def check(y, wanted, dtype):
-    error = (y.double() - wanted).abs() / (1 + wanted.abs())
+def check(y, expected, dtype):
+    error = (y.double() - expected).abs() / (1 + expected.abs())
     assert len(y) == 0 or error.nan_to_num(1e9).max() <= CLOSE[dtype]
 
 
@@ -166,15 +166,15 @@ def test_k_in_blocks_changes_no_bit(build, target, dtype):
     x = torch.randn(PARTIAL_ROWS + 50, 270).to(DTYPES[dtype])
     ends = torch.tensor([PARTIAL_ROWS + 31, PARTIAL_ROWS + 31, PARTIAL_ROWS + 32, len(x)]).int()
     weight = torch.randn(4, 70, 270).to(DTYPES[dtype])
-    made = []
+    results = []
     for l2 in (1, 1 << 20):
         of = replace(target, l2=l2)
         layout = Layout(spec, of)
         assert (layout.depth_block < layout.depth) == (l2 == 1)
-        made.append(torch.full((len(x), 70), float("nan")))
+        results.append(torch.full((len(x), 70), float("nan")))
         packed = torch.from_numpy(pack(layout, weight))
-        build(of, grouped_linear(of, spec))(x, ends, packed, made[-1])
-    assert torch.equal(*made)
+        build(of, grouped_linear(of, spec))(x, ends, packed, results[-1])
+    assert torch.equal(*results)
 
 
 @each_target
@@ -195,14 +195,14 @@ def test_many_rows_and_few_give_the_same_bits(build, target, dtype):
     owners = torch.full((len(x), 1), 3)
     owners[:7] = 5
     order, ends = routing(owners, experts)
-    made = torch.full((len(x), wide), float("nan"))
-    function(x, order, ends, packed, made)
+    result = torch.full((len(x), wide), float("nan"))
+    function(x, order, ends, packed, result)
     for at in (0, 6, 7, PARTIAL_ROWS + 6, PARTIAL_ROWS + 7, len(x) - 1):
         row = int((order == at).nonzero())
         order_of_one, ends_of_one = routing(owners[at : at + 1], experts)
         alone = torch.empty(1, wide)
         function(x[at : at + 1].clone(), order_of_one, ends_of_one, packed, alone)
-        assert torch.equal(made[row : row + 1], alone), at
+        assert torch.equal(result[row : row + 1], alone), at
 
 
 def test_tiles_of_many_experts_are_taken_several_at_once(build):

@@ -49,14 +49,14 @@ def sums(x, weights, biases):
     A sum of K products in any order errs by less than (K + 2) half units in the last place of
     the sum of magnitudes; fused or not, in pairs or not.
     """
-    made = []
+    results = []
     for i, w in enumerate(weights):
         exact = x.double() @ w.double().T
         size = x.double().abs() @ w.double().abs().T
         if biases:
             exact, size = exact + biases[i].double(), size + biases[i].double().abs()
-        made.append((exact, (x.shape[1] + 2) * 2.0**-24 * size))
-    return made
+        results.append((exact, (x.shape[1] + 2) * 2.0**-24 * size))
+    return results
 
 
 def check(y, exact, error, rounding):
@@ -88,17 +88,17 @@ def test_products_side_by_side(build, rounding, target, dtype):
         LinearSpec(5, 33, dtype, "float32", bias=True),
         LinearSpec(71, 33, dtype, bias=True),
     )
-    own = [operands(target, spec)[2] for spec in specs]
+    private = [operands(target, spec)[2] for spec in specs]
     together = build(target, linears(target, specs))
     alone = [build(target, linear(target, spec)) for spec in specs]
     for t in (0, 1, 13, 101):
         x = torch.randn(t, 33).to(DTYPES[dtype])
-        made = [torch.full((t, s.n), float("nan"), dtype=DTYPES[s.y_dtype]) for s in specs]
-        wanted = [torch.empty_like(y) for y in made]
-        together(x, *(part for packed in own for part in packed), *made)
-        for kernel, packed, y in zip(alone, own, wanted, strict=True):
+        results = [torch.full((t, s.n), float("nan"), dtype=DTYPES[s.y_dtype]) for s in specs]
+        expected = [torch.empty_like(y) for y in results]
+        together(x, *(part for packed in private for part in packed), *results)
+        for kernel, packed, y in zip(alone, private, expected, strict=True):
             kernel(x, *packed, y)
-        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_products_that_cannot_stand_side_by_side():
@@ -118,12 +118,12 @@ def test_many_rows_meet_several_tiles_at_once(build, target, dtype):
     packed = [part for spec in specs for part in operands(target, spec)[2]]
     kernel = build(target, linears(target, tuple(specs)))
     x = torch.randn(MANY + 70, 301).to(DTYPES[dtype])
-    made = [torch.full((len(x), spec.n), float("nan")) for spec in specs]
-    kernel(x, *packed, *made)
+    results = [torch.full((len(x), spec.n), float("nan")) for spec in specs]
+    kernel(x, *packed, *results)
     for i in (0, 5, 6, len(x) - 2, len(x) - 1):
         alone = [torch.empty(1, spec.n) for spec in specs]
         kernel(x[i : i + 1].clone(), *packed, *alone)
-        assert all(torch.equal(y[i : i + 1], one) for y, one in zip(made, alone, strict=True))
+        assert all(torch.equal(y[i : i + 1], one) for y, one in zip(results, alone, strict=True))
 
 
 @pytest.mark.parametrize(("target", "dtype"), STREAMED)
@@ -193,7 +193,7 @@ print(y.numpy().tobytes().hex())
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    made = [
+    process = [
         subprocess.run(
             [sys.executable, "-c", SCRIPT.replace("THREADS", str(threads))],
             env=os.environ | {"TVM_NUM_THREADS": str(threads)},
@@ -203,7 +203,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         ).stdout
         for threads in (1, 2)
     ]
-    assert made[0] == made[1]
+    assert process[0] == process[1]
 
 
 def test_nan_and_infinity_stay_in_their_row(build):

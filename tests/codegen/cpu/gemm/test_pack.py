@@ -29,8 +29,8 @@ def test_unpack_undoes_pack(target, dtype, gated):
         packed = pack(lay, *weights)
         assert packed.shape == lay.shape
         assert str(packed.dtype) == lay.dtype
-        for made, weight in zip(unpack(lay, packed), weights, strict=True):
-            assert torch.equal(made, weight)
+        for result, weight in zip(unpack(lay, packed), weights, strict=True):
+            assert torch.equal(result, weight)
 
 
 def test_a_weight_lies_where_the_kernel_reads_it():

@@ -23,10 +23,10 @@ def test_rows_are_shared_where_few_are_left(most: int) -> None:
             T.buffer_store(y, number, [i])
     blocks = compile_kernels(frame.function, target=host())["blocks"]
     for rows in range(1, 5 * most):
-        made = torch.zeros(3, dtype=torch.int64)
-        blocks(*map(tvm.runtime.from_dlpack, (torch.zeros(rows), made)))
-        whole, part, rest = made.tolist()
-        assert whole * most + part + rest == rows
+        result = torch.zeros(3, dtype=torch.int64)
+        blocks(*map(tvm.runtime.from_dlpack, (torch.zeros(rows), result)))
+        full, part, rest = result.tolist()
+        assert full * most + part + rest == rows
         shared = most > 2 and 0 < rows % most <= most // 2 and rows // most > 0
         assert (rest > 0) == shared
         assert not shared or (rest in halves(most) and part - rest in (0, 1))

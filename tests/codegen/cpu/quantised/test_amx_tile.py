@@ -31,13 +31,13 @@ runs = pytest.mark.skipif(bool(missing(DOTS)), reason="needs a CPU with AVX512-V
 
 def both(build, *args, **how):
     """The same weights for both targets."""
-    made = []
+    results = []
     for target in (EMULATED if missing(AMX) else AMX, DOTS):
         torch.manual_seed(0)
         with emulated() if target is EMULATED else nullcontext():
-            made.append(Linear(build, target, *args, **how))
-    assert made[0].layout.amx
-    return made
+            results.append(Linear(build, target, *args, **how))
+    assert results[0].layout.amx
+    return results
 
 
 def test_which_formats_go_this_way():
@@ -69,8 +69,8 @@ def test_gathered_gate_and_up(build, text):
         owners[:, 0] = 1
         order, ends = routing(owners, experts)
         x, scale = torch.randn(t, 128), torch.rand(t, k)
-        made, wanted = (run(x, order, ends, scale)[: ends[-1]] for run in (one, other))
-        assert torch.equal(made, wanted)
+        result, expected = (run(x, order, ends, scale)[: ends[-1]] for run in (one, other))
+        assert torch.equal(result, expected)
 
 
 @runs

@@ -56,14 +56,14 @@ class Linear:
             n, k, "float32", "float32", groups=experts, gated=gated, bias=bias, format=format
         )
         layout, v = QuantisedLayout(spec, target), Vector(target)
-        made = [quantise(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
-        self.weights = [dequantise(format.kind, q.codes, q.scales, q.zeros) for q in made]
-        self.biases = [torch.randn(experts, n) for _ in made] if bias else []
+        codes = [quantise(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
+        self.weights = [dequantise(format.kind, q.codes, q.scales, q.zeros) for q in codes]
+        self.biases = [torch.randn(experts, n) for _ in codes] if bias else []
         self.layout, self.gated, self.top_k = layout, gated, how.get("top_k", 0)
-        self.packed = [tensor(pack_codes(layout, *(q.codes for q in made)))]
-        self.packed += [tensor(pack_scales(layout, *(q.scales for q in made)))]
+        self.packed = [tensor(pack_codes(layout, *(q.codes for q in codes)))]
+        self.packed += [tensor(pack_scales(layout, *(q.scales for q in codes)))]
         if format.asymmetric:
-            self.packed += [tensor(pack_scales(layout, *(q.zeros for q in made)))]
+            self.packed += [tensor(pack_scales(layout, *(q.zeros for q in codes)))]
         if bias:
             self.packed += [tensor(pack_bias(layout, *self.biases))]
         join = (lambda g, u: v.silu(g) * u) if gated else None
@@ -88,7 +88,7 @@ class Linear:
         rows = round_rows(x, self.layout.blocks, self.layout.spec.format.row_bits)
         if self.top_k:
             rows = rows[order.long() // self.top_k]
-        made = torch.zeros(len(rows), self.layout.spec.n, dtype=torch.float64)
+        result = torch.zeros(len(rows), self.layout.spec.n, dtype=torch.float64)
         start = 0
         for e, end in enumerate(ends.tolist()):
             parts = [rows[start:end].double() @ w[e].double().T for w in self.weights]
@@ -96,17 +96,17 @@ class Linear:
                 parts = [p * scale.flatten()[order.long()][start:end, None] for p in parts]
             if self.biases:
                 parts = [p + b[e] for p, b in zip(parts, self.biases, strict=True)]
-            made[start:end] = F.silu(parts[0]) * parts[1] if self.gated else parts[0]
+            result[start:end] = F.silu(parts[0]) * parts[1] if self.gated else parts[0]
             start = end
-        return made
+        return result
 
 
-def check(y, wanted, row_bits=8):
-    assert torch.equal(y.isfinite(), wanted.isfinite())
-    some = wanted.isfinite()
-    if some.any():
-        limit = CLOSE[row_bits] * (1 + wanted[some].abs().max())
-        assert (y.double() - wanted)[some].abs().max() <= limit
+def check(y, expected, row_bits=8):
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    if finite.any():
+        limit = CLOSE[row_bits] * (1 + expected[finite].abs().max())
+        assert (y.double() - expected)[finite].abs().max() <= limit
 
 
 @pytest.mark.parametrize(("target", "text"), BUILT, ids=lambda v: getattr(v, "name", v))
@@ -121,8 +121,8 @@ def test_gathered_gate_and_up(build, target, text):
         if t > 3:
             x[0], x[1], x[2, 5] = 0, float("nan"), float("inf")
         order, ends = routing(torch.randint(0, 4, (t, 2)), 3)
-        y, wanted = linear(x, order, ends, scale), linear.means(x, order, ends, scale)
-        check(y, wanted, parse(text).row_bits)
+        y, expected = linear(x, order, ends, scale), linear.means(x, order, ends, scale)
+        check(y, expected, parse(text).row_bits)
 
 
 @pytest.mark.parametrize(("n", "k"), [(20, 6), (70, 133), (16, 64), (1, 1)])
@@ -155,10 +155,10 @@ def test_rows_do_not_depend_on_the_rows_beside_them(build, text):
     """Bit for bit: the sums of a row are made in one order, in any tile, by any thread."""
     linear = Linear(build, BEST, text, 48, 128, 1)
     x = torch.randn(13, 128)
-    whole = linear(x, None, torch.tensor([13], dtype=torch.int32))
+    full = linear(x, None, torch.tensor([13], dtype=torch.int32))
     for row in range(13):
         one = linear(x[row : row + 1], None, torch.tensor([1], dtype=torch.int32))
-        assert torch.equal(one[0], whole[row])
+        assert torch.equal(one[0], full[row])
 
 
 @pytest.mark.parametrize(("kind", "greatest"), [("int8", 255), ("int4", 15)])

@@ -65,10 +65,10 @@ def program(dtype: str, *matrices: tuple[str, int, bool], k: int, x: str = "T, {
     verify(graph, Stage.GROUPED)
     weights: dict[str, torch.Tensor] = {}
     for i, (text, n, biased) in enumerate(matrices):
-        made = quantise(parse(text), torch.randn(1, n, k) * 0.1)
-        weights |= {f"w{i}": made.codes[0], f"s{i}": made.scales[0]}
-        if made.zeros is not None:
-            weights[f"z{i}"] = made.zeros[0]
+        codes = quantise(parse(text), torch.randn(1, n, k) * 0.1)
+        weights |= {f"w{i}": codes.codes[0], f"s{i}": codes.scales[0]}
+        if codes.zeros is not None:
+            weights[f"z{i}"] = codes.zeros[0]
         if biased:
             weights[f"b{i}"] = torch.randn(n).to(getattr(torch, LONG[dtype]))
     return Program(graph, weights)
@@ -80,13 +80,15 @@ WIDER = ("int4:asymmetric:rows16", 40, True)  # of the same rows, and in a kerne
 
 
 def compare(executor: Executor, of: Program, x: torch.Tensor, close: float) -> None:
-    made = executor({"x": x})
-    for value, wanted in zip(of.graph.outputs, evaluate(of.graph, [x], of.weights), strict=True):
-        got, wanted = made[value.name].double(), wanted.double()
-        some = wanted.isfinite()
-        assert torch.equal(got.isfinite(), some)
-        if some.any():
-            assert (got - wanted)[some].abs().max() <= close * (1 + wanted[some].abs().max())
+    result = executor({"x": x})
+    for value, expected in zip(of.graph.outputs, evaluate(of.graph, [x], of.weights), strict=True):
+        got, expected = result[value.name].double(), expected.double()
+        finite = expected.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        if finite.any():
+            assert (got - expected)[finite].abs().max() <= close * (
+                1 + expected[finite].abs().max()
+            )
 
 
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
@@ -123,10 +125,10 @@ def test_any_number_of_rows(blocks, batch, tokens):
 def test_rows_do_not_depend_on_the_rows_beside_them(blocks):
     executor, _ = blocks
     x = torch.randn(1, 100, 64)
-    whole = executor({"x": x})
+    full = executor({"x": x})
     for row in (0, 41, 99):
         one = executor({"x": x[:, row : row + 1]})
-        assert all(torch.equal(one[n][0, 0], whole[n][0, row]) for n in one)
+        assert all(torch.equal(one[n][0, 0], full[n][0, row]) for n in one)
 
 
 def test_products_that_cannot_share_a_kernel():

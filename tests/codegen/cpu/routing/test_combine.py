@@ -24,8 +24,8 @@ def problem(t: int, k: int, width: int, owned: int):
 
 
 def expected(y, slots, weights, owned):
-    taken = y.double()[slots.long()] * weights.double().unsqueeze(-1)
-    return torch.where((slots < owned).unsqueeze(-1), taken, 0.0).sum(1)
+    rows = y.double()[slots.long()] * weights.double().unsqueeze(-1)
+    return torch.where((slots < owned).unsqueeze(-1), rows, 0.0).sum(1)
 
 
 @each_target

@@ -42,17 +42,17 @@ def reference(kinds, k, dtype, mixed, tensors):
     }}""")
     *weights_, addend = rest
     names = [p.split(":")[0] for p in params]
-    given = dict(zip(names, weights_, strict=True))
-    return evaluate(graph, [x, ids, weights, addend], given)[0]
+    inputs = dict(zip(names, weights_, strict=True))
+    return evaluate(graph, [x, ids, weights, addend], inputs)[0]
 
 
 def problem(t, k, width, dtype, mixed, kinds=KINDS):
-    made, count = DTYPES[dtype], kinds.count("constant")
-    x, addend = (torch.randn(t, width).to(made) for _ in range(2))
+    torch_dtype, count = DTYPES[dtype], kinds.count("constant")
+    x, addend = (torch.randn(t, width).to(torch_dtype) for _ in range(2))
     ids = torch.rand(t, FIRST + len(kinds) + 2).topk(k).indices
-    tensors = [x, ids, torch.rand(t, k).to(made)]
-    tensors += [(torch.randn(count, 2, width) / width**0.5).to(made)] if mixed else []
-    tensors += [torch.randn(count, width).to(made)] if count else []
+    tensors = [x, ids, torch.rand(t, k).to(torch_dtype)]
+    tensors += [(torch.randn(count, 2, width) / width**0.5).to(torch_dtype)] if mixed else []
+    tensors += [torch.randn(count, width).to(torch_dtype)] if count else []
     return [*tensors, addend]
 
 
@@ -69,10 +69,10 @@ def test_equals_its_meaning(build, rounding, target, dtype, width, mixed):
         tensors = problem(t, k, width, dtype, mixed)
         out = torch.empty(t, width, dtype=DTYPES[dtype])
         kernel(*tensors, out)
-        wanted = reference(KINDS, k, dtype, mixed, tensors).double()
+        expected = reference(KINDS, k, dtype, mixed, tensors).double()
         # Dots over `width` products in another order; then one rounding.
-        allowed = rounding[DTYPES[dtype]] * wanted.abs() + 2.0**-24 * (16 + width)
-        assert ((out.double() - wanted).abs() <= allowed).all()
+        allowed = rounding[DTYPES[dtype]] * expected.abs() + 2.0**-24 * (16 + width)
+        assert ((out.double() - expected).abs() <= allowed).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -86,8 +86,8 @@ def test_any_choice(best, ids):
     args = [x[:t], chosen, weights[:t], mix, constants, addend[:t]]
     out = torch.empty(t, x.shape[1])
     kernel(*args, out)
-    wanted = reference(KINDS, 2, "float32", True, args)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    expected = reference(KINDS, 2, "float32", True, args)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

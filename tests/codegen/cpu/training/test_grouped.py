@@ -37,18 +37,18 @@ def wanted(x: Tensor, ends: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
 
 def wanted_outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     pieces = [slice(*pair) for pair in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
-    return torch.stack([dy[some].double().T @ x[some].double() for some in pieces])
+    return torch.stack([dy[sample].double().T @ x[sample].double() for sample in pieces])
 
 
-def check(made: Tensor, expected: Tensor, dtype: str) -> None:
-    error = (made.double() - expected).abs() / (1 + expected.abs())
-    assert made.numel() == 0 or error.nan_to_num(1e9).max() <= CLOSE[dtype]
+def check(result: Tensor, expected: Tensor, dtype: str) -> None:
+    error = (result.double() - expected).abs() / (1 + expected.abs())
+    assert result.numel() == 0 or error.nan_to_num(1e9).max() <= CLOSE[dtype]
 
 
 @cache
 def kernels(build, target, stack: Stack, biased: bool):
-    made = (product(target, stack, biased), mixed(target, stack, biased), outer(target, stack))
-    return [build(target, kernel) for kernel in made]
+    kernels = (product(target, stack, biased), mixed(target, stack, biased), outer(target, stack))
+    return [build(target, kernel) for kernel in kernels]
 
 
 def run(build, target, stack: Stack, biased: bool, counts: list[int], nobody: int = 0) -> None:
@@ -59,14 +59,14 @@ def run(build, target, stack: Stack, biased: bool, counts: list[int], nobody: in
     x, dy = torch.randn(rows, stack.k).to(dtype), torch.randn(rows, stack.n).to(dtype)
     w = (torch.randn(stack.experts, stack.n, stack.k) * 0.2).to(dtype)
     biases = [torch.randn(stack.experts, n).to(dtype) for n in (stack.n, stack.k)]
-    own = [[b] if biased else [] for b in biases]
+    private = [[b] if biased else [] for b in biases]
     y, dx, dw = (torch.full_like(t, float("nan")) for t in (dy, x, w))
     forward, backward, gradient = kernels(build, target, stack, biased)
-    forward(x, ends, w, *own[0], y)
-    backward(dy, ends, w, *own[1], dx)
+    forward(x, ends, w, *private[0], y)
+    backward(dy, ends, w, *private[1], dx)
     gradient(dy, x, ends, dw)
-    check(y, wanted(x, ends, w, *own[0]), stack.dtype)
-    check(dx, wanted(dy, ends, w.mT, *own[1]), stack.dtype)
+    check(y, wanted(x, ends, w, *private[0]), stack.dtype)
+    check(dx, wanted(dy, ends, w.mT, *private[1]), stack.dtype)
     check(dw, wanted_outer(dy, x, ends), stack.dtype)
 
 
