@@ -43,6 +43,8 @@ from moec.passes.dense.fuse_residual import FuseResidual
 from moec.passes.dense.fuse_rotary import FuseRotary
 from moec.passes.lower.expand_convolutions import ExpandConvolutions
 from moec.passes.lower.expand_experts import ExpandExperts
+from moec.passes.lower.expand_forced import ExpandForced
+from moec.passes.lower.expand_hierarchies import ExpandHierarchies
 from moec.passes.lower.expand_mixtures import ExpandMixtures
 from moec.passes.lower.expand_neurons import ExpandNeurons
 from moec.passes.lower.expand_soft_mixtures import ExpandSoftMixtures
@@ -55,6 +57,7 @@ from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
+from moec.passes.recognise.hierarchy import RecogniseHierarchies
 from moec.passes.recognise.mixture import RecogniseMixtures
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.fold_addend import FoldAddend
@@ -96,7 +99,15 @@ class Phase:
 CANONICALISE = Phase("canonicalise", ((0, Canonicalise()), (0, ShareCommon())))
 DENSE = Phase("dense", ((2, FuseNorm()), (2, FuseAttention()), (2, FoldMask()), (2, FuseRotary())))
 RECOGNISE = Phase("recognise", tuple((0, recogniser) for recogniser in RECOGNISERS))
-SIMPLIFY = Phase("simplify", ((0, Canonicalise()), (0, SplitPacked()), (1, RecogniseMixtures())))
+SIMPLIFY = Phase(
+    "simplify",
+    (
+        (0, Canonicalise()),
+        (0, SplitPacked()),
+        (1, RecogniseHierarchies()),
+        (1, RecogniseMixtures()),
+    ),
+)
 LOWER = Phase(
     "lower",
     (
@@ -105,7 +116,9 @@ LOWER = Phase(
         (1, FoldAddend()),
         (0, FoldConstants()),
         (0, ExpandExperts()),
+        (0, ExpandForced()),
         (0, ExpandMixtures()),
+        (0, ExpandHierarchies()),
         (0, ExpandSoftMixtures()),
         (0, ExpandNeurons()),
         (1, ExpandConvolutions()),

@@ -38,14 +38,35 @@ class Config:
     hidden: int = 768
     mlps: int = 16
     top_mlps: int = 4
-    tasks: int = 3
+    tasks: int = 14
     patch: int = 16
     channels: int = 3
-    classes: int = 1000
+    side: int = 224
+    classes: int = 5
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
 
 
-SMALL = Config(2, 16, 8, 3, 2, 16, 3, 2, tasks=2, patch=4, channels=1, classes=5)
+SMALL = Config(2, 16, 8, 3, 2, 16, 3, 2, tasks=2, patch=4, channels=1, side=8)
 PUBLISHED = {"base": (Config(), 195.8)}
+CLASSES = {"class_object": 1000, "class_scene": 365}
+# Taskonomy's maps that the authors train on, by the channels of a pixel.
+MAPS = {
+    "depth_euclidean": 1,
+    "depth_zbuffer": 1,
+    "edge_occlusion": 1,
+    "edge_texture": 1,
+    "keypoints2d": 1,
+    "keypoints3d": 1,
+    "normal": 3,
+    "principal_curvature": 2,
+    "reshading": 3,
+    "segment_semantic": 18,
+    "segment_unsup2d": 1,
+    "segment_unsup25d": 1,
+}
 
 
 class Gate(nn.Module):
@@ -160,19 +181,44 @@ class Block(nn.Module):
 
 
 class MultiTask(nn.Module):
-    """Images [B, C, h, w], a task [] -> logits [B, classes]."""
+    """Images [B, C, h, w], a task [] -> logits [B, classes], by one head for all tasks."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.patches = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
+        self.positions = nn.Parameter(torch.randn(1, config.patches, config.width) * 0.02)
+        self.tasks = nn.Parameter(torch.randn(config.tasks, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.blocks))
         self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, config.classes)
 
     def forward(self, images: Tensor, task: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
-            x = block(x, task)
+            x = block(x + self.tasks[task], task)
         return self.head(self.norm(x).mean(1))
+
+
+class Heads(nn.Module):
+    """What the authors' model predicts for Taskonomy's 14 tasks: features [B, S, D] -> classes of
+    an image [B, n], or a map's pixels, patch by patch [B, S, patch * patch * channels]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        pixels = config.patch**2
+        self.classes = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, count))
+                for task, count in CLASSES.items()
+            }
+        )
+        self.maps = nn.ModuleDict(
+            {task: nn.Linear(config.width, pixels * count) for task, count in MAPS.items()}
+        )
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        if task in self.classes:
+            return self.classes[task](x.mean(1))
+        return self.maps[task](x)
 
 
 def mutual_information(model: nn.Module, images: Tensor) -> Tensor:
@@ -215,8 +261,12 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def published(name: str) -> int:
+    """The parameters with the heads of all tasks in place of the common one."""
+    config, _ = PUBLISHED[name]
     with torch.device("meta"):
-        return sum(p.numel() for p in MultiTask(PUBLISHED[name][0]).parameters())
+        model = MultiTask(config)
+        model.head = Heads(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def milliseconds(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> float:

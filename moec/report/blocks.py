@@ -7,6 +7,7 @@ from typing import cast
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import integer
+from moec.ops.hierarchy import groups_of
 from moec.ops.routing import Routing
 from moec.ops.soft_mixture import slots_of
 from moec.ops.zero_experts import KINDS
@@ -20,6 +21,9 @@ _MOVES = (
     "aten._to_copy.default",
     "aten.alias.default",
 )
+_BEFORE_CHOICES = (*_MOVES, "moe.capacity", "moe.force", "aten.where.self", _PICKS)
+_CARRIER = {_PICKS: 0, "moe.force": 1}
+"""Which input holds the choices; the last, of other ops."""
 _SILENT = {
     "linear",
     "slice",
@@ -39,6 +43,7 @@ def blocks(graph: Graph) -> tuple[Block, ...]:
     kinds = {
         "moe.experts": _block,
         "moe.mixture": _mixture,
+        "moe.hierarchy": _hierarchy,
         "moe.soft_mixture": _soft_mixture,
         "moe.neurons": _neurons,
     }
@@ -81,6 +86,25 @@ def _mixture(graph: Graph, op: Op) -> Block:
         router="softmax, all",
         activation="of different kinds",
         form=str(op.attrs["form"]),
+        parameters=total,
+        active_parameters=total,
+    )
+
+
+def _hierarchy(graph: Graph, op: Op) -> Block:
+    """All experts are used; where one layer gives what they all say, it is their parameters."""
+    groups = groups_of(op)
+    layer = graph.producers.get(op.inputs[0])
+    linear = layer is not None and layer.name == "aten.linear.default"
+    stacks = layer.inputs[1:] if layer is not None and linear else ()
+    total = sum(cast(int, product(stack.shape)) for stack in stacks)
+    return Block(
+        name=op.origin or WHOLE,
+        experts=sum(groups),
+        top_k=sum(groups),
+        router=f"softmax within {_counted(len(groups), 'group')}, each weighed",
+        activation="linear" if linear else "computed",
+        form="all experts, weighed at two levels",
         parameters=total,
         active_parameters=total,
     )
@@ -147,7 +171,9 @@ def _router(graph: Graph, dispatch: Op) -> str:
     ids = dispatch.inputs[1]
     after: list[str] = []
     op = graph.producers.get(ids)
-    while op is not None and op.name in (*_MOVES, "moe.capacity", "aten.where.self", _PICKS):
+    while op is not None and op.name in _BEFORE_CHOICES:
+        if op.name == "moe.force":
+            after.append(f"the last forced by {_source(graph, op.inputs[3])}")
         if op.name == "moe.capacity":
             ordered = graph.producers.get(op.inputs[0])
             order = " in the order of numbers" if ordered and ordered.name == _PICKS else ""
@@ -155,11 +181,18 @@ def _router(graph: Graph, dispatch: Op) -> str:
             after.append(f"{limit}, by {op.attrs['order']}{order}")
         if op.name == "aten.where.self":
             after.append("some choices replaced")
-        op = graph.producers.get(op.inputs[0 if op.name == _PICKS else -1])
+        op = graph.producers.get(op.inputs[_CARRIER.get(op.name, -1)])
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
     standard = op is not None and op.name in _ROUTERS
     return ", ".join([phrase(cast(Op, op)) if standard else "custom", *after])
+
+
+def _source(graph: Graph, value: Value) -> str:
+    """The name of the value that was moved to be `value`."""
+    while (op := graph.producers.get(value)) is not None and op.name in _MOVES:
+        value = op.inputs[0]
+    return value.name
 
 
 def phrase(op: Op) -> str:

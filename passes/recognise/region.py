@@ -247,6 +247,8 @@ def replaced(graph: Graph, emits: Mapping[Op, Callable[[RegionEmitter], Value]])
 
 ROUTING = frozenset(
     {
+        "aten.all.dim",
+        "aten.any.dim",
         "aten.arange.default",
         "aten.arange.start",
         "aten.arange.start_step",

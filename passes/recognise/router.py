@@ -29,9 +29,10 @@ from moec.ops.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions
-from moec.passes.proof.input_generators import Correction, Feed, Logits
+from moec.passes.proof.input_generators import Correction, Feed, Ids, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.expert_ids import widest_choice
+from moec.passes.recognise.forced_choices import forced_ids, may_force, with_forced
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
@@ -94,6 +95,7 @@ class RecognisedRouter:
     logits: Value
     correction: Value | None
     routing: Routing
+    forced: Value | None = None  # the id of an expert that each token must have
 
 
 def blocks(scope: Scope) -> Iterator[Routed]:
@@ -156,7 +158,8 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
 def _hypothesise(
     scope: Scope, block: Routed, results: Sequence[Value], logits: Value, prover: Prover
 ) -> RecognisedRouter:
-    region = scope.cut(results, [logits])
+    forced = forced_ids(scope, results, logits)
+    region = scope.cut(results, [logits, *([] if forced is None else [forced])])
     if any(not is_routing(op) for op in region.ops):
         other = next(op for op in region.ops if not is_routing(op))
         raise NoMatch(f"{other.name} stands between {logits.name} and the choices")
@@ -169,12 +172,16 @@ def _hypothesise(
         params = tuple(p for p in region.params if p is not correction)
         region = replace(region, inputs=(*region.inputs, correction), params=params)
         feeds[correction] = Correction()
+    if forced is not None:
+        feeds[forced] = Ids(block.num_experts, 1)
     k = cast(int, block.experts.shape[-1])
     dtype = block.weights.dtype if block.weights is not None else "f32"
     count, reason = 0, ""
     for routing in hypotheses(region, k, dtype, block.num_experts):
+        if forced is not None and not may_force(routing):
+            continue
         count += 1
-        router = RecognisedRouter(logits, correction, routing)
+        router = RecognisedRouter(logits, correction, routing, forced)
         after = _alone(region, router, block)
         try:
             prover.prove(
@@ -262,7 +269,10 @@ def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:
     if router.correction is not None:
         inputs.append(emit.reshape(emit.old(router.correction), router.logits.shape[-1:]))
     stem = f"{router.logits.name}_weights"
-    return emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
+    choices = emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
+    if router.forced is None:
+        return choices
+    return with_forced(emit, choices, inputs[0], router.forced, router.routing)
 
 
 def _alone(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:

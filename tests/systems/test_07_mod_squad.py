@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -103,12 +104,18 @@ def test_training_by_mutual_information_gives_tasks_their_own_experts() -> None:
     assert len(compiled().captured.program.graph.outputs) == 1
 
 
+def test_the_published_size() -> None:
+    """Gates and heads are of the 14 tasks of Taskonomy, 12 of which predict maps."""
+    assert len(example.CLASSES) + len(example.MAPS) == example.Config.tasks
+    for name, (_, millions) in example.PUBLISHED.items():
+        assert example.published(name) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
 def test_record(keep: Keep) -> None:
     count = example.published("base")
-    figures = [Figure("parameters, base, 3 tasks", f"{count / 1e6:.1f}M", "195.8M")]
+    figures = [Figure("parameters, base, 14 tasks", f"{count / 1e6:.1f}M", "195.8M")]
     missing = (
         "queries of chosen heads: they go through attention, which is no work of one expert, and "
         "stay gathered products",
-        "195.8M: the number of tasks and further layers of the authors' base model are not known",
     )
     keep(record_of(compiled(), SOURCE, f"{TOLERANCE:g}", figures, missing))

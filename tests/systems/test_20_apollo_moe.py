@@ -19,8 +19,8 @@ SOURCE = Source(
     example="20_apollo_moe",
     process="autoregressive",
     modalities=("text",),
-    adds="The same module is two artifacts: one whose experts languages force, as an input, and "
-    "one for inference, without that input and by the kernels of ordinary routers.",
+    adds="The same module is two artifacts: one whose last choices languages force, as an input of "
+    "the recognised router (`moe.force`), and one for inference, without that input.",
     trained=True,
 )
 TOLERANCE = 1e-4  # float32 sums in another order, through three layers
@@ -50,6 +50,8 @@ def test_the_last_layers_are_blocks_and_equal_eager(forced: bool) -> None:
         ("layers.1.mlp", 4, 2),
         ("layers.2.mlp", 4, 2),
     ]
+    router = "softmax, top-2" + (", the last forced by language_ids" if forced else "")
+    assert {block.router for block in ours.blocks} == {router}
     names = [port.name for port in ours.package.main.inputs]
     assert names == (["input_ids", "language_ids"] if forced else ["input_ids"])
     for shape in ((1, 1), (3, 20)):
@@ -105,5 +107,4 @@ def test_record(keep: Keep) -> None:
         total, active = example.parameters(size)
         ours = f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active"
         figures.append(Figure(f"upcycled from {name}", ours, "not read"))
-    missing = ("router of the forced mode: custom, it also reads language_ids",)
-    keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures, missing))
+    keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures))

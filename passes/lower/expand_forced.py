@@ -1,0 +1,86 @@
+"""Forced choices are written out after the router's own.
+
+    w', i' = moe.force(w, i, logits, forced) <k=2>
+    ->
+    missing = all(i != forced[:, None])
+    i' = cat(i[:, :1], where(missing, forced, i[:, 1:]))
+    w' = cat(w[:, :1], where(missing, gather(aten.softmax(logits), forced), w[:, 1:]))
+
+All of it is element by element, but for the softmax: T * k numbers beside T * D of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
+from moec.ops.routing import Routing
+from moec.passes.core.rewrite import Builder, rewrite
+from moec.passes.core.runner import Log, Pass
+
+
+@dataclass(frozen=True)
+class ExpandForced(Pass):
+    """Write out how a forced expert takes the place of a token's last choice."""
+
+    name: ClassVar[str] = "expand-forced"
+    takes: ClassVar[Stage] = Stage.GROUPED
+    gives: ClassVar[Stage] = Stage.GROUPED
+
+    def run(self, program: Program, log: Log) -> Program:
+        return Program(rewrite(program.graph, expand, log), program.weights)
+
+
+def expand(op: Op, b: Builder) -> Sequence[Value] | None:
+    if op.name != "moe.force":
+        return None
+    weights, experts, logits, forced = op.inputs
+    tokens, k = experts.shape
+    assert isinstance(k, int)
+    column = b.cast(b.reshape(forced, (tokens, 1), like=op), "i64", like=op)
+    other = TensorType("bool", experts.shape)
+    (differs,) = b.emit("aten.ne.Tensor", [experts, column], [other], like=op)
+    one = TensorType("bool", (tokens, 1))
+    attrs: dict[str, Attr] = {"dim": 1, "keepdim": True}
+    (missing,) = b.emit("aten.all.dim", [differs], [one], like=op, attrs=attrs)
+    score = scores(Routing.of(op), logits, op, b)
+    picked = TensorType(score.dtype, (tokens, 1))
+    (weight,) = b.emit("aten.gather.default", [score, column], [picked], like=op, attrs={"dim": 1})
+    weight = b.cast(weight, weights.dtype, like=op)
+    return (
+        last_replaced(weights, missing, weight, op, b),
+        last_replaced(experts, missing, column, op, b),
+    )
+
+
+def scores(routing: Routing, logits: Value, op: Op, b: Builder) -> Value:
+    """f32[T, E]: what the router's weights are, for all experts."""
+    value = b.cast(logits, "f32", like=op)
+    if routing.score == "softmax":
+        attrs: dict[str, Attr] = {"dim": 1}
+        (value,) = b.emit("aten.softmax.int", [value], [value.type], like=op, attrs=attrs)
+    elif routing.score == "sigmoid":
+        (value,) = b.emit("aten.sigmoid.default", [value], [value.type], like=op)
+    if routing.scale != 1.0:
+        scale: dict[str, Attr] = {"other": routing.scale}
+        (value,) = b.emit("aten.mul.Tensor", [value], [value.type], like=op, attrs=scale)
+    return value
+
+
+def last_replaced(value: Value, missing: Value, column: Value, op: Op, b: Builder) -> Value:
+    """value[T, k] whose last column is `column` [T, 1] where `missing` [T, 1]."""
+    tokens, k = value.shape
+    assert isinstance(k, int)
+    one = TensorType(value.dtype, (tokens, 1))
+    attrs: dict[str, Attr] = {"dim": 1, "start": k - 1, "end": k}
+    (last,) = b.emit("aten.slice.Tensor", [value], [one], like=op, attrs=attrs)
+    (last,) = b.emit("aten.where.self", [missing, column, last], [one], like=op)
+    if k == 1:
+        return last
+    attrs = {"dim": 1, "start": 0, "end": k - 1}
+    first = TensorType(value.dtype, (tokens, k - 1))
+    (rest,) = b.emit("aten.slice.Tensor", [value], [first], like=op, attrs=attrs)
+    attrs = {"tensors": (Ref(0), Ref(1)), "dim": 1}
+    return b.emit("aten.cat.default", [rest, last], [value.type], like=op, attrs=attrs)[0]

@@ -1,0 +1,49 @@
+"""Routers in which an input of the model names an expert that each token must have.
+
+    w, i = topk(softmax(logits), 2)
+    missing = (i != languages).all(-1)
+    i = cat(i[:, :1], where(missing, languages, i[:, 1:]))     w, i = moe.route(logits) <k=2>
+    w = softmax(logits).gather(i)                          ->  w, i = moe.force(w, i, logits,
+                                                                                 languages)
+
+ApolloMoE trains so (arXiv 2410.10626): the expert of a token's language is put in the place of its
+last choice. As for other routers, the numbers decide, not the spelling (`router`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.ir.dims import product
+from moec.ir.graph import Value
+from moec.ops.routing import Routing
+from moec.passes.recognise.region import RegionEmitter, Scope
+
+
+def forced_ids(scope: Scope, results: Sequence[Value], logits: Value) -> Value | None:
+    """The one input of integers, one a token, that the choices read beside the logits."""
+    ops = scope.upstream(results, [logits])
+    others = [v for v in scope.leaves(ops, [logits]) if v not in scope.params]
+    tokens = product(logits.shape[:-1])
+    if len(others) == 1 and others[0].dtype in ("i64", "i32"):
+        return others[0] if product(others[0].shape) == tokens else None
+    return None
+
+
+def may_force(routing: Routing) -> bool:
+    """Whether a forced expert's weight follows from its own score: moe.force knows no others."""
+    alone = routing.after == "none" and not routing.renormalize and routing.groups == 1
+    return alone and routing.score != "sparsemixer"
+
+
+def with_forced(
+    emit: RegionEmitter,
+    choices: tuple[Value, ...],
+    logits: Value,
+    forced: Value,
+    routing: Routing,
+) -> tuple[Value, ...]:
+    """The choices of moe.route with the expert that `forced` names among them."""
+    ids = emit.reshape(emit.old(forced), logits.shape[:1])
+    named = choices[0].name
+    return emit("moe.force", [*choices, logits, ids], attrs=routing.attrs(), named=named)
