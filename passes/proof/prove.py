@@ -9,6 +9,7 @@ random pool, so that they cost no memory.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,36 @@ class Case:
     result: Results
 
 
+@dataclass
+class Cases:
+    """The cases of a region, each computed when it is first read: what is wrong mostly fails on
+    the first."""
+
+    source: Iterator[Case]
+    computed: list[Case] = field(default_factory=list)
+    failure: str = ""
+
+    def __iter__(self) -> Iterator[Case]:
+        """Raises NoMatch where the region cannot be run, or a decision has one outcome."""
+        for number in itertools.count():
+            if number == len(self.computed) and not self._compute():
+                return
+            yield self.computed[number]
+
+    def _compute(self) -> bool:
+        """Whether there is another case."""
+        if self.failure:  # a generator that raised would look exhausted
+            raise NoMatch(self.failure)
+        try:
+            self.computed.append(next(self.source))
+        except StopIteration:
+            return False
+        except NoMatch as why:
+            self.failure = str(why)
+            raise
+        return True
+
+
 def _run(
     which: str, graph: Graph, tensors: Sequence[torch.Tensor], env: Mapping[str, int]
 ) -> Results:
@@ -71,7 +102,7 @@ class Prover:
 
     weights: Mapping[str, torch.Tensor]
     verdicts: dict[str, str] = field(default_factory=dict)
-    runs: dict[str, list[Case]] = field(default_factory=dict)
+    runs: dict[str, Cases] = field(default_factory=dict)
     pools: dict[float, torch.Tensor] = field(default_factory=dict)
 
     def prove(
@@ -113,7 +144,8 @@ class Prover:
         if key not in self.verdicts:
             try:
                 if left not in self.runs:
-                    self.runs[left] = self._cases(before, feeds, counts, bind, decisions)
+                    cases = self._cases(before, feeds, counts, bind, decisions)
+                    self.runs[left] = Cases(cases)
                 for case in self.runs[left]:
                     self._compare(case, before, after, compare or compare_results)
                 self.verdicts[key] = ""
@@ -133,7 +165,7 @@ class Prover:
         counts: Sequence[int],
         bind: Bind | None,
         decisions: Sequence[Op],
-    ) -> list[Case]:
+    ) -> Iterator[Case]:
         generator = torch.Generator().manual_seed(20)
         if sum(math.prod(map(int, p.shape)) for p in before.params) > _HEAVY:
             counts = counts[-1:]
@@ -141,7 +173,8 @@ class Prover:
         results, by_name = len(wide.outputs), {v.name: v for v in wide.values()}
         watched = [by_name[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
         wide = replace(wide, outputs=(*wide.outputs, *watched))
-        cases, outcomes = [], []
+        params = [self._param(p, i) for i, p in enumerate(before.params)]
+        outcomes = []
         for sizes in _sizes(before, counts):
             for pattern in input_cases(feeds, thresholds(decisions)):
                 inputs = [
@@ -150,17 +183,15 @@ class Prover:
                 ]
                 named = dict(zip(before.inputs, inputs, strict=True))
                 env = dict(sizes) | dict(bind(named) if bind else {})
-                params = [self._param(p, i) for i, p in enumerate(before.params)]
                 result = _run("it", wide, [*inputs, *params], env)
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
                 name = f"{pattern}{'; ' + shown if shown else ''}"
-                cases.append(Case(name, inputs, env, result[:results]))
                 watched_values = result[results:]
                 outcomes.append(
                     [*map(branch_taken, decisions, watched_values[::2], watched_values[1::2])]
                 )
+                yield Case(name, inputs, env, result[:results])
         require_both_branches(decisions, outcomes)
-        return cases
 
     def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
         inputs = dict(zip(before.inputs, case.inputs, strict=True))

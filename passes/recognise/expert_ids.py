@@ -21,6 +21,8 @@ from moec.passes.recognise.region import (
     routing_behind,
 )
 
+_RANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -98,6 +100,7 @@ def chosen(
             "aten.sort.stable",
         ):
             direct.append(source_of_ids(scope, op.inputs[0]))
+    direct += computed_ids(scope, everything)
     proposals: list[tuple[Value, ...]] = [(v,) for v in direct]
     singles: list[Value] = []
     for op in choices(scope, everything):
@@ -114,6 +117,16 @@ def chosen(
         if parts not in visited and divides and all(v.dtype.startswith("i") for v in parts):
             visited.add(parts)
             yield parts
+
+
+def computed_ids(scope: Scope, everything: Sequence[Value]) -> Iterator[Value]:
+    """Ids that one-hot masks are made of and that no choice gives, such as masks read as ids."""
+    for value in routing_behind(scope, everything, 200, stops=CHOICES):
+        compare = scope.made_by(value, "aten.eq.Tensor")
+        if compare is not None and scope.made_by(compare.inputs[1], *_RANGES) is not None:
+            ids = source_of_ids(scope, compare.inputs[0])
+            if scope.made_by(ids, *CHOICES) is None:
+                yield ids
 
 
 def chosen_among(scope: Scope, evidence: Evidence) -> int | None:

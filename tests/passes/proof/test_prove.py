@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 
 from moec.errors import NoMatch
+from moec.interpret.evaluate import run_graph
+from moec.ir.dims import Bounds
 from moec.ir.graph import Graph, Value
 from moec.ir.text import parse
+from moec.passes.proof import prove
 from moec.passes.proof.input_generators import Feed, Positive
 from moec.passes.proof.prove import Prover
 
@@ -52,3 +55,46 @@ def test_a_limit_that_cannot_be_reached_is_said():
     before = counted(100_000)
     with pytest.raises(NoMatch, match="counts up to 100000, and the proof goes up to 2048 tokens"):
         Prover({}).prove(before, with_inputs_of(before, counted(None)), feeds(before))
+
+
+def test_what_differs_at_once_costs_two_runs(monkeypatch):
+    runs = []
+
+    def counted_run(*args):
+        runs.append(args)
+        return run_graph(*args)
+
+    monkeypatch.setattr(prove, "run_graph", counted_run)
+    before, prover = counted(3), Prover({})
+    with pytest.raises(NoMatch):
+        prover.prove(before, with_inputs_of(before, negated()), feeds(before))
+    assert len(runs) == 2
+    prover.prove(before, with_inputs_of(before, counted(3)), feeds(before))
+    assert len(runs) > 2
+
+
+def test_a_region_that_cannot_be_run_is_refused_for_every_replacement():
+    """It runs with 5 rows and fails with 13: the second replacement may not pass on the 5."""
+    before = parse("""
+    graph main(x: f32[T, 4]) {
+      y: f32[5, 4] = aten.reshape.default(x) <shape=(5, 4)>
+      return y
+    }""")
+    again = parse("""
+    graph main(x: f32[T, 4]) {
+      y: f32[5, 4] = aten.slice.Tensor(x) <start=0, end=5>
+      return y
+    }""")
+    before = replace(before, bounds={"T": Bounds(5)})
+    prover = Prover({})
+    for after in (before, with_inputs_of(before, again)):
+        with pytest.raises(NoMatch, match="it cannot be run"):
+            prover.prove(before, after, feeds(before))
+
+
+def negated() -> Graph:
+    return parse("""
+    graph main(x: f32[T, 4]) {
+      y: f32[T, 4] = aten.neg.default(x)
+      return y
+    }""")
