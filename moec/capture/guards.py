@@ -27,7 +27,7 @@ from moec.capture.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
 from moec.ir.graph import Graph
-from moec.ir.thresholds import edges, first_true, sizes_around, truth_of
+from moec.ir.thresholds import first_true, interval_around, sizes_around, truth_of
 
 Agree = Callable[[Mapping[str, int]], bool | None]
 """Whether module and graph agree at these sizes; None where the module itself fails."""
@@ -218,7 +218,7 @@ def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
     (size,) = guard.names
     truth = truth_of(guard.condition)
     near = example[size] if size in example else first_true(truth, size)
-    limits = None if near is None else edges(truth, size, Bounds(), near)
+    limits = None if near is None else interval_around(truth, size, Bounds(), near)
     return {} if limits is None else {size: limits}
 
 

@@ -16,7 +16,7 @@ from moec.capture.sources import named, user_line
 from moec.capture.views import view_shape
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
-from moec.ir.dims import Dim, from_torch, normal
+from moec.ir.dims import Dim, canonical, from_torch
 from moec.ir.float_sizes import check as check_float
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
 
@@ -108,7 +108,7 @@ class Converter:
         if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
             return self.dim(value, self.where(node) or node.name)
         result = whole_of(node.target, [value_of(a) for a in arguments])
-        return normal(self.remember(value.node.expr, result, node))
+        return canonical(self.remember(value.node.expr, result, node))
 
     def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
         """A float; one that depends on sizes or data cannot stand in a graph, though a size

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from moec.errors import CaptureError
-from moec.ops.linear_attention import carried
+from moec.ops.linear_attention import recurrence
 
 OWN = {"moec.linear_attention.default": "nn.linear_attention"}
 """Operators that the export holds, and the ops of the IR that they are."""
@@ -39,7 +39,7 @@ def linear_attention_op(
     """nn.linear_attention: q, k, v, decay and the rest that the flags name."""
     flags = {"rates": rated, "beta": delta, "start": started}
     names = (name for name, flag in flags.items() if flag)
-    return carried(*tensors, **dict(zip(names, rest, strict=True)))
+    return recurrence(*tensors, **dict(zip(names, rest, strict=True)))
 
 
 @linear_attention_op.register_fake

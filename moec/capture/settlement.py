@@ -10,9 +10,9 @@ import torch
 from moec.capture.agreement import Eager, matches
 from moec.capture.guards import Guard, settle
 from moec.interpret.random_inputs import random_like
-from moec.interpret.resized import resized
+from moec.interpret.resized import with_sizes
 from moec.interpret.tolerance import STRAYS, computed_dtypes
-from moec.ir.dims import bind
+from moec.ir.dims import bind_shape
 from moec.ir.graph import Program
 
 
@@ -46,7 +46,7 @@ def required(
 def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for value, tensor in zip(program.graph.inputs, example, strict=False):
-        bind(value.shape, tuple(tensor.shape), sizes)
+        bind_shape(value.shape, tuple(tensor.shape), sizes)
     return sizes
 
 
@@ -57,7 +57,7 @@ def _agree_at_sizes(
     bits are computed with, one of both suffices: a near tie may choose other experts in the other.
     None where the module fails."""
     pairs = zip(example, program.graph.inputs, strict=False)
-    resized_example = [resized(tensor, value.shape, sizes) for tensor, value in pairs]
+    resized_example = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
     generator = torch.Generator().manual_seed(0)
     random = random_like(program, resized_example, generator)[: len(resized_example)]
     either = any(dtype in STRAYS for dtype in computed_dtypes(program.graph))

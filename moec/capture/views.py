@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sympy
 
-from moec.ir.dims import Dim, normal, product
+from moec.ir.dims import Dim, canonical, product
 
 
 def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence[Dim]) -> list[Dim]:
@@ -24,7 +24,7 @@ def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence
     if not quotient.is_polynomial() or not all(c.is_Integer for c in _coefficients(quotient)):
         return list(torch_shape)
     return [
-        normal(quotient) if dim == -1 else at for dim, at in zip(size, torch_shape, strict=True)
+        canonical(quotient) if dim == -1 else at for dim, at in zip(size, torch_shape, strict=True)
     ]
 
 

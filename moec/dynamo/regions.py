@@ -22,7 +22,7 @@ from torch import fx
 
 from moec.dynamo.convert import TracedProgram
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
+from moec.ir.dims import Bounds, Dim, canonical, symbol, symbols
 from moec.ir.float_sizes import is_float
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.ir.traits import VIEWS
@@ -185,7 +185,7 @@ def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph
     values: dict[Value, Value] = {}
 
     def size(dim: Dim) -> Dim:
-        return dim if isinstance(dim, int) else normal(dim.subs(new))
+        return dim if isinstance(dim, int) else canonical(dim.subs(new))
 
     def attr(attribute: Attr) -> Attr:
         if isinstance(attribute, tuple):

@@ -1,1 +1,1 @@
-"""How weights of few bits are stored, and which numbers they stand for."""
+"""Formats of quantised and compressed weights: how they are stored, and their values."""

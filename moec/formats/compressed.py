@@ -1,4 +1,4 @@
-"""How a stack of expert weights is compressed: by name, what is stored and what it stands for.
+"""Compressed stacks of expert weights: the stored tensors of each kind, and their values.
 
 ternary   stream i16[W], starts u8[E * N / 32, 36 or 68], grid bf16[E, N, 2] (least, greatest)
 2bit      planes i64[E, N, K / 32], grid bf16[E, N, 2] (step, zero)
@@ -17,16 +17,17 @@ KINDS = ("ternary", "2bit")
 PARTS = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}
 """The tensors of a compressed stack, the grid last."""
 MOST_WIDTH = 65535
-"""Weights of a row: sums of as many 16-bit integers fit 32 bits."""
+"""The most weights of a row: the sum of so many 16-bit integers fits 32 bits."""
 
 
 def grid_module(kind: str) -> ModuleType:
-    """Where `grid_of`, `codes_of` and `values` of a kind are."""
+    """The module with `grid_of`, `codes_of` and `values` of a kind."""
     return ternary if kind == "ternary" else two_bit
 
 
 def compress(kind: str, codes: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
-    """codes u8[E, N, K] and their grid as PARTS says. Raises ValueError for other codes."""
+    """The parts (see PARTS) of codes u8[E, N, K] and their grid. Raises ValueError for invalid
+    codes."""
     if kind == "2bit":
         return two_bit.encode(codes), grid
     encoded = ternary.encode(codes.flatten(0, 1))

@@ -1,13 +1,13 @@
-"""Numbers of few bits: how weights and rows become codes with scales, and what those mean.
+"""Quantised numbers: how weights and rows become codes with scales, and the values of codes.
 
     int8, int4    w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
     fp8           w = e4m3(code) * scale          OCP 8-bit Floating Point 1.0
     mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
 
-A scale (and a zero) belongs to a row of a weight [.., N, K], or to each block of a row. Rows of
-activations are quantised while the model runs, to whole numbers of 8 bits (-127 .. 127) or of 16
-(-32639 .. 32639, which is 257 times as fine) with one scale for each block of the weights that they
-meet: products are then sums of integers.
+A scale (and a zero) belongs to a row of a weight [.., N, K], or to a block of a row. Rows of
+activations are quantised at run time, to integers of 8 bits (-127 .. 127) or of 16 bits
+(-32639 .. 32639, 257 times as fine), with one scale for each block of the weights: products are
+then sums of integers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from moec.formats.notation import BITS, Format
 
 E4M3_MOST = 448.0
-"""The greatest magnitude of e4m3. It has no infinity; a finite weight is no NaN of it."""
-# e2m1 doubled: whole numbers. Codes 8 to 15 are their negatives.
+"""The greatest magnitude of e4m3, which has no infinity. No finite weight becomes its NaN."""
+# The values of e2m1, doubled to be integers. Codes 8 to 15 are their negatives.
 E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
-E2M1_ZERO = max(E2M1_TWICE)  # what kernels shift codes of e2m1 by, so that they are unsigned
+E2M1_ZERO = max(E2M1_TWICE)  # kernels add this to doubled values of e2m1 to make them unsigned
 MOST_SUMMED = 65536
-"""Weights of one scale: the products of so many bytes, of rows (-128 .. 127) and of weights less
-their zeros (-255 .. 255), have a sum below 2^31."""
+"""The most weights of one scale: a sum of so many products of bytes, of rows (-128 .. 127) and of
+weights minus their zeros (-255 .. 255), is below 2^31."""
 TINY = 1e-30
-"""A block of activations without a greater magnitude is 0: its scale could not be inverted."""
+"""A block of activations without a greater magnitude becomes 0: its scale has no inverse."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Quantised:
 def quantise(format: Format, weight: Tensor) -> Quantised:
     """Each weight [E, N, K] rounded to the nearest code.
 
-    Symmetric scales map the value of greatest magnitude of a row or block to -2^(bits-1), so
-    that all codes are used, and those of fp8 to 448; asymmetric ones map its range, widened to
-    hold 0. Codes are found with the scale as it is stored. Raises ValueError where a block does
-    not divide K.
+    Symmetric scales map the value of greatest magnitude of a row or block to -2^(bits-1), so that
+    all codes are used; fp8 maps it to 448. Asymmetric scales map the range of a row or block,
+    extended to include 0. Codes are computed with the stored (rounded) scale. Raises ValueError
+    where a block does not divide K.
     """
     width = weight.shape[-1]
     if format.block and width % format.block:
@@ -83,8 +83,8 @@ def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None 
 def _scales(format: Format, w: Tensor) -> tuple[Tensor, Tensor | None]:
     """scales and zeros [N, blocks] of w[N, blocks, block]."""
     if format.kind == "mxfp4":
-        # OCP, section 6.3: the shared exponent is that of the greatest magnitude less e2m1's
-        # own greatest exponent, 2.
+        # OCP, section 6.3: the shared exponent is that of the greatest magnitude minus 2, the
+        # greatest exponent of e2m1.
         greatest = w.abs().amax(-1)
         _, exponent = torch.frexp(greatest)  # greatest = m * 2^exponent with 0.5 <= m < 1
         shared = torch.where(greatest > 0, exponent - 1 - 2, 0).clamp(-126, 127)
@@ -110,8 +110,7 @@ def _stored(scale: Tensor) -> Tensor:
 def _e2m1(w: Tensor) -> Tensor:
     """Codes of e2m1 nearest to w; magnitudes beyond 6 become 6."""
     scaled = w.abs()
-    # Codes are as far apart as 1/2 up to 2, as 1 up to 4, and as 2 beyond; halfway between two
-    # codes the even one wins, and half of a code is the even one's own spacing.
+    # The spacing of codes is 1/2 up to 2, 1 up to 4, and 2 beyond; ties go to the even code.
     code = (scaled * 2).round_()
     code = torch.where(scaled > 2, scaled.round() + 2, code)
     code = torch.where(scaled > 4, (scaled / 2).round_() + 4, code).clamp_(max=7)
@@ -119,7 +118,7 @@ def _e2m1(w: Tensor) -> Tensor:
 
 
 def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """The weights [.., N, K] in float32 that codes, scales and zeros stand for."""
+    """The weights f32[.., N, K] of codes, scales and zeros."""
     by_block = (*scales.shape, codes.shape[-1] // scales.shape[-1])
     if kind == "mxfp4":
         table = torch.tensor([*E2M1_TWICE, *(-v for v in E2M1_TWICE)]) / 2
@@ -134,15 +133,15 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
 
 
 def most_of(bits: int) -> float:
-    """The greatest code of activations of 8 or 16 bits. One of 16 is 256 times a byte plus another,
-    both of them signed, so that kernels may multiply bytes: 256 * 127 + 127 is the greatest."""
+    """The greatest code of activations of 8 or 16 bits. Kernels split a code of 16 bits into two
+    signed bytes, 256 * high + low, so the greatest is 256 * 127 + 127."""
     return {8: 127.0, 16: 32639.0}[bits]
 
 
 def round_rows(x: Tensor, blocks: int, bits: int = 8) -> Tensor:
-    """x[R, K] in float32 as rows are rounded to integers of 8 or 16 bits, a scale for each block.
+    """x[R, K] in float32 after rounding to integers of `bits` bits, with a scale for each block.
 
-    A block that holds an infinity or a NaN is NaN.
+    A block that holds an infinity or a NaN becomes NaN.
     """
     full = x.float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
     greatest = full.abs().amax(-1, keepdim=True)

@@ -26,8 +26,8 @@ WIDE_ROWS = "rows16"
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored, and to how many bits (8 or 16) the rows are rounded that it meets.
-    `block` 0: one scale a row."""
+    """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded.
+    `block` 0 means one scale per row."""
 
     kind: str
     block: int = 0
@@ -40,15 +40,15 @@ class Format:
 
     @property
     def scale_dtype(self) -> str:
-        """bf16 has the range of float32 and half of its bytes; mxfp4's scales are exponents."""
+        """bf16, with the range of float32 in half of its bytes; u8 exponents for mxfp4."""
         return "u8" if self.kind == "mxfp4" else "bf16"
 
     def blocks(self, width: int) -> int:
-        """Scales in a row of `width` weights."""
+        """The number of scales in a row of `width` weights."""
         return width // self.block if self.block else 1
 
     def nbytes(self, rows: int, width: int) -> int:
-        """Bytes of `rows` rows of codes, scales and zeros, without padding."""
+        """The bytes of `rows` rows of codes, scales and zeros, without padding."""
         each = self.blocks(width) * (1 if self.kind == "mxfp4" else 2 + self.asymmetric)
         return rows * (-(-width * self.bits // 8) + each)
 
@@ -59,9 +59,9 @@ class Format:
 
 
 def parse(text: str) -> Format:
-    """The format that a text such as "int4:64:asymmetric" spells.
+    """Parse a format such as "int4:64:asymmetric".
 
-    Raises UsageError, naming the part that is wrong, for any other text.
+    Raises UsageError, naming the wrong part, for any other text.
     """
     if not isinstance(text, str):
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
@@ -94,8 +94,8 @@ PARTS = ("experts", "linears", "head")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the parts of a model are stored; None: as they are. `linears` are all linear layers
-    but routers and the head."""
+    """The formats of the parts of a model; None means not quantised. `linears` are all linear
+    layers except routers and the head."""
 
     experts: Format | None = None
     linears: Format | None = None
@@ -107,10 +107,10 @@ class Quantisation:
 
 
 def parse_parts(text: str) -> Quantisation:
-    """What a text such as "int4:64,linears=int8,head=int8" spells; a format alone is that of
+    """Parse a text such as "int4:64,linears=int8,head=int8"; a format without a name is that of
     the experts.
 
-    Raises UsageError, naming the part that is wrong, for any other text.
+    Raises UsageError, naming the wrong part, for any other text.
     """
     if not isinstance(text, str):
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")

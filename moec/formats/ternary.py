@@ -1,16 +1,16 @@
-"""Ternary weights: each is 0, its row's least or its row's greatest, kept in under one bit.
+"""Ternary weights: each is 0, its row's least or its row's greatest, in less than one bit.
 
-A matrix of codes (0: zero, 1: least, 2: greatest) becomes a stream of codewords of 16 bits, row
-after row, where each row starts, and two bf16 numbers a row. A row of an odd number of weights is
-coded with a 0 behind it. Codewords are greedy longest matches (ternary_code.py), found in
-two passes: how many there are in each row, then which. No other match takes fewer: whatever lies
-inside of a codeword is no less likely, and so a codeword itself.
+A matrix of codes (0: zero, 1: least, 2: greatest) becomes a stream of 16-bit codewords, row after
+row, the start of each row in the stream, and two bf16 numbers per row. A row of odd length is
+padded with a 0. Codewords are greedy longest matches (ternary_code.py), found in two passes: their
+number in each row, then the codewords. Greedy matching is optimal: every substring of a codeword is
+at least as likely, and so a codeword itself.
 
     codes u8[R, K]  ->  stream i16[W] (the bits of uint16), starts u8[R / 32, 36 or 68]
 
-Rows of 768 weights are some 71 bytes, of which a start of four would be a lot. So only each 32nd
-row has one: 4 bytes of a uint32, and behind it how many codewords each of the 32 rows has, in one
-byte or two. Behind the last row the numbers are 0.
+A row of 768 weights takes about 71 bytes, so that a start of four bytes per row would cost much.
+Only every 32nd row has one: a uint32, followed by the number of codewords of each of the 32 rows,
+in one or two bytes. The numbers of missing rows are 0.
 
 Source: QMoE, arXiv 2310.16795, sections 3 and 4.
 """
@@ -31,7 +31,7 @@ from moec.formats.ternary_code import ROOT, dictionary
 
 MOST_CODEWORDS = 2**31 - 1
 TOGETHER = 32
-"""Rows that share a start."""
+"""The number of rows that share a start."""
 START = 4  # bytes
 
 
@@ -52,7 +52,7 @@ def starts_shape(rows: int, bytes_of_count: int) -> tuple[int, int]:
 
 
 def bytes_of_counts(starts: Sequence[int]) -> int:
-    """In starts of that shape."""
+    """The bytes per count, 1 or 2, in starts of that shape."""
     return (starts[1] - START) // TOGETHER
 
 
@@ -69,8 +69,8 @@ def pack_starts(starts: npt.NDArray[np.int64]) -> Tensor:
 
 
 def unpack_starts(packed: Tensor, rows: int) -> npt.NDArray[np.int64]:
-    """What `pack_starts` packed. Raises ValueError for starts of another number of rows, or such
-    as do not follow each other."""
+    """The inverse of `pack_starts`. Raises ValueError for another number of rows, and for starts
+    that contradict the counts."""
     bytes_of_count = bytes_of_counts(packed.shape)
     if bytes_of_count not in (1, 2) or tuple(packed.shape) != starts_shape(rows, bytes_of_count):
         raise ValueError(f"starts u8{list(packed.shape)} are not those of {rows} rows")
@@ -87,14 +87,14 @@ def unpack_starts(packed: Tensor, rows: int) -> npt.NDArray[np.int64]:
 
 
 def grid_of(weight: Tensor) -> Tensor:
-    """The least and the greatest weight of each row of [.., N, K], no greater and no less than
-    0: bf16[.., N, 2]."""
+    """The least and the greatest weight of each row of [.., N, K], at most and at least 0:
+    bf16[.., N, 2]."""
     low, high = torch.aminmax(weight.detach().float(), dim=-1)
     return torch.stack([low.clamp(max=0), high.clamp(min=0)], -1).bfloat16()
 
 
-def shrunk(grid: Tensor, share: float) -> Tensor:
-    """Both numbers times `share`: fewer weights are nearest to 0."""
+def scale_grid(grid: Tensor, share: float) -> Tensor:
+    """Both numbers times `share`, so that fewer weights are nearest to 0."""
     return (grid.float() * share).bfloat16()
 
 
@@ -108,13 +108,13 @@ def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
 
 
 def levels(grid: Tensor) -> Tensor:
-    """f32[.., N, 3]: what each code of a row stands for."""
+    """f32[.., N, 3]: the value of each code, by row."""
     low, high = grid.float().unbind(-1)
     return torch.stack([torch.zeros_like(low), low, high], -1)
 
 
 def values(codes: Tensor, grid: Tensor) -> Tensor:
-    """f32[.., N, K]: what codes stand for."""
+    """f32[.., N, K]: the values of codes."""
     return levels(grid).gather(-1, codes.long())
 
 
@@ -122,8 +122,8 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
     """The two numbers of each row that bring the results of its codes closest to those of
     `weight` [.., N, K], by least squares under the inputs' Hessian [.., K, K]: bf16[.., N, 2].
 
-    A number stays what `grid` says where no code of its row and no input tell of it, and where it
-    would change its sign.
+    A number of `grid` stays where no code of its row uses it, where its inputs are all 0, and where
+    it would change its sign.
     """
     signs = torch.stack([codes == 1, codes == 2], -3).float()  # [.., 2, N, K]
     products = signs @ hessian[..., None, :, :]
@@ -137,7 +137,7 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
 
 
 def encode(codes: Tensor) -> Encoded:
-    """The rows of u8[R, K]. Raises ValueError for other codes than 0, 1 and 2."""
+    """Encode codes u8[R, K]. Raises ValueError for codes other than 0, 1 and 2."""
     if codes.dtype != torch.uint8 or codes.ndim != 2 or (codes.numel() and int(codes.max()) > 2):
         raise ValueError("ternary codes are u8[R, K] of 0, 1 and 2")
     children = dictionary().children
@@ -168,7 +168,7 @@ def decode(encoded: Encoded, rows: int, width: int) -> Tensor:
 
 
 def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
-    """The longest codeword from weight `at` on, and where it ends."""
+    """The longest codeword from weight `at` on, and its end."""
     width, node, word = len(row), ROOT, -1
     while at < width:
         second = row[at + 1] if at + 1 < width else 0

@@ -1,12 +1,12 @@
 """The dictionary of ternary weights: the 2^16 likeliest sequences of 1 to 14 pairs.
 
-A weight is 0, 1 (the row's least) or 2 (its greatest). The source is taken to be independent
-weights with P(0) = 0.885 and the rest shared evenly: 2^16 sequences of pairs, grown from the
-empty one by always expanding the likeliest, so that every prefix of a sequence is one itself and
-the longest match of a row always ends on a codeword. (QMoE, arXiv 2310.16795, section 4.)
+A weight is 0, 1 (the row's least) or 2 (its greatest). The source is modelled as independent
+weights with P(0) = 0.885 and equal probabilities of 1 and 2. The 2^16 sequences of pairs are grown
+from the empty one by always extending the likeliest, so that every prefix of a sequence is a
+sequence too, and a longest match always ends on a codeword. (QMoE, arXiv 2310.16795, section 4.)
 
-A codeword's entry is two words of 32 bits, one for each seven pairs: bits 0 to 3 the number of
-pairs of both, then 14 weights of two bits.
+The entry of a codeword is two 32-bit words, one for seven pairs each: bits 0 to 3 hold the total
+number of pairs, the other bits 14 weights of two bits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy.typing as npt
 CODEWORDS = 1 << 16
 MOST_PAIRS = 14
 WEIGHTS = 2 * MOST_PAIRS
-"""Weights of the longest codeword."""
+"""The number of weights of the longest codeword."""
 PAIRS = tuple(product(range(3), repeat=2))
 """A pair by its symbol, 0 to 8."""
 ZEROS = 0.885
-"""The share of zeros that the one global dictionary is made for."""
+"""The share of zeros for which the global dictionary is computed."""
 ROOT = CODEWORDS
 """The empty sequence, in `Dictionary.children`."""
 
@@ -34,8 +34,8 @@ ROOT = CODEWORDS
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """`entries` u32[65536, 2] as above, likeliest first; `children` i32[65537, 9]: the codeword
-    that a symbol makes of another one, or of the empty one (65536), and -1 where there is none;
-    `likelihoods` f64[65536]."""
+    that extends codeword i (65536: the empty sequence) by a symbol, -1 without one; `likelihoods`
+    f64[65536]."""
 
     entries: npt.NDArray[np.uint32]
     children: npt.NDArray[np.int32]
@@ -44,8 +44,8 @@ class Dictionary:
 
 @cache
 def dictionary(zeros: float = ZEROS) -> Dictionary:
-    """The dictionary for a source with that share of zeros. Equal likelihoods in the order in
-    which they were found, by symbols."""
+    """The dictionary for a source with that share of zeros. Codewords of equal likelihood are in
+    the order in which they are generated, by symbols."""
     each = {0: zeros, 1: (1 - zeros) / 2, 2: (1 - zeros) / 2}
     symbols = [each[a] * each[b] for a, b in PAIRS]
     ticket = count()
@@ -74,8 +74,8 @@ def dictionary(zeros: float = ZEROS) -> Dictionary:
 
 
 def masks(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """Entries as a kernel wants them: u64[65536], bits 0 to 27 the weights that are 1, bits 32
-    to 59 those that are 2, and bits 60 to 63 the number of pairs."""
+    """Entries for kernels with masked adds: u64[65536]. Bits 0 to 27 mark the weights that are 1,
+    bits 32 to 59 the weights that are 2; bits 60 to 63 are the number of pairs."""
     packed = (entries[:, 0].astype(np.uint64) & np.uint64(15)) << np.uint64(60)
     for i in range(WEIGHTS):
         code = entries[:, i // 14] >> np.uint32(4 + 2 * (i % 14)) & np.uint32(3)
@@ -85,12 +85,12 @@ def masks(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
 
 
 SIGNED = 32
-"""Bytes of an entry of signs: half a line of a cache, so that none lies in two."""
+"""Bytes of an entry of signs: half a cache line, so that no entry crosses two lines."""
 
 
 def signs(entries: npt.NDArray[np.uint32]) -> npt.NDArray[np.int8]:
-    """Entries as kernels want them where no instruction makes lanes of bits: i8[65536, 32], -1
-    for each weight that is 1 and 1 for each that is 2, and last the number of pairs."""
+    """Entries for kernels without an instruction that expands bits to lanes: i8[65536, 32]. -1 for
+    a weight that is 1, 1 for a weight that is 2; the last element is the number of pairs."""
     lanes = np.zeros((CODEWORDS, SIGNED), np.int8)
     lanes[:, -1] = entries[:, 0] & np.uint32(15)
     for i in range(WEIGHTS):

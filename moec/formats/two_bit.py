@@ -1,8 +1,8 @@
 """Weights of two bits: w = step * (code - zero), codes 0 to 3, a step and a zero for each row.
 
-The zero is a code, so that 0 stays 0. Codes are stored as two planes of bits: of 32 neighbours
-the lower bits are the lower half of a word of 64, and the upper bits the upper half. (The grid is
-that of GPTQ, arXiv 2210.17323, for two bits, as QMoE compares with, arXiv 2310.16795, table 4.)
+The zero is a code, so that 0 stays 0. Codes are stored as two bit planes: a 64-bit word holds the
+low bits of 32 consecutive codes in its lower half, and their high bits in its upper half. (The grid
+is GPTQ's, arXiv 2210.17323, for two bits, the baseline of QMoE, arXiv 2310.16795, table 4.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEVELS = 4
 
 
 def words(width: int) -> int:
-    """Words of a row of `width` codes."""
+    """The number of words in a row of `width` codes."""
     return -(-width // NEIGHBOURS)
 
 
@@ -32,7 +32,7 @@ def grid_of(weight: Tensor) -> Tensor:
     return torch.stack([step, zero.bfloat16()], -1)
 
 
-def shrunk(grid: Tensor, share: float) -> Tensor:
+def scale_grid(grid: Tensor, share: float) -> Tensor:
     """The step times `share`; the zero is a code and stays."""
     step, zero = grid.float().unbind(-1)
     return torch.stack([step * share, zero], -1).bfloat16()
@@ -45,12 +45,12 @@ def codes_of(weight: Tensor, grid: Tensor) -> Tensor:
 
 
 def levels(grid: Tensor) -> Tensor:
-    """f32[.., N, 4]: what each code of a row stands for."""
+    """f32[.., N, 4]: the value of each code, by row."""
     return values(torch.arange(_LEVELS), grid)
 
 
 def values(codes: Tensor, grid: Tensor) -> Tensor:
-    """f32[.., N, K]: what codes stand for."""
+    """f32[.., N, K]: the values of codes."""
     step, zero = (part[..., None] for part in grid.float().unbind(-1))
     return step * (codes.float() - zero)
 
@@ -59,7 +59,7 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
     """The step of each row that brings the results of its codes closest to those of `weight`
     [.., N, K], by least squares under the inputs' Hessian [.., K, K]; zeros stay: bf16[.., N, 2].
 
-    So does a step of which no input tells.
+    A step stays too where all of its row's inputs are 0.
     """
     step, zero = grid.float().unbind(-1)
     levels = codes.float() - zero[..., None]
@@ -70,7 +70,7 @@ def refit(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> Tenso
 
 
 def encode(codes: Tensor) -> Tensor:
-    """codes u8[.., K] -> planes i64[.., words], 0 behind the end of a row."""
+    """codes u8[.., K] -> planes i64[.., words], padded with 0 after the end of a row."""
     padded = torch.nn.functional.pad(
         codes, (0, words(codes.shape[-1]) * NEIGHBOURS - codes.shape[-1])
     )

@@ -9,7 +9,7 @@ import torch
 
 from moec.errors import IRError
 from moec.ir import aten
-from moec.ir.dims import bind
+from moec.ir.dims import bind_shape
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
 from moec.ops import OPS
@@ -73,7 +73,7 @@ def run_op(
     if reference is None:
         return aten.call(op, tensors, sizes)
     attrs: dict[str, Any] = {
-        name: aten.concrete(value, tensors, sizes) for name, value in op.attrs.items()
+        name: aten.resolve_attr(value, tensors, sizes) for name, value in op.attrs.items()
     }
 
     def run(body: Graph, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -96,7 +96,7 @@ def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]
     if aten.IR_DTYPES.get(tensor.dtype) != value.dtype:
         raise IRError(f"{where}: {value.name} is {tensor.dtype}, expected {value.type}")
     try:
-        bind(value.shape, tuple(tensor.shape), sizes)
+        bind_shape(value.shape, tuple(tensor.shape), sizes)
     except IRError as error:
         raise IRError(f"{where}: {value.name}: {error}") from None
 

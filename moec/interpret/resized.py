@@ -9,7 +9,9 @@ import torch
 from moec.ir.dims import Dim, evaluate_dim, symbols
 
 
-def resized(tensor: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, int]) -> torch.Tensor:
+def with_sizes(
+    tensor: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, int]
+) -> torch.Tensor:
     """`tensor` repeated and cut so that its named axes have the given sizes. An axis of size 0
     stays: there is nothing to repeat."""
     for axis, dim in enumerate(shape):

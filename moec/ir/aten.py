@@ -1,4 +1,4 @@
-"""Calling an ATen op of the IR: attributes and inputs back into the arguments of its schema."""
+"""Calls of ATen ops: inputs and attributes of the IR become the arguments of torch's schema."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def arguments(
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    values = _arguments(op, tensors, lambda attr: concrete(attr, tensors, env))
+    values = _arguments(op, tensors, lambda attr: resolve_attr(attr, tensors, env))
     for parameter, value in zip(_schema(op.name), values, strict=False):
         if value is _MISSING:
             raise IRError(f"{op}: {parameter.name} is missing")
@@ -74,7 +74,7 @@ def named(op: Op) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A default as an attribute has it: a tuple for a list, None where there is none."""
+    """A default in the form of an attribute: a tuple for a list, None where there is none."""
     if value is _MISSING:
         return None
     return tuple(value) if isinstance(value, list) else value
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter of a schema; `tensor`: it takes inputs, one or a list of them."""
+    """A parameter of a schema; `tensor` is True if it takes one input or a list of inputs."""
 
     name: str
     tensor: bool
@@ -108,7 +108,7 @@ def _schema(name: str) -> tuple[_Parameter, ...]:
 
 def _arguments(op: Op, inputs: Sequence[Any], resolve: Callable[[Attr], Any]) -> Iterator[Any]:
     """The argument of each parameter of the schema: its attribute, the next input that no
-    attribute refers to, or the default; last, the list of inputs that are left over."""
+    attribute refers to, or the default; finally, the list of remaining inputs."""
     referenced = {ref.index for attr in op.attrs.values() for ref in refs(attr)}
     positional = (value for i, value in enumerate(inputs) if i not in referenced)
     for parameter in _schema(op.name):
@@ -128,15 +128,15 @@ def refs(attr: Attr) -> list[Ref]:
     return [attr] if isinstance(attr, Ref) else []
 
 
-def concrete(value: Attr, tensors: Sequence[Any], env: Mapping[str, int]) -> Any:
-    """An attribute as torch takes it: sizes evaluated, dtypes and inputs looked up."""
+def resolve_attr(value: Attr, tensors: Sequence[Any], env: Mapping[str, int]) -> Any:
+    """An attribute in torch's form: sizes evaluated, dtypes and inputs looked up."""
     match value:
         case Ref(index):
             return tensors[index]
         case DType(name):
             return TORCH_DTYPES[name]
         case tuple():
-            return [concrete(item, tensors, env) for item in value]
+            return [resolve_attr(item, tensors, env) for item in value]
         case sympy.Expr():
             return evaluate_dim(value, env)
         case _:

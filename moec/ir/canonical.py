@@ -9,13 +9,13 @@ from moec.ir.text import print_graph
 
 
 def canonical_text(graph: Graph) -> str:
-    """A text that two graphs share exactly if they compute the same by the same ops, whatever
-    their values and origins are called."""
+    """A text that is equal for two graphs exactly if they have the same ops on the same inputs, up
+    to the names of values and the origins of ops."""
     return print_graph(without_origins(graph))
 
 
 def without_origins(graph: Graph) -> Graph:
-    """The graph under canonical names: equal text means equal computation."""
+    """The graph with canonical names and no origins."""
     new: dict[Value, Value] = {}
 
     def name(value: Value) -> Value:

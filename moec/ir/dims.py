@@ -1,7 +1,7 @@
 """Sizes: ints, or expressions over named sizes (T, 2*T, B*S), as sympy expressions.
 
-Sympy does the algebra; this file fixes which expressions are allowed, how they are written,
-and how they are read back without evaluating anybody's text.
+Sympy does the algebra. This file defines which expressions are allowed, how they are printed, and
+how they are parsed without calling eval on untrusted text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
 Dim: TypeAlias = int | sympy.Expr
 
 _LONGEST = 1000  # characters of a size
-_MOST_TERMS = 1000  # of a size that is multiplied out: a stranger's could take all time
+_MOST_TERMS = 1000  # of an expanded size: expanding an untrusted expression could take forever
 _FUNCTIONS = {
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,
@@ -56,7 +56,7 @@ class Bounds:
     high: int | None = None
 
     def within(self, other: Bounds) -> Bounds:
-        """What both allow."""
+        """The intersection."""
         highs = [high for high in (self.high, other.high) if high is not None]
         return Bounds(max(self.low, other.low), min(highs, default=None))
 
@@ -65,8 +65,8 @@ def symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
-def normal(dim: Any) -> Dim:
-    """The one form of a size: an int where it is known, else an expression."""
+def canonical(dim: Any) -> Dim:
+    """The canonical form of a size: an int if it is a number, else an expanded expression."""
     if isinstance(dim, int):
         return dim
     if not isinstance(dim, sympy.Expr):
@@ -75,11 +75,11 @@ def normal(dim: Any) -> Dim:
 
 
 def product(dims: tuple[Dim, ...]) -> Dim:
-    return normal(sympy.Mul(*dims)) if dims else 1
+    return canonical(sympy.Mul(*dims)) if dims else 1
 
 
 def broadcasts(shape: Sequence[Dim], target: Sequence[Dim]) -> bool:
-    """Whether each of as many axes is 1 or that of `whole`."""
+    """Whether `shape` has the rank of `target`, and each axis is 1 or that of `target`."""
     return len(shape) == len(target) and all(
         size in (1, full) for size, full in zip(shape, target, strict=True)
     )
@@ -92,9 +92,9 @@ def from_torch(
 ) -> Dim:
     """A torch.SymInt or sympy expression of torch.export as a size of the IR.
 
-    `rename` maps torch's symbols (s0, u0) to the names of the IR, `computed` what torch wrote of
-    floats to what they are. Raises IRError for others: sympy joins the constants of T*0.3*0.7, so
-    what was rounded in between cannot be told from its expression.
+    `rename` maps torch's symbols (s0, u0) to the names of the IR, `computed` maps torch's float
+    subexpressions to exact ones. Raises IRError for any other float: sympy multiplies the constants
+    of T*0.3*0.7, so its expression does not show where Python rounded.
     """
     if isinstance(size, int):
         return size
@@ -102,13 +102,13 @@ def from_torch(
     floats = expr.xreplace(dict.fromkeys(substitutions, sympy.S.Zero)).atoms(sympy.Float)
     if floats:
         raise IRError(f"it is made of {min(floats)}, and in which order is not known")
-    # One form: torch writes B*(P + Q) as B*P + B*Q too, which no comparison would find equal.
-    return normal(sympy.expand_mul(_convert(expr, rename or {}, substitutions)))
+    # Expanded, since torch also writes B*(P + Q) as B*P + B*Q, and the two do not compare equal.
+    return canonical(sympy.expand_mul(_convert(expr, rename or {}, substitutions)))
 
 
 def nearly_from_torch(size: Any, rename: Mapping[str, str]) -> sympy.Expr:
-    """As `from_torch`, with what sympy joined of floats rounded once: it may differ in the last
-    bit of a double, which matters to a size and not to whether a condition is worth a trial."""
+    """As `from_torch`, but a product of floats that sympy multiplied is rounded once. It may differ
+    in the last bit of a double: too inexact for a size, good enough to choose sizes to try."""
     return _convert(_expression(size), rename, {})
 
 
@@ -142,7 +142,7 @@ def symbols(dim: Dim) -> set[str]:
 def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
     """The value of a size once its names are bound.
 
-    Raises IRError for a name that is not bound, or a value that is not whole.
+    Raises IRError for an unbound name, and for a value that is not an integer.
     """
     if isinstance(dim, int):
         return dim
@@ -160,10 +160,11 @@ def _value(dim: sympy.Expr, env: tuple[tuple[str, int], ...]) -> int:
     return int(value)
 
 
-def bind(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, int]) -> None:
-    """Learn the names in `shape` from the sizes of a tensor, adding them to `env`.
+def bind_shape(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, int]) -> None:
+    """Bind the names in `shape` to the sizes of a tensor, adding them to `env`.
 
-    Only names that stand alone are learned. Raises IRError where a known size differs.
+    A name is bound where it is the entire size of an axis. Raises IRError where a size differs
+    from the value that the bound names give it.
     """
     if len(shape) != len(actual):
         raise IRError(f"rank {len(actual)}, expected {len(shape)}")
@@ -175,7 +176,7 @@ def bind(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, int]) -
 
 
 def upper_bound(dim: Dim, bounds: Mapping[str, Bounds]) -> int | None:
-    """The greatest value of `dim`, supposing that it grows with each of its names."""
+    """The greatest value of `dim`, assuming that it increases in each of its names."""
     highs = {name: bounds.get(name, Bounds()).high for name in symbols(dim)}
     if any(high is None for high in highs.values()):
         return None
@@ -187,9 +188,9 @@ def show_dim(dim: Dim) -> str:
 
 
 def parse_dim(text: str) -> Dim:
-    """The size that `show_dim` wrote. Reads names, whole numbers, + - * / ** and a few functions.
+    """Parse the output of `show_dim`: names, integers, + - * / ** and a few functions.
 
-    Raises IRError for anything else: the text may come from a stranger's artifact.
+    Raises IRError for anything else: the text may come from an untrusted artifact.
     """
     if len(text) > _LONGEST:
         raise IRError(f"{text[:40]!r}... is not a size: it has {len(text)} characters")
@@ -200,11 +201,11 @@ def parse_dim(text: str) -> Dim:
         size = _build(tree, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise IRError(f"{text[:80]!r} is not a size") from error
-    return normal(size)
+    return canonical(size)
 
 
 def _terms(node: ast.expr) -> float:
-    """How many terms a size has at most when its products are multiplied out."""
+    """An upper bound on the number of terms of a size once it is expanded."""
     match node:
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
             return _terms(left) + _terms(right)

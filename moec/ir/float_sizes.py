@@ -1,15 +1,15 @@
-"""Sizes that Python computes in floats (int(1.1 * T)), exactly as IEEE doubles give them.
+"""Sizes that Python computes in floats (int(1.1 * T)), with exactly the rounding of IEEE doubles.
 
-One function says it all: f64(x) is the double nearest to the real number x, ties to even. IEEE 754
-defines each operation on doubles as f64 of the exact result, so
+f64(x) is the double nearest to the real number x, ties to even. IEEE 754 defines each operation on
+doubles as f64 of the exact result, so
 
     math.ceil(T / 8 * 1.1)   is   ceiling(f64(2476979795053773/2251799813685248 * f64(T/8)))
 
-in exact rational arithmetic. Sympy may rewrite what stands inside an f64 as it likes: it stays the
-same real number, and so the same double. An f64 that cannot change its argument goes away (T/8 has
-few bits), which leaves an integer form wherever one is provably equal.
+in exact rational arithmetic. Sympy may rewrite the argument of an f64: it stays the same real
+number, and so the same double. An f64 that cannot change its argument is dropped (T/8 has few
+bits), which leaves an integer expression wherever one is provably equal.
 
-Products of sizes are taken to be below 2^40: a tensor with so many rows does not exist.
+Products of sizes are assumed to be below 2^40: no tensor has so many rows.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class f64(sympy.Function):  # type: ignore[misc]  # as the IR writes it
 
 
 def _terms(x: sympy.Expr) -> list[tuple[sympy.Rational, sympy.Expr]] | None:
-    """x as a short sum of rationals times whole numbers, or None where it is none."""
+    """x as a short sum of rationals times integers, or None if it is not one."""
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(x)]
     exact = all(c.is_Rational and rest.is_integer for c, rest in terms)
     return terms if exact and len(terms) <= 4 else None
 
 
 def _is_exact(x: sympy.Expr) -> bool:
-    """Whether x is surely a double: few bits before the point, and few behind."""
+    """Whether x is certainly a double: it has few bits before and after the binary point."""
     terms = _terms(x)
     return terms is not None and all(
         abs(c.p) <= _SHORT and c.q <= _SHORT and c.q & (c.q - 1) == 0 for c, _ in terms
@@ -71,10 +71,10 @@ def _is_exact(x: sympy.Expr) -> bool:
 
 
 def _without_rounding(x: sympy.Expr) -> sympy.Expr:
-    """x for floor, ceiling and rint, without an f64 that they cannot tell.
+    """x without an f64 that does not change its floor, ceiling or rint.
 
-    A fraction m/q with m < 2^52 is nearer to itself than to any whole number or half that it does
-    not equal, so its double lies on the same side of all of them.
+    A fraction m/q with m < 2^52 is nearer to its double than to any integer or half-integer that it
+    does not equal, so x and its double are on the same side of all of them.
     """
     if isinstance(x, f64):
         terms = _terms(x.args[0])
@@ -101,7 +101,7 @@ def trunc(x: sympy.Expr) -> sympy.Expr:
 
 
 class rint(sympy.Function):  # type: ignore[misc]
-    """The nearest whole number, halves to even: round() of Python."""
+    """The nearest integer, ties to even: Python's round()."""
 
     nargs = 1
     is_integer = True
@@ -126,9 +126,9 @@ def is_float(x: Any) -> bool:
 
 
 def operation(x: sympy.Expr) -> tuple[Operator, sympy.Expr, sympy.Expr]:
-    """The one IEEE operation that gives f64(x): its name and its two operands, each of which is a
-    number that is a double, an f64 or its negative, or a rational times a whole expression that is
-    exact in a double.
+    """The single IEEE operation that computes f64(x): its name and its two operands. Each operand
+    is a double, an f64 or its negative, or a rational times an integer expression that is exact in
+    a double.
 
     Raises ValueError where x is no such operation.
     """
@@ -147,7 +147,7 @@ def operation(x: sympy.Expr) -> tuple[Operator, sympy.Expr, sympy.Expr]:
 
 
 def _operands(factors: Sequence[sympy.Expr], number: sympy.Rational) -> list[sympy.Expr]:
-    """Whole factors are one operand: their product is exact."""
+    """The operands of a product. Integer factors are one operand, as their product is exact."""
     integer = sympy.Mul(*(f for f in factors if f.is_integer))
     doubles: list[sympy.Expr] = []
     for f in factors:
@@ -160,7 +160,7 @@ def _operands(factors: Sequence[sympy.Expr], number: sympy.Rational) -> list[sym
 def _scales(
     c: sympy.Rational,
 ) -> Iterator[tuple[sympy.Integer, sympy.Rational, sympy.Rational]]:
-    """c as a small whole number times a double over a double, one of which is 1."""
+    """Ways to write c as a small integer times a quotient of two doubles, one of which is 1."""
     one = sympy.Integer(1)
     if c.is_Integer:
         yield c, one, one
@@ -176,8 +176,8 @@ def _scales(
 
 
 def _summands(x: sympy.Add) -> tuple[sympy.Expr, sympy.Expr]:
-    """Two operands of an addition. Sympy joins whole numbers and constants, in which order they
-    were added is lost; it does not matter while they are exact."""
+    """The two operands of an addition. Sympy merges integers and constants, so their order is lost;
+    it does not matter as long as their sums are exact."""
     constant, rest = x.as_coeff_Add()
     terms = sympy.Add.make_args(rest)
     exact = sympy.Add(*(t for t in terms if _is_exact(t)))

@@ -1,8 +1,8 @@
-"""The graph: small, immutable, data only. A pass builds the next graph; nothing is edited.
+"""The graph: immutable data. A pass builds the next graph; no graph is changed in place.
 
-An op of ATen keeps the argument names of its schema: tensors stand in `inputs` in schema
-order, everything else in `attrs`. Where a tensor sits inside a list (cat, index), the
-attribute holds `Ref(i)`, meaning input number i.
+An ATen op keeps the argument names of its schema: tensors are in `inputs`, in schema order, all
+other arguments in `attrs`. For a list of tensors (cat, index), the attribute holds `Ref(i)`, which
+means input number i.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
 
-from moec.ir.dims import Bounds, Dim, normal, show_dim
+from moec.ir.dims import Bounds, Dim, canonical, show_dim
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ref:
-    """Input number `index` of the op, where it stands inside a list."""
+    """Input number `index` of the op, as an item of a list attribute."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class DType:
-    """A dtype that stands as an attribute."""
+    """A dtype as the value of an attribute."""
 
     name: str
 
@@ -41,8 +41,8 @@ Attr: TypeAlias = "bool | int | float | str | sympy.Expr | Ref | DType | tuple[A
 
 @total_ordering
 class Stage(Enum):
-    """Which ops a graph may hold: the value is the prefixes of their names. Stages are ordered:
-    a graph of one may stand where one of a later stage is taken."""
+    """Which ops a graph may hold: the value is the prefixes of their names. Stages are ordered: a
+    pass that takes a stage accepts graphs of all earlier stages."""
 
     ATEN = ("aten.", "moec.", "nn.")
     MOE = ("aten.", "moec.", "nn.", "moe.", "dist.")
@@ -53,7 +53,7 @@ class Stage(Enum):
 
 
 def stage_of(graph: Graph) -> Stage:
-    """The first stage whose ops the graph's are."""
+    """The first stage that allows all ops of the graph."""
     return next(s for s in Stage if all(op.name.startswith(s.value) for op in graph.ops))
 
 
@@ -63,7 +63,7 @@ class TensorType:
     shape: tuple[Dim, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(normal(d) for d in self.shape))
+        object.__setattr__(self, "shape", tuple(canonical(d) for d in self.shape))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(show_dim(d) for d in self.shape)}]"
@@ -71,7 +71,7 @@ class TensorType:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """One tensor. Identity is equality: the name is only for people."""
+    """One tensor. Values are compared by identity; the name is only for printing."""
 
     name: str
     type: TensorType
@@ -105,7 +105,7 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A buffer that the model mutates: what it holds before a call, and what it holds after."""
+    """A buffer that the model mutates: its content before a call and after it."""
 
     before: Value
     after: Value
@@ -113,10 +113,10 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """`inputs` come with each call, `params` are bound once, `states` live between calls.
+    """`inputs` change with each call, `params` are bound once, `states` persist between calls.
 
-    Each `State.before` is one of `inputs`, after the caller's own; `ops` are pure and in
-    topological order. `bounds` holds the limits of the named sizes.
+    Each `State.before` is one of the last `inputs`, after those that the caller passes. `ops` are
+    pure and in topological order. `bounds` holds the limits of the named sizes.
     """
 
     inputs: tuple[Value, ...]
@@ -129,7 +129,7 @@ class Graph:
 
     @cached_property
     def producers(self) -> Mapping[Value, Op]:
-        """The op that made each value; inputs and params are absent."""
+        """The op that computes each value; inputs and params are absent."""
         return {value: op for op in self.ops for value in op.outputs}
 
     @cached_property
@@ -143,7 +143,7 @@ class Graph:
 
     @property
     def results(self) -> tuple[Value, ...]:
-        """What the graph must compute: its outputs and the states' new contents."""
+        """The values that a call returns or stores: outputs and the states' new contents."""
         return self.outputs + tuple(state.after for state in self.states)
 
     def values(self) -> Iterator[Value]:
@@ -155,7 +155,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Program:
-    """A graph with the weights that its params stand for."""
+    """A graph with its weights: the tensor of each param, by name."""
 
     graph: Graph
     weights: Mapping[str, torch.Tensor]
@@ -163,8 +163,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Module:
-    """Programs by name, `main` first: the functions of one compiled model. They share weights by
-    name (see `moec.runtime.package` for what the names mean)."""
+    """The functions of one compiled model: programs by name, `main` first. They share weights by
+    name. `moec.runtime.package` documents the names."""
 
     programs: Mapping[str, Program]
 

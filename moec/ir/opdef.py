@@ -1,4 +1,4 @@
-"""What an op of moec is, and the table that every op of a graph is looked up in."""
+"""Definitions of moec's ops, and the table in which an op is looked up by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Reference = Callable[[Op, Sequence[torch.Tensor], Mapping[str, Any], Runner], An
 
 @dataclass(frozen=True)
 class OpDef:
-    """A whole op: its type rule, its meaning as eager PyTorch, the names of its inputs, and
-    whether it treats every token (row) alone.
+    """The definition of an op: its type rule, its meaning in eager PyTorch, the names of its
+    inputs, and whether it treats tokens (rows) independently.
 
-    `infer(op)` gives the types of the outputs from inputs, attrs and body, and raises IRError
-    where they break the op's rules. `reference(op, tensors, attrs, run)` computes them; `attrs`
-    has its sizes bound, `run(body, tensors)` evaluates a body.
+    `infer(op)` returns the types of the outputs from inputs, attrs and body, and raises IRError
+    where they break the op's rules. `reference(op, tensors, attrs, run)` computes the outputs;
+    the sizes in `attrs` are bound, and `run(body, tensors)` evaluates a body.
     """
 
     infer: Callable[[Op], tuple[TensorType, ...]]
@@ -42,9 +42,9 @@ def defop(
     *,
     tokenwise: bool = False,
 ) -> Callable[..., Reference]:
-    """Registers the decorated function as the meaning of an op; `inputs` names its inputs
-    (moec.ir.signature), `tokenwise` says that a token's results do not depend on other tokens
-    (but for the order of sorted rows)."""
+    """Registers the decorated function as the meaning of an op. `inputs` is its signature
+    (moec.ir.signature); `tokenwise`: the results of a token do not depend on other tokens, except
+    for the order of sorted rows."""
 
     def register(reference: Reference) -> Reference:
         OPS[name] = OpDef(infer, reference, signature(inputs), tokenwise)
@@ -54,9 +54,9 @@ def defop(
 
 
 def inputs_of(op: Op) -> dict[str, Any]:
-    """The inputs of an op of moec by name: Values, tuples of them, None for one that is absent.
+    """The inputs of an op of moec by name: Values, tuples of Values, or None if absent.
 
-    Raises IRError where inputs and attributes do not go together.
+    Raises IRError where inputs and attributes do not match.
     """
     return OPS[op.name].signature.bind(op, op.inputs, op.attrs)
 
@@ -64,7 +64,7 @@ def inputs_of(op: Op) -> dict[str, Any]:
 def tensors_of(
     name: str, op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The tensors of a reference by name, as `name` names its inputs."""
+    """The tensors of a reference by the input names of op `name`."""
     return OPS[name].signature.bind(op, tensors, attrs)
 
 

@@ -1,13 +1,13 @@
 """The inputs of an op by name.
 
-    "x, weight, bias?biased"          bias is there where the attribute `biased` is set
-    "x, weight?"                      weight is there where there is an input left for it
-    "x, constants?kinds:constant"     constants are there where the tuple `kinds` has that word
-    "rows, biases*matrices?biased"    as many biases as the attribute `matrices` says, if `biased`
-    "x, ends, matrices*, order?gather"  matrices are all inputs that no other name takes
+    "x, weight, bias?biased"          bias exists if the attribute `biased` is set
+    "x, weight?"                      weight exists if an input is left for it
+    "x, constants?kinds:constant"     constants exists if the tuple `kinds` contains "constant"
+    "rows, biases*matrices?biased"    biases has as many as the attribute `matrices`, if `biased`
+    "x, ends, matrices*, order?gather"  matrices has all inputs that no other name takes
 
-The order is that of the inputs. Compilers and references read the same signature, so that no
-rule decodes positions by itself.
+Names are in the order of the inputs. Type rules, references, passes and kernels read the same
+signature, so that none of them decodes positions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Operand:
     word: str
 
     def number(self, attrs: Mapping[str, Any]) -> int | None:
-        """How many inputs it takes by the attributes; None where they do not say."""
+        """The number of inputs it takes, from the attributes; None if they do not determine it."""
         if self.flag:
             attr = attrs.get(self.flag)
             if not (self.word in (attr or ()) if self.word else attr):
@@ -55,9 +55,9 @@ class Signature:
     operands: tuple[Operand, ...]
 
     def bind(self, op: Op, inputs: Sequence[Any], attrs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs (values, or their tensors) by name; None for one that is not there.
+        """The inputs (values, or their tensors) by name; None for an absent one.
 
-        Raises IRError where the inputs are fewer or more than the attributes of `op` say.
+        Raises IRError where there are fewer or more inputs than the attributes of `op` require.
         """
         numbers = [operand.number(attrs) for operand in self.operands]
         left = len(inputs) - sum(number or 0 for number in numbers)
@@ -79,7 +79,7 @@ class Signature:
 
 @cache
 def signature(text: str) -> Signature:
-    """The signature that a text spells (see the top of this file)."""
+    """Parse a signature (the syntax is at the top of this file)."""
     operands = []
     for part in filter(None, text.split(", ")):
         match = _NAME.fullmatch(part)

@@ -1,4 +1,4 @@
-"""What a program stores and computes, by counting."""
+"""Counts of a program: stored bytes, parameters, FLOPs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def count_weights(graph: Graph, weights: Mapping[str, torch.Tensor]) -> tuple[in
     bytes_by_dtype: dict[str, int] = {}
     parameters = 0
     counted: set[tuple[int, int]] = set()
-    # What compressed weights stand for are the parameters, not what stores them.
+    # Of compressed weights, the decoded elements count as parameters, not the stored ones.
     stacks = [op for op in graph.ops if op.name == "moe.decompress"]
     compressed = {value.name for op in stacks for value in op.inputs}
     parameters += sum(cast(int, product(op.outputs[0].shape)) for op in stacks)
@@ -44,9 +44,10 @@ def count_weights(graph: Graph, weights: Mapping[str, torch.Tensor]) -> tuple[in
 
 
 def product_flops(graph: Graph, sizes: Mapping[str, int]) -> int:
-    """FLOPs of all products of matrices, two for each multiplication and addition; attention's
-    own are left out. `sizes` gives the named sizes. Experts count for the rows they are sent, of
-    which `share` is a measured part where other choices take no row.
+    """FLOPs of all matrix products, two per multiply-add, without those of attention's scores.
+
+    `sizes` binds the named sizes. Experts count the rows that are routed to them; where choices
+    may take no row (zero experts), the attribute `share` is the measured share that does.
     """
     total = 0
     for op in graph.ops:

@@ -7,8 +7,8 @@
     }
 
 Attributes follow the inputs as <name=value>; `$1` is input number 1, {2*T} a size. A body is
-a graph in braces after the op. `state a -> b` says that buffer a holds b after the call. The
-name of a value that is no word stands in quotes: "0.weight".
+a graph in braces after the op. `state a -> b` means that buffer a holds b after the call. The
+name of a value that is no identifier is quoted: "0.weight".
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def show_attr(value: Attr) -> str:
 
 
 def parse(text: str) -> Graph:
-    """The graph that the text describes. Raises IRError with the line of the first fault."""
+    """Parse a graph. Raises IRError with the line of the first error."""
     reader = _Reader(text)
     try:
         graph = reader.graph()
@@ -119,7 +119,7 @@ class _Reader:
         return IRError(f"line {line}: expected {expected}, found {token!r}")
 
     def next(self) -> str:
-        """Step to the next token; answer the one left behind."""
+        """Advance to the next token; returns the current one."""
         left = self.token
         match = _TOKEN.match(self.text, self.at)
         if match is None:
@@ -150,7 +150,7 @@ class _Reader:
         return self.next()
 
     def value_name(self) -> str:
-        """The name of a value, which is quoted where it is no word: "0.weight"."""
+        """The name of a value, quoted if it is no identifier: "0.weight"."""
         return str(json.loads(self.next())) if self.kind == "string" else self.name()
 
     def end(self) -> None:
@@ -292,7 +292,7 @@ class _Reader:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that stand outside parentheses."""
+    """The parts between the commas outside parentheses."""
     parts, depth, part = [], 0, ""
     for character in text:
         depth += (character == "(") - (character == ")")

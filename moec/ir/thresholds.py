@@ -1,4 +1,4 @@
-"""The sizes at which a size expression or a condition on sizes turns: to be tried on both sides."""
+"""The sizes at which a size expression or a condition changes, so that both sides can be tried."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "Not": operator.not_,
 }
 _DENSE = 512
-"""Sizes from the least one that are all looked at."""
+"""The number of sizes, from the least one, that are tried one by one."""
 _FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
 _COMBINATIONS = 4096
 
@@ -71,7 +71,7 @@ def truth_of(expression: sympy.Basic) -> Truth:
 
 @cache
 def _compiled(expression: sympy.Basic) -> Function:
-    """The expression as a function, exact: a third stays a third."""
+    """The expression as an exact function of rationals."""
     if isinstance(expression, sympy.Symbol):
         name = expression.name
         return lambda sizes: Fraction(sizes[name])
@@ -89,7 +89,7 @@ def _compiled(expression: sympy.Basic) -> Function:
 
 
 def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:
-    """Sizes within limits: the least ones, those around the example's and the numbers, large."""
+    """Sizes within `limits`: the least ones, some around `near` and `numbers`, and large ones."""
     high = limits.high if limits.high is not None else 2**31
     sizes = {*range(limits.low, limits.low + _DENSE), *_FAR, near, high}
     sizes |= {n + d for n in (near, *numbers) for d in (-1, 0, 1)}
@@ -97,7 +97,7 @@ def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[i
 
 
 def constants(expression: sympy.Basic) -> set[int]:
-    """The whole numbers in an expression: most thresholds lie at one, or at a quotient of two."""
+    """The integers in an expression: most thresholds are one of them, or a quotient of two."""
     numbers = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**20}
     numbers |= {int(r.q) for r in expression.atoms(sympy.Rational) if r.q < 2**12}
     products = {a * b for a, b in itertools.combinations(sorted(numbers)[:12], 2)}
@@ -105,28 +105,28 @@ def constants(expression: sympy.Basic) -> set[int]:
 
 
 def first_true(truth: Truth, size: str) -> int | None:
-    """The least size looked at for which a condition on it holds."""
+    """The least candidate size for which a condition on it holds."""
     tried = candidates(Bounds(), 0, constants(truth.expression))
     return next((n for n in tried if truth.holds({size: n})), None)
 
 
-def edges(truth: Truth, size: str, limits: Bounds, example: int) -> Bounds | None:
-    """The limits within which a condition on one size holds around the example's. None where it
-    is not true at the example, or true on more than one stretch."""
+def interval_around(truth: Truth, size: str, limits: Bounds, example: int) -> Bounds | None:
+    """The interval around the example's size within which a condition on it holds. None if it does
+    not hold at the example, or holds on more than one interval."""
     if not truth.holds({size: example}):
         return None
     tried = candidates(limits, example, constants(truth.expression))
     false = [n for n in tried if not truth.holds({size: n})]
     below = max((n for n in false if n < example), default=None)
     above = min((n for n in false if n > example), default=None)
-    low = limits.low if below is None else _edge(truth, size, example, below)
-    high = limits.high if above is None else _edge(truth, size, example, above)
+    low = limits.low if below is None else _last_true(truth, size, example, below)
+    high = limits.high if above is None else _last_true(truth, size, example, above)
     inside = [n for n in tried if n >= low and (high is None or n <= high)]
     again = [n for n in tried if n not in inside and truth.holds({size: n})]
     return None if again else Bounds(low, high)
 
 
-def _edge(truth: Truth, size: str, true: int, false: int) -> int:
+def _last_true(truth: Truth, size: str, true: int, false: int) -> int:
     """The last size towards `false` at which a condition holds."""
     while abs(false - true) > 1:
         middle = (true + false) // 2
@@ -137,21 +137,21 @@ def _edge(truth: Truth, size: str, true: int, false: int) -> int:
 def sizes_around(
     truths: Sequence[Truth], bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
-    """Choices of all sizes, with the least product first; what no truth names is as small as the
-    example allows."""
+    """Assignments of all sizes, the least product first. A size that no truth contains is as small
+    as the example allows."""
     names = sorted(frozenset().union(*(t.names for t in truths)))
     numbers = set().union(*(constants(t.expression) for t in truths))
     few = max(2, round(_COMBINATIONS ** (1 / max(len(names), 1))))
     near = {n: example.get(n, bounds[n].low) for n in names}
-    choices = [_few(candidates(bounds[n], near[n], numbers), few, near[n]) for n in names]
+    choices = [_nearest_few(candidates(bounds[n], near[n], numbers), few, near[n]) for n in names]
     combinations = sorted(itertools.product(*choices), key=lambda c: math.prod(n + 1 for n in c))
     rest = {n: example[n] for n in example if n not in names}
     for combination in combinations:
         yield rest | dict(zip(names, combination, strict=True))
 
 
-def _few(values: Sequence[int], count: int, near: int) -> list[int]:
-    """The least ones and those about the example's."""
+def _nearest_few(values: Sequence[int], count: int, near: int) -> list[int]:
+    """`count` of the values: the least ones and some around `near`."""
     if len(values) <= count:
         return list(values)
     nearest_ones = sorted(values, key=lambda n: abs(n - near))[: count // 2]
@@ -161,16 +161,16 @@ def _few(values: Sequence[int], count: int, near: int) -> list[int]:
 _ROUNDS = ("floor", "ceiling", "rint", "Mod")
 _CHOOSES = ("Max", "Min")
 _LOOKED_AT = 1 << 12
-"""Sizes up to here are looked at for thresholds."""
+"""Thresholds are searched for among sizes up to this one."""
 
 
-def turning_sizes(
+def sizes_at_changes(
     expressions: Iterable[sympy.Basic], bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> list[dict[str, int]]:
-    """Sizes on both sides of the first places where a part of an expression turns: what Max and
-    Min choose, what rounding gives, and where doubles round a result onto a whole number.
+    """Sizes on both sides of the first points at which a part of an expression changes: the choice
+    of Max and Min, the result of a rounding, and a double that rounds to an integer.
 
-    One size moves at a time, the others are the example's.
+    One size varies at a time, the others are the example's.
     """
     parts: dict[sympy.Basic, None] = {}
     for expression in expressions:
@@ -181,15 +181,15 @@ def turning_sizes(
     for part in parts:
         names = {s.name for s in part.free_symbols}
         for name in sorted(names & bounds.keys()) if names <= example.keys() else ():
-            for size in _turns(part, name, bounds[name], example):
+            for size in _change_sizes(part, name, bounds[name], example):
                 result[name, size] = None
     return [{**example, name: size} for name, size in result]
 
 
-def _turns(
+def _change_sizes(
     part: sympy.Basic, name: str, limits: Bounds, example: Mapping[str, int]
 ) -> Iterator[int]:
-    """The sizes before and after the first turn, and at the last one that is looked at."""
+    """The sizes before and after the first change, and at the last one within the search."""
     high = _LOOKED_AT if limits.high is None else min(limits.high, _LOOKED_AT)
     state = _state_of(part)
     before: Any = None
@@ -213,27 +213,27 @@ def _turns(
 
 
 def _state_of(part: sympy.Basic) -> Function:
-    """A function that changes where the part turns."""
+    """A function whose value changes where the part changes."""
     arguments = [_compiled(a) for a in part.args]
     match type(part).__name__:
         case "Max":
-            return lambda sizes: _place(max, [a(sizes) for a in arguments])
+            return lambda sizes: _position_of_best(max, [a(sizes) for a in arguments])
         case "Min":
-            return lambda sizes: _place(min, [a(sizes) for a in arguments])
+            return lambda sizes: _position_of_best(min, [a(sizes) for a in arguments])
         case "Mod":
             top, below = arguments
             return lambda sizes: top(sizes) // below(sizes)
     return _compiled(part)
 
 
-def _place(best: Callable[..., Any], values: Sequence[Any]) -> int:
+def _position_of_best(best: Callable[..., Any], values: Sequence[Any]) -> int:
     return values.index(best(values))
 
 
 def _onto_whole_numbers(
     part: sympy.Basic, name: str, limits: Bounds, example: Mapping[str, int], high: int
 ) -> Iterator[int]:
-    """The first sizes at which doubles give a whole number, or very nearly."""
+    """The first sizes at which doubles give an integer, or very nearly one."""
     inner = part.args[0]
     if not is_float(inner):
         return

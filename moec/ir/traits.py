@@ -1,7 +1,7 @@
-"""What ATen ops do with elements: the one table that passes take their sets from.
+"""Traits of ATen ops: views, casts, element-wise ops, products. Passes derive their sets from here.
 
-Torch tags its pointwise operators; the few that it leaves out are listed here. The ops of moec
-carry their traits in their definition (moec.ir.opdef).
+Torch tags its pointwise operators; the few that it does not tag are listed here. The ops of moec
+have their traits in their definition (moec.ir.opdef).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IDENTITIES = frozenset(
 
 CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
 THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
-"""Ops whose output holds the elements of their input, repeated, permuted or in another dtype."""
+"""Ops whose output holds the elements of their input: repeated, permuted or cast."""
 
 LIKES = {
     "aten.full_like.default": None,
@@ -52,7 +52,8 @@ LIKES = {
     "aten.ones_like.default": 1,
     "aten.empty_like.default": 0,
 }
-"""Ops that read only the shape of their input; what they fill it with (None: `fill_value`)."""
+"""Ops that read only the shape of their input, and the number they fill it with (None: the
+attribute `fill_value`)."""
 
 PRODUCTS = {
     "aten.linear.default": 0,
@@ -62,7 +63,7 @@ PRODUCTS = {
     "aten.addmm.default": 1,
     "aten.baddbmm.default": 1,
 }
-"""Products of two tensors over one axis, with the index of the left one among the inputs."""
+"""Matrix products, with the index of the left operand among the inputs."""
 
 CHOICES = frozenset(
     {
@@ -141,7 +142,8 @@ POINTWISE = UNARY | BINARY | SCALAR
 
 
 def is_pointwise(op: Op) -> bool:
-    """Whether each element of the one result depends on the same element of the inputs alone."""
+    """Whether the op has one result, each element of which depends on the same element of the
+    inputs only."""
     return op.name in POINTWISE and len(op.outputs) == 1 and op.body is None
 
 

@@ -1,4 +1,4 @@
-"""A graph in float32: what it means, without what narrower floats round."""
+"""A graph in float32: the same computation without the roundings of bf16 and f16."""
 
 from __future__ import annotations
 

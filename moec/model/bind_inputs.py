@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 
 from moec.capture import Captured
-from moec.ir.dims import bind as learn
-from moec.ir.dims import evaluate_dim
+from moec.ir.dims import bind_shape, evaluate_dim
 from moec.passes.core.options import Given
 from moec.passes.core.runner import Pass
 from moec.passes.specialise.bind_inputs import bind, seeds
@@ -36,7 +35,7 @@ def _bound(captured: Captured, bindings: Given, who: str) -> Captured:
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sizes: dict[str, int] = {}
         for value, tensor in zip(left, tensors, strict=False):
-            learn(value.shape, tuple(tensor.shape), sizes)
+            bind_shape(value.shape, tuple(tensor.shape), sizes)
         filled = iter(tensors)
         return captured.eager(
             *(

@@ -22,7 +22,7 @@ from moec.model.generate import Prompts, Writer, continued, stream
 from moec.passes.core.runner import Declined, Kind, PassResult
 from moec.pipeline import without_effect
 from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
-from moec.report.quantisation import left_wide
+from moec.report.quantisation import unquantised_lines
 from moec.report.report import Report, describe_graph, pass_lines
 from moec.report.units import counted
 from moec.runtime.call import Choices, bind, call, routed, routers
@@ -192,7 +192,7 @@ class CompiledModel:
         if self.for_gpu is not None:
             notes += (f"code for {self.for_gpu.target_name} lies beside it, and was not verified",)
             notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in self.for_gpu.refusals)
-        notes += (*left_wide(self.pass_results), *without_effect(self.pass_results))
+        notes += (*unquantised_lines(self.pass_results), *without_effect(self.pass_results))
         if checked:
             notes += checked.skipped
         if checked and any(

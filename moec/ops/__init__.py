@@ -1,8 +1,8 @@
-"""The operators of moec: what each takes and gives, and what it means in eager PyTorch.
+"""The operators of moec: signature, type rule, and meaning in eager PyTorch.
 
 T tokens, E experts, k choices a token, D model width, H hidden width, R = k*T routed rows.
 Rows are the T*k choices sorted by expert (stable): row r is choice order[r] = t*k + s of
-token t, and expert e owns rows ends[e-1]..ends[e]. Ids from E on stand for "no expert": their
+token t, and expert e owns rows ends[e-1]..ends[e]. Ids of E and more mean "no expert": their
 rows come after ends[E-1], hold zeros, and add nothing.
 """
 

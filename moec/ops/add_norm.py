@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Runner, defop, require
-from moec.ops.norm import normalised
+from moec.ops.norm import rms_normalise
 
 KINDS = ("rms", "layer")
 
@@ -32,13 +32,13 @@ def _infer_add_norm(op: Op) -> tuple[TensorType, ...]:
 def add_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[.., D], residual[.., D], weight[D]?, bias[D]? -> total[.., D], y[.., D].
 
-    total = x * `scale` (left out: x) + residual, in x's dtype: the product is rounded to it, and
-    the sum before it is normalised. y is nn.rms_norm of total (`kind` "rms", with `epsilon` and
-    `round_first` as there) or layer_norm of it ("layer").
+    total = x * `scale` + residual (`scale` defaults to 1). The product and the sum are rounded to
+    x's dtype. y is nn.rms_norm of total (`kind` "rms", with the attributes `epsilon` and
+    `round_first` of that op) or its layer_norm (`kind` "layer").
     """
     x, residual, *weights = tensors
     total = (x if attrs.get("scale") is None else x * attrs["scale"]) + residual
     if attrs["kind"] == "rms":
-        return total, normalised(total, weights, attrs)
+        return total, rms_normalise(total, weights, attrs)
     weight, bias = [*weights, None, None][:2]
     return total, layer_norm(total, total.shape[-1:], weight, bias, attrs["epsilon"])

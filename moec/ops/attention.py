@@ -22,7 +22,7 @@ SWAP = (0, 2, 1, 3)
 """The permutation of [B, tokens, heads, features] to [B, heads, tokens, features], and back."""
 
 
-def swapped(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+def tokens_first_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(shape[axis] for axis in SWAP)
 
 
@@ -30,13 +30,13 @@ def swapped(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
 class Attention:
     """The inputs and attributes of nn.attention by name.
 
-    Query s sees key l where all of these hold: l <= s if `causal`; l > s - window if `window`
-    is set; l // chunk == s // chunk if `chunk` is set; the mask allows it. Queries and keys
-    both count from 0, whatever S and L (torch's meaning of is_causal), unless `first` says at
-    which place the queries of each sequence begin.
+    Query s attends to key l if all of these hold: l <= s if `causal`; l > s - window if `window`
+    is set; l // chunk == s // chunk if `chunk` is set; the mask allows it. Queries and keys both
+    count from 0 for any S and L (torch's meaning of is_causal), unless `first` holds the position
+    of each sequence's first query.
 
-    `tokens_first` names those of q, k, v and out that are [B, tokens, heads, features], as linear
-    layers give and take them, and not [B, heads, tokens, features].
+    `tokens_first` lists which of q, k, v and out are [B, tokens, heads, features], the layout of
+    linear layers, and not [B, heads, tokens, features].
     """
 
     q: Value
@@ -72,7 +72,7 @@ class Attention:
         return Attention(q, k, v, mask, sinks, cast(float, scale), causal, *near, first, layout)
 
     def attrs(self) -> dict[str, Any]:
-        """As attributes of an op: scale, and those that are not their defaults."""
+        """As attributes of an op: scale, and all others that differ from their defaults."""
         attrs: dict[str, Any] = {"scale": self.scale}
         if self.causal:
             attrs["causal"] = True
@@ -91,12 +91,12 @@ class Attention:
         return attrs
 
     def shape(self, name: str) -> tuple[Dim, ...]:
-        """[B, heads, tokens, features] of q, k or v, wherever its tokens stand."""
+        """[B, heads, tokens, features] of q, k or v, in either layout."""
         value: Value = getattr(self, name)
-        return swapped(value.shape) if name in self.tokens_first else value.shape
+        return tokens_first_shape(value.shape) if name in self.tokens_first else value.shape
 
     def with_tokens_first(self, names: Set[str]) -> Attention:
-        """The same, where these and no others of q, k, v and out are [B, tokens, heads, ..]."""
+        """The same with `names` as the operands that are [B, tokens, heads, features]."""
         return replace(self, tokens_first=tuple(name for name in OPERANDS if name in names))
 
     @property
@@ -130,7 +130,7 @@ def _infer_attention(op: Op) -> tuple[TensorType, ...]:
     if a.first is not None:
         require(op, a.first.type == TensorType("i64", (batch,)), f"{a.first} is not one place each")
     out = (batch, heads, queries, a.v.shape[3])
-    return (TensorType(a.q.dtype, swapped(out) if "out" in a.tokens_first else out),)
+    return (TensorType(a.q.dtype, tokens_first_shape(out) if "out" in a.tokens_first else out),)
 
 
 def divides(shared: Dim, heads: Dim) -> bool:
@@ -147,10 +147,10 @@ def attention(
     -> y[B,Hq,S,Dv].
 
     Attributes: `scale`, `causal`, `window`, `chunk`, `tokens_first` (see `Attention`), `masked`,
-    `sinked`, `placed`. A bool mask is True where a query sees a key; any other is added to the
-    scaled scores; it broadcasts to [B,Hq,S,L]. `sinks` is one more logit per head that only the
-    denominator sees (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the end;
-    a query that sees no key gives zeros.
+    `sinked`, `placed`. A bool mask is True where a query attends to a key; any other mask is added
+    to the scaled scores; it broadcasts to [B,Hq,S,L]. `sinks` is an additional logit per head in
+    the softmax's denominator (GPT-OSS). Computed in float32 (float64 where q is) and rounded at the
+    end; a query that attends to no key gives zeros.
     """
     a = Attention.of(op)
     inputs = tensors_of("nn.attention", op, tensors, attrs)
@@ -169,7 +169,7 @@ def attention(
     positions = torch.arange(q.shape[2])[:, None]
     if first is not None:
         positions = first[:, None, None, None] + positions
-    allowed = visible(positions, torch.arange(k.shape[2]), a)
+    allowed = attends(positions, torch.arange(k.shape[2]), a)
     scores = scores.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
         column = sinks.to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
@@ -179,8 +179,8 @@ def attention(
     return out.permute(SWAP) if "out" in a.tokens_first else out
 
 
-def visible(query: torch.Tensor, key: torch.Tensor, a: Attention) -> torch.Tensor:
-    """Which keys the attributes of `a` let queries see; positions broadcast."""
+def attends(query: torch.Tensor, key: torch.Tensor, a: Attention) -> torch.Tensor:
+    """Whether `a` lets the query at a position attend to the key at another; both broadcast."""
     allowed = (query >= 0) & (key >= 0)
     if a.causal:
         allowed = allowed & (key <= query)

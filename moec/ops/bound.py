@@ -13,8 +13,8 @@ from moec.ir.graph import DType, Op, TensorType
 from moec.ir.opdef import Runner, defop, require
 
 
-def place(op: Op) -> torch.Tensor:
-    """The one place of the constant that stands for all: 1 where an axis has a named size."""
+def periodic_constant(op: Op) -> torch.Tensor:
+    """The constant with size 1 for each axis of a named size, along which it repeats."""
     shape = [1 if symbols(dim) else int(dim) for dim in op.outputs[0].shape]
     dtype = TORCH_DTYPES[op.outputs[0].dtype]
     return torch.tensor(op.attrs["value"], dtype=dtype).reshape(shape)
@@ -32,4 +32,4 @@ def _infer_bound(op: Op) -> tuple[TensorType, ...]:
 @defop("moec.bound", _infer_bound, "")
 def bound(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """-> `value`, numbers in order, repeated along the axes of `shape` whose sizes are named."""
-    return place(op).expand(attrs["shape"])
+    return periodic_constant(op).expand(attrs["shape"])

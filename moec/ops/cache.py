@@ -1,4 +1,4 @@
-"""nn.append: the keys or values of new tokens, written into a cache."""
+"""nn.append: writes the keys or values of new tokens to a cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
-from moec.ops.attention import SWAP, swapped
-from moec.ops.rotary import require_turnable, turned
+from moec.ops.attention import SWAP, tokens_first_shape
+from moec.ops.rotary import require_rotary, rotate_pairs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Append:
         return Append(**inputs_of(op), tokens_first=bool(op.attrs.get("tokens_first")))
 
     def attrs(self) -> dict[str, bool]:
-        """As attributes of an op: those that are set."""
+        """As attributes of an op: the flags that are set."""
         flags = {"turned": self.cos is not None, "tokens_first": self.tokens_first}
         return {name: True for name, held in flags.items() if held}
 
@@ -46,12 +46,12 @@ def _infer_append(op: Op) -> tuple[TensorType, ...]:
     cache, rows, first = a.cache, a.rows, a.first
     require(op, len(cache.shape) == 4 and len(rows.shape) == 4, f"{cache} and {rows}: four axes")
     batch, heads, _, width = cache.shape
-    shape = swapped(rows.shape) if a.tokens_first else rows.shape
+    shape = tokens_first_shape(rows.shape) if a.tokens_first else rows.shape
     fits = (shape[0], shape[1], shape[3]) == (batch, heads, width)
     require(op, fits and rows.dtype == cache.dtype, f"{rows} is not for {cache}")
     require(op, first.type == TensorType("i64", (batch,)), f"{first} is not one place each")
     if a.cos is not None and a.sin is not None:
-        require_turnable(op, Value(rows.name, TensorType(rows.dtype, shape)), a.cos, a.sin)
+        require_rotary(op, Value(rows.name, TensorType(rows.dtype, shape)), a.cos, a.sin)
     return (cache.type,)
 
 
@@ -60,13 +60,13 @@ def append(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     """cache[B,H,L,D], rows[B,H,S,D], first i64[B], cos?, sin?
     -> the cache with rows at first[b] and after.
 
-    With `tokens_first` the rows are [B,S,H,D], as a linear layer gives them. With `turned` they
-    are turned first, as nn.rotary turns halves: cos and sin [.., D or D/2] broadcast to [B,H,S].
-    first[b] + S is at most L; the caller sees to it.
+    With `tokens_first` the rows are [B,S,H,D], the layout of linear layers. With `turned` they are
+    rotated first by nn.rotary of halves: cos and sin [.., D or D/2] broadcast to [B,H,S]. The
+    caller must ensure that first[b] + S is at most L.
     """
     cache, rows, first, cos, sin = tensors_of("nn.append", op, tensors, attrs).values()
     rows = rows.permute(SWAP) if attrs.get("tokens_first") else rows
-    rows = rows if cos is None else turned(rows, cos, sin)
+    rows = rows if cos is None else rotate_pairs(rows, cos, sin)
     positions = first[:, None] + torch.arange(rows.shape[2])
     index = positions[:, None, :, None].expand(rows.shape)
     return cache.scatter(2, index, rows)

@@ -30,7 +30,7 @@ def _check(op: Op, kind: str, matrix: Sequence[Value], width: object) -> None:
     require(op, isinstance(width, int) and 1 <= width <= MOST_WIDTH, f"rows of {width} weights")
     assert isinstance(width, int)
     grid = matrix[-1]
-    # Widened graphs hold the same numbers in float32.
+    # Graphs that were upcast hold the grid in float32.
     fits = grid.dtype in ("bf16", "f32") and len(grid.shape) == 3 and grid.shape[2] == 2
     require(op, fits, f"{grid} is not bf16[E, N, 2]")
     experts, rows, _ = grid.shape
@@ -94,8 +94,8 @@ def grouped_compressed(
 ) -> Any:
     """x, ends[E], (parts of a stack)…, biases[E, N]…, order[R]?, scale[T, k]? -> h[R, N].
 
-    As grouped.linear, where each stack is what moe.decompress makes of its parts, the row is
-    `quantisation.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary or
+    As grouped.linear, where each stack is moe.decompress of its parts, the row is
+    `formats.integer.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary or
     2bit. `scaled` multiplies the product.
     """
     inputs = tensors_of("grouped.compressed", op, tensors, attrs)

@@ -1,4 +1,4 @@
-"""moe.sort, moe.dispatch, moe.experts, moe.combine: rows to their experts and back."""
+"""moe.sort, moe.dispatch, moe.experts, moe.combine: rows sorted by expert, and back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _infer_dispatch(op: Op) -> tuple[TensorType, ...]:
 def dispatch(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], experts[T, k], weights[T, k]? -> rows[R, D], order[R], ends[E].
 
-    With weights, each row is scaled by its own: the input side (Llama 4).
+    With weights, each row is scaled by its routing weight before the experts (Llama 4).
     """
     x, experts = tensors[:2]
     order, _, ends = sort_choices(experts, attrs["num_experts"])
@@ -81,7 +81,7 @@ def experts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     """rows[R, D], ends[E], stacked params -> rows: the body over each expert's rows."""
     rows, ends, *stacks = tensors
     assert op.body is not None
-    # Unbound, the gradient of a stack is written once, and not once for each expert.
+    # With unbind, autograd writes the gradient of a stack once, not once per expert.
     slices = [stack.unbind() for stack in stacks]
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):

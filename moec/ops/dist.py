@@ -1,9 +1,9 @@
-"""dist.*: rows between ranks. Groups have names (ep, slice, node, rail); who is in one, the caller
-of the graph says.
+"""dist.*: collectives. Groups of ranks have names (ep, slice, node, rail); the caller of a graph
+decides their members.
 
-What an op means depends on the ranks that run beside it: `meanings` gives it from a `Ranks`, which
-moec.interpret.ranks simulates in one process and torch.distributed provides between processes. By
-itself a graph is evaluated as the only rank of every group.
+The meaning of a collective depends on the other ranks. `meanings` takes it from a `Ranks`, which
+moec.interpret.ranks simulates in one process and torch.distributed provides between processes.
+Without one, a graph is evaluated as the only rank of every group.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Any, Protocol, cast
 import torch
 
 from moec.errors import IRError
-from moec.ir.dims import Dim, normal
+from moec.ir.dims import Dim, canonical
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Reference, Runner, defop, require
 
 
 class Ranks(Protocol):
-    """What a rank can do with the others of a group."""
+    """The communication of one rank with the others of a group."""
 
     def exchange(
         self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> torch.Tensor:
-        """Send the first send[0] rows to the group's first rank, and so on; the rows that arrive,
-        receive[i] of them from rank i, in order of the ranks."""
+        """Send the first send[0] rows to the group's first rank, the next send[1] to the second,
+        and so on. Returns the received rows, receive[i] from rank i, in the order of the ranks."""
 
     def size(self, group: str) -> int:
-        """How many ranks the group has."""
+        """The number of ranks of the group."""
 
     def position(self, group: str) -> int:
-        """This rank's number among them."""
+        """This rank's index in the group."""
 
     def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
         """The sum over the group's ranks, added in their order."""
 
 
 class OnlyRank:
-    """A rank that is alone in every group."""
+    """The only rank of every group."""
 
     def exchange(
         self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
@@ -61,7 +61,7 @@ class OnlyRank:
 def _rows(op: Op) -> tuple[TensorType, ...]:
     x = op.inputs[0]
     require(op, isinstance(op.attrs.get("group"), str), "names no group")
-    rows = normal(cast(Dim, op.attrs["rows"]))
+    rows = canonical(cast(Dim, op.attrs["rows"]))
     return (TensorType(x.dtype, (rows, *x.shape[1:])),)
 
 
@@ -75,8 +75,8 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
 def all_to_all(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
     """rows[R, …], send i32[n]?, receive i32[n]? -> [rows, …].
 
-    send[i] rows go to rank i of the group, in order; rows beyond their sum stay. What arrives
-    stands in order of the ranks, zeros after it. Without counts, equal parts go to all.
+    send[i] rows go to rank i of the group, in order; rows beyond their sum are not sent. Received
+    rows are in the order of the ranks, followed by zeros. Without counts, all parts are equal.
     """
     rows = tensors[0]
     if len(tensors) == 3:
@@ -117,8 +117,8 @@ def all_reduce(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 
 
 def local_rows(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r: Ranks) -> Any:
-    """x[S, …], counts i32[n] -> [rows, …]: of the rows of all ranks of the group those of this one,
-    which has counts[i] rows as number i. Nothing travels."""
+    """x[S, …], counts i32[n] -> [rows, …]: this rank's slice of rows of all ranks; rank i has
+    counts[i] rows. No communication."""
     x, counts = tensors[0], tensors[1].tolist()
     return x[sum(counts[: r.position(attrs["group"])]) :][: attrs["rows"]]
 
@@ -133,7 +133,7 @@ _COLLECTIVES = {
 
 
 def meanings(ranks: Ranks) -> dict[str, Reference]:
-    """What the collectives compute on a rank, given the ranks beside it."""
+    """The meanings of the collectives on one rank, from its communication `ranks`."""
 
     def of(collective: Any) -> Reference:
         def reference(
@@ -161,8 +161,8 @@ def _infer_assign(op: Op) -> tuple[TensorType, ...]:
 @defop("dist.assign", _infer_assign, "experts, first, slots")
 def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k], first i64[E + 1], slots i64[P] -> slot[T, k]: choice s of token t goes to copy
-    (t + s) % copies of its expert, copies standing at slots[first[e]:first[e + 1]]. Ids from E on
-    become P: no slot."""
+    (t + s) % copies of its expert e, whose copies are in slots[first[e]:first[e + 1]]. Ids of E and
+    more become P: no slot."""
     ids, first, slots = tensors
     tokens, k = ids.shape
     experts = len(first) - 1
@@ -174,12 +174,12 @@ def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
 
 
 def _infer_slot_of(op: Op) -> tuple[TensorType, ...]:
-    return (TensorType("i64", (normal(cast(Dim, op.attrs["rows"])),)),)
+    return (TensorType("i64", (canonical(cast(Dim, op.attrs["rows"])),)),)
 
 
 @defop("dist.slot_of", _infer_slot_of, "ends")
 def slot_of(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """ends[P] -> the slot of each of `rows` sorted rows, i64[rows]; P for rows of no slot."""
+    """ends[P] -> the slot of each of `rows` sorted rows, i64[rows]; P for rows without a slot."""
     (ends,) = tensors
     return torch.searchsorted(ends.long(), torch.arange(attrs["rows"]), right=True)
 
@@ -204,7 +204,7 @@ def _infer_counts(op: Op) -> tuple[TensorType, ...]:
 
 @defop("dist.counts", _infer_counts, "ends")
 def counts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """ends[P] -> i32[n]: how many rows stand in each run of parts[i] slots."""
+    """ends[P] -> i32[n]: the number of rows in each run of parts[i] consecutive slots."""
     last = torch.tensor(attrs["parts"]).cumsum(0) - 1
     ends = tensors[0].long()[last]
     return torch.diff(ends, prepend=ends.new_zeros(1)).int()

@@ -51,9 +51,9 @@ def _infer_gate(op: Op) -> tuple[TensorType, ...]:
 def gate(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """x[T, D], weight[E, D], bias[E]?, correction[E]? -> weights[T, k], experts[T, k].
 
-    Attributes: those of `Routing`, `biased` (a bias is there), `corrected` (a correction is
-    there), `logits` (the dtype to which the linear layer's result is rounded), `compute` (the
-    dtype in which it runs).
+    Attributes: those of `Routing`, `biased` (bias exists), `corrected` (correction exists),
+    `logits` (the dtype to which the linear layer's result is rounded), `compute` (the dtype in
+    which it runs).
     """
     x, weight, bias, correction = tensors_of("moe.gate", op, tensors, attrs).values()
     compute = attrs["compute"]
@@ -72,7 +72,7 @@ def _infer_capacity(op: Op) -> tuple[TensorType, ...]:
 
 @defop("moe.capacity", _infer_capacity, "experts")
 def capacity(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """experts[T, k] -> the same with choices beyond `capacity` per expert set to E.
+    """experts[T, k] -> experts[T, k], where choices beyond `capacity` per expert are E.
 
     Attributes: `num_experts`, `capacity` (a size), `order`: "token" counts choices token by
     token (slots within a token in order), "slot" counts all first choices before any second

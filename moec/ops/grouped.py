@@ -1,4 +1,4 @@
-"""grouped.*: the bodies of experts over all rows at once."""
+"""grouped.*: products of sorted rows, each with the weights of its expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import Dim, normal
+from moec.ir.dims import Dim, canonical
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, integer, require, tensors_of
 
@@ -18,12 +18,12 @@ M = TypeVar("M")
 V = TypeVar("V")
 
 INPUTS = "x, ends, matrices*, biases*matrices?biased, order?gather, scale?scaled"
-"""Of every product of sorted rows; `matrices` are the parts in which they are stored."""
+"""The signature of every product of sorted rows. `matrices` holds the parts of stored weights."""
 
 
 @dataclass(frozen=True)
 class Grouped(Generic[M]):
-    """The inputs that all products of sorted rows have, by name; an M stands for [E, N, K]."""
+    """The inputs of a product of sorted rows, by name. M is the type of one stack [E, N, K]."""
 
     x: Value
     ends: Value
@@ -33,13 +33,13 @@ class Grouped(Generic[M]):
     scale: Value | None
 
     def storing(self, matrices: Iterable[Value]) -> list[Value]:
-        """The inputs of the same product, with its matrices stored in these values."""
+        """The inputs of the same product over other stored matrices, in order."""
         last = [value for value in (self.order, self.scale) if value is not None]
         return [self.x, self.ends, *matrices, *self.biases, *last]
 
 
 def grouped(op: Op, each: int, matrix: Callable[..., M]) -> Grouped[M]:
-    """The inputs of an op by name, where a `matrix` is made of `each` of them."""
+    """The inputs of an op by name; `matrix` makes one M of each `each` consecutive inputs."""
     count = integer(op, "matrices")
     inputs = inputs_of(op)
     stored = inputs["matrices"]
@@ -89,7 +89,7 @@ def grouped_linear(
     acc_j = row @ matrices_j[e].T (+ biases_j[e]), h = body(acc_0, …) or acc_0. Attributes:
     `matrices` (how many), `biased`, `gather` (k: x is [T, K] and row r reads x[order[r] // k];
     0: x is rows already), `scaled` (row r is first multiplied by scale[order[r]]), `dtype` of
-    h. Rows that nobody owns are zero.
+    h. Rows without an expert are zero.
     """
     inputs = tensors_of("grouped.linear", op, tensors, attrs)
     x, ends, matrices, biases, order, scale = inputs.values()
@@ -119,9 +119,10 @@ def in_float32(
     matrices: Callable[[int], Sequence[Tensor]],
     width: int,
 ) -> Tensor:
-    """What grouped.linear makes of `rows` f32[.., K], with `scaled` multiplying the product.
+    """grouped.linear of `rows` f32[.., K], in float32; `scaled` multiplies the product.
 
-    `inputs` are those of the op by name; `matrices(e)` are those of an expert, f32[width, K].
+    `inputs` are the op's inputs by name; `matrices(e)` returns the matrices of an expert,
+    f32[width, K] each.
     """
     ends, order, scale = (inputs[name] for name in ("ends", "order", "scale"))
     biases = inputs["biases"] or [None] * attrs["matrices"]
@@ -149,14 +150,14 @@ def in_float32(
 
 
 def _infer_expert_of(op: Op) -> tuple[TensorType, ...]:
-    return (TensorType("i64", (normal(op.attrs["rows"]),)),)
+    return (TensorType("i64", (canonical(op.attrs["rows"]),)),)
 
 
 @defop("grouped.expert_of", _infer_expert_of, "ends")
 def expert_of(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
-    """ends[E] -> the expert of each row, i64[R]; rows that nobody owns count as E - 1."""
+    """ends[E] -> the expert of each row, i64[R]; E - 1 for rows without an expert."""
     (ends,) = tensors
     rows = torch.arange(attrs["rows"])
     return torch.searchsorted(ends.long(), rows, right=True).clamp(max=len(ends) - 1)

@@ -1,4 +1,4 @@
-"""grouped.combine: the experts' last product and the sum over each token's choices, as one."""
+"""grouped.combine: the experts' last product and the sum over each token's choices, as one op."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def grouped_combine(
     """rows[R, K], ends[E], w[E, N, K], b[E, N]?, order[R], weights[T, k]? -> z[T, N].
 
     z = combine(rows @ w[e]^T (+ b[e]), order, weights). Attributes: `biased`, `weighted`, `k`,
-    `tokens` (T), `dtype` of z. Its gradient needs no product but those of w
+    `tokens` (T), `dtype` of z. The gradient of the weights needs no further product
     (`moec.dynamo.gradients`).
     """
     count = 4 if attrs.get("biased") else 3

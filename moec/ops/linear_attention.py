@@ -1,7 +1,7 @@
-"""nn.linear_attention: attention without a softmax, as a state that is carried over time.
+"""nn.linear_attention: attention without a softmax, as a recurrent state.
 
-The state of a head is a matrix S[Dk, Dv]. At each position it decays, takes up what the key and
-the value bring, and is read by the query:
+The state of a head is a matrix S[Dk, Dv]. At each position it decays, is updated by the key and the
+value, and is read by the query:
 
     S = exp(decay) * S
     S = S + outer(k, v)                        a sum (Mamba 2, arXiv 2405.21060; lightning
@@ -51,7 +51,7 @@ class LinearAttention:
 
     @property
     def per(self) -> Literal["head", "key", "rate"]:
-        """What has a decay of its own."""
+        """The granularity of the decay: per head, per feature of the key, or with rates."""
         if self.rates is not None:
             return "rate"
         return "head" if len(self.decay.shape) == 3 else "key"
@@ -90,13 +90,13 @@ def linear_attention(
 ) -> Any:
     """Inputs as in `LinearAttention` -> y[B, S, H, Dv], the last state[B, H, Dk, Dv].
 
-    Attributes: `rated`, `delta`, `started` say which of rates, beta and start are given, in
-    this order. All of float32.
+    Attributes: `rated`, `delta`, `started` are set where rates, beta and start exist, in this
+    order. All tensors are float32.
     """
-    return carried(**tensors_of("nn.linear_attention", op, tensors, attrs))
+    return recurrence(**tensors_of("nn.linear_attention", op, tensors, attrs))
 
 
-def carried(
+def recurrence(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

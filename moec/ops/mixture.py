@@ -1,4 +1,4 @@
-"""moe.mixture: experts of any kinds, each an own graph, all of them used and weighed."""
+"""moe.mixture: the weighted sum of experts of different architectures, all of which are used."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _infer_mixture(op: Op) -> tuple[TensorType, ...]:
 def mixture(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """shares[.., E], inputs..., params... -> sum over e of shares[.., e] * (output e of the body).
 
-    The body's inputs and params are the op's, its E outputs have one type: experts may differ in
-    everything but that. Summed in the order of the experts.
+    The body's inputs and params are the op's; its E outputs have one type. Experts may differ in
+    everything else. Summed in the order of the experts.
     """
     shares, *rest = tensors
     assert op.body is not None

@@ -1,4 +1,4 @@
-"""moe.neurons: experts of one neuron each, which are rows of two tables (PEER)."""
+"""moe.neurons: experts of one neuron each, whose weights are rows of two tables (PEER)."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ def rms_norm(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], 
 
     `round_first`: the normalised value is rounded to x's dtype before weight multiplies it.
     """
-    return normalised(tensors[0], tensors[1:], attrs)
+    return rms_normalise(tensors[0], tensors[1:], attrs)
 
 
-def normalised(
+def rms_normalise(
     x: torch.Tensor, weight: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> torch.Tensor:
     """As nn.rms_norm, with the attributes of that op."""

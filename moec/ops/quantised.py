@@ -41,8 +41,8 @@ class GroupedQuantised(Grouped[Matrix]):
 
 
 def format_of(op: Op, matrix: Matrix) -> Format:
-    """The format that the attributes `kind`, `zeros` and `row_bits` of an op and the shapes of a
-    matrix of its say. Raises IRError where they do not fit each other."""
+    """The format of a matrix, from its shapes and the op's attributes `kind`, `zeros` and
+    `row_bits`. Raises IRError where they do not match."""
     kind, zeros = op.attrs.get("kind"), matrix.zeros is not None
     require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
     codes, scales = matrix.codes, matrix.scales
@@ -90,11 +90,11 @@ def grouped_quantised(
     """x, ends[E], (codes[E, N, K], scales[E, N, b], zeros[E, N, b]?)…, biases[E, N]…,
     order[R]?, scale[T, k]? -> h[R, N].
 
-    As grouped.linear, where matrix j of expert e is `quantisation.dequantise` of codes, scales
-    and zeros, the row is `quantisation.round_rows` of x to `row_bits` (8 where that is not given,
-    or 16), and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` says that
-    zeros are there. `scaled` multiplies the product.
-    `exact_rows` leaves the rows as they are: the meaning that no kernel of ours computes.
+    As grouped.linear, where matrix j of expert e is `formats.integer.dequantise` of codes, scales
+    and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16),
+    and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set where zeros
+    exist. `scaled` multiplies the product. `exact_rows` does not round the rows; no kernel of moec
+    computes that.
     """
     inputs = tensors_of("grouped.quantised", op, tensors, attrs)
     x, kind = inputs["x"], attrs["kind"]

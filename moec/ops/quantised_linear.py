@@ -47,9 +47,9 @@ def quantised_linear(
 ) -> Any:
     """x[.., K], codes u8[N, K], scales[N, b], zeros u8[N, b]?, bias[N]? -> y[.., N].
 
-    The weight is `quantisation.dequantise` of codes, scales and zeros, the row is
-    `quantisation.round_rows` of x to `row_bits` (8 where that is not given, or 16); the product and
-    the bias are added in float32, then cast.
+    The weight is `formats.integer.dequantise` of codes, scales and zeros, the row is
+    `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16); the product and the
+    bias are added in float32, then cast.
     """
     x, codes, scales, zeros, bias = tensors_of("nn.quantised_linear", op, tensors, attrs).values()
     rows = round_rows(x, scales.shape[-1], attrs.get("row_bits", 8))

@@ -18,14 +18,14 @@ PAIRINGS = ("halves", "neighbours")
 def _infer_rotary(op: Op) -> tuple[TensorType, ...]:
     require(op, len(op.inputs) == 3, "needs x, cos and sin")
     x, cos, sin = op.inputs
-    require_turnable(op, x, cos, sin)
+    require_rotary(op, x, cos, sin)
     for name in ("pairs", "gives"):
         require(op, op.attrs.get(name, "halves") in PAIRINGS, f"{name} is not one of {PAIRINGS}")
     return (x.type,)
 
 
-def require_turnable(op: Op, x: Value, cos: Value, sin: Value) -> None:
-    """Raises IRError where the pairs of x have no angles in cos and sin."""
+def require_rotary(op: Op, x: Value, cos: Value, sin: Value) -> None:
+    """Raises IRError where cos and sin do not match the pairs of features of x."""
     width = x.shape[-1] if x.shape else 0
     require(op, isinstance(width, int) and width % 2 == 0, f"{x} has no even number of features")
     assert isinstance(width, int)
@@ -38,26 +38,26 @@ def require_turnable(op: Op, x: Value, cos: Value, sin: Value) -> None:
 
 @defop("nn.rotary", _infer_rotary, "x, cos, sin", tokenwise=True)
 def rotary(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """x[.., D], cos, sin [.., D or D/2] -> each pair (a, b) of x turned by its angle.
+    """x[.., D], cos, sin [.., D or D/2] -> x with each pair (a, b) rotated by its angle.
 
     a' = a * cos - b * sin, b' = b * cos + a * sin, in float32 (float64 where x is), rounded to
-    x's dtype at the end. `pairs` says where x holds the pairs: "halves" (a in the first half
-    of the features, b in the second) or "neighbours" (2i and 2i+1); `gives` says it of the
-    result. Both are "halves" if left out. cos and sin broadcast over all axes but the last;
-    where they have D features, the first half is for a' and the second for b'.
+    x's dtype at the end. `pairs` is the layout of pairs in x: "halves" (a in the first half of the
+    features, b in the second) or "neighbours" (2i and 2i+1); `gives` is that of the result. Both
+    default to "halves". cos and sin broadcast over all axes but the last; where they have D
+    features, the first half is for a' and the second for b'.
     """
     x, cos, sin = tensors
-    return turned(x, cos, sin, **attrs)
+    return rotate_pairs(x, cos, sin, **attrs)
 
 
-def turned(
+def rotate_pairs(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     pairs: str = "halves",
     gives: str = "halves",
 ) -> torch.Tensor:
-    """What nn.rotary means."""
+    """The meaning of nn.rotary."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
     half = x.shape[-1] // 2
     if pairs == "halves":

@@ -1,4 +1,4 @@
-"""How a router turns logits into choices: what moe.route and moe.gate compute."""
+"""Routing: how moe.route and moe.gate turn logits into choices of experts and their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.ir.graph import Op
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router turns logits into choices.
+    """The parameters of a router.
 
     scores = score(logits); the k best of scores + correction are chosen, within the best
     `top_groups` of `groups` groups where these are set; weights = after(scores of the chosen),
@@ -49,7 +49,7 @@ class Routing:
 
 
 def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The ids of the k greatest, in falling order, lower id first among equals; NaN is greatest."""
+    """The ids of the k greatest scores, descending, equal ones by ascending id; NaN is greatest."""
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -62,13 +62,13 @@ def _scores(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
 def choice_scores(
     routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
 ) -> torch.Tensor:
-    """f32[.., E]: what the experts are chosen by, before any limit to groups."""
+    """f32[.., E]: the scores by which experts are chosen, before the restriction to groups."""
     scores = _scores(routing, logits)
     return scores if correction is None else scores + correction.float()
 
 
 def group_scores(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
-    """f32[.., groups]: what groups are kept by, of choice scores [.., E]."""
+    """f32[.., groups]: the scores by which groups are chosen, from choice scores [.., E]."""
     ranked = _grouped(routing, choice).sort(-1, descending=True).values
     return ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
 
@@ -106,7 +106,8 @@ def route_logits(
 
 
 def _sparsemixer(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each choice: softmax over the logits within `2*jitter` (relative) of the greatest left."""
+    """Each choice is the greatest remaining logit; its weight is a softmax over the logits within
+    `2*jitter` (relative) of it."""
     left = logits
     weights, experts = [], []
     for _ in range(routing.k):

@@ -1,4 +1,4 @@
-"""moe.soft_mixture: experts of slots, which are weighed sums of all tokens (Soft MoE)."""
+"""moe.soft_mixture: experts applied to slots, which are weighted sums of all tokens (Soft MoE)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.ir.opdef import Runner, defop, integer, require
 
 
 def slots_of(op: Op) -> int:
-    """How many slots each expert has."""
+    """The number of slots of each expert."""
     return cast(int, op.inputs[1].shape[2]) // integer(op, "num_experts")
 
 

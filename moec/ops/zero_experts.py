@@ -1,4 +1,4 @@
-"""moe.zero_experts: what experts without a network of their own give to the tokens."""
+"""moe.zero_experts: the results of experts without a network."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ INPUTS = "x, experts, weights?weighted, mix?mixed, constants?kinds:constant, add
 
 @dataclass(frozen=True)
 class ZeroExperts:
-    """The inputs of moe.zero_experts by name, and which ids mean what.
+    """The inputs of moe.zero_experts by name, and the meaning of ids.
 
-    `kinds` tells of the ids from `first` on whether they are a "copy", a "constant" (the next
-    row of `constants`) or "zero". Ids below have networks, those beyond are zero too.
+    `kinds` holds, for each id from `first` on, "copy", "constant" (the next row of `constants`) or
+    "zero". Ids below `first` have networks; ids beyond `kinds` are "zero" too.
     """
 
     x: Value

@@ -17,7 +17,7 @@ import torch
 from moec.codegen.package import build, port
 from moec.errors import UnsupportedError
 from moec.interpret.evaluate import run_op
-from moec.ir.dims import bind, symbols
+from moec.ir.dims import bind_shape, symbols
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.opdef import Reference
 from moec.passes.core.runner import run
@@ -68,11 +68,11 @@ class RankModel:
         held = dict(zip(states, caches, strict=True))
         sizes: dict[str, int] = {}
         for state, cache in held.items():
-            bind(state.shape, cache.array.shape, sizes)
+            bind_shape(state.shape, cache.array.shape, sizes)
         values: dict[Value, torch.Tensor] = {}
 
         def learn(value: Value, tensor: torch.Tensor) -> None:
-            bind(value.shape, tuple(tensor.shape), sizes)
+            bind_shape(value.shape, tuple(tensor.shape), sizes)
             values[value] = tensor
 
         free = [value for value in graph.inputs if value not in held]

@@ -1,1 +1,1 @@
-"""What a compilation did, in numbers and words and pictures."""
+"""The report on a compilation: data, text and pictures."""

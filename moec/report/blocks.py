@@ -1,4 +1,4 @@
-"""The MoE blocks of a graph, described for people: what was recognised, and how big it is."""
+"""Descriptions of the MoE blocks of a graph: what was recognised, and its size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _block(graph: Graph, op: Op) -> Block:
 
 
 def _mixture(graph: Graph, op: Op) -> Block:
-    """All of its experts are used, and no two need be alike."""
+    """A mixture of different experts, all of which are used."""
     assert op.body is not None
     experts = len(op.body.outputs)
     total = sum(cast(int, product(param.shape)) for param in op.body.params)
@@ -111,7 +111,7 @@ def _hierarchy(graph: Graph, op: Op) -> Block:
 
 
 def _soft_mixture(graph: Graph, op: Op) -> Block:
-    """Every token has a share in every slot, and every slot in every token's result."""
+    """A soft mixture: every token contributes to every slot, every slot to every token's result."""
     assert op.body is not None
     experts, slots = integer(op, "num_experts"), slots_of(op)
     total = sum(cast(int, product(stack.shape)) for stack in op.inputs[3:])
@@ -122,14 +122,14 @@ def _soft_mixture(graph: Graph, op: Op) -> Block:
         top_k=experts,
         router=f"softmax over tokens, softmax over slots{apart}",
         activation=activation(op.body),
-        form=f"soft mixture of {_counted(experts, 'expert')} with {_counted(slots, 'slot')}",
+        form=f"soft mixture of {_with_noun(experts, 'expert')} with {_with_noun(slots, 'slot')}",
         parameters=total,
         active_parameters=total,
     )
 
 
 def _neurons(graph: Graph, op: Op) -> Block:
-    """Each expert is one row of two tables."""
+    """Experts of one neuron: each is one row of two tables."""
     assert op.body is not None
     tables, k = op.inputs[3:], cast(int, op.inputs[1].shape[1])
     experts = cast(int, tables[0].shape[0])
@@ -146,12 +146,12 @@ def _neurons(graph: Graph, op: Op) -> Block:
     )
 
 
-def _counted(number: int, noun: str) -> str:
+def _with_noun(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _zero(graph: Graph, dispatch: Op) -> str:
-    """The experts without a network that are chosen among: "1 copy, 2 constant, 1 zero"."""
+    """The experts without a network that the router may choose: "1 copy, 2 constant, 1 zero"."""
     readers = graph.readers[dispatch.inputs[1]]
     kinds = [
         str(kind)
@@ -196,7 +196,7 @@ def _source(graph: Graph, value: Value) -> str:
 
 
 def phrase(op: Op) -> str:
-    """A router in words, in the order in which it works."""
+    """A router in words, in the order of its steps."""
     routing = Routing.of(op)
     corrected = len(op.inputs) > 1 if op.name == "moe.route" else bool(op.attrs.get("corrected"))
     parts = [] if routing.score == "none" else [routing.score]
@@ -217,7 +217,7 @@ def phrase(op: Op) -> str:
 
 
 def activation(body: Graph) -> str:
-    """What stands between the linear layers of one expert."""
+    """The activation between the linear layers of an expert, in words."""
     kinds: dict[str, Op] = {}
     for op in body.ops:
         kind = op.name.split(".")[1]
@@ -244,7 +244,7 @@ def activation(body: Graph) -> str:
 
 
 def _multiplies_itself(body: Graph, sigmoid: Op) -> bool:
-    """x * sigmoid(x), or x * sigmoid(a * x)."""
+    """Whether it computes x * sigmoid(x) or x * sigmoid(a * x)."""
     source = sigmoid.inputs[0]
     scaled = body.producers.get(source)
     sources: set[Value] = {source}
@@ -257,7 +257,7 @@ def _multiplies_itself(body: Graph, sigmoid: Op) -> bool:
 def _shared(graph: Graph, combine: Op) -> str:
     if combine.attrs.get("added"):
         shared = _dense(graph, combine.inputs[-1])
-        return shared and shared + _divided(graph, combine.outputs[0])
+        return shared and shared + _divisor(graph, combine.outputs[0])
     value = combine.outputs[0]
     while True:
         readers = graph.readers.get(value, ())
@@ -268,13 +268,13 @@ def _shared(graph: Graph, combine: Op) -> str:
             value = reader.outputs[0]
         elif reader.name == "aten.add.Tensor" and len(reader.inputs) == 2:
             shared = _dense(graph, next((v for v in reader.inputs if v is not value), value))
-            return shared and shared + _divided(graph, reader.outputs[0])
+            return shared and shared + _divisor(graph, reader.outputs[0])
         else:
             return ""
 
 
-def _divided(graph: Graph, total: Value) -> str:
-    """What the sum of the routed and the dense branch is divided by, in words."""
+def _divisor(graph: Graph, total: Value) -> str:
+    """The divisor of the sum of the routed and the dense branch, in words; "" without one."""
     readers = graph.readers.get(total, ())
     if len(readers) == 1 and readers[0].name == "aten.div.Tensor" and len(readers[0].inputs) == 1:
         return f", the sum divided by {readers[0].attrs['other']}"
@@ -282,7 +282,7 @@ def _divided(graph: Graph, total: Value) -> str:
 
 
 def _dense(graph: Graph, value: Value) -> str:
-    """What kind of dense branch is added; a residual stream is none."""
+    """The kind of the dense branch that is added; "" for a residual connection."""
     op = graph.producers.get(value)
     while op is not None and op.name in _MOVES:
         op = graph.producers.get(op.inputs[0])

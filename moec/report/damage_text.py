@@ -1,4 +1,4 @@
-"""The words and the table of what an approximate pass did."""
+"""The report on an approximate pass as text and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERS = ("saved", "FLOPs", "off", "moved", "error", "KL", "ppl")
 
 
 def parts(damage: Damage) -> Iterable[RenderableType]:
-    """A title, a line for each layer, and what it means in all."""
+    """A title, a line for each layer, and a summary."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -58,7 +58,7 @@ def _table(damage: Damage) -> Any:
 
 
 def summary(damage: Damage) -> list[str]:
-    """What was saved and what it cost, in sentences; first the columns where there are layers."""
+    """Savings and costs in sentences, after an explanation of the columns if there are layers."""
     before, after = damage.bytes_before, damage.bytes_after
     lines = []
     if damage.layers:

@@ -1,4 +1,4 @@
-"""What a compilation made, as data: what `--json` prints and an artifact keeps."""
+"""The data of a report, which `--json` prints and an artifact stores."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from moec.errors import ArtifactError
 from moec.passes.core.damage import Damage
 
 WHOLE = "(whole model)"
-"""The name of a block that is no module of its own."""
+"""The name of a block without a module."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block. `parameters` are those of its experts, `active_parameters` those of the top k.
+    """One block. `parameters` counts those of its experts, `active_parameters` those of the top k.
 
     `router` and `activation` are phrases, such as "softmax, top-2, renormalised" and "swiglu",
-    or "custom"; `form` is how the source wrote the experts. `shared` says how a dense branch is
-    added to the block's result, and is empty where none is; `kernel` names what runs the block,
-    and is empty until code is generated. `zero` counts the experts without a network that tokens
-    may choose as well ("2 constant, 1 copy, 1 zero"); `experts` are those that have one.
+    or "custom"; `form` is how the source wrote the experts. `shared` describes a dense branch that
+    is added to the block's result ("" without one); `kernel` names the kernels of the block (""
+    until code is generated). `experts` counts the experts with a network, `zero` those without one
+    ("2 constant, 1 copy, 1 zero").
     """
 
     name: str
@@ -64,7 +64,7 @@ class PortLine:
 
 @dataclass(frozen=True)
 class ErrorLine:
-    """How far one output is from eager's: the greatest error relative to the greatest value."""
+    """The error of one output against eager: the greatest error relative to the greatest value."""
 
     output: str
     error: float
@@ -73,13 +73,13 @@ class ErrorLine:
 
 @dataclass(frozen=True)
 class QuantisedLine:
-    """The experts of one place, or the linear layers of one name, in fewer bits. `covered` of
-    these `parts` are really quantised; errors are those of the weights, as a share of their
-    norm: over all, and of the worst part.
+    """The quantised experts of one module, or linear layers of one name. `covered` of the `parts`
+    were quantised. Errors are those of the weights, relative to their norm: `error` over all parts,
+    `worst` of the worst part.
 
-    With calibration data, `fewest` is how many rows the part that saw fewest saw, `few` are the
-    parts that saw too few and were rounded to nearest; `nearest` and `solved` are the errors of
-    the products on these data, with all codes rounded to nearest and with those that are used.
+    With calibration data, `fewest` is the least number of rows of a part, and `few` are the parts
+    that had too few rows and were rounded to nearest; `nearest` and `solved` are the errors of the
+    products on these data, with all codes rounded to nearest and with the codes in use.
     """
 
     name: str
@@ -98,9 +98,9 @@ class QuantisedLine:
 
 @dataclass(frozen=True)
 class MovedLine:
-    """How far an output of the quantised model is from the unquantised one's over the cases of
-    the verification: the difference as a share of the norm, and in how many of the rows (tokens)
-    the greatest value stands elsewhere."""
+    """The error of an output of the quantised model against the unquantised one, over the cases of
+    the verification: the difference relative to the norm, and the number of rows (tokens) with
+    another argmax."""
 
     output: str
     error: float
@@ -127,7 +127,7 @@ class TunedLine:
 
 @dataclass(frozen=True)
 class LoopLine:
-    """An op that became a plain loop though there are kernels for such ops, and why."""
+    """An op that became a plain loop although its kind has kernels, and the reason."""
 
     where: str
     op: str
@@ -136,7 +136,7 @@ class LoopLine:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that a person may ask about a compilation. `bytes_out` None: not packed."""
+    """All facts about a compilation. `bytes_out` is None where no weights were packed."""
 
     model: str
     target: str = ""
@@ -162,14 +162,14 @@ class ReportData:
     damage: tuple[Damage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As one JSON document holds it: plain dicts, lists and numbers."""
+        """The report as JSON-compatible dicts, lists and numbers."""
         return asdict(self)
 
     @classmethod
     def of_dict(cls, recorded: Mapping[str, Any]) -> Self:
-        """The report that `to_dict` wrote; fields that this version does not know are left out.
+        """Parse the output of `to_dict`, ignoring unknown fields.
 
-        Raises ArtifactError where it is malformed: it may come from a stranger's artifact.
+        Raises ArtifactError where it is malformed: it may come from an untrusted artifact.
         """
         try:
             return msgspec.convert(recorded, cls)

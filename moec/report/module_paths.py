@@ -1,4 +1,4 @@
-"""Names of places in a model, many as one."""
+"""Paths of modules that differ in a layer's index, written as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def collapse_layer_indices(names: Sequence[str]) -> str:
-    """Names that differ in one number as one: model.layers.{0..23}.mlp."""
+    """Several names that differ in one number, as one text: model.layers.{0..23}.mlp."""
     if len(names) == 1:
         return names[0]
     split = [re.split(r"(?<![^.])(\d+)(?![^.])", name) for name in names]

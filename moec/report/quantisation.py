@@ -1,4 +1,4 @@
-"""What quantisation changed: bytes, weights, and the model's own outputs."""
+"""The report's lines on quantisation: bytes, errors of weights, errors of the model's outputs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moec.report.data import MovedLine, QuantisedLine
 from moec.report.module_paths import collapse_layer_indices
 
 BROKEN = 0.5
-"""An expert whose weights are farther off, as a share of their norm, was not quantised: that of
-an expert that was left out is 1, and four bits a weight give 0.1."""
+"""An expert whose weights have a greater error, relative to their norm, counts as not quantised:
+the error of an expert that was left out is 1, that of four bits a weight 0.1."""
 
 
 def before_quantisation(pass_results: Sequence[PassResult]) -> tuple[PassResult, ...]:
@@ -35,9 +35,9 @@ def before_quantisation(pass_results: Sequence[PassResult]) -> tuple[PassResult,
 
 
 def quantised_lines(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, ...]:
-    """One line for each place with quantised weights: what it was, what it is, how far off.
+    """One line for each module with quantised weights: format, bytes before and after, errors.
 
-    Raises UnsupportedError where quantisation ran and found nothing that it could do.
+    Raises UnsupportedError where quantisation ran and quantised nothing.
     """
     exact, last = before_quantisation(pass_results), pass_results[-1]
     if len(exact) == len(pass_results):
@@ -45,7 +45,7 @@ def quantised_lines(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, 
     groups: dict[str, list[Op]] = {}
     for op in last.program.graph.ops:
         if op.name in QUANTISED_OPS:
-            groups.setdefault(_numberless(op), []).append(op)
+            groups.setdefault(_line_key(op), []).append(op)
     if not groups:
         reasons = dict.fromkeys(d.reason for s in pass_results[len(exact) :] for d in s.declined)
         raise UnsupportedError(
@@ -55,7 +55,8 @@ def quantised_lines(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, 
     before = exact[-1].program
     fits = {fit.weight: fit for pass_result in pass_results for fit in pass_result.fits}
     return tuple(
-        _fitted(_line(ops, before, last.program), _fits_of(ops, fits)) for ops in groups.values()
+        _with_calibration(_line(ops, before, last.program), _fits_of(ops, fits))
+        for ops in groups.values()
     )
 
 
@@ -64,8 +65,8 @@ def _fits_of(ops: Sequence[Op], fits: Mapping[str, RoundingStats]) -> list[Round
     return [fits[name] for name in names if name in fits]
 
 
-def _fitted(line: QuantisedLine, fits: Sequence[RoundingStats]) -> QuantisedLine:
-    """With what calibration did, over all matrices of the line."""
+def _with_calibration(line: QuantisedLine, fits: Sequence[RoundingStats]) -> QuantisedLine:
+    """The line with the statistics of calibration, over all its matrices."""
     if not fits:
         return line
     return replace(
@@ -82,15 +83,16 @@ def _rms(errors: Iterable[float]) -> float:
     return math.sqrt(sum(e * e for e in values) / len(values))
 
 
-def _numberless(op: Op) -> str:
-    """What ops have in common that share a line: the place of experts, the name of linears."""
-    name = _place(op)
+def _line_key(op: Op) -> str:
+    """The key of an op's line: the module path of experts, or the name of a linear layer's weight
+    with * for its numbers."""
+    name = _module_path(op)
     return name if op.name == "grouped.quantised" else re.sub(r"\d+", "*", name)
 
 
 def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
-    """The same weights of few bits, and rows that are not rounded as they meet them. Whoever runs
-    it may round them to `row_bits`, or to 8 where rows of 16 cannot be `asked` for."""
+    """The same quantised weights with rows that are not rounded. With `keep_row_bits`, the
+    attribute `row_bits` stays, as a runtime may round rows itself; else it is dropped."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
         if op.name != "grouped.quantised":
@@ -102,12 +104,12 @@ def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
     return replace(program, graph=rewrite(program.graph, rule, Log()))
 
 
-def left_wide(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
-    """In words, the experts' weights that quantisation left as they were."""
+def unquantised_lines(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
+    """A sentence for each layer of experts whose weights were not quantised."""
     if len(before_quantisation(pass_results)) == len(pass_results):
         return ()
     ops = pass_results[-1].program.graph.ops
-    left = dict.fromkeys(_place(op) for op in ops if op.name == "grouped.linear")
+    left = dict.fromkeys(_module_path(op) for op in ops if op.name == "grouped.linear")
     return tuple(f"the weights of {name} are not quantised" for name in left)
 
 
@@ -116,16 +118,16 @@ def moved_lines(
     references: Iterable[Sequence[torch.Tensor]],
     changed: Iterable[Sequence[torch.Tensor]],
 ) -> tuple[MovedLine, ...]:
-    """For each output, how far `changed` is from `known` over all cases."""
+    """For each output, the error of `changed` relative to `references`, over all cases."""
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
     for expected, got in zip(references, changed, strict=True):
         for name, a, b in zip(names, expected, got, strict=True):
             if a.is_floating_point() and a.numel() and a.ndim:
                 pairs[name].append((a.float().flatten(0, -2), b.float().flatten(0, -2)))
-    return tuple(_moved(name, tensors) for name, tensors in pairs.items() if tensors)
+    return tuple(_moved_line(name, tensors) for name, tensors in pairs.items() if tensors)
 
 
-def _moved(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> MovedLine:
+def _moved_line(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> MovedLine:
     off = size = 0.0
     moved = rows = 0
     for a, b in pairs:
@@ -138,7 +140,7 @@ def _moved(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mov
     return MovedLine(name, (off / size) ** 0.5 if size else 0.0, moved, rows)
 
 
-def _place(op: Op) -> str:
+def _module_path(op: Op) -> str:
     return op.origin or op.outputs[0].name
 
 
@@ -159,7 +161,7 @@ def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
             size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
     errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
     return QuantisedLine(
-        collapse_layer_indices(tuple(dict.fromkeys(_place(op) for op in ops))),
+        collapse_layer_indices(tuple(dict.fromkeys(_module_path(op) for op in ops))),
         str(format_of(op, matrix)),
         parts=len(errors),
         covered=sum(error < BROKEN for error in errors),

@@ -1,4 +1,4 @@
-"""The report on a compilation, and what fills it."""
+"""The report on a compilation, and functions that fill its fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Report(ReportData):
-    """The data, shown as text."""
+    """The data of a report, printed as text."""
 
     def __str__(self) -> str:
         from moec.report.text import render
@@ -28,13 +28,12 @@ class Report(ReportData):
     __repr__ = __str__  # so that `m.report()` at a prompt shows it
 
     def _repr_html_(self) -> str:
-        """For notebooks: the text, in letters of one width. Names come from files: they are
-        escaped."""
+        """For notebooks: the text in a monospaced font, escaped, as names come from files."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The fields of a Report that a graph and its weights answer: sizes, ports, parameters."""
+    """The fields of a Report that follow from a graph and its weights: sizes, ports, parameters."""
     from moec.ir.stats import count_weights
 
     parameters, bytes_by_dtype = count_weights(graph, weights)
@@ -63,7 +62,7 @@ def pass_lines(pass_results: Iterable[PassResult]) -> tuple[PassLine, ...]:
 
 
 def kernels_of(path: str, kernels: Sequence[tuple[str, str]]) -> str:
-    """The kernels that run what stands at `path` in the model, each once, in order."""
+    """The kernels that run the ops of the module at `path`, each once, in order."""
     names = (kernel for where, kernel in kernels if path == WHOLE or inside(where, path))
     return ", ".join(dict.fromkeys(names))
 

@@ -1,4 +1,4 @@
-"""The words and tables of a report."""
+"""A report as text: sentences and tables."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def render(report: ReportData, width: int = 100, color: bool = False) -> str:
 
 
 def terminal_width() -> int:
-    """How wide to print: as the terminal, within reason. What is piped is not wrapped, unless
-    COLUMNS says so."""
+    """The terminal's width, within limits. Piped output is not wrapped unless COLUMNS is set."""
     if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
         return UNWRAPPED
     return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 140)
@@ -100,7 +99,7 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
         yield _verification(report.verification, bool(report.quantised))
     if report.moved:
         yield ""
-        yield _moved(report.moved)
+        yield _quantised_outputs(report.moved)
     for note in report.notes:
         yield Text(f"note: {note}")
 
@@ -148,7 +147,7 @@ def _bounds(name: str, low: int, high: int | None) -> str:
 
 
 def _blocks(blocks: Sequence[Block]) -> Iterable[RenderableType]:
-    """Blocks that differ in nothing but their name are described once."""
+    """The blocks; blocks that differ only in their names are described once."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -216,7 +215,7 @@ def _passes(passes: Sequence[PassLine]) -> Any:
 
 
 def _quantised(lines: Sequence[QuantisedLine]) -> Any:
-    """A line for each place, and one for all of them."""
+    """A line for each module, and one for all of them."""
     table = _grid("Quantised", "format", "covered", "bytes", "error", "worst of them")
     for line in lines:
         table.add_row(
@@ -243,7 +242,7 @@ def _quantised(lines: Sequence[QuantisedLine]) -> Any:
 
 
 def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
-    """What calibration was worth, and whom it did not reach."""
+    """The errors with and without calibration, and experts with too few rows for it."""
     from rich.text import Text
 
     fitted = [line for line in lines if line.solved is not None]
@@ -262,7 +261,7 @@ def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
             )
 
 
-def _moved(lines: Sequence[MovedLine]) -> Any:
+def _quantised_outputs(lines: Sequence[MovedLine]) -> Any:
     table = _grid("Against the unquantised model", "error", "rows with another greatest value")
     for line in lines:
         table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")

@@ -9,7 +9,7 @@ import torch
 from moec.capture import Captured
 from moec.errors import CaptureError
 from moec.interpret.random_inputs import random_like
-from moec.interpret.resized import resized
+from moec.interpret.resized import with_sizes
 from moec.ir.dims import Bounds
 from moec.verify.turns import turns
 
@@ -27,7 +27,7 @@ def cases(captured: Captured) -> list[Case]:
     few = (_sizes(captured, lambda b: max(b.low, 1)), _sizes(captured, _odd))
     for size in ({}, *few, *turns(captured.program.graph, captured.example)):
         example = [
-            resized(t, v.shape, size)
+            with_sizes(t, v.shape, size)
             for t, v in zip(captured.example, program.graph.inputs, strict=False)
         ]
         inputs.append(tuple(random_like(program, example, generator)[:count]))

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import sympy
 import torch
 
-from moec.ir.dims import Bounds, bind, symbols
+from moec.ir.dims import Bounds, bind_shape, symbols
 from moec.ir.graph import Attr, Graph, Op, Value
-from moec.ir.thresholds import turning_sizes
+from moec.ir.thresholds import sizes_at_changes
 
 _CASES = 12
 """So many at most, the smallest ones: a verification takes seconds, not minutes."""
@@ -28,10 +28,10 @@ def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]
     of the bounds, few and small."""
     sizes: dict[str, int] = {}
     for value, tensor in zip(graph.inputs, example, strict=False):
-        bind(value.shape, tuple(tensor.shape), sizes)
+        bind_shape(value.shape, tuple(tensor.shape), sizes)
     bounds = {name: limits for name, limits in graph.bounds.items() if name in sizes}
     expressions = dict.fromkeys(e for op in graph.ops for e in _expressions(op))
-    moved = turning_sizes(expressions, bounds, sizes)
+    moved = sizes_at_changes(expressions, bounds, sizes)
     moved += [{**sizes, name: size} for name, size in _masks(graph, bounds)]
     moved += [{**sizes, name: size} for name, size in _ends(bounds)]
     most = max(_ELEMENTS, 4 * math.prod(sizes.values()))

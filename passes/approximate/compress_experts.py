@@ -184,7 +184,7 @@ class CompressExperts:
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         least = torch.zeros(())
         for reach in REACHES if self.kind == "2bit" else (self.reach,):
-            start = torch.where(unseen, grid, module.shrunk(grid, reach))
+            start = torch.where(unseen, grid, module.scale_grid(grid, reach))
             nearest = partial(_round_to_grid, module, start)
             solved = solve_ordered(target, second, nearest, self.damping).weight
             codes = module.codes_of(solved, start)

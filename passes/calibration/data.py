@@ -14,7 +14,7 @@ from moec.dtypes import FLOATS
 from moec.errors import InputError, IRError, MoecError, UsageError
 from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import bind
+from moec.ir.dims import bind_shape
 from moec.ir.graph import Graph, Program, Value
 from moec.passes.calibration.files import data_by_domain, data_label
 
@@ -68,7 +68,7 @@ def _load_domain(
     sizes: dict[str, int] = {}
     for value, tensor in zip(inputs, batch, strict=True):
         try:
-            bind(value.shape, tuple(tensor.shape), sizes)
+            bind_shape(value.shape, tuple(tensor.shape), sizes)
         except IRError as error:
             raise UsageError(f"{where}: {value.name} is not {value.type}: {error}") from None
     for name, size in sizes.items():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from moec.errors import NoMatch, UsageError
-from moec.ir.dims import bind, evaluate_dim
+from moec.ir.dims import bind_shape, evaluate_dim
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.stats import product_flops, stored_bytes
 from moec.passes.calibration.budget import Budget, BudgetError
@@ -222,7 +222,7 @@ class MeasuredPass(Pass):
         sizes: dict[str, int] = {}
         inputs, case = program.graph.inputs, evaluator.calibration.cases[0]
         for value, tensor in zip(inputs, case, strict=False):
-            bind(value.shape, tuple(tensor.shape), sizes)
+            bind_shape(value.shape, tuple(tensor.shape), sizes)
         tokens = [evaluate_dim(output.shape[0], sizes) for output in evaluator.layers]
         read = tokens_in(inputs[0], case[0])
         return product_flops(program.graph, sizes) / max(tokens, default=read)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.dims import Dim, normal, symbol, symbols
+from moec.ir.dims import Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.passes.core.moe_layer import Splice
 
@@ -22,7 +22,7 @@ def inline_body(
     sizes = {symbol(name): count for name in names}
 
     def dim(d: Dim) -> Dim:
-        return d if isinstance(d, int) else normal(d.subs(sizes))
+        return d if isinstance(d, int) else canonical(d.subs(sizes))
 
     def attr(value: Attr) -> Attr:
         if isinstance(value, tuple):

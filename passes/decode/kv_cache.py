@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, normal, symbol
+from moec.ir.dims import Bounds, canonical, symbol
 from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
@@ -55,7 +55,7 @@ def _flat_positions(first: Value, c: ChunkRewrite, like: Op) -> Value:
     e = Emitter(c.builder, like)
     count = e.op("arange.start_step", (), "i64", (s,), {"start": 0, "end": s})
     positions = e.op("add.Tensor", (e.reshape(first, (b, 1)), count), "i64", (b, s), {})
-    return e.reshape(positions, (normal(b * s),))
+    return e.reshape(positions, (canonical(b * s),))
 
 
 def _attention(first: Value, c: ChunkRewrite, op: Op) -> None:
@@ -81,7 +81,7 @@ def _convolution(c: ChunkRewrite, op: Op) -> None:
     assert isinstance(width, int)
     batch, channels, _ = x.shape
     before = _state(c, "inputs", TensorType(x.dtype, (batch, channels, width - 1)))
-    e, long = Emitter(c.builder, op), normal(c.sequence + width - 1)
+    e, long = Emitter(c.builder, op), canonical(c.sequence + width - 1)
     shape = (batch, channels, long)
     joined = e.op(
         "cat.default", [before, c.new[x]], x.dtype, shape, {"tensors": (Ref(0), Ref(1)), "dim": 2}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, Dim, normal, symbol
+from moec.ir.dims import Bounds, Dim, canonical, symbol
 from moec.ir.graph import Attr, Graph, Op, Ref, TensorType, Value
 from moec.ops.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rebuild
@@ -42,7 +42,7 @@ def with_past(graph: Graph) -> Graph:
     """
     tokens, batch, sequence = tokens_of(graph)
     builder = Builder(graph)
-    total = normal(sequence + symbol(PAST))
+    total = canonical(sequence + symbol(PAST))
     padded = Padded(Value(builder.fresh(MASK), TensorType("i64", (batch, total))))
     carry: dict[str, Carry] = {
         "nn.attention": partial(_attention, padded),
@@ -93,7 +93,7 @@ def _flat_positions(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B*S]: the position of each token; 0 for padding, which any table has."""
     queries, e = _queries(padded, c, like), Emitter(c.builder, like)
     positions = e.op("clamp.default", [queries], "i64", queries.shape, {"min": 0}, "places")
-    return e.reshape(positions, (normal(c.batch * c.sequence),))
+    return e.reshape(positions, (canonical(c.batch * c.sequence),))
 
 
 def _visible(padded: Padded, c: ChunkRewrite, like: Op, a: Attention) -> Value:
@@ -160,7 +160,7 @@ def _joined(c: ChunkRewrite, op: Op, a: Attention, operand: str, name: str) -> V
     (after,) = c.builder.emit(
         "aten.cat.default",
         [before, value],
-        [TensorType(value.dtype, (batch, heads, normal(sequence + past), width))],
+        [TensorType(value.dtype, (batch, heads, canonical(sequence + past), width))],
         like=op,
         attrs={"tensors": (Ref(0), Ref(1)), "dim": 2},
         named=f"present.{name}",

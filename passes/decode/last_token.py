@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import normal
+from moec.ir.dims import canonical
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
@@ -127,7 +127,7 @@ def _take(n: Narrowing, op: Op, value: Value) -> Value:
         order = (0, axis, *(a for a in range(1, len(value.shape)) if a != axis))
         first = e.permute(value, order)
         rest = first.shape[2:]
-        picked = e.rows(e.reshape(first, (normal(n.batch * n.sequence), *rest)), n.rows)
+        picked = e.rows(e.reshape(first, (canonical(n.batch * n.sequence), *rest)), n.rows)
         back = tuple(map(order.index, range(len(order))))
         n.last_rows[value] = e.permute(e.reshape(picked, (n.batch, 1, *rest)), back)
     return n.last_rows[value]
@@ -135,7 +135,7 @@ def _take(n: Narrowing, op: Op, value: Value) -> Value:
 
 def _token_axis(n: Narrowing, op: Op, value: Value) -> int:
     """The axis of the tokens; 0 if it is an axis of batch times tokens."""
-    if value.shape[0] == normal(n.batch * n.sequence):
+    if value.shape[0] == canonical(n.batch * n.sequence):
         return 0
     if value.shape[0] == n.batch and value.shape.count(n.sequence) == 1:
         return value.shape.index(n.sequence)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, normal, symbols
+from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.passes.decode.tokenwise import has_tokens, is_elementwise
 
@@ -55,7 +55,7 @@ class ResizedTokens:
     new: Dim
 
     def dim(self, dim: Dim) -> Dim:
-        return dim if isinstance(dim, int) else normal(dim.subs(self.old, self.new))
+        return dim if isinstance(dim, int) else canonical(dim.subs(self.old, self.new))
 
     def type(self, type: TensorType) -> TensorType:
         return TensorType(type.dtype, tuple(map(self.dim, type.shape)))

@@ -24,7 +24,7 @@ from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Attr, Op, Value
-from moec.ops.attention import Attention, visible
+from moec.ops.attention import Attention, attends
 from moec.passes.core.rewrite import sizes_in
 from moec.passes.dense.eager_attention import HIDDEN
 from moec.passes.dense.mask_values import SMALL, Cut, Elements, Positions
@@ -75,7 +75,7 @@ def closed_form(
 
 def _matches(form: Form, attention: Attention, mask: torch.Tensor, positions: Positions) -> bool:
     says = replace(attention, causal=form.causal, window=form.window, chunk=form.chunk)
-    return torch.equal(visible(positions[2], positions[3], says), mask)
+    return torch.equal(attends(positions[2], positions[3], says), mask)
 
 
 def _mask_at(parts: Sequence[Value], elements: Elements, positions: Positions) -> torch.Tensor:

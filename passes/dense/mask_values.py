@@ -185,7 +185,7 @@ class Elements:
     def _slice(self, op: Op, positions: Positions) -> torch.Tensor:
         axis = cast(int, op.attrs.get("dim", 0)) % len(positions)
         size = self.shape(op.inputs[0])[axis]
-        start = aten.concrete(op.attrs.get("start"), (), self.sizes) or 0
+        start = aten.resolve_attr(op.attrs.get("start"), (), self.sizes) or 0
         start = min(max(start + size if start < 0 else start, 0), size)
         step = cast(int, op.attrs.get("step", 1))
         moved = (*positions[:axis], positions[axis] * step + start, *positions[axis + 1 :])
@@ -208,7 +208,7 @@ class Elements:
         beyond = (
             positions[-1]
             - positions[-2]
-            - aten.concrete(op.attrs.get("diagonal", 0), (), self.sizes)
+            - aten.resolve_attr(op.attrs.get("diagonal", 0), (), self.sizes)
         )
         inside = beyond <= 0 if _kind(op) == "tril" else beyond >= 0
         return torch.where(inside, values, torch.zeros_like(values))

@@ -23,7 +23,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, normal, product
+from moec.ir.dims import Dim, canonical, product
 from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
@@ -132,7 +132,7 @@ def _patches(x: Value, c: _Convolution, b: Builder) -> Value:
     """x[B, C, N...] as [B, N'..., C, K...]: the axes cut into kernels, the rest left out."""
     parts: list[Dim] = [*x.shape[:2]]
     for axis, (count, size) in enumerate(zip(c.sizes, c.kernel, strict=True), 2):
-        x = _slice(x, axis, 0, 1, normal(count * size), c.op, b)
+        x = _slice(x, axis, 0, 1, canonical(count * size), c.op, b)
         parts += [count, size]
     x = b.reshape(x, parts, like=c.op)
     counts = range(2, 2 + 2 * c.rank, 2)
@@ -147,7 +147,7 @@ def _windows(x: Value, c: _Convolution, b: Builder) -> Value:
     pieces = [_tap(rows, tap, c, b) for tap in itertools.product(*map(range, c.kernel))]
     if len(pieces) == 1:
         return pieces[0]
-    joined = TensorType(x.dtype, (x.shape[0], *c.sizes, normal(x.shape[1] * len(pieces))))
+    joined = TensorType(x.dtype, (x.shape[0], *c.sizes, canonical(x.shape[1] * len(pieces))))
     attrs: dict[str, Attr] = {"tensors": tuple(map(Ref, range(len(pieces)))), "dim": 1 + c.rank}
     return b.emit("aten.cat.default", pieces, [joined], like=c.op, attrs=attrs)[0]
 
@@ -157,7 +157,7 @@ def _pad(rows: Value, c: _Convolution, b: Builder) -> Value:
     if not any(c.padding):
         return rows
     batch, *sizes, channels = rows.shape
-    shape = [normal(size + 2 * pad) for size, pad in zip(sizes, c.padding, strict=True)]
+    shape = [canonical(size + 2 * pad) for size, pad in zip(sizes, c.padding, strict=True)]
     pad = (0, 0, *(side for pad in reversed(c.padding) for side in (pad, pad)))
     target = TensorType(rows.dtype, (batch, *shape, channels))
     attrs: dict[str, Attr] = {"pad": pad, "value": 0}
@@ -177,6 +177,6 @@ def _slice(x: Value, axis: int, start: int, step: int, size: Dim, op: Op, b: Bui
     if (start, step, size) == (0, 1, x.shape[axis]):
         return x
     target = TensorType(x.dtype, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
-    end = normal(start + (size - 1) * step + 1)
+    end = canonical(start + (size - 1) * step + 1)
     attrs: dict[str, Attr] = {"dim": axis, "start": start, "end": end, "step": step}
     return b.emit("aten.slice.Tensor", [x], [target], like=op, attrs=attrs)[0]

@@ -18,7 +18,7 @@ from typing import ClassVar
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, normal, symbol, symbols
+from moec.ir.dims import Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.traits import IDENTITIES, is_pointwise
 from moec.passes.core.rewrite import Builder, rewrite
@@ -177,7 +177,7 @@ class _Expansion:
         return tuple(self.dim(d) for d in value.shape)
 
     def dim(self, dim: Dim) -> Dim:
-        return dim if isinstance(dim, int) else normal(dim.subs(self.size))
+        return dim if isinstance(dim, int) else canonical(dim.subs(self.size))
 
     def attr(self, attr: Attr) -> Attr:
         if isinstance(attr, tuple):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import normal
+from moec.ir.dims import canonical
 from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.ir.opdef import integer
 from moec.ops.grouped import GroupedLinear
@@ -82,7 +82,7 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
         attrs = {**last.attrs, "dtype": DType("f32")}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
     # The shapes differ where each choice counts as a token: rows are put back, not summed.
-    shape = (normal(op.attrs["tokens"]), integer(op, "k"))
+    shape = (canonical(op.attrs["tokens"]), integer(op, "k"))
     slots = b.reshape(sort.outputs[1], shape, like=op)
     return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)
 

@@ -17,7 +17,7 @@ from typing import cast
 import sympy
 
 from moec.errors import UnsupportedError
-from moec.ir.dims import Bounds, Dim, normal, symbol, symbols
+from moec.ir.dims import Bounds, Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, Op, TensorType, Value
 from moec.ir.opdef import OPS
 from moec.passes.core.moe_layer import Splice
@@ -66,7 +66,7 @@ def _capacity_of(op: Op, tokens: Dim, total: sympy.Symbol) -> Dim:
     capacity = cast(Dim, op.attrs["capacity"])
     if isinstance(capacity, int):
         return capacity
-    changed = normal(capacity.subs(tokens, total))
+    changed = canonical(capacity.subs(tokens, total))
     if others := symbols(changed) - {total.name}:
         raise UnsupportedError(
             f"{op.origin}: its capacity {capacity} depends on {', '.join(sorted(others))}, not "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, normal, product
+from moec.ir.dims import Dim, canonical, product
 from moec.ir.graph import Value
 
 
@@ -82,7 +82,7 @@ def divide(a: Dim, b: Dim) -> Dim | None:
         return a // b if b and a % b == 0 else None
     quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
     numerator, denominator = quotient.as_numer_denom()
-    return normal(quotient) if denominator == 1 and numerator != 0 else None
+    return canonical(quotient) if denominator == 1 and numerator != 0 else None
 
 
 def regroup(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.ir.dims import Dim, normal, symbols
+from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Op, Value
 from moec.ir.traits import VIEWS
 from moec.passes.recognise.block import Priority, RecognisedCapacity, Zero
@@ -62,5 +62,5 @@ def _least(scope: Scope, count: Dim) -> Dim | None:
     if isinstance(count, int) or count.func.__name__ != "Min":  # sympy's, or PyTorch's own
         return None
     sizes = {name for value in scope.graph.inputs for dim in value.shape for name in symbols(dim)}
-    fixed = [normal(part) for part in count.args if symbols(normal(part)) <= sizes]
+    fixed = [canonical(part) for part in count.args if symbols(canonical(part)) <= sizes]
     return fixed[0] if len(fixed) == 1 else None

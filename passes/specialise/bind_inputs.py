@@ -20,7 +20,7 @@ from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import Dim, symbols
 from moec.ir.graph import DType, Op, Program, Value
-from moec.ops.bound import place
+from moec.ops.bound import periodic_constant
 from moec.passes.core.options import Given
 
 
@@ -62,7 +62,9 @@ def bind(program: Program, values: Given, who: str) -> Program:
 
 def seeds(program: Program) -> dict[Value, torch.Tensor]:
     """The constant of each bound input of a program (see token_invariant.py)."""
-    return {op.outputs[0]: place(op) for op in program.graph.ops if op.name == "moec.bound"}
+    return {
+        op.outputs[0]: periodic_constant(op) for op in program.graph.ops if op.name == "moec.bound"
+    }
 
 
 def _constant(program: Program, value: Value, number: Any, who: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ from moec.errors import UsageError
 from moec.ir.graph import Graph
 from moec.ir.text import parse, print_graph
 from moec.report.picture import Picture, Scene, ScenePart, draw, save, scene
-from moec.report.picture.svg import lanes, picked, svg
+from moec.report.picture.svg import chosen_cells, lanes, svg
 from tests.commands import models
 
 ENDINGS = (".svg", ".html", ".dot")
@@ -242,7 +242,7 @@ def test_a_picture_of_many_experts() -> None:
 @given(st.integers(1, 600).flatmap(lambda e: st.tuples(st.just(e), st.integers(1, e))))
 def test_as_many_experts_are_picked_as_are_chosen(sizes: tuple[int, int]) -> None:
     experts, top_k = sizes
-    chosen = picked(experts, top_k)
+    chosen = chosen_cells(experts, top_k)
     assert len(chosen) == top_k
     assert all(0 <= e < experts for e in chosen)
 

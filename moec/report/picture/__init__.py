@@ -1,4 +1,4 @@
-"""Drawing a model: `save(scene, "out.svg")`; the name's ending says which kind of picture."""
+"""Drawing a model: `save(scene, "out.svg")`. The suffix selects the format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw(scene: Scene, ending: str) -> str:
 
 
 def save(scene: Scene, path: Path) -> None:
-    """Raises UsageError where it cannot be written."""
+    """Draw the scene to a file. Raises UsageError where it cannot be written."""
     try:
         path.write_text(draw(scene, path.suffix), encoding="utf-8")
     except OSError as error:

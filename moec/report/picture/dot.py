@@ -1,4 +1,4 @@
-"""A scene as a Graphviz file, for those who want to lay it out themselves."""
+"""A scene as a Graphviz file, for a layout by other tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _lines(scene: Scene) -> Iterator[str]:
     yield '  node [shape=box, style="rounded,filled", fillcolor=white, fontname="Helvetica"]'
     for side, ports in (("in", scene.inputs), ("out", scene.outputs)):
         yield f'  {side} [shape=plain, style="", label={quoted(_ports(ports))}]'
-    yield from _inside(scene.root, "n", "  ")
+    yield from _inner_lines(scene.root, "n", "  ")
     parts = scene.root.parts
     if parts:
         yield f"  in -> {first(parts[0], 'n_0')}"
@@ -30,14 +30,14 @@ def _lines(scene: Scene) -> Iterator[str]:
     yield "}"
 
 
-def _inside(part: ScenePart, name: str, indent: str) -> Iterator[str]:
+def _inner_lines(part: ScenePart, name: str, indent: str) -> Iterator[str]:
     for i, inner in enumerate(part.parts):
         node_id = f"{name}_{i}"
         if inner.parts:
             times = f" x {inner.times}" if inner.times > 1 else ""
             yield f"{indent}subgraph cluster_{node_id} {{"
             yield f"{indent}  label={quoted(f'{inner.label}{times}')}; style=rounded"
-            yield from _inside(inner, node_id, indent + "  ")
+            yield from _inner_lines(inner, node_id, indent + "  ")
             yield f"{indent}}}"
         elif inner.kind == "sum":
             yield f'{indent}{node_id} [label="+", shape=circle]'

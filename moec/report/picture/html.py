@@ -1,4 +1,4 @@
-"""A scene as one HTML page that needs nothing else: the SVG, and details of the part clicked."""
+"""A scene as one self-contained HTML page: the SVG, and details of the part that is clicked."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def html(scene: Scene) -> str:
 
 
 def _data(value: Any) -> str:
-    """JSON that cannot end the script around it, whatever the names in it are."""
+    """JSON that cannot close the surrounding script element, for any names in it."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
@@ -96,7 +96,7 @@ _TOLD = ("name", "parameters", "active_parameters")
 
 
 def details(part: ScenePart) -> Mapping[str, Any]:
-    """What the panel says about a part: its name, facts as pairs, tables as rows."""
+    """The panel's data on a part: its name, facts as pairs, tables as rows."""
     facts = [["path", part.path]]
     if part.times > 1:
         facts.append(["repeated", f"{part.times} times; numbers are for one"])

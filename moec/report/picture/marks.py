@@ -1,4 +1,4 @@
-"""What an SVG is drawn with: colors for light and dark, boxes, words, arrows."""
+"""Drawing primitives for SVG: colors for light and dark, boxes, text, arrows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DARK = _theme(DARK_COLORS, "#0f141b", "#161d27", "#1e2733", "#e8edf4", "#9aa7b8"
 
 @dataclass
 class Canvas:
-    """Markup in drawing order. `parts` lists what the `data-part` numbers stand for."""
+    """Markup in drawing order. `parts[i]` is the part with `data-part` number i."""
 
     marks: list[str] = field(default_factory=list)
     parts: list[ScenePart] = field(default_factory=list)

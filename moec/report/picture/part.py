@@ -1,4 +1,4 @@
-"""What a picture shows: the model as nested parts in the order of the flow."""
+"""The data of a picture: the model as nested parts in the order of the flow."""
 
 from __future__ import annotations
 

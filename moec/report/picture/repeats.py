@@ -1,4 +1,4 @@
-"""Layers that are alike, as one part that says how many."""
+"""Collapses equal layers to one part with a count."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moec.report.picture.part import ENTRY, Edges, ScenePart
 
 
 def collapse(parts: Sequence[ScenePart], edges: Edges) -> tuple[list[ScenePart], Edges]:
-    """Layers that differ in nothing but their number, as one part that says how many.
+    """Collapse runs of layers that differ only in their number to one part with a count.
 
-    A layer may be several parts long: blocks with additions between them.
+    A layer may consist of several parts: blocks with additions between them.
     """
     collapsed: list[ScenePart] = []
-    new_index: list[int] = []  # of each old part in `made`
+    new_index: list[int] = []  # the index of each old part in the result
     at = 0
     while at < len(parts):
         length, times = _period(parts, edges, at)
@@ -25,7 +25,7 @@ def collapse(parts: Sequence[ScenePart], edges: Edges) -> tuple[list[ScenePart],
         elif length == 1:
             collapsed.append(replace(group[0], label=label(group), times=times))
         else:
-            collapsed.append(_layer(group, _within(edges, at, length), length, times))
+            collapsed.append(_layer(group, _inner_edges(edges, at, length), length, times))
         new_index += [len(collapsed) - 1] * len(group)
         at += len(group)
     new_edges = {(ENTRY if a == ENTRY else new_index[a], new_index[b]) for a, b in edges}
@@ -33,16 +33,16 @@ def collapse(parts: Sequence[ScenePart], edges: Edges) -> tuple[list[ScenePart],
 
 
 def _period(parts: Sequence[ScenePart], edges: Edges, at: int) -> tuple[int, int]:
-    """How many parts from `at` make one layer, and how often it comes; (1, 1) for no layer."""
+    """The number of parts from `at` that form a layer, and of its repeats; (1, 1) for no layer."""
     for length in range(1, 7):
         first = parts[at : at + length]
         if not any(is_numbered(p) for p in first):
             continue
-        want = [signature(p) for p in first], _within(edges, at, length)
+        want = [signature(p) for p in first], _inner_edges(edges, at, length)
         times = 1
         while (
             [signature(p) for p in parts[at + times * length : at + (times + 1) * length]],
-            _within(edges, at + times * length, length),
+            _inner_edges(edges, at + times * length, length),
         ) == want:
             times += 1
         if times > 1:
@@ -50,8 +50,8 @@ def _period(parts: Sequence[ScenePart], edges: Edges, at: int) -> tuple[int, int
     return 1, 1
 
 
-def _within(edges: Edges, at: int, length: int) -> Edges:
-    """The edges that end in the `length` parts from `at`, counted from there."""
+def _inner_edges(edges: Edges, at: int, length: int) -> Edges:
+    """The edges that end in the `length` parts from `at`, with indices relative to `at`."""
     return tuple((a - at if a >= at else ENTRY, b - at) for a, b in edges if at <= b < at + length)
 
 
@@ -81,7 +81,7 @@ def _layer(group: Sequence[ScenePart], edges: Edges, length: int, times: int) ->
 
 
 def label(parts: Sequence[ScenePart]) -> str:
-    """What people call a part: its own name, with the list's before a number."""
+    """The label of a part: its name, or for a number the name of its list and the number."""
     if not is_numbered(parts[0]):
         return parts[0].label
     *_, name, number = f".{parts[0].path}".split(".")
@@ -90,7 +90,7 @@ def label(parts: Sequence[ScenePart]) -> str:
 
 
 def signature(part: ScenePart) -> object:
-    """What two parts must share to be drawn as one."""
+    """The key that two parts must share to be collapsed."""
     if part.kind == "sum":
         return "sum"
     return (

@@ -1,7 +1,7 @@
-"""What a picture shows: the model as nested parts in the order of the flow, repeats collapsed.
+"""Builds the scene of a graph: nested parts in the order of the flow, repeats collapsed.
 
-A part stands for a module of the source. It is opened where an MoE block or a list of layers
-lies inside it, and closed (a card) otherwise.
+A part is a module of the source. It is drawn opened if it contains an MoE block or a list of
+layers, and as a card otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.report.report import inside, port
 
 @dataclass
 class _Module:
-    """A module while the tree grows: children in the order in which they first compute."""
+    """A module, during the construction of the tree. Children are ordered by their first op."""
 
     path: str
     children: dict[str, _Module] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def scene(
     blocks: Sequence[Block] = (),
     declined: Sequence[DeclinedLine] = (),
 ) -> Scene:
-    """The scene of `graph`, whose ops know their modules by `origin`."""
+    """The scene of `graph`; the module of an op is its `origin`."""
     graph = unfused(graph)
     root = _Module("")
     for op in graph.ops:
@@ -77,7 +77,7 @@ def scene(
 
 
 def _module_path(origin: str) -> str:
-    """Without what an origin may say beyond the module: 'layers.0.mlp (3 ops)'."""
+    """An origin without the suffix that it may have: 'layers.0.mlp (3 ops)'."""
     return origin.split(" ")[0].split("(")[0].strip(".")
 
 
@@ -86,7 +86,7 @@ def _path(block: Block) -> str:
 
 
 def _home(root: _Module, param: Value, graph: Graph) -> _Module:
-    """The module that a weight is shown in: the one it is named for, or the one that reads it."""
+    """The module in which a weight is shown: by its name, else the one that reads it."""
     module = root
     for name in param.name.split(".")[:-1]:
         if name not in module.children:
@@ -111,7 +111,7 @@ class _SceneReader:
     declined: tuple[DeclinedLine, ...]
 
     def blocks_of(self, module: _Module) -> tuple[Block, ...]:
-        """The MoE blocks of a module that is one, or wraps one with only its router beside it."""
+        """The MoE blocks of a module that is a block, or that holds only a block and its router."""
         blocks = tuple(b for b in self.blocks if inside(_path(b), module.path))
         paths = {_path(b) for b in blocks}
         if len(paths) != 1 or not module.path:
@@ -123,7 +123,7 @@ class _SceneReader:
         return () if kinds & {"attention", "norm"} else blocks
 
     def opens(self, module: _Module) -> bool:
-        """Whether the inside is drawn: a block or a declined place lies there, or layers do."""
+        """Whether the inside is drawn: it contains a block, a declined candidate, or layers."""
         if not module.path:
             return bool(module.children)
         if self.blocks_of(module) or not module.children:
@@ -159,8 +159,8 @@ class _SceneReader:
         )
 
     def opened(self, module: _Module) -> ScenePart:
-        """Children in order, additions between them as parts of their own, repeats collapsed."""
-        children = [c for c in _inlined(module, self) if not is_position(c)]
+        """Children in order, with the additions between them as parts, repeats collapsed."""
+        children = [c for c in _without_wrappers(module, self) if not is_position(c)]
         parts, edges = _flow(self.graph, module, children, [self.part(c) for c in children])
         parts, edges = collapse(parts, edges)
         split: dict[str, int] = {}
@@ -190,14 +190,14 @@ def _weights_read(graph: Graph, module: _Module) -> tuple[str, ...]:
 
 
 def is_list(module: _Module) -> bool:
-    """A ModuleList of layers: nothing of its own, children by number."""
+    """Whether it is a ModuleList of layers: no ops or params, children with numbers."""
     return (
         bool(module.children) and not module.ops and all(name.isdigit() for name in module.children)
     )
 
 
-def _inlined(module: _Module, reader: _SceneReader) -> Iterable[_Module]:
-    """Children in the order of their first op; a wrapper (one that only holds others) melts."""
+def _without_wrappers(module: _Module, reader: _SceneReader) -> Iterable[_Module]:
+    """Children in the order of their first op; modules that only wrap others are left out."""
     order = {id(op): i for i, op in enumerate(reader.graph.ops)}
 
     def first(child: _Module) -> int:
@@ -207,13 +207,13 @@ def _inlined(module: _Module, reader: _SceneReader) -> Iterable[_Module]:
     for child in sorted(module.children.values(), key=first):
         wraps = stacks == [child] and not child.name.isdigit()
         if is_list(child) or (wraps and reader.opens(child)):
-            yield from _inlined(child, reader)
+            yield from _without_wrappers(child, reader)
         elif not is_silent(child):
             yield child
 
 
 def is_silent(module: _Module) -> bool:
-    """Nothing happens there: dropout in a model that does not train, a holder of nothing."""
+    """Whether it computes nothing: dropout in evaluation, a container without ops."""
     passing = all(
         op.name in ("aten.alias.default", "aten.clone.default") for op in module.all_ops()
     )
@@ -221,7 +221,7 @@ def is_silent(module: _Module) -> bool:
 
 
 def is_position(module: _Module) -> bool:
-    """A rotary embedding beside the flow: every layer reads it, none of the flow runs through."""
+    """Whether it is a rotary embedding, which all layers read and the main flow does not pass."""
     return "rotary" in module.name.lower() and not module.children
 
 
@@ -233,13 +233,13 @@ def _flow(
 ) -> tuple[list[ScenePart], tuple[tuple[int, int], ...]]:
     """The parts with additions between them, and the connections that skip parts.
 
-    Other ops of the module's own (views, casts) only pass on where their inputs came from.
+    All other ops of the module itself (views, casts) are passed through.
     """
     owner = {op: i for i, child in enumerate(children) for op in child.all_ops()}
     mine = {op for op in module.all_ops()}
     flow: list[ScenePart] = []
     index_of: dict[int, int] = {}
-    ends: dict[int, int] = {}  # of each child: the part that its results come out of
+    ends: dict[int, int] = {}  # of each child: the part that gives its results
     sources: dict[Value, int] = {}
     edges: list[tuple[int, int]] = []
     for op in graph.ops:
@@ -278,12 +278,12 @@ def _flow(
 
 
 def folded_addend(op: Op) -> Value | None:
-    """What a combine adds to the sum of its experts."""
+    """The addend of a combine; None without one."""
     return op.inputs[-1] if op.name == "moe.combine" and op.attrs.get("added") else None
 
 
 def is_sum(op: Op) -> bool:
-    """An addition of two tensors of the same shape: a residual connection."""
+    """Whether it adds two tensors of the same shape: a residual connection."""
     return (
         op.name == "aten.add.Tensor"
         and len(op.inputs) == 2
@@ -293,8 +293,8 @@ def is_sum(op: Op) -> bool:
 
 
 def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
-    """The parameters of an MoE card by what they do: the experts' are known, the rest is told
-    by its shape and name."""
+    """The parameters of an MoE card by kind: experts' parameters are known from the block, others
+    are classified by shape and name."""
     split: Counter[str] = Counter()
     experts = blocks[0].experts
     for param in module.all_params():
@@ -314,7 +314,7 @@ def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
 
 
 def _kind(module: _Module) -> str:
-    """What a module that is no MoE block does, from what it computes and how it is called."""
+    """The kind of a module that is no MoE block, from its ops and its name."""
     names = Counter(op.name for op in module.all_ops())
     name = module.name.lower()
     linears = sum(

@@ -1,7 +1,7 @@
-"""A scene as SVG: one column that flows down, frames for what is open, a card for each part.
+"""A scene as SVG: one column from top to bottom, with frames for opened parts and cards for others.
 
-Plain SVG with a style sheet: light and dark follow the reader's system, no script, no fonts
-to fetch. Sizes are pixels; text is measured by a guess of its width and cut to fit.
+Plain SVG with a style sheet: light and dark follow the reader's system; no script, no web fonts.
+Sizes are in pixels; the width of text is estimated, and text is cut to fit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def hover(part: ScenePart) -> str:
 
 
 def svg(scene: Scene) -> tuple[str, list[ScenePart]]:
-    """The picture, and the part behind each `data-part` number."""
+    """The picture, and the part of each `data-part` number."""
     canvas = Canvas(total=max(scene.parameters, 1))
     width = max(measure(scene.root)[0] + 2 * PAD, MOE + 120)
     middle = width / 2
@@ -61,7 +61,7 @@ def svg(scene: Scene) -> tuple[str, list[ScenePart]]:
     y = _column(canvas, scene.root, middle, y + GAP, first=y + 4)
     arrow(canvas, middle, y, y + GAP)
     y = _ports(canvas, scene.outputs, middle, y + GAP)
-    y = _left_alone(canvas, scene, width, y + 18)
+    y = _declined_list(canvas, scene, width, y + 18)
     height = y + PAD - 8
     style = f"{STYLE}@media (prefers-color-scheme:dark){{{DARK}}}"
     head = (
@@ -78,7 +78,7 @@ def svg(scene: Scene) -> tuple[str, list[ScenePart]]:
 
 
 def measure(part: ScenePart) -> tuple[float, float]:
-    """Width and height, with the lanes of skip connections and the edge of a stack."""
+    """Width and height, including the lanes of skip connections and the edge of a stack."""
     if part.kind == "sum":
         return 24, 24
     if part.blocks:
@@ -100,7 +100,7 @@ def _lanes(part: ScenePart) -> int:
 
 
 def lanes(edges: Sequence[tuple[int, int]]) -> list[int]:
-    """A lane for each edge, so that edges whose spans overlap stand apart."""
+    """A lane for each edge; edges whose spans overlap have different lanes."""
     lane_ends: list[int] = []  # by lane: where its last edge ends
     lane_of: dict[tuple[int, int], int] = {}
     for start, end in sorted(set(edges)):
@@ -129,7 +129,7 @@ def _shared_words(shared: str) -> str:
 
 
 def foot(part: ScenePart) -> list[str]:
-    """What an MoE card says at its end, line by line."""
+    """The last lines of an MoE card."""
     block = part.blocks[0]
     summary = f"{block.activation} experts, written as {block.form}"
     if len(part.blocks) > 1:
@@ -177,7 +177,7 @@ def _card(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
 
 
 def _share(canvas: Canvas, part: ScenePart, x: float, y: float, width: float) -> None:
-    """How much of the model's parameters is here, as a bar."""
+    """A bar with the part's share of the model's parameters."""
     share = part.parameters / canvas.total
     if share <= 0:
         return
@@ -207,7 +207,7 @@ def _frame(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
 
 
 def _column(canvas: Canvas, part: ScenePart, middle: float, y: float, first: float) -> float:
-    """The parts inside one below the other, with arrows and skips. Returns where they end."""
+    """The inner parts in a column, with arrows and skips. Returns the y of their end."""
     tops: list[float] = []
     heights = [measure(p)[1] for p in part.parts]
     for i, height in enumerate(heights):
@@ -246,7 +246,7 @@ def _moe(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
     pill(canvas, middle, top, 300, f"router: {block.router}", "router")
     columns, rows, pitch = _cells(block.experts)
     left, grid = middle - columns * pitch / 2, top + 30 + 28
-    chosen = picked(block.experts, block.top_k)
+    chosen = chosen_cells(block.experts, block.top_k)
     total = grid + rows * pitch + 22
     for expert in range(block.experts):
         cx, cy = left + expert % columns * pitch, grid + expert // columns * pitch
@@ -279,8 +279,8 @@ def _moe(canvas: Canvas, part: ScenePart, middle: float, y: float) -> None:
         canvas.add(text(middle, total + 46 + 16 * i, line, "soft small", 84, "middle"))
 
 
-def picked(experts: int, top_k: int) -> list[int]:
-    """Which experts stand for the chosen ones: spread out, and not quite evenly."""
+def chosen_cells(experts: int, top_k: int) -> list[int]:
+    """The experts to draw as chosen: spread over the grid, not quite evenly."""
     step = experts / max(top_k, 1)
     return sorted({int(i * step) + (i * 5 + 2) % max(int(step), 1) for i in range(top_k)})
 
@@ -289,7 +289,7 @@ def picked(experts: int, top_k: int) -> list[int]:
 
 
 def _header(canvas: Canvas, scene: Scene, width: float) -> float:
-    """Title, totals, a bar of where the parameters are, and what its colors mean."""
+    """Title, totals, a bar of the parameters by kind, and the legend of its colors."""
     canvas.add(text(PAD, 42, scene.title, "ink title", int(width / 13)))
     blocks = _count_blocks(scene.root)
     facts = f"{count(scene.parameters)} parameters"
@@ -343,7 +343,7 @@ def _ports(canvas: Canvas, ports: Sequence[PortLine], middle: float, y: float) -
     return y - 6
 
 
-def _left_alone(canvas: Canvas, scene: Scene, width: float, y: float) -> float:
+def _declined_list(canvas: Canvas, scene: Scene, width: float, y: float) -> float:
     """Every declined candidate with its reason."""
     declined = _all_declined(scene.root)
     if not declined:

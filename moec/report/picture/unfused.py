@@ -1,4 +1,4 @@
-"""A graph as a picture shows it: what passes fused into one kernel stands in its modules again."""
+"""A graph for pictures, in which fused additions and norms are back in their modules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _NORMS = {"rms": "nn.rms_norm", "layer": "aten.layer_norm.default"}
 
 
 def unfused(graph: Graph) -> Graph:
-    """With an addition and a norm for each nn.add_norm. The norm is in the module that its weight
-    is named for. The result is for looking at: its ops lack the attributes that compute."""
+    """The graph with an addition and a norm for each nn.add_norm. The norm is in the module of its
+    weight. The result cannot be evaluated: its ops lack attributes."""
     return replace(graph, ops=tuple(part for op in graph.ops for part in _parts(op)))
 
 

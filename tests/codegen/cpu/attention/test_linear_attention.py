@@ -16,7 +16,7 @@ from torch import Tensor
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention.linear_attention import linear_attention
 from moec.codegen.specs.attention import LinearAttentionSpec
-from moec.ops.linear_attention import carried
+from moec.ops.linear_attention import recurrence
 from moec.target.cpu import TARGETS, CpuTarget, host
 
 SPECS = {
@@ -65,7 +65,7 @@ def check(spec: LinearAttentionSpec, target: CpuTarget, batch: int, length: int)
     tensors, rest = draw(spec, batch, length)
     flags = {"rates": spec.per == "rate", "beta": spec.delta, "start": spec.started}
     names = (name for name, flag in flags.items() if flag)
-    want = carried(*tensors, **dict(zip(names, rest, strict=True)))
+    want = recurrence(*tensors, **dict(zip(names, rest, strict=True)))
     got = [torch.full_like(x, torch.nan) for x in want]
     kernel(spec, target)(*tensors, *rest, *got)
     for ours, theirs in zip(got, want, strict=True):
