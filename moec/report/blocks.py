@@ -102,7 +102,7 @@ def _hierarchy(graph: Graph, op: Op) -> Block:
         name=op.origin or WHOLE,
         experts=sum(groups),
         top_k=sum(groups),
-        router=f"softmax within {_counted(len(groups), 'group')}, each weighed",
+        router=f"softmax within {_with_noun(len(groups), 'group')}, each weighed",
         activation="linear" if linear else "computed",
         form="all experts, weighed at two levels",
         parameters=total,
