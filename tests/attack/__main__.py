@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tests.attack.attack import attack
 from tests.attack.kinds import KINDS
-from tests.attack.seeds import write_seeds
 
 
 def main() -> int:
@@ -24,8 +23,8 @@ def main() -> int:
     count = 0
     with tempfile.TemporaryDirectory(prefix="moec-attack-") as temporary:
         folder = options.keep or Path(temporary)
-        write_seeds(folder)
         for kind in options.kinds or KINDS:
+            KINDS[kind].seeds(folder)
             start = time.perf_counter()
             cases = options.cases or KINDS[kind].long
             before = count

@@ -1,9 +1,10 @@
-"""The five kinds of attack. A case is one call of the command line, as a user would make it.
+"""The six kinds of attack. A case is one call of the command line, as a user would make it.
 
 artifacts   damaged bytes of artifacts: nothing of them is right but what was not touched
 forged      manifests and parts changed, with right digests
 tensors     .npy, .npz and .safetensors, damaged or forged
 graphs      texts of graphs in an artifact with right digests
+rebuilt     the same of an artifact that is compiled anew and run
 commands    command lines of real and odd words
 """
 
@@ -19,21 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.runtime import manifest
-from tests.attack.mutate import mutated_bytes, mutated_json, mutated_text
-from tests.attack.seeds import graphs
+from tests.attack.mutate import mutated_bytes, mutated_indices, mutated_json, mutated_text
+from tests.attack.seeds import REBUILT, graphs, write_rebuilt, write_seeds
 
 Words = list[str]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`case(folder, draw)` writes what a case needs and gives the words of its commands. `acts` are
-    what its commands may do though others may not. There are `short` cases in the suite."""
+    """`seeds` writes what is damaged; `case(folder, draw)` writes what a case needs, and gives the
+    words of its commands. `acts` are what those may do though others may not. In the suite there
+    are `short` cases."""
 
     case: Callable[[Path, random.Random], list[Words]]
     short: int
     long: int
     acts: frozenset[str] = frozenset()
+    seeds: Callable[[Path], None] = write_seeds
 
 
 def _artifacts(folder: Path, draw: random.Random) -> list[Words]:
@@ -65,15 +68,25 @@ def _forged(folder: Path, draw: random.Random) -> list[Words]:
 
 
 def _graphs(folder: Path, draw: random.Random) -> list[Words]:
-    with zipfile.ZipFile(folder / "toy.moec") as archive:
+    path = _with_graph(folder, "toy", mutated_text(draw.choice(graphs()), draw))
+    picture = str(folder / draw.choice(("case.svg", "case.html", "case.dot")))
+    return [["verify", path], ["inspect", path, "--graph", picture]]
+
+
+def _rebuilt(folder: Path, draw: random.Random) -> list[Words]:
+    mutated = mutated_indices if draw.random() < 0.8 else mutated_text
+    path = _with_graph(folder, "rebuilt", mutated(REBUILT, draw))
+    return [["run", path, "--rebuild", "--input", str(folder / "rebuilt.npz")]]
+
+
+def _with_graph(folder: Path, name: str, graph: str) -> str:
+    """The path of an artifact with another graph, and its right digest."""
+    with zipfile.ZipFile(folder / f"{name}.moec") as archive:
         parts = {member: archive.read(member) for member in archive.namelist()}
-    graph = mutated_text(draw.choice(graphs()), draw)
     parts["graphs/main.moec"] = content = graph.encode(errors="surrogatepass")
     text = json.loads(parts[manifest.NAME])
     text["parts"]["graphs/main.moec"] = _part(content)
-    path = str(_written(folder / "case.moec", parts, text))
-    picture = str(folder / draw.choice(("case.svg", "case.html", "case.dot")))
-    return [["verify", path], ["inspect", path, "--graph", picture]]
+    return str(_written(folder / "case.moec", parts, text))
 
 
 def _tensors(folder: Path, draw: random.Random) -> list[Words]:
@@ -174,11 +187,14 @@ def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
     return path
 
 
+_COMPILES = frozenset({"subprocess.Popen"})  # the linker
+
 KINDS: Mapping[str, Kind] = {
     "artifacts": Kind(_artifacts, 60, 10_000),
     "forged": Kind(_forged, 40, 1_000),
     "tensors": Kind(_tensors, 80, 1_000),
     "graphs": Kind(_graphs, 30, 1_000),
+    "rebuilt": Kind(_rebuilt, 6, 200, _COMPILES, write_rebuilt),
     "commands": Kind(_commands, 25, 200),
 }
 

@@ -13,6 +13,8 @@ _VALUES: tuple[Any, ...] = (
     *(-1.5, 1e308, float("inf"), float("nan"), [], {}, [[]], {"": {}}, "f32", "bf16", "i64"),
     *_NUMBERS,
 )
+_INTEGERS = re.compile(r"(\w+): (i(?:32|64)\[[^\]]*\])")
+_STATEMENT = re.compile(r"^  (?:\w+:|return)", re.MULTILINE)
 _TOKEN = re.compile(r"[A-Za-z_][\w.]*|-?\d+(?:\.\d+)?|\S")
 
 
@@ -103,4 +105,23 @@ def mutated_text(text: str, draw: random.Random) -> str:
         odd = str(draw.choice((*_NUMBERS, *_VALUES, "{B*S}", "$9", "<", "{", "inf", "nan", "->")))
         new = draw.choice(("", token[0] * 2, draw.choice(tokens)[0], odd, odd))
         text = text[: token.start()] + new + text[token.end() :]
+    return text
+
+
+def mutated_indices(text: str, draw: random.Random) -> str:
+    """Arithmetic put between whole numbers of a graph and what reads them, as a forger would who
+    wants to read outside of a tensor."""
+    for number in range(draw.randint(1, 2)):
+        value = draw.choice([*_INTEGERS.finditer(text)])
+        statement = _STATEMENT.search(text, value.end())
+        if statement is None:
+            return text
+        op = draw.choice(("add.Tensor", "mul.Tensor", "sub.Tensor", "remainder.Scalar"))
+        other = draw.choice((-1, 1, 2, 3, 15, 16, 100_000, 500_000_000, *_NUMBERS))
+        line = f"  far{number}: {value[2]} = aten.{op}({value[1]}) <other={other}>\n"
+        readers = re.sub(
+            rf"\b{value[1]}\b(?!:)", f"far{number}", text[statement.start() :],
+            count=draw.randint(0, 2),  # 0: all of them
+        )  # fmt: skip
+        text = text[: statement.start()] + line + readers
     return text

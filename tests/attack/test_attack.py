@@ -13,12 +13,13 @@ import pytest
 
 from tests.attack.attack import attack
 from tests.attack.kinds import KINDS
-from tests.attack.seeds import write_seeds
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    write_seeds(folder := tmp_path_factory.mktemp("attack"))
+    folder = tmp_path_factory.mktemp("attack")
+    for write in {kind.seeds for kind in KINDS.values()}:
+        write(folder)
     return folder
 
 
