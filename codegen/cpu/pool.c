@@ -189,7 +189,7 @@ static void wait_for_claimed(Slot *slot) {
     sleep_while(&slot->unfinished, left);
 }
 
-static int raise(Slot *slot) {
+static int raise_first(Slot *slot) {
   if (slot->error) {
     functions.raise_error(slot->error);
     functions.release(slot->error);
@@ -222,7 +222,7 @@ int moec_pool_launch(Run run, void *data, int tasks) {
   run_claimed(slot);
   inside = 0;
   wait_for_claimed(slot);
-  int code = atomic_load(&slot->failed) ? raise(slot) : 0;
+  int code = atomic_load(&slot->failed) ? raise_first(slot) : 0;
   atomic_store(&slot->taken, 0);
   return code;
 }

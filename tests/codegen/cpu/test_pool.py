@@ -239,3 +239,23 @@ def test_a_child_has_workers_of_its_own(library: Path) -> None:
     environment = os.environ | {"TVM_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "ignore", "-c", FORKS, str(library)]
     subprocess.run(command, check=True, timeout=100, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("threads", "flags", "rounds", "forks"),
+    [(2, "-O2", 500, 20), (8, "-O2", 500, 20), (8, "-fsanitize=thread", 60, 0)],
+)
+def test_hostile_callers(tmp_path: Path, threads: int, flags: str, rounds: int, forks: int) -> None:
+    """20 threads that launch, nest and fail at once, children forked in the middle; and what the
+    thread sanitizer says (of a child that starts threads it says nothing)."""
+    program, source = tmp_path / "driver", Path(__file__).parent / "pool_driver.c"
+    words = ["-std=gnu11", "-g", flags, f"-I{POOL.parent}", str(source), "-lpthread"]
+    done = subprocess.run([*linker_for(host()), *words, "-o", program], capture_output=True)
+    if done.returncode and b"tsan" in done.stderr:
+        pytest.skip("the thread sanitizer is not installed")
+    assert done.returncode == 0, done.stderr.decode()
+    environment = {"TVM_NUM_THREADS": str(threads), "TVM_THREAD_POOL_SPIN_COUNT": "20"}
+    done = subprocess.run(
+        [program, str(rounds), str(forks)], capture_output=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr.decode()
