@@ -102,12 +102,30 @@ def lerp(p: Point) -> Scalar:
 # ---- division --------------------------------------------------------------------------
 
 
-def _safe(p: Point, b: Scalar) -> Expr:
-    """A divisor that cannot trap: where eager raises for 0, any number will do."""
+def _whole(
+    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar, of_minus_one: Expr
+) -> Scalar:
+    """A quotient or a rest of whole numbers, whose division never traps: where eager raises for 0,
+    any number will do, and the least number has no quotient by -1, which is told apart."""
     if isinstance(b.expr, tirx.IntImm):
-        return b.expr
+        answer = {0: a.expr, -1: of_minus_one}.get(b.expr.value)
+        return Scalar(a.dtype, divide(a.expr, b.expr) if answer is None else answer)
     one = sc.constant(1, b.dtype).expr
-    return p.emission.bind_expr(T.Select(tirx.EQ(b.expr, one - one), one, b.expr))
+    traps = tirx.EQ(b.expr, one - one)
+    if b.dtype in ("u8", "bool"):
+        divisor = p.emission.bind_expr(T.Select(traps, one, b.expr))
+        return Scalar(a.dtype, divide(a.expr, divisor))
+    minus = p.emission.bind_expr(tirx.EQ(b.expr, sc.constant(-1, b.dtype).expr))
+    divisor = p.emission.bind_expr(T.Select(tirx.Or(traps, minus), one, b.expr))
+    return Scalar(a.dtype, T.Select(minus, of_minus_one, divide(a.expr, divisor)))
+
+
+def _quotient(p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar) -> Scalar:
+    return _whole(p, divide, a, b, sc.constant(0, a.dtype).expr - a.expr)
+
+
+def _rest(p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar) -> Scalar:
+    return _whole(p, divide, a, b, sc.constant(0, a.dtype).expr)
 
 
 def _differ(a: Expr, b: Expr) -> Expr:
@@ -116,7 +134,7 @@ def _differ(a: Expr, b: Expr) -> Expr:
 
 def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
     if a.dtype in INTS:
-        return Scalar(a.dtype, tirx.floordiv(a.expr, _safe(p, b)))
+        return _quotient(p, tirx.floordiv, a, b)
     bind = p.emission.bind_expr
     rest = bind(sc.fmod(a, b))
     zero = sc.constant(0.0, a.dtype).expr
@@ -131,7 +149,7 @@ def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
 def remainder_of(p: Point, a: Scalar, b: Scalar) -> Scalar:
     """With the sign of b."""
     if a.dtype in INTS:
-        return Scalar(a.dtype, tirx.floormod(a.expr, _safe(p, b)))
+        return _rest(p, tirx.floormod, a, b)
     zero = sc.constant(0.0, a.dtype).expr
     rest = p.emission.bind_expr(sc.fmod(a, b))
     wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
@@ -155,7 +173,7 @@ def div_mode(p: Point) -> Scalar:
     if mode == "floor":
         return result(p, floor_quotient(p, a, b))
     if a.dtype in INTS:
-        return result(p, Scalar(a.dtype, tirx.truncdiv(a.expr, _safe(p, b))))
+        return result(p, _quotient(p, tirx.truncdiv, a, b))
     quotient = sc.rounded(Scalar(a.dtype, tirx.div(a.expr, b.expr)))
     return result(p, Scalar(a.dtype, T.trunc(quotient.expr)))
 
@@ -174,7 +192,7 @@ def remainder(p: Point) -> Scalar:
 def fmod(p: Point) -> Scalar:
     a, b = operands(p)
     if a.dtype in INTS:
-        return result(p, Scalar(a.dtype, tirx.truncmod(a.expr, _safe(p, b))))
+        return result(p, _rest(p, tirx.truncmod, a, b))
     return result(p, Scalar(a.dtype, sc.fmod(a, b)))
 
 
