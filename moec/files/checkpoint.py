@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,18 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _JSON = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
+_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
+_SIZES = re.compile(
+    r"(vocab|(\w+_)?(hidden|intermediate))_size|d_model|d_ff|n_embd|head_dim|\w+_experts"
+)
+_SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share their weights
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of the checkpoint.
 
     Raises CaptureError, naming the file, where one that is needed is missing, or is not what its
-    name says.
+    name says, or where the configuration is far too large for the weights.
     """
     contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
     if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
@@ -27,8 +35,8 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CaptureError(f"{folder} has no .safetensors; save the model with save_pretrained")
-    for path in weights:
-        _check_header(path)
+    shapes = [shape for path in weights for shape in _checked_shapes(path)]
+    _check_sizes(folder / CONFIG, contents[CONFIG], shapes)
     return contents[CONFIG]
 
 
@@ -63,16 +71,43 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def _check_header(path: Path) -> None:
-    """The header of a file of weights lists tensors that end where the file does."""
+def _check_sizes(path: Path, config: Mapping[str, Any], shapes: list[list[int]]) -> None:
+    """A model of a billion layers would be built until the system ends the process; transformers
+    compares its weights with the file's only after that."""
+    elements = sum(map(math.prod, shapes))
+    for name, number in _numbers(config):
+        if _LAYERS.fullmatch(name) and number > max(len(shapes), _SHARED_LAYERS):
+            present = f"{len(shapes):,} tensors"
+        elif _SIZES.fullmatch(name) and number > elements:
+            present = f"{elements:,} numbers"
+        else:
+            continue
+        raise CaptureError(
+            f"{path}: {name} is {number:,}, and the weights beside it hold {present}: they are of "
+            "different models"
+        )
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of those inside of it."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
+
+
+def _checked_shapes(path: Path) -> list[list[int]]:
+    """The shapes in the header of a file of weights, whose tensors end where the file does."""
+    shapes: list[list[int]] = []
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size < _LONGEST_HEADER else b"")
         length = path.stat().st_size
-        ends = [
-            tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
-        ]
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        ends = [tensor["data_offsets"][1] for tensor in tensors]
+        shapes = [[int(size) for size in tensor["shape"]] for tensor in tensors]
         length_fits = 8 + size + max(ends, default=0) == length
     except OSError as error:
         raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
@@ -82,3 +117,4 @@ def _check_header(path: Path) -> None:
         raise CaptureError(
             f"{path} is truncated or damaged: copy it from where the checkpoint came from"
         )
+    return shapes

@@ -40,7 +40,22 @@ def is_cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
 
 
+def says(name: str, number: int, part: str = "") -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_bytes())
+        (config.setdefault(part, {}) if part else config)[name] = number
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+SIZES = "the weights beside it hold 3,478,912 numbers: they are of different models"
 DAMAGED = [
+    (says("num_hidden_layers", 10**9), "num_hidden_layers is 1,000,000,000, and the weights"),
+    (says("n_layer", 2000, "text_config"), "n_layer is 2,000, and the weights beside it hold 134 "),
+    (says("hidden_size", 10**12), f"hidden_size is 1,000,000,000,000, and {SIZES}"),
+    (says("num_local_experts", 10**8), f"num_local_experts is 100,000,000, and {SIZES}"),
+    (says("vocab_size", 2**63), f"vocab_size is 9,223,372,036,854,775,808, and {SIZES}"),
     (writes(CONFIG, b'{"a":'), "config.json is not JSON: "),
     (writes(CONFIG, b""), "config.json is not JSON: "),
     (writes(CONFIG, b"\xff\xfe\x00"), "config.json is not JSON: "),
