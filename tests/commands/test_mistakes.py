@@ -245,8 +245,8 @@ def test_the_names_of_passes_are_those_of_the_pipeline() -> None:
     from moec import pipeline
     from moec.passes.core import names
 
-    own = [*(p.name for p in pipeline.all_passes()), *(str(k.name) for k in pipeline.OPT_IN)]
-    assert list(names.NAMES) == own
+    expected = [*(p.name for p in pipeline.all_passes()), *(str(k.name) for k in pipeline.OPT_IN)]
+    assert list(names.NAMES) == expected
     assert list(names.ON_REQUEST) == [pass_.name for _, pass_ in pipeline.ON_REQUEST]
 
 
