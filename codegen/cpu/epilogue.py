@@ -41,7 +41,7 @@ class VectorBody:
 
 
 def vector_body(body: Graph) -> VectorBody | None:
-    """The body for a kernel, or None where vectors of float32 cannot express it."""
+    """The body for a kernel; None if vectors of float32 cannot express it."""
     shapes = {v.shape for v in body.inputs}
     for op in body.ops:
         if op.name not in VECTOR_OPS or len(op.outputs) != 1:
@@ -80,7 +80,7 @@ class _VectorCall:
         return named(self.op)[name]
 
     def get(self, name: str) -> Expr:
-        """An operand as a vector, whatever it is."""
+        """An operand, a vector or a number, as a vector."""
         argument = self[name]
         if isinstance(argument, Value):
             return self.values[argument]

@@ -1,4 +1,4 @@
-"""The frame of a kernel: its name, its arguments, and the function that comes of it.
+"""The frame of a kernel: its name, its arguments, and the resulting function.
 
     with kernel("twice", target) as frame:
         rows = T.int64()
@@ -31,7 +31,7 @@ IMPORT = "pragma_import_llvm"
 
 
 class KernelFrame:
-    """`function` is there once the frame has ended."""
+    """`function` is set when the frame ends."""
 
     function: PrimFunc
 
@@ -42,8 +42,8 @@ def kernel(
 ) -> Iterator[KernelFrame]:
     """The frame in which arguments are declared and loops are written.
 
-    No two arguments may share memory, unless neither is written. Raises IRError at its end where
-    the loops call a function of moec that `target` does not have; without one they call none.
+    No two arguments may share memory, unless neither is written. Raises IRError at its end if the
+    loops call a function of moec that `target` does not have, or call one without a target.
     `s_tir`: the loops bind threads of a GPU, and `target` is the CPU that launches them.
     """
     frame = KernelFrame()

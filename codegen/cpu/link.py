@@ -1,4 +1,4 @@
-"""Objects -> a shared library, linked by a C compiler: this machine's, or one for the target's.
+"""Links objects to a shared library with a C compiler, this machine's or a cross compiler.
 
 Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.pool` connects.
 """
@@ -25,7 +25,7 @@ POOL = Path(__file__).parent / "pool.c"
 
 
 class Exportable(Protocol):
-    """What TVM has compiled: kernels, or an executable. `addons` are object files beside it."""
+    """A compiled module of TVM: kernels, or an executable. `addons` are further object files."""
 
     def export_library(
         self,
@@ -37,9 +37,9 @@ class Exportable(Protocol):
 
 
 def linked(built: Exportable, target: CpuTarget) -> bytes:
-    """The shared library of what was compiled for `target`.
+    """The bytes of the shared library of a module that was compiled for `target`.
 
-    Raises TargetError where there is no C compiler that links for it, or it fails.
+    Raises TargetError where no C compiler links for the target, or it fails.
     """
     command = linker_for(target)
 
@@ -90,10 +90,10 @@ def linker_for(target: CpuTarget) -> tuple[str, ...]:
 def linker(
     triple: str, env: Mapping[str, str], which: Callable[[str], str | None]
 ) -> tuple[str, ...]:
-    """The words of the command: for this machine CC or the first compiler found; for the one that
-    an LLVM `triple` names GCC for it, or zig, which links for all.
+    """The linker's command: for this machine $CC, or the first compiler found; for another machine,
+    given by an LLVM `triple`, its GCC or zig.
 
-    Raises TargetError where there is none, or CC names none.
+    Raises TargetError where there is none, or $CC does not exist.
     """
     machine = triple.partition("-")[0]
     native = machine in ("", platform.machine())

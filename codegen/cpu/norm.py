@@ -1,9 +1,9 @@
-"""Normalisation of rows on the CPU, with the addition of a residual where there is one.
+"""Norms of rows on the CPU, with the addition of a residual if there is one.
 
     rms_norm    x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]            -> out[T, D]
     layer_norm  x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]  bias?[D]  -> out[T, D]
 
-Each row is read once from memory: the second look at it finds it in the nearest cache.
+Each row is read once from memory; the second pass over it reads the L1 cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget
 
-_SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
+_SIDE_BY_SIDE = 4  # independent sums, since an addition waits for the previous one to its sum
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Rows:
 
 
 def norm(spec: NormSpec, target: CpuTarget, name: str = "norm") -> PrimFunc:
-    """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
+    """The kernel (x, residual?, weight?, bias?, sum?, out); `sum` exists with a residual."""
     v = Vector(target)
     with kernel(name, target) as frame:
         rows = T.int64()
@@ -107,7 +107,7 @@ def _row(c: _Rows, t: Expr) -> None:
 
 
 def _sweep(c: _Rows, body: Callable[[Expr, Expr | None], None]) -> None:
-    """body(first column, how many of a vector) over a row; None: the whole vector."""
+    """body(first column, number of lanes) for each vector of a row; None: all lanes."""
     full_vectors, rest = divmod(c.spec.width, c.v.lanes)
     with T.serial(0, full_vectors) as j:
         body(j * c.v.lanes, None)

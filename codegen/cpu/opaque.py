@@ -1,13 +1,13 @@
-"""Bound numbers that TVM's simplifier does not see through.
+"""Hides bound integers from TVM's simplifier.
 
-It replaces a variable by the value bound to it, that value's variables by theirs, and so on,
-wherever one is mentioned, tries what it knows of comparisons on the whole, and puts the
-variables back. Our kernels bind what they compute; from the number of rows to an address such
-trees had grown so that nine tenths of the time of compiling products went there.
+The simplifier substitutes the value of a bound variable wherever it occurs, recursively, tries its
+rules for comparisons on the result, and restores the variables. Kernels here bind each intermediate
+result, and the trees from the number of rows to an address became so large that nine tenths of the
+time of compiling products was spent there.
 
     x = a + b      becomes      x = moec_number_64(a + b)
 
-The call gives its argument back. LLVM, which folds and shares without such trees, inlines it.
+The call returns its argument. LLVM inlines it, and needs no such trees for its simplifications.
 """
 
 from __future__ import annotations

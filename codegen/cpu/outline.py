@@ -1,15 +1,15 @@
-"""Parallel loops that may be too short for it: one body, run by all threads or by one.
+"""Parallel loops that may be too short to share: one body, run by all threads or by one.
 
     moec.worth w: parallel i in n: body
 
 becomes
 
-    if w: parallel i in n: body, in a function of its own
+    if w: parallel i in n: body, in a separate function
     else: i in n: a call of that function
 
-so that the body is compiled once. The function is what TVM calls a compute scope: its generator
-of LLVM code moves the statement out, with the variables that come from outside as arguments, in
-the order of `undefined_vars`. So this pass runs last, when nothing changes them any more.
+so that the body is compiled once. The function is a compute scope of TVM: its LLVM code generator
+outlines the statement, with its free variables as arguments, in the order of `undefined_vars`. So
+this pass runs last, after all passes that may change them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def outlined(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimF
 
 
 class _Outlining:
-    """The statements of one function; `made` counts the functions cut out of it."""
+    """Outlines the statements of one function, and counts the new functions."""
 
     def __init__(self, name: str) -> None:
         self.name, self.tasks = name, 0
@@ -50,7 +50,7 @@ class _Outlining:
         if isinstance(loop, SeqStmt):  # common subexpressions stand before the loop
             *before, loop = loop.seq
             return SeqStmt([*before, self.either(worth, loop)])
-        if not isinstance(loop, For):  # nothing is left of it
+        if not isinstance(loop, For):  # it was simplified away
             return loop
 
         def make_for(kind: ForKind, var: Var, body: Stmt) -> For:
@@ -62,7 +62,7 @@ class _Outlining:
         self.tasks += 1
         name = f"{self.name}_task_{self.tasks}"
         cut = AttrStmt(tirx.const(0, "int32"), "compute_scope", StringImm(name), body)
-        # What follows a cut gets its place in the debug information; without, LLVM refuses it.
+        # Statements after a call need a location in the debug information, or LLVM refuses them.
         parallel = make_for(ForKind.PARALLEL, task, SeqStmt([cut, Evaluate(task)]))
         again = Var(task.name, task.ty)
         arguments = [again if v.same_as(task) else v for v in undefined_vars(body)]

@@ -1,10 +1,10 @@
-"""Parallel loops over tasks: who runs them, and which parts a task's number stands for.
+"""Parallel loops over tasks, and the decomposition of a task's number into indices.
 
-Waking the other threads costs more than a small kernel does. A `parallel_for` therefore uses all
-threads only where its work, known when it runs, is worth that; otherwise the calling thread does
-all of it and never asks the pool. A task does the same in both cases, so the results are the
-same bits. There is nothing in between: a pool runs a loop on all of its threads (pool.c in parts
-that they claim, TVM's in one part each) or on the one that calls.
+Waking the other threads costs more than a small kernel takes. A `parallel_for` therefore uses all
+threads only if its work, known at run time, is worth that; otherwise the calling thread does all of
+it, without the pool. A task does the same in both cases, so the results have the same bits. There
+is no third case: a pool runs a loop on all of its threads (pool.c in parts that they claim, TVM's
+pool in one part each), or the loop runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WORTH = "moec.worth"
 """The attribute around a parallel loop that says whether to run it in parallel (outline.py)."""
 
 WORTH_SHARING = 2**21
-"""The least work of a loop that is shared, in sums: about the time of adding a product of two
-float32 numbers to a sum in a register, or of reading a byte of weights.
+"""The least work of a loop that is shared among threads. The unit is a float32 multiply-add in
+registers, or the reading of a byte of weights.
 
 Measured on two cores of a Xeon (AVX512, AMX), other processes running: so much work takes one
 thread 7 to 60 µs, in most kernels 20 to 40. Launching two threads costs 1.4 µs while the other
@@ -32,7 +32,7 @@ float32 (half of this) gained nothing from the second thread (5.4 to 9.4 against
 1024 x 512 (a little more than this) they did: 8 against 29 µs, or 42 after a pause.
 """
 ELEMENT = 8
-"""Sums in whose time a kernel reads, changes and writes one element."""
+"""The work of reading, changing and writing one element, in multiply-adds."""
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def parallel_for(
 
 
 def bytes_of(buffer: Buffer) -> int:
-    """Of one element."""
+    """The bytes of one element of a buffer."""
     return int(tvm.DataType(buffer.dtype).bits) // 8
 
 

@@ -1,10 +1,9 @@
-"""TVM's default passes over kernels, as far as a CPU needs them, and ours after them.
+"""The passes over kernels: TVM's default passes, as far as a CPU needs them, then moec's.
 
-Left out are those for threads, shared memory and matrix units of GPUs, for other accelerators and
-for FP8, which have nothing to do here, and HoistIfThenElse: it takes a fifth of the time of all,
-and LLVM makes the same code of our kernels without it. AnnotateEntryFunc is left out as well: it
-gives a kernel that is alone in its module a second name, which two objects of a library may not
-both define.
+Left out are the passes for threads, shared memory and matrix units of GPUs, for other accelerators
+and for FP8; and HoistIfThenElse, which takes a fifth of the time of all passes, while LLVM
+generates the same code without it. AnnotateEntryFunc is left out too: it gives the only kernel of a
+module a second name, which two objects of a library may not both define.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from moec.codegen.cpu.opaque import opaque
 from moec.codegen.cpu.outline import outlined
 
 PIPELINE = "moec"
-"""The name under which TVM finds it."""
+"""The name under which the pipeline is registered with TVM."""
 
 
 def _passes() -> list[tvm.transform.Pass]:

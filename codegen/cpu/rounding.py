@@ -1,4 +1,4 @@
-"""Float32 vectors rounded to a narrower float and back, as if they had been stored in between."""
+"""Rounds float32 vectors to a narrower float and back, as if they had been stored and loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What softmax needs beyond `Vector`: a short exp, sums of many vectors, bf16 pairs."""
+"""Functions of softmax in addition to `Vector`: a short exp, sums of many vectors, bf16 pairs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a kernel of products may choose for the machine that it runs on.
+"""The tuning values of product kernels.
 
-Each value changes when something is read, or who makes it, and never what is summed in which
-order: kernels of other values give the same bits, and read the same packed weights.
+A value changes when data are read, or which thread computes something, but never the order of a
+sum: kernels with other values give the same bits and read the same packed weights.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def _value(default: int, *others: int) -> int:
 class Tuning:
     """The values that a kernel is generated from.
 
-    fetched        bytes that few rows ask for their stream of weights ahead; 0: they ask for the
-                   tile behind it instead
-    tiles_at_once  tiles of columns of an expert that a thread takes at once, at most
-    dots_below     rows of an expert below which codes go to dot products, where there are tiles
-    worth          work of a loop from which on it is shared among threads (parallel.py)
+    fetched        bytes by which few rows prefetch their weights ahead; 0: they prefetch the next
+                   tile instead
+    tiles_at_once  the most tiles of columns of an expert that a thread computes at once
+    dots_below     with fewer rows of an expert, dot products are used instead of AMX
+    worth          the least work of a loop that is shared among threads (parallel.py)
     """
 
     fetched: int = _value(16384, 0, 4096)

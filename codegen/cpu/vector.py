@@ -1,4 +1,4 @@
-"""The vectors that CPU kernels compute with: float32 lanes of one target, as TIR expressions.
+"""Vector arithmetic of CPU kernels: float32 lanes of one target, as TIR expressions.
 
     v = Vector(target)
     with kernel(name, target):
@@ -54,7 +54,7 @@ class Vector:
         return f"float32x{self.lanes}"
 
     def bind(self, value: Expr) -> Expr:
-        """The value as a variable, computed here and once."""
+        """Binds the value to a variable, so that it is computed once."""
         return T.bind(value)
 
     def splat(self, value: float | Expr) -> Expr:
@@ -68,7 +68,7 @@ class Vector:
         return self._call(f"load_{buffer.dtype}", T.address_of(buffer[tuple(index)]))
 
     def load_tail(self, buffer: Buffer, index: Sequence[Expr | int], count: Expr) -> Expr:
-        """The first `count` (int32) elements, 0 in the other lanes; those are not touched."""
+        """The first `count` (int32) elements, 0 in the other lanes, whose memory is not read."""
         where = T.address_of(buffer[tuple(index)])
         return self._call(f"load_tail_{buffer.dtype}", where, T.cast(count, "int32"))
 
@@ -84,7 +84,7 @@ class Vector:
         value: Expr,
         count: Expr,
     ) -> None:
-        """Stores the first `count` (int32) lanes; memory behind them is not touched."""
+        """Stores the first `count` (int32) lanes; memory after them is not written."""
         where, lanes = T.address_of(buffer[tuple(index)]), T.cast(count, "int32")
         T.evaluate(self._raw("int32", f"store_tail_{buffer.dtype}", where, value, lanes))
 
@@ -94,16 +94,16 @@ class Vector:
         return T.bind(self._raw("float32", f"scalar_{buffer.dtype}", where))
 
     def prefetch(self, buffer: Buffer, index: Sequence[Expr | int]) -> None:
-        """Asks for a cache line; any address is harmless."""
+        """Prefetches a cache line; any address is allowed."""
         T.evaluate(self._raw("int32", "prefetch", T.address_of(buffer[tuple(index)])))
 
-    # Pairs: two neighbouring 16-bit elements as one int32, the first in the low half.
+    # Pairs: two consecutive 16-bit elements as one int32, the first in the low half.
 
     def pair(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
         return T.bind(self._raw("int32", "pair", T.address_of(buffer[tuple(index)])))
 
     def last(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
-        """The pair of the last element and 0, where a row has an odd number of them."""
+        """The pair of the last element of a row of odd length and 0."""
         return T.bind(self._raw("int32", "last", T.address_of(buffer[tuple(index)])))
 
     def low(self, pairs: Expr) -> Expr:
@@ -118,14 +118,14 @@ class Vector:
         """acc + the dot products of bf16 pairs (int32 lanes); needs `target.bf16_dot`."""
         return self._raw(self.dtype, "dot2", acc, a, b)
 
-    # Rows of bf16 as words, each of two neighbours.
+    # Rows of bf16 as words of two consecutive elements.
 
     def words(self, buffer: Buffer, index: Sequence[Expr | int]) -> Expr:
         """int32 lanes: 2 * `lanes` elements from `index` on."""
         return self._words("words", T.address_of(buffer[tuple(index)]))
 
     def interleaved(self, first: Expr, second: Expr) -> tuple[Expr, Expr]:
-        """Words of two rows -> pairs of an element of each: of even columns, and of odd ones."""
+        """Words of two rows -> pairs of one element of each: the even columns, the odd columns."""
         return self._words("even", first, second), self._words("odd", first, second)
 
     def pairs(
@@ -141,27 +141,27 @@ class Vector:
     def store_columns(
         self, buffer: Buffer, index: Sequence[Expr | int], even: Expr, odd: Expr
     ) -> None:
-        """Rounds to bf16; the lanes of `odd` go between those of `even`."""
+        """Rounds to bf16 and stores the lanes of `even` and `odd` interleaved."""
         where = T.address_of(buffer[tuple(index)])
         T.evaluate(self._raw("int32", "store_columns", where, even, odd))
 
     def store_sums(
         self, buffer: Buffer, index: Sequence[Expr | int], vectors: Sequence[Expr]
     ) -> None:
-        """The sum of the lanes of each of four vectors, side by side in float32."""
+        """Stores the sum of the lanes of each of four vectors, as four consecutive float32."""
         where = T.address_of(buffer[tuple(index)])
         T.evaluate(self._raw("int32", "store_sums", where, *vectors))
 
     def scratch(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """A buffer that is read and written by address: TVM shrinks any other to the elements
-        that it sees used."""
+        """A buffer that is read and written by address. TVM shrinks all other buffers to the
+        elements that it sees used."""
         buffer = T.alloc_buffer(shape, dtype)
         ends = buffer[(0,) * len(shape)], buffer[tuple(size - 1 for size in shape)]
         T.evaluate(self._raw("int32", "whole", *map(T.address_of, ends)))
         return buffer
 
-    # Tile registers, where `target.bf16_tiles`: between begin and end, in one task. An element
-    # stands for its address; `stride` is in bytes, from one row of a register to the next.
+    # Tile registers, if `target.bf16_tiles`: between begin and end, in one task. An element is
+    # passed by address; `stride` is in bytes, from one row of a register to the next.
 
     def tiles(self, which: str) -> None:
         """ "begin" or "end" of a task's use of the registers."""

@@ -1,4 +1,4 @@
-"""Choices sorted by expert, and rows brought back to their tokens."""
+"""Rules for moe.sort, moe.dispatch and moe.combine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _sort(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
-    """order, slots, ends of the choices; the same for all that ask about these experts."""
+    """order, slots, ends of the choices; one sort for all ops that read the same experts."""
     count, k = op.attrs["num_experts"], experts.shape[1]
     key = (experts, count)
     if key not in low.sorted:
@@ -41,7 +41,7 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
 
 
 def sorting_of(permutation: Value, graph: Graph) -> Op | None:
-    """The moe.sort or moe.dispatch that `permutation` comes from, also through a reshape."""
+    """The moe.sort or moe.dispatch that computes `permutation`, perhaps through a reshape."""
     source = graph.producers.get(permutation)
     if source is not None and source.name == "aten.reshape.default":
         source = graph.producers.get(source.inputs[0])
@@ -60,7 +60,7 @@ def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
     assert isinstance(width, int)
     if len(permutation.shape) == 2:
         slots = low.value(permutation)
-    else:  # k need not be the sort's: each choice may be a token of its own
+    else:  # k may differ from the sort's: each choice may count as a token
         slots = low.reshaped(slots, TensorType("i32", (cast(Dim, op.attrs["tokens"]), k)))
     kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
     spec = CombineSpec(
@@ -123,8 +123,8 @@ def choices_of(source: Op) -> Value:
 
 
 def check_sorted(ends: Value, order: Value | None, x: Value, top_k: int, graph: Graph) -> None:
-    """Raises NoMatch unless the rows that a kernel reads are those of a sort that the graph makes
-    itself, or are shared out evenly: `ends` and `order` index x, and nothing else bounds them."""
+    """Raises NoMatch unless `ends` and `order` come from a sort in the graph, or from even ends:
+    they index x, and the kernel does not check their bounds."""
     source = graph.producers.get(ends)
     if source is not None and source.name == "moe.even_ends":
         if top_k or x.shape[0] != product((*ends.shape, cast(Dim, source.attrs["each"]))):

@@ -1,1 +1,1 @@
-"""What a kernel computes, whatever the target: sizes and dtypes, no layout and no lanes."""
+"""Specs: what kernels compute, for all targets. Sizes and dtypes, no layouts and no lanes."""

@@ -1,4 +1,4 @@
-"""Attention, caches of keys and values, linear attention: what their kernels compute."""
+"""Specs of attention, caches of keys and values, and linear attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A mask that broadcasts to [B, Hq, S, L]; `full` says which of the four dims are not 1.
+    """A mask that broadcasts to [B, Hq, S, L]; `full` marks which of the four dims are not 1.
 
     A bool mask is True where a query attends; any other is added to the scaled scores.
     """
@@ -19,14 +19,13 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is known when compiling; B, S and L are sizes of the call, 0 allowed.
+    """The constant properties of an attention; B, S and L vary by call and may be 0.
 
-    Position s sees key l where l <= s if `is_causal`, l > s - `window`, and l // `chunk` is
-    s // `chunk` (both count from 0, whatever S and L: torch's meaning), and the mask allows it.
-    `tokens_first` names those of q, k, v and out that are [B, S or L, heads, D]: what a linear
-    layer produces, and reads, without any transpose. `sinks` adds one logit per head that only
-    the denominator sees (GPT-OSS). `placed` queries count from first[b] instead: k and v are a
-    cache of L places.
+    Position s attends to key l if l <= s (`is_causal`), l > s - `window`, l // `chunk` is
+    s // `chunk`, and the mask allows it; both positions count from 0 for any S and L, as in torch.
+    `tokens_first` lists which of q, k, v and out are [B, S or L, heads, D], the layout of linear
+    layers. `sinks` adds one logit per head to the softmax's denominator (GPT-OSS). With `placed`,
+    queries count from first[b], and k and v are a cache of L positions.
     """
 
     dtype: str
@@ -58,9 +57,9 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class AnglesSpec:
-    """cos or sin, which broadcasts to [B, H, S]; `full` says which of the three are not 1.
+    """cos or sin, which broadcasts to [B, H, S]; `full` marks which of the three are not 1.
 
-    `width` is D, or D/2 where both halves of a row are turned alike.
+    `width` is D, or D/2 if both halves of a row have the same angles.
     """
 
     dtype: str
@@ -79,7 +78,7 @@ class AppendSpec:
     turns: tuple[AnglesSpec, AnglesSpec] | None = None
 
     def row(self, b: Any, h: Any, s: Any) -> tuple[Any, Any, Any]:
-        """The index of a row; of sizes, the shape of all."""
+        """The index of a row; for sizes, the shape of the rows."""
         return (b, s, h) if self.tokens_first else (b, h, s)
 
 
@@ -87,7 +86,7 @@ class AppendSpec:
 class LinearAttentionSpec:
     """The fixed sizes (G, H, Dk, Dv) of one nn.linear_attention, and which inputs it has.
 
-    `per`: what has a decay of its own, as in `moec.ops.linear_attention`.
+    `per` is the granularity of the decay, as in `moec.ops.linear_attention`.
     """
 
     shared: int

@@ -1,4 +1,4 @@
-"""Normalisation of rows: what its kernels compute."""
+"""Specs of norms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class NormSpec:
 
     kind rms: y = x / sqrt(mean(x^2) + eps). kind layer: y = (x - mean) / sqrt(variance + eps).
     out = y * weight + bias, in float32 and rounded once; `plus_one` multiplies with 1 + weight
-    (Gemma); `round_first` rounds y to x's dtype before the product (Llama and most of its kin).
-    With a residual, x * scale (Granite), rounded to x's dtype, is added to it; the statistics are
-    those of the sum as stored.
+    (Gemma); `round_first` rounds y to x's dtype before the product (Llama and similar models).
+    With a residual, x * scale (Granite), rounded to x's dtype, is added to it; mean and variance
+    are those of the rounded sum.
     """
 
     kind: Literal["rms", "layer"]

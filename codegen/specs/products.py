@@ -1,4 +1,4 @@
-"""Products with weights that are known when compiling: what their kernels compute."""
+"""Specs of products with weights that are constant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LinearSpec:
     n: int
     k: int
     dtype: str
-    out_dtype: str = ""  # empty: as dtype
+    out_dtype: str = ""  # empty: dtype
     groups: int = 1
     gated: bool = False
     bias: bool = False
@@ -32,14 +32,14 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class QuantisedSpec(LinearSpec):
-    """As LinearSpec, for weights of `format`; x is codes, and `dtype` says nothing about it."""
+    """As LinearSpec, for weights of `format`. x is codes; `dtype` does not apply to it."""
 
     format: Format = INT8
 
 
 @dataclass(frozen=True)
 class CompressedSpec(LinearSpec):
-    """As LinearSpec, for weights of `kind`; x is integers, and `dtype` says nothing about it."""
+    """As LinearSpec, for weights of `kind`. x is integers; `dtype` does not apply to it."""
 
     kind: str = "ternary"
     bytes_of_counts: tuple[int, ...] = (1, 1)

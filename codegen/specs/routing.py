@@ -1,4 +1,4 @@
-"""Routers, the sort by expert, and what brings rows back: what their kernels compute."""
+"""Specs of routers, the sort by expert, the combine, and experts without a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moec.ops.routing import Routing
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """One router: `logits` and `correction` are dtypes, the latter None where there is none."""
+    """One router. `logits` and `correction` are dtypes; `correction` is None without one."""
 
     routing: Routing
     num_experts: int
@@ -27,10 +27,10 @@ class RouteSpec:
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A router with its linear layer. dtypes: of x, weight, bias (None: there is none).
+    """A router with its linear layer. dtypes: of x, weight, bias (None without one).
 
-    `route.logits` is the dtype that the layer's result is rounded to before the scores; the
-    products themselves are those of x and weight as they are.
+    `route.logits` is the dtype that the layer's result is rounded to before the scores; x and
+    weight are not rounded.
     """
 
     route: RouteSpec
@@ -50,8 +50,7 @@ class DispatchSpec:
 
 @dataclass(frozen=True)
 class CombineSpec:
-    """Rows of experts back to their tokens; dtypes as TVM names them, None for an input that is
-    not there."""
+    """The weighted sum of each token's rows. dtypes are TVM's names, None for an absent input."""
 
     num_experts: int
     top_k: int
@@ -64,7 +63,7 @@ class CombineSpec:
 
 @dataclass(frozen=True)
 class ZeroSpec:
-    """Sizes, and dtypes as TVM names them; None for an input that is not there."""
+    """Experts without a network: sizes and dtypes (TVM's names, None for an absent input)."""
 
     first: int
     kinds: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Random arguments of a kernel of products, found from the shapes of its buffers: those of weights
-are known when it is made, all others vary.
+"""Random arguments of a product kernel, from the shapes of its buffers: shapes of weights are
+constant, all others vary.
 
-Weights lie in as many copies as a call must not find in the cache, and calls on the same rows send
-them to other experts. No number is so small that arithmetic would slow down.
+There are so many copies of the weights that a call finds none in the cache, and calls with the same
+rows route them to other experts. No number is denormal, as that would slow down arithmetic.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from moec.errors import NoMatch
 from moec.runtime.memory_limit import free_in_groups
 from moec.target.cpu import last_cache
 
-_BLOCK = 1 << 20  # elements that are drawn; more are the same again
-COLD = 4  # times the last cache: what goes through it between two reads of one copy
+_BLOCK = 1 << 20  # elements that are drawn; a larger tensor repeats them
+COLD = 4  # times the size of the last cache: the bytes read between two reads of one copy
 
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """`draw(tokens)` draws rows and how many of them each expert gets; what it gives is a function
-    from the number of a copy of the weights to all arguments of one call, in the kernel's order."""
+    """`draw(tokens)` draws rows and the number of rows of each expert. It returns a function from
+    the index of a copy of the weights to all arguments of one call, in the kernel's order."""
 
     copies: int
     draw: Callable[[int], Callable[[int], list[Any]]]
 
 
 def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArguments:
-    """`footprint` are the bytes of all weights of the model: what fits the cache as a whole is
-    there when it is needed, and is not measured cold.
+    """Arguments for measurements. `footprint` is the bytes of all weights of the model: weights
+    that fit the cache together are measured warm.
 
-    Raises NoMatch where the weights do not fit the free memory.
+    Raises NoMatch where the copies of the weights exceed the free memory.
     """
     shapes = [tuple(buffer.shape) for buffer in prim_func.params]
     dtypes = [str(buffer.dtype) for buffer in prim_func.params]
@@ -67,7 +67,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
                 drawn[i] = _random(dtypes[i], sizes)
 
         def call(copy: int) -> list[Any]:
-            # Other experts get the same rows: those of the call before are still in the cache.
+            # Other experts get the same rows, as the weights of the last call are in the cache.
             order, ends = sorted_by_expert(torch.randperm(experts)[chosen], experts)
             tensors = {**drawn, **weights[copy % copies]}
             for i, shape in enumerate(shapes):
@@ -92,7 +92,7 @@ def _is_fixed(shape: Sequence[Any]) -> bool:
 
 
 def _size(dim: Any, many: Any, rows: int, tokens: int) -> int:
-    """`many` stands for the rows of y, another variable for tokens."""
+    """The value of a dim: `many` is the variable of the rows of y, any other that of tokens."""
     if isinstance(dim, tvm.tirx.IntImm):
         return int(dim)
     return rows if dim.same_as(many) else tokens
@@ -115,7 +115,7 @@ def _random(kind: str, shape: Sequence[Any]) -> Tensor:
 
 
 def _free_memory() -> int:
-    """Bytes that this machine has not given away; a guess of 4 GB where it does not say."""
+    """The free memory of this machine in bytes; 4 GB if the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             fields = dict(line.split(":", 1) for line in lines)

@@ -1,4 +1,4 @@
-"""What was measured before, in the cache: JSON for each kernel, target and machine."""
+"""Earlier measurements, in the cache: a JSON file for each kernel, target and machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.codegen.tuning.tunable import Tunable, Values
 
 
 def load(store: Store, key: str, kernel: Tunable) -> tuple[Values, Gain | None] | None:
-    """What `save` kept under a key; None where there is nothing that can be used."""
+    """The record that `save` stored under a key; None if there is none, or it is unusable."""
     content = cache.load(store, TUNINGS, key)
     if content is None:
         return None
@@ -27,7 +27,7 @@ def load(store: Store, key: str, kernel: Tunable) -> tuple[Values, Gain | None] 
 
 
 def save(store: Store, key: str, kernel: str, values: Values, gain: Gain | None) -> None:
-    """Keep the values of a kernel. Its name is for people who look at the file."""
+    """Store the values of a kernel. Its name is for people who read the file."""
     text = {
         "kernel": kernel,
         "values": dict(values),

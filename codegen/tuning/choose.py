@@ -1,11 +1,10 @@
-"""Which tuning is faster, from times that are noisy.
+"""Decides which tuning is faster, from noisy times.
 
-Two tunings are compared round by round: their times of one round had the same rows and nearly the
-same moment, so that the median of these ratios moves little when the machine's speed does. The
-default stays unless another one is faster by `LEAST` and by twice the error of that median, over
-all numbers of tokens together, and slower at none of them by as much. What won among several is
-measured against the default once more, and those times decide and are reported: the best of
-many noisy ones looks better than it is.
+Two tunings are compared round by round: in a round both have the same rows at nearly the same time,
+so that the median of the ratios varies little as the machine's speed does. The default stays unless
+another tuning is faster by `LEAST` and by twice the error of the median, over all numbers of tokens
+together, and is not slower by as much at any of them. The best of several is measured against the
+default again, and these times decide and are reported: the minimum of noisy times is biased.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LEAST = math.log(1.02)
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast, by number of tokens, and the error of each: both as logarithms."""
+    """The speed-up by number of tokens, and the error of each, both as logarithms."""
 
     by_tokens: Mapping[int, tuple[float, float]]
 
@@ -46,8 +45,8 @@ class Gain:
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """The median of the rounds' log(before / after), and its standard error, both from ranks: a
-    round in which the machine did something else counts little."""
+    """The median of the rounds' log(before / after), and its standard error, both rank-based, so
+    that rounds with disturbances count little."""
     logs = [math.log(b / a) for b, a in zip(before, after, strict=True)]
     middle = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
@@ -55,7 +54,7 @@ def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
 
 
 def choose(kernel: Tunable, bench: Bench) -> tuple[Values, Gain | None]:
-    """The values of a kernel that are not the default, and what they gain; none where it stays."""
+    """The values of a kernel that differ from the default, and their gain; none if it stays."""
     default: Values = kernel.complete({})
     best = default
     for name in kernel.candidates:
@@ -80,7 +79,7 @@ def _gain(times: Mapping[int, Sequence[Sequence[float]]], other: int) -> Gain:
 
 
 def _different(kernel: Tunable, name: str, best: Values) -> list[Values]:
-    """`best`, and others that differ from it in the value of that name and in what they do."""
+    """`best`, and variants with another value of `name` that result in another kernel."""
     options: list[Values] = [{**best, name: value} for value in kernel.candidates[name]]
     if name == "worth":
         by_sharing = {_shared(kernel, option): option for option in options}
@@ -96,5 +95,5 @@ def _different(kernel: Tunable, name: str, best: Values) -> list[Values]:
 
 
 def _shared(kernel: Tunable, values: Values) -> tuple[bool, ...]:
-    """At which numbers of tokens the work is shared among threads (cpu/parallel.py)."""
+    """For each number of tokens, whether the work is shared among threads (cpu/parallel.py)."""
     return tuple(kernel.work.of(tokens) >= values["worth"] for tokens in TOKENS)

@@ -1,4 +1,4 @@
-"""Seconds that a kernel takes with each of some tunings, in turn on the same rows."""
+"""Measures the seconds of a kernel with several tunings, in turn on the same rows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from moec.codegen.tuning.tunable import Tunable, Values
 from moec.target.cpu import CpuTarget
 
 TOKENS = (1, 8, 64, 512)
-SECONDS = 0.3  # that all calls of one number of tokens are to take, within the limits of rounds
+SECONDS = 0.3  # the time for all calls of one number of tokens, within the limits of rounds
 FEWEST, MOST = 7, 31  # rounds
 
 Times = Mapping[int, Sequence[Sequence[float]]]
-"""By number of tokens, for each tuning: seconds of each round. Those of one round had the same
-rows, and as many for each expert, one after the other."""
+"""By number of tokens, for each tuning, the seconds of each round. All calls of a round had the
+same rows and the same routing, one after the other."""
 
 Bench = Callable[[Sequence[Values]], Times]
 Measure = Callable[[Tunable], Bench]
-"""What times one kernel with any tunings, as often as it is asked to."""
+"""Times one kernel with the given tunings; may be called repeatedly."""
 
 
 @dataclass(frozen=True)
 class OnThisMachine:
-    """A `Measure`; `footprint` and what it raises: see `arguments`."""
+    """A `Measure` that runs kernels on this machine. `footprint` and errors: see `arguments`."""
 
     target: CpuTarget
     footprint: int
@@ -77,5 +77,5 @@ class OnThisMachine:
 
 
 def _turned(count: int, turn: int) -> list[int]:
-    """All of `count`, each first in some rounds and last in others."""
+    """The order of `count` items in a round, so that each is first in some rounds."""
     return [(i + turn) % count for i in range(count)]

@@ -1,4 +1,4 @@
-"""A kernel whose values can be tuned: what it is called, which values it has, how it is made."""
+"""A kernel that can be tuned: its name, its values, and its generator."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TypeAlias
 from tvm.tirx import PrimFunc
 
 Values: TypeAlias = Mapping[str, int]
-"""What a kernel is to choose, by name; what is not there has its default."""
+"""The tuning values of a kernel by name; missing ones have their defaults."""
 
 Tunings: TypeAlias = Mapping[str, Values]
-"""Values by the key of the kernel."""
+"""The tuning values of kernels, by the key of the kernel."""
 
 Make: TypeAlias = Callable[[str, Values], PrimFunc]
 
 
 @dataclass(frozen=True)
 class KernelWork:
-    """What a call does, for the measurement: of each token the kernel sees `top_k` rows, of
-    `experts` experts. It compares `work(tokens)` with the value called `worth`."""
+    """The work of a call: `top_k` rows per token, over `experts` experts. The kernel compares it
+    with the tuning value `worth`."""
 
     top_k: int
     experts: int
@@ -28,18 +28,18 @@ class KernelWork:
     bytes: int
 
     def of(self, tokens: int) -> int:
-        """Multiplications and bytes that a loop over all rows has, as `worth` counts them."""
+        """The work of a loop over all rows, in the unit of `worth`: multiply-adds and bytes."""
         rows = tokens * self.top_k
         return rows * self.sums + min(rows, self.experts) * self.bytes
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """`make(name, values)` gives the kernel. `candidates` are what each of its values is measured
-    with, the default first; none where only the default is known to be right.
+    """`make(name, values)` generates the kernel. `candidates` lists the candidates of each value,
+    the default first; a value without candidates is not tuned.
 
-    `key` stands for all that it is generated from but the target and its values. Other values
-    change no bit of its results, and nothing about packed weights.
+    `key` identifies everything that the kernel is generated from except the target and its values.
+    Values change no bit of its results and no packed weights.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Tunable:
     candidates: Mapping[str, tuple[int, ...]]
 
     def changed(self, values: Values) -> dict[str, int]:
-        """Those of the values that are not the default."""
+        """The values that differ from the default."""
         return {name: n for name, n in values.items() if n != self.candidates[name][0]}
 
     def complete(self, values: Values) -> dict[str, int]:

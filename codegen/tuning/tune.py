@@ -1,4 +1,4 @@
-"""The kernels of a model, each tuned once for the machine that runs this."""
+"""Tunes the kernels of a model, each once, for this machine."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def tune(
     context: object = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tuned, ...]:
-    """Each kernel with its values, from the cache in `store` or measured and kept there.
+    """Each kernel with its values, from the cache in `store`, or measured and stored there.
 
-    `context` is what else the measurements depend on.
+    `context` is a further part of the cache's key.
     """
     tunings = []
     for number, kernel in enumerate(kernels, 1):

@@ -1,1 +1,1 @@
-"""Attention, and the caches of keys and values."""
+"""Kernels of attention and of the caches of keys and values."""

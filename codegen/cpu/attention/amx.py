@@ -1,8 +1,8 @@
-"""One block of keys against 16 rows, on tile registers.
+"""Attention of 16 rows to one block of keys, on AMX tile registers.
 
-Packed keys and values (prefill.py) are pairs of bf16 in int32 lanes: 16 units of 16 keys,
-or of 16 features, fill a register as they lie. Scores and weights go through memory between the
-two products, row by row.
+Packed keys and values (prefill.py) are pairs of bf16 in int32 lanes: 16 units of 16 keys, or of 16
+features, are loaded to a register without rearrangement. Scores and weights are stored in memory
+between the two products, row by row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moec.codegen.cpu.llvm.amx import SUMS, TILE_ROWS
 from moec.codegen.cpu.vector import Vector
 
 UNITS = TILE_ROWS  # int32 units of a row that one register holds
-_ROWS, _TURNS = SUMS, 3  # the register of rows; those behind it take turns for keys and values
+_ROWS, _TURNS = SUMS, 3  # the register of rows; the next three alternate for keys and values
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """What lies between the products: scores[row, key], weights[row, pair of keys]."""
+    """Memory between the products: scores[row, key], weights[row, pair of keys]."""
 
     scores: Buffer
     weights: Buffer

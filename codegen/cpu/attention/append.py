@@ -1,9 +1,9 @@
-"""New keys or values into a cache, in place: cache[b, h, first[b] + s] = rows[b, h, s].
+"""nn.append on the CPU, in place: cache[b, h, first[b] + s] = rows[b, h, s].
 
 cache[B, H, L, D]  rows[B, H, S, D] or [B, S, H, D]  first[B]  cos?  sin?
 
-With cos and sin, the two halves of a row are the pairs (x, y) that they turn on the way, in
-float32 and rounded once: x * cos - y * sin, y * cos + x * sin.
+With cos and sin, the two halves (x, y) of a row are rotated first, in float32 and rounded once:
+x * cos - y * sin, y * cos + x * sin.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget
 
 _WORDS = {"f32": ("int32", 1), "bf16": ("int16", 2), "f16": ("int16", 2)}
-"""As what elements are moved, and how many of them take the room of a float32."""
+"""The type as which elements are moved, and how many of them are as large as a float32."""
 
 Row = tuple[Expr | int, ...]
 
@@ -80,7 +80,7 @@ Angles = Callable[[int, int], Expr]
 
 
 def _angles(v: Vector, spec: AnglesSpec, values: Buffer, row: Row) -> Angles:
-    """A function of a feature and a count: so many of a row's angles, from that of the feature."""
+    """A function (feature, count) -> `count` of the row's angles, from that feature on."""
     at = [x if full else 0 for x, full in zip(row, spec.full, strict=True)]
 
     def load(feature: int, count: int) -> Expr:

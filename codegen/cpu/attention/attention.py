@@ -1,8 +1,8 @@
 """softmax(q @ k.T * scale + mask) @ v as one CPU kernel: see problem.py for the sizes.
 
-Many query rows go through tiles of rows and packed blocks of keys (attention_tiled); few, as
-when one token is generated, read keys and values where they are (attention_few). Sums have one
-order, whatever the number of threads.
+Many query rows use tiles of rows and packed blocks of keys (prefill.py); few, as when one token is
+generated, read keys and values without packing (decode.py). Sums have one order, for any number of
+threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["AttentionSpec", "MaskSpec", "attention"]
 def attention(spec: AttentionSpec, target: CpuTarget, name: str = "attention") -> PrimFunc:
     """The kernel (q, k, v, mask?, sinks?, first?, out), all contiguous.
 
-    A row that may attend nothing gives zeros, as torch's scaled_dot_product_attention does.
+    A row that may attend to nothing gives zeros, as torch's scaled_dot_product_attention does.
     """
     with kernel(name, target) as frame:
         p = arguments(spec, target)

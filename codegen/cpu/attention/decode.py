@@ -1,9 +1,9 @@
 """Attention for few query rows, as when one token is generated: nothing is packed.
 
-Reading keys and values is all the work, so they are read once, where they are: vectors run
+The time is that of reading keys and values, so they are read once, without packing: vectors run
 along the features of a key, and the dot products of `lanes` keys are summed together. Keys are
-cut into chunks, so that one long sequence keeps all cores busy; a second step joins the chunks
-of a row. Chunks do not depend on the number of threads, and so neither do the sums.
+divided into chunks, so that one long sequence keeps all cores busy; a second step combines the
+chunks of a row. Chunks do not depend on the number of threads, and so neither do sums.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK = 256  # keys of a task
 
 @dataclass(frozen=True)
 class PartialSoftmax:
-    """What is known of each row after one chunk: sums are weights @ values."""
+    """The softmax of each row over one chunk of keys; `sums` are weights @ values."""
 
     tops: Buffer  # [head, chunk, row]
     totals: Buffer  # [head, chunk, row]
@@ -178,7 +178,7 @@ def _weigh(
     height = min(4, p.spec.group)
     vectors = min(8, v.target.vector_registers // 2 // height)
     with T.serial(0, T.ceildiv(p.rows, height)) as block:
-        r = T.bind(block * height)  # rows after the last sum up anything, for nobody
+        r = T.bind(block * height)  # the sums of rows after the last are not used
         for start in range(0, p.width, vectors * v.lanes):
             features = range(start, min(start + vectors * v.lanes, p.width), v.lanes)
             acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in features] for _ in range(height)]

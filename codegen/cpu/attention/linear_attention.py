@@ -1,10 +1,9 @@
-"""Linear attention on the CPU: the state of a head is carried from position to position.
+"""nn.linear_attention on the CPU: the recurrent state of a head, position by position.
 
     q, k[B, S, G, Dk]  v[B, S, H, Dv]  decay  rates?  beta?  start?  ->  y[B, S, H, Dv]  end
 
-Columns of a state do not read each other, so a task carries as many of them as a vector has
-lanes, [Dk, lanes], in the nearest cache, over all positions. Tasks do not depend on the number
-of threads, and so neither do the sums.
+The columns of a state are independent, so a task computes `lanes` columns, [Dk, lanes], in the L1
+cache, over all positions. Tasks do not depend on the number of threads, and so neither do sums.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.attention import LinearAttentionSpec
 from moec.target.cpu import CpuTarget
 
-_SIDE_BY_SIDE = 4  # sums that grow in turn: one alone would wait for its last addition
+_SIDE_BY_SIDE = 4  # independent sums, since an addition waits for the previous one to its sum
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _step(c: _Task, t: Expr, factors: Buffer) -> None:
 
 
 def _decay(c: _Task, t: Expr, factors: Buffer) -> Callable[[Expr], Expr]:
-    """What row i of the state is multiplied with at position t."""
+    """The decay factor of row i of the state at position t."""
     v, spec, decay = c.v, c.spec, c.buffers["decay"]
     position = (c.batch, t, c.head)
     if spec.per == "head":
@@ -164,7 +163,7 @@ def _decay(c: _Task, t: Expr, factors: Buffer) -> Callable[[Expr], Expr]:
 
 
 def _sum(c: _Task, body: Callable[[Expr, Buffer, Expr], None]) -> Expr:
-    """The sum that body(row, its partial sum, the lanes) adds to, over the rows of the state."""
+    """The sum over the rows of the state; body(row, partial sum, lanes) adds a row to it."""
     v = c.v
     lane = T.ramp(0, 1, v.lanes)
     parts = [T.alloc_buffer((v.lanes,), "float32") for _ in range(_SIDE_BY_SIDE)]

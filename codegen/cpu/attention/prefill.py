@@ -1,12 +1,12 @@
 """Attention for many query rows: pack keys and values once, then tiles of rows over blocks.
 
-Keys are transposed while they are packed, so that a vector holds one feature of many keys, and
-both are padded to whole blocks. A task owns some rows of one key head (all query heads that
-share it, so that a block is read once for them), walks over the blocks, and keeps for each row
-the greatest score, the sum, and the weighted values so far.
+Keys are transposed as they are packed, so that a vector holds one feature of many keys; keys and
+values are padded to full blocks. A task computes some rows of one key head (for all query heads
+that share it, so that a block is read once for them). It loops over the blocks and keeps for each
+row the greatest score, the sum, and the weighted values so far (online softmax).
 
 On a CPU with bf16 dot products, bf16 inputs stay bf16: two features of a key, or two keys of a
-feature, share one int32 lane. Otherwise everything is widened to float32 while it is packed.
+feature, share one int32 lane. Otherwise everything is converted to float32 as it is packed.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ class PackedKeysValues:
 
     @property
     def block(self) -> int:
-        """Keys of a block: what one register tile covers, so that scores stay in registers."""
+        """Keys of a block: as many as a register tile has columns, so that scores stay in
+        registers."""
         return block_size(self.problem)
 
     @property
     def amx(self) -> bool:
-        """Whether units of features fill tile registers."""
+        """Whether AMX is used: units of features fill tile registers."""
         return self.pairs and self.problem.vector.target.bf16_tiles and self.key_units % UNITS == 0
 
     @property
@@ -80,7 +81,7 @@ class PackedKeysValues:
 
 @dataclass(frozen=True)
 class QueryTile:
-    """Rows of one key head from `first` on, and what is known of each so far."""
+    """Rows of one key head from `first` on, and the running softmax of each."""
 
     head: Expr
     first: Expr
@@ -88,8 +89,8 @@ class QueryTile:
     sums: Buffer  # [row, feature]: weights @ values
     tops: Buffer  # [row]: the greatest score
     totals: Buffer  # [row, lane]: the sum of the weights
-    starts: Buffer | None  # [row]: the first key that it may see; None: 0
-    reaches: Buffer  # [row]: the end of the keys that it may see
+    starts: Buffer | None  # [row]: the first key that it may attend to; None: 0
+    reaches: Buffer  # [row]: the end of the keys that it may attend to
     bias: Buffer | None  # [row of a register tile, key of a block]: its mask
 
 
@@ -233,7 +234,7 @@ def _tile(c: PackedKeysValues, head: Expr, first: Expr) -> None:
 
 
 def _open(c: PackedKeysValues, tile: QueryTile, bias: Buffer, n: Expr, r: Expr) -> Expr:
-    """Load the mask of a register tile; whether any of its rows may see any of the block's keys."""
+    """Load the mask of a register tile. Returns whether any row attends to a key of the block."""
     p, v = c.problem, c.problem.vector
     lane, vectors = T.ramp(0, 1, v.lanes), c.block // v.lanes
     greatest = T.alloc_buffer((v.lanes,), "float32")
@@ -264,7 +265,7 @@ def _group(c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr) -> None:
 def _lanes(
     c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr, i: int | Expr, row: list[Expr]
 ) -> list[Expr]:
-    """The scores of row r + i, scaled, and minus infinity for keys that it may not see."""
+    """The scaled scores of row r + i, -inf for keys that it may not attend to."""
     v = c.problem.vector
     visible = T.bind(T.cast(tile.reaches[r + i] - n * c.block, "int32"))
     unseen = None
@@ -310,7 +311,7 @@ def _group_amx(c: PackedKeysValues, tile: QueryTile, n: Expr, r: Expr, scratch: 
 def _scores(
     c: PackedKeysValues, query: Buffer, block: tuple[Expr, ...], r: Expr
 ) -> list[list[Buffer]]:
-    """q @ k.T of a register tile, left in its accumulators."""
+    """The accumulators of a register tile that hold q @ k.T."""
     v = c.problem.vector
     lane = T.ramp(0, 1, v.lanes)
     height, vectors = v.target.tile_rows, c.block // v.lanes
@@ -337,8 +338,8 @@ def _soften(
     weights: Buffer,
     row: tuple[Expr, ...],
 ) -> Expr:
-    """Update a row's greatest score and sum, and write weights[row] of these keys as units; give
-    the factor for all sums so far."""
+    """Update a row's greatest score and sum, and write weights[row] of these keys as units. Returns
+    the factor that rescales all sums so far."""
     v, soft = c.problem.vector, c.problem.soft
     lane = T.ramp(0, 1, v.lanes)
     top = scores[0]

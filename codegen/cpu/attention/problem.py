@@ -1,4 +1,4 @@
-"""One attention: what is known of it, its arguments, and what both ways of doing it share.
+"""One attention: its sizes and arguments, and the code that prefill and decode share.
 
     q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
     ->  out[B, Hq, S, Dv]
@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def heads(self) -> Expr:
-        """Key heads of the whole batch: the problems that have nothing in common."""
+        """The number of key heads of the batch, which are independent problems."""
         return self.batch * self.spec.kv_heads
 
     @property
@@ -62,12 +62,12 @@ class Problem:
 
     @property
     def features(self) -> int:
-        """Of a key and its value."""
+        """The features of a key and its value."""
         return self.spec.key_dim + self.spec.value_dim
 
     @property
     def width(self) -> int:
-        """The value's features, as whole vectors."""
+        """The value's features, rounded up to full vectors."""
         return round_up(self.spec.value_dim, self.vector.lanes)
 
     def at(self, of: str, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
@@ -84,13 +84,13 @@ class Problem:
         return position if self.first is None else position + self.start(batch)
 
     def start(self, batch: Expr) -> Expr:
-        """The position of a text's first query among the keys, clamped so that every query has a
-        key whatever the argument holds."""
+        """The position of a sequence's first query among the keys, clamped so that every query has
+        a key for any content of the argument."""
         assert self.first is not None
         return T.max(T.min(self.first[batch], self.keys - self.queries), 0)
 
     def end(self, head: Expr) -> Expr:
-        """The end of the keys that any query of a key head may see."""
+        """The end of the keys that any query of a key head may attend to."""
         if self.first is None or not self.spec.is_causal:
             return self.keys
         b, _ = self.split(head)
@@ -142,7 +142,7 @@ def arguments(spec: AttentionSpec, target: CpuTarget) -> Problem:
 
 
 def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
-    """The end of the keys that a position may see at most; it grows with the position."""
+    """The end of the keys that a position may attend to, which increases with the position."""
     end, position = p.keys, p.key_position(batch, position)
     if p.spec.is_causal:
         end = T.min(end, position + 1)
@@ -152,7 +152,7 @@ def reach(p: Problem, batch: Expr, position: Expr) -> Expr:
 
 
 def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
-    """The first key that a position may see; it grows with the position. None: always 0."""
+    """The first key that a position may attend to, which increases with it. None: always 0."""
     first, position = None, p.key_position(batch, position)
     if p.spec.window is not None:
         first = T.max(position - (p.spec.window - 1), 0)
@@ -163,8 +163,8 @@ def start(p: Problem, batch: Expr, position: Expr) -> Expr | None:
 
 
 def scaled(p: Problem, dots: Expr, unseen: Expr | None, visible: Expr, bias: Expr | None) -> Expr:
-    """Scaled scores of neighbouring keys; -inf for lanes before `unseen` and from `visible` on
-    (both int32)."""
+    """Scaled scores of consecutive keys; -inf for lanes before `unseen` and from `visible` on (both
+    int32)."""
     v = p.vector
     lane = T.ramp(T.int32(0), 1, v.lanes)
     x = dots * v.splat(p.spec.scale)
@@ -177,9 +177,9 @@ def scaled(p: Problem, dots: Expr, unseen: Expr | None, visible: Expr, bias: Exp
 
 
 def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vectors: Expr) -> None:
-    """bias[row] = what the mask adds to the scores of neighbouring keys; False adds -inf.
+    """bias[row] = the mask's addend for the scores of consecutive keys; -inf for False.
 
-    where: batch, query head, position, first key. Lanes after the last key hold anything.
+    where: batch, query head, position, first key. Lanes after the last key are arbitrary.
     """
     assert p.mask is not None
     v, mask, full = p.vector, p.mask.values, p.mask.spec.full
@@ -205,7 +205,7 @@ def load_mask(p: Problem, where: Sequence[Expr], bias: Buffer, row: Expr, vector
 
 
 def _added(v: Vector, mask: Buffer, index: Sequence[Expr | int]) -> Expr:
-    """One element of the mask as what it adds."""
+    """One element of the mask as an addend."""
     if mask.dtype == "int8":
         allowed = mask[tuple(index)] != T.int8(0)
         return T.Select(allowed, T.float32(0), T.float32(MINUS_INFINITY))
@@ -213,14 +213,14 @@ def _added(v: Vector, mask: Buffer, index: Sequence[Expr | int]) -> Expr:
 
 
 def finite(top: Expr) -> Expr:
-    """What to subtract from scores whose greatest is `top`: -inf - -inf would be NaN."""
+    """The number to subtract from scores: `top`, or 0 for -inf, as -inf - -inf would be NaN."""
     return T.bind(T.Select(top == T.float32(MINUS_INFINITY), T.float32(0), top))
 
 
 def factor(p: Problem, top: Expr, total: Expr, query_head: Expr) -> Expr:
-    """What a row's weighted values are multiplied with at the end.
+    """The final factor of a row's weighted values.
 
-    top: the greatest score, total: the sum of exp(score - top). A row that sees nothing gives
+    top: the greatest score, total: the sum of exp(score - top). A row that attends to nothing gives
     zeros, as torch's scaled_dot_product_attention does.
     """
     zero, one = T.float32(0), T.float32(1)

@@ -1,1 +1,1 @@
-"""Products with compressed weights, decoded on the way."""
+"""Products with compressed weights, which are decoded inside the kernel."""

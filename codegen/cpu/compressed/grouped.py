@@ -1,17 +1,17 @@
-"""Products of each expert's rows, as integers of 16 bits, with that expert's compressed weights,
-decoded where they are multiplied.
+"""Products of each expert's rows, as 16-bit integers, with the expert's compressed weights, which
+are decoded in the kernel.
 
     ternary   y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
     2bit      y[r, n] = f(sx[r] * step[n] * (A + 2 B - zero[n] * (sum of x)))
 
-A and B are the sums of x under two masks (masks.py), or made of two other sums (signs.py). Few
-rows: nothing of the weights is ever written to memory. The entries of consecutive codewords do not
-wait for each other; only where in x they start does, for one addition. Many rows: the factors of
-some columns become integers in the cache, which all rows then meet. Sums are of integers, and
-exact: results depend on neither the way nor threads nor other rows nor the target.
+A and B are the sums of x under two masks (masks.py), or are computed from two other sums
+(signs.py). For few rows, decoded weights stay in registers. The loads of consecutive entries are
+independent; only the start in x of a codeword depends, by one addition, on the codeword before. For
+many rows, some columns are decoded to integers in the cache, and all rows are multiplied with them.
+Sums are of integers and exact: results do not depend on the path, threads, other rows or target.
 
-(The kernel of QMoE, arXiv 2310.16795, section 4.3, gives a warp to each row; a core takes turns
-at rows, and the lanes of a vector are the warp.)
+(The kernel of QMoE, arXiv 2310.16795, section 4.3, assigns a warp to each row; here the lanes of a
+vector take the place of the warp, and a core computes row after row.)
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from moec.codegen.specs.products import CompressedSpec
 from moec.target.cpu import CpuTarget
 
 ROWS = 4
-"""Rows of x that meet a codeword while it is decoded, where registers hold their sums."""
+"""The most rows of x that are multiplied with a codeword as it is decoded: registers hold their
+sums."""
 MANY = 8
-"""As many rows of x, and more, meet weights that were decoded before."""
+"""From this many rows of x on, weights are decoded to the cache first."""
 DECODED = 8
-"""Columns that are decoded at a time: their integers stay in the second-level cache."""
+"""Columns that are decoded at a time: their integers stay in the L2 cache."""
 MANY_ROWS, MANY_COLUMNS = 6, 2
-"""Their register tile: two sums for each."""
+"""The columns of the register tile, with two sums each."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class CompressedTile(Tile):
     def _groups(
         self, first: Expr, count: Expr, most: int, action: Callable[[Expr, int], None]
     ) -> None:
-        """`action(row, m)` for groups of `most` rows, and what is left."""
+        """`action(row, m)` for groups of `most` rows, and for the remaining rows."""
         with T.serial(0, T.truncdiv(count, T.int64(most))) as i:
             action(T.bind(first + i * most), most)
         left = T.bind(T.truncmod(count, T.int64(most)))
@@ -100,7 +101,7 @@ class CompressedTile(Tile):
 
     @property
     def _rows(self) -> int:
-        """Rows whose sums are held by half the registers: factors need some of the others."""
+        """The number of rows whose sums fill half of the registers; factors need others."""
         target, turns = self.layout.target, self.operands.matrices[0].turns
         registers = 2 * turns * (LANES // target.vector_lanes)
         return max(1, min(ROWS, target.vector_registers // 2 // registers))
@@ -143,7 +144,7 @@ class CompressedTile(Tile):
     def _masked(
         self, matrix: Weights, group: Expr, column: Expr, cursor: Any, rows: Sequence[Expr]
     ) -> list[tuple[Expr, Expr]]:
-        """For each row of x its sums under the two factors of a row of weights."""
+        """For each row of x, its sums under the two factors of a row of weights."""
         v, every = self.vector, T.ramp(0, 1, LANES)
         acc = [
             [[T.alloc_buffer((LANES,), "int32") for _ in range(2)] for _ in rows]
@@ -179,7 +180,7 @@ class CompressedTile(Tile):
             with T.serial(0, T.truncdiv(last, DECODED) + 1) as block:
 
                 def column_of(c: Expr, block: Expr = block) -> Expr:
-                    """Column c of the block; the last one again where the tile has fewer."""
+                    """Column c of the block, or the last one if the tile has fewer."""
                     return T.bind(T.min(block * DECODED + c, last))
 
                 with T.serial(0, DECODED) as c:
@@ -248,8 +249,8 @@ def compressed_linear(
     name: str = "compressed",
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, the dictionary],
-    the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product`
-    says more. The dictionary (compressed_weights.table) comes where the kind is ternary.
+    the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]), as documented in
+    `sorted_product`. The dictionary (compressed_weights.table) is an argument of ternary kernels.
     """
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")

@@ -1,9 +1,9 @@
 """Compressed weights as pairs of masks.
 
-A codeword's entry is two masks of up to 28 weights and how far they reach
-(formats/ternary_code.py); a word of two planes is two masks of 32 (formats/two_bit.py). As many
-neighbours of x are one vector of 16-bit integers: each mask lets some of them through, and one
-instruction adds those to a sum.
+The entry of a codeword is two masks of up to 28 weights and their length (formats/ternary_code.py);
+a word of two planes is two masks of 32 weights (formats/two_bit.py). The 32 corresponding elements
+of x are one vector of 16-bit integers: a mask selects some of them, and one instruction adds the
+selected ones to a sum.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ from moec.codegen.specs.products import LinearSpec
 from moec.formats.two_bit import NEIGHBOURS, words
 
 TURNS = 2
-"""Steps of a walk that have sums of their own: an addition to a sum waits for the one before."""
+"""Independent sums of a walk: an addition to a sum waits for the previous addition to it."""
 
 
 class Masked:
-    """What is done with masks."""
+    """Operations with masks."""
 
     turns = TURNS
 
     def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
-        """int32x16: `sums` and those of the 32 integers at address `x` that the mask lets
-        through."""
+        """int32x16: `sums` plus those of the 32 integers at address `x` that the mask selects."""
         return call(v, f"int32x{LANES}", "masked_sum", sums, x, factor)
 
     def expand(self, v: Vector, where: Expr, factor: Expr) -> None:
-        """Write 32 integers of 16 bits: 1 where the mask has a bit, else 0."""
+        """Write 32 16-bit integers: 1 where the mask's bit is set, else 0."""
         T.evaluate(call(v, "int32", "expand_mask", where, factor))
 
 
 @dataclass(frozen=True)
 class Masks(Masked, Ternary):
-    """Ternary weights: those that are the row's least, and those that are its greatest. `table`
-    int64[65536]."""
+    """Ternary weights as two masks: where they are the row's least, and where its greatest. `table`
+    is int64[65536]."""
 
     def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
         entry = T.bind(self.table[code])
@@ -73,7 +72,7 @@ class TwoBits(Masked):
         )
 
     def cursor(self, n: int, group: Expr, column: Expr) -> None:
-        """Where a row starts is known without."""
+        """None: the start of a row follows from its index."""
 
     def each(self, n: int, group: Expr, column: Expr, cursor: None, take: Take) -> None:
         count = int(self.planes.shape[2])

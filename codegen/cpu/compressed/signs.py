@@ -1,12 +1,12 @@
-"""Ternary weights as bytes -1, 0 and 1, where no instruction makes lanes of bits.
+"""Ternary weights as bytes -1, 0 and 1, for targets without an instruction that expands masks.
 
-An entry is 28 bytes, and last how far they reach (formats/ternary_code.py): they become 16-bit
-integers, which one instruction multiplies with as many neighbours of x and adds by twos. One factor
-are these, the other one their magnitudes: the sums S and U of x under them are
+An entry is 28 bytes and their number (formats/ternary_code.py). They become 16-bit integers, which
+one instruction multiplies with elements of x and adds in pairs. The first factor is the signs, the
+second their magnitudes: for the sums S and U of x under them,
 
     U + S = 2 B, U - S = 2 A,  B the sum of x where weights are their row's greatest, A the least
 
-Entries are four times as large as masks; those of all codewords are 2 MiB.
+Entries are four times as large as masks; all codewords take 2 MiB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def signed(target: CpuTarget) -> bool:
 
 @dataclass(frozen=True)
 class Signs(Ternary):
-    """`table` int8[65536, 32]. A row has four vectors of sums, which take turns as they are."""
+    """`table` int8[65536, 32]. A row has four vectors of sums, which are used in turn."""
 
     def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
         v, kind = Vector(self.target), f"int32x{LANES}"
@@ -40,8 +40,8 @@ class Signs(Ternary):
         return signs, magnitudes, call(v, "int64", "reach", where)
 
     def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
-        """int32x16: `sums` and the products of the factor with the 32 integers at address `x`, by
-        twos."""
+        """int32x16: `sums` plus the products of the factor with the 32 integers at address `x`,
+        added in pairs."""
         return call(v, f"int32x{LANES}", "signed_sum", sums, x, factor)
 
     def expand(self, v: Vector, where: Expr, factor: Expr) -> None:
@@ -50,7 +50,7 @@ class Signs(Ternary):
 
     @staticmethod
     def value(least: Expr, greatest: Expr, s: Expr, u: Expr, total: Expr) -> Expr:
-        # The mean of both, whose sum may need another bit.
+        # Computed as a mean, since the sum may overflow 32 bits.
         half = T.shift_right(T.bitwise_xor(u, s), T.int32(1))
         b = T.bind(T.bitwise_and(u, s) + half)
         return least * T.cast(u - b, "float32") + greatest * T.cast(b, "float32")

@@ -1,7 +1,7 @@
-"""Ternary weights as a kernel reads them: a row of weights is a walk over the entries of codewords.
+"""Reading ternary weights in a kernel: a row of weights is a walk over the entries of codewords.
 
-An entry tells up to 28 weights, as two factors, and how far they reach. What factors are is told by
-masks.py and by signs.py.
+An entry holds up to 28 weights, as two factors, and their number. masks.py and signs.py define the
+factors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
 from moec.target.cpu import CpuTarget
 
 AHEAD = 16
-"""Codewords between the one that is decoded and the one whose entry is asked for."""
+"""The distance in codewords between the one that is decoded and the one that is prefetched."""
 
 Take = Callable[[int, Expr, Expr, Expr], None]
-"""(which set of sums, word of x, factor, factor)"""
+"""(index of the set of sums, word of x, factor, factor)"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ternary:
     table: Buffer
     target: CpuTarget
     turns = 1
-    """Codewords with sums of their own."""
+    """The number of independent sets of sums."""
 
     @classmethod
     def of(cls, spec: CompressedSpec, i: int, table: Buffer, target: CpuTarget) -> Self:
@@ -54,7 +54,7 @@ class Ternary:
         )
 
     def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
-        """Two factors, and how many words of x they reach (int64)."""
+        """Two factors, and the number of words of x that they cover (int64)."""
         raise NotImplementedError
 
     def cursor(self, n: int, group: Expr, column: Expr) -> Buffer:
@@ -71,10 +71,10 @@ class Ternary:
         count = T.bind(self._counted("row_words", T.bind(group * n + column)))
         start = T.bind(cursor[0])
         T.buffer_store(cursor, start + count, [0])
-        at = T.alloc_buffer((1,), "int64")  # as addresses are, so that none is widened
+        at = T.alloc_buffer((1,), "int64")  # the type of addresses, so that no step extends it
         T.buffer_store(at, T.int64(0), [0])
-        # Behind a row's end is the next one, which is soon decoded; the last ones ask for nothing
-        # that is not decoded now.
+        # After the end of a row comes the next row, which is decoded soon; the last codewords
+        # prefetch nothing beyond the stream.
         within = start + count + AHEAD <= self.stream.shape[0]
         ahead = T.bind(T.Select(within, T.int64(AHEAD), T.int64(0)))
 
@@ -109,7 +109,7 @@ class Ternary:
 
     @property
     def _fetches(self) -> bool:
-        """Whether entries are asked for ahead: a second-level cache that the table would fill
+        """Whether entries are prefetched: not into an L2 cache that the table would fill, which
         holds rows and sums too."""
         table = bytes_of(self.table) * prod(int(size) for size in self.table.shape)
         return self.target.l2 < 2 * table

@@ -1,4 +1,4 @@
-"""The arguments of a kernel that hold compressed weights, as its target reads them best."""
+"""The arguments of a kernel that hold compressed weights, in the form that suits its target."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Products of packed floats: tiles in registers, and loops around them."""
+"""Products with packed floats: register tiles, and the loops around them."""

@@ -2,10 +2,10 @@
 
     sums[16 rows of block b, vector j] += x[16 rows, 32 of K] @ w[32 of K, 16 of vector j]
 
-A register holds 16 steps of one vector as they lie in memory. Up to 64 rows go together: the
-weights of two vectors then stay in the cache from one 32 of them to the next. Rows that do not
-lie side by side, and the last ones of a run, are first copied to a panel. Any number of rows
-goes this way: every element of y is summed by the same instructions, whatever is beside it.
+A register holds 16 consecutive steps of one vector. Up to 64 rows are computed together, so that
+the weights of two vectors are in the cache for the second 32 rows. Rows that are not contiguous,
+and the last rows of a run, are first copied to a panel. This path is used for any number of rows,
+so that every element of y is summed by the same instructions, whatever rows are beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AmxTile(Tile):
 
     @property
     def row_chunk(self) -> int:
-        """Rows that stay in half of the second-level cache while tiles of weights pass by."""
+        """Rows that fit half of the L2 cache while tiles of weights are streamed."""
         fit = self.layout.target.l2 // 2 // (self.layout.spec.k * 2)
         return max(1, fit // MOST_ROWS) * MOST_ROWS
 
@@ -74,7 +74,7 @@ class AmxTile(Tile):
         v.tiles("end")
 
     def _copy(self, row: Expr, first: Expr, end: Expr, m: Expr, panel: Buffer) -> None:
-        """The blocks of rows from `first` on; what is behind row `m` is that row again."""
+        """Copies the blocks of rows from `first` on; rows after row `m` repeat it."""
         v, lay, ops = self.vector, self.layout, self.operands
         sources = T.alloc_buffer((TILE_ROWS,), "int64")
         with T.serial(first, end) as block:
@@ -113,7 +113,7 @@ class AmxTile(Tile):
 
 @dataclass(frozen=True)
 class _At:
-    """Which sums are made: of two vectors of a tile, for one or two blocks of rows."""
+    """The sums to compute: two vectors of a tile, for one or two blocks of rows."""
 
     group: Expr
     tile: Expr
@@ -121,4 +121,4 @@ class _At:
     row: Expr  # the first of all blocks
     block: Expr  # the first of these
     blocks: int
-    lying: Expr  # blocks before this one are read where they are
+    lying: Expr  # blocks before this one are contiguous in x and read without a copy

@@ -1,10 +1,10 @@
-"""Products of each expert's rows with that expert's weights; rows lie sorted by expert.
+"""Products of each expert's rows with that expert's weights; rows are sorted by expert.
 
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
-"row of r" is r itself, or, where the dispatch is folded in, the token order[r] // top_k: then
-the rows of x are read where they are and never copied. Rows that no expert owns become 0, unless
-`zero_unowned_rows` is false, which is right where no op reads them.
+"row of r" is r itself or, with a fused dispatch, the token order[r] // top_k: then the rows of x
+are not copied. Rows without an expert become 0, unless `zero_unowned_rows` is False, which is
+correct if no op reads them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def gathered_linear(
 ) -> PrimFunc:
     """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
 
-    With `scale_dtype`, scale[T, top_k] multiplies the row of x that its choice takes (the
-    product is scaled before the bias is added, which is the same).
+    With `scale_dtype`, scale[T, top_k] multiplies the row of x of each choice (the product is
+    scaled before the bias is added, which is equivalent).
     """
     return _grouped(target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, tuning)
 

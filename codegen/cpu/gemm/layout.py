@@ -3,11 +3,10 @@
     w[E, N, K]  ->  packed[E, tiles, depth, columns]
 
 A tile is as wide as the register tile of the kernel, so that each step of the inner loop reads
-`columns` neighbours and a whole tile is one contiguous stream. bf16 is stored as pairs along K
-(one int32 holds w[n, 2i] and w[n, 2i+1]), which is what the dot-product instruction wants and
-what costs nothing to take apart elsewhere. Where two products share a kernel (gate and up), the
-left half of each tile is gate and the right half up. Missing columns and the partner of an
-odd last element are 0.
+`columns` consecutive elements, and a tile is one contiguous stream. bf16 is stored as pairs along K
+(one int32 holds w[n, 2i] and w[n, 2i+1]): the operand of the dot-product instruction, which other
+targets can split at no cost. Where two products share a kernel (gate and up), the left half of each
+tile is gate and the right half up. Missing columns and the partner of an odd last element are 0.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from moec.target.cpu import CpuTarget
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weights of `spec` lie in memory on `target`; `tuning`, of the kernels that read
-    them, changes nothing about that."""
+    """The layout of the weights of `spec` on `target`. It does not depend on `tuning`, the values
+    of the kernels that read it."""
 
     spec: LinearSpec
     target: CpuTarget
@@ -30,7 +29,7 @@ class Layout:
 
     @property
     def vectors(self) -> int:
-        """Vectors in a tile: all that fit the registers, fewer where n is small."""
+        """Vectors in a tile: as many as fit the registers, fewer if n is small."""
         halves = 2 if self.spec.gated else 1
         needed = -(-self.spec.n // self.target.vector_lanes)
         return halves * min(self.target.tile_vectors // halves, needed)
@@ -42,7 +41,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Columns of y that a tile makes."""
+        """Columns of y that a tile computes."""
         return self.columns // 2 if self.spec.gated else self.columns
 
     @property
@@ -55,13 +54,13 @@ class Layout:
 
     @property
     def amx(self) -> bool:
-        """Whether kernels multiply whole register tiles. Each vector of a tile is then a stream
-        of its own, of which 16 steps fill a register as they lie."""
+        """Whether kernels use AMX. Each vector of a tile is then a separate stream, of which 16
+        consecutive steps fill a tile register."""
         return self.target.bf16_tiles and self.pairs and self.spec.k % 32 == 0
 
     @property
     def widened(self) -> bool:
-        """Whether kernels make float32 of 16-bit numbers, then multiply (upconvert_tile.py)."""
+        """Whether kernels convert 16-bit floats to float32 first (upconvert_tile.py)."""
         return self.spec.dtype != "float32" and not (self.pairs and self.target.bf16_dot)
 
     @property
@@ -77,8 +76,8 @@ class Layout:
 
     @property
     def depth_block(self) -> int:
-        """Steps that rows are blocked over: equal blocks, whose weights fill half of the
-        second-level cache at most."""
+        """Steps of a block of K: blocks are equal, and their weights fill at most half of the L2
+        cache."""
         step = self.columns * 4
         blocks = -(-self.depth // max(64, self.target.l2 // 2 // step))
         return -(-self.depth // blocks)
@@ -97,16 +96,16 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of the weights of one group."""
+        """The bytes of the weights of one group."""
         words = self.tiles * self.depth * self.columns
         return words * (2 if self.dtype == "float16" else 4)
 
     @property
     def sums(self) -> int:
-        """Products of two numbers that one row of x needs."""
+        """The multiply-adds of one row of x."""
         return self.spec.n * self.spec.k * (2 if self.spec.gated else 1)
 
     @property
     def bias_shape(self) -> tuple[int, int, int]:
-        """The bias, always float32, lies like one step of the weights."""
+        """The shape of the packed bias, always float32, in the layout of a step of the weights."""
         return (self.spec.groups, self.tiles, self.columns)

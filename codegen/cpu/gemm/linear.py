@@ -1,7 +1,7 @@
 """Dense products: y[T, n] = f(x[T, k] @ w^T + bias), parallel over tiles of columns and of rows.
 
-The threads share out (tile, chunk of rows) pairs, tiles outermost: neighbouring pairs use the
-same weights, which then stay in one core's cache.
+The threads share the (tile, chunk of rows) pairs, with tiles as the outer loop: consecutive pairs
+use the same weights, which then stay in one core's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import CpuTarget
 
-MANY = 32  # rows from which on a thread takes some tiles of columns at once
+MANY = 32  # from this number of rows on, a thread computes some tiles of columns at once
 
 
 def linear(
@@ -32,8 +32,8 @@ def linear(
 ) -> PrimFunc:
     """A kernel (x[T, k], w packed[, bias packed], y[T, n]).
 
-    `spec.groups` is 1. `epilogue` maps the float32 vector of sums (gated: the two vectors gate
-    and up) to the vector that is rounded to y; it is called while the kernel is built.
+    `spec.groups` is 1. `epilogue` maps the float32 vector of sums (gated: the vectors of gate and
+    of up) to the vector that is rounded to y; it is called as the kernel is built.
     """
     if spec.groups != 1:
         raise ValueError(f"{name}: a dense product has one group of weights, not {spec.groups}")
@@ -51,8 +51,8 @@ def linears(
     """Several products of the same rows as one kernel: (x[T, k], (w packed[, bias packed]) of
     each, y[T, n] of each).
 
-    One kernel keeps all threads busy over the end of one product and the start of the next,
-    which counts where each is short, as those of queries, keys and values for one token are.
+    One kernel keeps all threads busy from the end of one product to the start of the next, which
+    matters for short products, such as queries, keys and values of one token.
     """
     if len({(spec.k, spec.dtype) for spec in specs}) != 1:
         raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
@@ -67,7 +67,7 @@ def plain_product(
     epilogue: Epilogue | None = None,
     tuning: Tuning = DEFAULT,
 ) -> TileProduct[Buffer, Buffer]:
-    """Of rows and weights as they are."""
+    """A product of rows and weights that are not quantised."""
     layout = Layout(spec, target, tuning)
     kind = AmxTile if layout.amx else WidenedTile if layout.widened else Tile
     return TileProduct(
@@ -94,7 +94,7 @@ def dense_products(products: Sequence[TileProduct[X, W]], name: str) -> PrimFunc
 
 
 def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
-    """A parallel loop over all columns of tiles of the products and all chunks of `rows` rows."""
+    """A parallel loop over all tiles of columns of the products and all chunks of `rows` rows."""
     size, amx = tiles[0].row_chunk, tiles[0].layout.amx
     chunks = T.truncdiv(rows + (size - 1), T.int64(size))
     most = max(tile.dense_tiles for tile in tiles)
@@ -104,7 +104,7 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     sums = rows * sum(tile.layout.sums for tile in tiles)
     weights = sum(tile.layout.bytes for tile in tiles)
     with parallel.parallel_for(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
-        # Tile registers are so fast that rows must stay in the cache, while weights pass by.
+        # AMX is so fast that the rows must stay in the cache, while weights are streamed.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))
         piece = T.bind(T.cast(rest if amx else outer, "int32"))
@@ -122,8 +122,8 @@ def _dispatch(
     rows: Expr,
     last: Expr,
 ) -> None:
-    """Emits the product and tiles that piece number `piece` of all products selects. `last`: these
-    are the last rows for the tiles."""
+    """Emits the product and tiles of piece number `piece` of all products. `last`: these are the
+    last rows for the tiles."""
     (tile, pieces), *others = tiles
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""Weights into the layout that kernels stream (see layout.py), and back.
+"""Packs weights into the layout that kernels stream (see layout.py), and unpacks them.
 
-One strided copy by torch, on all its threads, from wherever the weights are (a parameter, a
-memory-mapped file, a transposed or interleaved view) straight to their place. Padding is 0.
+Packing is one strided copy by torch, on all its threads, from any source (a parameter, a
+memory-mapped file, a transposed or interleaved view) to the final position. Padding is 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
         tensor = tensor.view(torch.bfloat16).view(*layout.shape, 2)
     weights = []
     for half in range(2 if spec.gated else 1):
-        # [E, tiles, depth, columns(, 2)] of each place -> [E, tiles, columns, depth(, 2)]
+        # [E, tiles, depth, columns(, 2)] of each part -> [E, tiles, columns, depth(, 2)]
         segments = [segment.movedim(3, 2) for _, segment in _places(layout, tensor, half)]
         part = torch.cat(segments, 2).flatten(1, 2)
         weights.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
@@ -97,8 +97,8 @@ def _as_tensor(layout: Layout, array: Tensor | Array) -> Tensor:
 
 
 def _places(layout: Layout, packed: Tensor, half: int) -> list[tuple[int, Tensor]]:
-    """The parts of `packed` that one half is in, [E, tiles, depth, columns(, 2)], each with the
-    column of a tile that it starts with."""
+    """The parts of `packed` that hold one half, [E, tiles, depth, columns(, 2)], each with its
+    first column within a tile."""
     if not layout.amx:
         return [(0, packed[:, :, :, half * layout.width : (half + 1) * layout.width])]
     lanes = layout.target.vector_lanes
@@ -135,7 +135,7 @@ def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
 
 
 def _viewable(rows: Tensor) -> bool:
-    """Whether pairs of elements are whole, aligned words in memory."""
+    """Whether pairs of elements are aligned 32-bit words in memory."""
     return (
         rows.stride(-1) == 1
         and rows.shape[-1] % 2 == 0

@@ -1,7 +1,7 @@
-"""Weights that the memory is asked for while others are multiplied.
+"""Prefetching of weights while others are multiplied.
 
-A core has a few dozen loads under way at most, and those that its products wait for are among them.
-So what comes next is asked for evenly: with each step of K as many elements as the rows that are
+A core can have a few dozen outstanding loads, including those that its products wait for. So the
+next weights are prefetched evenly: in each step of K, the share of elements that the rows being
 multiplied are of all rows.
 """
 
@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 @dataclass(frozen=True)
 class Stream:
-    """At step k, `each` elements from element offset + k * each on, counted from a step of the
+    """At step k, `each` elements from element offset + k * each on, relative to a step of the
     packed weights of a tile."""
 
     group: Expr
@@ -25,15 +25,15 @@ class Stream:
     each: Expr | int
 
     def at(self, k: Expr) -> list[Expr]:
-        """The index of the first element that step k asks for."""
+        """The index of the first element that step k prefetches."""
         last = self.offset + k * self.each
         return [_wide(self.group), _wide(self.tile), _wide(self.step), T.bind(last)]
 
 
 @dataclass(frozen=True)
 class Following:
-    """The weights that are read next: of a tile, from a step on, as many steps of K as are
-    multiplied meanwhile, from `begin` to before `end`."""
+    """The weights that are read next: those of a tile, from a step on, for as many steps of K as
+    are multiplied meanwhile, from `begin` to before `end`."""
 
     group: Expr
     tile: Expr
@@ -42,8 +42,8 @@ class Following:
     end: Expr | int
 
     def share(self, before: Expr | int, rows: Expr | int, count: Expr, columns: int) -> Stream:
-        """What `rows` of `count` rows ask for, while the `before` others did or will do the rest;
-        a step has that many columns."""
+        """The share of the prefetching of `rows` of `count` rows, after the `before` first ones. A
+        step has `columns` columns."""
         steps = self.end - self.begin
         each = T.bind(T.truncdiv(count + (rows * columns - 1), count))
         start = T.truncdiv(T.int64(columns) * before, count) * steps

@@ -1,8 +1,8 @@
-"""What kernels of products share: whatever rows and weights are, they are read in one order.
+"""The interface between a tile and the loops around it, for all kinds of rows and weights.
 
-Products of plain, of quantised and of compressed weights differ in the buffers that hold rows of
-x and weights, and in the tile that multiplies them. The rest of a kernel is one for dense rows
-(linear.py), and one for rows that are sorted by expert (sorted_rows.py).
+Products of plain, of quantised and of compressed weights differ in the buffers that hold rows of x
+and weights, and in the tile that multiplies them. The rest of a kernel is shared: linear.py for
+dense rows, sorted_rows.py for rows that are sorted by expert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ W = TypeVar("W")
 
 
 class ProductOutput(NamedTuple):
-    """Where rows of y go, and what they are made of: fields of `Operands`, in its order."""
+    """The output of a product and its operands except x and w: fields of `Operands`, in order."""
 
     y: Buffer
     bias: Buffer | None
@@ -34,7 +34,7 @@ class ProductOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class TileProduct(Generic[X, W]):
-    """`rows(count)` and `weights(suffix)` declare arguments, `tile` multiplies what they gave."""
+    """`rows(count)` and `weights(suffix)` declare arguments; `tile` multiplies them."""
 
     layout: Layout
     rows: Callable[[Expr], X]
@@ -42,7 +42,7 @@ class TileProduct(Generic[X, W]):
     tile: Callable[[X, W, ProductOutput], Tile]
 
     def bias(self, suffix: str) -> Buffer | None:
-        """Declares the bias, where there is one."""
+        """Declares the bias if the product has one."""
         layout = self.layout
         if not layout.spec.bias:
             return None

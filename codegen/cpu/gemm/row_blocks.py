@@ -1,4 +1,4 @@
-"""How rows fall into blocks, each as high as a register tile or less."""
+"""The division of rows into blocks of at most the height of a register tile."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
     """`count` rows as (number of blocks of `most` rows, rows of a shorter block after them, rows
     of a last block); the second and third are 0 where there is no such block.
 
-    An addition to a sum waits for the one before, so a short block takes as long as a longer one.
-    Where few rows are left, they and the last full block become two blocks of half the rows.
+    An addition to a sum waits for the previous one, so a short block takes as long as a longer one.
+    If few rows remain, they and the last full block become two blocks of half the rows.
     """
     blocks, left = (T.bind(op(count, T.int64(most))) for op in (T.truncdiv, T.truncmod))
     short = T.And(left > 0, left <= _few(most))
@@ -41,12 +41,12 @@ def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
 
 
 def halves(most: int) -> list[int]:
-    """What the last block may have, where two share the rows that are left."""
+    """The possible heights of the last block, if two blocks share the remaining rows."""
     return sorted({(most + left) // 2 for left in range(1, _few(most) + 1)})
 
 
 def _few(most: int) -> int:
-    """Half a block; of two rows, none: its two shares would be a whole one, and the same one."""
+    """Half a block; 0 for a block of two rows, which cannot be divided so."""
     return most // 2 if most > 2 else 0
 
 
@@ -59,7 +59,7 @@ def ceildiv(a: Expr, b: int) -> Expr:
 
 
 def stop_of(start: Expr, block: int, total: int) -> Expr:
-    """The end of a block, at most `total`. Where every block is full it is start + block, so that
+    """The end of a block, at most `total`. If all blocks are full it is start + block, so that
     loops over a block have a constant length."""
     stop = start + block
     return T.bind(stop if total % block == 0 else T.min(stop, T.int64(total)))

@@ -1,8 +1,8 @@
-"""Rows sorted by expert: which row of x each one is, and who computes it.
+"""Rows sorted by expert: the row of x of each, and the division of the work among threads.
 
-The threads share out pairs of an expert and one or some tiles, tiles outermost: whatever the
-routing, each thread gets every expert's rows for its share of the columns, so the load is even
-without any planning.
+The threads share pairs of an expert and one or more tiles, with tiles as the outer loop: for any
+routing, each thread computes every expert's rows for its share of the columns, so the load is even
+without planning.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def sorted_product(
     """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
     y[R, n]).
 
-    With `top_k`, row r of y is made of row order[r] // top_k of the T rows of x; with 0, R is T.
-    With `scale_dtype`, `scale` multiplies the row of x that its choice takes (the product is
-    scaled before the bias is added, which is the same). `zero_unowned_rows`: each_expert.
+    With `top_k`, row r of y is computed from row order[r] // top_k of the T rows of x; with 0, R is
+    T. With `scale_dtype`, `scale` multiplies the row of x of each choice (the product is scaled
+    before the bias is added, which is equivalent). `zero_unowned_rows`: see each_expert.
     """
     layout = product.layout
     spec = layout.spec
@@ -53,7 +53,7 @@ def sorted_product(
 
 
 def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:
-    """Row r is row order[r] // top_k of x; without an order, row r."""
+    """The map from row r to its row of x: order[r] // top_k, or r without an order."""
 
     def token(row: Expr) -> Expr:
         return row if order is None else T.cast(T.truncdiv(order[row], top_k), "int64")
@@ -64,7 +64,7 @@ def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:
 def scale_of(
     v: Vector, scale: Buffer | None, order: Buffer | None, top_k: int
 ) -> Callable[[Expr], Expr] | None:
-    """What multiplies row r: scale[T, top_k] of its choice, in float32."""
+    """The factor of row r in float32: scale[T, top_k] of its choice; None without scales."""
     if scale is None or order is None:
         return None
     token = token_of(order, top_k)
@@ -89,7 +89,7 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
     ):
 
         def unit_at(unit: Expr) -> tuple[Expr, Expr, Expr]:
-            """Which of the active experts, itself, and the first of its tiles."""
+            """The index among active experts, the expert, and the first of its tiles."""
             parts = parallel.divide(T.cast(unit, "int64"), T.cast(count, "int64"))
             block, i = (T.bind(T.cast(part, "int32")) for part in parts)
             return i, T.bind(active[i]), T.bind(block * at_once)
@@ -106,8 +106,8 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
 
 
 def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:
-    """The experts that have rows, and how many they are; the first one where none has: somebody
-    clears the rows of nobody."""
+    """The experts that have rows, and their number; the first expert if none has, so that a task
+    zeroes the rows without an expert."""
     active = T.alloc_buffer((experts,), "int32")
     count = T.alloc_buffer((1,), "int32")
     T.buffer_store(active, 0, [0])
@@ -121,6 +121,6 @@ def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:
 
 
 def _bounds(ends: Buffer, e: Expr) -> tuple[Expr, Expr]:
-    """The rows of expert e: from the first to before the second, int64."""
+    """The rows of expert e: its first row and the end, int64."""
     before = T.if_then_else(e > 0, ends[T.max(e - 1, 0)], 0)
     return T.bind(T.cast(before, "int64")), T.bind(T.cast(ends[e], "int64"))

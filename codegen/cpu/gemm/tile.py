@@ -2,14 +2,14 @@
 
     acc[i][j] += x[row + i, k] * w[k, lanes of j]      for i < 6, j < 4 (2 with few registers)
 
-All matrix kernels are loops around this. Each element of y is summed over K in one order, by
-one thread, whatever the number of rows and threads: results do not depend on either.
+All matrix kernels are loops around this. Each element of y is summed over K in one order, by one
+thread, so that results do not depend on the number of rows or threads.
 
-Two ways to read x, by what the target can do:
+Two ways to read x, depending on the target:
     pairs       bf16 with dot products: two elements of x are broadcast as one int32
     direct      float32: one element is broadcast
 
-float16, and bf16 without dot products, are made float32 first (upconvert_tile.py).
+float16, and bf16 without dot products, are converted to float32 first (upconvert_tile.py).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from moec.codegen.cpu.vector import Vector
 
 # Rows that a thread takes at once, where there is a choice. A multiple of every tile's rows.
 ROW_CHUNK = 96
-# Rows that pass over a block of K before the next block: their partial sums stay in the cache, and
-# few experts have more, for which all weights are read again. A multiple of every tile's rows.
+# Rows that are multiplied with a block of K before the next block: their partial sums stay in the
+# cache. The few experts with more rows read all weights again. A multiple of every tile's rows.
 PARTIAL_ROWS = 192
 
-Fetch = Callable[[Expr], None]  # emits what a step of K asks the memory for
-LINE = 64  # bytes that the memory gives at once
+Fetch = Callable[[Expr], None]  # emits the prefetches of a step of K
+LINE = 64  # bytes of a cache line
 
 Epilogue = Callable[..., Expr]  # (sum) or (gate, up) -> value; float32 vectors
 Where = tuple[Buffer, list[Expr | int]]  # a buffer, and the index of an element
@@ -43,10 +43,10 @@ Registers = list[list[Buffer]]  # one vector of float32 sums for each row and ve
 
 @dataclass(frozen=True)
 class Partial:
-    """Sums that are made in several goes: `at(i, c)` is where row i's lie from column c on.
+    """Partial sums in memory: `at(i, c)` is the position of row i's sums from column c on.
 
-    `begun`: they start from there, else from 0. `done`: they are stored, else they go there.
-    None is never.
+    `begun`: start from the partial sums, else from 0. `done`: store the final result, else the
+    partial sums. None means never.
     """
 
     at: Callable[[int, int], Where]
@@ -56,7 +56,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Operands:
-    """The buffers of a matrix kernel, and how a row of y finds its row of x."""
+    """The buffers of a matrix kernel, and the map from a row of y to its row of x."""
 
     x: Buffer  # [rows of x, k]
     w: Buffer  # packed
@@ -64,7 +64,7 @@ class Operands:
     bias: Buffer | None
     x_row: Callable[[Expr], Expr]
     scale: Callable[[Expr], Expr] | None  # row of y -> float32 that multiplies its row of x
-    gathered: bool  # neighbours in y lie anywhere in x
+    gathered: bool  # consecutive rows of y may be anywhere in x
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class Tile:
 
     @property
     def dense_tiles(self) -> int:
-        """Tiles of columns of a dense product that a thread takes at once for many rows."""
+        """Tiles of columns of a dense product that a thread computes at once for many rows."""
         return 1
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles of columns of an expert that a thread takes at once, where enough is left to share
-        out: they lie side by side, so few rows fetch the next one at the end of each."""
+        """Tiles of columns of an expert that a thread computes at once, if enough remain for all
+        threads. They are contiguous, so that few rows can prefetch the next one."""
         lay = self.layout
         most = min(lay.tuning.tiles_at_once, lay.tiles)
         return most if lay.tiles * lay.spec.groups >= 256 else 1
@@ -110,11 +110,11 @@ class Tile:
         following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
-        """Makes y[first : first + count, columns of tile and, where there are `tiles`, of those
-        behind it]; first and count are int64.
+        """Computes y[first : first + count, columns of `tiles` tiles from `tile` on]; first and
+        count are int64.
 
-        `following` are group and tile of the weights that this thread reads next: where there are
-        more rows than a block, they are fetched into the cache meanwhile.
+        `following` are group and tile of the weights that this thread reads next; if there are
+        more rows than a block, they are prefetched meanwhile.
         """
         with T.serial(0, tiles) as t:
             one = T.bind(tile + t)
@@ -128,7 +128,7 @@ class Tile:
     def _rows_of(
         self, group: Expr, tile: Expr, first: Expr, count: Expr, following: tuple[Expr, Expr]
     ) -> None:
-        """As `rows`, of one tile."""
+        """As `rows`, for one tile."""
         lay = self.layout
         blocks = ceil_of(lay.depth, lay.depth_block)
         if blocks == 1:
@@ -185,8 +185,8 @@ class Tile:
     ) -> None:
         """Calls `body` for all rows, `most` at a time, and then for the remaining ones.
 
-        The blocks share the prefetching of the weights of `following`. Where there is only one
-        block it waits for its own weights, so it prefetches those a little ahead of their use.
+        The blocks divide the prefetching of the weights of `following` among them. A single block
+        waits for its own weights, so it prefetches these a little ahead of their use instead.
         """
         own_stream, few = self._own(group, tile), T.bind(count <= most)
 
@@ -207,7 +207,7 @@ class Tile:
         partial: Partial | None,
         fetch: Fetch | None,
     ) -> None:
-        """`m` rows from `row` on, over the steps `start` .. `stop` of K."""
+        """Computes `m` rows from `row` on, over the steps `start` .. `stop` of K."""
         x_rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
 
         def multiply(acc: Registers) -> None:
@@ -224,7 +224,7 @@ class Tile:
         tile: Expr,
         partial: Partial | None,
     ) -> None:
-        """Makes sums in registers, `multiply` adding to them, and stores them."""
+        """Initialises sums in registers, emits `multiply`, which adds to them, and stores them."""
         v, lay = self.vector, self.layout
         lanes = T.ramp(0, 1, v.lanes)
         # A buffer of one vector is a register; a larger one would be memory.
@@ -305,14 +305,14 @@ class Tile:
             T.buffer_store(sums, op(sums[lanes], a, one), [lanes])
 
     def _own(self, group: Expr, tile: Expr) -> Stream | None:
-        """What lies `fetched` bytes behind a step: while sums are made, too few loads are under way
-        to keep the memory busy."""
+        """The tile's own weights, `fetched` bytes ahead of a step: the loads of a product alone are
+        too few to keep the memory busy."""
         columns = self.layout.columns
         steps = self.layout.tuning.fetched // (columns * bytes_of(self.operands.w))
         return Stream(group, tile, steps, 0, columns) if steps else None
 
     def _asking(self, stream: Stream) -> Fetch:
-        """Asks for a stream, which goes on by a step of packed weights at most with each of K."""
+        """Prefetches a stream, which advances by at most one step of weights per step of K."""
         size = bytes_of(self.operands.w)
 
         def ask(k: Expr) -> None:
@@ -335,7 +335,7 @@ class Tile:
         group: Expr,
         tile: Expr,
     ) -> None:
-        """`count` rows from `first` on, whose sums lie at `at(i, column)`."""
+        """Finishes `count` rows from `first` on, whose sums are at `at(i, column)`."""
         v = self.vector
         with T.serial(0, count) as i:
             sums = [v.load(*at(i, j * v.lanes)) for j in range(self.layout.vectors)]
@@ -361,7 +361,7 @@ class Tile:
             self._store(row, tile, j, value)
 
     def _store(self, row: Expr, tile: Expr, j: int, value: Expr) -> None:
-        """Stores vector j of the tile's columns, or what of it exists."""
+        """Stores vector j of the tile's columns, as far as these exist."""
         v, lay, y = self.vector, self.layout, self.operands.y
         n = lay.spec.n
         column = tile * lay.width + j * v.lanes

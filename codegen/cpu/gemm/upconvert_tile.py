@@ -1,11 +1,10 @@
-"""The register tile of 16-bit numbers that have no dot products: made float32, then multiplied.
+"""The register tile of 16-bit floats without dot products: converted to float32, then multiplied.
 
-To widen a number takes about as long as to multiply it, so each is widened for many products:
+A conversion takes about as long as a product, so each number is converted once for many products:
 
-    many rows   a block of K of all rows becomes a panel in the second-level cache, which some
-                tiles of weights meet; a tile's becomes one in the first-level cache, for all rows
-    few rows    theirs become a panel, and weights are widened on their way from memory to the
-                registers
+    many rows   a block of K of all rows becomes a panel in the L2 cache, for some tiles of weights;
+                that of a tile of weights becomes a panel in the L1 cache, for all rows
+    few rows    the rows become a panel, and weights are converted as they are loaded
 
 Both add the same products in the same order.
 """
@@ -23,8 +22,8 @@ from moec.codegen.cpu.gemm.prefetch import Following
 from moec.codegen.cpu.gemm.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
 from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
-WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small first-level cache
-MORE = 4  # times as many tiles at once as other kernels take
+WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small L1 cache
+MORE = 4  # times as many tiles at once as in other kernels
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class WidenedTile(Tile):
 
     @property
     def steps(self) -> int:
-        """Steps of a block of K: whole vectors of them, of rows and of weights."""
+        """Steps of a block of K: a multiple of full vectors of rows and of weights."""
         lay = self.layout
         elements = min(256, max(128, WEIGHTS // (4 * lay.columns)))
         steps = ceil_of(lay.depth, ceil_of(lay.depth, elements // self.factor))
@@ -56,8 +55,8 @@ class WidenedTile(Tile):
 
     @property
     def tiles_at_once(self) -> int:
-        """More than of others, as rows are widened once for all of them, where that leaves as
-        many pieces to share out."""
+        """More than in other kernels, as rows are converted once for all of them, unless that
+        leaves fewer pieces to share among threads."""
         lay = self.layout
         enough = max(1, lay.tiles * lay.spec.groups // 256)
         return min(lay.tiles, MORE * super().tiles_at_once, enough)
@@ -138,7 +137,7 @@ class WidenedTile(Tile):
             stop = stop_of(start, self.steps, lay.depth)
             done = T.bind(b == blocks - 1)
             after = T.bind(T.Select(done, T.int64(0), stop))
-            # What is widened after this block of all tiles.
+            # The block that is converted after this block of all tiles.
             leaves = T.bind(T.And(done, c == chunks - 1))
             group = T.bind(T.Select(leaves, following[0], full_block.group))
             coming = _DepthBlock(
@@ -176,7 +175,7 @@ class WidenedTile(Tile):
         begun: Expr,
         then: _DepthBlock,
     ) -> None:
-        """The `count` rows whose block is in `panel` with that of a tile, in `weights`."""
+        """Multiplies the block of `count` rows in `panel` with that of a tile in `weights`."""
         height = self.layout.target.tile_rows
         steps = T.bind(block.stop - block.start)
         following = Following(then.group, then.tile, then.start, 0, steps)
@@ -201,10 +200,10 @@ class WidenedTile(Tile):
         block: _DepthBlock,
         fetch: Fetch,
     ) -> None:
-        """Adds the products of rows with tile `t`, both widened.
+        """Adds the products of rows with tile `t`, both as float32.
 
-        It is asked for before the last half: LLVM moves no load over that, and would else load
-        more weights at once than there are registers for.
+        The prefetch comes before the last half, as a barrier: LLVM moves no load across it, and
+        would otherwise load more weights at once than there are registers for.
         """
         v = self.vector
         with T.serial(0, block.stop - block.start) as step:
@@ -226,7 +225,7 @@ class WidenedTile(Tile):
         return [[take(pair) for pair in pairs] for take in (v.low, v.high)]
 
     def _widen_weights(self, block: _DepthBlock, weights: Buffer) -> None:
-        """weights[t, k, :] = those of each tile, from the block's first element of K on."""
+        """weights[t, k, :] = the weights of each tile, from the block's first element of K on."""
         v = self.vector
         with T.serial(0, block.stop - block.start) as step:
             for h, half in enumerate(self._halves(block.group, block.tile, block.start + step)):
@@ -234,7 +233,7 @@ class WidenedTile(Tile):
                     v.store(weights, [step * self.factor + h, j * v.lanes], vector)
 
     def _widen_row(self, row: Expr, block: _DepthBlock, panel: Buffer, i: Expr | int) -> None:
-        """panel[i, :] = the block of a row as float32, and 0 behind an odd end."""
+        """panel[i, :] = the block of a row as float32, padded with 0 after an odd end."""
         v, lay, ops = self.vector, self.layout, self.operands
         begin = block.start * self.factor
         count = (block.stop - block.start) * self.factor

@@ -1,18 +1,18 @@
 """The LLVM functions for the eight tile registers of AMX, each of 16 rows of 64 bytes.
 
-Registers 0 to 3 hold sums; all others are for operands. The configuration belongs to a thread,
-and while it is there the system saves 8 KiB at every switch, so a task sets and releases it.
+Registers 0 to 3 hold sums; all others are for operands. The configuration belongs to a thread. As
+long as it is set, the system saves 8 KiB at every context switch, so a task sets and releases it.
 """
 
 from __future__ import annotations
 
 SUMS = 4
-"""Registers of sums."""
+"""The number of registers for sums."""
 TILE_ROWS = 16
 TILE_BYTES = 64  # of a row
 _REGISTERS = 8
 _PRODUCTS = {"bf16": "tdpbf16ps", "int8": "tdpbssd", "uint8": "tdpbsud"}
-"""By the type of weights; rows of bytes are signed."""
+"""The instruction for each type of weights; bytes of rows are signed."""
 
 
 def tile_functions() -> str:

@@ -1,4 +1,4 @@
-"""Constants as LLVM reads them."""
+"""Constants in the syntax of LLVM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLVM functions that multiply bytes: quantised/dot_products.py says how they are used."""
+"""LLVM functions that multiply bytes; quantised/dot_products.py documents them."""
 
 from __future__ import annotations
 

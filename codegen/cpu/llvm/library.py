@@ -1,7 +1,7 @@
-"""All LLVM functions that kernels of a target may call, and the text of those that one does.
+"""All LLVM functions that kernels of a target may call, and the text of those that a kernel calls.
 
-Kernels call them by name (`T.call_extern(dtype, "moec_...", ...)`); names end in what tells
-variants apart, as in `moec_fma_16` for 16 lanes. All but a few are always inlined.
+Kernels call them by name (`T.call_extern(dtype, "moec_...", ...)`). The suffix of a name
+distinguishes variants, as in `moec_fma_16` for 16 lanes. Most are always inlined.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from moec.codegen.cpu.llvm.vector_text import round_functions, vector_functions
 from moec.target.cpu import CpuTarget
 
 PREFIX = "moec_"
-"""Of the names of functions that are defined here; LLVM's and C's have others."""
+"""The prefix of all functions defined here, unlike those of LLVM and C."""
 _ENTITY = re.compile(r"^(?:declare .*|@.*|define (?s:.*?)^\})$", re.MULTILINE)
 _NAME = re.compile(r"@([\w.]+)")
 
 
 @dataclass(frozen=True)
 class Library:
-    """Declarations, globals and functions of LLVM by name, each one's text as it stands."""
+    """Declarations, globals and functions of LLVM: the text of each, by name."""
 
     entities: dict[str, str]
 
     @cached_property
     def references(self) -> dict[str, tuple[str, ...]]:
-        """What each entity names beside itself."""
+        """The other entities that each entity refers to."""
         return {
             name: tuple(dict.fromkeys(n for n in _NAME.findall(text) if n != name))
             for name, text in self.entities.items()
         }
 
     def text(self, names: Iterable[str]) -> str:
-        """The functions of these names and all that they name, in the order of the library."""
+        """The functions of these names and all entities they refer to, in the library's order."""
         needed: set[str] = set()
         pending = list(names)
         while pending:

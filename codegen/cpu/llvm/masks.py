@@ -1,6 +1,6 @@
-"""LLVM functions of kernels that read compressed weights: bits become lanes, lanes become sums.
+"""LLVM functions of kernels with compressed weights: expansion of bits to lanes, masked sums.
 
-They are written as plain LLVM where it finds good instructions, and name one where it does not.
+They are generic LLVM code where LLVM selects good instructions, and intrinsics where it does not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from moec.formats.ternary import START, TOGETHER
 from moec.target.cpu import CpuTarget
 
 LANES = 16
-"""32-bit sums of a row: two of 32 neighbours of x each, on every target."""
+"""The number of 32-bit sums of a row, on every target: each adds two of 32 elements of x."""
 
 
 @cache
@@ -22,8 +22,8 @@ def mask_functions(target: CpuTarget) -> str:
     i, h = f"<{LANES} x i32>", f"<{two} x i16>"
     declare = ""
     if target.byte_pairs:
-        # Where factors are ones, LLVM would see through anything but the instruction's name, and
-        # make sums of words one by one.
+        # For factors that are ones, LLVM would simplify anything but the intrinsic, and add words
+        # one by one.
         declare, add = _pair_sums(target)
     else:
         add = f"""{pair_sums(LANES, "both", "%s", "%t")}
@@ -54,9 +54,9 @@ declare i32 @llvm.vector.reduce.add.v{TOGETHER}i32(<{TOGETHER} x i32>)
 
 
 def _signs(n: int) -> str:
-    """Bytes of an entry of signs as 16-bit integers, by halves, as vectors of that many are made;
-    the last four bytes, which are no weights, as 0. How far it reaches is read by itself: LLVM
-    would take it out of the vector, which takes longer."""
+    """Bytes of an entry of signs as 16-bit integers, computed in two halves; the last four bytes,
+    which are no weights, become 0. The length is loaded separately: LLVM would extract it from the
+    vector, which takes longer."""
     i, h, b = f"<{LANES} x i32>", f"<{2 * LANES} x i16>", f"<{LANES} x i8>"
     half = f"<{LANES} x i16>"
     weights = "<" + ", ".join(["i8 -1"] * 12 + ["i8 0"] * 4) + ">"
@@ -105,8 +105,8 @@ def _masked_sum(target: CpuTarget) -> str:
   %m = bitcast i32 %mask to <{two} x i1>
   %z = select <{two} x i1> %m, {h} %x, {h} zeroinitializer"""
     else:
-        # No instruction makes lanes of bits. One that copies all 32 to each lane leaves bits 0 to
-        # 15 in the even words and 16 to 31 in the odd ones: x is brought into the same order.
+        # No instruction expands bits to lanes. Copying all 32 bits to each lane leaves bits 0 to
+        # 15 in the even words and 16 to 31 in the odd ones, so x is permuted to the same order.
         order = [j // 2 + LANES * (j % 2) for j in range(two)]
         order = [*order[:8], *order[16:24], *order[8:16], *order[24:]]  # two unpackings
         indices = ", ".join(f"i32 {index}" for index in order)
@@ -131,7 +131,7 @@ define linkonce_odr {i} @moec_masked_sum_{n}({i} %acc, ptr %p, i32 %mask) always
 
 
 def _pair_sums(target: CpuTarget) -> tuple[str, str]:
-    """Declarations, and %r = %acc and the sums of pairs of products of %s and %t, on x86."""
+    """Declarations, and code for %r = %acc + the sums of pairs of products of %s and %t, on x86."""
     i, h = f"<{LANES} x i32>", f"<{2 * LANES} x i16>"
     if target.vector_lanes == LANES and target.int8_dot:  # avx512vnni holds both
         dot = "@llvm.x86.avx512.vpdpwssd.512"
@@ -166,7 +166,7 @@ def _pair_sums(target: CpuTarget) -> tuple[str, str]:
 
 
 def _row_starts(size: int) -> str:
-    """How many codewords there are in front of a row of some together, and in it."""
+    """Functions for the number of codewords before a row within its group, and in the row."""
     kind = f"i{8 * size}"
     c, i, m = f"<{TOGETHER} x {kind}>", f"<{TOGETHER} x i32>", f"<{TOGETHER} x i1>"
     indices = "<" + ", ".join(f"{kind} {j}" for j in range(TOGETHER)) + ">"

@@ -1,12 +1,12 @@
-"""Sums of two products of 16-bit integers, as LLVM text that it finds an instruction for."""
+"""Sums of two products of 16-bit integers, in a form for which LLVM selects an instruction."""
 
 from __future__ import annotations
 
 
 def pair_sums(n: int, name: str, a: str, b: str) -> str:
-    """%name = the n sums of neighbours of a * b, in 32 bits; a and b are values of 2n integers.
+    """%name = the n sums of adjacent products of a * b, in 32 bits; a and b have 2n integers.
 
-    Where one of them is a constant LLVM sees through this, and makes products one by one.
+    If one of them is a constant, LLVM simplifies this to separate products.
     """
     h, w, i = f"<{2 * n} x i16>", f"<{2 * n} x i32>", f"<{n} x i32>"
     even, odd = (

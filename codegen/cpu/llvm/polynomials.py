@@ -1,4 +1,4 @@
-"""Coefficients, highest power first, that every evaluation of tanh and erf here shares.
+"""Coefficients of tanh and erf, highest power first, for scalars and vectors.
 
 tanh(x) = x p(x^2) / q(x^2) for |x| < 7.9053, and erf(x) likewise for |x| < 4: the minimax
 coefficients that Eigen, XLA and TOPI use.

@@ -1,7 +1,7 @@
-"""LLVM functions for matrices that lie as PyTorch keeps them: pairs of rows, and sums of lanes.
+"""LLVM functions for unpacked matrices, in PyTorch's layout: pairs of rows, and sums of lanes.
 
-Two bf16 neighbours of a row are one word, the first in its low half. Names and inlining are as
-in vector_text.py.
+Two consecutive bf16 elements of a row are one word, the first in its low half. Names and inlining
+are as in vector_text.py.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ define linkonce_odr i32 @moec_store_columns_{n}(ptr %p, {f} %even, {f} %odd) alw
 
 
 def _sums(n: int) -> str:
-    """Four vectors -> four neighbours in memory, the sum of each one's lanes, added as a tree."""
+    """Four vectors -> four consecutive floats: the sum of the lanes of each, added as a tree."""
     f = f"<{n} x float>"
     lines = []
 
     def halved(name: str, one: str, other: str, size: int) -> str:
-        """Neighbouring lanes of two vectors added: half as many for each."""
+        """The sums of adjacent lanes of two vectors, half as many for each."""
         kind, mask = f"<{size} x float>", f"<{size} x i32>"
         for parity in range(2):
             order = ", ".join(f"i32 {2 * lane + parity}" for lane in range(size))

@@ -18,7 +18,7 @@ def scalar_functions(target: CpuTarget) -> str:
 
 
 def _fma(target: CpuTarget) -> str:
-    """a * b + c; a library call where the target has no such instruction, so not there."""
+    """a * b + c, fused only if the target has an instruction: otherwise it is a library call."""
     body = (
         "  %r = call float @llvm.fma.f32(float %a, float %b, float %c)"
         if target.fma

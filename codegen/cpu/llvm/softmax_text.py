@@ -69,7 +69,7 @@ def _shuffle(name: str, f: str, a: str, b: str, lanes: Sequence[int]) -> str:
 
 
 def _top(n: int) -> str:
-    """The lanes against their other half, until one is left; llvm's own pays for NaNs."""
+    """The greatest lane, by halving. LLVM's own reduction is slower, as it handles NaN."""
     f, text, width = f"<{n} x float>", "", n
     while width > 1:
         half = width // 2
@@ -86,12 +86,12 @@ define linkonce_odr float @moec_top_{n}({f} %a{n}) alwaysinline {{
 
 
 def _sums(n: int) -> str:
-    """Pairs of vectors are halved and joined: log2(n) rounds turn n vectors into one."""
+    """Sums of n vectors: log2(n) rounds that halve two vectors each and join the halves."""
     f, text = f"<{n} x float>", ""
     names, step, width = [f"%a{j}" for j in range(n)], 0, n
     while width > 1:
         half, joined = width // 2, []
-        # Each vector holds n/width sums of `width` parts each; the other one's go behind them.
+        # Each vector holds n/width sums of `width` parts; those of the other vector are appended.
         left = [b * width + j for b in range(2 * n // width) for j in range(half)]
         right = [x + half for x in left]
         for a, b in zip(names[::2], names[1::2], strict=True):

@@ -1,9 +1,9 @@
-"""The LLVM functions that kernels call: memory in every float type, fused sums, exp, reductions.
+"""The LLVM functions that kernels call: memory in every float type, multiply-adds, exp, reductions.
 
-TVM rewrites bf16 arithmetic and bf16 arguments to float32 or to integers on the way to LLVM. A
-kernel therefore passes the *address* of an element, and these functions do the access; they
-are always inlined, so nothing of a call remains. All names end in the number of lanes, and
-modules made for different targets can be linked together only if their widths differ.
+TVM rewrites bf16 arithmetic and bf16 arguments to float32 or to integers before LLVM. A kernel
+therefore passes the *address* of an element, and these functions access it. They are always
+inlined, so that a call costs nothing. All names end in the number of lanes; modules for different
+targets can be linked together only if their widths differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def vector_functions(target: CpuTarget) -> str:
 
 
 def _memory(n: int, name: str, element: str, widen: str, narrow: str) -> str:
-    """Load and store `n` elements, whole or only the first `count` (the rest is not touched)."""
+    """Load and store `n` elements, or the first `count` (the memory of others is not touched)."""
     f, e = f"<{n} x float>", f"<{n} x {element}>"
     lane_numbers = "<" + ", ".join(f"i32 {i}" for i in range(n)) + ">"
     mask = f"""
@@ -102,7 +102,7 @@ def _memory_bf16(n: int, target: CpuTarget) -> str:
   %w = zext <{n} x i16> %e to {i}
   %s = shl {i} %w, {splat(n, "i32", "16")}
   %f = bitcast {i} %s to <{n} x float>"""
-    if target.bf16_dot:  # it comes with the conversion
+    if target.bf16_dot:  # targets with the dot product have the conversion too
         narrow = f"""
   %b = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<{n} x float> %f)
   %e = bitcast <16 x bfloat> %b to <16 x i16>"""
@@ -316,8 +316,8 @@ def round_functions(n: int) -> str:
 
 
 def _round(n: int, dtype: str) -> str:
-    """To `dtype` and back. Stored and loaded: LLVM keeps it in registers. (TVM does not: it moves
-    a scratch buffer of 16-bit floats to another name, and misses the addresses taken of it.)"""
+    """Rounds to `dtype` and back, by a store and a load that LLVM keeps in registers. (In TVM, a
+    scratch buffer of 16-bit floats would be renamed without the addresses taken of it.)"""
     f = f"<{n} x float>"
     return f"""
 define linkonce_odr {f} @moec_round_{dtype}_{n}({f} %x) alwaysinline {{

@@ -1,1 +1,1 @@
-"""Products of codes of few bits."""
+"""Products with quantised weights."""

@@ -1,12 +1,12 @@
-"""The register tile of few bits on AMX: up to 32 rows of codes times the columns of a tile.
+"""The register tile of quantised weights on AMX: up to 32 rows of codes times a tile's columns.
 
     integers[16 r .., 16 j ..] = x[16 rows of r, 64 codes of K] @ w[64 codes of K, 16 of vector j]
 
-Integers are exact, and blocks' sums become floats and are added as in grouped.py: the bits are
-those of its register tile, so few rows may go there and many here. Weights of 4 bits are first
-taken apart into bytes, once for all rows. Blocks of 32 codes would fill half of a register, and
-moving their sums out would take longer than dot products do. Rows of 16 bits are half as many, with
-a block of registers for their upper bytes and one for the lower.
+Integer sums are exact, and the sums of blocks become floats and are added as in tile.py: the
+results have the same bits, so few rows may use that tile and many rows this one. Weights of 4 bits
+are first unpacked to bytes, once for all rows. Blocks of 32 codes would fill only half of a
+register, and moving their sums out would take longer than dot products. 16-bit rows are half as
+many, with one block of registers for their upper bytes and one for the lower.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.tile import QuantisedTile
 
 BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors
-CODES = TILE_BYTES  # of a row that one register holds, and the words that they are
+CODES = TILE_BYTES  # codes of a row in one register, and the words that they take
 WORDS = CODES // 4
 _ROWS, _WEIGHTS = 4, 6  # the first register of rows, and of weights; those below hold sums
 
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What a task keeps in its cache: `rows` of x, their scales and sums; the weights' bytes."""
+    """The scratch of a task, in its cache: rows of x, their scales and sums, unpacked weights."""
 
     rows: Buffer  # [BLOCKS, steps of K, TILE_ROWS, WORDS]
     factors: Buffer  # [most rows, blocks]
@@ -48,7 +48,7 @@ class AmxQuantisedTile(QuantisedTile):
 
     @property
     def row_chunk(self) -> int:
-        """Rows that stay in half of the second-level cache while tiles of weights pass by."""
+        """Rows that fit half of the L2 cache while tiles of weights are streamed."""
         fit = self.layout.target.l2 // 2 // (self._planes * self.layout.x_words * 4)
         return max(1, fit // self._most_rows) * self._most_rows
 
@@ -114,8 +114,8 @@ class AmxQuantisedTile(QuantisedTile):
         v.tiles("end")
 
     def _copy(self, row: Expr, lying: Expr, m: Expr, scratch: _Scratch) -> None:
-        """Scales and sums of all rows, and the codes of the blocks of rows from `lying` on; what is
-        behind row `m` is that row again."""
+        """Copies scales and sums of all rows, and the codes of the blocks of rows from `lying` on;
+        rows after row `m` repeat it."""
         v, lay, ops, planes = self.vector, self.layout, self.operands, self._planes
         sources = T.alloc_buffer((self._most_rows,), "int64")
         with T.serial(0, self._most_rows) as i:
@@ -133,7 +133,7 @@ class AmxQuantisedTile(QuantisedTile):
                 v.copy_line(to, there)
 
     def _take_apart(self, group: Expr, tile: Expr, to: Buffer) -> None:
-        """Words of eight codes -> two words of four bytes, which are signed: zeros are gone."""
+        """Words of eight codes -> two words of four signed bytes, minus the zeros."""
         v, lay, w = self.vector, self.layout, self.operands.w
         with T.serial(0, lay.blocks) as block:
             zeros = [integers.in_all_bytes(v, zero) for zero in self._zeros(group, tile, block)]

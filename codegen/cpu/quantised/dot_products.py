@@ -1,16 +1,16 @@
-"""Dot products of bytes: unsigned codes of weights with signed ones of activations, in int32 lanes.
+"""Dot products of bytes: unsigned codes of weights by signed codes of activations, in int32 lanes.
 
-A lane holds four bytes of each. Both ways give the same integers:
+A lane holds four bytes of each operand. Both ways give the same integers:
 
-    DOT4     one instruction (x86, Arm's i8mm), or four products in lanes of 16 bits where a target
-             has none. Arm's dotprod multiplies signed bytes alone: codes of eight bits must be
-             lessened by 128 first.
-    SMALL    where x86 has none, one instruction makes sums of two products in 16 bits; codes are
-             so small that these hold the sums of all bytes of a word of codes
+    DOT4     one instruction (x86 VNNI, Arm i8mm), or four products in 16-bit lanes on a target
+             without one. Arm's dotprod multiplies signed bytes only: 128 is subtracted from 8-bit
+             codes first.
+    SMALL    on x86 without VNNI, one instruction adds two products in 16 bits; the codes are so
+             small that 16 bits hold the sums of all bytes of a word of codes
 
-For codes of eight bits that instruction is no gain: their sizes with x that has their signs would
-be in range, but two multiplications remain, and signs take the same two of a Zen 3's four ports.
-Bytes of x that lie apart, as 16 bits, were no faster either.
+For 8-bit codes the latter instruction does not pay: with magnitudes of codes, and x with the sign
+of the codes, it would not overflow; but two multiplications remain, and the signs take the same two
+of Zen 3's four ports. Spreading the bytes of x to 16 bits was not faster either.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Way(Enum):
 
 
 def way(target: CpuTarget, greatest: int, per_word: int) -> Way:
-    """The fastest for codes up to `greatest`, some to a word."""
+    """The fastest way for codes up to `greatest`, `per_word` in a word."""
     in_range = greatest * 128 * (per_word // 2) < 2**15
     return Way.SMALL if in_range and target.byte_pairs and not target.int8_dot else Way.DOT4
 

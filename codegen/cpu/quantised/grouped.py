@@ -1,4 +1,4 @@
-"""Kernels of products with weights of few bits, and what those take: see tile.py."""
+"""Kernels of grouped products with quantised weights, and their arguments: see tile.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moec.target.cpu import CpuTarget
 
 @dataclass(frozen=True)
 class QuantisedWeights:
-    """Codes, their scales, and zeros where the format has them, packed."""
+    """Packed codes and scales, and zeros if the format has them."""
 
     codes: Buffer
     scales: Buffer
@@ -68,7 +68,7 @@ def quantised_linear(
     tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
-    zeros][, bias packed][, scale[T, top_k]], y[R, n]); `sorted_product` says more."""
+    zeros][, bias packed][, scale[T, top_k]], y[R, n]), as documented in `sorted_product`."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     return sorted_product(

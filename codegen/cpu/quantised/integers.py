@@ -1,8 +1,8 @@
 """Vectors of int32 lanes, and the bytes in them: rows to codes, codes to bytes.
 
-A lane holds four neighbours along K, the first in the lowest byte; of codes of four bits it
-holds eight, the first four in the low halves of the bytes. Codes of weights are unsigned and
-those of activations signed; dot_products.py multiplies them.
+A lane holds four consecutive codes along K, the first in the lowest byte; or eight codes of four
+bits, the first four in the low halves of the bytes. Codes of weights are unsigned, codes of
+activations signed; dot_products.py multiplies them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moec.codegen.cpu.vector import Vector
 
 
 def rounded(v: Vector, x: Expr, inverse: Expr) -> Expr:
-    """x * inverse, rounded to the nearest integer, as int32 lanes; for NaN some integers."""
+    """x * inverse, rounded to the nearest integer, as int32 lanes; arbitrary integers for NaN."""
     return T.bind(_call(v, f"int32x{v.lanes}", "rounded", x, v.splat(inverse)))
 
 
 def store_narrow(v: Vector, buffer: Buffer, index: list[Expr], x: Expr, bits: int) -> None:
-    """The low `bits` (8 or 16) of int32 lanes into the int32 `buffer` from `index` on."""
+    """Stores the low `bits` (8 or 16) of int32 lanes to the int32 `buffer`, from `index` on."""
     where = T.address_of(buffer[tuple(index)])
     T.evaluate(_call(v, "int32", f"store_narrow{bits}", where, x))
 
@@ -35,7 +35,7 @@ def signed_bytes(v: Vector, x: Expr) -> list[Expr]:
 
 
 def joined(v: Vector, sums: Sequence[Expr]) -> Expr:
-    """Sums of integers as float32 lanes: of bytes, or of upper and of lower bytes."""
+    """Integer sums as float32 lanes, from one sum, or from the sums of upper and of lower bytes."""
     first, *lower = [T.bind(T.cast(T.bind(sum), v.dtype)) for sum in sums]
     return T.bind(v.fma(first, v.splat(256.0), lower[0])) if lower else first
 
@@ -46,7 +46,7 @@ def total(v: Vector, x: Expr) -> Expr:
 
 
 def lessened(v: Vector, codes: Expr) -> Expr:
-    """Unsigned bytes, less 128, as signed ones."""
+    """Unsigned bytes minus 128, as signed bytes."""
     return T.bind(T.bitwise_xor(codes, T.broadcast(T.int32(0x80808080 - 2**32), v.lanes)))
 
 
@@ -61,7 +61,7 @@ def high4(v: Vector, words: Expr) -> Expr:
 
 
 def in_all_bytes(v: Vector, bytes: Expr) -> Expr:
-    """Lanes below 256 -> the same in each of their four bytes."""
+    """Lanes below 256 -> lanes with that value in each of their four bytes."""
     return T.bind(bytes * T.broadcast(T.int32(0x01010101), v.lanes))
 
 

@@ -1,12 +1,11 @@
-"""The layout of weights of few bits: tiles of columns, words of four or eight codes along K.
+"""The layout of quantised weights: tiles of columns, words of four or eight codes along K.
 
     codes  u8[E, N, K]       ->  int32[E, tiles, words, columns]     a word holds 32 / bits codes
-    scales [E, N, blocks]    ->       [E, tiles, blocks, columns]    and so do zeros
+    scales [E, N, blocks]    ->       [E, tiles, blocks, columns]    zeros likewise
 
-A tile of codes is one contiguous stream, with the scales of its blocks in a second one. Of four
-bits, the low halves of a word's bytes are its first four codes and the high halves the last
-four, so that two masks take it apart. Missing columns and codes behind K are 0; rows of x are
-0 there.
+A tile of codes is one contiguous stream, and the scales of its blocks are a second one. For four
+bits, the low halves of a word's bytes are its first four codes and the high halves the last four,
+so that two masks unpack it. Missing columns and codes after K are 0; so are rows of x there.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.integer import E2M1_ZERO
 
 ROW_STEP = 64
-"""Rows of x, as codes, are padded to a multiple of this many: a multiple of any word and vector."""
+"""Rows of codes of x are padded to a multiple of this: a multiple of all words and vectors."""
 
 
 @dataclass(frozen=True)
 class RowCodes:
-    """How a row of x lies in int32 words, as integers of `bits`: all of them, one after the other,
-    or in two `planes`, first the upper bytes and then the lower ones. Both bytes are signed, and
-    the integer is 256 * upper + lower.
+    """The layout of a row of x in int32 words, as integers of `bits`: consecutive, or in two
+    `planes`, first the upper bytes and then the lower ones. Both bytes are signed, and the integer
+    is 256 * upper + lower.
     """
 
     bits: int = 8
@@ -39,12 +38,12 @@ class RowCodes:
 
     @property
     def per_word(self) -> int:
-        """Of a plane."""
+        """Codes in a word of a plane."""
         return 32 * self.planes // self.bits
 
     def words(self, width: int) -> int:
-        """Of one plane of a row of `width`, padded. Behind each whole integer of 16 bits are at
-        least 31 more: such rows are read from anywhere on (compressed/masks.py)."""
+        """Words of one plane of a row of `width`, with padding. Each 16-bit integer is followed by
+        at least 31 others, as such rows are read from any element on (compressed/masks.py)."""
         behind = 32 if self.per_word == 2 else 0
         return -(-(width + behind) // ROW_STEP) * ROW_STEP // self.per_word
 
@@ -56,14 +55,14 @@ PLANES = RowCodes(16, 2)
 
 @dataclass(frozen=True)
 class QuantisedLayout(Layout):
-    """How codes, scales and zeros of `spec` lie in memory on `target`."""
+    """The layout of codes, scales and zeros of `spec` on `target`."""
 
     spec: QuantisedSpec
 
     @property
     def tile_rows(self) -> int:
-        """Rows of the register tile. Each plane of their codes needs sums in registers, and scales
-        by the block one set more: floats of all blocks."""
+        """Rows of the register tile. Each plane of codes needs registers for its sums; scales per
+        block need another set, for the float sums of all blocks."""
         sets = self.row_codes.planes + (1 if self.blocks > 1 else 0)
         return self.target.tile_rows * self.target.tile_vectors // (self._most_vectors * sets)
 
@@ -84,7 +83,7 @@ class QuantisedLayout(Layout):
 
     @property
     def amx(self) -> bool:
-        """Whether blocks of codes fill registers of tiles, of 64 codes a row."""
+        """Whether AMX is used: blocks of codes fill tile registers, of 64 codes a row."""
         return self.target.int8_tiles and self.spec.k // self.blocks % 64 == 0
 
     @property
@@ -94,14 +93,14 @@ class QuantisedLayout(Layout):
 
     @property
     def way(self) -> Way:
-        """How bytes are multiplied."""
+        """The instructions that multiply bytes."""
         format = self.spec.format
         greatest = 2 * E2M1_ZERO if format.kind == "mxfp4" else 2**format.bits - 1
         return way(self.target, greatest, self.per_word)
 
     @property
     def blocks_at_once(self) -> int:
-        """Blocks whose integers wait to become floats: loads and stores of sums are shared."""
+        """Blocks whose integer sums are converted to floats together, with one load and store."""
         return max(many for many in range(1, 5) if self.blocks % many == 0)
 
     @property
@@ -152,7 +151,7 @@ def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:
     spec, each = layout.spec, layout.per_word
     packed = torch.zeros(layout.shape, dtype=torch.int32)
     for half, codes in enumerate(parts):
-        for e in range(spec.groups):  # so that what is in between stays small
+        for e in range(spec.groups):  # so that intermediate tensors stay small
             depth = torch.nn.functional.pad(codes[e], (0, layout.depth * each - spec.k))
             if each == 8:
                 quads = depth.view(spec.n, layout.depth, 2, 4)

@@ -1,9 +1,9 @@
-"""Dense products of rows of codes with weights of few bits: several of the same rows, one kernel.
+"""Dense products with quantised weights: several products of the same rows are one kernel.
 
     y[T, n] = (sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[b] - z[b]))) + bias
 
-The tile is that of experts (grouped.py), the sharing out of tiles and chunks of rows that of
-other dense products (gemm/linear.py).
+The tile is that of experts (tile.py); tiles and chunks of rows are shared among threads as in other
+dense products (gemm/linear.py).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Rows of activations as integers of 8 or 16 bits: `moec.formats.integer.round_rows` as a kernel.
 
-    x[R, K]  ->  codes int32[R, planes * words] (four or two to a word, 0 behind K),
+    x[R, K]  ->  codes int32[R, planes * words] (four or two to a word, 0 after K),
                  scales float32[R, blocks],
                  sums int32[R, planes * blocks] of the codes of each block, plane after plane
 
-The sums are what the zeros of weights are multiplied by: sum (c - z) x = sum c x - z sum x.
-Integers of 16 bits whose bytes are to be multiplied lie in two planes (`RowCodes`).
+The sums are for the zeros of weights: sum (c - z) x = sum c x - z sum x. 16-bit integers whose
+bytes are multiplied separately are stored in two planes (`RowCodes`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moec.target.cpu import CpuTarget
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """What a kernel reads of rows that this one rounded."""
+    """The outputs of this kernel, as arguments of the kernels that read them."""
 
     codes: Buffer
     scales: Buffer
@@ -36,7 +36,7 @@ class RoundedRows:
 
     @staticmethod
     def of(rows: Expr, width: int, blocks: int = 1, form: RowCodes = BYTES) -> RoundedRows:
-        """Declares them, of `rows` rows that are `width` wide."""
+        """Declares the arguments for `rows` rows of `width` elements."""
         return RoundedRows(
             argument("x", (rows, form.planes * form.words(width)), "int32"),
             argument("x_scales", (rows, blocks), "float32"),
@@ -129,7 +129,7 @@ class _RowBlock:
             T.buffer_store(sums, integers.total(v, sum[lanes]), index)
 
     def each(self, action: object) -> None:
-        """`action(x, where)` for all vectors of the block; lanes behind its end are 0."""
+        """`action(x, where)` for all vectors of the block; lanes after its end are 0."""
         v, full_vectors = self.v, self.size // self.v.lanes
         assert callable(action)
         with T.serial(0, full_vectors) as c:

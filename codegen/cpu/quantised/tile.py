@@ -1,23 +1,23 @@
-"""Products of each expert's rows, as codes of 8 or 16 bits, with that expert's weights of few bits.
+"""The register tile of rows as codes of 8 or 16 bits and quantised weights.
 
     y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
 
-Inside a block all is integers, four products of bytes an instruction, and exact. The blocks'
-sums are added in one order, by one thread: results depend neither on the number of threads nor
-on the rows beside them.
+Arithmetic inside a block is exact, on integers, with four products of bytes per instruction. The
+sums of blocks are added in one order, by one thread: results do not depend on the number of threads
+or on other rows.
 
-The register tile is that of float32 (gemm/tile.py): some rows times the columns of a tile. Where a
-row has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float
-and is added to a second set of registers, which leaves room for half as many columns.
+The register tile is that of float32 (gemm/tile.py): some rows times the columns of a tile. If a row
+has one scale, integers are summed over all of K. Otherwise each block's sum becomes a float and is
+added to a second set of registers, which leaves room for half as many columns.
 
-A row of 16 bits is two rows of bytes that meet the same weights, which are read and taken apart
+A row of 16 bits is two rows of bytes, multiplied with the same weights, which are read and unpacked
 once: x = 256 a + b, so x . w = 256 (a . w) + b . w. Both sums are exact in int32
-(quantisation.MOST_SUMMED) and are joined as floats at the end of a block. In blocks of at most 128
-they are exact in float32 too, and the join rounds once; sums over all of K round two times more, by
-2^-24, where rows were rounded to 2^-16 of their greatest. (No other way is faster. Dot products of
-pairs, of 16 bits or of bf16, make half as many products an instruction as those of bytes, so they
-take as long, and weights must first be widened. The former leave int32 behind 256 of K; the latter
-hold 8 bits of a row, and few CPUs have them.)
+(formats.integer.MOST_SUMMED) and are combined as floats at the end of a block. In blocks of at most
+128 they are exact in float32 too, and combining them rounds once; sums over all of K round two more
+times, by 2^-24, while rows were rounded to 2^-16 of their greatest. (No alternative is faster. Dot
+products of pairs, of 16-bit integers or bf16, compute half as many products per instruction as
+those of bytes, so they take as long, and weights must first be widened. The former overflow int32
+after 256 elements of K; the latter hold 8 bits of a row, and few CPUs have them.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from moec.formats.integer import E2M1_ZERO
 
 @dataclass(frozen=True)
 class QuantisedOperands(Operands):
-    """`x` holds the codes of rows (round_rows.py), `w` those of weights."""
+    """`x` holds the codes of rows (round_rows.py), `w` the codes of weights."""
 
     x_scales: Buffer
     sums: Buffer
@@ -70,7 +70,7 @@ class QuantisedTile(Tile):
         m: int,
         fetch: Fetch | None,
     ) -> None:
-        """`m` rows from `row` on."""
+        """Computes `m` rows from `row` on."""
         v, lay = self.vector, self.layout
         lanes = T.ramp(0, 1, v.lanes)
         rows = [T.bind(self.operands.x_row(row + i)) for i in range(m)]
@@ -146,7 +146,7 @@ class QuantisedTile(Tile):
                     T.buffer_store(row_acc[j], dot_sum, [lanes])
 
     def _codes(self, words: Expr) -> list[Expr]:
-        """Bytes as `dots` takes them, four to a lane, for each four codes of a word."""
+        """The operands of `dots`: bytes, four to a lane, for each four codes of a word."""
         v, kind = self.vector, self.layout.spec.format.kind
         if kind == "int8":
             return [integers.lessened(v, words) if self._less else words]
@@ -158,7 +158,7 @@ class QuantisedTile(Tile):
         starts = [j * v.lanes for j in range(lay.vectors)]
         if lay.scale_dtype == "bfloat16":
             return [v.load(scales, [group, tile, block, start]) for start in starts]
-        # An exponent is the upper bits of a float32; e2m1's codes are twice their values.
+        # An exponent becomes the upper bits of a float32; codes of e2m1 are twice their values.
         half = T.broadcast(T.float32(0.5), v.lanes)
         exponents = [
             T.cast(scales[group, tile, block, T.ramp(start, 1, v.lanes)], f"int32x{v.lanes}")
@@ -179,6 +179,6 @@ class QuantisedTile(Tile):
 
     @property
     def _less(self) -> int:
-        """What codes and zeros are lessened by, which changes no difference of the two."""
+        """The number subtracted from both codes and zeros, which does not change differences."""
         lay = self.layout
         return 128 if lay.target.int8_signed and lay.spec.format.kind == "int8" else 0

@@ -1,1 +1,1 @@
-"""Choosing experts, sorting rows by expert, bringing rows back."""
+"""Kernels of routers, of the sort of rows by expert, and of the weighted sum per token."""

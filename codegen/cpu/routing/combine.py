@@ -1,10 +1,10 @@
-"""Bringing the experts' rows back to their tokens.
+"""moe.combine on the CPU: the weighted sum of each token's rows.
 
     out[t] = sum over s of weights[t, s] * y[slots[t, s]]  (+ addend[t])
 
-The sum runs in the order of the slots, in float32, and is rounded once. Choices that no expert
-owns (their rows lie behind the last end) add nothing, whatever their weight. The threads share
-out (token, stretch of columns) pairs, so that one token keeps all of them busy.
+The sum is in the order of the slots, in float32, and is rounded once. Choices without an expert
+(their rows are after the last end) add nothing, whatever their weight. Threads share the (token,
+stretch of columns) pairs, so that one token keeps all of them busy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moec.codegen.cpu.parallel import ELEMENT
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import CpuTarget
 
-_VECTORS = 8  # summed side by side, in registers
+_VECTORS = 8  # vectors of sums in registers
 _STRETCH = 512  # columns of one unit of work
 
 
@@ -55,7 +55,7 @@ def combine(
         out = argument("out", (t, width), out_dtype)
 
         def columns(token: Expr, first: Expr, count: int, tail: int) -> None:
-            """`count` vectors from column `first`; with `tail`, one of only so many lanes."""
+            """`count` vectors from column `first`; with `tail`, one vector of only `tail` lanes."""
 
             def load(buffer: object, row: Expr, j: int) -> Expr:
                 at = [row, first + j * v.lanes]

@@ -4,8 +4,8 @@
                      slots[t, s] = r            its inverse
                      ends[e]                    the rows of e are ends[e-1] .. ends[e]
 
-Ids outside 0 .. E-1 (E itself means "no expert") sort last and belong to nobody. One thread
-does it: the two passes over R small integers cost less than waking the others.
+Ids outside 0 .. E-1 (E means "no expert") sort last, after the rows of all experts. One thread
+does it: two passes over R small integers cost less than waking other threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def dispatch(num_experts: int, top_k: int, name: str = "dispatch") -> PrimFunc:
         order = argument("order", (r,), "int32")
         slots = argument("slots", (t, top_k), "int32")
         ends = argument("ends", (num_experts,), "int32")
-        # Where the next row of each expert goes; the last entry is for those of nobody.
+        # The position of the next row of each expert; the last entry is for rows without one.
         following = T.alloc_buffer((num_experts + 1,), "int32")
 
         def owner(token: Expr, s: Expr) -> Expr:

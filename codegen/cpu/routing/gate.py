@@ -1,9 +1,9 @@
-"""moe.gate on the CPU: the router's linear layer and the choice of experts in one kernel.
+"""moe.gate on the CPU: the router's linear layer and its top-k in one kernel.
 
     x[T, D]  weight[E, D]  bias?[E]  correction?[E]  ->  weights[T, k]  experts[T, k] int64
 
-The weight is read as it is: vectors run along D, `lanes` dot products (some tokens by some
-experts) grow side by side, and their lanes are then summed together. Sums are float32; bf16 by
+The weight is not packed: vectors run along D, `lanes` dot products (some tokens by some experts)
+are accumulated side by side, and their lanes are then summed together. Sums are float32; bf16 by
 bf16 uses dot products of pairs where the CPU has them.
 """
 
@@ -32,7 +32,7 @@ from moec.codegen.specs.routing import GateSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cpu import CpuTarget
 
-TOKENS_OF_A_PRODUCT = 32  # that read one block of the weight, while it is in the cache
+TOKENS_OF_A_PRODUCT = 32  # tokens that read one block of the weight while it is in the cache
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _linear(c: _Linear) -> None:
 
 
 def _products(c: _Linear, t: Expr, rows: int, block: Expr, offset: Expr | int) -> None:
-    """logits of `rows` tokens by lanes/rows experts of a block; its last may be repeated."""
+    """logits of `rows` tokens by lanes/rows experts of a block; the last expert may be repeated."""
     v, spec = c.v, c.spec
     lane = T.ramp(0, 1, v.lanes)
     columns = v.lanes // rows

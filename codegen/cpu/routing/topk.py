@@ -1,7 +1,8 @@
-"""The greatest of some floats, by integer ranks: NaN first, equals in order, each at most once.
+"""Top-k of floats by integer ranks: NaN is greatest, equal floats are taken in order.
 
-A rank orders as its float does, with -0.0 equal to 0.0 and every NaN above infinity. TAKEN is
-below all ranks. Buffers of ranks are padded to whole vectors with TAKEN.
+Ranks have the order of their floats, with -0.0 equal to 0.0 and every NaN above infinity. TAKEN is
+below all ranks and marks those that were chosen. Buffers of ranks are padded to whole vectors with
+TAKEN.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Ranking:
         with T.serial(1, int(ranks.shape[0]) // n) as j:
             x = T.bind(ranks[T.ramp(j * n, 1, n)])
             ids = T.ramp(T.cast(j * n, "int32"), 1, n)
-            # Not for an equal one: the earlier stays.
+            # Strictly greater, so that the first of equal ranks wins.
             T.buffer_store(argmax, T.Select(x > argmax[lane], ids, argmax[second]), [second])
             T.buffer_store(argmax, T.max(x, argmax[lane]), [lane])
         first = T.bind(self._call("int32", "first", argmax[lane], argmax[second]))

@@ -1,10 +1,10 @@
-"""What experts without a network give: no row, no sort, one pass over the tokens that want it.
+"""moe.zero_experts on the CPU: no rows and no sort, one pass over the tokens.
 
     z[t] = share[t] * x[t] + sum over c of pull[t, c] * constants[c]  (+ addend[t])
 
-share[t] adds up the weights of the copies that token t chose, and the part of each constant
-that falls on x; pull[t, c] the rest. A token whose share or pull is 0 does not read x or the
-constant for it: where it chose none of these experts, zeros or the addend are stored.
+share[t] is the sum of the weights of token t's copies, and of the parts of its constants that
+multiply x; pull[t, c] is the part that multiplies the constant. Where a share or pull is 0, x or
+the constant is not read: for a token without such experts, zeros or the addend are stored.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def zero_experts(target: CpuTarget, spec: ZeroSpec, name: str = "zero_experts") 
 
 
 def _part(v: Vector, x: Buffer, mix: Buffer, token: Expr, c: int, width: int) -> Expr:
-    """softmax(mix[c] @ x[token])[0], which is a sigmoid of the difference, in all lanes."""
+    """softmax(mix[c] @ x[token])[0] in all lanes, computed as a sigmoid of the difference."""
     lanes, tail = T.ramp(0, 1, v.lanes), width % v.lanes
     total = T.alloc_buffer((v.lanes,), "float32")
     T.buffer_store(total, v.splat(0.0), [lanes])

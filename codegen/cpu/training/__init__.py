@@ -1,1 +1,1 @@
-"""Products, and their gradients, of matrices as PyTorch keeps them."""
+"""Products and gradients with unpacked matrices, in PyTorch's layout."""

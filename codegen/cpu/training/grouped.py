@@ -1,14 +1,13 @@
-"""Products of sorted rows with matrices as PyTorch keeps them, w[E, N, K], and their gradients.
+"""Products of sorted rows with unpacked matrices w[E, N, K], and their gradients.
 
     product    y[r]  = x[r] @ w[e]^T (+ b[e])              R x N
     mixed      dx[r] = dy[r] @ w[e] (+ b[e])               R x K
     outer      dw[e] = sum of dy[r]^T @ x[r], 0 of none    E x N x K
 
-for ends[e-1] <= r < ends[e]; rows that no expert owns become 0. Nothing is packed, so weights may
-change between any two calls. Of a stack that lies transposed, [E, K, N], product and mixed change
-places, and so do the factors of outer. Sums are in float32, and what is stored is rounded once.
-The threads share out equal pieces of all experts' matrices, pieces outermost, as in
-gemm/sorted_rows.py.
+for ends[e-1] <= r < ends[e]; rows without an expert become 0. Nothing is packed, so weights may
+change between calls. For a transposed stack, [E, K, N], product and mixed swap roles, and so do the
+factors of outer. Sums are in float32 and rounded once, when they are stored. The threads share
+equal pieces of all experts' matrices, with pieces as the outer loop, as in gemm/sorted_rows.py.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from moec.codegen.cpu.training.tile import DOTS, Dots, Mixture, in_blocks, lines
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import CpuTarget
 
-DEPTH = 64  # of w's rows that a mixture takes at once: with TILES of columns, they fit the cache
-ROWS = 256  # that outer products take at once
+DEPTH = 64  # rows of w that a mixture takes at once: with TILES of columns, they fit the cache
+ROWS = 256  # rows that outer products take at once
 
 
 def product(target: CpuTarget, stack: Stack, biased: bool, name: str = "product") -> PrimFunc:
@@ -60,7 +59,7 @@ def product(target: CpuTarget, stack: Stack, biased: bool, name: str = "product"
             def chunk(base: Expr, count: Expr) -> None:
                 with T.serial(0, width // DOTS) as quad:
                     first_column = T.bind(column + quad * DOTS)
-                    # Sums behind the last column are that one's again, and go nowhere.
+                    # Sums after the last column repeat that column's and are not stored.
                     w_rows = [T.bind(T.min(first_column + j, stack.n - 1)) for j in range(DOTS)]
                     each = v.lanes * (2 if dots.paired else 1)
 
@@ -248,7 +247,7 @@ def _factor(v: Vector, dy: Buffer, row: Expr, n: Expr, step: Expr, paired: bool)
 def _pair_rows(
     v: Vector, dy: Buffer, base: Expr, count: Expr, n: Expr, columns: Expr, panel: Buffer
 ) -> None:
-    """panel[s, j] = dy[base + 2s, n + j] and below it, or 0 where the rows end."""
+    """panel[s, j] = the pair of dy[base + 2s, n + j] and the element below it, 0 after the end."""
     with T.serial(0, T.truncdiv(columns, T.int64(v.lanes))) as c:
         at = T.bind(c * v.lanes)
         lanes = T.ramp(at, 1, v.lanes)

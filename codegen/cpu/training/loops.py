@@ -1,7 +1,7 @@
-"""What kernels of matrices packed nowhere share: who takes which piece, and how rows end.
+"""Loops that kernels with unpacked matrices share: over pieces of work, and at the end of rows.
 
-A piece is a few columns or rows of one expert's matrix. The threads share out all pieces of all
-experts, pieces outermost, so that each gets some of every expert's rows.
+A piece is a few columns or rows of one expert's matrix. The threads share all pieces of all
+experts, with pieces as the outer loop, so that each gets some of every expert's rows.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def chunks(span: ExpertPiece, most: int, body: Callable[[Expr, Expr], None]) -> 
 def zero_unowned_rows(
     span: ExpertPiece, stack: Stack, rows: Expr, clear: Callable[[Expr], None]
 ) -> None:
-    """`clear(row)` for the rows behind the last expert's."""
+    """`clear(row)` for the rows after those of the last expert."""
     with T.If(span.expert == stack.experts - 1), T.Then():
         with T.serial(0, rows - span.end) as i:
             clear(T.bind(span.end + i))
@@ -103,7 +103,7 @@ def columns_of(tile: Mixture, k: int, piece: Expr, body: Callable[[Expr, Expr, i
 
 
 def put(v: Vector, y: Buffer, where: list[Expr | int], count: int, sums: list[Expr]) -> None:
-    """One vector of sums, or those of even and of odd columns."""
+    """Store one vector of sums, or two, of even and of odd columns."""
     if len(sums) == 2:
         v.store_columns(y, where, *sums)
     elif count == v.lanes:
@@ -119,7 +119,7 @@ def zero(v: Vector, y: Buffer, where: list[Expr | int], columns: int) -> None:
 
 
 def plus(v: Vector, sums: list[Expr], b: Buffer, where: list[Expr | int], count: int) -> list[Expr]:
-    """What `_put` takes, with as many elements of `b` added."""
+    """`sums` in the form that `put` takes, plus `count` elements of `b`."""
     if len(sums) == 2:
         words = v.words(b, where)
         added = [v.low(words), v.high(words)]
@@ -129,7 +129,7 @@ def plus(v: Vector, sums: list[Expr], b: Buffer, where: list[Expr | int], count:
 
 
 def existing(v: Vector, column: Expr, n: int, width: int) -> Iterator[tuple[int, int]]:
-    """Offsets and counts of the vectors of `width` columns that exist, each in an open `If`."""
+    """Offsets and counts of the vectors of `width` columns, each inside an `If` that it exists."""
     for j in range(0, width, v.lanes):
         if n % width == 0:
             yield j, v.lanes

@@ -1,16 +1,16 @@
-"""Register tiles of products whose matrices lie as PyTorch keeps them, packed nowhere.
+"""Register tiles of products with unpacked matrices, in PyTorch's layout.
 
-Weights in training change at every step, so nothing is worth packing. Two forms read all that
-there is to multiply along its contiguous axis:
+Weights in training change at every step, so packing does not pay. Two forms read both operands
+along their contiguous axis:
 
-    Mixture     sums[i, k] = sum over s of a[i, s] * b[s, k]     b's rows, mixed
-    Dots        sums[i, j] = sum over k of a[i, k] * b[j, k]     a's rows with b's
+    Mixture     sums[i, k] = sum over s of a[i, s] * b[s, k]     linear combinations of b's rows
+    Dots        sums[i, j] = sum over k of a[i, k] * b[j, k]     dot products of a's rows with b's
 
-bf16 is multiplied in pairs where the target has dot products. Dots finds them side by side. A
-mixture pairs two of b's rows: of the words of both, the low halves make one vector (columns 0, 2,
-4, ...) and the high halves another (1, 3, 5, ...), which become one row again when sums are
-stored. Everywhere else elements are widened to float32 as they are loaded. Each sum is added in
-one order, whatever the number of rows and threads.
+bf16 is multiplied in pairs where the target has dot products. In Dots, pairs are contiguous. A
+mixture pairs two of b's rows: the low halves of the words of both rows make one vector (columns 0,
+2, 4, ...) and the high halves another (1, 3, 5, ...), which are interleaved when sums are stored.
+Otherwise elements are converted to float32 as they are loaded. Each sum is added in one order, for
+any number of rows and threads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import CpuTarget
 
-DOTS = 4  # of b's rows that meet a's at once
+DOTS = 4  # of b's rows that are multiplied with a's at once
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Mixture:
 
     @property
     def columns(self) -> int:
-        """Columns of a whole tile."""
+        """Columns of a full tile."""
         return self.target.tile_vectors * self.target.vector_lanes
 
     @property
     def words(self) -> str:
-        """The type of what a panel holds."""
+        """The element type of a panel."""
         return "int32" if self.paired else "float32"
 
     def vectors(
         self, columns: int, step: Expr, b: Callable[[Expr, int], Where], alone: bool = False
     ) -> list[Expr]:
-        """What a step multiplies: `columns` columns of one of b's rows, or of two (or of one that
-        is `alone` in its pair). `b(s, c)` is column c of the tile in b's row s."""
+        """The vectors of b in a step: `columns` columns of one row, or of a pair of rows (`alone`:
+        of which one exists). `b(s, c)` is column c of the tile in b's row s."""
         v = self.vector
         parts = _vectors(columns, v.lanes)
         if not self.paired:
@@ -86,8 +86,8 @@ class Mixture:
         b: Callable[[Expr, int], Where],
         odd: Expr | None,
     ) -> None:
-        """panel[step] = the vectors of each step, to be read by many rows: in place, b's rows lie
-        so far apart that they drive each other out of the cache. `odd`: one more row is alone."""
+        """panel[step] = the vectors of each step, for many rows of a: b's rows are so far apart in
+        memory that they evict each other from the cache. `odd`: the last pair has one row."""
 
         def put(step: Expr, alone: bool) -> None:
             for j, vector in enumerate(self.vectors(columns, step, b, alone)):
@@ -116,11 +116,11 @@ class Mixture:
         store: Callable[[int, int, int, list[Expr]], None],
         partial: Partial,
     ) -> None:
-        """`m` rows by `columns` columns (a tile's, or less at the end of rows).
+        """`m` rows by `columns` columns (a full tile's, or fewer at the end of rows).
 
-        `a(i, step)` is an element as float32, or a pair as int32; `b(step)` are the vectors of
-        a step. `store(i, c, count, sums)` takes
-        `count` columns from c on: one vector, or those of even and of odd columns.
+        `a(i, step)` is an element as float32, or a pair as int32; `b(step)` are the vectors of a
+        step. `store(i, c, count, sums)` stores `count` columns from c on: one vector, or two, of
+        even and of odd columns.
         """
         v = self.vector
         lanes, all_lanes = v.lanes, T.ramp(0, 1, v.lanes)
@@ -183,9 +183,9 @@ class Dots:
         fetching: Expr,
         fetch: Fetch,
     ) -> None:
-        """`m` of a's rows. `a(i)` and `b(j)` are rows, all but the last index of their elements;
-        `sums(i)` is where the four sums of a's row i go, in float32. Where it is `fetching`, each
-        step asks for what `fetch` says."""
+        """`m` of a's rows. `a(i)` and `b(j)` are rows, as indices without the last; `sums(i)` is
+        the destination of the four float32 sums of a's row i. If `fetching`, `fetch` emits the
+        prefetches of each step."""
         v, many = self.vector, DOTS
         lanes = T.ramp(0, 1, v.lanes)
         acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in range(many)] for _ in range(m)]
@@ -224,7 +224,7 @@ class Dots:
 
 
 def _vectors(columns: int, lanes: int) -> list[int]:
-    """How many columns each vector holds."""
+    """The number of columns of each vector."""
     return [min(lanes, columns - start) for start in range(0, columns, lanes)]
 
 
@@ -241,7 +241,7 @@ def in_blocks(count: Expr, most: int, body: Callable[[list[Expr]], None]) -> Non
 
 
 def lines(v: Vector, buffer: Buffer, index: list[Expr | int], columns: int) -> None:
-    """Asks for the cache lines of `columns` elements."""
+    """Prefetches the cache lines of `columns` elements."""
     *first, start = index
     for at in range(0, columns * bytes_of(buffer), LINE):
         v.prefetch(buffer, [*first, start + at // bytes_of(buffer)])
