@@ -8,6 +8,7 @@ afterwards.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -178,21 +179,28 @@ def _describe(
     raise _refusal(error, failure, refusals, modules) from error
 
 
+_MOST_LINES = 6
+"""Of a refusal: what fails and why, what the nearest modules are not, and what to do."""
+
+
 def _refusal(
     error: CaptureError,
     failure: Failure,
     refusals: Mapping[str, str],
     modules: Mapping[str, nn.Module],
 ) -> CaptureError:
-    text = str(error).split("\n")[0]
-    if failure.line and str(failure.line) not in text:
-        text += f"\nat {failure.line}"
-    for name, why in list(refusals.items())[-2:]:
-        text += f"\n{shown(name, modules[name])} is not recognised by its behaviour: {why}"
-    if refusals:
-        kind = type(modules[list(refusals)[-1]]).__name__
-        text += f"\ndescribe it: moec.describe({kind}, router=..., experts=..., top_k=...)"
-    return CaptureError(text)
+    refused = list(refusals.items())[-2:]
+    lines = str(error).split("\n")
+    if failure.line and not any(str(failure.line).split(",")[0] in line for line in lines):
+        lines.insert(1, f"  at {failure.line}")
+    if refused and os.environ.get("MOEC_DEBUG") != "1":
+        lines = lines[: _MOST_LINES - 1 - len(refused)]
+    for name, why in refused:
+        lines.append(f"{shown(name, modules[name])} is not recognised by its behaviour: {why}")
+    if refused:
+        kind = type(modules[refused[-1][0]]).__name__
+        lines.append(f"describe it: moec.describe({kind}, router=..., experts=..., top_k=...)")
+    return CaptureError("\n".join(lines))
 
 
 def _declared(model: ModelExample, declared: Sequence[Declared]) -> list[Described]:

@@ -17,6 +17,9 @@ from moec.ir.graph import Graph, Value
 MOST_ROWS = 4096
 """The most rows that a proof draws. A branch that needs more to come out both ways is refused."""
 
+_BEYOND = 2
+"""By how much integers go beyond the greatest of the example."""
+
 _SHAPES: tuple[tuple[int, ...], ...] = ((1, 1), (3, 29), (1, 7), (5, 1), (4, 40), (2, 2))
 Case = list[torch.Tensor]
 
@@ -25,12 +28,15 @@ def draws(
     graph: Graph, examples: Sequence[Sequence[torch.Tensor]], conditions: Iterable[Any]
 ) -> Iterator[Case]:
     """The examples, then inputs of several sizes: random; all rows alike, so that one expert takes
-    all; zeros, so that scores tie; two kinds of rows; large."""
+    all; zeros, so that scores tie; two kinds of rows; large. Integers also beyond those of the
+    examples, which eager may refuse."""
     yield from map(list, examples)
     example = examples[0]
+    integers = any(not t.is_floating_point() and t.dtype != torch.bool for t in example)
+    kinds = ("random", "alike", "zero", "two", "large", *["beyond"] * integers)
     generator = torch.Generator().manual_seed(0)
     for sizes in _assignments(graph, example, conditions):
-        for kind in ("random", "alike", "zero", "two", "large"):
+        for kind in kinds:
             pairs = zip(graph.inputs, example, strict=False)
             yield [_draw(value, tensor, sizes, kind, generator) for value, tensor in pairs]
 
@@ -101,7 +107,7 @@ def _draw(
     elif not tensor.numel() or tensor.dtype == torch.bool:
         return torch.zeros(shape, dtype=tensor.dtype) | (tensor.any() if tensor.numel() else False)
     else:
-        low, high = int(tensor.min()), int(tensor.max())
+        low, high = int(tensor.min()), int(tensor.max()) + _BEYOND * (kind == "beyond")
         drawn = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64)
         drawn = drawn.to(tensor.dtype)
     rows = drawn.reshape(-1, shape[-1]) if floats and len(shape) else drawn.reshape(-1, 1)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from moec.capture.speculate.sums import Sums
+
 Recipe = Callable[[torch.Tensor], torch.Tensor]
 Truth = Literal["count", "some", "none"]
 
@@ -23,16 +25,6 @@ class ClassChoice:
     classes: int
     sorted: torch.Tensor | None = None
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Counts:
-    """How often each class of a choice is chosen, `total` times in all; `numbers` are the same
-    once Python has read them."""
-
-    choice: ClassChoice
-    total: Any
-    numbers: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,10 @@ class Piece:
 @dataclass(frozen=True)
 class Fact:
     """choice: the values are classes of it. high: none is greater. distinct: no two along the last
-    axis are equal. single: along this axis at most one is not 0. counts, ends: how often each
-    class is chosen, and the sums of that so far. order: the values are rows in the order that
-    sorts a choice. size: a 0-d tensor that holds this number. truth: what a bool of it asks.
+    axis are equal. single: along this axis at most one is not 0. sums: what the values are sums of.
+    hot: along the last axis stand the classes of this choice, and over the others their sum is how
+    often each is chosen, of so many times. order: the values are rows in the order that sorts a
+    choice. size: a 0-d tensor that holds this number. truth: what a bool of it asks.
     greatest: read into Python it is this upper bound. member: the values are `ids == expert`.
     piece: which rows of a buffer these are. column: the rows that stand in a matrix of one column,
     or are repeated along the features. elements: the same values, as Python has read them.
@@ -76,8 +69,8 @@ class Fact:
     high: Any = None
     distinct: bool = False
     single: int | None = None
-    counts: Counts | None = None
-    ends: Counts | None = None
+    sums: Sums | None = None
+    hot: tuple[ClassChoice, Any] | None = None
     order: Order | None = None
     size: Any = None
     truth: Truth | None = None

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.facts import NOTHING, ClassChoice, Facts, Order
-
-Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
+from moec.capture.speculate.sum_rules import (
+    Rule,
+    hot_sum,
+    note_picked,
+    own_counts,
+    sum_rule,
+    usual_comparison,
+)
+from moec.capture.speculate.symbols import expression
 
 _VIEWS = (
     "view reshape flatten unsqueeze squeeze to long int cpu clone contiguous detach ravel float "
@@ -88,13 +95,18 @@ def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
     fact = facts.of(args[0])
     if fact is NOTHING or not isinstance(result, torch.Tensor):
         return
-    if result.shape != args[0].shape:
-        fact = replace(fact, distinct=False, order=None, single=None, member=None, ends=None)
+    if list(map(expression, result.shape)) != list(map(expression, args[0].shape)):
+        fact = replace(fact, distinct=False, order=None, single=None, member=None, sums=None)
         fact = replace(fact, column=None, elements=None)
-        fact = replace(fact, counts=fact.counts if result.ndim == 1 else None)
+        fact = replace(fact, hot=fact.hot if _same_classes(args[0], result) else None)
     if result.dtype != args[0].dtype:
         fact = replace(fact, elements=None)
     facts.note(result, **vars(replace(fact, piece=None)))
+
+
+def _same_classes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    classes = before.shape[-1] if before.ndim else None
+    return type(classes) is int and after.ndim > 1 and after.shape[-1] is classes
 
 
 def _sum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -105,6 +117,10 @@ def _sum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
     if high is not None and isinstance(dim, int):
         single = fact.single is not None and fact.single == dim % first.ndim
         facts.note(result, high=1 if single else high * first.shape[dim])
+    if fact.hot is not None and isinstance(result, torch.Tensor) and result.ndim:
+        hot_sum(
+            facts, fact.hot, kwargs.get("dim", args[1] if len(args) > 1 else None), args[0], result
+        )
 
 
 def _cumsum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -113,8 +129,17 @@ def _cumsum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], resu
     high = 1 if first.dtype == torch.bool else fact.high
     if high is not None and isinstance(dim, int):
         facts.note(result, high=high * first.shape[dim])
-    if fact.counts is not None and dim in (0, -1):
-        facts.note(result, ends=fact.counts)
+    sums = fact.sums or own_counts(first)
+    if sums is not None and dim in (0, -1):
+        facts.note(result, sums=sums.so_far())
+
+
+def _both(*rules: Rule) -> Rule:
+    def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        for each in rules:
+            each(facts, args, kwargs, result)
+
+    return rule
 
 
 def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
@@ -143,7 +168,10 @@ _NONE = ("eq", "lt", "le", "less", "less_equal")
 
 def _compared(name: str) -> Rule:
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        if facts.of(args[0]).truth == "count":
+        usual = usual_comparison(facts, name, args)
+        if usual is not None:
+            facts.note(result, truth="some" if usual else "none")
+        elif facts.of(args[0]).truth == "count":
             facts.note(result, truth="some" if name in _SOME else "none")
 
     return rule
@@ -161,6 +189,8 @@ def _not(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
 def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
     """Some values of a tensor, or all in another order: what holds of each holds of these."""
     fact = facts.of(args[0])
+    if fact.sums is not None:
+        note_picked(facts, fact.sums, args, kwargs, result)
     for part in result if isinstance(result, tuple) else (result,):
         if fact is not NOTHING and isinstance(part, torch.Tensor):
             facts.note(part, truth=fact.truth, choice=fact.choice, high=fact.high)
@@ -192,8 +222,10 @@ _RULES: dict[str, Rule] = {
     "count_nonzero": _sum,
     "cumsum": _cumsum,
     "mul": _arithmetic(operator.mul),
-    "add": _arithmetic(operator.add),
-    "sub": _arithmetic(lambda high, _: high),
+    "add": _both(_arithmetic(operator.add), sum_rule(1)),
+    "radd": sum_rule(1),
+    "sub": _both(_arithmetic(lambda high, _: high), sum_rule(-1)),
+    "subtract": sum_rule(-1),
     "clamp": _arithmetic(lambda high, _: high),
     "any": _any,
     "logical_not": _not,

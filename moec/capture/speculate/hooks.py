@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.branches import Branches
-from moec.capture.speculate.facts import Counts, Facts
+from moec.capture.speculate.facts import Facts
 from moec.capture.speculate.sites import site_of
+from moec.capture.speculate.sums import Counts
 from moec.capture.speculate.symbols import expression
 
 Hook = Callable[..., Any]

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.capture.speculate.facts import Counts
+from moec.capture.speculate.facts import ClassChoice
+from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.numbers import number, numbers
 from moec.capture.speculate.python_numbers import integer_of
+from moec.capture.speculate.sums import MOST_NUMBERS, Counts, constants, joined
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 from moec.errors import CaptureError
 
@@ -23,16 +26,33 @@ def reading_hooks(trace: Trace) -> Hooks:
     def bincount(
         func: Hook, ids: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0
     ) -> Any:
-        """As many counts as there are classes: how many else depends on data."""
+        """As many counts as there are classes: how many else depends on data. Of ids that come from
+        elsewhere, as many as are asked for: that none is greater is tried."""
         choice = facts.of(ids).choice
+        if choice is None and minlength > 0 and ids.ndim == 1:
+            choice = ClassChoice(minlength)
+            facts.note(ids, choice=choice)
         classes = max(minlength, choice.classes if choice else 0)
         if choice is None or weights is not None:
             return NotImplemented
-        counts = (ids[:, None] == torch.arange(classes)).sum(0)
-        exact = classes == choice.classes
-        return facts.note(
-            counts, counts=Counts(choice, ids.numel()) if exact else None, truth="count"
-        )
+        return counted(ids, classes)
+
+    def counted(ids: torch.Tensor, classes: int, dtype: torch.dtype = torch.int64) -> Any:
+        choice = facts.of(ids).choice
+        counts = (ids[:, None] == torch.arange(classes)).sum(0).to(dtype)
+        exact = choice is not None and classes == choice.classes
+        held = counts.to(torch.int64, copy=True)
+        sums = Counts(held, choice, ids.numel()).sums() if exact else None
+        return facts.note(counts, sums=sums, truth="count")
+
+    def histc(
+        func: Hook, ids: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
+    ) -> Any:
+        """Of classes, a bin for each."""
+        choice = facts.of(ids).choice
+        if choice is None or ids.ndim != 1 or (min, max, bins) != (0, bins - 1, choice.classes):
+            return NotImplemented
+        return counted(ids, bins, ids.dtype)
 
     def unique(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Every class: that those without rows add nothing is proved."""
@@ -51,7 +71,13 @@ def reading_hooks(trace: Trace) -> Hooks:
         hot = (ids[..., None] == torch.arange(num_classes)).to(torch.int64)
         if reads_data(num_classes):
             return facts.note(hot, one_hot_of=ids)
-        return facts.note(hot, high=1, single=hot.ndim - 2 if fact.distinct else None)
+        full = fact.choice is not None and num_classes == fact.choice.classes
+        return facts.note(
+            hot,
+            high=1,
+            single=hot.ndim - 2 if fact.distinct else None,
+            hot=(fact.choice, ids.numel()) if full else None,
+        )
 
     def nonzero(func: Hook, mask: torch.Tensor, *, as_tuple: bool = False) -> Any:
         """Where a mask over a fixed number of things is set: at each of them."""
@@ -68,32 +94,6 @@ def reading_hooks(trace: Trace) -> Hooks:
     def where(func: Hook, mask: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
         return NotImplemented if rest or kwargs else nonzero(torch.nonzero, mask, as_tuple=True)
 
-    def elements(tensor: torch.Tensor) -> list[Any]:
-        """The values as numbers: the same ones each time, lest nothing equates them."""
-        already = facts.of(tensor).elements
-        if already is not None:
-            return list(already)
-        parts = [tensor[index] for index in range(int(tensor.shape[0]))]
-        values = [trace.read(part.item(), part) for part in parts]
-        if not tensor.is_floating_point():
-            for value in values:
-                torch._check(value >= 0)  # type: ignore[no-untyped-call]
-        facts.note(tensor, elements=tuple(values))
-        return values
-
-    def numbers(tensor: torch.Tensor) -> list[Any]:
-        fact = facts.of(tensor)
-        counts = fact.counts or fact.ends
-        if counts is None:
-            return elements(tensor)
-        if not counts.numbers:
-            counts.numbers = elements(tensor) if fact.counts else _steps(elements(tensor))
-            trace.segments |= {expression(n): (counts, i) for i, n in enumerate(counts.numbers)}
-            trace.totals.add(expression(sum(counts.numbers, 0) - counts.total))
-        if fact.counts:
-            return list(counts.numbers)
-        return [sum(counts.numbers[: i + 1], 0) for i in range(len(counts.numbers))]
-
     def tolist(func: Hook, tensor: torch.Tensor) -> Any:
         trace.reads[trace.at()] = None
         if tensor.ndim == 0:
@@ -105,7 +105,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         if not isinstance(tensor.shape[0], int):
             return NotImplemented
         if tensor.ndim == 1:
-            return numbers(tensor)
+            return numbers(trace, tensor)
         return [tolist(func, row) for row in tensor]
 
     def numpy(func: Hook, tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -118,12 +118,7 @@ def reading_hooks(trace: Trace) -> Hooks:
 
     def item(func: Hook, tensor: torch.Tensor) -> Any:
         trace.reads[trace.at()] = None
-        fact = facts.of(tensor)
-        if fact.size is not None:
-            return fact.size
-        if fact.greatest is not None:
-            return fact.greatest
-        return trace.read(tensor.item(), tensor)
+        return number(trace, tensor)
 
     def truth(func: Hook, tensor: torch.Tensor) -> Any:
         return trace.branches.ask(tensor, facts.of(tensor).truth != "none")
@@ -133,12 +128,52 @@ def reading_hooks(trace: Trace) -> Hooks:
         if isinstance(value, HitRows):
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
         if is_symbolic(value):
-            return facts.note(torch.zeros((), dtype=kwargs.get("dtype")), size=value)
+            dtype = kwargs.get("dtype") or torch.int64
+            held = torch.zeros((), dtype=dtype)
+            if isinstance(value, torch.SymInt):
+                held = torch.full((), value, dtype=dtype)  # type: ignore[call-overload]
+            return facts.note(held, size=value)
         if isinstance(value, list | tuple) and any(map(reads_data, value)):
             return of_numbers(value, kwargs.get("dtype") or torch.int64)
         result = func(value, *args, **kwargs)
+        if type(value) is list and value and all(type(each) is int for each in value):
+            facts.note(result, sums=constants(value))
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         return facts.note(result, size=value) if plain else result
+
+    def filled(value: int) -> Hook:
+        def hook(func: Hook, *args: Any, **kwargs: Any) -> Any:
+            """A short row of one integer, which sums of counts may follow or be written into."""
+            result = func(*args, **kwargs)
+            length = result.shape[0] if result.ndim == 1 else None
+            if type(length) is int and 0 < length <= MOST_NUMBERS:
+                facts.note(result, sums=constants([value] * length))
+            return result
+
+        return hook
+
+    def iterated(func: Hook, tensor: torch.Tensor) -> Any:
+        """What is known of a tensor's values, of each."""
+        if facts.of(tensor).sums is None:
+            return NotImplemented
+        parts = tensor.unbind(0)
+        follow(facts, "unbind", (tensor,), {}, parts)
+        return iter(parts)
+
+    def cat(func: Hook, parts: Any, dim: int = 0, **kwargs: Any) -> Any:
+        result = func(parts, dim=dim, **kwargs)
+        sums = [facts.of(part).sums for part in parts]
+        lists = [each for each in sums if each is not None]
+        return facts.note(result, sums=joined(lists)) if len(lists) == len(sums) else result
+
+    def pad(func: Hook, tensor: torch.Tensor, widths: Any, *args: Any, **kwargs: Any) -> Any:
+        """Zeros before and behind sums of counts."""
+        result, sums = func(tensor, widths, *args, **kwargs), facts.of(tensor).sums
+        plain = len(widths) == 2 and not kwargs.get("value") and args in ((), ("constant",))
+        if sums is None or sums.matrix.ndim < 2 or not plain or min(widths) < 0:
+            return result
+        first, last = (constants([0] * width) for width in widths)
+        return facts.note(result, sums=joined([first, sums, last]))
 
     def compared(func: Hook, a: Any, b: Any) -> Any:
         """A float of an integer compares as that integer, which has an expression of its own."""
@@ -168,6 +203,11 @@ def reading_hooks(trace: Trace) -> Hooks:
 
     return {
         "bincount": bincount,
+        "histc": histc,
+        **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), filled(0)),
+        "iter": iterated,
+        **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+        "pad": pad,
         "unique": unique,
         "one_hot": one_hot,
         "nonzero": nonzero,
@@ -185,7 +225,3 @@ def reading_hooks(trace: Trace) -> Hooks:
         "floor": rounded(math.floor),
         "trunc": rounded(math.trunc),
     }
-
-
-def _steps(ends: list[Any]) -> list[Any]:
-    return [end - (ends[i - 1] if i else 0) for i, end in enumerate(ends)]

@@ -10,6 +10,7 @@ from moec.capture.speculate.facts import Member, Piece
 from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Row, as_slice, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.numbers import as_number, numbers
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 
 
@@ -34,8 +35,9 @@ def slicing_hooks(trace: Trace) -> Hooks:
                 return _gathered(trace, x, order, rest, func(x, index))
         full = all(isinstance(part, slice) and part == slice(None) for part in rest)
         if isinstance(first, slice) and first.step is None and full:
-            if any(map(reads_data, (first.start, first.stop, x.shape[0]))):
-                return between(x, first.start, first.stop)
+            start, stop = (as_number(trace, end) for end in (first.start, first.stop))
+            if any(map(reads_data, (start, stop, x.shape[0]))):
+                return between(x, start, stop)
         return NotImplemented
 
     def first_columns(parts: tuple[Any, ...]) -> Any:
@@ -64,6 +66,8 @@ def slicing_hooks(trace: Trace) -> Hooks:
                 if number not in choice.rows:
                     choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
                 return order.recipe(choice.rows[number])
+        if expression(stop - length) in trace.totals:
+            stop = length
         if reads_data(length) and not reads_data(stop):
             stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
         part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
@@ -77,13 +81,15 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return _gathered(trace, x, order, [], func(x, dim, index))
 
     def narrow(func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
+        start, length = as_number(trace, start), as_number(trace, length)
         if dim != 0 or not any(map(reads_data, (start, length))):
             return NotImplemented
         return between(x, start, start + length)
 
     def split(func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
         """The last size is what the others leave: that they add up is known so."""
-        sizes = list(sizes) if isinstance(sizes, list | tuple) else sizes
+        if isinstance(sizes, list | tuple) and not isinstance(sizes, HitRows):
+            sizes = [as_number(trace, size) for size in sizes]
         if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
             return NotImplemented
         trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
@@ -95,10 +101,20 @@ def slicing_hooks(trace: Trace) -> Hooks:
                 facts.note(part, piece=Piece(x, start, stop))
         return parts
 
+    def tensor_split(func: Hook, x: torch.Tensor, ends: Any, dim: int = 0) -> Any:
+        """Cut at places, the last part to the end."""
+        if isinstance(ends, torch.Tensor) and ends.ndim == 1 and type(ends.shape[0]) is int:
+            trace.reads[trace.at()] = None
+            ends = numbers(trace, ends)
+        if not isinstance(ends, list | tuple) or not any(map(reads_data, ends)):
+            return NotImplemented
+        stops = [*ends, x.shape[dim]]
+        return split(func, x, [b - a for a, b in zip([0, *ends], stops, strict=True)], dim)
+
     def eq(func: Hook, ids: torch.Tensor, expert: Any) -> Any:
         result = func(ids, expert)
         choice = facts.of(ids).choice
-        if facts.of(ids).truth == "count":
+        if facts.of(ids).truth == "count" or facts.of(ids).sums is not None:
             facts.note(result, truth="none")
         if choice is None or not isinstance(expert, int):
             return result
@@ -138,6 +154,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         "narrow": narrow,
         "split": split,
         "split_with_sizes": split,
+        "tensor_split": tensor_split,
         "eq": eq,
         "and": both,
         "logical_and": both,

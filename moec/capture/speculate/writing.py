@@ -10,6 +10,8 @@ import torch
 from moec.capture.speculate.facts import Piece
 from moec.capture.speculate.hits import HitRows, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.numbers import as_number
+from moec.capture.speculate.sums import Sums
 from moec.capture.speculate.symbols import expression, reads_data
 from moec.errors import CaptureError
 
@@ -38,7 +40,15 @@ def writing_hooks(trace: Trace) -> Hooks:
         return values
 
     def setitem(func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
+        sums = _sums_written(trace, x, index, values)
         trace.written(x)
+        if sums is not None:
+            func(x, index, values)
+            trace.facts.note(x, sums=sums)
+            return None
+        if isinstance(index, slice):
+            start, stop = (as_number(trace, end) for end in (index.start, index.stop))
+            index = slice(start, stop, index.step)
         if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim:
             if isinstance(values, torch.Tensor) and values.ndim:
                 func(x, trace.rows_of(index), values)
@@ -66,3 +76,11 @@ def writing_hooks(trace: Trace) -> Hooks:
         return x.copy_(values) if piece is None else fill(piece, values)
 
     return {"setitem": setitem, "copy_": copy_, "out=": out}
+
+
+def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sums | None:
+    """The sums of counts in x once those in `values` stand at `index`."""
+    before, other = trace.facts.of(x).sums, trace.facts.of(values).sums
+    if before is None or other is None:
+        return None
+    return before.replaced(index, other)

@@ -103,6 +103,26 @@ def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
     assert "describe it: moec.describe(ExpertChoice, router=..., experts=..., top_k=...)" in text
 
 
+class ReadsTokens(loops.ExpertChoice):
+    """Before it chooses, it reads the number of a token into Python, and loops as often."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for token in torch.where(x[..., 0] > 0)[0].tolist():
+            x = x + token
+        return super().forward(x)
+
+
+def test_a_refusal_also_says_why_it_was_not_traced() -> None:
+    module = ReadsTokens().eval()
+    with pytest.raises(CaptureError) as raised:
+        moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    text = str(raised.value)
+    assert len(text.splitlines()) <= 6
+    assert "for token in torch.where" in text
+    assert "a loop over rows, as many as the data say, cannot be unrolled" in text
+    assert "the model, a ReadsTokens (test_door.py:" in text
+
+
 def test_a_failure_is_at_the_last_line_of_the_user() -> None:
     """Not at one of the standard library's, such as a context manager that an error leaves by."""
 

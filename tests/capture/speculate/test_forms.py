@@ -9,7 +9,8 @@ import moec
 from moec.capture import capture
 from moec.interpret.evaluate import evaluate
 from tests.capture.speculate.forms import FORMS
-from tests.capture.speculate.layer import D, Form, Layer
+from tests.capture.speculate.layer import D, E, Form, Layer
+from tests.capture.speculate.offsets import FORMS as OFFSETS
 
 SIZES = ((2, 6), (1, 1), (3, 5), (1, 9), (4, 20))
 
@@ -18,7 +19,7 @@ def inputs(size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return torch.randn(*size, D, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("form", [*FORMS.values(), *OFFSETS.values()], ids=[*FORMS, *OFFSETS])
 def test_a_form_is_captured_for_all_sizes(form: Form) -> None:
     """The graph does what eager does, in the order in which it does it: float32 sums of two rows
     in another order differ by one unit in the last place."""
@@ -40,6 +41,33 @@ RECOGNISED = (
     "a function of its own",
     "capacity of a float",
 )
+
+
+def test_slices_between_tensors_are_a_block() -> None:
+    layer = Layer(OFFSETS["slices between tensors"]).eval()
+    compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
+    assert compiled.captured.way == "speculated"
+    assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
+
+
+class ChosenOutside(Layer):
+    """The choice is an input: an expert for each text."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        order = ids.argsort(stable=True)
+        parts = x.index_select(0, order).split(torch.bincount(ids, minlength=E).tolist())
+        y = torch.vstack([self.experts[e](parts[e]) for e in range(E) if parts[e].size(0) > 0])
+        return y.index_select(0, order.argsort())
+
+
+def test_ids_from_outside_are_counted_for_the_classes_that_are_asked_for() -> None:
+    layer = ChosenOutside(lambda layer, x: x).eval()
+    captured = capture(layer, (inputs((3, 6)), torch.tensor([0, 3, 1])))
+    for ids in (torch.tensor([2]), torch.tensor([3, 3, 0, 1, 3])):
+        x = inputs((len(ids), 4), 2)
+        (y,) = evaluate(captured.program.graph, [x, ids], captured.program.weights)
+        with torch.no_grad():
+            torch.testing.assert_close(y, layer(x, ids), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RECOGNISED)

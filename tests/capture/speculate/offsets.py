@@ -1,0 +1,121 @@
+"""Dispatch as people write it where ends and starts of sorted rows stay in tensors.
+
+Each function takes a `Layer` and x [B, S, D] and gives y [B, S, D]: top-2 of four experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.capture.speculate.layer import D, E, Form, K, Layer
+
+
+def _sorted(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows in the order of their experts, that order, the ids as they were, and the weights."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort(stable=True)
+    return flat[order // K], order, ids.flatten(), weights.flatten()[order, None]
+
+
+def _back(y: Tensor, order: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x.reshape(-1, D))
+    return out.index_add(0, order // K, y * weights).view_as(x)
+
+
+def an_end_at_a_time(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    ends = ids.bincount(minlength=E).cumsum(-1)
+    y, before = torch.empty_like(rows), 0
+    for e in range(E):
+        end = int(ends[e])
+        if end > before:
+            y[before:end] = layer.experts[e](rows[before:end])
+        before = end
+    return _back(y, order, weights, x)
+
+
+def slices_between_tensors(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    counts = torch.histc(ids.float(), bins=E, min=0, max=E - 1).to(torch.long)
+    ends = torch.cat((torch.zeros(1, dtype=torch.long), torch.cumsum(counts, 0)))
+    y = torch.zeros_like(rows)
+    for e in range(E):
+        a, b = ends[e], ends[e + 1]
+        y[a:b] = layer.experts[e](rows[a:b])
+    return _back(y, order, weights, x)
+
+
+def padded_ends(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    offsets = F.pad(F.one_hot(ids.view(-1, K), E).sum(1).sum(0).cumsum(0), (1, 0))
+    parts = []
+    for e, expert in enumerate(layer.experts):
+        if offsets[e + 1] == offsets[e]:
+            continue
+        parts.append(expert(rows[offsets[e] : offsets[e + 1]]))
+    return _back(torch.cat(parts), order, weights, x)
+
+
+def ends_written_behind_a_zero(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    offsets = torch.zeros(E + 1, dtype=torch.int64)
+    offsets[1:] = torch.cumsum(torch.bincount(ids, minlength=E), 0)
+    parts = []
+    for e in range(E):
+        if offsets[e] < offsets[e + 1]:
+            parts.append(layer.experts[e](rows[offsets[e].item() : offsets[e + 1].item()]))
+    return _back(torch.cat(parts), order, weights, x)
+
+
+def starts_as_a_difference(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    counts = torch.bincount(ids, minlength=E)
+    starts = counts.cumsum(0) - counts
+    out = torch.zeros_like(x.reshape(-1, D))
+    for e, (start, count) in enumerate(zip(starts.tolist(), counts, strict=True)):
+        if count == 0:
+            continue
+        part = rows.narrow(0, start, count.item())
+        at = order[start : start + count]
+        out.index_add_(0, at // K, layer.experts[e](part) * weights[start : start + count])
+    return out.view_as(x)
+
+
+def numpy_counts_of_a_histogram(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    counts = torch.histc(ids.float(), E, 0, E - 1).int()
+    parts, start = [], 0
+    for e, count in enumerate(counts.cpu().numpy()):
+        if count == 0:
+            continue
+        parts.append(layer.experts[e](rows[start : start + count]))
+        start += count
+    y = torch.cat(parts)
+    back = torch.zeros_like(y)
+    back[order] = y * weights
+    return back.view(-1, K, D).sum(1).view_as(x)
+
+
+def cut_at_ends(layer: Layer, x: Tensor) -> Tensor:
+    rows, order, ids, weights = _sorted(layer, x)
+    ends = torch.bincount(ids, minlength=E).cumsum(0)
+    parts = torch.tensor_split(rows, ends[:-1])
+    y = torch.cat([expert(part) for expert, part in zip(layer.experts, parts, strict=True)])
+    return _back(y, order, weights, x)
+
+
+FORMS: dict[str, Form] = {
+    form.__name__.replace("_", " "): form
+    for form in (
+        an_end_at_a_time,
+        slices_between_tensors,
+        padded_ends,
+        ends_written_behind_a_zero,
+        starts_as_a_difference,
+        numpy_counts_of_a_histogram,
+        cut_at_ends,
+    )
+}
