@@ -26,8 +26,9 @@ from moec.parallel.launch import launch
 from moec.parallel.measure import measure
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks, named_meanings
+from moec.parallel.save import save_ranks
 from moec.parallel.segments import RankModel
-from moec.parallel.store import load_rank, save_ranks
+from moec.parallel.store import load_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.cluster import Cluster
 from moec.plan.degrees import Degrees
@@ -36,7 +37,6 @@ from moec.plan.model import Layers, Model
 from moec.plan.planner import Planner
 from moec.plan.popularity import of_distribution
 from moec.plan.workload import Workload
-from moec.target import cpu
 
 E, D, H, K, T = 8, 256, 512, 2, 512  # experts, width, hidden width, per token, tokens a rank
 STEPS = 9
@@ -86,7 +86,7 @@ def step_seconds(job: Job) -> dict[str, float]:
             files = load_rank(folder, ranks.rank)
             groups, patience = groups_of(files.plan), timedelta(0, job.timeout)
             meanings = named_meanings(ProcessRanks(ranks.rank, groups, patience))
-            model, seconds = RankModel(files.program, cpu.host()), []
+            model, seconds = RankModel(files.code), []
             for _step in range(STEPS):
                 dist.barrier()
                 start = time.perf_counter()

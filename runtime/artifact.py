@@ -103,7 +103,7 @@ class MappedArrays(Mapping[str, Array]):
     def verify(self) -> None:
         with self._lock:
             if not self._verified:
-                _verify(self._path, self._parts, self._manifest.parts)
+                check_digests(self._path, self._parts, self._manifest.parts)
                 self._verified = True
 
     def check_unchanged(self) -> None:
@@ -236,22 +236,13 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
-    parts = {name: container.get(name) for name in manifest.parts}
-    present = {name: part for name, part in parts.items() if part is not None}
-    for name, part in manifest.parts.items():
-        if name not in present:
-            raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
-        if present[name].nbytes != part.size:
-            raise ArtifactError(
-                f"{path}: {name} has {present[name].nbytes} bytes where the manifest says "
-                f"{part.size}; compile or copy the artifact again"
-            )
-    LOGGER.info("%s has %d parts and is for %s", path, len(present), manifest.target_name)
+    parts = parts_of(path, container, manifest)
+    LOGGER.info("%s has %d parts and is for %s", path, len(parts), manifest.target_name)
     variant = manifest.for_gpu
     stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
     weights = {array.part for array in stored}
-    small = {name: part for name, part in present.items() if name not in weights}
-    _verify(path, small, manifest.parts)
+    small = {name: part for name, part in parts.items() if name not in weights}
+    check_digests(path, small, manifest.parts)
 
     graphs = {}
     for name in manifest.package.functions:
@@ -264,13 +255,13 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
         library = bytes(small.get(part, b"")) if native else b""
         _check_library(path, part, library, manifest.machine)
         gpu = package.gpu and replace(package.gpu, parts=code)
-        mapped = MappedArrays(path, present, manifest, arrays)
+        mapped = MappedArrays(path, parts, manifest, arrays)
         return replace(package, arrays=mapped, library=library, gpu=gpu)
 
     sampled = tuple(
         Sample(
-            {name: _array(stored, present[stored.part]) for name, stored in s.inputs.items()},
-            {name: _array(stored, present[stored.part]) for name, stored in s.outputs.items()},
+            {name: _array(stored, parts[stored.part]) for name, stored in s.inputs.items()},
+            {name: _array(stored, parts[stored.part]) for name, stored in s.outputs.items()},
         )
         for s in manifest.samples
     )
@@ -285,6 +276,24 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
         {name: bytes(small[name]) for name in sorted(named)},
         None if variant is None else with_parts(variant.package, GPU_LIBRARY, variant.arrays),
     )
+
+
+def parts_of(
+    path: Path, container: Mapping[str, memoryview], manifest: Manifest
+) -> dict[str, memoryview]:
+    """The parts that a manifest lists. Raises ArtifactError where one is missing, or its size is
+    another."""
+    listed = [(name, container.get(name)) for name in manifest.parts]
+    parts = {name: part for name, part in listed if part is not None}
+    for name, part in manifest.parts.items():
+        if name not in parts:
+            raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
+        if parts[name].nbytes != part.size:
+            raise ArtifactError(
+                f"{path}: {name} has {parts[name].nbytes} bytes where the manifest says "
+                f"{part.size}; compile or copy the artifact again"
+            )
+    return parts
 
 
 def graph_part(name: str) -> str:
@@ -349,7 +358,10 @@ def _array(stored: Stored, part: memoryview) -> Array:
     return array
 
 
-def _verify(path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, Part]) -> None:
+def check_digests(
+    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, Part]
+) -> None:
+    """Raises ArtifactError where a part is altered."""
     for name, digest in zip(contents, _digests(contents.values()), strict=True):
         if digest != parts[name].sha256:
             raise ArtifactError(

@@ -40,7 +40,7 @@ def compile_ranks(
     from moec.api import compile as compile_model
     from moec.capture.doors import stop_tokens
     from moec.ir.graph import Module
-    from moec.parallel.store import TextFiles, rank_function, save_ranks
+    from moec.parallel.save import TextFiles, rank_function, save_ranks
     from moec.passes.core.runner import Log
     from moec.passes.decode import continues_text, incremental
     from moec.passes.parallel.plan_parallelism import rank_programs

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from moec.codegen.package import generation_of, signature
 from moec.parallel.process_ranks import ProcessRanks, named_meanings, naming
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
@@ -20,18 +19,18 @@ from moec.plan.groups import WORLD, tp_group, tp_texts
 from moec.runtime.caches import Cache, caches_of
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package
-from moec.target.cpu import CpuTarget
 
 
 class RankDecoder:
     """What `Texts` runs, on one rank of several (`moec.runtime.texts.Decoder`)."""
 
-    def __init__(self, files: RankFiles, ranks: ProcessRanks, target: CpuTarget) -> None:
+    def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)
-        self._model = RankModel(files.program, target)
-        function = signature(DECODE, files.program, ())
-        generation = replace(generation_of(function), stop=files.stop)
-        self.package = Package(target.needs, {DECODE: function}, generation=generation)
+        code = files.code
+        self._model = RankModel(code)
+        generation = code.generation and replace(code.generation, stop=files.stop)
+        functions = {DECODE: code.signature}
+        self.package = Package(code.package.target, functions, generation=generation)
         degrees = {layer.attention for layer in files.plan.layers}
         self._groups = {tp_texts(degree): tp_group(degree) for degree in degrees}
         self._requests = 0

@@ -22,11 +22,13 @@ import torch.distributed as dist
 
 from moec.ir.graph import Program
 from moec.ir.text import parse
+from moec.parallel.compile import compile_ranks
 from moec.parallel.launch import start
 from moec.parallel.process import Job, started
 from moec.parallel.segments import RankModel
 from moec.plan.cluster import Cluster, Device, Level
 from moec.plan.files import Quantity
+from moec.runtime.package import MAIN
 from moec.target import cpu
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -123,7 +125,8 @@ def _layer(dtype: str) -> Callable[[], object]:
         param.name: torch.full([int(dim) for dim in param.shape], 0.01, dtype=DTYPES[dtype])
         for param in graph.params
     }
-    model = RankModel(Program(graph, weights), cpu.host())
+    (code,) = compile_ranks([Program(graph, weights)], MAIN, cpu.host())
+    model = RankModel(code)
     inputs = [torch.full((T, D), 0.5, dtype=DTYPES[dtype]), torch.arange(T)[:, None] % E]
     return lambda: model(inputs, {})
 

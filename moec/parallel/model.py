@@ -14,7 +14,6 @@ from moec.parallel.process import Job, joined
 from moec.parallel.store import text_files
 from moec.runtime.package import DECODE
 from moec.runtime.prompt import load_tokenizer
-from moec.target import cpu
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,5 @@ def open_rank(
     """
     path = Path(folder)
     with joined(Job(path, None, None, timeout, threads), DECODE) as (ranks, files):
-        decoder = RankDecoder(files, ranks, cpu.host())
+        decoder = RankDecoder(files, ranks)
         yield RankWriter(Writer(decoder, lambda: load_tokenizer(text_files(path))))

@@ -1,42 +1,43 @@
-"""The ranks of a plan in a folder: what all share once, and of each rank its graph and its part.
+"""The ranks of a plan in a folder: what several ranks hold is there once.
 
-    ranks.json            sizes and SHA-256 of every other file
+    ranks.json            sizes and SHA-256 of the plan, the tokenizer and the ranks' manifests
     plan.json
-    shared.safetensors    weights that all ranks hold
-    rank.N.moec           the graph of rank N, as text
-    rank.N.decode.moec    its graph that continues text, where the model does
-    rank.N.safetensors    the weights of rank N alone
+    rank.N/main.json      a manifest as an artifact's: sizes and SHA-256 of what rank N reads
+    rank.N/main.moec      its graph as it runs, as text
+    rank.N/main.so        its compiled segments
+    rank.N/decode.*       the same of what continues text, where the model does
+    weights/SHA256.bin    one array each, as kernels want it, mapped where it lies
     tokenizer/…           where the model came with one
 
-A rank reads the shared part and its own, and checks them before anything else looks at them.
+A rank reads what its own manifest lists, and checks it before anything else looks at it. Ranks of
+one host have equal arrays in one memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import torch
-from safetensors.torch import load, save
 
-from moec.errors import ArtifactError, IRError, UsageError
+from moec.errors import ArtifactError, IRError
 from moec.files.os_errors import reason
 from moec.interpret.verifier import verify
-from moec.ir.graph import Module, Program, Stage
-from moec.ir.text import parse, print_graph
+from moec.ir.graph import Stage
+from moec.ir.text import parse
+from moec.parallel.segments import RankCode
 from moec.plan.plan import Plan
-from moec.runtime.package import DECODE, MAIN
+from moec.runtime import artifact
+from moec.runtime import manifest as manifests
+from moec.runtime.artifact import MappedArrays
+from moec.runtime.container import open_container
+from moec.runtime.package import DECODE, MAIN, Function, Generation
 from moec.runtime.prompt import FOLDER
 
 MANIFEST = "ranks.json"
-VERSION = 2
+VERSION = 3
 
 
 class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,110 +56,34 @@ class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     no_generation: str = ""
 
 
+class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rank's whole function takes and gives; its package has those of the segments."""
+
+    signature: Function
+    generation: Generation | None
+
+
 @dataclass(frozen=True)
 class RankFiles:
     """What one rank runs; `digest` is that of the manifest, equal on ranks of one plan."""
 
-    program: Program
+    code: RankCode
     plan: Plan
     digest: bytes
     stop: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class TextFiles:
-    """What text needs: the tokenizer's files by name, the tokens that end a text, and why there
-    is no generation where there is none."""
-
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    stop: tuple[int, ...] = ()
-    no_generation: str = "it was compiled from a model that does not continue text"
+def code_file(rank: int, function: str) -> str:
+    """The manifest of what a rank runs."""
+    return f"rank.{rank}/{function}.json"
 
 
-def is_ranks(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+def graph_file(rank: int, function: str) -> str:
+    return f"rank.{rank}/{function}.moec"
 
 
-def save_ranks(
-    module: Module,
-    plan: Plan,
-    path: Path,
-    *,
-    text: TextFiles = TextFiles(),
-    replace: bool = False,
-) -> None:
-    """Write `rank.N.main` of every rank, and `rank.N.decode` where the module has it. The folder
-    appears whole or not at all.
-
-    Raises UsageError where it exists and shall not be replaced.
-    """
-    if path.exists() and not replace:
-        raise UsageError(f"{path} exists; --force replaces it")
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        files = {**_files(module, plan), **text.files}
-        parts = {name: _written(folder / name, content) for name, content in files.items()}
-        why = "" if rank_function(0, DECODE) in module else text.no_generation
-        manifest = FolderManifest(VERSION, plan.devices, parts, text.stop, why)
-        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _files(module: Module, plan: Plan) -> Mapping[str, bytes]:
-    weights = [_weights(module, rank) for rank in range(plan.devices)]
-    shared = {
-        name: tensor
-        for name, tensor in weights[0].items()
-        if all(tensors.get(name) is tensor for tensors in weights)
-    }
-    files = {
-        "plan.json": msgspec.json.encode(plan),
-        "shared.safetensors": save(_contiguous(shared)),
-    }
-    for rank, tensors in enumerate(weights):
-        part = {name: tensor for name, tensor in tensors.items() if name not in shared}
-        files[f"rank.{rank}.safetensors"] = save(_contiguous(part))
-        for function in (MAIN, DECODE):
-            if (name := rank_function(rank, function)) in module:
-                files[_graph_file(rank, function)] = print_graph(module[name].graph).encode()
-    return files
-
-
-def rank_function(rank: int, function: str) -> str:
-    """The name of a rank's function in a module."""
-    return f"rank.{rank}.{function}"
-
-
-def _graph_file(rank: int, function: str) -> str:
-    return f"rank.{rank}.moec" if function == MAIN else f"rank.{rank}.{function}.moec"
-
-
-def _weights(module: Module, rank: int) -> dict[str, torch.Tensor]:
-    """Those of all functions of a rank, which share them by name. Raises IRError where two
-    functions call different weights alike."""
-    weights: dict[str, torch.Tensor] = {}
-    for function in (MAIN, DECODE):
-        if (name := rank_function(rank, function)) in module:
-            for key, tensor in module[name].weights.items():
-                if not torch.equal(weights.setdefault(key, tensor), tensor):
-                    raise IRError(f"{name}: weight {key} is another than that of {MAIN}")
-    return weights
-
-
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In memory of their own, as the file format has them."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _written(path: Path, content: bytes) -> FolderPart:
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    return FolderPart(len(content), hashlib.sha256(content).hexdigest())
+def library_file(rank: int, function: str) -> str:
+    return f"rank.{rank}/{function}.so"
 
 
 def manifest_of(path: Path) -> tuple[FolderManifest, bytes]:
@@ -183,8 +108,8 @@ def text_files(path: Path) -> dict[str, bytes]:
 
 
 def load_rank(path: Path, rank: int, function: str = MAIN) -> RankFiles:
-    """Raises ArtifactError where a file that this rank reads is missing or altered, or the model
-    has no such function."""
+    """Raises ArtifactError where a file that this rank reads is missing or altered, it is for
+    another processor, or the model has no such function."""
     manifest, digest = manifest_of(path)
     if rank >= manifest.devices:
         raise ArtifactError(f"{path} is for {manifest.devices} ranks, there is no rank {rank}")
@@ -192,16 +117,33 @@ def load_rank(path: Path, rank: int, function: str = MAIN) -> RankFiles:
         raise ArtifactError(f"{path} does not continue text: {manifest.no_generation}")
     try:
         plan = msgspec.json.decode(_checked(path, "plan.json", manifest), type=Plan)
-        graph = parse(_checked(path, _graph_file(rank, function), manifest).decode())
-        verify(graph, Stage.MOE)
-    except (msgspec.MsgspecError, IRError, UnicodeDecodeError) as error:
+        code = _code(path, rank, function, _checked(path, code_file(rank, function), manifest))
+    except (msgspec.MsgspecError, IRError, UnicodeDecodeError, KeyError) as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from None
-    weights = load(_checked(path, "shared.safetensors", manifest))
-    weights |= load(_checked(path, f"rank.{rank}.safetensors", manifest))
-    missing = [param.name for param in graph.params if param.name not in weights]
-    if missing:
-        raise ArtifactError(f"{path}, rank {rank}: no weight {', '.join(missing[:3])}")
-    return RankFiles(Program(graph, weights), plan, digest, manifest.stop)
+    return RankFiles(code, plan, digest, manifest.stop)
+
+
+def _code(path: Path, rank: int, function: str, content: bytes) -> RankCode:
+    try:
+        manifest = manifests.load(content)
+        artifact.check_machine(manifest.machine)
+        artifact.check_versions(manifest.package.versions)
+        artifact.check_features(manifest.package.target)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}, rank {rank}: {error}") from error
+    parts = artifact.parts_of(path, open_container(path), manifest)
+    weights = {array.part for array in manifest.arrays.values()}
+    small = {name: part for name, part in parts.items() if name not in weights}
+    artifact.check_digests(path, small, manifest.parts)
+    record = msgspec.convert(manifest.extra, CodeSignature)
+    graph = parse(bytes(parts[graph_file(rank, function)]).decode())
+    verify(graph, Stage.GROUPED)
+    package = replace(
+        manifest.package,
+        library=bytes(parts[library_file(rank, function)]),
+        arrays=MappedArrays(path, parts, manifest, manifest.arrays),
+    )
+    return RankCode(graph, record.signature, package, record.generation)
 
 
 def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:

@@ -15,7 +15,6 @@ from moec.parallel.segments import RankModel
 from moec.plan.groups import WORLD
 from moec.runtime.generate import generate
 from moec.runtime.package import DECODE
-from moec.target import cpu
 
 
 def run_rank(job: Job) -> dict[str, list[int]]:
@@ -26,8 +25,8 @@ def run_rank(job: Job) -> dict[str, list[int]]:
     from moec.runtime.tensor_files import write_tensors
 
     with joined(job) as (ranks, files):
-        graph = files.program.graph
-        model = RankModel(files.program, cpu.host())
+        graph = files.code.graph
+        model = RankModel(files.code)
         results = model(_inputs(job, [v.name for v in graph.inputs], ranks), named_meanings(ranks))
         outputs = {
             value.name: _on_first(ranks, tensor)
@@ -46,7 +45,7 @@ def continue_rank(job: Job) -> list[list[int]]:
     assert job.texts is not None
     request = job.texts.request
     with joined(job, DECODE) as (ranks, files):
-        decoder = RankDecoder(files, ranks, cpu.host())
+        decoder = RankDecoder(files, ranks)
         texts: list[list[int]] = [[] for _ in job.texts.prompts]
         for drawn in generate(decoder, job.texts.prompts, request):
             for text, token in zip(texts, drawn, strict=True):

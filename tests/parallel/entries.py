@@ -16,7 +16,6 @@ from moec.parallel.worker import run_rank
 from moec.runtime.generate import generate
 from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
-from moec.target import cpu
 
 
 def _at_second_exchange(event: Callable[[], None]) -> None:
@@ -91,7 +90,7 @@ def families(job: Job) -> dict[str, Text]:
     with joined(job, DECODE) as (ranks, first):
         for folder in sorted(job.folder.parent.glob("*.ranks")):
             files = load_rank(folder, ranks.rank, DECODE)
-            decoder = RankDecoder(files, ranks, cpu.host())
+            decoder = RankDecoder(files, ranks)
             logits = Texts(decoder, len(prompts), 8).feed(prompts).tolist()
             drawn = list(generate(decoder, prompts, request))
             results[folder.stem] = Text([list(text) for text in zip(*drawn, strict=True)], logits)

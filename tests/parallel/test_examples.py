@@ -17,7 +17,7 @@ from moec.commands.ranks import check
 from moec.ir.graph import Module, Program
 from moec.parallel.launch import launch
 from moec.parallel.process import Continuation, Job
-from moec.parallel.store import save_ranks
+from moec.parallel.save import save_ranks
 from moec.parallel.worker import continue_rank, run_rank
 from moec.passes.decode import incremental
 from moec.passes.parallel.plan_parallelism import rank_programs

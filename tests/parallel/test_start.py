@@ -16,7 +16,7 @@ from moec.errors import UsageError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined, started
 from moec.parallel.process_ranks import RankError
-from moec.parallel.store import save_ranks
+from moec.parallel.save import save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.parallel import entries
 from tests.parallel.test_launch import job_of

@@ -1,0 +1,101 @@
+"""A rank's graph as segments with exchanges between them.
+
+    graph in stage GROUPED  ->  segment, dist.all_to_all, segment, dist.all_to_all, …
+
+A segment is what stands between two exchanges, as a function of a library. Exchanges,
+counts and the few ops that only look up or add counts run in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from moec.ir.dims import symbols
+from moec.ir.graph import Graph, Op, Value
+from moec.runtime.package import MAIN
+
+_SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A function of the library, and the values of the rank's graph that it takes and gives."""
+
+    name: str
+    graph: Graph
+
+
+def cut(graph: Graph) -> tuple[Segment | Op, ...]:
+    """Ops that run in torch as they are, runs of others as segments, in order."""
+    runs: list[list[Op]] = [[]]
+    for op in graph.ops:
+        if op.name.startswith("dist.") or op.name == "moec.size":
+            runs += [[op], []]
+        else:
+            runs[-1].append(op)
+    schedule: list[Segment | Op] = []
+    available: list[Value] = list(graph.inputs)
+    for ops in filter(None, runs):
+        if all(op.name.startswith("dist.") or op.name in _SMALL for op in ops):
+            schedule += ops
+        else:
+            count = sum(isinstance(item, Segment) for item in schedule)
+            name = f"segment_{count}" if count else MAIN
+            schedule.append(Segment(name, _part(graph, ops, available)))
+        available += [value for op in ops for value in op.outputs]
+    return tuple(schedule)
+
+
+def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
+    """The graph of some ops: what they read from outside goes in, what others read comes out."""
+    again = _sorts(ops, graph)
+    outputs = tuple(
+        value
+        for op in ops
+        for value in op.outputs
+        if value in graph.outputs or any(r not in ops for r in graph.readers.get(value, ()))
+    )
+    after = {state.after: state for state in graph.states}
+    states = tuple(after[v] for op in ops for v in op.outputs if v in after)
+    ops = [*again, *ops]
+    inner = {value for op in ops for value in op.outputs}
+    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
+    params = tuple(value for value in read if value in graph.params)
+    inputs = [value for value in read if value not in params]
+    inputs += _telling(ops, inputs, available)
+    names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
+    bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
+    befores = {state.before for state in states}
+    inputs = [*(v for v in inputs if v not in befores), *(s.before for s in states)]
+    return Graph(tuple(inputs), params, tuple(ops), outputs, states, bounds)
+
+
+def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
+    """The sorts outside of `ops` whose slots its sums read: the kernel of a sum wants the sort
+    beside it, and sorting again is cheaper than an exchange by far."""
+    sorts: dict[Op, None] = {}
+    for op in ops:
+        if op.name != "moe.combine":
+            continue
+        chain: list[Op] = []
+        value = op.inputs[1]
+        while (source := graph.producers.get(value)) is not None and source not in ops:
+            chain.insert(0, source)
+            if source.name in ("moe.sort", "moe.dispatch"):
+                sorts |= dict.fromkeys(chain)
+                break
+            value = source.inputs[0]
+    return list(sorts)
+
+
+def _telling(ops: Sequence[Op], inputs: Sequence[Value], available: Sequence[Value]) -> list[Value]:
+    """Further values, read for their sizes alone: one for each size that no input has."""
+    used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
+    told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
+    more: list[Value] = []
+    for name in sorted(set(map(str, used)) - told):
+        more.append(next(v for v in available if any(str(dim) == name for dim in v.shape)))
+    return list(dict.fromkeys(more))
