@@ -45,9 +45,8 @@ def compile_ranks(programs: Iterable[Program], function: str, target: Target) ->
         code = package(module, target, *libraries[text])
         function_type = signature(function, program, ())
         generation = generation_of(function_type) if function == DECODE else None
-        yield RankCode(
-            rank.graph, whole, replace(code, arrays={**code.arrays, **tables}), generation
-        )
+        code = replace(code, arrays={**code.arrays, **tables})
+        yield RankCode(rank.graph, function_type, code, generation)
 
 
 def _check_states(graph: Graph) -> None:
