@@ -115,6 +115,7 @@ class Executor:
         self._caller: ThreadPoolExecutor | None = None
         self._recorder: Recorder | None = None
         self._requests = 0
+        self._counts: list[Any] = []  # the latest inputs of `decode`, whose memory the next take
         arrays = package.arrays
         self._mapped = arrays if isinstance(arrays, MappedArrays) else None
         self.bind(package.arrays)
@@ -131,8 +132,7 @@ class Executor:
         if self._mapped is not None:
             self._mapped.check_unchanged()
         if self._caller is None:
-            with self._device.running():
-                return entry.function(*arguments, *entry.params)
+            return entry.function(*arguments, *entry.params)
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
@@ -205,7 +205,7 @@ class Executor:
         arguments, torch = arguments_of(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
-        with self._lock, _refusals(self._device):
+        with self._lock, _refusals(self._device), self._device.running():
             arguments = self._device.arguments(arguments)
             recorder = self._recorder if entry is self._main else None
             if recorder:
@@ -224,7 +224,8 @@ class Executor:
             if recorder:
                 count -= len(recorder.layers)
                 choices = zip(results[count:], outputs[count:], strict=False)
-                recorder.add_main([to_numpy(*choice) for choice in choices], requests)
+                to_host = self._device.to_host
+                recorder.add_main([to_numpy(to_host(r), port) for r, port in choices], requests)
             return self._returned(results[:count], outputs[:count], shared, torch)
 
     def _returned(
@@ -248,16 +249,19 @@ class Executor:
         caller has seen to that. `requests` i32[B] are the numbers of the texts, and `lengths`
         i64[B] says how many of the S tokens of each are no padding: for recordings.
         """
-        arguments = [*map(from_numpy, counts), *(cache.tensor for cache in caches)]
+        held = [cache.tensor for cache in caches]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
         with self._lock, _refusals(self._device):
             recorder = self._recorder
             entry = self._entries[RECORDED_DECODE if recorder else DECODE]
             logits, *layers = entry.signature.outputs
-            results = self._invoke(entry, arguments)
-            scores = to_numpy(item(results, 0), logits)
+            moved, before = self._device.moved, self._counts or [None] * len(counts)
+            self._counts = list(map(moved, map(from_numpy, counts), before))
+            results = self._invoke(entry, [*self._counts, *held])
+            scores = to_numpy(self._device.to_host(item(results, 0)), logits)
             if recorder:
-                choices = [to_numpy(item(results, n), port) for n, port in enumerate(layers, 1)]
+                raw = [self._device.to_host(item(results, n + 1)) for n in range(len(layers))]
+                choices = list(map(to_numpy, raw, layers))
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
             after = [item(results, 1 + len(layers) + index) for index in range(len(caches))]
             keep(caches, entry.signature.caches, after)
@@ -265,7 +269,7 @@ class Executor:
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
         """Caches of the function `decode` for some texts of at most `room` tokens each."""
-        return caches_of(self.package.functions[DECODE].caches, texts, room)
+        return caches_of(self.package.functions[DECODE].caches, texts, room, self._device)
 
     def states(self) -> dict[str, Array]:
         """Copies of what the states hold now, by name."""

@@ -62,14 +62,20 @@ class GpuDevice:
     def free_memory(self) -> int:
         return nvidia.free_memory(self.index)
 
-    def moved(self, tensor: Any) -> Any:
-        return copied_to(tensor, self.memory, self.index)
+    def moved(self, tensor: Any, into: Any = None) -> Any:
+        if into is None or tuple(into.shape) != tuple(tensor.shape):
+            return copied_to(tensor, self.memory, self.index)
+        tvm_ffi().get_global_func("runtime.TVMTensorCopyFromTo")(tensor, into)
+        return into
+
+    def to_host(self, tensor: Any) -> Any:
+        return copied_to(tensor, CPU, 0)
 
     def arguments(self, tensors: Sequence[Any]) -> list[Any]:
         return [self.moved(tensor) if self.copies else tensor for tensor in tensors]
 
     def results(self, tensors: Sequence[Any]) -> list[Any]:
-        return [copied_to(tensor, CPU, 0) if self.copies else tensor for tensor in tensors]
+        return [self.to_host(tensor) if self.copies else tensor for tensor in tensors]
 
     def running(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = (

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.caches import Cache
+from moec.runtime.caches import Cache, copy_text
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package, carries
 
@@ -97,11 +97,11 @@ class Texts:
             alone._first[:] = self._first[text]
             alone._requests = self._requests[text : text + 1]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
-                mine.array[0] = cache.array[text]
+                copy_text(cache, text, mine, 0)
             rows.append(alone.feed([new_tokens])[0] if len(new_tokens) else np.zeros(0, np.float32))
             self._first[text] = alone._first[0]
             for mine, cache in zip(alone._caches, self._caches, strict=True):
-                cache.array[text] = mine.array[0]
+                copy_text(mine, 0, cache, text)
         width = max(row.size for row in rows)
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 

@@ -1,5 +1,9 @@
 """softmax(q @ k.T * scale + mask) @ v: one warp a query, one key after the other.
 
+Queries that are `placed` in a cache are few and see many keys: there the warps of a block share
+one query, each has every eighth key, and their sums are joined at the end (Dao et al.,
+Flash-Decoding, 2023, within a block).
+
     q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
     ->  out[B, Hq, S, Dv]
 
@@ -17,12 +21,14 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from moec.codegen.cuda.instructions import WARP, exp, warp_sum
+from moec.codegen.cuda.instructions import WARP, barrier, exp, warp_sum
+from moec.codegen.cuda.scan import each
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
 
 _WARPS = 4  # queries of a block
+_SHARING = 8  # warps of a block that share one query
 _LOWEST = float("-inf")
 
 
@@ -49,13 +55,15 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Query:
-    """What one warp computes; its lane; the place among the keys where the query stands."""
+    """What one warp computes; its lane; the place among the keys where the query stands; its
+    number among the warps that share the query."""
 
     b: Expr
     head: Expr
     position: Expr
     key_position: Expr
     lane: Expr
+    warp: Expr
 
 
 def attention(spec: AttentionSpec, target: CudaTarget, name: str = "attention") -> PrimFunc:
@@ -66,12 +74,19 @@ def attention(spec: AttentionSpec, target: CudaTarget, name: str = "attention") 
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             p = _arguments(spec)
             count = p.batch * spec.q_heads * p.queries
-            blocks = T.max((count + (_WARPS - 1)) // _WARPS, T.int64(1))
+            queries, warps = (1, _SHARING) if spec.placed else (_WARPS, _WARPS)
+            blocks = T.max((count + (queries - 1)) // queries, T.int64(1))
             grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
-            with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
-                number = T.bind(T.cast(block, "int64") * _WARPS + T.cast(thread // WARP, "int64"))
+            with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
+                first, warp = T.cast(block, "int64") * queries, T.cast(thread // WARP, "int64")
+                number = T.bind(first if spec.placed else first + warp)
                 with T.If(number < count), T.Then():
-                    _attend(p, _query(p, number, T.bind(thread % WARP)))
+                    query = _query(p, number, T.bind(thread % WARP), T.bind(warp))
+                    part = _attend(p, query, step=_SHARING if spec.placed else 1)
+                    if spec.placed:
+                        _join(p, query, part, thread)
+                    else:
+                        _divide(p, query, part)
     return builder.get()
 
 
@@ -106,7 +121,7 @@ def _arguments(spec: AttentionSpec) -> _Problem:
     return _Problem(spec, batch, queries, keys, q, k, v, mask, sinks, first, out)
 
 
-def _query(p: _Problem, number: Expr, lane: Expr) -> _Query:
+def _query(p: _Problem, number: Expr, lane: Expr, warp: Expr) -> _Query:
     position = T.bind(number % p.queries)
     row = T.bind(number // p.queries)
     b, head = T.bind(row // p.spec.q_heads), T.bind(row % p.spec.q_heads)
@@ -115,10 +130,20 @@ def _query(p: _Problem, number: Expr, lane: Expr) -> _Query:
         # Such that every query has a key, whatever the argument holds.
         start = T.max(T.min(p.first[b], p.keys - p.queries), T.int64(0))
         key_position = T.bind(position + start)
-    return _Query(b, head, position, key_position, lane)
+    return _Query(b, head, position, key_position, lane, warp)
 
 
-def _attend(p: _Problem, query: _Query) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """Of one warp: the greatest score [1], the sum of the shares [1], of those times values."""
+
+    top: Buffer
+    total: Buffer
+    sums: Buffer
+
+
+def _attend(p: _Problem, query: _Query, step: int) -> _Part:
+    """The keys of this warp: all, or each `step`-th where so many share the query."""
     spec, zero = p.spec, T.float32(0)
     kv = T.bind(query.head // spec.group)
     q = _features(p.q, p.at("q", query.b, query.head, query.position, zero), query, spec.key_dim)
@@ -128,14 +153,18 @@ def _attend(p: _Problem, query: _Query) -> None:
     for i in range(-(-spec.value_dim // WARP)):
         T.buffer_store(sums, zero, [i])
     if p.sinks is not None:
-        T.buffer_store(top, T.cast(p.sinks[query.head], "float32"), [0])
-        T.buffer_store(total, T.float32(1), [0])
+        sink = T.cast(p.sinks[query.head], "float32")
+        alone = query.warp == 0 if step > 1 else T.bool(True)  # one warp counts the sink
+        T.buffer_store(top, T.if_then_else(alone, sink, T.float32(_LOWEST)), [0])
+        T.buffer_store(total, T.if_then_else(alone, T.float32(1), zero), [0])
     else:
         T.buffer_store(top, T.float32(_LOWEST), [0])
         T.buffer_store(total, zero, [0])
     start, end = _range(p, query)
-    with T.serial(0, end - start) as turn:
-        key = T.bind(start + turn)
+    begin = start if step == 1 else T.bind(start + query.warp)
+    count = end - start if step == 1 else T.max(end - begin + (step - 1), T.int64(0)) // step
+    with T.serial(0, count) as turn:
+        key = T.bind(begin + turn * step)
         score = _score(p, query, kv, key, q)
         with T.If(score != T.float32(_LOWEST)), T.Then():
             best = T.bind(T.call_extern("float32", "fmaxf", top[0], score))
@@ -147,12 +176,61 @@ def _attend(p: _Problem, query: _Query) -> None:
             values = _features(p.v, at, query, spec.value_dim)
             for i in range(-(-spec.value_dim // WARP)):
                 T.buffer_store(sums, sums[i] * rescale + share * values[i], [i])
-    divisor = T.bind(T.if_then_else(total[0] == zero, T.float32(1), total[0]))
-    for i in range(-(-spec.value_dim // WARP)):
+    return _Part(top, total, sums)
+
+
+def _divide(p: _Problem, query: _Query, part: _Part) -> None:
+    """The result of a query that this warp has alone."""
+    divisor = _divisor(part.total[0])
+    for i in range(-(-p.spec.value_dim // WARP)):
         d = T.bind(query.lane + i * WARP)
-        with T.If(d < spec.value_dim), T.Then():
-            at = p.at("out", query.b, query.head, query.position, T.cast(d, "int64"))
-            T.buffer_store(p.out, T.cast(sums[i] / divisor, LONG_NAMES[spec.dtype]), list(at))
+        with T.If(d < p.spec.value_dim), T.Then():
+            _store(p, query, d, part.sums[i] / divisor)
+
+
+def _join(p: _Problem, query: _Query, part: _Part, thread: Expr) -> None:
+    """The result of a query that all warps of the block share, each part rescaled to the greatest
+    score of all. Parts are added in the order of the warps."""
+    width = p.spec.value_dim
+    tops, totals = (T.alloc_buffer((_SHARING,), "float32", scope="shared") for _ in range(2))
+    sums = T.alloc_buffer((_SHARING, width), "float32", scope="shared")
+    with T.If(query.lane == 0), T.Then():
+        T.buffer_store(tops, part.top[0], [query.warp])
+        T.buffer_store(totals, part.total[0], [query.warp])
+    for i in range(-(-width // WARP)):
+        d = T.bind(query.lane + i * WARP)
+        with T.If(d < width), T.Then():
+            T.buffer_store(sums, part.sums[i], [query.warp, d])
+    barrier()
+    best = tops[0]
+    for warp in range(1, _SHARING):
+        best = T.call_extern("float32", "fmaxf", best, tops[warp])
+    best, lowest = T.bind(best), T.float32(_LOWEST)
+    scales = [
+        T.bind(T.if_then_else(tops[w] == lowest, T.float32(0), exp(tops[w] - best)))
+        for w in range(_SHARING)
+    ]
+    total = T.float32(0)
+    for warp in range(_SHARING):
+        total = total + scales[warp] * totals[warp]
+    divisor = _divisor(T.bind(total))
+
+    def column(d: Expr) -> None:
+        value = T.float32(0)
+        for warp in range(_SHARING):
+            value = value + scales[warp] * sums[warp, d]
+        _store(p, query, d, value / divisor)
+
+    each(width, _SHARING * WARP, thread, column)
+
+
+def _divisor(total: Expr) -> Expr:
+    return T.bind(T.if_then_else(total == T.float32(0), T.float32(1), total))
+
+
+def _store(p: _Problem, query: _Query, d: Expr, value: Expr) -> None:
+    at = p.at("out", query.b, query.head, query.position, T.cast(d, "int64"))
+    T.buffer_store(p.out, T.cast(value, LONG_NAMES[p.spec.dtype]), list(at))
 
 
 def _range(p: _Problem, query: _Query) -> tuple[Expr, Expr]:

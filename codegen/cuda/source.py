@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.ir import Var
 from tvm.tirx import PrimFunc
@@ -17,6 +20,7 @@ from moec.target.cuda import CudaTarget
 
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function
 
+_COMPILE = "tvm_callback_cuda_compile"
 
 PART = "kernels.cu"
 """The name of CUDA C among the parts of an artifact."""
@@ -56,9 +60,21 @@ def lowered(*kernels: PrimFunc, target: CudaTarget) -> Lowered:
     host, devices = _build.split_host_device_mods(passes(module))
     ((device_target, device),) = devices.items()
     device = finish_device()(device)
-    with options:
+    with options, _left_as_source():
         source = str(_build.codegen_build(device, device_target).inspect_source("cuda"))
     return Lowered(with_functions(source), device, finish_host()(host))
+
+
+@contextmanager
+def _left_as_source() -> Iterator[None]:
+    """Where there is a GPU, TVM compiles what it has written, its own way and by a package that may
+    be missing. Machine code is what `moec.codegen.cuda.cubin` makes of the text."""
+    compile = tvm.get_global_func(_COMPILE)
+    tvm_ffi.register_global_func(_COMPILE, lambda code: code.encode(), override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(_COMPILE, compile, override=True)
 
 
 def launcher(lowered: Lowered) -> tvm.runtime.Module:

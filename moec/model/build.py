@@ -19,7 +19,7 @@ from moec.passes.core.runner import Declined
 from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
-from moec.runtime.package import DECODE, ROUTE, ROUTED
+from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import lacking
@@ -83,13 +83,24 @@ def build_for_gpu(
     clock: Clock,
     backend: Backend | None,
 ) -> CompiledModel:
-    """With code for GPUs beside that for a CPU, of `main` alone: GPUs keep no keys and values."""
+    """With code for GPUs beside that for a CPU: of `main`, and of `decode` where all of it has
+    kernels."""
+    from moec.codegen.backends import backend_for
+    from moec.codegen.lower import supported
     from moec.codegen.package import build as generate
 
+    programs, why = {MAIN: compiled.module.main}, compiled.no_decode
+    if DECODE in compiled.module:
+        why = f"the kernels for {target.name} keep no keys and values"
+        if supported(compiled.module[DECODE].graph, backend or backend_for(target)):
+            programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), explained(compiled):
-        package = generate(Module.of(compiled.module.main), target, opt_level, backend=backend)
-    why = "the code for GPUs was compiled without a cache"
-    return replace(compiled, for_gpu=replace(package, no_generation=why))
+        package = generate(Module(programs), target, opt_level, backend=backend)
+    if package.generation is None:
+        return replace(compiled, for_gpu=replace(package, no_generation=why))
+    stop = stop_tokens(compiled.source.model)
+    package = replace(package, generation=replace(package.generation, stop=stop))
+    return replace(compiled, for_gpu=package)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class RankModel:
         held = dict(zip(states, caches, strict=True))
         sizes: dict[str, int] = {}
         for state, cache in held.items():
-            bind_shape(state.shape, cache.array.shape, sizes)
+            bind_shape(state.shape, cache.shape, sizes)
         values: dict[Value, torch.Tensor] = {}
 
         def learn(value: Value, tensor: torch.Tensor) -> None:

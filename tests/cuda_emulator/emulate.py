@@ -123,15 +123,19 @@ def emulated(
 
 def imported(host: Any, source: str, launches: Sequence[Launch]) -> ctypes.CDLL:
     """The emulated kernels, after `host` imported them: it launches them from now on."""
-    code = _cpp(source, launches)
     file = tempfile.NamedTemporaryFile(suffix=".so", prefix="moec-", delete=False)
     with file:
-        file.write(_compiled(code))
+        file.write(compiled_kernels(source, launches))
     host.import_module(tvm.runtime.load_module(file.name))
     library = ctypes.CDLL(file.name)
     library.emulator_message.restype = ctypes.c_char_p
     Path(file.name).unlink()
     return library
+
+
+def compiled_kernels(source: str, launches: Sequence[Launch]) -> bytes:
+    """A shared library with the kernels of CUDA C, emulated."""
+    return _compiled(_cpp(source, launches))
 
 
 # ---- CUDA C as C++ ---------------------------------------------------------------------
@@ -149,7 +153,8 @@ def _cpp(source: str, launches: Sequence[Launch]) -> str:
 
 
 def _entry(code: str, launch: Launch) -> str:
-    """What TVM's host code calls: arguments, then the sizes of the launch by their tags."""
+    """What TVM's host code calls: arguments, then the sizes of the launch by their tags; and what a
+    stand-in for the driver calls (tests/cuda_emulator/driver.c)."""
     name = launch.name
     signature = re.search(rf"\b{name}\((.*?)\)(?:;| \{{)", code)
     assert signature is not None
@@ -162,7 +167,14 @@ def _entry(code: str, launch: Launch) -> str:
         for of in ("blockIdx", "threadIdx")
     )
     dynamic = sizes.get("tirx.use_dyn_shared_memory", "0")
+    values = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(kinds))
+    widths = ", ".join(f"sizeof({kind})" for kind in kinds)
     return f"""
+extern "C" const int widths_{name}[] = {{{widths}, 0}};
+extern "C" void launch_{name}(void** p, const int* g, int dynamic) {{
+  emulator::launch({{g[0], g[1], g[2]}}, {{g[3], g[4], g[5]}}, dynamic,
+                   [=] {{ {name}({values}); }});
+}}
 extern "C" int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result) {{
   emulator::launch({{{grid}}}, {{{threads}}}, {dynamic}, [=] {{ {name}({", ".join(arguments)}); }});
   *result = {{}};

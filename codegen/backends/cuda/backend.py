@@ -12,6 +12,7 @@ from moec.codegen.backends.cuda import products, quantised, routing
 from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
+from moec.codegen.cuda.append import append
 from moec.codegen.cuda.attention import attention
 from moec.codegen.cuda.cubin import compiler, cubins
 from moec.codegen.cuda.norm import norm
@@ -20,8 +21,8 @@ from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import PART
 from moec.codegen.rules import attention as attention_rules
-from moec.codegen.rules import experts, norms, sizes
-from moec.codegen.specs.attention import AttentionSpec
+from moec.codegen.rules import caches, experts, norms, sizes
+from moec.codegen.specs.attention import AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.runtime.package import BuiltLibrary, GpuCode
@@ -59,11 +60,13 @@ CUDA = Backend(
         *quantised.RULES,
         *routing.RULES,
         *attention_rules.RULES,
+        *caches.RULES,
         *experts.RULES,
         *norms.RULES,
         *sizes.RULES,
     ),
     kernels={
+        AppendSpec: append,
         AttentionSpec: attention,
         CombineSpec: combine,
         DispatchSpec: dispatch,

@@ -31,16 +31,27 @@ PLAIN = {
 }
 
 
+# Placed in a cache of 20 places, where the warps of a block share a query.
+PLACED = {
+    "placed": AttentionSpec("f32", 4, 2, 40, 24, 0.25, is_causal=True, placed=True),
+    "placed-window": AttentionSpec("f32", 2, 2, 8, 8, 0.5, True, window=3, placed=True),
+    "placed-sinks": AttentionSpec("bf16", 2, 1, 8, 8, 0.5, True, sinks=True, placed=True),
+}
+ROOM, FIRST = 20, (14, 0)
+
+
 @cache
 def kernel(spec: AttentionSpec, bug: Bug | None = None) -> Emulated:
     return emulated(attention(spec, SM_80), change=bug.plant if bug else str)
 
 
-def meaning(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+def meaning(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first: int = 0
+) -> Tensor:
     """By the definition in AttentionSpec, a score at a time."""
     k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
     scores = q @ k.mT * spec.scale
-    s, at = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    s, at = first + torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     visible = (at <= s) if spec.is_causal else torch.ones_like(scores[0, 0], dtype=torch.bool)
     if spec.window is not None:
         visible = visible & (at > s - spec.window)
@@ -68,6 +79,50 @@ def right(run: Emulated, spec: AttentionSpec, schedule: Schedule) -> bool:
 @pytest.mark.parametrize("spec", [CAUSAL, *PLAIN.values()], ids=["causal", *PLAIN])
 def test_schedules(spec: AttentionSpec) -> None:
     assert all(right(kernel(spec), spec, schedule) for schedule in SCHEDULES)
+
+
+def right_placed(run: Emulated, spec: AttentionSpec, schedule: Schedule, queries: int) -> bool:
+    generator = torch.Generator().manual_seed(3)
+    dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float32
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    q = random(2, spec.q_heads, queries, spec.key_dim)
+    k, v = (random(2, spec.kv_heads, ROOM, d) for d in (spec.key_dim, spec.value_dim))
+    sinks = random(spec.q_heads)
+    out = torch.full((2, spec.q_heads, queries, spec.value_dim), torch.nan, dtype=dtype)
+    arguments = (q, k, v, *([sinks] if spec.sinks else []), torch.tensor(FIRST))
+    run(*arguments, out, schedule=schedule)
+    wide = [tensor.float() for tensor in (q, k, v, sinks)]
+    texts = [
+        meaning(spec, *(t[b : b + 1] for t in wide[:3]), wide[3], FIRST[b])  # type: ignore[misc]
+        for b in range(2)
+    ]
+    # bf16: rounded once at the end.
+    near = 2**-7 if spec.dtype == "bf16" else 1e-4
+    return torch.allclose(out.float(), torch.cat(texts), rtol=near, atol=near / 10)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_queries_that_are_placed_in_a_cache(name: str) -> None:
+    spec = PLACED[name]
+    for schedule, queries in zip(SCHEDULES, (1, 2, 1, 5), strict=True):
+        assert right_placed(kernel(spec), spec, schedule, queries)
+
+
+JOIN_BUGS = (
+    Bug("no barrier before parts are joined", r"__syncthreads\(\);", ";"),
+    Bug("a part is not rescaled", r"expf\(\(_ptr_9\[0\] - v_\d+\)\)", "1.0f"),
+    Bug("every warp counts the sink", r"threadIdx\.x\) >> 5\) == 0", "threadIdx.x) >> 5) >= 0"),
+)
+
+
+@pytest.mark.parametrize("bug", JOIN_BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_planted_bugs_of_shared_queries(bug: Bug) -> None:
+    spec = PLACED["placed-sinks"]
+    run = kernel(spec, bug)
+    check_found(bug, lambda schedule: right_placed(run, spec, schedule, 1))
 
 
 BUGS = (

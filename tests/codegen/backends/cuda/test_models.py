@@ -1,15 +1,19 @@
-"""Whole models for GPUs: all families become CUDA C, and four of them run, emulated."""
+"""Whole models for GPUs: all families become CUDA C, and four of them run, emulated; two of these
+continue text too."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.model.compiled import CompiledModel
-from tests.cuda_emulator.emulate import SCHEDULES, needs_compiler
-from tests.cuda_emulator.models import emulated_model
+from moec.runtime.package import DECODE
+from moec.runtime.texts import Texts
+from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
+from tests.cuda_emulator.models import EmulatedModel, emulated_model
 from tests.models.families import FAMILIES
 
 TARGET = "cuda:sm_80,sm_90a"
@@ -20,16 +24,26 @@ RUN = {
     "gpt_oss": torch.float32,
     "qwen2_moe": torch.bfloat16,
 }
+# Where the tokens of texts are fed in pieces too: keys and values of MLA, a window with sinks.
+CONTINUED = ("deepseek_v3", "gpt_oss")
+TEXTS = [[5, 9, 12, 7, 33], [100, 3, 64, 8, 20]]
 # Of the greatest logit. float32: sums in another order. bf16: rounded where eager does not round,
 # and otherwise.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def compiled(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, CompiledModel]:
+def compiled(
+    name: str, dtype: torch.dtype, kv_cache: bool = True
+) -> tuple[torch.nn.Module, CompiledModel]:
     family = FAMILIES[name]
     model = family.build(dtype)
     compiled_model = moec.compile(
-        model, kwargs=family.inputs(2, 9), target=TARGET, backend=CUDA_TEXT, verify=False
+        model,
+        kwargs=family.inputs(2, 9),
+        target=TARGET,
+        backend=CUDA_TEXT,
+        verify=False,
+        kv_cache=kv_cache,
     )
     return model, compiled_model
 
@@ -39,6 +53,7 @@ def test_families_become_cuda_c(name: str) -> None:
     _, model = compiled(name, torch.float32)
     assert model.package is not None
     assert model.package.gpu is not None
+    assert DECODE in model.package.functions, model.no_decode
     source = model.package.gpu.parts["kernels.cu"].decode()
     assert all(f" {launch.name}(" in source for launch in model.package.gpu.launches)
 
@@ -48,7 +63,7 @@ def test_families_become_cuda_c(name: str) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_emulated_models_equal_eager(name: str) -> None:
     dtype = RUN[name]
-    model, compiled_model = compiled(name, dtype)
+    model, compiled_model = compiled(name, dtype, kv_cache=name in CONTINUED)
     assert compiled_model.package is not None
     run = emulated_model(compiled_model.package)
     for number, (batch, sequence) in enumerate([(2, 9), (1, 5)]):
@@ -60,3 +75,19 @@ def test_emulated_models_equal_eager(name: str) -> None:
         result = run(values, schedule=SCHEDULES[number]).popitem()[1].float()
         error = (result - expected).abs().max() / expected.abs().max()
         assert error <= NEAR[dtype]
+    if name in CONTINUED:
+        assert _continued(model, run) <= NEAR[dtype]
+
+
+def _continued(model: torch.nn.Module, run: EmulatedModel) -> float:
+    """The greatest error of a logit where two texts go in as a prompt and then token by token."""
+    texts = Texts(run.executor, len(TEXTS), room=8)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(TEXTS), use_cache=False).logits.numpy()
+    errors = []
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        logits = texts.feed([text[start:stop] for text in TEXTS])
+        if message := run.library.emulator_message().decode():
+            raise EmulationError(message)
+        errors.append(np.abs(logits - expected[:, stop - 1]).max())
+    return float(max(errors) / np.abs(expected).max())

@@ -1,0 +1,168 @@
+"""TVM's own runtime for CUDA under a stand-in for the driver: memory, launches, streams, graphs.
+
+The process that runs finds libcuda and libcudart of tests/cuda_emulator/driver.c, whose GPU is
+the CPU; kernels are emulated.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moec
+from moec.codegen.backends.cuda.backend import CUDA_TEXT
+from tests.cuda_emulator.driver import for_stand_in, write_driver
+from tests.cuda_emulator.emulate import needs_compiler
+
+pytestmark = needs_compiler
+VOCABULARY, D, HEADS = 16, 8, 2
+
+
+class Attention(nn.Module):
+    """The least that continues text: embedding, attention, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, D)
+        self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
+        self.head = nn.Linear(D, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        shape = (*input_ids.shape, HEADS, D // HEADS)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
+        rows = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + rows.transpose(1, 2).flatten(2))
+
+
+PROGRAM = """
+import ctypes
+import numpy as np
+import moec
+driver = ctypes.CDLL("libcuda.so.1")
+ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS = range(5)
+counts = (ctypes.c_long * 5).in_dll(driver, "counts")
+expected = np.load("expected.npz")
+ids = expected["ids"]
+model = moec.load("model.moec", device="cuda", copies=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with an artifact and what it should give, and the environment to run it in."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    torch.manual_seed(0)
+    model, ids = Attention().eval(), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    compiled = moec.compile(
+        model, (ids,), target="cpu,cuda:sm_90a", backend=CUDA_TEXT, verify=False
+    )
+    assert compiled.for_gpu is not None
+    tokens = compiled.generate(ids.numpy(), max_new_tokens=6)
+    on_gpu = for_stand_in(compiled.for_gpu, folder, "sm_90a")
+    replace(compiled, for_gpu=on_gpu).save(folder / "model.moec")
+    with torch.no_grad():
+        logits = model(ids).numpy()
+    np.savez(folder / "expected.npz", ids=ids.numpy(), logits=logits, tokens=tokens)
+    return folder, write_driver(folder)
+
+
+def run(process: tuple[Path, dict[str, str]], program: str) -> None:
+    folder, environment = process
+    words = [sys.executable, "-c", PROGRAM + program]
+    result = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert not result.returncode, result.stderr
+
+
+def test_inputs_are_copied_there_and_results_back(process: tuple[Path, dict[str, str]]) -> None:
+    run(
+        process,
+        "driver.count_from_zero(None)\n"
+        "logits = model(ids)\n"
+        "np.testing.assert_allclose(logits, expected['logits'], rtol=1e-4, atol=1e-5)\n"
+        "assert counts[LAUNCHES] and not counts[OTHER_STREAMS], list(counts)\n",
+    )
+
+
+def test_text_goes_on_with_caches_on_the_gpu(process: tuple[Path, dict[str, str]]) -> None:
+    """The tokens of the CPU's code; a token copies its four inputs there and its logits back, and
+    allocates nothing once the first has."""
+    run(
+        process,
+        "tokens = model.generate(ids, max_new_tokens=6)\n"
+        "assert (tokens == expected['tokens']).all(), tokens\n"
+        "from moec.runtime.texts import Texts\n"
+        "texts = Texts(model.executor, 2, room=9)\n"
+        "texts.feed(ids[:, :3].tolist())\n"
+        "texts.feed(ids[:, 3:4].tolist())\n"
+        "driver.count_from_zero(None)\n"
+        "logits = texts.feed(ids[:, 4:5].tolist())\n"
+        "np.testing.assert_allclose(logits, expected['logits'][:, 4], rtol=1e-4, atol=1e-5)\n"
+        "assert counts[COPIES] == 5, list(counts)\n"
+        "assert not counts[ALLOCATIONS], list(counts)\n",
+    )
+
+
+def test_a_token_can_be_captured_in_a_graph(process: tuple[Path, dict[str, str]]) -> None:
+    """A step allocates nothing, waits for nothing and stays on its stream, and what its launches
+    are given is the same for every token: the graph of one computes the next."""
+    run(
+        process,
+        "from moec.runtime.library import tvm_ffi\n"
+        "from moec.runtime.tensors import from_numpy, to_numpy\n"
+        "from moec.runtime.texts import Texts\n"
+        "ffi, cudart, stream = tvm_ffi(), ctypes.CDLL('libcudart.so.13'), ctypes.c_void_p(4096)\n"
+        "executor = model.executor\n"
+        "texts = Texts(executor, 2, room=9)\n"
+        "for start, stop in ((0, 2), (2, 3), (3, 4)):\n"
+        "    texts.feed(ids[:, start:stop].tolist())\n"
+        "entry, inputs = executor._entries['decode'], executor._counts\n"
+        "caches = [cache.tensor for cache in texts._caches]\n"
+        "driver.count_from_zero(stream)\n"
+        "graph = ctypes.c_void_p()\n"
+        "with ffi.use_raw_stream(ffi.device('cuda:0'), stream.value):\n"
+        "    cudart.cudaStreamBeginCapture(stream, 0)\n"
+        "    results = entry.function(*inputs, *caches, *entry.params)\n"
+        "    cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))\n"
+        "assert counts[LAUNCHES], list(counts)\n"
+        "refused = (counts[ALLOCATIONS], counts[WAITS], counts[COPIES], counts[OTHER_STREAMS])\n"
+        "assert not any(refused), list(counts)\n"
+        "steps = [ids[:, 4:5].copy(), np.full(2, 4), np.arange(2), np.full(2, 4)]\n"
+        "for step, to in zip(steps, inputs):\n"
+        "    executor._device.moved(from_numpy(step), to)\n"
+        "cudart.cudaGraphLaunch(graph, stream)\n"
+        "item = ffi.get_global_func('ffi.ArrayGetItem')\n"
+        "(port,) = entry.signature.outputs\n"
+        "logits = to_numpy(executor._device.to_host(item(results, 0)), port)[:, 0]\n"
+        "np.testing.assert_allclose(logits, expected['logits'][:, 4], rtol=1e-4, atol=1e-5)\n",
+    )
+
+
+def test_where_there_is_a_gpu_tvm_compiles_nothing(process: tuple[Path, dict[str, str]]) -> None:
+    """With a driver, TVM's code generator would call NVRTC of a package that moec does not need."""
+    _, environment = process
+    program = (
+        "from moec.codegen.cuda.routing.combine import combine\n"
+        "from moec.codegen.cuda.source import lowered\n"
+        "from moec.codegen.specs.routing import CombineSpec\n"
+        "from moec.target.cuda import TARGETS\n"
+        "import tvm\n"
+        "assert tvm.get_global_func('ffi.Module.create.cuda', allow_missing=True)\n"
+        "before = tvm.get_global_func('tvm_callback_cuda_compile')\n"
+        "target = TARGETS['cuda:sm_90a']\n"
+        "kernel = combine(CombineSpec(4, 2, 8, 'float32', 'float32', 'float32'), target)\n"
+        "assert '__global__' in lowered(kernel, target=target).source\n"
+        "assert tvm.get_global_func('tvm_callback_cuda_compile').same_as(before)\n"
+    )
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert not result.returncode, result.stderr
