@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EXTRAS = {
+    "text": ("tokenizers", "jinja2"),
     "compile": ("torch", "networkx", "numba", "scipy", "sympy", "yaml"),
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
@@ -10,6 +11,7 @@ EXTRAS = {
     "bench": ("matplotlib", "sklearn", "gguf", "accelerate"),
 }
 NEEDED_FOR = {
+    "text": "writing text",
     "compile": "compiling a model",
     "onnx": "ONNX files",
     "hf": "Hugging Face checkpoints",

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, Never
 
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.extras import missing_extra
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]
@@ -66,8 +67,8 @@ def _check(messages: Sequence[Message]) -> None:
 def _environment() -> Any:
     try:
         from jinja2 import sandbox
-    except ImportError as error:
-        raise UsageError("chat templates need the package jinja2: pip install jinja2") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(missing_extra(error)) from None
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.extras import missing_extra
 from moec.runtime.chat import ChatTemplate, Message
 
 FOLDER = "tokenizer/"
@@ -89,8 +90,8 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         )
     try:
         import tokenizers
-    except ImportError as error:
-        raise UsageError("--prompt needs the package tokenizers; install moec[hf]") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(missing_extra(error)) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises nothing narrower

@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution, requires
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from moec.extras import EXTRAS, missing_extra
 from moec.runtime import artifact
@@ -28,12 +31,13 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
+WITHOUT_TEXT = BLOCKED.replace("{", '{"tokenizers", "huggingface_hub", "jinja2", ', 1)
 MOEC = BLOCKED + 'runpy.run_module("moec", run_name="__main__")'
 
 
-def moec(*words: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process where only the base installation can be imported."""
-    command = [sys.executable, "-W", "ignore", "-c", MOEC, *map(str, words)]
+def moec(*words: object, program: str = MOEC) -> subprocess.CompletedProcess[str]:
+    """The command in a process where only the base and moec[text] can be imported."""
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -67,6 +71,46 @@ def test_an_artifact_runs_is_inspected_and_verified(path: Path, tmp_path: Path) 
     done = moec("verify", path)
     assert done.returncode == 0, done.stderr
     assert "its graphs were not read: the compiler is not installed" in done.stdout
+
+
+def test_the_base_continues_tokens_and_says_what_text_needs(path: Path) -> None:
+    program = MOEC.replace(BLOCKED, WITHOUT_TEXT)
+    lines = [WITHOUT_TEXT, "import numpy, sys", "import moec", "m = moec.load(sys.argv[1])"]
+    lines.append("print(m.generate([[0, 1]], max_new_tokens=3))")
+    done = moec(path, program="\n".join(lines))
+    assert (done.returncode, done.stdout) == (0, "[[0, 1, 2, 3, 4]]\n"), done.stderr
+    assert moec("verify", path, program=program).returncode == 0
+    assert moec("inspect", path, program=program).returncode == 0
+    done = moec("run", path, "--prompt", "a b", program=program)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(
+        "error: writing text needs tokenizers, which is not installed: pip install 'moec[text]'\n"
+    )
+
+
+def test_the_base_is_below_450_megabytes() -> None:
+    """What pip would install, by what lies here of it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names: set[str] = set()
+    for text in project["dependencies"]:
+        add_needed(Requirement(text), names)
+    assert {"apache-tvm", "numpy"} < names
+    assert not names & {"torch", "tokenizers", "huggingface-hub", "onnxruntime-gpu", "numba"}
+    files = [file.locate() for name in names for file in distribution(name).files or ()]
+    folders = [ROOT / folder for folder in ("moec", "passes", "codegen", "runtime")]
+    files += [path for folder in folders for path in folder.rglob("*")]
+    assert sum(Path(file).stat().st_size for file in files if Path(file).is_file()) < 450e6
+
+
+def add_needed(requirement: Requirement, names: set[str]) -> None:
+    """Adds a package that is needed without an extra, and what it needs itself."""
+    name = canonicalize_name(requirement.name)
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return
+    if name not in names:
+        names.add(name)
+        for text in requires(name) or ():
+            add_needed(Requirement(text), names)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ _PURPOSE = {
     "onnxruntime-gpu": "only the ONNX export is checked with it",
     "transformers": "needed for Hugging Face checkpoints only",
     "tokenizers": "needed for prompts only",
+    "jinja2": "needed for chats only",
 }
 
 
@@ -135,7 +136,7 @@ def packages() -> list[Check]:
     requirements = [Requirement(text) for text in requires("moec") or ()]
     by_extra = {
         extra: [r for r in requirements if _belongs(r.marker, extra) and r.name != "moec"]
-        for extra in ("", "compile", "onnx", "hf")
+        for extra in ("", "text", "compile", "onnx", "hf")
     }
     names = {r.name for group in by_extra.values() for r in group}
     programs = {name: _PROBES[name] for name in names if name in _PROBES and _version(name)}
