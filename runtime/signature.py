@@ -1,9 +1,9 @@
 """Signatures of artifacts tell who made a file; its digests tell only that it is undamaged.
 
-A signature is Ed25519 (RFC 8032) of a line of text that names the form and the SHA-256 of
-`manifest.json`, which in turn holds the SHA-256 of every other part. It lies beside the artifact,
-in `model.moec.sig`, as one line of text. Keys are those of `openssl genpkey -algorithm ed25519` and
-of `ssh-keygen -t ed25519`.
+A signature is Ed25519 (RFC 8032) of a line of text that names the form and the SHA-256 of the
+manifest (`manifest.json`; of the ranks of a plan `ranks.json`), which in turn holds the SHA-256 of
+every other part. It lies beside the artifact, in `model.moec.sig`, as one line of text. Keys are
+those of `openssl genpkey -algorithm ed25519` and of `ssh-keygen -t ed25519`.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ def signature_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sig")
 
 
-def sign(path: Path, key: Path, password: bytes | None = None) -> Path:
-    """Sign the artifact at `path` with the private key in the file `key`. Returns the signature's
-    path.
-
-    The parts are not hashed here: verify the artifact first. Raises ArtifactError where `path` is
-    no artifact, EncryptedKeyError, and UsageError where the key cannot be used or the signature
-    cannot be written.
-    """
+def manifest_content(path: Path) -> Buffer:
+    """What is signed of the artifact at `path`. Raises ArtifactError where it is none."""
     content = open_container(path).get(manifest.NAME)
     if content is None:
         raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifest.NAME}")
+    return content
+
+
+def sign(path: Path, content: Buffer, key: Path, password: bytes | None = None) -> Path:
+    """Sign the artifact at `path`, whose manifest is `content`, with the private key in the file
+    `key`. Returns the signature's path.
+
+    The parts are not hashed here: verify the artifact first. Raises EncryptedKeyError, and
+    UsageError where the key cannot be used or the signature cannot be written.
+    """
     signature = _private_key(key, password).sign(_message(content))
     target = signature_path(path)
     try:

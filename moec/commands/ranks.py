@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def holds_ranks(path: Path) -> bool:
+    """Whether `moec compile --plan` wrote this folder."""
+    return (path / "ranks.json").is_file()
+
+
 def compile_ranks(
     model: str,
     plan_file: Path,
@@ -152,6 +157,7 @@ def run_ranks(
     timeout: float,
     threads: int | None,
     as_json: bool,
+    signed_by: Path | None,
 ) -> None:
     """Run all ranks on this host, or under torchrun this one. Raises RankError."""
     from moec.parallel.process import Job
@@ -159,7 +165,7 @@ def run_ranks(
 
     if (source is None) == (not options.form):
         raise UsageError(f"{folder} holds the ranks of a plan: give --input FILE, or a prompt")
-    job = Job(folder, source, output, timeout, threads or 1)
+    job = Job(folder, source, output, timeout, threads or 1, signed_by=signed_by)
     if options.form:
         continue_prompts(job, options, count, as_json)
         return
@@ -187,8 +193,8 @@ def continue_prompts(job: Job, options: TextOptions, count: int | None, as_json:
     if options.chat or options.stop:
         raise UsageError("the ranks of a plan take --prompt or --prompts, without --chat or --stop")
     prompts = read_prompts(options)
-    tokenizer = load_tokenizer(text_files(job.folder))
-    manifest, _ = manifest_of(job.folder)
+    tokenizer = load_tokenizer(text_files(job.folder, job.signed_by))
+    manifest, _ = manifest_of(job.folder, job.signed_by)
     stop = frozenset(manifest.stop) or tokenizer.stop
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     request = Request(options.max_new_tokens, sampling, stop)

@@ -13,6 +13,7 @@ import click
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
 from moec.commands.options import json_option, quiet_option, signed_by_option
+from moec.commands.ranks import holds_ranks, run_ranks
 from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
 from moec.errors import UsageError, VerificationError
 
@@ -81,14 +82,10 @@ def command(
     goes to stdout as it comes. Exit code 2 means that --check found a difference.
     """
     options = TextOptions(**text)
-    if (artifact / "ranks.json").is_file():
-        from moec.commands.ranks import run_ranks
-
-        if signed_by is not None:
-            raise UsageError(f"{artifact} holds the ranks of a plan, which have no signature")
+    if holds_ranks(artifact):
         if check or rebuild or trace or device:
             raise UsageError(f"{artifact} holds the ranks of a plan: give --input, or a prompt")
-        run_ranks(artifact, source, output, options, nproc, timeout, threads, as_json)
+        run_ranks(artifact, source, output, options, nproc, timeout, threads, as_json, signed_by)
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")

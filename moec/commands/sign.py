@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moec.commands.echo import echo
 from moec.commands.options import quiet_option
+from moec.commands.ranks import holds_ranks
+
+if TYPE_CHECKING:
+    from moec.runtime.container import Buffer
 
 
 @click.command("sign", short_help="Sign an artifact, for those who run it.")
@@ -23,14 +28,27 @@ def command(artifact: Path, key: Path, quiet: bool) -> None:
     Whoever has the public key can ask for it: `--signed-by FILE` of verify and run. A key that is
     encrypted is opened with a password, which is asked for. Needs the extra moec[sign].
     """
-    from moec.runtime import artifact as artifacts
     from moec.runtime.signature import EncryptedKeyError, sign
 
-    artifacts.read(artifact, native=False).verify()
+    content = verified_manifest(artifact)
     try:
-        path = sign(artifact, key)
+        path = sign(artifact, content, key)
     except EncryptedKeyError:
         password = click.prompt(f"password of {key}", hide_input=True, err=True)
-        path = sign(artifact, key, password.encode())
+        path = sign(artifact, content, key, password.encode())
     if not quiet:
         echo(f"wrote {path}")
+
+
+def verified_manifest(path: Path) -> Buffer:
+    """The manifest of an artifact, or of the ranks of a plan, all of whose parts are as it says.
+    Raises ArtifactError."""
+    if holds_ranks(path):
+        from moec.parallel.store import verify_folder
+
+        return verify_folder(path)[1]
+    from moec.runtime import artifact as artifacts
+    from moec.runtime.signature import manifest_content
+
+    artifacts.read(path, native=False).verify()
+    return manifest_content(path)

@@ -11,6 +11,7 @@ import click
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
 from moec.commands.options import json_option, quiet_option, signed_by_option
+from moec.commands.ranks import holds_ranks
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
@@ -32,6 +33,9 @@ def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) 
     """
     from moec.runtime import artifact as artifacts
 
+    if holds_ranks(artifact):
+        _verify_ranks(artifact, signed_by, as_json, quiet)
+        return
     opened = artifacts.read(artifact, native=False, signed_by=signed_by)
     opened.verify()
     graphs = _check_graphs(opened)
@@ -57,6 +61,22 @@ def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) 
             f"{artifact} is intact{signed}: {counted(len(opened.manifest.parts), 'part')}, "
             f"{size / 1e6:.1f} MB, functions {names}, for {opened.manifest.target_name}{checked}"
         )
+
+
+def _verify_ranks(folder: Path, signed_by: Path | None, as_json: bool, quiet: bool) -> None:
+    from moec.parallel.store import verify_folder
+    from moec.report.units import counted
+
+    manifest, _ = verify_folder(folder, signed_by)
+    size = sum(part.size for part in manifest.parts.values())
+    if as_json:
+        facts = {"artifact": str(folder), "parts": len(manifest.parts), "bytes": size}
+        facts |= {"ranks": manifest.devices, "signed_by": signed_by and str(signed_by)}
+        click.echo(json.dumps(facts, indent=1))
+    elif not quiet:
+        signed = "" if signed_by is None else f" and signed with the key in {signed_by}"
+        parts, ranks = counted(len(manifest.parts), "part"), counted(manifest.devices, "rank")
+        echo(f"{folder} is intact{signed}: {parts}, {size / 1e6:.1f} MB, for {ranks}")
 
 
 def _check_graphs(opened: Artifact) -> bool:

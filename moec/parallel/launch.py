@@ -29,7 +29,7 @@ def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
 
     Raises RankError naming the rank that failed first, how it ended, and where the others were.
     """
-    manifest, _ = manifest_of(job.folder)
+    manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != count:
         raise RankError(f"{job.folder} is planned for {manifest.devices} ranks, not {count}")
     return start(job, count, entry)

@@ -33,15 +33,20 @@ class RankWriter:
 
 @contextmanager
 def open_rank(
-    folder: Path | str, *, timeout: float = 60.0, threads: int = 1
+    folder: Path | str,
+    *,
+    timeout: float = 60.0,
+    threads: int = 1,
+    signed_by: Path | str | None = None,
 ) -> Iterator[RankWriter]:
     """The rank of this process, of a folder that `moec compile --plan` wrote; `timeout` is how
-    many seconds a rank waits for the others.
+    many seconds a rank waits for the others, `signed_by` the file of a public key whose owner must
+    have signed the folder.
 
     Raises UsageError where torchrun did not start this process, or as many as were planned,
     ArtifactError, and RankError where another rank fails.
     """
-    path = Path(folder)
-    with joined(Job(path, None, None, timeout, threads), DECODE) as (ranks, files):
+    path, key = Path(folder), None if signed_by is None else Path(signed_by)
+    with joined(Job(path, None, None, timeout, threads, signed_by=key), DECODE) as (ranks, files):
         decoder = RankDecoder(files, ranks)
-        yield RankWriter(Writer(decoder, lambda: load_tokenizer(text_files(path))))
+        yield RankWriter(Writer(decoder, lambda: load_tokenizer(text_files(path, key))))

@@ -34,7 +34,7 @@ class Continuation:
 class Job:
     """What the ranks of a run do: `source` are inputs for the model, `texts` are continued. `marks`
     is a folder of this host in which ranks say how far they are: rank.N.pid, then rank.N.failed,
-    rank.N.done, or by others rank.N.gone."""
+    rank.N.done, or by others rank.N.gone. `signed_by` is the public key that must have signed."""
 
     folder: Path
     source: Path | None
@@ -43,6 +43,7 @@ class Job:
     threads: int
     marks: Path | None = None
     texts: Continuation | None = None
+    signed_by: Path | None = None
 
 
 def rank_of_process() -> tuple[int, int]:
@@ -60,13 +61,13 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
     Raises RankError that names rank, layer and collective, and ArtifactError.
     """
     rank, world = rank_of_process()
-    manifest, _ = manifest_of(job.folder)
+    manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != world:
         raise UsageError(
             f"{job.folder} is planned for {manifest.devices} ranks, {world} were started"
         )
     with started(job):
-        files = load_rank(job.folder, rank, function)
+        files = load_rank(job.folder, rank, function, job.signed_by)
         ranks = ProcessRanks(rank, groups_of(files.plan), timedelta(seconds=job.timeout))
         _same_everywhere(ranks, files.digest, world)
         yield ranks, files

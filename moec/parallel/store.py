@@ -35,6 +35,7 @@ from moec.runtime.artifact import MappedArrays
 from moec.runtime.container import open_container
 from moec.runtime.package import DECODE, MAIN, Function, Generation
 from moec.runtime.prompt import FOLDER
+from moec.runtime.signature import check_signature
 
 MANIFEST = "ranks.json"
 VERSION = 3
@@ -86,31 +87,63 @@ def library_file(rank: int, function: str) -> str:
     return f"rank.{rank}/{function}.so"
 
 
-def manifest_of(path: Path) -> tuple[FolderManifest, bytes]:
-    """The manifest and its digest. Raises ArtifactError."""
+def manifest_of(path: Path, signed_by: Path | None = None) -> tuple[FolderManifest, bytes]:
+    """The manifest and its digest. `signed_by` is the file of a public key that must have signed
+    it. Raises ArtifactError."""
+    content = _manifest_content(path, signed_by)
+    return _decoded(path, content), hashlib.sha256(content).digest()
+
+
+def _manifest_content(path: Path, signed_by: Path | None) -> bytes:
     try:
         content = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path / MANIFEST}: {reason(error)}") from None
+    if signed_by is not None:
+        check_signature(path, content, signed_by)
+    return content
+
+
+def _decoded(path: Path, content: bytes) -> FolderManifest:
+    try:
         manifest = msgspec.json.decode(content, type=FolderManifest)
-    except (OSError, msgspec.MsgspecError) as error:
+    except msgspec.MsgspecError as error:
         raise ArtifactError(f"{path / MANIFEST}: {error}") from None
     if manifest.version != VERSION:
         raise ArtifactError(
             f"{path} was written by another moec (version {manifest.version} of its format, "
             f"expected {VERSION}); compile it again"
         )
-    return manifest, hashlib.sha256(content).digest()
+    return manifest
 
 
-def text_files(path: Path) -> dict[str, bytes]:
+def verify_folder(path: Path, signed_by: Path | None = None) -> tuple[FolderManifest, bytes]:
+    """The manifest and its bytes, once all other files were compared with it and with those of
+    the ranks. Raises ArtifactError."""
+    content = _manifest_content(path, signed_by)
+    manifest = _decoded(path, content)
+    for name in manifest.parts:
+        part = _checked(path, name, manifest)
+        if name.startswith("rank."):
+            of_rank = manifests.load(part)
+            parts = artifact.parts_of(path, open_container(path), of_rank)
+            artifact.check_digests(path, parts, of_rank.parts)
+    return manifest, content
+
+
+def text_files(path: Path, signed_by: Path | None = None) -> dict[str, bytes]:
     """The tokenizer's files. Raises ArtifactError where one is missing or altered."""
-    manifest, _ = manifest_of(path)
+    manifest, _ = manifest_of(path, signed_by)
     return {n: _checked(path, n, manifest) for n in manifest.parts if n.startswith(FOLDER)}
 
 
-def load_rank(path: Path, rank: int, function: str = MAIN) -> RankFiles:
+def load_rank(
+    path: Path, rank: int, function: str = MAIN, signed_by: Path | None = None
+) -> RankFiles:
     """Raises ArtifactError where a file that this rank reads is missing or altered, it is for
-    another processor, or the model has no such function."""
-    manifest, digest = manifest_of(path)
+    another processor, the model has no such function, or the owner of the public key in the file
+    `signed_by` has not signed the folder."""
+    manifest, digest = manifest_of(path, signed_by)
     if rank >= manifest.devices:
         raise ArtifactError(f"{path} is for {manifest.devices} ranks, there is no rank {rank}")
     if function == DECODE and manifest.no_generation:

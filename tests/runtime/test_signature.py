@@ -16,7 +16,7 @@ import moec
 from moec.__main__ import cli
 from moec.errors import ArtifactError, UsageError
 from moec.runtime import artifact
-from moec.runtime.signature import sign, signature_path
+from moec.runtime.signature import manifest_content, sign, signature_path
 from tests.runtime import toy
 
 GRAPH = """graph main(x: f32[T, 4]) {
@@ -51,6 +51,10 @@ def write_pair(folder: Path, name: str, *, ssh: bool = False, password: bytes = 
     return path
 
 
+def sign_artifact(path: Path, key: Path) -> Path:
+    return sign(path, manifest_content(path), key)
+
+
 def public_path(key: Path) -> Path:
     return key.with_name(f"{key.name}.pub")
 
@@ -74,7 +78,7 @@ def test_signed_and_verified(model: Path, ssh: bool) -> None:
 def test_a_folder_is_signed_beside_it(tmp_path: Path) -> None:
     path, key = tmp_path / "toy", write_pair(tmp_path, "key")
     artifact.write(toy.package(), path, graphs={"main": GRAPH}, folder=True)
-    assert sign(path, key) == tmp_path / "toy.sig"
+    assert sign_artifact(path, key) == tmp_path / "toy.sig"
     assert artifact.read(path, native=False, signed_by=public_path(key))
 
 
@@ -91,7 +95,7 @@ def test_an_encrypted_key_asks_for_its_password(model: Path) -> None:
 
 def test_another_artifact_under_the_signature_is_refused_by_every_door(model: Path) -> None:
     key = write_pair(model.parent, "key")
-    sign(model, key)
+    sign_artifact(model, key)
     artifact.write(
         toy.package(), model, graphs={"main": GRAPH.replace("relu", "tanh")}, tolerance=0.5
     )
@@ -105,7 +109,7 @@ def test_another_artifact_under_the_signature_is_refused_by_every_door(model: Pa
 
 
 def test_somebody_elses_signature_is_refused(model: Path) -> None:
-    sign(model, write_pair(model.parent, "theirs"))
+    sign_artifact(model, write_pair(model.parent, "theirs"))
     private = public_path(write_pair(model.parent, "ours"))
     with pytest.raises(ArtifactError, match="or somebody else signed it"):
         artifact.read(model, native=False, signed_by=private)
@@ -113,7 +117,7 @@ def test_somebody_elses_signature_is_refused(model: Path) -> None:
 
 def test_a_part_that_was_changed_is_found_under_a_right_signature(model: Path) -> None:
     key = write_pair(model.parent, "key")
-    sign(model, key)
+    sign_artifact(model, key)
     weight = toy.package().arrays["b"].tobytes()
     model.write_bytes(model.read_bytes().replace(weight, bytes(len(weight))))
     code, _, err = run("verify", model, "--signed-by", public_path(key))
@@ -148,7 +152,7 @@ def test_no_signature(model: Path) -> None:
 def test_keys_that_cannot_be_used(model: Path) -> None:
     folder = model.parent
     key = write_pair(folder, "key")
-    sign(model, key)
+    sign_artifact(model, key)
     (folder / "text").write_text("no key")
     other = ec.generate_private_key(ec.SECP256R1())
     (folder / "ec").write_bytes(
@@ -164,7 +168,7 @@ def test_keys_that_cannot_be_used(model: Path) -> None:
         "gone": "cannot be read: there is no such file",
     }.items():
         with pytest.raises(UsageError, match=words):
-            sign(model, folder / name)
+            sign_artifact(model, folder / name)
     for name, words in {
         "text": "holds no public key",
         "ec.pub": "holds a key of another kind than Ed25519",
@@ -179,19 +183,19 @@ def test_without_the_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> No
     key = write_pair(model.parent, "key")
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(UsageError, match=r"a signature needs cryptography, .*'moec\[sign\]'"):
-        sign(model, key)
+        sign_artifact(model, key)
 
 
 def test_what_is_no_artifact_is_not_signed(tmp_path: Path) -> None:
     key = write_pair(tmp_path, "key")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
-        sign(tmp_path / "folder", key)
+        sign_artifact(tmp_path / "folder", key)
 
 
 def test_a_copy_keeps_its_signature(model: Path) -> None:
     key = write_pair(model.parent, "key")
     copy = model.with_name("copy.moec")
     shutil.copy(model, copy)
-    shutil.copy(sign(model, key), signature_path(copy))
+    shutil.copy(sign_artifact(model, key), signature_path(copy))
     assert artifact.read(copy, native=False, signed_by=public_path(key))

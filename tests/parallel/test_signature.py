@@ -1,0 +1,76 @@
+"""The ranks of a plan in a folder are signed as an artifact is, and each rank looks for itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moec.__main__ import cli
+from moec.errors import ArtifactError
+from moec.parallel.launch import launch
+from moec.parallel.process import Job
+from moec.parallel.save import save_ranks
+from moec.parallel.store import load_rank, text_files
+from moec.parallel.worker import run_rank
+from moec.passes.parallel.plan_parallelism import rank_programs
+from tests.passes.parallel.test_plan_parallelism import model, plan
+from tests.runtime.test_signature import public_path, write_pair
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    planned, path = plan(2), tmp_path_factory.mktemp("saved") / "m.ranks"
+    save_ranks(rank_programs(model(), planned), planned, path)
+    return path
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "m.ranks"))
+
+
+def test_signed_verified_and_refused(folder: Path, tmp_path: Path) -> None:
+    key = write_pair(tmp_path, "key")
+    done = CliRunner().invoke(cli, ["sign", str(folder), "--key", str(key)])
+    assert (done.exit_code, done.stdout) == (0, f"wrote {folder}.sig\n")
+    words = ["verify", str(folder), "--signed-by", str(public_path(key))]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0
+    assert f"is intact and signed with the key in {public_path(key)}: " in done.stdout
+    assert done.stdout.endswith(", for 2 ranks\n")
+    assert load_rank(folder, 1, signed_by=public_path(key)).code.graph.results
+
+    manifest = folder / "ranks.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # as a forger's with other digests
+    refused = f"{folder} is not signed with the key in {public_path(key)}: it was changed after"
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 1
+    assert refused in done.stderr
+    job = Job(folder, tmp_path / "in.npz", None, 60.0, 1, signed_by=public_path(key))
+    for read in (
+        lambda: load_rank(folder, 0, signed_by=public_path(key)),
+        lambda: text_files(folder, public_path(key)),
+        lambda: launch(job, 2, run_rank),
+    ):
+        with pytest.raises(ArtifactError) as caught:
+            read()
+        assert refused in str(caught.value)
+    done = CliRunner().invoke(
+        cli,
+        ["run", str(folder), "--nproc", "2", "--input", str(tmp_path / "in.npz"), *words[2:]],
+    )
+    assert done.exit_code == 1
+    assert refused in done.stderr
+
+
+def test_damage_is_not_signed(folder: Path, tmp_path: Path) -> None:
+    part = min((folder / "weights").iterdir())
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    for words in (["verify"], ["sign", "--key", str(write_pair(tmp_path, "key"))]):
+        done = CliRunner().invoke(cli, [*words, str(folder)])
+        assert done.exit_code == 1
+        assert f"weights/{part.name} was altered: its SHA-256 differs" in done.stderr
+    assert not folder.with_name("m.ranks.sig").exists()
