@@ -5,7 +5,9 @@
 
 1. numbers    one MoE layer of each shape, bf16, against torch eager and grouped_mm
 2. faults     step 1 of the smallest layer under compute-sanitizer, where it is: memcheck, racecheck
-3. times      microseconds beside torch eager, grouped_mm, torch.compile, and cuBLAS as equal
+3. text       a model of two such layers in float32, against transformers' generate: the tokens, and
+              milliseconds for each
+4. times      microseconds beside torch eager, grouped_mm, torch.compile, and cuBLAS as equal
               products of the same FLOPs; the share of the roofline, whose model needs no GPU
 
 A step that fails is reported, and the others go on: the time on a GPU is short.
@@ -29,16 +31,17 @@ from moec.bench.gpu_model import LAYERS, TOKENS
 from moec.codegen.cuda.roofline import LayerShape, layer_seconds
 from moec.target import cuda, nvidia
 
-NUMBERS, FAULTS, TIMES = "numbers", "faults", "times"
+NUMBERS, FAULTS, TEXT, TIMES = "numbers", "faults", "text", "times"
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = 2e-2  # of the greatest element: bf16 rows that eager rounds after each product
 ROUNDS, CONTENDERS = 20, ("moec", "eager", "grouped_mm", "inductor", "cublas")
 SMALLEST = "granite-1b-a400m"
+PROMPT, NEW = 8, 32  # tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """`what` is one of the three kinds; `detail` names a layer, or a tool."""
+    """`what` is one of the four kinds; `detail` names a layer, or a tool."""
 
     what: str
     detail: str
@@ -54,6 +57,7 @@ def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> 
     every = [
         *(Step(NUMBERS, name, few) for name in layers),
         *(Step(FAULTS, tool, (1, 16)) for tool in TOOLS),
+        *(Step(TEXT, name, (1,)) for name in layers),
         *(Step(TIMES, name, tuple(tokens)) for name in layers),
     ]
     return [step for step in every if step.what in only]
@@ -216,6 +220,46 @@ def times(
         yield row
 
 
+def text(layer: LayerShape, device: str, target: str, new: int = NEW) -> str:
+    """One line: milliseconds a token. Raises SystemExit where tokens differ from transformers'."""
+    import numpy as np
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    import moec
+
+    heads = max(1, layer.width // 128)
+    config = OlmoeConfig(
+        hidden_size=layer.width,
+        intermediate_size=layer.hidden,
+        num_experts=layer.experts,
+        num_experts_per_tok=layer.top_k,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=1024,
+    )
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM(config).requires_grad_(False).eval()
+    ids = torch.randint(0, 1024, (1, PROMPT))
+    run = moec.compile(model, kwargs={"input_ids": ids}, target=target, verify=False)
+    model = model.to(device)
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ways: dict[str, Callable[[], Any]] = {
+        "moec": lambda: run.generate(ids.numpy(), max_new_tokens=new, stop=()),
+        "transformers": lambda: model.generate(ids.to(device), **options).cpu().numpy(),
+    }
+    tokens, milliseconds = {}, {}
+    for name, way in ways.items():
+        tokens[name] = way()
+        start = time.perf_counter()
+        way()
+        milliseconds[name] = (time.perf_counter() - start) * 1e3 / new
+    if not np.array_equal(*tokens.values()):
+        raise SystemExit("the kernels are wrong: the tokens differ from those of transformers")
+    return ", ".join(f"{name} {each:.2f} ms a token" for name, each in milliseconds.items())
+
+
 def faults(tool: str, tokens: Sequence[int], device: str) -> str:
     """One line: what compute-sanitizer says of step 1."""
     program = shutil.which("compute-sanitizer")
@@ -235,6 +279,9 @@ def perform(step: Step, device: str, limit: cuda.CudaTarget) -> list[dict[str, C
         print(f"  {faults(step.detail, step.tokens, device)}", flush=True)
         return rows
     layer = LAYERS[step.detail]
+    if step.what == TEXT:
+        print(f"  {text(layer, device, cuda.KIND)}", flush=True)
+        return rows
     if step.what == NUMBERS:
         for line in numbers(layer, step.tokens, device, cuda.KIND):
             print(f"  {line}", flush=True)
@@ -251,7 +298,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--only", default=f"{NUMBERS},{FAULTS},{TIMES}")
+    parser.add_argument("--only", default=f"{NUMBERS},{FAULTS},{TEXT},{TIMES}")
     driver = nvidia.driver()
     add_record_options(parser, driver.gpus[0].name if driver and driver.gpus else "no GPU")
     options = parser.parse_args(words)

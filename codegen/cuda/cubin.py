@@ -19,8 +19,8 @@ _COMPILERS = {nvidia.NVCC: nvcc, nvidia.NVRTC: nvrtc}
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code, and what ptxas says of it, of the first of its kernels: registers of a thread,
-    bytes that spill from them, bytes of static shared memory."""
+    """Machine code, and what ptxas says of it: registers of a thread, bytes that spill from them,
+    bytes of static shared memory; of several kernels the most that one of them has."""
 
     content: bytes
     registers: int
@@ -66,12 +66,11 @@ def _cubin(source: str, arch: str, chosen: nvidia.Compiler, store: Store) -> Cub
     text = log.decode(errors="replace")
     return Cubin(
         content,
-        _number(r"Used (\d+) registers", text),
-        _number(r"(\d+) bytes spill stores", text) + _number(r"(\d+) bytes spill loads", text),
-        _number(r"(\d+) bytes smem", text),
+        _most(r"Used (\d+) registers", text),
+        _most(r"(\d+) bytes spill stores", text) + _most(r"(\d+) bytes spill loads", text),
+        _most(r"(\d+) bytes smem", text),
     )
 
 
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    return int(match[1]) if match else 0
+def _most(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)), default=0)

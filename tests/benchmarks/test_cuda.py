@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ def test_a_dry_run_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) ->
         "faults   memcheck           T = 1, 16",
         "faults   racecheck          T = 1, 16",
     ]
-    assert lines[4] == "times    granite-1b-a400m   T = 1, 4096"
-    assert lines[6].startswith("6 steps; times beside eager, grouped_mm, inductor, cublas")
+    assert lines[4] == "text     granite-1b-a400m   T = 1"
+    assert lines[6] == "times    granite-1b-a400m   T = 1, 4096"
+    assert lines[8].startswith("8 steps; times beside eager, grouped_mm, inductor, cublas")
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -49,6 +51,14 @@ def test_numbers_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("moec", "eager", "cublas")
     (row,) = script.times(TINY, [5], "cpu", "cpu", TARGETS["cuda:sm_80"], names)
     assert list(row) == ["tokens", *names, "limit"]
+
+
+def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "transformers" in script.text(TINY, "cpu", "cpu", new=2)
+    wrong = SimpleNamespace(generate=lambda ids, **options: ids)
+    monkeypatch.setattr("moec.compile", lambda *_, **options: wrong)
+    with pytest.raises(SystemExit, match="the tokens differ from those of transformers"):
+        script.text(TINY, "cpu", "cpu", new=2)
 
 
 def test_wrong_kernels_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,17 +20,22 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.append import append
+from moec.codegen.cuda.attention import attention
 from moec.codegen.cuda.cubin import Cubin, cubin
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import lowered
 from moec.codegen.cuda.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
 from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
+from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
+from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.errors import TargetError
@@ -140,6 +145,38 @@ def test_wgmma_spills_nothing(is_gated: bool) -> None:
     # A launch gives all threads as many; the loading group then gives what the others take.
     assert (40 + 2 * 232) * 128 <= result.registers * THREADS
     assert result.static_shared + SHARED_MEMORY <= TARGETS["cuda:sm_90a"].shared_memory
+
+
+HALF_ANGLES = AnglesSpec("bf16", (True, False, True), 64)
+HEADS = AttentionSpec("bf16", 32, 4, 128, 128, 128**-0.5, is_causal=True, sinks=True)
+
+
+@cache
+def beside_products(arch: str) -> Cubin:
+    """What a layer of Qwen3-30B-A3B needs beside products and routing, in one compilation."""
+    target = TARGETS[arch]
+    turns = (HALF_ANGLES, HALF_ANGLES)
+    kernels = (
+        append(AppendSpec("bf16", 4, 128, tokens_first=True), target, "append"),
+        append(AppendSpec("bf16", 4, 128, turns=turns), target, "turn_append"),
+        attention(HEADS, target, "prefill"),
+        attention(replace(HEADS, placed=True), target, "decode"),
+        norm(NormSpec("rms", 2048, 1e-6, "bf16", "bf16", "bf16", residual=True), target, "norm"),
+    )
+    return cubin(lowered(*kernels, target=target).source, target)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES)
+def test_nothing_spills_beside_products(arch: str, tmp_path: Path) -> None:
+    result = beside_products(arch)
+    assert result.spills == 0
+    assert result.registers <= 64, "four blocks of 256 threads fit an SM"
+    assert 0 < result.static_shared <= 8 * (128 + 2) * 4 + 64
+    if tool("nvdisasm") is not None:
+        stems = {word.partition(".")[0] for word in instructions(result, tmp_path)}
+        assert not stems & {"LDL", "STL"}
+        assert {"SHFL", "MUFU", "BAR"} <= stems
 
 
 def tool(name: str) -> str | None:
