@@ -17,14 +17,15 @@ _NEW = 20_000
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """As it was before, when left; where objects were set aside already, or nothing is collected,
-    that is left alone."""
-    if not gc.isenabled() or gc.get_freeze_count():
+    """As it was before, when left. Nothing changes where Python looks as seldom already, where
+    objects were set aside already, or where nothing is collected."""
+    thresholds = gc.get_threshold()
+    # Last, for it takes long: Python counts the objects one by one.
+    if not gc.isenabled() or thresholds[0] >= _NEW or gc.get_freeze_count():
         yield
         return
-    thresholds = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(max(_NEW, thresholds[0]), *thresholds[1:])
+    gc.set_threshold(_NEW, *thresholds[1:])
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 
 class Steer(TorchFunctionMode):
@@ -36,7 +35,7 @@ class Steer(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self.derived:
             return result
-        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        read = _tensors((args, kwargs))
         watched = sum(id(t) in self.derived for t in read)
         if not watched or not isinstance(result, torch.Tensor):
             return result
@@ -49,3 +48,16 @@ class Steer(TorchFunctionMode):
         if self.logits is None:
             return result
         return self.logits.to(result.dtype).reshape(result.shape).clone()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts. It runs for each operation of an observed
+    forward; torch's own traversal, which knows every registered container, takes as long as the
+    operation."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for entry in value for tensor in _tensors(entry)]

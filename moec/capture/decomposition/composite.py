@@ -35,8 +35,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     torch's table takes long to fill, and has more where more such operators are registered.
     """
-    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-    return dict(_decompositions(len(composite)))
+    return dict(_decompositions(composite_count()))
+
+
+def composite_count() -> int:
+    """How many operators are registered, by torch and others, that are made of others."""
+    return len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
 
 
 def is_composite(node: fx.Node, table: Collection[Any]) -> bool:

@@ -54,7 +54,7 @@ def expand(program: ExportedProgram) -> ExportedProgram | None:
     writer = _Writer(fx.Graph())
     try:
         functions = {node: write_of(node) for node in source.graph.nodes if writes(node)}
-        with parts_in(source, table) as parts:
+        with parts_in(source) as parts:
             for node in source.graph.nodes:
                 if node in functions:
                     function, views = functions[node].function, functions[node].views

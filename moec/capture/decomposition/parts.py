@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.export import exported_program
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moec.capture.decomposition.composite import composite_count, decompositions
 from moec.capture.decomposition.functional import Retrace, is_function
 
 _exports = cast(Any, exported_program)  # what is read of it is private
@@ -48,20 +50,34 @@ class Parts:
             raise Retrace(f"{function} cannot be traced alone") from error
 
 
+@cache
+def _split(registrations: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The rules of `decompositions` for composite operators that torch's dispatcher would not
+    follow by itself, and those for others. torch walks all of its operators for that: as often
+    as their number changes is enough."""
+    composite, rules = _exports._split_decomp_table_to_cia_and_python_decomp(decompositions())
+    return {op: rule for op, rule in composite.items() if not _is_kernel_of(op, rule)}, rules
+
+
+def _is_kernel_of(operator: Any, rule: Any) -> bool:
+    """Whether a rule calls the composite kernel of the operator, as the dispatcher does. Setting
+    and removing five hundred of these takes longer than tracing a layer."""
+    return isinstance(rule, partial) and rule.keywords == {"kernel": operator}
+
+
 @contextmanager
-def parts_in(source: fx.GraphModule, table: Mapping[Any, Callable[..., Any]]) -> Iterator[Parts]:
+def parts_in(source: fx.GraphModule) -> Iterator[Parts]:
     """While open, operators of `source` can be traced. Raises Retrace for a torch that is not
     known, and where nothing is fake."""
     try:
         detect = _exports._detect_fake_mode_from_gm
-        split = _exports._split_decomp_table_to_cia_and_python_decomp
+        composite, rules = _split(composite_count())
         override = _exports._override_composite_implicit_decomp
     except AttributeError as error:
         raise Retrace(f"this torch has no {error.name}") from None
     mode = detect(source)
     if mode is None:
         raise Retrace("no tensor of the program is fake")
-    composite, rules = split(dict(table))
     with torch.no_grad(), mode, enable_python_dispatcher(), override(composite):
         yield Parts(rules)
 
