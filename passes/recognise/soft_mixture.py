@@ -29,6 +29,7 @@ from moec.passes.recognise.opnames import REARRANGE
 from moec.passes.recognise.parallel_branches import Fan, fan
 from moec.passes.recognise.region import RegionEmitter, Scope, replaced, replacement
 from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.soft_loop import SoftLoop, soft_loops
 from moec.passes.recognise.soft_weights import SoftWeights, WeighedSum, weighed_sum
 from moec.passes.recognise.unrolled_experts import cone, family, read_branch, signature
 
@@ -61,10 +62,11 @@ def recognise_soft_mixtures(program: Program, prover: Prover, log: Log) -> Progr
     """The program with its soft mixtures as nodes; the reason of each look-alike is logged."""
     scope = Scope(program.graph, program.weights)
     mixtures: dict[Op, SoftMixture] = {}
-    for dispatch, combine in pairs(scope):
-        at = combine.op
+    attempts = [(c.op, partial(proved_pair, scope, d, c, prover)) for d, c in pairs(scope)]
+    attempts += [(loop.op, partial(proved_loop, scope, loop, prover)) for loop in soft_loops(scope)]
+    for at, attempt in attempts:
         try:
-            mixture = proved(scope, dispatch, combine, prover)
+            mixture = attempt()
         except NoMatch as why:
             log.decline(at.origin or at.outputs[0].name, f"soft mixture: {why}")
             continue
@@ -85,6 +87,7 @@ def pairs(scope: Scope) -> Iterator[tuple[WeighedSum, WeighedSum]]:
     """Products weighed by a softmax, of which the second reads what comes of the first, by weights
     that do not: those of attention layers one behind the other do."""
     sums = [one for op in scope.graph.ops if (one := weighed_sum(scope, op)) is not None]
+    sums = [one for one in sums if not one.weights.picked]
     for position, combine in enumerate(sums):
         slots = size_of(combine.weights.summed)
         earlier = [
@@ -102,7 +105,9 @@ def pairs(scope: Scope) -> Iterator[tuple[WeighedSum, WeighedSum]]:
                 break
 
 
-def proved(scope: Scope, dispatch: WeighedSum, combine: WeighedSum, prover: Prover) -> SoftMixture:
+def proved_pair(
+    scope: Scope, dispatch: WeighedSum, combine: WeighedSum, prover: Prover
+) -> SoftMixture:
     """Raises NoMatch unless some soft mixture does what the ops between the two do."""
     _check(dispatch.weights, "dispatch", "the tokens")
     _check(combine.weights, "combine", "all slots")
@@ -112,16 +117,30 @@ def proved(scope: Scope, dispatch: WeighedSum, combine: WeighedSum, prover: Prov
         raise NoMatch(f"its {slots} slots are not as many for each of {experts.count} experts")
     reasons = []
     for slot_major in (False, True)[: 1 + (1 < experts.count < slots)]:
-        mixture = SoftMixture(dispatch, combine, experts, slot_major)
         try:
-            region = scope.cut([combine.op.outputs[0]], mixture.cut)
-            after = replacement(scope, combine.op, mixture.cut, partial(emit, mixture))
-            logits = mixture.cut[1:] or mixture.cut
-            prover.prove(region, after, dict.fromkeys(logits, Logits()))
-            return mixture
+            return _proved(scope, SoftMixture(dispatch, combine, experts, slot_major), prover)
         except NoMatch as why:
             reasons.append(str(why))
     raise NoMatch(reasons[0])
+
+
+def proved_loop(scope: Scope, loop: SoftLoop, prover: Prover) -> SoftMixture:
+    """Raises NoMatch unless a soft mixture does what the steps of the loop add up to."""
+    dispatch, combine = loop.dispatch, loop.combine
+    _check(dispatch.weights, "dispatch", "the tokens")
+    _check(combine.weights, "combine", "all slots")
+    experts = loop.experts(scope)
+    slots = SlotExperts(len(loop.steps), experts.first.body, experts.stacks)
+    return _proved(scope, SoftMixture(dispatch, combine, slots, False), prover)
+
+
+def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
+    """The mixture, which does what stands there; raises NoMatch otherwise."""
+    at, cut = mixture.combine.op, mixture.cut
+    region = scope.cut([at.outputs[0]], cut)
+    after = replacement(scope, at, cut, partial(emit, mixture))
+    prover.prove(region, after, dict.fromkeys(cut[1:] or cut, Logits()))
+    return mixture
 
 
 def _check(weights: SoftWeights, which: str, axis: str) -> None:

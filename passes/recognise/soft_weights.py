@@ -21,6 +21,8 @@ from moec.passes.recognise.region import RegionEmitter, Scope
 
 _PERMUTE, _EXPAND = "aten.permute.default", "aten.expand.default"
 _PRODUCTS = ("aten.bmm.default", "aten.mm.default", "aten.matmul.default")
+_SELECT = "aten.select.int"
+_PICKS = (_SELECT, "aten.slice.Tensor")
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 _DEEPEST = 24  # ops between a product and its softmax
 
@@ -28,8 +30,9 @@ _DEEPEST = 24  # ops between a product and its softmax
 @dataclass(frozen=True)
 class SoftWeights:
     """Logits whose `axes` hold atoms. `batch`, `free` and `summed` are the axes of the weights in
-    the product; the softmax goes over `over` (None: it is not reached yet). `after` names an op
-    that changes what the softmax gives before it is multiplied."""
+    the product; the softmax goes over `over` (None: it is not reached yet). `picked` is an axis of
+    which the product has one place alone, `index`: that of one expert. `after` names an op that
+    changes what the softmax gives before it is multiplied."""
 
     logits: Value
     axes: tuple[Axis, ...]
@@ -37,6 +40,8 @@ class SoftWeights:
     free: Axis
     summed: Axis
     over: Axis | None = None
+    picked: Axis = ()
+    index: int = 0
     after: str = ""
 
     def order(self, atoms: Axis) -> tuple[int, ...]:
@@ -98,7 +103,8 @@ def soft_weights(scope: Scope, value: Value, *, flipped: bool) -> SoftWeights | 
 
 
 def _behind(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
-    """The same weights, told by what `op` reads. After the softmax, only moves are followed."""
+    """The same weights, told by what `op` reads. After the softmax, only moves and picks are
+    followed."""
     source = op.inputs[0]
     if op.name in VIEWS:
         axes, splits = regroup(weights.axes, source.shape)
@@ -108,6 +114,8 @@ def _behind(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
         assert isinstance(dims, tuple)
         moved = sorted(range(len(dims)), key=lambda axis: int(str(dims[axis])))
         return replace(weights, logits=source, axes=tuple(weights.axes[axis] for axis in moved))
+    if op.name in _PICKS:
+        return _picked(op, weights)
     if weights.over is not None:
         return None
     if op.name in CASTS or (op.name == _EXPAND and source.shape == op.outputs[0].shape):
@@ -129,7 +137,33 @@ def _split(weights: SoftWeights, splits: dict[Atom, tuple[Atom, ...]]) -> SoftWe
 
     batch, free, summed = map(cut, (weights.batch, weights.free, weights.summed))
     over = None if weights.over is None else cut(weights.over)
-    return replace(weights, batch=batch, free=free, summed=summed, over=over)
+    picked = cut(weights.picked)
+    return replace(weights, batch=batch, free=free, summed=summed, over=over, picked=picked)
+
+
+def _picked(op: Op, weights: SoftWeights) -> SoftWeights | None:
+    """One place of an axis, or one of the equal parts that an axis has."""
+    (source,), dim = op.inputs, op.attrs.get("dim", 0)
+    assert isinstance(dim, int)
+    dim %= len(source.shape)
+    length, axes = source.shape[dim], list(weights.axes)
+    if not isinstance(length, int) or weights.picked:
+        return None
+    if op.name == _SELECT:
+        width, start = 1, op.attrs["index"]
+        axes.insert(dim, ())
+    else:
+        width, start = op.outputs[0].shape[dim], op.attrs.get("start", 0)
+        if op.attrs.get("step", 1) != 1:
+            return None
+    if not isinstance(width, int) or not isinstance(start, int):
+        return None
+    start %= length
+    if length % width or start % width:
+        return None
+    atom = Atom(length // width, True)
+    axes[dim] = (atom, *axes[dim])
+    return replace(weights, logits=source, axes=tuple(axes), picked=(atom,), index=start // width)
 
 
 def _written_out(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:

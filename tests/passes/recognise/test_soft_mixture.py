@@ -135,6 +135,51 @@ class Masked(Soft):
         return logits.masked_fill(away, -1e9).softmax(1), super().weights(x)[1]
 
 
+class Looped(Soft):
+    """A loop over the experts adds what each gives."""
+
+    def forward(self, x: Tensor) -> Any:
+        dispatch, combine = self.weights(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            slots = torch.einsum("bsd,bsp->bpd", self.tokens(x, e), dispatch[:, :, e])
+            y = y + torch.einsum("bpd,bsp->bsd", expert(slots), combine[:, :, self.other(e)])
+        return y
+
+    def tokens(self, x: Tensor, expert: int) -> Tensor:
+        return x
+
+    def other(self, expert: int) -> int:
+        return expert
+
+
+class LoopedParts(Soft):
+    """The weights of an expert are a part of the last axis, the last expert's first."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = x @ self.phi.flatten(1)
+        dispatch, combine = logits.softmax(1), logits.softmax(-1)
+        parts = []
+        for e in reversed(range(E)):
+            part = slice(e * P, (e + 1) * P)
+            parts.append(combine[..., part] @ self.experts[e](dispatch[..., part].mT @ x))
+        return sum(parts)
+
+
+class LoopedToOthers(Looped):
+    """What an expert gives goes where the weights of another say."""
+
+    def other(self, expert: int) -> int:
+        return (expert + 1) % E
+
+
+class LoopedOverOthers(Looped):
+    """The last expert reads other tokens."""
+
+    def tokens(self, x: Tensor, expert: int) -> Tensor:
+        return x * 2 if expert == E - 1 else x
+
+
 class SlotsFirst(Soft):
     """The dispatch is a softmax over the slots."""
 
@@ -229,7 +274,10 @@ class Attention(nn.Module):
         return (pooled @ pooled.mT).softmax(-1) @ pooled
 
 
-FORMS = (Soft, WrittenOut, Stacked, ExpertsFirst, SlotMajor, OneText, TwoPhis, Masked)
+FORMS = (
+    Soft, WrittenOut, Stacked, ExpertsFirst, SlotMajor, OneText, TwoPhis, Masked,
+    Looped, LoopedParts,
+)  # fmt: skip
 
 
 @cache
@@ -311,6 +359,8 @@ def test_one_expert_or_one_slot(kind: type[Soft], experts: int, slots: int, form
         (Mixed, "is no work of experts"),
         (ReadsTokens, "is no work of experts"),
         (Uneven, "its 7 slots are not as many for each of 3 experts"),
+        (LoopedToOthers, "weigh the slots and the tokens of experts [(2, 0), (0, 1), (1, 2)]"),
+        (LoopedOverOthers, "its steps read different tokens"),
         (OneReadsTokens, "aten.add.Tensor joins rows with mean"),
     ],
 )

@@ -1,0 +1,99 @@
+"""Soft mixtures whose loop over the experts adds what each gives to its slots.
+
+    for e, expert in enumerate(experts):
+        y = y + combine[:, :, e] @ expert(dispatch[:, :, e].mT @ x)
+
+The weights of one expert are picked out of those of all: with the axis that they are picked from,
+the sum is one product over all slots, as `soft_mixture` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moec.errors import NoMatch
+from moec.ir.graph import Op
+from moec.ir.traits import VIEWS
+from moec.passes.recognise.layout import size_of
+from moec.passes.recognise.mixture import ADD, adds_on, summed
+from moec.passes.recognise.opnames import REARRANGE
+from moec.passes.recognise.region import Scope
+from moec.passes.recognise.soft_weights import WeighedSum, weighed_sum
+from moec.passes.recognise.unrolled_experts import Family, family, read_branch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One expert's slots, and what it gives to the tokens."""
+
+    dispatch: WeighedSum
+    combine: WeighedSum
+
+
+@dataclass(frozen=True)
+class SoftLoop:
+    """The sum that ends the loop, and its steps in the order of the experts."""
+
+    op: Op
+    steps: tuple[Step, ...]
+
+    @property
+    def dispatch(self) -> WeighedSum:
+        """The slots of all experts."""
+        first = self.steps[0].dispatch
+        weights = first.weights
+        return replace(first, weights=replace(weights, free=(*weights.picked, *weights.free)))
+
+    @property
+    def combine(self) -> WeighedSum:
+        """The sum over the slots of all experts."""
+        first = self.steps[0].combine
+        weights = first.weights
+        every = replace(weights, summed=(*weights.picked, *weights.summed))
+        return replace(first, op=self.op, weights=every, flipped=False)
+
+    def experts(self, scope: Scope) -> Family:
+        """Raises NoMatch where the steps are not one kind of experts, one for each choice."""
+        count = size_of(self.steps[0].combine.weights.picked)
+        numbers = [(s.dispatch.weights.index, s.combine.weights.index) for s in self.steps]
+        if numbers != [(number, number) for number in range(len(numbers))]:
+            raise NoMatch(f"its steps weigh the slots and the tokens of experts {numbers}")
+        if len(numbers) != count:
+            raise NoMatch(f"it has {len(numbers)} steps, and weights of {count} experts")
+        tokens = {scope.behind(step.dispatch.values, VIEWS) for step in self.steps}
+        if len(tokens) > 1:
+            raise NoMatch("its steps read different tokens")
+        branches = []
+        for step in self.steps:
+            between = scope.upstream([step.combine.values], step.dispatch.op.outputs)
+            branches.append(read_branch(scope, step.combine.values, between))
+        return family(scope, branches)
+
+
+def soft_loops(scope: Scope) -> Iterator[SoftLoop]:
+    """Sums of products whose weights are picked out of a softmax, each of slots that are too."""
+    for op in scope.graph.ops:
+        if op.name != ADD or adds_on(scope, op):
+            continue
+        steps = [
+            _step(scope, scope.maker(scope.behind(t.value, REARRANGE))) for t in summed(scope, op)
+        ]
+        alike = [step for step in steps if step is not None]
+        if len(alike) > 1 and len(alike) == len(steps) and _of_one_softmax(alike):
+            yield SoftLoop(op, tuple(sorted(alike, key=lambda s: s.combine.weights.index)))
+
+
+def _step(scope: Scope, op: Op | None) -> Step | None:
+    combine = None if op is None else weighed_sum(scope, op)
+    if combine is None or not combine.weights.picked:
+        return None
+    for before in reversed(scope.upstream([combine.values])):
+        dispatch = weighed_sum(scope, before)
+        if dispatch is not None:
+            return Step(dispatch, combine) if dispatch.weights.picked else None
+    return None
+
+
+def _of_one_softmax(steps: Sequence[Step]) -> bool:
+    return len({(s.dispatch.weights.logits, s.combine.weights.logits) for s in steps}) == 1
