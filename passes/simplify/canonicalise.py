@@ -9,7 +9,7 @@ reshape or permute that changes nothing, x * 1, x + 0 of integers, a cat of one 
 dropout at inference            -> their input
 scatter(z, order of a whole axis, 1) -> ones
 reshape(reshape(x))             -> reshape(x)
-x[mask]                         -> x[where the mask is set]
+x[mask], x.masked_scatter(mask) -> x[where the mask is set]
 """
 
 from __future__ import annotations
@@ -189,4 +189,5 @@ _RULES: dict[str, Simplify] = {
     "aten.scatter.value": whole_axis.scatter,
     "aten.index.Tensor": mask_rows.index,
     "aten.index_put.default": mask_rows.put,
+    "aten.masked_scatter.default": mask_rows.scatter,
 }

@@ -2,6 +2,7 @@
 
 x[mask]       -> x[i, j, ..]        with i, j, .. the columns of nonzero(mask)
 x[mask] = y   -> x[i, j, ..] = y
+x.masked_scatter(mask[.., None], y) -> x[i, j, ..] = y   where y has a row for each that is set
 """
 
 from __future__ import annotations
@@ -35,6 +36,37 @@ def put(op: Op, b: Builder) -> Sequence[Value] | None:
     rows = _set_positions(op.inputs[1], values.shape[axis], op, b)
     attrs: dict[str, Attr] = {**op.attrs, "indices": _indices(axis, len(rows))}
     return b.emit(op.name, [x, *rows, values], [op.outputs[0].type], like=op, attrs=attrs)
+
+
+def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
+    """Values [n, D] into the rows that a mask of all their features has, n of them."""
+    x, mask, values = op.inputs
+    rows = _mask_of_rows(mask, x.shape, b)
+    if rows is None or len(values.shape) != 2 or values.shape[1:] != x.shape[-1:]:
+        return None
+    if not any(
+        other.name == "aten.nonzero.default"
+        and other.inputs[0] is rows
+        and other.outputs[0].shape[0] == values.shape[0]
+        for other in b.ops
+    ):
+        return None
+    indices = _set_positions(rows, values.shape[0], op, b)
+    attrs: dict[str, Attr] = {"indices": _indices(0, len(indices))}
+    inputs = [x, *indices, values]
+    return b.emit("aten.index_put.default", inputs, [op.outputs[0].type], like=op, attrs=attrs)
+
+
+def _mask_of_rows(mask: Value, shape: tuple[Dim, ...], b: Builder) -> Value | None:
+    """m where mask = m[.., None], which may be expanded along the features."""
+    maker = b.producers.get(mask)
+    if maker is not None and maker.name == "aten.expand.default":
+        mask = maker.inputs[0]
+        maker = b.producers.get(mask)
+    if mask.shape != (*shape[:-1], 1) or maker is None or maker.name != "aten.reshape.default":
+        return None
+    rows = maker.inputs[0]
+    return rows if rows.shape == shape[:-1] else None
 
 
 def _mask_axis(op: Op, indices: Sequence[Value]) -> int | None:

@@ -26,12 +26,12 @@ def test_sums_are_what_tensors_give(numbers: list[int], data: st.DataObject) -> 
     assert written is not None
     assert offsets.values(numbers) == written.values(numbers) == [0, *ends.values(numbers)]
 
-    place = data.draw(st.integers(-len(numbers), len(numbers) - 1))
-    one, rest = ends.picked(place), ends.picked(slice(place, None))
+    at = data.draw(st.integers(-len(numbers), len(numbers) - 1))
+    one, rest = ends.picked(at), ends.picked(slice(at, None))
     assert one is not None
     assert rest is not None
-    assert one.values(numbers) == tensor.cumsum(0)[place]
-    assert rest.values(numbers) == tensor.cumsum(0)[place:].tolist()
+    assert one.values(numbers) == tensor.cumsum(0)[at]
+    assert rest.values(numbers) == tensor.cumsum(0)[at:].tolist()
 
 
 def test_sums_of_different_counts_are_not_followed() -> None:

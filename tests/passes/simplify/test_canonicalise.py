@@ -48,6 +48,15 @@ CASES = {
     "one value for all of a mask stays": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
     "r: f32[1, 4] = aten.slice.Tensor(x) <dim=0, start=0, end=1>\n"
     "y: f32[T, 4] = aten.index_put.default(x, m, r) <indices=($1)>",
+    "rows scattered by their mask": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
+    "c: bool[T, 1] = aten.unsqueeze.default(m) <dim=1>\n"
+    "r: f32[u0, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
+    "y: f32[T, 4] = aten.masked_scatter.default(x, c, r)",
+    "rows scattered by another mask stay": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
+    "o: bool[T] = aten.gt.Scalar(n) <other=1>\n"
+    "c: bool[T, 1] = aten.unsqueeze.default(o) <dim=1>\n"
+    "r: f32[u0, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
+    "y: f32[T, 4] = aten.masked_scatter.default(x, c, r)",
     "a strided slice stays": "y: f32[T, 4] = aten.slice.Tensor(x) <dim=1, start=0, end=4, step=1>",
 }
 
