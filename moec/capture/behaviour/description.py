@@ -143,6 +143,9 @@ class Constant(_Shown):
     value: object = None
 
 
+PRECISIONS = ("", "scores", "logits")
+
+
 @dataclass(frozen=True)
 class Description(_Shown):
     """`form`: "topk", "given" (the choice is an input), "two levels" (a router over groups, and
@@ -151,7 +154,9 @@ class Description(_Shown):
     `experts` are submodules or, with a `body`, stacked parameters; `source` is what they read.
     `weighs` tells whether weights multiply the "output" of experts or their "input". `log_sum_exp`
     is the logarithm of the weighted sum of exponentials, with `floor` for a sum of zero. `outputs`
-    names each leaf of what the module returns, or holds a constant.
+    names each leaf of what the module returns, or holds a constant. `precision` is what a module
+    of 16 bits computes in float32: nothing, the "scores" of the router and what follows, or its
+    "logits" too.
     """
 
     form: str = "topk"
@@ -167,4 +172,5 @@ class Description(_Shown):
     added: tuple[Added, ...] = ()
     no_network: tuple[NoNetwork, ...] = ()
     capacity: Capacity | None = None
+    precision: str = ""
     outputs: tuple[Output | Constant, ...] = ()

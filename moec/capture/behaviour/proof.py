@@ -13,6 +13,7 @@ from torch import nn
 from moec.capture.behaviour.cases import SCALES, BehaviourCase, cases
 from moec.capture.behaviour.description import Description
 from moec.capture.behaviour.parts import in_float32
+from moec.capture.behaviour.precision import with_precision
 from moec.capture.behaviour.probe import LONGEST, TOLERANCE, Probe, Run, result_leaves, same
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.behaviour.side_outputs import cast_outputs, find_outputs
@@ -70,7 +71,7 @@ def prove(
         for case in itertools.chain(_again(suspect, here), cases(here)):
             compared = _compare(here, block, case)
             runs, overflows = runs + compared, overflows + (not compared)
-    return Proof(description, runs, overflows, probe.longest)
+    return Proof(with_precision(module, probe, description), runs, overflows, probe.longest)
 
 
 def _again(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:

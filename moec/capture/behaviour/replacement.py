@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moec.capture.behaviour.description import Capacity, Constant, Description, NoNetwork, Output
+from moec.capture.behaviour.description import (
+    Capacity,
+    Constant,
+    Description,
+    NoNetwork,
+    Output,
+    Router,
+)
 from moec.capture.behaviour.expert_body import expert_body, stacks
 from moec.capture.behaviour.parts import tensor, walk
 from moec.capture.behaviour.rules import LOSSES, SCORES, Choices, choose
@@ -23,14 +30,31 @@ def router_logits(module: nn.Module, description: Description, flat: torch.Tenso
     """flat[T, D] -> logits[T, C]."""
     router = description.router
     assert router is not None
+    if description.precision == "logits":
+        router = _as_product(module, router)
     rows = walk(module, router.path, flat)
-    if not router.weight:
-        return rows
-    weight = tensor(module, router.weight)
-    weight = weight if weight.shape[-1] == rows.shape[-1] else weight.T
-    if router.cosine:
-        return F.normalize(rows, dim=-1) @ F.normalize(weight, dim=-1).T
-    return F.linear(rows, weight, tensor(module, router.bias) if router.bias else None)
+    if router.weight:
+        weight = tensor(module, router.weight)
+        weight = weight if weight.shape[-1] == rows.shape[-1] else weight.T
+        bias = tensor(module, router.bias) if router.bias else None
+        if description.precision == "logits":
+            rows, weight = rows.float(), weight.float()
+            bias = None if bias is None else bias.float()
+        if router.cosine:
+            rows = F.normalize(rows, dim=-1) @ F.normalize(weight, dim=-1).T
+        else:
+            rows = F.linear(rows, weight, bias)
+    return rows.float() if description.precision else rows
+
+
+def _as_product(module: nn.Module, router: Router) -> Router:
+    """The linear layer at the end of a path as its weight and bias, which can be cast."""
+    last = module.get_submodule(router.path[-1]) if router.path else None
+    if router.weight or not isinstance(last, nn.Linear):
+        return router
+    name = router.path[-1]
+    bias = "" if last.bias is None else f"{name}.bias"
+    return Router(router.path[:-1], f"{name}.weight", bias)
 
 
 def choices(module: nn.Module, description: Description, logits: torch.Tensor) -> Choices:
@@ -90,6 +114,8 @@ class Replacement:
         description = self.description
         rows = walk(self.module, description.source, flat)
         mask, weights = chosen.mask, chosen.weights
+        if description.precision:
+            weights = weights.to(flat.dtype)
         lost = None
         if description.capacity is not None:
             fits = self._fits(x, chosen, description.capacity)
@@ -214,4 +240,4 @@ def shaped(value: torch.Tensor, output: Output, x: torch.Tensor) -> torch.Tensor
     if output.cast:
         return value.to(getattr(torch, output.cast))
     dtype: torch.dtype = getattr(torch, output.dtype)
-    return value if value.is_floating_point() and dtype.is_floating_point else value.to(dtype)
+    return value.to(x.dtype if dtype.is_floating_point else dtype)
