@@ -1,17 +1,17 @@
-"""What outlives a process: one folder of entries, found by a key, for their owner alone.
+"""The cache on disk: one folder of entries with keys, accessible to its owner only.
 
-    $MOEC_CACHE, or moec in the user's cache folder; "off" keeps nothing
+    $MOEC_CACHE, or moec in the user's cache folder; "off" disables it
       objects/KEY     native code of one kernel
       libraries/KEY   native code of one block, or of the products of one stack of weights
-      artifacts/KEY   what `moec compile` made of one checkpoint
-      tunings/KEY     what was measured for one kernel, as JSON
+      artifacts/KEY   the artifact of one checkpoint, by `moec compile`
+      tunings/KEY     the measurements of one kernel, as JSON
 
-Threat model: all but tunings is native code that moec links and runs, and a hash in the
-same file keeps nobody out who can write there. So the folder is believed because it is the
-user's: nothing is read from a folder, or an entry, that belongs to another user or that others
-may write. The hash is against damage: an entry that is cut, changed or misnamed counts as none.
+Threat model: all entries but tunings are native code that moec links and runs, and a hash in the
+same file does not stop anybody who can write there. So the folder is trusted only because it is the
+user's: nothing is read from a folder or entry that belongs to another user or that others may
+write. The hash detects damage: an entry that is truncated, changed or misnamed counts as missing.
 
-A cache that cannot be used costs what it would have saved and one CacheWarning, nothing else.
+If the cache cannot be used, everything is compiled, with one CacheWarning.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CacheWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Store:
-    """Entries in `folder`, at most `limit` bytes in all; None keeps nothing and finds nothing."""
+    """Entries in `folder`, at most `limit` bytes in all; without a folder, nothing is stored."""
 
     folder: Path | None
     limit: int = DEFAULT_LIMIT
@@ -68,7 +68,7 @@ class Entry:
 
 @cache
 def source_version() -> str:
-    """The SHA-256 of moec's source, for entries that any of it may have had a part in."""
+    """The SHA-256 of moec's source, for the keys of entries that depend on all of it."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
@@ -81,7 +81,7 @@ def source_version() -> str:
 
 
 def key_of(*parts: object) -> str:
-    """The SHA-256 of what an entry depends on, as hexadecimal text."""
+    """The SHA-256 of the `parts` that an entry depends on, as hexadecimal text."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = str(part).encode(errors="surrogatepass")
@@ -94,7 +94,7 @@ def key_of(*parts: object) -> str:
 
 
 def default_folder() -> Path | None:
-    """$MOEC_CACHE, None where it is "off", or the folder that the system has for caches."""
+    """$MOEC_CACHE (None if it is "off"), or moec's folder in the system's folder for caches."""
     name = os.environ.get("MOEC_CACHE")
     if name == "off":
         return None
@@ -102,9 +102,9 @@ def default_folder() -> Path | None:
 
 
 def limit() -> int:
-    """The bytes that the folder may hold: $MOEC_CACHE_SIZE, in GiB, or 2 GiB.
+    """The limit of the folder in bytes: $MOEC_CACHE_SIZE, in GiB, or 2 GiB.
 
-    Raises UsageError for what is no positive number.
+    Raises UsageError for anything but a positive number.
     """
     text = os.environ.get("MOEC_CACHE_SIZE") or "2"
     try:
@@ -122,8 +122,8 @@ def default_store() -> Store:
 
 
 def store_in(folder: Path | None) -> Store:
-    """The store in a folder, which is made where it is missing; one that keeps nothing, and a
-    CacheWarning, where the folder or $MOEC_CACHE_SIZE cannot be used."""
+    """The store in a folder, which is created if it is missing. If the folder or $MOEC_CACHE_SIZE
+    cannot be used: a disabled store, and a CacheWarning."""
     if folder is None:
         return Store(None)
     try:
@@ -146,7 +146,7 @@ def _make(folder: Path) -> None:
 
 
 def _private(state: os.stat_result) -> bool:
-    """Whether it is the user's, and nobody else may write it."""
+    """Whether it belongs to the user, and nobody else may write it."""
     if not hasattr(os, "geteuid"):
         return True
     return state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -170,7 +170,7 @@ def _warn(folder: Path, reason: str) -> None:
 
 
 def load(store: Store, kind: str, key: str) -> bytes | None:
-    """What was saved under a key; None where there is nothing, or nothing intact."""
+    """The payload that was saved under a key; None if it is missing or damaged."""
     if store.folder is None:
         return None
     path = store.folder / kind / key
@@ -192,15 +192,15 @@ def load(store: Store, kind: str, key: str) -> bytes | None:
 
 
 def contains(store: Store, kind: str, key: str) -> bool:
-    """Whether something is kept under a key; it may turn out to be damaged."""
+    """Whether an entry exists under a key; it may still be damaged."""
     return store.folder is not None and (store.folder / kind / key).is_file()
 
 
 def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
-    """Keep entries by their keys, then remove those unused for longest beyond the limit.
+    """Store entries by their keys, then evict the least recently used ones beyond the limit.
 
-    Readers and other writers of the same keys see an old entry or a new one, never a part. Where
-    nothing can be written there is a CacheWarning.
+    Readers and other writers of the same keys see an old or a new entry, never a partial one. If
+    nothing can be written, there is a CacheWarning.
     """
     if store.folder is None or not payloads:
         return
@@ -215,7 +215,7 @@ def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
 
 
 def entries(store: Store) -> Iterator[Entry]:
-    """What a store holds. Other processes may add and remove entries meanwhile."""
+    """The entries of a store. Other processes may add and remove entries meanwhile."""
     if store.folder is None:
         return
     for kind in KINDS:
@@ -230,9 +230,9 @@ def entries(store: Store) -> Iterator[Entry]:
 
 
 def clear(store: Store) -> int:
-    """Remove every entry, and what interrupted writers left; how many files that were.
+    """Remove every entry and all files of interrupted writers. Returns the number of files.
 
-    Raises OSError where it cannot.
+    Raises OSError where a file cannot be removed.
     """
     present = [*entries(store)]
     for entry in present:
@@ -241,7 +241,7 @@ def clear(store: Store) -> int:
 
 
 def _header(kind: str, key: str, payload: bytes) -> bytes:
-    """What stands before a payload: its hash, with the name that it was saved under."""
+    """The header of a payload: its hash, which includes its name."""
     digest = hashlib.sha256(f"{kind}/{key}\n".encode())
     digest.update(payload)
     return _MAGIC + digest.digest()
@@ -261,8 +261,8 @@ def _write(path: Path, *parts: bytes) -> None:
 
 
 def _trim(store: Store, newest: set[Path]) -> None:
-    """Remove entries, the one unused for longest first, until `limit` bytes are left; the newest
-    stay whatever their size."""
+    """Evict least recently used entries until at most `limit` bytes are left; the `newest` entries
+    stay, whatever their size."""
     now = time.time()
     present = []
     for entry in entries(store):

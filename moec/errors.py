@@ -1,16 +1,16 @@
-"""What can go wrong, by whose mistake it is. A message names the thing, the rule, the remedy."""
+"""Errors, by whose mistake they are. A message names the thing, the rule, and the remedy."""
 
 from __future__ import annotations
 
 
 class MoecError(Exception):
-    """A mistake that a user can mend. The command line prints it without a traceback."""
+    """An error that a user can correct. The command line prints it without a traceback."""
 
     exit_code = 1
 
 
 class CaptureError(MoecError):
-    """The model cannot be captured as it stands; the message says where and what to change."""
+    """The model cannot be captured; the message says where and what to change."""
 
 
 class UnsupportedError(MoecError):
@@ -36,7 +36,7 @@ class InputError(MoecError):
 
 
 class UsageError(MoecError):
-    """An option or argument is not of the form that the command takes."""
+    """An option or argument has a wrong form or value."""
 
 
 class IRError(Exception):
@@ -44,4 +44,4 @@ class IRError(Exception):
 
 
 class NoMatch(Exception):
-    """A rule looked closely and declined. The reason goes into the report."""
+    """A rule examined a candidate and declined it. The reason goes into the report."""

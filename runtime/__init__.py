@@ -1,1 +1,1 @@
-"""Artifact -> numbers: reading, checking and running; needs no PyTorch."""
+"""Reads, checks and runs artifacts, without PyTorch and without a compiler."""

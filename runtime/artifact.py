@@ -3,17 +3,17 @@
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
     graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
     kernels/lib.so   native code; may be left out and rebuilt from the graph
-    kernels/gpu/*    what it launches on a GPU: kernels.cu, and sm_80.cubin and its like
-    kernels/gpu.so   what launches them, where lib.so is for a CPU: a model for both
-    weights/N.bin    one packed array each, little-endian, mapped where it lies
+    kernels/gpu/*    the GPU kernels that it launches: kernels.cu, and machine code (sm_80.cubin)
+    kernels/gpu.so   the library that launches them, if the model is for a CPU (lib.so) too
+    weights/N.bin    one packed array each, little-endian, memory-mapped
     samples/N.bin    inputs and expected outputs for `moec run --check`
-    tokenizer/*      the tokenizer's files, where the model came with one
+    tokenizer/*      the tokenizer's files, if the model has one
 
-`read` checks the format, the versions, the CPU, and the size and SHA-256 of every part but the
-weights before it answers. Weights can be gigabytes, and SHA-256 does about 1 GB/s a core, so
-they are hashed on all cores, one plain digest an array, when the first of them is asked for;
-`runtime.executor.load` starts that while TVM's runtime loads. No array is handed out before
-all of them are verified, so nothing ever runs on unverified bytes.
+`read` checks the format, the versions, the CPU, and the size and SHA-256 of every part except the
+weights. Weights can be gigabytes, and SHA-256 takes about 1 s per GB and core, so they are hashed
+on all cores, one digest per array, when the first of them is accessed; `runtime.executor.load`
+starts that while TVM's runtime loads. No array is returned before all of them are verified, so
+nothing runs on unverified bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs and the outputs that the compiler's machine gave for them, by the name of the port."""
+    """Inputs, and their outputs on the machine that compiled the model, by port name."""
 
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any]
@@ -61,10 +61,10 @@ class Sample:
 class Artifact:
     """An artifact whose parts have been verified; its weights are verified on first use.
 
-    `package.library` is empty where the native code was left out. `graphs` are the texts of its
+    `package.library` is empty if the native code was left out. `graphs` are the texts of its
     functions, by name. `files` are the parts that were added by name, such as
-    `tokenizer/tokenizer.json`. `for_gpu` is the same model for GPUs, where `package` is for a CPU
-    and it was compiled for both.
+    `tokenizer/tokenizer.json`. `for_gpu` is the model for GPUs, if it was compiled for both and
+    `package` is for a CPU.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class Artifact:
 
 
 class MappedArrays(Mapping[str, Array]):
-    """The arrays of an artifact, mapped; the first access waits until all are verified."""
+    """The memory-mapped arrays of an artifact. The first access waits until all are verified."""
 
     def __init__(
         self,
@@ -107,8 +107,8 @@ class MappedArrays(Mapping[str, Array]):
                 self._verified = True
 
     def check_unchanged(self) -> None:
-        """Raises ArtifactError where the file was written to since it was opened: a weight that
-        was not read yet would be another one."""
+        """Raises ArtifactError where the file was written to since it was opened, as weights that
+        have not been read yet may have changed."""
         for stamp in self._stamps:
             if stamp.changed():
                 raise ArtifactError(
@@ -145,11 +145,11 @@ def write(
     """Write `package` as one file, or as a folder (by default where `path` is a folder already).
 
     `graphs` are the texts of the functions' graphs by name, "main" at least. `files` are further
-    parts by name (`tokenizer/tokenizer.json`); `extra` is kept in the manifest and must be plain
-    JSON. `native=False` leaves the compiled code out; without `overwrite` what exists stays as it
-    is. `for_gpu` is the same model for GPUs, beside a package for a CPU; weights that both read
-    in one layout are stored once. Raises UsageError where `path` holds something that is not an
-    artifact, or is not writable.
+    parts by name (`tokenizer/tokenizer.json`); `extra` is stored in the manifest and must be plain
+    JSON. `native=False` leaves the compiled code out; without `overwrite` an existing artifact is
+    an error. `for_gpu` is the model for GPUs, in addition to a package for a CPU; weights that both
+    read in the same layout are stored once. Raises UsageError where `path` is not an artifact, or
+    not writable.
     """
     path = Path(path)
     parts: dict[str, Buffer] = {graph_part(name): text.encode() for name, text in graphs.items()}
@@ -213,10 +213,10 @@ def write(
 def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None = None) -> Artifact:
     """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
 
-    `native=False` leaves out its code, and so accepts code for another machine or TVM. `signed_by`
-    is the file of a public key that must have signed it. Raises ArtifactError where it is missing,
-    truncated, altered, of another version, for another CPU, or not signed so, and UsageError where
-    the key cannot be used.
+    `native=False` ignores its code, and so accepts code for another machine or TVM. `signed_by` is
+    the file of a public key with which it must be signed. Raises ArtifactError where it is missing,
+    truncated, altered, of another version, for another CPU, or not signed with that key, and
+    UsageError where the key cannot be used.
     """
     path = Path(path)
     container = open_container(path)
@@ -330,7 +330,8 @@ def check_versions(versions: Mapping[str, str]) -> None:
 
 
 def _check_library(path: Path, part: str, library: bytes, machine: str) -> None:
-    """The dynamic loader can crash on a file that is not a library of this machine."""
+    """Raises ArtifactError for a file that is no library of this machine, on which the dynamic
+    loader could crash."""
     if not library or not sys.platform.startswith("linux"):
         return
     elf_machine = _ELF_MACHINES.get(machine)

@@ -1,4 +1,4 @@
-"""What texts keep from one call of `decode` to the next."""
+"""The caches of texts between calls of `decode`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _cache(port: Port, texts: int, room: int, device: Device) -> Cache:
 
 
 def keep(caches: Sequence[Cache], ports: Sequence[Port], after: Sequence[Any]) -> None:
-    """What a call leaves in caches that are not written in place."""
+    """Copy the results of a call to the caches that are not updated in place."""
     for port, cache, result in zip(ports, caches, after, strict=True):
         if not grows(port):
             _copy(result, cache.tensor)

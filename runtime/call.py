@@ -1,4 +1,4 @@
-"""How a compiled model is called, fresh or loaded: arguments by place or by name."""
+"""The call of a compiled model, with positional and keyword arguments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from moec.runtime.package import Function, RouterPorts
 
 Choices: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""For each layer, by name: "experts" [T, k], and "weights" [T, k] where they are known."""
+"""For each layer, by name: "experts" [T, k], and "weights" [T, k] if the routers return them."""
 
 
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs by name. None and flags that the compilation fixed may be repeated as keywords.
+    """The inputs by name. None and flags that are fixed by the compilation are allowed as keywords.
 
-    Raises InputError for one input too many, or given twice.
+    Raises InputError for too many inputs, or an input that is given twice.
     """
     if len(args) > len(names):
         raise InputError(
@@ -39,14 +39,14 @@ def call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """The one output as it is, several as a dict by name."""
+    """The output, or a dict of outputs by name if there are several."""
     outputs = run(bind(names, args, kwargs))
     return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
 
 
 def routers(executor: Executor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choices:
-    """What hoisted routers choose; given some of the inputs that they read, what those choose that
-    need no other. Raises InputError where there are none."""
+    """The choices of the hoisted routers that need no other inputs than the given ones. Raises
+    InputError for a model without hoisted routers."""
     layers = _layers(executor)
     functions = executor.package.functions
     names = [port.name for port in functions[ROUTE].inputs]
@@ -66,7 +66,7 @@ def routers(executor: Executor, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def _parts(functions: Mapping[str, Function], available: set[str]) -> dict[str, list[str]]:
-    """The functions of the routers that need nothing but `available`, with what each takes."""
+    """The functions of the routers that need only the `available` inputs, with their inputs."""
     parts = {
         name: [port.name for port in function.inputs]
         for name, function in functions.items()

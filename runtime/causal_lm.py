@@ -1,4 +1,4 @@
-"""Which ports of a function make it a causal language model, and what to give for them."""
+"""The ports of a function that make it a causal language model, and its inputs for a text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moec.runtime.package import Function, Port
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Which ports of a function are the tokens [B, S] and the logits [B, S, V].
+    """The ports of the tokens [B, S] and the logits [B, S, V] of a function.
 
-    `longest` is the greatest number of tokens that one text may have, None without a limit.
+    `longest` is the greatest number of tokens of a text, None without a limit.
     """
 
     tokens: Port
@@ -66,14 +66,14 @@ def causal_lm(function: Function) -> CausalLM:
             f"exactly {length} tokens; compile it with a dynamic sequence"
         )
     longest = function.sizes.get(length, (0, None))[1]
-    if cached:  # a cache [B, heads, length, width] is full when it is full
+    if cached:  # a text cannot be longer than a cache [B, heads, length, width]
         lengths = [p.shape[2] for p in function.states if len(p.shape) == 4]
         longest = min((n for n in (longest, *lengths) if isinstance(n, int)), default=None)
     return CausalLM(tokens[0], logits[0], extras, cached, longest)
 
 
 def inputs(lm: CausalLM, text: list[int], start: int) -> dict[str, Array]:
-    """Tokens `start` and after, as one batch, with the inputs that follow from their places."""
+    """The tokens from `start` on, as one batch, with the inputs that depend on their positions."""
     positions = np.arange(start, len(text))
     arrays: dict[str, Array] = {}
     for port in (lm.tokens, *lm.extras):

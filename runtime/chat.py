@@ -1,8 +1,8 @@
-"""Chat templates: what was said, as the text that a model was trained to answer.
+"""Chat templates: messages as the text that a model was trained to answer.
 
-A template is a program in Jinja's language that comes with an artifact, which may be a stranger's:
-it runs in Jinja's immutable sandbox, which reaches neither files nor Python. It can still take all
-time. The names that it finds are those of Hugging Face's documentation of chat templates.
+A template is a Jinja program that comes with an artifact, which may be untrusted: it runs in
+Jinja's immutable sandbox, without access to files or Python. It can still run forever. Its
+variables are those of Hugging Face's documentation of chat templates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`tokens` are the special tokens that a template may name, such as bos_token."""
+    """`tokens` are the special tokens that a template may refer to, such as bos_token."""
 
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)

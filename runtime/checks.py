@@ -1,6 +1,6 @@
-"""Whether a call's inputs are what the model takes: one sentence for the first that is not.
+"""Checks of a call's inputs: one sentence for the first wrong input.
 
-Tensors of numpy and of torch are looked at alike, through `dtype`, `shape` and `min`.
+Tensors of numpy and of torch are treated alike, through `dtype`, `shape` and `min`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.runtime.package import Function, Port, Size
 from moec.spelling import did_you_mean
 
 CPU = "cpu"
-_SMALL = 1 << 26  # bytes of outputs below which nobody asks how much memory is free
+_SMALL = 1 << 26  # bytes of outputs below which the free memory is not checked
 
 
 def show_port(port: Port) -> str:
@@ -36,16 +36,16 @@ def check_inputs(
 ) -> dict[str, int]:
     """The values of the named sizes in this call.
 
-    Raises InputError, naming the input, what was given and what is expected: for names, dtypes,
-    ranks, sizes that disagree or lie beyond the bounds, and indices beyond their table. `device`
-    is where the inputs have to lie, as torch names it: cpu, cuda:0.
+    Raises InputError, naming the input, its property and the expected one: for names, dtypes,
+    ranks, sizes that disagree or exceed their bounds, and indices beyond their table. `device` is
+    the device that the inputs must be on (torch's name): cpu, cuda:0.
     """
     _check_names(function, inputs)
     for port in function.inputs:
         _check_type(port, inputs[port.name], device)
     env = _bind(function, inputs)
     for port in function.inputs:
-        # On a GPU the values stay where they are: kernels read no row outside of a table.
+        # On a GPU, values are not checked: kernels read no row outside of a table.
         if port.name in function.index_ranges and device == CPU:
             _check_range(port, inputs[port.name], *function.index_ranges[port.name])
     return env
@@ -87,14 +87,14 @@ def _check_type(port: Port, value: Any, device: str) -> None:
 
 def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
     env: dict[str, int] = {}
-    learned: dict[str, str] = {}  # where each size was first seen
+    learned: dict[str, str] = {}  # the axis that determined each size
     axes = [
         (port, axis, size, int(inputs[port.name].shape[axis]))
         for port in function.inputs
         for axis, size in enumerate(port.shape)
     ]
     named = [axis for axis in axes if not isinstance(axis[2], int)]
-    # A name that stands alone tells its value best; else 2*T does.
+    # Sizes that are a single name come first; only then those such as 2*T determine a name.
     for port, axis, size, length in sorted(named, key=lambda a: sizes.names(a[2]) != {a[2]}):
         solved = sizes.solve(size, length)
         if solved is not None and solved[0] not in env:
@@ -121,7 +121,7 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
             raise InputError(f"{where} {expected}{reason}")
         if len(sizes.names(size)) == 1:
             raise InputError(f"{where} a size of the form {size}")
-        # What depends on several sizes that no axis tells is left to the compiled code's check.
+        # Sizes that no axis determines are checked by the compiled code.
     return env
 
 
@@ -139,8 +139,8 @@ def _check_range(port: Port, value: Any, low: int, high: int) -> None:
 def check_memory(
     function: Function, env: Mapping[str, int], free_memory: Callable[[], int]
 ) -> None:
-    """Raise InputError where the outputs of a call with these sizes are larger than the memory
-    that is free. What is computed on the way comes on top, and is not known here."""
+    """Raise InputError where the outputs of a call with these sizes exceed the free memory.
+    Intermediate values need more, which is not known here."""
     size = 0
     for port in function.outputs:
         shape = [sizes.evaluate(dim, env) for dim in port.shape]
@@ -156,8 +156,8 @@ def check_memory(
 
 
 def free_memory() -> int:
-    """Bytes that a process may still take, by the system and by its control groups; without limit
-    where neither says."""
+    """The bytes that a process may still allocate, by the system and its control groups; unlimited
+    if neither is known."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             entries = dict(line.split(":", 1) for line in lines)

@@ -1,4 +1,4 @@
-"""How far two results lie apart: one number, the same for every check that runs without torch."""
+"""The difference of two results, for checks that run without torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moec.runtime.dtypes import Array
 def difference(got: Array, expected: Array) -> float:
     """The greatest absolute difference over the greatest finite magnitude of `expected`.
 
-    Infinite where shapes or dtypes differ, where infinities or NaN do not stand in the same
-    places, or where whole numbers differ at all.
+    Infinite where shapes or dtypes differ, where infinities or NaN are at different positions, or
+    where integers differ.
     """
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return math.inf

@@ -1,13 +1,13 @@
 """A named set of byte strings on disk: a zip whose members can be mapped, or a folder.
 
-In the zip, members are stored, not compressed, and each starts on a page boundary: padding sits
-in the extra field of its local header. So the whole file is mapped once and a weight is a
-slice of the mapping; nothing is copied and nothing is ever extracted by name. Mappings are
-private: writing to a weight does not reach the file. Writing to the file can reach a mapping, so
-that whoever runs from one asks its `stamps` first.
+In the zip, members are stored, not compressed, and each starts on a page boundary: padding is in
+the extra field of its local header. The file is mapped once and a weight is a slice of the mapping;
+nothing is copied and nothing is extracted by name. Mappings are private: writing to a weight does
+not change the file. Writing to the file may change a mapping, so a caller compares `stamps` before
+each run.
 
-Both forms are written beside their destination and renamed when whole; a failure leaves what
-was there. (A file is swapped in one step; between an old folder and a new one is a short gap.)
+Both forms are written beside their destination and renamed when complete; a failure leaves the old
+artifact. (A file is replaced atomically; replacing a folder leaves a short gap.)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def open_container(path: Path) -> Mapping[str, memoryview]:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether a file was written to since it was mapped."""
+    """The state of a file when it was mapped, to detect later writes."""
 
     path: Path
     inode: tuple[int, int]
@@ -78,8 +78,8 @@ class Stamp:
         return Stamp(path, (state.st_dev, state.st_ino), version)
 
     def changed(self) -> bool:
-        """Whether the file that was mapped has been written to. One that was replaced by another
-        has not: the mapping keeps it."""
+        """Whether the mapped file has been written to. Replacing it by another file is no write:
+        the mapping keeps the old one."""
         try:
             now = Stamp.of(self.path)
         except OSError:
@@ -88,7 +88,7 @@ class Stamp:
 
 
 def stamps(path: Path, names: Iterable[str]) -> tuple[Stamp, ...]:
-    """Those of an artifact's file, or of these parts of its folder."""
+    """The stamps of an artifact's file, or of these parts of its folder."""
     paths = [path / name for name in names] if path.is_dir() else [path]
     return tuple(map(Stamp.of, paths))
 
@@ -101,7 +101,7 @@ def _map(path: Path) -> memoryview:
 
 
 class _Folder(Mapping[str, memoryview]):
-    """Files are mapped when asked for; a name never leads out of the folder."""
+    """A folder whose files are mapped on access. A name cannot refer to a path outside of it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
@@ -157,7 +157,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
 
 
 def _start(content: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
-    """Where the bytes of a member begin, if its local header agrees with the directory."""
+    """The offset of a member's bytes; None if its local header contradicts the directory."""
     at = member.header_offset
     if not 0 <= at <= directory - _LOCAL_HEADER.size:
         return None
@@ -177,11 +177,11 @@ def _sentence(error: Exception) -> str:
 
 @contextmanager
 def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[PartWriter]:
-    """Write the artifact at `path` anew: it appears whole when the block ends without an error.
-    What writers that were killed left beside it is removed.
+    """Replace the artifact at `path`: it is renamed into place when the block ends without an
+    error. Temporary files of killed writers are removed.
 
-    Raises UsageError where `path` holds something that is not an artifact, or anything at all
-    unless `overwrite`, also where another process has written it meanwhile, or cannot be written.
+    Raises UsageError where `path` is not an artifact, exists without `overwrite` (also if another
+    process has written it meanwhile), or cannot be written.
     """
     if path.exists() and not replaceable(path):
         raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
@@ -210,13 +210,13 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
 
 
 def _writer(path: Path) -> str:
-    """How the temporary folders of writers on this machine begin; the process's number follows."""
+    """The prefix of temporary folders of writers on this machine; the process id follows."""
     host = re.sub(r"[^\w-]", "-", platform.node())
     return f".{path.name}.{host}."
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what writers of `path` left whose processes are gone."""
+    """Remove the temporary folders of writers of `path` whose processes have ended."""
     start = _writer(path)
     for folder in path.parent.glob(f"{glob.escape(start)}*"):
         process = folder.name.removeprefix(start).partition(".")[0]
@@ -235,7 +235,7 @@ def _runs(process: int) -> bool:
 
 
 def replaceable(path: Path) -> bool:
-    """Whether what is at `path` may be lost where an artifact is written there."""
+    """Whether writing an artifact may replace what is at `path`."""
     if path.is_dir():
         return (path / "manifest.json").is_file() or not any(path.iterdir())
     if not path.is_file():

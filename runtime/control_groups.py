@@ -1,4 +1,4 @@
-"""The control groups that a process is in, as folders of files that tell its limits."""
+"""The control groups of a process, as folders of files with its limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def group_folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """The folders of the groups in which a controller, such as cpu or memory, limits the process,
-    and of those above them, of versions 1 and 2. A container may see its own group as the root."""
+    """The folders of the groups of versions 1 and 2 in which a controller, such as cpu or memory,
+    limits the process, and of their ancestors. A container may see its own group as the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

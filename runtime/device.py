@@ -1,4 +1,4 @@
-"""Where a model runs: on the CPU, or on a GPU ("cuda", which is the first one, or "cuda:1")."""
+"""The device of a model: the CPU, or a GPU ("cuda", which is the first one, or "cuda:1")."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CPU, CUDA = "cpu", "cuda"
 
 
 class Device(Protocol):
-    """What an executor asks of the device that it runs on. Tensors are TVM's.
+    """The interface of a device for an executor. Tensors are TVM tensors.
 
-    `takes` is where a call's inputs have to lie, as torch names devices.
+    `takes` is the device of a call's inputs (torch's name).
     """
 
     @property
@@ -39,7 +39,7 @@ class Device(Protocol):
 
 
 class Cpu:
-    """Everything lies where it is."""
+    """The CPU: no tensor is moved."""
 
     kind = takes = CPU
 
@@ -48,7 +48,7 @@ class Cpu:
         return open_library(package.library, package.functions)
 
     def reserve(self, size: int) -> None:
-        """The system lends memory as it is touched."""
+        """Nothing: the system provides memory on first access."""
 
     def free_memory(self) -> int:
         """Bytes."""
@@ -63,25 +63,24 @@ class Cpu:
         return tensor
 
     def arguments(self, tensors: Sequence[Any]) -> list[Any]:
-        """What came in, on this device."""
+        """The inputs of a call, on this device."""
         return list(tensors)
 
     def results(self, tensors: Sequence[Any]) -> list[Any]:
-        """What goes out, where the caller wants it."""
+        """The results of a call, on the caller's device."""
         return list(tensors)
 
     def running(self) -> AbstractContextManager[Any]:
-        """Around each call."""
+        """The context of each call."""
         return nullcontext()
 
     def refusal(self, line: str) -> MoecError:
-        """For what compiled code said."""
+        """The error for a message of compiled code."""
         return InputError(f"the compiled code does not take these inputs: {line}")
 
 
 def device_of(name: str, *, copies: bool = False) -> Device:
-    """The device of that name. `copies`: inputs for a GPU lie in memory of the CPU, and results
-    are to lie there.
+    """The device of that name. With `copies`, inputs and results of a GPU are in CPU memory.
 
     Raises UsageError for another name.
     """
@@ -96,12 +95,12 @@ def device_of(name: str, *, copies: bool = False) -> Device:
 
 
 def default_device(package: Package, *, copies: bool = False) -> Device:
-    """Where the code of a package runs unless it is said; `copies` as of `device_of`."""
+    """The default device for the code of a package; `copies` as in `device_of`."""
     return device_of(_kind(package), copies=copies)
 
 
 def only_for(opened: Artifact, device: Device) -> Artifact:
-    """The artifact with its code for the device alone. Raises ArtifactError where it has none."""
+    """The artifact with only its code for the device. Raises ArtifactError where it has none."""
     for package in (opened.package, opened.for_gpu):
         if package is not None and _kind(package) == device.kind:
             return replace(opened, package=package, for_gpu=None)

@@ -1,4 +1,4 @@
-"""The dtypes of the IR as numpy holds them; bf16 is numpy's by way of ml_dtypes."""
+"""The dtypes of the IR as numpy dtypes; bf16 comes from ml_dtypes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Runs a compiled model: weights bound once, states kept between calls.
+"""Runs a compiled model: weights are bound once, states are kept between calls.
 
-Torch tensors in, torch tensors out; else numpy. Neither is copied where its memory is as the
-kernels need it: contiguous, and aligned to 64 bytes.
+Torch tensors give torch tensors; all other inputs give numpy arrays. Inputs that are contiguous and
+aligned to 64 bytes are not copied.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def load(path: Path | str) -> Executor:
 
 
 def start(opened: Artifact, device: Device | None = None) -> Executor:
-    """As `load`, for an artifact that was read before; on the CPU unless `device` says otherwise,
-    or on the first GPU where there is code for GPUs alone."""
+    """As `load`, for an artifact that has been read. The default device is the CPU, or the first
+    GPU if the artifact has code for GPUs only."""
     device = device or default_device(opened.package)
     opened = only_for(opened, device)
     with ThreadPoolExecutor(1) as pool:
@@ -68,7 +68,7 @@ def start(opened: Artifact, device: Device | None = None) -> Executor:
 
 @dataclass(eq=False)
 class _Entry:
-    """A function of the library with its signature, and the weights that it is bound to."""
+    """A function of the library with its signature and its bound weights."""
 
     signature: Function
     function: Any
@@ -90,10 +90,9 @@ if hasattr(os, "register_at_fork"):
 class Executor:
     """A model ready to run. Safe to call from several threads: calls take turns.
 
-    A process that was forked has none of the threads that kernels share work with. The pool
-    (pool.py) starts others; TVM's, which some libraries use, would wait for ever. TVM has such
-    threads for each thread that calls it: so in a forked process a thread of its own calls the
-    functions.
+    A forked process has none of the worker threads of kernels. The pool (pool.py) starts new ones;
+    TVM's pool, which some libraries use, would deadlock. As TVM has a pool for each calling thread,
+    a forked process calls the functions from a new thread.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class Executor:
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
-        """Run with these weights, by name and packed as the package's are, from now on."""
+        """Replace the weights, by name and packed like those of the package."""
         if arrays is not self.package.arrays:
             self._mapped = None
         with self._lock:
@@ -150,7 +149,7 @@ class Executor:
                 entry.params = [tensors[port.name] for port in entry.signature.params]
 
     def reset(self) -> None:
-        """Put every state back to what it starts from."""
+        """Reset every state to its initial content."""
         states = {}
         for name, port in self.package.states.items():
             if port.initial:
@@ -173,7 +172,7 @@ class Executor:
             self._recorder = None
 
     def number_requests(self, count: int) -> Array:
-        """The numbers i32[count] of the next requests, which traces tell apart by them."""
+        """The numbers i32[count] of the next requests, which identify them in traces."""
         with self._lock:
             first, self._requests = self._requests, self._requests + count
         return np.arange(first, first + count, dtype=np.int32)
@@ -181,11 +180,10 @@ class Executor:
     def __call__(
         self, inputs: Mapping[str, Any], function: str = MAIN, caches: Sequence[Cache] = ()
     ) -> dict[str, Any]:
-        """The outputs of a function by name, of the kind of the inputs; `caches`, those of its
-        signature, are written.
+        """The outputs of a function by name, as torch tensors or numpy arrays like the inputs.
+        `caches`, in the order of the signature, are updated.
 
-        Raises InputError, before anything runs, where an input is not what the function takes,
-        or the model has no such function.
+        Raises InputError, before anything runs, for a wrong input or an unknown function.
         """
         if function not in self._entries:
             names = ", ".join(self._entries)
@@ -196,7 +194,7 @@ class Executor:
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs], caches)
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """As a call of `main`, for inputs in the order of its ports that were checked before."""
+        """Call `main` with inputs in the order of its ports, without checking them."""
         return self._call(self._main, inputs)
 
     def _call(
@@ -231,7 +229,7 @@ class Executor:
     def _returned(
         self, results: Sequence[Any], ports: Sequence[Port], shared: Sequence[Any], torch: Any
     ) -> dict[str, Any]:
-        """Results as the caller gets them: in memory that is not `shared`, nor a weight's."""
+        """Results for the caller, copied if their memory is `shared` or a weight's."""
         addresses = [tensor.data_ptr() for tensor in shared]
         returned = {}
         for port, result in zip(ports, results, strict=True):
@@ -243,11 +241,11 @@ class Executor:
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
-        """Logits f32[B, V] of the function `decode`, which writes into `caches`.
+        """Logits f32[B, V] of the function `decode`, which updates `caches`.
 
-        `counts` are input_ids, first, rows and last, all i64 and within their bounds: the
-        caller has seen to that. `requests` i32[B] are the numbers of the texts, and `lengths`
-        i64[B] says how many of the S tokens of each are no padding: for recordings.
+        `counts` are input_ids, first, rows and last, all i64; the caller must ensure that they are
+        within their bounds. For recordings, `requests` i32[B] are the numbers of the texts, and
+        `lengths` i64[B] the number of tokens of each that are no padding.
         """
         held = [cache.tensor for cache in caches]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
@@ -272,7 +270,7 @@ class Executor:
         return caches_of(self.package.functions[DECODE].caches, texts, room, self._device)
 
     def states(self) -> dict[str, Array]:
-        """Copies of what the states hold now, by name."""
+        """Copies of the current contents of the states, by name."""
         with self._lock:
             ports = self.package.states
             return {n: to_numpy(value, ports[n]).copy() for n, value in self._states.items()}
@@ -280,9 +278,8 @@ class Executor:
 
 @contextmanager
 def _refusals(device: Device) -> Iterator[None]:
-    """Raises InputError for what compiled code says of arguments that it does not take: of sizes
-    that no axis tells, or where a forged manifest describes another function; and what a device
-    says of its own failures."""
+    """Raises InputError where compiled code refuses its arguments (for sizes that no axis
+    determines, or after a forged manifest), and the device's own error where it fails."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:

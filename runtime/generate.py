@@ -1,8 +1,8 @@
 """Text generation with a compiled causal language model.
 
-Where the model has the function `decode`, a prompt goes in once and then one token at a time. A
-model that keeps a cache of its own, as it was captured, is fed through it. Any other
-runs the whole text again for each token; `slow` says why.
+If the model has the function `decode`, the prompt is processed once, then one token at a time. A
+model that was captured with a cache uses it. Any other model processes the entire text for each
+token; `slow` returns the reason.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from moec.runtime.sampling import GREEDY, Sampling, choose
 from moec.runtime.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
-"""Adds tokens to each text, and gives the logits f32[texts, V] after the last of each."""
+"""Appends tokens to each text, and returns the logits f32[texts, V] after the last of each."""
 
 
 @runtime_checkable
 class Whole(Protocol):
-    """What runs a text as a whole: an Executor."""
+    """Runs an entire text in one call: an Executor."""
 
     def reset(self) -> None:
-        """Begin with the caches that the model was captured with."""
+        """Reset the caches to those that the model was captured with."""
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Any]:
         """The outputs of `main`, by name."""
@@ -37,7 +37,7 @@ class Whole(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: at most `most` new tokens a text, until one of `stop` is drawn."""
+    """A request for at most `most` new tokens per text, until one of `stop` is drawn."""
 
     most: int = 64
     sampling: Sampling = GREEDY
@@ -51,13 +51,13 @@ class Request:
 
 
 def slow(executor: Decoder) -> str:
-    """Why each token takes a run over the whole text; empty where it does not."""
+    """The reason why each token takes a run over the entire text; "" if it does not."""
     package = executor.package
     return "" if package.generation or package.main.states else package.no_generation
 
 
 def longest_of(executor: Decoder) -> int | None:
-    """How many tokens a text may have; None where there is no limit."""
+    """The greatest number of tokens of a text; None without a limit."""
     generation = executor.package.generation
     return generation.longest if generation else causal_lm(executor.package.main).longest
 
@@ -65,10 +65,10 @@ def longest_of(executor: Decoder) -> int | None:
 def generate(
     executor: Decoder, prompts: Sequence[Sequence[int]], request: Request
 ) -> Iterator[tuple[int | None, ...]]:
-    """The next token of each text, again and again; None for a text that has ended.
+    """Iterates over the next tokens of all texts; None for a text that has ended.
 
-    A text ends with a token of `stop`, after `most` tokens, or where the model takes no more.
-    Raises InputError where a prompt is empty or longer than the model takes.
+    A text ends with a token of `stop`, after `most` tokens, or at the model's greatest length.
+    Raises InputError where a prompt is empty or longer than that.
     """
     _check(executor, prompts)
     limit = longest_of(executor)
@@ -126,7 +126,7 @@ def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Fee
 def _whole(
     executor: Whole, lm: CausalLM, texts: list[list[int]], tokens: Sequence[Sequence[int]]
 ) -> Array:
-    """Runs each text from its start, or from where the model's own cache ends."""
+    """Runs each text from its start, or from the end of the model's own cache."""
     rows: list[Array] = []
     for text, new_tokens in zip(texts, tokens, strict=True):
         start = len(text) if lm.cached else 0

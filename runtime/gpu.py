@@ -1,7 +1,7 @@
-"""A model on a GPU: its kernels are joined to the library that launches them when it is loaded.
+"""A model on a GPU: its kernels are linked to the library that launches them when it is loaded.
 
-TVM's runtime takes the machine code as it is, with what each launch gives to a kernel. Nothing of
-CUDA is loaded before a package with kernels is opened for a GPU.
+TVM's runtime takes the machine code, with a description of the arguments of each launch. CUDA is
+not loaded before a package with GPU kernels is opened for a GPU.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CUDART = "libcudart.so.13"  # what TVM's runtime is linked with
 class GpuDevice:
     """The GPU of that index, as `moec.runtime.device.Device`.
 
-    Calls take tensors of torch on this GPU and give such, without a copy, on torch's stream. With
-    `copies` they take what lies in memory of the CPU and give such, and need no torch.
-    `memory` is the type of the device as DLPack numbers it.
+    Calls take torch tensors on this GPU and return such, without a copy, on torch's stream. With
+    `copies` they take and return arrays in CPU memory, and need no torch. `memory` is the device
+    type of DLPack.
     """
 
     index: int = 0
@@ -84,7 +84,7 @@ class GpuDevice:
         return context
 
     def refusal(self, line: str) -> MoecError:
-        """A failure of CUDA is no mistake of the caller's, unless there was too much to do."""
+        """A TargetError for a failure of CUDA, an InputError if the call needs too much memory."""
         if "out of memory" in line:
             return InputError(
                 f"GPU {self.index} has too little memory for this call: give fewer or shorter "
@@ -96,7 +96,7 @@ class GpuDevice:
 
 
 def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
-    """What imports the kernels into a library, for the GPU of that index.
+    """A function that imports the kernels into a library, for the GPU of that index.
 
     Raises TargetError, in one sentence, where this machine cannot run them, ArtifactError where
     machine code is not that of the kernels.
@@ -113,7 +113,7 @@ def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
 
 
 def arch_for(code: GpuCode, index: int) -> str:
-    """The newest architecture of those compiled for that the GPU runs. Raises TargetError."""
+    """The newest compiled architecture that the GPU runs. Raises TargetError if there is none."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
@@ -137,13 +137,14 @@ def arch_for(code: GpuCode, index: int) -> str:
 
 
 def _major(version: str) -> int:
-    """A driver runs the code of every toolkit of its major version, CUDA Compatibility, 2."""
+    """The major version: a driver runs code of every toolkit of its major version (NVIDIA, CUDA
+    Compatibility, section 2)."""
     return int(version.partition(".")[0])
 
 
 @cache
 def _load_runtime() -> None:
-    """TVM's runtime for CUDA, into the process, with the CUDA runtime of a wheel where there is
+    """Load TVM's runtime for CUDA into the process, with the CUDA runtime of a wheel if there is
     one. Raises TargetError where it does not load."""
     ffi = tvm_ffi()
     for folder in nvidia.wheels():
@@ -164,7 +165,7 @@ def _load_runtime() -> None:
 
 
 def copied_to(tensor: Any, memory: int, index: int) -> Any:
-    """The same numbers in memory of that type, as DLPack numbers it, of the device `index`."""
+    """A copy of the tensor in memory of that type (DLPack's device types), on device `index`."""
     ffi = tvm_ffi()
     allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
     copy = allocate(ffi.Shape(tensor.shape), tensor.dtype, ffi.Device(memory, index), None)

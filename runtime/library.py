@@ -1,8 +1,8 @@
-"""TVM's runtime without TVM's compiler, and native code opened with it.
+"""Loads TVM's runtime without its compiler, and opens native code with it.
 
-Only `tvm_ffi` and two small libraries are loaded: importing `tvm` itself would read 260 MB
-and take a second. `tvm_ffi` imports torch wherever it is installed, which takes another; so
-torch is kept out of that import, unless the process has it already.
+Only `tvm_ffi` and two small libraries are loaded: importing `tvm` would read 260 MB and take a
+second. `tvm_ffi` imports torch if it is installed, which takes another second; so that import is
+blocked, unless the process has imported torch already.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def open_library(
 ) -> dict[str, Any]:
     """The functions of a compiled model, by name.
 
-    `kernels` imports what the library launches into the module that it is given; they run on the
-    `device`, as DLPack numbers its type and its index.
-    Raises ArtifactError where the library does not load, or lacks one of them.
+    `kernels` imports the GPU kernels that the library launches into the module that it is given;
+    they run on `device`, DLPack's device type and index. Raises ArtifactError where the library
+    does not load, or lacks one of the functions.
     """
     if not library:
         raise ArtifactError("the artifact holds no native code; run it with --rebuild")
@@ -77,7 +77,7 @@ def open_kernels(library: Path | bytes) -> Any:
 
 
 def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
-    """Bytes pass through a private file that is gone when this returns."""
+    """Open a library. Bytes are written to a private temporary file, which is then removed."""
     if isinstance(library, Path):
         return opened(library)
     with temporary_folder(len(library)) as folder:
@@ -88,7 +88,7 @@ def _from_path(library: Path | bytes, opened: Callable[[Path], Any]) -> Any:
 
 def _module(path: Path) -> Any:
     try:
-        # Unloaded with the last function of it; kept alive, each load would stay mapped for ever.
+        # Unloaded with its last function. If it were kept alive, each load would stay mapped.
         return tvm_ffi().load_module(str(path), keep_module_alive=False)
     except (RuntimeError, ValueError, OSError) as error:
         raise _damaged(error) from error

@@ -1,8 +1,8 @@
-"""manifest.json: what an artifact says about itself, before any other part is looked at.
+"""manifest.json: the description of an artifact, which is read before any other part.
 
-It lists every part with its size and SHA-256, and carries its own SHA-256, taken over the
-rest of it in canonical form. The digests find damage, not malice: an artifact is native code,
-and a stranger's is no safer than a stranger's program (`moec run --rebuild` leaves the code out).
+It lists every part with its size and SHA-256, and contains a SHA-256 of itself in canonical form.
+The digests detect damage, not malice: an artifact is native code, and an untrusted one is as
+dangerous as any untrusted program (`moec run --rebuild` ignores the code).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """Inputs and the outputs that the compiler's machine gave for them, by the name of the port."""
+    """Inputs, and their outputs on the machine that compiled the model, by port name."""
 
     inputs: Mapping[str, Stored]
     outputs: Mapping[str, Stored]
@@ -68,9 +68,9 @@ class StoredSample:
 
 @dataclass(frozen=True)
 class Variant:
-    """The same model for GPUs, where `Manifest.package` is for a CPU: without arrays and code.
+    """The same model for GPUs, if `Manifest.package` is for a CPU: without arrays and code.
 
-    `arrays` are packed as its kernels want them; those that both pack alike are one part.
+    `arrays` are packed for its kernels; arrays that both pack alike are one part.
     """
 
     package: Package
@@ -79,10 +79,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`package` is without its arrays and code: `arrays` says where the former are.
+    """`package` is without its arrays and code; `arrays` maps the arrays to parts.
 
-    `tolerance` is the greatest relative difference that `moec run --check` accepts; `extra`
-    is what the compiler wants to remember: passes, blocks, the report.
+    `tolerance` is the greatest relative difference that `moec run --check` accepts; `extra` is data
+    of the compiler: passes, blocks, the report.
     """
 
     package: Package
@@ -120,7 +120,7 @@ def _without_parts(manifest: Manifest) -> Manifest:
 
 
 def _bare(package: Package) -> Package:
-    """Without what other parts hold."""
+    """The package without the data that other parts hold."""
     gpu = package.gpu and replace(package.gpu, parts={})
     return replace(package, arrays={}, library=b"", gpu=gpu)
 
@@ -165,7 +165,7 @@ def load(content: bytes | memoryview) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """The rules that the rest of the runtime relies on, kept even by a forged manifest."""
+    """Raises ValueError where a (forged) manifest breaks a rule that the runtime relies on."""
     sampled = [a for s in manifest.samples for a in (*s.inputs.values(), *s.outputs.values())]
     variants = [Variant(manifest.package, manifest.arrays)]
     if manifest.for_gpu is not None:

@@ -1,9 +1,9 @@
-"""How many bytes the control groups of a process let it take besides those that it has.
+"""The memory that the control groups of a process allow it to allocate, in bytes.
 
-A container with `--memory 2g` on a host of 64 GB sees the free memory of the host, and is ended by
-the system where it takes more than its own. Version 2 of control groups has the limit in memory.max
+A container with `--memory 2g` on a host of 64 GB sees the free memory of the host, and is killed by
+the system if it takes more than its limit. Version 2 of control groups has the limit in memory.max
 (Linux, Documentation/admin-guide/cgroup-v2.rst), version 1 in memory.limit_in_bytes
-(Documentation/admin-guide/cgroup-v1/memory.rst). That of a group holds for all below it.
+(Documentation/admin-guide/cgroup-v1/memory.rst). A group's limit applies to all groups below it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _VERSIONS = (
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-"""Files with the limit and with what is used, and how entries of memory.stat begin."""
+"""The files with the limit and the usage, and the prefix of entries of memory.stat."""
 
 
 def free_in_groups(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
-    """Bytes; infinity where there is no limit, or none is told. Pages of files count as free."""
+    """Bytes; infinity if there is no limit, or it is unknown. Cached file pages count as free."""
     folders = group_folders("memory", root, membership)
     return min((_free(folder) for folder in folders), default=math.inf)
 

@@ -1,8 +1,8 @@
-"""numpy's .npy and .npz, read strictly: plain numbers, of which a file has as many as it says.
+"""A strict reader of numpy's .npy and .npz: numbers only, exactly as many as the header declares.
 
 The format is that of `numpy.lib.format`: a magic number, a version, and the literal of a dict with
-dtype, order of the axes and shape. numpy's own reader unpickles where it is asked to, and takes
-dtypes that no model does; what is wrong with a file it says in a dozen kinds of exceptions.
+dtype, order of the axes and shape. numpy's own reader can unpickle, accepts dtypes that no model
+takes, and reports errors by a dozen kinds of exceptions.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from moec.runtime.checks import free_memory
 from moec.runtime.dtypes import Array
 
 _MAGIC = b"\x93NUMPY"
-_LONGEST = 1000  # characters of a header; what a stranger writes nests no deeper than that
+_LONGEST = 1000  # characters of a header, which also limits the nesting of an untrusted one
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|V2)")  # V2: bf16, see tensor_files
 _KEYS = {"descr", "fortran_order", "shape"}
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def read_npy(path: Path) -> Array:
-    """The array in a .npy. Raises ValueError, in words, where there is none that a model takes."""
+    """The array in a .npy. Raises ValueError with the reason for any other content."""
     with path.open("rb") as file:
         return _array(file, path.stat().st_size)
 

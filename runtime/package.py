@@ -1,22 +1,22 @@
-"""What codegen hands to the runtime: data only, importable without TVM and without torch.
+"""The interface from codegen to the runtime: data only, importable without TVM and torch.
 
 The library holds a VM function for each of `Package.functions`:
 
     name(inputs..., states..., caches..., params...) -> (outputs..., states..., caches...)
 
-in the order of its ports. A port of dtype c64 crosses as f32 with a last axis of 2: real part,
-imaginary part. `main` is the model as it was captured. The other names have these meanings:
+in the order of its ports. A port of dtype c64 is passed as f32 with a last axis of 2: real part,
+imaginary part. `main` is the model as it was captured. The other functions are:
 
     decode(input_ids[B, S], first[B], rows[B], last[B], caches..., params...) -> logits, caches
-        The next S tokens of B texts, of which first[b] tokens came before. The logits [B, 1, V]
-        are those of row rows[b] of the B*S, which is token last[b] of its text. Nothing is
-        checked inside: first[b] + S is at most the caches' length and `Generation.longest`.
+        The next S tokens of B texts, after first[b] earlier tokens. The logits [B, 1, V] are those
+        of row rows[b] of the B*S rows, which is token last[b] of its text. The function checks
+        nothing: first[b] + S must be at most the caches' length and `Generation.longest`.
     route(inputs..., params...) -> outputs
         The routers that read no hidden state, from the inputs that they need.
     route_part_N(inputs..., params...) -> some outputs of route
-        Where they need different inputs: those that need the same ones, from these alone.
+        If routers need different inputs: the routers that need these inputs.
     routed(inputs..., outputs of route..., states..., params...) -> outputs of main
-        The model with the choices of its hoisted routers given.
+        The model, with the choices of its hoisted routers as inputs.
     recorded, recorded_decode
         `main` and `decode` with the choices [T, k] of every layer of `Package.recorded` as further
         outputs, the last ones.
@@ -46,7 +46,7 @@ def route_part(number: int) -> str:
 
 @dataclass(frozen=True)
 class Port:
-    """One tensor that crosses the border of a compiled function."""
+    """One tensor that is passed to or from a compiled function."""
 
     name: str
     dtype: str  # as in the IR: f32 f16 bf16 f64 i64 i32 i16 i8 u8 bool c64
@@ -55,7 +55,7 @@ class Port:
 
 @dataclass(frozen=True)
 class StatePort(Port):
-    """A buffer that lives between calls; `initial` names the array that it starts from."""
+    """A buffer that persists between calls; `initial` names the array with its first content."""
 
     initial: str = ""  # empty: zeros
 
@@ -64,10 +64,10 @@ class StatePort(Port):
 class Function:
     """The signature of one function of the library.
 
-    `states` are held by the executor from call to call, and functions whose states have one name
-    share them; `caches` are held by the caller, one set for each set of texts. `sizes` are the
-    bounds of the named sizes (low, high or None). `index_ranges` are the values that an input may
-    hold (low, high inclusive) because they look up rows of a table.
+    `states` are held by the executor between calls; functions share states of the same name.
+    `caches` are held by the caller, one set for each set of texts. `sizes` are the bounds of the
+    named sizes (low, high or None). `index_ranges` are the allowed values (low, high inclusive) of
+    inputs that look up rows of a table.
     """
 
     inputs: tuple[Port, ...] = ()
@@ -86,10 +86,10 @@ class Function:
 
 @dataclass(frozen=True)
 class Generation:
-    """What `decode` needs to continue text.
+    """The properties of a model that continues text.
 
-    Token ids are below `vocabulary`. A text has at most `longest` tokens, None meaning no limit.
-    `stop` are the tokens that end a text, as the model's own configuration has them.
+    Token ids are below `vocabulary`. A text has at most `longest` tokens (None: no limit). `stop`
+    are the tokens that end a text, from the model's configuration.
     """
 
     vocabulary: int
@@ -98,8 +98,8 @@ class Generation:
 
 
 def grows(cache: Port) -> bool:
-    """Whether a cache [B, heads, L, width] of keys or values has a slot for each token. Any other
-    is carried from token to token, zeros at first: then every token counts, padding too."""
+    """Whether a cache [B, heads, L, width] has a slot for each token, as keys and values do. Any
+    other cache is a recurrent state, which starts with zeros and which padding would change."""
     return len(cache.shape) == 4 and isinstance(cache.shape[2], str)
 
 
@@ -110,8 +110,8 @@ def carries(decode: Function) -> bool:
 
 @dataclass(frozen=True)
 class RouterPorts:
-    """A layer with the outputs of `route` that hold its experts [T, k] and weights [T, k]; no
-    name for weights that it does not have, or that only its rows determine."""
+    """A layer with the outputs of `route` that hold its experts [T, k] and weights [T, k]; the name
+    of the weights is empty if it has none, or if they depend on the rows."""
 
     layer: str
     experts: str
@@ -128,8 +128,8 @@ class RecordedLayer:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of a GPU: the types of its arguments as TVM names them, and what each launch gives
-    after them: `blockIdx.x` and its like, bytes of dynamic shared memory."""
+    """A GPU kernel: the types of its arguments (TVM's names), and the launch parameters that follow
+    them: `blockIdx.x` and others, bytes of dynamic shared memory."""
 
     name: str
     arguments: tuple[str, ...]
@@ -138,9 +138,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class GpuCode:
-    """The kernels that a library launches. `target` is their name of moec (cuda:sm_80,sm_90a);
-    `parts` are the CUDA C (kernels.cu), and machine code by architecture (sm_80.cubin), made by
-    that version of the CUDA `toolkit`."""
+    """The kernels that a library launches. `target` is the name of their target
+    (cuda:sm_80,sm_90a); `parts` are the CUDA C (kernels.cu) and the machine code for each
+    architecture (sm_80.cubin), compiled by this version of the CUDA `toolkit`."""
 
     target: str
     launches: tuple[Launch, ...]
@@ -150,8 +150,8 @@ class GpuCode:
 
 @dataclass(frozen=True)
 class BuiltLibrary:
-    """What a backend makes of a module: a shared library for a CPU (empty: no code), and the
-    kernels that it launches, where they are not in it."""
+    """The output of a backend: a shared library for a CPU (empty: no code), and the GPU kernels
+    that it launches."""
 
     host: bytes = b""
     gpu: GpuCode | None = None
@@ -161,14 +161,13 @@ class BuiltLibrary:
 class Package:
     """A compiled model.
 
-    `arrays` are what the params of all functions are bound to, by name: packed, bf16 as
-    ml_dtypes.bfloat16, memory-mapped where that can be. `kernels` pairs the origin of an op in
-    the model with the kernel that computes it; `refusals` are the origin and the name of each op
-    that became a plain loop though there are kernels for such ops, and why. `notes` are sentences
-    for the report. `generation` is None where there is no `decode`, and `no_generation` says why.
-    `routers` are the layers whose choices `route` gives, `recorded` those whose choices can be
-    recorded. `tunings` are the values of kernels that were tuned, by the kernel's key. `gpu`
-    are the kernels that the library launches, where they are not in it.
+    `arrays` are the weights of all functions, by param name: packed, bf16 as ml_dtypes.bfloat16,
+    memory-mapped if possible. `kernels` pairs the origin of an op in the model with the kernel that
+    computes it; `refusals` holds the origin and name of each op that became a plain loop although
+    its kind has kernels, and the reason. `notes` are sentences for the report. `generation` is None
+    without `decode`, for the reason `no_generation`. `routers` are the layers whose choices `route`
+    returns, `recorded` the layers whose choices can be recorded. `tunings` are the values of tuned
+    kernels, by the kernel's key. `gpu` holds the GPU kernels that the library launches.
     """
 
     target: CpuNeeds
@@ -191,7 +190,7 @@ class Package:
 
     @property
     def target_name(self) -> str:
-        """What the model was compiled for: GPUs where it has kernels for them, else a CPU."""
+        """The target: GPUs if the model has kernels for them, else a CPU."""
         return self.gpu.target if self.gpu else self.target.name
 
     @property

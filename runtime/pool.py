@@ -1,11 +1,12 @@
-"""Parallel loops of all loaded libraries share one pool of threads, that of codegen/cpu/pool.c.
+"""Parallel loops of all loaded libraries share one pool of threads, codegen/cpu/pool.c.
 
-TVM's pool gives each of its threads one task of a loop and waits for all of them. Where another
-process keeps a core busy, that is for as long as the system lets the other process run, and every
-loop waits anew. In ours, whoever runs claims the next task.
+TVM's pool gives each of its threads one task of a loop and waits for all of them. If another
+process keeps a core busy, each loop waits until the system preempts that process. In this pool, a
+thread that runs claims the next task.
 
-Each library carries the pool's code, since a process that only runs models has no compiler. The
-first one that is loaded gives it to all, and is never unloaded: its threads are in it.
+Each library contains the pool's code, since a process that only runs models has no compiler. The
+first library that is loaded provides the pool for all, and is never unloaded, as its threads run
+its code.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 NAME = "moec_pool_1"
-"""What a library calls its pool; another pool, or another way to use it, has another number."""
+"""The symbol of a library's pool. The number changes with the pool or its interface."""
 _POOLS: dict[str, ctypes.CDLL] = {}
 
 
 def share_pool(module: Any, path: Path) -> None:
     """Let the loops of a library, the `module` that was loaded from `path`, use the pool.
 
-    Those of a library without one (compiled by an older moec, or not for Linux) use TVM's; so do
-    all where TVM_BIND_THREADS asks for threads that are tied to cores.
+    A library without a pool (compiled by an older moec, or not for Linux) uses TVM's; so do all
+    libraries where TVM_BIND_THREADS requests threads that are bound to cores.
     """
     if os.environ.get("TVM_BIND_THREADS") == "1" or not module.implements_function(NAME):
         return
@@ -39,7 +40,7 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def connected(pool: ctypes.CDLL) -> ctypes.CDLL:
-    """A pool that has the functions it needs."""
+    """Gives a pool the functions of TVM that it calls."""
     import tvm_ffi
 
     process, ffi = ctypes.CDLL(None), ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi())

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the tokenizer that the artifact carries."""
+"""Text to tokens and back, with the artifact's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = "tokenizer/"
 
 @dataclass(frozen=True, repr=False)
 class Tokenizer:
-    """`stop` are the tokens that end a text, `template` is that of chats where there is one."""
+    """`stop` are the tokens that end a text; `template` is the chat template, None without one."""
 
     tokenizer: Any
     stop: frozenset[int]
@@ -27,10 +27,10 @@ class Tokenizer:
         return f"<tokenizer of {self.tokenizer.get_vocab_size()} tokens{chats}>"
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a text, with those that begin and end one where `special` says so.
+        """The tokens of a text; with `special`, including the tokens that begin and end a text.
 
-        Raises InputError where it is no text, UsageError where it is no Unicode, or gives no token
-        at all.
+        Raises InputError where it is no string, UsageError where it is not Unicode, or gives no
+        token.
         """
         if not isinstance(text, str):
             raise InputError(f"the prompt is {text!r}: give text")
@@ -46,7 +46,7 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones. Raises InputError for what is none."""
+        """The text of tokens, without special tokens. Raises InputError for anything but ids."""
         try:
             token_ids = [*map(int, tokens)]
         except (TypeError, ValueError):
@@ -56,7 +56,7 @@ class Tokenizer:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a chat, up to where the answer begins: see `ChatTemplate.render`.
+        """The tokens of a chat, up to the beginning of the answer (`ChatTemplate.render`).
 
         Raises UsageError where the model came without a template.
         """
@@ -68,8 +68,8 @@ class Tokenizer:
         return self.encode(self.template.render(messages), special=False)
 
     def decoder(self, prompt: Sequence[int]) -> Callable[[int], str]:
-        """A function that takes the tokens after `prompt` one by one and gives their characters as
-        soon as they are whole; empty where they are not."""
+        """A function that takes the tokens after `prompt` one by one, and returns the characters
+        that each completes, perhaps none."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)

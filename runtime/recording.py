@@ -1,8 +1,8 @@
-"""Record which experts a running model chooses: a trace of every call in between.
+"""Records the choices of experts of a running model, as a trace of all calls of a block.
 
 A model that was compiled with `record_routing` has a second form of `main` and of `decode`, whose
 last outputs are the choices of its layers (`moec.runtime.package`). Nothing else differs: the
-same kernels run in the same order, and no call outside of a recording computes anything more.
+same kernels run in the same order, and calls outside of a recording have no overhead.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Recorder:
     def add_decode(
         self, choices: Sequence[Array], lengths: Array, piece: int, requests: NDArray[np.int32]
     ) -> None:
-        """Choices of a piece of B texts, of which lengths[b] of `piece` tokens are no padding.
+        """Add the choices of a chunk of B texts, of which lengths[b] of `piece` tokens are no
+        padding.
 
-        A layer has a row [B * piece, k] for each token or, where the rest of the model needs no
-        other, one for the last token of each text [B, k]: its other tokens have no expert.
+        A layer has a row for each token, [B * piece, k], or only for the last token of each text,
+        [B, k], if the model needs no other; the other tokens then have no expert.
         """
         tokens = np.concatenate([b * piece + np.arange(n) for b, n in enumerate(lengths)])
         phase = DECODED if int(lengths.max(initial=0)) == 1 else PREFILL
@@ -73,7 +74,7 @@ class Recorder:
         self._calls.append(_Call(self._ids(spread, tokens), phase, owners))
 
     def _ids(self, choices: Sequence[Array], tokens: NDArray[np.int64]) -> NDArray[np.int16]:
-        """[T, L, K] of the `tokens`; choices that are no expert of the layer become -1."""
+        """ids [T, L, K] of the `tokens`; ids that are no expert of the layer become -1."""
         width = max(layer.shape[1] for layer in choices)
         ids = np.full((len(tokens), len(choices), width), -1, np.int16)
         for index, (chosen, layer) in enumerate(zip(choices, self.layers, strict=True)):
@@ -83,7 +84,7 @@ class Recorder:
         return ids
 
     def trace(self) -> RoutingTrace:
-        """All calls so far, each a step. Raises InputError where there was none."""
+        """The trace of all calls so far, one step each. Raises InputError if there was none."""
         if not self._calls:
             raise InputError("no call was recorded: run the model inside of record_routing()")
         sizes = [len(call.ids) for call in self._calls]
@@ -101,7 +102,7 @@ class Recorder:
 def record_routing(executor: Executor) -> Iterator[Recorder]:
     """Record every call of the executor, from any thread, until the end of the block.
 
-    Raises InputError where the model was compiled without, or is being recorded.
+    Raises InputError where the model was compiled without `record_routing`, or is being recorded.
     """
     layers = executor.package.recorded
     if not layers:

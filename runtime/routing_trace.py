@@ -51,7 +51,7 @@ class RoutingTrace:
         return int(self.ids.shape[1])
 
     def counts(self) -> list[NDArray[np.int64]]:
-        """How many rows each expert of each layer got."""
+        """The number of rows of each expert, by layer."""
         return [
             np.bincount(ids[ids >= 0].ravel(), minlength=int(experts))
             for ids, experts in zip(self.ids.transpose(1, 0, 2), self.experts, strict=True)

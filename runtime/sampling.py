@@ -1,4 +1,4 @@
-"""From logits to the next token of each text."""
+"""Sampling: the next token of each text from its logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sampling:
     `temperature` 0 takes the likeliest token (of equals the lowest id). Otherwise logits are
     divided by it; `top_k` keeps the k likeliest tokens, then `top_p` the fewest whose
     probabilities reach p (nucleus sampling, arXiv 1904.09751). The same `seed` gives the same
-    texts, whatever they are batched with; None takes a new one each time.
+    texts, independent of the other texts of the batch; None takes a new seed each time.
     """
 
     temperature: float = 0.0

@@ -25,8 +25,8 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
     "rint": (range(1, 2), lambda a: Fraction(round(a))),
 }
 _LONGEST = 1000  # characters
-_DEEPEST = 200  # terms within terms: what a stranger writes must not end Python's stack
-_LARGEST = 1 << 256  # on the way: powers of powers take all time and memory
+_DEEPEST = 200  # nested terms: untrusted text must not overflow Python's stack
+_LARGEST = 1 << 256  # of intermediate values: powers of powers would take all time and memory
 
 
 @lru_cache(maxsize=4096)
@@ -82,7 +82,7 @@ def names(size: Size) -> frozenset[str]:
 
 
 def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
-    """The value of `size`, or None where a name is not in `env`, or the value is not whole or too
+    """The value of `size`; None if a name is not in `env`, or the value is not an integer or too
     large for a size."""
     if isinstance(size, int):
         return size
@@ -96,7 +96,7 @@ def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
 
 
 def solve(size: Size, value: int) -> tuple[str, int] | None:
-    """(name, n) where `size` is a*name + b alone and equals `value` at n; else None."""
+    """(name, n) if `size` has the form a*name + b and equals `value` at n; else None."""
     size_names = names(size)
     if len(size_names) != 1:
         return None

@@ -1,8 +1,8 @@
 """Tensors in files: .npz, .npy and .safetensors, read for a model's inputs, written from outputs.
 
-numpy's formats have no bf16. One that was saved from ml_dtypes reads as two raw bytes and is
-taken as bf16 where the model expects that; bf16 outputs are widened to float32 in them.
-Nothing pickled is ever read.
+numpy's formats have no bf16. An array of ml_dtypes.bfloat16 is saved as raw two-byte elements,
+which are read as bf16 where the model expects bf16; bf16 outputs are written as float32. Pickles
+are never read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RAW = np.dtype("V2")
 
 
 def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
-    """The arrays in the file by name; the one array of a .npy is for the only port.
+    """The arrays in the file by name; a .npy, with one array, requires a model with one input.
 
     Raises InputError where the file is missing, damaged, or not of one of the three formats.
     """
@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Array]:
 
 
 def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write the arrays; the file appears whole or, where that fails, not at all.
+    """Write the arrays to a file, which appears complete or not at all.
 
     Raises UsageError where the path cannot be written or the format cannot hold them.
     """

@@ -1,7 +1,6 @@
-"""Arrays of numpy, tensors of torch and tensors of TVM: one memory under three kinds of names.
+"""Conversions between numpy arrays, torch tensors and TVM tensors that share memory.
 
-Nothing is copied where the memory is as the kernels need it: contiguous, and aligned to
-`ALIGNMENT` bytes.
+Nothing is copied if the memory is contiguous and aligned to `ALIGNMENT` bytes, as kernels require.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ALIGNMENT = 64  # bytes: what kernels assume of every address
 
 
 def arguments_of(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
-    """The inputs as tensors of TVM, and the module torch where any of them is torch's."""
+    """The inputs as TVM tensors, and the module torch if any of them is a torch tensor."""
     torch = sys.modules.get("torch")
     arguments, kind = [], None
     for value in inputs:
@@ -34,7 +33,7 @@ def arguments_of(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
 
 
 def _from_torch(value: Any, torch: Any) -> Any:
-    """A tensor of TVM that shares the memory where it can."""
+    """A TVM tensor that shares the memory if possible."""
     tensor = value.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -62,7 +61,7 @@ def aligned_copy(array: Array) -> Array:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array of anything, at an address that kernels take as it is."""
+    """An uninitialised array at an address that kernels accept."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
@@ -71,7 +70,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def results_of(result: Any, count: int) -> list[Any]:
-    """What a function of the library gave, taken apart without the Python of a container."""
+    """The results of a function of the library as a list, without TVM's slow container classes."""
     if hasattr(result, "data_ptr"):
         return [result]
     item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
@@ -79,9 +78,9 @@ def results_of(result: Any, count: int) -> list[Any]:
 
 
 def _compact(tensor: Any) -> Any:
-    """The same memory with the strides that compiled code insists on.
+    """The same memory with the strides that compiled code checks.
 
-    numpy and torch give axes of an empty tensor, or of size 1, whatever strides they like.
+    For axes of size 1, and of empty tensors, numpy and torch may report any strides.
     """
     compact_stride = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):

@@ -1,6 +1,6 @@
-"""Texts that a model continues, with the keys and values of all tokens that came before.
+"""Texts that a model continues, with the keys and values of all their tokens.
 
-Each set of texts has caches of its own, so that many can be open at one model.
+Each set of texts has separate caches, so that several sets can be in use with one model.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from moec.runtime.caches import Cache, copy_text
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package, carries
 
-PIECE = 512  # tokens of all texts that go through the model at once, at most; bounds memory
+PIECE = 512  # the most tokens, over all texts, of one call of the model; bounds memory
 
 
 class Decoder(Protocol):
-    """What runs the function `decode`: an Executor, or the ranks of a plan together."""
+    """Runs the function `decode`: an Executor, or the ranks of a plan together."""
 
     @property
     def package(self) -> Package:
-        """The signature of `decode`, and what it says of texts."""
+        """The package, with the signature of `decode` and its `generation`."""
 
     def number_requests(self, count: int) -> Array:
         """The numbers i32[count] of the next requests."""
@@ -50,10 +50,11 @@ class Texts:
         self._caches = executor.new_caches(texts, room)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """Add tokens to each text, some to all; the logits f32[texts, V] after the last of each.
+        """Append tokens to each text. Returns the logits f32[texts, V] after the last of each.
 
-        Texts of unequal lengths end together: the short ones begin later, and what the padding
-        of a piece wrote into a cache is overwritten by the tokens that come.
+        Tokens are processed in chunks, and all texts end with the last chunk: a text with fewer
+        tokens starts in a later one. Chunks are padded on the right; the cache entries of padding
+        are overwritten by the tokens that follow.
         """
         if self._carries:
             return self._feed_exactly(tokens)
@@ -73,8 +74,8 @@ class Texts:
         return logits
 
     def _feed_exactly(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """Without padding, which would count. Texts that are not fed with the others are over:
-        what they carry goes on with a token that is not theirs."""
+        """As `feed`, without padding, which would change recurrent states. Texts without tokens
+        count as ended: their states advance with an arbitrary token."""
         lengths = {len(new_tokens) for new_tokens in tokens if len(new_tokens)}
         if len(lengths) > 1:
             return self._feed_alone(tokens)
@@ -90,7 +91,7 @@ class Texts:
         return logits
 
     def _feed_alone(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """Each text in caches of its own, which then become its part of all."""
+        """Feed each text in separate caches, which are then copied to its part of all caches."""
         rows: list[Array] = []
         for text, new_tokens in enumerate(tokens):
             alone = Texts(self._executor, 1, self._room)
@@ -106,7 +107,7 @@ class Texts:
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 
     def _run(self, padded: Array, counts: Array) -> Array:
-        """One piece; text b has counts[b] tokens in it, then padding."""
+        """Run one chunk; text b has counts[b] tokens in it, then padding."""
         texts, piece = padded.shape
         self._check(padded, counts)
         first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle

@@ -1,10 +1,10 @@
-"""How many threads the kernels use, and how they wait for each other.
+"""The number of threads of kernels, and how they wait for each other.
 
-The pool (pool.py) reads these settings when the process first runs a parallel kernel, and never
-again; TVM's pool does so for each thread of the program. So `set_threads` belongs before the first
-run. It needs no part of TVM and imports none. In the pool, TVM_THREAD_POOL_SPIN_COUNT is how many
-times a worker looks for the next loop before it sleeps: the first half of them in some 25 ns each,
-the others after a call that lets another process have the core.
+The pool (pool.py) reads these settings once, when the process first runs a parallel kernel; TVM's
+pool reads them for each thread of the program. So call `set_threads` before the first run. It does
+not import TVM. In the pool, TVM_THREAD_POOL_SPIN_COUNT is the number of times that a worker polls
+for the next loop before it sleeps: the first half takes about 25 ns each, the second half yields
+the core to other processes between polls.
 
 Measured with TVM's pool on two cores, a product of 2048 x 2048 float32 alone and in turn with
 torch.mm (four rounds, medians, with other processes busy):
@@ -34,10 +34,10 @@ def set_threads(
 ) -> int:
     """Let kernels use `count` threads (by default: every processor this process may use).
 
-    What the user set in TVM_NUM_THREADS, TVM_THREAD_POOL_SPIN_COUNT or TVM_BIND_THREADS stays,
-    unless `count` is given; empty is not set. Returns the count.
+    TVM_NUM_THREADS, TVM_THREAD_POOL_SPIN_COUNT and TVM_BIND_THREADS keep the user's values, unless
+    `count` is given; an empty variable counts as unset. Returns the number of threads.
 
-    Raises UsageError where `count` or one of the variables is not a number that it may be.
+    Raises UsageError where `count` or one of the variables is not an allowed number.
     """
     if count is not None and count < 1:
         raise UsageError(f"threads: {count} is not a positive number")
@@ -60,13 +60,13 @@ def set_threads(
 
 
 def available() -> int:
-    """The processors that this process may use, and has the time to: a part of one counts as one,
-    since two threads do more in a quota of 1.5 than one does."""
+    """The number of processors that this process may use, by affinity and by quota. The quota is
+    rounded up, since with a quota of 1.5 two threads are faster than one."""
     return min(affine(), math.ceil(min(cpu_quota(), 1 << 16)))
 
 
 def affine() -> int:
-    """The processors that this process may run on."""
+    """The number of processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

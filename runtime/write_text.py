@@ -1,4 +1,4 @@
-"""Text from text: prompts are made tokens, and new tokens are made text as they come."""
+"""Text generation with a tokenizer: new tokens are decoded to text as they are generated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moec.runtime.texts import Decoder
 
 @dataclass
 class StopCut:
-    """A text as it comes, up to the first of some strings; what may be the beginning of one is held
-    back until it is known not to be."""
+    """Cuts a stream of text before the first of some strings. Text that may be the beginning of
+    such a string is held back until that is decided."""
 
     stops: tuple[str, ...] = ()
     ended: bool = False
@@ -26,7 +26,7 @@ class StopCut:
                 raise InputError(f"stop holds {stop!r}; a text ends at a string of characters")
 
     def feed(self, piece: str) -> str:
-        """What of the text is certain now."""
+        """Add a piece. Returns the text that is certainly part of the result."""
         text = self.held + piece
         ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:
@@ -37,20 +37,20 @@ class StopCut:
         return text[: len(text) - most]
 
     def rest(self) -> str:
-        """What was held back of a text that has ended otherwise."""
+        """The text that was held back, after a text has ended without a stop string."""
         rest, self.held = self.held, ""
         return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """The number of characters at the end of `text` that are a prefix of `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass
 class Text:
-    """One text: the tokens of its prompt, what makes characters of those that are drawn, and both
-    as they came."""
+    """One text: the tokens of its prompt, the decoder of its new tokens, and the tokens and
+    characters so far."""
 
     prompt: Sequence[int]
     decode: Callable[[int], str]
@@ -59,15 +59,15 @@ class Text:
     written: str = ""
 
     def add(self, token: int | None, stop: frozenset[int]) -> str:
-        """The piece that one more token makes certain; empty where its characters are not whole,
-        and where the text has ended."""
+        """The text that becomes certain with one more token; empty if its characters are
+        incomplete, or the text has ended."""
         if self.cut.ended or token is None or token in stop:
             return self.end()
         self.tokens.append(token)
         return self._written(self.cut.feed(self.decode(token)))
 
     def end(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         self.cut.ended = True
         return self._written(self.cut.rest())
 
@@ -77,10 +77,10 @@ class Text:
 
 
 def write(executor: Decoder, texts: Sequence[Text], request: Request) -> Iterator[tuple[str, ...]]:
-    """The next piece of each text, again and again, until all have ended.
+    """Iterates over the next pieces of all texts until all have ended.
 
-    A text ends with a token or a string that stops it, neither of which is part of it, after
-    `request.most` tokens, or where the model takes no more. Raises InputError as `generate`.
+    A text ends before a stop token or stop string, after `request.most` tokens, or at the model's
+    greatest length. Raises InputError as `generate`.
     """
     for drawn in generate(executor, [text.prompt for text in texts], request):
         yield tuple(t.add(token, request.stop) for t, token in zip(texts, drawn, strict=True))

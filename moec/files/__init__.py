@@ -1,1 +1,1 @@
-"""Files that users name: what is wrong with them, in words that a terminal can show."""
+"""Checks of files that users name, with errors that are safe to print on a terminal."""

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint, looked at before torch is imported."""
+"""Checks the files of a Hugging Face checkpoint before torch is imported."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share th
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of the checkpoint.
 
-    Raises CaptureError, naming the file, where one that is needed is missing, or is not what its
-    name says, or where the configuration is far too large for the weights.
+    Raises CaptureError, naming the file, where a required file is missing or malformed, or where
+    the configuration is far too large for the weights.
     """
     contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
     if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
@@ -41,7 +41,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """The object in a JSON file."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -72,8 +72,8 @@ def _check_index(folder: Path) -> None:
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any], shapes: list[list[int]]) -> None:
-    """A model of a billion layers would be built until the system ends the process; transformers
-    compares its weights with the file's only after that."""
+    """Raises CaptureError for a configuration that the weights contradict: transformers would first
+    build a model of, say, a billion layers until the system kills the process."""
     elements = sum(map(math.prod, shapes))
     for name, number in _numbers(config):
         if _LAYERS.fullmatch(name) and number > max(len(shapes), _SHARED_LAYERS):
@@ -89,7 +89,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any], shapes: list[list[int]])
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """The whole numbers of a configuration and of those inside of it."""
+    """The integers of a configuration and of its nested configurations."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value)
@@ -98,7 +98,8 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _checked_shapes(path: Path) -> list[list[int]]:
-    """The shapes in the header of a file of weights, whose tensors end where the file does."""
+    """The shapes in the header of a file of weights. Raises CaptureError if its tensors do not end
+    where the file ends."""
     shapes: list[list[int]] = []
     try:
         with path.open("rb") as file:

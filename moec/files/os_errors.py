@@ -1,4 +1,4 @@
-"""What the system says of a file, in words that tell what to do."""
+"""Errors of the system on files, in words that say what to do."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ _WORDS = {
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused; its own words, or the error's, where there are no better ones."""
+    """The reason of an OSError, in moec's words, or else in the system's."""
     return _WORDS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__

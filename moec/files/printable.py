@@ -1,5 +1,5 @@
-"""Text for a terminal. Names and messages may come from a stranger's file, and a terminal obeys
-control characters: they could hide an error, or write a false one."""
+"""Text for a terminal. Names and messages may come from an untrusted file, and a terminal executes
+control characters, which could hide an error or fake one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON that means the same, with the control characters in its strings as \\u escapes."""
+    """Equivalent JSON, with the control characters in its strings as \\u escapes."""
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

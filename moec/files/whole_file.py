@@ -1,4 +1,4 @@
-"""Files that appear in one step: a failure leaves what was there, and no half of a file."""
+"""Atomic writes of files: a failure leaves the old file, never a partial one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends without an error.
+    """A file to write, which is renamed to `path` when the block ends without an error.
 
-    It has the rights of any new file of the user. Raises OSError as the system does.
+    It has the permissions of any new file of the user. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

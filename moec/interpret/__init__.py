@@ -1,1 +1,1 @@
-"""Graphs run op by op: by their meaning in PyTorch, and by their type rules."""
+"""Interpreters of graphs: by the meaning of ops in PyTorch, and by their type rules (verifier)."""

@@ -37,8 +37,8 @@ def run_graph(
 ) -> tuple[torch.Tensor, ...]:
     """As `evaluate`, with the params' tensors after the inputs'.
 
-    `env` binds named sizes from outside, `known` gives values that need not be computed,
-    `meanings` says what some ops compute instead of what OPS says.
+    `env` binds named sizes, `precomputed` holds values that need not be computed, `meanings`
+    overrides the meanings of some ops in OPS.
     """
     sizes = dict(env or {})
     values: dict[Value, torch.Tensor] = dict(precomputed or {})
@@ -84,7 +84,7 @@ def run_op(
 
 
 def own(body: Graph) -> set[str]:
-    """The named sizes that a body's inputs bind anew: its number of rows."""
+    """The named sizes that a body's inputs bind: its number of rows."""
     from moec.ir.dims import symbols
 
     return {name for value in body.inputs for dim in value.shape for name in symbols(dim)}
@@ -102,7 +102,7 @@ def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]
 
 
 def _last_reads(graph: Graph) -> dict[int, tuple[Value, ...]]:
-    """Which values nobody reads after each op: freed there, so that big models fit."""
+    """The values that are read last by each op, and freed after it, to save memory."""
     results = set(graph.results)
     last: dict[Value, int] = {}
     for index, op in enumerate(graph.ops):

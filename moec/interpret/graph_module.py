@@ -1,7 +1,7 @@
-"""A graph as a PyTorch module: every op runs as what it means, and gradients flow.
+"""A graph as a PyTorch module: every op runs by its meaning, with gradients.
 
-What passes made of a model can so be trained, and compiled again: `moec.compile` takes the
-module's graph and weights as they are, and traces nothing.
+The result of passes can be trained this way, and compiled again: `moec.compile` takes the module's
+graph and weights without tracing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Example = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class GraphModule(nn.Module):
-    """A program that is called as the module it came from, with tensors by place or by name.
+    """A program with the signature of the module that it was captured from.
 
-    Weights named in `trainable` are parameters, all others buffers, under the names that they
-    have in the graph. Results have the `structure` of the source's. What the source did in
-    training mode alone (dropout, losses of routers) was left out when it was captured.
-    `why` says, for whom asks to save it, why it is no module of the source's class.
+    Weights named in `trainable` are parameters, all others buffers, under their names in the graph.
+    Results have the `structure` of the source's. Behaviour of the source in training mode (dropout,
+    router losses) is not part of a captured graph. `why` is the reason why it is no module of the
+    source's class, for the error of `save_pretrained`.
     """
 
     graph: Graph
@@ -61,7 +61,7 @@ class GraphModule(nn.Module):
             )
 
     def _hold(self, name: str, tensor: torch.Tensor, trained: bool | None) -> str:
-        """Where a weight lives: at its own name, but where that is taken on the way."""
+        """Registers a weight. Returns its name, which differs if another attribute has it."""
         *path, last = name.split(".")
         owner: nn.Module = self
         for depth, part in enumerate(path):
@@ -83,8 +83,8 @@ class GraphModule(nn.Module):
 
     @property
     def program(self) -> Program:
-        """The graph with the weights as they are now. Raises UsageError for weights of another
-        dtype than the graph was captured in."""
+        """The graph with the current weights. Raises UsageError for weights of another dtype than
+        the graph was captured in."""
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         weights = {name: held[key].detach() for name, key in self.registered_names.items()}
         self._check_dtypes(weights)
@@ -93,8 +93,8 @@ class GraphModule(nn.Module):
     def inputs(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """The graph's inputs from the arguments of a call; flags and None are those of the
-        example. Raises InputError where one is missing, or a tensor is none of them."""
+        """The graph's inputs from the arguments of a call; flags and None must be those of the
+        example. Raises InputError where an input is missing or unknown."""
         names = [value.name for value in self.graph.inputs]
         bound = bind(names, args, kwargs or {})
         for name in names:
@@ -130,7 +130,7 @@ class GraphModule(nn.Module):
         return {v.name: t for v, t in zip(self.graph.outputs, outputs, strict=True)}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UsageError with the reason why the module has no class to be loaded by."""
+        """Raises UsageError with the reason why no class can load the module."""
         raise UsageError(
             f"{self.why or 'the module is a graph and of no class of transformers'}: save its "
             "state_dict(), or compile it and save that"

@@ -1,6 +1,6 @@
-"""What a module returns: its tensors in order, and how to put tensors back in their stead.
+"""The structure of a module's result: its tensors in order, and how to rebuild it from tensors.
 
-Dataclasses, mappings, None, numbers and other constants stay where they are; pytrees are torch's.
+Dataclasses, mappings, None, numbers and other constants are part of the structure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from moec.errors import CaptureError
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor stands, by its number."""
+    """The position of tensor number `index`."""
 
     index: int
 
 
 class VaryingOutput(CaptureError):
-    """What a module returns beside its tensors is not the same in all runs."""
+    """The constants of a module's result differ between runs."""
 
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
@@ -36,7 +36,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True)
 class Structure:
-    """The result of a module, with slots where its tensors stand."""
+    """The result of a module, with slots in place of its tensors."""
 
     template: Any
     count: int
@@ -47,12 +47,12 @@ class Structure:
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Where the result holds a number or another constant, and which: "aux_loss is 0.0"."""
+        """The numbers and other constants of the result with their paths: "aux_loss is 0.0"."""
         return tuple(_constants(self.template, ""))
 
     def check(self, other: Structure, inputs: str) -> None:
-        """Raises VaryingOutput where another result of the module, at `inputs`, has other
-        constants or as many tensors not."""
+        """Raises VaryingOutput where another result of the module, at `inputs`, has other constants
+        or another number of tensors."""
         advice = "it depends on sizes or data; return it as a tensor, or leave it out"
         pairs = zip(_leaves(self.template, ""), _leaves(other.template, ""), strict=False)
         for (name, first), (_, second) in pairs:
@@ -69,7 +69,7 @@ class Structure:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A name for each tensor: keys or fields where the module returns such, else output_0."""
+        """A name for each tensor: its key or field if it has one, else output_0."""
         fields = _fields(self.template)
         if fields is None:
             many = self.count != 1
@@ -91,7 +91,7 @@ def of_leaves(spec: pytree.TreeSpec, leaves: Sequence[Any]) -> Structure:
 
 
 SLOT = object()
-"""Stands for a tensor among the leaves of a result."""
+"""The placeholder of a tensor among the leaves of a result."""
 
 
 def flatten(result: Any) -> tuple[tuple[torch.Tensor, ...], Structure]:
@@ -108,7 +108,7 @@ def flatten(result: Any) -> tuple[tuple[torch.Tensor, ...], Structure]:
 
 def checked(structure: Structure) -> Structure:
     """The structure. Raises CaptureError for a number that depends on sizes or data, and for an
-    object that may hold tensors which nothing finds."""
+    object of an unknown class, which may hold tensors."""
     for name, leaf in _leaves(structure.template, ""):
         output = f"output {name}" if name else "the output"
         if isinstance(leaf, _SYMBOLIC):
@@ -142,7 +142,7 @@ def _mapped(tree: Any, change: Callable[[Any], Any], kind: type) -> Any:
 
 
 def _fields(tree: Any) -> Mapping[str, Any] | None:
-    """The parts of what has names for them."""
+    """The named parts of a container; None if it has no names."""
     if isinstance(tree, MutableMapping):
         return tree
     if pytree.is_namedtuple_instance(tree):
@@ -165,7 +165,7 @@ def _parts(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _leaves(tree: Any, name: str) -> list[tuple[str, Any]]:
-    """What is no container and no slot, with its path."""
+    """The leaves that are not slots, with their paths."""
     if isinstance(tree, _Slot):
         return []
     parts = _parts(tree)

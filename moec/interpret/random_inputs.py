@@ -1,4 +1,4 @@
-"""Random inputs for a captured program, made from the inputs that it was captured with."""
+"""Random inputs for a captured program, derived from its example inputs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PASS_ON = (
 def random_like(
     program: Program, example: Inputs, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """Inputs of the example's sizes: floats at random, ids at random within their table.
+    """Inputs of the example's sizes: random floats, and random ids within their table.
 
-    Ids whose row is all zero (padding) are left out: every router's scores are equal for such
-    a token, and torch leaves open which of equal scores its top-k chooses.
+    Ids whose row is all zero (padding) are left out: all router scores are equal for such a token,
+    and torch does not define which of equal scores its top-k chooses.
 
-    Whole numbers that look up nothing (masks, positions) stay as in the example; states hold
-    what they start with.
+    Integers that look up nothing (masks, positions) stay as in the example; states hold their
+    initial contents.
     """
     inputs: list[torch.Tensor] = []
     for value, tensor in zip(program.graph.inputs, example, strict=False):
@@ -46,7 +46,7 @@ def random_like(
 
 
 def _telling(program: Program, value: Value, rows: int) -> torch.Tensor:
-    """The ids below `rows` whose row in the table is not all zero; all, where that is all."""
+    """The ids below `rows` whose row in the table is not all zero; all ids if every row is zero."""
     table = next(iter(_tables(program.graph, value)), None)
     weight = None if table is None else program.weights.get(table.name)
     ids = torch.arange(rows)
@@ -65,7 +65,7 @@ def _tables(graph: Graph, value: Value) -> Iterator[Value]:
 
 
 def table_rows(graph: Graph, value: Value) -> int:
-    """How many rows the tables have in which an input looks up; 0 where it looks up none."""
+    """The number of rows of the tables in which an input is looked up; 0 if there is none."""
     sizes = [table.shape[0] for table in _tables(graph, value)]
     return min((size for size in sizes if isinstance(size, int)), default=0)
 
@@ -73,7 +73,7 @@ def table_rows(graph: Graph, value: Value) -> int:
 def random_cases(
     program: Program, example: Inputs, *, count: int = 2, seed: int = 0
 ) -> list[list[torch.Tensor]]:
-    """Random inputs for a captured program, made from the inputs that it was captured with.
+    """Random inputs for a captured program, derived from its example inputs.
 
     Raises InputError where there are none.
     """

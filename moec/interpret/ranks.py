@@ -1,4 +1,4 @@
-"""Evaluate the programs of many ranks in one process, a thread each: what a parallel plan means."""
+"""Evaluates the programs of several ranks in one process, one thread each: a plan's meaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATIENCE = 60.0
 
 @dataclass
 class _Meeting:
-    """Where the ranks of one group lay down what they send."""
+    """The shared memory of the ranks of one group, for the rows that they send."""
 
     barrier: threading.Barrier
     rows: dict[int, tuple[torch.Tensor, Sequence[int]]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""float32 in the place of 16 bits: what a model means, without what it rounds."""
+"""Runs models in float32 in place of 16-bit floats, to exclude rounding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from moec.ir.graph import Program
 from moec.ir.upcast import widen
 
 MEANING = 2e-4
-"""Two graphs in float32 that mean the same differ by less, as a share of the greatest value."""
+"""Equivalent graphs in float32 differ by less than this, relative to the greatest value."""
 
 Tensors = Sequence[torch.Tensor]
 _LOW = (torch.bfloat16, torch.float16)
 
 
 def in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
-    """The program in eager PyTorch with every bf16 and f16 widened to float32: from inputs
-    (states' contents last) to outputs and the states' new contents. Weights are widened once."""
+    """The program in eager PyTorch with every bf16 and f16 upcast to float32: a function from
+    inputs (states' contents last) to outputs and the states' new contents. Weights are cast once.
+    """
     graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
     weights = {param.name: wide(program.weights[param.name]) for param in graph.params}
 
@@ -35,7 +36,7 @@ def in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]
 
 
 def wide(value: Any) -> Any:
-    """A tensor or a dtype of 16 bits as one of float32, anything else as it is."""
+    """A 16-bit float tensor or dtype as float32; any other value unchanged."""
     if isinstance(value, torch.dtype):
         return torch.float32 if value in _LOW else value
     low = isinstance(value, torch.Tensor) and value.dtype in _LOW
@@ -43,10 +44,10 @@ def wide(value: Any) -> Any:
 
 
 class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, eager computes in float32 what it computes in 16 bits otherwise.
+    """A mode in which eager computes in float32 instead of 16-bit floats.
 
-    Operators get float32 for each tensor and dtype of 16 bits, so that a module's weights are
-    widened where they are read. What it writes into keeps its dtype.
+    Operators get float32 for each 16-bit float tensor and dtype, so that weights are cast as they
+    are read. Tensors that are written in place keep their dtype.
     """
 
     def __torch_dispatch__(

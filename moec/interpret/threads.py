@@ -1,4 +1,4 @@
-"""How many threads PyTorch runs small models with."""
+"""The number of threads that PyTorch uses for small models."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 
 SMALL = 1 << 24
-"""Elements of weights below which one core is faster than several that wait for each other."""
+"""With fewer elements of weights, one core is faster than several."""
 
 
 @contextmanager
 def threads_for(elements: int) -> Iterator[None]:
-    """PyTorch with one thread where the weights that it reads have few elements.
+    """PyTorch with one thread if the weights that it reads have few elements.
 
-    An op on few rows is over before a second thread has woken up; on a machine where others work
-    too, each op waits until that thread gets a core.
+    A small op ends before a second thread has woken up; on a busy machine, each op would wait until
+    that thread gets a core.
     """
     before = torch.get_num_threads()
     if before == 1 or elements >= SMALL:

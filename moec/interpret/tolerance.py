@@ -1,4 +1,4 @@
-"""How far two results are apart, and how far they may be."""
+"""The distance of two results, and the tolerances for it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from moec.ir.graph import Graph, Op
 from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
-"""Greatest error allowed, as a share of the greatest value of the output.
+"""The greatest error allowed, relative to the greatest value of the output.
 
 Sums are reordered, so f32 may lose a few of its 24 bits; bf16 has 8 and f16 has 11, and eager
-rounds to them after every op where a fused kernel does not.
+rounds to them after every op, where a fused kernel does not.
 """
 
 
 QUANTISED = 4e-3
-"""The tolerance of a model whose rows are rounded to 8 bits: half of a 127th. A row that differs
-in its last bit may round to another code, which moves a result by a 127th of one of its terms,
-of which there are dozens to thousands; and does so again in every layer."""
+"""The tolerance of a model whose rows are rounded to 8 bits: half of 1/127. A row that differs in
+its last bit may round to another code, which changes a result by 1/127 of one of its dozens to
+thousands of terms; and this may happen in every layer."""
 
 
 EXACT_ROWS = 3e-2
 """The tolerance of rows that are rounded to 8 bits against rows that are not. Here every term of a
-sum moves, by up to half of a 127th of its block's greatest. Experts alone round twice and multiply
-two of the results, and their outputs move by 1 to 2.3e-2 of the greatest of a token; beside
-residuals it is less: by less than 7e-3 for nine tokens in ten of a trained model of four layers."""
+sum changes, by up to half of 1/127 of its block's greatest. Experts without residuals round twice
+and multiply two of the results, and their outputs change by 1e-2 to 2.3e-2 of the greatest of a
+token. With residuals it is less: below 7e-3 for 90 % of the tokens of a trained model of four
+layers."""
 
 
 def default_tolerance(graph: Graph) -> float:
@@ -49,8 +50,8 @@ def computed_dtypes(graph: Graph) -> set[str]:
 
 
 def rounds_rows(graph: Graph) -> bool:
-    """Whether rows are rounded to 8 bits. In 16 a row that rounds to another code moves a result by
-    a 32639th of one of its terms, which is within the tolerance of f32."""
+    """Whether rows are rounded to 8 bits. With 16 bits, a row that rounds to another code changes a
+    result by 1/32639 of one of its terms, which is within the tolerance of f32."""
     return bool(_rounding(graph))
 
 
@@ -60,9 +61,9 @@ def _rounding(graph: Graph) -> list[Op]:
 
 
 STRAYS = {"f16": 0.05, "bf16": 0.05}
-"""Share of the rows (tokens) that may be farther off, up to `FAR`, in 16 bits: two experts with
-nearly equal scores are told apart by rounding, and a token that went to the other one is not
-wrong, though its numbers differ. A float32 copy of the model differs from eager in the same way.
+"""The share of rows (tokens) that may have a greater error, up to `FAR`, in 16-bit floats: of two
+experts with nearly equal scores, rounding decides which is chosen, and a token with the other one
+is not wrong, though its numbers differ. A float32 copy of the model differs from eager likewise.
 """
 QUANTISED_STRAYS = 0.05
 """The same share where rows are rounded to 8 bits, for the same reason."""
@@ -70,8 +71,8 @@ FAR = 0.5
 
 
 def row_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """For each row (all axes but the last) its greatest difference, as a share of the greatest
-    value that is expected of all rows."""
+    """For each row (all axes but the last) its greatest difference, relative to the greatest
+    expected value of all rows."""
     width = expected.shape[-1] if expected.ndim else 1
     if not expected.numel():
         return torch.zeros(0, dtype=torch.float64)
@@ -80,22 +81,22 @@ def row_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
-    """How many rows are farther apart than `limit`, and of how many."""
+    """The number of rows whose error exceeds `limit`, and the number of rows."""
     errors = row_errors(got, expected)
     return int((errors > limit).sum()), len(errors)
 
 
 def allowed_strays(share: float, rows: int) -> float:
-    """The most strays among `rows` of which each may be one with a chance of `share`: three
-    standard deviations above the mean, so that chance alone goes beyond it in one of 700 checks.
+    """The greatest allowed number of strays among `rows`, each a stray with probability `share`:
+    three standard deviations above the mean, which chance exceeds in one of 700 checks.
     """
     mean = share * rows
     return mean + 3 * math.sqrt(mean)
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Greatest difference, as a share of the greatest finite value that is expected; inf where
-    shapes or dtypes differ, whole numbers differ at all, or NaNs and infinities do."""
+    """The greatest difference, relative to the greatest finite expected value; inf where shapes or
+    dtypes differ, or where integers, NaNs or infinities differ."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():

@@ -1,4 +1,4 @@
-"""The rules that every graph keeps; run after every pass."""
+"""The verifier: the rules of every graph, checked after every pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moec.ops import OPS
 
 
 def verify(graph: Graph, stage: Stage) -> None:
-    """Every value is defined once and before it is read, names are unique, ops belong to the
-    stage, and the types of moec's own ops follow from their inputs.
+    """Check that every value is defined once and before it is read, that names are unique, that
+    ops belong to the stage, and that the types of moec's own ops follow from their inputs.
 
     Raises IRError, naming the op and the rule.
     """
@@ -74,8 +74,8 @@ def _verify_op(op: Op, stage: Stage) -> None:
 
 
 def _inferred(op: Op, definition: OpDef) -> tuple[TensorType, ...]:
-    """The types that an op's rule gives. Rules read inputs and attributes as passes make them; a
-    stranger's graph may have others."""
+    """The types that an op's rule infers. Raises IRError too where the rule fails on malformed
+    inputs or attributes, which an untrusted graph may have."""
     try:
         return definition.infer(op)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

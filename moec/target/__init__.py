@@ -1,1 +1,1 @@
-"""What a machine can do: read by kernels, and by the runtime before it runs any."""
+"""Descriptions of machines, for the generation of kernels and for the check of artifacts."""

@@ -11,9 +11,10 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 def permitted() -> bool:
-    """Ask Linux for the tile registers, for all threads of this process; whether it gives them.
+    """Request the tile registers from Linux, for all threads of this process. Returns whether it
+    granted them.
 
-    Asking again is harmless. Signals need larger stacks from then on.
+    Repeated requests are harmless. Signals need larger stacks from then on.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False

@@ -1,4 +1,4 @@
-"""What is asked of any target, whatever its kind."""
+"""The interface of targets of all kinds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Protocol
 class Target(Protocol):
     """A machine that code is generated for.
 
-    `kind` finds the backend. `needs` is what an artifact records and is checked by. What else a
-    target tells is between it and its backend.
+    `kind` selects the backend. `needs` is recorded in an artifact and checked when it is read. All
+    other attributes are used by the target's backend only.
     """
 
     @property

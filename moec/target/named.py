@@ -11,7 +11,7 @@ AnyTarget: TypeAlias = cpu.CpuTarget | cuda.CudaTarget
 
 
 def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
-    """As `parse`, and the GPUs that a model is for beside a CPU: cpu,cuda:sm_80,sm_90a.
+    """A target, and the GPUs that a model is for in addition to a CPU: cpu,cuda:sm_80,sm_90a.
 
     Raises TargetError for an unknown name, and where the first is no CPU.
     """
@@ -33,7 +33,7 @@ def parse(name: str) -> AnyTarget:
 
 
 def lacking(target: AnyTarget) -> tuple[str, ...]:
-    """What code for the target needs and this machine does not have; nothing where it runs."""
+    """The features that code for the target needs and this machine lacks; empty if it runs."""
     if not isinstance(target, cuda.CudaTarget):
         return cpu.missing(target)
     driver = nvidia.driver()

@@ -1,6 +1,6 @@
-"""What this machine has of NVIDIA's: the driver with its GPUs, nvcc, NVRTC.
+"""NVIDIA's software on this machine: the driver with its GPUs, nvcc, NVRTC.
 
-Nothing here is imported or needed where the target is a CPU, and nothing here needs torch.
+It is not imported for CPU targets, and does not need torch.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Driver:
 
 @dataclass(frozen=True)
 class Compiler:
-    """What makes machine code of CUDA C, with the version of its toolkit: nvcc, a program, or
-    NVRTC, a library, which is told the folders of CUDA's headers."""
+    """A compiler of CUDA C, with the version of its toolkit: nvcc, a program, or NVRTC, a library,
+    with the folders of CUDA's headers."""
 
     path: str
     version: str
@@ -63,8 +63,8 @@ def capability_of(arch: str) -> tuple[int, int]:
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability runs machine code for `arch`: of the same major
-    and not older, or, where `arch` ends in "a", of exactly this chip."""
+    """Whether a GPU of this compute capability runs machine code for `arch`: it has the same major
+    version and is not older, or, if `arch` ends in "a", is exactly this chip."""
     major, minor = capability_of(arch)
     if arch.endswith("a"):
         return capability == (major, minor)
@@ -93,8 +93,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def free_memory(index: int) -> int:
-    """Bytes that are free on a GPU; none where it does not say. Starts its context, which takes
-    some hundred MB of it, as whatever runs on it does."""
+    """The free bytes of a GPU; 0 if unknown. Starts its context, which takes some hundred MB, as
+    any program on it does."""
     library = _library()
     if library is None:
         return 0
@@ -128,7 +128,7 @@ def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
 
 
 def nvcc() -> Compiler | None:
-    """The nvcc of $CUDA_HOME or $PATH; None where there is none that answers."""
+    """The nvcc of $CUDA_HOME or $PATH; None if none runs."""
     return _nvcc(_search_path(os.environ))
 
 
@@ -153,8 +153,8 @@ def _nvcc(search: str) -> Compiler | None:
 
 
 def nvrtc() -> Compiler | None:
-    """NVRTC with CUDA's headers, of NVIDIA's wheels (`moec[cuda]`) or of a toolkit; None where
-    one of both is missing."""
+    """NVRTC with CUDA's headers, from NVIDIA's wheels (`moec[cuda]`) or a toolkit; None if either
+    is missing."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     return _nvrtc((*wheels(), home))
 
@@ -172,7 +172,7 @@ _HEADERS = ("cuda_bf16.h", "cuda/std/cstdint", "crt/host_defines.h")
 
 @cache
 def _nvrtc(roots: tuple[str, ...]) -> Compiler | None:
-    """Headers of several wheels lie in several roots, where these are not installed together."""
+    """NVRTC and headers among `roots`, which are several if wheels are installed separately."""
     folders = [Path(root, "include", part) for root in roots for part in ("", "cccl")]
     includes = tuple(str(folder) for folder in folders if folder.is_dir())
     if not all(any(Path(folder, name).exists() for folder in includes) for name in _HEADERS):
