@@ -149,4 +149,18 @@ CLAIMS = (
         "(`layer()` of its file in `examples/systems/`), in float32. `ratio` is the time of the "
         "better of eager and Inductor over moec's.",
     ),
+    Claim(
+        "einsum-moe",
+        "A layer of einsums over places (DeepSpeed-MoE)",
+        "Milliseconds a call by tokens, least of the rounds. `einsum` is the layer as written, on "
+        "tensors over [S, E, C], `ratio` its time over moec's. The paper's 7.3 (arXiv 2201.05596, "
+        "figure 11) is the same quotient of whole models on 128 and more GPUs.",
+    ),
+    Claim(
+        "read-me-cache",
+        "A cache of experts that knows the routes (Read-ME)",
+        "Shares of uses that find their expert in a cache, replayed on the routes of a small "
+        "trained model; table 4 of arXiv 2410.19123 has 34.19, 33.90 and 44.16 % for two of seven "
+        "experts, 67.52, 66.95 and 77.21 % for four.",
+    ),
 )

@@ -2,7 +2,8 @@
 
     python benchmarks/systems.py [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
 
-Each example has a function `layer()` that gives a module and its inputs. All three run in one
+Each example has a function `layer()` that gives a module and its inputs; `LAYER_PASSES` are the
+opt-in passes that it is served with, where there are such. All three run in one
 process, one after the other in every round. Printed: the least time of each in milliseconds, and
 the time of the better of eager and Inductor over moec's. What Inductor cannot compile is printed
 with its reason.
@@ -71,7 +72,8 @@ def measure(name: str, example: ModuleType, rounds: int) -> dict[str, Cell]:
     torch.manual_seed(0)
     module, inputs = example.layer()
     module.requires_grad_(False)
-    compiled = moec.compile(module, inputs, verify=False, kv_cache=False)
+    passes = getattr(example, "LAYER_PASSES", "")  # those that the example serves it with
+    compiled = moec.compile(module, inputs, passes=passes, verify=False, kv_cache=False)
     for ours, eager in zip(_tensors(compiled(*inputs)), _tensors(module(*inputs)), strict=True):
         if float((ours - eager).abs().max()) > TOLERANCE * float(eager.abs().max()):
             raise SystemExit(f"{name}: differs from eager")

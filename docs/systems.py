@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.records import Cell, newest, read_records
 from benchmarks.render import show, table
+from docs.measured import Figure, measured
+
+__all__ = ["Figure", "Record", "Source"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "golden" / "systems"
@@ -33,8 +36,10 @@ says otherwise.
 
 `captured` is how: traced by torch.export; speculated, where the code reads its data; observed or
 described, where it cannot be traced. `agreement` is the greatest difference to eager that the test
-allows, as a share of the greatest value. Parameters are those of the small model that the test
-compiles; published sizes are in the sections. `speed` is the time of the better of eager and
+allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
+are those of the small model that the test compiles; published sizes are in the sections. Figures
+beside the papers' are counted by the tests, or measured by benchmarks ([Benchmarks](benchmarks.md)
+has commands and machines). `speed` is the time of the better of eager and
 `torch.compile` (Inductor) over moec's, for one layer at the size that the example's `layer()`
 states, measured by `benchmarks/systems.py`; the sections have the times and the machine.
 """
@@ -58,15 +63,6 @@ class Source:
     modalities: tuple[str, ...]
     adds: str
     trained: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One quantity as counted or measured here, and as the paper has it."""
-
-    quantity: str
-    ours: str
-    paper: str
 
 
 @dataclass(frozen=True)
@@ -108,12 +104,16 @@ def times() -> dict[int, tuple[str, Mapping[str, Cell]]]:
     rows = {}
     for record in newest(r for r in read_records() if r.claim == CLAIM):
         for row in record.rows:
-            rows[int(str(row["system"]).partition(" ")[0])] = (record.machine, row)
+            threads = record.conditions.partition(",")[0]
+            number = int(str(row["system"]).partition(" ")[0])
+            rows[number] = (f"{record.machine}, {threads}", row)
     return rows
 
 
 def page() -> str:
-    return "\n".join(_page(read(), times()))
+    figures = measured()
+    records = [replace(r, figures=(*r.figures, *figures.get(r.source.number, ()))) for r in read()]
+    return "\n".join(_page(records, times()))
 
 
 def _page(
@@ -122,7 +122,10 @@ def _page(
     yield HEAD
     yield table(
         [
-            ["", "system", "captured", "blocks", "agreement", "parameters", "active", "speed"],
+            [
+                *("", "system", "captured", "blocks", "agreement"),
+                *("parameters", "active", "MB", "speed"),
+            ],
             *(
                 [
                     str(r.source.number),
@@ -132,6 +135,7 @@ def _page(
                     r.agreement,
                     f"{r.parameters:,}",
                     f"{r.active_parameters:,}",
+                    f"{r.bytes / 1e6:.2f}",
                     _speed(measured.get(r.source.number)),
                 ]
                 for r in records

@@ -30,13 +30,13 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Config:
-    """24 experts, two of which are chosen, and 8192 codes a level are published; the other sizes
-    are of the order of the 0.1B model."""
+    """24 experts, two of which are chosen, and 8192 codes a level are published. The other sizes
+    are not: those here add up to the 0.1B of the paper's smallest model."""
 
-    encoder_layers: int = 4
-    decoder_layers: int = 4
+    encoder_layers: int = 2
+    decoder_layers: int = 6
     width: int = 256
-    hidden: int = 512
+    hidden: int = 1024
     heads: int = 4
     experts: int = 24
     top_k: int = 2
@@ -221,6 +221,16 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """An MoE layer over 128 beams of four codes, for benchmarks/systems.py."""
     return MoE(Config(width=1024, hidden=2048)).eval(), (torch.randn(128, 4, 1024),)
+
+
+def published() -> tuple[int, int]:
+    """All parameters of encoder and decoder, and those that a code meets; nothing is allocated."""
+    config = Config()
+    with torch.device("meta"):
+        parts = (Encoder(config), Decoder(config))
+        expert = sum(p.numel() for p in FeedForward(config).parameters())
+    total = sum(p.numel() for part in parts for p in part.parameters())
+    return total, total - config.decoder_layers * (config.experts - config.top_k) * expert
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

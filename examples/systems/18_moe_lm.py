@@ -170,6 +170,8 @@ def converse(parts: Parts, size: Size, contexts: Tensor, noise: Tensor) -> tuple
     return utterances, manager(z, utterances)[1]
 
 
+LAYER_PASSES = "+join-linears"
+"""What the encoder is served with: the heads of all experts are one product."""
 SKILLS = 4
 """What experts beside the primitive one are tuned for: to speak in the words of one topic."""
 
@@ -299,7 +301,7 @@ def compiled_parts(
     rows = torch.randn(4, size.latent)
     axes = {0: batch, 1: length}
     calls: list[tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, object], ...], str]] = [
-        (parts[0], (contexts, noise(size, 3)), (axes, {0: batch}), "+join-linears"),
+        (parts[0], (contexts, noise(size, 3)), (axes, {0: batch}), LAYER_PASSES),
         (parts[1], (rows, torch.randint(size.words, (4, 3))), ({0: batch}, axes), ""),
         (
             parts[2],

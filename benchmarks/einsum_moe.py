@@ -1,0 +1,77 @@
+"""DeepSpeed-MoE's layer as einsums over [S, E, C] and as moec compiles it: latency by tokens.
+
+    python benchmarks/einsum_moe.py [--tokens 16] [--rounds 7] [--record FILE.jsonl]
+
+A top-1 layer of the 350M model with 32 experts (arXiv 2201.05596, table 1), float32, from
+examples/systems/02_deepspeed_moe.py. Einsums give every expert its C places, at least 4, whether
+tokens fill them or not; tables meet the chosen experts alone. All ways run in one process, one
+after the other in every round; printed is the least time of each in milliseconds, and the time of
+eager over moec's, which is the quantity of the paper's figure 11: there 7.3 at most, on 128 and
+more GPUs, with the exchanges between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from systems import PAUSE, THREADS, TOLERANCE, Run, examples
+
+import torch  # isort: skip
+import time
+
+from records import Cell, add_record_options, record_if_asked
+
+import moec
+from moec.bench.limits import timed, warm
+from moec.target.cpu import processor
+
+EXPERTS = 32
+
+
+def measure(example: Any, tokens: int, rounds: int) -> dict[str, Cell]:
+    """The row of one number of tokens. Raises SystemExit where moec's numbers are not eager's."""
+    config = replace(example.Config(width=1024, top_k=1), factor=1.25)
+    module = example.MoE(config, EXPERTS).eval().requires_grad_(False)
+    inputs = (torch.randn(1, tokens, config.width), torch.rand(tokens, EXPERTS))
+    compiled = moec.compile(module, inputs, verify=False, kv_cache=False)
+    expected = module(*inputs)
+    if float((compiled(*inputs) - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
+        raise SystemExit(f"{tokens} tokens: differs from eager")
+    ways: dict[str, Run] = {"moec": partial(compiled, *inputs), "einsum": partial(module, *inputs)}
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way, run in ways.items():
+            time.sleep(PAUSE)
+            warm(run)
+            least[way] = min(least[way], timed(run))
+    cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
+    return {"tokens": tokens, **cells, "ratio": round(least["einsum"] / least["moec"], 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", default="16")
+    parser.add_argument("--rounds", type=int, default=7)
+    add_record_options(parser, processor())
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    load = os.getloadavg()[0]
+    conditions = f"{THREADS} threads, float32; load average before {load:.1f}"
+    ((_, example),) = examples({2})
+    rows = []
+    with torch.inference_mode():
+        for tokens in map(int, options.tokens.split(",")):
+            rows.append(measure(example, tokens, options.rounds))
+            print("  ".join(f"{key} {cell}" for key, cell in rows[-1].items()), flush=True)
+    record_if_asked(options, "einsum-moe", f"350M, {EXPERTS} experts, top-1", rows, conditions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

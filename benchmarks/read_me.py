@@ -1,0 +1,81 @@
+"""Read-ME's cache: how often a cache of experts that knows the routes ahead hits, by its size.
+
+    python benchmarks/read_me.py [--seeds 3] [--record FILE.jsonl]
+
+The model is the small one of examples/systems/23_read_me.py: five experts of five kinds of text,
+whose router is trained and hoisted. 48 requests of 12 tokens are decoded side by side; the trace
+of their experts is replayed, as in table 4 of arXiv 2410.19123 (seven experts, Chatbot Arena). No
+time is measured: the figures depend on the seeds alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from statistics import mean
+from typing import Any
+
+from systems import examples
+
+import torch  # isort: skip
+from records import Cell, add_record_options, record_if_asked
+
+from moec.plan.replay import (
+    Policy,
+    batches_by_expert,
+    batches_in_order,
+    cache_hits,
+    experts_per_batch,
+)
+from moec.target.cpu import processor
+
+POLICIES: tuple[Policy, ...] = ("random", "lru", "belady")
+BUDGET = 8  # requests in a batch
+
+
+def routes(example: Any, seed: int) -> list[list[int]]:
+    """The expert of each request's tokens: one list a request."""
+    torch.manual_seed(seed)
+    _, model, _ = example.build(example.SMALL, steps=40)
+    windows, _ = example.corpus(example.SMALL, 32)
+    requests = windows[torch.randperm(len(windows))[:48], :12]
+    with torch.no_grad():
+        experts: list[list[int]] = model.router(requests).argmax(-1).tolist()
+    return experts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    add_record_options(parser, processor())
+    options = parser.parse_args()
+    ((_, example),) = examples({23})
+    traces = [routes(example, seed) for seed in range(options.seeds)]
+    rows: list[dict[str, Cell]] = []
+    for size in range(2, example.SMALL.domains):
+        row: dict[str, Cell] = {"cached experts": size}
+        for policy in POLICIES:
+            shares = []
+            for trace in traces:
+                uses = [experts[t] for t in range(len(trace[0])) for experts in trace]
+                shares.append(100 * cache_hits(uses, size, policy) / len(uses))
+            row[f"{policy} %"] = round(mean(shares), 2)
+        rows.append(row)
+        print("  ".join(f"{key} {cell}" for key, cell in row.items()))
+    last = [[experts[-1] for experts in trace] for trace in traces]
+    counts = [
+        mean(experts_per_batch(trace, batch(trace, BUDGET)) for trace in last)
+        for batch in (batches_in_order, batches_by_expert)
+    ]
+    conditions = "experts in a batch of {}: {:.2f} as they come, {:.2f} by expert".format(
+        BUDGET, *counts
+    )
+    print(conditions)
+    seeds = "one seed" if options.seeds == 1 else f"mean of {options.seeds} seeds"
+    case = f"{example.SMALL.domains} experts, {seeds}"
+    record_if_asked(options, "read-me-cache", case, rows, conditions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The papers' headline figures beside what our benchmarks measured, for docs/systems.md.
+
+Each is the same quantity as the paper's. A figure that a test can count is in the system's record
+(tests/systems); these need a machine or many seeds, and come from benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from benchmarks.records import Cell, Record, newest, read_records
+
+PREFERRED = "AMD EPYC, Zen 4"
+"""Of several machines the one whose record is shown; docs/benchmarks.md has all."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity as counted or measured here, and as the paper has it."""
+
+    quantity: str
+    ours: str
+    paper: str
+
+
+def measured() -> Mapping[int, tuple[Figure, ...]]:
+    """The figures of each system, by its number."""
+    records = list(read_records())
+    return {
+        2: tuple(einsum_moe(of(records, "einsum-moe"))),
+        4: tuple(weights_averaging(of(records, "ewa"))),
+        6: tuple(zero_experts(of(records, "zero-experts"))),
+        19: tuple(compressed(of(records, "compressed-kernels"))),
+        23: tuple(caches(of(records, "read-me-cache"))),
+    }
+
+
+def of(records: Iterable[Record], claim: str) -> list[Record]:
+    """The newest record of each case, of one machine."""
+    cases: dict[str, Record] = {}
+    for record in newest(r for r in records if r.claim == claim):
+        if record.case not in cases or record.machine == PREFERRED:
+            cases[record.case] = record
+    return list(cases.values())
+
+
+def einsum_moe(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        for row in record.rows:
+            quantity = f"times faster than einsums, {record.case}, {row['tokens']} tokens"
+            yield Figure(quantity, f"{row['ratio']}", "7.3 at most, whole models on GPUs, Fig. 11")
+
+
+def weights_averaging(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        for row in record.rows:
+            gain = row.get("over dense, seed by seed")
+            if gain is not None:
+                quantity = f"points of accuracy over dense, digits, {record.case}"
+                yield Figure(quantity, f"{gain}", "not obtained")
+
+
+def zero_experts(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        for row in record.rows:
+            quantity = f"experts' time over a vanilla MoE's, {record.case}, tau {row['tau']}"
+            ours = f"{row['ratio']:.3f} (theory {row['theory']:.3f})"
+            yield Figure(quantity, ours, f"{row['paper']:.3f}")
+
+
+def compressed(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        rows = [row for row in record.rows if row["kind"] == "ternary"]
+        if record.case != "one row by one expert" or not rows:
+            continue
+        quantity = f"times smaller than bf16, products of {len(rows)} shapes of the paper"
+        yield Figure(quantity, between(rows, "times smaller"), "20.07, MoE layers of c2048")
+        quantity = f"time over bf16's, the same products, {record.machine}"
+        paper = "below 1 for each product; 1.05 end to end, which is not measured here"
+        yield Figure(quantity, between(rows, "ratio"), paper)
+
+
+def between(rows: Iterable[Mapping[str, Cell]], column: str) -> str:
+    values = [float(str(row[column])) for row in rows]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+PAPER_HITS = {
+    2: "34.19, 33.90, 44.16 %",
+    3: "50.14, 52.42, 61.82 %",
+    4: "67.52, 66.95, 77.21 %",
+}
+"""Table 4 of arXiv 2410.19123, of seven experts: random, LRU, Belady."""
+
+
+def caches(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        for row in record.rows:
+            size = int(str(row["cached experts"]))
+            quantity = f"hits of a cache of {size}: random, LRU, Belady; {record.case}"
+            ours = ", ".join(f"{row[f'{policy} %']}" for policy in ("random", "lru", "belady"))
+            yield Figure(quantity, f"{ours} %", f"{PAPER_HITS[size]}, 7 experts")
