@@ -19,7 +19,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def did_you_mean_file(path: Path) -> str:
     """`; did you mean 'X'?` for a file or folder that is there with nearly the name of `path`."""
     try:
-        present = {entry.stem: entry for entry in islice(path.parent.iterdir(), _MOST_NAMES)}
+        entries = islice(path.parent.iterdir(), _MOST_NAMES)
+        present = {entry.stem: entry for entry in entries if entry != path}
     except OSError:
         return ""
     near = difflib.get_close_matches(path.stem, present, 1)  # endings are alike where names are not

@@ -6,9 +6,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from moec.runtime.executor import Executor
     from moec.runtime.generate import Request
     from moec.runtime.prompt import Tokenizer
+
+_MOST_BYTES = 256_000_000  # of prompts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,7 +98,7 @@ def text_options(command: F) -> F:
 def read_prompts(options: TextOptions) -> list[str]:
     """The prompts, those of a chat excepted. Raises UsageError where a file holds none."""
     if options.prompt == "-":
-        return [_decoded("stdin", sys.stdin.buffer.read())]
+        return [_decoded("stdin", _read("stdin", sys.stdin.buffer))]
     if options.prompt is not None:
         return [options.prompt]
     if options.prompts is None:
@@ -103,13 +106,22 @@ def read_prompts(options: TextOptions) -> list[str]:
     path = options.prompts
     name = "stdin" if str(path) == "-" else f"--prompts {path}"
     try:
-        content = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
+            content = _read(name, file)
     except OSError as error:
         raise UsageError(f"{name}: {reason(error)}") from error
     lines = [line for line in _decoded(name, content).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{name} holds no prompt: write one a line")
     return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
+
+
+def _read(name: str, file: BinaryIO) -> bytes:
+    """All of it, where it ends: /dev/zero would fill the memory."""
+    content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise UsageError(f"{name} holds more than {_MOST_BYTES // 10**6} MB: split it")
+    return content
 
 
 def _decoded(name: str, content: bytes) -> str:

@@ -63,6 +63,8 @@ def test_of_names(speaker: Path, tmp_path: Path) -> None:
     assert len(words) < 300
     near = speaker.with_name("speeker.moec")
     assert refused("verify", near).endswith(f"no such file; did you mean '{speaker}'?")
+    (loop := tmp_path / "loop.moec").symlink_to(loop)
+    assert refused("verify", loop).endswith("loop.moec: there is no such file")
     (tmp_path / "ünï 模型.moec").symlink_to(speaker)
     path = tmp_path / "none" / ".." / "ünï 模型.moec"
     (tmp_path / "none").mkdir()
@@ -70,7 +72,7 @@ def test_of_names(speaker: Path, tmp_path: Path) -> None:
     assert (done.exit_code, done.stdout) == (0, " d e f g\n")
 
 
-def test_of_prompts(speaker: Path, tmp_path: Path) -> None:
+def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"b\xff")
     for name, words in (
@@ -80,6 +82,11 @@ def test_of_prompts(speaker: Path, tmp_path: Path) -> None:
         ("latin.txt", "is not UTF-8 at byte 1: convert it first"),
     ):
         assert words in refused("run", speaker, "--prompts", tmp_path / name)
+    monkeypatch.setattr("moec.commands.run_text._MOST_BYTES", 1_000_000)
+    words = refused("run", speaker, "--prompts", "/dev/zero")
+    assert words == "error: --prompts /dev/zero holds more than 1 MB: split it"
+    done = CliRunner().invoke(cli, ["run", str(speaker), "--prompt", "-"], input=b"b" * 1_000_001)
+    assert done.stderr == "error: stdin holds more than 1 MB: split it\n"
     done = CliRunner().invoke(cli, ["run", str(speaker), "--prompts", "-"], input=b"\xff")
     assert done.stderr == "error: stdin is not UTF-8 at byte 0: convert it first\n"
     assert "is not in the range 1<=x<=4096" in refused(
