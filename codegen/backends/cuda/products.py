@@ -14,7 +14,8 @@ from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemv import check_few_rows
-from moec.codegen.cuda.grouped import grouped_linear, linear, shapes_of
+from moec.codegen.cuda.grouped import grouped_linear, shapes_of
+from moec.codegen.cuda.grouped import linear as dense_linear
 from moec.codegen.cuda.layout import interleave
 from moec.codegen.cuda.product import check_product
 from moec.codegen.loops import scalars as sc
@@ -131,7 +132,7 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     rows = product(dense.x.shape[:-1])
 
     def make(name: str) -> PrimFunc:
-        return linear(spec, low.target, name=name)
+        return dense_linear(spec, low.target, name=name)
 
     arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]
     if dense.flipped:
@@ -146,6 +147,31 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     type = TensorType(out.dtype, (rows, spec.n))
     (result,) = low.call(low.function(("dense", spec), "linear", make), arguments, [type])
     return [result if out.type == type else low.reshaped(result, out.type)]
+
+
+def logits_spec(linear: Op) -> LinearSpec | None:
+    """Of the linear layer of a gate, whose weight is [E, D]; None where no product takes it."""
+    x, weight, *bias = linear.inputs
+    n, k = weight.shape
+    if not (isinstance(n, int) and isinstance(k, int)):
+        return None
+    spec = LinearSpec(n, k, sc.STORED[x.dtype], bias=bool(bias))
+    try:
+        _check_spec(spec, None)
+    except NoMatch:
+        return None
+    return spec
+
+
+def logits(low: Lowering, linear: Op, spec: LinearSpec) -> relax.Expr:
+    """x[T, D] -> [T, E] by the product that the spec describes."""
+
+    def make(name: str) -> PrimFunc:
+        return dense_linear(spec, low.target, name=name)
+
+    function = low.function(("dense", spec), "linear", make)
+    arguments = [low.value(value) for value in linear.inputs]
+    return low.call(function, arguments, [linear.outputs[0].type])[0]
 
 
 def _transposed(weight: torch.Tensor) -> np.ndarray[Any, Any]:

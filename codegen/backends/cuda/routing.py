@@ -1,19 +1,26 @@
-"""Routers on GPUs: logits into choices; where a gate holds its linear layer, that comes first."""
+"""Routers on GPUs: logits into choices; where a gate holds its linear layer, that comes first, as
+the product of any linear layer where there is one that takes it, else as a loop."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
+import torch
 from tvm import relax
 
 from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cuda import products
 from moec.codegen.cuda.routing import route as kernels
 from moec.codegen.fusion import FusionGroup
-from moec.codegen.module_builder import Lowering
+from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.routing import emit_route, route_spec
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
 from moec.ops.routing import Routing
+from moec.runtime.dtypes import NUMPY, Array
+
+_LINEAR = "aten.linear.default"
 
 
 def _check(op: Op, graph: Graph) -> None:
@@ -43,7 +50,7 @@ def _split(op: Op) -> tuple[Op, list[Op]]:
 
     operands = [cast_to(v, compute) for v in (x, weight, bias) if v is not None]
     product = Value(f"{name}_product", TensorType(compute, (x.shape[0], weight.shape[0])))
-    ops.append(Op("aten.linear.default", tuple(operands), (product,)))
+    ops.append(Op(_LINEAR, tuple(operands), (product,)))
     logits = cast_to(product, dtype)
     inputs = (logits,) if correction is None else (logits, correction)
     attrs = Routing.of(op).attrs()
@@ -53,8 +60,25 @@ def _split(op: Op) -> tuple[Op, list[Op]]:
 def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
     route, ops = _split(op)
     for one in ops:
-        low.values[one.outputs[0]] = low.group(FusionGroup(one, [one], one.inputs))[0]
+        low.values[one.outputs[0]] = _computed(low, op, one)
     return emit_route(low, route)
+
+
+def _computed(low: Lowering, gate: Op, one: Op) -> relax.Expr:
+    """The result of one op of those before the choice. Weights are widened when they are packed."""
+    (source, *_), (out,) = one.inputs, one.outputs
+    if source in low.graph.params:
+        param = Param(f"{source.name}.{out.dtype}", out.type, (source,), partial(_cast, out.dtype))
+        return low.param(("cast", source, out.dtype), param)
+    spec = products.logits_spec(one) if one.name == _LINEAR else None
+    if spec is None:
+        return low.group(FusionGroup(one, [one], one.inputs))[0]
+    low.note(gate, "linear")
+    return products.logits(low, one, spec)
+
+
+def _cast(dtype: str, weight: torch.Tensor) -> Array:
+    return as_array(weight).astype(NUMPY[dtype])
 
 
 RULES = (

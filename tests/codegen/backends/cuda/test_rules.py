@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from moec.codegen.backends.cuda.backend import CUDA
+from moec.codegen.lower import lower
+from moec.ir.graph import Module, Program
 from moec.ir.text import parse
+from moec.target.cuda import TARGETS
 
 _SORT = "order: i32[2*T], slots: i32[T, 2], ends: i32[3] = moe.sort(i) <num_experts=3>"
 REFUSED = {
@@ -102,6 +107,22 @@ def test_why_an_op_has_no_kernel(name: str) -> None:
     (refusal,) = selection.refusals
     assert refusal.reason == reason
     assert {op.name for op in selection.rules} <= {"moe.sort"}
+
+
+@pytest.mark.parametrize(("width", "kernels"), [(8, ["linear", "route"]), (6, ["route"])])
+def test_the_logits_of_a_gate(width: int, kernels: list[str]) -> None:
+    """A product where one takes them, else a loop; the weight is widened once, when packed."""
+    graph = parse(f"""graph main(x: bf16[T, {width}]; w: bf16[4, {width}]) {{
+      s: f32[T, 2], e: i64[T, 2] = moe.gate(x, w) <k=2, compute=f32, logits=f32>
+      return s, e
+    }}""")
+    module = Module.of(Program(graph, {"w": torch.ones(4, width, dtype=torch.bfloat16)}))
+    lowered = lower(module, TARGETS["cuda:sm_80"], CUDA)
+    assert [kernel for _, kernel in lowered.kernels] == kernels
+    (param,) = lowered.params["main"]
+    assert (param.name, param.type.dtype) == ("w.f32", "f32")
+    assert param.pack is not None
+    assert param.pack(torch.ones(4, width, dtype=torch.bfloat16)).dtype == np.float32
 
 
 def test_what_has_a_kernel() -> None:
