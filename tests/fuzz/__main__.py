@@ -3,6 +3,9 @@
     python -m tests.fuzz --count N --seed S        counts of outcomes, and each that is wrong
     python -m tests.fuzz --seed S --only 17        one of them: its source and what came of it
 
+The graph after all passes is interpreted; of every 20th layer machine code is made and run. The
+last line says how many those were.
+
 Exit status: 1 where a layer was wrong, crashed, or does not run in eager.
 """
 
@@ -31,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     parser.add_argument("--start", type=int, default=0, help="number of the first layer")
     parser.add_argument("--only", type=int, help="this layer alone, with its source")
-    parser.add_argument("--build", action="store_true", help="machine code instead of the graph")
+    parser.add_argument("--build", action="store_true", help="machine code of every layer")
+    parser.add_argument("--build-every", type=int, default=20, help="of each such; default: 20")
     parser.add_argument("--record", type=Path, help="a file for one line of JSON a layer")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -41,11 +45,15 @@ def main(arguments: Sequence[str]) -> int:
         numbers = range(options.only, options.only + 1)
         print(source(draw(options.seed, options.only)))
     counts: collections.Counter[Outcome] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
+    begin = time.monotonic()
     with in_folder() as folder:
         for number in numbers:
             layer, start = draw(options.seed, number), time.monotonic()
             name = f"layer_{options.seed}_{number}"
-            verdict = judge(layer, name, Path(folder), options.build)
+            built = options.build or (number + 1) % options.build_every == 0
+            verdict = judge(layer, name, Path(folder), built)
+            kinds["machine code" if built else "interpreted"] += 1
             seconds = time.monotonic() - start
             counts[verdict.outcome] += 1
             if verdict.outcome in BAD or options.only is not None:
@@ -62,6 +70,9 @@ def main(arguments: Sequence[str]) -> int:
                     file.write(json.dumps(line) + "\n")
     for outcome in Outcome:
         print(f"{counts[outcome]:6} {outcome}")
+    seconds = (time.monotonic() - begin) / max(1, kinds.total())
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"{seconds:.1f} s a layer: {shown}")
     return int(any(counts[outcome] for outcome in BAD))
 
 

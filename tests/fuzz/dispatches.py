@@ -159,6 +159,20 @@ WITH_CAPACITY = {
 }
 """These also take `capacity`, `place` and `kept` [T, K]."""
 
+BY_EXPERT = {
+    "rows of experts": (
+        _EACH + "    y = self.run(e, flat[rows[e]])\n"
+        "    out.index_add_(0, rows[e], (y * share[e, :, None]).to(flat.dtype))"
+    ),
+    "einsum of experts": (
+        "hot = F.one_hot(rows, tokens).to(flat.dtype)\n"
+        'chosen = torch.einsum("ect,td->ecd", hot, flat)\n'
+        "ys = torch.stack([self.run(e, chosen[e]) for e in range({E})])\n"
+        'out = torch.einsum("ect,ec,ecd->td", hot, share.to(flat.dtype), ys)'
+    ),
+}
+"""These take `rows` and `share` [E, C] of experts that choose their tokens."""
+
 STACKED = frozenset({"batched", "batched repeat"})
 
 SHARED = {
@@ -171,6 +185,10 @@ SHARED = {
     ),
     "residual": ("", "out = flat + out"),
     "scaled": ("self.shared = nn.Linear({D}, {D})", "out = 1.5 * out + self.shared(flat)"),
+    "list": (
+        "self.shared = nn.ModuleList(nn.Linear({D}, {D}) for _ in range(2))",
+        "for shared in self.shared:\n    out = out + shared(flat)",
+    ),
     "mixed": (
         "self.shared = nn.Linear({D}, {D})\nself.mix = nn.Linear({D}, 2)",
         "mix = self.mix(flat).softmax(-1)\n"
@@ -191,5 +209,6 @@ OUTPUTS = {
     "none": "return {Y}, None",
     "counts": "return {Y}, F.one_hot(ids.reshape(-1), {E}).sum(0)",
     "weights": "return {Y}, (weights, ids)",
+    "entropy": "return {Y}, -(probs * (probs + 1e-9).log()).sum(-1).mean()",
     "z loss": "return {Y}, torch.logsumexp(logits.float(), dim=-1).square().mean()",
 }

@@ -7,9 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from textwrap import indent
 
-from tests.fuzz.dispatches import DISPATCHES, OUTPUTS, SHARED, STACKED, WITH_CAPACITY
+from tests.fuzz.dispatches import (
+    BY_EXPERT,
+    DISPATCHES,
+    OUTPUTS,
+    SHARED,
+    STACKED,
+    WITH_CAPACITY,
+)
 from tests.fuzz.experts import EXPERTS
-from tests.fuzz.routers import DROPS, GATES, LIMITS, ORDERS, ROUTERS, WIDTH
+from tests.fuzz.routers import (
+    CORRECTED,
+    DROPS,
+    GATES,
+    GROUPED,
+    LIMITS,
+    OF_ALL,
+    ORDERS,
+    ROUTERS,
+    WIDTH,
+)
 
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
 FLATS = {
@@ -19,6 +36,8 @@ FLATS = {
     "flatten": ("flat = x.flatten(0, 1)", "out.unflatten(0, x.shape[:2])"),
     "size": ("flat = x.reshape(x.size(0) * x.size(1), x.size(2))", "out.view(x.size(0), -1, {D})"),
 }
+EXPERT_COUNTS = (3, 4, 4, 4, 4, 6, 8)
+"""Mostly few: torch takes as long as there are experts to trace a loop over them."""
 NUMBERS = ("literals", "globals", "attributes", "config")
 
 _HEAD = """import math
@@ -83,8 +102,10 @@ def draw(seed: int, index: int) -> Layer:
         return choose.choice(list(names))
 
     router = one(ROUTERS)
-    limited = choose.random() < 0.4 and router != "top-p"
+    limited = choose.random() < 0.4 and router not in OF_ALL
     dispatch = one(WITH_CAPACITY) if limited and choose.random() < 0.6 else one(DISPATCHES)
+    if router == "expert choice" and choose.random() < 0.5:
+        dispatch = one(BY_EXPERT)
     stacks = [name for name, form in EXPERTS.items() if form.stacked]
     width = WIDTH.get(router, choose.choice((1, 2, 2, 2, 3)))
     return Layer(
@@ -100,8 +121,8 @@ def draw(seed: int, index: int) -> Layer:
         flat=one(FLATS),
         numbers=one(NUMBERS),
         dtype=one(DTYPES),
-        experts=choose.choice((4, 6, 8)),
-        top_k=min(width, 2) if router == "groups" else width,
+        experts=choose.choice([n for n in EXPERT_COUNTS if n % 2 == 0 or router not in GROUPED]),
+        top_k=min(width, 2) if router in GROUPED else width,
         width=choose.choice((16, 20)),
         hidden=choose.choice((12, 24, 40)),
     )
@@ -116,15 +137,17 @@ def source(layer: Layer) -> str:
     flat, back = FLATS[layer.flat]
     gate, logits = GATES[layer.gate]
     begin = ["super().__init__()", *_numbers(layer.numbers, numbers), gate, expert.init, shared]
-    if layer.router == "correction bias":
+    if layer.router in CORRECTED:
         begin.append('self.register_buffer("correction", torch.randn({E}) * 0.2)')
     if layer.limit == "self":
         begin.append("self.capacity = 7")
+    if layer.limit == "factor":
+        begin.append("self.factor = 1.25")
     steps = [flat, "tokens = flat.shape[0]", logits, ROUTERS[layer.router]]
     if layer.limit:
         steps += [LIMITS[layer.limit], ORDERS[layer.order], DROPS[layer.drop]]
     steps.append("weights = weights.to(flat.dtype)")
-    steps.append((DISPATCHES | WITH_CAPACITY)[layer.dispatch])
+    steps.append((DISPATCHES | WITH_CAPACITY | BY_EXPERT)[layer.dispatch])
     steps += [added, OUTPUTS[layer.outputs].replace("{Y}", back)]
 
     def lines(parts: Sequence[str]) -> str:

@@ -35,6 +35,11 @@ GATES = {
         "self.router = nn.Parameter(torch.randn({E}, {D}) * 0.3)",
         'logits = torch.einsum("td,ed->te", flat, self.router)',
     ),
+    "soft cap": (
+        "self.gate = nn.Linear({D}, {E})",
+        "logits = 3.0 * torch.tanh(self.gate(flat) / 3.0)",
+    ),
+    "clamp": ("self.gate = nn.Linear({D}, {E})", "logits = self.gate(flat).clamp(-2.0, 2.0)"),
     "noise": (
         "self.gate = nn.Linear({D}, {E})",
         "logits = self.gate(flat)\n"
@@ -101,6 +106,23 @@ ROUTERS = {
         "masked = probs.masked_fill(~mask.bool(), 0.0)\n"
         "weights, ids = torch.topk(masked, k={K}, dim=-1, sorted=False)"
     ),
+    "groups, corrected": (
+        "probs = logits.sigmoid()\n"
+        "choice = probs + self.correction\n"
+        "best = choice.view(tokens, 2, {E} // 2).topk(2, dim=-1)[0].sum(dim=-1)\n"
+        "group = torch.topk(best, k=1, dim=-1, sorted=False)[1]\n"
+        "mask = torch.zeros_like(best).scatter_(1, group, 1)\n"
+        "mask = mask.unsqueeze(-1).expand(-1, 2, {E} // 2).reshape(tokens, -1)\n"
+        "choice = choice.masked_fill(~mask.bool(), 0.0)\n"
+        "ids = torch.topk(choice, k={K}, dim=-1, sorted=False)[1]\n"
+        "weights = probs.gather(1, ids)\n"
+        "weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 2.5"
+    ),
+    "expert choice": (
+        _SOFTMAX + "share, rows = probs.t().topk(min(tokens, max(1, 2 * tokens // {E})), dim=-1)\n"
+        "weights = torch.zeros_like(probs).scatter(0, rows.t(), share.t())\n"
+        "ids = torch.arange({E}).expand(tokens, -1)"
+    ),
     "argsort": (
         _SOFTMAX + "ids = probs.argsort(dim=-1, descending=True)[:, :{K}]\n"
         "weights = torch.gather(probs, 1, ids)"
@@ -143,13 +165,24 @@ ROUTERS = {
 }
 
 WIDTH = {"maximum": 1, "argmax": 1, "argmax twice": 2}
-"""Choices a token of routers that set it; top-p has all."""
+"""Choices a token of routers that set it."""
+
+OF_ALL = frozenset({"top-p", "expert choice"})
+"""Routers whose tokens have a weight for every expert: nothing else limits those."""
+
+GROUPED = frozenset({"groups", "groups, corrected"})
+"""Routers that choose at most two experts, of an even number."""
+
+CORRECTED = frozenset({"correction bias", "groups, corrected"})
 
 LIMITS = {
     "number": "capacity = 5",
     "self": "capacity = self.capacity",
     "int": "capacity = int(tokens * 1.25 * {K} / {E})",
     "int and least": "capacity = max(int(tokens * {K} * 1.1 / {E}), 4)",
+    "factor": "capacity = max(int(self.factor * tokens * {K} / {E}), 1)",
+    "round": "capacity = max(1, round(tokens * {K} / {E}))",
+    "torch": "capacity = int(torch.ceil(torch.tensor(tokens / {E} * 1.25)).to(torch.int64))",
     "ceil": "capacity = math.ceil(tokens / {E} * 1.1)",
     "ceil and least": "capacity = max(math.ceil({K} * tokens / {E}), 3)",
     "floor": "capacity = max(1, tokens * {K} // {E})",
@@ -176,8 +209,15 @@ ORDERS = {
         "hot = hot.flatten(0, 1)\n"
         "place = ((hot.cumsum(0) - 1.0) * hot).sum(-1).view(tokens, -1).long()"
     ),
+    "weight": (
+        "first = weights.max(dim=-1).values.argsort(descending=True, stable=True)\n"
+        "hot = F.one_hot(ids[first], {E})\n"
+        "place = (hot.view(-1, {E}).cumsum(0) - 1).view(tokens, -1, {E})[first.argsort()]\n"
+        "place = place.gather(-1, ids[..., None])[..., 0]"
+    ),
 }
-"""Whose rows come first: those of earlier tokens, or all first choices before all second ones."""
+"""Whose rows come first: those of earlier tokens, of larger weights, or all first choices before
+all second ones."""
 
 DROPS = {
     "times": "kept = place < capacity\nweights = weights * kept",
