@@ -1,0 +1,53 @@
+"""Experts bound to groups: those of a modality, a task or a language on ranks of their own.
+
+A rank that serves one group's requests then exchanges rows with that group's ranks alone, as where
+Uni-MoE's modalities are trained in parallel (arXiv 2405.11273, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.errors import UsageError
+from moec.plan.placement import Loads, Placement, place
+
+
+@dataclass(frozen=True)
+class BoundPlacement:
+    """`ranks[g]` are the ranks of group g, one after the other; `placement` is of all ranks."""
+
+    ranks: Mapping[str, range]
+    placement: Placement
+
+
+def place_bound(loads: Loads, groups: Mapping[str, Sequence[int]], ranks: int) -> BoundPlacement:
+    """Place experts of these loads [E] on `ranks` ranks, each on a rank of its group's. Every group
+    has one rank, and those to spare go where the load of a rank is the greatest.
+
+    Raises UsageError where an expert is in no group or in several, or groups outnumber ranks.
+    """
+    members = sorted(expert for group in groups.values() for expert in group)
+    if members != list(range(len(loads))):
+        raise UsageError(
+            f"the groups hold experts {members}: each of 0 to {len(loads) - 1} must be in one group"
+        )
+    if len(groups) > ranks:
+        raise UsageError(f"{len(groups)} groups cannot have ranks of their own among {ranks}")
+    total = max(float(loads.sum()), 1e-300)
+    share = {name: float(loads[list(group)].sum()) / total for name, group in groups.items()}
+    counts = dict.fromkeys(groups, 1)
+    for _ in range(ranks - len(groups)):
+        counts[max(counts, key=lambda name: share[name] / counts[name])] += 1
+    of_group: dict[str, range] = {}
+    slots: list[tuple[int, ...]] = []
+    busiest = bound = 0.0
+    for name, group in groups.items():
+        part = place(loads[np.array(group)], counts[name])
+        of_group[name] = range(len(slots), len(slots) + counts[name])
+        slots += [tuple(group[slot] for slot in rank) for rank in part.slots]
+        busiest = max(busiest, share[name] * part.busiest)
+        bound = max(bound, share[name] * part.bound)
+    return BoundPlacement(of_group, Placement(tuple(slots), busiest, bound))
