@@ -183,7 +183,7 @@ class Replacement:
         """What else modules return; unused values leave the captured graph."""
         rule = self.description.routing
         assert rule is not None
-        picked = chosen.chosen()
+        picked, best = chosen.chosen(), chosen.first()
         side = {
             "logits": logits,
             "scores": SCORES[rule.score](logits),
@@ -191,8 +191,11 @@ class Replacement:
             "top weights": chosen.weights,
             "ids": chosen.ids,
             "counts": picked.sum(0),
+            "counts of first choices": best.sum(0),
         }
-        return side | {name: loss(logits, picked) for name, loss in LOSSES.items()}
+        losses = {name: loss(logits, picked) for name, loss in LOSSES.items()}
+        of_best = {f"{name} of first choices": loss(logits, best) for name, loss in LOSSES.items()}
+        return side | losses | of_best
 
     def _soft(self, x: torch.Tensor) -> torch.Tensor:
         """Slots are mixtures of a sequence's tokens; each expert reads its own slots."""

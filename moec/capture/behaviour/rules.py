@@ -58,6 +58,10 @@ class Choices:
         ones = torch.ones_like(self.weights) if self.mask is None else self.mask.to(self.scores)
         return torch.zeros_like(self.scores).scatter(1, self.ids, ones)
 
+    def first(self) -> torch.Tensor:
+        """One for the best column of each row, which may be dropped, else zero: [T, C]."""
+        return torch.zeros_like(self.scores).scatter(1, self.ids[:, :1], 1.0)
+
 
 def choose(
     rule: RoutingRule, logits: torch.Tensor, correction: torch.Tensor | None = None

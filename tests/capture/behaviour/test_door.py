@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -182,6 +183,27 @@ class WithLoss(CountsInNumpy):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.gate(x.view(-1, WIDTH)).float()
         return super().forward(x), logits.logsumexp(-1).square().mean()
+
+
+class WithFirstChoices(CountsInNumpy):
+    """Top-2, with the loss and the counts of the first choices (GShard, arXiv 2006.16668)."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        flat = x.view(-1, WIDTH)
+        scores, (_, ids) = self.gate(flat).softmax(-1), self.choose(flat)
+        first = F.one_hot(ids[:, 0], scores.shape[-1])
+        loss = (scores.mean(0) * first.float().mean(0)).mean() * scores.shape[-1] ** 2
+        return super().forward(x), loss, first.sum(0)
+
+
+def test_the_loss_and_the_counts_of_first_choices_are_outputs() -> None:
+    torch.manual_seed(0)
+    module = WithFirstChoices().eval()
+    x = torch.randn(2, 12, WIDTH)
+    proof = recognise(module, Arguments.of((x,), {}))
+    assert proof.description is not None
+    names = [getattr(output, "name", None) for output in proof.description.outputs]
+    assert names[1:] == ["switch loss of first choices", "counts of first choices"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
