@@ -69,7 +69,7 @@ def compile_module(
 ) -> Objects:
     """The executable of a module that `lower` made, and its kernels.
 
-    `store` has the kernels that were compiled before; None stands for the user's.
+    `store` has the kernels that were compiled before; None means the user's store.
     """
     options = options_of(target, opt_level)
     with context(), options:

@@ -3,7 +3,7 @@
 Walked from the results backwards, so that the groups of all readers are known. A point joins
 its readers where they are one group and read it at few places; ops that only move elements
 are copied into every reader. Anything else becomes the root of a group of its own, and is
-stored. No path leaves a group and comes back, since all readers of a fused op lie inside.
+stored. No path leaves a group and comes back, since all readers of a fused op are inside.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage
 
 
 def named_by_content(module: tvm.IRModule) -> tvm.IRModule:
-    """A module in which the name of each kernel tells what it computes, and equal kernels are one.
+    """A module in which kernels are named by what they compute, and equal ones are merged.
 
     So a kernel has the same object file whatever else its model consists of.
     """

@@ -106,7 +106,7 @@ class LazyGroup(click.Group):
 
 
 def verdict(error: Exception) -> tuple[int, str]:
-    """The exit code and the one line that stand for an error."""
+    """The exit code and the message of an error, one line."""
     match error:
         case MoecError():
             return error.exit_code, f"error: {error}"

@@ -21,7 +21,7 @@ DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
 
 def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named example inputs; one tensor may stand for a tuple of one.
+    """The positional and the named example inputs; one tensor counts as a tuple of one.
 
     Raises UsageError for anything but a tuple or list, a mapping by name, and torch tensors.
     """

@@ -2,8 +2,8 @@
 
 A signature is Ed25519 (RFC 8032) of a line of text that names the form and the SHA-256 of the
 manifest (`manifest.json`; of the ranks of a plan `ranks.json`), which in turn holds the SHA-256 of
-every other part. It lies beside the artifact, in `model.moec.sig`, as one line of text. Keys are
-those of `openssl genpkey -algorithm ed25519` and of `ssh-keygen -t ed25519`.
+every other part. It is one line of text in `model.moec.sig`, beside the artifact. Keys are those of
+`openssl genpkey -algorithm ed25519` and of `ssh-keygen -t ed25519`.
 """
 
 from __future__ import annotations

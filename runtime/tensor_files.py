@@ -101,6 +101,6 @@ def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:
 
 
 def check_suffix(path: Path) -> None:
-    """Raise UsageError unless the file's name tells one of the three formats."""
+    """Raise UsageError unless the file has the suffix of one of the three formats."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: tensors are kept in {', '.join(SUFFIXES)}")

@@ -40,8 +40,8 @@ def compiler(target: CudaTarget) -> nvidia.Compiler:
 
 
 def cubins(source: str, target: CudaTarget, store: Store | None = None) -> dict[str, Cubin]:
-    """Kernels for each architecture of a target. `store` has those of before; None stands for
-    the user's.
+    """Kernels for each architecture of a target. `store` caches them; None means the
+    user's store.
 
     Raises TargetError where there is no compiler, or it fails.
     """

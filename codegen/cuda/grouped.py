@@ -1,4 +1,4 @@
-"""Products of each expert's rows with that expert's weights; rows lie sorted by expert.
+"""Products of each expert's rows with that expert's weights; rows are sorted by expert.
 
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 

@@ -2,7 +2,7 @@
 
     shared memory   stage 0 | stage 1 | ...         each the parts of a step, one after the other
     a row           16-byte pieces, piece p at p ^ key(row): eight rows that ldmatrix reads at
-                    once lie in eight different banks
+                    once are in eight different banks
 
 All stages but one are on their way while that one is multiplied. Every thread waits for its copies
 before the barrier, so that after it the stage is complete for all; the stage that is loaded next

@@ -1,4 +1,4 @@
-"""Where an axis stands, and where a slice of it begins."""
+"""The position of an axis, and the start of a slice of it."""
 
 from __future__ import annotations
 

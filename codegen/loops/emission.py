@@ -1,7 +1,7 @@
 """One PrimFunc while it is written: its buffers, its loops, and the elements it computes.
 
 Loops are those of a CPU: rows in parallel, the last axis innermost. Another kind of target has a
-subclass that says who computes what, and where scratch memory lies.
+subclass that assigns iterations to threads and allocates scratch memory.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def take_along(p: Point) -> Scalar:
 
 
 def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int], int, int]:
-    """Of x[indices]: the indexed axes, where their result stands, and its rank."""
+    """Of x[indices]: the indexed axes, the position of their result's axes, and its rank."""
     axes = [axis for axis, ids in enumerate(indices) if ids is not None]
     width = max(len(ids.shape) for ids in indices if ids is not None)
     together = axes == list(range(axes[0], axes[-1] + 1))

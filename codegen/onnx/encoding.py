@@ -35,7 +35,7 @@ class Encoding:
 
     @staticmethod
     def of(parts: Sequence[GroupedQuantised]) -> Encoding:
-        """One for all that stand in one node. A row that no block divides ends in half a block."""
+        """One block size for all weights of a node. Rows may end in half a block."""
         format = parts[0].format
         widths = [_width(part.matrices[0]) for part in parts]
         fitting = (b for b in ROW_BLOCKS if all(width % b == 0 for width in widths))

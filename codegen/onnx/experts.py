@@ -46,7 +46,7 @@ def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
 
 
 def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
-    """Whether no id stands for "no expert": the choice, passed on as it is, of a router that
+    """Whether no id means "no expert": the choice, passed on as it is, of a router that
     knows no more than these."""
     op = graph.producers.get(ids)
     while op is not None and op.name in _PASS_ON:
@@ -156,7 +156,7 @@ def by_expert(
     product: Callable[[int, str], str],
 ) -> str:
     """`rows` in `dtype` through `product` of each row's own expert, and through the body, whose
-    inputs of `widths` stand side by side in a product."""
+    inputs of `widths` are adjacent columns of a product."""
     w, op, out = c.w, c.op, c.out
     sums = _projected(w, parts.ends, rows, dtype, widths, product)
     if op.body is None:

@@ -1,6 +1,6 @@
 """The file: an ONNX model, with its weights beside it in one file of data.
 
-Every weight is written as it is made, so that no second copy of the model stands in memory.
+Every weight is written as soon as it is computed, so that memory holds no second copy of the model.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _blocks(
     graph: Graph, profile: Profile, moe: str
 ) -> tuple[dict[Op, moe_op.Fused], list[tuple[Op, str]]]:
     """({last op of a block: its com.microsoft.MoE or QMoE}, [(last op, reason)] of the blocks
-    that moe="op" asks for and the operator cannot express)."""
+    for which moe="op" was requested and the operator does not suffice)."""
     fused: dict[Op, moe_op.Fused] = {}
     refused: list[tuple[Op, str]] = []
     for op in filter(_combines, graph.ops):

@@ -170,7 +170,7 @@ def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
 
 
 def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
-    """Those of the kernel, with the numbers that stand in the body."""
+    """The activation of the kernel, with the numbers of the body."""
     if matrices == 1:
         yield from (Activation(kind) for kind in _FUNCTIONS)
         return

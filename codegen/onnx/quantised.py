@@ -5,8 +5,8 @@
 
 ONNX Runtime makes the first of the second when it opens a file. Both multiply rows that it rounds
 to 8 bits, a scale for each block (accuracy_level 4): rows in float32 take three to nine times as
-long, so only rows of 16 bits ask for those, there being nothing in between. Gate and up stand one
-below the other in one product.
+long, so only rows of 16 bits ask for those, there being nothing in between. Gate and up are stacked
+in one product.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class NodeWriter:
     # ---- sizes -------------------------------------------------------------------------
 
     def learn(self, value: Value) -> None:
-        """Sizes that stand alone in an input are read off it."""
+        """Sizes that are an entire axis of an input are read from its shape."""
         for axis, dim in enumerate(value.shape):
             name = getattr(dim, "name", "")
             if name and name not in self.sizes:

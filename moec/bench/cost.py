@@ -101,7 +101,7 @@ def _quantised_linear(op: Op, env: Env) -> Cost:
 
 
 def _stored(matrix: Matrix, format: Format, env: Env) -> float:
-    """Codes stand in bytes of their own in the graph, and are packed by the kernel."""
+    """In the graph each code takes a byte; kernels pack them."""
     rest = sum(_bytes(value, env) for value in matrix.values if value is not matrix.codes)
     return _count(matrix.codes, env) * format.bits / 8 + rest
 

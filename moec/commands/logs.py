@@ -1,4 +1,4 @@
-"""What moec's loggers say, for who asks: on stderr with -v, in a file with --log-file.
+"""Output of moec's loggers: on stderr with -v, to a file with --log-file.
 
 The library itself installs no handler and stays quiet; a program that uses it configures the
 loggers below `moec` as any others.

@@ -94,7 +94,7 @@ def processor(cpuinfo: Path) -> list[Check]:
 
 
 def chosen_target() -> Check:
-    """Which target "cpu" stands for, and what keeps it from a better one."""
+    """The target of "cpu" on this machine, and the features that a better one needs."""
     host = target.host()
     says = f"{host.name}: {host.vector_lanes} float lanes"
     says += ", bf16 dot products" if host.bf16_dot else ""
@@ -130,7 +130,7 @@ _PURPOSE = {
 
 
 def packages() -> list[Check]:
-    """The packages that moec asks for: there, of a version in range, and loadable."""
+    """Whether the packages that moec requires are installed, in range, and loadable."""
     from packaging.requirements import Requirement
 
     requirements = [Requirement(text) for text in requires("moec") or ()]

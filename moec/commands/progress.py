@@ -205,7 +205,7 @@ def about(seconds: float) -> str:
 
 
 class _Shares(logging.Handler):
-    """Tells a Progress what records say of the phase that runs."""
+    """Passes log records of the running phase to a Progress."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.DEBUG)

@@ -2,10 +2,10 @@
 
     input_ids=B[1..8]xS[1..4096]     two named sizes with bounds
     x=Tx64                           T of any size, then exactly 64
-    a=BxS,b=BxS                      one name is one size, wherever it stands
+    a=BxS,b=BxS                      one name is one size, in all inputs
     x=?x64                           an axis that torch.export may name itself
 
-A name is capital letters, digits and underscores; the small x stands between axes. A bound
+A name is capital letters, digits and underscores; a small x separates axes. A bound
 may be left out: S[1..] has no upper one, S[..4096] starts at 1.
 """
 

@@ -145,7 +145,7 @@ def _sums(grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
 
 
 def _outer(grad: Tensor, rows: Tensor, out: Tensor) -> None:
-    """out[N, K] = grad^T @ rows, for weights that lie transposed as well."""
+    """out[N, K] = grad^T @ rows, also for transposed weights."""
     if out.is_contiguous():
         torch.mm(grad.t(), rows, out=out)
     else:

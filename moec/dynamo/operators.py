@@ -1,4 +1,4 @@
-"""The operators that stand for a block in a graph, and its gradient.
+"""The operators of a block in a graph, and of its gradient.
 
     moec::block_forward(inputs[], params[], site) -> y, where no gradient is wanted
     moec::block(inputs[], params[], site) -> y, with a gradient:
@@ -48,7 +48,7 @@ class BlockSite:
 
     They are packed when it first runs, and again when a weight's version or memory differs.
     Sites of the same layer (for one token and for many, with gradients and without) share them.
-    Where experts are `trained`, weights change with every step, and are read as they lie.
+    If experts are `trained`, weights change with every step, and are read without packing.
     """
 
     name: str
@@ -136,7 +136,7 @@ def _size(dim: Any, sizes: dict[str, Any]) -> Any:
 
 
 def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
-    """What tells that each weight is as it was: where it lies, and how often it was written to."""
+    """The key of unchanged weights: the address of each, and its version counter."""
     return [
         (p.data_ptr(), None if p.is_inference() else p._version, p.shape, p.stride())
         for p in params

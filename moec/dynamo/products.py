@@ -35,7 +35,7 @@ _OPENING = threading.Lock()
 class ProductKernels(Products):
     """Products by kernels for `target`, kept in `cache`.
 
-    Other dtypes, and stacks that lie neither as [E, N, K] nor as [E, K, N], multiply in PyTorch,
+    Other dtypes, and stacks that are neither [E, N, K] nor [E, K, N], multiply in PyTorch,
     and so do many rows of bf16 where the target has tile registers: PyTorch uses those.
     """
 

@@ -6,7 +6,7 @@
     out = moe.experts(rows, ends, stacks...)             │ kernel call     │
     y = moe.combine(out, order, weights)                 └─────────────────┘
 
-A region holds what lies between x and y, and what is made of weights alone. Anything that y
+A region holds the ops between x and y, and ops on weights only. Anything that y
 needs and that does not come from x (the logits of a router that reads another value) is an
 input too. Inner values that others read, such as logits that the model returns, are computed
 again by their readers: they are small.

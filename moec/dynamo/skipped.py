@@ -3,7 +3,7 @@
 A loop that asks `torch.where` for each expert's tokens makes results whose size depends on data.
 Without a setting that `moec.prepare` opens, Dynamo gives up on the whole function and runs it as
 Python; and so it does where a loop asks whether a mask is set. No graph reaches a backend then;
-but Dynamo tells whoever asks when it ends an attempt, and why.
+but Dynamo reports the end of an attempt, with the reason, to listeners.
 """
 
 from __future__ import annotations

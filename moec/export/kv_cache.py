@@ -1,5 +1,5 @@
-"""A file that takes the keys and values before and gives those after: what stands in it, and how
-it is run where it is compared with eager.
+"""Files with keys and values as inputs and outputs: their content, and how they are run for the
+comparison with eager.
 
 com.microsoft.GroupQueryAttention could hold the attention too, with what is seen as its
 attention_bias. It is not used: on a CPU (ONNX Runtime 1.31, one thread, 32 and 8 heads of 128) it

@@ -19,7 +19,7 @@ Results = Mapping[str, torch.Tensor]
 
 
 def open_session(path: Path, model: ModelProto | None = None) -> Any:
-    """A session on the CPU of the file, or of `model`, whose weights lie beside the file.
+    """A session on the CPU of the file, or of `model`, whose weights are beside the file.
 
     Raises VerificationError where ONNX Runtime does not take it.
     """

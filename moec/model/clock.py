@@ -13,7 +13,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class Clock:
-    """Tells the phases and keeps how long each took."""
+    """Reports the phases, and records the seconds of each."""
 
     progress: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)

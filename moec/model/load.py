@@ -104,8 +104,8 @@ def load(
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. Left out, it
     is the CPU, or the first GPU where the model was compiled for GPUs alone.
 
-    A model on a GPU takes and gives tensors of torch there. With `copies` it takes and gives what
-    lies in memory of the CPU, numpy's or torch's. `signed_by` is the file of a public key that must
+    A model on a GPU takes and returns torch tensors on it; with `copies`, arrays or tensors in CPU
+    memory. `signed_by` is the file of a public key that must
     have signed it (`moec sign`); without one, nobody knows who made the code that it runs.
 
     Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any

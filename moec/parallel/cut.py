@@ -2,7 +2,7 @@
 
     graph in stage GROUPED  ->  segment, dist.all_to_all, segment, dist.all_to_all, …
 
-A segment is what stands between two exchanges, as a function of a library. Exchanges,
+A segment is the ops between two exchanges, as a function of a library. Exchanges,
 counts and the few ops that only look up or add counts run in torch.
 """
 

@@ -14,7 +14,7 @@ WORLD = "world"
 
 
 def suffix(layer: LayerPlan) -> str:
-    """What tells the groups of layers of different degrees apart."""
+    """The suffix that distinguishes the groups of layers of different degrees."""
     return f"{layer.ranks}x{layer.slices}"
 
 

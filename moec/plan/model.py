@@ -155,8 +155,8 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
 
 
 def of_graph(graph: Graph, name: str = "model") -> Model:
-    """The sizes of the MoE blocks of a graph in stage MOE, one layer each; what lies between two
-    blocks counts as attention. Raises UsageError where no block is recognised."""
+    """The sizes of the MoE blocks of a graph in stage MOE, one layer each; the ops between two
+    blocks count as attention. Raises UsageError where no block is recognised."""
     blocks = [op for op in graph.ops if op.name == "moe.experts"]
     if not blocks:
         raise UsageError(f"{name} has no recognised MoE block: moec inspect says why")

@@ -12,7 +12,7 @@ A target is chosen by name. "cpu" is this machine; the others are the same every
     null          makes no code: what would be compiled, in a second
     llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= as LLVM spells them
 
-Only the `llvm:` form asks TVM; all else, the check of an artifact's features included, needs
+Only the `llvm:` form needs TVM; all else, the check of an artifact's features included, needs
 neither TVM nor torch.
 """
 
@@ -211,8 +211,8 @@ def parse(name: str) -> CpuTarget:
 def host_features() -> frozenset[str]:
     """What this machine's CPU can do, in LLVM's names; empty where the system does not say.
 
-    Linux gives a process the tile registers only when it asks, so this asks. They do not count
-    where it refuses (an old kernel, a sandbox).
+    Linux grants a process the tile registers on request only, so this requests them. They do not
+    count if Linux refuses (an old kernel, a sandbox).
     """
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -87,7 +87,7 @@ class Partition:
 
 
 class ExpertLinear(nn.Module):
-    """What stands in the place of a linear layer: N of them, `weights` [N, out, in] and `biases`
+    """The replacement of a linear layer: N layers, `weights` [N, out, in] and `biases`
     [N, out], each for its part of the tokens. All start as the layer itself."""
 
     def __init__(self, dense: nn.Linear, partition: Partition) -> None:

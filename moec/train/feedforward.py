@@ -73,7 +73,7 @@ def _inside(name: str, module: nn.Module) -> Sequence[NamedFFN]:
 
 
 def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
-    """Raises UsageError for layers or weights that stand in more than one place."""
+    """Raises UsageError for layers or weights that are used more than once."""
     for name, linear in ffn.linears:
         owners = [
             m for m in model.modules() if any(p is linear.weight for p in m._parameters.values())

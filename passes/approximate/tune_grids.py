@@ -37,7 +37,7 @@ Grids = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class TuneGrids:
-    """Train the numbers that compressed experts' codes stand for, in all layers at once."""
+    """Train the values of compressed experts' codes, in all layers at once."""
 
     steps: int = option(100, "of training, each on one case of the calibration data", low=1)
     rate: float = option(0.005, "by which numbers change in a step, relatively", low=0, high=1)

@@ -24,7 +24,7 @@ DAMPING = 0.1
 BLOCK = 128
 
 Grid = Callable[[Tensor, int], Tensor]
-"""(column f32[.., N], its index) -> the values of the grid that stand for it, f32[.., N]."""
+"""(column f32[.., N], its index) -> the values of the grid for it, f32[.., N]."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ NAMES = (
 )
 """In the order of moec/pipeline.py, those that are only run where they are asked for at the end."""
 ON_REQUEST = ("quantise-experts", "quantise-linears")
-"""Those that --quant asks for; they may be the last of --stop-after."""
+"""The passes of --quant; --stop-after accepts them too."""
 
 _ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")
 

@@ -30,7 +30,7 @@ class _Way:
 
 @dataclass
 class Exchanged:
-    """Builds the ops of rank `rank` into `splice`; `number` tells the layer's sizes apart."""
+    """Builds the ops of rank `rank` into `splice`; `number` is part of the names of sizes."""
 
     splice: Splice
     plan: Plan
@@ -139,7 +139,7 @@ class Exchanged:
         return self._op("dist.all_to_all", inputs, group=way.group, rows=way.total)
 
     def _computed(self, rows: Value, slots: Value) -> Value:
-        """This rank's experts over rows that stand in any order: [N, D] in that order."""
+        """This rank's experts over rows in any order: [N, D], in the same order."""
         gathered = counts = None
         if self.slices is not None:
             group = f"slice.{suffix(self.layer)}"

@@ -26,8 +26,8 @@ _BY_HEAD = ("nn.rotary", "nn.rms_norm", "aten._to_copy.default", "aten.alias.def
 
 @dataclass(frozen=True)
 class Heads:
-    """`ops` are those of the heads, with `output`, the product that adds them up. `axes` says where
-    the heads stand in each value, `texts` is the size of the first axis, `caches` are inputs."""
+    """`ops` are the ops of the heads, with `output`, the product that sums over them. `axes` is the
+    axis of the heads in each value, `texts` the size of the first axis; `caches` are inputs."""
 
     ops: frozenset[Op]
     output: Op
@@ -73,7 +73,7 @@ class _Walk:
     caches: list[Value] = field(default_factory=list)
 
     def axis(self, value: Value) -> int:
-        """Where heads stand in `value`; notes the ops that make it of products. Raises NoMatch."""
+        """The axis of the heads in `value`. Records the ops that compute it. Raises NoMatch."""
         if value in self.axes:
             return self.axes[value]
         op = self.program.graph.producers.get(value)
@@ -99,7 +99,7 @@ class _Walk:
         return axis
 
     def moved(self, op: Op, axis: int) -> int:
-        """Where heads stand after an op that has them at `axis` of its first input."""
+        """The axis of the heads after an op whose first input has them at `axis`."""
         x, out = op.inputs[0].shape, op.outputs[0].shape
         if op.name == _PERMUTE:
             return cast("tuple[int, ...]", op.attrs["dims"]).index(axis)

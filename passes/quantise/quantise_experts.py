@@ -27,7 +27,7 @@ from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 
 @dataclass(frozen=True)
 class QuantiseExperts(QuantisingPass):
-    """Store the weights of experts in few bits, as --quant asks."""
+    """Store the weights of experts in few bits (--quant)."""
 
     format: Format
     name: ClassVar[str] = "quantise-experts"

@@ -28,7 +28,7 @@ FEW = 16
 
 @dataclass(frozen=True)
 class QuantiseLinears(QuantisingPass):
-    """Store linear layers in few bits, as --quant linears=…,head=… asks."""
+    """Store linear layers in few bits (--quant linears=…,head=…)."""
 
     linears: Format | None = None
     head: Format | None = None

@@ -1,4 +1,4 @@
-"""Form 1: the opaque op that stands for a Hugging Face experts module.
+"""Form 1: the opaque op of a Hugging Face experts module.
 
     y = moec.experts(x[T, D], ids[T, k], weights[T, k], stacks…) <num_experts, body>
 

@@ -2,7 +2,7 @@
 
 The code between tokens and result may hold the rows as [T, k, D], [E, C, D], [T*k, 1, D] or
 [1, D, E*H]. An axis is therefore a product of atoms, and an atom is rows (tokens, slots,
-experts, places: it does not matter which, the proof tells) or one feature axis. One expert's
+experts, positions: the proof shows which) or one feature axis. One expert's
 body sees [R, features], so a reshape or permutation that only moves rows is nothing to it.
 """
 

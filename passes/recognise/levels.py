@@ -46,7 +46,7 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
 
 
 def depth(tree: Tree) -> int:
-    """How many gates stand one above the other."""
+    """The number of levels of gates."""
     return max(len(leaf.weights) for leaf in tree)
 
 

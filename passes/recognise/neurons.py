@@ -4,7 +4,7 @@
     y = einsum("tk,tkd->td", h, outward[ids])
 
 becomes one moe.neurons. It begins at the ids and the weights, whatever chose them (product keys
-choose the best sums of two scores); choices of several heads stand side by side.
+choose the best sums of two scores); choices of several heads are concatenated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What lies between the tokens and the routed copies of them, and so is part of a block."""
+"""The ops between the tokens and their routed copies, which are part of a block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spreads(reader: Reader, op: Op) -> bool:
 
 
 def only_moves(reader: Reader, op: Op) -> bool:
-    """Whether copies, or [T, D] itself, lie behind what is seen here in other axes."""
+    """Whether a value holds copies of the tokens, or [T, D] itself, in other axes."""
     value = op.outputs[0]
     flat = len(value.shape) == 2 and op.name not in CASTS
     maker: Op | None = op

@@ -7,8 +7,8 @@
 
 becomes one moe.soft_mixture: nothing is chosen, so that it has no dispatch and no top-k. It begins
 at the logits: how they are made (normalised, scaled, masked, of another phi for each of the two
-softmaxes) is left as it is. What lies between the two products is read as the experts of
-other forms are.
+softmaxes) is left as it is. The ops between the two products are read like the experts
+of other forms.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def proved_loop(scope: Scope, loop: SoftLoop, prover: Prover) -> SoftMixture:
 
 
 def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
-    """The mixture, which does what stands there; raises NoMatch otherwise."""
+    """The mixture, proved equal to the matched ops. Raises NoMatch if it is not."""
     at, cut = mixture.combine.op, mixture.cut
     region = scope.cut([at.outputs[0]], cut)
     after = replacement(scope, at, cut, partial(emit, mixture))
@@ -154,7 +154,7 @@ def _check(weights: SoftWeights, which: str, axis: str) -> None:
 
 
 def slot_experts(scope: Scope, dispatch: WeighedSum, combine: WeighedSum) -> SlotExperts:
-    """Raises NoMatch where what lies between is not one kind of experts, each with its slots."""
+    """Raises NoMatch unless the ops between are experts of one kind, each with its slots."""
     slots = dispatch.op.outputs[0]
     between = scope.upstream([combine.values], [slots])
     fans: dict[Op, Fan] = {}

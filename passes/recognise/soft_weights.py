@@ -45,7 +45,7 @@ class SoftWeights:
     after: str = ""
 
     def order(self, atoms: Axis) -> tuple[int, ...]:
-        """Where the atoms stand in the logits."""
+        """The axes of the atoms in the logits."""
         every = [atom for axis in self.axes for atom in axis]
         return tuple(every.index(atom) for atom in atoms)
 

@@ -6,7 +6,7 @@
     out = out + share_e * 0                                                   a zero
 
 or the same over the rows that chose them. A zero expert may also leave no trace in the graph: the
-choices are among more experts than there are links. The shape of a weight tells its role; the
+choices are among more experts than there are links. The shape of a weight determines its role; the
 proof checks the arithmetic.
 """
 

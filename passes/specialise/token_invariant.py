@@ -2,7 +2,7 @@
 
     task = 3                                known: 3
     row = aten.embedding(w, task)           known: w[3]
-    all = aten.expand(row) <(B*S, 8)>       known: one row [1, 8] that stands for all B*S
+    all = aten.expand(row) <(B*S, 8)>       known: one row [1, 8] for all B*S
 
 A constant is stored with size 1 for every axis of a named size; the value is that tensor repeated
 along these axes. An op is evaluated on constants if it treats the positions of such axes

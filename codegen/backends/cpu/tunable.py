@@ -20,8 +20,8 @@ def tunable(
     make: Callable[[str, Mapping[str, int]], PrimFunc],
     values: Sequence[str],
 ) -> Tunable:
-    """`spec` is whatever the kernel is generated from, with a `repr` that tells it all. `layouts`
-    are those of its weights: experts', or one or several dense ones that the same rows meet.
+    """`spec` is what the kernel is generated from, with a complete `repr`. `layouts` are those of
+    its weights: of experts, or of one or several dense products of the same rows.
     """
     first = layouts[0].spec
     sizes = "x".join(map(str, (*((first.groups,) if first.groups > 1 else ()), first.n, first.k)))

@@ -3,7 +3,7 @@
     out[t] = sum over s of weights[t, s] * y[slots[t, s]]  (+ addend[t])
 
 The sum runs in the order of the slots, in float32, and is rounded once: no atomics, the same bits
-every time. Choices that no expert owns (their rows lie behind the last end) add nothing, whatever
+every time. Choices that no expert owns (their rows are after the last end) add nothing, whatever
 their weight. One block a token; neighbouring threads read neighbouring columns.
 """
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import moec
 from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
+from tests.passes.agreement import assert_agrees, programs_after
 from tests.passes.forms import others
 
 D, N, HEADS, K = 6, 4, 2, 3
@@ -93,9 +95,8 @@ def compiled(kind: type[Peer], keys: int = N, k: int = K) -> tuple[nn.Module, An
     return module, moec.compile(module, example, stop_after="expand-neurons")
 
 
-def programs(steps: Any) -> list[Any]:
-    names = ("recognise-experts", "expand-neurons")
-    return [step.program for step in steps.pass_results if step.name in names]
+def programs(steps: Any) -> list[Program]:
+    return programs_after(steps, "recognise-experts", "expand-neurons")
 
 
 @pytest.mark.parametrize(("kind", "function"), [(Peer, "gelu"), (ByHead, "relu")])
@@ -121,11 +122,7 @@ def test_any_size(kind: type[Peer], keys: int, k: int, batch: int, tokens: int, 
     module, steps = compiled(kind, keys, k)
     assert len(steps.blocks) == 1 or keys == 1
     x = torch.randn(batch, tokens, D, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        right = module(x)
-    for program in programs(steps):
-        (y,) = evaluate(program.graph, [x], program.weights)
-        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+    assert_agrees(module, programs(steps), x)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.backends.cpu.grouped import check_linears
 from moec.errors import NoMatch
-from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
 from moec.passes.recognise.own_rows import FORM as OWN_ROWS
+from tests.passes.agreement import assert_agrees, programs_after
 
 D, H, E, P = 6, 10, 3, 2
 
@@ -288,9 +289,8 @@ def compiled(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
     return module, moec.compile(module, example, stop_after="expand-soft-mixtures")
 
 
-def programs(steps: Any) -> list[Any]:
-    names = ("recognise-experts", "expand-soft-mixtures")
-    return [step.program for step in steps.pass_results if step.name in names]
+def programs(steps: Any) -> list[Program]:
+    return programs_after(steps, "recognise-experts", "expand-soft-mixtures")
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -317,11 +317,7 @@ def test_any_size(kind: type[nn.Module], batch: int, tokens: int, seed: int) -> 
     """f32 sums in another order, of at most nine tokens and six slots."""
     module, steps = compiled(kind)
     x = torch.randn(batch, tokens, D, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        right = module(x)
-    for program in programs(steps):
-        (y,) = evaluate(program.graph, [x], program.weights)
-        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+    assert_agrees(module, programs(steps), x)
 
 
 @pytest.mark.parametrize(
@@ -341,11 +337,7 @@ def test_one_expert_or_one_slot(kind: type[Soft], experts: int, slots: int, form
     (block,) = steps.blocks
     assert block.form == form
     for x in (example, torch.randn(3, 4, D)):
-        with torch.no_grad():
-            right = module(x)
-        for program in programs(steps):
-            (y,) = evaluate(program.graph, [x], program.weights)
-            torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+        assert_agrees(module, programs(steps), x)
 
 
 @pytest.mark.parametrize(
