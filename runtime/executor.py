@@ -76,15 +76,37 @@ class _Entry:
 
 
 _EXECUTORS: weakref.WeakSet[Executor] = weakref.WeakSet()
+_FORKING = threading.RLock()
+"""Held by who adds an executor, and by who forks."""
 
 
-def _after_fork() -> None:
+def _before_fork() -> None:
+    """A fork waits for the calls of other threads: in the middle of one, TVM's virtual machine
+    would stay there for ever in the child."""
+    _FORKING.acquire()
     for executor in _EXECUTORS:
-        executor._after_fork()
+        executor._lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for executor in _EXECUTORS:
+        executor._lock.release()
+    _FORKING.release()
+
+
+def _after_fork_in_child() -> None:
+    for executor in _EXECUTORS:
+        executor._lock.release()
+        executor._caller = ThreadPoolExecutor(1, "moec")
+    _FORKING.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class Executor:
@@ -110,7 +132,7 @@ class Executor:
         functions = functions or self._device.functions(package)
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of a thread that forks in a call, too
         self._caller: ThreadPoolExecutor | None = None
         self._recorder: Recorder | None = None
         self._requests = 0
@@ -120,12 +142,8 @@ class Executor:
         self.bind(package.arrays)
         self._states: dict[str, Any] = {}
         self.reset()
-        _EXECUTORS.add(self)
-
-    def _after_fork(self) -> None:
-        """In the child: another thread of the parent may have held the lock."""
-        self._lock = threading.Lock()
-        self._caller = ThreadPoolExecutor(1, "moec")
+        with _FORKING:
+            _EXECUTORS.add(self)
 
     def _invoke(self, entry: _Entry, arguments: Sequence[Any]) -> Any:
         if self._mapped is not None:
