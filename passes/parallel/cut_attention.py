@@ -9,8 +9,8 @@
 
 Ranks keep texts of their own: what has an axis of texts is gathered, and each rank takes back the
 sums of its own (arXiv 2205.05198). Keys and values of cut heads stay on their rank, for the texts
-of all A; A divides the heads and the key-value heads. The degree is that of attention alone: the
-experts beside it have other ones.
+of all A; A divides the heads and the key-value heads, and sinks are cut with them. The degree is
+that of attention alone: the experts beside it have other ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, symbol
 from moec.ir.graph import Attr, Op, Program, State, TensorType, Value
 from moec.ir.opdef import OPS
+from moec.ops.attention import Attention
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import Builder, drop_dead
 from moec.passes.core.runner import Log
@@ -119,10 +120,10 @@ class _Rewrite:
     def _input(self, value: Value, heads: Heads, degree: int, op: Op) -> Value:
         if value in self.new:
             return self.new[value]
-        if op.name == "aten.linear.default" and value is not op.inputs[0]:
-            return self._weight(
-                value, constant(self.program, value).chunk(degree)[self._at(degree)]
-            )
+        linear = op.name == "aten.linear.default" and value is not op.inputs[0]
+        if linear or (op.name == "nn.attention" and value is Attention.of(op).sinks):
+            rows = constant(self.program, value).chunk(degree)[self._at(degree)]
+            return self._weight(value, rows)
         if value.shape and value.shape[0] == heads.texts:
             return self._gather(value, degree, op)
         return value

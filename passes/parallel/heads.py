@@ -39,8 +39,8 @@ class Heads:
 def heads_of(program: Program, attention: Op, degree: int) -> Heads:
     """Raises NoMatch with the reason why `degree` ranks cannot share its heads."""
     a, graph = Attention.of(attention), program.graph
-    if a.sinks is not None or a.tokens_first:
-        raise NoMatch("only plain attention [B, heads, S, d] is cut by heads, without sinks")
+    if a.tokens_first:
+        raise NoMatch("only attention [B, heads, S, d] is cut by heads")
     for name, what in (("q", "heads"), ("k", "key-value heads")):
         count = a.shape(name)[1]
         if not isinstance(count, int) or count % degree:
@@ -56,6 +56,8 @@ def heads_of(program: Program, attention: Op, degree: int) -> Heads:
         walk.outside(a.mask, heads_axis=1)
     if a.first is not None:
         walk.outside(a.first)
+    if a.sinks is not None:
+        constant(program, a.sinks)
     walk.ops.add(attention)
     walk.axes[attention.outputs[0]] = 1
     output = walk.forward(attention.outputs[0])

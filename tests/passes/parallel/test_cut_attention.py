@@ -55,6 +55,11 @@ STEP = (
     .replace("  return", "  state keys -> ka\n  state values -> va\n  return")
 )  # fmt: skip
 
+SINKS = MAIN.replace("scale: f32[2])", "scale: f32[2], s: f32[4])")
+SINKS = SINKS.replace("(q3, k2, v2) <scale=0.7, causal=true>",
+                      "(q3, k2, v2, s) <scale=0.7, causal=true, sinked=true>")  # fmt: skip
+SINKS = SINKS.replace("causal=true, ", "causal=true, window=2, ")
+
 
 def program(text: str) -> Program:
     generator, graph = torch.Generator().manual_seed(0), parse(text)
@@ -77,11 +82,12 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 close = {"rtol": 1e-5, "atol": 1e-5}
 
 
+@pytest.mark.parametrize("text", [MAIN, SINKS], ids=["plain", "sinks and a window"])
 @settings(max_examples=20)
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=4), st.integers(1, 4))
-def test_ranks_together_are_the_model(counts: list[int], tokens: int) -> None:
+@given(counts=st.lists(st.integers(0, 3), min_size=4, max_size=4), tokens=st.integers(1, 4))
+def test_ranks_together_are_the_model(text: str, counts: list[int], tokens: int) -> None:
     """Two groups of two ranks; a rank without texts has heads of the other's."""
-    model, p = program(MAIN), shared(2, devices=4)
+    model, p = program(text), shared(2, devices=4)
     x = random(sum(counts), tokens, 6)
     results = evaluate_ranks(
         rank_programs(model, p), [[part] for part in x.split(counts)], groups_of(p)
@@ -126,9 +132,17 @@ def test_a_rank_holds_its_heads_alone() -> None:
     assert not second["bo_2"].any()  # added once
 
 
-SINKS = MAIN.replace("scale: f32[2])", "scale: f32[2], s: f32[4])")
-SINKS = SINKS.replace("(q3, k2, v2) <scale=0.7, causal=true>",
-                      "(q3, k2, v2, s) <scale=0.7, causal=true, sinked=true>")  # fmt: skip
+GIVEN_SINKS = SINKS.replace(", s: f32[4])", ")").replace("6];", "6], s: f32[4];", 1)
+PACKED = MAIN.replace("wq: f32[8, 6], wk: f32[4, 6]", "wq: f32[12, 6]")
+PACKED = PACKED.replace(
+    "  q: f32[B, S, 8] = aten.linear.default(x, wq) @ attn",
+    """  qk: f32[B, S, 12] = aten.linear.default(x, wq) @ attn
+  q: f32[B, S, 8] = aten.slice.Tensor(qk) <dim=2, start=0, end=8> @ attn""",
+).replace("aten.linear.default(x, wk)", "aten.slice.Tensor(qk) <dim=2, start=8, end=12>")
+TOKENS = MAIN.replace("causal=true>", 'causal=true, tokens_first=("q")>')
+TOKENS = TOKENS.replace(
+    "  q3: f32[B, 4, S, 2] = aten.permute.default(q2) <dims=(0, 2, 1, 3)> @ attn\n", ""
+).replace("nn.attention(q3,", "nn.attention(q2,")
 READ = MAIN.replace("  return z", "  w: f32[B, S, 4] = aten.neg.default(k)\n  return z, w")
 TURNED = MAIN.replace(
     "  k2: f32", "  k0: f32[B, S, 2, 2] = aten.silu.default(k1) @ attn\n  k2: f32"
@@ -142,12 +156,14 @@ FIXED = FIXED.replace("  size B in [0, inf]\n", "")
     ("text", "degree", "reason"),
     [
         (MAIN, 4, "2 key-value heads cannot be shared by 4 ranks"),
-        (SINKS, 2, "only plain attention [B, heads, S, d] is cut by heads, without sinks"),
+        (GIVEN_SINKS, 2, "s is computed from the inputs, not stored"),
+        (PACKED, 2, "aten.slice.Tensor at attn is not of each head by itself"),
+        (TOKENS, 2, "only attention [B, heads, S, d] is cut by heads"),
         (READ, 2, "k is also read by aten.neg.default"),
         (TURNED, 2, "aten.silu.default at attn is not of each head by itself"),
         (FIXED, 2, "its number of texts is 2, no size of its own"),
     ],
-    ids=["too few", "sinks", "read", "silu", "fixed"],
+    ids=["too few", "sinks of a caller", "packed", "tokens first", "read", "silu", "fixed"],
 )
 def test_attention_that_stays_whole(text: str, degree: int, reason: str) -> None:
     model, log = program(text), Log()
