@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,17 +158,26 @@ def run_ranks(
     timeout: float,
     threads: int | None,
     as_json: bool,
+    quiet: bool,
     signed_by: Path | None,
 ) -> None:
     """Run all ranks on this host, or under torchrun this one. Raises RankError."""
+    from moec.commands.run_text import read_prompts
     from moec.parallel.process import Job
+    from moec.parallel.terminal import served
     from moec.parallel.worker import run_rank
 
     if (source is None) == (not options.form):
         raise UsageError(f"{folder} holds the ranks of a plan: give --input FILE, or a prompt")
     job = Job(folder, source, output, timeout, threads or 1, signed_by=signed_by)
     if options.form:
-        continue_prompts(job, options, count, as_json)
+        prompts = read_prompts(options) if os.environ.get("RANK", "0") == "0" else []
+        with served() as terminal:
+            near = "TORCHELASTIC_RUN_ID" in os.environ
+            job = replace(job, terminal=None if near else terminal)
+            answer = on_ranks(job, count, write_rank, options, prompts, as_json, quiet)
+        if answer is not None and as_json:
+            click.echo(json.dumps({"artifact": str(folder), **answer}, indent=1))
         return
     shapes = on_ranks(job, count, run_rank)
     if shapes is None:
@@ -179,52 +189,35 @@ def run_ranks(
         echo(f"{name}: {shape}")
 
 
-def continue_prompts(job: Job, options: TextOptions, count: int | None, as_json: bool) -> None:
-    """The prompts with what continues them, when all texts have ended."""
-    from moec.commands.run_text import read_prompts
-    from moec.parallel.process import Continuation
-    from moec.parallel.store import manifest_of, text_files
-    from moec.parallel.worker import continue_rank
-    from moec.runtime.generate import Request
-    from moec.runtime.prompt import load_tokenizer
-    from moec.runtime.sampling import Sampling
-    from moec.runtime.write_text import new_texts
+def write_rank(
+    job: Job, options: TextOptions, prompts: Sequence[str], as_json: bool, quiet: bool
+) -> dict[str, Any]:
+    """Continue the prompts, or chat, on this process's rank with all others; what --json tells.
 
-    if options.chat or options.stop:
-        raise UsageError("the ranks of a plan take --prompt or --prompts, without --chat or --stop")
-    prompts = read_prompts(options)
-    tokenizer = load_tokenizer(text_files(job.folder, job.signed_by))
-    manifest, _ = manifest_of(job.folder, job.signed_by)
-    stop = frozenset(manifest.stop) or tokenizer.stop
-    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    request = Request(options.max_new_tokens, sampling, stop)
-    ids = tuple(tuple(tokenizer.encode(prompt)) for prompt in prompts)
-    tokens = on_ranks(replace(job, texts=Continuation(ids, request)), count, continue_rank)
-    if tokens is None:
-        return
-    results = []
-    for prompt, text, drawn in zip(prompts, new_texts(tokenizer, ids), tokens, strict=True):
-        for token in drawn:
-            text.add(token, stop)
-        text.end()
-        results.append({"prompt": prompt, "text": text.written, "tokens": drawn})
-    if as_json:
-        answer = {"texts": results} if options.prompts is not None else results[0]
-        click.echo(json.dumps({"artifact": str(job.folder), **answer}, indent=1))
-        return
-    for result in results:
-        told = {**result, "tokens": len(result["tokens"])}
-        several = options.prompts is not None
-        click.echo(json.dumps(told, ensure_ascii=False) if several else result["text"])
+    Raises RankError, ArtifactError, and as `write_texts`.
+    """
+    from moec.commands.run_text import write_texts
+    from moec.parallel.decoder import RankDecoder
+    from moec.parallel.process import joined
+    from moec.parallel.store import text_files
+    from moec.parallel.terminal import agreed, terminal_of
+
+    with joined(job, DECODE) as (ranks, files), terminal_of(job, ranks):
+        # Every rank draws every token: a seed that nobody gave is rank 0's.
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        prompts, seed = agreed(ranks, (prompts, seed))
+        options = replace(options, seed=seed)
+        texts, decoder = text_files(job.folder, job.signed_by), RankDecoder(files, ranks)
+        return write_texts(texts, decoder, options, prompts, as_json=as_json, quiet=quiet)
 
 
-def on_ranks(job: Job, count: int | None, entry: Callable[[Job], T]) -> T | None:
+def on_ranks(job: Job, count: int | None, entry: Callable[..., T], *arguments: Any) -> T | None:
     """What `entry` gives on rank 0; None on other ranks that torchrun started."""
     from moec.parallel.launch import launch
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        result = entry(job)
+        result = entry(job, *arguments)
         return result if os.environ["RANK"] == "0" else None
     if count is None:
         raise UsageError(f"{job.folder} holds the ranks of a plan: say --nproc N, or use torchrun")
-    return launch(job, count, entry)
+    return launch(job, count, entry, *arguments)

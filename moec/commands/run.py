@@ -83,9 +83,13 @@ def command(
     """
     options = TextOptions(**text)
     if holds_ranks(artifact):
-        if check or rebuild or trace or device:
+        if rebuild:
+            raise UsageError(f"{artifact} holds the ranks of a plan: compile the plan again, here")
+        if check or trace or device:
             raise UsageError(f"{artifact} holds the ranks of a plan: give --input, or a prompt")
-        run_ranks(artifact, source, output, options, nproc, timeout, threads, as_json, signed_by)
+        run_ranks(
+            artifact, source, output, options, nproc, timeout, threads, as_json, quiet, signed_by
+        )
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
@@ -129,7 +133,9 @@ def command(
                 for name, port in answer["outputs"].items():
                     echo(f"{name}: {port['dtype']}{port['shape']}")
         if options.form:
-            answer |= write_texts(opened, executor, options, prompts, as_json=as_json, quiet=quiet)
+            answer |= write_texts(
+                opened.files, executor, options, prompts, as_json=as_json, quiet=quiet
+            )
     if as_json:
         click.echo(json.dumps(answer, indent=1))
 

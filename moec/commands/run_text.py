@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,9 @@ from moec.files.os_errors import reason
 from moec.files.printable import printable, printable_json
 
 if TYPE_CHECKING:
-    from moec.runtime.artifact import Artifact
-    from moec.runtime.executor import Executor
     from moec.runtime.generate import Request
     from moec.runtime.prompt import Tokenizer
+    from moec.runtime.texts import Decoder
 
 _MOST_BYTES = 256_000_000  # of prompts
 
@@ -142,22 +141,23 @@ def _string(path: Path, line: str) -> str:
 
 
 def write_texts(
-    opened: Artifact,
-    executor: Executor,
+    files: Mapping[str, bytes],
+    executor: Decoder,
     options: TextOptions,
     prompts: Sequence[str],
     *,
     as_json: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Continue the prompts, or chat; what --json tells of it."""
+    """Continue the prompts, or chat, with the tokenizer among an artifact's files; what --json
+    tells of it."""
     from moec.runtime.generate import Request, slow
     from moec.runtime.prompt import load_tokenizer
     from moec.runtime.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:
         echo(f"each token runs the whole text again: {why}", err=True)
-    tokenizer = load_tokenizer(opened.files)
+    tokenizer = load_tokenizer(files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
@@ -174,7 +174,7 @@ def write_texts(
 
 def _one(
     tokenizer: Tokenizer,
-    executor: Executor,
+    executor: Decoder,
     request: Request,
     stops: Sequence[str],
     prompt: str,
@@ -216,7 +216,7 @@ def _one(
 
 def _many(
     tokenizer: Tokenizer,
-    executor: Executor,
+    executor: Decoder,
     request: Request,
     options: TextOptions,
     prompts: Sequence[str],
@@ -241,7 +241,7 @@ def _shown(text: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(
     tokenizer: Tokenizer,
-    executor: Executor,
+    executor: Decoder,
     request: Request,
     stops: Sequence[str],
     streamed: bool,

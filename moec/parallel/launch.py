@@ -24,18 +24,18 @@ PRELOADED = ["moec.parallel.worker", "torch.distributed.elastic.multiprocessing"
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def launch(job: Job, count: int, entry: Callable[[Job], T]) -> T:
-    """Run `entry` in `count` ranks as processes; what it gives on rank 0.
+def launch(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
+    """Run `entry(job, *arguments)` in `count` ranks as processes; what it gives on rank 0.
 
     Raises RankError naming the rank that failed first, how it ended, and where the others were.
     """
     manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != count:
         raise RankError(f"{job.folder} is planned for {manifest.devices} ranks, not {count}")
-    return start(job, count, entry)
+    return start(job, count, entry, *arguments)
 
 
-def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
+def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
     """As `launch`, for any work of ranks. Raises RankError."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,7 +59,7 @@ def start(job: Job, count: int, entry: Callable[[Job], T]) -> T:
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the error says it in one line
         try:
-            results: dict[int, T] = elastic_launch(config, entry)(marked)
+            results: dict[int, T] = elastic_launch(config, entry)(marked, *arguments)
         except SignalException as stopped:  # the launcher has ended the ranks
             if stopped.sigval is signal.SIGINT:
                 raise KeyboardInterrupt from None

@@ -18,23 +18,15 @@ from moec.errors import MoecError, UsageError
 from moec.parallel.process_ranks import LATE, ProcessRanks, RankError, reason
 from moec.parallel.store import RankFiles, load_rank, manifest_of
 from moec.plan.groups import WORLD, groups_of
-from moec.runtime.generate import Request
 from moec.runtime.package import MAIN
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """Token ids to continue, and how."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    request: Request
-
-
-@dataclass(frozen=True)
 class Job:
-    """What the ranks of a run do: `source` are inputs for the model, `texts` are continued. `marks`
-    is a folder of this host in which ranks say how far they are: rank.N.pid, then rank.N.failed,
-    rank.N.done, or by others rank.N.gone. `signed_by` is the public key that must have signed."""
+    """What the ranks of a run do: `source` are inputs for the model. `marks` is a folder of this
+    host in which ranks say how far they are: rank.N.pid, then rank.N.failed, rank.N.done, or by
+    others rank.N.gone. `signed_by` is the public key that must have signed, `terminal` the address
+    at which rank 0 reaches the launcher's."""
 
     folder: Path
     source: Path | None
@@ -42,8 +34,8 @@ class Job:
     timeout: float
     threads: int
     marks: Path | None = None
-    texts: Continuation | None = None
     signed_by: Path | None = None
+    terminal: str | None = None
 
 
 def rank_of_process() -> tuple[int, int]:

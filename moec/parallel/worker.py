@@ -1,4 +1,4 @@
-"""What one rank does in a run: its part of the inputs, or of the texts."""
+"""What one rank does in a run: its part of the inputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import numpy as np
 import torch
 
 from moec.errors import UsageError
-from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
 from moec.plan.groups import WORLD
-from moec.runtime.generate import generate
-from moec.runtime.package import DECODE
 
 
 def run_rank(job: Job) -> dict[str, list[int]]:
@@ -37,21 +34,6 @@ def run_rank(job: Job) -> dict[str, list[int]]:
                       for n, t in outputs.items()}  # fmt: skip
             write_tensors(job.output, arrays)
         return {n: list(t.shape) for n, t in outputs.items()} if ranks.rank == 0 else {}
-
-
-def continue_rank(job: Job) -> list[list[int]]:
-    """The tokens that continue each of `job.texts`, equal on all ranks; without the one that ends
-    a text. Raises as `run_rank`, and InputError."""
-    assert job.texts is not None
-    request = job.texts.request
-    with joined(job, DECODE) as (ranks, files):
-        decoder = RankDecoder(files, ranks)
-        texts: list[list[int]] = [[] for _ in job.texts.prompts]
-        for drawn in generate(decoder, job.texts.prompts, request):
-            for text, token in zip(texts, drawn, strict=True):
-                if token is not None and token not in request.stop:
-                    text.append(token)
-        return texts
 
 
 def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from moec.parallel import process_ranks
@@ -13,7 +13,7 @@ from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined, rank_of_process, started
 from moec.parallel.store import load_rank
 from moec.parallel.worker import run_rank
-from moec.runtime.generate import generate
+from moec.runtime.generate import Request, generate
 from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
 
@@ -74,6 +74,13 @@ def sleeping(job: Job) -> None:
         time.sleep(600)
 
 
+def tokens(job: Job, prompts: Sequence[Sequence[int]], request: Request) -> list[list[int]]:
+    """What continues each of the prompts."""
+    with joined(job, DECODE) as (ranks, files):
+        drawn = list(generate(RankDecoder(files, ranks), prompts, request))
+    return [list(text) for text in zip(*drawn, strict=True)]
+
+
 @dataclass(frozen=True)
 class Text:
     """What continues each prompt, and the logits after it."""
@@ -82,10 +89,9 @@ class Text:
     logits: list[list[float]]
 
 
-def families(job: Job) -> dict[str, Text]:
-    """The texts of the job, by every model beside its folder; by the first also of one text."""
-    assert job.texts is not None
-    prompts, request = job.texts.prompts, job.texts.request
+def families(job: Job, prompts: Sequence[Sequence[int]], request: Request) -> dict[str, Text]:
+    """What continues the prompts, by every model beside the job's folder; by the first also of one
+    text."""
     results = {}
     with joined(job, DECODE) as (ranks, first):
         for folder in sorted(job.folder.parent.glob("*.ranks")):

@@ -1,4 +1,5 @@
-"""Two published systems on two ranks: a pyramid of residual layers, and experts of no network."""
+"""Two published systems compiled and run by the commands: a pyramid of residual layers, and experts
+of no network."""
 
 from __future__ import annotations
 
@@ -9,21 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from msgspec import structs
 from torch import Tensor, nn
 
-import moec
-from moec.commands.ranks import check
-from moec.ir.graph import Module, Program
+from moec import __main__ as front
 from moec.parallel.launch import launch
-from moec.parallel.process import Continuation, Job
-from moec.parallel.save import save_ranks
-from moec.parallel.worker import continue_rank, run_rank
-from moec.passes.decode import incremental
-from moec.passes.parallel.plan_parallelism import rank_programs
-from moec.plan.plan import LayerPlan, Plan
+from moec.parallel.process import Job
+from moec.plan.plan import LayerPlan, Plan, write_plan
 from moec.runtime.generate import Request
-from moec.runtime.package import DECODE
+from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
 from tests.systems.records import load
 
@@ -47,40 +43,56 @@ def layer(experts: int, ranks: int, slices: int, slots: Sequence[Sequence[int]])
 
 
 def of_layers(*layers: LayerPlan) -> Plan:
-    return structs.replace(plan(2), layers=layers)
+    devices = layers[0].ranks * layers[0].slices
+    return structs.replace(plan(2), devices=devices, layers=layers)
 
 
-def program_of(model: nn.Module, ids: Tensor) -> Program:
-    compiled = moec.compile(model, (ids,), verify=False, stop_after="split-packed")
-    return compiled.pass_results[-1].program
+def cli(*arguments: str) -> None:
+    result = CliRunner().invoke(front.cli, arguments, prog_name="moec")
+    assert result.exit_code == 0, result.output
+    assert "not as planned" not in result.output
 
 
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    """Those of two ranks, the first of which has more texts."""
-    np.savez(folder.with_suffix(".in.npz"), ids=ids.numpy())
-    source, output = folder.with_suffix(".in.npz"), folder.with_suffix(".npz")
-    launch(Job(folder, source, output, 300.0, 1), 2, run_rank)
+def compiled(factory: str, p: Plan, folder: Path) -> Path:
+    """The ranks of a model of this file, compared with it."""
+    write_plan(p, folder / "plan.json")
+    plan_file, output = str(folder / "plan.json"), folder / "out.ranks"
+    cli("compile", f"{__file__}:{factory}", "--plan", plan_file, "-o", str(output))
+    return output
+
+
+def logits(folder: Path, ids: Tensor, ranks: int) -> Tensor:
+    """Those of several ranks, the first of which may have more texts."""
+    source, output = (str(folder.with_suffix(end)) for end in (".in.npz", ".npz"))
+    np.savez(source, ids=ids.numpy())
+    cli("run", str(folder), "--nproc", str(ranks), "--timeout", "300", "-i", source, "-o", output)
     with np.load(output) as file:
         (result,) = (file[name] for name in file)
     return torch.from_numpy(result)
+
+
+def pyramid() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    config = replace(deepspeed.SMALL, layers=4, experts=(2, 4), factor=0.5)
+    return deepspeed.GPT(config).eval(), (torch.randint(config.vocabulary, (3, 9)),)
+
+
+def zero_experts() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    model, inputs = plus_plus.small()
+    return model, inputs
 
 
 @pytest.mark.long
 def test_a_pyramid_of_residual_layers(tmp_path: Path) -> None:
     """Two experts in slices, then four on two ranks. There is room for half of the choices: which
     of them are kept depends on the tokens of both ranks."""
-    torch.manual_seed(0)
-    config = replace(deepspeed.SMALL, layers=4, experts=(2, 4), factor=0.5)
-    model, ids = deepspeed.GPT(config).eval(), torch.randint(config.vocabulary, (3, 9))
+    model, (ids,) = pyramid()
     p = of_layers(layer(2, 1, 2, [[0, 1]]), layer(4, 2, 1, [[0, 1], [2, 3]]))
-    program = program_of(model, ids)
-    module = rank_programs(program, p)
-    check(module, program, p, (ids,), verify=TOLERANCE)
-    save_ranks(module, p, tmp_path / "pyramid.ranks")
+    result = logits(compiled("pyramid", p, tmp_path), ids, 2)
     with torch.no_grad():
         expected = model(ids)
         apart = torch.cat([model(ids[:2]), model(ids[2:])])
-    result = logits(tmp_path / "pyramid.ranks", ids)
     torch.testing.assert_close(result, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert (apart - expected).abs().max() > 100 * TOLERANCE
     assert torch.equal(result.argmax(-1), expected.argmax(-1))
@@ -88,24 +100,21 @@ def test_a_pyramid_of_residual_layers(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_experts_of_no_network(tmp_path: Path) -> None:
-    """Zero, copy and constant experts are on every rank; the networks are shared out, one twice."""
-    torch.manual_seed(0)
-    model, (ids,) = plus_plus.small()
-    p = of_layers(layer(3, 2, 1, [[0, 1], [2]]), layer(3, 2, 1, [[0, 1], [1, 2]]))
-    program = program_of(model, ids)
-    main = rank_programs(program, p)
-    decode = rank_programs(incremental(program), p, function=DECODE)
-    folder = tmp_path / "plus_plus.ranks"
-    save_ranks(Module({**main.programs, **decode.programs}), p, folder)
-    ids = torch.cat([ids, ids[:1].flip(1)])
+    """Zero, copy and constant experts are on every rank; three networks are shared out among four
+    ranks, two nodes of two, with rows along the rails. One rank has no text."""
+    model, (ids,) = zero_experts()
+    slots = [[0], [1], [2], [0]]
+    layers = [structs.replace(layer(3, 4, 1, slots), form="rail") for _ in range(2)]
+    folder = compiled("zero_experts", of_layers(*layers), tmp_path)
+    ids = torch.cat([ids, ids[:1].flip(1), ids[1:].flip(1)])
     with torch.no_grad():
         expected = model(ids)
         texts = [torch.tensor([prompt]) for prompt in PROMPTS]
         for _ in range(TOKENS):
             texts = [torch.cat([t, model(t)[:, -1:].argmax(-1)], 1) for t in texts]
-    torch.testing.assert_close(logits(folder, ids), expected, rtol=TOLERANCE, atol=TOLERANCE)
-    job = Job(folder, None, None, 300.0, 1, texts=Continuation(PROMPTS, Request(TOKENS)))
-    tokens = launch(job, 2, continue_rank)
+    torch.testing.assert_close(logits(folder, ids, 4), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    job = Job(folder, None, None, 300.0, 1)
+    tokens = launch(job, 4, entries.tokens, PROMPTS, Request(TOKENS))
     assert tokens == [
         text[0, len(prompt) :].tolist() for text, prompt in zip(texts, PROMPTS, strict=True)
     ]

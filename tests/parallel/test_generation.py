@@ -16,7 +16,7 @@ from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.parallel.compile import compile_ranks
 from moec.parallel.launch import launch
-from moec.parallel.process import Continuation, Job
+from moec.parallel.process import Job
 from moec.parallel.save import TextFiles, save_ranks
 from moec.parallel.store import code_file, load_rank
 from moec.passes.core.runner import Log
@@ -35,7 +35,7 @@ from tests.passes.parallel.test_plan_parallelism import model as model_of_layer
 from tests.passes.parallel.test_plan_parallelism import plan as plan_of_layer
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
-SHARED_HEADS = ("mixtral", "qwen3_moe")  # attention is cut by heads, and caches too
+SHARED_HEADS = ("mixtral", "qwen3_moe", "gpt_oss")  # attention is cut by heads, and caches too
 PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
 TOKENS = 6
 
@@ -107,9 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, entries.Text]:
-    texts = Continuation(PROMPTS, Request(TOKENS))
-    job = Job(folder / f"{NAMES[0]}.ranks", None, None, 300.0, 1, texts=texts)
-    return launch(job, 2, entries.families)
+    job = Job(folder / f"{NAMES[0]}.ranks", None, None, 300.0, 1)
+    return launch(job, 2, entries.families, PROMPTS, Request(TOKENS))
 
 
 @pytest.mark.long

@@ -1,0 +1,76 @@
+"""`moec run` on two ranks that share the heads of attention: one process's text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from msgspec import structs
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moec
+from moec import __main__ as front
+from moec.plan.plan import write_plan
+from tests.passes.parallel.test_plan_parallelism import plan
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FORMS = {
+    "prompt": ("--prompt", "def main(", "--temperature", "1.5", "--seed", "7"),
+    "prompts": ("--prompts", "FOLDER/lines.txt", "--batch", "2"),
+    "chat": ("--chat",),
+}
+
+
+def cli(*arguments: str, stdin: str = "") -> Any:
+    result = CliRunner().invoke(front.cli, arguments, input=stdin, prog_name="moec")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer, for one process and for two ranks."""
+    path = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=32, moe_intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        num_experts=8, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=0,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(path / "model")
+    shutil.copy(TOKENIZER / "tokenizer.json", path / "model")
+    words = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    words |= {"chat_template": TEMPLATE}
+    (path / "model" / "tokenizer_config.json").write_text(json.dumps(words))
+    (path / "lines.txt").write_text("def main(\nimport torch\nx = 1\n")
+    moec.compile(str(path / "model"), verify=False).save(path / "one.moec")
+    layer = structs.replace(plan(2).layers[0], attention=2)
+    write_plan(structs.replace(plan(2), layers=(layer,)), path / "plan.json")
+    model, ranks = str(path / "model"), str(path / "two.ranks")
+    result = cli(
+        "compile", model, "--plan", str(path / "plan.json"), "-o", ranks, "--verify", "off"
+    )
+    assert "not as planned" not in result.output
+    return path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", FORMS)
+def test_the_text_of_one_process(form: str, folder: Path) -> None:
+    """Also where tokens are drawn, where a string ends a text, and what a chat answers."""
+    options = [option.replace("FOLDER", str(folder)) for option in FORMS[form]]
+    options += ["--max-new-tokens", "12", "--stop", "e"]
+    lines = "hello\nand then?\n" if form == "chat" else ""
+    one = cli("run", str(folder / "one.moec"), *options, "--quiet", stdin=lines)
+    two = cli(
+        "run", str(folder / "two.ranks"), "--nproc", "2", "--timeout", "300", *options, "--quiet",
+        stdin=lines,
+    )  # fmt: skip
+    assert one.stdout.strip()
+    assert two.stdout == one.stdout
