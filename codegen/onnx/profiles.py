@@ -73,5 +73,5 @@ def check_dtypes(graph: Graph, profile: Profile) -> None:
     for dtype in sorted(computed_dtypes(graph) - set(profile.floats)):
         raise TargetError(
             f"the model computes in {dtype}, in which {profile.doc} do not compute (ep="
-            f'"{profile.name}"): convert it to float32 (dtype), or choose another ep'
+            f'"{profile.name}"): convert it to float32 (--dtype float32), or choose another ep'
         )
