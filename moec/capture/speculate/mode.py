@@ -23,6 +23,9 @@ _IN_PLACE = frozenset(
 )
 """`x += y` and the like, which go by these names and write into x."""
 
+_LIKE = frozenset("empty_like zeros_like ones_like new_empty new_zeros new_ones".split())
+"""What reads no value of its operand: a buffer that was filled has the length it always had."""
+
 
 class Speculation(TorchFunctionMode):
     """Runs the hooks of `trace`, and follows what is known of tensors through all other calls."""
@@ -45,10 +48,11 @@ class Speculation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        args, named = self.latest((args, dict(kwargs or {})))
-        args = tuple(map(python_type, args))
-        named = {name: python_type(value) for name, value in named.items()}
         method = getattr(func, "__name__", "")
+        like = args[:1] if method in _LIKE else ()
+        args, named = self.latest((args[len(like) :], dict(kwargs or {})))
+        args = (*like, *map(python_type, args))
+        named = {name: python_type(value) for name, value in named.items()}
         name = method.strip("_") if method.startswith("__") else method
         out = named.pop("out", None)
         if isinstance(out, torch.Tensor):
