@@ -1,4 +1,4 @@
-"""Graph[ATEN] -> Graph[MOE]: experts and routers in the forms that people write them in."""
+"""Graph[ATEN] -> Graph[MOE]: finds experts and routers in the forms in which models write them."""
 
 from moec.passes.recognise.experts import RecogniseExperts
 from moec.passes.recognise.router import RecogniseRouters
@@ -6,4 +6,4 @@ from moec.passes.recognise.router import RecogniseRouters
 __all__ = ["RECOGNISERS", "RecogniseExperts", "RecogniseRouters"]
 
 RECOGNISERS = (RecogniseExperts(), RecogniseRouters())
-"""In the order in which they run."""
+"""The recognisers, in the order in which they run."""

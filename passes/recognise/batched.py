@@ -1,11 +1,12 @@
 """Forms 3 to 6: products of rows with stacks of expert weights.
 
-    3. weights picked per row, w[ids] -> [T, k, H, D], and a batched product
+    3. weights gathered per row, w[ids] -> [T, k, H, D], and a batched product
     4. rows sorted by expert, and a grouped product over the stack
-    5. rows put into [E, C, D] by a product with a dispatch mask, then a batched product
-    6. every expert for every token, then weights that are zero for the others, or a gather
+    5. rows moved into [E, C, D] by a product with a dispatch mask, then a batched product
+    6. every expert for every token, then a gather, or weights that are zero for unchosen experts
 
-From the first such product the rows are followed forward until they are tokens again.
+Starting at the first such product, the reader follows the rows forward until there is again one row
+per token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from moec.passes.recognise.routing import hypotheses
 from moec.passes.recognise.rows import Reader
 
 _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
-"""What may follow the sum over a token's choices."""
+"""Ops that may follow the sum over the choices of a token."""
 
 
 def candidates(scope: Scope) -> Iterator[Candidate]:
@@ -54,7 +55,7 @@ def refuse(why: NoMatch) -> Iterator[Proposal]:
 
 
 def stacked(scope: Scope, value: Value) -> bool:
-    """Whether `value` is a stack of matrices, or picked from one."""
+    """Whether `value` is a stack of matrices [E, N, K], or is gathered from one."""
     while True:
         source = scope.behind(value, VIEWS | {"aten.permute.default", "aten.expand.default"})
         if source in scope.constants:
@@ -70,18 +71,18 @@ def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Propos
     try:
         for value, layout in ends_of(reader, anchor, fans):
             yield from at_end(reader, value, layout)
-    except NoMatch:  # nothing chooses among its experts
+    except NoMatch:  # no op chooses among the experts
         alone = Reader(scope, fans=fans.get)
         try:
             alone.begin(rows_read(scope, anchor, fans))
             yield from own_rows.proposals(alone, ends_of(alone, anchor, fans))
         except NoMatch:
-            pass  # the first reason says more
+            pass  # report the first reason: it is more specific
         raise
 
 
 def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> list[tuple[Value, ExpertLayout]]:
-    """Where the rows of the anchor may be tokens again, the likeliest first."""
+    """Values that may hold one row per token again after `anchor`, the most likely first."""
     layouts = reader.apply(anchor)
     if layouts[0] is None:
         raise NoMatch(f"{anchor.name} is no product of rows with a stack")
@@ -95,16 +96,16 @@ def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> list[tuple[Va
 
 
 def rows_read(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Value:
-    """What a product, or the branches of a fan, read beside weights."""
+    """The rows that a product, or the branches of a fan, read; the other inputs are weights."""
     if anchor in fans:
         return fans[anchor].x
     return next((v for v in anchor.inputs if not stacked(scope, v)), anchor.inputs[0])
 
 
 def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, ExpertLayout]]:
-    """Where the rows are tokens again, the likeliest first.
+    """Values after `anchor` that may hold one row per token, the most likely first.
 
-    `splits` gives the concatenation at the other side of each split of rows by expert.
+    `splits` maps each split of rows by expert to the concatenation that joins its parts again.
     """
     scope = reader.scope
     heap: list[tuple[int, Op]] = []
@@ -145,7 +146,7 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
             if layout.rows == tokens:
                 (summed if layout.reduced else plain).append((value, layout))
             elif layout.reduced and divide(tokens, layout.rows) is not None:
-                summed.append((value, layout))  # each choice came as a row of its own
+                summed.append((value, layout))  # `x` has one row per choice
             elif layout.reduced and divide(layout.rows, tokens) is not None:
                 unsummed.append((value, layout))
     if last:

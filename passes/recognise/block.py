@@ -12,7 +12,7 @@ from moec.passes.recognise.body import Prepared, canonical, with_columns
 from moec.passes.recognise.region import RegionEmitter
 
 Recipe = Callable[[RegionEmitter], Value]
-"""How a value of the next graph is made from values of the old one."""
+"""Emits one value of the new graph, computed from values of the old graph."""
 
 
 def same(value: Value) -> Recipe:
@@ -21,8 +21,8 @@ def same(value: Value) -> Recipe:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An op that may belong to a block. `propose` yields proposals; it raises NoMatch with the
-    reason where there are none."""
+    """An op at which a block may end. `propose` yields the proposals for it; it raises NoMatch with
+    the reason if there are none."""
 
     at: Op
     propose: Callable[[], Iterator[Proposal]]
@@ -30,8 +30,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Priority:
-    """Numbers of the tokens [T]: an expert takes those of the least or, where `descending`, of the
-    greatest numbers."""
+    """The order in which a full expert accepts tokens. `numbers` is [T]: the expert keeps the
+    tokens with the smallest numbers or, if `descending`, the greatest."""
 
     numbers: Value
     descending: bool = False
@@ -41,13 +41,14 @@ class Priority:
 class RecognisedCapacity:
     size: Dim
     order: str  # "slot" or "token", as in moe.capacity
-    priority: Priority | None = None  # None: the first tokens; one choice a token has one
+    priority: Priority | None = None  # None: the first tokens in order; a priority needs k = 1
 
 
 @dataclass(frozen=True)
 class Zero:
-    """Experts without a network, with ids from `num_experts` on: the kinds of moe.zero_experts,
-    and recipes for `mix` [C, 2, D] and `constants` [C, D], where C of them are constants."""
+    """Experts without a network. Their ids start at `num_experts`; `kinds` are those of
+    moe.zero_experts. `mix` [C, 2, D] and `constants` [C, D] are recipes for its params, where C
+    counts the experts of kind "constant"."""
 
     kinds: tuple[str, ...]
     mix: Recipe | None = None
@@ -56,12 +57,13 @@ class Zero:
 
 @dataclass(frozen=True)
 class Proposal:
-    """`output` is the weighted sum, over a token's experts, of their `body` applied to `x`.
+    """A claim that `output` is the weighted sum of `body(x)` over the chosen experts of each token.
 
-    `experts` and `weights` give [T, k]; weights of None mean 1. `stacks` are [E, ..], in the
-    order of the body's params. `cut` and `feeds` say where the region begins and how to feed
-    it in the proof. `addend` is what the sum starts from, where that is not zero. `zero`: what
-    ids of `num_experts` and more add (else nothing).
+    `experts` and `weights` are recipes for [T, k]; `weights` of None means 1. `stacks` are recipes
+    for [E, ..], in the order of the params of `body`. The region begins at the values `cut`;
+    `feeds` says which random inputs the proof gives to them. `addend` is the initial value of the
+    sum, None if that is zero. `zero` describes the experts with ids from `num_experts` on; if it is
+    None, these ids add nothing.
     """
 
     form: str
@@ -122,7 +124,8 @@ def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
 
 
 def _limited(capacity: RecognisedCapacity, count: int, choice: Value, emit: RegionEmitter) -> Value:
-    """The choices [T, k] that experts keep; with a priority, counted in its order and put back."""
+    """The choices [T, k] after the capacity limit. With a priority, the choices are sorted by it
+    before the limit is applied and restored to token order afterwards."""
     attrs: dict[str, Attr] = {
         "num_experts": count,
         "capacity": capacity.size,
@@ -148,7 +151,7 @@ def _order(values: Value, descending: bool, emit: RegionEmitter) -> Value:
 def _zero(
     zero: Zero, block: Proposal, x: Value, choice: Value, weights: Value | None, emit: RegionEmitter
 ) -> Value:
-    """The sum over each token's experts without a network: [T, D]."""
+    """The weighted sum [T, D] over the experts without a network that each token chose."""
     inputs = [x, choice]
     attrs: dict[str, Attr] = {"first": block.num_experts, "kinds": zero.kinds}
     if weights is not None:
@@ -165,7 +168,7 @@ def _zero(
 
 
 def stacked(value: Value, prepared: Prepared, emit: RegionEmitter) -> Value:
-    """A stack as the canonical body takes it."""
+    """The stack after the steps that the canonical body needs (permute, slice, cast)."""
     for name, attrs, shape, dtype in prepared.steps:
         (value,) = emit(name, [value], [TensorType(dtype, shape)], attrs=attrs, named=value.name)
     return value

@@ -1,8 +1,8 @@
 """One expert's body in its canonical form: linear layers with [N, K] weights.
 
-Whatever an op of the body does to a param alone (transpose, slice, cast) is the same for every
-expert, so it is done once to the stack outside: `w.t()` of a [K, N] slice becomes a permute of
-the [E, K, N] stack.
+An op of the body that reads only a param (transpose, slice, cast) is the same for every expert. It
+is moved out of the body and applied once to the whole stack: `w.t()` of a [K, N] slice becomes a
+permute of the [E, K, N] stack.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 ROWS = symbol("R")
 
 Shift = Callable[[Mapping[str, Attr]], dict[str, Attr]]
-"""An op's attributes when its tensor gets one more axis in front."""
+"""Converts the attributes of an op on one expert's param to those of the same op on the stack,
+which has one more axis in front."""
 
 
 def _shifted(*names: str) -> Shift:
-    """Axes counted from the front move up by one; those counted from the end stay."""
+    """Adds 1 to the axes in the attributes `names`; negative axes count from the end and stay."""
 
     def shift(attrs: Mapping[str, Attr]) -> dict[str, Attr]:
         def up(axis: Attr) -> Attr:
@@ -63,9 +64,10 @@ _RENAMED = {"aten.t.default": "aten.permute.default"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A value stacked over the experts: `source`, then ops done to the whole stack.
+    """A param of the canonical body: a stack and the ops applied to all of it.
 
-    `source` is an index into the stacks that the block was given.
+    `source` is the index of the stack in `Proposal.stacks`; a step is (op, attributes, shape,
+    dtype).
     """
 
     source: int
@@ -73,10 +75,10 @@ class Prepared:
 
 
 def canonical(body: Graph, experts: int) -> tuple[Graph, tuple[Prepared, ...]]:
-    """`body` with what concerns params alone moved out, and products as linear layers.
+    """`body` without the ops on params alone, and with products written as linear layers.
 
-    The second result says, for each param of the new body, how its stack is made. Raises
-    NoMatch for a product of params that no linear layer expresses.
+    The second result has, for each param of the new body, the ops that prepare its stack. Raises
+    NoMatch for an addmm that is no linear layer.
     """
     state = _Canonical(body, experts)
     for op in body.ops:
@@ -90,8 +92,11 @@ def canonical(body: Graph, experts: int) -> tuple[Graph, tuple[Prepared, ...]]:
 
 
 def with_columns(body: Graph) -> Graph:
-    """A body that gives one number a row, as [R], gives it as a column, as [R, 1]: its features
-    stay an axis from where they became one number on."""
+    """`body` with a result of shape [R] changed to [R, 1].
+
+    The reshape that drops the feature axis is removed, and the ops after it work on [R, 1]. Raises
+    NoMatch if the result was never [R, 1], or if an op in between combines it with another shape.
+    """
     (result,) = body.outputs
     if len(result.shape) != 1:
         return body
@@ -140,7 +145,8 @@ class _Canonical:
             self.ops.append(op)
 
     def bias(self, op: Op) -> bool:
-        """linear(x, w) + b becomes linear(x, w, b), where the add alone reads the product."""
+        """Rewrites linear(x, w) + b to linear(x, w, b) if the add is the only reader of the
+        product."""
         if op.name != "aten.add.Tensor" or len(op.inputs) != 2 or op.attrs or not self.ops:
             return False
         last = self.ops[-1]
@@ -202,7 +208,7 @@ class _Canonical:
 def _without_double_turns(
     steps: tuple[tuple[str, Mapping[str, Attr], tuple[Dim, ...], str], ...],
 ) -> tuple[tuple[str, Mapping[str, Attr], tuple[Dim, ...], str], ...]:
-    """A transpose of a transpose is neither."""
+    """The steps without two transposes in a row at the end, which cancel out."""
     turn = "aten.permute.default", {"dims": (0, 2, 1)}
     if len(steps) > 1 and all((s[0], dict(s[1])) == turn for s in steps[-2:]):
         return steps[:-2]

@@ -1,6 +1,7 @@
-"""One expert's body while it is read: its ops, and its params with how each is stacked.
+"""Writes the body of one expert while a region is read, and records how each param is stacked.
 
-A body's values have one axis of rows, then one for each feature atom of a `ExpertLayout`, in order.
+A value of the body has one axis of rows, then one axis for each feature atom of its `ExpertLayout`,
+in order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from moec.passes.recognise.region import RegionEmitter
 
 @dataclass(frozen=True)
 class Pick:
-    """A body's param: the axes `places` of a weight, in this order, grouped to `sizes`."""
+    """A param of the body: the axes `axes` of the weight `base`, in this order, reshaped to
+    `sizes`."""
 
     base: Value
     axes: tuple[int, ...]
@@ -29,7 +31,8 @@ class Pick:
 
 @dataclass
 class BodyWriter:
-    """Writes one body. `alone`: weights are one expert's own, not stacks over `experts`."""
+    """Writes one body. `alone`: the weights belong to one expert; otherwise they are stacks over
+    `experts`."""
 
     alone: bool = False
     experts: int | None = None
@@ -65,15 +68,16 @@ class BodyWriter:
         return self.add("aten.reshape.default", [base], [target], attrs, base.name)[0]
 
     def in_order(self, layout: ExpertLayout) -> ExpertLayout:
-        """One atom per feature axis, the base's axes in the order of the value's."""
+        """The layout with one atom per feature axis, in the axis order of the graph's value."""
         return self.ordered(layout, [a for a in layout.axes if a and only_features(a)])
 
     def ordered(
         self, layout: ExpertLayout, fuse: Sequence[Axis], last: bool = False
     ) -> ExpertLayout:
-        """The layout with the base's axes in the order of the value's, each axis of `fuse` fused.
+        """The layout with the atoms of `base` in the axis order of the graph's value, and each axis
+        of `fuse` fused into one atom.
 
-        With `last`, the one axis of `fuse` is the last of the base.
+        With `last`, `fuse` has one axis, and it becomes the last axis of `base`.
         """
         if layout.param:
             return layout
@@ -99,14 +103,14 @@ class BodyWriter:
                 atoms.append(order[position])
                 position += 1
         base = self.reshape(base, tuple(a.size for a in atoms))
-        if last and not fuse[0]:  # a width of one: the linear layer needs its axis
+        if last and not fuse[0]:  # a width of 1: the linear layer still needs a feature axis
             atoms.append(Atom(1, False))
             base = self.reshape(base, tuple(a.size for a in atoms))
         axes = tuple((renamed[a],) if a in renamed else a for a in layout.axes)
         return replace(layout, base=base, atoms=tuple(atoms), axes=axes)
 
     def rebase(self, layout: ExpertLayout, atoms: tuple[Atom, ...]) -> ExpertLayout:
-        """The same elements with another grouping of the base's axes."""
+        """The same elements, with the axes of `base` regrouped to `atoms`."""
         sizes = tuple(a.size for a in atoms)
         if layout.param:
             target = TensorType(layout.base.dtype, sizes)
@@ -127,7 +131,7 @@ class BodyWriter:
         return self.stacks.get(base) or (lambda emit: emit.old(base))
 
     def matrix(self, weight: ExpertLayout, columns: Sequence[Atom], inner: Axis) -> Value:
-        """One expert's [N, K] of a stack."""
+        """The weight [N, K] of one expert, as a param of the body."""
         sizes = (
             product(tuple(a.size for a in columns)),
             product(tuple(a.size for a in inner)),
@@ -137,7 +141,7 @@ class BodyWriter:
     def slice_of(
         self, weight: ExpertLayout, axes: Sequence[Axis], wide: Sequence[int], have: Sequence[int]
     ) -> Value:
-        """One expert's slice of a stack, for an element-wise op."""
+        """One expert's slice of a stack, as an operand of an element-wise op."""
         atoms = tuple(a for axis in axes for a in axis)
         sizes: list[Dim] = []
         for dim in wide:
@@ -148,7 +152,8 @@ class BodyWriter:
         return self.one(weight, atoms, tuple(sizes))
 
     def one(self, weight: ExpertLayout, order: Sequence[Atom], sizes: tuple[Dim, ...]) -> Value:
-        """The body's param for a stack whose axes are put in this order and grouped so."""
+        """A param of the body whose stack is `weight` with its axes in `order`, reshaped to [E,
+        *sizes]."""
         dims = tuple(weight.atoms.index(a) for a in order)
         key = (weight.base, dims, sizes)
         if key in self.memo:
@@ -182,7 +187,8 @@ class BodyWriter:
         stacks: Sequence[Recipe],
         axes: tuple[Axis, ...],
     ) -> ExpertLayout:
-        """The rows after a body that was read on its own; `axes` hold one feature axis."""
+        """Copies a body that was read separately into this one. `axes` contains one feature
+        axis."""
         plain = self.ordered(source, [source.axes[-1]], last=True)
         new = {body.inputs[0]: plain.base}
         for param, stack in zip(body.params, stacks, strict=True):
@@ -204,7 +210,8 @@ class BodyWriter:
         return replace(plain, base=base, atoms=atoms, axes=axes, applied=True)
 
     def body(self, result: ExpertLayout, x: Value) -> tuple[Graph, tuple[Recipe, ...]]:
-        """The body of rows `x` whose result is `result`, and how each of its params is stacked."""
+        """The body that maps the rows `x` to `result`, and a recipe for the stack of each of its
+        params."""
         plain = self.in_order(result)
         needed = {plain.base}
         ops: list[Op] = []

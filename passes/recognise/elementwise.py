@@ -1,4 +1,5 @@
-"""Element-wise ops, norms and reductions of rows; routing weights and masks on rows."""
+"""Reads element-wise ops, norms and reductions of rows, and products of rows with routing weights
+or masks."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
-    """Sums, means and softmax: over features in the body, over rows as part of combine."""
+    """Reductions and softmax: over features they become ops of the body; a sum over rows becomes
+    part of the combine."""
     if source.param:
         return None
     dim_attr = op.attrs.get("dim")
@@ -66,7 +68,8 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
 
 
 def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
-    """nn.rms_norm over the last axis, as element-wise ops, because its gain differs by expert."""
+    """nn.rms_norm over the last axis, written as element-wise ops: its gain may differ per
+    expert."""
     if source.param:
         return None
     if not source.axes[-1] or not only_features(source.axes[-1]):
@@ -155,7 +158,7 @@ def together(
     shape: Sequence[Dim],
     op: Op,
 ) -> ExpertLayout:
-    """An element-wise op on rows and weights, broadcast to `shape`."""
+    """An element-wise op on rows and expert weights, broadcast to `shape`."""
     rank = len(shape)
     padded = [((),) * (rank - len(la.axes)) + la.axes for la in layouts]
     axes: list[Axis] = []
@@ -195,7 +198,7 @@ def together(
 def weighting(
     reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None], rows: Sequence[ExpertLayout]
 ) -> ExpertLayout:
-    """Rows times routing weights, or rows where a mask is set."""
+    """Rows multiplied by routing weights, or selected by a mask."""
     if len(rows) != 1 or any(la is not None and la.param for la in layouts):
         raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
     source = rows[0]

@@ -1,4 +1,4 @@
-"""What reading a region showed of its routing."""
+"""What is known about the routing of a region once it has been read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from moec.ir.graph import Value
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a region showed: values by role, its tokens and its result's."""
+    """The routing of a region: values by their role, the number of experts, and rows before and
+    after."""
 
     uses: Mapping[str, Sequence[Value]]
     experts: int
     rows_in: Dim
     rows_out: Dim
     output: Value
-    reads: tuple[Value, ...]  # the tokens, and what the sum starts from
-    open: bool = False  # ids beyond the experts are allowed and add nothing
+    reads: tuple[Value, ...]  # the tokens, and the initial value of the sum
+    open: bool = False  # ids of `experts` and more are allowed and add nothing
 
     def values(self, *roles: str) -> list[Value]:
         return [v for role in roles for v in self.uses.get(role, ())]

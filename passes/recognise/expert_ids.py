@@ -1,4 +1,4 @@
-"""The ids of the experts that a region's rows belong to, found behind masks, sorts and copies."""
+"""Finds the expert ids of a region's rows behind masks, sorts and copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 
 @dataclass(frozen=True)
 class Chosen:
-    """A hypothesis about the ids: the values that hold them, and the recipe for [T, k]."""
+    """A hypothesis about the ids: the values that hold them, and the recipe for ids [T, k]."""
 
     values: tuple[Value, ...]
     per_row: int
@@ -40,7 +40,7 @@ class Chosen:
         slots = per_row // len(parts)
         last = parts[0].shape[-1]
         if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
-            slots = max(slots, last)  # distinct before they were flattened
+            slots = max(slots, last)  # the ids of a token are distinct before the flatten
         feed = Ids(evidence.experts, slots, absent=evidence.open)
         return Chosen(parts, per_row, recipe, feed)
 
@@ -52,7 +52,7 @@ class Chosen:
 
 
 def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
-    """One-hot masks [.., E], nearest first: they hold the ids where some choices were dropped."""
+    """One-hot masks [.., E], nearest first; a mask without a set element is a dropped choice."""
     one_hot: list[Value] = []
     for value in routing_behind(scope, everything, 200, stops=CHOICES):
         per_row = _per(value, evidence.rows_in)
@@ -63,7 +63,8 @@ def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iter
 
 
 def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
-    """The sum over e of mask[e] * (e - E), plus E: the expert that is set, or E for none."""
+    """Computes E + sum over e of mask[e] * (e - E): the id of the set expert, or E if none is
+    set."""
 
     def make(emit: RegionEmitter) -> Value:
         hot = emit.reshape(emit.cast(emit.old(mask), "i64"), (*shape, experts))
@@ -84,14 +85,16 @@ def _per(value: Value, rows: Dim) -> int | None:
 
 
 def _shared_by(ids: Value, rows: Dim) -> Dim | None:
-    """How many rows, one after the other, each choice is for: all pixels of a picture, say."""
+    """How many consecutive rows share one choice, such as all pixels of an image; None if each row
+    has its own."""
     return None if _per(ids, rows) else divide(rows, product(ids.shape))
 
 
 def chosen(
     scope: Scope, evidence: Evidence, everything: Sequence[Value]
 ) -> Iterator[tuple[Value, ...]]:
-    """Tuples of values that hold the ids, nearest first; of several values, each is one slot."""
+    """Tuples of values that hold the ids, nearest first. In a tuple of several values, each is one
+    slot."""
     visited: set[tuple[Value, ...]] = set()
     direct = [source_of_ids(scope, v) for v in evidence.values("ids")]
     for op in choices(scope, everything):
@@ -120,7 +123,8 @@ def chosen(
 
 
 def computed_ids(scope: Scope, everything: Sequence[Value]) -> Iterator[Value]:
-    """Ids that one-hot masks are made of and that no choice gives, such as masks read as ids."""
+    """Ids that one-hot masks are compared from and that no choosing op returns, such as an input
+    mask used as ids."""
     for value in routing_behind(scope, everything, 200, stops=CHOICES):
         compare = scope.made_by(value, "aten.eq.Tensor")
         if compare is not None and scope.made_by(compare.inputs[1], *_RANGES) is not None:
@@ -130,12 +134,12 @@ def computed_ids(scope: Scope, everything: Sequence[Value]) -> Iterator[Value]:
 
 
 def chosen_among(scope: Scope, evidence: Evidence) -> int | None:
-    """The number of experts that are chosen among, where the scores tell."""
+    """The number of experts that the choices are made among, or None if no score shows it."""
     return widest_choice(scope, evidence.values("ids", "order", "weights", "mask", "mix"))
 
 
 def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
-    """The largest number of scores that a choice behind `values` is made among."""
+    """The largest number of scores that any choosing op behind `values` reads per row, or None."""
     counts = [
         op.inputs[0].shape[-1]
         for op in choices(scope, values)
@@ -146,7 +150,7 @@ def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
 
 
 def source_of_ids(scope: Scope, value: Value) -> Value:
-    """Ids before they were flattened, sorted or repeated along features."""
+    """The ids before they were flattened, sorted or repeated along features."""
     while True:
         value = scope.behind(value)
         op = scope.maker(value)
@@ -157,14 +161,15 @@ def source_of_ids(scope: Scope, value: Value) -> Value:
             value = op.inputs[0]
         elif op.name in ("aten.index.Tensor", "aten.gather.default"):
             if op.inputs[0] in scope.constants:
-                return value  # looked up in a table, such as one of hashes
+                return value  # looked up in a constant table, such as a hash table
             value = op.inputs[0]
         else:
             return value
 
 
 def picked(scope: Scope, op: Op) -> Iterator[Value]:
-    """The ids that a choosing op gives, and the first few of them where no others are used."""
+    """The ids that a choosing op returns (not for a sort), and the first slice of them if there is
+    one."""
     ids = op.outputs[-1]
     slices = [r for r in scope.graph.readers.get(ids, ()) if r.name == "aten.slice.Tensor"]
     if op.name not in ("aten.sort.default", "aten.sort.stable"):

@@ -1,9 +1,9 @@
-"""Experts in all their forms become moe.dispatch, moe.experts and moe.combine; experts of slots
-become moe.soft_mixture, experts of one neuron moe.neurons.
+"""Experts in all their forms become moe.dispatch, moe.experts and moe.combine; soft mixtures become
+moe.soft_mixture, and experts of one neuron become moe.neurons.
 
-Each form proposes blocks at its anchors; a proposal counts only once its region and its
-replacement agree on random inputs (moec.passes.proof.prove). What was looked at and refused is
-logged with the reason.
+Each form proposes blocks at its anchors. A proposal is accepted only if the region and its
+replacement agree on random inputs (moec.passes.proof.prove). Refused proposals are logged with the
+reason.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RecogniseExperts(Pass):
                 if at not in blocks and log.spend(f"{block.form} {at}"):
                     blocks[at] = block
         for op, reason in refused.items():
-            # What adds a block's result to another value looks like more of the same sum.
+            # Adding a block's result to another value looks like one more term of the same sum.
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
                 log.decline(op.origin or op.outputs[0].name, reason)
@@ -76,8 +76,8 @@ class RecogniseExperts(Pass):
 
 
 def first_proved(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[Proposal | None, str]:
-    """The first proposal that holds. If there were some and none does, the first one's reason:
-    later ones are variations of it."""
+    """The first proposal that the prover accepts, or None and a reason. If all are refused, the
+    reason is that of the first one: later proposals are variations of it."""
     reasons: list[str] = []
     try:
         for proposal in candidate.propose():
@@ -94,7 +94,7 @@ def first_proved(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[Pr
 
 
 def check(scope: Scope, block: Proposal, prover: Prover) -> None:
-    """Raises NoMatch unless the block does what its region does."""
+    """Raises NoMatch unless the block and its region give the same results."""
     region = scope.cut([block.output], block.cut)
     capacity = block.capacity.size if block.capacity is not None else None
     limits = (capacity,) if isinstance(capacity, int) else ()
@@ -104,13 +104,13 @@ def check(scope: Scope, block: Proposal, prover: Prover) -> None:
 
 
 def alone(scope: Scope, block: Proposal) -> Graph:
-    """The replacement as a graph of its own, over the cut's values and params."""
+    """The replacement as a separate graph with the inputs `cut`."""
     at = scope.graph.producers[block.output]
     return replacement(scope, at, block.cut, lambda emit: emit_block(block, emit))
 
 
 def splice(graph: Graph, blocks: Mapping[Op, Proposal]) -> Graph:
-    """The graph with each block in place of the op that made its output."""
+    """The graph with each block in place of the op that produced its output."""
     builder = Builder(graph)
     new: dict[Value, Value] = {}
     for old in graph.ops:

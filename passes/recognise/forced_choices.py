@@ -6,8 +6,9 @@
     w = softmax(logits).gather(i)                          ->  w, i = moe.force(w, i, logits,
                                                                                  languages)
 
-ApolloMoE trains so (arXiv 2410.10626): the expert of a token's language is put in the place of its
-last choice. As for other routers, the numbers decide, not the spelling (`router`).
+ApolloMoE trains this way (arXiv 2410.10626): if the expert of a token's language is not among its
+choices, it replaces the last one. As for other routers (`router`), hypotheses are tested on random
+logits; the ops of the model only suggest them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from moec.passes.recognise.region import RegionEmitter, Scope
 
 
 def forced_ids(scope: Scope, results: Sequence[Value], logits: Value) -> Value | None:
-    """The one input of integers, one a token, that the choices read beside the logits."""
+    """The only integer input, one id per token, that the choices read besides the logits; None if
+    there is none."""
     ops = scope.upstream(results, [logits])
     others = [v for v in scope.leaves(ops, [logits]) if v not in scope.params]
     tokens = product(logits.shape[:-1])
@@ -31,7 +33,8 @@ def forced_ids(scope: Scope, results: Sequence[Value], logits: Value) -> Value |
 
 
 def may_force(routing: Routing) -> bool:
-    """Whether a forced expert's weight follows from its own score: moe.force knows no others."""
+    """Whether the weight of a forced expert depends only on its score: moe.force supports no
+    others."""
     alone = routing.after == "none" and not routing.renormalize and routing.groups == 1
     return alone and routing.score != "sparsemixer"
 
@@ -43,7 +46,7 @@ def with_forced(
     forced: Value,
     routing: Routing,
 ) -> tuple[Value, ...]:
-    """The choices of moe.route with the expert that `forced` names among them."""
+    """The results of moe.route, changed by moe.force to include the expert that `forced` names."""
     ids = emit.reshape(emit.old(forced), logits.shape[:1])
     named = choices[0].name
     return emit("moe.force", [*choices, logits, ids], attrs=routing.attrs(), named=named)

@@ -1,4 +1,4 @@
-"""Rows and weights picked by ids, rows written into zeros, parts of features."""
+"""Reads rows and weights gathered by ids, rows written into zeros, and slices of features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def index(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
-    """Rows, or experts' weights, picked by ids."""
+    """Rows, or the weights of experts, gathered by ids."""
     shape = op.outputs[0].shape
     if op.name == "aten.index.Tensor":
         dims = [
@@ -63,7 +63,7 @@ def gather(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:
 
 
 def put(reader: Reader, op: Op) -> ExpertLayout | None:
-    """Rows written into zeros, or added into any value: that is the addend of a block."""
+    """Rows written into zeros, or added into any value, which is then the block's addend."""
     values = op.inputs[-1]
     layout = reader.read(values)
     if layout is None or layout.param:
@@ -85,7 +85,7 @@ def put(reader: Reader, op: Op) -> ExpertLayout | None:
 
 
 def _column(reader: Reader, op: Op, index: Value) -> Value:
-    """The rows [n, 1] that an index [n, D], repeated along the features, names."""
+    """The row indices [n, 1] behind an index [n, D] that repeats them along the features."""
     spread = reader.scope.made_by(index, "aten.expand.default", "aten.repeat.default")
     if op.attrs.get("dim", 0) != 0 or spread is None or spread.inputs[0].shape[-1] != 1:
         raise NoMatch(f"{op.name} adds numbers, and no rows")
@@ -130,7 +130,7 @@ def part(reader: Reader, op: Op, source: ExpertLayout | None) -> Sequence[Expert
 
 
 def slice_of_weights(value: Value, source: ExpertLayout, dim: int) -> ExpertLayout:
-    """The layout of a slice of constant weights along `dim`: a weight with the same expert axis."""
+    """The layout of a slice of constant weights along `dim`; the slice keeps the expert axis."""
     atoms = tuple(
         a[0]
         if len(a) == 1 and i != dim

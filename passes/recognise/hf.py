@@ -2,7 +2,7 @@
 
     y = moec.experts(x[T, D], ids[T, k], weights[T, k], stacks…) <num_experts, body>
 
-The body came with the op, so nothing is guessed; ids of num_experts and more mean no expert.
+The op carries the body, so nothing has to be inferred. Ids of num_experts and more mean no expert.
 """
 
 from __future__ import annotations

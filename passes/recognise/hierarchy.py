@@ -1,12 +1,14 @@
-"""Gates at two levels become moe.hierarchy: groups are weighed, and within each its experts.
+"""Gates at two levels become moe.hierarchy: outer weights over groups, inner weights within each
+group.
 
     a = aten.softmax(c[:, 0:6]) * r[:, 0:6]
     b = aten.softmax(c[:, 6:9]) * r[:, 6:9]        ->  y = moe.hierarchy(r, c, w) <groups=(6, 3)>
     y = w[:, 0] * a.sum(-1) + w[:, 1] * b.sum(-1)
 
-What the experts give are columns of one value, r: the rewards of a reward model (MJ-VIDEO, arXiv
-2502.01719), or one layer for all of them. A factor of all inner softmaxes stays, after the node.
-Experts that are networks of their own are blocks (`moec.passes.recognise.levels`).
+The experts' results are columns of one value r, such as the rewards of a reward model (MJ-VIDEO,
+arXiv 2502.01719), or the output of one layer. A factor common to all inner softmaxes is applied
+after the node. Experts that are separate networks become blocks instead
+(`moec.passes.recognise.levels`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ SUM = "aten.sum.dim_IntList"
 
 @dataclass(frozen=True)
 class RecogniseHierarchies(Pass):
-    """Sums that gates at two levels weigh become one node."""
+    """Sums weighted by gates at two levels become one node."""
 
     name: ClassVar[str] = "recognise-hierarchies"
     takes: ClassVar[Stage] = Stage.MOE
@@ -60,7 +62,7 @@ class RecogniseHierarchies(Pass):
 
 @dataclass(frozen=True)
 class Columns:
-    """A part of a value's last axis."""
+    """A range of columns of a value's last axis."""
 
     value: Value
     start: int
@@ -69,8 +71,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Group:
-    """One term: the column of the outer gate, and the columns of logits and values that it weighs.
-    `scale` is what the inner softmax is multiplied by."""
+    """One term of the sum: the column of the outer gate, and the columns of logits and values of
+    the inner one. `scale` multiplies the inner softmax."""
 
     weight: Columns
     logits: Columns
@@ -93,7 +95,7 @@ class Hierarchy:
 
 
 def joined(groups: Sequence[Group]) -> Hierarchy:
-    """All groups as one node. Raises NoMatch where they are no partition of one value's columns."""
+    """All groups as one node. Raises NoMatch unless they partition the columns of one value."""
     first, ordered = groups[0], sorted(groups, key=lambda group: group.values.start)
     for name in ("weight", "logits", "values"):
         parts = [cast(Columns, getattr(group, name)) for group in ordered]
@@ -114,7 +116,8 @@ def joined(groups: Sequence[Group]) -> Hierarchy:
 
 
 def read_group(scope: Scope, term: Value) -> Group | None:
-    """`term` as weight * (scale * softmax(logits) * values).sum(-1); None where it is not that."""
+    """`term` read as weight * (scale * softmax(logits) * values).sum(-1), or None if it has another
+    form."""
     for weight, inner in factors(scope, term):
         column = columns(scope, scope.behind(weight))
         total = scope.made_by(scope.behind(inner), SUM)
@@ -131,7 +134,7 @@ def read_group(scope: Scope, term: Value) -> Group | None:
 
 
 def inner_softmax(scope: Scope, shares: Value) -> tuple[Columns | None, Value | None]:
-    """The logits of a softmax over the last axis, and the number that it is multiplied by."""
+    """The logits of a softmax over the last axis, and the factor that multiplies it."""
     options: list[tuple[Value, Value | None]] = [(shares, None)]
     options += [(a, b) for a, b in factors(scope, shares) if not b.shape]
     for value, scale in options:
@@ -142,7 +145,7 @@ def inner_softmax(scope: Scope, shares: Value) -> tuple[Columns | None, Value | 
 
 
 def factors(scope: Scope, value: Value) -> Iterator[tuple[Value, Value]]:
-    """The two values of a product, in both orders."""
+    """The two operands of a product, in both orders."""
     product = scope.made_by(value, MULTIPLY)
     if product is not None and len(product.inputs) == 2:
         yield product.inputs[0], product.inputs[1]
@@ -150,7 +153,7 @@ def factors(scope: Scope, value: Value) -> Iterator[tuple[Value, Value]]:
 
 
 def columns(scope: Scope, value: Value) -> Columns | None:
-    """The part of another value's last axis that `value` is."""
+    """The columns of another value's last axis that `value` is a slice of."""
     op = scope.made_by(value, "aten.slice.Tensor", "aten.select.int")
     if op is None or op.attrs.get("dim", 0) not in (-1, len(op.inputs[0].shape) - 1):
         return None
@@ -168,7 +171,7 @@ def _over_last(total: Op) -> bool:
 
 
 def emit(node: Hierarchy, output: Value, emit: RegionEmitter) -> Value:
-    """The node, with its result as the sum has it."""
+    """Emits the node, and reshapes its result to the shape of the sum."""
     values, logits, weights = map(emit.old, (node.values, node.logits, node.weights))
     attrs: dict[str, Attr] = {"groups": node.groups}
     (y,) = emit("moe.hierarchy", [values, logits, weights], attrs=attrs, named=output.name)

@@ -1,9 +1,10 @@
 """How the axes of a value in an MoE region relate to routed rows and to features.
 
-The code between tokens and result may hold the rows as [T, k, D], [E, C, D], [T*k, 1, D] or
-[1, D, E*H]. An axis is therefore a product of atoms, and an atom is rows (tokens, slots,
-experts, positions: the proof shows which) or one feature axis. One expert's
-body sees [R, features], so a reshape or permutation that only moves rows is nothing to it.
+Between the tokens and the result, the rows may have the shape [T, k, D], [E, C, D], [T*k, 1, D] or
+[1, D, E*H]. An axis is therefore described as a product of atoms. An atom is either a row atom
+(tokens, slots, experts or positions: the proof determines which) or a feature axis. The body of one
+expert works on [R, features], so a reshape or permutation that only moves rows needs no op in the
+body.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ class Atom:
 
 
 Axis = tuple[Atom, ...]
-"""The atoms of one axis, the slowest first; an axis of size 1 has none."""
+"""The atoms of one axis, the slowest-varying first; an axis of size 1 has none."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayout:
-    """A value seen by one expert.
+    """The layout of a value as one expert's body computes it.
 
-    `base` is a value of the body, [R, *atoms] or, where `param`, a stack of the graph, whose
-    axes are `atoms` in that order. `expert` is the stack's own expert atom (None: the same for
-    all experts). `axes` arrange the atoms as the value has them; row atoms occur only there.
+    `base` is a value of the body, [R, *atoms]; if `param`, it is a stack of the graph whose axes
+    are `atoms` in that order. `expert` is the expert atom of a stack (None: the weight is the same
+    for all experts). `axes` arranges the atoms in the axis order of the graph's value; row atoms
+    occur only in `axes`.
     """
 
     base: Value
@@ -45,9 +47,9 @@ class ExpertLayout:
     axes: tuple[Axis, ...]
     param: bool = False
     expert: Atom | None = None
-    weighted: bool = False  # a routing weight has been multiplied in
-    applied: bool = False  # an expert's weights have been
-    reduced: bool = False  # rows have been summed
+    weighted: bool = False  # already multiplied by a routing weight
+    applied: bool = False  # already multiplied by an expert's weights
+    reduced: bool = False  # rows are already summed
 
     @property
     def features(self) -> tuple[Atom, ...]:
@@ -72,12 +74,12 @@ def only_features(axis: Axis) -> bool:
 
 
 def likeness(axis: Axis) -> list[tuple[Dim, bool]]:
-    """The atoms' sizes and kinds: equal for two axes whose elements correspond one to one."""
+    """The sizes and kinds of the atoms; equal for two axes whose elements correspond one to one."""
     return [(atom.size, atom.rows) for atom in axis]
 
 
 def divide(a: Dim, b: Dim) -> Dim | None:
-    """a / b where that is a size."""
+    """a / b if that is a valid size, otherwise None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
@@ -88,9 +90,9 @@ def divide(a: Dim, b: Dim) -> Dim | None:
 def regroup(
     axes: Sequence[Axis], shape: Sequence[Dim]
 ) -> tuple[tuple[Axis, ...], dict[Atom, tuple[Atom, ...]]]:
-    """The axes after a reshape to `shape`, and the atoms that had to be split for it.
+    """The axes after a reshape to `shape`, and the parts of each atom that had to be split.
 
-    Raises NoMatch where `shape` does not divide the atoms.
+    Raises NoMatch if `shape` does not divide the atoms.
     """
     pending = [atom for axis in axes for atom in axis]
     splits: dict[Atom, tuple[Atom, ...]] = {}
@@ -128,5 +130,5 @@ def _split(splits: dict[Atom, tuple[Atom, ...]], atom: Atom, parts: tuple[Atom, 
 
 
 def fused(axis: Axis) -> Atom:
-    """One feature atom for all of the axis."""
+    """One feature atom for the whole axis."""
     return axis[0] if len(axis) == 1 else Atom(size_of(axis), False)

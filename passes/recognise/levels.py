@@ -2,10 +2,11 @@
 
     out = out + first[:, g, None] * sum(second_g[:, i, None] * expert_gi(x) for i)
 
-The tree of sums and products is one block over all experts: its choices are 0 .. E-1 for each
-token, and the weight of an expert is the product of those on its way. A weight may be one a token,
-or one for many (a gate that reads a sample). Where the weights come of a choice, the block is one
-of the other forms, with fewer experts a token; one level alone is `moec.passes.recognise.mixture`.
+The tree of sums and products becomes one block over all experts. Every token chooses the experts 0
+.. E-1, and the weight of an expert is the product of the weights on the path to it. A weight has
+one element per token, or one for several tokens (a gate that reads a sample). If the weights depend
+on a choice, the block has another form, with fewer experts per token. A single level is recognised
+by `moec.passes.recognise.mixture`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ FORM = "every expert, weighed at {} levels"
 
 @dataclass(frozen=True)
 class Leaf:
-    """What an expert gives, and the weights [.., 1] by which it is multiplied, inner ones first.
-    Experts of one block are of one kind."""
+    """The result of one expert and the weights [.., 1] that multiply it, the innermost first. All
+    experts of a block have the same kind."""
 
     kind: tuple[str, ...]
     value: Value
@@ -51,7 +52,7 @@ def depth(tree: Tree) -> int:
 
 
 def trees(scope: Scope) -> dict[Op, Tree]:
-    """Sums of two weighed experts or more, by their last op."""
+    """Sums of at least two weighted experts, by their last op."""
     reader = Reader(scope)
     sums: dict[Value, Tree] = {}
     roots: dict[Op, Tree] = {}
@@ -124,19 +125,20 @@ def propose(scope: Scope, anchor: Op, tree: Tree) -> Iterator[Proposal]:
 
 
 def _all_experts(tokens: Dim, count: int, emit: RegionEmitter) -> Value:
-    """0 .. E-1 for each token: [T, E]."""
+    """The ids 0 .. E-1 for each token: [T, E]."""
     (ids,) = emit("aten.arange.default", [], [TensorType("i64", (count,))], attrs={"end": count})
     shape = (tokens, count)
     return emit("aten.expand.default", [ids], [TensorType("i64", shape)], attrs={"size": shape})[0]
 
 
 def _products(tree: Tree, shape: tuple[Dim, ...], emit: RegionEmitter) -> Value:
-    """The weights of all experts, [T, E]."""
+    """The weights of all experts: [T, E]."""
     return emit.stack([_product(leaf.weights, shape, emit) for leaf in tree], 1)
 
 
 def _product(weights: tuple[Value, ...], shape: tuple[Dim, ...], emit: RegionEmitter) -> Value:
-    """The product of weights [.., 1], each of which is one a token or one for many, as [T]."""
+    """The product [T] of weights [.., 1], each with one element per token or one for several
+    tokens."""
     total: Value | None = None
     for weight in weights:
         value = emit.old(weight)

@@ -1,12 +1,12 @@
-"""Loops over experts in which each takes a limited number of its rows.
+"""Loops over experts in which each expert takes a limited number of its rows.
 
     t = where(ids == e)                             the first C
-    t = t[numbers[t].argsort()]                     or the C of the least numbers
-    out = x.clone(); out[t[:C]] = expert_e(x[t[:C]])    others keep what they are
+    t = t[numbers[t].argsort()]                     or the C with the smallest numbers
+    out = x.clone(); out[t[:C]] = expert_e(x[t[:C]])    other rows keep their value
 
-Rows that are written over a copy of the tokens, and not added, leave the dropped ones as they came:
-these have an expert without a network, a copy. The list of an expert's rows is as long as the data
-say, and the limit is seen in the length of its part: min(rows, C).
+If the results overwrite a copy of the tokens instead of being added, dropped rows keep their input:
+they are given to a copy expert, which has no network. The number of an expert's rows depends on the
+data; the limit C is read from the length of the slice, min(rows, C).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _PARTS = VIEWS | {"aten.slice.Tensor", "aten.split_with_sizes.default"}
 def overwritten(
     scope: Scope, start: Value | None, links: Sequence[tuple[Op, Value]], x: Value
 ) -> Zero | None:
-    """A copy for the rows that no expert took, where all results are written over the tokens."""
+    """A copy expert for the rows that no expert takes, if all results overwrite a copy of the
+    tokens."""
     written = all(
         op.name == "aten.index_put.default"
         and not op.attrs.get("accumulate")
@@ -37,7 +38,8 @@ def overwritten(
 
 
 def limit(scope: Scope, rows: Sequence[Value]) -> RecognisedCapacity | None:
-    """The limit of the lists of rows of all experts, where they have one and the same."""
+    """The capacity that the row lists of all experts have in common; None if they have none or
+    differ."""
     limits = [_limit(scope, value) for value in rows]
     return limits[0] if limits and all(one == limits[0] for one in limits) else None
 
@@ -58,8 +60,8 @@ def _limit(scope: Scope, rows: Value) -> RecognisedCapacity | None:
 
 
 def _least(scope: Scope, count: Dim) -> Dim | None:
-    """C of min(rows, C), of which only the rows depend on the data."""
-    if isinstance(count, int) or count.func.__name__ != "Min":  # sympy's, or PyTorch's own
+    """C of min(rows, C): the one operand that does not depend on data."""
+    if isinstance(count, int) or count.func.__name__ != "Min":  # the Min of sympy or of PyTorch
         return None
     sizes = {name for value in scope.graph.inputs for dim in value.shape for name in symbols(dim)}
     fixed = [canonical(part) for part in count.args if symbols(canonical(part)) <= sizes]

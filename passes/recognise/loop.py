@@ -1,4 +1,4 @@
-"""Form 2: a loop over the experts, written out.
+"""Form 2: a loop over the experts, unrolled in the graph.
 
     out = out + (weights * (ids == e)).sum(-1)[:, None] * expert_e(x)            every token
     t, s = where(ids == e); out.index_add_(0, t, expert_e(x[t]) * weights[t, s]) its own rows
@@ -8,11 +8,11 @@
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
     t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see limited_rows
 
-Experts without a network (moec.passes.recognise.zero_experts) come after the others.
-The links of a chain have branches with the same op names; the value that the chain starts from is
-added afterwards. The proof checks that written rows were zero or are written once. A loop over the
-slots, around the loop over experts or inside it, repeats each expert once a slot; the slots may
-share the expert's result.
+Experts without a network (moec.passes.recognise.zero_experts) come after the others. The links of a
+chain are branches with the same sequence of op names. The initial value of the chain is added after
+the block. The proof checks that overwritten rows were zero or are written only once. A loop over
+the slots, outside or inside the loop over the experts, repeats each expert once per slot; the slots
+may share the expert's result.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ FORM = "static loop"
 
 @dataclass(frozen=True)
 class Chain:
-    start: Value | None  # None: zero
+    start: Value | None  # None: the sum starts from zero
     links: tuple[tuple[Op, Value], ...]
     kind: tuple[str, ...] | None
-    zero: tuple[tuple[Op, Value], ...] = ()  # links without a network
+    zero: tuple[tuple[Op, Value], ...] = ()  # links of experts without a network
 
     @property
     def last(self) -> Op:
@@ -126,8 +126,8 @@ def chains(scope: Scope) -> dict[Op, Chain]:
 
 
 def added_to_rows(scope: Scope, op: Op) -> Value:
-    """The value that `op` adds to the rows that it writes: y of `out[t] = out[t] + y`, which is
-    how `out[t] += y` is exported; the written value in other forms."""
+    """The value that `op` adds to the rows that it writes. `out[t] += y` is exported as `out[t] =
+    out[t] + y`: for that form it is y, for others the written value."""
     before, *indices, values = op.inputs
     total = scope.made_by(values, "aten.add.Tensor")
     if op.attrs.get("accumulate") or total is None or "alpha" in total.attrs:
@@ -140,7 +140,8 @@ def added_to_rows(scope: Scope, op: Op) -> Value:
 
 
 def weighed(scope: Scope, chain: Chain) -> bool:
-    """Whether the links weigh or select by a choice of experts; other sums of layers do not."""
+    """Whether a choice of experts weights or selects the branches; in other sums of layers it does
+    not."""
     op, value = chain.links[-1]
     if op.name in (*ADDS, CHOOSES) or chooses(scope, value):
         return True
@@ -167,8 +168,8 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
 
 
 def once_each(branches: list[Branch]) -> list[Branch]:
-    """The first branch of each expert, where all experts have equally many branches: a loop over
-    slots repeats them. Otherwise all branches."""
+    """The first branch of each expert if all experts have equally many branches, as in a loop over
+    slots. Otherwise all branches."""
     firsts = {branch.number: branch for branch in reversed(branches)}
     counts = Counter(branch.number for branch in branches)
     even = None not in counts and len(set(counts.values())) == 1
@@ -178,8 +179,8 @@ def once_each(branches: list[Branch]) -> list[Branch]:
 def one_slot_a_row(
     scope: Scope, anchor: Op, experts: Family, uses: dict[str, list[Value]]
 ) -> Iterator[Proposal]:
-    """Proposals for rows that are copies of tokens, one copy a slot: the block then includes the
-    sum over a token's slots."""
+    """Proposals for rows that are copies of tokens, one copy per slot. The block then includes the
+    sum over the slots of a token."""
     first = experts.first
     assert first.reader.x is not None
     axes = first.reader.writer.in_order(first.layout).axes
@@ -191,7 +192,7 @@ def one_slot_a_row(
         for proposal in batched.propose(scope, anchor, {anchor: fan}):
             yield replace(proposal, form=FORM)
     except NoMatch:
-        pass  # each copy stays a row of its own
+        pass  # the copies are not summed within the block
 
 
 def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
@@ -240,7 +241,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     if among is not None and among > evidence.experts:
         if zero is None and goes_on(scope, anchor, evidence):
             raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
-        evidence = replace(evidence, experts=among)  # the last ones add nothing
+        evidence = replace(evidence, experts=among)  # those without a link add nothing
     limited = limit(scope, [v for op, _ in chain.links for _, v in selected_by(op)])
     for choice in hypotheses(scope, evidence):
         capacity = choice.capacity or limited

@@ -1,11 +1,11 @@
-"""Experts that are all used and weighed by a softmax become moe.mixture, whatever they compute.
+"""Experts that are all used and weighted by a softmax become moe.mixture, whatever they compute.
 
     a = aten.softmax(logits)                      a = aten.softmax(logits)
     y = a[:, 0] * detect(x)                       y = moe.mixture(a, x, weights…) {
       + a[:, 1] * segment(x) + …          ->         o0 = detect(x); o1 = segment(x); … }
 
-One node holds experts of different graphs and inner shapes (Astrea, arXiv 2503.09445). What all of
-them read stays outside, and so does what anybody else reads. Ops are moved, none is changed.
+One node holds experts of different graphs and inner shapes (Astrea, arXiv 2503.09445). Ops that all
+experts read, and ops that others read too, stay outside the node. Ops are moved, never changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORM = "all experts, weighed"
 
 @dataclass(frozen=True)
 class RecogniseMixtures(Pass):
-    """Experts of any kinds that a softmax weighs become one node."""
+    """Experts of any kind that are weighted by a softmax become one node."""
 
     name: ClassVar[str] = "recognise-mixtures"
     takes: ClassVar[Stage] = Stage.MOE
@@ -55,10 +55,10 @@ class RecogniseMixtures(Pass):
 
 @dataclass(frozen=True)
 class Term:
-    """One value of a sum: where it has a weight, `expert` of the mixture times `weight`."""
+    """One term of a sum. If it has a weight, it is `expert` of the mixture times `weight`."""
 
     value: Value
-    weight: Op | None = None  # picks a share out of a softmax
+    weight: Op | None = None  # selects one column of a softmax
     expert: Value | None = None
 
     @property
@@ -70,13 +70,13 @@ class Term:
 
 
 def adds_on(scope: Scope, op: Op) -> bool:
-    """Whether another sum goes on from this one."""
+    """Whether the result of `op` is only read by another sum."""
     readers = scope.graph.readers.get(op.outputs[0], ())
     return op.outputs[0] not in scope.results and [r.name for r in readers] == [ADD]
 
 
 def summed(scope: Scope, op: Op) -> list[Term]:
-    """The values of a sum of sums, in order. Zeros that it starts from are left out."""
+    """The terms of nested sums, in order. Zeros at the start of a sum are left out."""
     terms: list[Term] = []
     waiting = list(op.inputs)
     while waiting:
@@ -90,7 +90,8 @@ def summed(scope: Scope, op: Op) -> list[Term]:
 
 
 def _sums(op: Op) -> bool:
-    """Whether an addition is of two values, or of a value and nothing, as Python's sum begins."""
+    """Whether an addition is of two values, or of one value and 0, as in the first step of Python's
+    sum."""
     if len(op.inputs) == 1 and op.attrs.get("other", op.attrs.get("self")) != 0:
         return False
     return "alpha" not in op.attrs
@@ -126,7 +127,7 @@ def _is_zero(scope: Scope, value: Value) -> bool:
 
 
 def shares_of(scope: Scope, terms: Sequence[Term]) -> Value | None:
-    """The softmax of which each share weighs one term; None where there is none."""
+    """The softmax [.., E] of which each column weights exactly one term; None if there is none."""
     weights = [term.weight for term in terms if term.weight is not None]
     sources = {weight.inputs[0] for weight in weights}
     if len(weights) < 2 or len(sources) != 1:
@@ -141,7 +142,8 @@ def shares_of(scope: Scope, terms: Sequence[Term]) -> Value | None:
 
 
 def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> Graph:
-    """Raises NoMatch where the experts are no region of their own."""
+    """The graph with the sum at `at` replaced by a mixture. Raises NoMatch if the experts cannot be
+    separated from the rest of the graph."""
     graph = scope.graph
     weighed = sorted((term for term in terms if term.weight is not None), key=lambda t: t.number)
     experts = [term.expert for term in weighed if term.expert is not None]
@@ -186,7 +188,8 @@ def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> 
 
 
 def own_ops(scope: Scope, experts: Sequence[Value], products: set[Op]) -> set[Op]:
-    """What some of the experts need and not all, and nobody else: the products weigh them."""
+    """The ops that at least one expert needs, but not all, and that nothing else reads. `products`
+    are the products with the weights."""
     graph = scope.graph
     upstream = [set(scope.upstream([value])) for value in experts]
     common = set.intersection(*upstream)

@@ -3,8 +3,8 @@
     h = act(einsum("td,tkd->tk", x, inward[ids])) * weights
     y = einsum("tk,tkd->td", h, outward[ids])
 
-becomes one moe.neurons. It begins at the ids and the weights, whatever chose them (product keys
-choose the best sums of two scores); choices of several heads are concatenated.
+becomes one moe.neurons. The region begins at the ids and the weights, however they were chosen
+(product keys choose the largest sums of two scores). The choices of several heads are concatenated.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from moec.passes.recognise.region import (
 
 _MOVES = VIEWS | CASTS | {"aten.permute.default", "aten.expand.default"}
 _SUMS = (*PRODUCTS, "aten.mul.Tensor", "aten.sum.dim_IntList")
-_FARTHEST = 24  # ops between a table and what its rows are summed to
+_FARTHEST = 24  # ops between a table and the sum over its rows
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """`x` [.., D]; `ids` and `weights` hold k choices a token; `functions` act on the sums."""
+    """`x` is [.., D]; `ids` and `weights` hold k choices per token; `functions` are applied to the
+    inner products."""
 
     output: Value
     x: Value
@@ -51,7 +52,7 @@ class Neurons:
 
     @property
     def shape(self) -> tuple[Dim, Dim]:
-        """[T, k]"""
+        """[T, k]."""
         tokens = product(self.x.shape[:-1])
         k = divide(product(self.ids.shape), tokens)
         if not isinstance(k, int):
@@ -60,7 +61,7 @@ class Neurons:
 
 
 def recognise_neurons(program: Program, prover: Prover, log: Log) -> Program:
-    """The program with experts of one neuron as nodes; why others are none is logged."""
+    """The program with experts of one neuron as nodes; the reason for each refusal is logged."""
     scope = Scope(program.graph, program.weights)
     nodes: dict[Op, Neurons] = {}
     for inward, outward in tables(scope):
@@ -77,8 +78,8 @@ def recognise_neurons(program: Program, prover: Prover, log: Log) -> Program:
 
 
 def tables(scope: Scope) -> Iterator[tuple[Op, Op]]:
-    """Gathers from two tables [E, ..] by the same choices, of which the second's rows are scaled
-    by what comes of the first."""
+    """Gathers from two tables [E, ..] by the same ids, where the rows of the second are scaled by
+    values computed from the first."""
     picks = [
         op
         for op in scope.graph.ops
@@ -103,7 +104,8 @@ def tables(scope: Scope) -> Iterator[tuple[Op, Op]]:
 
 
 def _meets_rows(scope: Scope, gather: Op) -> bool:
-    """Whether a gathered row is multiplied by something as wide: a wider one is a whole matrix."""
+    """Whether a gathered row is multiplied by a value of the same width; a wider row is a
+    matrix."""
     width = gather.inputs[0].shape[1:]
     sums = sums_of(scope, gather.outputs[0])
     return any(
@@ -112,7 +114,7 @@ def _meets_rows(scope: Scope, gather: Op) -> bool:
 
 
 def sums_of(scope: Scope, value: Value) -> list[tuple[Value, tuple[Value, ...]]]:
-    """What gathered rows are multiplied and summed to, each with the other operands so far."""
+    """The sums of products that gathered rows end in, each with the other operands so far."""
     results: list[tuple[Value, tuple[Value, ...]]] = []
     waiting: list[tuple[Value, tuple[Value, ...]]] = [(value, ())]
     while waiting and len(results) < _FARTHEST:
@@ -127,7 +129,7 @@ def sums_of(scope: Scope, value: Value) -> list[tuple[Value, tuple[Value, ...]]]
 
 
 def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
-    """Raises NoMatch unless some node does what the ops between the gathers do."""
+    """Raises NoMatch unless a node gives the same results as the ops between the gathers."""
     reason = "its rows are not multiplied by tokens, weighed and summed"
     for node in proposals(scope, inward, outward):
         experts = inward.inputs[0].shape[0]
@@ -171,7 +173,7 @@ def proposals(scope: Scope, inward: Op, outward: Op) -> Iterator[Neurons]:
 
 
 def applied(scope: Scope, value: Value) -> tuple[tuple[Op, ...], Value]:
-    """The element-wise functions of `value` alone that follow it, and what they give."""
+    """The element-wise functions of one operand that follow `value`, and their result."""
     functions: list[Op] = []
     while True:
         readers = scope.graph.readers.get(value, ())
@@ -187,7 +189,7 @@ def applied(scope: Scope, value: Value) -> tuple[tuple[Op, ...], Value]:
 
 
 def body_of(functions: tuple[Op, ...], dtype: str) -> Graph:
-    """The functions, of sums [R]."""
+    """The functions as a body on inner products [R]."""
     sums = value = Value("sums", TensorType(dtype, (ROWS,)))
     ops = []
     for number, op in enumerate(functions):

@@ -1,4 +1,4 @@
-"""Names of ATen ops by what they are to a reader of rows."""
+"""Names of ATen ops, grouped by their meaning for `Reader`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPREAD = {
     "aten.mm.default",
     "aten.matmul.default",
 }
-"""Ops that may copy tokens before they are routed; they are part of the block then."""
+"""Ops that may copy tokens before they are routed; they are then part of the block."""
 REARRANGE = VIEWS | {"aten.permute.default", "aten.expand.default"}
 PICKS = {"aten.index.Tensor", "aten.index_select.default", "aten.embedding.default"}
 ZEROS = {
@@ -34,7 +34,7 @@ ZEROS = {
     "aten.empty.memory_format",
     "aten.empty_permuted.default",
 }
-"""What is zero, or holds nothing yet and may be taken for zero."""
+"""Ops that give zeros, or uninitialised memory that may be read as zeros."""
 ACROSS = {
     "aten.mean.dim",
     "aten.sum.dim_IntList",

@@ -1,7 +1,7 @@
-"""Choices behind which no form finds experts: what is said of a graph of which nothing else is.
+"""Choices that belong to no recognised block, reported if the graph has no block at all.
 
-Heads of attention that are masked, and tokens that are let through a layer (mixture of depths), are
-chosen as experts are. A graph with such a choice and no block says so, rather than nothing.
+Masked attention heads and tokens that a layer skips (mixture of depths) are chosen by the same ops
+as experts. A graph with such a choice and no block gets a report that names the choice.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from moec.ir.traits import CHOICES
 from moec.passes.recognise.region import Scope
 
 RULE = "other-choices"
-"""What these reasons are told by: in a piece of a model, the experts may be in another piece."""
+"""The rule under which the reasons are logged: if a model is compiled in pieces, the experts may be
+in another piece."""
 _MOST_EXPERTS = 1024
-"""More are words of a vocabulary."""
+"""A choice among more is one of words in a vocabulary."""
 
 
 def other_choices(scope: Scope) -> Iterator[tuple[Op, str]]:
-    """Choices whose results are read further in the graph, and what is chosen there."""
+    """Choices whose results the graph reads, each with a text that says what is chosen."""
     for op in scope.graph.ops:
         if op.name not in CHOICES or op.inputs[0].dtype not in FLOATS or not op.inputs[0].shape:
             continue

@@ -1,11 +1,11 @@
-"""Form 9: every expert has rows of its own, by their place: nothing chooses among experts.
+"""Form 9: the position of a row determines its expert; no op chooses among experts.
 
     rows = x[scores.topk(C, over the tokens)]          [E, C, D], tokens that experts choose
     y = stack([expert_e(rows[e]) for e in range(E)])
 
-The block begins at the rows and ends where the experts' results do. What makes rows of tokens, and
-tokens of results, stays as it is. A single product over a stack is no expert: heads of attention
-have such.
+The block begins at the rows and ends at the results of the experts. The ops that gather the rows
+from tokens and that return results to tokens stay outside. An expert needs at least two products
+over a stack: attention heads have a single one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from moec.passes.recognise.rows import Reader
 
 FORM = "each expert for its own rows"
 _MOST = 3
-"""Values after the last product that are tried as the experts' result, the farthest first."""
+"""How many values after the last product are tried as the result, the farthest first."""
 
 
 def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Iterator[Proposal]:
-    """Blocks from the rows of `reader` to one of `ends`, where an axis of the rows is
-    that of experts."""
+    """Blocks from the rows of `reader` to one of `ends`, where one axis of the rows is the expert
+    axis."""
     x, experts = reader.x, reader.writer.experts
     assert x is not None
     assert experts is not None
@@ -53,7 +53,8 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
 
 
 def _numberings(shape: tuple[Dim, ...], experts: int) -> Iterator[Recipe]:
-    """Recipes for the expert of each row, [R, 1]: one for each axis that may be the experts."""
+    """Recipes for the expert id of each row, [R, 1]: one for each axis that may be the expert
+    axis."""
     for axis, size in enumerate(shape):
         if size == experts:
             yield partial(_numbered, shape, axis)
@@ -63,7 +64,7 @@ def _numberings(shape: tuple[Dim, ...], experts: int) -> Iterator[Recipe]:
 
 
 def _numbered(shape: tuple[Dim, ...], axis: int, emit: RegionEmitter) -> Value:
-    """The index along `axis` of each row."""
+    """The index of each row along `axis`: [R, 1]."""
     count = shape[axis]
     (ids,) = emit("aten.arange.default", [], [TensorType("i64", (count,))], attrs={"end": count})
     column = emit.reshape(ids, [count if i == axis else 1 for i in range(len(shape))])

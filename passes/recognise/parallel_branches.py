@@ -2,11 +2,11 @@
 
     cat([expert_0(x), expert_1(x), …])                    every expert for every token
     cat([linear(a, w[0]) for a in rows.split(sizes)])     each expert for its own rows
-    cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for its row of places, of
-                                                          any axis
+    cat([expert_0(rows[0]), expert_1(rows[1]), …])        each expert for one index of an axis of
+                                                          the rows
     y[ids == 0] = expert_0(rows[ids == 0]), …             each expert for its own rows, in place
 
-Each computes what a product with stacked weights would, and is read as that product.
+Such a concatenation computes a product with stacked weights, and is read as that product.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _PART = "aten.select.int"
 
 @dataclass(frozen=True)
 class Fan:
-    """`body` of each expert over `x`.
+    """The results of `body` of each expert over the rows `x`, concatenated.
 
-    `one_expert_per_row`: each row goes through one expert, and the results are in the order of
-    the rows, perhaps in other axes. Otherwise all rows go through each expert.
+    `one_expert_per_row`: each row goes through one expert, and the results are in the order of the
+    rows, possibly with other axes. Otherwise every row goes through every expert.
     """
 
     x: Value
     body: Graph
     stacks: tuple[Recipe, ...]
     experts: int
-    axes: tuple[Axis, ...]  # of one branch
+    axes: tuple[Axis, ...]  # of the result of one branch
     uses: dict[str, list[Value]]
     one_expert_per_row: bool
-    split: Op | None = None  # cuts x's rows by expert, into parts that depend on data
+    split: Op | None = None  # splits x by expert into parts whose sizes depend on data
 
 
 def fan(scope: Scope, op: Op) -> Fan | None:
-    """The fan of a concatenation; None unless its parts are branches of one kind.
+    """The fan that a concatenation ends; None unless its operands are branches of one kind.
 
-    Raises NoMatch where such branches are not equal experts over the same rows.
+    Raises NoMatch if the branches differ in more than their weights, or read different rows.
     """
     if op.name != "aten.cat.default" or len(op.inputs) < 2:
         return None
@@ -86,7 +86,7 @@ def of(
     one_expert_per_row: bool,
     split: Op | None = None,
 ) -> Fan:
-    """Raises NoMatch where the branches are not equal experts."""
+    """Raises NoMatch if the branches differ in more than their weights."""
     experts = family(scope, branches)
     first = experts.first
     axes = first.reader.writer.in_order(first.layout).axes
@@ -103,8 +103,8 @@ def of(
 
 
 def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
-    """The op that selects one expert's rows: x[e] of x[E, .., D], or x[:, e] of x[.., E, .., D];
-    a slice of one is as good."""
+    """The op that selects one expert's rows, x[e] of x[E, .., D] or x[:, e] of x[.., E, .., D]: a
+    select, or a slice of length 1."""
     for op in ops:
         if number_of_part(op) is not None and op.inputs[0] not in scope.constants:
             x = op.inputs[0]
@@ -114,12 +114,12 @@ def part_of_rows(scope: Scope, ops: Sequence[Op]) -> Op | None:
 
 
 def axis_of(part: Op) -> int:
-    """Which axis `part` selects from."""
+    """The axis that `part` selects from."""
     return cast(int, part.attrs.get("dim", 0)) % len(part.inputs[0].shape)
 
 
 def number_of_part(op: Op) -> int | None:
-    """Which one of an axis the op gives; None where it does not give one."""
+    """The index that the op selects from an axis; None if it does not select exactly one."""
     if op.name == _PART:
         return cast(int, op.attrs["index"])
     start = op.attrs.get("start", 0)
@@ -128,7 +128,7 @@ def number_of_part(op: Op) -> int | None:
 
 
 def in_order(parts: Sequence[Op | None]) -> bool:
-    """Whether the parts are x[0], x[1], … up to the last of one x."""
+    """Whether the parts are x[0], x[1], … up to the last index of one value x."""
     selects = [part for part in parts if part is not None]
     return (
         len(selects) == len(parts)

@@ -1,4 +1,4 @@
-"""Products: of rows with expert weights, in the body; with masks, between tokens and rows."""
+"""Reads products: of rows with expert weights, and of masks with rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def product(reader: Reader, op: Op) -> ExpertLayout | None:
     which = stacks[0]
     weight = cast(ExpertLayout, sides[which])
     if not reader.writer.alone and (weight.expert is None or len(weight.atoms) < 3):
-        return None  # one matrix for all: not an expert's
+        return None  # one matrix for all experts
     if name in GROUPED:
         reader.use("ends", op.inputs[2])
     source = sides[1 - which] or reader.tokens((left, right)[1 - which])
@@ -86,7 +86,8 @@ def linear(
     sums = not only_features(mine)
     if likeness(mine) != likeness(inner) and (sums or not only_features(inner)):
         raise NoMatch(f"{op.name} sums over {mine or 'nothing'} and {inner or 'nothing'}")
-    # Rows of several experts, or of several slots, side by side: their products are summed too.
+    # If rows of several experts or slots lie side by side in a summed axis, the product sums over
+    # them too.
     mine, inner = (tuple(x for x in axis if not x.rows) for axis in (mine, inner))
     grouped = op.name in GROUPED
     columns = tuple(atom for atom in outer if not atom.rows)
@@ -133,7 +134,7 @@ def linear(
 def mix(
     reader: Reader, op: Op, sides: Sequence[ExpertLayout | None], values: Sequence[Value]
 ) -> ExpertLayout:
-    """Rows gathered by a product with masks or routing weights."""
+    """Rows gathered or summed by a product with masks or routing weights."""
     which = 0 if sides[0] is not None else 1
     source, other = cast(ExpertLayout, sides[which]), values[1 - which]
     if op.name not in ("aten.bmm.default", "aten.mm.default", "aten.matmul.default"):

@@ -17,7 +17,8 @@ from moec.passes.core.rewrite import Builder, rebuild
 
 
 def unlike(op: Op) -> Op:
-    """The op without its input where it reads nothing but the shape."""
+    """The op without its input if it reads only the input's shape and dtype (zeros_like and
+    others): an aten.full."""
     if op.name not in LIKES:
         return op
     (output,) = op.outputs
@@ -32,7 +33,8 @@ def unlike(op: Op) -> Op:
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph as a recogniser sees it. `weights` tell what integer constants hold."""
+    """A graph with the indexes that recognisers need. `weights` gives the content of integer
+    constants."""
 
     graph: Graph
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -50,13 +52,13 @@ class Scope:
         return frozenset(self.graph.results)
 
     def content(self, value: Value) -> torch.Tensor | None:
-        """What an integer param holds."""
+        """The content of an integer param; None for other values."""
         fixed = value in self.params and value.dtype in ("i64", "i32")
         return self.weights.get(value.name) if fixed else None
 
     @cached_property
     def constants(self) -> frozenset[Value]:
-        """Params, and the values that are computed from params alone."""
+        """The params, and the values that are computed from params alone."""
         constants = set(self.graph.params)
         for op in self.graph.ops:
             if op.inputs and op.name.startswith("aten.") and constants.issuperset(op.inputs):
@@ -65,7 +67,8 @@ class Scope:
 
     @cached_property
     def sizes(self) -> Mapping[str, tuple[Value, ...]]:
-        """The values that bind sizes which depend on data."""
+        """The results of each moec.size op, by the name of the data-dependent size that it
+        binds."""
         return {
             str(op.attrs["name"]): op.outputs for op in self.graph.ops if op.name == "moec.size"
         }
@@ -78,7 +81,7 @@ class Scope:
         return op if op is not None and op.name in names else None
 
     def behind(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
-        """The source of `value` before the ops `names`: by default, ops that keep the elements
+        """The source of `value` before the ops `names`. The default is ops that keep the elements
         and their order."""
         op = self.maker(value)
         while op is not None and op.name in names:
@@ -90,7 +93,7 @@ class Scope:
         return self.behind(value, VIEWS | CASTS)
 
     def upstream(self, results: Iterable[Value], stops: Iterable[Value] = ()) -> tuple[Op, ...]:
-        """The ops that `results` need, down to `stops`, in the order of the graph."""
+        """The ops that `results` depend on, back to `stops`, in the order of the graph."""
         visited, ops = set(stops), set()
         stack = list(results)
         while stack:
@@ -107,7 +110,7 @@ class Scope:
         return tuple(sorted(ops, key=self.position.__getitem__))
 
     def leaves(self, ops: Sequence[Op], stops: Iterable[Value] = ()) -> Iterator[Value]:
-        """The values that `ops` read and none of them produces, except `stops`; each once."""
+        """The values that `ops` read and none of them produces, except `stops`, each once."""
         produced = {value for op in ops for value in op.outputs} - set(stops)
         visited = set(stops)
         for op in ops:
@@ -117,9 +120,9 @@ class Scope:
                     yield value
 
     def cut(self, results: Sequence[Value], stops: Sequence[Value]) -> Graph:
-        """The graph from `stops` (its inputs) and params to `results`.
+        """The graph with the inputs `stops`, from these and params to `results`.
 
-        Raises NoMatch where it reads anything else.
+        Raises NoMatch if it reads any other value.
         """
         ops = self.upstream(results, stops)
         others = [v for v in self.leaves(ops, stops) if v not in self.params]
@@ -137,7 +140,7 @@ class Scope:
 
 
 def names_in(op: Op) -> set[str]:
-    """The named sizes of an op's attributes."""
+    """The named sizes in an op's attributes."""
     names: set[str] = set()
     pending: list[Attr] = list(op.attrs.values())
     while pending:
@@ -151,7 +154,8 @@ def names_in(op: Op) -> set[str]:
 
 @dataclass(frozen=True)
 class RegionEmitter:
-    """Emits the ops that replace a region. `new` maps values of the old graph to the next one."""
+    """Emits the ops that replace a region. `new` maps values of the old graph to those of the new
+    one."""
 
     builder: Builder
     new: Mapping[Value, Value]
@@ -183,7 +187,7 @@ class RegionEmitter:
         return self("aten.expand.default", [value], [expanded], attrs=attrs)[0]
 
     def rows(self, value: Value) -> Value:
-        """[.., D] as [T, D]."""
+        """Reshapes [.., D] to [T, D]."""
         return self.reshape(value, (product(value.shape[:-1]), value.shape[-1]))
 
     def cast(self, value: Value, dtype: str) -> Value:
@@ -208,10 +212,10 @@ class RegionEmitter:
 def replacement(
     scope: Scope, at: Op, cut: Sequence[Value], emit: Callable[[RegionEmitter], Value]
 ) -> Graph:
-    """What `emit` emits in place of `at`, as a graph of its own, over the cut's values and params.
+    """The ops that `emit` emits in place of `at`, as a separate graph with the inputs `cut`.
 
-    What it reads of the old graph is computed from the cut as before. Raises NoMatch where it
-    cannot be built, or reads more than the cut.
+    Values of the old graph that these ops read are computed from the cut, as in the old graph.
+    Raises NoMatch if the ops cannot be built, or read a value that does not follow from the cut.
     """
     empty = Graph(tuple(cut), scope.graph.params, (), (), (), scope.graph.bounds)
     builder = Builder(empty)
@@ -232,7 +236,8 @@ def replacement(
 
 
 def replaced(graph: Graph, emits: Mapping[Op, Callable[[RegionEmitter], Value]]) -> Graph:
-    """The graph with what `emits` emits in place of each op of one result."""
+    """The graph in which each op of `emits`, which has one result, is replaced by what is emitted
+    for it."""
     if not emits:
         return graph
     builder = Builder(graph)
@@ -286,7 +291,7 @@ ROUTING = frozenset(
         *CASTS,
     }
 )
-"""The ops that routers consist of, besides element-wise ones."""
+"""The ops that routers consist of, besides element-wise ops."""
 
 
 def is_routing(op: Op) -> bool:
@@ -298,9 +303,10 @@ def is_routing(op: Op) -> bool:
 def routing_behind(
     scope: Scope, values: Iterable[Value], most: int, stops: Container[str] = ()
 ) -> Iterator[Value]:
-    """`values` and their sources through routing ops, nearest first, until `most` were visited.
+    """`values` and their sources through routing ops, nearest first, until `most` values were
+    visited.
 
-    The inputs of ops whose names are in `stops` are left out.
+    The inputs of ops named in `stops` are not followed.
     """
     waiting = list(values)
     visited = set(waiting)
@@ -317,7 +323,8 @@ def routing_behind(
 
 
 def choices(scope: Scope, values: Iterable[Value], limit: int = 400) -> tuple[Op, ...]:
-    """The ops that choose experts for `values`, seen through routing alone, in order."""
+    """The ops that choose experts for `values`, reached through routing ops only, in graph
+    order."""
     stack, visited = list(values), set(values)
     choice_ops: dict[Op, None] = {}
     while stack and len(visited) < limit:

@@ -1,7 +1,7 @@
-"""Where a region may begin, and the capacities that it may have.
+"""The values at which a region may begin, and the capacities that it may have.
 
-A region that drops choices at random reads the random numbers beside the logits: an input of the
-model, as an exported graph has no state. It then begins at both.
+A region that drops choices at random reads random numbers besides the logits. An exported graph has
+no random state, so the numbers are an input of the model, and the region begins at both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moec.passes.recognise.region import (
 
 
 def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity]:
-    """Limits that the shapes of the masks suggest: [.., E, C]."""
+    """Capacities C suggested by the shapes of masks, [.., E, C]."""
     sizes: dict[Dim, None] = {}
     for value in evidence.values("dispatch", "mix"):
         for op in (scope.maker(value), scope.maker(scope.behind(value, THROUGH))):
@@ -43,7 +43,7 @@ def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Recogni
 
 
 def counts_slots(scope: Scope, evidence: Evidence) -> bool:
-    """Whether a running sum gives choices their places in the experts' buffers."""
+    """Whether a cumulative sum numbers the positions of choices in the experts' buffers."""
     routing = routing_behind(scope, evidence.values("dispatch", "mix"), 200, stops=CHOICES)
     return any(scope.made_by(value, "aten.cumsum.default") for value in routing)
 
@@ -51,8 +51,8 @@ def counts_slots(scope: Scope, evidence: Evidence) -> bool:
 def cuts(
     scope: Scope, evidence: Evidence, ids: Chosen, weights: Value | None
 ) -> Iterator[tuple[tuple[Value, ...], dict[Value, Feed]]]:
-    """Where the region may begin: at the choices; where it reads more, at logits; and where it
-    reads numbers of the model's inputs too, at both."""
+    """Where the region may begin: at the choices; if it reads more than these, at the logits; if it
+    also reads inputs of the model, at the logits and these inputs."""
     near: dict[Value, Feed] = dict.fromkeys(ids.values, ids.feed)
     if weights is not None:
         near[weights] = Positive()
@@ -78,15 +78,16 @@ def closes(scope: Scope, evidence: Evidence, cut: tuple[Value, ...]) -> bool:
 def opened(
     scope: Scope, evidence: Evidence, cut: tuple[Value, ...]
 ) -> tuple[tuple[Op, ...], tuple[Value, ...]]:
-    """The ops of the region that begins at `cut`, and what it reads beside cut and params."""
+    """The ops of the region that begins at `cut`, and the values that it reads besides the cut and
+    params."""
     stops = (*evidence.reads, *cut)
     ops = scope.upstream([evidence.output], stops)
     return ops, tuple(v for v in scope.leaves(ops, stops) if v not in scope.params)
 
 
 def beside(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]:
-    """The float inputs of the model that the region reads beside `logits`, through routing ops
-    alone; none where it reads anything else."""
+    """The float inputs of the model that the region reads besides `logits` through routing ops
+    only; empty if it reads anything else."""
     ops, leaves = opened(scope, evidence, (logits,))
     plain = all(v.dtype in FLOATS and v in scope.graph.inputs for v in leaves)
     routed = all(is_routing(op) for op in ops if any(v in leaves for v in op.inputs))
@@ -94,7 +95,7 @@ def beside(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]
 
 
 def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:
-    """Values that may be the logits: [.., E] floats behind every choice, farthest first."""
+    """Values that may be the logits: floats [.., E] behind every choice, farthest first."""
     stack, visited = list(results), set(results)
     logits: list[Value] = []
     while stack:

@@ -1,4 +1,4 @@
-"""The ops between the tokens and their routed copies, which are part of a block."""
+"""Finds the ops between the tokens and their routed copies, which are part of a block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def spreads(reader: Reader, op: Op) -> bool:
-    """Whether the op's result is made of the tokens' copies rather than the tokens."""
+    """Whether the result of `op` consists of copies of the tokens, not of the tokens themselves."""
     if op.name in REARRANGE or op.name in CASTS:
         return only_moves(reader, op)
     if op.name in MULTIPLY and len(op.inputs) == 2:
@@ -28,7 +28,7 @@ def spreads(reader: Reader, op: Op) -> bool:
 
 
 def only_moves(reader: Reader, op: Op) -> bool:
-    """Whether a value holds copies of the tokens, or [T, D] itself, in other axes."""
+    """Whether the value holds copies of the tokens, or [T, D] itself, with its axes rearranged."""
     value = op.outputs[0]
     flat = len(value.shape) == 2 and op.name not in CASTS
     maker: Op | None = op
@@ -43,7 +43,7 @@ def only_moves(reader: Reader, op: Op) -> bool:
 
 
 def carrier(reader: Reader, op: Op) -> int:
-    """Which input holds the tokens."""
+    """The index of the input that holds the tokens."""
     if op.name in MULTIPLY:
         return 0 if op.inputs[1].shape[-1:] == (1,) and chooses(reader.scope, op.inputs[1]) else 1
     if op.name in PRODUCTS:

@@ -1,14 +1,14 @@
-"""Routers become moe.route: how logits[T, E] turn into weights[T, k] and experts[T, k].
+"""Routers become moe.route: how logits [T, E] turn into weights [T, k] and experts [T, k].
 
-The region between the logits and a block's choices is cut out; what it holds (a softmax, a
-sigmoid, a division, constants, groups) limits the hypotheses, and each is run against it on
-random logits. Spelling does not matter, only the numbers do.
+The region between the logits and a block's choices is cut out. Its ops and constants (a softmax, a
+sigmoid, a division, groups) limit the hypotheses, and each hypothesis is compared with the region
+on random logits. A hypothesis is accepted by its results, however the region is written.
 
     w, i = topk(softmax(logits), 2); w = w / w.sum(-1)  ->  moe.route(logits) <k=2, renormalize>
 
-torch leaves the order of equal scores open, and so two routers agree where they choose experts
-of the same scores with the same weights. The order of a token's slots does not matter, as
-blocks sum over the slots.
+torch does not specify the order of equal scores, so two routers agree if they choose experts of
+equal scores with equal weights. The order of a token's slots does not matter, because blocks sum
+over the slots.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
 
 _ROWS = 1000
-"""Tokens that a proof goes beyond: routers may differ on few of them, groups above all."""
+"""How many random tokens a proof needs: different routers may differ on few tokens, above all with
+groups."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ Key = tuple[Value | None, Value]
 
 
 def shared(routers: Mapping[Key, RecognisedRouter], block: Routed) -> Key | None:
-    """The key of another block's router with the same choices, for a block without weights."""
+    """The key of another block's router with the same choices, for a block that reads no
+    weights."""
     if block.weights is not None:
         return None
     return next((key for key in routers if key[1] is block.experts), None)
@@ -87,7 +89,7 @@ class Routed:
     experts: Value  # [T, k], before any capacity
     weights: Value | None  # [T, k]
     num_experts: int
-    zero: tuple[Op, ...] = ()  # moe.zero_experts: the results of experts without a network
+    zero: tuple[Op, ...] = ()  # moe.zero_experts, which read the same choices
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,16 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
         source = scope.behind(experts, {"aten.reshape.default"})
         if _is_choices(source) and (weights is None or source.shape == weights.shape):
-            experts = source  # another number of slots a row: the same choices
+            experts = source  # the same choices with another number of slots per row
         repeats = scope.made_by(source, "aten.expand.default")
         if repeats is not None and weights is None:
-            experts = repeats.inputs[0]  # one choice for several rows
+            experts = repeats.inputs[0]  # one choice shared by several rows
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
 
 
 def chooser(scope: Scope, dispatch: Op) -> tuple[Op, int]:
-    """The op that reads the choices before any capacity, and at which input. A capacity may count
-    them in another order than that of the tokens, and put them back."""
+    """The op that reads the choices before any capacity, and the index of that input. A capacity
+    may sort the choices into another order first and restore it afterwards."""
     back = scope.made_by(dispatch.inputs[1], "aten.index.Tensor")
     drop = scope.made_by(back.inputs[0] if back else dispatch.inputs[1], "moe.capacity")
     if drop is None:
@@ -133,18 +135,19 @@ def chooser(scope: Scope, dispatch: Op) -> tuple[Op, int]:
 
 
 def _is_choices(value: Value) -> bool:
-    """Whether it is [T, k]. One choice a token of each text, [B, S], is not: S is named."""
+    """Whether `value` is [T, k]. A choice per token of each text, [B, S], is not: S is a named
+    size."""
     return len(value.shape) == 2 and isinstance(value.shape[1], int)
 
 
 def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
-    """Raises NoMatch, saying why no `Routing` describes the block's router."""
+    """The router of the block. Raises NoMatch with the reason if no `Routing` describes it."""
     maker = scope.maker(block.experts)
     if maker is not None and maker.name == "moe.route":
         raise NoMatch("it is moe.route already")
     results = [v for v in (block.weights, block.experts) if v is not None]
     reasons: list[str] = []
-    among = widest_choice(scope, results) or 0  # more, where some experts have no network
+    among = widest_choice(scope, results) or 0  # more than num_experts if some have no network
     for count in sorted({block.num_experts, max(among, block.num_experts)}):
         variant = replace(block, num_experts=count)
         for logits in logits_behind(scope, results, count):
@@ -197,10 +200,10 @@ def _hypothesise(
 
 
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
-    """What the region's ops and constants allow; what they suggest comes first.
+    """The routings that the region's ops and constants allow, the most likely first.
 
-    Groups that limit nothing are left out: all of them are kept, or by their best members as
-    many as there are choices.
+    Groups without an effect are left out: those where all groups are kept, or where groups are
+    ranked by their best member and as many are kept as experts are chosen.
     """
     names = {op.name.split(".")[1] for op in region.ops}
     constants = _constants(region)
@@ -287,7 +290,8 @@ def _alone(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:
 
 
 def _agree(block: Routed, router: RecognisedRouter) -> Compare:
-    """Compares choices and weights, ignoring the order of slots; ties may go to any equal score."""
+    """Compares choices and weights, ignoring the order of slots; a tie may choose any equal
+    score."""
 
     def compare(
         before: Sequence[torch.Tensor],
@@ -323,12 +327,12 @@ def _agree(block: Routed, router: RecognisedRouter) -> Compare:
 
 
 def _near(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Equal to the rounding of scores: two graphs may compute them in another order."""
+    """Whether the scores are equal up to rounding: two graphs may compute them in another order."""
     return (a - b).abs() <= 1e-6 * a.abs().clamp(min=1.0)
 
 
 def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
-    """bool[T, 1]: whether the last group kept is no better than the first that is not."""
+    """bool [T, 1]: whether the last group kept scores the same as the first group dropped."""
     if not 1 <= routing.top_groups < routing.groups:
         return torch.zeros(len(choice), 1, dtype=torch.bool)
     ranked = group_scores(routing, choice).sort(-1, descending=True).values
@@ -337,7 +341,8 @@ def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
 
 
 def _repeated(emit: RegionEmitter, value: Value, shape: tuple[Dim, ...]) -> Value:
-    """The choices [T, k] in another shape; where that has more, each is for the next rows too."""
+    """The choices [T, k] in another shape; if that has more rows, each choice is repeated for
+    consecutive rows."""
     count = divide(product(shape), product(value.shape))
     if count is not None and count != 1:
         value = emit.expand(value, (value.shape[0], count))
@@ -347,7 +352,7 @@ def _repeated(emit: RegionEmitter, value: Value, shape: tuple[Dim, ...]) -> Valu
 def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
     """The graph in which blocks read the results of moe.route; other readers keep the old values.
 
-    A replacement is (input of the op, key of the router, result of the route).
+    A replacement is (index of the op's input, key of the router, result of moe.route).
     """
     replacements: dict[Op, list[tuple[int, Key, int]]] = {}
     for block in blocks(scope):
@@ -362,7 +367,7 @@ def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
         for op in block.zero:
             replacements.setdefault(op, []).extend(
                 [
-                    *([(1, key, 1)] if reader is block.dispatch else []),  # else: those dropped
+                    *([(1, key, 1)] if reader is block.dispatch else []),  # else after a capacity
                     *([(2, key, 0)] if key[0] else []),
                 ]
             )

@@ -1,7 +1,7 @@
 """Which experts a block's rows belong to, and with which weights: hypotheses for the proof.
 
 A region holds masks, sort orders and weights in some form; all are computed from ids [T, k] and
-weights [T, k]. A dense [T, E] tensor of weights is gathered at the ids.
+weights [T, k]. Dense weights [T, E] are gathered at the ids.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moec.passes.recognise.routing_weights import unweighted_dropped, weightings
 
 
 class Unlike(NoMatch):
-    """Not like a block at all: no reason to report."""
+    """The region has no resemblance to a block: not worth a report."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A hypothesis: recipes for experts and weights, and where to cut the region."""
+    """A hypothesis: recipes for ids and weights, and where the region begins."""
 
     experts: Recipe
     weights: Recipe | None
@@ -40,7 +40,7 @@ class Choice:
 
 
 def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
-    """Raises NoMatch where nothing in the region chooses experts."""
+    """Raises NoMatch if no op in the region chooses experts."""
     everything = evidence.values("ids", "order", "ends", "dispatch", "weights", "mask", "mix")
     candidates = [
         *(Chosen.of(parts, evidence) for parts in chosen(scope, evidence, everything)),
@@ -64,8 +64,8 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
 def drops(
     scope: Scope, evidence: Evidence, ids: Chosen, weights: Recipe | None
 ) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
-    """Which choices an expert keeps: so many; those of a weight, where slots are counted in
-    another way (for each text, or in a random order); all."""
+    """Which choices an expert keeps: at most the capacity; those with a nonzero weight, if
+    positions are counted in another way (per text, or in random order); all."""
     for capacity in capacities(scope, evidence, ids.per_row):
         yield ids.recipe, capacity
     if weights is not None and counts_slots(scope, evidence):
@@ -74,7 +74,7 @@ def drops(
 
 
 def _without_choice(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> str:
-    """Why nothing chooses among the experts, token by token."""
+    """The reason why no op chooses experts for each token."""
     for op in reversed(choices(scope, everything)):
         scores = op.inputs[0]
         if scores.dtype not in FLOATS or not scores.shape:

@@ -1,4 +1,4 @@
-"""The weights of a region's choices: values that may hold them, and recipes for [T, k]."""
+"""The weights of a region's choices: values that may hold them, and recipes for weights [T, k]."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from moec.passes.recognise.region import (
 )
 
 _NEAREST = 5
-"""Of the values that may weigh one slot each, those of which any group is tried."""
+"""If the weights are one value per slot: among how many of the values every combination is
+tried."""
 
 
 def weightings(
     scope: Scope, evidence: Evidence, ids: Chosen, slots: int
 ) -> Iterator[tuple[Value | None, Recipe | None]]:
-    """Ways to weigh the choices: a value that the region holds, and the recipe for [T, k]."""
+    """Ways to weight the choices: a value of the region that holds the weights, and the recipe for
+    [T, k]."""
     used = evidence.values("weights", "mix")
     if not used:
         yield None, None
@@ -42,12 +44,12 @@ def weightings(
     if isinstance(ids.feed, Ids):
         for dense in dense_weights(scope, used, evidence):
             yield None, _at_ids(dense, ids, evidence, shape)
-    yield None, None  # a weight of one, or a mask that the region calls a weight
+    yield None, None  # weights of 1, or a mask that multiplies like a weight
 
 
 def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Value]:
-    """Float values of `count` elements behind the weights, through routing ops. Sources that
-    were only moved come first, farthest first; then the others, nearest first."""
+    """Float values of `count` elements behind the weights, reached through routing ops. Sources
+    that were only rearranged come first, farthest first; then the others, nearest first."""
     moved: list[Value] = []
     yielded: set[Value] = set()
     for value in used:
@@ -93,7 +95,8 @@ def _position(scope: Scope, value: Value) -> int:
 
 
 def _groups(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]:
-    """Values that each weigh one slot: neighbours, in both orders, then any of the nearest."""
+    """Tuples of values that each weight one slot: neighbours in both orders, then any combination
+    of the nearest."""
     groups: dict[tuple[Value, ...], None] = {}
     for start in range(len(values) - length + 1):
         group = tuple(values[start : start + length])
@@ -111,7 +114,7 @@ def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:
 
 
 def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> Iterator[Value]:
-    """Weights [.., E] or [E, T] of every expert, or [T, E, C] of its every capacity slot."""
+    """Dense weights: [.., E] or [E, T] for every expert, or [T, E, C] for every capacity slot."""
     full = product((evidence.rows_in, evidence.experts))
     dense: dict[Value, None] = {}
     for value in routing_behind(scope, used, 120):
@@ -126,13 +129,14 @@ def dense_weights(scope: Scope, used: Sequence[Value], evidence: Evidence) -> It
                 and value.shape[0] == evidence.rows_in
             ):
                 dense[value] = None
-    # Without slots first, the farthest from the result first: fewer ops stay for the router.
+    # Two axes before three, then the farthest from the result first: this leaves fewer ops to the
+    # router.
     yield from sorted(list(dense)[:6], key=lambda v: (len(v.shape) == 3, _position(scope, v)))
 
 
 def unweighted_dropped(experts: Recipe, weights: Recipe, count: int) -> Recipe:
-    """The ids [T, k], and `count`, which is no expert, where the weight is zero: such a row was
-    given no place in the experts' buffers."""
+    """The ids [T, k], with `count`, which is no expert, where the weight is zero: such a row has no
+    position in the experts' buffers."""
 
     def make(emit: RegionEmitter) -> Value:
         ids, weight = experts(emit), weights(emit)

@@ -1,9 +1,9 @@
-"""Reading a region as the work of one expert on its rows.
+"""Reads a region as the computation of one expert on its rows.
 
-`Reader.read(value)` returns the value's `ExpertLayout`: its value of the body, and how its axes
-hold rows and features. Values that are neither rows nor expert weights (masks, routing weights,
-sort orders) are None: opaque. Reading writes the body as it goes, with `BodyWriter`. Nothing here
-decides whether the block is one: the proof does.
+`Reader.read(value)` returns the value's `ExpertLayout`: the corresponding value of the body, and
+how its axes hold rows and features. Values that are neither rows nor expert weights (masks, routing
+weights, sort orders) are opaque: their layout is None. Reading writes the body with `BodyWriter`.
+Reading does not decide whether the region is a block: the proof does.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reader:
-    """Reads one block. `only` limits the reading to some ops, so that what they read is tokens
-    or opaque. `writer` has what was read so far as a body. `addends`: by result, what rows were
-    added into, where that is not zero.
-    """
+    """Reads one block. `only` limits the reading to a set of ops; a value that they read from
+    outside is tokens or opaque. `writer` holds the body written so far. `addends` maps a result to
+    the value that rows were added into, if that is not zero."""
 
     scope: Scope
     writer: BodyWriter = field(default_factory=BodyWriter)
@@ -55,7 +54,7 @@ class Reader:
     input_side: bool = False
 
     def read(self, value: Value) -> ExpertLayout | None:
-        """The layout of `value`, or None where it is opaque; `why` then knows the reason."""
+        """The layout of `value`, or None if it is opaque; `why` may then hold the reason."""
         layout = self.memo.get(value)
         if layout is not None or value in self.opaque_values:
             return layout
@@ -65,7 +64,7 @@ class Reader:
         op = self.scope.maker(value)
         if op is None or not self.within(op):
             return None
-        self.opaque_values.update(op.outputs)  # while they are being read, and if it fails
+        self.opaque_values.update(op.outputs)  # until the read succeeds
         try:
             layouts = self.apply(op)
         except NoMatch as why:
@@ -83,7 +82,8 @@ class Reader:
                 self.memo[output] = layout
 
     def within(self, op: Op) -> bool:
-        """Whether the op may belong to the block: it follows the tokens, or picks weights."""
+        """Whether the op may belong to the block: it comes after the tokens, or rearranges or
+        gathers weights."""
         if self.only is not None:
             return op in self.only
         if self.x is None:
@@ -105,7 +105,7 @@ class Reader:
                 try:
                     return self.move(op, source)
                 except NoMatch:
-                    pass  # then it is a weight of its own
+                    pass  # then `value` itself is read as a weight
         stacked = not self.writer.alone and len(value.shape) > 1
         if stacked and self.writer.experts is None and len(value.shape) == 3:
             self.writer.experts = cast(int, value.shape[0])
@@ -131,14 +131,15 @@ class Reader:
                 return spread
         if self.x is not None:
             return self.again(value)
-        if op is not None and op.name in REARRANGE and value.shape[-1] == 1:  # columns of features
+        if op is not None and op.name in REARRANGE and value.shape[-1] == 1:  # split features
             self.tokens(op.inputs[0])
             self.keep(op, self.apply(op))
             return self.memo[value]
         return self.begin(value)
 
     def begin(self, value: Value) -> ExpertLayout:
-        """`value` is `x`: rows, however they were made of tokens."""
+        """Makes `value` the rows `x`, however they were computed from the tokens. Raises NoMatch if
+        it has fewer than two axes."""
         self.x = value
         if len(value.shape) < 2:
             raise NoMatch(f"{value} holds no rows of features")
@@ -146,17 +147,17 @@ class Reader:
         feature = Atom(value.shape[-1], False)
         base = Value("x", TensorType(value.dtype, (ROWS, value.shape[-1])))
         self.memo[value] = ExpertLayout(base, (feature,), (*axes, (feature,)))
-        self.opaque_values.clear()  # what was read before the tokens were known
+        self.opaque_values.clear()  # they were read before `x` was set
         return self.memo[value]
 
     @property
     def root(self) -> Value:
-        """The tokens before any reshape: the region's cut."""
+        """The tokens before any reshape; the region begins here."""
         assert self.x is not None
         return self.scope.behind(self.x)
 
     def again(self, value: Value) -> ExpertLayout:
-        """The tokens in another shape."""
+        """The layout of the tokens in another shape. Raises NoMatch if `value` is another value."""
         assert self.x is not None
         if self.scope.behind(value) is not self.root:
             raise NoMatch(f"experts read both {self.x.name} and {value.name}")
@@ -176,7 +177,8 @@ class Reader:
             values.append(value)
 
     def apply(self, op: Op) -> Sequence[ExpertLayout | None]:
-        """The layouts of the op's outputs."""
+        """The layouts of the op's outputs. Raises NoMatch if rows pass through an op that one
+        expert's body cannot contain."""
         name = op.name
         if name in PRODUCTS:
             return [products.product(self, op)]
@@ -224,7 +226,7 @@ class Reader:
         axes = list(fan.axes)
         dim = cast(int, op.attrs.get("dim", 0)) % len(shape)
         if fan.split is not None:
-            axes[:1] = [source.axes[0]]  # a sum of sizes that no one knows: as many rows, in all
+            axes[:1] = [source.axes[0]]  # the sum of data-dependent sizes is the number of rows
         elif fan.one_expert_per_row and dim < len(shape) - 1:
             axes[:-1] = regroup(source.axes[:-1], shape[:-1])[0]
         else:
@@ -232,7 +234,7 @@ class Reader:
         return self.writer.inline(source, fan.body, fan.stacks, tuple(axes))
 
     def move(self, op: Op, source: ExpertLayout) -> ExpertLayout:
-        """Reshape, permute, expand, repeat."""
+        """The layout after a reshape, permute, expand or repeat."""
         shape = op.outputs[0].shape
         if op.name == "aten.permute.default":
             dims = cast("tuple[int, ...]", op.attrs["dims"])
@@ -270,5 +272,5 @@ class Reader:
         return ", ".join(v.name + (f" ({self.why[v]})" if v in self.why else "") for v in parts)
 
     def body(self, result: ExpertLayout) -> tuple[Graph, tuple[Recipe, ...]]:
-        """The body whose result is `result`, and how each of its params is stacked."""
+        """The body that computes `result`, and a recipe for the stack of each of its params."""
         return self.writer.body(result, self.memo[cast(Value, self.x)].base)

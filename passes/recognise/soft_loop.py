@@ -1,10 +1,10 @@
-"""Soft mixtures whose loop over the experts adds what each gives to its slots.
+"""Soft mixtures written as a loop that adds the output of each expert.
 
     for e, expert in enumerate(experts):
         y = y + combine[:, :, e] @ expert(dispatch[:, :, e].mT @ x)
 
-The weights of one expert are picked out of those of all: with the axis that they are picked from,
-the sum is one product over all slots, as `soft_mixture` has it.
+The weights of one expert are a slice of the weights of all experts. With the axis that they are
+sliced from, the sum is one product over all slots, as in `soft_mixture`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moec.passes.recognise.unrolled_experts import Family, family, read_branch
 
 @dataclass(frozen=True)
 class Step:
-    """One expert's slots, and what it gives to the tokens."""
+    """The slots of one expert, and the values that it adds to the tokens."""
 
     dispatch: WeighedSum
     combine: WeighedSum
@@ -33,14 +33,14 @@ class Step:
 
 @dataclass(frozen=True)
 class SoftLoop:
-    """The sum that ends the loop, and its steps in the order of the experts."""
+    """The last add of the loop, and its steps in the order of the experts."""
 
     op: Op
     steps: tuple[Step, ...]
 
     @property
     def dispatch(self) -> WeighedSum:
-        """The slots of all experts."""
+        """The weighted sum that computes the slots of all experts."""
         first = self.steps[0].dispatch
         weights = first.weights
         return replace(first, weights=replace(weights, free=(*weights.picked, *weights.free)))
@@ -54,7 +54,8 @@ class SoftLoop:
         return replace(first, op=self.op, weights=every, flipped=False)
 
     def experts(self, scope: Scope) -> Family:
-        """Raises NoMatch where the steps are not one kind of experts, one for each choice."""
+        """The experts of all steps. Raises NoMatch unless they are of one kind, with one step per
+        expert."""
         count = size_of(self.steps[0].combine.weights.picked)
         numbers = [(s.dispatch.weights.index, s.combine.weights.index) for s in self.steps]
         if numbers != [(number, number) for number in range(len(numbers))]:
@@ -72,7 +73,8 @@ class SoftLoop:
 
 
 def soft_loops(scope: Scope) -> Iterator[SoftLoop]:
-    """Sums of products whose weights are picked out of a softmax, each of slots that are too."""
+    """Sums of products whose weights are slices of a softmax; their slots are weighted by such
+    slices too."""
     for op in scope.graph.ops:
         if op.name != ADD or adds_on(scope, op):
             continue

@@ -1,14 +1,14 @@
-"""Form 8: experts of slots, which are weighed sums of all tokens (Soft MoE, arXiv 2308.00951).
+"""Form 8: experts whose inputs are slots, weighted sums of all tokens (Soft MoE, arXiv 2308.00951).
 
     logits = x @ phi                                    [B, S, E, P]
     slots = einsum("bsd,bsep->bepd", x, softmax(logits, 1))
     outs = stack([expert(slots[:, e]) for e, expert in enumerate(experts)], 1)
     y = einsum("bepd,bsep->bsd", outs, softmax(logits.flatten(2), -1))
 
-becomes one moe.soft_mixture: nothing is chosen, so that it has no dispatch and no top-k. It begins
-at the logits: how they are made (normalised, scaled, masked, of another phi for each of the two
-softmaxes) is left as it is. The ops between the two products are read like the experts
-of other forms.
+becomes one moe.soft_mixture: no expert is chosen, so there is no dispatch and no top-k. The region
+begins at the logits; the ops that compute them (norms, scales, masks, or a separate phi for each of
+the two softmaxes) stay outside. The ops between the two products are read like the experts of other
+forms.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moec.passes.recognise.unrolled_experts import cone, family, read_branch, si
 
 @dataclass(frozen=True)
 class SlotExperts:
-    """One expert's body, its params as stacks over the experts."""
+    """The body of one expert, and recipes for the stacks of its params."""
 
     count: int
     body: Graph
@@ -45,7 +45,8 @@ class SlotExperts:
 
 @dataclass(frozen=True)
 class SoftMixture:
-    """`slot_major`: slot n of the products is slot n // E of expert n % E, not n % P of n // P."""
+    """`slot_major`: slot n belongs to expert n % E, as its slot n // E; otherwise to expert n // P,
+    as its slot n % P."""
 
     dispatch: WeighedSum
     combine: WeighedSum
@@ -59,7 +60,7 @@ class SoftMixture:
 
 
 def recognise_soft_mixtures(program: Program, prover: Prover, log: Log) -> Program:
-    """The program with its soft mixtures as nodes; the reason of each look-alike is logged."""
+    """The program with its soft mixtures as nodes; the reason for each refusal is logged."""
     scope = Scope(program.graph, program.weights)
     mixtures: dict[Op, SoftMixture] = {}
     attempts = [(c.op, partial(proved_pair, scope, d, c, prover)) for d, c in pairs(scope)]
@@ -77,15 +78,16 @@ def recognise_soft_mixtures(program: Program, prover: Prover, log: Log) -> Progr
 
 
 def logits_of_slots(scope: Scope) -> set[Op]:
-    """The products that make logits of soft mixtures: a stack phi [D, E, P] is no experts'."""
+    """The products that compute logits of soft mixtures: their stack phi [D, E, P] is no expert
+    weight."""
     mixtures = [op for op in scope.graph.ops if op.name == "moe.soft_mixture"]
     logits = [scope.maker(scope.behind(v, REARRANGE)) for op in mixtures for v in op.inputs[1:3]]
     return {op for op in logits if op is not None}
 
 
 def pairs(scope: Scope) -> Iterator[tuple[WeighedSum, WeighedSum]]:
-    """Products weighed by a softmax, of which the second reads what comes of the first, by weights
-    that do not: those of attention layers one behind the other do."""
+    """Products weighted by a softmax, where the values of the second depend on the first and its
+    weights do not. (In consecutive attention layers, the weights depend on the first too.)"""
     sums = [one for op in scope.graph.ops if (one := weighed_sum(scope, op)) is not None]
     sums = [one for one in sums if not one.weights.picked]
     for position, combine in enumerate(sums):
@@ -108,7 +110,8 @@ def pairs(scope: Scope) -> Iterator[tuple[WeighedSum, WeighedSum]]:
 def proved_pair(
     scope: Scope, dispatch: WeighedSum, combine: WeighedSum, prover: Prover
 ) -> SoftMixture:
-    """Raises NoMatch unless some soft mixture does what the ops between the two do."""
+    """Raises NoMatch unless a soft mixture gives the same results as the ops between the two
+    products."""
     _check(dispatch.weights, "dispatch", "the tokens")
     _check(combine.weights, "combine", "all slots")
     experts = slot_experts(scope, dispatch, combine)
@@ -125,7 +128,7 @@ def proved_pair(
 
 
 def proved_loop(scope: Scope, loop: SoftLoop, prover: Prover) -> SoftMixture:
-    """Raises NoMatch unless a soft mixture does what the steps of the loop add up to."""
+    """Raises NoMatch unless a soft mixture gives the same result as the sum of the loop's steps."""
     dispatch, combine = loop.dispatch, loop.combine
     _check(dispatch.weights, "dispatch", "the tokens")
     _check(combine.weights, "combine", "all slots")
@@ -135,7 +138,7 @@ def proved_loop(scope: Scope, loop: SoftLoop, prover: Prover) -> SoftMixture:
 
 
 def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
-    """The mixture, proved equal to the matched ops. Raises NoMatch if it is not."""
+    """Returns the mixture. Raises NoMatch unless it gives the same results as the matched ops."""
     at, cut = mixture.combine.op, mixture.cut
     region = scope.cut([at.outputs[0]], cut)
     after = replacement(scope, at, cut, partial(emit, mixture))
@@ -144,7 +147,7 @@ def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
 
 
 def _check(weights: SoftWeights, which: str, axis: str) -> None:
-    """Raises NoMatch unless the softmax goes over the axis that the product sums over."""
+    """Raises NoMatch unless the softmax is over the axis that the product sums over."""
     if weights.after:
         raise NoMatch(f"{weights.after} stands between a softmax and the {which} that it weighs")
     if set(weights.over or ()) != set(weights.summed):
@@ -154,7 +157,8 @@ def _check(weights: SoftWeights, which: str, axis: str) -> None:
 
 
 def slot_experts(scope: Scope, dispatch: WeighedSum, combine: WeighedSum) -> SlotExperts:
-    """Raises NoMatch unless the ops between are experts of one kind, each with its slots."""
+    """The experts between the two products. Raises NoMatch unless they are of one kind, each with
+    its own slots."""
     slots = dispatch.op.outputs[0]
     between = scope.upstream([combine.values], [slots])
     fans: dict[Op, Fan] = {}
@@ -181,7 +185,7 @@ def slot_experts(scope: Scope, dispatch: WeighedSum, combine: WeighedSum) -> Slo
 
 
 def _unlike_branches(scope: Scope, op: Op) -> bool:
-    """Whether `op` concatenates the results of networks, of which no two need be alike."""
+    """Whether `op` concatenates the results of networks that may differ in kind."""
     if op.name != "aten.cat.default":
         return False
     kinds = [signature(scope, cone(scope, value)) for value in op.inputs]
@@ -189,7 +193,7 @@ def _unlike_branches(scope: Scope, op: Op) -> bool:
 
 
 def _rows(slots: Value, flipped: bool) -> ExpertLayout:
-    """The layout of slots [.., N, D], or [.., D, N] where `flipped`."""
+    """The layout of slots [.., N, D], or [.., D, N] if `flipped`."""
     feature = Atom(slots.shape[-2 if flipped else -1], False)
     axes: list[Axis] = [(Atom(size, True),) if size != 1 else () for size in slots.shape]
     axes[-2 if flipped else -1] = (feature,)
@@ -198,7 +202,7 @@ def _rows(slots: Value, flipped: bool) -> ExpertLayout:
 
 
 def emit(mixture: SoftMixture, emit: RegionEmitter) -> Value:
-    """The node, with its result as the combining product has it."""
+    """Emits the node, with its result in the shape of the combining product."""
     dispatch, combine, experts = mixture.dispatch, mixture.combine, mixture.experts
     to_slots, to_tokens = dispatch.weights, combine.weights
     shape = tuple(map(size_of, (to_slots.batch, to_slots.summed, to_slots.free)))

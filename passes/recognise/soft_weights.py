@@ -1,10 +1,10 @@
-"""Products that weigh values by a softmax of logits, read backwards from the product.
+"""Products that weight values by a softmax of logits, read backwards from the product.
 
     slots = bmm(permute(softmax(logits, 1)), x)       weights [B, N, S] of x [B, S, D]
     y = bmm(softmax(logits.flatten(2), -1), outs)     weights [B, S, N] of outs [B, N, D]
 
-The axes of the weights are followed through views and permutations, so that it is known which
-elements of the logits the softmax goes over, and which the product sums over.
+The axes of the weights are followed through views and permutations. This shows which axes of the
+logits the softmax is over, and which ones the product sums over.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _DEEPEST = 24  # ops between a product and its softmax
 
 @dataclass(frozen=True)
 class SoftWeights:
-    """Logits whose `axes` hold atoms. `batch`, `free` and `summed` are the axes of the weights in
-    the product; the softmax goes over `over` (None: it is not reached yet). `picked` is an axis of
-    which the product has one place alone, `index`: that of one expert. `after` names an op that
-    changes what the softmax gives before it is multiplied."""
+    """The weights of a product, traced back to `logits`, whose `axes` hold atoms. `batch`, `free`
+    and `summed` are the axes of the weights in the product. The softmax is over `over` (None: not
+    reached yet). `picked` is an axis of which the product reads only `index`, that of one expert.
+    `after` names an op that changes the result of the softmax before it is multiplied."""
 
     logits: Value
     axes: tuple[Axis, ...]
@@ -45,12 +45,12 @@ class SoftWeights:
     after: str = ""
 
     def order(self, atoms: Axis) -> tuple[int, ...]:
-        """The axes of the atoms in the logits."""
+        """The position of each of `atoms` among all atoms of the logits."""
         every = [atom for axis in self.axes for atom in axis]
         return tuple(every.index(atom) for atom in atoms)
 
     def emit(self, emit: RegionEmitter, order: Sequence[int], shape: Sequence[Dim]) -> Value:
-        """The logits with their atoms in this order, grouped to `shape`."""
+        """The logits with their atoms permuted to `order`, reshaped to `shape`."""
         sizes = [atom.size for axis in self.axes for atom in axis]
         value = emit.permute(emit.reshape(emit.old(self.logits), sizes), order)
         return emit.reshape(value, shape)
@@ -59,17 +59,17 @@ class SoftWeights:
 @dataclass(frozen=True)
 class WeighedSum:
     """A product of soft weights with values: result[.., m, :] = sum over n of w[m, n] * v[n, :].
-    `flipped`: values and weights are transposed, and so is the result."""
+    `flipped`: values, weights and the result are transposed."""
 
     op: Op
     weights: SoftWeights
-    source: Value  # the operand that holds the weights
+    source: Value  # the operand that contains the weights
     values: Value
     flipped: bool
 
 
 def weighed_sum(scope: Scope, op: Op) -> WeighedSum | None:
-    """None where no operand of `op` comes from a softmax through moves alone."""
+    """The weighted sum at `op`; None if no operand comes from a softmax through permitted ops."""
     if op.name not in _PRODUCTS or len(op.inputs) != 2:
         return None
     for side in (0, 1):
@@ -83,7 +83,7 @@ def weighed_sum(scope: Scope, op: Op) -> WeighedSum | None:
 
 
 def soft_weights(scope: Scope, value: Value, *, flipped: bool) -> SoftWeights | None:
-    """The softmax behind an operand [.., M, N] of a product, or [.., N, M] where `flipped`."""
+    """The softmax behind an operand [.., M, N] of a product, or [.., N, M] if `flipped`."""
     axes: tuple[Axis, ...] = tuple((Atom(d, True),) if d != 1 else () for d in value.shape)
     batch = axes[0] if len(axes) == 3 else ()
     free, summed = (axes[-1], axes[-2]) if flipped else (axes[-2], axes[-1])
@@ -103,8 +103,8 @@ def soft_weights(scope: Scope, value: Value, *, flipped: bool) -> SoftWeights | 
 
 
 def _behind(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
-    """The same weights, told by what `op` reads. After the softmax, only moves and picks are
-    followed."""
+    """The weights traced through `op` to its input; None if that is not possible. Behind the
+    softmax, only views, permutations and slices are followed."""
     source = op.inputs[0]
     if op.name in VIEWS:
         axes, splits = regroup(weights.axes, source.shape)
@@ -142,7 +142,7 @@ def _split(weights: SoftWeights, splits: dict[Atom, tuple[Atom, ...]]) -> SoftWe
 
 
 def _picked(op: Op, weights: SoftWeights) -> SoftWeights | None:
-    """One place of an axis, or one of the equal parts that an axis has."""
+    """Traces a select of one index, or a slice that is one of several equal parts of an axis."""
     (source,), dim = op.inputs, op.attrs.get("dim", 0)
     assert isinstance(dim, int)
     dim %= len(source.shape)
@@ -167,7 +167,7 @@ def _picked(op: Op, weights: SoftWeights) -> SoftWeights | None:
 
 
 def _written_out(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
-    """exp(x - greatest) / sum(exp(x - greatest)), over one axis or some."""
+    """A softmax written as exp(x - max) / sum(exp(x - max)), over one or more axes."""
     if op.name != "aten.div.Tensor" or len(op.inputs) != 2:
         return None
     powers, total = op.inputs

@@ -1,7 +1,7 @@
-"""Experts written out one by one: equal branches of a graph that differ in their weights.
+"""Experts written out one by one: branches of the graph that differ only in their weights.
 
-A branch is the set of ops that only one expert's result needs. Each branch is read by itself;
-where all bodies are equal, each param of the body is stacked over the experts.
+A branch is the set of ops that only one expert's result depends on. Each branch is read separately;
+if all bodies are equal, each param of the body is stacked over the experts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LIMIT = 300
 
 @dataclass(frozen=True)
 class Branch:
-    """One expert's branch: the ops that compute `result`, whose layout over the rows of
-    `reader.x` is `layout`."""
+    """One expert's branch: the ops that compute `result`. `layout` is the layout of the result over
+    the rows `reader.x`."""
 
     result: Value
     ops: tuple[Op, ...]
@@ -44,7 +44,7 @@ class Branch:
 
 
 def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
-    """The ops that nothing but `value` needs, in order."""
+    """The ops that only `value` depends on, in graph order."""
     first = scope.maker(value)
     if first is None:
         return ()
@@ -65,8 +65,8 @@ def cone(scope: Scope, value: Value) -> tuple[Op, ...]:
 def branch_ops(scope: Scope, value: Value) -> tuple[Op, ...]:
     """The ops of the branch that computes `value`: its cone.
 
-    Where the cone only multiplies a result by routing weights, and other slots read the same
-    result, the cone of that result is added.
+    If the cone only multiplies a result by routing weights, and other slots read the same result,
+    the cone of that result is included.
     """
     ops = cone(scope, value)
     if any(first_product(scope, op) for op in ops):
@@ -81,12 +81,13 @@ def branch_ops(scope: Scope, value: Value) -> tuple[Op, ...]:
 
 
 def splits_rows(op: Op) -> bool:
-    """Whether the op cuts rows by expert: its parts are the experts' rows."""
+    """Whether the op splits rows by expert: its outputs are the rows of each expert."""
     return op.name == "aten.split_with_sizes.default" and bool(names_in(op))
 
 
 def signature(scope: Scope, ops: Sequence[Op]) -> tuple[str, ...] | None:
-    """What kind of branch this is; None where no weights are multiplied in."""
+    """The op names of a branch, which identify its kind; None if no product with weights is in
+    it."""
     if not any(first_product(scope, op) for op in ops):
         return None
     return tuple(op.name for op in ops)
@@ -100,7 +101,7 @@ def first_product(scope: Scope, op: Op) -> bool:
 
 
 def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
-    """Raises NoMatch where one expert's body cannot be read from the branch."""
+    """Raises NoMatch if the body of one expert cannot be read from the branch."""
     start = next((op for op in ops if first_product(scope, op)), None)
     if start is None:
         raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
@@ -128,8 +129,8 @@ def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
 
 
 def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
-    """The expert id that the branch's mask is compared with; without a comparison, the index of
-    the mask in a stack of masks. (With a comparison, such an index is that of a slot.)"""
+    """The expert id that the branch's mask is compared with. Without a comparison, it is the index
+    of the mask in a stack of masks. (With a comparison, such an index is that of a slot.)"""
     for op in ops:
         if op.name == "aten.eq.Scalar" and op.inputs[0] not in scope.constants:
             if isinstance(op.attrs["other"], int):
@@ -155,7 +156,7 @@ def selected_by(op: Op) -> list[tuple[str, Value]]:
 
 
 def named_by(scope: Scope, selects: Value) -> Op | None:
-    """The op that names the expert of `selects`, a mask of rows or a list of rows."""
+    """The op that contains the expert id of `selects`, a mask of rows or a list of rows."""
     mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
     op = scope.maker(mask)
     while op is not None and op.name not in CHOICES:
@@ -167,7 +168,7 @@ def named_by(scope: Scope, selects: Value) -> Op | None:
 
 @dataclass(frozen=True)
 class Family:
-    """Branches of all experts, in the order of the experts."""
+    """The branches of all experts, in the order of the experts."""
 
     branches: tuple[Branch, ...]
     stacks: tuple[Recipe, ...]
@@ -178,7 +179,8 @@ class Family:
 
 
 def family(scope: Scope, branches: Sequence[Branch]) -> Family:
-    """Raises NoMatch where the branches are not the experts 0 … n-1 of one kind."""
+    """The branches in the order of the experts. Raises NoMatch unless they are the experts 0 … n-1
+    of one kind."""
     numbers = [b.number for b in branches]
     ordered = list(branches)
     if all(n is not None for n in numbers):
@@ -191,9 +193,9 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
 
 
 def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
-    """For each param of the body, the recipe of its stack over the branches in this order.
+    """For each param of the body, a recipe for its stack over `ordered`.
 
-    Raises NoMatch where the branches differ in more than their weights.
+    Raises NoMatch if the branches differ in more than their weights.
     """
     first = ordered[0]
     for branch in ordered[1:]:
@@ -211,7 +213,8 @@ def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
 def stacked(
     scope: Scope, bases: Sequence[Value], axes: tuple[int, ...], sizes: tuple[Dim, ...]
 ) -> Recipe:
-    """[E, ..] of one weight per expert: the stack that all are slices of, or a new stack."""
+    """The stack [E, ..] of one weight per expert: the stack that all are slices of, or a new
+    one."""
     root = common_root(scope, bases)
 
     def make(emit: RegionEmitter) -> Value:
@@ -224,7 +227,7 @@ def stacked(
 
 
 def common_root(scope: Scope, bases: Sequence[Value]) -> Value | None:
-    """W where the bases are W[0], W[1], …"""
+    """W if the bases are W[0], W[1], …, otherwise None."""
     roots = set()
     for number, base in enumerate(bases):
         op = scope.maker(scope.behind(base, VIEWS))

@@ -5,9 +5,9 @@
 
     out = out + share_e * 0                                                   a zero
 
-or the same over the rows that chose them. A zero expert may also leave no trace in the graph: the
-choices are among more experts than there are links. The shape of a weight determines its role; the
-proof checks the arithmetic.
+The same forms occur over only the rows that chose the expert. A zero expert may also be missing
+from the graph: then the router chooses among more experts than the loop has links. The role of a
+weight follows from its shape; the proof checks the arithmetic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.passes.recognise.unrolled_experts import (
 
 
 def chosen(scope: Scope, op: Op, added: Value) -> bool:
-    """Whether the added value has the weight of a choice."""
+    """Whether the added value is weighted by a choice."""
     weighted = scope.made_by(scope.behind_casts(added), "aten.mul.Tensor")
     if weighted is None:
         return False
@@ -42,7 +42,7 @@ def chosen(scope: Scope, op: Op, added: Value) -> bool:
 
 
 def copied(scope: Scope, added: Value) -> bool:
-    """Whether rows that were picked are added back, with a weight and nothing else."""
+    """Whether gathered rows are added back unchanged, except for a weight."""
     value = scope.behind_casts(added)
     weighted = scope.made_by(value, "aten.mul.Tensor")
     assert weighted is not None
@@ -51,16 +51,17 @@ def copied(scope: Scope, added: Value) -> bool:
 
 
 def adds_zeros(scope: Scope, added: Value) -> bool:
-    """Whether what is added is a weight times zeros."""
+    """Whether the added value is a weight times zeros."""
     weighted = scope.made_by(scope.behind_casts(added), "aten.mul.Tensor")
     makers = () if weighted is None else [scope.made_by(v, *ZEROS) for v in weighted.inputs]
     return any(m is not None and m.attrs.get("fill_value", 0) in (0, 0.0) for m in makers)
 
 
 def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x: Value) -> Zero:
-    """The experts without a network, from id `first` on, read from the chain's last links.
+    """The experts without a network, with ids from `first` on, read from the chain's last links.
 
-    Raises NoMatch where one is neither a copy nor a constant.
+    Raises NoMatch if an id belongs to an expert with a network, or if the shapes of the weights do
+    not show their roles.
     """
     kinds: dict[int, str] = {}
     constants: dict[int, Branch] = {}
